@@ -1,0 +1,45 @@
+"""Running new understanding tokens through the model: prefill and single steps alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.model.layout import Layout, Span
+from neounify.model.neo import NeoUnify
+
+
+@dataclass(frozen=True)
+class Feed:
+    """New tokens for one sequence: `spans` in order, the ids of all text, the clean images.
+
+    Images are ImageNet-normalised pixels [3, height, width].
+    """
+
+    cache: SequenceCache
+    spans: tuple[Span, ...]
+    ids: Sequence[int]
+    images: Sequence[Tensor] = ()
+
+
+def feed(model: NeoUnify, feeds: Sequence[Feed]) -> Float[Tensor, "b d"]:
+    """Append to every sequence's cache in one packed call; the last hidden state of each.
+
+    Only the understanding stream runs.
+    """
+    layout = Layout(f.cache.document(*f.spans) for f in feeds)
+    for f, document in zip(feeds, layout.documents, strict=True):
+        f.cache.reserve(document.und_length())
+    ids = torch.tensor([i for f in feeds for i in f.ids], dtype=torch.int64, device=model.device)
+    images = [image.to(model.device) for f in feeds for image in f.images]
+    x = model.embed_und(layout, ids, images)
+    hidden = model.backbone(layout, x, caches=[f.cache for f in feeds]).und
+    assert hidden is not None
+    for f, document in zip(feeds, layout.documents, strict=True):
+        f.cache.advance(document)
+    return hidden[layout.last_rows()]

@@ -1,0 +1,85 @@
+"""The autoregressive loop over ids, for one sequence or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.decode.choose import Choose
+from neounify.decode.feed import Feed, feed
+from neounify.model.layout import Text
+from neounify.model.neo import NeoUnify
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class Generation:
+    """One sequence being written.
+
+    `ids` are the tokens chosen so far. A token of `stop_ids` ends the sequence: it is
+    recorded in `stopped_by`, neither in `ids` nor in the cache. `pending` are chosen
+    tokens that are not in the cache: the last one, when the limit ended the sequence.
+    """
+
+    cache: SequenceCache
+    choose: Choose
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    context: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    stopped_by: int | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def pending(self) -> list[int]:
+        return self.ids[-1:] if self.finish_reason == "length" else []
+
+    def take(self, logits: Tensor) -> int | None:
+        """Choose a token from the last position's logits; None if it ends the sequence."""
+        token = self.choose(logits, self.context)
+        if token in self.stop_ids:
+            self.stopped_by, self.finish_reason = token, "stop"
+            return None
+        self.ids.append(token)
+        self.context.append(token)
+        if len(self.ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        return token
+
+    def stop(self) -> None:
+        """End the sequence from outside, for instance at a stop string."""
+        self.finish_reason = "stop"
+
+    def resume(self) -> None:
+        """Go on after a stop token that the caller has dealt with."""
+        self.stopped_by = self.finish_reason = None
+
+
+def decode(
+    model: NeoUnify, generations: Sequence[Generation], hidden: Tensor
+) -> Iterator[list[tuple[int, int]]]:
+    """Write all sequences to their ends; `hidden` [B, D] are the states of their last tokens.
+
+    Yields, per step, (number of the sequence, chosen token) of each that got one.
+    """
+    running = list(range(len(generations)))
+    while True:
+        logits = model.logits(hidden)
+        taken: list[tuple[int, int]] = []
+        for row, number in enumerate(running):
+            token = generations[number].take(logits[row])
+            if token is not None:
+                taken.append((number, token))
+        if taken:
+            yield taken
+        taken = [(n, token) for n, token in taken if generations[n].finish_reason is None]
+        if not taken:
+            return
+        running = [number for number, _ in taken]
+        feeds = [Feed(generations[n].cache, (Text(1),), (token,)) for n, token in taken]
+        hidden = feed(model, feeds)

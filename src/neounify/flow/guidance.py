@@ -1,0 +1,112 @@
+"""Classifier-free guidance: which prefixes a step needs and how their velocities combine.
+
+Velocities are those of single images, [tokens, 3·C²]. v_c sees the whole prompt,
+v_i only its images, v_u nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from neounify.errors import RequestError
+
+Branch = Literal["cond", "image", "uncond"]
+Norm = Literal["none", "global", "channel", "cfg_zero_star"]
+Velocities = dict[Branch, Tensor]
+EPS = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Guidance of one request. Raises RequestError for values out of range.
+
+    `text` is g, `image` is m (1 means none). `interval` = (lo, hi) is the range of t in
+    which guidance acts. Text-to-image (`editing` false) acts for lo ≤ t ≤ hi, editing
+    for lo < t < hi and at t = 0 when lo = 0. `published_interval` reproduces the
+    published code, where an editing interval that starts at 0 never ends.
+    """
+
+    text: float = 4.0
+    image: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    norm: Norm = "none"
+    editing: bool = False
+    published_interval: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise RequestError(f"guidance_interval {self.interval} must be 0 <= low <= high <= 1")
+        if self.norm not in get_args(Norm):
+            raise RequestError(
+                f"guidance_norm {self.norm!r} is unknown; known: {', '.join(get_args(Norm))}"
+            )
+        if self.editing and self.norm == "cfg_zero_star":
+            raise RequestError("guidance_norm 'cfg_zero_star' is for text-to-image only")
+        for name, value in (("guidance", self.text), ("image_guidance", self.image)):
+            if not 0 <= value < float("inf"):
+                raise RequestError(f"{name} must be a number from 0 up, got {value}")
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The prefixes a guided step needs, the conditional one first."""
+        g, m = self.text, self.image
+        if not self.editing:
+            return ("cond", "uncond") if g > 1 else ("cond",)
+        if g == 1 and m == 1:
+            return ("cond",)
+        if m == 1:
+            return ("cond", "image")
+        if g == m:
+            return ("cond", "uncond")
+        return ("cond", "image", "uncond")
+
+    def acts_at(self, t: float) -> bool:
+        """Whether the step that starts at t is guided."""
+        if len(self.branches()) == 1:
+            return False
+        low, high = self.interval
+        if not self.editing:
+            return low <= t <= high
+        if self.published_interval:
+            return low == 0 or low < t < high
+        return (low == 0 or t > low) and t < high
+
+    def combine(self, v: Velocities, *, first_step: bool) -> Tensor:
+        """The guided velocity of one image from those of its branches."""
+        cond = v["cond"]
+        if self.norm == "cfg_zero_star":
+            if first_step:
+                return torch.zeros_like(cond)
+            uncond = v["uncond"] * _projection(cond, v["uncond"])
+            return uncond + self.text * (cond - uncond)
+        mixed = self._mix(v)
+        return _rescale(mixed, cond, self.norm) if max(self.text, self.image) > 1 else mixed
+
+    def _mix(self, v: Velocities) -> Tensor:
+        g, m = self.text, self.image
+        cond = v["cond"]
+        match self.branches():
+            case ("cond", "image"):
+                return v["image"] + g * (cond - v["image"])
+            case ("cond", "uncond"):
+                return v["uncond"] + g * (cond - v["uncond"])
+            case ("cond", "image", "uncond"):
+                return v["uncond"] + g * (cond - v["image"]) + m * (v["image"] - v["uncond"])
+        return cond
+
+
+def _projection(cond: Tensor, uncond: Tensor) -> Tensor:
+    """⟨v_c, v_u⟩ / (‖v_u‖² + ε) over the whole image."""
+    return (cond * uncond).sum() / (uncond.square().sum() + EPS)
+
+
+def _rescale(v: Tensor, cond: Tensor, norm: Norm) -> Tensor:
+    """Never longer than the conditional velocity: over the image, or token by token."""
+    if norm == "global":
+        return v * (cond.norm() / (v.norm() + EPS)).clamp(max=1)
+    if norm == "channel":
+        ratio = cond.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + EPS)
+        return v * ratio.clamp(max=1)
+    return v

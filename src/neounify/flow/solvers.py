@@ -1,0 +1,61 @@
+"""Integrators of dz/dt = v(z, t). A solver sees the velocity only, never the model.
+
+Each is stepped from outside (`step`), so that requests with different schedules
+can share the evaluations of v.
+"""
+
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor
+
+from neounify.errors import RequestError
+
+SolverName = Literal["euler", "ab2"]
+
+
+class Solver(Protocol):
+    """One trajectory's integrator."""
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        """The point at `t_next`, from z and its velocity at `t`."""
+
+
+class Euler:
+    """First order: z + h·v. The contract of the published models."""
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        return z + (t_next - t) * v
+
+
+class AdamsBashforth2:
+    """Second order from the velocity of the previous step, still one evaluation per step.
+
+    With steps h and, before it, h': z + h·((1 + r/2)·v - r/2·v'), r = h / h'
+    (Hairer, Nørsett, Wanner, Solving ODEs I, III.5). The first step is Euler's.
+    """
+
+    def __init__(self) -> None:
+        self._previous: tuple[Tensor, float] | None = None
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        h = t_next - t
+        slope = v
+        if self._previous is not None:
+            old, old_h = self._previous
+            r = h / old_h
+            slope = (1 + r / 2) * v - (r / 2) * old
+        self._previous = (v, h)
+        return z + h * slope
+
+
+SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {
+    "euler": Euler,
+    "ab2": AdamsBashforth2,
+}
+
+
+def make_solver(name: str) -> Solver:
+    """A fresh solver; RequestError for an unknown name."""
+    if name not in get_args(SolverName):
+        raise RequestError(f"solver {name!r} is unknown; known: {', '.join(SOLVERS)}")
+    return SOLVERS[name]()  # type: ignore[index]

@@ -1,0 +1,183 @@
+"""Reading pictures that nobody vouches for: every kind of file becomes an RGB image.
+
+Files are recognised by content, their pixel count is checked before they are decoded,
+and only plain picture formats are read at all: PIL knows others that run programs.
+"""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image, ImageFile
+
+from neounify.errors import ImageError
+from neounify.image.modes import to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is read, by PIL's names."""
+
+MAX_DECODED_PIXELS = 178_956_970
+"""Largest picture that is decoded, in pixels: half a gigabyte as RGB. PIL's own limit."""
+
+MAX_FILE_BYTES = 256 * 1024 * 1024
+"""Largest file that is read, in bytes."""
+
+Source = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
+"""A path, the bytes of a file, an open binary file, or a PIL image."""
+
+# A JPEG with several pictures inside opens as MPO; its first picture is the JPEG.
+_OPENED_FORMATS = (*FORMATS, "MPO")
+
+_PNG_DEPTH_BYTE = 24
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Silencing warnings changes the whole process: two threads at once would undo each other wrongly.
+_quiet_lock = threading.Lock()
+
+
+def read_image(source: Source, *, max_pixels: int = MAX_DECODED_PIXELS) -> Image.Image:
+    """Read a picture as RGB: upright by its EXIF orientation, transparency laid on white.
+
+    Animations give their first frame. Greys of 16 bits are scaled to 8, not clipped.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object, or a PIL image.
+        max_pixels: largest picture that is decoded, in pixels; PIL may refuse above
+            MAX_DECODED_PIXELS on its own.
+
+    Returns:
+        A new RGB image without metadata.
+
+    Raises:
+        ImageError: missing, not a picture of a known format, damaged, cut off, empty, or too
+            large.
+    """
+    if isinstance(source, Image.Image):
+        name, image = "the image", source
+        if isinstance(source, ImageFile.ImageFile) and source.format not in _OPENED_FORMATS:
+            raise ImageError(f"{name}: {source.format} files are not read; use {_formats()}")
+    else:
+        name, data = _read_bytes(source)
+        image = _open(data, name)
+    _check_pixels(image, name, max_pixels)
+    try:
+        image.load()
+        rgb = to_rgb(_upright(image))
+    except ImageError:
+        raise
+    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ImageError(f"{name}: damaged or cut off ({error})") from error
+    rgb.info = {}  # the orientation is done with, and places and names are nobody's business
+    return rgb
+
+
+def _read_bytes(source: object) -> tuple[str, bytes]:
+    """Return a name for messages and the content, at most MAX_FILE_BYTES."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = "the image", bytes(source)
+    elif isinstance(source, str | PathLike):
+        name, data = _read_path(source)
+    elif hasattr(source, "read"):
+        name, data = "the image file", _read_stream(source)
+    else:
+        raise ImageError(
+            f"a picture is a path, bytes, a binary file or a PIL image, not {type(source).__name__}"
+        )
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
+    if not data:
+        raise ImageError(f"{name}: empty")
+    return name, data
+
+
+def _read_path(source: str | PathLike[str]) -> tuple[str, bytes]:
+    path = Path(source)
+    try:
+        if not path.exists():
+            raise ImageError(f"{path}: no such file")
+        if not path.is_file():
+            raise ImageError(f"{path}: not a file")
+        with path.open("rb") as file:
+            return str(path), file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{str(path)!r}: cannot be read ({error})") from error
+
+
+def _read_stream(source: Any) -> bytes:
+    try:
+        data = source.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a closed file
+        raise ImageError(f"the image file: cannot be read ({error})") from error
+    if not isinstance(data, bytes):
+        raise ImageError("the image file: must be opened in binary mode")
+    return data
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    try:
+        with _quiet():
+            image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: too many pixels to decode") from error
+    except Exception as error:
+        raise ImageError(f"{name}: not a picture, or damaged; use {_formats()}") from error
+    if image.format == "PNG":
+        _scale_transparent_colour(image, depth=data[_PNG_DEPTH_BYTE])
+    return image
+
+
+def _scale_transparent_colour(image: Image.Image, depth: int) -> None:
+    """Bring the transparent colour of a PNG to 8 bits, as PIL brings its pixels but not this."""
+    colour = image.info.get("transparency")
+    if image.mode == "L" and isinstance(colour, int) and depth in (2, 4):
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(colour, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: has no pixels, its size is {width}x{height}")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: {width}x{height} is {width * height} pixels; at most {max_pixels} are decoded"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        with _quiet():
+            orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # broken EXIF data is no reason to refuse the picture
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _formats() -> str:
+    return ", ".join(FORMATS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PIL's warnings about odd files to itself; what matters becomes an error here."""
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,129 @@
+"""The softmax that both streams share, computed block by block of the layout.
+
+Inside a block every query sees the same keys, or the same keys up to itself, so no
+L × L mask is ever built: memory grows linearly with the length of the sequence.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from neounify.model.layout import Block, Layout
+
+CAUSAL_CHUNK = 256
+"""Queries of a causal block that share one mask; measured, see docs/log.md."""
+
+
+class Projected(NamedTuple):
+    """Queries [N, heads, d], keys and values [N, kv_heads, d] of one stream, rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class KeyValues(Protocol):
+    """What attention needs of one document's cache."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put the keys and values [N, kv_heads, d] of new tokens after the cached ones."""
+
+    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, length, d] of the first `length` tokens, new ones included."""
+
+
+def shared_attention(
+    und: Projected | None,
+    gen: Projected | None,
+    layout: Layout,
+    caches: Sequence[KeyValues] | None,
+    layer: int,
+) -> tuple[Float[Tensor, "u heads d"] | None, Float[Tensor, "g heads d"] | None]:
+    """What each query of either stream gathers from the values it sees.
+
+    With caches (one per document), new understanding keys are written to them and
+    all understanding keys are read from them; without, they are those of this call.
+    Generation keys are never stored.
+    """
+    if und is not None and caches is not None:
+        for cache, (start, stop) in zip(caches, layout.und_ranges, strict=True):
+            if stop > start:
+                cache.write(layer, und.k[start:stop], und.v[start:stop])
+
+    def und_keys(block: Block) -> tuple[Tensor, Tensor]:
+        if caches is not None:
+            return caches[block.document].read(layer, block.visible)
+        start = layout.und_ranges[block.document][0]
+        if und is None:
+            return _no_keys(gen)
+        rows = slice(start, start + block.visible)
+        return und.k[rows].transpose(0, 1), und.v[rows].transpose(0, 1)
+
+    und_out = gen_out = None
+    if und is not None:
+        und_out = torch.cat(
+            [
+                _attend_causal(und.q[b.start : b.stop], *und_keys(b))
+                if b.causal
+                else _attend(und.q[b.start : b.stop], *und_keys(b))
+                for b in layout.und_blocks
+            ]
+        )
+    if gen is not None:
+        gen_out = torch.cat([_attend_noise(gen, b, *und_keys(b)) for b in layout.gen_blocks])
+    return und_out, gen_out
+
+
+def _no_keys(gen: Projected | None) -> tuple[Tensor, Tensor]:
+    assert gen is not None
+    empty = gen.k[:0].transpose(0, 1)
+    return empty, empty
+
+
+def _attend_noise(gen: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
+    rows = slice(block.start, block.stop)
+    k = torch.cat([k, gen.k[rows].transpose(0, 1)], dim=1)
+    v = torch.cat([v, gen.v[rows].transpose(0, 1)], dim=1)
+    return _attend(gen.q[rows], k, v)
+
+
+def _attend_causal(
+    q: Float[Tensor, "n heads d"], k: Float[Tensor, "kv m d"], v: Float[Tensor, "kv m d"]
+) -> Float[Tensor, "n heads d"]:
+    """The last n of m tokens look at themselves and at what came before."""
+    length, before = q.shape[0], k.shape[1] - q.shape[0]
+    if length == 1:
+        return _attend(q, k, v)
+    if before == 0:
+        return _attend(q, k, v, is_causal=True)
+    chunks = []
+    for start in range(0, length, CAUSAL_CHUNK):
+        stop = min(start + CAUSAL_CHUNK, length)
+        seen = before + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device)
+        mask = mask.tril(before + start)
+        chunks.append(_attend(q[start:stop], k[:, :seen], v[:, :seen], mask=mask))
+    return torch.cat(chunks)
+
+
+def _attend(
+    q: Float[Tensor, "n heads d"],
+    k: Float[Tensor, "kv m d"],
+    v: Float[Tensor, "kv m d"],
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "n heads d"]:
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != k.shape[0],
+    )
+    return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,177 @@
+"""The whole model: tokens and pixels in, text logits and predicted clean images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from neounify.config import ModelConfig
+from neounify.model.attention import KeyValues, shared_attention
+from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.layout import Layout, grid_places
+from neounify.model.norm import RMSNorm
+from neounify.model.patch_embed import PatchEmbed, token_patches
+from neounify.model.rope import Rotation, attention_rotation
+from neounify.model.scalar_embed import ScalarEmbed
+from neounify.model.stream import Layer
+
+
+class Hidden(NamedTuple):
+    """Last hidden states after each stream's final norm; None for a stream not in the call."""
+
+    und: Tensor | None
+    gen: Tensor | None
+
+
+class NeoUnify(nn.Module):
+    """A native unified multimodal model.
+
+    Legend: U, G rows of the understanding and generation stream; D hidden size; C token
+    side in pixels, M merge side and P patch side (C = M·P); I clean, J noisy images.
+    Single device, no state: caches are arguments.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, size)
+        self.und_patch = PatchEmbed(config)
+        self.gen_patch = PatchEmbed(config)
+        self.timestep_embedder = ScalarEmbed(size)
+        if config.flow.noise_scale_embedding:
+            self.noise_scale_embedder = ScalarEmbed(size)
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
+        self.und_norm = RMSNorm(size, eps)
+        self.gen_norm = RMSNorm(size, eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
+        self.image_head = PixelHead(config) if config.image_head == "pixel" else FlowHead(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def embed_und(
+        self,
+        layout: Layout,
+        token_ids: Int[Tensor, " n"],
+        images: Sequence[Float[Tensor, "3 height width"]] = (),
+    ) -> Float[Tensor, "u d"]:
+        """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
+        parts = [self.embed_tokens(token_ids)] if token_ids.numel() else []
+        if images:
+            parts.append(self.embed_clean(images))
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if x.shape[0] != layout.und_length:
+            raise ValueError(f"{x.shape[0]} rows of tokens, the layout has {layout.und_length}")
+        order = layout.und_order
+        return x if order is None else x[order.to(x.device)]
+
+    def embed_clean(
+        self, images: Sequence[Float[Tensor, "3 height width"]]
+    ) -> Float[Tensor, "n d"]:
+        """The understanding stream's embedding of clean images, all tokens in a row."""
+        c = self.config
+        grids = [(i.shape[1] // c.token_size, i.shape[2] // c.token_size) for i in images]
+        patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
+        places = grid_places(grids, c.merge).to(patches.device)
+        return self.und_patch(patches.to(self.dtype), places)
+
+    def embed_noisy(
+        self,
+        grids: Sequence[tuple[int, int]],
+        z: Float[Tensor, "g ccc"],
+        t: Float[Tensor, " j"],
+        noise_scale: Float[Tensor, " j"],
+    ) -> Float[Tensor, "g d"]:
+        """The generation stream's embedding of noisy images.
+
+        `z` holds one row per token, pixels in order (row, column, channel); `t` in
+        [0, 1] and `noise_scale` (σ) are per image, `grids` its token rows and columns.
+        """
+        c = self.config
+        m, p = c.merge, c.patch_size
+        # (row, column, channel) of a token -> M·M patches of (channel, row, column)
+        patches = z.view(-1, m, p, m, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, 3 * p * p)
+        x = self.gen_patch(patches.to(self.dtype), grid_places(grids, m).to(z.device))
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=z.device)
+        condition = self.timestep_embedder(t)
+        if c.flow.noise_scale_embedding:
+            relative = noise_scale / c.flow.noise_scale_max
+            condition = condition + self.noise_scale_embedder(relative)
+        return x + condition.repeat_interleave(lengths, dim=0)
+
+    def backbone(
+        self,
+        layout: Layout,
+        und: Float[Tensor, "u d"] | None,
+        gen: Float[Tensor, "g d"] | None = None,
+        caches: Sequence[KeyValues] | None = None,
+    ) -> Hidden:
+        """All layers and the final norms. Caches, if given, are one per document of the layout."""
+        und_rotation = None if und is None else self._rotation(layout.und_positions, und)
+        gen_rotation = None if gen is None else self._rotation(layout.gen_positions, gen)
+        for number, layer in enumerate(self.layers):
+            attend = partial(shared_attention, layout=layout, caches=caches, layer=number)
+            und, gen = layer(und, gen, und_rotation, gen_rotation, attend)
+        return Hidden(
+            None if und is None else self.und_norm(und),
+            None if gen is None else self.gen_norm(gen),
+        )
+
+    def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
+        """Next-token scores."""
+        if self.config.tie_embeddings:
+            return linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    def clean_prediction(
+        self, hidden: Float[Tensor, "g d"], grids: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "g ccc"]:
+        """The predicted clean image x̂: one row per token, pixels as (row, column, channel)."""
+        return self.image_head(hidden, grids)
+
+    def forward(
+        self,
+        layout: Layout,
+        token_ids: Int[Tensor, " n"],
+        images: Sequence[Float[Tensor, "3 height width"]] = (),
+        z: Float[Tensor, "g ccc"] | None = None,
+        t: Float[Tensor, " j"] | None = None,
+        noise_scale: Float[Tensor, " j"] | None = None,
+    ) -> tuple[Float[Tensor, "u vocab"], Float[Tensor, "g ccc"] | None]:
+        """The mixed forward of training: logits of all understanding rows, x̂ of all noisy tokens.
+
+        Und and gen tokens of many packed documents in one call; differentiable.
+        """
+        und = self.embed_und(layout, token_ids, images)
+        gen = None
+        if z is not None and t is not None and noise_scale is not None:
+            gen = self.embed_noisy(layout.noise_grids, z, t, noise_scale)
+        hidden = self.backbone(layout, und, gen)
+        assert hidden.und is not None
+        prediction = None
+        if hidden.gen is not None:
+            prediction = self.clean_prediction(hidden.gen, layout.noise_grids)
+        return self.logits(hidden.und), prediction
+
+    def _rotation(self, positions: Tensor, x: Tensor) -> Rotation:
+        c = self.config
+        return attention_rotation(
+            positions.to(x.device),
+            c.head_dim,
+            theta=c.rope_theta,
+            theta_hw=c.rope_theta_hw,
+            dtype=x.dtype,
+        )

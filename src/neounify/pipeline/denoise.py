@@ -1,0 +1,119 @@
+"""Painting: images at different steps, sizes and prompts share the model's calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.flow.guidance import Branch, Guidance
+from neounify.flow.path import clean_from_velocity, velocity
+from neounify.flow.solvers import Solver
+from neounify.image.patches import unpatchify
+from neounify.model.layout import Layout, Noise
+from neounify.model.neo import NeoUnify
+
+MAX_ROWS = 32_768
+"""Image tokens per model call; more jobs than that take turns within a step."""
+
+
+@dataclass(eq=False)
+class PaintJob:
+    """One image being painted. The prefixes are only read, so several jobs may share them.
+
+    `z` [tokens, 3·C²] float32 is the current point, `times` the N + 1 times of its N
+    steps, `noise_scale` σ. `clean` is the guided clean-image prediction of the last step.
+    """
+
+    z: Tensor
+    grid: tuple[int, int]
+    prefixes: dict[Branch, SequenceCache]
+    guidance: Guidance
+    times: Sequence[float]
+    noise_scale: float
+    t_eps: float
+    solver: Solver
+    steps_done: int = 0
+    clean: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.times) - 1
+
+    @property
+    def done(self) -> bool:
+        return self.steps_done == self.steps
+
+    @property
+    def t(self) -> float:
+        return self.times[self.steps_done]
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The prefixes the next step looks at."""
+        return self.guidance.branches() if self.guidance.acts_at(self.t) else ("cond",)
+
+    def move(self, predictions: dict[Branch, Tensor]) -> None:
+        """Take the next step, from the clean images predicted behind each prefix."""
+        t = self.t
+        v = {b: velocity(x, self.z, t, self.t_eps) for b, x in predictions.items()}
+        guided = v["cond"]
+        if self.guidance.acts_at(t):
+            guided = self.guidance.combine(v, first_step=self.steps_done == 0)
+        self.clean = clean_from_velocity(guided, self.z, t, self.t_eps)
+        self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
+        self.steps_done += 1
+
+
+def denoise_step(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
+    """Move every job one step; guidance branches of all jobs run as one batch."""
+    for group in _groups(jobs):
+        _denoise_group(model, group)
+
+
+def _denoise_group(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
+    embedded = model.embed_noisy(
+        [job.grid for job in jobs],
+        torch.cat([job.z for job in jobs]),
+        torch.tensor([job.t for job in jobs], dtype=torch.float32, device=model.device),
+        torch.tensor([job.noise_scale for job in jobs], dtype=torch.float32, device=model.device),
+    ).split([job.z.shape[0] for job in jobs])
+    # The noisy image is the same behind every prefix, so it is embedded once per job.
+    runs = [(job, x, b) for job, x in zip(jobs, embedded, strict=True) for b in job.branches()]
+    caches = [job.prefixes[b] for job, _, b in runs]
+    layout = Layout(
+        cache.document(Noise(*job.grid)) for (job, _, _), cache in zip(runs, caches, strict=True)
+    )
+    hidden = model.backbone(layout, None, torch.cat([x for _, x, _ in runs]), caches).gen
+    assert hidden is not None
+    rows = [x.shape[0] for _, x, _ in runs]
+    clean = model.clean_prediction(hidden, layout.noise_grids).float().split(rows)
+    predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
+    for (job, _, branch), prediction in zip(runs, clean, strict=True):
+        predictions[job][branch] = prediction
+    for job in jobs:
+        job.move(predictions[job])
+
+
+def _groups(jobs: Sequence[PaintJob]) -> Iterator[list[PaintJob]]:
+    group: list[PaintJob] = []
+    rows = 0
+    for job in jobs:
+        new = job.z.shape[0] * len(job.branches())
+        if group and rows + new > MAX_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(job)
+        rows += new
+    if group:
+        yield group
+
+
+def to_pixels(
+    tokens: Sequence[Float[Tensor, "n ccc"]], grid: tuple[int, int], token_size: int
+) -> Float[Tensor, "b 3 h w"]:
+    """Images of one size from their tokens, on the CPU."""
+    return unpatchify(torch.stack(list(tokens)), *grid, token_size).cpu()

@@ -1,0 +1,176 @@
+"""A loaded model with what belongs to it, and the three things tasks do with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.checkpoint.residency import Residency
+from neounify.config import ModelConfig
+from neounify.decode import Feed, Generation, decode, feed
+from neounify.errors import Cancelled, PromptError
+from neounify.model.layout import Image, Span, Text
+from neounify.model.neo import NeoUnify
+from neounify.pipeline.denoise import PaintJob, denoise_step
+from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
+from neounify.text.template import ImageSegment, Prompt
+from neounify.text.tokenizer import Tokenizer
+
+MAX_PREFILL_ROWS = 32_768
+"""Tokens per prefill call; a longer list of prompts is fed in several calls."""
+
+ROOM = 64
+"""Tokens a prefix cache has room for beyond its prompt; it grows when more are written."""
+
+
+@dataclass
+class Prefix:
+    """A prompt the model has read.
+
+    `hidden` [D] is the state of its last token, `context` the ids of its text.
+    """
+
+    cache: SequenceCache
+    hidden: Tensor
+    context: list[int]
+
+
+class Engine:
+    """Model, tokenizer and weight residency. Holds no state of any request."""
+
+    def __init__(
+        self,
+        model: NeoUnify,
+        tokenizer: Tokenizer,
+        residency: Residency,
+        system_message: str,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.residency = residency
+        self.system_message = system_message
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def new_cache(self, capacity: int) -> SequenceCache:
+        model = self.model
+        return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Tensor]]) -> list[Prefix]:
+        """Prefill prompts of any lengths; `images` are each prompt's prepared pictures.
+
+        Raises PromptError when one is longer than the model's context.
+        """
+        feeds = [self._first_feed(p, i) for p, i in zip(prompts, images, strict=True)]
+        hidden: list[Tensor] = []
+        with self.residency.use("und"):
+            for group in _groups(feeds):
+                hidden += feed(self.model, group).unbind()
+        return [Prefix(f.cache, state, list(f.ids)) for f, state in zip(feeds, hidden, strict=True)]
+
+    @torch.inference_mode()
+    def extend(
+        self, cache: SequenceCache, ids: Sequence[int], image: Tensor | None = None
+    ) -> Tensor:
+        """Append text, or an image followed by text, to a prefix; the last state [D]."""
+        spans: tuple[Span, ...] = (Text(len(ids)),)
+        if image is not None:
+            spans = (self._image_span(image), *spans)
+        with self.residency.use("und"):
+            images = () if image is None else (image,)
+            return feed(self.model, [Feed(cache, spans, ids, images)])[0]
+
+    @torch.inference_mode()
+    def write(
+        self,
+        generations: Sequence[Generation],
+        hidden: Tensor,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Write text; yields (number of the sequence, token) pairs step by step.
+
+        `hidden` [B, D] are the last states. Sequences end at the model's context limit.
+        """
+        for generation in generations:
+            room = self.config.max_positions - generation.cache.next_t
+            generation.max_new_tokens = min(
+                generation.max_new_tokens, len(generation.ids) + max(0, room)
+            )
+        with self.residency.use("und"):
+            for taken in decode(self.model, generations, hidden):
+                check_cancel(cancel)
+                yield taken
+
+    @torch.inference_mode()
+    def paint(
+        self, jobs: Sequence[PaintJob], cancel: threading.Event | None = None
+    ) -> Iterator[int]:
+        """Paint all jobs to their ends; yields the number of the step just taken, from 1."""
+        step = 0
+        with self.residency.use("gen"):
+            while running := [job for job in jobs if not job.done]:
+                check_cancel(cancel)
+                denoise_step(self.model, running)
+                step += 1
+                yield step
+
+    def token(self, name: str) -> int:
+        return self.tokenizer.id(name)
+
+    def open_image(self, cache: SequenceCache) -> None:
+        """Append `<img>`."""
+        self.extend(cache, (self.token(IMAGE_OPEN),))
+
+    def show_image(self, cache: SequenceCache, image: Tensor) -> Tensor:
+        """Append a clean image and `</img>`; the last state [D]."""
+        return self.extend(cache, (self.token(IMAGE_CLOSE),), image)
+
+    def _first_feed(self, prompt: Prompt, images: Sequence[Tensor]) -> Feed:
+        spans: list[Span] = []
+        ids: list[int] = []
+        used: list[Tensor] = []
+        for segment in prompt.segments:
+            if isinstance(segment, ImageSegment):
+                used.append(images[segment.image])
+                spans.append(self._image_span(used[-1]))
+            elif segment.ids:
+                spans.append(Text(len(segment.ids)))
+                ids += segment.ids
+        rows = sum(span.length for span in spans)
+        cache = self.new_cache(rows + ROOM)
+        length, limit = cache.document(*spans).end_t, self.config.max_positions
+        if length > limit:
+            raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
+        return Feed(cache, tuple(spans), ids, used)
+
+    def _image_span(self, image: Tensor) -> Image:
+        side = self.config.token_size
+        return Image(image.shape[1] // side, image.shape[2] // side)
+
+
+def check_cancel(cancel: threading.Event | None) -> None:
+    """Raise Cancelled if the caller asked to stop."""
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("the request was cancelled")
+
+
+def _groups(feeds: Sequence[Feed]) -> Iterator[list[Feed]]:
+    group: list[Feed] = []
+    rows = 0
+    for item in feeds:
+        new = sum(span.length for span in item.spans)
+        if group and rows + new > MAX_PREFILL_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(item)
+        rows += new
+    if group:
+        yield group

@@ -1,0 +1,169 @@
+"""One answer of text and images by turns: write until an image opens, paint it, go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.decode.choose import SamplingSettings, make_chooser
+from neounify.decode.loop import Generation
+from neounify.errors import RequestError
+from neounify.flow.guidance import Branch
+from neounify.flow.noise import initial_noise
+from neounify.flow.solvers import make_solver
+from neounify.image.patches import patchify
+from neounify.image.pixels import normalise_und
+from neounify.pipeline.denoise import PaintJob, to_pixels
+from neounify.pipeline.engine import Engine
+from neounify.pipeline.painting import edit_images
+from neounify.pipeline.request import Sampling, check_seed, image_noise_scale
+from neounify.pipeline.results import (
+    ImagePart,
+    InterleavePart,
+    PaintProgress,
+    PreviewPart,
+    TextPart,
+)
+from neounify.text.special import IM_END, IMAGE_OPEN
+from neounify.text.stream import TextStream
+from neounify.text.template import (
+    Prompt,
+    images_only_prompt,
+    interleave_prompt,
+    place_images,
+    unconditional_prompt,
+)
+
+MAX_IMAGES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterleaveRequest:
+    """`sizes` are the (width, height) of the images in turn; the last one is kept.
+
+    `max_new_tokens` counts text over the whole answer.
+    """
+
+    prompt: str
+    sizes: Sequence[tuple[int, int]]
+    sampling: Sampling
+    images: Sequence[PIL.Image.Image] = ()
+    max_images: int = 10
+    max_new_tokens: int = 2048
+    seed: int = 0
+    think: bool = False
+    system: str = ""
+    text: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not 0 <= self.max_images <= MAX_IMAGES:
+            raise RequestError(f"max_images must be from 0 to {MAX_IMAGES}, got {self.max_images}")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+def interleave(
+    engine: Engine, request: InterleaveRequest, cancel: threading.Event | None = None
+) -> Iterator[InterleavePart]:
+    """Text pieces as they come, a preview per denoising step, each finished image."""
+    return _Interleaving(engine, request, cancel).parts()
+
+
+class _Interleaving:
+    """One answer under way: a prefix per guidance branch, one noise generator, one text."""
+
+    def __init__(
+        self, engine: Engine, request: InterleaveRequest, cancel: threading.Event | None
+    ) -> None:
+        self.engine, self.request, self.cancel = engine, request, cancel
+        self.noise = torch.Generator().manual_seed(request.seed)
+        inputs = edit_images(engine, request.images)
+        branches = request.sampling.guidance.branches()
+        read = engine.read(
+            [self._prompt(branch) for branch in branches],
+            [[] if branch == "uncond" else inputs for branch in branches],
+        )
+        self.prefixes: dict[Branch, SequenceCache] = {
+            branch: prefix.cache for branch, prefix in zip(branches, read, strict=True)
+        }
+        cond = read[branches.index("cond")]
+        self.hidden = cond.hidden
+        stops = frozenset((engine.token(IM_END), engine.token(IMAGE_OPEN)))
+        self.text = Generation(
+            cond.cache, make_chooser(request.text), stops, request.max_new_tokens, cond.context
+        )
+
+    def parts(self) -> Iterator[InterleavePart]:
+        painted = 0
+        while True:
+            yield from self._write()
+            if self.text.stopped_by != self.engine.token(IMAGE_OPEN):
+                return
+            if painted == self.request.max_images:
+                return
+            sizes = self.request.sizes
+            yield from self._paint(*sizes[min(painted, len(sizes) - 1)])
+            painted += 1
+
+    def _prompt(self, branch: Branch) -> Prompt:
+        tokenizer, count = self.engine.tokenizer, len(self.request.images)
+        if branch == "uncond":
+            return unconditional_prompt(tokenizer)
+        if branch == "image":
+            return images_only_prompt(tokenizer, count, open_image=False)
+        text = place_images(self.request.prompt, count, numbered=True)
+        return interleave_prompt(
+            tokenizer, text, system=self.request.system, think=self.request.think
+        )
+
+    def _write(self) -> Iterator[TextPart]:
+        stream: TextStream = self.engine.tokenizer.stream()
+        self.text.resume()
+        for taken in self.engine.write([self.text], self.hidden[None], self.cancel):
+            for _, token in taken:
+                if piece := stream.put(token):
+                    yield TextPart(piece)
+        if piece := stream.flush():
+            yield TextPart(piece)
+
+    def _paint(self, width: int, height: int) -> Iterator[PreviewPart | ImagePart]:
+        engine = self.engine
+        seen = [cache for branch, cache in self.prefixes.items() if branch != "uncond"]
+        for cache in seen:
+            engine.open_image(cache)
+        job = self._job(width, height)
+        side = engine.config.token_size
+        for step in engine.paint([job], self.cancel):
+            assert job.clean is not None
+            clean = to_pixels([job.clean], job.grid, side)
+            yield PreviewPart(PaintProgress(step, job.steps, clean))
+        pixels = to_pixels([job.z], job.grid, side)[0]
+        yield ImagePart(pixels)
+        clean_copy = normalise_und((pixels + 1) / 2).to(engine.model.dtype)
+        for branch, cache in self.prefixes.items():
+            if branch != "uncond":
+                hidden = engine.show_image(cache, clean_copy)
+                self.hidden = hidden if branch == "cond" else self.hidden
+
+    def _job(self, width: int, height: int) -> PaintJob:
+        config, sampling = self.engine.config, self.request.sampling
+        grid = (height // config.token_size, width // config.token_size)
+        scale = image_noise_scale(grid, config)
+        noise: Tensor = initial_noise((1, 3, height, width), scale, self.noise)
+        return PaintJob(
+            z=patchify(noise, config.token_size)[0].to(self.engine.model.device),
+            grid=grid,
+            prefixes=self.prefixes,
+            guidance=sampling.guidance,
+            times=sampling.times(),
+            noise_scale=scale,
+            t_eps=sampling.t_eps,
+            solver=make_solver(sampling.solver),
+        )

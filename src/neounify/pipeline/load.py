@@ -1,0 +1,69 @@
+"""From a checkpoint folder to a pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from neounify.checkpoint.load import Memory, load_checkpoint
+from neounify.checkpoint.lora import LoraSpec
+from neounify.errors import CheckpointError
+from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
+from neounify.text.tokenizer import Tokenizer
+
+MAX_SYSTEM_MESSAGE_BYTES = 2**20
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    lora: LoraSpec | Sequence[LoraSpec] | None = None,
+    lora_strength: float = 1.0,
+    memory: Memory = "all",
+    verify: bool = False,
+) -> Pipeline:
+    """Load a checkpoint folder of the published layout and everything needed to use it.
+
+    `dtype` is "float32", "bfloat16" or "float16"; None keeps the stored one, and tensors of that
+    dtype are memory-mapped, not copied. `lora` merges one or several LoRA files of the published
+    kind, with `lora_strength` each. `memory="stream"` keeps only the stream at work resident, for
+    models that fill the memory; `verify` looks through all weights for NaN first.
+
+    Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
+    """
+    path = Path(folder)
+    # Before the weights: a folder without a tokenizer should say so at once.
+    tokenizer = Tokenizer.from_folder(path)
+    loaded = load_checkpoint(
+        path,
+        dtype=dtype,
+        device=device,
+        lora=lora,
+        lora_strength=lora_strength,
+        memory=memory,
+        verify=verify,
+    )
+    return Pipeline(
+        loaded.model,
+        tokenizer,
+        system_message=_system_message(path),
+        residency=loaded.residency,
+        fingerprint=loaded.checkpoint.fingerprint,
+    )
+
+
+def _system_message(folder: Path) -> str | None:
+    file = folder / SYSTEM_MESSAGE_FILE
+    if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_SYSTEM_MESSAGE_BYTES:
+        raise CheckpointError(f"{file} is larger than {MAX_SYSTEM_MESSAGE_BYTES} bytes")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error

@@ -1,0 +1,336 @@
+"""The Python face: one loaded model, every task."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from neounify.checkpoint.residency import NullResidency, Residency
+from neounify.checkpoint.save import save_model
+from neounify.config import ModelConfig
+from neounify.decode.choose import SamplingSettings
+from neounify.errors import RequestError
+from neounify.flow.guidance import Norm
+from neounify.flow.solvers import SolverName
+from neounify.image.io import Source
+from neounify.model.neo import NeoUnify
+from neounify.pipeline.chatting import ChatOptions, ChatRun, ChatStream, make_chat_request
+from neounify.pipeline.engine import Engine
+from neounify.pipeline.interleaving import InterleaveRequest, interleave
+from neounify.pipeline.messages import Conversation, read_pictures
+from neounify.pipeline.painting import Callback, paint, to_result
+from neounify.pipeline.request import (
+    MAX_THINK_TOKENS,
+    PaintRequest,
+    SamplingOptions,
+    make_sampling,
+    output_size,
+    output_sizes,
+    per_prompt,
+    split_noise,
+)
+from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
+from neounify.text.template import default_system_message
+from neounify.text.tokenizer import Tokenizer
+
+SYSTEM_MESSAGE_FILE = "system_message_generation.txt"
+
+
+class Pipeline:
+    """Chat, painting, editing and interleaved answers with one model.
+
+    Re-entrant: nothing of a call is stored, so threads may share a pipeline. Every call
+    takes `cancel`, a threading.Event that makes it raise Cancelled within one step.
+    Sampling values left None are the checkpoint's own defaults (published models:
+    2048×2048, 50 steps, guidance 4, image guidance 1, shift 3). All calls raise
+    PromptError, ImageError or RequestError for input that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: NeoUnify,
+        tokenizer: Tokenizer,
+        *,
+        system_message: str | None = None,
+        residency: Residency | None = None,
+        fingerprint: Callable[[], str] | None = None,
+    ) -> None:
+        """`system_message` is what painting tells the model first; None is the package's own."""
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise RequestError(
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
+                f"the model embeds {model.config.vocab_size} tokens"
+            )
+        message = default_system_message() if system_message is None else system_message
+        self._engine = Engine(model, tokenizer, residency or NullResidency(), message)
+        self._fingerprint = fingerprint
+
+    @property
+    def model(self) -> NeoUnify:
+        return self._engine.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._engine.config
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A hash that names the loaded weights; None for a model that was not loaded."""
+        return None if self._fingerprint is None else self._fingerprint()
+
+    @overload
+    def chat(
+        self,
+        prompt: Conversation,
+        images: Source | Sequence[Source] = (),
+        *,
+        stream: Literal[False] = False,
+        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        prompt: Conversation,
+        images: Source | Sequence[Source] = (),
+        *,
+        stream: Literal[True],
+        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        prompt: Conversation,
+        images: Source | Sequence[Source] = (),
+        *,
+        stream: bool = False,
+        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult | ChatStream:
+        """Answer a question, or the last of several messages, about text and pictures.
+
+        `prompt` is a text or a list of {"role", "content"} messages; `<image>` marks the
+        places of `images` (paths, bytes or PIL pictures), which otherwise go in front.
+        Options: `max_new_tokens` 512; `temperature` 0 (the likeliest token), `top_p` 1,
+        `top_k` 0 (all), `repetition_penalty` 1, `seed` None (a new draw each time); `stop`
+        strings that end the answer; `system` message; `think` first. With `stream`, the
+        result is iterated for pieces of text and then holds the whole answer.
+        """
+        request = make_chat_request(prompt, read_pictures(images), **options)
+        run = ChatRun(self._engine, [request], cancel)
+        return ChatStream(run) if stream else run.finish()[0]
+
+    def chat_batch(
+        self,
+        prompts: Sequence[Conversation],
+        images: Sequence[Source | Sequence[Source]] | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[ChatResult]:
+        """Answer conversations of any lengths together, each as `chat` would alone."""
+        pictures = [()] * len(prompts) if images is None else list(images)
+        if len(pictures) != len(prompts):
+            raise RequestError(f"{len(pictures)} lists of images for {len(prompts)} prompts")
+        if not prompts:
+            return []
+        requests = [
+            make_chat_request(prompt, read_pictures(own), **options)
+            for prompt, own in zip(prompts, pictures, strict=True)
+        ]
+        return ChatRun(self._engine, requests, cancel).finish()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_norm: Norm = "none",
+        shift: float | None = None,
+        seed: int | Sequence[int] = 0,
+        noise: Tensor | None = None,
+        images_per_prompt: int = 1,
+        think: bool = False,
+        max_think_tokens: int = MAX_THINK_TOKENS,
+        solver: SolverName = "euler",
+        t_eps: float = 0.02,
+        system: str | None = None,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
+    ) -> PaintResult:
+        """Paint one prompt or a batch of different ones.
+
+        `width` and `height` are in pixels, multiples of the token side. `seed` is one for
+        all prompts or one per prompt; an image depends on its own prompt and seed, not on
+        its company. `noise` [prompts · images_per_prompt, 3, H, W], already times σ,
+        replaces the draw. `guidance` (1: none) acts for t inside `guidance_interval`, with
+        `guidance_norm` none, global, channel or cfg_zero_star; `shift` bends the time
+        schedule towards noise; `t_eps` is the smallest 1 - t a velocity is divided by.
+        With `think` the model first writes a plan. `system` None is the checkpoint's own
+        message. `callback` is called after every step.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise RequestError("the list of prompts is empty")
+        sampling = make_sampling(
+            self.config,
+            editing=False,
+            steps=steps,
+            shift=shift,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            guidance_norm=guidance_norm,
+            solver=solver,
+            t_eps=t_eps,
+        )
+        size = output_size(self.config, width, height)
+        seeds = per_prompt(seed, len(prompts), "seed")
+        noises = split_noise(noise, len(prompts))
+        requests = [
+            PaintRequest(
+                prompt=text,
+                width=size[0],
+                height=size[1],
+                sampling=sampling,
+                seed=own_seed,
+                noise=own_noise,
+                count=images_per_prompt,
+                think=think,
+                max_think_tokens=max_think_tokens,
+                system=system,
+            )
+            for text, own_seed, own_noise in zip(prompts, seeds, noises, strict=True)
+        ]
+        return self._paint(requests, callback, cancel)
+
+    def edit(
+        self,
+        prompt: str,
+        images: Source | Sequence[Source],
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        images_per_prompt: int = 1,
+        think: bool = False,
+        max_think_tokens: int = MAX_THINK_TOKENS,
+        system: str | None = None,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> PaintResult:
+        """Paint a new image from one or more pictures and an instruction.
+
+        `<image>` in the prompt marks the places of the pictures; without marks they go in
+        front. `guidance` pulls towards the instruction, `image_guidance` towards the
+        pictures. Without a size, the first picture's aspect ratio is kept at the area of
+        the model's default size. `published_interval` reproduces the published code, where
+        a guidance interval that starts at 0 never ends. The rest is as in `generate`.
+        """
+        pictures = read_pictures(images)
+        if not pictures:
+            raise RequestError("edit needs at least one image; generate paints without")
+        size = output_size(self.config, width, height, pictures[0])
+        request = PaintRequest(
+            prompt=prompt,
+            width=size[0],
+            height=size[1],
+            sampling=make_sampling(self.config, editing=True, **sampling),
+            images=tuple(pictures),
+            seed=seed,
+            noise=noise,
+            count=images_per_prompt,
+            think=think,
+            max_think_tokens=max_think_tokens,
+            system=system,
+        )
+        return self._paint([request], callback, cancel)
+
+    def interleave(
+        self,
+        prompt: str,
+        images: Source | Sequence[Source] = (),
+        *,
+        max_images: int = 10,
+        max_new_tokens: int = 2048,
+        width: int | Sequence[int] | None = None,
+        height: int | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        think: bool = False,
+        system: str = "",
+        cancel: threading.Event | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[InterleavePart]:
+        """Answer with text and images by turns; an iterator of parts.
+
+        Yields TextPart pieces as they are written, a PreviewPart after every denoising
+        step and an ImagePart per finished image. `width` and `height` may be lists, one
+        size per image in turn; the last is kept. `max_new_tokens` bounds the text,
+        `max_images` the images: after the last one the text goes on. The text is drawn
+        as in `chat`, the images are painted as in `edit`.
+        """
+        pictures = read_pictures(images)
+        request = InterleaveRequest(
+            prompt=prompt,
+            sizes=output_sizes(self.config, width, height, pictures[0] if pictures else None),
+            sampling=make_sampling(self.config, editing=True, **sampling),
+            images=pictures,
+            max_images=max_images,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            think=think,
+            system=system,
+            text=SamplingSettings(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            ),
+        )
+        return interleave(self._engine, request, cancel)
+
+    def save(
+        self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, overwrite: bool = False
+    ) -> None:
+        """Write a checkpoint folder of the published layout, tokenizer and system message included.
+
+        Raises CheckpointError when the folder holds something and `overwrite` is not set.
+        """
+        save_model(
+            self.model,
+            folder,
+            max_shard_bytes=max_shard_bytes,
+            tokenizer=self.tokenizer,
+            extra_texts={SYSTEM_MESSAGE_FILE: self._engine.system_message},
+            overwrite=overwrite,
+        )
+
+    def _paint(
+        self,
+        requests: Sequence[PaintRequest],
+        callback: Callback | None,
+        cancel: threading.Event | None,
+    ) -> PaintResult:
+        painted = paint(self._engine, requests, callback=callback, cancel=cancel)
+        return to_result(painted, self.config.token_size)

@@ -1,0 +1,223 @@
+"""One painting request, validated: what to paint, how large, and how to sample it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import PIL.Image
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.config import ModelConfig
+from neounify.errors import RequestError
+from neounify.flow.guidance import Guidance, Norm
+from neounify.flow.noise import initial_noise, noise_scale
+from neounify.flow.schedule import timesteps
+from neounify.flow.solvers import SolverName, make_solver
+from neounify.image.patches import patchify
+from neounify.image.sizes import check_size, fit_size
+
+MAX_STEPS = 1000
+MAX_IMAGES_PER_PROMPT = 64
+MAX_THINK_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an image is sampled. Raises RequestError for values out of range.
+
+    `steps` denoising steps; `shift` S of the time schedule; `t_eps` the smallest 1 - t a
+    velocity is divided by.
+    """
+
+    steps: int
+    shift: float
+    guidance: Guidance = field(default_factory=Guidance)
+    solver: SolverName = "euler"
+    t_eps: float = 0.02
+
+    def __post_init__(self) -> None:
+        make_solver(self.solver)
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise RequestError(f"steps must be from 1 to {MAX_STEPS}, got {self.steps}")
+        if not (0 < self.shift <= 1000):
+            raise RequestError(f"shift must be above 0, 1 is none, got {self.shift}")
+        if not 0 < self.t_eps <= 1:
+            raise RequestError(f"t_eps must be above 0 and at most 1, got {self.t_eps}")
+
+    def times(self) -> list[float]:
+        return timesteps(self.steps, self.shift).tolist()
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The keyword arguments of `make_sampling`, which every painting call takes."""
+
+    steps: int | None
+    shift: float | None
+    guidance: float | None
+    image_guidance: float | None
+    guidance_interval: tuple[float, float]
+    published_interval: bool
+    guidance_norm: Norm
+    solver: SolverName
+    t_eps: float
+
+
+def make_sampling(
+    config: ModelConfig,
+    *,
+    editing: bool,
+    steps: int | None = None,
+    shift: float | None = None,
+    guidance: float | None = None,
+    image_guidance: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    published_interval: bool = False,
+    guidance_norm: Norm = "none",
+    solver: SolverName = "euler",
+    t_eps: float = 0.02,
+) -> Sampling:
+    """The settings a caller asked for; None stands for the checkpoint's own default."""
+    own = config.sampling
+    return Sampling(
+        steps=own.steps if steps is None else steps,
+        shift=own.shift if shift is None else shift,
+        guidance=Guidance(
+            text=own.guidance if guidance is None else guidance,
+            image=own.image_guidance if image_guidance is None else image_guidance,
+            interval=guidance_interval,
+            norm=guidance_norm,
+            editing=editing,
+            published_interval=published_interval,
+        ),
+        solver=solver,
+        t_eps=t_eps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaintRequest:
+    """Paint `count` images of one prompt; with input `images` it is an edit.
+
+    `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
+    `system` None means the checkpoint's own message, "" none at all.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    sampling: Sampling
+    images: tuple[PIL.Image.Image, ...] = ()
+    seed: int = 0
+    noise: Float[Tensor, "count 3 height width"] | None = None
+    count: int = 1
+    think: bool = False
+    max_think_tokens: int = MAX_THINK_TOKENS
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
+            raise RequestError(
+                f"images_per_prompt must be from 1 to {MAX_IMAGES_PER_PROMPT}, got {self.count}"
+            )
+        check_seed(self.seed)
+        expected = (self.count, 3, self.height, self.width)
+        if self.noise is not None and tuple(self.noise.shape) != expected:
+            raise RequestError(f"noise must be {expected}, got {tuple(self.noise.shape)}")
+        if self.max_think_tokens < 1:
+            raise RequestError(f"max_think_tokens must be at least 1, got {self.max_think_tokens}")
+
+    def grid(self, config: ModelConfig) -> tuple[int, int]:
+        """Token rows and columns."""
+        return self.height // config.token_size, self.width // config.token_size
+
+    def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
+        """The scaled noise the images are painted from, as tokens."""
+        noise = self.noise
+        if noise is None:
+            shape = (self.count, 3, self.height, self.width)
+            generator = torch.Generator().manual_seed(self.seed)
+            noise = initial_noise(shape, image_noise_scale(self.grid(config), config), generator)
+        return patchify(noise.float(), config.token_size)
+
+
+def image_noise_scale(grid: tuple[int, int], config: ModelConfig) -> float:
+    """σ at which an image of this grid is sampled."""
+    return noise_scale(grid[0] * grid[1], config.flow)
+
+
+def check_seed(seed: int) -> None:
+    """RequestError unless torch's generators take the seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}")
+
+
+def output_size(
+    config: ModelConfig,
+    width: int | None,
+    height: int | None,
+    reference: PIL.Image.Image | None = None,
+) -> tuple[int, int]:
+    """(width, height) to paint: as asked, else like the reference picture, else the default.
+
+    A reference gives its aspect ratio at the area of the model's default size.
+    Raises ImageError for sizes that are not multiples of the token side, RequestError
+    when only one side is given.
+    """
+    if (width is None) != (height is None):
+        raise RequestError("give both width and height, or neither")
+    if width is not None and height is not None:
+        limit = config.max_grid * config.token_size
+        check_size(width, height, config.token_size, limit)
+        return width, height
+    default = config.sampling.image_size
+    if reference is None:
+        return default
+    area = math.prod(default)
+    size = fit_size(
+        reference.height,
+        reference.width,
+        multiple=config.token_size,
+        min_pixels=area,
+        max_pixels=area,
+    )
+    return size[1], size[0]
+
+
+def output_sizes(
+    config: ModelConfig,
+    width: int | Sequence[int] | None,
+    height: int | Sequence[int] | None,
+    reference: PIL.Image.Image | None,
+) -> list[tuple[int, int]]:
+    """The sizes of several images in turn; numbers stand for lists of one."""
+    widths = list(width) if isinstance(width, Sequence) else [width]
+    heights = list(height) if isinstance(height, Sequence) else [height]
+    if not widths or len(widths) != len(heights):
+        raise RequestError(f"{len(widths)} widths for {len(heights)} heights")
+    return [output_size(config, w, h, reference) for w, h in zip(widths, heights, strict=True)]
+
+
+def split_noise(noise: Tensor | None, prompts: int) -> list[Tensor | None]:
+    """Explicit noise cut into one piece per prompt."""
+    if noise is None:
+        return [None] * prompts
+    if noise.ndim != 4 or noise.shape[0] % prompts or not noise.shape[0]:
+        raise RequestError(
+            f"noise must be [prompts · images_per_prompt, 3, H, W] for {prompts} prompts, "
+            f"got {tuple(noise.shape)}"
+        )
+    return list(noise.chunk(prompts))
+
+
+def per_prompt(value: int | Sequence[int], count: int, name: str) -> list[int]:
+    """One value for every prompt, or a list with as many values as prompts."""
+    if isinstance(value, Sequence):
+        if len(value) != count:
+            raise RequestError(f"{len(value)} values of {name} for {count} prompts")
+        return list(value)
+    return [value] * count

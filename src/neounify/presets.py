@@ -1,0 +1,74 @@
+"""Sizes of the published models, every value spelt out."""
+
+from neounify.config import FlowConfig, MlpConfig, ModelConfig
+
+U1_8B = ModelConfig(
+    hidden_size=4096,
+    num_layers=42,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151_936,
+    und_mlp=MlpConfig(width=12_288),
+    gen_mlp=MlpConfig(width=12_288),
+    rope_theta=5e6,
+    vision_hidden_size=1024,
+)
+"""SenseNova-U1 8B-MoT: dense, flow head."""
+
+U1_A3B = ModelConfig(
+    hidden_size=2048,
+    num_layers=48,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    vocab_size=151_936,
+    und_mlp=MlpConfig(
+        width=0,
+        num_experts=128,
+        experts_per_token=8,
+        expert_width=768,
+        normalise_top_k=True,
+        sparse=(True,) * 48,
+    ),
+    gen_mlp=MlpConfig(
+        width=0,
+        num_experts=32,
+        experts_per_token=8,
+        expert_width=768,
+        normalise_top_k=True,
+        sparse=(True,) * 48,
+    ),
+    rope_theta=1e7,
+    vision_hidden_size=1024,
+)
+"""SenseNova-U1 A3B-MoT: sparse, flow head."""
+
+BENCH = ModelConfig(
+    hidden_size=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    vocab_size=8192,
+    und_mlp=MlpConfig(width=1536),
+    gen_mlp=MlpConfig(width=1536),
+    vision_hidden_size=256,
+)
+"""The model the benchmarks time: small, but with the published proportions."""
+
+TINY = ModelConfig(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=512,
+    und_mlp=MlpConfig(width=128),
+    gen_mlp=MlpConfig(width=128),
+    vision_hidden_size=32,
+    flow=FlowConfig(),
+)
+"""An untrained toy for tests and for `make demo` while there is no trained model."""
+
+PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY}

@@ -1,0 +1,44 @@
+"""Text: special tokens by name, the tokenizer, and the prompts of every task."""
+
+from neounify.text.build import BYTE_VOCAB_SIZE, byte_tokenizer
+from neounify.text.stream import TextStream
+from neounify.text.template import (
+    IMAGE_MARK,
+    ImageSegment,
+    Message,
+    Prompt,
+    Role,
+    Segment,
+    TextSegment,
+    after_think_ids,
+    chat_prompt,
+    default_system_message,
+    images_only_prompt,
+    interleave_prompt,
+    paint_prompt,
+    place_images,
+    unconditional_prompt,
+)
+from neounify.text.tokenizer import Tokenizer
+
+__all__ = [
+    "BYTE_VOCAB_SIZE",
+    "IMAGE_MARK",
+    "ImageSegment",
+    "Message",
+    "Prompt",
+    "Role",
+    "Segment",
+    "TextSegment",
+    "TextStream",
+    "Tokenizer",
+    "after_think_ids",
+    "byte_tokenizer",
+    "chat_prompt",
+    "default_system_message",
+    "images_only_prompt",
+    "interleave_prompt",
+    "paint_prompt",
+    "place_images",
+    "unconditional_prompt",
+]

@@ -1,0 +1,301 @@
+"""Prompts: from messages and pictures to token ids, in the ChatML form the models know.
+
+A prompt is first a list of pieces: special tokens by name, plain text, pictures. Plain
+text between two special tokens is tokenised in one go, because cutting it elsewhere
+changes the ids, and always as plain text: a user who types `<|im_end|>` writes ten
+characters and ends nothing.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import count
+from typing import Literal
+
+from neounify.errors import PromptError
+from neounify.text.special import (
+    IM_END,
+    IM_START,
+    IMAGE_CLOSE,
+    IMAGE_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+)
+from neounify.text.tokenizer import Tokenizer
+
+IMAGE_MARK = "<image>"
+"""Stands in a user's text where a picture belongs."""
+
+Role = Literal["system", "user", "assistant"]
+
+_NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """Token ids of text, special tokens and the `<img>`, `</img>` around pictures included."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """The tokens of one picture; `image` is its index in the caller's list of pictures."""
+
+    image: int
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose pictures have no size yet, so it has no length yet either."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def n_images(self) -> int:
+        """How many pictures the prompt holds."""
+        return sum(isinstance(segment, ImageSegment) for segment in self.segments)
+
+    def ids(self, tokens_per_image: Sequence[int], context_id: int) -> list[int]:
+        """Write the prompt out as ids, every picture as its number of `context_id`.
+
+        Args:
+            tokens_per_image: token count of each picture, in the order of the caller's list.
+            context_id: the id of `<IMG_CONTEXT>`.
+
+        Raises:
+            PromptError: the number of counts is not the number of pictures.
+        """
+        if len(tokens_per_image) != self.n_images:
+            raise PromptError(
+                f"the prompt holds {self.n_images} images, {len(tokens_per_image)} were given"
+            )
+        ids: list[int] = []
+        for segment in self.segments:
+            if isinstance(segment, ImageSegment):
+                ids += [context_id] * tokens_per_image[segment.image]
+            else:
+                ids += segment.ids
+        return ids
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    A user's text marks each picture with `<image>`; in other roles the mark is plain text.
+    """
+
+    role: Role
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.role not in ("system", "user", "assistant"):
+            raise PromptError(f"a message is from system, user or assistant, not {self.role!r}")
+        _check_text(self.text, f"the {self.role} message")
+
+
+@dataclass(frozen=True)
+class _Special:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Plain:
+    text: str
+
+
+@dataclass(frozen=True)
+class _Image:
+    index: int
+
+
+_Piece = _Special | _Plain | _Image
+
+_ANSWER = (_Special(IM_START), _Plain("assistant\n"))
+_NO_THOUGHT = (_Special(THINK_OPEN), _Plain("\n\n"), _Special(THINK_CLOSE), _Plain("\n\n"))
+_OPEN_THOUGHT = (_Special(THINK_OPEN), _Plain("\n"))
+_OPEN_IMAGE = (_Special(IMAGE_OPEN),)
+
+
+def place_images(text: str, n_images: int, *, numbered: bool) -> str:
+    """Make a user's text hold exactly one `<image>` mark per picture.
+
+    Missing marks go in front of the text.
+
+    Args:
+        text: the text, with no mark or with marks of its own.
+        n_images: how many pictures there are, at least 0.
+        numbered: the rule of editing and interleaving, where two or more pictures without
+            any mark are announced as `Image-1:`, `Image-2:` and so on.
+
+    Raises:
+        PromptError: there are more marks than pictures.
+    """
+    marks = text.count(IMAGE_MARK)
+    if marks > n_images:
+        raise PromptError(f"the text has {marks} {IMAGE_MARK} marks for {n_images} images")
+    if numbered and marks == 0 and n_images >= 2:
+        front = "".join(f"Image-{place}:{IMAGE_MARK}\n" for place in range(1, n_images + 1))
+    else:
+        front = f"{IMAGE_MARK}\n" * (n_images - marks)
+    return front + text
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, system: str = "", think: bool = False
+) -> Prompt:
+    """Build the prompt of a conversation, up to where the model's answer starts.
+
+    Args:
+        tokenizer: of the model that will read it.
+        messages: the turns, the last one a user's; pictures are counted over all of them.
+        system: the system message; left out when empty. It may also be the first message.
+        think: open a thought for the model to write in.
+
+    Raises:
+        PromptError: no messages, a turn out of place, or a last one that says nothing.
+    """
+    turns = list(messages)
+    if turns and turns[0].role == "system":
+        if system:
+            raise PromptError("two system messages: one in the messages, one beside them")
+        system = turns.pop(0).text
+    if not turns or turns[-1].role != "user":
+        raise PromptError("the last message must be a user's")
+    if any(turn.role == "system" for turn in turns):
+        raise PromptError("a system message can only be the first")
+    _check_says_something(turns[-1].text)
+    images = count()
+    pieces = _system_turn(system)
+    for turn in turns:
+        pieces += _user_turn(turn.text, images) if turn.role == "user" else _answer_turn(turn.text)
+    return _assemble(tokenizer, [*pieces, *_ANSWER, *(_OPEN_THOUGHT if think else ())])
+
+
+def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
+    """Build the full prompt of text to image and of editing.
+
+    Args:
+        tokenizer: of the model that will read it.
+        text: what to paint, with an `<image>` mark per input picture.
+        system: the system message; left out when empty.
+        think: end with an open thought; `after_think_ids` follow it. Else the thought is empty
+            and `<img>` ends the prompt.
+
+    Raises:
+        PromptError: neither text nor pictures.
+    """
+    _check_says_something(text)
+    end = _OPEN_THOUGHT if think else (*_NO_THOUGHT, *_OPEN_IMAGE)
+    return _single_turn(tokenizer, text, system, end)
+
+
+def interleave_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
+    """Build the full prompt of an answer that mixes text and pictures.
+
+    Args:
+        tokenizer: of the model that will read it.
+        text: the request, with an `<image>` mark per input picture.
+        system: the system message; left out when empty.
+        think: let the model open a thought itself; else the prompt ends with an empty one.
+
+    Raises:
+        PromptError: neither text nor pictures.
+    """
+    _check_says_something(text)
+    return _single_turn(tokenizer, text, system, () if think else _NO_THOUGHT)
+
+
+def unconditional_prompt(tokenizer: Tokenizer) -> Prompt:
+    """Build the prompt that asks for nothing: an empty user turn, then `<img>`."""
+    return _single_turn(tokenizer, "", "", _OPEN_IMAGE)
+
+
+def images_only_prompt(tokenizer: Tokenizer, n_images: int, *, open_image: bool) -> Prompt:
+    """Build the prompt that is just the input pictures.
+
+    Args:
+        tokenizer: of the model that will read it.
+        n_images: how many, at least 0.
+        open_image: end with `<img>` (editing); interleaving adds it when it paints.
+    """
+    return _single_turn(tokenizer, IMAGE_MARK * n_images, "", _OPEN_IMAGE if open_image else ())
+
+
+def after_think_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that follow a thought and open the picture: a blank line and `<img>`."""
+    return [*tokenizer.encode("\n\n"), tokenizer.id(IMAGE_OPEN)]
+
+
+def default_system_message() -> str:
+    """Return the system message for painting of models that do not come with their own."""
+    file = resources.files("neounify.text") / "system_message_generation.txt"
+    return file.read_text(encoding="utf-8").strip()
+
+
+def _single_turn(tokenizer: Tokenizer, text: str, system: str, end: tuple[_Piece, ...]) -> Prompt:
+    _check_text(text, "the prompt")
+    return _assemble(tokenizer, [*_system_turn(system), *_user_turn(text, count()), *_ANSWER, *end])
+
+
+def _system_turn(text: str) -> list[_Piece]:
+    _check_text(text, "the system message")
+    return _turn("system", [_Plain(text)]) if text else []
+
+
+def _answer_turn(text: str) -> list[_Piece]:
+    return _turn("assistant", [_Plain(text)])
+
+
+def _user_turn(text: str, images: Iterator[int]) -> list[_Piece]:
+    first, *rest = text.split(IMAGE_MARK)
+    content: list[_Piece] = [_Plain(first)]
+    for part in rest:
+        image = (_Special(IMAGE_OPEN), _Image(next(images)), _Special(IMAGE_CLOSE))
+        content += [*image, _Plain(part)]
+    return _turn("user", content)
+
+
+def _turn(role: Role, content: Sequence[_Piece]) -> list[_Piece]:
+    return [_Special(IM_START), _Plain(f"{role}\n"), *content, _Special(IM_END), _Plain("\n")]
+
+
+def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> Prompt:
+    segments: list[Segment] = []
+    ids: list[int] = []
+    plain = ""
+    for piece in pieces:
+        if isinstance(piece, _Plain):
+            plain += piece.text
+            continue
+        ids += tokenizer.encode(plain)
+        plain = ""
+        if isinstance(piece, _Special):
+            ids.append(tokenizer.id(piece.name))
+        else:
+            segments += [TextSegment(tuple(ids)), ImageSegment(piece.index)]
+            ids = []
+    segments.append(TextSegment((*ids, *tokenizer.encode(plain))))
+    return Prompt(tuple(segments))
+
+
+def _check_text(text: str, what: str) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"{what} must be text, not {type(text).__name__}")
+    wrong = _NOT_TEXT.search(text)
+    if wrong:
+        raise PromptError(
+            f"{what} holds U+{ord(wrong[0]):04X} at character {wrong.start()}; "
+            "NUL and lone surrogates are not text"
+        )
+
+
+def _check_says_something(text: str) -> None:
+    _check_text(text, "the prompt")
+    if not text.strip():
+        raise PromptError("a prompt is needed: the text is empty and there is no image")

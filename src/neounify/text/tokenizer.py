@@ -1,0 +1,205 @@
+"""The tokenizer: text to ids and back, special tokens by name."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import index
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from neounify.errors import NeounifyError, PromptError, TokenizerError
+from neounify.text.byte_level import token_bytes
+from neounify.text.files import USABLE_FOLDER, describe, read_files, settle
+from neounify.text.special import END_OF_TEXT, IM_END, REQUIRED
+from neounify.text.stream import TextStream
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer of Qwen2's kind. Immutable, so threads may share it.
+
+    Make one with `from_folder` or `from_library`.
+    """
+
+    def __init__(
+        self, description: dict[str, Any], *, origin: str, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Build from a tokenizer description (the object a tokenizer.json holds).
+
+        Args:
+            description: the tokenizer.json object.
+            origin: where it came from, for error messages.
+            files: the files that `save` writes; by default they are made from the description.
+
+        Raises:
+            TokenizerError: the description is damaged or a required token is missing.
+        """
+        description = settle(description, origin)
+        self._library = _build_library(description, origin)
+        # Setting a flag on a shared library object is not thread-safe, so plain text has an
+        # object of its own, made at first use.
+        self._plain_library: tokenizers.Tokenizer | None = None
+        added = description["added_tokens"]
+        self._added = {token["id"]: token["content"].encode("utf-8") for token in added}
+        self._special = frozenset(token["id"] for token in added if token["special"])
+        self._vocab_size = 1 + max(description["model"]["vocab"].values(), default=-1)
+        missing = [name for name in REQUIRED if self._library.token_to_id(name) is None]
+        if missing:
+            raise TokenizerError(
+                f"{origin}: the tokens {' '.join(missing)} are missing; {USABLE_FOLDER}"
+            )
+        self._files = dict(files) if files is not None else _own_files(description)
+
+    @classmethod
+    def from_folder(cls, path: str | PathLike[str]) -> "Tokenizer":
+        """Load tokenizer.json, or vocab.json + merges.txt with the added tokens beside them.
+
+        Raises:
+            TokenizerError: the folder or a file in it is missing, damaged, too large, or lacks
+                a token that a model needs.
+        """
+        folder = Path(path)
+        files = read_files(folder)
+        description, origin = describe(files, folder)
+        return cls(description, origin=origin, files=files)
+
+    @classmethod
+    def from_library(cls, library: tokenizers.Tokenizer) -> "Tokenizer":
+        """Wrap a copy of an object of the tokenizers library; later changes to it do not count.
+
+        Raises:
+            TokenizerError: not a byte-level BPE, or a required token is missing.
+        """
+        return cls(json.loads(library.to_str()), origin="the given tokenizer")
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id plus 1; a model's embedding table may have more rows."""
+        return self._vocab_size
+
+    def id(self, name: str) -> int:
+        """Return the id of the token spelled `name`.
+
+        Raises:
+            TokenizerError: there is no such token.
+        """
+        token_id = self._library.token_to_id(name)
+        if token_id is None:
+            raise TokenizerError(f"the tokenizer has no token {name!r}")
+        return int(token_id)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Turn text into ids; nothing is added around it.
+
+        Args:
+            text: any text without lone surrogates.
+            allow_special: whether a special token spelled in the text becomes that token. Leave
+                it off for text that a user wrote. (Added tokens that are not flagged special,
+                `<think>` for one, are single tokens either way.)
+
+        Raises:
+            PromptError: the text holds a lone surrogate, or the library gives up on it.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text holds a lone surrogate at character {error.start}; "
+                "it must be valid Unicode"
+            ) from error
+        library = self._library if allow_special else self._plain()
+        with _library_errors(PromptError, "the text cannot be tokenised"):
+            return list(library.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Turn ids into text; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        data = b"".join(self._bytes_of(token_id, skip_special) for token_id in ids)
+        return data.decode("utf-8", errors="replace")
+
+    def stream(self) -> TextStream:
+        """Start an incremental decoding without special tokens."""
+        return TextStream(self._bytes_of)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the tokenizer files into `folder`, made if needed.
+
+        A tokenizer loaded from a folder is written back byte for byte, another one as
+        tokenizer.json and tokenizer_config.json.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, data in self._files.items():
+            (target / name).write_bytes(data)
+
+    def _bytes_of(self, token_id: int, skip_special: bool = True) -> bytes:
+        token_id = index(token_id)  # an element of an array or tensor would not match the tables
+        if skip_special and token_id in self._special:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id]
+        if not 0 <= token_id < self._vocab_size:
+            return b""
+        token = self._library.id_to_token(token_id)
+        return b"" if token is None else token_bytes(token)
+
+    def _plain(self) -> tokenizers.Tokenizer:
+        plain = self._plain_library
+        if plain is None:
+            # Two threads may both build one; either serves, so no lock is needed.
+            plain = tokenizers.Tokenizer.from_str(self._library.to_str())
+            plain.encode_special_tokens = True
+            self._plain_library = plain
+        return plain
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled library object forgets encode_special_tokens, so the copy makes its own.
+        return {**self.__dict__, "_plain_library": None}
+
+
+@contextmanager
+def _library_errors(kind: type[NeounifyError], message: str) -> Iterator[None]:
+    """Turn whatever the library raises into an error of ours."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic in the library's Rust code is a BaseException of a class nobody can import.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise kind(f"{message} ({error})") from error
+        raise
+
+
+def _build_library(description: dict[str, Any], origin: str) -> tokenizers.Tokenizer:
+    with _library_errors(TokenizerError, f"{origin}: not a usable tokenizer"):
+        library = tokenizers.Tokenizer.from_str(json.dumps(description))
+    for token in description["added_tokens"]:
+        if library.token_to_id(token["content"]) != token["id"]:
+            raise TokenizerError(
+                f"{origin}: token {token['content']!r} cannot have the id {token['id']}"
+            )
+    return library
+
+
+def _own_files(description: dict[str, Any]) -> dict[str, bytes]:
+    """Make the files of a tokenizer that has none, readable by other tools too."""
+    added = description["added_tokens"]
+    names = {token["content"] for token in added}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in added
+        },
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT if END_OF_TEXT in names else IM_END,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": _json_bytes(description),
+        "tokenizer_config.json": _json_bytes(config),
+    }
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
