@@ -1,0 +1,26 @@
+"""Fixtures shared by all tests."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from golden_data import checkpoint
+
+# A busy machine is no failure; pytest-timeout still stops a test that hangs.
+settings.register_profile("neounify", deadline=None)
+settings.load_profile("neounify")
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give a function from a golden checkpoint's name to a folder with its weights rebuilt."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def build(name: str) -> Path:
+        return checkpoint(name, root)
+
+    return build

@@ -1,0 +1,62 @@
+"""Where the recorded arrays of the published implementation lie, if they are here at all."""
+
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def _find() -> Path | None:
+    given = os.environ.get("NEOUNIFY_GOLDEN")
+    places = [Path(given)] if given else [Path(__file__).parents[2] / "shared" / "golden"]
+    return next((place.resolve() for place in places if place.is_dir()), None)
+
+
+GOLDEN: Path | None = _find()
+"""The folder of recorded arrays, or None."""
+
+needs_golden = pytest.mark.skipif(
+    GOLDEN is None, reason="no recorded arrays here; point NEOUNIFY_GOLDEN at their folder"
+)
+
+
+def golden_path(*parts: str) -> Path:
+    """Return a path inside the golden folder; skips the running test where there is none."""
+    if GOLDEN is None:
+        pytest.skip("no recorded arrays here; point NEOUNIFY_GOLDEN at their folder")
+    return GOLDEN.joinpath(*parts)
+
+
+def load_fixture(name: str, group: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load the tensors (none where the group has only a JSON file) and the JSON of a group."""
+    folder = golden_path("fixtures", name)
+    arrays = folder / f"{group}.safetensors"
+    tensors = load_file(arrays) if arrays.is_file() else {}
+    return tensors, json.loads((folder / f"{group}.json").read_text(encoding="utf-8"))
+
+
+def checkpoint(name: str, tmp_root: Path) -> Path:
+    """Copy a golden checkpoint folder under `tmp_root` and rebuild its weights there."""
+    target = tmp_root / name
+    target.mkdir()
+    for file in golden_path(name).iterdir():
+        shutil.copyfile(file, target / file.name)  # contents only: the originals are read-only
+    spec = json.loads((target / "weights_spec.json").read_text(encoding="utf-8"))
+    _weight_generator().write_checkpoint(target, spec, spec.get("shards", 1))
+    return target
+
+
+def _weight_generator() -> Any:
+    path = golden_path("weightgen.py")
+    module_spec = importlib.util.spec_from_file_location("golden_weightgen", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module

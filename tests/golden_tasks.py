@@ -1,0 +1,75 @@
+"""Looking inside the tasks while they run, to compare with the recorded steps."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import neounify
+from golden_data import golden_path
+from neounify.flow.path import velocity
+from neounify.pipeline.denoise import PaintJob
+
+NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")
+SINGLE_PASS = 2e-5
+TRAJECTORY = 1e-4
+
+
+def error(ours: Tensor, recorded: Tensor) -> float:
+    """max|a - b| / max|b|."""
+    assert ours.shape == recorded.shape
+    return ((ours - recorded).abs().max() / recorded.abs().max()).item()
+
+
+def picture(name: str) -> Path:
+    return golden_path("fixtures", "images", f"{name}.png")
+
+
+@cache
+def pipeline(folder: Path) -> neounify.Pipeline:
+    return neounify.load(folder)
+
+
+class Script:
+    """Chooses the recorded tokens, and keeps the logits it was shown."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+        self.seen: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, context: Sequence[int]) -> int:
+        self.seen.append(logits.clone())
+        return self.ids[len(self.seen) - 1]
+
+    def logits(self) -> Tensor:
+        return torch.stack(self.seen)
+
+
+class Steps:
+    """Records z, the velocities and the positions of every denoising step of single jobs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.z: list[Tensor] = []
+        self.t: list[float] = []
+        self.v: list[dict[str, Tensor]] = []
+        self.positions: list[dict[str, Tensor]] = []
+        original = PaintJob.move
+
+        def move(job: PaintJob, predictions: dict[Any, Tensor]) -> None:
+            self.z.append(job.z)
+            self.t.append(job.t)
+            self.v.append({b: velocity(x, job.z, job.t, job.t_eps) for b, x in predictions.items()})
+            self.positions.append({b: _positions(job, b) for b in predictions})
+            original(job, predictions)
+
+        monkeypatch.setattr(PaintJob, "move", move)
+
+
+def _positions(job: PaintJob, branch: Any) -> Tensor:
+    from neounify.model.layout import Layout, Noise
+
+    return Layout([job.prefixes[branch].document(Noise(*job.grid))]).gen_positions.T
