@@ -1,6 +1,6 @@
 """Sizes of the published models, every value spelt out."""
 
-from neounify.config import FlowConfig, MlpConfig, ModelConfig
+from neounify.config import MlpConfig, ModelConfig, SamplingConfig
 
 U1_8B = ModelConfig(
     hidden_size=4096,
@@ -66,9 +66,18 @@ TINY = ModelConfig(
     vocab_size=512,
     und_mlp=MlpConfig(width=128),
     gen_mlp=MlpConfig(width=128),
+    max_positions=8192,
     vision_hidden_size=32,
-    flow=FlowConfig(),
+    sampling=SamplingConfig(
+        image_size=(64, 64),
+        chat_min_pixels=64**2,
+        chat_max_pixels=256**2,
+        edit_min_pixels=64**2,
+        edit_max_pixels=256**2,
+        edit_max_total_pixels=512**2,
+        steps=20,
+    ),
 )
-"""An untrained toy for tests and for `make demo` while there is no trained model."""
+"""A toy to try things with; it has no trained weights."""
 
 PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY}

@@ -65,7 +65,7 @@ def shared_attention(
 
     und_out = gen_out = None
     if und is not None:
-        und_out = torch.cat(
+        und_out = _join(
             [
                 _attend_causal(und.q[b.start : b.stop], *und_keys(b))
                 if b.causal
@@ -74,8 +74,12 @@ def shared_attention(
             ]
         )
     if gen is not None:
-        gen_out = torch.cat([_attend_noise(gen, b, *und_keys(b)) for b in layout.gen_blocks])
+        gen_out = _join([_attend_noise(gen, b, *und_keys(b)) for b in layout.gen_blocks])
     return und_out, gen_out
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _no_keys(gen: Projected | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +111,7 @@ def _attend_causal(
         mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device)
         mask = mask.tril(before + start)
         chunks.append(_attend(q[start:stop], k[:, :seen], v[:, :seen], mask=mask))
-    return torch.cat(chunks)
+    return _join(chunks)
 
 
 def _attend(

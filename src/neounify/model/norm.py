@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -23,5 +24,4 @@ class RMSNorm(nn.Module):
 
 def normalise(x: Float[Tensor, "*rows size"], eps: float) -> Float[Tensor, "*rows size"]:
     """x / sqrt(mean(x²) + eps) over the last axis, in float32, returned in the dtype of `x`."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return rms_norm(x, x.shape[-1:], eps=eps)

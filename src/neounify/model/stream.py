@@ -43,9 +43,9 @@ class Stream(nn.Module):
     def project(self, x: Float[Tensor, "n size"], rotation: Rotation) -> Projected:
         """Queries, keys and values of N tokens."""
         x = self.input_norm(x)
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q = self.q_proj(x).view(-1, self.heads, self.head_dim)
+        k = self.k_proj(x).view(-1, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
         q = rotate(_norm_halves(q, self.q_norm, self.q_norm_hw), rotation)
         k = rotate(_norm_halves(k, self.k_norm, self.k_norm_hw), rotation)
         return Projected(q, k, v)
@@ -91,5 +91,5 @@ def _norm_halves(
     x: Float[Tensor, "n heads d"], t_norm: RMSNorm, hw_norm: RMSNorm
 ) -> Float[Tensor, "n heads d"]:
     """One norm over the half that is rotated by t, one over the half rotated by h and w."""
-    halves = normalise(x.unflatten(-1, (2, -1)), t_norm.eps).flatten(-2)
+    halves = normalise(x.view(*x.shape[:2], 2, -1), t_norm.eps).view(x.shape)
     return halves * torch.cat([t_norm.weight, hw_norm.weight])

@@ -43,7 +43,7 @@ class AnswerText:
             self.stopped, final, text = True, True, text[: min(hits)]
         if not self._begun:
             text = text.lstrip()
-        keep = len(text.rstrip()) if final else min(len(text.rstrip()), self._safe(text))
+        keep = len((text if final else text[: self._safe(text)]).rstrip())
         self._held = "" if final else text[keep:]
         self._begun = self._begun or keep > 0
         return text[:keep]

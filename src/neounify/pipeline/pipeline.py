@@ -322,7 +322,7 @@ class Pipeline:
             folder,
             max_shard_bytes=max_shard_bytes,
             tokenizer=self.tokenizer,
-            extra_texts={SYSTEM_MESSAGE_FILE: self._engine.system_message},
+            extra_files={SYSTEM_MESSAGE_FILE: self._engine.system_message},
             overwrite=overwrite,
         )
 

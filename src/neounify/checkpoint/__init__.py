@@ -1,0 +1,36 @@
+"""Checkpoint folders of the published layout: opened, checked, loaded, saved, summarised."""
+
+from neounify.checkpoint.config_json import read_config, write_config
+from neounify.checkpoint.load import Loaded, expected_shapes, load_checkpoint, load_model
+from neounify.checkpoint.lora import LoraSpec
+from neounify.checkpoint.mapped import MappedFile, TensorInfo
+from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
+from neounify.checkpoint.save import save_model
+from neounify.checkpoint.summary import Summary, SummaryRow, summarise, summarise_config
+
+__all__ = [
+    "CheckpointFolder",
+    "Loaded",
+    "LoraSpec",
+    "MappedFile",
+    "NullResidency",
+    "Residency",
+    "StreamResidency",
+    "Summary",
+    "SummaryRow",
+    "TensorInfo",
+    "expected_shapes",
+    "from_published",
+    "load_checkpoint",
+    "load_model",
+    "part_of",
+    "read_config",
+    "save_model",
+    "stream_of",
+    "summarise",
+    "summarise_config",
+    "to_published",
+    "write_config",
+]

@@ -1,0 +1,312 @@
+"""`config.json` of the published layout, read into a ModelConfig and written back.
+
+Every key is checked by name. Keys this package does not know survive a round
+trip, and a config nobody changed is written back as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.errors import ConfigError
+
+ARCHITECTURES = ("qwen3", "qwen3_moe")
+
+
+def read_config(document: Mapping[str, Any]) -> ModelConfig:
+    """The model a parsed config.json describes.
+
+    Raises ConfigError for an unknown architecture, a missing key, a value of the
+    wrong type, sizes that do not fit together or a feature not implemented here.
+    """
+    return _Reader(document).model()
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json document of a model; the inverse of `read_config`."""
+    if config.published and read_config(config.published) == config:
+        return copy.deepcopy(dict(config.published))
+    return _overlay_document(config)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+class _Reader:
+    """Reads the published layout key by key, so that every error names its key."""
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        if not isinstance(document, Mapping):
+            raise ConfigError(f"config.json must hold an object, found {type(document).__name__}")
+        self.top = document
+        self.llm = self._section("llm_config")
+        self.vision = self._section("vision_config")
+
+    def model(self) -> ModelConfig:
+        top, llm, vision = self.top, self.llm, self.vision
+        self._check_supported()
+        sparse = llm["model_type"] == "qwen3_moe"
+        num_layers = _integer(llm, "num_hidden_layers")
+        heads = _integer(llm, "num_attention_heads")
+        hidden = _integer(llm, "hidden_size")
+        declared = _unlist(vision.get("llm_hidden_size", hidden))
+        _require(
+            declared == hidden,
+            f"vision_config.llm_hidden_size {declared} differs from llm_config.hidden_size "
+            f"{hidden}",
+        )
+        width = _integer(llm, "intermediate_size", 0 if sparse else None)
+        und, gen = MlpConfig(width=width), MlpConfig(width=width)
+        if sparse:
+            und, gen = self._experts(width, num_layers)
+        return ModelConfig(
+            hidden_size=hidden,
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=_integer(llm, "num_key_value_heads", heads),
+            head_dim=_integer(llm, "head_dim", hidden // max(1, heads)),
+            vocab_size=_integer(llm, "vocab_size"),
+            und_mlp=und,
+            gen_mlp=gen,
+            rms_norm_eps=_number(llm, "rms_norm_eps", 1e-6),
+            rope_theta=_number(llm, "rope_theta"),
+            rope_theta_hw=_number(llm, "rope_theta_hw", 1e4),
+            max_positions=_integer(llm, "max_position_embeddings", 262_144),
+            max_grid=_integer(llm, "max_position_embeddings_hw", 10_000),
+            attention_bias=_flag(llm, "attention_bias", False),
+            tie_embeddings=_flag(llm, "tie_word_embeddings", False),
+            patch_size=_integer(vision, "patch_size", 16),
+            merge=self._merge(),
+            vision_hidden_size=_integer(vision, "hidden_size"),
+            rope_theta_vision=_number(vision, "rope_theta_vision", 1e4),
+            image_head="pixel" if _flag(top, "use_pixel_head", False) else "flow",
+            flow_head_width=_integer(_subsection(top, "neounify"), "flow_head_width", 4096),
+            flow=self._flow(),
+            sampling=_read_sampling(top),
+            published=copy.deepcopy(dict(top)),
+        )
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        section = self.top.get(name)
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"config.json has no object {name!r}; is this a neo_chat checkpoint?")
+        return section
+
+    def _check_supported(self) -> None:
+        model_type = self.top.get("model_type")
+        _require(
+            model_type == "neo_chat",
+            f"config.json: model_type is {model_type!r}, this package reads 'neo_chat'",
+        )
+        architecture = self.llm.get("model_type")
+        _require(
+            architecture in ARCHITECTURES,
+            f"llm_config.model_type is {architecture!r}; known are {', '.join(ARCHITECTURES)}",
+        )
+        for section, key, allowed in (
+            (self.llm, "hidden_act", ("silu",)),
+            (self.llm, "rope_scaling", (None,)),
+            (self.llm, "use_sliding_window", (False,)),
+            (self.vision, "num_channels", (3,)),
+            (self.top, "concat_time_token_num", (0,)),
+        ):
+            value = section.get(key, allowed[0])
+            _require(value in allowed, f"{key} {value!r} is not supported, only {allowed[0]!r} is")
+
+    def _merge(self) -> int:
+        ratio = _unlist(self.top.get("downsample_ratio", 0.5))
+        vision_ratio = _unlist(self.vision.get("downsample_ratio", ratio))
+        _require(
+            isinstance(ratio, int | float) and 0 < ratio <= 1 and (1 / ratio).is_integer(),
+            f"downsample_ratio {ratio!r} must be 1, 1/2, 1/3, …",
+        )
+        _require(
+            ratio == vision_ratio,
+            f"downsample_ratio is {ratio} but {vision_ratio} in vision_config",
+        )
+        return round(1 / ratio)
+
+    def _experts(self, width: int, num_layers: int) -> tuple[MlpConfig, MlpConfig]:
+        llm = self.llm
+        step = _integer(llm, "decoder_sparse_step", 1)
+        dense_layers = llm.get("mlp_only_layers") or []
+        _require(
+            isinstance(dense_layers, list) and all(isinstance(n, int) for n in dense_layers),
+            f"mlp_only_layers must be a list of layer numbers, got {dense_layers!r}",
+        )
+        experts = _integer(llm, "num_experts")
+        und = MlpConfig(
+            width=width,
+            num_experts=experts,
+            experts_per_token=_integer(llm, "num_experts_per_tok"),
+            expert_width=_integer(llm, "moe_intermediate_size"),
+            normalise_top_k=_flag(llm, "norm_topk_prob", False),
+            sparse=tuple(
+                experts > 0 and n not in dense_layers and step > 0 and (n + 1) % step == 0
+                for n in range(num_layers)
+            ),
+        )
+        gen = dataclasses.replace(
+            und,
+            num_experts=_integer(llm, "gen_num_experts", und.num_experts),
+            experts_per_token=_integer(llm, "gen_num_experts_per_tok", und.experts_per_token),
+            expert_width=_integer(llm, "gen_moe_intermediate_size", und.expert_width),
+            sparse=(True,) * num_layers,
+        )
+        return und, gen
+
+    def _flow(self) -> FlowConfig:
+        top, default = self.top, FlowConfig()
+        return FlowConfig(
+            noise_scale=_number(top, "noise_scale", default.noise_scale),
+            noise_scale_mode=top.get("noise_scale_mode", default.noise_scale_mode),
+            noise_scale_base_tokens=_integer(
+                top, "noise_scale_base_image_seq_len", default.noise_scale_base_tokens
+            ),
+            noise_scale_max=_number(top, "noise_scale_max_value", default.noise_scale_max),
+            noise_scale_embedding=_flag(top, "add_noise_scale_embedding", True),
+            t_eps_training=_number(top, "t_eps", default.t_eps_training),
+        )
+
+
+def _unlist(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _integer(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = section.get(key, default)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"config.json: {key} must be a whole number, found {value!r}")
+    return value
+
+
+def _number(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"config.json: {key} must be a number, found {value!r}")
+    return float(value)
+
+
+def _flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = section.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key} must be true or false, found {value!r}")
+    return value
+
+
+def _subsection(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = section.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {key} must be an object, found {value!r}")
+    return value
+
+
+def _read_sampling(top: Mapping[str, Any]) -> SamplingConfig:
+    section = _subsection(_subsection(top, "neounify"), "sampling")
+    known = {f.name: f for f in dataclasses.fields(SamplingConfig)}
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        _require(key in known, f"neounify.sampling.{key} is unknown; known: {', '.join(known)}")
+        if key == "image_size":
+            _require(
+                isinstance(value, list) and all(type(side) is int for side in value),
+                f"neounify.sampling.image_size must be [width, height], found {value!r}",
+            )
+            values[key] = tuple(value)
+        elif key in ("guidance", "image_guidance", "shift"):
+            values[key] = _number(section, key)
+        else:
+            values[key] = _integer(section, key)
+    return SamplingConfig(**values)
+
+
+def _overlay_document(c: ModelConfig) -> dict[str, Any]:
+    document: dict[str, Any] = copy.deepcopy(dict(c.published))
+    sparse = c.is_sparse
+    ratio = 1 / c.merge
+    document.setdefault("architectures", ["NEOChatModel"])
+    _overlay(
+        document,
+        model_type="neo_chat",
+        template=document.get("template", "neo1_0"),
+        downsample_ratio=ratio,
+        use_pixel_head=c.image_head == "pixel",
+        noise_scale=c.flow.noise_scale,
+        noise_scale_mode=c.flow.noise_scale_mode,
+        noise_scale_base_image_seq_len=c.flow.noise_scale_base_tokens,
+        noise_scale_max_value=c.flow.noise_scale_max,
+        add_noise_scale_embedding=c.flow.noise_scale_embedding,
+        t_eps=c.flow.t_eps_training,
+    )
+    _overlay(
+        document.setdefault("vision_config", {"model_type": "neo_vision", "num_channels": 3}),
+        patch_size=c.patch_size,
+        hidden_size=c.vision_hidden_size,
+        llm_hidden_size=c.hidden_size,
+        downsample_ratio=ratio,
+        rope_theta_vision=c.rope_theta_vision,
+    )
+    llm = document.setdefault("llm_config", {"hidden_act": "silu", "rope_scaling": None})
+    _overlay(
+        llm,
+        model_type="qwen3_moe" if sparse else "qwen3",
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        vocab_size=c.vocab_size,
+        intermediate_size=c.und_mlp.width,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        rope_theta_hw=c.rope_theta_hw,
+        max_position_embeddings=c.max_positions,
+        max_position_embeddings_hw=c.max_grid,
+        attention_bias=c.attention_bias,
+        tie_word_embeddings=c.tie_embeddings,
+    )
+    if sparse:
+        und, gen = c.und_mlp, c.gen_mlp
+        _overlay(
+            llm,
+            num_experts=und.num_experts,
+            num_experts_per_tok=und.experts_per_token,
+            moe_intermediate_size=und.expert_width,
+            norm_topk_prob=und.normalise_top_k,
+            gen_num_experts=gen.num_experts,
+            gen_num_experts_per_tok=gen.experts_per_token,
+            gen_moe_intermediate_size=gen.expert_width,
+            decoder_sparse_step=llm.get("decoder_sparse_step", 1),
+            mlp_only_layers=[n for n, is_sparse in enumerate(und.sparse) if not is_sparse]
+            if llm.get("decoder_sparse_step", 1) == 1
+            else llm.get("mlp_only_layers", []),
+        )
+    own = _own_section(c)
+    if own:
+        document.setdefault("neounify", {}).update(own)
+    return document
+
+
+def _own_section(c: ModelConfig) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    if c.sampling != SamplingConfig():
+        sampling = dataclasses.asdict(c.sampling)
+        own["sampling"] = {**sampling, "image_size": list(c.sampling.image_size)}
+    if c.flow_head_width != 4096:
+        own["flow_head_width"] = c.flow_head_width
+    return own
+
+
+def _overlay(section: dict[str, Any], **values: Any) -> None:
+    """Set keys, but leave alone what already says the same (1 and 1.0, [0.5] and 0.5)."""
+    for key, value in values.items():
+        if key not in section or _unlist(section[key]) != value:
+            section[key] = value

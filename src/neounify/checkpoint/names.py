@@ -1,0 +1,159 @@
+"""The two-way table between this package's tensor names and the published layout's.
+
+One rule gives both spellings of a family of tensors; a field in braces stands
+for a number (the same on both sides) or for one of a few paired spellings.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias, cast
+
+StreamName: TypeAlias = Literal["und", "gen", "shared"]
+Field: TypeAlias = tuple[tuple[str, str], ...]
+
+NUMBERS = ("layer", "expert")
+FIELDS: dict[str, Field] = {
+    "stream": (("und", ""), ("gen", "_mot_gen")),
+    "qkvo": tuple((f"{x}_proj", f"{x}_proj") for x in "qkvo"),
+    "qk": (("q", "q"), ("k", "k")),
+    "half": (("", ""), ("_hw", "_hw")),
+    "mlp": tuple((f"{x}_proj", f"{x}_proj") for x in ("gate", "up", "down")),
+    "norm": (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm")),
+    "vision": (("und", "vision_model"), ("gen", "fm_modules.vision_model_mot_gen")),
+    "conv": (("patch", "patch_embedding"), ("merge", "dense_embedding")),
+    "linear": (("linear1", "0"), ("linear2", "2")),
+    "head": (("linear1", "0"), ("linear2", "2"), ("conv1", "conv1"), ("conv2", "conv2")),
+    "kind": (("weight", "weight"), ("bias", "bias")),
+}
+"""Field name → pairs of (our spelling, published spelling)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Both spellings of a family of tensors, the part of the model they are, and their stream.
+
+    Without `stream`, the stream is the value of the field {stream} or {vision}.
+    """
+
+    ours: str
+    published: str
+    part: str
+    stream: StreamName | None = None
+
+    @cached_property
+    def ours_pattern(self) -> re.Pattern[str]:
+        return _pattern(self.ours, 0)
+
+    @cached_property
+    def published_pattern(self) -> re.Pattern[str]:
+        return _pattern(self.published, 1)
+
+
+_LAYER, _TEXT = "layers.{layer}.{stream}", "language_model.model"
+_TEXT_LAYER = f"{_TEXT}.layers.{{layer}}"
+
+RULES = (
+    Rule(
+        f"{_LAYER}.mlp.experts.{{expert}}.{{mlp}}.weight",
+        f"{_TEXT_LAYER}.mlp{{stream}}.experts.{{expert}}.{{mlp}}.weight",
+        "experts",
+    ),
+    Rule(
+        f"{_LAYER}.{{qkvo}}.{{kind}}",
+        f"{_TEXT_LAYER}.self_attn.{{qkvo}}{{stream}}.{{kind}}",
+        "attention",
+    ),
+    Rule(
+        f"{_LAYER}.{{qk}}_norm{{half}}.weight",
+        f"{_TEXT_LAYER}.self_attn.{{qk}}_norm{{half}}{{stream}}.weight",
+        "norm",
+    ),
+    Rule(f"{_LAYER}.{{norm}}.weight", f"{_TEXT_LAYER}.{{norm}}{{stream}}.weight", "norm"),
+    Rule(f"{_LAYER}.mlp.{{mlp}}.weight", f"{_TEXT_LAYER}.mlp{{stream}}.{{mlp}}.weight", "mlp"),
+    Rule(
+        f"{_LAYER}.mlp.router.weight",
+        f"{_TEXT_LAYER}.mlp{{stream}}.gate.weight",
+        "router",
+    ),
+    Rule("{stream}_norm.weight", f"{_TEXT}.norm{{stream}}.weight", "norm"),
+    Rule("embed_tokens.weight", f"{_TEXT}.embed_tokens.weight", "embedding", "shared"),
+    Rule("lm_head.weight", "language_model.lm_head.weight", "lm head", "shared"),
+    Rule(
+        "{vision}_patch.{conv}.{kind}",
+        "{vision}.embeddings.{conv}.{kind}",
+        "patch embedding",
+    ),
+    Rule(
+        "timestep_embedder.{linear}.{kind}",
+        "fm_modules.timestep_embedder.mlp.{linear}.{kind}",
+        "timestep",
+        "gen",
+    ),
+    Rule(
+        "noise_scale_embedder.{linear}.{kind}",
+        "fm_modules.noise_scale_embedder.mlp.{linear}.{kind}",
+        "noise scale",
+        "gen",
+    ),
+    Rule("image_head.{head}.{kind}", "fm_modules.fm_head.{head}.{kind}", "image head", "gen"),
+)
+
+
+def to_published(name: str) -> str:
+    """The published spelling of one of this package's tensor names; KeyError for another name."""
+    rule, values = _match_ours(name)
+    spelt = {key: _translate(key, value, 0) for key, value in values.items()}
+    return rule.published.format(**spelt)
+
+
+def from_published(name: str) -> str | None:
+    """This package's spelling of a published tensor name; None for a name not of this layout."""
+    for rule in RULES:
+        match = rule.published_pattern.fullmatch(name)
+        if match:
+            values = match.groupdict()
+            return rule.ours.format(**{k: _translate(k, v, 1) for k, v in values.items()})
+    return None
+
+
+def stream_of(name: str) -> StreamName:
+    """Which stream a tensor (our name) belongs to; KeyError for an unknown name."""
+    rule, values = _match_ours(name)
+    stream = rule.stream or values.get("stream") or values["vision"]
+    return cast(StreamName, stream)
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a tensor (our name) is, such as "attention" or "router"."""
+    return _match_ours(name)[0].part
+
+
+def _match_ours(name: str) -> tuple[Rule, dict[str, str]]:
+    for rule in RULES:
+        match = rule.ours_pattern.fullmatch(name)
+        if match:
+            return rule, match.groupdict()
+    raise KeyError(f"{name!r} is not the name of a tensor of this model")
+
+
+def _pattern(template: str, side: int) -> re.Pattern[str]:
+    pieces = re.split(r"\{(\w+)\}", template)
+    pieces[0::2] = [re.escape(literal) for literal in pieces[0::2]]
+    pieces[1::2] = [f"(?P<{name}>{_alternatives(name, side)})" for name in pieces[1::2]]
+    return re.compile("".join(pieces))
+
+
+def _alternatives(name: str, side: int) -> str:
+    # No leading zeros: each tensor has exactly one name.
+    if name in NUMBERS:
+        return "0|[1-9][0-9]{0,5}"
+    return "|".join(re.escape(pair[side]) for pair in FIELDS[name])
+
+
+def _translate(name: str, value: str, side: int) -> str:
+    if name in NUMBERS:
+        return value
+    return next(pair[1 - side] for pair in FIELDS[name] if pair[side] == value)

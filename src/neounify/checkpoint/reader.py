@@ -1,0 +1,274 @@
+"""A checkpoint folder: config.json, one or many safetensors files, and what is in them.
+
+Everything in the folder is untrusted. Opening reads only the JSON files and the
+headers of the weight files; weights are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neounify.checkpoint.config_json import read_config
+from neounify.checkpoint.mapped import DTYPE_NAMES, MappedFile, TensorInfo
+from neounify.checkpoint.names import from_published, to_published
+from neounify.config import ModelConfig
+from neounify.errors import CheckpointError
+
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_INDEX_BYTES = 64 * 2**20
+MAX_LISTED = 20
+FINGERPRINT_BYTES = 4096
+INDEX_SUFFIX = ".safetensors.index.json"
+
+LM_HEAD = to_published("lm_head.weight")
+EMBED_TOKENS = to_published("embed_tokens.weight")
+FLOW_HEAD_INPUT = "fm_modules.fm_head.0.weight"
+
+
+class CheckpointFolder:
+    """The opened folder. Make one with `CheckpointFolder.open(path)`.
+
+    `tensors` maps published names to what is stored; `config` is the model that
+    config.json describes, with the flow head's width taken from the weights, since
+    config.json does not say it.
+    """
+
+    def __init__(self, path: Path, document: dict[str, Any], files: Iterable[MappedFile]) -> None:
+        self.path = path
+        self.document = document
+        self._files = {name: file for file in files for name in file.tensors}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.tensors[name] for name, file in self._files.items()
+        }
+        self.config = self._config()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CheckpointFolder:
+        """Open a folder with config.json and *.safetensors.
+
+        Raises CheckpointError when files are missing, damaged or contradict each other, and
+        ConfigError when config.json describes no model this package can build.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            kind = "is a file" if folder.exists() else "does not exist"
+            raise CheckpointError(
+                f"{folder} {kind}; expected a folder with config.json and *.safetensors"
+            )
+        folder = folder.resolve()
+        document = read_json(_inside(folder, "config.json"), MAX_CONFIG_BYTES)
+        return cls(folder, document, _open_files(folder))
+
+    def file_of(self, name: str) -> MappedFile:
+        """The mapped file that holds a tensor (published name)."""
+        return self._files[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor (published name), as a view of its file where possible."""
+        return self._files[name].tensor(name)
+
+    def release(self, name: str) -> None:
+        """Drop a tensor's pages from resident memory; they are read again when touched."""
+        self._files[name].release(name)
+
+    def fingerprint(self) -> str:
+        """A sha256 that tells checkpoints apart without reading them whole.
+
+        It covers config.json (normalised), every tensor's name, dtype and shape, and the first
+        4 KiB of every tensor's data. It does not change with the sharding, and it is no proof
+        that all bytes are equal.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps(self.document, sort_keys=True, separators=(",", ":")).encode())
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            line = json.dumps([name, DTYPE_NAMES[info.dtype], info.shape])
+            digest.update(line.encode())
+            digest.update(self._files[name].head(name, FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+    def check(self, expected: Mapping[str, torch.Size]) -> None:
+        """Compare the stored tensors with a model's: our name → shape.
+
+        Raises CheckpointError that lists the missing, unexpected and wrong-shape tensors, and
+        those that are not floating point. With tied embeddings, a stored lm_head that equals
+        the embedding is accepted (and not used).
+        """
+        wanted = {to_published(name): tuple(shape) for name, shape in expected.items()}
+        unexpected = sorted(self.tensors.keys() - wanted.keys())
+        if LM_HEAD in unexpected and self._has_equal_lm_head():
+            unexpected.remove(LM_HEAD)
+        both = sorted(wanted.keys() & self.tensors.keys())
+        wrong_shape = [
+            f"{name}: stored {list(self.tensors[name].shape)}, expected {list(wanted[name])}"
+            for name in both
+            if self.tensors[name].shape != wanted[name]
+        ]
+        not_float = [
+            f"{name}: {DTYPE_NAMES[self.tensors[name].dtype]}"
+            for name in both
+            if not self.tensors[name].dtype.is_floating_point
+        ]
+        problems = [
+            *_listed("missing", sorted(wanted.keys() - self.tensors.keys())),
+            *_listed("unexpected", [_explained(name) for name in unexpected]),
+            *_listed("of the wrong shape", wrong_shape),
+            *_listed("not floating point", not_float),
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{self.path}: the weights do not fit the model in config.json\n"
+                + "\n".join(problems)
+            )
+
+    def _has_equal_lm_head(self) -> bool:
+        if not self.config.tie_embeddings or EMBED_TOKENS not in self.tensors:
+            return False
+        head, embedding = self.tensors[LM_HEAD], self.tensors[EMBED_TOKENS]
+        if head.shape != embedding.shape or head.dtype != embedding.dtype:
+            return False
+        pieces = zip(
+            self.tensor(LM_HEAD).split(1024), self.tensor(EMBED_TOKENS).split(1024), strict=True
+        )
+        equal = all(torch.equal(a, b) for a, b in pieces)
+        self.release(LM_HEAD)
+        self.release(EMBED_TOKENS)
+        return equal
+
+    def _config(self) -> ModelConfig:
+        config = read_config(self.document)
+        first = self.tensors.get(FLOW_HEAD_INPUT)
+        if config.image_head != "flow" or first is None or len(first.shape) != 2:
+            return config
+        return config.replace(flow_head_width=first.shape[0])
+
+
+def read_json(path: Path, limit: int) -> dict[str, Any]:
+    """A JSON object from an untrusted file of at most `limit` bytes, else CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; a checkpoint folder needs it")
+    try:
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(text) > limit:
+        raise CheckpointError(f"{path} is larger than the {limit} bytes allowed")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(document).__name__}")
+    return document
+
+
+def listed(items: list[str]) -> list[str]:
+    """Indented lines for an error message: at most 20 items, then how many more there are."""
+    lines = [f"  {item}" for item in items[:MAX_LISTED]]
+    if len(items) > MAX_LISTED:
+        lines.append(f"  … and {len(items) - MAX_LISTED} more")
+    return lines
+
+
+def _listed(what: str, items: list[str]) -> list[str]:
+    return [f"{len(items)} {what}:", *listed(items)] if items else []
+
+
+def _explained(name: str) -> str:
+    if name == LM_HEAD:
+        return f"{name} (config.json ties it to the embedding, but the two differ)"
+    return name if from_published(name) else f"{name} (not a name of this layout)"
+
+
+def _open_files(folder: Path) -> list[MappedFile]:
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [MappedFile(_inside(folder, single.name))]
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if indices:
+        preferred = folder / f"model{INDEX_SUFFIX}"
+        return _open_shards(folder, preferred if preferred in indices else indices[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return [MappedFile(_inside(folder, files[0].name))]
+    if files:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} weight files but no model{INDEX_SUFFIX} to say which "
+            "tensor is where; download it too"
+        )
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]} but no *.safetensors; pickle files can run code when "
+            "read and are never opened, so convert it where it came from"
+        )
+    raise CheckpointError(f"{folder} holds no weights: expected model.safetensors or shards")
+
+
+def _open_shards(folder: Path, index: Path) -> list[MappedFile]:
+    weight_map = read_json(_inside(folder, index.name), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be an object, tensor name → file name")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{index}: the file of {name!r} must be a name, found {shard!r}")
+    paths = {shard: _inside(folder, shard) for shard in sorted(set(weight_map.values()))}
+    missing = [shard for shard, path in paths.items() if not path.exists()]
+    if missing:
+        lines = "\n".join(listed(missing))
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(paths)} weight files that {index.name} names are "
+            f"missing; download them:\n{lines}"
+        )
+    files = {shard: MappedFile(path) for shard, path in paths.items()}
+    absent = [
+        f"{name} in {shard}"
+        for name, shard in weight_map.items()
+        if name not in files[shard].tensors
+    ]
+    unnamed = [
+        f"{name} in {shard}"
+        for shard, file in files.items()
+        for name in file.tensors
+        if weight_map.get(name) != shard
+    ]
+    problems = [
+        *_listed("named in the index but not in the file", absent),
+        *_listed("in a file but not named in the index", unnamed),
+    ]
+    if problems:
+        raise CheckpointError(f"{index} does not fit its files\n" + "\n".join(problems))
+    return list(files.values())
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file `name` of a (resolved) folder, refusing every name or link that leads out of it.
+
+    One link out is right: a download cache keeps files as `snapshots/X/NAME`, links to
+    `blobs/…` beside `snapshots`.
+    """
+    plain = name not in ("", ".", "..") and not any(c in name for c in "/\\:\0")
+    if not plain:
+        raise CheckpointError(f"{folder}: {name!r} is not a plain file name inside the folder")
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link to a file that is not there") from error
+    if target.parent not in homes:
+        raise CheckpointError(f"{path} is a link that leads out of the folder, to {target}")
+    return path

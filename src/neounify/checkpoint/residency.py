@@ -1,0 +1,155 @@
+"""Which stream's weights are in memory: prefill needs only one stream, denoising the other.
+
+`memory="all"` keeps everything (NullResidency). `memory="stream"` drops the weights of a
+stream nobody uses as soon as the other stream is used, and brings them back from the mapped
+files when it is used again. No host copy is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from neounify.checkpoint.mapped import MappedFile
+from neounify.checkpoint.names import stream_of
+from neounify.checkpoint.source import Source
+
+Stream: TypeAlias = Literal["und", "gen"]
+OTHER: dict[Stream, Stream] = {"und": "gen", "gen": "und"}
+
+
+class Residency(Protocol):
+    """Says when a stream's weights are needed."""
+
+    def use(self, stream: Stream) -> AbstractContextManager[None]:
+        """A context in which the weights of `stream`, and the shared ones, are there.
+
+        Any number of threads may be inside, for either stream, and a thread may be inside both.
+        """
+
+
+class NullResidency:
+    """Everything is always in memory."""
+
+    def use(self, stream: Stream) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class StreamResidency:
+    """Keeps in memory only the streams in use; the last one used stays until the other is used.
+
+    Three kinds of parameters, chosen by what `sources` (our tensor name → source) allow:
+
+    - Shared tensors (embedding, lm_head) always stay.
+    - A parameter that is a view of a mapped file loses its pages, which the next touch reads
+      again. It can be read at any time, in use or not.
+    - Any other (cast, on another device, with LoRA updates) is emptied, shape [0], and rebuilt
+      on entry: cast, copied and merged again. It must not be touched outside `use`.
+
+    A parameter that was written to in place since it was filled is never dropped. The model
+    must not be moved or cast afterwards.
+    """
+
+    def __init__(self, model: nn.Module, sources: Mapping[str, Source]) -> None:
+        self._lock = threading.Lock()
+        self._users: dict[Stream, int] = {"und": 0, "gen": 0}
+        self._weights: dict[Stream, list[_Weight]] = {"und": [], "gen": []}
+        parameters = dict(model.named_parameters())
+        for name, source in sources.items():
+            stream = stream_of(name)
+            if stream != "shared":
+                self._weights[stream].append(_make_weight(parameters[name], source))
+
+    @contextmanager
+    def use(self, stream: Stream) -> Iterator[None]:
+        """See Residency. Entering raises CheckpointError when weights cannot be rebuilt."""
+        self._enter(stream)
+        try:
+            yield
+        finally:
+            self._leave(stream)
+
+    def _enter(self, stream: Stream) -> None:
+        other = OTHER[stream]
+        with self._lock:
+            if not self._users[other]:
+                self._drop(other)
+            if not self._users[stream]:
+                self._fill(stream)
+            self._users[stream] += 1
+
+    def _leave(self, stream: Stream) -> None:
+        with self._lock:
+            self._users[stream] -= 1
+            if not self._users[stream] and self._users[OTHER[stream]]:
+                self._drop(stream)
+
+    def _fill(self, stream: Stream) -> None:
+        try:
+            # A caller's inference mode would make tensors that the parameters cannot take over.
+            with torch.inference_mode(False), torch.no_grad():
+                for weight in self._weights[stream]:
+                    weight.fill()
+        except BaseException:
+            self._drop(stream)
+            raise
+
+    def _drop(self, stream: Stream) -> None:
+        pages: dict[MappedFile, list[tuple[int, int]]] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for weight in self._weights[stream]:
+                weight.drop(pages)
+        for file, ranges in pages.items():
+            file.release_ranges(ranges)
+
+
+class _Weight(Protocol):
+    def fill(self) -> None: ...
+
+    def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
+        """Free the memory, or add the byte ranges to be dropped to `pages`."""
+
+
+def _make_weight(parameter: nn.Parameter, source: Source) -> _Weight:
+    if parameter.numel() and source.is_view(parameter.dtype, parameter.device):
+        return _MappedWeight(parameter, source)
+    return _RebuiltWeight(parameter, source)
+
+
+class _MappedWeight:
+    def __init__(self, parameter: nn.Parameter, source: Source) -> None:
+        self.parameter = parameter
+        self.source = source
+        self.address = source.view().data_ptr()
+        self.version = parameter._version
+
+    def fill(self) -> None:
+        pass
+
+    def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
+        untouched = self.parameter._version == self.version
+        if untouched and self.parameter.data_ptr() == self.address:
+            info = self.source.info
+            pages.setdefault(self.source.file, []).append((info.start, info.stop))
+
+
+class _RebuiltWeight:
+    def __init__(self, parameter: nn.Parameter, source: Source) -> None:
+        self.parameter = parameter
+        self.source = source
+        self.version = parameter._version
+
+    def fill(self) -> None:
+        if self.parameter.numel() == 0:
+            dtype, device = self.parameter.dtype, self.parameter.device
+            self.parameter.data = self.source.read(dtype, device)
+            self.version = self.parameter._version
+
+    def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
+        if self.parameter._version == self.version:
+            self.parameter.data = self.parameter.data.new_empty(0)

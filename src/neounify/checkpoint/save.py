@@ -1,0 +1,193 @@
+"""A model becomes a checkpoint folder in the published layout, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.load import expected_shapes
+from neounify.checkpoint.names import to_published
+from neounify.config import ModelConfig
+from neounify.errors import CheckpointError, RequestError
+from neounify.model import NeoUnify
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, as far as saving is concerned: writes its files into a folder."""
+
+    def save(self, folder: Path, /) -> object: ...
+
+
+def save_model(
+    model: NeoUnify,
+    folder: str | os.PathLike[str],
+    *,
+    config: ModelConfig | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    tokenizer: SavesFiles | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write config.json, weights, the tokenizer's files and `extra_files` (name → text).
+
+    One model.safetensors when the weights fit into `max_shard_bytes`, else shards and an index;
+    a larger tensor gets a shard of its own. `config` stands in for `model.config`; its stored
+    torch_dtype follows the weights.
+
+    Everything is first written beside the target, then moved into place: after an error (a full
+    disk, say) whatever was there before is still there. A folder that is not empty is replaced
+    only with `overwrite`. Returns the folder. Raises CheckpointError or RequestError.
+    """
+    if max_shard_bytes < 1:
+        raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    config = config or model.config
+    tensors = _published_tensors(model, config)
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; a checkpoint is saved as a folder")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty; choose another folder, or overwrite it explicitly"
+        )
+    with _written_aside(target) as aside:
+        _write_json(aside / "config.json", _document(config, tensors))
+        _write_weights(aside, tensors, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        _write_texts(extra_files or {}, aside)
+    return target
+
+
+def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor]:
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    expected = expected_shapes(config)
+    wrong = [
+        name
+        for name in sorted(tensors.keys() | expected.keys())
+        if name not in tensors or tensors[name].shape != expected.get(name) or tensors[name].is_meta
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors are not as the config says, {wrong[0]} first: another config, "
+            "or a model whose weights are not in memory"
+        )
+    return {to_published(name): tensor for name, tensor in tensors.items()}
+
+
+def _document(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    document = copy.deepcopy(write_config(config))
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.numel()
+    dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    if not config.published:
+        document["torch_dtype"] = dtype
+    sections = [document, document.get("llm_config"), document.get("vision_config")]
+    for section in sections:
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(section, dict) and key in section:
+                section[key] = dtype
+    return document
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        _write_shard(folder / SINGLE_FILE, tensors, shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, tensors, names)
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / INDEX_FILE, index)
+
+
+def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
+    shard = {name: tensors[name].contiguous() for name in names}
+    save_file(shard, path, metadata={"format": "pt"})
+    # The library makes files only their owner can read; the folder has the user's own choice.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
+    for name, text in texts.items():
+        if Path(name).name != name or (folder / name).exists():
+            raise CheckpointError(f"{name} cannot be added: not a plain name, or already written")
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written_aside(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` that takes its place when the block ends without an error."""
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.saving")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _sync(*aside.rglob("*"), aside)
+        _swap(aside, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{target} could not be saved: {error}; what was there before is unchanged"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(aside: Path, target: Path) -> None:
+    old = aside.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    try:
+        aside.rename(target)
+    except BaseException:
+        with suppress(OSError):
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Chat: streams, batches, stop strings, messages, seeds."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import neounify
+from neounify.errors import Cancelled, PromptError, RequestError
+from neounify.pipeline.answer import AnswerText
+from neounify.text import Tokenizer
+
+
+def picture(seed: int = 0) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def test_streamed_pieces_are_the_answer(pipe: neounify.Pipeline) -> None:
+    whole = pipe.chat("tell me", [picture()], max_new_tokens=24)
+    stream = pipe.chat("tell me", [picture()], max_new_tokens=24, stream=True)
+    assert "".join(stream) == whole.text
+    assert stream.result == whole
+    assert whole.finish_reason == "length"
+    assert len(whole.token_ids) == 24
+
+
+def test_batch_equals_one_by_one(pipe: neounify.Pipeline) -> None:
+    prompts = ["hi", "a rather longer question than that", "and <image>?"]
+    images: list[Any] = [[], [picture(1), picture(2)], [picture(3)]]
+    together = pipe.chat_batch(prompts, images, max_new_tokens=12)
+    assert together == [
+        pipe.chat(prompt, own, max_new_tokens=12)
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
+    assert pipe.chat_batch([]) == []
+
+
+def test_sampling_is_repeatable_alone_and_in_a_batch(pipe: neounify.Pipeline) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95}
+    first = pipe.chat("hi", seed=1, **options)
+    assert pipe.chat("hi", seed=1, **options) == first
+    assert pipe.chat("hi", seed=2, **options) != first
+    assert pipe.chat_batch(["other", "hi"], seed=1, **options)[1] == first
+
+
+def test_stop_string_ends_the_answer(pipe: neounify.Pipeline) -> None:
+    whole = pipe.chat("tell me", max_new_tokens=40, temperature=1.0, seed=4)
+    stop = whole.text[5:8]
+    cut = pipe.chat("tell me", max_new_tokens=40, temperature=1.0, seed=4, stop=[stop])
+    assert cut.text == whole.text[: whole.text.find(stop)].rstrip()
+    assert cut.finish_reason == "stop"
+    assert len(cut.token_ids) < 40
+
+
+def test_messages_with_parts_equal_marks(pipe: neounify.Pipeline) -> None:
+    marks = pipe.chat("<image> or <image>?", [picture(1), picture(2)], max_new_tokens=8)
+    parts = [
+        {"type": "image", "image": picture(1)},
+        {"type": "text", "text": " or "},
+        {"type": "image", "image": picture(2)},
+        {"type": "text", "text": "?"},
+    ]
+    assert pipe.chat([{"role": "user", "content": parts}], max_new_tokens=8) == marks
+
+
+def test_images_without_marks_go_in_front_of_the_first_question(pipe: neounify.Pipeline) -> None:
+    history = [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": "a boat"},
+        {"role": "user", "content": "sure?"},
+    ]
+    marked = [{"role": "user", "content": "<image>\nwhat?"}, *history[1:]]
+    images = [picture()]
+    assert pipe.chat(history, images, max_new_tokens=6) == pipe.chat(
+        marked, images, max_new_tokens=6
+    )
+
+
+def test_typed_special_tokens_are_plain_text(pipe: neounify.Pipeline) -> None:
+    plain = pipe.chat("hi<|im_end|><img>", max_new_tokens=1)
+    assert plain.prompt_tokens > pipe.chat("hi", max_new_tokens=1).prompt_tokens + 10
+
+
+def test_cancel(pipe: neounify.Pipeline) -> None:
+    cancel = threading.Event()
+    stream = pipe.chat("hi", max_new_tokens=100, stream=True, cancel=cancel)
+    next(stream)
+    cancel.set()
+    with pytest.raises(Cancelled):
+        list(stream)
+
+
+def test_abandoned_stream_leaves_nothing_behind(pipe: neounify.Pipeline) -> None:
+    stream = iter(pipe.chat("hi", max_new_tokens=100, stream=True))
+    next(stream)
+    del stream
+    assert not torch.is_inference_mode_enabled()
+    assert pipe.chat("hi", max_new_tokens=2).text is not None
+
+
+def test_the_context_limit_ends_an_answer(pipe: neounify.Pipeline) -> None:
+    long = "x" * (pipe.config.max_positions - 60)
+    answer = pipe.chat(long, max_new_tokens=512)
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens + len(answer.token_ids) == pipe.config.max_positions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "kind"),
+    [
+        ("", {}, PromptError),
+        ([], {}, PromptError),
+        ("<image>", {}, PromptError),
+        ([{"role": "user"}], {}, PromptError),
+        ([{"role": "robot", "content": "hi"}], {}, PromptError),
+        ([{"role": "user", "content": [{"type": "sound"}]}], {}, PromptError),
+        ([{"role": "assistant", "content": "hi"}], {}, PromptError),
+        ("hi", {"max_new_tokens": 0}, RequestError),
+        ("hi", {"temperature": -1}, RequestError),
+        ("hi", {"temperature": float("nan")}, RequestError),
+        ("hi", {"top_p": 0}, RequestError),
+        ("hi", {"top_k": -1}, RequestError),
+        ("hi", {"stop": [""]}, RequestError),
+        ("hi", {"repetition_penalty": 0}, RequestError),
+    ],
+)
+def test_bad_input(
+    pipe: neounify.Pipeline, prompt: Any, options: dict[str, Any], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind):
+        pipe.chat(prompt, **options)
+
+
+def test_answer_text_holds_back_what_might_be_a_stop_string() -> None:
+    pieces, stop = ["  a", " b", "EN", "X ", "E", "ND", "later"], ["END"]
+    tokens = iter(pieces)
+
+    class Stream:
+        def put(self, token: int) -> str:
+            return next(tokens)
+
+        def flush(self) -> str:
+            return ""
+
+    text = AnswerText(Stream(), stop)  # type: ignore[arg-type]
+    shown = [text.put(n) for n in range(len(pieces))]
+    assert shown == ["a", " b", "", "ENX", "", "", ""]
+    assert text.stopped
+    assert text.flush() == ""
+
+
+def test_answer_text_equals_decode_and_strip(pipe: neounify.Pipeline) -> None:
+    tokenizer: Tokenizer = pipe.tokenizer
+    ids = tokenizer.encode("  ünï 😀 \n two\n\n ")
+    text = AnswerText(tokenizer.stream())
+    assert "".join([*map(text.put, ids), text.flush()]) == "ünï 😀 \n two"

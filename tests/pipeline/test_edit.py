@@ -1,0 +1,90 @@
+"""Editing: which prefixes, which sizes, which intervals."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import neounify
+from neounify.errors import ImageError, PromptError, RequestError
+from neounify.pipeline import engine as engine_module
+
+FEW: dict[str, Any] = {"steps": 3, "seed": 1}
+
+
+def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "image_guidance", "prefixes"),
+    [(1.0, 1.0, 1), (4.0, 1.0, 2), (4.0, 4.0, 2), (4.0, 2.0, 3), (1.0, 2.0, 3)],
+)
+def test_only_the_prefixes_that_are_needed(
+    pipe: neounify.Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    guidance: float,
+    image_guidance: float,
+    prefixes: int,
+) -> None:
+    reads: list[int] = []
+    original = engine_module.Engine.read
+
+    def read(self: Any, prompts: Any, images: Any) -> Any:
+        reads.append(len(prompts))
+        return original(self, prompts, images)
+
+    monkeypatch.setattr(engine_module.Engine, "read", read)
+    pipe.edit("redder", picture(64, 64), guidance=guidance, image_guidance=image_guidance, **FEW)
+    assert reads == [prefixes]
+
+
+def test_size_follows_the_first_picture(pipe: neounify.Pipeline) -> None:
+    out = pipe.edit("redder", [picture(200, 100), picture(50, 90)], **FEW)
+    assert out.images[0].size == (64, 32)
+    out = pipe.edit("redder", picture(200, 100), width=32, height=64, **FEW)
+    assert out.images[0].size == (32, 64)
+
+
+def test_pictures_and_their_order_matter(pipe: neounify.Pipeline) -> None:
+    a, b = picture(64, 64, 1), picture(64, 64, 2)
+    ab = pipe.edit("mix <image> and <image>", [a, b], **FEW).pixels
+    ba = pipe.edit("mix <image> and <image>", [b, a], **FEW).pixels
+    assert not torch.allclose(ab, ba, atol=1e-5)
+
+
+def test_interval_from_zero_ends_unless_the_published_behaviour_is_asked_for(
+    pipe: neounify.Pipeline,
+) -> None:
+    image = picture(64, 64)
+    always = pipe.edit("redder", image, **FEW).pixels
+    short = pipe.edit("redder", image, guidance_interval=(0.0, 0.1), **FEW).pixels
+    published = pipe.edit(
+        "redder", image, guidance_interval=(0.0, 0.1), published_interval=True, **FEW
+    ).pixels
+    assert torch.equal(published, always)
+    assert not torch.allclose(short, always, atol=1e-4)
+
+
+def test_several_images_and_thinking(pipe: neounify.Pipeline) -> None:
+    out = pipe.edit(
+        "redder", picture(64, 64), images_per_prompt=2, think=True, max_think_tokens=3, **FEW
+    )
+    assert out.pixels.shape[0] == 2
+    assert isinstance(out.thoughts[0], str)
+
+
+def test_bad_input(pipe: neounify.Pipeline) -> None:
+    with pytest.raises(RequestError, match="at least one image"):
+        pipe.edit("redder", [], **FEW)
+    with pytest.raises(PromptError, match="2"):
+        pipe.edit("<image> and <image>", picture(64, 64), **FEW)
+    with pytest.raises(ImageError):
+        pipe.edit("redder", b"not a picture", **FEW)
+    with pytest.raises(ImageError, match="200"):
+        pipe.edit("redder", picture(3000, 10), **FEW)
+    with pytest.raises(RequestError, match="cfg_zero_star"):
+        pipe.edit("redder", picture(64, 64), guidance_norm="cfg_zero_star", **FEW)

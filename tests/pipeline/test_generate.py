@@ -1,0 +1,158 @@
+"""Painting: batches, noise, callbacks, cancelling, input that cannot be used."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import neounify
+from neounify.errors import Cancelled, ImageError, PromptError, RequestError
+from neounify.flow.noise import initial_noise, noise_scale
+from neounify.pipeline import PaintProgress
+
+SIZE: dict[str, Any] = {"width": 64, "height": 96, "steps": 3}
+PROMPTS = ["a red boat", "two green stars on a blue ground, far away", "x"]
+
+
+def test_an_image_does_not_depend_on_its_company(pipe: neounify.Pipeline) -> None:
+    together = pipe.generate(PROMPTS, seed=[5, 6, 7], **SIZE).pixels
+    for number, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6, 7], strict=True)):
+        alone = pipe.generate(prompt, seed=seed, **SIZE).pixels
+        assert torch.allclose(alone, together[number : number + 1], atol=1e-5)
+
+
+def test_the_same_call_gives_the_same_image(pipe: neounify.Pipeline) -> None:
+    first, again = (pipe.generate("a boat", seed=3, **SIZE).pixels for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_two_threads_use_one_pipeline(pipe: neounify.Pipeline) -> None:
+    alone = [pipe.generate(prompt, seed=1, **SIZE).pixels for prompt in PROMPTS]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda prompt: pipe.generate(prompt, seed=1, **SIZE).pixels, PROMPTS * 3)
+    for number, pixels in enumerate(results):
+        assert torch.allclose(pixels, alone[number % 3], atol=1e-5)
+
+
+def test_seed_and_prompt_matter(pipe: neounify.Pipeline) -> None:
+    base = pipe.generate("a boat", seed=1, **SIZE).pixels
+    assert not torch.allclose(pipe.generate("a boat", seed=2, **SIZE).pixels, base, atol=1e-3)
+    assert not torch.allclose(pipe.generate("a cat", seed=1, **SIZE).pixels, base, atol=1e-6)
+
+
+def test_several_images_of_one_prompt_are_one_draw(pipe: neounify.Pipeline) -> None:
+    out = pipe.generate("a boat", images_per_prompt=2, seed=9, **SIZE)
+    scale = noise_scale(6, pipe.config.flow)
+    noise = initial_noise((2, 3, 96, 64), scale, torch.Generator().manual_seed(9))
+    given = pipe.generate("a boat", images_per_prompt=2, noise=noise, **SIZE)
+    assert out.pixels.shape == (2, 3, 96, 64)
+    assert torch.equal(out.pixels, given.pixels)
+    assert (out.seeds, given.seeds) == ([9], [None])
+    assert [image.size for image in out.images] == [(64, 96)] * 2
+
+
+def test_callback_sees_every_step_and_the_last_is_close(pipe: neounify.Pipeline) -> None:
+    seen: list[PaintProgress] = []
+    out = pipe.generate(PROMPTS[:2], callback=seen.append, **SIZE)
+    assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert len(seen[0].preview()) == 2
+    # The last step goes to t = 1, where the point is the prediction.
+    assert torch.allclose(seen[-1].clean, out.pixels, atol=1e-4)
+
+
+def test_cancel_stops_within_a_step(pipe: neounify.Pipeline) -> None:
+    cancel = threading.Event()
+    steps: list[int] = []
+
+    def callback(progress: PaintProgress) -> None:
+        steps.append(progress.step)
+        cancel.set()
+
+    with pytest.raises(Cancelled):
+        pipe.generate("a boat", callback=callback, cancel=cancel, **SIZE)
+    assert steps == [1]
+
+
+def test_thinking_returns_the_thought(pipe: neounify.Pipeline) -> None:
+    out = pipe.generate(PROMPTS[:2], think=True, max_think_tokens=4, **SIZE)
+    plain = pipe.generate(PROMPTS[:2], **SIZE)
+    assert all(isinstance(thought, str) for thought in out.thoughts)
+    assert plain.thoughts == [None, None]
+    assert not torch.allclose(out.pixels, plain.pixels, atol=1e-4)
+
+
+def test_guidance_one_needs_no_second_prefix(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    engine = pipe._engine
+    original = type(engine).read
+
+    def read(self: Any, prompts: Any, images: Any) -> Any:
+        reads.append(len(prompts))
+        return original(self, prompts, images)
+
+    monkeypatch.setattr(type(engine), "read", read)
+    pipe.generate("a boat", guidance=1.0, **SIZE)
+    pipe.generate("a boat", guidance=2.0, **SIZE)
+    pipe.generate(PROMPTS, guidance=2.0, **SIZE)
+    assert reads == [1, 2, 4]  # the empty prefix is shared by all prompts
+
+
+def test_second_order_solver_comes_closer(pipe: neounify.Pipeline) -> None:
+    few: dict[str, Any] = {"width": 64, "height": 64, "guidance": 1.0, "shift": 1.0, "t_eps": 0.5}
+    exact = pipe.generate("a boat", steps=256, **few).pixels
+    euler = pipe.generate("a boat", steps=16, **few).pixels
+    ab2 = pipe.generate("a boat", steps=16, solver="ab2", **few).pixels
+    assert (ab2 - exact).norm() < 0.5 * (euler - exact).norm()
+
+
+def test_result_can_be_used_with_autograd(pipe: neounify.Pipeline) -> None:
+    pixels = pipe.generate("a boat", **SIZE).pixels
+    weight = torch.ones((), requires_grad=True)
+    (weight * pixels).sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"width": 100, "height": 64}, ImageError, "96"),
+        ({"width": 0, "height": 64}, ImageError, "32"),
+        ({"height": None}, RequestError, "both"),
+        ({"width": 10**9, "height": 32}, ImageError, "320000"),
+        ({"steps": 0}, RequestError, "steps"),
+        ({"shift": -1.0}, RequestError, "shift"),
+        ({"shift": float("nan")}, RequestError, "shift"),
+        ({"guidance": float("nan")}, RequestError, "guidance"),
+        ({"guidance_interval": (0.5, 0.2)}, RequestError, "interval"),
+        ({"guidance_norm": "loud"}, RequestError, "cfg_zero_star"),
+        ({"solver": "magic"}, RequestError, "euler"),
+        ({"t_eps": 0.0}, RequestError, "t_eps"),
+        ({"seed": 2**64}, RequestError, "seed"),
+        ({"seed": [1, 2]}, RequestError, "2 values"),
+        ({"images_per_prompt": 0}, RequestError, "images_per_prompt"),
+        ({"noise": torch.zeros(1, 3, 32, 32)}, RequestError, "noise"),
+    ],
+)
+def test_bad_arguments(
+    pipe: neounify.Pipeline, arguments: dict[str, Any], kind: type[Exception], says: str
+) -> None:
+    with pytest.raises(kind, match=says):
+        pipe.generate("a boat", **{"width": 64, "height": 64, "steps": 1} | arguments)
+
+
+def test_bad_prompts(pipe: neounify.Pipeline) -> None:
+    for prompt in ("", "   ", "a <image> without one", "nul \0"):
+        with pytest.raises(PromptError):
+            pipe.generate(prompt, **SIZE)
+    with pytest.raises(RequestError, match="empty"):
+        pipe.generate([], **SIZE)
+
+
+def test_prompt_longer_than_the_context(pipe: neounify.Pipeline) -> None:
+    limit = pipe.config.max_positions
+    with pytest.raises(PromptError, match=str(limit)):
+        pipe.generate("word " * limit, **SIZE)

@@ -1,0 +1,75 @@
+"""Loading: dtypes, memory by stream, a saved pipeline comes back the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import neounify
+from neounify.errors import CheckpointError, RequestError, TokenizerError
+from neounify.model import NeoUnify
+from neounify.presets import TINY
+from neounify.text import byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder(pipe: neounify.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    pipe.save(path)
+    return path
+
+
+def paint(pipe: neounify.Pipeline) -> torch.Tensor:
+    return pipe.generate("a boat", width=64, height=64, steps=3, seed=2).pixels
+
+
+def test_saved_and_loaded_is_the_same(pipe: neounify.Pipeline, folder: Path) -> None:
+    loaded = neounify.load(folder)
+    assert loaded.config == pipe.config
+    assert torch.equal(paint(loaded), paint(pipe))
+    assert loaded.chat("hi", max_new_tokens=5) == pipe.chat("hi", max_new_tokens=5)
+
+
+def test_system_message_belongs_to_the_checkpoint(pipe: neounify.Pipeline, tmp_path: Path) -> None:
+    other = neounify.Pipeline(pipe.model, pipe.tokenizer, system_message="Paint in blue.")
+    other.save(tmp_path / "model")
+    assert not torch.allclose(paint(neounify.load(tmp_path / "model")), paint(pipe), atol=1e-5)
+    assert torch.equal(paint(neounify.load(tmp_path / "model")), paint(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_by_stream_changes_no_result(folder: Path, dtype: str) -> None:
+    full = neounify.load(folder, dtype=dtype)
+    lean = neounify.load(folder, dtype=dtype, memory="stream")
+    assert torch.equal(paint(full), paint(lean))
+    assert full.chat("hi", max_new_tokens=5) == lean.chat("hi", max_new_tokens=5)
+    parts = lean.interleave("tell", width=32, height=32, steps=2, max_new_tokens=5, max_images=1)
+    assert list(parts)
+
+
+def test_bfloat16_is_close_to_float32(folder: Path) -> None:
+    exact, rounded = paint(neounify.load(folder)), paint(neounify.load(folder, dtype="bfloat16"))
+    assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
+def test_fingerprint_names_the_weights(folder: Path, tmp_path: Path) -> None:
+    first = neounify.load(folder)
+    assert first.fingerprint == neounify.load(folder, dtype="bfloat16").fingerprint
+    torch.manual_seed(1)
+    neounify.Pipeline(NeoUnify(TINY), byte_tokenizer()).save(tmp_path / "other")
+    assert neounify.load(tmp_path / "other").fingerprint != first.fingerprint
+
+
+def test_what_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises((CheckpointError, TokenizerError)):
+        neounify.load(tmp_path / "nowhere")
+    with pytest.raises(RequestError, match="bfloat16"):
+        neounify.load(folder, dtype="float3")
+    with pytest.raises(CheckpointError):
+        neounify.load(folder).save(folder)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(pipe: neounify.Pipeline) -> None:
+    small = NeoUnify(TINY.replace(vocab_size=100))
+    with pytest.raises(RequestError, match="100"):
+        neounify.Pipeline(small, pipe.tokenizer)
