@@ -6,6 +6,7 @@ each part on its own, pairing channel i with i + n/2 of a part of width n
 Angles are always computed in float32.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,13 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
+@cache
 def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
     """base^(-2i/width) for i = 0 .. width/2 - 1, float32."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    return base**-exponent
+    # The cached tensor must serve training too, whatever mode the first caller is in.
+    with torch.inference_mode(False):
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return base**-exponent
 
 
 def attention_rotation(

@@ -1,0 +1,169 @@
+"""Peak resident memory: loading, long prefills, memory by stream. Each in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import neounify
+from benchmarks.figure import Figure
+from benchmarks.models import new_cache, random_ids
+from neounify.checkpoint.save import save_model
+from neounify.config import ModelConfig
+from neounify.decode import Feed, feed
+from neounify.model import Image, NeoUnify, Text
+from neounify.presets import BENCH, TINY
+from neounify.text import byte_tokenizer
+
+LONG = 32_768
+GB = 1e9
+
+
+def figures() -> Iterator[Figure]:
+    yield from _long_prefill()
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _loading(_write_checkpoint(Path(folder) / "one", layers=30))
+        yield from _by_stream(_write_checkpoint(Path(folder) / "two", layers=66))
+
+
+def _write_checkpoint(folder: Path, layers: int) -> Path:
+    """A float32 checkpoint: 30 layers are over 1 GB, 66 over 2 GB."""
+    config: ModelConfig = BENCH.replace(hidden_size=640, num_layers=layers)
+    torch.manual_seed(0)
+    model = NeoUnify(config)
+    tokenizer = byte_tokenizer()
+    save_model(model, folder, tokenizer=tokenizer)
+    return folder
+
+
+def _loading(folder: Path) -> Iterator[Figure]:
+    kept = _checkpoint_bytes(folder)
+    for dtype, size in (("float32", kept), ("bfloat16", kept // 2)):
+        result = _in_fresh_process("load", str(folder), dtype)
+        note = f"{size / GB:.2f} GB kept" + (", mapped" if dtype == "float32" else "")
+        yield Figure(
+            name="loading a checkpoint, time",
+            dtype=dtype,
+            mode="",
+            value=result["seconds"],
+            unit="s",
+            note=note,
+        )
+        yield Figure(
+            name="loading and touching all weights, peak memory",
+            dtype=dtype,
+            mode="",
+            value=result["peak"] / GB,
+            unit="GB",
+            share=None,
+            aim="1.1 × the bytes kept",
+            met=result["peak"] <= 1.1 * size,
+            note=f"×{result['peak'] / size:.3f}",
+        )
+
+
+def _by_stream(folder: Path) -> Iterator[Figure]:
+    size = _checkpoint_bytes(folder)
+    peaks = {}
+    for memory in ("all", "stream"):
+        result = _in_fresh_process("paint", str(folder), memory)
+        peaks[memory] = result["peak"]
+        yield Figure(
+            name=f"painting 256² with memory={memory!r}, peak memory",
+            dtype="float32",
+            mode="",
+            value=result["peak"] / GB,
+            unit="GB",
+            aim="little over half" if memory == "stream" else "",
+            met=result["peak"] <= 0.6 * size if memory == "stream" else None,
+            note=f"{result['peak'] / size:.2f} of a checkpoint of {size / GB:.2f} GB, "
+            f"{result['seconds']:.1f} s",
+        )
+
+
+def _long_prefill() -> Iterator[Figure]:
+    for length in (LONG // 4, LONG // 2, LONG):
+        result = _in_fresh_process("prefill", str(length))
+        yield Figure(
+            name=f"prefill of {length} tokens with one image, peak memory",
+            dtype="float32",
+            mode="",
+            value=result["peak"] / GB,
+            unit="GB",
+            aim="linear",
+            note=f"{result['peak'] / length / 1e3:.0f} kB per token, {result['seconds']:.1f} s",
+        )
+
+
+def _checkpoint_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _in_fresh_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def _load(folder: str, dtype: str) -> float:
+    start = time.perf_counter()
+    pipe = neounify.load(folder, dtype=dtype)
+    seconds = time.perf_counter() - start
+    for parameter in pipe.model.parameters():
+        parameter.flatten()[:: 4096 // parameter.element_size()].float().sum()
+    return seconds
+
+
+def _paint(folder: str, memory: str) -> float:
+    pipe = neounify.load(folder, memory=memory)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    pipe.generate("a boat", width=256, height=256, steps=4)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def _prefill(length: str) -> float:
+    tokens = int(length)
+    model = NeoUnify(BENCH).eval()
+    spans = (Text(1024), Image(16, 16), Text(tokens - 1024 - 256))
+    ids = random_ids(model, tokens - 256)
+    start = time.perf_counter()
+    feed(model, [Feed(new_cache(model, tokens), spans, ids, [torch.randn(3, 512, 512)])])
+    return time.perf_counter() - start
+
+
+def _resident(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{key} is not in /proc/self/status; this benchmark needs Linux")
+
+
+def _warm_up() -> None:
+    """Use everything once with a toy, so that the libraries' own memory does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        neounify.Pipeline(NeoUnify(TINY), byte_tokenizer()).save(folder)
+        for dtype in ("float32", "bfloat16"):
+            pipe = neounify.load(folder, dtype=dtype)
+            pipe.generate("a boat", width=64, height=64, steps=2)
+
+
+def _main(task: str, *arguments: str) -> None:
+    """Run one task and print its seconds and the resident bytes it added at its peak."""
+    tasks: dict[str, Callable[..., float]] = {"load": _load, "paint": _paint, "prefill": _prefill}
+    _warm_up()
+    before = _resident("VmRSS")
+    seconds = tasks[task](*arguments)
+    print(json.dumps({"seconds": seconds, "peak": _resident("VmHWM") - before}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,33 @@
+"""The benchmark model with random weights, and prefixes for it."""
+
+from __future__ import annotations
+
+import torch
+
+from neounify.cache import SequenceCache
+from neounify.decode import Feed, feed
+from neounify.model import NeoUnify, Text
+from neounify.presets import BENCH
+
+
+def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:
+    torch.manual_seed(0)
+    model = NeoUnify(BENCH).to(dtype).eval().requires_grad_(False)
+    if compiled:
+        model.compile_streams()
+    return model
+
+
+def random_ids(model: NeoUnify, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
+
+
+def new_cache(model: NeoUnify, capacity: int) -> SequenceCache:
+    return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+
+
+def read_text(model: NeoUnify, length: int, room: int = 64) -> tuple[SequenceCache, torch.Tensor]:
+    """The cache of a random prompt, and the state of its last token [1, D]."""
+    cache = new_cache(model, length + room)
+    return cache, feed(model, [Feed(cache, (Text(length),), random_ids(model, length))])

@@ -1,0 +1,69 @@
+"""How long a call takes, and what the machine itself can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WARM_UPS = 2
+RUNS = 7
+
+
+def median_seconds(call: Callable[[], object], runs: int = RUNS) -> float:
+    """Median wall-clock seconds of a call, after warm-up calls that do not count."""
+    for _ in range(WARM_UPS):
+        call()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one dtype reaches here: multiply-adds count as two operations."""
+
+    matmul_flops: float
+    """Operations per second of a 2048³ matrix product."""
+    read_bytes: float
+    """Bytes per second at which a large matrix-vector product reads its matrix."""
+
+
+@torch.inference_mode()
+def measure_machine(dtype: torch.dtype) -> Machine:
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    weight, vector = torch.randn(16_384, 4096).to(dtype), torch.randn(4096).to(dtype)
+    return Machine(
+        matmul_flops=2 * 2048**3 / median_seconds(lambda: a @ b),
+        read_bytes=weight.nbytes / median_seconds(lambda: weight @ vector),
+    )
+
+
+def describe_machine() -> dict[str, object]:
+    """The hardware and software a result belongs to."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Batches from a JSONL file: lines read and checked, done together, resumed."""

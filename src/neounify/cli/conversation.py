@@ -1,0 +1,164 @@
+"""A conversation at the terminal: what was said is remembered, answers stream, Ctrl-C stops one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import PIL.Image
+
+from neounify.cli.display import Display
+from neounify.cli.files import candidates, make_folder, write_new
+from neounify.cli.options import ChatOptions
+from neounify.cli.session import Session
+from neounify.errors import Cancelled, NeounifyError
+from neounify.image import read_image
+from neounify.text import place_images
+
+HELP = """\
+Type a question and press Enter. Besides:
+  /image FILE   show the model a picture, together with your next question
+  /clear        forget what was said
+  /save [FILE]  save the conversation as JSON
+  /exit         leave (Ctrl-D too)
+Ctrl-C stops an answer."""
+
+
+class Conversation:
+    """The turns so far and the loop that adds to them.
+
+    `_messages` mark each of `_pictures` with `<image>`; `_pending` wait for the next question.
+    """
+
+    def __init__(
+        self, session: Session, options: ChatOptions, display: Display, folder: Path
+    ) -> None:
+        self._session, self._options, self._display = session, options, display
+        self._folder = folder
+        self._messages: list[dict[str, str]] = []
+        self._pictures: list[tuple[Path, PIL.Image.Image]] = []
+        self._pending: list[tuple[Path, PIL.Image.Image]] = []
+
+    def show(self, path: Path, picture: PIL.Image.Image) -> None:
+        """Keep a picture for the next question."""
+        self._pending.append((path, picture))
+
+    def run(self) -> None:
+        """Read lines until /exit or the end of the input."""
+        self._enable_line_editing()
+        self._display.note(
+            f"Talking to {self._session.folder.resolve().name}. /help for help, /exit to leave."
+        )
+        while True:
+            try:
+                line = self._ask()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self._display.note("\n(/exit or Ctrl-D to leave)")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            if line:
+                self._react(line)
+        if sys.stdin.isatty():
+            self._display.say("")
+
+    def _ask(self) -> str:
+        return input("> " if sys.stdin.isatty() else "").strip()
+
+    def _react(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        commands = {"/image": self._image, "/clear": self._clear, "/save": self._save}
+        try:
+            if name in commands:
+                commands[name](rest.strip())
+            elif name == "/help":
+                self._display.note(HELP)
+            elif name.startswith("/"):
+                self._display.note(f"{name} is no command; /help lists them")
+            else:
+                self._answer(line)
+        except (NeounifyError, OSError) as error:
+            self._display.note(f"error: {error}")
+
+    def _answer(self, question: str) -> None:
+        text = place_images(question, len(self._pending), numbered=False)
+        messages = [*self._messages, {"role": "user", "content": text}]
+        pictures = [*self._pictures, *self._pending]
+        pieces: list[str] = []
+        with stoppable() as cancel:
+            try:
+                stream = self._session.pipe.chat(
+                    messages,
+                    [picture for _, picture in pictures],
+                    stream=True,
+                    cancel=cancel,
+                    **self._options.arguments(),
+                )
+                for piece in stream:
+                    pieces.append(piece)
+                    self._display.write(piece)
+            except Cancelled:
+                self._display.write(" (stopped)")
+        self._display.write("\n")
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        self._pictures, self._pending = pictures, []
+
+    def _image(self, name: str) -> None:
+        path = Path(name.strip("'\"")).expanduser()
+        picture = read_image(path)
+        self.show(path, picture)
+        self._display.note(f"({picture.width}x{picture.height}; now ask about it)")
+
+    def _clear(self, _: str) -> None:
+        self._messages, self._pictures, self._pending = [], [], []
+        self._display.note("(forgotten)")
+
+    def _save(self, name: str) -> None:
+        wanted = Path(name).expanduser() if name else make_folder(self._folder) / "chat.json"
+        text = json.dumps(self._document(), ensure_ascii=False, indent=2) + "\n"
+        for path in candidates(wanted):
+            if write_new(path, text.encode("utf-8", "replace")):
+                self._display.note(f"saved {path}")
+                return
+
+    def _document(self) -> dict[str, Any]:
+        """The conversation as JSON: `messages` and `images` as `Pipeline.chat` takes them."""
+        return {
+            "model": self._session.description,
+            "settings": self._options.arguments(),
+            "messages": self._messages,
+            "images": [str(path) for path, _ in self._pictures],
+        }
+
+    def _enable_line_editing(self) -> None:
+        if sys.stdin.isatty():
+            try:
+                import readline  # noqa: F401
+            except ImportError:  # not on every system
+                return
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """While the block runs, Ctrl-C sets the event; a second Ctrl-C interrupts as usual."""
+    cancel = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,117 @@
+"""Checkpoints written: converted ones, and the untrained toy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from neounify.checkpoint import CheckpointFolder, summarise
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.inspecting import human_bytes
+from neounify.cli.models import parse_loras
+from neounify.cli.options import ReportOptions, WeightOptions
+from neounify.config import SamplingConfig
+from neounify.model import NeoUnify
+from neounify.pipeline import Pipeline, load
+from neounify.presets import TINY
+from neounify.text import BYTE_VOCAB_SIZE, byte_tokenizer
+
+TOY = TINY.replace(
+    vocab_size=BYTE_VOCAB_SIZE,
+    flow_head_width=256,
+    sampling=SamplingConfig(
+        image_size=(128, 128),
+        chat_min_pixels=64**2,
+        chat_max_pixels=256**2,
+        edit_min_pixels=64**2,
+        edit_max_pixels=256**2,
+        edit_max_total_pixels=512**2,
+        steps=8,
+    ),
+)
+"""The toy paints small pictures in few steps, so that trying a command takes a second."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def convert_model(
+    model: Path,
+    out: Path,
+    weights: WeightOptions,
+    max_shard_size: str,
+    overwrite: bool,
+    report: ReportOptions,
+) -> None:
+    """Load as the options say, save, and say what was written."""
+    shard = parse_bytes(max_shard_size)
+    if out.resolve() == model.resolve():
+        raise CliError(f"{out} is the model itself; write to another folder")
+    _check_free(out, overwrite)
+    display = Display(quiet=report.quiet, json=report.json)
+    loras = parse_loras(weights.lora)
+    with display.bar(f"reading {model.resolve().name}"):
+        pipe = load(model, dtype=weights.dtype, lora=loras or None, verify=True)
+    with display.bar(f"writing {out.name}"):
+        pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
+    _tell(out, display)
+
+
+def make_toy(folder: Path, seed: int, overwrite: bool, report: ReportOptions) -> None:
+    """Save a tiny model with random weights."""
+    _check_free(folder, overwrite)
+    display = Display(quiet=report.quiet, json=report.json)
+    toy_pipeline(seed).save(folder, overwrite=overwrite)
+    _tell(folder, display)
+    display.note(
+        "The toy is UNTRAINED: its weights are random, its words and pictures mean nothing.\n"
+        f"It is there to try the commands:\n\n"
+        f'    neounify generate "a red boat" --model {folder}\n'
+        f"    neounify chat --model {folder}\n"
+        f"    neounify inspect {folder}"
+    )
+
+
+def toy_pipeline(seed: int) -> Pipeline:
+    """An untrained model, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NeoUnify(TOY).requires_grad_(False).eval()
+    return Pipeline(model, byte_tokenizer())
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from "5GB", "500MB", "1000". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"size {text!r} is not a number of bytes, as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CliError(f"{folder} is a file; a model is saved as a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CliError(f"{folder} is not empty; choose another folder, or add --overwrite")
+
+
+def _tell(folder: Path, display: Display) -> None:
+    checkpoint = CheckpointFolder.open(folder)
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    total = summarise(checkpoint).total
+    display.result(
+        f"saved {folder}  ({total.parameters:,} parameters, {total.dtype}, "
+        f"{human_bytes(total.bytes)} in {len(files)} weight file{'s' * (len(files) != 1)})",
+        folder,
+    )
+    display.emit(
+        {
+            "folder": str(folder),
+            "fingerprint": checkpoint.fingerprint(),
+            "files": files,
+            "total": asdict(total),
+        }
+    )

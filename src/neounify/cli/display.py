@@ -1,0 +1,122 @@
+"""What a command shows: results on stdout, notes and progress bars on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+Tick = Callable[[int], None]
+"""Told how much is done by now."""
+
+
+class _Pace(ProgressColumn):
+    """How long one step takes, and how long the rest will."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(_clock(task.elapsed or 0), style="progress.elapsed")
+        unit, speed = task.fields["unit"], task.speed
+        if not speed:
+            return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}s")
+        left = (task.total - task.completed) / speed
+        return Text(
+            f"{task.completed:.0f}/{task.total:.0f} {unit}s, {1 / speed:.2f} s/{unit}, "
+            f"{_clock(left)} left"
+        )
+
+
+class Display:
+    """Where a command's output goes. Bars show only on a terminal, and not when `quiet`.
+
+    With `json`, stdout gets nothing but what `emit` is given.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.json = json
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._in_line = False
+
+    def say(self, text: str) -> None:
+        """A line for the reader, on stdout."""
+        if not self.quiet and not self.json:
+            typer.echo(text)
+
+    def result(self, text: str, path: object) -> None:
+        """A finished file: a sentence for a reader, the bare path when quiet."""
+        if not self.json:
+            typer.echo(str(path) if self.quiet else text)
+
+    def note(self, text: str) -> None:
+        """Something to know beside the result, on stderr."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+    def emit(self, document: dict[str, Any]) -> None:
+        """The machine-readable result: one line of JSON, only when it was asked for."""
+        if self.json:
+            typer.echo(json.dumps(document, ensure_ascii=False))
+
+    def write(self, piece: str) -> None:
+        """A piece of streamed text, on stdout."""
+        if not self.json:
+            typer.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
+            sys.stdout.flush()
+            self._in_line = not piece.endswith("\n") if piece else self._in_line
+
+    def end_line(self) -> None:
+        """End a line of streamed text, if there is one: a bar would be drawn over it."""
+        if self._in_line:
+            self.write("\n")
+
+    @contextmanager
+    def bar(self, label: str, total: int | None = None, unit: str = "step") -> Iterator[Tick]:
+        """A progress bar, under the ones already shown; with no total, just the time that runs."""
+        if self.quiet or not self._console.is_terminal:
+            yield lambda done: None
+            return
+        outermost = self._progress is None
+        progress = self._progress or self._start()
+        task = progress.add_task(label, total=total, unit=unit)
+        try:
+            yield lambda done: progress.update(task, completed=done)
+        finally:
+            progress.remove_task(task)
+            if outermost:
+                progress.stop()
+                self._progress = None
+
+    def _start(self) -> Progress:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            _Pace(table_column=Column(no_wrap=True)),
+            console=self._console,
+            transient=True,
+            # Else what goes to a redirected stdout would end up on the terminal.
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._progress.start()
+        return self._progress
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a model may write some, which would garble a screen."""
+    return "".join(c if c in "\n\t" or (c.isprintable() or c.isspace()) else "\ufffd" for c in text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

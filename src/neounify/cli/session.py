@@ -1,0 +1,67 @@
+"""A model, loaded as the options say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neounify.checkpoint import CheckpointFolder
+from neounify.cli.display import Display
+from neounify.cli.models import parse_loras, resolve_model
+from neounify.cli.options import ModelOptions
+from neounify.config import ModelConfig
+from neounify.pipeline import Pipeline, load
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model and where it came from."""
+
+    pipe: Pipeline
+    folder: Path
+    loras: tuple[tuple[Path, float], ...] = ()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What a record says of the model: names of files, but not where they lie."""
+        model = self.pipe.model
+        return {
+            "folder": self.folder.resolve().name,
+            "fingerprint": self.pipe.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "lora": [{"file": file.name, "strength": strength} for file, strength in self.loras],
+        }
+
+
+def read_model_config(options: ModelOptions) -> ModelConfig:
+    """The model's config, in order to check a request before minutes go into loading."""
+    return CheckpointFolder.open(resolve_model(options.model)).config
+
+
+def open_session(options: ModelOptions, display: Display) -> Session:
+    """Load the model; a bar shows that something happens."""
+    folder = resolve_model(options.model)
+    loras = parse_loras(options.lora)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with display.bar(f"loading {folder.resolve().name}"):
+        pipe = load(
+            folder,
+            dtype=options.dtype,
+            device=options.device or default_device(),
+            lora=loras or None,
+            memory=options.memory,  # type: ignore[arg-type]
+        )
+    session = Session(pipe, folder, tuple(loras))
+    _ = session.description  # read now: a file that cannot be read should not cost a painting
+    return session
+
+
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,72 @@
+"""`story`, carried out: parts as they come, into a folder that is complete at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from neounify.cli.display import Display, Tick
+from neounify.cli.errors import UsageError
+from neounify.cli.options import ModelOptions, ReportOptions, StoryOptions, StoryOutputOptions
+from neounify.cli.painting import check_options, resolve_sampling
+from neounify.cli.previews import PreviewSheets
+from neounify.cli.session import open_session, read_model_config
+from neounify.cli.story_folder import StoryFolder
+from neounify.image import read_image
+from neounify.pipeline import ImagePart, PreviewPart, TextPart
+
+
+def tell_story(
+    prompt: str,
+    images: Sequence[Path],
+    model: ModelOptions,
+    options: StoryOptions,
+    output: StoryOutputOptions,
+    report: ReportOptions,
+) -> None:
+    """Stream the text to stdout, save pictures as they are done, and say where all of it is."""
+    if output.output.suffix.lower() in (".png", ".html", ".md"):
+        raise UsageError(f"--output {output.output}: a story becomes a folder, name one")
+    check_options(options, read_model_config(model))
+    pictures = [read_image(image) for image in images]
+    display = Display(quiet=report.quiet, json=report.json)
+    session = open_session(model, display)
+    parts = session.pipe.interleave(prompt, pictures, seed=options.seed, **options.arguments())
+    story = StoryFolder(output.output, prompt, images, options, session, overwrite=output.overwrite)
+    try:
+        _follow(parts, story, display, output.previews)
+        story.complete = True
+    finally:
+        story.write()
+    pictures_word = "picture" if story.count == 1 else "pictures"
+    page = story.folder / "story.html"
+    display.end_line()
+    display.result(f"saved {page}  ({story.count} {pictures_word})", story.folder)
+    display.emit({"task": "story", "folder": str(story.folder), **story.record()})
+
+
+def _follow(parts: Any, story: StoryFolder, display: Display, previews: bool) -> None:
+    steps = resolve_sampling(story.options, story.session.pipe.config).steps
+    with ExitStack() as painting:
+        tick: Tick | None = None
+        sheets = PreviewSheets()
+        for part in parts:
+            if isinstance(part, TextPart):
+                story.add_text(part.text)
+                display.write(part.text)
+            elif isinstance(part, PreviewPart):
+                if tick is None:
+                    display.end_line()
+                    tick = painting.enter_context(display.bar(f"picture {story.count + 1}", steps))
+                tick(part.progress.step)
+                if previews:
+                    sheets.add(part.progress)
+            elif isinstance(part, ImagePart):
+                painting.close()
+                sheet = sheets.sheet(0) if previews else None
+                path = story.add_image(part, sheet)
+                display.end_line()
+                display.write(f"[{path}]\n")
+                tick, sheets = None, PreviewSheets()

@@ -1,0 +1,78 @@
+"""`chat`: one question, and conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify
+from neounify.cli.display import printable
+from neounify.pipeline import Pipeline
+
+SHORT = ("--max-new-tokens", "6", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe(toy: Path) -> Pipeline:
+    return neounify.load(toy, device="cpu")
+
+
+def test_an_answer_on_stdout(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
+    ran = run("chat", "what is it?", "--image", picture, *SHORT)
+    want = pipe.chat("what is it?", picture, max_new_tokens=6).text
+    assert ran.code == 0
+    assert ran.out == f"{want}\n"
+    assert "cut off after 6 tokens" in ran.err
+
+
+def test_an_answer_as_json(run: Callable[..., Any], pipe: Pipeline) -> None:
+    ran = run("chat", "who?", *SHORT, "--temperature", 1, "--seed", 3, "--json", "-q")
+    want = pipe.chat("who?", max_new_tokens=6, temperature=1.0, seed=3)
+    assert ran.json["answer"] == want.text
+    assert ran.json["answer_tokens"] == len(want.token_ids)
+    assert ran.json["settings"]["seed"] == 3
+
+
+def test_a_conversation_remembers(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
+    lines = f"/image {picture}\nwhat is it?\n\nand why?\n/save talk.json\n/exit\nnever read\n"
+    ran = run("chat", *SHORT, input=lines)
+    assert ran.code == 0
+    first = pipe.chat("what is it?", picture, max_new_tokens=6).text
+    second = pipe.chat(
+        [
+            {"role": "user", "content": "<image>\nwhat is it?"},
+            {"role": "assistant", "content": first},
+            {"role": "user", "content": "and why?"},
+        ],
+        picture,
+        max_new_tokens=6,
+    ).text
+    saved = json.loads(Path("talk.json").read_text(encoding="utf-8"))
+    answers = [m["content"] for m in saved["messages"] if m["role"] == "assistant"]
+    assert answers == [first, second]
+    assert ran.out == f"{first}\n{second}\n"
+    # What was saved can be asked again.
+    assert pipe.chat(saved["messages"][:1], saved["images"], max_new_tokens=6).text == first
+
+
+def test_a_conversation_survives_mistakes(run: Callable[..., Any]) -> None:
+    ran = run("chat", *SHORT, input="/image nowhere.png\n/fly\n/help\n/clear\nhow <image>?\nhi\n")
+    assert ran.code == 0
+    assert "nowhere.png: no such file" in ran.err
+    assert "/fly is no command" in ran.err
+    assert "/image FILE" in ran.err
+    assert "1 <image> marks for 0 images" in ran.err
+    assert len(ran.out.splitlines()) >= 1
+
+
+def test_saving_twice_overwrites_nothing(run: Callable[..., Any]) -> None:
+    run("chat", *SHORT, "-o", "talks", input="hi\n/save\n/save\n")
+    assert sorted(p.name for p in Path("talks").iterdir()) == ["chat-2.json", "chat.json"]
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    assert printable("a\x1b[31mb\x07c\n\td é 湖") == "a\ufffd[31mb\ufffdc\n\td é 湖"

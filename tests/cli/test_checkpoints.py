@@ -1,0 +1,94 @@
+"""`toy`, `inspect` and `convert`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import neounify
+from neounify.checkpoint import CheckpointFolder, to_published
+
+
+def test_a_toy_works_and_says_that_it_is_untrained(run_bare: Callable[..., Any]) -> None:
+    ran = run_bare("toy", "mine")
+    assert ran.code == 0
+    assert "UNTRAINED" in ran.err
+    assert "neounify generate" in ran.err
+    assert run_bare("generate", "a boat", "--model", "mine").code == 0
+    assert run_bare("chat", "hello", "--model", "mine", "--max-new-tokens", 3).code == 0
+    again = run_bare("toy", "mine")
+    assert again.code == 1
+    assert "not empty" in again.err
+    assert run_bare("toy", "mine", "--overwrite").code == 0
+
+
+def test_toys_of_one_seed_are_equal(run_bare: Callable[..., Any]) -> None:
+    prints = [
+        run_bare("toy", f"toy{number}", "--seed", seed, "--json").json["fingerprint"]
+        for number, seed in enumerate((1, 1, 2))
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_inspect_counts_what_the_model_has(run: Callable[..., Any], toy: Path) -> None:
+    found = run("inspect", "--json").json
+    pipe = neounify.load(toy, device="cpu")
+    total = sum(p.numel() for p in pipe.model.parameters())
+    assert found["total"]["parameters"] == total
+    assert sum(row["parameters"] for row in found["rows"]) == total
+    assert {row["stream"] for row in found["streams"]} == {"und", "gen", "shared"}
+    assert found["fingerprint"] == pipe.fingerprint
+    assert found["complete"] is True
+    assert found["config"]["hidden_size"] == pipe.config.hidden_size
+    table = run("inspect", toy)
+    assert table.code == 0
+    assert f"{total:,}" in table.out
+    assert "understanding" in table.out
+
+
+def test_inspect_shows_what_is_missing(run: Callable[..., Any], toy: Path) -> None:
+    shutil.copytree(toy, "broken")
+    weights = load_file("broken/model.safetensors")
+    del weights[to_published("und_norm.weight")]
+    save_file(weights, "broken/model.safetensors")
+    ran = run("inspect", "broken")
+    assert ran.code == 1
+    assert "1 missing" in ran.err
+    assert "generation" in ran.out
+
+
+def test_convert_to_bfloat16_in_small_files(run: Callable[..., Any], toy: Path) -> None:
+    ran = run("convert", toy, "half", "--dtype", "bfloat16", "--max-shard-size", "500KB", "--json")
+    assert ran.code == 0
+    assert len(ran.json["files"]) > 1
+    assert ran.json["total"]["dtype"] == "bfloat16"
+    before, after = CheckpointFolder.open(toy), CheckpointFolder.open("half")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name in before.tensors:
+        assert torch.equal(before.tensor(name).bfloat16(), after.tensor(name))
+    again = run("convert", toy, "half")
+    assert again.code == 1
+    assert "--overwrite" in again.err
+    assert run("convert", toy, toy, "--overwrite").code == 1
+    assert run("generate", "a boat", "--model", "half", "--steps", 1).code == 0
+
+
+def test_convert_merges_lora(run: Callable[..., Any], toy: Path) -> None:
+    before = CheckpointFolder.open(toy)
+    name = next(n for n in before.tensors if "mlp" in n and len(before.tensors[n].shape) == 2)
+    rows, columns = before.tensors[name].shape
+    up, down = torch.randn(rows, 2), torch.randn(2, columns)
+    target = name.removesuffix(".weight")
+    save_file({f"{target}.lora_up.weight": up, f"{target}.lora_down.weight": down}, "l.safetensors")
+    assert run("convert", toy, "merged", "--lora", "l.safetensors:0.5").code == 0
+    merged = CheckpointFolder.open("merged")
+    want = before.tensor(name) + 0.5 * up @ down
+    assert torch.allclose(merged.tensor(name), want, atol=1e-5)
+    ran = run("generate", "a boat", "--lora", "l.safetensors:0.5", "--steps", 1, "--json")
+    lora = ran.json["files"][0]["record"]["model"]["lora"]
+    assert lora == [{"file": "l.safetensors", "strength": 0.5}]

@@ -1,0 +1,127 @@
+"""What a newcomer meets first: help, wrong usage, no model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify
+
+COMMANDS = ("generate", "edit", "chat", "story", "inspect", "convert", "toy")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run_bare: Callable[..., Any], command: str) -> None:
+    ran = run_bare(command, "--help")
+    assert ran.code == 0
+    assert f"neounify {command} " in ran.out
+
+
+def test_the_first_help_names_all_commands_and_the_toy(run_bare: Callable[..., Any]) -> None:
+    ran = run_bare("--help")
+    assert all(command in ran.out for command in COMMANDS)
+    assert "neounify toy" in ran.out
+
+
+def test_version(run_bare: Callable[..., Any]) -> None:
+    assert run_bare("--version").out.strip() == f"neounify {neounify.__version__}"
+
+
+def test_help_and_the_missing_model_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from neounify.cli.app import app\n"
+        "for args in (['--help'], ['generate', '--help'], ['generate', 'x']):\n"
+        "    CliRunner().invoke(app, args, env={'NEOUNIFY_MODEL': None})\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "a boat"),
+        ("edit", "bluer", "--image", "boat.png"),
+        ("chat", "who?"),
+        ("chat",),
+        ("story", "a boat"),
+        ("inspect",),
+        ("generate", "--input", "jobs.jsonl"),
+    ],
+)
+def test_without_a_model_commands_say_how_to_get_one(
+    run_bare: Callable[..., Any], arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    ran = run_bare(*arguments)
+    assert ran.code == 1
+    for hint in ("--model FOLDER", "NEOUNIFY_MODEL", "neounify toy", "config.json", "8B-MoT"):
+        assert hint in ran.err
+    assert ran.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_folder_that_is_not_there(run_bare: Callable[..., Any]) -> None:
+    ran = run_bare("generate", "a boat", "--model", "nowhere")
+    assert ran.code == 1
+    assert "--model nowhere is not there" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate",), "PROMPT"),
+        (("generate", "a", "--steps", "many"), "steps"),
+        (("generate", "a", "--size", "64"), "WIDTHxHEIGHT"),
+        (("generate", "a", "--size", "64x64", "--width", "64"), "not both"),
+        (("generate", "a", "--interval", "half"), "LO,HI"),
+        (("generate", "a", "--image-guidance", "2"), "No such option"),
+        (("generate", "a", "--output", "x.jpg"), ".png"),
+        (("generate", "a", "b", "--output", "x.png"), "one file for 2 pictures"),
+        (("generate", "a", "--input", "jobs.jsonl"), "not both"),
+        (("edit", "bluer"), "--image"),
+        (("story", "a", "--output", "x.html"), "folder"),
+        (("chat", "--json"), "QUESTION"),
+        (("convert", "MODEL", "OUT", "--max-shard-size", "big"), "5GB"),
+        (("paint", "a"), "No such command"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    run: Callable[..., Any], toy: Path, arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    ran = run(*(str(toy) if a == "MODEL" else a for a in arguments))
+    assert ran.code == 2
+    assert words in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--size", "33x64"), "nearest: 32x64, 64x64"),
+        (("--steps", "0"), "steps must be from 1"),
+        (("--norm", "loud"), "known: none, global"),
+        (("--solver", "magic"), "euler"),
+        (("--interval", "0.9,0.1"), "guidance_interval"),
+        (("--width", "64"), "both width and height"),
+        (("--count", "0"), "images_per_prompt"),
+        (("--dtype", "int3"), "known are auto"),
+        (("--device", "toaster"), "toaster"),
+        (("--memory", "some"), "all, stream"),
+        (("--lora", "nowhere.safetensors:0.5"), "nowhere.safetensors"),
+    ],
+)
+def test_the_librarys_own_messages_are_shown(
+    run: Callable[..., Any], option: tuple[str, str], words: str
+) -> None:
+    ran = run("generate", "a boat", *option)
+    assert ran.code == 1
+    assert words in ran.err
+    assert ran.err.startswith("error: ")
+    assert "Traceback" not in ran.err

@@ -1,0 +1,181 @@
+"""`generate` and `edit`: files, names, records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import neounify
+from neounify.cli.record import read_record
+from neounify.pipeline import Pipeline
+
+SMALL = ("--size", "64x32", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def pipe(toy: Path) -> Pipeline:
+    return neounify.load(toy, device="cpu")
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def test_the_file_holds_exactly_the_painted_pixels(
+    run: Callable[..., Any], pipe: Pipeline, tmp_path: Path
+) -> None:
+    ran = run("generate", "A Red Boat!", *SMALL, "--seed", 5, "--device", "cpu")
+    assert ran.code == 0
+    path = Path("outputs/a-red-boat_s5_1.png")
+    assert f"saved {path}" in ran.out
+    want = pipe.generate("A Red Boat!", width=64, height=32, steps=2, seed=5).images[0]
+    assert np.array_equal(pixels(path), np.array(want))
+    assert sorted(p.name for p in Path("outputs").iterdir()) == [
+        "a-red-boat_s5_1.json",
+        "a-red-boat_s5_1.png",
+    ]
+
+
+def test_the_record_in_the_file_and_beside_it(
+    run: Callable[..., Any], pipe: Pipeline, toy: Path
+) -> None:
+    run("generate", "ein Boot, 湖", *SMALL, "--norm", "global", "--interval", "0.1,0.9")
+    path = Path("outputs/ein-boot-湖_s0_1.png")
+    record = read_record(path)
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) == record
+    assert record["prompt"] == "ein Boot, 湖"
+    assert (record["task"], record["seed"], record["index"]) == ("generate", 0, 1)
+    assert record["size"] == [64, 32]
+    assert record["neounify"] == neounify.__version__
+    assert record["model"]["fingerprint"] == pipe.fingerprint
+    assert record["model"]["folder"] == toy.name
+    assert str(toy.parent) not in json.dumps(record)
+    assert record["settings"] == {
+        "steps": 2,
+        "shift": 3.0,
+        "guidance": 4.0,
+        "interval": [0.1, 0.9],
+        "norm": "global",
+        "solver": "euler",
+        "t_eps": 0.02,
+        "think": False,
+        "system": None,
+    }
+    shown = run("inspect", path, "--json")
+    assert shown.json == record
+
+
+def test_nothing_is_overwritten_unless_asked(run: Callable[..., Any]) -> None:
+    for _ in range(3):
+        assert run("generate", "boat", *SMALL, "-q").code == 0
+    names = sorted(p.name for p in Path("outputs").glob("*.png"))
+    assert names == ["boat_s0_1-2.png", "boat_s0_1-3.png", "boat_s0_1.png"]
+    before = Path("outputs/boat_s0_1.png").stat().st_mtime_ns
+    ran = run("generate", "boat", *SMALL, "-q", "--overwrite")
+    assert ran.out.strip() == str(Path("outputs/boat_s0_1.png"))
+    assert Path("outputs/boat_s0_1.png").stat().st_mtime_ns > before
+    assert len(list(Path("outputs").iterdir())) == 6
+
+
+def test_a_named_file_is_honoured_exactly(run: Callable[..., Any]) -> None:
+    assert run("generate", "boat", *SMALL, "-o", "deep/x.png").code == 0
+    assert Path("deep/x.png").is_file()
+    assert Path("deep/x.json").is_file()
+    ran = run("generate", "boat", *SMALL, "-o", "deep/x.png")
+    assert ran.code == 1
+    assert "already there" in ran.err
+    assert run("generate", "boat", *SMALL, "-o", "deep/x.png", "--overwrite").code == 0
+    Path("deep/y.json").write_text("mine", encoding="utf-8")
+    assert run("generate", "boat", *SMALL, "-o", "deep/y.png").code == 1
+    assert Path("deep/y.json").read_text(encoding="utf-8") == "mine"
+
+
+def test_several_prompts_and_images_each(run: Callable[..., Any], pipe: Pipeline) -> None:
+    ran = run("generate", "one cat", "two cats", *SMALL, "--count", 2, "--json")
+    files = [Path(entry["file"]) for entry in ran.json["files"]]
+    assert [f.name for f in files] == [
+        "one-cat_s0_1.png",
+        "one-cat_s0_2.png",
+        "two-cats_s0_1.png",
+        "two-cats_s0_2.png",
+    ]
+    want = pipe.generate(
+        ["one cat", "two cats"], width=64, height=32, steps=2, images_per_prompt=2
+    ).images
+    for file, image in zip(files, want, strict=True):
+        assert np.abs(pixels(file).astype(int) - np.array(image)).max() <= 1
+    assert ran.json["files"][3]["record"] == read_record(files[3])
+
+
+def test_prompts_without_quotes_get_a_hint(run: Callable[..., Any]) -> None:
+    ran = run("generate", "a", "boat", *SMALL)
+    assert ran.code == 0
+    assert "quotes" in ran.err
+
+
+def test_previews_are_one_sheet(run: Callable[..., Any]) -> None:
+    run("generate", "boat", "--size", "64x32", "--steps", 3, "--previews")
+    with Image.open("outputs/boat_s0_1.previews.png") as sheet:
+        assert sheet.size == (3 * 64 + 2 * 4, 32)
+
+
+def test_a_thought_is_shown_and_recorded(run: Callable[..., Any]) -> None:
+    ran = run("generate", "boat", *SMALL, "--think", "--max-think-tokens", 5)
+    assert ran.code == 0
+    assert "thought: " in ran.out
+    assert isinstance(read_record(Path("outputs/boat_s0_1.png"))["thought"], str)
+
+
+def test_edit_of_two_pictures(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
+    arguments = ("--image", picture, "--image", picture, *SMALL, "--image-guidance", 2)
+    ran = run("edit", "mix <image> and <image>", *arguments, "--device", "cpu", "--json")
+    assert ran.code == 0
+    (entry,) = ran.json["files"]
+    want = pipe.edit(
+        "mix <image> and <image>", [picture] * 2, width=64, height=32, steps=2, image_guidance=2
+    ).images[0]
+    assert np.array_equal(pixels(Path(entry["file"])), np.array(want))
+    assert entry["record"]["images"] == ["picture.png"] * 2
+    assert entry["record"]["settings"]["image_guidance"] == 2
+    assert entry["record"]["task"] == "edit"
+
+
+def test_edit_keeps_the_shape_of_its_picture(run: Callable[..., Any], picture: Path) -> None:
+    ran = run("edit", "bluer", "--image", picture, "--steps", 1, "--json")
+    width, height = ran.json["files"][0]["record"]["size"]
+    assert width > height
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture"])
+def test_an_unreadable_picture(run: Callable[..., Any], content: bytes) -> None:
+    Path("bad.png").write_bytes(content)
+    ran = run("edit", "bluer", "--image", "bad.png")
+    assert ran.code == 1
+    assert "bad.png" in ran.err
+    assert not Path("outputs").exists()
+
+
+def test_an_output_folder_that_cannot_be_made(run: Callable[..., Any]) -> None:
+    Path("file").write_text("", encoding="utf-8")
+    ran = run("generate", "boat", *SMALL, "-o", "file/inside")
+    assert ran.code == 1
+    assert "cannot be made" in ran.err
+
+
+def test_memory_by_stream_paints_the_same(run: Callable[..., Any]) -> None:
+    run("generate", "boat", *SMALL, "-o", "a.png")
+    assert run("generate", "boat", *SMALL, "-o", "b.png", "--memory", "stream").code == 0
+    assert np.array_equal(pixels(Path("a.png")), pixels(Path("b.png")))
+
+
+def test_inspect_refuses_other_pngs(run: Callable[..., Any], picture: Path) -> None:
+    ran = run("inspect", picture)
+    assert ran.code == 1
+    assert "no record" in ran.err
