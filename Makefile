@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench parity clean
 
 demo: $(READY)  ## paint, read and edit with an untrained miniature
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,9 @@ lint: $(READY)  ## style and types
 
 bench: $(READY)  ## the figures of docs/benchmarks.md, as a table and as JSON
 	$(BIN)/python -m benchmarks --json out/benchmarks.json
+
+parity: $(READY)  ## the README's table of differences from the recordings, where they are
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.parity
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,6 +7,7 @@ import torch
 from neounify.cache import SequenceCache
 from neounify.decode import Feed, feed
 from neounify.model import NeoUnify, Text
+from neounify.model.compile import compile_streams
 from neounify.presets import BENCH
 
 
@@ -14,7 +15,7 @@ def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:
     torch.manual_seed(0)
     model = NeoUnify(BENCH).to(dtype).eval().requires_grad_(False)
     if compiled:
-        model.compile_streams()
+        compile_streams(model)
     return model
 
 

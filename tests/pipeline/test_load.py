@@ -1,5 +1,6 @@
 """Loading: dtypes, memory by stream, a saved pipeline comes back the same."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,10 @@ def test_a_tokenizer_larger_than_the_model_is_refused(pipe: neounify.Pipeline) -
     small = NeoUnify(TINY.replace(vocab_size=100))
     with pytest.raises(RequestError, match="100"):
         neounify.Pipeline(small, pipe.tokenizer)
+
+
+def test_compiled_paints_the_same(folder: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    plain, compiled = neounify.load(folder), neounify.load(folder, compile=True)
+    assert torch.allclose(paint(plain), paint(compiled), atol=1e-4)

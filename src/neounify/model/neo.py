@@ -62,17 +62,6 @@ class NeoUnify(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def compile_streams(self) -> None:
-        """Let torch.compile fuse the projections, norms and MLPs of every layer, from now on.
-
-        The first calls take some seconds longer. It pays for prefill and painting; attention
-        and the bookkeeping of caches stay as they are.
-        """
-        for layer in self.layers:
-            for stream in (layer.und, layer.gen):
-                stream.project = torch.compile(stream.project, dynamic=True)
-                stream.finish = torch.compile(stream.finish, dynamic=True)
-
     def embed_und(
         self,
         layout: Layout,

@@ -11,6 +11,7 @@ import torch
 from neounify.checkpoint.load import Memory, load_checkpoint
 from neounify.checkpoint.lora import LoraSpec
 from neounify.errors import CheckpointError
+from neounify.model.compile import compile_streams
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
 from neounify.text.tokenizer import Tokenizer
 
@@ -26,13 +27,15 @@ def load(
     lora_strength: float = 1.0,
     memory: Memory = "all",
     verify: bool = False,
+    compile: bool = False,
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
     `dtype` is "float32", "bfloat16" or "float16"; None keeps the stored one, and tensors of that
     dtype are memory-mapped, not copied. `lora` merges one or several LoRA files of the published
     kind, with `lora_strength` each. `memory="stream"` keeps only the stream at work resident, for
-    models that fill the memory; `verify` looks through all weights for NaN first.
+    models that fill the memory; `verify` looks through all weights for NaN first. `compile` fuses
+    elementwise work with torch.compile: slower at first, then faster at prefill and painting.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """
@@ -48,6 +51,8 @@ def load(
         memory=memory,
         verify=verify,
     )
+    if compile:
+        compile_streams(loaded.model)
     return Pipeline(
         loaded.model,
         tokenizer,
