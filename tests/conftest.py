@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
-from golden_data import checkpoint
+# Shapes and types of the annotated tensor code are checked while the tests run, and only then.
+install_import_hook("neounify.model", "beartype.beartype")
+
+from golden_data import checkpoint  # noqa: E402
 
 # A busy machine is no failure; pytest-timeout still stops a test that hangs.
 settings.register_profile("neounify", deadline=None)

@@ -30,9 +30,11 @@ class Feed:
 def feed(model: NeoUnify, feeds: Sequence[Feed]) -> Float[Tensor, "b d"]:
     """Append to every sequence's cache in one packed call; the last hidden state of each.
 
-    Only the understanding stream runs.
+    Only the understanding stream runs. Raises ValueError for a feed without tokens.
     """
     layout = Layout(f.cache.document(*f.spans) for f in feeds)
+    if any(start == stop for start, stop in layout.und_ranges):
+        raise ValueError("every sequence must be fed at least one token")
     for f, document in zip(feeds, layout.documents, strict=True):
         f.cache.reserve(document.und_length())
     ids = torch.tensor([i for f in feeds for i in f.ids], dtype=torch.int64, device=model.device)

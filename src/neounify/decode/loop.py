@@ -22,8 +22,8 @@ class Generation:
     """One sequence being written.
 
     `ids` are the tokens chosen so far. A token of `stop_ids` ends the sequence: it is
-    recorded in `stopped_by`, neither in `ids` nor in the cache. `pending` are chosen
-    tokens that are not in the cache: the last one, when the limit ended the sequence.
+    recorded in `stopped_by`, neither in `ids` nor in the cache. `pending` is the last of
+    `ids` as long as it is not in the cache, which is so when a limit ended the sequence.
     """
 
     cache: SequenceCache
@@ -32,12 +32,9 @@ class Generation:
     max_new_tokens: int
     context: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
     stopped_by: int | None = None
     finish_reason: FinishReason | None = None
-
-    @property
-    def pending(self) -> list[int]:
-        return self.ids[-1:] if self.finish_reason == "length" else []
 
     def take(self, logits: Tensor) -> int | None:
         """Choose a token from the last position's logits; None if it ends the sequence."""
@@ -47,6 +44,7 @@ class Generation:
             return None
         self.ids.append(token)
         self.context.append(token)
+        self.pending = [token]
         if len(self.ids) >= self.max_new_tokens:
             self.finish_reason = "length"
         return token
@@ -67,8 +65,12 @@ def decode(
 
     Yields, per step, (number of the sequence, chosen token) of each that got one.
     """
-    running = list(range(len(generations)))
-    while True:
+    for generation in generations:
+        if generation.max_new_tokens <= len(generation.ids):
+            generation.finish_reason = "length"
+    running = [n for n, g in enumerate(generations) if g.finish_reason is None]
+    hidden = hidden[running]
+    while running:
         logits = model.logits(hidden)
         taken: list[tuple[int, int]] = []
         for row, number in enumerate(running):
@@ -83,3 +85,5 @@ def decode(
         running = [number for number, _ in taken]
         feeds = [Feed(generations[n].cache, (Text(1),), (token,)) for n, token in taken]
         hidden = feed(model, feeds)
+        for number in running:
+            generations[number].pending = []

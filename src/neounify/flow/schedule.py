@@ -13,4 +13,7 @@ def shift_time(t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
 
 def timesteps(steps: int, shift: float) -> Float[Tensor, " steps+1"]:
     """`steps` + 1 times from 0 (noise) to 1 (data), float32 on the CPU."""
-    return shift_time(torch.linspace(0, 1, steps + 1), shift)
+    times = shift_time(torch.linspace(0, 1, steps + 1), shift)
+    # Rounding can put the ends just outside, where guidance intervals would miss them.
+    times[0], times[-1] = 0, 1
+    return times

@@ -5,7 +5,7 @@ L × L mask is ever built: memory grows linearly with the length of the sequence
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ class Projected(NamedTuple):
     v: Tensor
 
 
+@runtime_checkable
 class KeyValues(Protocol):
     """What attention needs of one document's cache."""
 

@@ -130,6 +130,11 @@ class Layout:
         self.und_ranges.append((first, self.und_length))
 
     @property
+    def text_length(self) -> int:
+        """Text tokens of all documents."""
+        return sum(s.length for s, _ in self._und_spans if isinstance(s, Text))
+
+    @property
     def image_grids(self) -> list[tuple[int, int]]:
         return [(s.rows, s.columns) for s, _ in self._und_spans if isinstance(s, Image)]
 
@@ -151,18 +156,19 @@ class Layout:
 
         [U] int64.
         """
-        num_text = sum(s.length for s, _ in self._und_spans if isinstance(s, Text))
-        if num_text in (0, self.und_length):
+        if self.text_length in (0, self.und_length):
             return None
-        text, image, pieces = 0, num_text, []
+        text, image, pieces = 0, self.text_length, []
         for span, _ in self._und_spans:
             if isinstance(span, Text):
-                pieces.append(torch.arange(text, text + span.length))
+                pieces.append(range(text, text + span.length))
                 text += span.length
             else:
-                pieces.append(torch.arange(image, image + span.length))
+                pieces.append(range(image, image + span.length))
                 image += span.length
-        return torch.cat(pieces)
+        # Made in inference mode, the kept tensor could not serve a training call later.
+        with torch.inference_mode(False):
+            return torch.tensor([row for piece in pieces for row in piece])
 
     def last_rows(self) -> list[int]:
         """The row of each document's last understanding token."""

@@ -66,24 +66,28 @@ class NeoUnify(nn.Module):
         self,
         layout: Layout,
         token_ids: Int[Tensor, " n"],
-        images: Sequence[Float[Tensor, "3 height width"]] = (),
+        images: Sequence[Float[Tensor, "3 _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
         """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
+        grids = [self._grid(image) for image in images]
+        if grids != layout.image_grids or token_ids.shape[0] != layout.text_length:
+            raise ValueError(
+                f"{token_ids.shape[0]} ids and images of {grids} tokens do not fit the layout: "
+                f"{layout.text_length} ids and {layout.image_grids}"
+            )
         parts = [self.embed_tokens(token_ids)] if token_ids.numel() else []
         if images:
             parts.append(self.embed_clean(images))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if x.shape[0] != layout.und_length:
-            raise ValueError(f"{x.shape[0]} rows of tokens, the layout has {layout.und_length}")
         order = layout.und_order
         return x if order is None else x[order.to(x.device)]
 
     def embed_clean(
-        self, images: Sequence[Float[Tensor, "3 height width"]]
+        self, images: Sequence[Float[Tensor, "3 _height _width"]]
     ) -> Float[Tensor, "n d"]:
         """The understanding stream's embedding of clean images, all tokens in a row."""
         c = self.config
-        grids = [(i.shape[1] // c.token_size, i.shape[2] // c.token_size) for i in images]
+        grids = [self._grid(image) for image in images]
         patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
         places = grid_places(grids, c.merge).to(patches.device)
         return self.und_patch(patches.to(self.dtype), places)
@@ -102,10 +106,16 @@ class NeoUnify(nn.Module):
         """
         c = self.config
         m, p = c.merge, c.patch_size
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=z.device)
+        per_image = t.shape == noise_scale.shape == lengths.shape
+        if not grids or not per_image or z.shape[0] != sum(lengths.tolist()):
+            raise ValueError(
+                f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
+                f"{tuple(noise_scale.shape)} do not fit images of {list(grids)} tokens"
+            )
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
         patches = z.view(-1, m, p, m, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, 3 * p * p)
         x = self.gen_patch(patches.to(self.dtype), grid_places(grids, m).to(z.device))
-        lengths = torch.tensor([rows * columns for rows, columns in grids], device=z.device)
         condition = self.timestep_embedder(t)
         if c.flow.noise_scale_embedding:
             relative = noise_scale / c.flow.noise_scale_max
@@ -120,6 +130,8 @@ class NeoUnify(nn.Module):
         caches: Sequence[KeyValues] | None = None,
     ) -> Hidden:
         """All layers and the final norms. Caches, if given, are one per document of the layout."""
+        if caches is None and any(document.past for document in layout.documents):
+            raise ValueError("documents that continue a cached prefix need their caches")
         und_rotation = None if und is None else self._rotation(layout.und_positions, und)
         gen_rotation = None if gen is None else self._rotation(layout.gen_positions, gen)
         for number, layer in enumerate(self.layers):
@@ -146,7 +158,7 @@ class NeoUnify(nn.Module):
         self,
         layout: Layout,
         token_ids: Int[Tensor, " n"],
-        images: Sequence[Float[Tensor, "3 height width"]] = (),
+        images: Sequence[Float[Tensor, "3 _height _width"]] = (),
         z: Float[Tensor, "g ccc"] | None = None,
         t: Float[Tensor, " j"] | None = None,
         noise_scale: Float[Tensor, " j"] | None = None,
@@ -159,12 +171,23 @@ class NeoUnify(nn.Module):
         gen = None
         if z is not None and t is not None and noise_scale is not None:
             gen = self.embed_noisy(layout.noise_grids, z, t, noise_scale)
+        elif layout.noise_grids or (z, t, noise_scale) != (None, None, None):
+            raise ValueError(
+                f"{len(layout.noise_grids)} noisy images need z, t and noise_scale, all of them"
+            )
         hidden = self.backbone(layout, und, gen)
         assert hidden.und is not None
         prediction = None
         if hidden.gen is not None:
             prediction = self.clean_prediction(hidden.gen, layout.noise_grids)
         return self.logits(hidden.und), prediction
+
+    def _grid(self, image: Tensor) -> tuple[int, int]:
+        side = self.config.token_size
+        rows, columns = image.shape[1] // side, image.shape[2] // side
+        if (rows * side, columns * side) != tuple(image.shape[1:]):
+            raise ValueError(f"image sides {tuple(image.shape[1:])} must be multiples of {side}")
+        return rows, columns
 
     def _rotation(self, positions: Tensor, x: Tensor) -> Rotation:
         c = self.config

@@ -1,0 +1,193 @@
+"""Writing text: alone and in company, and the ways to end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import random_config, random_model
+from neounify.cache import SequenceCache
+from neounify.decode import (
+    Choose,
+    Feed,
+    Generation,
+    SamplingSettings,
+    decode,
+    feed,
+    greedy,
+    make_chooser,
+)
+from neounify.model import Document, Layout, NeoUnify, Text
+
+PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [3, 3, 3, 3, 3, 3, 3, 3]]
+
+
+@cache
+def _model() -> NeoUnify:
+    config = random_config(random.Random(2), num_layers=2, vocab_size=47)
+    return random_model(config, 2, torch.float64)
+
+
+def _cache() -> SequenceCache:
+    return SequenceCache(_model().config, 3, dtype=torch.float64, device=torch.device("cpu"))
+
+
+def _generation(
+    prompt: Sequence[int],
+    limit: int,
+    stop: Sequence[int] = (),
+    choose: Choose = greedy,
+    cache: SequenceCache | None = None,
+) -> Generation:
+    cache = cache or _cache()
+    return Generation(cache, choose, frozenset(stop), limit, context=list(prompt))
+
+
+def _prefill(generations: Sequence[Generation]) -> Tensor:
+    """Feed the context of each, in one call."""
+    feeds = [Feed(g.cache, (Text(len(g.context)),), list(g.context)) for g in generations]
+    return feed(_model(), feeds)
+
+
+def _write(generations: Sequence[Generation]) -> list[list[tuple[int, int]]]:
+    return list(decode(_model(), generations, _prefill(generations)))
+
+
+def _by_full_forwards(prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens without any cache: the whole text again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        logits, _ = _model()(Layout([Document((Text(len(ids)),))]), torch.tensor(ids))
+        ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_full_forwards() -> None:
+    for prompt in PROMPTS:
+        generation = _generation(prompt, 12)
+        _write([generation])
+        assert generation.ids == _by_full_forwards(prompt, 12)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_batch_writes_what_each_writes_alone(sampled: bool) -> None:
+    def choosers() -> list[Choose]:
+        return [
+            make_chooser(SamplingSettings(temperature=float(sampled), seed=seed))
+            for seed in range(len(PROMPTS))
+        ]
+
+    limits = [9, 4, 1, 12]
+    alone = []
+    for prompt, limit, choose in zip(PROMPTS, limits, choosers(), strict=True):
+        generation = _generation(prompt, limit, choose=choose)
+        _write([generation])
+        alone.append(generation.ids)
+    together = [
+        _generation(prompt, limit, choose=choose)
+        for prompt, limit, choose in zip(PROMPTS, limits, choosers(), strict=True)
+    ]
+    steps = _write(together)
+    assert [g.ids for g in together] == alone
+    assert [len(ids) for ids in alone] == limits
+    # What was yielded is what was written, step by step.
+    assert [len(step) for step in steps] == [4, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1]
+    for number, generation in enumerate(together):
+        assert [t for step in steps for n, t in step if n == number] == generation.ids
+
+
+def test_the_limit() -> None:
+    generation = _generation(PROMPTS[0], 5)
+    _write([generation])
+    assert len(generation.ids) == 5
+    assert generation.finish_reason == "length"
+    assert generation.stopped_by is None
+    assert generation.pending == generation.ids[-1:]
+    assert generation.cache.length == len(PROMPTS[0]) + 4
+    assert generation.context == [*PROMPTS[0], *generation.ids]
+
+
+def test_a_stop_token_is_neither_written_nor_cached() -> None:
+    free = _by_full_forwards(PROMPTS[0], 12)
+    stop = free[6]
+    before = free[: free.index(stop)]
+    generation = _generation(PROMPTS[0], 12, [stop, 999])
+    steps = _write([generation])
+    assert generation.ids == before
+    assert generation.finish_reason == "stop"
+    assert generation.stopped_by == stop
+    assert generation.pending == []
+    assert generation.context == [*PROMPTS[0], *before]
+    assert generation.cache.length == len(PROMPTS[0]) + len(before)
+    assert len(steps) == len(before)
+
+
+def test_a_stop_at_once_writes_nothing() -> None:
+    stop = _by_full_forwards(PROMPTS[1], 1)
+    generation = _generation(PROMPTS[1], 5, stop)
+    assert _write([generation]) == []
+    assert generation.ids == []
+    assert generation.stopped_by == stop[0]
+
+
+def test_one_stops_and_the_others_go_on() -> None:
+    free = _by_full_forwards(PROMPTS[0], 6)
+    first = _generation(PROMPTS[0], 6, free[2:3])
+    others = [_generation(prompt, 6) for prompt in PROMPTS[1:]]
+    _write([first, *others])
+    assert first.ids == free[: free.index(free[2])]
+    for prompt, generation in zip(PROMPTS[1:], others, strict=True):
+        assert generation.ids == _by_full_forwards(prompt, 6)
+
+
+def test_resume_goes_on_after_a_stop_token() -> None:
+    """The caller feeds the stop token itself; the limit counts over both parts."""
+    free = _by_full_forwards(PROMPTS[0], 12)
+    stop = free[4]
+    generation = _generation(PROMPTS[0], 11, [stop])
+    _write([generation])
+    written = len(generation.ids)
+    assert (generation.finish_reason, generation.stopped_by) == ("stop", stop)
+    generation.resume()
+    assert generation.finish_reason is None
+    hidden = feed(_model(), [Feed(generation.cache, (Text(1),), [stop])])
+    generation.stop_ids = frozenset()
+    list(decode(_model(), [generation], hidden))
+    assert generation.ids == [*free[:written], *free[written + 1 :]][:11]
+    assert generation.finish_reason == "length"
+
+
+def test_pending_feeds_what_the_limit_cut_off() -> None:
+    """With the pending token fed, the text goes on as if there had been no limit."""
+    generation = _generation(PROMPTS[3], 4)
+    _write([generation])
+    more = _generation([], 5, cache=generation.cache)
+    hidden = feed(_model(), [Feed(generation.cache, (Text(1),), generation.pending)])
+    list(decode(_model(), [more], hidden))
+    assert generation.ids + more.ids == _by_full_forwards(PROMPTS[3], 9)
+
+
+def test_stop_from_outside() -> None:
+    generations = [_generation(PROMPTS[0], 8), _generation(PROMPTS[2], 8)]
+    for number, _ in enumerate(decode(_model(), generations, _prefill(generations))):
+        if number == 2:
+            generations[0].stop()
+    assert len(generations[0].ids) == 3
+    assert generations[0].finish_reason == "stop"
+    assert generations[1].ids == _by_full_forwards(PROMPTS[2], 8)
+
+
+def test_choosers_see_the_context() -> None:
+    seen: list[list[int]] = []
+
+    def choose(logits: Tensor, context: Sequence[int]) -> int:
+        seen.append(list(context))
+        return 10 + len(seen)
+
+    _write([_generation([4, 5], 3, choose=choose)])
+    assert seen == [[4, 5], [4, 5, 11], [4, 5, 11, 12]]

@@ -1,0 +1,86 @@
+"""The integrators, on equations whose solution is known."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from neounify.errors import RequestError
+from neounify.flow.schedule import shift_time
+from neounify.flow.solvers import SOLVERS, make_solver
+
+
+def _times(steps: int, shift: float) -> list[float]:
+    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+
+
+def _error(name: str, steps: int, shift: float) -> float:
+    """dz/dt = cos(3t) - 2z from z(0) = 1, whose solution is known, integrated to t = 1."""
+    solver = make_solver(name)
+    z = torch.tensor(1.0, dtype=torch.float64)
+    times = _times(steps, shift)
+    for t, t_next in pairwise(times):
+        z = solver.step(z, math.cos(3 * t) - 2 * z, t, t_next)
+    particular = (2 * math.cos(3) + 3 * math.sin(3)) / 13
+    return abs(float(z) - particular - (1 - 2 / 13) * math.exp(-2))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ab2", 2)])
+def test_order_of_convergence(name: str, order: int, shift: float) -> None:
+    errors = [_error(name, steps, shift) for steps in (100, 200, 400)]
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_exact_on_a_constant_velocity(name: str) -> None:
+    solver, z = make_solver(name), torch.zeros(3, dtype=torch.float64)
+    v = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    times = _times(7, 3.0)
+    for t, t_next in pairwise(times):
+        z = solver.step(z, v, t, t_next)
+    torch.testing.assert_close(z, v)
+
+
+def test_second_order_is_exact_on_a_linear_velocity_after_its_first_step() -> None:
+    """v = 2t gives z = t², steps of any lengths; the first step has nothing to look back at."""
+    solver = make_solver("ab2")
+    times = [0.0, 0.1, 0.15, 0.5, 0.6, 1.0]
+    z = solver.step(torch.tensor(0.01, dtype=torch.float64), torch.tensor(0.0), 0.0, 0.1)
+    assert z == pytest.approx(0.01)
+    for t, t_next in pairwise(times[1:]):
+        z = solver.step(z, torch.tensor(2 * t, dtype=torch.float64), t, t_next)
+        assert float(z) == pytest.approx(t_next**2, abs=1e-12)
+
+
+def test_the_first_step_is_eulers() -> None:
+    z, v = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    steps = [make_solver(name).step(z, v, 0.2, 0.7) for name in ("euler", "ab2")]
+    assert torch.equal(*steps)
+    torch.testing.assert_close(steps[0], z + 0.5 * v)
+
+
+def test_a_solver_does_not_change_its_input() -> None:
+    z, v = torch.ones(2), torch.ones(2)
+    for name in SOLVERS:
+        solver = make_solver(name)
+        solver.step(z, v, 0.0, 0.5)
+        solver.step(z, v, 0.5, 1.0)
+    assert torch.equal(z, torch.ones(2))
+    assert torch.equal(v, torch.ones(2))
+
+
+def test_solvers_do_not_share_a_past() -> None:
+    first, second = make_solver("ab2"), make_solver("ab2")
+    z = torch.zeros(1)
+    first.step(z, torch.ones(1), 0.0, 0.5)
+    assert float(second.step(z, torch.full((1,), 3.0), 0.5, 1.0)) == 1.5
+
+
+def test_an_unknown_solver() -> None:
+    with pytest.raises(RequestError, match=r"'heun' is unknown; known: euler, ab2"):
+        make_solver("heun")

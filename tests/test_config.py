@@ -1,0 +1,114 @@
+"""Model sizes that do not fit together are refused, each with a clear message."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.errors import ConfigError
+from neounify.presets import BENCH, PRESETS, TINY, U1_8B, U1_A3B
+
+SPARSE = MlpConfig(
+    width=16, num_experts=4, experts_per_token=2, expert_width=8, sparse=(True, False)
+)
+
+
+def _sparse(**changes: Any) -> MlpConfig:
+    return dataclasses.replace(SPARSE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"num_layers": -1}, "num_layers must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size must be"),
+        ({"merge": 0}, "merge must be"),
+        ({"max_positions": 0}, "max_positions must be"),
+        ({"num_kv_heads": 3}, "num_heads 4 must be a multiple of num_kv_heads 3"),
+        ({"head_dim": 12}, "head_dim 12 must be a multiple of 8"),
+        ({"vision_hidden_size": 30}, "vision hidden size 30 must be divisible by 4"),
+        ({"image_head": "pixel", "hidden_size": 62}, r"hidden size \(62\) and a token side \(32\)"),
+        ({"image_head": "pixel", "patch_size": 15, "merge": 1}, "token side"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive, got 0.0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps must be positive"),
+        ({"und_mlp": MlpConfig(width=0)}, "the und MLP width must be at least 1, got 0"),
+        ({"gen_mlp": _sparse(sparse=(True,))}, "gen: 1 layers are marked .*, expected 2"),
+        ({"gen_mlp": _sparse(experts_per_token=5)}, "gen: experts per token 5 must lie in 1..4"),
+        ({"und_mlp": _sparse(experts_per_token=0)}, "und: experts per token 0"),
+        ({"und_mlp": _sparse(expert_width=0)}, "und: expert width 0 must be positive"),
+        ({"flow": FlowConfig(noise_scale=0.0)}, "noise_scale must be positive"),
+        ({"flow": FlowConfig(noise_scale_max=-1.0)}, "noise_scale_max must be positive"),
+        ({"flow": FlowConfig(t_eps_training=0.0)}, "t_eps_training must be positive"),
+        ({"sampling": SamplingConfig(image_size=(64, 100))}, r"\(64, 100\) must be .* of 32"),
+        ({"sampling": SamplingConfig(image_size=(0, 32))}, "sampling.image_size"),
+        ({"sampling": SamplingConfig(chat_min_pixels=10, chat_max_pixels=9)}, "10..9"),
+        ({"sampling": SamplingConfig(steps=0)}, "sampling.steps must be at least 1, got 0"),
+        ({"sampling": SamplingConfig(shift=0.0)}, "sampling.shift must be positive"),
+    ],
+)
+def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TINY.replace(**changes)
+
+
+def test_an_unknown_noise_scale_mode() -> None:
+    flow = FlowConfig(noise_scale_mode="loud")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"'loud' is unknown; known are fixed, resolution"):
+        TINY.replace(flow=flow)
+
+
+def test_configs_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TINY.hidden_size = 1  # type: ignore[misc]
+    wider = TINY.replace(hidden_size=128)
+    assert (TINY.hidden_size, wider.hidden_size) == (64, 128)
+    assert wider.replace(hidden_size=64) == TINY
+
+
+def test_sparse_layers() -> None:
+    assert [SPARSE.is_sparse(layer) for layer in range(2)] == [True, False]
+    assert not MlpConfig(width=8).is_sparse(7)
+    # A dense width is needed only where a layer is dense.
+    TINY.replace(und_mlp=_sparse(width=0, sparse=(True, True)))
+    with pytest.raises(ConfigError, match="und MLP width"):
+        TINY.replace(und_mlp=_sparse(width=0))
+
+
+def test_bounds_of_edited_pictures() -> None:
+    sampling = SamplingConfig()
+    assert sampling.edit_bounds(1) == (512**2, 2048**2)
+    assert sampling.edit_bounds(4) == (512**2, 2048**2)
+    assert sampling.edit_bounds(5) == (512**2, 4096**2 // 5)
+    assert sampling.edit_bounds(0) == sampling.edit_bounds(1)
+
+
+def _row(c: ModelConfig) -> tuple[object, ...]:
+    return (
+        c.num_layers,
+        c.hidden_size,
+        c.head_dim,
+        c.num_heads,
+        c.num_kv_heads,
+        c.rope_theta,
+        c.rope_theta_hw,
+        c.vision_hidden_size,
+        c.vocab_size,
+        c.token_size,
+    )
+
+
+def test_published_sizes() -> None:
+    assert _row(U1_8B) == (42, 4096, 128, 32, 8, 5e6, 1e4, 1024, 151_936, 32)
+    assert U1_8B.und_mlp == U1_8B.gen_mlp == MlpConfig(width=12_288)
+    assert _row(U1_A3B) == (48, 2048, 128, 32, 4, 1e7, 1e4, 1024, 151_936, 32)
+    for mlp, experts in ((U1_A3B.und_mlp, 128), (U1_A3B.gen_mlp, 32)):
+        assert (mlp.num_experts, mlp.experts_per_token, mlp.expert_width) == (experts, 8, 768)
+        assert mlp.normalise_top_k
+        assert all(mlp.is_sparse(layer) for layer in range(48))
+    assert U1_A3B.is_sparse
+    assert not U1_8B.is_sparse
+    assert set(PRESETS.values()) == {U1_8B, U1_A3B, BENCH, TINY}
