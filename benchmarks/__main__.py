@@ -15,6 +15,7 @@ import torch
 from benchmarks import memory, speed
 from benchmarks.figure import Figure, table
 from benchmarks.timing import describe_machine
+from neounify.runtime import keep_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,6 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     figures: list[Figure] = []
     for figure in measure(arguments):
         figures.append(figure)

@@ -10,6 +10,7 @@ import pytest
 from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
 from neounify.errors import ConfigError
 from neounify.presets import BENCH, PRESETS, TINY, U1_8B, U1_A3B
+from neounify.text import BYTE_VOCAB_SIZE
 
 SPARSE = MlpConfig(
     width=16, num_experts=4, experts_per_token=2, expert_width=8, sparse=(True, False)
@@ -112,3 +113,7 @@ def test_published_sizes() -> None:
     assert U1_A3B.is_sparse
     assert not U1_8B.is_sparse
     assert set(PRESETS.values()) == {U1_8B, U1_A3B, BENCH, TINY}
+
+
+def test_the_toy_fits_its_tokenizer() -> None:
+    assert TINY.vocab_size == BYTE_VOCAB_SIZE

@@ -63,21 +63,22 @@ TINY = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    vocab_size=512,
+    vocab_size=264,
     und_mlp=MlpConfig(width=128),
     gen_mlp=MlpConfig(width=128),
     max_positions=8192,
+    flow_head_width=256,
     vision_hidden_size=32,
     sampling=SamplingConfig(
-        image_size=(64, 64),
+        image_size=(128, 128),
         chat_min_pixels=64**2,
         chat_max_pixels=256**2,
         edit_min_pixels=64**2,
         edit_max_pixels=256**2,
         edit_max_total_pixels=512**2,
-        steps=20,
+        steps=8,
     ),
 )
-"""A toy to try things with; it has no trained weights."""
+"""A toy to try things with, for `text.byte_tokenizer`; it paints in a second, untrained."""
 
 PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY}

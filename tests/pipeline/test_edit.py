@@ -44,7 +44,7 @@ def test_only_the_prefixes_that_are_needed(
 
 def test_size_follows_the_first_picture(pipe: neounify.Pipeline) -> None:
     out = pipe.edit("redder", [picture(200, 100), picture(50, 90)], **FEW)
-    assert out.images[0].size == (64, 32)
+    assert out.images[0].size == (160, 64)
     out = pipe.edit("redder", picture(200, 100), width=32, height=64, **FEW)
     assert out.images[0].size == (32, 64)
 

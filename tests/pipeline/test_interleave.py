@@ -80,7 +80,7 @@ def test_input_pictures_set_the_size(
 ) -> None:
     picture = PIL.Image.new("RGB", (100, 200), "red")
     parts = story(pipe, monkeypatch, "<img>", images=picture, width=None, height=None)
-    assert [p.image.size for p in parts if isinstance(p, ImagePart)] == [(32, 64)]
+    assert [p.image.size for p in parts if isinstance(p, ImagePart)] == [(64, 160)]
 
 
 def test_same_seed_same_story(pipe: neounify.Pipeline) -> None:

@@ -1,5 +1,6 @@
 """Loading: dtypes, memory by stream, a saved pipeline comes back the same."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(pipe: neounify.Pipeline) -
     small = NeoUnify(TINY.replace(vocab_size=100))
     with pytest.raises(RequestError, match="100"):
         neounify.Pipeline(small, pipe.tokenizer)
+
+
+def test_nan_weights_are_found_at_work_or_by_looking(
+    pipe: neounify.Pipeline, tmp_path: Path
+) -> None:
+    for name, call in (
+        ("layers.1.und.mlp.up_proj.weight", lambda p: p.chat("hi", max_new_tokens=1)),
+        ("layers.1.gen.mlp.up_proj.weight", paint),
+    ):
+        model = copy.deepcopy(pipe.model)
+        with torch.no_grad():
+            model.get_parameter(name)[-1, -1] = float("nan")
+        folder = tmp_path / name
+        neounify.Pipeline(model, pipe.tokenizer).save(folder)
+        with pytest.raises(CheckpointError, match="NaN"):
+            call(neounify.load(folder))
+        with pytest.raises(CheckpointError, match="up_proj"):
+            neounify.load(folder, verify=True)
 
 
 COMPARE = """

@@ -14,26 +14,10 @@ from neounify.cli.errors import CliError, UsageError
 from neounify.cli.inspecting import human_bytes
 from neounify.cli.models import parse_loras
 from neounify.cli.options import ReportOptions, WeightOptions
-from neounify.config import SamplingConfig
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
 from neounify.presets import TINY
-from neounify.text import BYTE_VOCAB_SIZE, byte_tokenizer
-
-TOY = TINY.replace(
-    vocab_size=BYTE_VOCAB_SIZE,
-    flow_head_width=256,
-    sampling=SamplingConfig(
-        image_size=(128, 128),
-        chat_min_pixels=64**2,
-        chat_max_pixels=256**2,
-        edit_min_pixels=64**2,
-        edit_max_pixels=256**2,
-        edit_max_total_pixels=512**2,
-        steps=8,
-    ),
-)
-"""The toy paints small pictures in few steps, so that trying a command takes a second."""
+from neounify.text import byte_tokenizer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -79,7 +63,7 @@ def toy_pipeline(seed: int) -> Pipeline:
     """An untrained model, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NeoUnify(TOY).requires_grad_(False).eval()
+        model = NeoUnify(TINY).requires_grad_(False).eval()
     return Pipeline(model, byte_tokenizer())
 
 

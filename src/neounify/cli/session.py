@@ -15,6 +15,7 @@ from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import ModelOptions
 from neounify.config import ModelConfig
 from neounify.pipeline import Pipeline, load
+from neounify.runtime import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def open_session(options: ModelOptions, display: Display) -> Session:
     loras = parse_loras(options.lora)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()
     with display.bar(f"loading {folder.resolve().name}"):
         pipe = load(
             folder,

@@ -26,9 +26,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Image:
-    """A clean image of rows × columns tokens: bidirectional inside, one step of t in all."""
-
+class _Grid:
     rows: int
     columns: int
 
@@ -37,20 +35,16 @@ class Image:
         return self.rows * self.columns
 
 
-@dataclass(frozen=True)
-class Noise:
+class Image(_Grid):
+    """A clean image of rows × columns tokens: bidirectional inside, one step of t in all."""
+
+
+class Noise(_Grid):
     """A noisy image block in the generation stream. It stands at the t of the next image.
 
     Nothing but itself sees it and it takes no step of t, so a clean copy that
     follows it has the same positions.
     """
-
-    rows: int
-    columns: int
-
-    @property
-    def length(self) -> int:
-        return self.rows * self.columns
 
 
 Span = Text | Image | Noise

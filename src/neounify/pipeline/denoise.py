@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from neounify.flow.solvers import Solver
 from neounify.image.patches import unpatchify
 from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
+from neounify.pipeline.grouping import groups
 
 MAX_ROWS = 32_768
 """Image tokens per model call; more jobs than that take turns within a step."""
@@ -26,7 +27,7 @@ class PaintJob:
     """One image being painted. The prefixes are only read, so several jobs may share them.
 
     `z` [tokens, 3·C²] float32 is the current point, `times` the N + 1 times of its N
-    steps, `noise_scale` σ. `clean` is the guided clean-image prediction of the last step.
+    steps, `noise_scale` σ.
     """
 
     z: Tensor
@@ -38,7 +39,7 @@ class PaintJob:
     t_eps: float
     solver: Solver
     steps_done: int = 0
-    clean: Tensor | None = None
+    _last: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -52,6 +53,14 @@ class PaintJob:
     def t(self) -> float:
         return self.times[self.steps_done]
 
+    @property
+    def clean(self) -> Tensor:
+        """The guided clean-image prediction of the last step, [tokens, 3·C²]."""
+        if self._last is None:
+            raise ValueError("no step has been taken yet, so there is no prediction")
+        guided, z, t = self._last
+        return clean_from_velocity(guided, z, t, self.t_eps)
+
     def branches(self) -> tuple[Branch, ...]:
         """The prefixes the next step looks at."""
         return self.guidance.branches() if self.guidance.acts_at(self.t) else ("cond",)
@@ -63,14 +72,14 @@ class PaintJob:
         guided = v["cond"]
         if self.guidance.acts_at(t):
             guided = self.guidance.combine(v, first_step=self.steps_done == 0)
-        self.clean = clean_from_velocity(guided, self.z, t, self.t_eps)
+        self._last = (guided, self.z, t)
         self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
         self.steps_done += 1
 
 
 def denoise_step(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
     """Move every job one step; guidance branches of all jobs run as one batch."""
-    for group in _groups(jobs):
+    for group in groups(jobs, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS):
         _denoise_group(model, group)
 
 
@@ -96,20 +105,6 @@ def _denoise_group(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
         predictions[job][branch] = prediction
     for job in jobs:
         job.move(predictions[job])
-
-
-def _groups(jobs: Sequence[PaintJob]) -> Iterator[list[PaintJob]]:
-    group: list[PaintJob] = []
-    rows = 0
-    for job in jobs:
-        new = job.z.shape[0] * len(job.branches())
-        if group and rows + new > MAX_ROWS:
-            yield group
-            group, rows = [], 0
-        group.append(job)
-        rows += new
-    if group:
-        yield group
 
 
 def to_pixels(

@@ -13,10 +13,11 @@ from neounify.cache import SequenceCache
 from neounify.checkpoint.residency import Residency
 from neounify.config import ModelConfig
 from neounify.decode import Feed, Generation, decode, feed
-from neounify.errors import Cancelled, PromptError
+from neounify.errors import Cancelled, CheckpointError, PromptError
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, denoise_step
+from neounify.pipeline.grouping import groups
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
 from neounify.text.template import ImageSegment, Prompt
 from neounify.text.tokenizer import Tokenizer
@@ -72,8 +73,10 @@ class Engine:
         feeds = [self._first_feed(p, i) for p, i in zip(prompts, images, strict=True)]
         hidden: list[Tensor] = []
         with self.residency.use("und"):
-            for group in _groups(feeds):
-                hidden += feed(self.model, group).unbind()
+            for group in groups(feeds, _rows, MAX_PREFILL_ROWS):
+                states = feed(self.model, group)
+                _check_finite(states)
+                hidden += states.unbind()
         return [Prefix(f.cache, state, list(f.ids)) for f, state in zip(feeds, hidden, strict=True)]
 
     @torch.inference_mode()
@@ -121,6 +124,8 @@ class Engine:
                 denoise_step(self.model, running)
                 step += 1
                 yield step
+        for job in jobs:
+            _check_finite(job.z)
 
     def token(self, name: str) -> int:
         return self.tokenizer.id(name)
@@ -162,15 +167,13 @@ def check_cancel(cancel: threading.Event | None) -> None:
         raise Cancelled("the request was cancelled")
 
 
-def _groups(feeds: Sequence[Feed]) -> Iterator[list[Feed]]:
-    group: list[Feed] = []
-    rows = 0
-    for item in feeds:
-        new = sum(span.length for span in item.spans)
-        if group and rows + new > MAX_PREFILL_ROWS:
-            yield group
-            group, rows = [], 0
-        group.append(item)
-        rows += new
-    if group:
-        yield group
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise CheckpointError(
+            "the model computes NaN or infinite values: its weights are damaged, which "
+            "load(..., verify=True) would locate, or they overflow in float16"
+        )
+
+
+def _rows(item: Feed) -> int:
+    return sum(span.length for span in item.spans)

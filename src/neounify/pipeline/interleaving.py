@@ -141,7 +141,6 @@ class _Interleaving:
         job = self._job(width, height)
         side = engine.config.token_size
         for step in engine.paint([job], self.cancel):
-            assert job.clean is not None
             clean = to_pixels([job.clean], job.grid, side)
             yield PreviewPart(PaintProgress(step, job.steps, clean))
         pixels = to_pixels([job.z], job.grid, side)[0]

@@ -66,8 +66,7 @@ def paint(
     jobs = [job for item in painted for job in item.jobs]
     for step in engine.paint(jobs, cancel):
         if callback is not None:
-            clean = [job.clean for job in jobs if job.clean is not None]
-            pixels = to_pixels(clean, jobs[0].grid, engine.config.token_size)
+            pixels = to_pixels([job.clean for job in jobs], jobs[0].grid, engine.config.token_size)
             callback(PaintProgress(step, max(job.steps for job in jobs), pixels))
     return painted
 

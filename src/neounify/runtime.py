@@ -1,0 +1,30 @@
+"""Settings of the whole process that programs may choose; the library itself never does."""
+
+from __future__ import annotations
+
+import ctypes
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of mallopt(3)."""
+LARGEST_MMAP_THRESHOLD = 32 * 2**20
+"""glibc ignores a larger one."""
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next tensor instead of returning it to the system.
+
+    Tensors of some megabytes come and go with every operation; getting their pages anew
+    each time cost up to an eighth of a denoising step (docs/log.md). The process then keeps
+    its peak of working memory until it ends. Returns whether it was possible: it is not
+    where the C library is another one.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = (
+        (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD),
+        (M_TRIM_THRESHOLD, 2**31 - 1),
+        (M_TOP_PAD, 64 * 2**20),
+    )
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
