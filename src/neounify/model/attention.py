@@ -1,18 +1,22 @@
-"""The softmax that both streams share, computed block by block of the layout.
+"""The softmax that both streams share, in one of two ways that give the same result.
 
-Inside a block every query sees the same keys, or the same keys up to itself, so no
-L × L mask is ever built: memory grows linearly with the length of the sequence.
+Block by block of the layout: inside a block every query sees the same keys, or the same
+keys up to itself, so no L × L mask is ever built and memory grows linearly with the length
+of the sequence. Or, for many short documents without caches, as in training, padded side
+by side under one mask.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from neounify.model.layout import Block, Layout
+from neounify.model.block import Block
+from neounify.model.layout import Layout
+from neounify.model.padding import Padding
 
 CAUSAL_CHUNK = 256
 """Queries of a causal block that share one mask; measured, see docs/log.md."""
@@ -50,6 +54,11 @@ def shared_attention(
     all understanding keys are read from them; without, they are those of this call.
     Generation keys are never stored.
     """
+    if caches is None:
+        some = und if und is not None else gen
+        padding = None if some is None else layout.padding(some.q.device)
+        if padding is not None:
+            return _padded_attention(und, gen, padding)
     if und is not None and caches is not None:
         for cache, (start, stop) in zip(caches, layout.und_ranges, strict=True):
             if stop > start:
@@ -77,6 +86,43 @@ def shared_attention(
     if gen is not None:
         gen_out = _join([_attend_noise(gen, b, *und_keys(b)) for b in layout.gen_blocks])
     return und_out, gen_out
+
+
+def _padded_attention(
+    und: Projected | None, gen: Projected | None, padding: Padding
+) -> tuple[Tensor | None, Tensor | None]:
+    streams = ((und, padding.und_slots), (gen, padding.gen_slots))
+    present = [(x, slots) for x, slots in streams if x is not None]
+    slots = torch.cat([slots for _, slots in present])
+    documents, longest, _ = padding.mask.shape
+
+    def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+        x = torch.cat(list(rows))
+        padded = x.new_zeros(documents * longest, *x.shape[1:]).index_copy(0, slots, x)
+        return padded.unflatten(0, (documents, longest)).transpose(1, 2)
+
+    q, k, v = (side_by_side(parts) for parts in zip(*(x for x, _ in present), strict=True))
+    out = _masked_attention(q, k, v, padding.mask.unsqueeze(1))
+    rows = out.transpose(1, 2).flatten(0, 1)[slots].split([x.q.shape[0] for x, _ in present])
+    found = iter(rows)
+    return (None if und is None else next(found), None if gen is None else next(found))
+
+
+def _masked_attention(
+    q: Float[Tensor, "b heads n d"],
+    k: Float[Tensor, "b kv n d"],
+    v: Float[Tensor, "b kv n d"],
+    mask: Bool[Tensor, "b 1 n n"],
+) -> Float[Tensor, "b heads n d"]:
+    if q.device.type != "cpu" or q.dtype.itemsize > 2:
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    # In half precision on a CPU the library's masked kernel is slower (docs/log.md).
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
 
 
 def _join(pieces: Sequence[Tensor]) -> Tensor:

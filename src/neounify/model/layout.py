@@ -15,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from neounify.model.block import Block
+from neounify.model.padding import Padding, make_padding
+
 StreamName = Literal["und", "gen"]
 
 
@@ -67,22 +70,6 @@ class Document:
         return sum(span.length for span in self.spans if not isinstance(span, Noise))
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive queries of one stream and document that see the same keys.
-
-    They see the first `visible` understanding tokens of their document (cached
-    ones included) and, in the generation stream, all of their own block. A causal
-    block ends at `visible`; its queries see only up to themselves.
-    """
-
-    document: int
-    start: int
-    stop: int
-    visible: int
-    causal: bool
-
-
 class Layout:
     """The packed tokens of some documents.
 
@@ -100,6 +87,7 @@ class Layout:
         self._und_spans: list[tuple[Text | Image, int]] = []
         self._gen_spans: list[tuple[Noise, int]] = []
         self.und_length = self.gen_length = 0
+        self._paddings: dict[torch.device, Padding | None] = {}
         for number, document in enumerate(self.documents):
             self._add(number, document)
 
@@ -163,6 +151,15 @@ class Layout:
         # Made in inference mode, the kept tensor could not serve a training call later.
         with torch.inference_mode(False):
             return torch.tensor([row for piece in pieces for row in piece])
+
+    def padding(self, device: torch.device) -> Padding | None:
+        """The documents side by side, on a device; None where they are few, long or uneven."""
+        if device not in self._paddings:
+            # Made in inference mode, the kept tensors could not serve a training call later.
+            with torch.inference_mode(False):
+                made = make_padding(self.und_ranges, self.und_blocks, self.gen_blocks)
+                self._paddings[device] = made if made is None else made.to(device)
+        return self._paddings[device]
 
     def last_rows(self) -> list[int]:
         """The row of each document's last understanding token."""

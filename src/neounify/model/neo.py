@@ -130,6 +130,12 @@ class NeoUnify(nn.Module):
         caches: Sequence[KeyValues] | None = None,
     ) -> Hidden:
         """All layers and the final norms. Caches, if given, are one per document of the layout."""
+        rows = tuple(0 if x is None else x.shape[0] for x in (und, gen))
+        if rows != (layout.und_length, layout.gen_length):
+            raise ValueError(
+                f"{rows} rows of the two streams, "
+                f"the layout has {(layout.und_length, layout.gen_length)}"
+            )
         if caches is None and any(document.past for document in layout.documents):
             raise ValueError("documents that continue a cached prefix need their caches")
         und_rotation = None if und is None else self._rotation(layout.und_positions, und)
