@@ -43,12 +43,20 @@ class Stream(nn.Module):
     def project(self, x: Float[Tensor, "n size"], rotation: Rotation) -> Projected:
         """Queries, keys and values of N tokens."""
         x = self.input_norm(x)
-        q = self.q_proj(x).view(-1, self.heads, self.head_dim)
-        k = self.k_proj(x).view(-1, self.kv_heads, self.head_dim)
         v = self.v_proj(x).view(-1, self.kv_heads, self.head_dim)
-        q = rotate(_norm_halves(q, self.q_norm, self.q_norm_hw), rotation)
-        k = rotate(_norm_halves(k, self.k_norm, self.k_norm_hw), rotation)
+        # Queries and keys go together: for a single token the number of operations counts.
+        heads = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1)
+        heads = self._norm_halves(heads.view(-1, self.heads + self.kv_heads, self.head_dim))
+        q, k = rotate(heads, rotation).split_with_sizes([self.heads, self.kv_heads], dim=1)
         return Projected(q, k, v)
+
+    def _norm_halves(self, x: Float[Tensor, "n heads d"]) -> Float[Tensor, "n heads d"]:
+        """One norm over the half that is rotated by t, one over the half rotated by h and w."""
+        q = torch.cat([self.q_norm.weight, self.q_norm_hw.weight])
+        k = torch.cat([self.k_norm.weight, self.k_norm_hw.weight])
+        weight = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+        halves = normalise(x.view(*x.shape[:2], 2, -1), self.q_norm.eps)
+        return halves.view(x.shape) * weight
 
     def finish(
         self, x: Float[Tensor, "n size"], attended: Float[Tensor, "n heads d"]
@@ -85,11 +93,3 @@ class Layer(nn.Module):
         if gen is not None and gen_seen is not None:
             gen = self.gen.finish(gen, gen_seen)
         return und, gen
-
-
-def _norm_halves(
-    x: Float[Tensor, "n heads d"], t_norm: RMSNorm, hw_norm: RMSNorm
-) -> Float[Tensor, "n heads d"]:
-    """One norm over the half that is rotated by t, one over the half rotated by h and w."""
-    halves = normalise(x.view(*x.shape[:2], 2, -1), t_norm.eps).view(x.shape)
-    return halves * torch.cat([t_norm.weight, hw_norm.weight])
