@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.errors import NeounifyError
+from neounify.text import IMAGE_MARK, Role
 
-IMAGE_MARK = "<image>"
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
 TASKS = ("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave", "text")
 
-Role = Literal["system", "user", "assistant"]
 Picture = Image.Image | NDArray[np.uint8] | Path
 
 _ROLE_OF: dict[str, Role] = {
