@@ -1,6 +1,7 @@
 """Looking inside the tasks while they run, to compare with the recorded steps."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 import neounify
 from golden_data import golden_path
 from neounify.flow.path import velocity
+from neounify.model import Document, Layout, Noise
 from neounify.pipeline.denoise import PaintJob
 
 NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")
@@ -69,7 +71,22 @@ class Steps:
         monkeypatch.setattr(PaintJob, "move", move)
 
 
-def _positions(job: PaintJob, branch: Any) -> Tensor:
-    from neounify.model.layout import Layout, Noise
+class PromptPositions:
+    """Records (t, h, w) of every prompt that is read, [3, L] each, in the order of reading."""
 
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[Tensor] = []
+        recorder = self
+
+        class Recording(Layout):
+            def __init__(self, documents: Iterable[Document]) -> None:
+                super().__init__(documents)
+                for start, stop in self.und_ranges:
+                    recorder.seen.append(self.und_positions[start:stop].T)
+
+        # By its path: the package exports the function `feed` under the module's name.
+        monkeypatch.setattr(sys.modules["neounify.decode.feed"], "Layout", Recording)
+
+
+def _positions(job: PaintJob, branch: Any) -> Tensor:
     return Layout([job.prefixes[branch].document(Noise(*job.grid))]).gen_positions.T

@@ -14,6 +14,7 @@ from golden_tasks import (
     NAMES,
     SINGLE_PASS,
     TRAJECTORY,
+    PromptPositions,
     Script,
     Steps,
     error,
@@ -145,6 +146,52 @@ def edit_cases(info: dict[str, Any], *, rounded: bool) -> list[tuple[str, dict[s
 def embedded(pipe: neounify.Pipeline, images: list[Path]) -> Tensor:
     """The understanding embedding of all input images of an edit."""
     return pipe.model.embed_clean(edit_images(pipe._engine, [read_image(i) for i in images]))
+
+
+@pytest.mark.parametrize("group", ["1img", "2img", "2img_auto"])
+def test_positions_of_editing_prompts(
+    name: str, group: str, golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, info = load_fixture(name, "it2i")
+    prompts = PromptPositions(monkeypatch)
+    images = [picture(image) for image in info["images"][group]]
+    pipeline(golden_checkpoint(name)).edit(
+        info["prompts"][group],
+        images,
+        width=32,
+        height=32,
+        steps=1,
+        guidance=4,
+        image_guidance=1 if group == "2img_auto" else 2,
+    )
+    assert len(prompts.seen) == (2 if group == "2img_auto" else 3)
+    for branch, positions in zip(BRANCHES.values(), prompts.seen, strict=False):
+        assert torch.equal(positions, recorded[f"{group}.{branch}.indexes"])
+
+
+def test_positions_of_chat_and_interleaving_prompts(
+    name: str, golden_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pipeline(golden_checkpoint(name))
+    prompts = PromptPositions(monkeypatch)
+    recorded, info = load_fixture(name, "chat")
+    pipe.chat(info["question"], [picture(info["image"])], max_new_tokens=1)
+    assert torch.equal(prompts.seen[0], recorded["turn1.indexes"])
+    recorded, info = load_fixture(name, "interleave")
+    prompts.seen.clear()
+    parts = pipe.interleave(
+        info["prompt"],
+        [picture("a_512x512")],
+        guidance=4,
+        image_guidance=2,
+        system=info["system_message"],
+        max_new_tokens=1,
+        max_images=0,
+    )
+    list(parts)
+    for branch, positions in zip(BRANCHES.values(), prompts.seen, strict=False):
+        assert torch.equal(positions, recorded[f"{branch}.indexes"])
+    assert len(prompts.seen) == 3
 
 
 def test_chat(name: str, golden_checkpoint: Checkpoint) -> None:
