@@ -10,15 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from neounify.model.block import Block
 from neounify.model.padding import Padding, make_padding
-
-StreamName = Literal["und", "gen"]
 
 
 @dataclass(frozen=True)

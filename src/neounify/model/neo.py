@@ -69,7 +69,7 @@ class NeoUnify(nn.Module):
         images: Sequence[Float[Tensor, "3 _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
         """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
-        grids = [self._grid(image) for image in images]
+        grids = [self.token_grid(image) for image in images]
         if grids != layout.image_grids or token_ids.shape[0] != layout.text_length:
             raise ValueError(
                 f"{token_ids.shape[0]} ids and images of {grids} tokens do not fit the layout: "
@@ -87,7 +87,7 @@ class NeoUnify(nn.Module):
     ) -> Float[Tensor, "n d"]:
         """The understanding stream's embedding of clean images, all tokens in a row."""
         c = self.config
-        grids = [self._grid(image) for image in images]
+        grids = [self.token_grid(image) for image in images]
         patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
         places = grid_places(grids, c.merge).to(patches.device)
         return self.und_patch(patches.to(self.dtype), places)
@@ -188,7 +188,8 @@ class NeoUnify(nn.Module):
             prediction = self.clean_prediction(hidden.gen, layout.noise_grids)
         return self.logits(hidden.und), prediction
 
-    def _grid(self, image: Tensor) -> tuple[int, int]:
+    def token_grid(self, image: Float[Tensor, "3 _height _width"]) -> tuple[int, int]:
+        """Token rows and columns of an image; ValueError when a side is no multiple of C."""
         side = self.config.token_size
         rows, columns = image.shape[1] // side, image.shape[2] // side
         if (rows * side, columns * side) != tuple(image.shape[1:]):

@@ -13,7 +13,6 @@ import torch
 from neounify.decode.choose import SamplingSettings, make_chooser
 from neounify.decode.loop import Generation
 from neounify.errors import RequestError
-from neounify.image.pixels import prepare_image
 from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.messages import Conversation, read_conversation
@@ -144,17 +143,8 @@ class ChatRun:
         ]
 
     def _images(self, request: ChatRequest) -> list[torch.Tensor]:
-        config = self._engine.config
-        return [
-            prepare_image(
-                image,
-                multiple=config.token_size,
-                min_pixels=config.sampling.chat_min_pixels,
-                max_pixels=config.sampling.chat_max_pixels,
-                dtype=self._engine.model.dtype,
-            )
-            for image in request.images
-        ]
+        own = self._engine.config.sampling
+        return self._engine.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
 
 
 class ChatStream:

@@ -1,4 +1,4 @@
-"""A loaded model with what belongs to it, and the three things tasks do with it."""
+"""A loaded model with what belongs to it, and what the tasks do with it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import PIL.Image
 import torch
 from torch import Tensor
 
@@ -14,10 +15,14 @@ from neounify.checkpoint.residency import Residency
 from neounify.config import ModelConfig
 from neounify.decode import Feed, Generation, decode, feed
 from neounify.errors import Cancelled, CheckpointError, PromptError
+from neounify.flow.guidance import Branch
+from neounify.flow.solvers import make_solver
+from neounify.image.pixels import prepare_image
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, denoise_step
 from neounify.pipeline.grouping import groups
+from neounify.pipeline.request import Sampling, image_noise_scale
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
 from neounify.text.template import ImageSegment, Prompt
 from neounify.text.tokenizer import Tokenizer
@@ -86,7 +91,7 @@ class Engine:
         """Append text, or an image followed by text, to a prefix; the last state [D]."""
         spans: tuple[Span, ...] = (Text(len(ids)),)
         if image is not None:
-            spans = (self._image_span(image), *spans)
+            spans = (Image(*self.model.token_grid(image)), *spans)
         with self.residency.use("und"):
             images = () if image is None else (image,)
             return feed(self.model, [Feed(cache, spans, ids, images)])[0]
@@ -127,6 +132,40 @@ class Engine:
         for job in jobs:
             _check_finite(job.z)
 
+    def job(
+        self,
+        noise: Tensor,
+        grid: tuple[int, int],
+        prefixes: dict[Branch, SequenceCache],
+        sampling: Sampling,
+    ) -> PaintJob:
+        """An image to be painted behind its prefixes, from scaled noise [tokens, 3·C²]."""
+        return PaintJob(
+            z=noise.to(self.model.device),
+            grid=grid,
+            prefixes=prefixes,
+            guidance=sampling.guidance,
+            times=sampling.times(),
+            noise_scale=image_noise_scale(grid, self.config),
+            t_eps=sampling.t_eps,
+            solver=make_solver(sampling.solver),
+        )
+
+    def prepare(
+        self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
+    ) -> list[Tensor]:
+        """Pictures for the understanding stream: sized by the bounds on their area, normalised."""
+        return [
+            prepare_image(
+                image,
+                multiple=self.config.token_size,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                dtype=self.model.dtype,
+            )
+            for image in images
+        ]
+
     def token(self, name: str) -> int:
         return self.tokenizer.id(name)
 
@@ -145,7 +184,7 @@ class Engine:
         for segment in prompt.segments:
             if isinstance(segment, ImageSegment):
                 used.append(images[segment.image])
-                spans.append(self._image_span(used[-1]))
+                spans.append(Image(*self.model.token_grid(used[-1])))
             elif segment.ids:
                 spans.append(Text(len(segment.ids)))
                 ids += segment.ids
@@ -155,10 +194,6 @@ class Engine:
         if length > limit:
             raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
         return Feed(cache, tuple(spans), ids, used)
-
-    def _image_span(self, image: Tensor) -> Image:
-        side = self.config.token_size
-        return Image(image.shape[1] // side, image.shape[2] // side)
 
 
 def check_cancel(cancel: threading.Event | None) -> None:

@@ -16,7 +16,6 @@ from neounify.decode.loop import Generation
 from neounify.errors import RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
-from neounify.flow.solvers import make_solver
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.pipeline.denoise import PaintJob, to_pixels
@@ -135,8 +134,8 @@ class _Interleaving:
 
     def _paint(self, width: int, height: int) -> Iterator[PreviewPart | ImagePart]:
         engine = self.engine
-        seen = [cache for branch, cache in self.prefixes.items() if branch != "uncond"]
-        for cache in seen:
+        seeing = {b: cache for b, cache in self.prefixes.items() if b != "uncond"}
+        for cache in seeing.values():
             engine.open_image(cache)
         job = self._job(width, height)
         side = engine.config.token_size
@@ -146,23 +145,13 @@ class _Interleaving:
         pixels = to_pixels([job.z], job.grid, side)[0]
         yield ImagePart(pixels)
         clean_copy = normalise_und((pixels + 1) / 2).to(engine.model.dtype)
-        for branch, cache in self.prefixes.items():
-            if branch != "uncond":
-                hidden = engine.show_image(cache, clean_copy)
-                self.hidden = hidden if branch == "cond" else self.hidden
+        states = {b: engine.show_image(cache, clean_copy) for b, cache in seeing.items()}
+        self.hidden = states["cond"]
 
     def _job(self, width: int, height: int) -> PaintJob:
-        config, sampling = self.engine.config, self.request.sampling
+        config = self.engine.config
         grid = (height // config.token_size, width // config.token_size)
         scale = image_noise_scale(grid, config)
         noise: Tensor = initial_noise((1, 3, height, width), scale, self.noise)
-        return PaintJob(
-            z=patchify(noise, config.token_size)[0].to(self.engine.model.device),
-            grid=grid,
-            prefixes=self.prefixes,
-            guidance=sampling.guidance,
-            times=sampling.times(),
-            noise_scale=scale,
-            t_eps=sampling.t_eps,
-            solver=make_solver(sampling.solver),
-        )
+        tokens = patchify(noise, config.token_size)[0]
+        return self.engine.job(tokens, grid, self.prefixes, self.request.sampling)

@@ -14,11 +14,9 @@ from neounify.cache import SequenceCache
 from neounify.decode.choose import greedy
 from neounify.decode.loop import Generation
 from neounify.flow.guidance import Branch
-from neounify.flow.solvers import make_solver
-from neounify.image.pixels import prepare_image
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine, Prefix
-from neounify.pipeline.request import PaintRequest, image_noise_scale
+from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import PaintProgress, PaintResult
 from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.template import (
@@ -82,18 +80,7 @@ def to_result(painted: Sequence[Painted], token_size: int) -> PaintResult:
 
 def edit_images(engine: Engine, images: Sequence[PIL.Image.Image]) -> list[Tensor]:
     """Input pictures of editing and interleaving, sized and normalised."""
-    config = engine.config
-    low, high = config.sampling.edit_bounds(len(images))
-    return [
-        prepare_image(
-            image,
-            multiple=config.token_size,
-            min_pixels=low,
-            max_pixels=high,
-            dtype=engine.model.dtype,
-        )
-        for image in images
-    ]
+    return engine.prepare(images, *engine.config.sampling.edit_bounds(len(images)))
 
 
 def _prefixes(engine: Engine, requests: Sequence[PaintRequest]) -> list[dict[Branch, Prefix]]:
@@ -159,15 +146,5 @@ def _jobs(
 ) -> list[PaintJob]:
     grid = request.grid(engine.config)
     return [
-        PaintJob(
-            z=z,
-            grid=grid,
-            prefixes=caches,
-            guidance=request.sampling.guidance,
-            times=request.sampling.times(),
-            noise_scale=image_noise_scale(grid, engine.config),
-            t_eps=request.sampling.t_eps,
-            solver=make_solver(request.sampling.solver),
-        )
-        for z in request.start(engine.config).to(engine.model.device)
+        engine.job(noise, grid, caches, request.sampling) for noise in request.start(engine.config)
     ]
