@@ -1,6 +1,6 @@
 """Sizes of the published models, every value spelt out."""
 
-from neounify.config import MlpConfig, ModelConfig, SamplingConfig
+from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
 
 U1_8B = ModelConfig(
     hidden_size=4096,
@@ -81,4 +81,35 @@ TINY = ModelConfig(
 )
 """A toy to try things with, for `text.byte_tokenizer`; it paints in a second, untrained."""
 
-PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY}
+SCENES = ModelConfig(
+    hidden_size=192,
+    num_layers=6,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=32,
+    vocab_size=512,
+    und_mlp=MlpConfig(width=512),
+    gen_mlp=MlpConfig(width=512),
+    rope_theta=1e4,
+    rope_theta_hw=100.0,
+    max_positions=2048,
+    patch_size=8,
+    merge=2,
+    vision_hidden_size=128,
+    flow_head_width=512,
+    flow=FlowConfig(noise_scale=3.0, noise_scale_base_tokens=16),
+    sampling=SamplingConfig(
+        image_size=(64, 64),
+        chat_min_pixels=32**2,
+        chat_max_pixels=256**2,
+        edit_min_pixels=32**2,
+        edit_max_pixels=256**2,
+        edit_max_total_pixels=512**2,
+        steps=40,
+        guidance=2.0,
+        shift=1.0,
+    ),
+)
+"""The model bundled with the package: 64×64 pictures of scenes, 16 tokens each."""
+
+PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY, "scenes": SCENES}

@@ -30,7 +30,7 @@ from neounify.evaluate.scenebench import (
 )
 from neounify.evaluate.scenebench.checks import untouched
 
-CONFIG = PRESETS["default"]
+CONFIG = PRESETS["wide"]
 RED = SceneObject("circle", "red", "large", (0, 0))
 BLUE = SceneObject("square", "blue", "small", (0, 2))
 SCENE = Scene("white", (RED, BLUE))

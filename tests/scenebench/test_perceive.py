@@ -20,7 +20,7 @@ from neounify.data.scenes import (
 from neounify.evaluate.scenebench import Percept, perceive
 from neounify.evaluate.scenebench.components import label_components
 
-DEFAULT, HARD = PRESETS["default"], PRESETS["hard"]
+DEFAULT, HARD = PRESETS["wide"], PRESETS["hard"]
 
 
 def agrees(scene: Scene, seen: Percept) -> bool:

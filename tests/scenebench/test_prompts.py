@@ -25,7 +25,7 @@ from neounify.evaluate.scenebench import (
 )
 from neounify.evaluate.scenebench.prompts import draw_paint_case, names_held_out
 
-CONFIG = PRESETS["default"]
+CONFIG = PRESETS["wide"]
 NO_COLOUR = ("single_object", "two_object")
 
 

@@ -17,7 +17,7 @@ def flat(value: int, side: int = 32) -> Pixels:
 
 
 def scene(index: int) -> Pixels:
-    return render(sample_scene(sample_rng(4, index), PRESETS["default"]), PRESETS["default"])
+    return render(sample_scene(sample_rng(4, index), PRESETS["wide"]), PRESETS["wide"])
 
 
 def noisy(picture: Pixels, sigma: float) -> Pixels:

@@ -19,7 +19,7 @@ from neounify.evaluate.scenebench.validation import (
 )
 
 
-@pytest.mark.parametrize(("name", "number"), [("easy", 12), ("default", 30), ("hard", 16)])
+@pytest.mark.parametrize(("name", "number"), [("easy", 12), ("default", 20), ("wide", 30), ("hard", 16)])
 def test_paintings_are_judged_as_they_are(name: str, number: int) -> None:
     rates = validate_painting(PRESETS[name], number, seed=1)
     assert set(rates) == set(categories(PRESETS[name]))
@@ -44,13 +44,13 @@ def test_texts_are_judged_as_they_are() -> None:
 
 
 def test_edits_are_judged_as_they_are() -> None:
-    rates = validate_edits(PRESETS["default"], 60, seed=1)
+    rates = validate_edits(PRESETS["wide"], 60, seed=1)
     for kind, rate in rates.items():
         assert rate.value >= (0.95 if "reached" in kind else 0.98), kind
 
 
 def test_every_way_of_being_wrong_is_tried_and_changes_the_picture() -> None:
-    config = PRESETS["default"]
+    config = PRESETS["wide"]
     tried: Counter[str] = Counter()
     for index in range(30):
         for category in CATEGORIES:

@@ -20,7 +20,7 @@ from neounify.data.scenes.world import HELD_OUT_PAIRS
 from neounify.evaluate.scenebench import perceive
 from neounify.evaluate.scenebench.prompts import names_held_out
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 
 
 def fingerprint(sample: Sample) -> tuple[str, str, list[bytes]]:

@@ -21,7 +21,7 @@ from neounify.data.scenes import (
 )
 from neounify.data.scenes.lexicon import Language
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 
 
 def looks(scene: Scene) -> Counter[tuple[str, str, str]]:

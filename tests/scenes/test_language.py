@@ -29,7 +29,7 @@ from neounify.data.scenes.draw import chance, pick
 from neounify.data.scenes.facts import matching, reference
 from neounify.data.scenes.lexicon import Language
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 RED = ObjectFact("circle", "red")
 BLUE = ObjectFact("square", "blue")
 LEFT = SceneFacts((RED, BLUE), (RelationFact(0, "left of", 1),))

@@ -22,7 +22,7 @@ from neounify.data.scenes.lexicon import Language
 from neounify.data.scenes.questions import QuestionKind
 from neounify.data.scenes.world import HELD_OUT_PAIRS
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 SCENE = Scene(
     "grey",
     (

@@ -19,7 +19,7 @@ from neounify.data.scenes import (
 )
 from neounify.data.scenes.render import POLYGONS, coverage, signed_distance
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 
 
 def test_background_fills_an_empty_scene() -> None:

@@ -30,7 +30,7 @@ from neounify.data.scenes.world import (
     scene_config,
 )
 
-DEFAULT = PRESETS["default"]
+DEFAULT = PRESETS["wide"]
 
 
 def test_colour_names_lie_apart() -> None:
@@ -79,7 +79,7 @@ def test_a_config_that_makes_no_sense_is_an_error(change: dict[str, Any]) -> Non
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(DataError, match="easy, default, hard"):
+    with pytest.raises(DataError, match="easy, default, wide, hard"):
         scene_config("impossible")
 
 

@@ -114,7 +114,8 @@ def _masked_attention(
     v: Float[Tensor, "b kv n d"],
     mask: Bool[Tensor, "b 1 n n"],
 ) -> Float[Tensor, "b heads n d"]:
-    if q.device.type != "cpu" or q.dtype.itemsize > 2:
+    half = q.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
+    if q.device.type != "cpu" or not half:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     # In half precision on a CPU the library's masked kernel is slower (docs/log.md).

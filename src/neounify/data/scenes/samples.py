@@ -93,6 +93,11 @@ class SceneDataset:
         self.split: Split = split
         self.chinese = chinese
 
+    @property
+    def size(self) -> None:
+        """None: there is no last sample."""
+        return None
+
     def __getitem__(self, index: int) -> Sample:
         if index < 0:
             raise DataError(f"sample {index}: an endless data set has no last sample")

@@ -200,6 +200,14 @@ PRESETS: dict[str, SceneConfig] = {
         colours=_EIGHT,
         backgrounds=("white", "black", "grey"),
         sizes=("small", "large"),
+        grid=(2, 2),
+        max_objects=3,
+    ),
+    "wide": SceneConfig(
+        shapes=_FIVE,
+        colours=_EIGHT,
+        backgrounds=("white", "black", "grey"),
+        sizes=("small", "large"),
         grid=(3, 3),
         max_objects=3,
     ),
@@ -218,7 +226,7 @@ PRESETS: dict[str, SceneConfig] = {
 
 
 def scene_config(name: str) -> SceneConfig:
-    """The preset of that name: "easy", "default" or "hard"."""
+    """The preset of that name: "easy", "default", "wide" or "hard"."""
     if name not in PRESETS:
         raise DataError(f"no difficulty {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]

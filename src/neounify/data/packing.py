@@ -1,0 +1,90 @@
+"""Many documents in one sequence: first-fit into packs of a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neounify.data.encode import Encoded
+from neounify.data.sample import TASKS
+from neounify.model.layout import Layout
+
+
+def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Put items into bins of at most `budget`, the longest first; the bins hold item numbers.
+
+    First-fit decreasing: at most 11/9 of the fewest bins (Johnson, 1973). Documents of like
+    length end up together, which also keeps padded attention short. ValueError for an item
+    over the budget.
+    """
+    if max(lengths, default=0) > budget:
+        raise ValueError(f"an item of {max(lengths)} tokens does not fit a pack of {budget}")
+    bins: list[list[int]] = []
+    free: list[int] = []
+    shortest = min(lengths, default=0)
+    first_open = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        while first_open < len(bins) and free[first_open] < shortest:
+            first_open += 1
+        for place in range(first_open, len(bins)):
+            if lengths[item] <= free[place]:
+                break
+        else:
+            place = len(bins)
+            bins.append([])
+            free.append(budget)
+        bins[place].append(item)
+        free[place] -= lengths[item]
+    return bins
+
+
+@dataclass(eq=False)
+class Pack:
+    """Documents of one forward pass, as tensors.
+
+    N text tokens, L labels, I clean and J noisy images; U understanding rows.
+    `label_rows` index the understanding rows; `label_tasks` [L] and `target_tasks` [J] are
+    places in `TASKS`. Pictures are uint8 [height, width, 3].
+    """
+
+    layout: Layout
+    ids: Tensor
+    label_rows: Tensor
+    label_ids: Tensor
+    label_tasks: Tensor
+    images: list[Tensor]
+    targets: list[Tensor]
+    target_tasks: Tensor
+    samples: list[str] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of both streams."""
+        return self.layout.und_length + self.layout.gen_length
+
+
+def make_pack(documents: Sequence[Encoded]) -> Pack:
+    """Join encoded samples into one pack."""
+    rows: list[int] = []
+    first = 0
+    for d in documents:
+        rows += [first + row for row in d.label_rows]
+        first += d.document.und_length()
+    task = [TASKS.index(d.task) for d in documents]
+    per_label = [len(d.label_ids) for d in documents]
+    per_target = [len(d.targets) for d in documents]
+    return Pack(
+        layout=Layout(d.document for d in documents),
+        ids=torch.tensor([i for d in documents for i in d.ids], dtype=torch.int64),
+        label_rows=torch.tensor(rows, dtype=torch.int64),
+        label_ids=torch.tensor([i for d in documents for i in d.label_ids], dtype=torch.int64),
+        label_tasks=torch.from_numpy(np.repeat(task, per_label)),
+        images=[torch.from_numpy(np.array(image)) for d in documents for image in d.images],
+        targets=[torch.from_numpy(np.array(image)) for d in documents for image in d.targets],
+        target_tasks=torch.from_numpy(np.repeat(task, per_target)),
+        samples=[d.sample for d in documents],
+    )

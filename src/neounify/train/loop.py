@@ -1,0 +1,274 @@
+"""The training loop: take packs, step, log, save. One loop for every stage and model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.names import part_of, stream_of
+from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
+from neounify.errors import CheckpointError, ConfigError, NeounifyError
+from neounify.model.compile import compile_streams
+from neounify.pipeline import Pipeline
+from neounify.train.ema import Ema
+from neounify.train.log import Log
+from neounify.train.metrics import Metrics
+from neounify.train.objective import Counts, loss_of
+from neounify.train.optimizers import Optimizers
+from neounify.train.recipe import Recipe, StageRecipe
+from neounify.train.setup import Start, build_encoder, build_source
+from neounify.train.state import (
+    flatten_optimizer,
+    load_state,
+    prune_states,
+    save_state,
+    unflatten_optimizer,
+)
+
+
+class TrainingStopped(NeounifyError):
+    """Training cannot go on: too many steps in a row were not finite."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts all stages, `stage_step` the current one."""
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    samples: int = 0
+    images: int = 0
+    tokens: int = 0
+    damaged: int = 0
+    nonfinite: int = 0
+    seconds: float = 0.0
+
+
+Evaluate = Callable[[Pipeline, Progress], dict[str, float]]
+
+
+class Trainer:
+    """One run of a recipe in a folder.
+
+    `evaluate` is called with the averaged model every `sample_every` steps; what it returns
+    is logged.
+    """
+
+    def __init__(
+        self, recipe: Recipe, start: Start, folder: Path, log: Log, evaluate: Evaluate | None = None
+    ) -> None:
+        self.recipe, self.start, self.folder = recipe, start, folder
+        self.model = start.model
+        self.log, self.evaluate = log, evaluate
+        self.progress = Progress()
+        self._position: Position | None = None
+        self._resumed: Path | None = None
+        self._compiled = False
+
+    @property
+    def states(self) -> Path:
+        return self.folder / "states"
+
+    def resume(self, state: Path) -> None:
+        """Go on from a saved state of the same recipe. Raises CheckpointError."""
+        tensors, facts = load_state(state)
+        if facts.get("config") != _plain(write_config(self.model.config)):
+            raise CheckpointError(f"{state} is the state of another model than the recipe's")
+        try:
+            self.progress = Progress(**facts["progress"])
+            self._position = facts["position"] and Position.from_json(facts["position"])
+            self.model.load_state_dict(tensors["model"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{state} does not fit this run: {error}") from error
+        self._resumed = state
+
+    def run(self, stop_after: int | None = None) -> None:
+        """Train all stages that are left; `stop_after` ends earlier, after that many steps."""
+        for number in range(self.progress.stage, len(self.recipe.stages)):
+            stage = self.recipe.stages[number]
+            if number != self.progress.stage:
+                self.progress.stage, self.progress.stage_step = number, 0
+                self._position = None
+            ended = self._run_stage(stage, stop_after)
+            if not ended:
+                return
+
+    def _run_stage(self, stage: StageRecipe, stop_after: int | None) -> bool:
+        freeze(self.model, stage.freeze)
+        optimizers = Optimizers(self.model, stage.optimizer)
+        ema = Ema(self.model, stage.ema)
+        if self._resumed is not None:
+            self._restore(optimizers, ema, self._resumed)
+            self._resumed = None
+        if stage.compile and not self._compiled:
+            compile_streams(self.model)
+            self._compiled = True
+        metrics = Metrics(self.model.device)
+        packs = self._packs(stage)
+        self.log.stage(stage, self.progress)
+        in_a_row = 0
+        clock = time.monotonic()
+        while self.progress.stage_step < stage.steps:
+            if stop_after is not None and self.progress.step >= stop_after:
+                self._save(stage, optimizers, ema)
+                return False
+            loaded = list(islice(packs, stage.packs_per_step))
+            rate, norm = self._step(stage, optimizers, loaded, metrics)
+            p = self.progress
+            if torch.isfinite(norm):
+                ema.update()
+                in_a_row = 0
+            else:
+                in_a_row += 1
+                self._nonfinite(loaded, in_a_row, stage.most_nonfinite)
+            self._count(loaded)
+            p.seconds += time.monotonic() - clock
+            clock = time.monotonic()
+            self.log.step(p, stage, rate, float(norm))
+            if p.stage_step % stage.log_every == 0 or p.stage_step == stage.steps:
+                self.log.report(p, stage, metrics.report(), rate, float(norm))
+                metrics = Metrics(self.model.device)
+            if p.stage_step % stage.save_every == 0 or p.stage_step == stage.steps:
+                self._save(stage, optimizers, ema)
+            if p.stage_step % stage.sample_every == 0 or p.stage_step == stage.steps:
+                self._evaluate(ema)
+            clock = time.monotonic()
+        with ema.in_place():
+            self.export(self.folder / "model")
+        self._adopt(ema)
+        return True
+
+    def _adopt(self, ema: Ema) -> None:
+        """The next stage starts from the averaged weights, which are what was exported."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in ema.mean:
+                    parameter.copy_(ema.mean[name])
+
+    def _step(
+        self, stage: StageRecipe, optimizers: Optimizers, loaded: list[Loaded], metrics: Metrics
+    ) -> tuple[float, Tensor]:
+        """One optimizer step; (learning rate, gradient norm). A norm not finite changed nothing."""
+        p = self.progress
+        rate = optimizers.set_factor(stage.schedule.at(p.stage_step, stage.steps))
+        counts = Counts.of([item.pack for item in loaded])
+        device = self.model.device
+        for number, item in enumerate(loaded):
+            generator = torch.Generator(device).manual_seed(_seed(self.recipe.seed, p.step, number))
+            with torch.autocast(
+                device.type, dtype=torch.bfloat16, enabled=stage.precision == "bfloat16"
+            ):
+                loss = loss_of(self.model, item.pack, stage.objective, counts, generator, metrics)
+            if loss.requires_grad:
+                loss.backward()
+        trained = [q for q in self.model.parameters() if q.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        if torch.isfinite(norm):
+            optimizers.step()
+        optimizers.zero_grad()
+        return rate, norm
+
+    def _count(self, loaded: list[Loaded]) -> None:
+        p = self.progress
+        p.step += 1
+        p.stage_step += 1
+        for item in loaded:
+            p.samples += len(item.pack.samples)
+            p.images += len(item.pack.targets)
+            p.tokens += item.pack.length
+            p.damaged += len(item.damaged)
+            self.log.damaged(item.damaged)
+        self._position = loaded[-1].position
+
+    def _nonfinite(self, loaded: list[Loaded], in_a_row: int, most: int) -> None:
+        p = self.progress
+        p.nonfinite += 1
+        samples = [name for item in loaded for name in item.pack.samples]
+        self.log.nonfinite(p, samples)
+        if in_a_row >= most:
+            raise TrainingStopped(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite; the samples "
+                f"of each are listed in {self.log.nonfinite_file}. Lower the learning rate, or "
+                "look at these samples"
+            )
+
+    def _packs(self, stage: StageRecipe) -> Iterator[Loaded]:
+        config = LoaderConfig(
+            budget=stage.budget, seed=self.recipe.seed, workers=self.recipe.workers
+        )
+        encoder = build_encoder(stage, self.start)
+        return load_packs(
+            build_source(stage.data, self.recipe.seed), encoder, config, self._position
+        )
+
+    def _save(self, stage: StageRecipe, optimizers: Optimizers, ema: Ema) -> None:
+        position = self._position.to_json() if self._position else None
+        facts = {
+            "recipe": self.recipe.name,
+            "stage": stage.name,
+            "progress": asdict(self.progress),
+            "position": position,
+            "ema_updates": ema.updates,
+            "config": write_config(self.model.config),
+        }
+        tensors = {
+            "model": dict(self.model.state_dict()),
+            "ema": ema.mean,
+            "optimizer": flatten_optimizer(optimizers.state()),
+        }
+        save_state(self.states, self.progress.step, tensors, facts)
+        prune_states(self.states, self.recipe.keep)
+
+    def _restore(self, optimizers: Optimizers, ema: Ema, state: Path) -> None:
+        tensors, facts = load_state(state)
+        states = optimizers.state()
+        unflatten_optimizer(tensors["optimizer"], states)
+        optimizers.load_state(states)
+        ema.load(tensors["ema"], facts["ema_updates"])
+
+    def _evaluate(self, ema: Ema) -> None:
+        if self.evaluate is None:
+            return
+        with ema.in_place():
+            found = self.evaluate(self._pipeline(), self.progress)
+        self.log.evaluation(self.progress, found)
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.model, self.start.tokenizer, system_message=self.start.system_message
+        )
+
+    def export(self, folder: Path) -> None:
+        """Write the weights as they are now as a checkpoint of the published layout."""
+        self._pipeline().save(folder, overwrite=True)
+
+
+def freeze(model: torch.nn.Module, names: tuple[str, ...]) -> None:
+    """Train every parameter but those of the named streams and parts. Raises ConfigError."""
+    known: set[str] = set()
+    for name, parameter in model.named_parameters():
+        labels = {stream_of(name), part_of(name)}
+        known |= labels
+        parameter.requires_grad_(not labels & set(names))
+    unknown = set(names) - known
+    if unknown:
+        raise ConfigError(f"freeze: {sorted(unknown)} unknown; known are {sorted(known)}")
+
+
+def _seed(seed: int, step: int, pack: int) -> int:
+    """A seed for the noise of one pack, unlike that of any other."""
+    return ((seed + 1) * 1_000_003 + step) * 1009 + pack
+
+
+def _plain(document: dict[str, Any]) -> Any:
+    return json.loads(json.dumps(document))

@@ -1,0 +1,202 @@
+"""What training minimises: w_text · CE(text) + w_image · ‖v̂ - v‖².
+
+    z_t = t · x + (1 - t) · σ · ε          one t per image, ε ~ N(0, 1)
+    v̂ - v = (x̂ - x) / max(1 - t, t_eps)    mean over the pixels of a token, then over tokens
+
+(the published recipe, shared specification of training). The rules of path, time and noise are
+those of `flow/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from jaxtyping import Float, Int
+from pydantic.dataclasses import dataclass as settings
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from neounify.config import ModelConfig
+from neounify.data.packing import Pack
+from neounify.data.sample import TASKS
+from neounify.flow.noise import noise_scale
+from neounify.flow.path import noisy, velocity
+from neounify.flow.schedule import shift_time
+from neounify.image.patches import patchify
+from neounify.image.pixels import normalise_und
+from neounify.model.neo import NeoUnify
+from neounify.settings import STRICT
+from neounify.train.metrics import Metrics
+
+LOGITS_AT_ONCE = 2**26
+"""Scores held at a time; the rest of the text waits its turn and is computed again backward."""
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Objective:
+    """Weights of the losses and the distribution of t.
+
+    t is logit-normal, 1 / (1 + exp(-(t_mean + t_std · n))), then shifted by `time_shift`.
+    `task_weights` multiply the loss of a task, 1 where not named.
+    """
+
+    text_weight: float = 0.1
+    image_weight: float = 1.0
+    t_mean: float = -0.8
+    t_std: float = 0.8
+    time_shift: float = 1.0
+    task_weights: Mapping[str, float] | None = None
+
+    def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " j"]:
+        """One time per image, in (0, 1)."""
+        normal = torch.randn(count, generator=generator, device=generator.device)
+        return shift_time(torch.sigmoid(self.t_mean + self.t_std * normal), self.time_shift)
+
+    def weights(self, tasks: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The weight of each label or picture by its task."""
+        given = self.task_weights or {}
+        table = torch.tensor([given.get(task, 1.0) for task in TASKS], device=tasks.device)
+        return table[tasks]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Labels and noisy tokens of a whole step: what the sums of its packs are divided by."""
+
+    labels: int
+    tokens: int
+
+    @staticmethod
+    def of(packs: Sequence[Pack]) -> Counts:
+        return Counts(
+            sum(len(pack.label_ids) for pack in packs),
+            sum(pack.layout.gen_length for pack in packs),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """The noisy images of a pack: G tokens of J images."""
+
+    clean: Float[Tensor, "g ccc"]
+    z: Float[Tensor, "g ccc"]
+    t: Float[Tensor, " j"]
+    noise_scale: Float[Tensor, " j"]
+    lengths: Int[Tensor, " j"]
+
+
+def add_noise(
+    pack: Pack, config: ModelConfig, objective: Objective, generator: torch.Generator
+) -> Noised:
+    """Draw t and noise for every target of a pack, on the generator's device."""
+    device = generator.device
+    grids = pack.layout.noise_grids
+    lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
+    clean = _tokens(pack.targets, config.token_size, device)
+    t = objective.draw_t(len(grids), generator)
+    sigma = torch.tensor([noise_scale(r * c, config.flow, cap=False) for r, c in grids])
+    sigma = sigma.to(device)
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    per_token = [x.repeat_interleave(lengths).unsqueeze(1) for x in (t, sigma)]
+    return Noised(clean, noisy(clean, noise, *per_token), t, sigma, lengths)
+
+
+def loss_of(
+    model: NeoUnify,
+    pack: Pack,
+    objective: Objective,
+    counts: Counts,
+    generator: torch.Generator,
+    metrics: Metrics | None = None,
+) -> Tensor:
+    """The share of one pack in the loss of its step; a scalar to call backward on."""
+    noised = add_noise(pack, model.config, objective, generator) if pack.targets else None
+    und, gen = _hidden(model, pack, noised)
+    loss = torch.zeros((), device=model.device)
+    if len(pack.label_ids):
+        loss = loss + _text_loss(model, pack, objective, und, metrics) / counts.labels
+    if noised is not None:
+        prediction = model.clean_prediction(gen, pack.layout.noise_grids)
+        loss = loss + _image_loss(model, pack, objective, noised, prediction, metrics) / max(
+            1, counts.tokens
+        )
+    return loss
+
+
+def _hidden(model: NeoUnify, pack: Pack, noised: Noised | None) -> tuple[Tensor, Tensor]:
+    device = model.device
+    images = _und_images(pack.images, device)
+    und = model.embed_und(pack.layout, pack.ids.to(device), images)
+    gen = None
+    if noised is not None:
+        gen = model.embed_noisy(pack.layout.noise_grids, noised.z, noised.t, noised.noise_scale)
+    hidden = model.backbone(pack.layout, und, gen)
+    assert hidden.und is not None
+    return hidden.und, hidden.und if hidden.gen is None else hidden.gen
+
+
+def _text_loss(
+    model: NeoUnify, pack: Pack, objective: Objective, und: Tensor, metrics: Metrics | None
+) -> Tensor:
+    rows, ids = pack.label_rows.to(und.device), pack.label_ids.to(und.device)
+    tasks = pack.label_tasks.to(und.device)
+    states = und[rows]
+    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    pieces = list(zip(states.split(size), ids.split(size), strict=True))
+    if len(pieces) == 1:
+        found = [_token_losses(model, states, ids)]
+    else:
+        found = [checkpoint(_token_losses, model, s, i, use_reentrant=False) for s, i in pieces]
+    losses = torch.cat([loss for loss, _ in found])
+    if metrics is not None:
+        metrics.add_text(tasks, losses.detach(), torch.cat([right for _, right in found]))
+    return objective.text_weight * (losses * objective.weights(tasks)).sum()
+
+
+def _token_losses(model: NeoUnify, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model.logits(states).float()
+    return cross_entropy(logits, ids, reduction="none"), logits.detach().argmax(-1) == ids
+
+
+def _image_loss(
+    model: NeoUnify,
+    pack: Pack,
+    objective: Objective,
+    noised: Noised,
+    prediction: Tensor,
+    metrics: Metrics | None,
+) -> Tensor:
+    t = noised.t.repeat_interleave(noised.lengths).unsqueeze(1)
+    eps = model.config.flow.t_eps_training
+    # velocity(x̂) - velocity(x): z cancels, so it is the velocity of the difference.
+    error = velocity(prediction.float() - noised.clean, torch.zeros_like(t), t, eps)
+    per_token = error.square().mean(dim=1)
+    tasks = pack.target_tasks.to(per_token.device)
+    if metrics is not None:
+        remaining = torch.clamp(1 - t.squeeze(1), min=eps)
+        clean_error = per_token.detach() * remaining.square()
+        metrics.add_image(tasks, noised.t, noised.lengths, per_token.detach(), clean_error)
+    weights = objective.weights(tasks).repeat_interleave(noised.lengths)
+    return objective.image_weight * (per_token * weights).sum()
+
+
+def _und_images(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Clean pictures for the understanding stream, [3, height, width] each."""
+    found: list[Tensor] = []
+    for _, same in groupby(images, key=lambda image: image.shape):
+        stack = torch.stack(list(same)).to(device).permute(0, 3, 1, 2).float() / 255
+        found += normalise_und(stack).unbind()
+    return found
+
+
+def _tokens(images: Sequence[Tensor], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
+    """Target pictures as token rows in [-1, 1]."""
+    found = []
+    for _, same in groupby(images, key=lambda image: image.shape):
+        stack = torch.stack(list(same)).to(device).permute(0, 3, 1, 2)
+        found.append(patchify(stack.float() / 127.5 - 1, side).flatten(0, 1))
+    return torch.cat(found)
