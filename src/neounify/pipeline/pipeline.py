@@ -75,6 +75,11 @@ class Pipeline:
         return self._engine.model
 
     @property
+    def engine(self) -> Engine:
+        """What the tasks are made of; batches of mixed requests go through it."""
+        return self._engine
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._engine.tokenizer
 

@@ -31,6 +31,11 @@ from neounify.data.scenes.world import (
 EditKind = Literal["recolour", "remove", "add", "move", "background"]
 EDIT_KINDS: tuple[EditKind, ...] = ("recolour", "remove", "add", "move", "background")
 _TRIES = 20
+KEEP_REQUESTS: dict[Language, tuple[str, ...]] = {
+    "en": ("Copy the picture.", "Paint the same picture again.", "Change nothing."),
+    "zh": ("照样画一张。", "不要改动。"),
+}
+"""Edits that ask for no change: what the understanding stream kept shows in the copy."""
 
 
 @dataclass(frozen=True)

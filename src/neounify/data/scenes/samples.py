@@ -23,7 +23,7 @@ from neounify.data.sample import (
     Turn,
 )
 from neounify.data.scenes.draw import chance, pick, pick_weighted, sample_rng
-from neounify.data.scenes.edits import edit_thought, sample_edit
+from neounify.data.scenes.edits import KEEP_REQUESTS, edit_thought, sample_edit
 from neounify.data.scenes.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.data.scenes.language import caption, layout_text
 from neounify.data.scenes.lexicon import LANGUAGES, Language
@@ -53,6 +53,8 @@ CAPTION_REQUESTS: dict[Language, dict[str, tuple[str, ...]]] = {
         "full": ("详细描述这张图片。", "描述图片里的一切。"),
     },
 }
+KEEP_SHARE = 0.1
+"""Of the edits, those that ask for the same picture again."""
 CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
 """What an answer to each kind of caption request mentions."""
 
@@ -179,6 +181,11 @@ def _caption(
 
 
 def _edit(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
+    if chance(rng, KEEP_SHARE):
+        scene = sample_scene(rng, config, split=split)
+        image, newline = _shown(scene, config)
+        request = TextPart(pick(rng, KEEP_REQUESTS[language]))
+        return _turns((image, newline, request), (_painted(scene, config),))
     edit = sample_edit(rng, config, None, language, split)
     image, newline = _shown(edit.source, config)
     return _turns((image, newline, TextPart(edit.instruction)), (_painted(edit.target, config),))
