@@ -19,7 +19,9 @@ from neounify.evaluate.scenebench.validation import (
 )
 
 
-@pytest.mark.parametrize(("name", "number"), [("easy", 12), ("default", 20), ("wide", 30), ("hard", 16)])
+@pytest.mark.parametrize(
+    ("name", "number"), [("easy", 12), ("default", 20), ("wide", 30), ("hard", 16)]
+)
 def test_paintings_are_judged_as_they_are(name: str, number: int) -> None:
     rates = validate_painting(PRESETS[name], number, seed=1)
     assert set(rates) == set(categories(PRESETS[name]))

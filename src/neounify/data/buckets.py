@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 
-def nearest_bucket(
-    width: int, height: int, buckets: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The (width, height) whose shape is nearest by the ratio of ratios; of equals, by area."""
     if not buckets:
         raise ValueError("there are no buckets to choose from")

@@ -9,7 +9,7 @@ learnt, as a clean copy at the same positions.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -90,7 +90,7 @@ class Encoder:
     config: ModelConfig
     tokenizer: Tokenizer
     system_message: str = ""
-    dropout: GuidanceDropout = GuidanceDropout()
+    dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
     noise_draws: int = 1
     target_pixels: tuple[int, int] | None = None
     target_buckets: tuple[tuple[int, int], ...] = ()

@@ -197,7 +197,5 @@ class _Packs(IterableDataset[Any]):
         rng = np.random.default_rng((self.config.seed, 0, index))
         encoded = self.encoder(self.source[index], rng)
         if encoded.length > self.config.budget:
-            raise DataError(
-                f"the sample has {encoded.length} tokens, a pack {self.config.budget}"
-            )
+            raise DataError(f"the sample has {encoded.length} tokens, a pack {self.config.budget}")
         return encoded

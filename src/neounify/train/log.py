@@ -42,7 +42,9 @@ class Log:
             with suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        self.file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside = self.file.with_suffix(".new")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(self.file)
 
     def stage(self, stage: StageRecipe, progress: Progress) -> None:
         self._since = (time.monotonic(), progress.tokens, progress.images)

@@ -94,6 +94,7 @@ class Trainer:
 
     def run(self, stop_after: int | None = None) -> None:
         """Train all stages that are left; `stop_after` ends earlier, after that many steps."""
+        self.log.rewind(self.progress.step)
         for number in range(self.progress.stage, len(self.recipe.stages)):
             stage = self.recipe.stages[number]
             if number != self.progress.stage:
@@ -244,9 +245,7 @@ class Trainer:
         self.log.evaluation(self.progress, found)
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(
-            self.model, self.start.tokenizer, system_message=self.start.system_message
-        )
+        return Pipeline(self.model, self.start.tokenizer, system_message=self.start.system_message)
 
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""

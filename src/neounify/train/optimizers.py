@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pydantic.dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn import Parameter
 

@@ -19,7 +19,7 @@ an unknown one is an error.
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -33,6 +33,11 @@ from neounify.errors import ConfigError
 from neounify.settings import STRICT
 from neounify.train.objective import Objective
 from neounify.train.optimizers import OptimizerConfig, Schedule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 MAX_RECIPE_BYTES = 2**20
 
@@ -56,7 +61,7 @@ class ModelRecipe:
     preset: str | None = None
     checkpoint: Path | None = None
     changes: dict[str, Any] = field(default_factory=dict)
-    tokenizer: TokenizerRecipe = TokenizerRecipe()
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     system_message: str = ""
 
 
@@ -89,17 +94,17 @@ class StageRecipe:
 
     name: str
     steps: int
-    data: tuple[DataRecipe, ...] = (DataRecipe(),)
+    data: tuple[DataRecipe, ...] = field(default_factory=lambda: (DataRecipe(),))
     freeze: tuple[str, ...] = ()
     budget: int = 4096
     packs_per_step: int = 1
     noise_draws: int = 1
     target_pixels: tuple[int, int] | None = None
     target_buckets: tuple[tuple[int, int], ...] = ()
-    dropout: GuidanceDropout = GuidanceDropout()
-    objective: Objective = Objective()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: Schedule = Schedule()
+    dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: Schedule = field(default_factory=Schedule)
     clip: float = 1.0
     ema: float = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -34,8 +34,12 @@ class Start:
     system_message: str
 
 
-def starting_model(recipe: Recipe, device: torch.device) -> Start:
-    """The checkpoint or the fresh model a recipe starts from. Raises the errors of `load`."""
+def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
+    """The checkpoint or the fresh model a recipe starts from. Raises the errors of `load`.
+
+    A tokenizer that was learnt is kept in the run's `folder`: the data it was learnt from may
+    change until the run is resumed.
+    """
     source = recipe.model
     if source.checkpoint is not None:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
@@ -44,9 +48,15 @@ def starting_model(recipe: Recipe, device: torch.device) -> Start:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         model.requires_grad_(True)
-        return Start(model.train(), pipe.tokenizer, pipe.system_message)
+        return Start(model.train(), pipe.tokenizer, pipe.engine.system_message)
     config = _config(source)
-    tokenizer = _tokenizer(recipe)
+    kept = folder / "tokenizer"
+    if kept.is_dir():
+        tokenizer = Tokenizer.from_folder(kept)
+    else:
+        tokenizer = _tokenizer(recipe)
+        kept.mkdir(parents=True)
+        tokenizer.save(kept)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"

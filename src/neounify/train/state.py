@@ -38,7 +38,9 @@ def save_state(
     try:
         aside.mkdir(parents=True)
         for name in FILES:
-            save_file({k: v.contiguous() for k, v in tensors[name].items()}, aside / f"{name}.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in tensors[name].items()}, aside / f"{name}.safetensors"
+            )
         (aside / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             _sync(path)

@@ -6,12 +6,11 @@ Case k of a category always has the same prompt and the same noise, whatever the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from neounify.data.sample import DataError
 from neounify.data.scenes.draw import sample_rng
@@ -232,7 +231,7 @@ def _edit(subject: Subject, config: BenchConfig, told: Told) -> Iterator[Outcome
             think=config.think,
         )
         for i, source, item in zip(chunk, sources, painted, strict=True):
-            verdict: EditVerdict = check_edit(cases[i].edit, item.picture, config.world)
+            verdict: EditVerdict = check_edit(cases[i].edit, source, item.picture, config.world)
             if verdict.psnr_elsewhere is not None:
                 elsewhere.append(verdict.psnr_elsewhere)
             asked = cases[i].edit.instruction
@@ -300,15 +299,13 @@ def _silent(name: str, done: int, total: int) -> None:
     """No progress is shown."""
 
 
-def quick_scores(subject: Subject, world: SceneConfig, cases: int = 32, seed: int = 1) -> dict[str, float]:
+def quick_scores(
+    subject: Subject, world: SceneConfig, cases: int = 32, seed: int = 1
+) -> dict[str, float]:
     """Strict rates of a few cases per category, for a look during training."""
-    config = BenchConfig(world=world, cases=cases, seed=seed)
-    config = replace(config, tasks=("paint", "vqa", "caption", "edit"))
+    tasks = ("paint", "vqa", "caption", "edit")
+    config = BenchConfig(world=world, tasks=tasks, cases=cases, seed=seed)
     found: dict[str, float] = {}
     for outcome in run_scenebench(subject, config):
         found[f"bench/{outcome.score.category}"] = outcome.score.strict.value
     return found
-
-
-def as_image(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels)

@@ -9,7 +9,6 @@ from PIL import Image
 
 from neounify.evaluate.scenebench.run import MAX_ANSWER_TOKENS, MAX_STORY_TOKENS, Painting, Pixels
 from neounify.pipeline import ImagePart, Pipeline
-from neounify.pipeline.messages import read_pictures
 from neounify.pipeline.painting import paint, to_result
 from neounify.pipeline.request import PaintRequest, make_sampling
 
@@ -77,7 +76,7 @@ class PipelineSubject:
                 editing=picture is not None,
                 **self._options,  # type: ignore[arg-type]
             ),
-            images=() if picture is None else read_pictures(Image.fromarray(picture)),
+            images=() if picture is None else (Image.fromarray(picture),),
             seed=seed,
             think=think,
             max_think_tokens=MAX_THOUGHT_TOKENS,

@@ -1,0 +1,139 @@
+"""The losses, against their formulas written out, and what freezing does to gradients."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+import neounify.train.objective as objective_module
+from neounify.data.encode import Encoder
+from neounify.data.loader import LoaderConfig, load_packs
+from neounify.data.packing import Pack, make_pack
+from neounify.data.scenes import SceneDataset, scene_config
+from neounify.flow.noise import noise_scale
+from neounify.image.patches import patchify
+from neounify.presets import SCENES
+from neounify.text import byte_tokenizer
+from neounify.train.init import new_model
+from neounify.train.loop import freeze
+from neounify.train.metrics import Metrics
+from neounify.train.objective import Counts, Objective, add_noise, loss_of
+
+CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
+ENCODER = Encoder(config=CONFIG, tokenizer=byte_tokenizer(vocab_size=264), noise_draws=2)
+SOURCE = SceneDataset(0, scene_config("default"))
+
+
+def one_pack() -> Pack:
+    return make_pack([ENCODER(SOURCE[n], np.random.default_rng(n)) for n in range(25)])
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def test_noise_is_the_path_between_noise_and_picture() -> None:
+    pack = one_pack()
+    noised = add_noise(pack, CONFIG, Objective(), generator())
+    sigma = noise_scale(16, CONFIG.flow, cap=False)
+    assert noised.noise_scale.tolist() == pytest.approx([sigma] * len(pack.targets))
+    picture = pack.targets[3].permute(2, 0, 1).float() / 127.5 - 1
+    rows = slice(3 * 16, 4 * 16)
+    torch.testing.assert_close(noised.clean[rows], patchify(picture[None], 16)[0])
+    t = noised.t[3]
+    noise = (noised.z[rows] - t * noised.clean[rows]) / ((1 - t) * sigma)
+    assert abs(noise.std().item() - 1) < 0.05
+    assert abs(noise.mean().item()) < 0.05
+
+
+def test_times_are_logit_normal_and_shifted() -> None:
+    t = Objective().draw_t(20_000, generator())
+    logit = torch.log(t / (1 - t))
+    assert abs(logit.mean().item() + 0.8) < 0.02
+    assert abs(logit.std().item() - 0.8) < 0.02
+    shifted = Objective(time_shift=3.0).draw_t(20_000, generator())
+    torch.testing.assert_close((1 - shifted) / shifted, 3 * (1 - t) / t, rtol=1e-3, atol=1e-3)
+
+
+def test_the_loss_is_its_formula() -> None:
+    pack = one_pack()
+    model = new_model(CONFIG, 0)
+    objective = Objective(text_weight=0.3, image_weight=0.7, task_weights={"vqa": 2.0})
+    counts = Counts.of([pack])
+    found = loss_of(model, pack, objective, counts, generator())
+
+    noised = add_noise(pack, CONFIG, objective, generator())
+    images = [
+        (i.permute(2, 0, 1).float() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        for i in pack.images
+    ]
+    logits, clean = model(pack.layout, pack.ids, images, noised.z, noised.t, noised.noise_scale)
+    assert clean is not None
+    text = torch.nn.functional.cross_entropy(
+        logits[pack.label_rows], pack.label_ids, reduction="none"
+    )
+    weights = torch.where(pack.label_tasks == 2, 2.0, 1.0)
+    t = noised.t.repeat_interleave(16)[:, None]
+    image = ((clean - noised.clean) / (1 - t).clamp(min=0.05)).square().mean(1)
+    wanted = 0.3 * (text * weights).mean() + 0.7 * image.mean()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = one_pack()
+    model = new_model(CONFIG, 0)
+    grads = []
+    for size in (2**26, CONFIG.vocab_size * 7):
+        monkeypatch.setattr(objective_module, "LOGITS_AT_ONCE", size)
+        model.zero_grad()
+        loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+        assert model.lm_head.weight.grad is not None
+        grads.append(model.lm_head.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_two_packs_make_the_gradient_of_one() -> None:
+    packs = [
+        item.pack
+        for item in islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=900, workers=0)), 2)
+    ]
+    model = new_model(CONFIG, 0)
+    counts = Counts.of(packs)
+    for pack in packs:
+        loss_of(model, pack, Objective(image_weight=0), counts, generator()).backward()
+    assert model.lm_head.weight.grad is not None
+    together = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    share = [len(pack.label_ids) / counts.labels for pack in packs]
+    for pack, part in zip(packs, share, strict=True):
+        loss = loss_of(model, pack, Objective(image_weight=0), Counts.of([pack]), generator())
+        (loss * part).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, together)
+
+
+def test_metrics_are_means_by_task_and_time() -> None:
+    pack = one_pack()
+    metrics = Metrics()
+    loss_of(new_model(CONFIG, 0), pack, Objective(), Counts.of([pack]), generator(), metrics)
+    report = metrics.report()
+    noised = add_noise(pack, CONFIG, Objective(), generator())
+    bins = {f"{int(t * 5) / 5:.1f}" for t in noised.t.tolist()}
+    assert {n[7:10] for n in report if n.startswith("image/t0")} == bins
+    assert 0 <= report["text/accuracy"] <= 1
+    assert report["text/vqa/loss"] > 0
+
+
+@pytest.mark.parametrize("frozen", ["und", "gen"])
+def test_a_frozen_stream_gets_no_gradient(frozen: str) -> None:
+    model = new_model(CONFIG, 0)
+    freeze(model, (frozen,))
+    pack = one_pack()
+    loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+    for stream in ("und", "gen"):
+        layer = getattr(model.layers[0], stream)
+        grads = [p.grad is not None for p in layer.parameters()]
+        assert all(grads) if stream != frozen else not any(grads)

@@ -1,0 +1,147 @@
+"""Packs: full, complete, apart from each other, and at exactly resumable positions."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neounify.data.encode import Encoder
+from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
+from neounify.data.packing import first_fit, make_pack
+from neounify.data.sample import DataError, Sample
+from neounify.data.scenes import SceneDataset, scene_config
+from neounify.presets import SCENES
+from neounify.text import byte_tokenizer
+
+TOKENIZER = byte_tokenizer(
+    [SceneDataset(9, scene_config("default"))[n].text() for n in range(200)], 400
+)
+ENCODER = Encoder(config=SCENES, tokenizer=TOKENIZER)
+SOURCE = SceneDataset(0, scene_config("default"))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
+def test_every_item_lies_in_one_bin_within_the_budget(lengths: list[int], budget: int) -> None:
+    bins = first_fit(lengths, budget)
+    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
+    loads = [sum(lengths[item] for item in items) for items in bins]
+    assert max(loads) <= budget
+    # First fit: an item of a later bin would not have fitted any earlier one.
+    for earlier, load in enumerate(loads):
+        for items in bins[earlier + 1 :]:
+            assert all(load + lengths[item] > budget for item in items)
+
+
+def test_an_item_over_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        first_fit([3, 11], 10)
+
+
+def test_a_pack_is_its_documents_side_by_side() -> None:
+    documents = [ENCODER(SOURCE[n], np.random.default_rng(n)) for n in range(12)]
+    pack = make_pack(documents)
+    assert pack.length == sum(d.length for d in documents)
+    assert pack.ids.tolist() == [i for d in documents for i in d.ids]
+    first = 0
+    rows = []
+    for d, (start, stop) in zip(documents, pack.layout.und_ranges, strict=True):
+        assert (start, stop) == (first, first + d.document.und_length())
+        rows += [first + row for row in d.label_rows]
+        first = stop
+    assert pack.label_rows.tolist() == rows
+    assert len(pack.targets) == len(pack.layout.noise_grids) == len(pack.target_tasks)
+    assert len(pack.images) == len(pack.layout.image_grids)
+
+
+def test_packs_are_at_least_97_percent_full() -> None:
+    packs = list(islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 60))
+    assert sum(p.pack.length for p in packs) / (60 * 1024) > 0.97
+
+
+def test_every_sample_comes_exactly_once() -> None:
+    loads = islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 50)
+    found = [int(s.split("-")[-1]) for item in loads for s in item.pack.samples]
+    assert len(set(found)) == len(found)
+    # What is missing waits in the packs of the last window, none of an earlier one.
+    missing = set(range(max(found))) - set(found)
+    later = islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 50, 100)
+    assert missing <= {int(s.split("-")[-1]) for item in later for s in item.pack.samples}
+
+
+def _signature(item: Loaded) -> tuple[object, ...]:
+    return (tuple(item.pack.samples), item.pack.ids.tolist(), item.pack.label_rows.tolist())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_position_resumes_exactly(workers: int) -> None:
+    config = LoaderConfig(budget=512, workers=workers, seed=3)
+    whole = list(islice(load_packs(SOURCE, ENCODER, config), 45))
+    for stop in (1, 7, 33):
+        position = Position.from_json(whole[stop - 1].position.to_json())
+        again = list(islice(load_packs(SOURCE, ENCODER, config, position), 45 - stop))
+        assert [_signature(i) for i in again] == [_signature(i) for i in whole[stop:]]
+
+
+def test_ranks_share_the_samples_out() -> None:
+    seen = []
+    for rank in range(2):
+        config = LoaderConfig(budget=512, workers=0, rank=rank, ranks=2)
+        packs = islice(load_packs(SOURCE, ENCODER, config), 10)
+        seen.append({int(s.split("-")[-1]) for item in packs for s in item.pack.samples})
+    assert {n % 2 for n in seen[0]} == {0}
+    assert {n % 2 for n in seen[1]} == {1}
+
+
+class _Damaged:
+    """Every third sample is damaged; or all of them."""
+
+    size = None
+
+    def __init__(self, *, every: int) -> None:
+        self.every = every
+
+    def __getitem__(self, index: int) -> Sample:
+        if index % self.every == 0:
+            raise DataError(f"broken {index}")
+        return SOURCE[index]
+
+
+def test_damaged_samples_are_skipped_and_listed() -> None:
+    packs = list(
+        islice(load_packs(_Damaged(every=3), ENCODER, LoaderConfig(budget=512, workers=0)), 10)
+    )
+    listed = [message for item in packs for message in item.damaged]
+    assert "sample 3: broken 3" in listed
+    used = {int(s.split("-")[-1]) for item in packs for s in item.pack.samples}
+    assert used
+    assert not any(n % 3 == 0 for n in used)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_yields_nothing_is_an_error(workers: int) -> None:
+    config = LoaderConfig(budget=512, workers=workers)
+    with pytest.raises(DataError, match="cannot be used"):
+        next(load_packs(_Damaged(every=1), ENCODER, config))
+
+
+def test_a_sample_over_the_budget_is_counted_as_damaged() -> None:
+    config = LoaderConfig(budget=90, workers=0)
+    packs = list(islice(load_packs(SOURCE, ENCODER, config), 40))
+    assert any("a pack 90" in message for item in packs for message in item.damaged)
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"turn": 0, "workers": []}, {"turn": 2, "workers": [[0, [], 0]]}, None, 3]
+)
+def test_damaged_positions_are_refused(record: object) -> None:
+    with pytest.raises(DataError, match="position"):
+        Position.from_json(record)
+
+
+def test_another_number_of_workers_is_refused() -> None:
+    with pytest.raises(DataError, match="same number"):
+        next(load_packs(SOURCE, ENCODER, LoaderConfig(budget=512, workers=2), Position.start(1)))
