@@ -11,10 +11,12 @@ from neounify.cli.command import with_options
 from neounify.cli.commands.chat import chat
 from neounify.cli.commands.convert import convert
 from neounify.cli.commands.edit import edit
+from neounify.cli.commands.eval import evaluate
 from neounify.cli.commands.generate import generate
 from neounify.cli.commands.inspect import inspect
 from neounify.cli.commands.story import story
 from neounify.cli.commands.toy import toy
+from neounify.cli.commands.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,5 +56,6 @@ def about(
     """One model that reads, writes, looks and paints."""
 
 
-for command in (generate, edit, chat, story, inspect, convert, toy):
+for command in (generate, edit, chat, story, inspect, convert, train, toy):
     app.command()(with_options(command))
+app.command("eval")(with_options(evaluate))

@@ -92,12 +92,14 @@ class Log:
             f"norm {norm:.2f}  lr {rate:.1e}  {speed['tokens_per_second']:,.0f} tokens/s  "
             f"{progress.samples:,} samples  {_clock(left)} left",
             highlight=False,
+            soft_wrap=True,
         )
 
     def evaluation(self, progress: Progress, found: dict[str, float]) -> None:
         self._write("evaluation", {**asdict(progress), **found})
         scores = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
-        self.console.print(f"[bold]evaluation[/] {scores}", highlight=False)
+        if scores:
+            self.console.print(f"[bold]evaluation[/] {scores}", highlight=False, soft_wrap=True)
 
     def damaged(self, messages: Sequence[str]) -> None:
         if messages:

@@ -1,0 +1,52 @@
+"""`neounify train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neounify.cli.options import FILES, ReportOptions
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the run.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the run; out/NAME of the recipe by default.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|DIR",
+            help="Go on from the newest saved state of the run's folder, or from one you name.",
+        ),
+    ] = None,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option("--stage", metavar="NAME", help="Train only this stage; may be repeated."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; a GPU if there is one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.", min=1)] = None,
+    report: ReportOptions,
+) -> None:
+    """Train or fine-tune a model as a recipe says: one command runs all its stages, or one.
+
+    The folder fills with log.jsonl, TensorBoard files, pictures of progress, resumable states,
+    and model/, a checkpoint in the published layout.
+
+    \b
+      neounify train recipes/scenes.toml
+      neounify train recipes/scenes.toml --resume auto
+    """
+    from neounify.cli.training import run_training
+
+    run_training(recipe, out, resume, stages or [], device, threads, report)

@@ -1,0 +1,75 @@
+"""What `neounify train` does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.options import ReportOptions
+from neounify.cli.session import default_device
+from neounify.runtime import keep_freed_memory
+from neounify.train.log import Log
+from neounify.train.loop import Trainer
+from neounify.train.progress import Painter
+from neounify.train.recipe import Recipe, read_recipe
+from neounify.train.setup import starting_model
+from neounify.train.state import saved_states
+
+
+def run_training(
+    path: Path,
+    out: Path | None,
+    resume: str | None,
+    stages: list[str],
+    device: str | None,
+    threads: int | None,
+    report: ReportOptions,
+) -> None:
+    """Run a recipe. Raises UsageError, CliError and what the parts raise."""
+    recipe = _chosen(read_recipe(path), stages)
+    folder = out or Path("out") / recipe.name
+    state = _state(folder, resume)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    display = Display(quiet=report.quiet, json=report.json)
+    log = Log(folder, Console(stderr=True, quiet=report.quiet))
+    start = starting_model(recipe, torch.device(device or default_device()), folder)
+    trainer = Trainer(recipe, start, folder, log, Painter(recipe, folder))
+    if state is not None:
+        trainer.resume(state)
+        display.note(f"going on from {state}")
+    try:
+        trainer.run()
+    except KeyboardInterrupt:
+        display.note(f"stopped; the same command with --resume auto goes on from {folder}")
+        raise
+    display.result(f"saved {folder / 'model'}", folder / "model")
+
+
+def _chosen(recipe: Recipe, names: list[str]) -> Recipe:
+    known = [stage.name for stage in recipe.stages]
+    unknown = set(names) - set(known)
+    if unknown:
+        raise UsageError(f"no stage {', '.join(sorted(unknown))}; the recipe has {known}")
+    if not names:
+        return recipe
+    return replace(recipe, stages=tuple(s for s in recipe.stages if s.name in names))
+
+
+def _state(folder: Path, resume: str | None) -> Path | None:
+    found = saved_states(folder / "states")
+    if resume is None:
+        if found:
+            raise CliError(
+                f"{folder} holds a run already; go on with --resume auto, or choose another --out"
+            )
+        return None
+    if resume == "auto":
+        return found[-1] if found else None
+    return Path(resume)

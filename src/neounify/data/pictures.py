@@ -1,0 +1,48 @@
+"""Pictures of stored samples: found below their folder, read with bounds, never fatal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from neounify.data.sample import DataError, ImagePart, Part, Sample, Turn
+from neounify.errors import ImageError
+from neounify.image import read_image
+
+
+def with_pictures(sample: Sample, root: Path) -> Sample:
+    """The sample with its files read as RGB. Raises DataError that names the file."""
+
+    return map_pictures(sample, lambda path: read_picture(_inside(path, root), path.name))
+
+
+def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
+    """The sample with the pictures that are still paths exchanged for what `read` makes of them."""
+
+    def mapped(part: Part) -> Part:
+        if not isinstance(part, ImagePart) or not isinstance(part.image, Path):
+            return part
+        return ImagePart(read(part.image), part.role)
+
+    turns = (Turn(turn.role, tuple(mapped(part) for part in turn.parts)) for turn in sample.turns)
+    return replace(sample, turns=tuple(turns))
+
+
+def read_picture(source: Path | bytes, name: str) -> Image.Image:
+    """Read a file or its bytes; DataError that names it."""
+    try:
+        return read_image(source)
+    except ImageError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _inside(path: Path, root: Path) -> Path:
+    """The path, once links are followed, if it lies below the root."""
+    base = root.resolve()
+    resolved = path.resolve()
+    if not resolved.is_relative_to(base):
+        raise DataError(f"the picture {path.name} lies outside the data folder")
+    return resolved

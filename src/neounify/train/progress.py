@@ -1,0 +1,45 @@
+"""A look at a model in training: the same prompts painted every time, as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from neounify.data.sample import Sample
+from neounify.evaluate.scenebench.report import contact_sheet
+from neounify.pipeline import Pipeline
+from neounify.train.loop import Progress
+from neounify.train.recipe import Recipe
+from neounify.train.setup import build_source
+
+PICTURES = 16
+STEPS = 30
+
+
+class Painter:
+    """Paints the recipe's prompts, or those of its first samples, into samples/step-….png."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder / "samples"
+
+    def __call__(self, pipe: Pipeline, progress: Progress) -> dict[str, float]:
+        prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
+        if not prompts:
+            return {}
+        painted = pipe.generate(prompts, seed=list(range(len(prompts))), steps=STEPS)
+        pictures = [np.asarray(image) for image in painted.images]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(pictures, prompts, [True] * len(prompts), columns=8)
+        sheet.save(self.folder / f"step-{progress.step:08d}.png")
+        return {}
+
+    def _prompts(self, stage: int) -> list[str]:
+        """User texts of the first painting samples of the stage's data."""
+        source = build_source(self.recipe.stages[stage].data, self.recipe.seed)
+        limit = 200 if source.size is None else min(200, source.size)
+        samples: list[Sample] = []
+        for index in range(limit):
+            if (sample := source[index]).task == "t2i":
+                samples.append(sample)
+        return [sample.text("user") for sample in samples[:PICTURES]]
