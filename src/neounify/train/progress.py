@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from neounify.data.sample import Sample
+from neounify.data.sample import DataError, Sample
 from neounify.evaluate.scenebench.report import contact_sheet
 from neounify.pipeline import Pipeline
 from neounify.train.loop import Progress
@@ -40,6 +41,7 @@ class Painter:
         limit = 200 if source.size is None else min(200, source.size)
         samples: list[Sample] = []
         for index in range(limit):
-            if (sample := source[index]).task == "t2i":
-                samples.append(sample)
-        return [sample.text("user") for sample in samples[:PICTURES]]
+            with suppress(DataError):  # the loader counts damaged samples
+                samples.append(source[index])
+        wanted = [sample.text("user") for sample in samples if sample.task == "t2i"]
+        return wanted[:PICTURES]
