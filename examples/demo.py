@@ -1,45 +1,72 @@
-"""Paint, read and edit with an untrained miniature, made here and now; a minute on a laptop.
+"""Paint, ask, edit and tell a story with the model of the package; all of it on one page."""
 
-The model has random weights: it shows that everything runs, not what a trained one can do.
-"""
+from __future__ import annotations
 
+import time
 from pathlib import Path
 
-import torch
+import numpy as np
+from demo_page import Entry, write_page
 
 import neounify
-from neounify.model import NeoUnify
-from neounify.presets import TINY
-from neounify.text import byte_tokenizer
+from neounify.bundled import bundled_model
+from neounify.evaluate.scenebench import contact_sheet
+from neounify.pipeline import ImagePart, TextPart
 
 OUT = Path("out/demo")
-
-
-def untrained_miniature() -> neounify.Pipeline:
-    """A model of the published architecture with random weights."""
-    torch.manual_seed(0)
-    return neounify.Pipeline(NeoUnify(TINY).eval(), byte_tokenizer())
+PROMPTS = (
+    "a red circle",
+    "a large blue star on a black background",
+    "a green triangle left of a yellow square",
+    "two purple crosses",
+    "top left: a pink star, bottom right: a small orange circle",
+    "a small cyan square above a large red triangle on a grey background",
+)
+QUESTIONS = ("How many shapes are there?", "What colour is the background?")
+DETAIL = "Describe the picture in detail."
+STORY = (
+    "Tell a story in three pictures. It starts with a red circle in the top left on a white "
+    "background. Draw a blue star in the bottom right. Turn the red circle green."
+)
 
 
 def main() -> None:
-    print("Untrained miniature: the pictures are noise and the words are gibberish, on purpose.\n")
+    started = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    untrained_miniature().save(OUT / "model", overwrite=True)
-    pipe = neounify.load(OUT / "model")
+    pipe = neounify.load(bundled_model(), dtype="float32")
+    painted = pipe.generate(list(PROMPTS), seed=7)
+    entries = [Entry(p, [i]) for p, i in zip(PROMPTS, painted.images, strict=True)]
+    for entry in entries:
+        print(f"painted   {entry.asked}")
 
-    prompts = ["a red circle on a blue background", "two green stars"]
-    painted = pipe.generate(prompts, width=64, height=64, steps=8, seed=1)
-    for number, image in enumerate(painted.images):
-        image.save(OUT / f"painted-{number}.png")
-        print(f"painted {prompts[number]!r} -> {OUT}/painted-{number}.png")
+    for entry in entries[2:4]:
+        for question in (*QUESTIONS, DETAIL):
+            answer = pipe.chat(question, images=entry.pictures).text
+            entry.said.append(f"{question} {answer}")
+            print(f"asked     {question} -> {answer}")
 
-    question = "what is in the picture?"
-    answer = pipe.chat(question, images=[painted.images[0]], max_new_tokens=16)
-    print(f"asked {question!r} -> {answer.text!r}")
+    wanted = "Turn the square red."
+    edited = pipe.edit(wanted, entries[2].pictures[0], seed=3)
+    entries.append(Entry(wanted, [entries[2].pictures[0], edited.images[0]]))
+    print(f"edited    {wanted}")
 
-    edited = pipe.edit("make the circle yellow", painted.images[0], steps=8, seed=2)
-    edited.images[0].save(OUT / "edited.png")
-    print(f"edited painted-0.png -> {OUT}/edited.png")
+    story = Entry(STORY, [])
+    for part in pipe.interleave(STORY, seed=1, max_images=3):
+        if isinstance(part, ImagePart):
+            story.pictures.append(part.image)
+        elif isinstance(part, TextPart):
+            story.said.append(part.text)
+    story.said = ["".join(story.said).strip()]
+    entries.append(story)
+    print("told      " + story.said[0].replace("\n", "\n          "))
+
+    pictures = [(picture, entry.asked) for entry in entries for picture in entry.pictures]
+    sheet = contact_sheet(
+        [np.asarray(p) for p, _ in pictures], [t for _, t in pictures], [True] * len(pictures)
+    )
+    sheet.save(OUT / "demo.png")
+    write_page(entries, OUT / "demo.html")
+    print(f"\n{OUT}/demo.html and {OUT}/demo.png, after {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

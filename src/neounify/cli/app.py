@@ -30,13 +30,13 @@ app = typer.Typer(
 _HELP = """\
 One model that reads, writes, looks and paints.
 
-The commands need a model: a folder with a SenseNova-U1 checkpoint (config.json, *.safetensors, \
-tokenizer files), named by --model or by the environment variable NEOUNIFY_MODEL. No model at \
-hand? The command `neounify toy FOLDER` makes a tiny untrained one, enough to try every command.
+The commands use the small model of the package, which knows a world of flat shapes, or the one \
+named by --model or by the environment variable NEOUNIFY_MODEL: a folder with a SenseNova-U1 \
+checkpoint (config.json, *.safetensors, tokenizer files).
 
 \b
-  neounify toy my-toy
-  neounify generate "a red boat on a calm lake" --model my-toy
+  neounify generate "a red circle left of a blue star"
+  neounify chat "How many shapes are there?" --image picture.png
 """
 
 

@@ -4,38 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from neounify.bundled import bundled_model
 from neounify.cli.errors import CliError, UsageError
-
-NO_MODEL = """\
-this command needs a model, and none was named.
-
-A model is a folder with a checkpoint: config.json, the weights (*.safetensors) and the
-tokenizer's files. Name it with --model FOLDER, or once for all commands:
-
-    export NEOUNIFY_MODEL=/path/to/folder
-
-Where to get one:
-  * The published models are SenseNova-U1 8B-MoT and A3B-MoT. Download all files of one from
-    its page on a model hub, with any downloader, into one folder.
-  * To try the commands now, make a tiny model with random weights (it is untrained, so its
-    words and pictures mean nothing):
-
-    neounify toy my-toy
-    export NEOUNIFY_MODEL=my-toy"""
 
 
 def resolve_model(option: Path | None) -> Path:
-    """The folder of the model to use: the one asked for. Raises CliError that says how to get one.
+    """The folder of the model to use: the one asked for, else the one that comes with the package.
 
-    The option's own default is the environment variable NEOUNIFY_MODEL.
+    The option's own default is the environment variable NEOUNIFY_MODEL. Raises CliError.
     """
     if option is None:
-        raise CliError(NO_MODEL)
+        return bundled_model()
     if not option.is_dir():
         kind = "is not a folder" if option.exists() else "is not there"
         raise CliError(
             f"--model {option} {kind}; a model is a folder with config.json, *.safetensors and "
-            "tokenizer files (`neounify toy FOLDER` makes a tiny one to try)"
+            "tokenizer files (without --model the small one of the package is used)"
         )
     return option
 

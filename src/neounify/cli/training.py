@@ -52,6 +52,20 @@ def run_training(
     display.result(f"saved {folder / 'model'}", folder / "model")
 
 
+def export_newest(path: Path, out: Path | None, target: Path, report: ReportOptions) -> None:
+    """Write the newest saved state of a run as a checkpoint. Raises CliError."""
+    recipe = read_recipe(path)
+    folder = out or Path("out") / recipe.name
+    found = saved_states(folder / "states")
+    if not found:
+        raise CliError(f"{folder} holds no saved state yet")
+    display = Display(quiet=report.quiet, json=report.json)
+    start = starting_model(recipe, torch.device("cpu"), folder)
+    log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
+    Trainer(recipe, start, folder, log).export_state(found[-1], target, torch.bfloat16)
+    display.result(f"saved {target} from {found[-1].name}", target)
+
+
 def _chosen(recipe: Recipe, names: list[str]) -> Recipe:
     known = [stage.name for stage in recipe.stages]
     unknown = set(names) - set(known)

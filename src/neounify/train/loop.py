@@ -247,6 +247,17 @@ class Trainer:
     def _pipeline(self) -> Pipeline:
         return Pipeline(self.model, self.start.tokenizer, system_message=self.start.system_message)
 
+    def export_state(self, state: Path, folder: Path, dtype: torch.dtype) -> None:
+        """Write the averaged weights of a saved state as a checkpoint of the published layout."""
+        self.resume(state)
+        tensors, _ = load_state(state)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in tensors["ema"]:
+                    parameter.copy_(tensors["ema"][name])
+        self.model.to(dtype)
+        self.export(folder)
+
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""
         self._pipeline().save(folder, overwrite=True)

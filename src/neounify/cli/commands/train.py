@@ -36,6 +36,14 @@ def train(
         str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; a GPU if there is one.")
     ] = None,
     threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.", min=1)] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Train nothing: write the newest state as a bfloat16 checkpoint into DIR.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     report: ReportOptions,
 ) -> None:
     """Train or fine-tune a model as a recipe says: one command runs all its stages, or one.
@@ -46,7 +54,11 @@ def train(
     \b
       neounify train recipes/scenes.toml
       neounify train recipes/scenes.toml --resume auto
+      neounify train recipes/scenes.toml --export my-model
     """
-    from neounify.cli.training import run_training
+    from neounify.cli.training import export_newest, run_training
 
+    if export is not None:
+        export_newest(recipe, out, export, report)
+        return
     run_training(recipe, out, resume, stages or [], device, threads, report)
