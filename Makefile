@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench parity clean
 
-demo: $(READY)  ## paint, read and edit with an untrained miniature
+demo: $(READY)  ## paint, ask, edit and tell a story with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## all tests

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: help, wrong usage, no model."""
+"""What a newcomer meets first: help, wrong usage, the model of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import neounify
 
-COMMANDS = ("generate", "edit", "chat", "story", "inspect", "convert", "toy")
+COMMANDS = ("generate", "edit", "chat", "story", "inspect", "convert", "train", "eval", "toy")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -22,10 +22,10 @@ def test_every_command_has_help_with_an_example(run_bare: Callable[..., Any], co
     assert f"neounify {command} " in ran.out
 
 
-def test_the_first_help_names_all_commands_and_the_toy(run_bare: Callable[..., Any]) -> None:
+def test_the_first_help_names_all_commands_and_an_example(run_bare: Callable[..., Any]) -> None:
     ran = run_bare("--help")
     assert all(command in ran.out for command in COMMANDS)
-    assert "neounify toy" in ran.out
+    assert "neounify generate" in ran.out
 
 
 def test_version(run_bare: Callable[..., Any]) -> None:

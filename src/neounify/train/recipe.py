@@ -108,7 +108,6 @@ class StageRecipe:
     clip: float = 1.0
     ema: float = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_activations: bool = False
     compile: bool = False
     most_nonfinite: int = 10
     log_every: int = 20
