@@ -9,7 +9,7 @@ import pytest
 
 from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
 from neounify.errors import ConfigError
-from neounify.presets import BENCH, PRESETS, TINY, U1_8B, U1_A3B
+from neounify.presets import BENCH, PRESETS, SCENES, TINY, U1_8B, U1_A3B
 from neounify.text import BYTE_VOCAB_SIZE
 
 SPARSE = MlpConfig(
@@ -112,7 +112,7 @@ def test_published_sizes() -> None:
         assert all(mlp.is_sparse(layer) for layer in range(48))
     assert U1_A3B.is_sparse
     assert not U1_8B.is_sparse
-    assert set(PRESETS.values()) == {U1_8B, U1_A3B, BENCH, TINY}
+    assert set(PRESETS.values()) == {U1_8B, U1_A3B, BENCH, TINY, SCENES}
 
 
 def test_the_toy_fits_its_tokenizer() -> None:

@@ -28,12 +28,12 @@ def test_readme_commands_and_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEOUNIFY_MODEL", "my-toy")
+    monkeypatch.delenv("NEOUNIFY_MODEL", raising=False)
     assert len(commands()) >= 6
     for command in commands():
         result = CliRunner().invoke(app, arguments(command))
         assert result.exit_code == 0, f"{command}\n{result.output}"
-    assert (tmp_path / "boat.png").is_file()
+    assert (tmp_path / "shapes.png").is_file()
     (source,) = blocks("python")
     exec(compile(source, "README.md", "exec"), {})
     assert "Part" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from neounify.flow.noise import noise_scale
 from neounify.image.patches import patchify
 from neounify.presets import SCENES
 from neounify.text import byte_tokenizer
+from neounify.train.activations import checkpoint_layers
 from neounify.train.init import new_model
 from neounify.train.loop import freeze
 from neounify.train.metrics import Metrics
@@ -137,3 +138,17 @@ def test_a_frozen_stream_gets_no_gradient(frozen: str) -> None:
         layer = getattr(model.layers[0], stream)
         grads = [p.grad is not None for p in layer.parameters()]
         assert all(grads) if stream != frozen else not any(grads)
+
+
+def test_checkpointed_activations_give_the_same_gradients() -> None:
+    pack = one_pack()
+    model = new_model(CONFIG, 0)
+    found = []
+    for wanted in (False, True, False):
+        checkpoint_layers(model, wanted)
+        model.zero_grad()
+        loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        assert all(torch.equal(found[0][name], other[name]) for name in other)

@@ -1,4 +1,7 @@
-"""Published LoRA files: low-rank updates that are added to the weights while they load.
+"""LoRA files: low-rank updates that are added to the weights while they load.
+
+Two kinds, told apart by what they are: a file of the published models (lora_down, lora_up, alpha),
+or a folder of PEFT's (adapter_config.json beside lora_A and lora_B).
 
 W ← W + strength · alpha/r · up @ down, computed in float32 and cast once, after
 the last of several files. Everything is checked before anything is merged.
@@ -6,10 +9,12 @@ the last of several files. Everything is checked before anything is merged.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -23,6 +28,10 @@ from neounify.errors import CheckpointError
 
 PREFIX = "diffusion_model."
 HALVES = ("lora_down.weight", "lora_up.weight", "alpha")
+PEFT_PREFIX = "base_model.model."
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_HALVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+MAX_CONFIG_BYTES = 2**20
 
 PathLike: TypeAlias = str | os.PathLike[str]
 LoraSpec: TypeAlias = PathLike | tuple[PathLike, float]
@@ -62,7 +71,11 @@ def read_loras(
     updates: dict[str, tuple[LoraUpdate, ...]] = {}
     problems: list[str] = []
     for path, file_strength in _with_strengths(lora, strength):
-        reader = _LoraFile(MappedFile(path), file_strength, expected)
+        alpha = None
+        if Path(path).is_dir():
+            alpha = _peft_alpha(Path(path))
+            path = Path(path) / PEFT_WEIGHTS
+        reader = _LoraFile(MappedFile(path), file_strength, expected, alpha)
         for name, update in reader.updates.items():
             updates[name] = (*updates.get(name, ()), update)
         problems += reader.problems
@@ -78,8 +91,13 @@ class _LoraFile:
     """Reads one file into updates, collecting problems instead of stopping at the first."""
 
     def __init__(
-        self, file: MappedFile, strength: float, expected: Mapping[str, torch.Size]
+        self,
+        file: MappedFile,
+        strength: float,
+        expected: Mapping[str, torch.Size],
+        peft: PeftAlpha | None = None,
     ) -> None:
+        self.peft = peft
         self.file = file
         self.strength = strength
         self.expected = expected
@@ -101,7 +119,11 @@ class _LoraFile:
         """Target → which of its halves is stored under which key."""
         targets: dict[str, dict[str, str]] = {}
         for key in self.file.tensors:
-            name = key.removeprefix(PREFIX)
+            name = key.removeprefix(PREFIX if self.peft is None else PEFT_PREFIX)
+            if self.peft is not None:
+                for theirs, ours in PEFT_HALVES.items():
+                    if name.endswith(f".{theirs}"):
+                        name = name.removesuffix(theirs) + ours
             half = next((h for h in HALVES if name.endswith(f".{h}")), None)
             if half is None:
                 self._problem(f"{key} is neither NAME.lora_down.weight, .lora_up.weight nor .alpha")
@@ -125,7 +147,7 @@ class _LoraFile:
         rank = down.shape[0] if down.ndim else 0
         if not self._fits(target, self.expected[name], down, up, rank):
             return None
-        alpha = float(rank)
+        alpha = float(rank) if self.peft is None else self.peft.of(rank)
         if "alpha" in keys:
             stored = self._tensor(keys["alpha"])
             if stored.numel() != 1:
@@ -156,6 +178,39 @@ class _LoraFile:
         elif not floats:
             self._problem(f"{target} is stored as {down.dtype} and {up.dtype}, expected floats")
         return fits and floats
+
+
+@dataclass(frozen=True)
+class PeftAlpha:
+    """What PEFT's config says of the scale; `of` gives the alpha that alpha / r makes of it."""
+
+    alpha: float
+    rslora: bool
+
+    def of(self, rank: int) -> float:
+        return self.alpha * math.sqrt(rank) if self.rslora else self.alpha
+
+
+def _peft_alpha(folder: Path) -> PeftAlpha:
+    """Read a PEFT folder's config. Raises CheckpointError for what is not plain LoRA."""
+    file = folder / PEFT_CONFIG
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {PEFT_WEIGHTS}; adapters in .bin files are pickles and not read"
+        )
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{file} is larger than {MAX_CONFIG_BYTES} bytes")
+        document = json.loads(file.read_text(encoding="utf-8"))
+        alpha, rslora = float(document["lora_alpha"]), bool(document.get("use_rslora", False))
+        plain = document["peft_type"] == "LORA" and document.get("bias", "none") == "none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not the config of a PEFT adapter: {error}") from error
+    special = ("use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "modules_to_save")
+    used = [key for key in special if document.get(key)]
+    if not plain or used:
+        raise CheckpointError(f"{file}: only plain LoRA can be merged, this uses {used or 'more'}")
+    return PeftAlpha(alpha, rslora)
 
 
 def _with_strengths(

@@ -17,8 +17,11 @@ from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
+from neounify.lora.layers import add_lora, merge_lora
+from neounify.lora.peft import save_lora
 from neounify.model.compile import compile_streams
 from neounify.pipeline import Pipeline
+from neounify.train.activations import checkpoint_layers
 from neounify.train.ema import Ema
 from neounify.train.log import Log
 from neounify.train.metrics import Metrics
@@ -74,6 +77,7 @@ class Trainer:
         self._position: Position | None = None
         self._resumed: Path | None = None
         self._compiled = False
+        self._adapted = False
 
     @property
     def states(self) -> Path:
@@ -86,9 +90,10 @@ class Trainer:
             raise CheckpointError(f"{state} is the state of another model than the recipe's")
         try:
             self.progress = Progress(**facts["progress"])
+            self._adapt(self.recipe.stages[self.progress.stage])
             self._position = facts["position"] and Position.from_json(facts["position"])
             self.model.load_state_dict(tensors["model"])
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, IndexError) as error:
             raise CheckpointError(f"{state} does not fit this run: {error}") from error
         self._resumed = state
 
@@ -105,7 +110,9 @@ class Trainer:
                 return
 
     def _run_stage(self, stage: StageRecipe, stop_after: int | None) -> bool:
-        freeze(self.model, stage.freeze)
+        self._adapt(stage)
+        if stage.lora is None:
+            freeze(self.model, stage.freeze)
         optimizers = Optimizers(self.model, stage.optimizer)
         ema = Ema(self.model, stage.ema)
         if self._resumed is not None:
@@ -114,6 +121,7 @@ class Trainer:
         if stage.compile and not self._compiled:
             compile_streams(self.model)
             self._compiled = True
+        checkpoint_layers(self.model, stage.checkpoint_activations)
         metrics = Metrics(self.model.device)
         packs = self._packs(stage)
         self.log.stage(stage, self.progress)
@@ -144,10 +152,20 @@ class Trainer:
             if p.stage_step % stage.sample_every == 0 or p.stage_step == stage.steps:
                 self._evaluate(ema)
             clock = time.monotonic()
-        with ema.in_place():
-            self.export(self.folder / "model")
         self._adopt(ema)
+        if stage.lora is not None:
+            base = str(self.recipe.model.checkpoint or "")
+            save_lora(self.model, stage.lora, self.folder / "adapter", base)
+            merge_lora(self.model)
+            self._adapted = False
+        self.export(self.folder / "model")
         return True
+
+    def _adapt(self, stage: StageRecipe) -> None:
+        """Put a stage's adapters on, once."""
+        if stage.lora is not None and not self._adapted:
+            add_lora(self.model, stage.lora, self.recipe.seed)
+            self._adapted = True
 
     def _adopt(self, ema: Ema) -> None:
         """The next stage starts from the averaged weights, which are what was exported."""
@@ -255,6 +273,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 if name in tensors["ema"]:
                     parameter.copy_(tensors["ema"][name])
+        merge_lora(self.model)
         self.model.to(dtype)
         self.export(folder)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from neounify.checkpoint.names import part_of, stream_of
+from neounify.lora.layers import weight_name
 from neounify.settings import STRICT
 
 ScheduleName = Literal["cosine", "linear", "constant"]
@@ -132,7 +133,7 @@ def _groups(model: nn.Module, config: OptimizerConfig) -> list[tuple[str, dict[s
 
 
 def _scale(name: str, scales: Mapping[str, float]) -> float:
-    base = name.replace(".base.", ".")
+    base = weight_name(name)
     found = 1.0
     for key in (stream_of(base), part_of(base)):
         found *= scales.get(key, 1.0)

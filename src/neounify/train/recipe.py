@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from neounify.data.encode import GuidanceDropout
 from neounify.errors import ConfigError
+from neounify.lora.layers import LoraConfig
 from neounify.settings import STRICT
 from neounify.train.objective import Objective
 from neounify.train.optimizers import OptimizerConfig, Schedule
@@ -96,6 +97,8 @@ class StageRecipe:
     steps: int
     data: tuple[DataRecipe, ...] = field(default_factory=lambda: (DataRecipe(),))
     freeze: tuple[str, ...] = ()
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights; they are saved beside the merged model."""
     budget: int = 4096
     packs_per_step: int = 1
     noise_draws: int = 1
@@ -108,6 +111,8 @@ class StageRecipe:
     clip: float = 1.0
     ema: float = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_activations: bool = False
+    """Keep only what enters each layer and compute the rest again backward: less memory."""
     compile: bool = False
     most_nonfinite: int = 10
     log_every: int = 20
