@@ -28,7 +28,8 @@ class LoraConfig:
     """Which linear layers get adapters, and how large.
 
     `modules` are the last parts of module names: q_proj, k_proj, v_proj, o_proj, gate_proj,
-    up_proj, down_proj, router, linear1, linear2, lm_head; `streams` of und and gen.
+    up_proj, down_proj, router, linear1, linear2, lm_head; `streams` of und and gen
+    (lm_head belongs to neither and is chosen by its name alone).
     """
 
     rank: int = 16
@@ -89,7 +90,7 @@ def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name.rpartition(".")[2] in config.modules
-        and stream_of(f"{name}.weight") in config.streams
+        and stream_of(f"{name}.weight") in (*config.streams, "shared")
     ]
     if not chosen:
         raise ConfigError(f"lora: no layer is one of {config.modules} in {config.streams}")

@@ -90,7 +90,8 @@ class DataRecipe:
 class StageRecipe:
     """One stage. A step is `packs_per_step` packs of `budget` tokens each.
 
-    `freeze` names streams ("und", "gen") or parts of the model ("token embedding", …).
+    `freeze` names streams ("und", "gen", and "shared": token embedding and lm head) or parts of
+    the model (checkpoint/names.py).
     """
 
     name: str
