@@ -12,7 +12,18 @@ import pytest
 
 import neounify
 
-COMMANDS = ("generate", "edit", "chat", "story", "inspect", "convert", "train", "eval", "toy")
+COMMANDS = (
+    "generate",
+    "edit",
+    "chat",
+    "story",
+    "inspect",
+    "convert",
+    "train",
+    "doctor",
+    "eval",
+    "toy",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

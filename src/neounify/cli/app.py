@@ -10,6 +10,7 @@ import neounify
 from neounify.cli.command import with_options
 from neounify.cli.commands.chat import chat
 from neounify.cli.commands.convert import convert
+from neounify.cli.commands.doctor import doctor
 from neounify.cli.commands.edit import edit
 from neounify.cli.commands.eval import evaluate
 from neounify.cli.commands.generate import generate
@@ -56,6 +57,6 @@ def about(
     """One model that reads, writes, looks and paints."""
 
 
-for command in (generate, edit, chat, story, inspect, convert, train, toy):
+for command in (generate, edit, chat, story, inspect, convert, train, doctor, toy):
     app.command()(with_options(command))
 app.command("eval")(with_options(evaluate))

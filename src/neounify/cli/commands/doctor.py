@@ -1,0 +1,37 @@
+"""`neounify doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neounify.cli.options import ReportOptions
+
+
+def doctor(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the run.")],
+    *,
+    stage: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which stage; the first by default.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(metavar="S", help="Time for learning samples by heart.", min=1)
+    ] = 90,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda; a GPU if there is one.")
+    ] = None,
+    report: ReportOptions,
+) -> None:
+    """Check a fine-tune before it costs days: gradients, freezing, losses, pictures.
+
+    Learns one sample of every task by heart and says in plain words what is wrong. Ends with
+    status 1 if something is.
+
+    \b
+      neounify doctor recipes/scenes.toml
+    """
+    from neounify.cli.doctoring import run_doctor
+
+    run_doctor(recipe, stage, seconds, device, report)

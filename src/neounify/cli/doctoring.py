@@ -1,0 +1,48 @@
+"""What `neounify doctor` does."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import typer
+
+from neounify.cli.display import Display
+from neounify.cli.errors import UsageError
+from neounify.cli.options import ReportOptions
+from neounify.cli.session import default_device
+from neounify.runtime import keep_freed_memory
+from neounify.train.doctor import Finding, examine
+from neounify.train.recipe import read_recipe
+from neounify.train.setup import starting_model
+
+MARKS = {True: "ok  ", False: "BAD ", None: "note"}
+
+
+def run_doctor(
+    path: Path, stage: str | None, seconds: float, device: str | None, report: ReportOptions
+) -> None:
+    """Examine a stage of a recipe; exit status 1 when something is wrong."""
+    recipe = read_recipe(path)
+    stages = {item.name: item for item in recipe.stages}
+    if stage is not None and stage not in stages:
+        raise UsageError(f"no stage {stage}; the recipe has {', '.join(stages)}")
+    chosen = recipe.stages[0] if stage is None else stages[stage]
+    display = Display(quiet=report.quiet, json=report.json)
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        start = starting_model(recipe, torch.device(device or default_device()), Path(folder))
+    found: list[Finding] = []
+    for finding in examine(start, chosen, seconds):
+        found.append(finding)
+        display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
+        if finding.advice:
+            display.say(f"     {finding.advice}")
+    wrong = [finding.name for finding in found if finding.good is False]
+    display.emit({"stage": chosen.name, "findings": [asdict(f) for f in found]})
+    if wrong:
+        display.say(f"\nnot healthy: {', '.join(wrong)}")
+        raise typer.Exit(1)
+    display.say("\nhealthy")
