@@ -30,15 +30,19 @@ def paint(pipe: neounify.Pipeline) -> torch.Tensor:
 def test_saved_and_loaded_is_the_same(pipe: neounify.Pipeline, folder: Path) -> None:
     loaded = neounify.load(folder)
     assert loaded.config == pipe.config
-    assert torch.equal(paint(loaded), paint(pipe))
+    ours, theirs = pipe.model.state_dict(), loaded.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # Mapped weights lie elsewhere in memory, and some processors' products round by alignment.
+    torch.testing.assert_close(paint(loaded), paint(pipe), rtol=0, atol=1e-5)
     assert loaded.chat("hi", max_new_tokens=5) == pipe.chat("hi", max_new_tokens=5)
 
 
 def test_system_message_belongs_to_the_checkpoint(pipe: neounify.Pipeline, tmp_path: Path) -> None:
     other = neounify.Pipeline(pipe.model, pipe.tokenizer, system_message="Paint in blue.")
     other.save(tmp_path / "model")
-    assert not torch.allclose(paint(neounify.load(tmp_path / "model")), paint(pipe), atol=1e-5)
-    assert torch.equal(paint(neounify.load(tmp_path / "model")), paint(other))
+    assert not torch.allclose(paint(neounify.load(tmp_path / "model")), paint(pipe), atol=1e-3)
+    mine = paint(neounify.load(tmp_path / "model"))
+    torch.testing.assert_close(mine, paint(other), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
