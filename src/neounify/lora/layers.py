@@ -9,62 +9,42 @@ arXiv 2312.03732).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from neounify.checkpoint.names import stream_of
-from neounify.errors import ConfigError
+from neounify.checkpoint.names import part_of, stream_of
+from neounify.errors import CheckpointError, ConfigError
+from neounify.lora.config import LoraConfig
 from neounify.model.neo import NeoUnify
-from neounify.settings import STRICT
 
 HALVES = (".lora_A", ".lora_B")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LoraConfig:
-    """Which linear layers get adapters, and how large.
+class LoraLinear(nn.Linear):
+    """A linear layer with an adapter: [..., in] to [..., out].
 
-    `modules` are the last parts of module names: q_proj, k_proj, v_proj, o_proj, gate_proj,
-    up_proj, down_proj, router, linear1, linear2, lm_head; `streams` of und and gen
-    (lm_head belongs to neither and is chosen by its name alone).
+    `weight` and `bias` are the very parameters of the layer it stands for and keep their names.
+    A and B are float32 (float64 on a float64 layer) and computed with in the input's dtype.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
-    streams: tuple[str, ...] = ("und", "gen")
-    modules: tuple[str, ...] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"lora: rank {self.rank} and alpha {self.alpha} must be above 0, "
-                f"dropout {self.dropout} within 0 to 1"
-            )
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-class LoraLinear(nn.Linear):
-    """A linear layer with an adapter; `weight` and `bias` keep their names and are frozen."""
-
-    def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
+    def __init__(
+        self, base: nn.Linear, config: LoraConfig, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout = config.scale, config.dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(base.training)
+        self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
+        # Drawn in float32 on the CPU, so that a seed means the same for every dtype and device.
+        down = torch.empty(config.rank, base.in_features, dtype=torch.float32)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        up = torch.zeros(base.out_features, config.rank)
+        device, dtype = base.weight.device, torch.promote_types(base.weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(down.to(device, dtype))
+        self.lora_B = nn.Parameter(up.to(device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         low = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
@@ -72,43 +52,82 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain layer with the adapter added to its weight, in float32, cast once."""
+        """A plain, frozen layer with W + scale · B A, in float32 at least, cast once."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        weight = self.weight.float().addmm(self.lora_B, self.lora_A, alpha=self.scale)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(dtype).addmm(
+            self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scale
+        )
         plain.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
         plain.bias = self.bias
-        return plain
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
 
 
 def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:
     """Put adapters on the chosen layers and freeze all else; the names of the layers.
 
-    Raises ConfigError when nothing is chosen.
+    The outputs stay as they are until B is trained. Parameters that are to be trained beside
+    the adapters can be unfrozen afterwards. Raises ConfigError when a kind of module is not
+    there, or the model has adapters already.
     """
-    chosen = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in config.modules
-        and stream_of(f"{name}.weight") in (*config.streams, "shared")
-    ]
-    if not chosen:
-        raise ConfigError(f"lora: no layer is one of {config.modules} in {config.streams}")
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name in chosen:
-            base = model.get_submodule(name)
-            assert isinstance(base, nn.Linear)
-            model.set_submodule(name, LoraLinear(base, config))
+    if lora_layers(model):
+        raise ConfigError("lora: the model has adapters already; merge_lora(model) comes first")
+    chosen = _choose(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name in chosen:
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        model.set_submodule(name, LoraLinear(base, config, generator))
+    trainable_only_lora(model)
     return chosen
 
 
+def lora_layers(model: NeoUnify) -> dict[str, LoraLinear]:
+    """The layers with adapters, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def trainable_only_lora(model: NeoUnify) -> None:
+    """Freeze every parameter but the adapters'."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(HALVES))
+
+
 def merge_lora(model: NeoUnify) -> None:
-    """Fold all adapters into the weights; the model is plain again."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLinear):
-            model.set_submodule(name, module.merged())
+    """Fold all adapters into the weights; the model is plain again, those weights frozen.
+
+    Raises CheckpointError, with the model unchanged, when weights are not in memory, as with
+    memory="stream".
+    """
+    layers = lora_layers(model)
+    absent = [name for name, layer in layers.items() if not layer.weight.numel()]
+    if absent:
+        raise CheckpointError(
+            f"the weights of {absent[0]} are not in memory, so nothing can be merged into them; "
+            'save the adapter and merge it while loading, or load with memory="all"'
+        )
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.merged())
+
+
+@contextmanager
+def merged_lora(model: NeoUnify) -> Iterator[NeoUnify]:
+    """The model with its adapters merged, for an export or a look in the middle of training.
+
+    Afterwards the adapters are back, the very same objects. Holds a second copy of the weights
+    that have adapters meanwhile. Raises as `merge_lora` does.
+    """
+    layers = lora_layers(model)
+    merge_lora(model)
+    try:
+        yield model
+    finally:
+        for name, layer in layers.items():
+            layer.train(model.get_submodule(name).training)
+            model.set_submodule(name, layer)
 
 
 def weight_name(parameter: str) -> str:
@@ -117,3 +136,32 @@ def weight_name(parameter: str) -> str:
         if parameter.endswith(half):
             return parameter.removesuffix(half) + ".weight"
     return parameter
+
+
+def _choose(model: NeoUnify, config: LoraConfig) -> list[str]:
+    if config.layers is not None and config.layers[1] > model.config.num_layers:
+        raise ConfigError(f"lora: layers {config.layers} of only {model.config.num_layers}")
+    known, used, chosen = set[str](), set[str](), []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        kinds = {name.rpartition(".")[2], part_of(f"{name}.weight")}
+        known |= kinds
+        here = stream_of(f"{name}.weight") in (*config.streams, "shared")
+        if here and _in_layers(name, config.layers) and kinds & set(config.modules):
+            used |= kinds
+            chosen.append(name)
+    unused = [kind for kind in config.modules if kind not in used]
+    if unused:
+        raise ConfigError(
+            f"lora: no layer of streams {list(config.streams)} (layers: {config.layers or 'all'}) "
+            f"is one of {unused}; linear layers of this model, which alone take adapters, are "
+            f"{sorted(known)}"
+        )
+    return chosen
+
+
+def _in_layers(name: str, layers: tuple[int, int] | None) -> bool:
+    if layers is None or not name.startswith("layers."):
+        return True
+    return layers[0] <= int(name.split(".")[1]) < layers[1]

@@ -32,10 +32,11 @@ def load(
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
     `dtype` is "float32", "bfloat16" or "float16"; None keeps the stored one, and tensors of that
-    dtype are memory-mapped, not copied. `lora` merges one or several LoRA files of the published
-    kind, with `lora_strength` each. `memory="stream"` keeps only the stream at work resident, for
-    models that fill the memory; `verify` looks through all weights for NaN first. `compile` fuses
-    elementwise work with torch.compile: slower at first, then faster at prefill and painting.
+    dtype are memory-mapped, not copied. `lora` merges one or several LoRAs, files of the published
+    kind or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
+    resident, for models that fill the memory; `verify` looks through all weights for NaN first.
+    `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
+    painting.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """

@@ -1,0 +1,53 @@
+"""Which linear layers get adapters, and how large these are."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+from pydantic.dataclasses import dataclass
+
+from neounify.settings import STRICT
+
+Stream: TypeAlias = Literal["und", "gen"]
+
+STREAMS: tuple[Stream, ...] = ("und", "gen")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""Of dense MLPs and of experts alike."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoraConfig:
+    """Adapters of rank `rank` on chosen linear layers; `scale` is the factor of B A.
+
+    `modules` chooses by the last part of a module's name (q_proj, k_proj, v_proj, o_proj,
+    gate_proj, up_proj, down_proj, router, linear1, linear2, lm_head) or by the part of the model
+    it is (attention, mlp, experts, router, timestep, noise scale, image head, lm head: see
+    checkpoint/names.py), among those of `streams`; lm_head belongs to neither stream.
+    `layers` = (first, stop) narrows the choice inside the layers; None takes all of them.
+    `rslora` scales by alpha / √rank instead of alpha / rank. Raises ValueError.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    streams: tuple[Stream, ...] = STREAMS
+    modules: tuple[str, ...] = (*ATTENTION, *MLP)
+    layers: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora: rank {self.rank} and alpha {self.alpha} must be above 0, "
+                f"dropout {self.dropout} within 0 to 1"
+            )
+        if not self.modules:
+            raise ValueError("lora: modules must name at least one kind of layer")
+        if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:
+            raise ValueError(f"lora: layers {self.layers} must be (first, stop), first below stop")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
