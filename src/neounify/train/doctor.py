@@ -32,6 +32,7 @@ from neounify.train.setup import Start, build_encoder, build_source
 
 LOOKED_AT = 400
 """Samples that are looked through for one of every task."""
+MOST_STEPS = 1000
 LEARNT = 0.5
 """Share of its first loss that a task must fall below to count as learning."""
 UNLEARNT = 0.05
@@ -50,8 +51,13 @@ class Finding:
     advice: str = ""
 
 
-def examine(start: Start, stage: StageRecipe, seconds: float = 100) -> Iterator[Finding]:
-    """Look at a stage; findings as they come. The model's weights are changed."""
+def examine(
+    start: Start, stage: StageRecipe, seconds: float = 100, steps: int = MOST_STEPS
+) -> Iterator[Finding]:
+    """Look at a stage; findings as they come. The model's weights are changed.
+
+    Learning by heart ends after `seconds` or `steps`, or sooner when all tasks are learnt.
+    """
     model = start.model
     if stage.lora is None:
         freeze(model, stage.freeze)
@@ -70,8 +76,8 @@ def examine(start: Start, stage: StageRecipe, seconds: float = 100) -> Iterator[
     documents = [encoder(s, np.random.default_rng(0)) for s in samples.values()]
     pack = make_pack(documents)
     yield from _gradients(start, stage, pack)
-    first, last, steps = _overfit(start, stage, pack, seconds)
-    yield from _learning(first, last, steps, stage)
+    first, last, taken = _overfit(start, stage, pack, seconds, steps)
+    yield from _learning(first, last, taken, stage)
     yield from _times(last)
     yield from _pictures(start, samples, documents, last)
 
@@ -129,7 +135,7 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
 
 
 def _overfit(
-    start: Start, stage: StageRecipe, pack: Pack, seconds: float
+    start: Start, stage: StageRecipe, pack: Pack, seconds: float, most: int
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """Learn one pack by heart: (metrics of the first steps, of the last ones, steps taken)."""
     optimizers = Optimizers(start.model, stage.optimizer)
@@ -143,9 +149,9 @@ def _overfit(
         torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizers.step()
         optimizers.zero_grad()
-        if time.monotonic() > until or step >= 1000:
+        if time.monotonic() > until or step >= most:
             return first.report(), recent.report(), step
-        if step % 20 == 0 and step < 1000:
+        if step % 20 == 0:
             last = recent.report()
             if _all_learnt(first.report(), last, LEARNT / 10):
                 return first.report(), last, step

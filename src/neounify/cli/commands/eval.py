@@ -2,73 +2,228 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-def evaluate(
-    *,
-    model: ModelOptions,
+    from neounify.cli.display import Display
+    from neounify.cli.session import Session
+    from neounify.evaluate.scenebench import BenchConfig, Outcome, PipelineSubject, Report
+
+CASES, QUICK_CASES = 200, 32
+_FILE_WIDTH = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What to measure, how to sample, and where the report goes."""
+
     world: Annotated[
-        str, typer.Option(metavar="NAME", help="World of scenes: easy, default, wide or hard.")
-    ] = "default",
+        str,
+        typer.Option(
+            metavar="easy|default|wide|hard", help="World of scenes the cases are drawn from."
+        ),
+    ] = "default"
     tasks: Annotated[
         str,
         typer.Option(
             metavar="LIST",
             help="Of paint, vqa, caption, edit, story, reconstruction; by commas.",
         ),
-    ] = "paint,vqa,caption,edit,story,reconstruction",
-    cases: Annotated[int, typer.Option(metavar="N", help="Cases per category.", min=1)] = 200,
-    quick: Annotated[bool, typer.Option("--quick", help="Only 32 cases per category.")] = False,
-    steps: Annotated[
+    ] = "paint,vqa,caption,edit,story,reconstruction"
+    cases: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=PAINTING, min=1),
-    ] = None,
+        typer.Option(metavar="N", help=f"Cases per category. Default: {CASES}.", min=1),
+    ] = None
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Only {QUICK_CASES} cases per category.")
+    ] = False
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=PAINTING)
+    ] = None
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Guidance by the text.", rich_help_panel=PAINTING),
-    ] = None,
+        typer.Option(metavar="G", help="How strongly the prompt pulls.", rich_help_panel=PAINTING),
+    ] = None
     think: Annotated[
         bool,
         typer.Option(
-            "--think", help="Let the model think before it paints.", rich_help_panel=PAINTING
+            "--think",
+            help="Let the model think before it paints and edits.",
+            rich_help_panel=PAINTING,
         ),
-    ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the cases and the noise.", min=0)] = 0,
+    ] = False
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the cases and the noise.", min=0)] = 0
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Cases at once; changes nothing but speed.", min=1)
-    ] = 64,
-    out: Annotated[
+    ] = 64
+    output: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Folder for report and pictures.", rich_help_panel=FILES),
-    ] = Path("out/eval"),
+        typer.Option(
+            "--output",
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder for report and pictures.",
+            rich_help_panel=FILES,
+        ),
+    ] = Path("out/eval")
+
+    @property
+    def number(self) -> int:
+        """Cases per category: as asked for, else by --quick."""
+        return self.cases or (QUICK_CASES if self.quick else CASES)
+
+
+def evaluate(
+    *,
+    model: ModelOptions,
+    options: EvalOptions,
     overwrite: OverwriteOptions,
     report: ReportOptions,
 ) -> None:
     """Measure a model with SceneBench: every claim is checked by a program.
 
     Painting in nine categories, questions, captions, edits, stories and reconstruction, with
-    95 % intervals and the share on combinations that training never showed.
+    95 % intervals and the share on combinations that training never showed. Ctrl-C keeps what is
+    finished.
 
     \b
       neounify eval --model FOLDER
       neounify eval --model FOLDER --quick --tasks paint,vqa
     """
-    from neounify.cli.evaluating import EvalSettings, run_evaluation
+    resolve_model(model.model)
+    from neounify.cli.display import Display
+    from neounify.cli.session import open_session, read_model_config
+    from neounify.evaluate.scenebench import PipelineSubject
 
-    settings = EvalSettings(
-        world=world,
-        tasks=tuple(task.strip() for task in tasks.split(",") if task.strip()),
-        cases=32 if quick else cases,
-        steps=steps,
-        guidance=guidance,
-        think=think,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    run_evaluation(model, settings, out, overwrite.overwrite, report)
+    _check_free(options.output, overwrite.overwrite)
+    config = _config(options, read_model_config(model).token_size)
+    display = Display(quiet=report.quiet, json=report.json)
+    session = open_session(model, display)
+    subject = PipelineSubject(session.pipe, steps=options.steps, guidance=options.guidance)
+    _measure(subject, config, _about(options, config, session, subject), options.output, display)
+
+
+def _config(options: EvalOptions, token_size: int) -> BenchConfig:
+    from neounify.data.sample import DataError
+    from neounify.data.scenes import scene_config
+    from neounify.evaluate.scenebench import BenchConfig
+
+    try:
+        return BenchConfig(
+            world=scene_config(options.world),
+            tasks=tuple(task.strip() for task in options.tasks.split(",") if task.strip()),
+            cases=options.number,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            think=options.think,
+            token_size=token_size,
+        )
+    except DataError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CliError(f"{folder} is a file; a report is saved as a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CliError(f"{folder} is not empty; choose another --output, or add --overwrite")
+
+
+def _measure(
+    subject: PipelineSubject,
+    config: BenchConfig,
+    about: dict[str, Any],
+    folder: Path,
+    display: Display,
+) -> None:
+    """Measure category by category; what is finished is reported even if the rest fails."""
+    from neounify.evaluate.scenebench import names
+    from neounify.evaluate.scenebench.runners import plan
+
+    outcomes: list[Outcome] = []
+    total, started = len(names(config)), time.monotonic()
+    try:
+        for number, category in enumerate(plan(subject, config), start=1):
+            label = f"{category.name} ({number} of {total})"
+            with display.bar(label, total=len(category.held_out), unit="case") as tick:
+                outcomes.append(category.run(tick))
+            display.note(f"{category.name:21} {outcomes[-1].score.strict}")
+    except KeyboardInterrupt:
+        kept = f"; {len(outcomes)} of {total} categories are measured"
+        raise KeyboardInterrupt(f"{kept}, see {folder}" if outcomes else kept) from None
+    finally:
+        if outcomes:
+            about["categories_left"] = total - len(outcomes)
+            _report(outcomes, about, started, folder, display)
+    display.result(f"saved {folder}", folder)
+
+
+def _report(
+    outcomes: list[Outcome],
+    about: dict[str, Any],
+    started: float,
+    folder: Path,
+    display: Display,
+) -> None:
+    from neounify.evaluate.scenebench import write_folder
+    from neounify.evaluate.scenebench.run import surroundings, to_report
+
+    found = to_report(outcomes, about | surroundings(started))
+    write_folder(found, outcomes, folder)
+    if not display.quiet and not display.json:
+        _show(found)
+    display.emit(found.to_json())
+
+
+def _about(
+    options: EvalOptions, config: BenchConfig, session: Session, subject: PipelineSubject
+) -> dict[str, Any]:
+    return {
+        "world": options.world,
+        "tasks": list(config.tasks),
+        "cases": config.cases,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "think": config.think,
+        "sampling": subject.sampling,
+        "model": session.description,
+    }
+
+
+def _show(report: Report) -> None:
+    """The rates and the measures on stdout; attributes are in the files."""
+    from rich.console import Console
+
+    # A file or a pipe has no width that cells would have to be folded to.
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+    console.print(_table(report))
+    for category, found in report.measures.items():
+        told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        console.print(f"  {category}: {told}", markup=False)
+
+
+def _table(report: Report) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title="right, % (95 % interval)", box=SIMPLE, padding=(0, 1))
+    table.add_column("category", no_wrap=True)
+    for head in ("n", "all", "seen", "held out"):
+        table.add_column(head, justify="right")
+    for score in report.scores:
+        rates = [str(rate or "") for rate in (score.strict, score.seen, score.held_out)]
+        table.add_row(score.category, str(score.strict.number), *rates)
+    return table

@@ -1,10 +1,11 @@
 """SceneBench: unified models measured on the world of scenes, every claim checked by a program.
 
 `prompts` says what is asked, `perceive` sees what was painted, `checks` gives verdicts,
-`similarity` measures pixels, `report` counts with confidence intervals, and `validation` asks
-whether the checker itself is right.
+`similarity` measures pixels, `report` counts with confidence intervals, `run` does all of it with
+a model, `folder` writes it down, and `validation` asks whether the checker itself is right.
 """
 
+from neounify.evaluate.scenebench.category import Category, Example, Outcome
 from neounify.evaluate.scenebench.checks import (
     EditVerdict,
     Verdict,
@@ -16,7 +17,9 @@ from neounify.evaluate.scenebench.checks import (
     check_thought,
     check_vqa,
 )
+from neounify.evaluate.scenebench.folder import write_folder
 from neounify.evaluate.scenebench.perceive import Percept, SeenObject, perceive
+from neounify.evaluate.scenebench.plan import TASKS, BenchConfig, names
 from neounify.evaluate.scenebench.prompts import (
     CATEGORIES,
     CaptionCase,
@@ -31,6 +34,7 @@ from neounify.evaluate.scenebench.prompts import (
     story_cases,
     vqa_cases,
 )
+from neounify.evaluate.scenebench.reconstruction import CopyCase, copy_cases
 from neounify.evaluate.scenebench.report import (
     Rate,
     Report,
@@ -39,22 +43,35 @@ from neounify.evaluate.scenebench.report import (
     score,
     wilson_interval,
 )
+from neounify.evaluate.scenebench.run import Findings, measure, quick_scores, run_scenebench
 from neounify.evaluate.scenebench.similarity import psnr, seam_ratio, ssim
+from neounify.evaluate.scenebench.subject import Painting, PipelineSubject, Subject, as_subject
 
 __all__ = [
     "CATEGORIES",
+    "TASKS",
+    "BenchConfig",
     "CaptionCase",
+    "Category",
+    "CopyCase",
     "EditCase",
     "EditVerdict",
+    "Example",
+    "Findings",
+    "Outcome",
     "PaintCase",
+    "Painting",
     "Percept",
+    "PipelineSubject",
     "Rate",
     "Report",
     "Score",
     "SeenObject",
     "StoryCase",
+    "Subject",
     "Verdict",
     "VqaCase",
+    "as_subject",
     "caption_cases",
     "categories",
     "check_caption",
@@ -65,14 +82,20 @@ __all__ = [
     "check_thought",
     "check_vqa",
     "contact_sheet",
+    "copy_cases",
     "edit_cases",
+    "measure",
+    "names",
     "paint_cases",
     "perceive",
     "psnr",
+    "quick_scores",
+    "run_scenebench",
     "score",
     "seam_ratio",
     "ssim",
     "story_cases",
     "vqa_cases",
     "wilson_interval",
+    "write_folder",
 ]

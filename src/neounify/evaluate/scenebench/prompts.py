@@ -150,7 +150,7 @@ def paint_cases(
         if len(cases) == number:
             return tuple(cases)
         rng = sample_rng(seed, CATEGORIES.index(category), index)
-        wanted = None if category in _NAMES_NO_COLOUR else _is_held_out_turn(len(cases))
+        wanted = None if category in _NAMES_NO_COLOUR else is_held_out_turn(len(cases))
         case = draw_paint_case(category, rng, config, wanted, language)
         if case.prompt in seen and stale < 200:
             stale += 1
@@ -265,7 +265,8 @@ def _recipe(category: str, rng: np.random.Generator) -> tuple[SceneKind, Caption
     return pick(rng, kinds), CaptionStyle(places="cell")
 
 
-def _is_held_out_turn(index: int) -> bool:
+def is_held_out_turn(index: int) -> bool:
+    """Whether case `index` is one of the `HELD_OUT_SHARE` that training never shows."""
     every = round(1 / HELD_OUT_SHARE)
     return index % every == every - 1
 
@@ -284,7 +285,7 @@ def _draw_cases(
     def cases() -> Iterator[Case]:
         index = 0
         for turn in range(number):
-            split: Split = "held_out" if _is_held_out_turn(turn) else "train"
+            split: Split = "held_out" if is_held_out_turn(turn) else "train"
             for _ in range(500):
                 case = draw(sample_rng(seed, stream, index), split)
                 index += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,20 @@ class Score:
     held_out: Rate | None
     attributes: Mapping[str, Rate]
 
+    @property
+    def seen(self) -> Rate | None:
+        """Strict, on the cases that are not held out; None if all are."""
+        if self.held_out is None:
+            return self.strict
+        number = self.strict.number - self.held_out.number
+        return Rate(self.strict.correct - self.held_out.correct, number) if number else None
+
     def to_json(self) -> dict[str, Any]:
         """The score as plain data."""
         return {
             "category": self.category,
             "strict": self.strict.to_json(),
+            "seen": self.seen.to_json() if self.seen else None,
             "held_out": self.held_out.to_json() if self.held_out else None,
             "attributes": {name: rate.to_json() for name, rate in self.attributes.items()},
         }
@@ -95,19 +104,37 @@ def score(category: str, verdicts: Sequence[Verdict], held_out: Sequence[bool]) 
 
 @dataclass(frozen=True)
 class Report:
-    """All scores of a run, with what was measured (`about`: model, seed, world, steps, …)."""
+    """All scores of a run, with what was measured (`about`: model, seed, world, steps, …).
+
+    `measures`: by category, plain numbers beside the score, such as the seam ratio.
+    """
 
     scores: tuple[Score, ...]
     about: Mapping[str, Any]
+    measures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {"about": dict(self.about), "scores": [s.to_json() for s in self.scores]}
+        return {
+            "about": dict(self.about),
+            "scores": [s.to_json() for s in self.scores],
+            "measures": {category: dict(found) for category, found in self.measures.items()},
+        }
 
     def to_markdown(self) -> str:
-        """One table: percentages with their 95 % intervals, a row per category."""
+        """A table of percentages with 95 % intervals, a row per category; one of the measures."""
+        return self._scores() + (f"\n{self._measures()}" if self.measures else "")
+
+    def _measures(self) -> str:
+        lines = [_row(["measure", "value"]), _row(["---", "--:"])]
+        for category, found in self.measures.items():
+            lines += [_row([f"{category}: {name}", f"{v:.3f}"]) for name, v in found.items()]
+        return "\n".join(lines) + "\n"
+
+    def _scores(self) -> str:
         names = list(dict.fromkeys(name for s in self.scores for name in s.attributes))
-        head = ["category", "n", "strict, % (95 %)", "held out, % (95 %)", *names]
+        parts = [f"{part}, % (95 %)" for part in ("strict", "seen", "held out")]
+        head = ["category", "n", *parts, *names]
         lines = [_row(head), _row(["---", "--:", *["---"] * (len(head) - 2)])]
         for s in self.scores:
             rates = [s.attributes.get(name) for name in names]
@@ -116,8 +143,7 @@ class Report:
                     [
                         s.category,
                         str(s.strict.number),
-                        str(s.strict),
-                        str(s.held_out or ""),
+                        *(str(rate or "") for rate in (s.strict, s.seen, s.held_out)),
                         *(f"{100 * rate.value:.1f}" if rate else "" for rate in rates),
                     ]
                 )
@@ -134,12 +160,13 @@ def contact_sheet(
     passed: Sequence[bool],
     columns: int = 6,
     side: int = 128,
+    lines: int = 4,
 ) -> Image.Image:
     """Pictures in rows, each in a green (passed) or red (failed) frame over its caption.
 
     Args:
-        pictures: uint8 [h, w, 3], shown `side` pixels wide.
-        captions: up to four lines are shown; letters the built-in font lacks show as boxes.
+        pictures: uint8 [h, w, 3], shown `side` pixels high; columns are as wide as the widest.
+        captions: up to `lines` lines are shown; letters the built-in font lacks show as boxes.
     """
     if not pictures or not len(pictures) == len(captions) == len(passed):
         raise DataError(
@@ -147,7 +174,8 @@ def contact_sheet(
         )
     frame, gap, line = 4, 10, 13
     font = ImageFont.load_default(size=11)
-    wide, high = side + 2 * frame, side + 2 * frame + 4 * line + 4
+    widths = [round(side * pixels.shape[1] / pixels.shape[0]) for pixels in pictures]
+    wide, high = max(widths) + 2 * frame, side + 2 * frame + lines * line + 4
     rows = math.ceil(len(pictures) / columns)
     size = (columns * (wide + gap) + gap, rows * (high + gap) + gap)
     sheet = Image.new("RGB", size, (248, 248, 248))
@@ -155,11 +183,12 @@ def contact_sheet(
     for number, (pixels, text, right) in enumerate(zip(pictures, captions, passed, strict=True)):
         x = gap + number % columns * (wide + gap)
         y = gap + number // columns * (high + gap)
-        draw.rectangle((x, y, x + wide - 1, y + wide - 1), fill=_PASS if right else _FAIL)
-        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        own, bottom = widths[number], y + side + 2 * frame
+        draw.rectangle((x, y, x + own + 2 * frame - 1, bottom - 1), fill=_PASS if right else _FAIL)
+        picture = Image.fromarray(pixels).resize((own, side), Image.Resampling.NEAREST)
         sheet.paste(picture, (x + frame, y + frame))
-        for row, words in enumerate(textwrap.wrap(text, side // 6)[:4]):
-            draw.text((x, y + wide + 3 + row * line), words, fill=(40, 40, 40), font=font)
+        for row, words in enumerate(textwrap.wrap(text, max(widths) // 6)[:lines]):
+            draw.text((x, bottom + 3 + row * line), words, fill=(40, 40, 40), font=font)
     return sheet
 
 
