@@ -16,6 +16,7 @@ from neounify.data.sample import (
     write_sample,
 )
 from neounify.data.scenes import PRESETS, SceneDataset, parse_caption, parse_layout
+from neounify.data.scenes.samples import MOST_QUESTIONS
 from neounify.data.scenes.world import HELD_OUT_PAIRS
 from neounify.evaluate.scenebench import perceive
 from neounify.evaluate.scenebench.prompts import names_held_out
@@ -44,18 +45,31 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
     tasks: Counter[str] = Counter()
     for sample in islice(iter(SceneDataset(0, DEFAULT, chinese=0.2)), 1500):
         tasks[sample.task] += 1
-        user, assistant = sample.turns
-        shown = [p for p in user.parts if isinstance(p, ImagePart)]
-        painted = [p for p in assistant.parts if isinstance(p, ImagePart)]
+        questions, answers = sample.turns[::2], sample.turns[1::2]
+        assert {t.role for t in questions} == {"user"}
+        assert {t.role for t in answers} == {"assistant"}
+        assert 1 <= len(answers) <= (MOST_QUESTIONS if sample.task == "vqa" else 1)
+        asked = [p for turn in questions for p in turn.parts]
+        answered = [p for turn in answers for p in turn.parts]
+        shown = [p for p in asked if isinstance(p, ImagePart)]
+        painted = [p for p in answered if isinstance(p, ImagePart)]
         assert len(shown) == (1 if sample.task in ("vqa", "caption", "edit", "edit_think") else 0)
         if sample.task == "interleave":
             assert 2 <= len(painted) <= 4
         else:
             assert len(painted) == sample.task.startswith(("t2i", "edit"))
-        assert all(p.loss for p in assistant.parts)
+        assert all(p.loss for p in answered)
+        assert not any(p.loss for p in asked)
         assert sample.task.endswith("_think") == sample.text("assistant").startswith("<think>\n")
     assert set(tasks) == set(TASKS)
     assert 0.3 < tasks["t2i"] / 1500 < 0.4
+
+
+def test_questions_about_one_picture_are_of_different_kinds() -> None:
+    data = SceneDataset(0, DEFAULT, {"vqa": 1})
+    texts = [[t.parts[-1].text for t in data[i].turns[::2]] for i in range(200)]  # type: ignore[union-attr]
+    assert all(len(set(asked)) == len(asked) for asked in texts)
+    assert {len(asked) for asked in texts} == set(range(1, MOST_QUESTIONS + 1))
 
 
 def test_thoughts_are_layouts_of_the_painted_picture() -> None:

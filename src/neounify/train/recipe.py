@@ -55,8 +55,9 @@ class TokenizerRecipe:
 class ModelRecipe:
     """Where the weights come from: a checkpoint folder, or a preset with fresh weights.
 
-    `changes` replace fields of the preset's config. `tokenizer` and `system_message` are for
-    fresh models; a checkpoint brings its own.
+    `changes` replace fields of the config; of a checkpoint, what they add or reshape starts from
+    fresh weights (a pixel head in place of the flow head). `tokenizer` and `system_message` are
+    for fresh models; a checkpoint brings its own.
     """
 
     preset: str | None = None

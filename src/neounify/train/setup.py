@@ -43,13 +43,9 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
     source = recipe.model
     if source.checkpoint is not None:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
-        model = pipe.model
-        # Mapped weights are the file's own pages; training needs memory it may write to.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        model.requires_grad_(True)
+        model = _changed(pipe.model, source, recipe.seed)
         return Start(model.train(), pipe.tokenizer, pipe.engine.system_message)
-    config = _config(source)
+    config = _config(PRESETS.get(source.preset or ""), source)
     kept = folder / "tokenizer"
     if kept.is_dir():
         tokenizer = Tokenizer.from_folder(kept)
@@ -108,11 +104,27 @@ def _source(data: DataRecipe) -> Source:
     return ShardSource(sorted(pattern.parent.glob(pattern.name)))
 
 
-def _config(source: ModelRecipe) -> ModelConfig:
-    if source.preset not in PRESETS:
+def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
+    """A checkpoint's model with the recipe's changes; what they add has fresh weights."""
+    if not source.changes:
+        # Mapped weights are the file's own pages; training needs memory it may write to.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model.requires_grad_(True)
+    changed = new_model(_config(model.config, source), seed).to(model.device)
+    old = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            if name in old and old[name].shape == parameter.shape:
+                parameter.copy_(old[name])
+    return changed
+
+
+def _config(base: ModelConfig | None, source: ModelRecipe) -> ModelConfig:
+    if base is None:
         raise ConfigError(f"preset {source.preset!r} is unknown; known: {', '.join(PRESETS)}")
     try:
-        return PRESETS[source.preset].replace(**source.changes)
+        return base.replace(**source.changes)
     except TypeError as error:
         raise ConfigError(f"model.changes: {error}") from error
 

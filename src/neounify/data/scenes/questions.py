@@ -90,6 +90,24 @@ def ask(
     raise DataError(f"the scene allows no question of kind {kind}: {scene}")
 
 
+def ask_several(
+    scene: Scene,
+    config: SceneConfig,
+    rng: np.random.Generator,
+    count: int,
+    language: Language = "en",
+    split: Split = "train",
+) -> list[Question]:
+    """Up to `count` questions of different kinds, in random order; fewer where few are possible."""
+    found: list[Question] = []
+    for kind in shuffled(rng, QUESTION_KINDS):
+        asked = _ASKERS[kind](scene, config, rng, language, split)
+        if asked is not None and len(found) < count:
+            text, value = asked
+            found.append(Question(kind, text, _answer(kind, value, language), value, language))
+    return found
+
+
 def check_answer(question: Question, answer: str) -> bool:
     """Whether an answer in free words names the right value and no other value of its kind."""
     return read_answer(question.kind, answer) == {question.value}

@@ -27,7 +27,7 @@ from neounify.data.scenes.edits import KEEP_REQUESTS, edit_thought, sample_edit
 from neounify.data.scenes.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.data.scenes.language import caption, layout_text
 from neounify.data.scenes.lexicon import LANGUAGES, Language
-from neounify.data.scenes.questions import ask
+from neounify.data.scenes.questions import ask, ask_several
 from neounify.data.scenes.render import render
 from neounify.data.scenes.stories import sample_story
 from neounify.data.scenes.world import Scene, SceneConfig, Split, sample_scene
@@ -55,6 +55,8 @@ CAPTION_REQUESTS: dict[Language, dict[str, tuple[str, ...]]] = {
 }
 KEEP_SHARE = 0.1
 """Of the edits, those that ask for the same picture again."""
+MOST_QUESTIONS = 4
+"""About one picture, turn by turn: a picture costs more tokens than a question."""
 CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
 """What an answer to each kind of caption request mentions."""
 
@@ -162,11 +164,12 @@ def _t2i_think(
 
 def _vqa(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
     scene = sample_scene(rng, config, split=split)
-    question = ask(scene, config, rng, None, language, split)
-    image, newline = _shown(scene, config)
-    return _turns(
-        (image, newline, TextPart(question.text)), (TextPart(question.answer, loss=True),)
-    )
+    count = int(rng.integers(1, MOST_QUESTIONS + 1))
+    turns: list[Turn] = []
+    for question in ask_several(scene, config, rng, count, language, split):
+        shown = () if turns else _shown(scene, config)
+        turns += _turns((*shown, TextPart(question.text)), (TextPart(question.answer, loss=True),))
+    return tuple(turns)
 
 
 def _caption(
