@@ -1,0 +1,1 @@
+"""Serving: an understanding and a generation engine behind one OpenAI-compatible server."""

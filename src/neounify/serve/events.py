@@ -1,0 +1,108 @@
+"""What a request in service gives back, and what may go wrong: the contract of engines and HTTP.
+
+`Answering` is all that the HTTP layer knows of the engines, and all that they know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.config import ModelConfig
+from neounify.errors import NeounifyError
+from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.request import PaintRequest
+
+ServiceRequest = ChatRequest | PaintRequest | InterleaveRequest
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text as soon as it is complete characters; `thought` for what stands in a thought."""
+
+    text: str
+    thought: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """Image `index` of the answer after `step` of `steps`: its clean prediction, not clamped."""
+
+    index: int
+    step: int
+    steps: int
+    pixels: Float[Tensor, "3 h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class Painted:
+    """Image `index` of the answer, finished; about [-1, 1], float32 on the CPU, not clamped."""
+
+    index: int
+    pixels: Float[Tensor, "3 h w"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of every answer that came to an end.
+
+    Tokens are those of the understanding stream; `cached_tokens` of the prompt's were known from
+    earlier requests, `image_tokens` were painted.
+    """
+
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    image_tokens: int = 0
+
+
+ServiceEvent = TextPiece | Preview | Painted | Finished
+
+
+class ServiceError(NeounifyError):
+    """A request that was fine could not be served."""
+
+
+class Overloaded(ServiceError):
+    """More requests than the limits allow; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(ServiceError):
+    """The request ran out of the time it was given."""
+
+
+class EngineDied(ServiceError):
+    """The process that worked on the request ended; it is being started again."""
+
+
+class Draining(ServiceError):
+    """The service is shutting down and takes no new requests."""
+
+
+class Answering(Protocol):
+    """A service that answers many requests at once."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model that answers."""
+
+    def answer(
+        self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
+    ) -> AsyncIterator[ServiceEvent]:
+        """The events of one request; `Finished` comes last.
+
+        `previews` is how many previews of each image are wanted at most, evenly over its steps
+        (the finished image not counted). `deadline` is in seconds from now. Closing the iterator
+        frees the request's work within one step. Raises PromptError, ImageError and RequestError
+        for requests the model cannot answer, and ServiceError.
+        """
