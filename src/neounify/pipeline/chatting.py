@@ -15,6 +15,7 @@ from neounify.decode.loop import Generation
 from neounify.errors import RequestError
 from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.engine import Engine
+from neounify.pipeline.front import Front
 from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
 from neounify.text.special import IM_END
@@ -85,6 +86,12 @@ def make_chat_request(
     )
 
 
+def chat_images(front: Front, request: ChatRequest) -> list[torch.Tensor]:
+    """The pictures of a conversation, sized and normalised."""
+    own = front.config.sampling
+    return front.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
+
+
 class ChatRun:
     """Answers being written to several requests at once.
 
@@ -102,7 +109,7 @@ class ChatRun:
             chat_prompt(engine.tokenizer, r.messages, system=r.system, think=r.think)
             for r in requests
         ]
-        prefixes = engine.read(prompts, [self._images(r) for r in requests])
+        prefixes = engine.read(prompts, [chat_images(engine, r) for r in requests])
         self._hidden = torch.stack([p.hidden for p in prefixes])
         self._lengths = [p.cache.length for p in prefixes]
         end = frozenset((engine.token(IM_END),))
@@ -141,10 +148,6 @@ class ChatRun:
                 self._pieces, self._generations, self._lengths, strict=True
             )
         ]
-
-    def _images(self, request: ChatRequest) -> list[torch.Tensor]:
-        own = self._engine.config.sampling
-        return self._engine.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
 
 
 class ChatStream:

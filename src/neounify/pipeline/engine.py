@@ -6,21 +6,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import PIL.Image
 import torch
 from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.checkpoint.residency import Residency
-from neounify.config import ModelConfig
 from neounify.decode import Feed, Generation, decode, feed
 from neounify.errors import Cancelled, CheckpointError, PromptError
 from neounify.flow.guidance import Branch
 from neounify.flow.solvers import make_solver
-from neounify.image.pixels import prepare_image
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, denoise_step
+from neounify.pipeline.front import Front
 from neounify.pipeline.grouping import groups
 from neounify.pipeline.request import Sampling, image_noise_scale
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
@@ -46,7 +44,7 @@ class Prefix:
     context: list[int]
 
 
-class Engine:
+class Engine(Front):
     """Model, tokenizer and weight residency. Holds no state of any request."""
 
     def __init__(
@@ -56,14 +54,9 @@ class Engine:
         residency: Residency,
         system_message: str,
     ) -> None:
+        super().__init__(model.config, tokenizer, system_message, model.dtype)
         self.model = model
-        self.tokenizer = tokenizer
         self.residency = residency
-        self.system_message = system_message
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
 
     def new_cache(self, capacity: int) -> SequenceCache:
         model = self.model
@@ -150,24 +143,6 @@ class Engine:
             t_eps=sampling.t_eps,
             solver=make_solver(sampling.solver),
         )
-
-    def prepare(
-        self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
-    ) -> list[Tensor]:
-        """Pictures for the understanding stream: sized by the bounds on their area, normalised."""
-        return [
-            prepare_image(
-                image,
-                multiple=self.config.token_size,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
-                dtype=self.model.dtype,
-            )
-            for image in images
-        ]
-
-    def token(self, name: str) -> int:
-        return self.tokenizer.id(name)
 
     def open_image(self, cache: SequenceCache) -> None:
         """Append `<img>`."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import PIL.Image
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from neounify.cache import SequenceCache
+from neounify.config import ModelConfig
 from neounify.decode.choose import SamplingSettings, make_chooser
 from neounify.decode.loop import Generation
 from neounify.errors import RequestError
@@ -20,6 +22,7 @@ from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine
+from neounify.pipeline.front import Front
 from neounify.pipeline.painting import edit_images
 from neounify.pipeline.request import Sampling, check_seed, image_noise_scale
 from neounify.pipeline.results import (
@@ -75,6 +78,30 @@ def interleave(
     return _Interleaving(engine, request, cancel).parts()
 
 
+def turn_prompt(front: Front, request: InterleaveRequest, branch: Branch) -> Prompt:
+    """What the model reads before its answer, for one branch of guidance."""
+    tokenizer, count = front.tokenizer, len(request.images)
+    if branch == "uncond":
+        return unconditional_prompt(tokenizer)
+    if branch == "image":
+        return images_only_prompt(tokenizer, count, open_image=False)
+    text = place_images(request.prompt, count, numbered=True)
+    return interleave_prompt(tokenizer, text, system=request.system, think=request.think)
+
+
+def draw_noise(
+    config: ModelConfig, width: int, height: int, generator: torch.Generator
+) -> Float[Tensor, "n ccc"]:
+    """The next image's scaled noise as tokens: one draw of a call's generator."""
+    scale = image_noise_scale((height // config.token_size, width // config.token_size), config)
+    return patchify(initial_noise((1, 3, height, width), scale, generator), config.token_size)[0]
+
+
+def seen_again(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
+    """A painted image as the understanding stream takes it, not clamped."""
+    return normalise_und((pixels + 1) / 2).to(dtype)
+
+
 class _Interleaving:
     """One answer under way: a prefix per guidance branch, one noise generator, one text."""
 
@@ -86,7 +113,7 @@ class _Interleaving:
         inputs = edit_images(engine, request.images)
         branches = request.sampling.guidance.branches()
         read = engine.read(
-            [self._prompt(branch) for branch in branches],
+            [turn_prompt(engine, request, branch) for branch in branches],
             [[] if branch == "uncond" else inputs for branch in branches],
         )
         self.prefixes: dict[Branch, SequenceCache] = {
@@ -111,17 +138,6 @@ class _Interleaving:
             yield from self._paint(*sizes[min(painted, len(sizes) - 1)])
             painted += 1
 
-    def _prompt(self, branch: Branch) -> Prompt:
-        tokenizer, count = self.engine.tokenizer, len(self.request.images)
-        if branch == "uncond":
-            return unconditional_prompt(tokenizer)
-        if branch == "image":
-            return images_only_prompt(tokenizer, count, open_image=False)
-        text = place_images(self.request.prompt, count, numbered=True)
-        return interleave_prompt(
-            tokenizer, text, system=self.request.system, think=self.request.think
-        )
-
     def _write(self) -> Iterator[TextPart]:
         stream: TextStream = self.engine.tokenizer.stream()
         self.text.resume()
@@ -144,14 +160,12 @@ class _Interleaving:
             yield PreviewPart(PaintProgress(step, job.steps, clean))
         pixels = to_pixels([job.z], job.grid, side)[0]
         yield ImagePart(pixels)
-        clean_copy = normalise_und((pixels + 1) / 2).to(engine.model.dtype)
+        clean_copy = seen_again(pixels, engine.dtype)
         states = {b: engine.show_image(cache, clean_copy) for b, cache in seeing.items()}
         self.hidden = states["cond"]
 
     def _job(self, width: int, height: int) -> PaintJob:
         config = self.engine.config
         grid = (height // config.token_size, width // config.token_size)
-        scale = image_noise_scale(grid, config)
-        noise: Tensor = initial_noise((1, 3, height, width), scale, self.noise)
-        tokens = patchify(noise, config.token_size)[0]
-        return self.engine.job(tokens, grid, self.prefixes, self.request.sampling)
+        noise = draw_noise(config, width, height, self.noise)
+        return self.engine.job(noise, grid, self.prefixes, self.request.sampling)

@@ -16,6 +16,7 @@ from neounify.decode.loop import Generation
 from neounify.flow.guidance import Branch
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine, Prefix
+from neounify.pipeline.front import Front
 from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import PaintProgress, PaintResult
 from neounify.text.special import IM_END, THINK_CLOSE
@@ -78,9 +79,21 @@ def to_result(painted: Sequence[Painted], token_size: int) -> PaintResult:
     )
 
 
-def edit_images(engine: Engine, images: Sequence[PIL.Image.Image]) -> list[Tensor]:
+def edit_images(front: Front, images: Sequence[PIL.Image.Image]) -> list[Tensor]:
     """Input pictures of editing and interleaving, sized and normalised."""
-    return engine.prepare(images, *engine.config.sampling.edit_bounds(len(images)))
+    return front.prepare(images, *front.config.sampling.edit_bounds(len(images)))
+
+
+def branch_prompt(front: Front, request: PaintRequest, branch: Branch) -> Prompt:
+    """What the model reads before it paints, for one branch of guidance."""
+    tokenizer, count = front.tokenizer, len(request.images)
+    if branch == "uncond":
+        return unconditional_prompt(tokenizer)
+    if branch == "image":
+        return images_only_prompt(tokenizer, count, open_image=True)
+    system = front.system_message if request.system is None else request.system
+    text = place_images(request.prompt, count, numbered=True)
+    return paint_prompt(tokenizer, text, system=system, think=request.think)
 
 
 def _prefixes(engine: Engine, requests: Sequence[PaintRequest]) -> list[dict[Branch, Prefix]]:
@@ -94,7 +107,7 @@ def _prefixes(engine: Engine, requests: Sequence[PaintRequest]) -> list[dict[Bra
             if branch == "uncond" and any(b == "uncond" for _, b in keys):
                 continue
             keys.append((number, branch))
-            prompts.append(_prompt(engine, request, branch))
+            prompts.append(branch_prompt(engine, request, branch))
             images.append([] if branch == "uncond" else inputs)
     read = dict(zip(keys, engine.read(prompts, images), strict=True))
     uncond = [prefix for (_, branch), prefix in read.items() if branch == "uncond"]
@@ -105,17 +118,6 @@ def _prefixes(engine: Engine, requests: Sequence[PaintRequest]) -> list[dict[Bra
         if "uncond" in request.sampling.guidance.branches():
             prefixes["uncond"] = uncond[0]
     return own
-
-
-def _prompt(engine: Engine, request: PaintRequest, branch: Branch) -> Prompt:
-    tokenizer, count = engine.tokenizer, len(request.images)
-    if branch == "uncond":
-        return unconditional_prompt(tokenizer)
-    if branch == "image":
-        return images_only_prompt(tokenizer, count, open_image=True)
-    system = engine.system_message if request.system is None else request.system
-    text = place_images(request.prompt, count, numbered=True)
-    return paint_prompt(tokenizer, text, system=system, think=request.think)
 
 
 def think(
