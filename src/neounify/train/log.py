@@ -1,17 +1,21 @@
-"""What a run tells: a line in the terminal, JSON lines always, TensorBoard where it is there."""
+"""What a run tells: lines and a bar in the terminal, JSON lines, TensorBoard where it is there."""
 
 from __future__ import annotations
 
 import json
-import resource
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as Bar
+
+from neounify.data.packing import Pack
+from neounify.train.speed import Meter
 
 if TYPE_CHECKING:
     from neounify.train.loop import Progress
@@ -30,8 +34,9 @@ class Log:
         self.console = console or Console()
         self.file = folder / "log.jsonl"
         self.nonfinite_file = folder / "nonfinite.jsonl"
-        self._since = (time.monotonic(), 0, 0)
         self._board = _board(folder) if tensorboard else None
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
 
     def rewind(self, step: int) -> None:
         """Forget lines of steps after `step`."""
@@ -46,16 +51,43 @@ class Log:
         aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         aside.replace(self.file)
 
-    def stage(self, stage: StageRecipe, progress: Progress) -> None:
-        self._since = (time.monotonic(), progress.tokens, progress.images)
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """A bar under the lines while a run lasts, on a terminal that is not to be quiet."""
+        if self.console.quiet or not self.console.is_terminal:
+            yield
+            return
+        with _bar(self.console) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def stage(self, stage: StageRecipe, progress: Progress, meter: Meter) -> None:
+        """A stage begins, or goes on."""
+        self._meter = meter
         frozen = f", frozen: {', '.join(stage.freeze)}" if stage.freeze else ""
         self.console.print(
             f"[bold]stage {stage.name}[/]: {stage.steps:,} steps{frozen}"
             + (f", from step {progress.stage_step:,}" if progress.stage_step else "")
+            + f"; a matmul reaches {meter.rate / 1e9:,.0f} Gflop/s in {stage.precision} here",
+            highlight=False,
+            soft_wrap=True,
         )
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._task = self._bar.add_task(
+                stage.name, total=stage.steps, completed=progress.stage_step, pace=""
+            )
 
-    def step(self, progress: Progress, stage: StageRecipe, rate: float, norm: float) -> None:
-        """After every step; the command line's progress bar hooks in here."""
+    def step(self, progress: Progress, stage: StageRecipe, packs: Sequence[Pack]) -> None:
+        """After every step."""
+        self._meter.add(packs)
+        if self._bar is not None:
+            left = _clock(self._meter.seconds_left(progress, stage.steps))
+            pace = f"{self._meter.tokens_per_second(progress):,.0f} tokens/s, {left} left"
+            self._bar.update(self._task, completed=progress.stage_step, pace=pace)
 
     def report(
         self,
@@ -66,31 +98,25 @@ class Log:
         norm: float,
     ) -> None:
         """The means since the last report."""
-        now = time.monotonic()
-        then, tokens, images = self._since
-        self._since = (now, progress.tokens, progress.images)
-        speed = {
-            "tokens_per_second": (progress.tokens - tokens) / max(1e-9, now - then),
-            "images_per_second": (progress.images - images) / max(1e-9, now - then),
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
+        speed = self._meter.read(progress)
+        left = self._meter.seconds_left(progress, stage.steps)
         record = {
             **asdict(progress),
             "stage": stage.name,
             "learning_rate": rate,
             "gradient_norm": norm,
+            "seconds_left": left,
             **speed,
             **metrics,
         }
         self._write("train", record)
-        left = (stage.steps - progress.stage_step) * progress.seconds / max(1, progress.step)
         self.console.print(
-            f"{progress.stage_step:>7,}/{stage.steps:,}  "
-            f"text {metrics.get('text/loss', float('nan')):.4f}  "
-            f"image {metrics.get('image/loss', float('nan')):.4f}  "
-            f"clean {metrics.get('image/clean', float('nan')):.4f}  "
-            f"norm {norm:.2f}  lr {rate:.1e}  {speed['tokens_per_second']:,.0f} tokens/s  "
-            f"{progress.samples:,} samples  {_clock(left)} left",
+            f"{progress.stage_step:>7,}/{stage.steps:,}  {_losses(metrics)}"
+            f"norm {norm:.2f}  lr {rate:.1e}  {progress.samples:,} samples  "
+            f"{speed['tokens_per_second']:,.0f} tokens/s  "
+            f"{speed['images_per_second']:,.0f} images/s  "
+            f"{100 * speed['matmul_share']:.0f} % of matmul  "
+            f"{speed['peak_memory_gb']:.1f} GiB  {_clock(left)} left",
             highlight=False,
             soft_wrap=True,
         )
@@ -130,6 +156,23 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(folder / "tensorboard")
 
 
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[pace]}", markup=False),
+        console=console,
+        transient=True,
+        # Else what goes to a redirected stdout would end up on the terminal.
+        redirect_stdout=False,
+    )
+
+
+def _losses(metrics: dict[str, float]) -> str:
+    names = (("text", "text/loss"), ("image", "image/loss"), ("clean", "image/clean"))
+    return "".join(f"{short} {metrics[name]:.4f}  " for short, name in names if name in metrics)
+
+
 def _clock(seconds: float) -> str:
-    minutes = int(seconds // 60)
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    return str(timedelta(seconds=round(seconds)))

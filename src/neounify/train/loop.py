@@ -29,6 +29,7 @@ from neounify.train.objective import Counts, loss_of
 from neounify.train.optimizers import Optimizers
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import Start, build_encoder, build_source
+from neounify.train.speed import Meter
 from neounify.train.state import (
     flatten_optimizer,
     load_state,
@@ -100,14 +101,15 @@ class Trainer:
     def run(self, stop_after: int | None = None) -> None:
         """Train all stages that are left; `stop_after` ends earlier, after that many steps."""
         self.log.rewind(self.progress.step)
-        for number in range(self.progress.stage, len(self.recipe.stages)):
-            stage = self.recipe.stages[number]
-            if number != self.progress.stage:
-                self.progress.stage, self.progress.stage_step = number, 0
-                self._position = None
-            ended = self._run_stage(stage, stop_after)
-            if not ended:
-                return
+        with self.log.live():
+            for number in range(self.progress.stage, len(self.recipe.stages)):
+                stage = self.recipe.stages[number]
+                if number != self.progress.stage:
+                    self.progress.stage, self.progress.stage_step = number, 0
+                    self._position = None
+                ended = self._run_stage(stage, stop_after)
+                if not ended:
+                    return
 
     def _run_stage(self, stage: StageRecipe, stop_after: int | None) -> bool:
         self._adapt(stage)
@@ -124,7 +126,7 @@ class Trainer:
         checkpoint_layers(self.model, stage.checkpoint_activations)
         metrics = Metrics(self.model.device)
         packs = self._packs(stage)
-        self.log.stage(stage, self.progress)
+        self.log.stage(stage, self.progress, Meter(self.model, stage.precision, self.progress))
         in_a_row = 0
         clock = time.monotonic()
         while self.progress.stage_step < stage.steps:
@@ -143,7 +145,7 @@ class Trainer:
             self._count(loaded)
             p.seconds += time.monotonic() - clock
             clock = time.monotonic()
-            self.log.step(p, stage, rate, float(norm))
+            self.log.step(p, stage, [item.pack for item in loaded])
             if p.stage_step % stage.log_every == 0 or p.stage_step == stage.steps:
                 self.log.report(p, stage, metrics.report(), rate, float(norm))
                 metrics = Metrics(self.model.device)

@@ -1,0 +1,211 @@
+"""How fast training is against what the machine can do, and how much memory it takes.
+
+Operations are those the mathematics needs, a multiply-add counting as two:
+
+    forward            2 · weights · rows + 4 · (query, key) pairs · heads · d · layers
+    training step      3 · forward, where everything is trained
+
+Gradients of weights that are frozen, and of activations in front of which nothing is trained, are
+not computed and so not counted; nor is what activation checkpointing computes again.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from neounify.config import ModelConfig
+from neounify.data.packing import Pack
+from neounify.model.block import Block
+from neounify.model.image_head import PixelHead
+from neounify.model.layout import Layout
+from neounify.model.moe import SparseMlp
+from neounify.model.neo import NeoUnify
+from neounify.model.patch_embed import PatchEmbed
+
+if TYPE_CHECKING:
+    from neounify.train.loop import Progress
+
+MATMUL_SECONDS = 0.2
+"""How long the machine's rate is measured, after one call to warm up."""
+
+
+def weights(module: nn.Module) -> int:
+    """Multiply-adds of one token in a module's matrices; a norm's vector is no matrix product.
+
+    Of a sparse MLP, the experts that a token is sent to.
+    """
+    if isinstance(module, SparseMlp):
+        return weights(module.router) + module.top_k * weights(module.experts[0])
+    if isinstance(module, PatchEmbed):
+        patches = module.merge.weight[0, 0].numel()
+        return patches * module.patch.weight.numel() + module.merge.weight.numel()
+    if isinstance(module, PixelHead):
+        # Each pixel shuffle by 2 before a convolution makes four places of one.
+        return 4 * module.conv1.weight.numel() + 16 * module.conv2.weight.numel()
+    own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+    return own + sum(weights(child) for child in module.children())
+
+
+def und_weights(model: NeoUnify) -> int:
+    """Weights every understanding token passes, without embedding and logits."""
+    return sum(weights(layer.get_submodule("und")) for layer in model.layers)
+
+
+def gen_weights(model: NeoUnify) -> int:
+    """Weights every noisy token passes, without embedding and head."""
+    return sum(weights(layer.get_submodule("gen")) for layer in model.layers)
+
+
+def attention(config: ModelConfig, pairs: int) -> int:
+    """Operations of all layers for so many (query, key) pairs."""
+    return 4 * pairs * config.num_heads * config.head_dim * config.num_layers
+
+
+def und_pairs(layout: Layout) -> int:
+    """(query, key) pairs of the understanding stream: in text, no key behind the query counts."""
+    return sum(_pairs(block) for block in layout.und_blocks)
+
+
+def gen_pairs(layout: Layout) -> int:
+    """(query, key) pairs of the noisy tokens: the prefix they see, and their own image."""
+    return sum(block.length * (block.visible + block.length) for block in layout.gen_blocks)
+
+
+def _pairs(block: Block) -> int:
+    behind = block.length * (block.length - 1) // 2 if block.causal else 0
+    return block.length * block.visible - behind
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Matrices that rows pass: the share of them that is trained, and whether gradients go on."""
+
+    weights: int
+    trained: float
+    flows: bool
+
+    def operations(self, rows: int, attention: int = 0) -> float:
+        passes = 1 + self.flows + self.trained
+        return 2 * self.weights * rows * passes + attention * (1 + 2 * self.flows)
+
+
+class StepOperations:
+    """Counts the operations of a training step of one model, frozen as it is now."""
+
+    def __init__(self, model: NeoUnify) -> None:
+        self.config = model.config
+        und_layers = [layer.get_submodule("und") for layer in model.layers]
+        gen_layers = [layer.get_submodule("gen") for layer in model.layers]
+        in_und = _share([*und_layers, model.und_patch, model.embed_tokens]) > 0
+        in_gen = in_und or _share([*gen_layers, model.gen_patch]) > 0
+        logits = model.embed_tokens if self.config.tie_embeddings else model.lm_head
+        self.und = _Part(und_weights(model), _share(und_layers), in_und)
+        self.gen = _Part(gen_weights(model), _share(gen_layers), in_gen)
+        self.logits = _part(logits, in_und)
+        self.head = _part(model.image_head, in_gen)
+        self.und_patch = _part(model.und_patch, flows=False)
+        self.gen_patch = _part(model.gen_patch, flows=False)
+
+    def of(self, pack: Pack) -> float:
+        layout = pack.layout
+        und, gen = layout.und_length, layout.gen_length
+        return (
+            self.und.operations(und, attention(self.config, und_pairs(layout)))
+            + self.gen.operations(gen, attention(self.config, gen_pairs(layout)))
+            + self.logits.operations(len(pack.label_ids))
+            + self.head.operations(gen)
+            + self.und_patch.operations(und - layout.text_length)
+            + self.gen_patch.operations(gen)
+        )
+
+
+def _part(module: nn.Module, flows: bool) -> _Part:
+    return _Part(weights(module), _share([module]), flows)
+
+
+def _share(modules: Iterable[nn.Module]) -> float:
+    """How much of the parameters is trained, 0 to 1."""
+    parameters = [p for module in modules for p in module.parameters()]
+    return sum(p.numel() for p in parameters if p.requires_grad) / sum(
+        p.numel() for p in parameters
+    )
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of the best of some square matrix products.
+
+    Draws no random numbers that anything else uses.
+    """
+    side = 1024 if device.type == "cpu" else 4096
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(side, side, generator=generator, device=device).to(dtype)
+    best, until = float("inf"), None
+    while until is None or time.perf_counter() < until:
+        start = time.perf_counter()
+        a @ a
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        if until is None:
+            until = time.perf_counter() + MATMUL_SECONDS
+        else:
+            best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the process on a CPU, of torch's tensors on an accelerator, at most so far."""
+    if device.type in ("cpu", "mps"):
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    return torch.accelerator.max_memory_allocated(device)
+
+
+class Meter:
+    """The speed of one stage, read at every report; seconds are those of `Progress`."""
+
+    def __init__(self, model: NeoUnify, precision: str, progress: Progress) -> None:
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.device = model.device
+        self.rate = matmul_rate(self.device, dtype)
+        self._count = StepOperations(model)
+        self._first = self._last = replace(progress)
+        self._operations = 0.0
+
+    def add(self, packs: Sequence[Pack]) -> None:
+        """What a step has computed."""
+        self._operations += sum(self._count.of(pack) for pack in packs)
+
+    def tokens_per_second(self, progress: Progress) -> float:
+        """Since the last reading."""
+        return (progress.tokens - self._last.tokens) / self._seconds(progress)
+
+    def seconds_left(self, progress: Progress, steps: int) -> float:
+        """Until the stage has made all its `steps`, at the pace it had so far."""
+        done = progress.step - self._first.step
+        pace = (progress.seconds - self._first.seconds) / max(1, done)
+        return (steps - progress.stage_step) * pace
+
+    def read(self, progress: Progress) -> dict[str, float]:
+        """Means since the last reading, by name; the next reading starts here."""
+        seconds = self._seconds(progress)
+        found = {
+            "tokens_per_second": self.tokens_per_second(progress),
+            "images_per_second": (progress.images - self._last.images) / seconds,
+            "operations_per_second": self._operations / seconds,
+            "matmul_share": self._operations / seconds / self.rate,
+            "peak_memory_gb": peak_memory(self.device) / 2**30,
+        }
+        self._last, self._operations = replace(progress), 0.0
+        return found
+
+    def _seconds(self, progress: Progress) -> float:
+        return max(1e-9, progress.seconds - self._last.seconds)
