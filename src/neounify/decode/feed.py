@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.cache import SequenceCache
-from neounify.model.layout import Layout, Span
+from neounify.cache import Cache
+from neounify.cache.paged import together
+from neounify.model.layout import Layout, Span, Text
 from neounify.model.neo import NeoUnify
 
 
@@ -21,7 +22,7 @@ class Feed:
     Images are ImageNet-normalised pixels [3, height, width].
     """
 
-    cache: SequenceCache
+    cache: Cache
     spans: tuple[Span, ...]
     ids: Sequence[int]
     images: Sequence[Tensor] = ()
@@ -40,7 +41,9 @@ def feed(model: NeoUnify, feeds: Sequence[Feed]) -> Float[Tensor, "b d"]:
     ids = torch.tensor([i for f in feeds for i in f.ids], dtype=torch.int64, device=model.device)
     images = [image.to(model.device) for f in feeds for image in f.images]
     x = model.embed_und(layout, ids, images)
-    hidden = model.backbone(layout, x, caches=[f.cache for f in feeds]).und
+    caches = [f.cache for f in feeds]
+    single = all(f.spans == (Text(1),) for f in feeds)
+    hidden = model.backbone(layout, x, caches=together(caches) if single else caches).und
     assert hidden is not None
     for f, document in zip(feeds, layout.documents, strict=True):
         f.cache.advance(document)

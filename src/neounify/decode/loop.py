@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from neounify.cache import SequenceCache
+from neounify.cache import Cache
 from neounify.decode.choose import Choose
 from neounify.decode.feed import Feed, feed
 from neounify.model.layout import Text
@@ -26,7 +26,7 @@ class Generation:
     `ids` as long as it is not in the cache, which is so when a limit ended the sequence.
     """
 
-    cache: SequenceCache
+    cache: Cache
     choose: Choose
     stop_ids: frozenset[int]
     max_new_tokens: int

@@ -41,11 +41,26 @@ class KeyValues(Protocol):
         """Keys and values [kv_heads, length, d] of the first `length` tokens, new ones included."""
 
 
+@runtime_checkable
+class TokenBatch(Protocol):
+    """Caches of B sequences that take one token each and are read side by side."""
+
+    def write_tokens(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put one new key and value [B, kv_heads, d] behind every sequence."""
+
+    def padded(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, kv_heads, n, d] with the new ones, and which are real [B, n]."""
+
+
+Caches = Sequence[KeyValues] | TokenBatch
+"""One per document, or those of a batch of single tokens."""
+
+
 def shared_attention(
     und: Projected | None,
     gen: Projected | None,
     layout: Layout,
-    caches: Sequence[KeyValues] | None,
+    caches: Caches | None,
     layer: int,
 ) -> tuple[Float[Tensor, "u heads d"] | None, Float[Tensor, "g heads d"] | None]:
     """What each query of either stream gathers from the values it sees.
@@ -54,6 +69,10 @@ def shared_attention(
     all understanding keys are read from them; without, they are those of this call.
     Generation keys are never stored.
     """
+    if isinstance(caches, TokenBatch):
+        if und is None or gen is not None:
+            raise ValueError("a batch of single tokens is of the understanding stream only")
+        return _attend_tokens(und, caches, layer), None
     if caches is None:
         some = und if und is not None else gen
         padding = None if some is None else layout.padding(some.q.device)
@@ -86,6 +105,19 @@ def shared_attention(
     if gen is not None:
         gen_out = _join([_attend_noise(gen, b, *und_keys(b)) for b in layout.gen_blocks])
     return und_out, gen_out
+
+
+def _attend_tokens(und: Projected, caches: TokenBatch, layer: int) -> Tensor:
+    caches.write_tokens(layer, und.k, und.v)
+    k, v, real = caches.padded(layer)
+    out = scaled_dot_product_attention(
+        und.q.unsqueeze(2),
+        k,
+        v,
+        attn_mask=real[:, None, None],
+        enable_gqa=und.q.shape[1] != k.shape[1],
+    )
+    return out.squeeze(2)
 
 
 def _padded_attention(

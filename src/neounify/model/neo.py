@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
-from neounify.model.attention import KeyValues, shared_attention
+from neounify.model.attention import Caches, shared_attention
 from neounify.model.image_head import FlowHead, PixelHead
 from neounify.model.layout import Layout, grid_places
 from neounify.model.norm import RMSNorm
@@ -127,7 +127,7 @@ class NeoUnify(nn.Module):
         layout: Layout,
         und: Float[Tensor, "u d"] | None,
         gen: Float[Tensor, "g d"] | None = None,
-        caches: Sequence[KeyValues] | None = None,
+        caches: Caches | None = None,
     ) -> Hidden:
         """All layers and the final norms. Caches, if given, are one per document of the layout."""
         rows = tuple(0 if x is None else x.shape[0] for x in (und, gen))

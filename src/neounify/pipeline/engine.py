@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neounify.cache import SequenceCache
+from neounify.cache import Cache, SequenceCache
 from neounify.checkpoint.residency import Residency
 from neounify.decode import Feed, Generation, decode, feed
 from neounify.errors import Cancelled, CheckpointError, PromptError
@@ -68,19 +68,20 @@ class Engine(Front):
 
         Raises PromptError when one is longer than the model's context.
         """
-        feeds = [self._first_feed(p, i) for p, i in zip(prompts, images, strict=True)]
+        if not prompts:
+            return []
+        caches, feeds = zip(*map(self._first_feed, prompts, images), strict=True)
         hidden: list[Tensor] = []
         with self.residency.use("und"):
             for group in groups(feeds, _rows, MAX_PREFILL_ROWS):
                 states = feed(self.model, group)
                 _check_finite(states)
                 hidden += states.unbind()
-        return [Prefix(f.cache, state, list(f.ids)) for f, state in zip(feeds, hidden, strict=True)]
+        read = zip(caches, feeds, hidden, strict=True)
+        return [Prefix(cache, state, list(f.ids)) for cache, f, state in read]
 
     @torch.inference_mode()
-    def extend(
-        self, cache: SequenceCache, ids: Sequence[int], image: Tensor | None = None
-    ) -> Tensor:
+    def extend(self, cache: Cache, ids: Sequence[int], image: Tensor | None = None) -> Tensor:
         """Append text, or an image followed by text, to a prefix; the last state [D]."""
         spans: tuple[Span, ...] = (Text(len(ids)),)
         if image is not None:
@@ -152,7 +153,7 @@ class Engine(Front):
         """Append a clean image and `</img>`; the last state [D]."""
         return self.extend(cache, (self.token(IMAGE_CLOSE),), image)
 
-    def _first_feed(self, prompt: Prompt, images: Sequence[Tensor]) -> Feed:
+    def _first_feed(self, prompt: Prompt, images: Sequence[Tensor]) -> tuple[SequenceCache, Feed]:
         spans: list[Span] = []
         ids: list[int] = []
         used: list[Tensor] = []
@@ -168,7 +169,7 @@ class Engine(Front):
         length, limit = cache.document(*spans).end_t, self.config.max_positions
         if length > limit:
             raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
-        return Feed(cache, tuple(spans), ids, used)
+        return cache, Feed(cache, tuple(spans), ids, used)
 
 
 def check_cancel(cancel: threading.Event | None) -> None:

@@ -1,0 +1,151 @@
+"""A paged sequence computes what a sequence of its own would, shared beginnings included."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import random_config
+from neounify.cache import Cache, PagedPool, PagedSequence, SequenceCache
+from neounify.cache.blocks import OutOfBlocks
+from neounify.cache.content import Row, image_rows, text_rows
+from neounify.config import ModelConfig
+from neounify.decode.feed import Feed, feed
+from neounify.model import Image, NeoUnify, Text
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def model(request: pytest.FixtureRequest) -> NeoUnify:
+    torch.manual_seed(request.param)
+    return NeoUnify(random_config(random.Random(request.param))).eval().requires_grad_(False)
+
+
+def pool_of(model: NeoUnify, blocks: int = 64, size: int = 4) -> PagedPool:
+    return PagedPool(model.config, blocks, size, dtype=torch.float32, device=CPU)
+
+
+def own_cache(config: ModelConfig) -> SequenceCache:
+    return SequenceCache(config, 0, dtype=torch.float32, device=CPU)
+
+
+def give(model: NeoUnify, cache: Cache, ids: list[int], image: Tensor | None = None) -> Tensor:
+    spans: tuple[Text | Image, ...] = (Text(len(ids)),)
+    images = ()
+    if image is not None:
+        spans, images = (Image(*model.token_grid(image)), *spans), (image,)
+    return feed(model, [Feed(cache, spans, ids, images)])[0]
+
+
+def opened(pool: PagedPool, rows: list[Row], room: int = 0) -> PagedSequence:
+    sequence = pool.open(rows, room)
+    sequence.expect(rows[sequence.length :])
+    return sequence
+
+
+def test_text_in_pieces_beside_others(model: NeoUnify) -> None:
+    pool = pool_of(model)
+    ids = [n % 29 for n in range(23)]
+    other = opened(pool, text_rows([1, 2, 3, 4, 5], 0))
+    give(model, other, [1, 2, 3])
+    paged, alone = opened(pool, text_rows(ids, 0)), own_cache(model.config)
+    for start, stop in ((0, 5), (5, 6), (6, 23)):
+        expected = give(model, alone, ids[start:stop])
+        torch.testing.assert_close(give(model, paged, ids[start:stop]), expected)
+        give(model, other, [4]) if other.length < 5 else None
+    k, v = paged.gather()
+    torch.testing.assert_close(k, alone.keys[:, :, :23])
+    torch.testing.assert_close(v, alone.values[:, :, :23])
+    assert (paged.length, paged.next_t) == (23, 23)
+    pool.check()
+
+
+def test_many_single_tokens_at_once(model: NeoUnify) -> None:
+    pool = pool_of(model)
+    lengths = [1, 7, 4, 12]
+    texts = [[(3 * n + k) % 29 for k in range(n)] for n in lengths]
+    alone = [own_cache(model.config) for _ in lengths]
+    paged = [opened(pool, text_rows(ids, 0), room=3) for ids in texts]
+    for ids, a, p in zip(texts, alone, paged, strict=True):
+        give(model, a, ids)
+        give(model, p, ids)
+    for step in range(3):
+        new = [[(5 * step + n) % 29] for n in lengths]
+        for p, ids in zip(paged, new, strict=True):
+            p.expect(text_rows(ids, p.next_t))
+        together = feed(model, [Feed(p, (Text(1),), i) for p, i in zip(paged, new, strict=True)])
+        expected = [give(model, a, ids) for a, ids in zip(alone, new, strict=True)]
+        torch.testing.assert_close(together, torch.stack(expected))
+    pool.check()
+
+
+def test_a_known_beginning_is_not_computed_again(model: NeoUnify) -> None:
+    pool = pool_of(model)
+    first = [n % 29 for n in range(14)]
+    one = opened(pool, text_rows(first, 0))
+    give(model, one, first)
+    pool.close(one)
+    longer = [*first, 7, 8, 9]
+    two = opened(pool, text_rows(longer, 0))
+    assert two.length == two.next_t == 12  # three full blocks of four
+    alone = own_cache(model.config)
+    expected = give(model, alone, longer)
+    torch.testing.assert_close(give(model, two, longer[12:]), expected)
+    other = opened(pool, text_rows([5, *first[1:]], 0))
+    assert other.length == 0
+    pool.check()
+
+
+def test_the_last_token_is_always_computed(model: NeoUnify) -> None:
+    pool = pool_of(model)
+    ids = [n % 29 for n in range(8)]
+    one = opened(pool, text_rows(ids, 0))
+    expected = give(model, one, ids)
+    two = opened(pool, text_rows(ids, 0))
+    assert two.length == 4
+    torch.testing.assert_close(give(model, two, ids[4:]), expected)
+
+
+def test_an_image_is_never_cut(model: NeoUnify) -> None:
+    side = model.config.token_size
+    pixels = torch.randn(3, 2 * side, 3 * side)
+    for before in range(1, 6):
+        pool = pool_of(model)
+        ids, after = list(range(before)), [4, 5, 6, 7, 8]
+        rows = [
+            *text_rows(ids, 0),
+            *image_rows(b"x", 6, before),
+            *text_rows(after, before + 1),
+        ]
+        one, alone = opened(pool, rows), own_cache(model.config)
+        for cache in (one, alone):
+            give(model, cache, ids)
+            give(model, cache, after, pixels)
+        two = opened(pool, rows)
+        assert not before < two.length < before + 6
+        assert two.next_t == rows[two.length].t
+        rest = after[two.length - before - 6 :] if two.length >= before + 6 else None
+        if rest is not None:
+            k, _ = alone.read(0, len(rows))
+            give(model, two, rest)
+            torch.testing.assert_close(two.read(0, len(rows))[0], k)
+        assert opened(pool, [*rows[:before], *image_rows(b"y", 6, before)]).length <= before
+        pool.check()
+
+
+def test_room_is_all_or_nothing(model: NeoUnify) -> None:
+    pool = pool_of(model, blocks=4)
+    one = pool.open(text_rows([1, 2, 3], 0), room=5)
+    assert pool.book.in_use == 2
+    with pytest.raises(OutOfBlocks):
+        pool.open(text_rows([1, 2, 3], 0), room=6)
+    assert pool.book.in_use == 2
+    pool.close(one)
+    pool.close(one)
+    assert pool.book.in_use == 0
+    with pytest.raises(ValueError, match="in a room of 8"):
+        one.reserve(9)
