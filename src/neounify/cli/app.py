@@ -15,6 +15,7 @@ from neounify.cli.commands.edit import edit
 from neounify.cli.commands.eval import evaluate
 from neounify.cli.commands.generate import generate
 from neounify.cli.commands.inspect import inspect
+from neounify.cli.commands.provenance import provenance
 from neounify.cli.commands.story import story
 from neounify.cli.commands.toy import toy
 from neounify.cli.commands.train import train
@@ -57,6 +58,6 @@ def about(
     """One model that reads, writes, looks and paints."""
 
 
-for command in (generate, edit, chat, story, inspect, convert, train, doctor, toy):
+for command in (generate, edit, chat, story, inspect, provenance, convert, train, doctor, toy):
     app.command()(with_options(command))
 app.command("eval")(with_options(evaluate))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from neounify.cli.errors import CliError
 from neounify.cli.files import candidates, write_new, write_whole
-
-KEY = "neounify"
-"""The name of the PNG text chunk."""
+from neounify.serve.safety.provenance import CHUNK, encode_image
 
 
 @dataclass(frozen=True)
@@ -28,20 +24,15 @@ class Picture:
 
 
 def to_png(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
-    """A lossless PNG, the record in its text chunk `neounify`."""
-    info = PngInfo()
-    if record is not None:
-        info.add_itxt(KEY, json.dumps(record, ensure_ascii=False))
-    buffer = BytesIO()
-    image.save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+    """A lossless PNG that says a model made it, the record in its text chunk `neounify`."""
+    return encode_image(image, "png", record or {})
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a PNG that this package painted. Raises CliError for any other file."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get(KEY)
+            text = image.info.get(CHUNK)
     except (OSError, ValueError, SyntaxError) as error:
         raise CliError(f"{path} is not a readable PNG") from error
     if not isinstance(text, str):

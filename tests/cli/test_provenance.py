@@ -1,0 +1,84 @@
+"""`neounify provenance`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import neounify
+from neounify.serve.safety.provenance import encode_image
+from neounify.serve.safety.watermark import Marker
+from neounify.serve.safety.xmp import GENERATED
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Path:
+    """A JPEG with facts and a mark."""
+    image = Marker(9).mark(Image.new("RGB", (64, 64), "teal"))
+    path = tmp_path / "marked.jpg"
+    path.write_bytes(encode_image(image, "jpeg", {"seed": "5", "note": "a\x1b[31mb"}))
+    return path
+
+
+def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, picture: Path) -> None:
+    ran = run_bare("provenance", marked.name, picture.name)
+    assert ran.code == 0, ran.err
+    assert ran.out.splitlines() == [
+        "marked.jpg",
+        f"  made_by: neounify {neounify.__version__}",
+        f"  source_type: {GENERATED}",
+        "  seed: 5",
+        "  note: a\ufffd[31mb",
+        "  invisible mark: neounify:9",
+        "picture.png",
+        "  no metadata about its origin",
+        "  invisible mark: none",
+    ]
+
+
+def test_as_json(run_bare: Run, marked: Path, picture: Path) -> None:
+    first, second = run_bare("provenance", marked.name, picture.name, "--json").json["files"]
+    assert first["file"] == "marked.jpg"
+    assert first["metadata"]["seed"] == "5"
+    assert first["mark"] == "neounify:9"
+    assert second == {"file": "picture.png", "metadata": {}, "mark": None}
+
+
+def test_pictures_of_the_command_line_say_who_made_them(run: Run) -> None:
+    run("generate", "boat", "--size", "64x32", "--steps", "2", "--output", "boat.png")
+    (entry,) = run("provenance", "boat.png", "--json").json["files"]
+    assert entry["metadata"]["source_type"] == GENERATED
+    assert entry["metadata"]["prompt"] == "boat"
+
+
+def test_without_the_library_the_metadata_is_still_shown(
+    run_bare: Run, marked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "imwatermark", None)
+    ran = run_bare("provenance", marked.name)
+    assert ran.code == 0
+    assert "seed: 5" in ran.out
+    assert "invisible mark" not in ran.out
+    assert "not looking for marks" in ran.err
+    assert "mark" not in run_bare("provenance", marked.name, "--json").json["files"][0]
+
+
+@pytest.mark.parametrize("data", [None, b"text"])
+def test_files_that_are_no_pictures(run_bare: Run, tmp_path: Path, data: bytes | None) -> None:
+    if data is not None:
+        (tmp_path / "a.png").write_bytes(data)
+    ran = run_bare("provenance", "a.png")
+    assert ran.code == 1
+    assert "a.png" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_help_has_an_example(run_bare: Run) -> None:
+    assert "neounify provenance " in run_bare("provenance", "--help").out

@@ -1,0 +1,109 @@
+"""The invisible mark: found where it is, not found where it is not, and not seen."""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neounify.data.scenes import render_image, sample_rng, sample_scene, scene_config
+from neounify.errors import ImageError
+from neounify.serve.safety.payload import BITS, MAX_NUMBER, read_bits, write_bits
+from neounify.serve.safety.watermark import Marker, MarkError
+
+PRESET = scene_config("default")
+
+
+def scene(number: int, side: int) -> Image.Image:
+    return render_image(sample_scene(sample_rng(number), PRESET), PRESET, side)
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    buffer = BytesIO()
+    image.save(buffer, format="JPEG", quality=90)
+    return Image.open(BytesIO(buffer.getvalue()))
+
+
+def test_two_wrong_bits_are_put_right_for_every_number() -> None:
+    rng = np.random.default_rng(0)
+    for number in range(MAX_NUMBER + 1):
+        for wrong in (0, 1, 2):
+            bits = write_bits(number).copy()
+            bits[rng.permutation(BITS)[:wrong]] ^= 1
+            assert read_bits(bits) == number
+
+
+def test_words_are_far_from_each_other_and_from_plain_ones() -> None:
+    words = np.stack([write_bits(number) for number in range(MAX_NUMBER + 1)])
+    distances = np.count_nonzero(words[:, None] != words[None], axis=-1)
+    assert distances[distances > 0].min() == 5
+    for plain in (np.zeros(BITS, np.uint8), np.ones(BITS, np.uint8)):
+        assert read_bits(plain) is None
+
+
+@pytest.mark.parametrize("number", [-1, 256])
+def test_numbers_out_of_range(number: int) -> None:
+    with pytest.raises(ValueError, match="from 0 to 255"):
+        Marker(number)
+
+
+@pytest.mark.parametrize("side", [64, 128, 512])
+def test_marks_survive_jpeg(side: int) -> None:
+    marker = Marker(17)
+    for number in range(6):
+        before = scene(number, side)
+        marked = marker.mark(before)
+        assert marked.size == before.size
+        assert Marker().read(marked) == "neounify:17"
+        assert marker.read(jpeg(marked)) == "neounify:17"
+        error = np.asarray(marked, dtype=float) - np.asarray(before, dtype=float)
+        assert 10 * np.log10(255**2 / np.mean(error**2)) > 37
+
+
+def test_marks_survive_half_the_size_and_another_shape() -> None:
+    marker = Marker()
+    for number in range(4):
+        marked = marker.mark(scene(number, 256))
+        assert marker.read(marked.resize((128, 128))) == "neounify:1"
+        assert marker.read(marked.resize((300, 200))) == "neounify:1"
+
+
+def test_odd_shapes_and_modes() -> None:
+    marker = Marker()
+    for mode in ("L", "RGB", "RGBA"):
+        image = scene(1, 200).crop((0, 0, 199, 65)).convert(mode)
+        assert marker.read(marker.mark(image)) == "neounify:1"
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "grey", "red", "lime", "blue", "yellow"])
+def test_one_plain_colour(colour: str) -> None:
+    marked = Marker().mark(Image.new("RGB", (64, 64), colour))
+    assert Marker().read(jpeg(marked)) == "neounify:1"
+
+
+def test_unmarked_pictures_have_no_mark() -> None:
+    marker = Marker()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        assert marker.read(scene(number, 64)) is None
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        assert marker.read(Image.fromarray(noise)) is None
+
+
+def test_a_second_mark_replaces_the_first() -> None:
+    assert Marker(3).read(Marker(3).mark(Marker(2).mark(scene(0, 128)))) == "neounify:3"
+
+
+def test_pictures_too_small_for_a_mark() -> None:
+    with pytest.raises(ImageError, match="80x63 is too small for an invisible mark"):
+        Marker().mark(Image.new("RGB", (80, 63)))
+    assert Marker().read(Image.new("RGB", (5, 3))) is None
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imwatermark", None)
+    with pytest.raises(MarkError, match=r"neounify\[watermark\]"):
+        Marker()
