@@ -1,0 +1,1 @@
+"""Small controlled experiments: two ways side by side, all rates with their intervals."""
