@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.errors import ImageError, NeounifyError
-from neounify.serve.safety.payload import BITS, MAX_NUMBER, read_bits, write_bits
+from neounify.serve.safety.payload import BITS, MAX_NUMBER, Bits, read_bits, write_bits
 
 MIN_SIDE = 64
 """The smallest picture that is marked, in pixels a side."""
@@ -77,10 +77,14 @@ class Marker:
 
     def read(self, image: Image.Image) -> str | None:
         """The mark of a picture, "neounify:NUMBER"; None if there is none."""
+        number = read_bits(self.raw_bits(image))
+        return None if number is None else f"neounify:{number}"
+
+    def raw_bits(self, image: Image.Image) -> Bits:
+        """The bits where a mark would be, whether there is one or not."""
         decoder = self._library.WatermarkDecoder("bits", BITS)
         bits = decoder.decode(_doubled(_reduced(image.convert("RGB"))), **_OPTIONS)
-        number = read_bits(np.asarray(bits, dtype=np.uint8))
-        return None if number is None else f"neounify:{number}"
+        return np.asarray(bits, dtype=np.uint8)
 
     def _embed(self, image: Image.Image) -> Image.Image:
         encoder = self._library.WatermarkEncoder()
