@@ -28,6 +28,14 @@ class SequenceCache:
         self.length = 0
         self.next_t = 0
 
+    @classmethod
+    def holding(cls, keys: Tensor, values: Tensor, next_t: int) -> SequenceCache:
+        """A cache over given keys and values [layers, kv_heads, length, d], not copied."""
+        cache = object.__new__(cls)
+        cache.keys, cache.values = keys, values
+        cache.length, cache.next_t = keys.shape[2], next_t
+        return cache
+
     @property
     def capacity(self) -> int:
         return self.keys.shape[2]
@@ -66,8 +74,7 @@ class SequenceCache:
 
     def fork(self, extra: int = 0) -> SequenceCache:
         """An independent copy with room for `extra` more tokens: one prefix, two endings."""
-        copy = object.__new__(SequenceCache)
-        copy.length, copy.next_t = self.length, self.next_t
-        copy.keys = self._grown(self.keys, self.length + extra)
-        copy.values = self._grown(self.values, self.length + extra)
+        keys, values = (self._grown(x, self.length + extra) for x in (self.keys, self.values))
+        copy = SequenceCache.holding(keys, values, self.next_t)
+        copy.length = self.length
         return copy

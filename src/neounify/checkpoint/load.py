@@ -92,7 +92,7 @@ def load_checkpoint(
     # writes to its weights neither shows in another nor is lost when another drops its pages.
     path = folder.path if isinstance(folder, CheckpointFolder) else folder
     checkpoint = CheckpointFolder.open(path)
-    target_dtype, target_device = _resolve_dtype(dtype, checkpoint), _resolve_device(device)
+    target_dtype, target_device = resolve_dtype(dtype, checkpoint), _resolve_device(device)
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
@@ -149,7 +149,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     model.get_submodule(module).register_parameter(leaf, parameter)
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, checkpoint: CheckpointFolder) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype | None, checkpoint: CheckpointFolder) -> torch.dtype:
+    """The dtype a checkpoint is loaded in; None or "auto" is the stored one."""
     if dtype is None or dtype == "auto":
         return _stored_dtype(checkpoint)
     resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype

@@ -12,11 +12,12 @@ from torch import Tensor
 from neounify.cache import SequenceCache
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import clean_from_velocity, velocity
-from neounify.flow.solvers import Solver
+from neounify.flow.solvers import Solver, make_solver
 from neounify.image.patches import unpatchify
 from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.grouping import groups
+from neounify.pipeline.request import Sampling, image_noise_scale
 
 MAX_ROWS = 32_768
 """Image tokens per model call; more jobs than that take turns within a step."""
@@ -75,6 +76,26 @@ class PaintJob:
         self._last = (guided, self.z, t)
         self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
         self.steps_done += 1
+
+
+def make_job(
+    model: NeoUnify,
+    noise: Float[Tensor, "n ccc"],
+    grid: tuple[int, int],
+    prefixes: dict[Branch, SequenceCache],
+    sampling: Sampling,
+) -> PaintJob:
+    """An image to be painted behind its prefixes, from scaled noise."""
+    return PaintJob(
+        z=noise.to(model.device),
+        grid=grid,
+        prefixes=prefixes,
+        guidance=sampling.guidance,
+        times=sampling.times(),
+        noise_scale=image_noise_scale(grid, model.config),
+        t_eps=sampling.t_eps,
+        solver=make_solver(sampling.solver),
+    )
 
 
 def denoise_step(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:

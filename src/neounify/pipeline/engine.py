@@ -14,13 +14,12 @@ from neounify.checkpoint.residency import Residency
 from neounify.decode import Feed, Generation, decode, feed
 from neounify.errors import Cancelled, CheckpointError, PromptError
 from neounify.flow.guidance import Branch
-from neounify.flow.solvers import make_solver
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.denoise import PaintJob, denoise_step
+from neounify.pipeline.denoise import PaintJob, denoise_step, make_job
 from neounify.pipeline.front import Front
 from neounify.pipeline.grouping import groups
-from neounify.pipeline.request import Sampling, image_noise_scale
+from neounify.pipeline.request import Sampling
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
 from neounify.text.template import ImageSegment, Prompt
 from neounify.text.tokenizer import Tokenizer
@@ -134,16 +133,7 @@ class Engine(Front):
         sampling: Sampling,
     ) -> PaintJob:
         """An image to be painted behind its prefixes, from scaled noise [tokens, 3·C²]."""
-        return PaintJob(
-            z=noise.to(self.model.device),
-            grid=grid,
-            prefixes=prefixes,
-            guidance=sampling.guidance,
-            times=sampling.times(),
-            noise_scale=image_noise_scale(grid, self.config),
-            t_eps=sampling.t_eps,
-            solver=make_solver(sampling.solver),
-        )
+        return make_job(self.model, noise, grid, prefixes, sampling)
 
     def open_image(self, cache: SequenceCache) -> None:
         """Append `<img>`."""

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
-from neounify.checkpoint.load import Memory, load_checkpoint
+from neounify.checkpoint.load import Memory, load_checkpoint, resolve_dtype
 from neounify.checkpoint.lora import LoraSpec
+from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
 from neounify.model.compile import compile_streams
+from neounify.pipeline.front import Front
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
+from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
 MAX_SYSTEM_MESSAGE_BYTES = 2**20
@@ -60,6 +63,20 @@ def load(
         system_message=_system_message(path),
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
+    )
+
+
+def load_front(folder: str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> Front:
+    """What prepares requests for a checkpoint's model, without its weights. Errors as `load`."""
+    path = Path(folder)
+    tokenizer = Tokenizer.from_folder(path)
+    checkpoint = CheckpointFolder.open(path)
+    message = _system_message(path)
+    return Front(
+        checkpoint.config,
+        tokenizer,
+        default_system_message() if message is None else message,
+        resolve_dtype(dtype, checkpoint),
     )
 
 

@@ -1,0 +1,150 @@
+"""The generation engine: paints for many requests at once, one shared denoising step at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from neounify.cache import SequenceCache
+from neounify.errors import CheckpointError, NeounifyError, RequestError
+from neounify.model.neo import NeoUnify
+from neounify.pipeline.denoise import PaintJob, denoise_step, make_job, to_pixels
+from neounify.serve.messages import Cancel, Done, Failed, Keep, Kept, Paint, Prefix, Reply, Seen
+from neounify.serve.scheduling import Waiting, choose, preview_steps
+from neounify.serve.transport import Parcel, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """`step_tokens`: image tokens of a step, over all guidance branches, at most.
+
+    `most_missed`: an image left out of that many steps in a row goes first.
+    """
+
+    step_tokens: int = 1024
+    most_missed: int = 4
+
+
+@dataclass(eq=False)
+class _Image:
+    """One image under way."""
+
+    call: int
+    index: int
+    job: PaintJob
+    previews: frozenset[int]
+    waiting: Waiting
+
+
+class GenerationEngine:
+    """Takes orders with `submit`, does a step's work with `step`, leaves `replies`."""
+
+    def __init__(self, model: NeoUnify, settings: GenerationSettings, transport: Transport) -> None:
+        self.model, self.settings, self.transport = model, settings, transport
+        self.replies: list[Reply] = []
+        self.counters: Counter[str] = Counter()
+        self._kept: dict[str, SequenceCache] = {}
+        self._images: list[_Image] = []
+        self._left: dict[int, int] = {}
+        self._last_batch = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._images)
+
+    def gauges(self) -> Mapping[str, float]:
+        """Images under way, and how many took part in the last step."""
+        return {"gen_images": len(self._images), "gen_batch": self._last_batch}
+
+    def submit(self, order: Keep | Paint | Cancel) -> None:
+        """Take an order. What cannot be done is answered with Failed."""
+        if isinstance(order, Cancel):
+            self._drop(order.call)
+            return
+        try:
+            if isinstance(order, Keep):
+                self._kept[order.name] = self._cache(order.prefix)
+                self.replies.append(Reply(order.call, Kept(), True))
+            else:
+                self._start(order)
+        except NeounifyError as error:
+            self._fail(order.call, error)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Move the images whose turn it is by one denoising step."""
+        if not self._images:
+            return
+        for image in self._images:
+            image.waiting.rows = image.job.z.shape[0] * len(image.job.branches())
+            image.waiting.steps_left = image.job.steps - image.job.steps_done
+        places = choose(
+            [image.waiting for image in self._images],
+            self.settings.step_tokens,
+            self.settings.most_missed,
+        )
+        chosen = [self._images[place] for place in places]
+        self._last_batch = len(chosen)
+        self.counters["gen_image_steps"] += len(chosen)
+        denoise_step(self.model, [image.job for image in chosen])
+        for image in chosen:
+            self._tell(image)
+
+    def _start(self, order: Paint) -> None:
+        prefixes = {branch: self._prefix(prefix) for branch, prefix in order.prefixes.items()}
+        noise = self.transport.take(order.noise)["noise"]
+        self._left[order.call] = noise.shape[0]
+        for index, own in enumerate(noise):
+            job = make_job(self.model, own, order.grid, prefixes, order.sampling)
+            previews = preview_steps(job.steps, order.previews)
+            self._images.append(_Image(order.call, index, job, previews, Waiting(0, 0)))
+
+    def _prefix(self, prefix: Prefix | str) -> SequenceCache:
+        if not isinstance(prefix, str):
+            return self._cache(prefix)
+        if prefix not in self._kept:
+            raise RequestError(f"the engine keeps no prefix {prefix!r}")
+        return self._kept[prefix]
+
+    def _cache(self, prefix: Prefix) -> SequenceCache:
+        tensors, device = self.transport.take(prefix.parcel), self.model.device
+        keys, values = tensors["keys"].to(device), tensors["values"].to(device)
+        return SequenceCache.holding(keys, values, prefix.next_t)
+
+    def _tell(self, image: _Image) -> None:
+        """Send what an image has to show after its step; an image that is done leaves."""
+        job = image.job
+        if not job.done:
+            if job.steps_done in image.previews:
+                seen = Seen(image.index, job.steps_done, job.steps, self._pack(job, job.clean))
+                self.replies.append(Reply(image.call, seen, False))
+            return
+        if not torch.isfinite(job.z).all():
+            self._drop(image.call)
+            self._fail(image.call, _not_finite())
+            return
+        self._images.remove(image)
+        self._left[image.call] -= 1
+        last = not self._left[image.call]
+        if last:
+            self._drop(image.call)
+        done = Done(image.index, self._pack(job, job.z))
+        self.replies.append(Reply(image.call, done, last))
+
+    def _pack(self, job: PaintJob, tokens: torch.Tensor) -> Parcel:
+        pixels = to_pixels([tokens], job.grid, self.model.config.token_size)[0]
+        return self.transport.pack({"pixels": pixels})
+
+    def _drop(self, call: int) -> None:
+        self._images = [image for image in self._images if image.call != call]
+        self._left.pop(call, None)
+
+    def _fail(self, call: int, error: NeounifyError) -> None:
+        self.replies.append(Reply(call, Failed(type(error).__name__, str(error)), True))
+
+
+def _not_finite() -> CheckpointError:
+    return CheckpointError("the model computes NaN or infinite values: its weights are damaged")

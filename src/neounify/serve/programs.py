@@ -1,0 +1,230 @@
+"""What each kind of request makes the engines do, step by step.
+
+The same steps as in `pipeline/`, on engines that many requests share. Rules stand there and are
+called from here: prompts, noise, what a model sees of its own pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neounify.decode.choose import SamplingSettings
+from neounify.flow.guidance import Branch
+from neounify.pipeline.answer import AnswerText
+from neounify.pipeline.chatting import ChatRequest, chat_images
+from neounify.pipeline.front import Front
+from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_again, turn_prompt
+from neounify.pipeline.painting import branch_prompt, edit_images
+from neounify.pipeline.request import PaintRequest
+from neounify.serve.events import Finished, Painted, Preview, ServiceEvent, TextPiece
+from neounify.serve.messages import Done, Prefix, TextPart, Token, Written
+from neounify.serve.session import Session
+from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
+from neounify.text.stream import TextStream
+from neounify.text.template import after_think_ids, chat_prompt
+
+Events = AsyncGenerator[ServiceEvent]
+UNCONDITIONAL = "uncond"
+"""Name of the prefix that every guided image shares; the service has the engine keep it."""
+
+
+@dataclass
+class _Usage:
+    """Counts for the last event."""
+
+    prompt: int = 0
+    cached: int = 0
+    written: int = 0
+    painted: int = 0
+
+    def finished(self, written: Written | None) -> Finished:
+        reason = "stop" if written is None else written.finish_reason
+        return Finished(reason, self.prompt, self.written, self.cached, self.painted)
+
+
+async def chat(session: Session, front: Front, request: ChatRequest, previews: int) -> Events:
+    """Text, the thought apart from the answer."""
+    prompt = chat_prompt(
+        front.tokenizer, request.messages, system=request.system, think=request.think
+    )
+    images = await asyncio.to_thread(chat_images, front, request)
+    parts = await session.parts(prompt, images, front.config.token_size)
+    opened = await session.open({"cond": parts}, {"cond": request.max_new_tokens})
+    usage = _Usage(opened.tokens, opened.cached)
+    text = _Text(front, request.stop, thinking=request.think)
+    stops = frozenset((front.token(IM_END),))
+    ended = None
+    async for answer in session.write("cond", request.sampling, stops, request.max_new_tokens):
+        if isinstance(answer, Written):
+            ended = answer
+            break
+        usage.written += 1
+        for piece in text.put(answer.id):
+            yield piece
+        if text.stopped:
+            break
+    for piece in text.flush():
+        yield piece
+    yield usage.finished(ended)
+
+
+async def paint(session: Session, front: Front, request: PaintRequest, previews: int) -> Events:
+    """Images of one prompt, behind a thought if one is asked for."""
+    branches = request.sampling.guidance.branches()
+    own = [branch for branch in branches if branch != UNCONDITIONAL]
+    images = await asyncio.to_thread(edit_images, front, request.images)
+    side = front.config.token_size
+    parts = {b: await session.parts(branch_prompt(front, request, b), images, side) for b in own}
+    closing = [front.token(THINK_CLOSE), *after_think_ids(front.tokenizer)]
+    thinking = request.max_think_tokens + len(closing) if request.think else 0
+    room = {branch: thinking if branch == "cond" else 0 for branch in own}
+    opened = await session.open(parts, room)  # type: ignore[arg-type]
+    usage = _Usage(opened.tokens, opened.cached)
+    if request.think:
+        async for event in _think(session, front, request, usage):
+            yield event
+    prefixes = await _prefixes(session, branches)
+    noise = await asyncio.to_thread(request.start, front.config)
+    grid = request.grid(front.config)
+    async for seen, pixels in session.paint(noise, grid, request.sampling, prefixes, previews):
+        if isinstance(seen, Done):
+            usage.painted += grid[0] * grid[1]
+            yield Painted(seen.index, pixels)
+        else:
+            yield Preview(seen.index, seen.step, seen.steps, pixels)
+    yield usage.finished(None)
+
+
+async def interleave(
+    session: Session, front: Front, request: InterleaveRequest, previews: int
+) -> Events:
+    """Text and images by turns; an image is read back by the model that painted it."""
+    branches = request.sampling.guidance.branches()
+    own = [branch for branch in branches if branch != UNCONDITIONAL]
+    images = await asyncio.to_thread(edit_images, front, request.images)
+    side = front.config.token_size
+    parts = {b: await session.parts(turn_prompt(front, request, b), images, side) for b in own}
+    pictures = sum(_tokens(front, size) + 2 for size in _sizes(request))
+    room = {b: pictures + (request.max_new_tokens if b == "cond" else 0) for b in own}
+    opened = await session.open(parts, room)  # type: ignore[arg-type]
+    usage = _Usage(opened.tokens, opened.cached)
+    generator = torch.Generator().manual_seed(request.seed)
+    opens, stops = (
+        front.token(IMAGE_OPEN),
+        frozenset((front.token(IM_END), front.token(IMAGE_OPEN))),
+    )
+    text = _Text(front, (), thinking=False, keep_space=True)
+    for index in range(request.max_images + 1):
+        ended: Written | None = None
+        async for answer in session.write("cond", request.text, stops, request.max_new_tokens):
+            if isinstance(answer, Written):
+                ended = answer
+                break
+            usage.written += 1
+            for piece in text.put(answer.id):
+                yield piece
+        for piece in text.flush():
+            yield piece
+        if ended is None or ended.stopped_by != opens or index == request.max_images:
+            break
+        size = request.sizes[min(index, len(request.sizes) - 1)]
+        await session.extend({branch: (TextPart((opens,)),) for branch in own})
+        prefixes = await _prefixes(session, branches)
+        noise = await asyncio.to_thread(draw_noise, front.config, *size, generator)
+        grid = (size[1] // side, size[0] // side)
+        finished: Tensor | None = None
+        async for seen, pixels in session.paint(
+            noise[None], grid, request.sampling, prefixes, previews
+        ):
+            if isinstance(seen, Done):
+                finished = pixels
+            else:
+                yield Preview(index, seen.step, seen.steps, pixels)
+        assert finished is not None
+        yield Painted(index, finished)
+        usage.painted += grid[0] * grid[1]
+        again = seen_again(finished, front.dtype)
+        await session.extend(
+            {
+                branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
+                for branch in own
+            }
+        )
+    yield usage.finished(ended)
+
+
+async def _think(session: Session, front: Front, request: PaintRequest, usage: _Usage) -> Events:
+    """Write the thought and open the image behind it."""
+    close = front.token(THINK_CLOSE)
+    stops = frozenset((close, front.token(IM_END)))
+    text = _Text(front, (), thinking=True)
+    async for answer in session.write("cond", SamplingSettings(), stops, request.max_think_tokens):
+        if isinstance(answer, Token):
+            usage.written += 1
+            for piece in text.put(answer.id):
+                yield piece
+            continue
+        for piece in text.flush():
+            yield piece
+        closing = (close,) if answer.stopped_by == close else ()
+        ids = (*answer.pending, *closing, *after_think_ids(front.tokenizer))
+        await session.extend({"cond": (TextPart(ids),)})
+
+
+async def _prefixes(session: Session, branches: Sequence[Branch]) -> dict[Branch, Prefix | str]:
+    own = [branch for branch in branches if branch != UNCONDITIONAL]
+    found: dict[Branch, Prefix | str] = dict(zip(own, await session.export(own), strict=True))
+    if UNCONDITIONAL in branches:
+        found["uncond"] = UNCONDITIONAL
+    return found
+
+
+def _sizes(request: InterleaveRequest) -> list[tuple[int, int]]:
+    last = request.sizes[-1]
+    return [*request.sizes, *[last] * request.max_images][: request.max_images]
+
+
+def _tokens(front: Front, size: tuple[int, int]) -> int:
+    return size[0] * size[1] // front.config.token_size**2
+
+
+class _Text:
+    """Tokens to pieces of text, each marked as thought or answer."""
+
+    def __init__(
+        self, front: Front, stop: Sequence[str], *, thinking: bool, keep_space: bool = False
+    ) -> None:
+        self._marks = {front.token(THINK_OPEN): True, front.token(THINK_CLOSE): False}
+        self._stop, self._front, self._keep_space = stop, front, keep_space
+        self._thought = thinking
+        self._text = self._fresh()
+
+    @property
+    def stopped(self) -> bool:
+        return isinstance(self._text, AnswerText) and self._text.stopped
+
+    def put(self, token: int) -> list[TextPiece]:
+        if token not in self._marks:
+            return self._marked(self._text.put(token))
+        pieces = self.flush()
+        self._thought = self._marks[token]
+        self._text = self._fresh()
+        return pieces
+
+    def flush(self) -> list[TextPiece]:
+        """What was held back."""
+        return self._marked(self._text.flush())
+
+    def _marked(self, text: str) -> list[TextPiece]:
+        return [TextPiece(text, self._thought)] if text else []
+
+    def _fresh(self) -> AnswerText | TextStream:
+        stream = self._front.tokenizer.stream()
+        if self._keep_space and not self._thought:
+            return stream
+        return AnswerText(stream, () if self._thought else self._stop)

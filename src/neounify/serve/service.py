@@ -1,0 +1,202 @@
+"""Many requests at once: limits, deadlines, shared prefixes, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from neounify.config import ModelConfig
+from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.front import Front
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.request import PaintRequest
+from neounify.serve import programs
+from neounify.serve.events import Draining, Overloaded, ServiceEvent, ServiceRequest
+from neounify.serve.messages import TextPart
+from neounify.serve.session import Links, Session
+from neounify.text.template import Prompt, TextSegment, paint_prompt, unconditional_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceLimits:
+    """`requests` under way at once, `image_tokens` of all images under way at once."""
+
+    requests: int = 128
+    image_tokens: int = 65_536
+
+
+class Service:
+    """Answers requests on two engines; see `events.Answering`."""
+
+    def __init__(self, front: Front, links: Links, limits: ServiceLimits) -> None:
+        self.front, self.links, self.limits = front, links, limits
+        self._numbers = itertools.count(1)
+        self._active = 0
+        self._image_tokens = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._durations: deque[float] = deque([1.0], maxlen=32)
+        self._pinned: Session | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.front.config
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered now."""
+        return not self._draining and all(link.ready for link in self.links.all)
+
+    async def start(self) -> None:
+        """Start the engines. Raises what keeps them from starting."""
+        self._idle.set()
+        self.links.generation.prepare = self._share_prefixes
+        self.links.understanding.prepare = self._share_prefixes
+        same = self.links.understanding is self.links.generation
+        if not same:
+            # The generation engine's prefix comes from the understanding engine.
+            self.links.understanding.prepare = self._pin_system_message
+        await self.links.understanding.start()
+        if not same:
+            await self.links.generation.start()
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no new requests; whether those under way ended in time."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the engines, and with them what is under way."""
+        self._draining = True
+        for link in self.links.all:
+            await link.stop()
+
+    async def answer(
+        self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
+    ) -> AsyncIterator[ServiceEvent]:
+        """See `events.Answering.answer`."""
+        tokens = self._admit(request)
+        start = time.monotonic()
+        end = None if deadline is None else start + deadline
+        session = Session(self.links, next(self._numbers), end)
+        try:
+            async with aclosing(self._program(session, request, previews)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            session.close()
+            self._durations.append(time.monotonic() - start)
+            self._active -= 1
+            self._image_tokens -= tokens
+            if not self._active:
+                self._idle.set()
+
+    def gauges(self) -> Mapping[str, float]:
+        """Requests and image tokens under way, and what the engines report."""
+        found = {"requests": float(self._active), "image_tokens": float(self._image_tokens)}
+        for link in self.links.all:
+            found |= link.report.gauges
+        return found
+
+    def counters(self) -> Mapping[str, float]:
+        """What the engines counted since they started, and how often they were started again."""
+        found: dict[str, float] = {"restarts": sum(link.restarts for link in self.links.all)}
+        for link in self.links.all:
+            found |= link.report.counters
+        return found
+
+    # --- one request ---
+
+    def _admit(self, request: ServiceRequest) -> int:
+        """Count a request in, or refuse it; its image tokens."""
+        if self._draining:
+            raise Draining("the server is shutting down and takes no new requests")
+        if self._active >= self.limits.requests:
+            raise Overloaded(
+                f"{self._active} requests are under way, which is the limit", self._retry_after()
+            )
+        tokens = self._tokens_of(request)
+        if self._active and self._image_tokens + tokens > self.limits.image_tokens:
+            raise Overloaded(
+                "as many images are being painted as the limit allows", self._retry_after()
+            )
+        self._active += 1
+        self._image_tokens += tokens
+        self._idle.clear()
+        return tokens
+
+    def _tokens_of(self, request: ServiceRequest) -> int:
+        area = self.config.token_size**2
+        if isinstance(request, PaintRequest):
+            return request.count * request.width * request.height // area
+        if isinstance(request, InterleaveRequest):
+            return max(width * height for width, height in request.sizes) // area
+        return 0
+
+    def _retry_after(self) -> float:
+        """About when one of the requests under way will have ended, seconds."""
+        return max(1.0, sum(self._durations) / len(self._durations) / max(1, self._active))
+
+    def _program(
+        self, session: Session, request: ServiceRequest, previews: int
+    ) -> AsyncGenerator[ServiceEvent]:
+        match request:
+            case ChatRequest():
+                return programs.chat(session, self.front, request, previews)
+            case PaintRequest():
+                return programs.paint(session, self.front, request, previews)
+            case InterleaveRequest():
+                return programs.interleave(session, self.front, request, previews)
+
+    # --- what all requests share ---
+
+    async def _share_prefixes(self) -> None:
+        """Read the unconditional prompt once and let the generation engine keep it."""
+        if self.links.understanding is self.links.generation:
+            await self._pin_system_message()
+        session = Session(self.links, next(self._numbers))
+        try:
+            prompt = _text_parts(unconditional_prompt(self.front.tokenizer))
+            await session.open({programs.UNCONDITIONAL: prompt}, {programs.UNCONDITIONAL: 0})
+            (prefix,) = await session.export([programs.UNCONDITIONAL])
+            await session.keep(programs.UNCONDITIONAL, prefix)
+        finally:
+            session.close()
+
+    async def _pin_system_message(self) -> None:
+        """Keep the beginning that all painting prompts have in common in the cache for good."""
+        shared = _shared_beginning(self.front)
+        if shared:
+            self._pinned = Session(self.links, next(self._numbers))
+            await self._pinned.open({"system": [TextPart(shared)]}, {"system": 0})
+
+
+def _text_parts(prompt: Prompt) -> list[TextPart]:
+    return [TextPart(s.ids) for s in prompt.segments if isinstance(s, TextSegment)]
+
+
+def _shared_beginning(front: Front) -> tuple[int, ...]:
+    """Ids that every painting prompt begins with; none without a system message."""
+    if not front.system_message:
+        return ()
+    one, other = (
+        [
+            token
+            for part in _text_parts(
+                paint_prompt(front.tokenizer, text, system=front.system_message, think=False)
+            )
+            for token in part.ids
+        ]
+        for text in ("a", "b")
+    )
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token for token, _ in pairs)

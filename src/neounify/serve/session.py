@@ -1,0 +1,220 @@
+"""One request's dealings with the engines: what it opened is closed, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from neounify import errors
+from neounify.decode.choose import SamplingSettings
+from neounify.flow.guidance import Branch
+from neounify.pipeline.request import Sampling
+from neounify.serve.events import DeadlineExceeded, EngineDied
+from neounify.serve.link import Call, EngineLink, answer_or_raise
+from neounify.serve.messages import (
+    Answer,
+    Cancel,
+    Close,
+    Done,
+    Export,
+    Exported,
+    Extend,
+    Extended,
+    Keep,
+    Kept,
+    Open,
+    Opened,
+    Order,
+    Paint,
+    PicturePart,
+    Prefix,
+    PromptPart,
+    Seen,
+    SequenceName,
+    TextPart,
+    Token,
+    Write,
+    Written,
+)
+from neounify.serve.transport import Parcel, ParcelGone, Transport
+from neounify.text.template import ImageSegment, Prompt
+
+A = TypeVar("A", bound=Answer)
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.PromptError,
+        errors.RequestError,
+        errors.CheckpointError,
+        errors.ImageError,
+        EngineDied,
+        ParcelGone,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Links:
+    """The engines of a server; in one process both links are the same."""
+
+    understanding: EngineLink
+    generation: EngineLink
+    transport: Transport
+
+    @property
+    def all(self) -> list[EngineLink]:
+        same = self.understanding is self.generation
+        return [self.understanding] if same else [self.understanding, self.generation]
+
+
+class Session:
+    """Calls of one request. Sequences go by a short name of their own, like "cond".
+
+    All calls raise DeadlineExceeded once the time is up, EngineDied, and what the engine found
+    wrong with the request.
+    """
+
+    def __init__(self, links: Links, number: int, deadline: float | None = None) -> None:
+        """`deadline` is a time of `time.monotonic`."""
+        self.links, self.number, self.deadline = links, number, deadline
+        self._sequences: list[SequenceName] = []
+        self._parcels: list[Parcel] = []
+        self._paints: list[Call] = []
+
+    async def open(
+        self, prompts: Mapping[str, Sequence[PromptPart]], room: Mapping[str, int]
+    ) -> Opened:
+        """Read prompts; `room` tokens may follow each."""
+        named = {self._name(name): tuple(parts) for name, parts in prompts.items()}
+        self._sequences += named
+        rooms = {self._name(name): room[name] for name in prompts}
+        return await self._ask(lambda call: Open(call, named, rooms), Opened)
+
+    async def write(
+        self, name: str, sampling: SamplingSettings, stop_ids: frozenset[int], most: int
+    ) -> AsyncIterator[Token | Written]:
+        """Tokens as they are written, then how it ended."""
+        link = self.links.understanding
+        call = link.open_call()
+        try:
+            link.send(Write(call.number, self._name(name), sampling, stop_ids, most))
+            while True:
+                answer = await self._next(call)
+                assert isinstance(answer, Token | Written)
+                yield answer
+                if isinstance(answer, Written):
+                    return
+        finally:
+            link.close_call(call)
+
+    async def extend(self, parts: Mapping[str, Sequence[PromptPart]]) -> None:
+        """Append to sequences."""
+        named = {self._name(name): tuple(own) for name, own in parts.items()}
+        await self._ask(lambda call: Extend(call, named), Extended)
+
+    async def export(self, names: Sequence[str]) -> list[Prefix]:
+        """Copies of sequences to paint behind."""
+        named = tuple(self._name(name) for name in names)
+        exported = await self._ask(lambda call: Export(call, named), Exported)
+        self._parcels += [prefix.parcel for prefix in exported.prefixes]
+        return list(exported.prefixes)
+
+    async def keep(self, name: str, prefix: Prefix) -> None:
+        """Let the generation engine keep a prefix."""
+        link = self.links.generation
+        await self._ask(lambda call: Keep(call, name, prefix), Kept, link)
+
+    async def paint(
+        self,
+        noise: Tensor,
+        grid: tuple[int, int],
+        sampling: Sampling,
+        prefixes: Mapping[Branch, Prefix | str],
+        previews: int,
+    ) -> AsyncIterator[tuple[Seen | Done, Tensor]]:
+        """Previews and finished images of `noise` [count, tokens, 3·C²], with their pixels."""
+        link = self.links.generation
+        call = link.open_call()
+        self._paints.append(call)
+        link.send(Paint(call.number, self.pack(noise=noise), grid, sampling, prefixes, previews))
+        left = noise.shape[0]
+        while left:
+            answer = await self._next(call)
+            assert isinstance(answer, Seen | Done)
+            left -= isinstance(answer, Done)
+            yield answer, self.links.transport.take(answer.pixels)["pixels"]
+        self._end_paint(call)
+
+    def pack(self, **tensors: Tensor) -> Parcel:
+        """A parcel that is freed with the session, if nobody has taken it."""
+        parcel = self.links.transport.pack(tensors)
+        self._parcels.append(parcel)
+        return parcel
+
+    async def parts(self, prompt: Prompt, images: Sequence[Tensor], side: int) -> list[PromptPart]:
+        """A prompt as the engine reads it; `images` are prepared, `side` is a token's."""
+        return [
+            await self.picture(images[segment.image], side)
+            if isinstance(segment, ImageSegment)
+            else TextPart(segment.ids)
+            for segment in prompt.segments
+        ]
+
+    async def picture(self, pixels: Tensor, side: int) -> PicturePart:
+        """A prepared image [3, height, width] as the engine reads it."""
+        grid = (pixels.shape[1] // side, pixels.shape[2] // side)
+        digest = await asyncio.to_thread(_digest, pixels)
+        return PicturePart(self.pack(pixels=pixels), digest, grid)
+
+    def close(self) -> None:
+        """Free everything, finished or not."""
+        for call in list(self._paints):
+            self.links.generation.send(Cancel(call.number))
+            self._end_paint(call)
+        if self._sequences:
+            self.links.understanding.send(Close(tuple(self._sequences)))
+        for parcel in self._parcels:
+            self.links.transport.free(parcel)
+
+    def _end_paint(self, call: Call) -> None:
+        self._paints.remove(call)
+        self.links.generation.close_call(call)
+
+    def _name(self, name: str) -> SequenceName:
+        return self.number, name
+
+    async def _ask(
+        self, order: Callable[[int], Order], kind: type[A], link: EngineLink | None = None
+    ) -> A:
+        link = link or self.links.understanding
+        call = link.open_call()
+        try:
+            link.send(order(call.number))
+            answer = await self._next(call)
+        finally:
+            link.close_call(call)
+        assert isinstance(answer, kind)
+        return answer
+
+    async def _next(self, call: Call) -> Answer:
+        seconds = None if self.deadline is None else self.deadline - time.monotonic()
+        try:
+            reply = await call.next(seconds)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the request took longer than it was given") from error
+        return answer_or_raise(reply.answer, ERRORS)
+
+
+def _digest(pixels: Tensor) -> bytes:
+    """A name for the content of a picture."""
+    plain = pixels.contiguous().view(torch.uint8).numpy()
+    shape = ",".join(map(str, pixels.shape)).encode()
+    return hashlib.blake2b(plain.tobytes() + shape, digest_size=16).digest()

@@ -1,0 +1,109 @@
+"""The loop that runs engines: take orders, do a step's work, send what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+from neounify.serve.generation import GenerationEngine
+from neounify.serve.messages import Cancel, Keep, Order, Paint, Reply, Report
+from neounify.serve.understanding import UnderstandingEngine
+
+MOST_YIELDED = 4
+"""Denoising lets prompts that wait for a first token go first, that many steps in a row."""
+REPORT_SECONDS = 0.5
+
+
+class Channel(Protocol):
+    """A worker's end of the line to the front of the server."""
+
+    def receive(self, *, wait: bool) -> list[Order] | None:
+        """All orders that have come, after waiting for one if asked to; None: it is over."""
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        """Give replies, and now and then a report, to the front."""
+
+
+class Worker:
+    """One or both engines behind one channel.
+
+    With both, a step of text is taken before each denoising step, and a prompt that waits for its
+    first token goes before the images, so that text does not wait behind them.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        understanding: UnderstandingEngine | None,
+        generation: GenerationEngine | None,
+    ) -> None:
+        self.channel = channel
+        self.understanding, self.generation = understanding, generation
+        self._counters: Counter[str] = Counter()
+        self._yielded = 0
+        self._reported = 0.0
+
+    def run(self) -> None:
+        """Work until the front hangs up."""
+        while True:
+            orders = self.channel.receive(wait=not self._busy())
+            if orders is None:
+                return
+            for order in orders:
+                self._engine_of(order).submit(order)  # type: ignore[arg-type]
+            self._work()
+            self._send()
+
+    def _busy(self) -> bool:
+        return any(engine is not None and engine.busy for engine in self._engines())
+
+    def _engines(self) -> tuple[UnderstandingEngine | None, GenerationEngine | None]:
+        return self.understanding, self.generation
+
+    def _engine_of(self, order: Order) -> UnderstandingEngine | GenerationEngine:
+        paints = isinstance(order, Keep | Paint | Cancel)
+        engine = self.generation if paints else self.understanding
+        assert engine is not None
+        return engine
+
+    def _work(self) -> None:
+        und, gen = self._engines()
+        if und is not None and und.busy:
+            self._timed("und", und)
+        if gen is None or not gen.busy:
+            return
+        if und is not None and und.urgent and self._yielded < MOST_YIELDED:
+            self._yielded += 1
+            return
+        self._yielded = 0
+        self._timed("gen", gen)
+
+    def _timed(self, name: str, engine: UnderstandingEngine | GenerationEngine) -> None:
+        start = time.perf_counter()
+        engine.step()
+        self._counters[f"{name}_steps"] += 1
+        self._counters[f"{name}_step_seconds"] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def _send(self) -> None:
+        replies: list[Reply] = []
+        for engine in self._engines():
+            if engine is not None:
+                replies += engine.replies
+                engine.replies = []
+        now = time.monotonic()
+        due = now - self._reported >= REPORT_SECONDS or not self._busy()
+        if due:
+            self._reported = now
+        if replies or due:
+            self.channel.send(replies, self._report() if due else None)
+
+    def _report(self) -> Report:
+        gauges: dict[str, float] = {}
+        counters: dict[str, float] = dict(self._counters)
+        for engine in self._engines():
+            if engine is not None:
+                gauges |= engine.gauges()
+                counters |= engine.counters
+        return Report(gauges, counters)

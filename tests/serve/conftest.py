@@ -1,0 +1,27 @@
+"""An untrained miniature, in memory and as a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import neounify
+from neounify.model import NeoUnify
+from neounify.presets import TINY
+from neounify.text import byte_tokenizer
+
+
+@pytest.fixture(scope="session")
+def pipe() -> neounify.Pipeline:
+    torch.manual_seed(0)
+    model = NeoUnify(TINY).eval().requires_grad_(False)
+    return neounify.Pipeline(model, byte_tokenizer(), system_message="Paint well.")
+
+
+@pytest.fixture(scope="session")
+def folder(pipe: neounify.Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    pipe.save(path)
+    return path

@@ -1,0 +1,213 @@
+"""Results of the service are those of the pipeline: alone, in company, in either mode."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import neounify
+from neounify.pipeline.chatting import ChatRequest, make_chat_request
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.results import ImagePart, TextPart
+from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.hosts import EngineSettings
+from neounify.serve.understanding import UnderstandingSettings
+from serving import Collected, collect, same_image, serve
+
+RNG = np.random.default_rng(0)
+PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
+OTHER = PIL.Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+
+
+def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> PaintRequest:
+    options: dict[str, Any] = {
+        "width": 128,
+        "height": 96,
+        "sampling": make_sampling(pipe.config, editing=bool(values.get("images")), steps=6),
+    }
+    return PaintRequest(prompt=prompt, **(options | values))
+
+
+def expected(pipe: neounify.Pipeline, request: PaintRequest) -> torch.Tensor:
+    options = {
+        "width": request.width,
+        "height": request.height,
+        "steps": request.sampling.steps,
+        "seed": request.seed,
+        "images_per_prompt": request.count,
+        "think": request.think,
+        "max_think_tokens": request.max_think_tokens,
+        "guidance": request.sampling.guidance.text,
+    }
+    if request.images:
+        result = pipe.edit(
+            request.prompt,
+            request.images,
+            image_guidance=request.sampling.guidance.image,
+            **options,
+        )
+    else:
+        result = pipe.generate(request.prompt, **options)
+    return result.pixels
+
+
+def test_chat_gives_the_pipelines_answer(pipe: neounify.Pipeline) -> None:
+    requests = [
+        make_chat_request("Hello", [], max_new_tokens=12),
+        make_chat_request("What is <image>?", [PICTURE], max_new_tokens=9),
+        make_chat_request(
+            "Hello", [], max_new_tokens=20, temperature=1.0, seed=5, repetition_penalty=1.2
+        ),
+        make_chat_request(
+            [
+                {"role": "user", "content": "<image> and <image>"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "more"},
+            ],
+            [PICTURE, OTHER],
+            max_new_tokens=7,
+        ),
+    ]
+    answers = serve(
+        colocated(pipe),
+        lambda service: asyncio.gather(*(collect(service, r) for r in requests)),
+    )
+    for request, answer in zip(requests, answers, strict=True):
+        alone = _alone(pipe, request)
+        assert answer.text == alone.text
+        assert answer.finished is not None
+        assert answer.finished.completion_tokens == len(alone.token_ids)
+        assert answer.finished.prompt_tokens == alone.prompt_tokens
+        assert answer.finished.finish_reason == alone.finish_reason
+
+
+def _alone(pipe: neounify.Pipeline, request: ChatRequest) -> Any:
+    sampling = request.sampling
+    return pipe.chat(
+        list(request.messages),
+        list(request.images),
+        max_new_tokens=request.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+    )
+
+
+def test_long_prompts_are_read_in_pieces(pipe: neounify.Pipeline) -> None:
+    settings = EngineSettings(understanding=UnderstandingSettings(prefill_tokens=16))
+    text = "".join(chr(97 + n % 26) for n in range(150))
+    request = make_chat_request(text + "<image>" + text, [PICTURE], max_new_tokens=6)
+    answer = serve(colocated(pipe, settings), lambda service: collect(service, request))
+    assert answer.text == _alone(pipe, request).text
+
+
+def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.Pipeline) -> None:
+    editing = make_sampling(pipe.config, editing=True, steps=5, guidance=3, image_guidance=2)
+    requests = [
+        painting(pipe, seed=3),
+        painting(pipe, "two", width=64, height=64, count=2),
+        painting(pipe, "thoughtful", think=True, max_think_tokens=8),
+        painting(pipe, "unguided", sampling=make_sampling(pipe.config, editing=False, guidance=1)),
+        painting(pipe, "change", images=(PICTURE,), sampling=editing),
+        painting(pipe, "both", images=(PICTURE, OTHER)),
+        *[painting(pipe, f"boat {n}", seed=n) for n in range(10)],
+    ]
+
+    async def alone_and_together(service: Any) -> tuple[Collected, list[Collected]]:
+        alone = await collect(service, requests[0], previews=2)
+        chats = [make_chat_request(f"chat {n}", [], max_new_tokens=9) for n in range(4)]
+        together = await asyncio.gather(*(collect(service, r) for r in [*requests, *chats]))
+        return alone, together
+
+    alone, together = serve(colocated(pipe), alone_and_together)
+    for request, answer in zip(requests, together, strict=False):
+        for index, pixels in enumerate(expected(pipe, request)):
+            same_image(answer.images[index], pixels)
+    same_image(alone.images[0], together[0].images[0])
+    assert [p.step for p in alone.previews] == [2, 4]
+    assert {p.steps for p in alone.previews} == {6}
+    assert together[2].order[0] == "TextPiece"
+    assert (
+        together[2].thought
+        == pipe.generate(
+            "thoughtful", width=128, height=96, think=True, max_think_tokens=8, steps=1
+        ).thoughts[0]
+    )
+
+
+def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None:
+    request = painting(pipe, seed=7)
+    edit = painting(pipe, "change", images=(PICTURE,))
+    chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8)
+    story = _story(pipe)
+
+    async def all_of_them(service: Any) -> list[Collected]:
+        return await asyncio.gather(*(collect(service, r) for r in (request, edit, chat, story)))
+
+    settings = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
+    painted, edited, answered, told = serve(build_service(settings), all_of_them)
+    same_image(painted.images[0], expected(pipe, request)[0])
+    same_image(edited.images[0], expected(pipe, edit)[0])
+    assert answered.text == _alone(pipe, chat).text
+    _same_story(pipe, told)
+
+
+def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
+    return InterleaveRequest(
+        prompt="Tell",
+        sizes=[(64, 64), (96, 64)],
+        sampling=make_sampling(pipe.config, editing=True, steps=3),
+        images=[OTHER],
+        max_images=2,
+        max_new_tokens=24,
+        seed=2,
+    )
+
+
+def _same_story(pipe: neounify.Pipeline, told: Collected) -> None:
+    parts = list(
+        pipe.interleave(
+            "Tell",
+            [OTHER],
+            max_images=2,
+            max_new_tokens=24,
+            width=[64, 96],
+            height=[64, 64],
+            seed=2,
+            steps=3,
+        )
+    )
+    images = [part.pixels for part in parts if isinstance(part, ImagePart)]
+    assert told.text == "".join(part.text for part in parts if isinstance(part, TextPart))
+    assert len(told.images) == len(images)
+    for index, pixels in enumerate(images):
+        same_image(told.images[index], pixels)
+
+
+def test_stories_alternate_as_in_the_pipeline(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An untrained model opens no image of itself: make it, every fifth token.
+    from neounify.decode.loop import Generation
+
+    take = Generation.take
+
+    def opens_images(self: Generation, logits: torch.Tensor) -> int | None:
+        if len(self.ids) % 5 == 4 and pipe.engine.token("<img>") in self.stop_ids:
+            logits = logits.clone()
+            logits[pipe.engine.token("<img>")] = 1e9 if not getattr(self, "opened", 0) else -1e9
+            self.opened = not getattr(self, "opened", 0)  # type: ignore[attr-defined]
+        return take(self, logits)
+
+    monkeypatch.setattr(Generation, "take", opens_images)
+    told = serve(colocated(pipe), lambda service: collect(service, _story(pipe)))
+    assert len(told.images) == 2
+    assert told.order[-1] == "Finished"
+    _same_story(pipe, told)
