@@ -1,0 +1,96 @@
+/** An answer as it comes: thoughts folded, text and pictures in their order. */
+
+import { h } from "./dom.js";
+import { Tile, pictureActions } from "./picture.js";
+import { alone } from "./requests.js";
+
+export class Answer {
+  /** `deeds` are the actions of finished pictures; `expected` pictures get their places at once. */
+  constructor(record, deeds, expected = 0) {
+    this.record = record;
+    this.deeds = deeds;
+    this.tiles = new Map();
+    this.parts = [];
+    this.status = h("p", { class: "status" }, "Waiting for the server");
+    this.body = h("div", { class: "answer-body" });
+    this.element = h("div", { class: "answer", "aria-busy": "true" }, this.body, this.status);
+    for (let index = 0; index < expected; index++) this.tile(index);
+  }
+
+  add(event) {
+    this.status.hidden = true;
+    if (event.type === "text") this.addText(event);
+    if (event.type === "preview") this.tile(event.index).preview(event);
+    if (event.type === "picture") this.addPicture(event);
+  }
+
+  /** The answer has come to its end, or was cut off; `words` say how if it was. */
+  end(words = "") {
+    this.element.removeAttribute("aria-busy");
+    for (const tile of this.tiles.values()) tile.stop();
+    for (const label of this.body.querySelectorAll(".thought > summary")) {
+      label.textContent = "Thought";
+    }
+    this.status.textContent = words || (this.parts.length ? "" : "The answer is empty.");
+    this.status.hidden = !this.status.textContent;
+  }
+
+  /** Whether there is anything worth keeping. */
+  get started() {
+    return this.body.childElementCount > this.tiles.size || this.parts.length > 0;
+  }
+
+  /** As a message of the conversation: text alone as a string, with pictures as parts. */
+  message() {
+    const said = this.parts.filter((part) => part.type !== "thought");
+    const hasPictures = said.some((part) => part.type === "image_url");
+    const text = said.map((part) => part.text).join("");
+    return { role: "assistant", content: hasPictures ? said : text };
+  }
+
+  addText({ text, thought }) {
+    const type = thought ? "thought" : "text";
+    let part = this.parts.at(-1);
+    if (part?.type !== type) {
+      part = { type, text: "" };
+      this.parts.push(part);
+      this.block = thought ? this.addThought() : this.addParagraph();
+    }
+    part.text += text;
+    this.block.append(text);
+  }
+
+  addParagraph() {
+    const block = h("div", { class: "text" });
+    this.body.append(block);
+    return block;
+  }
+
+  addThought() {
+    const block = h("div", { class: "text" });
+    this.body.append(h("details", { class: "thought" }, h("summary", {}, "Thinking"), block));
+    return block;
+  }
+
+  addPicture({ index, url, seed, plan }) {
+    const picture = { record: alone(this.record, seed), index, url };
+    this.tile(index).finish(url, pictureActions(picture, this.deeds), plan);
+    this.parts.push({ type: "image_url", image_url: { url } });
+    this.deeds.keep(picture);
+  }
+
+  /** The place of picture `index`; pictures that follow each other stand in one row. */
+  tile(index) {
+    if (!this.tiles.has(index)) {
+      const tile = new Tile(this.record, index);
+      this.tiles.set(index, tile);
+      let row = this.body.lastElementChild;
+      if (!row?.classList.contains("tiles")) {
+        row = h("div", { class: "tiles" });
+        this.body.append(row);
+      }
+      row.append(tile.element);
+    }
+    return this.tiles.get(index);
+  }
+}

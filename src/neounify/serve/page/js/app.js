@@ -1,0 +1,63 @@
+/** The page put together. */
+
+import { getModels } from "./api.js";
+import { Chat } from "./chat.js";
+import { Gallery } from "./gallery.js";
+import { MODES } from "./modes.js";
+import { Settings } from "./settings.js";
+import { Studio } from "./studio.js";
+import { Tabs } from "./tabs.js";
+
+const find = (id) => document.getElementById(id);
+
+const settings = new Settings(find("settings"), showModel);
+const deeds = {
+  keep: (picture) => gallery.add(picture),
+  again(request) {
+    if (modes.get(request.kind).composer.busy) return;
+    goTo(request.kind);
+    modes.get(request.kind).start(request);
+  },
+  edit(url) {
+    goTo("edit");
+    modes.get("edit").composer.fill("", [url]);
+  },
+};
+const gallery = new Gallery(find("gallery"), find("viewer"), settings, deeds);
+const modes = new Map(
+  MODES.map((mode) => {
+    const Kind = mode.id === "chat" ? Chat : Studio;
+    return [mode.id, new Kind(find(mode.id), mode, settings, deeds)];
+  }),
+);
+const tabs = new Tabs(document.querySelector("[role=tablist]"), (id) => settings.show(id));
+
+function goTo(id) {
+  find("gallery").hidePopover();
+  tabs.show(id);
+  window.scrollTo({ top: 0 });
+}
+
+async function showModel() {
+  try {
+    const [model] = await getModels();
+    find("model").textContent = model.id;
+    settings.describe(model.neounify ?? {});
+  } catch (error) {
+    find("model").textContent = error.message;
+  }
+}
+
+function takeFiles(event, transfer) {
+  const files = [...(transfer?.files ?? [])];
+  if (!files.length) return;
+  event.preventDefault();
+  modes.get(tabs.current).composer.addFiles(files);
+}
+
+document.addEventListener("paste", (event) => takeFiles(event, event.clipboardData));
+document.addEventListener("drop", (event) => takeFiles(event, event.dataTransfer));
+document.addEventListener("dragover", (event) => {
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
+});
+showModel();

@@ -1,0 +1,114 @@
+/** Chat: a conversation that goes on; the answers come as they are written. */
+
+import { Answer } from "./answer.js";
+import { Composer } from "./composer.js";
+import { button, h } from "./dom.js";
+import { makeExamples } from "./examples.js";
+import { perform, userMessage } from "./requests.js";
+
+const NEAR = 160;
+
+export class Chat {
+  constructor(panel, mode, settings, deeds) {
+    this.deeds = deeds;
+    this.messages = [];
+    this.composer = new Composer(mode, (text, pictures) => {
+      if (!settings.check()) return;
+      const messages = [...this.messages, userMessage(text, pictures)];
+      this.start(mode.request(text, messages, settings.options()));
+    });
+    this.log = h("div", { class: "log", role: "log", "aria-label": "Conversation" });
+    this.welcome = h(
+      "div",
+      { class: "welcome" },
+      h("p", {}, "Ask something, with pictures if you like."),
+      makeExamples(mode.id, (text, pictures) => this.composer.fill(text, pictures)),
+    );
+    this.fresh = button("New conversation", () => this.clear(), { class: "quiet", hidden: true });
+    panel.classList.add("chat");
+    panel.append(this.fresh, this.welcome, this.log, this.composer.element);
+  }
+
+  clear() {
+    this.composer.controller?.abort();
+    this.messages = [];
+    this.log.replaceChildren();
+    this.welcome.hidden = false;
+    this.fresh.hidden = true;
+    this.composer.fill("");
+  }
+
+  /** Also the way to do it again: the request holds its whole conversation. */
+  start(request) {
+    return this.composer.run((signal) => this.work(request, signal));
+  }
+
+  async work(request, signal) {
+    const { composer } = this;
+    const answer = new Answer(request, this.deeds);
+    const asked = showQuestion(request.messages.at(-1));
+    const written = [composer.input.value, composer.pictures];
+    composer.fill("");
+    this.append(asked, answer.element);
+    try {
+      for await (const event of perform(request, signal)) {
+        const following = this.isAtEnd();
+        answer.add(event);
+        if (following) this.scrollToEnd();
+      }
+      answer.end();
+      this.keep(request, answer);
+    } catch (error) {
+      answer.end(error.name === "AbortError" ? "Stopped." : "Did not get to its end.");
+      if (answer.started) this.keep(request, answer);
+      else this.withdraw([asked, answer.element], written);
+      throw error;
+    }
+  }
+
+  append(...elements) {
+    this.welcome.hidden = true;
+    this.fresh.hidden = false;
+    this.log.append(...elements);
+    this.scrollToEnd();
+  }
+
+  /** Take back a question that got no answer at all: it can be sent once more. */
+  withdraw(elements, [text, pictures]) {
+    for (const element of elements) element.remove();
+    this.welcome.hidden = this.log.childElementCount > 0;
+    this.fresh.hidden = !this.welcome.hidden;
+    this.composer.fill(text, pictures);
+  }
+
+  keep(request, answer) {
+    this.messages = [...request.messages, answer.message()];
+    const again = button("Do it again", () => this.deeds.again(request), { class: "small-button" });
+    const seed = h("span", { class: "seed" }, `Seed ${request.options.seed}`);
+    answer.element.append(h("div", { class: "after" }, again, seed));
+    if (this.isAtEnd()) this.scrollToEnd();
+  }
+
+  isAtEnd() {
+    return this.log.getBoundingClientRect().bottom < window.innerHeight + NEAR;
+  }
+
+  scrollToEnd() {
+    this.log.lastElementChild?.scrollIntoView({ block: "end" });
+  }
+}
+
+function showGiven(part, i) {
+  return h("img", { src: part.image_url.url, alt: `Picture ${i + 1}` });
+}
+
+function showQuestion(message) {
+  const pictures = message.content.filter((part) => part.type === "image_url");
+  const text = message.content.find((part) => part.type === "text")?.text ?? "";
+  return h(
+    "div",
+    { class: "question" },
+    pictures.length ? h("div", { class: "given" }, ...pictures.map(showGiven)) : null,
+    text ? h("div", { class: "text" }, text) : null,
+  );
+}

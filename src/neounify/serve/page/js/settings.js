@@ -1,0 +1,158 @@
+/** The panel of settings. A field left empty is not sent: the model's own value holds. */
+
+import { button, h } from "./dom.js";
+import { FIELDS } from "./fields.js";
+import { apiKey, savedSettings } from "./store.js";
+
+const SEEDS = 2 ** 31;
+
+export function randomSeed() {
+  return crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS;
+}
+
+export class Settings {
+  /** `onKey` is called when another API key was entered. */
+  constructor(section, onKey) {
+    this.section = section;
+    this.inputs = new Map();
+    this.own = new Map();
+    this.rows = FIELDS.map((field) => this.makeRow(field));
+    this.form = h("form", { class: "fields", on: { submit: stay } }, ...this.rows);
+    this.form.addEventListener("input", () => this.save());
+    section.append(
+      h(
+        "div",
+        { class: "sheet-head" },
+        h("h2", { id: "settings-title" }, "Settings"),
+        button("Reset", () => this.reset(), { class: "quiet" }),
+        button("Close", () => section.hidePopover(), { class: "quiet sheet-close" }),
+      ),
+      h("p", { class: "hint" }, "Empty means the model's own choice."),
+      this.form,
+      makeKeyRow(onKey),
+    );
+    this.load();
+  }
+
+  /** Show the settings of one mode. */
+  show(kind) {
+    FIELDS.forEach((field, i) => {
+      this.rows[i].hidden = !field.kinds.includes(kind);
+      this.inputs.get(field.name).disabled = this.rows[i].hidden;
+    });
+  }
+
+  /** Show the model's own values where nothing is entered, and hold to the server's limits. */
+  describe({ limits = {}, ...model }) {
+    for (const { name, own, limit } of FIELDS) {
+      const input = this.inputs.get(name);
+      if (model[own] !== undefined) {
+        input.placeholder = model[own];
+        this.own.set(name, model[own]);
+      }
+      if (limits[limit] !== undefined) input.max = limits[limit];
+    }
+  }
+
+  /** False, with the field at fault shown, while something entered makes no sense. */
+  check() {
+    if (this.form.checkValidity()) return true;
+    if (getComputedStyle(this.section).display === "none") this.section.showPopover();
+    this.form.reportValidity();
+    return false;
+  }
+
+  /** What to send in the shown mode; the seed is always there, drawn if none is entered. */
+  options() {
+    const options = { seed: randomSeed() };
+    for (const [name, input] of this.inputs) {
+      if (input.disabled) continue;
+      if (input.type === "checkbox" ? input.checked : input.value !== "") {
+        options[name] = valueOf(input);
+      }
+    }
+    return options;
+  }
+
+  /** [label, value] of all that is known of how a request was answered. */
+  facts({ kind, options }) {
+    return FIELDS.filter((field) => field.kinds.includes(kind))
+      .map(({ name, label }) => [label, options[name] ?? this.own.get(name)])
+      .filter(([, value]) => value !== undefined);
+  }
+
+  makeRow({ name, label, help, input }) {
+    const control = h("input", { id: `setting-${name}`, title: help, placeholder: "default" });
+    for (const [key, value] of Object.entries(input)) control.setAttribute(key, value);
+    this.inputs.set(name, control);
+    if (input.type === "checkbox") {
+      return h("label", { class: "row check wide", title: help }, control, label);
+    }
+    const caption = h("label", { for: control.id, title: help }, label);
+    if (name !== "seed") return h("div", { class: "row" }, caption, control);
+    control.placeholder = "a new one each time";
+    const joined = h("div", { class: "joined" }, control, this.dice());
+    return h("div", { class: "row wide" }, caption, joined);
+  }
+
+  dice() {
+    const draw = () => {
+      this.inputs.get("seed").value = randomSeed();
+      this.save();
+    };
+    const label = "Draw a seed and keep it";
+    const props = { class: "dice", "aria-label": label, title: label };
+    return button(h("span", { class: "die", "aria-hidden": "true" }), draw, props);
+  }
+
+  reset() {
+    this.form.reset();
+    this.save();
+  }
+
+  save() {
+    const entered = [...this.inputs].map(([name, input]) => [name, stateOf(input)]);
+    savedSettings.set(JSON.stringify(Object.fromEntries(entered)));
+  }
+
+  load() {
+    const entered = JSON.parse(savedSettings.get() || "{}");
+    for (const [name, input] of this.inputs) {
+      if (input.type === "checkbox") input.checked = entered[name] === true;
+      else input.value = entered[name] ?? "";
+    }
+  }
+}
+
+function stay(event) {
+  event.preventDefault();
+}
+
+function stateOf(input) {
+  return input.type === "checkbox" ? input.checked : input.value;
+}
+
+function valueOf(input) {
+  return input.type === "number" ? Number(input.value) : stateOf(input);
+}
+
+function makeKeyRow(onKey) {
+  const input = h("input", {
+    id: "api-key",
+    type: "password",
+    autocomplete: "off",
+    placeholder: "if the server wants one",
+    value: apiKey.get(),
+  });
+  input.addEventListener("change", () => {
+    apiKey.set(input.value.trim());
+    onKey();
+  });
+  return h(
+    "form",
+    { class: "row key", on: { submit: stay } },
+    h("label", { for: input.id }, "API key"),
+    input,
+    h("p", { class: "hint" }, "Forgotten when this tab is closed."),
+  );
+}

@@ -1,0 +1,60 @@
+/** Paint, Edit and Story: one request, one card of results; the newest stands on top. */
+
+import { Answer } from "./answer.js";
+import { Composer } from "./composer.js";
+import { h } from "./dom.js";
+import { makeExamples } from "./examples.js";
+import { perform } from "./requests.js";
+
+export class Studio {
+  constructor(panel, mode, settings, deeds) {
+    this.mode = mode;
+    this.deeds = deeds;
+    this.composer = new Composer(mode, (prompt, sources) => {
+      if (settings.check()) this.start(mode.request(prompt, sources, settings.options()));
+    });
+    this.results = h("div", { class: "results" });
+    panel.append(
+      this.composer.element,
+      makeExamples(mode.id, (text, pictures) => this.composer.fill(text, pictures)),
+      this.results,
+    );
+  }
+
+  /** Also the way to do it again: a request holds all it needs. */
+  start(request) {
+    return this.composer.run((signal) => this.work(request, signal));
+  }
+
+  async work(request, signal) {
+    const expected = request.kind === "story" ? 0 : (request.options.n ?? 1);
+    const answer = new Answer(request, this.deeds, expected);
+    const card = makeCard(request, answer);
+    this.results.prepend(card);
+    try {
+      for await (const event of perform(request, signal)) answer.add(event);
+      answer.end();
+    } catch (error) {
+      answer.end(error.name === "AbortError" ? "Stopped." : "Did not get to its end.");
+      if (!answer.started) card.remove();
+      throw error;
+    }
+  }
+}
+
+function makeCard(request, answer) {
+  const sources = request.sources.map((url, i) =>
+    h("img", { src: url, alt: `Picture ${i + 1} that was given`, class: "source" }),
+  );
+  return h(
+    "article",
+    { class: "card" },
+    h("header", {}, ...sources, h("p", { class: "prompt" }, request.prompt)),
+    answer.element,
+    h("p", { class: "seed" }, showSeeds(request.options)),
+  );
+}
+
+function showSeeds({ seed, n = 1 }) {
+  return n === 1 ? `Seed ${seed}` : `Seeds ${seed} to ${seed + n - 1}`;
+}

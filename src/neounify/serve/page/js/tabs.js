@@ -1,0 +1,49 @@
+/** Tabs that the arrow keys move through; the address keeps the chosen one. */
+export class Tabs {
+  /** `onChange(id)` is called with the panel that is shown. */
+  constructor(list, onChange) {
+    this.tabs = [...list.querySelectorAll("[role=tab]")];
+    this.onChange = onChange;
+    list.addEventListener("click", (event) => {
+      const tab = event.target.closest("[role=tab]");
+      if (tab) this.show(panelOf(tab));
+    });
+    list.addEventListener("keydown", (event) => this.move(event));
+    window.addEventListener("hashchange", () => this.showAddressed());
+    this.showAddressed();
+  }
+
+  show(id) {
+    this.current = id;
+    for (const tab of this.tabs) {
+      const chosen = panelOf(tab) === id;
+      tab.setAttribute("aria-selected", String(chosen));
+      tab.tabIndex = chosen ? 0 : -1;
+      document.getElementById(panelOf(tab)).hidden = !chosen;
+    }
+    history.replaceState(null, "", `#${id}`);
+    this.onChange(id);
+  }
+
+  showAddressed() {
+    const wanted = location.hash.slice(1);
+    const ids = this.tabs.map(panelOf);
+    this.show(ids.includes(wanted) ? wanted : ids[0]);
+  }
+
+  move(event) {
+    const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
+    const step = steps[event.key];
+    if (step === undefined) return;
+    event.preventDefault();
+    const last = this.tabs.length - 1;
+    const now = this.tabs.findIndex((tab) => panelOf(tab) === this.current);
+    const next = Number.isFinite(step) ? (now + step + last + 1) % (last + 1) : step > 0 ? last : 0;
+    this.show(panelOf(this.tabs[next]));
+    this.tabs[next].focus();
+  }
+}
+
+function panelOf(tab) {
+  return tab.getAttribute("aria-controls");
+}

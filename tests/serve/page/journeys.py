@@ -1,0 +1,254 @@
+"""What a visitor does on the page, and must see: the same against a scripted and a real server.
+
+Every journey takes (browser, base_url) and begins by opening the page anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+PATIENCE = 120
+"""Seconds a real model may take for one answer."""
+
+STORY = (
+    "Tell a story in two pictures. It starts with a red circle in the top left on a white "
+    "background. Draw a blue star in the bottom right."
+)
+
+# Keeps what every picture of the page showed, in order: (state of its tile, hash of its URL).
+_WATCH = """
+window.shown = [];
+new MutationObserver((changes) => {
+  for (const { target, addedNodes } of changes) {
+    for (const node of [target, ...addedNodes]) {
+      const tile = node.closest?.(".tile");
+      if (node.tagName === "IMG" && tile) window.shown.push([tile.dataset.state, node.src]);
+    }
+  }
+}).observe(document.body, { subtree: true, childList: true, attributeFilter: ["src"] });
+"""
+
+
+def open_page(browser: WebDriver, base_url: str, mode: str) -> None:
+    """A fresh page in that mode, with nothing left of an earlier visit."""
+    browser.get(base_url + "/")
+    browser.execute_script("sessionStorage.clear()")
+    browser.get("about:blank")
+    browser.get(f"{base_url}/#{mode}")
+    wait(browser, lambda: find(browser, f"#{mode}-input").is_displayed())
+    browser.execute_script(_WATCH)
+
+
+def answer(browser: WebDriver, base_url: str) -> str:
+    """Chat: an example's question about a picture, answered; gives the answer."""
+    open_page(browser, base_url, "chat")
+    click_text(browser, "#chat .example", "How many shapes are there?")
+    wait(browser, lambda: find(browser, "#chat .attached img").is_displayed())
+    click(browser, "#chat .primary")
+    wait_until_done(browser, "#chat")
+    assert find(browser, "#chat .question .text").text == "How many shapes are there?"
+    said = find(browser, "#chat .answer .text").text
+    assert said.strip()
+    return said
+
+
+def follow_up(browser: WebDriver, question: str) -> None:
+    """Chat: one more turn of the conversation, sent with the keyboard."""
+    before = len(find_all(browser, "#chat .answer"))
+    find(browser, "#chat-input").send_keys(question + Keys.ENTER)
+    wait_for(browser, "#chat .answer", before + 1)
+    wait_until_done(browser, "#chat")
+
+
+def painting(browser: WebDriver, base_url: str) -> list[str]:
+    """Paint: at least two different previews before the picture; gives the previews' URLs."""
+    open_page(browser, base_url, "paint")
+    enter(browser, "#paint-input", "a red circle")
+    click(browser, "#paint .primary")
+    wait(browser, lambda: bool(find_all(browser, "#paint [data-state=painting] img")))
+    assert "Step" in text_of(browser, "#paint figcaption")
+    wait_until_done(browser, "#paint")
+    assert_painted(browser, "#paint", 1)
+    shown: list[tuple[str, str]] = browser.execute_script("return window.shown")
+    final = find(browser, "#paint .tile img").get_attribute("src")
+    previews = list(dict.fromkeys(url for state, url in shown if state == "painting"))
+    assert len(previews) >= 2, f"{len(previews)} previews"
+    assert final not in previews
+    return previews
+
+
+def again(browser: WebDriver, base_url: str) -> str:
+    """Paint, and do it again from the gallery: the same seed, the same picture; gives the seed."""
+    open_page(browser, base_url, "paint")
+    enter(browser, "#paint-input", "a red circle")
+    click(browser, "#paint .primary")
+    wait_until_done(browser, "#paint")
+    open_gallery(browser)
+    click_text(browser, "#viewer button", "Do it again")
+    wait_for(browser, "#paint .card", 2)
+    wait_until_done(browser, "#paint")
+    assert_painted(browser, "#paint", 2)
+    seeds = [element.text for element in find_all(browser, "#paint .card .seed")]
+    urls = [element.get_attribute("src") for element in find_all(browser, "#paint .tile img")]
+    assert seeds[0] == seeds[1]
+    assert urls[0] == urls[1]
+    return seeds[0].removeprefix("Seed ")
+
+
+def editing(browser: WebDriver, base_url: str) -> None:
+    """Edit: an example's picture changed, and the result taken as the next one to change."""
+    open_page(browser, base_url, "edit")
+    click_text(browser, "#edit .example", "Turn the square red.")
+    wait(browser, lambda: find(browser, "#edit .attached img").is_displayed())
+    click(browser, "#edit .primary")
+    wait_until_done(browser, "#edit")
+    assert_painted(browser, "#edit", 1)
+    click_text(browser, "#edit .tile button", "Edit this")
+    painted = find(browser, "#edit .tile img").get_attribute("src")
+    assert find(browser, "#edit .attached img").get_attribute("src") == painted
+
+
+def upload(browser: WebDriver, base_url: str, picture: Path) -> None:
+    """Edit: a picture from a file, taken out again."""
+    open_page(browser, base_url, "edit")
+    find(browser, "#edit input[type=file]").send_keys(str(picture))
+    wait(browser, lambda: bool(find_all(browser, "#edit .attached img")))
+    click(browser, "#edit .remove")
+    assert not find_all(browser, "#edit .attached img")
+
+
+def story(browser: WebDriver, base_url: str) -> None:
+    """Story: text and two pictures, in turn."""
+    open_page(browser, base_url, "story")
+    enter(browser, "#setting-max_images", "2")
+    enter(browser, "#story-input", STORY)
+    click(browser, "#story .primary")
+    wait_until_done(browser, "#story")
+    assert_painted(browser, "#story", 2)
+    assert text_of(browser, "#story .answer .text").strip()
+
+
+def variations(browser: WebDriver, base_url: str) -> None:
+    """Paint: three pictures at once; the last one alone, by its own seed, is the same again."""
+    open_page(browser, base_url, "paint")
+    enter(browser, "#setting-n", "3")
+    enter(browser, "#setting-seed", "40")
+    enter(browser, "#paint-input", "two purple crosses")
+    click(browser, "#paint .primary")
+    wait_until_done(browser, "#paint")
+    assert_painted(browser, "#paint", 3)
+    last = find_all(browser, "#paint .tile")[2]
+    url = last.find_element(By.TAG_NAME, "img").get_attribute("src")
+    next(b for b in last.find_elements(By.TAG_NAME, "button") if b.text == "Do it again").click()
+    wait_until_done(browser, "#paint")
+    assert_painted(browser, "#paint", 4)
+    assert text_of(browser, "#paint .card .seed") == "Seed 42"
+    assert find(browser, "#paint .tile img").get_attribute("src") == url
+
+
+def refusal(browser: WebDriver, base_url: str) -> str:
+    """Paint: a size that no model takes; gives the words that say so, near the button."""
+    open_page(browser, base_url, "paint")
+    enter(browser, "#setting-size", "63x63")
+    enter(browser, "#paint-input", "a red circle")
+    click(browser, "#paint .primary")
+    wait(browser, lambda: find(browser, "#paint .notice").is_displayed())
+    assert not find_all(browser, "#paint .card")
+    words = text_of(browser, "#paint .notice p")
+    assert "63" in words
+    return words
+
+
+def stop(browser: WebDriver, base_url: str, prompt: str = "Go on for long.") -> None:
+    """Chat: an answer stopped on its way; what had come stays."""
+    open_page(browser, base_url, "chat")
+    find(browser, "#chat-input").send_keys(prompt + Keys.ENTER)
+    wait(browser, lambda: bool(find_all(browser, "#chat .answer .text")))
+    click(browser, "#chat .stop")
+    wait_until_done(browser, "#chat")
+    assert text_of(browser, "#chat .answer .status") == "Stopped."
+
+
+def assert_painted(browser: WebDriver, panel: str, count: int) -> None:
+    """So many finished pictures in that panel, decoded and not empty."""
+    tiles = find_all(browser, f"{panel} .tile[data-state=finished] img")
+    assert len(tiles) == count
+    wait(browser, lambda: all(tile.get_property("naturalWidth") for tile in tiles))
+
+
+def assert_fits(browser: WebDriver) -> None:
+    """Nothing is wider than the window."""
+    wide, inner = browser.execute_script(
+        "return [document.scrollingElement.scrollWidth, window.innerWidth]"
+    )
+    assert wide <= inner, f"the page is {wide} wide in a window of {inner}"
+
+
+def open_gallery(browser: WebDriver) -> None:
+    """The newest picture of the gallery, in its viewer."""
+    opener = find(browser, "[popovertarget=gallery]")
+    if opener.is_displayed():
+        opener.click()
+    click(browser, "#gallery .thumbs button")
+    wait(browser, lambda: find(browser, "#viewer").is_displayed())
+
+
+def wait_until_done(browser: WebDriver, panel: str) -> None:
+    """Until nothing is under way in that panel."""
+    wait(
+        browser,
+        lambda: (
+            find(browser, f"{panel} .primary").is_displayed()
+            and not find_all(browser, f"{panel} [aria-busy]")
+        ),
+    )
+
+
+def wait(browser: WebDriver, condition: Callable[[], Any]) -> None:
+    WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: condition())
+
+
+def find(browser: WebDriver, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def find_all(browser: WebDriver, selector: str) -> list[WebElement]:
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def wait_for(browser: WebDriver, selector: str, count: int) -> None:
+    """Until there are exactly so many elements."""
+    wait(browser, lambda: len(find_all(browser, selector)) == count)
+
+
+def text_of(browser: WebDriver, selector: str) -> str:
+    return find(browser, selector).text
+
+
+def click(browser: WebDriver, selector: str) -> None:
+    find(browser, selector).click()
+
+
+def click_text(browser: WebDriver, selector: str, words: str) -> None:
+    """The element of that selector with exactly these words."""
+    next(e for e in find_all(browser, selector) if e.text == words).click()
+
+
+def enter(browser: WebDriver, selector: str, text: str) -> None:
+    """Text into a field, which is shown first where it lies in a closed sheet."""
+    element = find(browser, selector)
+    if not element.is_displayed():
+        click(browser, "[popovertarget=settings]")
+    element.clear()
+    element.send_keys(text)
+    closing = find(browser, "#settings .sheet-close")
+    if closing.is_displayed():
+        closing.click()

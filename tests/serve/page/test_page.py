@@ -1,0 +1,310 @@
+"""The page in a real Chromium against a scripted server.
+
+The page is a static one of our own, not Gradio: it has one origin with the API, and uses the same
+public API as everybody else, so that what it can do, any client can. No second framework comes in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.keys import Keys
+
+from serve.page import journeys
+from serve.page.device import set_device
+from serve.page.scripted import KEY, PAGE, Script, scripted_server
+
+PREVIEW = "#paint [data-state=painting] img"
+Shoot = Callable[[str], None]
+Browser = WebDriver
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Script]]:
+    with scripted_server() as (url, script):
+        yield url, script
+
+
+@pytest.fixture
+def script(server: tuple[str, Script]) -> Script:
+    script = server[1]
+    script.asked.clear()
+    script.broken_off.clear()
+    script.wants_key = False
+    return script
+
+
+@pytest.fixture
+def url(server: tuple[str, Script], script: Script) -> str:
+    return server[0]
+
+
+def test_an_answer_is_text_and_nothing_else(
+    browser: Browser, url: str, script: Script, shoot: Shoot
+) -> None:
+    assert "<b>a triangle</b>" in journeys.answer(browser, url)
+    shoot("chat")
+    journeys.follow_up(browser, "And what colour is the square?")
+    first, second = script.bodies("/v1/chat/completions")
+    assert [part["type"] for part in first["messages"][0]["content"]] == ["image_url", "text"]
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+    assert second["stream"] is True
+
+
+def test_a_thought_is_folded(browser: Browser, url: str, shoot: Shoot) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.click(browser, "#setting-think")
+    journeys.follow_up(browser, "How many shapes are there?")
+    thought = journeys.find(browser, "#chat .thought")
+    assert "what can be seen" not in thought.text
+    journeys.click(browser, "#chat .thought summary")
+    assert "what can be seen" in thought.text
+    shoot("chat-thought")
+
+
+def test_pictures_in_an_answer_of_the_chat(browser: Browser, url: str, script: Script) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.follow_up(browser, "Hello")
+    journeys.click(browser, "#setting-modalities")
+    journeys.follow_up(browser, "Draw a circle.")
+    journeys.assert_painted(browser, "#chat", 2)
+    body = script.bodies("/v1/chat/completions")[-1]
+    assert body["modalities"] == ["text", "image"]
+    assert len(body["messages"]) == 1
+
+
+def test_previews_come_before_the_picture(
+    browser: Browser, url: str, script: Script, shoot: Shoot
+) -> None:
+    journeys.painting(browser, url)
+    shoot("paint")
+    [body] = script.bodies("/v1/images/generations")
+    assert body["prompt"] == "a red circle"
+    assert body["partial_images"] == 3
+    assert set(body) == {"prompt", "seed", "stream", "partial_images", "response_format"}
+
+
+def test_a_picture_on_its_way(browser: Browser, url: str, shoot: Shoot) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.enter(browser, "#setting-n", "2")
+    journeys.click(browser, "#setting-think")
+    journeys.enter(browser, "#paint-input", "a red circle")
+    journeys.click(browser, "#paint .primary")
+    journeys.wait_for(browser, PREVIEW, 2)
+    shoot("paint-preview")
+    journeys.wait_until_done(browser, "#paint")
+    journeys.click(browser, "#paint .tile .thought summary")
+    assert "A plan for a red circle." in journeys.text_of(browser, "#paint .tile .thought")
+
+
+def test_settings_that_are_entered_are_sent(browser: Browser, url: str, script: Script) -> None:
+    journeys.open_page(browser, url, "paint")
+    given = {"n": 2, "size": "96x64", "steps": 8, "guidance": 1.5, "shift": 2, "seed": 7}
+    for name, value in given.items():
+        journeys.enter(browser, f"#setting-{name}", str(value))
+    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+    journeys.wait_until_done(browser, "#paint")
+    [body] = script.bodies("/v1/images/generations")
+    assert given.items() <= body.items()
+    browser.refresh()
+    assert journeys.find(browser, "#setting-steps").get_property("value") == "8"
+
+
+def test_the_dice_keeps_a_seed(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.click(browser, ".dice")
+    first = journeys.find(browser, "#setting-seed").get_property("value")
+    journeys.click(browser, ".dice")
+    second = journeys.find(browser, "#setting-seed").get_property("value")
+    assert first != second
+    assert str(first).isdigit()
+
+
+def test_nonsense_is_not_sent(browser: Browser, url: str, script: Script) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.enter(browser, "#setting-steps", "0")
+    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+    assert not script.asked
+    journeys.open_page(browser, url, "edit")
+    journeys.enter(browser, "#edit-input", "Turn it red." + Keys.ENTER)
+    assert "Add the picture" in journeys.text_of(browser, "#edit .notice")
+
+
+def test_again_is_the_same_request(browser: Browser, url: str, script: Script) -> None:
+    seed = journeys.again(browser, url)
+    first, second = script.bodies("/v1/images/generations")
+    assert first == second
+    assert str(first["seed"]) == seed
+
+
+def test_each_of_several_pictures_has_its_seed(browser: Browser, url: str, shoot: Shoot) -> None:
+    journeys.variations(browser, url)
+    shoot("paint-several")
+    journeys.open_gallery(browser)
+    assert "42" in journeys.text_of(browser, "#viewer dl")
+    shoot("gallery")
+
+
+def test_an_edit_sends_the_pictures(
+    browser: Browser, url: str, script: Script, shoot: Shoot
+) -> None:
+    journeys.editing(browser, url)
+    shoot("edit")
+    [body] = script.bodies("/v1/images/edits")
+    assert body["image[]"] == 1
+    assert body["prompt"] == "Turn the square red."
+    assert body["stream"] == "true"
+
+
+def test_a_file_can_be_added_and_removed(browser: Browser, url: str) -> None:
+    journeys.upload(browser, url, Path(str(PAGE / "example.png")).resolve())
+
+
+def test_pictures_can_be_dropped_and_pasted(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "edit")
+    browser.execute_async_script(_HAND_OVER, "drop", "dataTransfer")
+    journeys.wait_for(browser, "#edit .attached img", 1)
+    browser.execute_async_script(_HAND_OVER, "paste", "clipboardData")
+    journeys.wait_for(browser, "#edit .attached img", 2)
+
+
+_HAND_OVER = """
+const [kind, name, done] = arguments;
+fetch("example.png").then((response) => response.blob()).then((blob) => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([blob], "example.png", { type: "image/png" }));
+  const event = new Event(kind, { bubbles: true, cancelable: true });
+  event[name] = transfer;
+  document.body.dispatchEvent(event);
+  done();
+});
+"""
+
+
+def test_a_story(browser: Browser, url: str, script: Script, shoot: Shoot) -> None:
+    journeys.story(browser, url)
+    shoot("story")
+    [body] = script.bodies("/v1/chat/completions")
+    assert body["modalities"] == ["text", "image"]
+    assert body["max_images"] == 2
+    assert body["partial_images"] == 3
+    kinds = [
+        "text" if "text" in str(part.get_attribute("class")) else "picture"
+        for part in journeys.find_all(browser, "#story .answer-body > *")
+    ]
+    assert kinds == ["text", "picture", "text", "picture", "text"]
+
+
+def test_an_error_is_said_near_the_button(browser: Browser, url: str, shoot: Shoot) -> None:
+    assert "63 is not a multiple" in journeys.refusal(browser, url)
+    shoot("error")
+
+
+def test_a_busy_server_says_when_to_come_back(browser: Browser, url: str, shoot: Shoot) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.enter(browser, "#chat-input", "busy" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, "#chat .notice").is_displayed())
+    assert "Try again in" in journeys.text_of(browser, "#chat .countdown")
+    retry = journeys.find(browser, "#chat .notice button")
+    assert not retry.is_enabled()
+    assert journeys.find(browser, "#chat-input").get_property("value") == "busy"
+    shoot("error-busy")
+    journeys.wait(browser, retry.is_enabled)
+
+
+def test_an_error_on_the_way_leaves_what_came(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.follow_up(browser, "fail")
+    assert "The engine stopped" in journeys.text_of(browser, "#chat .notice")
+    assert "two shapes" in journeys.text_of(browser, "#chat .answer")
+
+
+def test_stop_ends_the_request(browser: Browser, url: str, script: Script) -> None:
+    journeys.stop(browser, url)
+    assert script.broken_off.wait(10)
+
+
+def test_a_key_is_sent_and_forgotten(browser: Browser, url: str, script: Script) -> None:
+    script.wants_key = True
+    journeys.open_page(browser, url, "paint")
+    journeys.wait(browser, lambda: "API key" in journeys.text_of(browser, "#model"))
+    journeys.enter(browser, "#api-key", KEY + Keys.TAB)
+    journeys.wait(browser, lambda: journeys.text_of(browser, "#model") == "scenes")
+    assert browser.execute_script("return localStorage.length") == 0
+    assert browser.execute_script("return document.cookie") == ""
+
+
+def test_the_keyboard_is_enough(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "chat")
+    tab = journeys.find(browser, "#tab-chat")
+    tab.send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element.get_attribute("id") == "tab-paint"
+    assert journeys.find(browser, "#paint-input").is_displayed()
+    browser.switch_to.active_element.send_keys(Keys.END)
+    assert browser.switch_to.active_element.get_attribute("id") == "tab-story"
+
+
+def test_every_field_and_button_has_a_name(browser: Browser, url: str) -> None:
+    journeys.editing(browser, url)
+    unnamed = browser.execute_script(
+        """
+        return [...document.querySelectorAll("button, input, textarea, img, dialog")]
+          .filter((e) => !(e.labels?.length || e.textContent.trim() || e.ariaLabel
+                           || e.hasAttribute("alt")))
+          .map((e) => e.outerHTML);
+        """
+    )
+    assert unnamed == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_fits_and_looks_right(
+    browser: Browser, url: str, shoot: Shoot, width: int, scheme: str
+) -> None:
+    set_device(browser, width, 740 if width == 360 else 860, scheme)
+    name = f"{'phone' if width == 360 else 'desktop'}-{scheme}"
+    journeys.open_page(browser, url, "chat")
+    shoot(f"{name}-welcome")
+    journeys.answer(browser, url)
+    journeys.assert_fits(browser)
+    shoot(f"{name}-chat")
+    for mode, journey in (
+        ("paint", journeys.variations),
+        ("edit", journeys.editing),
+        ("story", journeys.story),
+        ("error", journeys.refusal),
+    ):
+        journey(browser, url)
+        journeys.assert_fits(browser)
+        shoot(f"{name}-{mode}")
+    if width == 360:
+        journeys.click(browser, "[popovertarget=settings]")
+        journeys.assert_fits(browser)
+        shoot(f"{name}-settings")
+    journeys.painting(browser, url)
+    journeys.open_gallery(browser)
+    journeys.assert_fits(browser)
+    shoot(f"{name}-viewer")
+
+
+def test_nothing_is_loaded_from_elsewhere(browser: Browser, url: str) -> None:
+    journeys.answer(browser, url)
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
+    assert loaded
+    assert all(name.startswith((f"{url}/", "data:", "blob:")) for name in loaded)
+    complaints = [entry["message"] for entry in browser.get_log("browser")]
+    assert complaints == []
+
+
+def test_the_sources_make_no_markup_of_text() -> None:
+    for script in Path(str(PAGE / "js")).glob("*.js"):
+        text = script.read_text(encoding="utf-8")
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+        assert not re.search(r"https?://", text)
