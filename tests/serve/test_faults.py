@@ -1,0 +1,231 @@
+"""Limits, deadlines, clients that go away, engines that die: nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify
+from neounify.errors import PromptError, RequestError
+from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
+from neounify.serve.generation import GenerationEngine
+from neounify.serve.hosts import EngineSettings, ProcessHost, ThreadHost
+from neounify.serve.link import EngineLink
+from neounify.serve.service import Service, ServiceLimits
+from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from serving import collect, same_image, serve
+
+
+def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> PaintRequest:
+    sampling = make_sampling(pipe.config, editing=False, steps=steps)
+    options = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
+    return PaintRequest(**(options | values))
+
+
+def chatting(text: str = "Hello", tokens: int = 8) -> Any:
+    return make_chat_request(text, [], max_new_tokens=tokens)
+
+
+def engine_of(service: Service) -> UnderstandingEngine:
+    host = service.links.understanding.host
+    assert isinstance(host, ThreadHost)
+    assert host.understanding is not None
+    return host.understanding
+
+
+async def settled(service: Service) -> dict[str, float]:
+    """The gauges once the engines have nothing left to do."""
+    for _ in range(200):
+        await asyncio.sleep(0.02)
+        gauges = dict(service.gauges())
+        if not any(gauges.get(name) for name in ("requests", "und_writing", "gen_images")):
+            return gauges
+    raise AssertionError(f"the engines never came to rest: {gauges}")
+
+
+def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline) -> None:
+    async def work(service: Service) -> tuple[list[Any], Any]:
+        tasks = [asyncio.ensure_future(collect(service, chatting())) for _ in range(6)]
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        return answers, await collect(service, chatting())
+
+    answers, later = serve(colocated(pipe, limits=ServiceLimits(requests=4)), work)
+    refused = [a for a in answers if isinstance(a, Overloaded)]
+    assert len(refused) == 2
+    assert all(a.retry_after >= 1 for a in refused)
+    assert all(a.text == later.text for a in answers if not isinstance(a, Overloaded))
+
+
+def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
+    async def work(service: Service) -> list[Any]:
+        requests = [painting(pipe, 3, count=3), painting(pipe, 3)]
+        return await asyncio.gather(
+            *(collect(service, r) for r in requests), return_exceptions=True
+        )
+
+    first, second = serve(colocated(pipe, limits=ServiceLimits(image_tokens=12)), work)
+    assert len(first.images) == 3
+    assert isinstance(second, Overloaded)
+
+
+def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline) -> None:
+    small = EngineSettings(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+
+    async def work(service: Service) -> Any:
+        answers = await asyncio.gather(*(collect(service, chatting()) for _ in range(9)))
+        await settled(service)
+        engine_of(service).check()
+        return answers
+
+    answers = serve(colocated(pipe, small), work)
+    assert {a.text for a in answers} == {pipe.chat("Hello", max_new_tokens=8).text}
+
+
+def test_what_can_never_fit_is_an_error_at_once(pipe: neounify.Pipeline) -> None:
+    small = EngineSettings(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+    with pytest.raises(RequestError, match=r"needs room for .* tokens, the server has 128"):
+        serve(colocated(pipe, small), lambda s: collect(s, chatting(tokens=200)))
+    with pytest.raises(PromptError, match="the model reads 8192"):
+        serve(colocated(pipe), lambda s: collect(s, chatting("x" * 9000)))
+
+
+@pytest.mark.parametrize("kind", ["chat", "paint"])
+def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: str) -> None:
+    request = chatting(tokens=4000) if kind == "chat" else painting(pipe, 900)
+
+    async def work(service: Service) -> dict[str, float]:
+        events = service.answer(request, previews=3)
+        if kind == "chat":
+            await anext(events)
+        else:
+            task = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0.3)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await events.aclose()
+        gauges = await settled(service)
+        engine_of(service).check()
+        return gauges
+
+    gauges = serve(colocated(pipe), work)
+    assert gauges["requests"] == gauges["image_tokens"] == 0
+    pinned = 1 / 2048 * 2
+    assert gauges["und_cache_used"] <= pinned
+
+
+def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
+    async def work(service: Service) -> None:
+        for request in (chatting(tokens=4000), painting(pipe, 900)):
+            with pytest.raises(DeadlineExceeded):
+                await collect(service, request, deadline=0.3)
+        await settled(service)
+
+    serve(colocated(pipe), work)
+
+
+def test_draining_finishes_what_was_begun(pipe: neounify.Pipeline) -> None:
+    async def work(service: Service) -> tuple[Any, bool]:
+        task = asyncio.ensure_future(collect(service, painting(pipe, 12)))
+        await asyncio.sleep(0.05)
+        drained = asyncio.ensure_future(service.drain(30))
+        await asyncio.sleep(0)
+        with pytest.raises(Draining):
+            await collect(service, chatting())
+        return await task, await drained
+
+    answer, drained = serve(colocated(pipe), work)
+    assert drained
+    assert 0 in answer.images
+
+
+def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
+    question = "What do you see in this long and winding question of mine?"
+
+    async def work(service: Service) -> tuple[Any, Any, Any]:
+        first = await collect(service, chatting(question))
+        turn = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": first.text},
+            {"role": "user", "content": "And then?"},
+        ]
+        second = await collect(service, make_chat_request(turn, [], max_new_tokens=4))
+        image = await collect(service, painting(pipe, 2))
+        engine_of(service).check()
+        return first, second, image
+
+    first, second, image = serve(colocated(pipe), work)
+    assert first.finished.cached_tokens == 0
+    assert second.finished.cached_tokens >= len(question) // 2
+    # The system message was read when the service started.
+    assert image.finished.cached_tokens >= 16
+
+
+def test_an_engine_that_fails_is_started_again(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = GenerationEngine.step
+    broken = {"left": 1}
+
+    def fails_once(self: GenerationEngine) -> None:
+        if broken["left"]:
+            broken["left"] = 0
+            raise RuntimeError("the memory of the device is gone")
+        step(self)
+
+    monkeypatch.setattr(GenerationEngine, "step", fails_once)
+
+    async def work(service: Service) -> Any:
+        with pytest.raises(EngineDied):
+            await collect(service, painting(pipe, 3))
+        for _ in range(100):
+            if service.ready:
+                break
+            await asyncio.sleep(0.02)
+        assert service.counters()["restarts"] == 1
+        return await collect(service, painting(pipe, 3))
+
+    answer = serve(colocated(pipe), work)
+    same_image(answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
+
+
+@pytest.mark.parametrize("victim", ["gen", "und"])
+def test_a_killed_process_costs_only_its_own_requests(
+    pipe: neounify.Pipeline, folder: Path, victim: str
+) -> None:
+    def killed(link: EngineLink) -> None:
+        assert isinstance(link.host, ProcessHost)
+        assert link.host.pid is not None
+        os.kill(link.host.pid, signal.SIGKILL)
+
+    async def work(service: Service) -> Any:
+        image = asyncio.ensure_future(collect(service, painting(pipe, 600)))
+        chat = asyncio.ensure_future(collect(service, chatting(tokens=400)))
+        while service.gauges().get("gen_images", 0) < 1:
+            await asyncio.sleep(0.02)
+        links = service.links
+        killed(links.generation if victim == "gen" else links.understanding)
+        died, goes_on = (image, chat) if victim == "gen" else (chat, image)
+        with pytest.raises(EngineDied):
+            await died
+        assert not service.ready
+        finished = await goes_on
+        assert finished.finished is not None
+        while not service.ready:
+            await asyncio.sleep(0.05)
+        return await asyncio.gather(
+            collect(service, painting(pipe, 3)), collect(service, chatting())
+        )
+
+    settings = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
+    image, chat = serve(build_service(settings), work)
+    same_image(image.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
+    assert chat.text == pipe.chat("Hello", max_new_tokens=8).text
