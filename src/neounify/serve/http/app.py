@@ -1,0 +1,98 @@
+"""The server as one ASGI app, put together from its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+from prometheus_client import CollectorRegistry
+from starlette.routing import Match, Mount
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from neounify.serve.events import Answering
+from neounify.serve.http import chat_routes, image_routes
+from neounify.serve.http.accounts import Accounts
+from neounify.serve.http.context import Context
+from neounify.serve.http.docs_page import docs_page
+from neounify.serve.http.errors import ErrorBody
+from neounify.serve.http.gate import API, Gate
+from neounify.serve.http.handlers import add_handlers
+from neounify.serve.http.hooks import HttpHooks, PlainHooks
+from neounify.serve.http.info_routes import info_router
+from neounify.serve.http.metrics import HttpMetrics
+from neounify.serve.http.remote import ImageFetcher
+from neounify.serve.http.results import ResultStore
+from neounify.serve.http.settings import HttpSettings
+
+DESCRIPTION = (
+    "Chat about text and pictures, paint, edit, and answer in text and images. The routes are "
+    "OpenAI's; fields called extensions are this server's own."
+)
+
+
+def create_app(
+    service: Answering,
+    settings: HttpSettings | None = None,
+    *,
+    hooks: HttpHooks | None = None,
+    registry: CollectorRegistry | None = None,
+    ready: Callable[[], bool] = lambda: True,
+    page: Path | None = None,
+) -> FastAPI:
+    """The app that answers by `service`.
+
+    `hooks` check prompts and mark images; `registry` may hold collectors of the engines, ours
+    are added to it; `ready` is asked by /health; `page` is a folder of static files for `/`.
+    """
+    settings = settings or HttpSettings()
+    metrics = HttpMetrics(registry or CollectorRegistry())
+    app = FastAPI(
+        title="neounify",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        responses={"default": {"model": ErrorBody, "description": "Every error"}},
+    )
+    app.state.context = Context(
+        service=service,
+        settings=settings,
+        hooks=hooks or PlainHooks(),
+        metrics=metrics,
+        results=ResultStore(settings.result_bytes, settings.result_seconds),
+        fetcher=ImageFetcher(
+            settings.remote_hosts,
+            max_bytes=settings.remote_bytes,
+            seconds=settings.remote_seconds,
+        ),
+        started=int(time.time()),
+    )
+    accounts = Accounts(
+        settings.keys,
+        requests_per_minute=settings.requests_per_minute,
+        concurrent=settings.concurrent,
+    )
+    app.add_middleware(Gate, accounts=accounts, limits=settings.limits, metrics=metrics)
+    add_handlers(app)
+    for router in (chat_routes.router, image_routes.router, info_router(ready)):
+        app.include_router(router)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
+
+    if page is not None:
+        app.router.routes.append(_Page("/", StaticFiles(directory=page, html=True), name="page"))
+    return app
+
+
+class _Page(Mount):
+    """The static files; paths of the API are not its business, so that 405 stays 405."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope.get("path", "").startswith(API):
+            return Match.NONE, {}
+        return super().matches(scope)

@@ -1,0 +1,135 @@
+"""From the body of a chat completion to what the engines answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+
+from neounify.decode.choose import SamplingSettings
+from neounify.pipeline.chatting import ChatRequest, make_chat_request
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart
+from neounify.serve.http.context import Context, new_seed
+from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.pictures import read_picture_url
+from neounify.text.template import IMAGE_MARK
+
+DEFAULT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class _Turn:
+    role: str
+    pieces: list[str | PIL.Image.Image]
+
+    @property
+    def text(self) -> str:
+        """The text with a mark in each picture's place."""
+        return "".join(p if isinstance(p, str) else IMAGE_MARK for p in self.pieces)
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        return [p for p in self.pieces if isinstance(p, PIL.Image.Image)]
+
+    def for_pipeline(self) -> dict[str, Any]:
+        parts = [
+            {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
+            for p in self.pieces
+        ]
+        return {"role": self.role, "content": parts}
+
+
+async def read_chat(body: ChatBody, context: Context) -> ChatRequest | InterleaveRequest:
+    """The request. Raises ApiError, PromptError, ImageError, RequestError and Refused."""
+    context.check_model(body.model)
+    turns = await _read_turns(body, context)
+    images = [image for turn in turns for image in turn.images]
+    await context.check_prompt("\n".join(turn.text for turn in turns), images)
+    if body.paints:
+        return _interleave_request(body, turns, context)
+    return make_chat_request(
+        [turn.for_pipeline() for turn in turns],
+        (),
+        max_new_tokens=_max_tokens(body, context),
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        repetition_penalty=body.repetition_penalty,
+        stop=body.stops,
+        think=body.thinks,
+        seed=body.seed,
+    )
+
+
+async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
+    limits = context.settings.limits
+    count = sum(isinstance(p, ImagePart) for message in body.messages for p in message.parts)
+    if count > limits.images:
+        raise bad_request(
+            f"{count} images in one request; at most {limits.images} are read", "messages"
+        )
+    turns = []
+    for place, message in enumerate(body.messages):
+        with blame(f"messages.{place}.content"):
+            pieces = [await _read_part(part, context) for part in message.parts]
+        role = "system" if message.role == "developer" else message.role
+        turns.append(_Turn(role, pieces))
+    return turns
+
+
+async def _read_part(part: TextPart | ImagePart, context: Context) -> str | PIL.Image.Image:
+    if isinstance(part, TextPart):
+        return part.text
+    most = context.settings.limits.image_pixels
+    return await read_picture_url(part.image_url.url, context.fetcher, max_pixels=most)
+
+
+def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) -> InterleaveRequest:
+    if "text" not in body.modalities:
+        raise bad_request(
+            'modalities: use ["text", "image"], or /v1/images/generations for images alone',
+            "modalities",
+        )
+    if body.stops:
+        raise bad_request("stop: answers with images take no stop strings", "stop")
+    system = turns.pop(0).text if turns[0].role == "system" else ""
+    if len(turns) != 1 or turns[0].role != "user":
+        raise bad_request(
+            "messages: an answer with images takes one user message, after a system message "
+            "or not; earlier turns cannot be continued with images",
+            "messages",
+        )
+    [turn] = turns
+    seed = new_seed(body.seed)
+    most = context.settings.limits.answer_images
+    if body.max_images is not None and body.max_images > most:
+        raise bad_request(f"max_images: at most {most} on this server", "max_images")
+    return InterleaveRequest(
+        prompt=turn.text,
+        sizes=[context.size(body, turn.images[0] if turn.images else None)],
+        sampling=context.sampling(body, editing=True, steps=body.steps),
+        images=turn.images,
+        max_images=most if body.max_images is None else body.max_images,
+        max_new_tokens=_max_tokens(body, context),
+        seed=seed,
+        think=body.thinks,
+        system=system,
+        text=SamplingSettings(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=body.top_k,
+            repetition_penalty=body.repetition_penalty,
+            seed=seed,
+        ),
+    )
+
+
+def _max_tokens(body: ChatBody, context: Context) -> int:
+    most = context.settings.limits.tokens
+    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if given is not None and given > most:
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        raise bad_request(f"{name}: {given} is over this server's {most}", name)
+    return min(DEFAULT_TOKENS, most) if given is None else given

@@ -1,0 +1,142 @@
+"""The body of a chat completion: OpenAI's fields, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field
+
+from neounify.serve.http.fields import MOST_TEXT, Number, PaintingFields
+
+Modality = Literal["text", "image"]
+Text = Annotated[str, Field(max_length=MOST_TEXT)]
+
+
+class TextPart(BaseModel):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ImageUrl(BaseModel):
+    """A data URL, or a URL of a host that the operator allows."""
+
+    url: str
+
+
+class ImagePart(BaseModel):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class ChatMessage(BaseModel):
+    """One turn. What else clients put into messages they send back is not read."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Part], Field(max_length=1000)] | None = None
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content as parts, whichever way it was written."""
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+
+
+def _text_only() -> list[Modality]:
+    return ["text"]
+
+
+class ChatBody(PaintingFields):
+    """A conversation to continue."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        (
+            "metadata",
+            "moderation",
+            "parallel_tool_calls",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+            "verbosity",
+        )
+    )
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+    }
+
+    model: str = Field("", max_length=200)
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: Number = Field(0.0, description="0 takes the likeliest token.")
+    top_p: Number = 1.0
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(
+        0, description="0: all tokens. Extension."
+    )
+    repetition_penalty: Number = Field(1.0, description="1 is none. Extension.")
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+        None, description="The newer name of max_tokens."
+    )
+    stop: (
+        Annotated[str, Field(max_length=1000)]
+        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
+    ) = Field(default_factory=list)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] = "none"
+    modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
+    max_images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+        None, description="Images of an interleaved answer at most. Extension."
+    )
+    content_format: Literal["parts", "string"] = Field(
+        "parts",
+        description="How an interleaved answer is returned: `content` as parts with images in "
+        "their places, or as a string with the images beside it in `images`. Extension.",
+    )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a thought is wanted."""
+        if self.think is not None:
+            return self.think
+        return self.reasoning_effort not in ("none", "minimal")
+
+    @property
+    def paints(self) -> bool:
+        """Whether the answer may hold images."""
+        return "image" in self.modalities
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

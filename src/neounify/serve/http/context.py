@@ -1,0 +1,111 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import PIL.Image
+from fastapi import Depends, Request
+
+from neounify.pipeline.request import Sampling, SamplingOptions, make_sampling, output_size
+from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
+from neounify.serve.http.answering import answer
+from neounify.serve.http.errors import ApiError, bad_request
+from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.http.metrics import HttpMetrics
+from neounify.serve.http.remote import ImageFetcher
+from neounify.serve.http.results import ResultStore
+from neounify.serve.http.settings import HttpSettings
+
+
+@dataclass(frozen=True)
+class Context:
+    """One server: the engines behind it, and what the operator decided."""
+
+    service: Answering
+    settings: HttpSettings
+    hooks: HttpHooks
+    metrics: HttpMetrics
+    results: ResultStore
+    fetcher: ImageFetcher
+    started: int
+    """Unix time in seconds."""
+
+    def answer(
+        self, request: ServiceRequest, fields: PaintingFields
+    ) -> AsyncGenerator[ServiceEvent]:
+        """The events of one request, within the caller's deadline and the server's own."""
+        most = self.settings.limits.deadline
+        return answer(
+            self.service,
+            request,
+            previews=fields.partial_images,
+            deadline=most if fields.deadline is None else min(fields.deadline, most),
+            first_token=self.metrics.first_token,
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 for any model but the one that is served."""
+        own = self.settings.model_name
+        if name not in (None, "", own):
+            raise ApiError(
+                404,
+                f"The model {name[:80]!r} is not served here; this is {own!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
+        """Raises ApiError for too much text, Refused for what the operator does not want."""
+        most = self.settings.limits.prompt_chars
+        if len(text) > most:
+            raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
+        await asyncio.to_thread(self.hooks.check_prompt, text, images)
+
+    def sampling(self, fields: PaintingFields, *, editing: bool, steps: int | None) -> Sampling:
+        """How to paint. Raises RequestError for values out of range, ApiError over limits."""
+        options: SamplingOptions = {
+            "steps": steps,
+            "shift": fields.shift,
+            "guidance": fields.guidance,
+            "image_guidance": fields.image_guidance,
+            "guidance_interval": fields.guidance_interval,
+            "guidance_norm": fields.guidance_norm,
+            "solver": fields.solver,
+        }
+        sampling = make_sampling(self.service.config, editing=editing, **options)
+        most = self.settings.limits.steps
+        if sampling.steps > most:
+            raise bad_request(f"steps: {sampling.steps} is over this server's {most}", "steps")
+        return sampling
+
+    def size(self, fields: PaintingFields, reference: PIL.Image.Image | None) -> tuple[int, int]:
+        """(width, height) to paint. Raises ImageError for no legal size, ApiError over limits."""
+        width, height = output_size(self.service.config, *fields.width_height, reference)
+        most = self.settings.limits.output_pixels
+        if width * height > most:
+            raise bad_request(
+                f"size: {width}x{height} is {width * height} pixels, over this server's {most}",
+                "size",
+            )
+        return width, height
+
+
+def new_seed(given: int | None) -> int:
+    """The caller's seed, or a new one that is reported with the answer."""
+    return secrets.randbelow(2**32) if given is None else given
+
+
+def _of_request(request: Request) -> Context:
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context
+
+
+Shared = Annotated[Context, Depends(_of_request)]
+"""The context as an argument of a route."""

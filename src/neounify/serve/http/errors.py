@@ -1,0 +1,194 @@
+"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from neounify.errors import ImageError, NeounifyError, PromptError, RequestError
+from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
+from neounify.serve.safety.hooks import Refused
+
+INVALID = "invalid_request_error"
+
+# Two or more steps of an absolute path, but nothing inside a URL, a fraction or a word.
+_PATH = re.compile(r"(?<![\w.:/-])(?:[A-Za-z]:[\\/]|/)[\w.@+~-]+(?:[\\/][\w.@+~-]+)+")
+_ADDRESS = re.compile(r"\s*(?:object )?at 0x[0-9a-fA-F]+")
+
+RETRY_SECONDS = 2.0
+"""How soon a caller may try again while an engine is being started, in seconds."""
+
+
+class ApiError(HTTPException):
+    """An answer that is an error; `param` names the field at fault, `retry_after` is in seconds.
+
+    An HTTPException, because FastAPI turns all others that come up while it reads a body into 400.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(status, message)
+        self.kind = kind
+        self.param, self.code, self.retry_after = param, code, retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        message = sanitise(self.detail)
+        error = ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
+        return ErrorBody(error=error).model_dump()
+
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """The whole answer."""
+        own = dict(headers or {})
+        if self.retry_after is not None:
+            own["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status_code == 401:
+            own["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status_code, own)
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong; `param` is the field at fault, `code` a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the caller can mend it."""
+    return ApiError(400, message, param=param, code=code)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    kind: str
+    code: str
+    message: str | None = None
+
+
+# `message` None: the error's own, which was written for the caller.
+_KNOWN: dict[type[NeounifyError], _Answer] = {
+    PromptError: _Answer(400, INVALID, "invalid_prompt"),
+    ImageError: _Answer(400, INVALID, "invalid_image"),
+    RequestError: _Answer(400, INVALID, "invalid_value"),
+    Refused: _Answer(400, INVALID, "content_policy_violation"),
+    Overloaded: _Answer(429, "rate_limit_error", "overloaded"),
+    DeadlineExceeded: _Answer(
+        504,
+        "timeout_error",
+        "deadline_exceeded",
+        "The request ran out of time; ask for less or allow it more.",
+    ),
+    EngineDied: _Answer(
+        503,
+        "server_error",
+        "engine_restarting",
+        "The engine that worked on this request stopped and is being started again; try again.",
+    ),
+    Draining: _Answer(
+        503,
+        "server_error",
+        "shutting_down",
+        "The server is shutting down and takes no new requests; try again soon.",
+    ),
+}
+
+INTERNAL = ApiError(
+    500,
+    "The server failed to answer this request. The details are in its log.",
+    kind="server_error",
+    code="internal_error",
+)
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """The answer for an error of any kind; what was not meant for callers becomes a plain 500."""
+    if isinstance(error, ApiError):
+        return error
+    for kind, answer in _KNOWN.items():
+        if isinstance(error, kind):
+            return ApiError(
+                answer.status,
+                str(error) if answer.message is None else answer.message,
+                kind=answer.kind,
+                param=_param(error),
+                code=answer.code,
+                retry_after=_retry_after(error),
+            )
+    return INTERNAL
+
+
+@contextmanager
+def blame(param: str) -> Iterator[None]:
+    """Name the field whose value turns out to be wrong inside the block."""
+    try:
+        yield
+    except (ImageError, PromptError, RequestError) as error:
+        answer = to_api_error(error)
+        answer.param = param
+        raise answer from error
+
+
+def sanitise(message: str) -> str:
+    """The message without paths of the server or addresses in its memory."""
+    return _ADDRESS.sub("", _PATH.sub("…", message))
+
+
+def _retry_after(error: BaseException) -> float | None:
+    if isinstance(error, Overloaded):
+        return error.retry_after
+    return RETRY_SECONDS if isinstance(error, EngineDied | Draining) else None
+
+
+def _param(error: BaseException) -> str | None:
+    """The pipeline's messages begin with the name of the value that is out of range."""
+    if not isinstance(error, RequestError | ImageError):
+        return None
+    name = re.match(r"[a-z][a-z0-9_]*(?=[ :])", str(error))
+    return name[0] if name and name[0] in _FIELDS else None
+
+
+_FIELDS = frozenset(
+    (
+        "guidance",
+        "guidance_interval",
+        "guidance_norm",
+        "image_guidance",
+        "max_images",
+        "repetition_penalty",
+        "seed",
+        "shift",
+        "size",
+        "solver",
+        "steps",
+        "stop",
+        "temperature",
+        "top_k",
+        "top_p",
+    )
+)

@@ -1,0 +1,107 @@
+"""What request bodies have in common: their rules, and the fields of painting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from neounify.flow.guidance import Norm
+from neounify.flow.solvers import SolverName
+from neounify.serve.http.errors import ApiError, bad_request
+from neounify.serve.http.hooks import FormatName
+
+MOST_TEXT = 4_000_000
+"""Characters of one string, data URLs apart, whatever the operator's limits say."""
+
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+SizeText = Annotated[str, Field(pattern=r"^(auto|[0-9]{1,6}x[0-9]{1,6})$")]
+
+
+def _pair(value: Any) -> Any:
+    """A form holds two numbers as "0.1,0.9"."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+class Fields(BaseModel):
+    """A request body. A null is as good as nothing; unknown fields are refused.
+
+    `without_effect` names fields of OpenAI's that change no answer here and are let pass;
+    `only` those that ask for something this server does not do, with the values that ask
+    for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept: dict[str, Any] = {}
+        for name, value in body.items():
+            if name in cls.only:
+                if value is not None and value not in cls.only[name]:
+                    raise _unsupported(name, cls.only[name])
+            elif value is not None and name not in cls.without_effect:
+                kept[name] = value
+        return kept
+
+
+def _unsupported(name: str, values: tuple[Any, ...]) -> ApiError:
+    fine = " or ".join(map(json.dumps, values))
+    rule = f"only {fine} is supported by this server" if fine else "not supported by this server"
+    return bad_request(f"{name}: {rule}", name, "unsupported")
+
+
+class PaintingFields(Fields):
+    """How images are painted; where nothing is said, as the checkpoint's own settings say."""
+
+    size: SizeText = Field(
+        "auto",
+        description="WIDTHxHEIGHT in pixels, multiples of the model's token side. 'auto': the "
+        "shape of the first input image, else the model's own size.",
+    )
+    seed: Seed | None = Field(None, description="The same seed paints the same image.")
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        None, description="Denoising steps. Extension."
+    )
+    guidance: Number | None = Field(
+        None, description="Pull towards the prompt, 1 is none. Extension."
+    )
+    image_guidance: Number | None = Field(
+        None, description="Pull towards the input images of an edit, 1 is none. Extension."
+    )
+    shift: Number | None = Field(
+        None, description="Bends the schedule towards noise, 1 is none. Extension."
+    )
+    guidance_norm: Norm = Field("none", description="Rescaling of guided steps. Extension.")
+    guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
+        (0.0, 1.0), description="The range of t in which guidance acts. Extension."
+    )
+    solver: SolverName = Field("euler", description="Solver of the flow. Extension.")
+    think: bool | None = Field(None, description="Write a thought first. Extension.")
+    partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
+        0, description="Previews of each image while it is painted; with `stream` only."
+    )
+    output_format: FormatName = "png"
+    deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="Seconds after which the request is given up. Extension."
+    )
+
+    @property
+    def width_height(self) -> tuple[int | None, int | None]:
+        """(width, height) in pixels, two None for 'auto'."""
+        if self.size == "auto":
+            return None, None
+        width, _, height = self.size.partition("x")
+        return int(width), int(height)
+
+
+ResponseFormat = Literal["b64_json", "url"]

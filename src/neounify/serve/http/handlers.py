@@ -1,0 +1,76 @@
+"""Every error that leaves a route, as an answer in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from neounify.errors import NeounifyError
+from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have the app answer with our errors only."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(NeounifyError, _ours)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _ours(_: Request, error: Exception) -> Response:
+    answer = to_api_error(error)
+    if answer is INTERNAL:
+        raise error  # to the server's log; the outermost handler answers
+    return answer.response()
+
+
+async def _unexpected(_: Request, __: Exception) -> Response:
+    return INTERNAL.response()
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return error.response()
+    phrase = HTTPStatus(error.status_code).phrase
+    message = error.detail if isinstance(error.detail, str) and error.detail else phrase
+    code = _CODES.get(error.status_code, "bad_request")
+    return ApiError(error.status_code, f"{message.rstrip('.')}.", code=code).response(error.headers)
+
+
+async def _invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    # Of a union every branch complains; the one that got furthest was meant.
+    worst: dict[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
+    if worst["type"] == "json_invalid":
+        place = worst["loc"][-1]
+        return bad_request(f"The body is not JSON (at character {place}).").response()
+    param = _param(worst["loc"][1:], error.body, missing=worst["type"] == "missing")
+    text = "this field is not known" if worst["type"] == "extra_forbidden" else worst["msg"]
+    return bad_request(f"{param or 'body'}: {text}"[:500], param, "invalid_value").response()
+
+
+def _param(loc: Sequence[int | str], body: Any, *, missing: bool) -> str | None:
+    """The path to a field as the caller wrote it, without pydantic's names of union branches."""
+    path: list[str] = []
+    for step in loc:
+        inside = step in body if isinstance(body, dict) else _is_place(step, body)
+        if inside:
+            body = body[step]
+        elif not (missing and step is loc[-1]):
+            continue
+        path.append(str(step)[:80])
+    return ".".join(path) or None
+
+
+def _is_place(step: int | str, body: Any) -> bool:
+    return isinstance(body, list) and isinstance(step, int) and step < len(body)

@@ -1,0 +1,136 @@
+"""From the engines' events to painted images: in one answer, or as events while they come."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+
+from neounify.pipeline.request import PaintRequest
+from neounify.serve.events import Finished, Painted, Preview, TextPiece
+from neounify.serve.http.answering import merge
+from neounify.serve.http.context import Context
+from neounify.serve.http.facts import facts_of
+from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.pictures import to_base64, write_picture
+from neounify.serve.http.sse import sse
+
+
+class ImagesAnswer:
+    """The images of one HTTP request, each a request of its own to the engines."""
+
+    def __init__(self, body: ImageBody, requests: Sequence[PaintRequest], context: Context) -> None:
+        self._body, self._requests, self._context = body, requests, context
+        self._thoughts = [""] * len(requests)
+        self._finished: list[Finished] = []
+        first = requests[0]
+        self._about = {
+            "background": "opaque",
+            "output_format": body.output_format,
+            "quality": body.quality,
+            "size": f"{first.width}x{first.height}",
+        }
+
+    async def whole(self, http: Request) -> dict[str, Any]:
+        """OpenAI's images response."""
+        files: dict[int, bytes] = {}
+        async with aclosing(self._events()) as events:
+            async for number, event in events:
+                if isinstance(event, Painted):
+                    files[number] = await self._write(number, event)
+        if len(files) != len(self._requests):
+            raise RuntimeError("the engines ended without painting every image")
+        return {
+            "created": int(time.time()),
+            "data": [self._entry(n, files[n], http) for n in sorted(files)],
+            **self._about,
+            "usage": self._usage(),
+        }
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """OpenAI's events of partial and completed images."""
+        kind = "image_edit" if self._requests[0].images else "image_generation"
+        partial: Counter[int] = Counter()
+        painted: dict[int, bytes] = {}
+        async with aclosing(self._events()) as events:
+            async for number, event in events:
+                if isinstance(event, Preview):
+                    fields = {
+                        "partial_image_index": partial[number],
+                        "step": event.step,
+                        "steps": event.steps,
+                    }
+                    partial[number] += 1
+                    file = await self._write(number, event)
+                    yield self._event(f"{kind}.partial_image", number, file, fields)
+                elif isinstance(event, Painted):
+                    painted[number] = await self._write(number, event)
+                elif isinstance(event, Finished):
+                    usage = {"usage": self._usage_of([event])}
+                    yield self._event(f"{kind}.completed", number, painted.pop(number), usage)
+
+    async def _events(
+        self,
+    ) -> AsyncGenerator[tuple[int, Preview | Painted | Finished]]:
+        sources = [self._context.answer(request, self._body) for request in self._requests]
+        async with aclosing(merge(sources)) as events:
+            async for number, event in events:
+                if isinstance(event, TextPiece):
+                    self._thoughts[number] += event.text
+                    continue
+                if isinstance(event, Finished):
+                    self._finished.append(event)
+                yield number, event
+
+    async def _write(self, number: int, event: Preview | Painted) -> bytes:
+        context = self._context
+        facts = facts_of(self._requests[number], event, context.settings.model_name)
+        return await write_picture(context.hooks, event.pixels, self._body.output_format, facts)
+
+    def _entry(self, number: int, file: bytes, http: Request) -> dict[str, Any]:
+        entry: dict[str, Any] = self._own(number)
+        if self._body.response_format == "b64_json":
+            return {"b64_json": to_base64(file)} | entry
+        context, suffix = self._context, self._body.output_format
+        name = context.results.put(file, f"image/{suffix}", suffix)
+        base = context.settings.public_url or str(http.base_url)
+        return {"url": f"{base.rstrip('/')}/v1/results/{name}"} | entry
+
+    def _event(self, kind: str, number: int, file: bytes, fields: dict[str, Any]) -> bytes:
+        data = {
+            "type": kind,
+            "b64_json": to_base64(file),
+            "created_at": int(time.time()),
+            **self._about,
+            "index": number,
+            **self._own(number),
+            **fields,
+        }
+        return sse(data, kind)
+
+    def _own(self, number: int) -> dict[str, Any]:
+        thought = self._thoughts[number]
+        seed = {"seed": self._requests[number].seed}
+        return seed | ({"reasoning_content": thought} if thought else {})
+
+    def _usage(self) -> dict[str, Any]:
+        return self._usage_of(self._finished)
+
+    def _usage_of(self, finished: Sequence[Finished]) -> dict[str, Any]:
+        """The prompt counts once, as it is the same for all images."""
+        prompt = max(f.prompt_tokens for f in finished)
+        images = sum(f.image_tokens for f in finished)
+        text = sum(f.completion_tokens for f in finished)
+        usage = {
+            "input_tokens": prompt,
+            "output_tokens": images + text,
+            "total_tokens": prompt + images + text,
+            "output_tokens_details": {"image_tokens": images, "text_tokens": text},
+        }
+        if not self._requests[0].images:
+            usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": prompt}
+        return usage

@@ -1,0 +1,61 @@
+"""POST /v1/images/generations and /v1/images/edits; GET /v1/results/NAME."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import Request
+
+from neounify.pipeline.request import PaintRequest
+from neounify.serve.http.context import Context, Shared
+from neounify.serve.http.edit_form import edit_form_schema, read_edit
+from neounify.serve.http.errors import ApiError
+from neounify.serve.http.image_answer import ImagesAnswer
+from neounify.serve.http.image_request import read_paint
+from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.sse import start_stream
+
+router = APIRouter(tags=["images"])
+
+
+@router.post(
+    "/v1/images/generations", summary="Paint images of a prompt", response_class=JSONResponse
+)
+async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
+    """In one answer, or with `stream` as events with partial images."""
+    return await _paint(body, await read_paint(body, (), context), request, context)
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Paint an image from pictures and an instruction",
+    response_class=JSONResponse,
+    openapi_extra={"requestBody": edit_form_schema()},
+)
+async def edits(request: Request, context: Shared) -> Response:
+    """A multipart form with the fields of a generation and one or more pictures."""
+    body, images = await read_edit(request, context)
+    return await _paint(body, await read_paint(body, images, context), request, context)
+
+
+@router.get("/v1/results/{name}", summary="Fetch an image", response_class=Response)
+async def results(name: str, context: Shared) -> Response:
+    """An image that was painted with `response_format: "url"`; its name is the permission."""
+    result = context.results.get(name)
+    if result is None:
+        raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
+    seconds = context.results.seconds_left(result)
+    headers = {
+        "Cache-Control": f"private, max-age={seconds}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(result.data, media_type=result.media_type, headers=headers)
+
+
+async def _paint(
+    body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
+) -> Response:
+    answer = ImagesAnswer(body, requests, context)
+    if body.stream:
+        return await start_stream(answer.chunks())
+    return JSONResponse(await answer.whole(http))

@@ -1,0 +1,73 @@
+"""What can be asked about the server itself: its model, its health, its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from neounify.serve.http.context import Context, Shared
+
+
+def info_router(ready: Callable[[], bool]) -> APIRouter:
+    """The routes; `ready` says whether new requests would be taken."""
+    router = APIRouter(tags=["server"])
+
+    @router.get("/v1/models", summary="List the model that is served")
+    async def models(context: Shared) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(context)]}
+
+    @router.get("/v1/models/{name:path}", summary="Describe the model that is served")
+    async def model(name: str, context: Shared) -> dict[str, Any]:
+        context.check_model(name)
+        return _model(context)
+
+    @router.get("/health/live", summary="Is the process alive?")
+    async def live() -> dict[str, Any]:
+        return {"live": True}
+
+    @router.get("/health/ready", summary="Does it take requests?", response_class=JSONResponse)
+    @router.get("/health", summary="Both", response_class=JSONResponse)
+    async def health() -> Response:
+        is_ready = ready()
+        return JSONResponse({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics(context: Shared) -> Response:
+        text = await asyncio.to_thread(generate_latest, context.metrics.registry)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
+
+
+def _model(context: Context) -> dict[str, Any]:
+    """OpenAI's model object, and under `neounify` what a client needs for its settings."""
+    config, limits = context.service.config, context.settings.limits
+    own = config.sampling
+    return {
+        "id": context.settings.model_name,
+        "object": "model",
+        "created": context.started,
+        "owned_by": "neounify",
+        "neounify": {
+            "token_side": config.token_size,
+            "image_size": "x".join(map(str, own.image_size)),
+            "steps": own.steps,
+            "guidance": own.guidance,
+            "image_guidance": own.image_guidance,
+            "shift": own.shift,
+            "limits": {
+                "prompt_chars": limits.prompt_chars,
+                "images": limits.images,
+                "output_pixels": limits.output_pixels,
+                "steps": limits.steps,
+                "n": limits.n,
+                "answer_images": limits.answer_images,
+                "tokens": limits.tokens,
+            },
+        },
+    }

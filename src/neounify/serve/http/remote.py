@@ -1,0 +1,171 @@
+"""Fetching images by URL, which is off unless the operator names the hosts.
+
+A URL is a way to make the server call its own neighbours. So the host must be on the list,
+every address it resolves to must be public, the connection goes to the address that was
+checked (not to the name, which may resolve to another one a moment later), redirects are
+checked like first addresses, and bytes and seconds are bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import h11
+
+from neounify.errors import ImageError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""(host, port) -> its addresses."""
+
+MAX_REDIRECTS = 3
+_PORTS = {"http": 80, "https": 443}
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_CHUNK = 64 * 1024
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One URL, taken apart and allowed."""
+
+    secure: bool
+    host: str
+    port: int
+    path: str
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address is out in the open, whatever way its IPv4 part is wrapped."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        wrapped = address.sixtofour is not None or address.teredo is not None
+        if wrapped or address not in _GLOBAL_UNICAST:
+            return False
+    return address.is_global and not address.is_multicast
+
+
+async def resolve_host(host: str, port: int) -> list[str]:
+    """All addresses of a host."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+class ImageFetcher:
+    """Fetches from `hosts` ("host": the usual ports, or "host:port") and nowhere else."""
+
+    def __init__(
+        self,
+        hosts: Sequence[str],
+        *,
+        max_bytes: int,
+        seconds: float,
+        resolve: Resolve = resolve_host,
+        allowed: Callable[[Address], bool] = is_public,
+    ) -> None:
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._max_bytes, self._seconds = max_bytes, seconds
+        self._resolve, self._allowed = resolve, allowed
+
+    async def fetch(self, url: str) -> bytes:
+        """The body behind a URL. Raises ImageError when it may not or cannot be had."""
+        try:
+            return await asyncio.wait_for(self._follow(url), self._seconds)
+        except asyncio.TimeoutError:
+            raise ImageError(f"the image URL took more than {self._seconds:g} seconds") from None
+        except (OSError, h11.ProtocolError, UnicodeError) as error:
+            raise ImageError("the image URL could not be fetched") from error
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            body, location = await self._get(self._target(url))
+            if location is None:
+                return body
+            url = urljoin(url, location)
+        raise ImageError(f"the image URL redirects more than {MAX_REDIRECTS} times")
+
+    def _target(self, url: str) -> _Target:
+        if not self._hosts:
+            raise ImageError("this server fetches no image URLs; send the image as a data URL")
+        parts, port = _split(url)
+        host = (parts.hostname or "").rstrip(".")
+        names = {f"{host}:{port}"} | ({host} if port == _PORTS[parts.scheme] else set())
+        if not names & self._hosts:
+            raise ImageError("the host of the image URL is not on this server's list")
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return _Target(parts.scheme == "https", host, port, path)
+
+    async def _get(self, target: _Target) -> tuple[bytes, str | None]:
+        """(body, where a redirect points to)."""
+        address = await self._address(target)
+        tls = ssl.create_default_context() if target.secure else None
+        name = target.host if target.secure else None
+        reader, writer = await asyncio.open_connection(
+            address, target.port, ssl=tls, server_hostname=name
+        )
+        try:
+            writer.write(_request(connection := h11.Connection(h11.CLIENT), target))
+            await writer.drain()
+            return await self._read(connection, reader)
+        finally:
+            writer.close()
+
+    async def _address(self, target: _Target) -> str:
+        found = await self._resolve(target.host, target.port)
+        if not found or not all(self._allowed(ipaddress.ip_address(a)) for a in found):
+            raise ImageError("the host of the image URL has an address that is not public")
+        return found[0]
+
+    async def _read(
+        self, connection: h11.Connection, reader: asyncio.StreamReader
+    ) -> tuple[bytes, str | None]:
+        body = bytearray()
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                connection.receive_data(await reader.read(_CHUNK))
+            elif isinstance(event, h11.Response):
+                headers = dict(event.headers)
+                if 300 <= event.status_code < 400 and b"location" in headers:
+                    return b"", headers[b"location"].decode("ascii")
+                if event.status_code != 200:
+                    raise ImageError(f"the image URL answers with status {event.status_code}")
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > self._max_bytes:
+                    raise ImageError(f"the image URL holds more than {self._max_bytes} bytes")
+            elif isinstance(event, h11.EndOfMessage):
+                return bytes(body), None
+            elif not isinstance(event, h11.InformationalResponse):
+                raise ImageError("the image URL could not be fetched")
+
+
+def _split(url: str) -> tuple[SplitResult, int]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ImageError("the image URL cannot be read") from error
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise ImageError("image_url must be a data URL, or begin with http:// or https://")
+    if parts.username is not None or parts.password is not None:
+        raise ImageError("the image URL holds a name or a password")
+    return parts, _PORTS[parts.scheme] if port is None else port
+
+
+def _request(connection: h11.Connection, target: _Target) -> bytes:
+    headers = [
+        ("Host", f"{target.host}:{target.port}"),
+        ("User-Agent", "neounify"),
+        ("Accept", "image/*"),
+        ("Connection", "close"),
+    ]
+    request = h11.Request(method="GET", target=target.path, headers=headers)
+    return (connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b"")

@@ -1,0 +1,104 @@
+"""A service without a model: it answers by a script, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import torch
+from PIL import Image
+
+from neounify.config import ModelConfig
+from neounify.image.pixels import to_gen_pixels
+from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.request import PaintRequest
+from neounify.presets import TINY
+from neounify.serve.events import (
+    Finished,
+    Painted,
+    Preview,
+    ServiceEvent,
+    ServiceRequest,
+    TextPiece,
+)
+
+Script = Callable[[ServiceRequest, int], Iterable[ServiceEvent | float | Exception]]
+"""(request, previews) -> events to give, seconds to wait, an error to end with."""
+
+
+def colour_of(seed: int) -> tuple[int, int, int]:
+    """What an image of that seed is filled with."""
+    return (seed * 40 % 256, seed * 90 % 256, seed * 130 % 256)
+
+
+def plain(request: ServiceRequest, previews: int) -> list[ServiceEvent | float | Exception]:
+    """Text that repeats the question, images in the colour of their seed."""
+    if isinstance(request, ChatRequest):
+        thought = [TextPiece("Hm, ", thought=True), TextPiece("yes.", thought=True)]
+        words = [TextPiece("You said: "), TextPiece(request.messages[-1].text)]
+        return [*(thought if request.think else []), *words, Finished("stop", 11, 5, 3)]
+    if isinstance(request, PaintRequest):
+        thought = [TextPiece("A plan.", thought=True)] if request.think else []
+        image = _image(request.width, request.height, request.seed)
+        return [*thought, *_painting(image, 0, previews), Finished("stop", 20, 0, 0, 16)]
+    return _story(request, previews)
+
+
+def _story(request: InterleaveRequest, previews: int) -> list[ServiceEvent | float | Exception]:
+    image = _image(*request.sizes[-1], request.seed)
+    return [
+        TextPiece("Once "),
+        TextPiece("upon a time"),
+        *_painting(image, 0, previews),
+        TextPiece(" and then"),
+        *_painting(image, 1, previews),
+        Finished("stop", 20, 9, 0, 32),
+    ]
+
+
+def _image(width: int, height: int, seed: int) -> torch.Tensor:
+    return to_gen_pixels(Image.new("RGB", (width, height), colour_of(seed)))
+
+
+def _painting(image: torch.Tensor, index: int, previews: int) -> list[ServiceEvent]:
+    steps = [Preview(index, step + 1, 8, image / 2) for step in range(previews)]
+    return [*steps, Painted(index, image)]
+
+
+class Scripted:
+    """An `Answering` for tests."""
+
+    def __init__(self, script: Script = plain, config: ModelConfig = TINY) -> None:
+        self._script, self._config = script, config
+        self.requests: list[ServiceRequest] = []
+        self.deadlines: list[float | None] = []
+        self.open = 0
+        self.most_open = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def last(self) -> ServiceRequest:
+        """The request that came last."""
+        return self.requests[-1]
+
+    async def answer(
+        self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
+    ) -> AsyncIterator[ServiceEvent]:
+        self.requests.append(request)
+        self.deadlines.append(deadline)
+        self.open += 1
+        self.most_open = max(self.open, self.most_open)
+        try:
+            for item in self._script(request, previews):
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, float):
+                    await asyncio.sleep(item)
+                else:
+                    yield item
+        finally:
+            self.open -= 1

@@ -1,0 +1,181 @@
+"""Painting and editing as OpenAI's own client sees them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from neounify.pipeline.request import PaintRequest
+from neounify.presets import TINY
+from neounify.serve.http import create_app
+from serve.http.running import openai_client, picture, png
+from serve.http.scripted import Scripted, colour_of
+
+STEPS = TINY.sampling.steps
+
+
+@pytest.fixture(scope="module")
+def service() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def client(service: Scripted) -> Iterator[openai.OpenAI]:
+    with openai_client(create_app(service)) as client:
+        yield client
+
+
+def painted(service: Scripted, number: int = -1) -> PaintRequest:
+    request = service.requests[number]
+    assert isinstance(request, PaintRequest)
+    return request
+
+
+def test_images_of_one_prompt_have_seeds_in_turn(client: openai.OpenAI, service: Scripted) -> None:
+    answer = client.images.generate(
+        prompt="a boat",
+        n=3,
+        size="64x32",
+        extra_body={"seed": 7},  # type: ignore[arg-type]
+    )
+    assert answer.data is not None
+    assert [entry.seed for entry in answer.data] == [7, 8, 9]  # type: ignore[attr-defined]
+    for entry in answer.data:
+        assert entry.b64_json is not None
+        image = picture(entry.b64_json)
+        assert (image.format, image.size) == ("PNG", (64, 32))
+        assert image.getpixel((0, 0)) == colour_of(entry.seed)  # type: ignore[attr-defined]
+    requests = [painted(service, n) for n in (-3, -2, -1)]
+    assert all(r.count == 1 and r.prompt == "a boat" for r in requests)
+    assert answer.usage is not None
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (20, 48)
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ({}, STEPS),
+        ({"quality": "low"}, STEPS // 4),
+        ({"quality": "medium"}, STEPS // 2),
+        ({"quality": "high"}, STEPS),
+        ({"quality": "low", "steps": 5}, 5),
+    ],
+)
+def test_quality_is_a_share_of_the_steps(
+    client: openai.OpenAI, service: Scripted, asked: dict[str, Any], steps: int
+) -> None:
+    client.images.generate(prompt="a boat", extra_body=asked)
+    assert painted(service).sampling.steps == steps
+
+
+def test_every_extension_arrives(client: openai.OpenAI, service: Scripted) -> None:
+    client.images.generate(
+        prompt="a boat",
+        size="auto",
+        extra_body={
+            "guidance": 3.5,
+            "image_guidance": 1.5,
+            "shift": 2.0,
+            "guidance_norm": "global",
+            "guidance_interval": [0.1, 0.9],
+            "solver": "ab2",
+            "think": True,
+        },
+    )
+    request = painted(service)
+    guidance = request.sampling.guidance
+    assert (guidance.text, guidance.image, guidance.norm) == (3.5, 1.5, "global")
+    assert guidance.interval == (0.1, 0.9)
+    assert (request.sampling.shift, request.sampling.solver) == (2.0, "ab2")
+    assert request.think
+    assert (request.width, request.height) == TINY.sampling.image_size
+
+
+def test_a_thought_is_given_back(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="a boat", extra_body={"think": True})
+    assert answer.data is not None
+    assert answer.data[0].reasoning_content == "A plan."  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats_behind_a_url(client: openai.OpenAI, kind: Any) -> None:
+    answer = client.images.generate(prompt="a boat", response_format="url", output_format=kind)
+    assert answer.data is not None
+    url = answer.data[0].url
+    assert url is not None
+    name = url.rpartition("/")[2]
+    assert url == f"{client.base_url}results/{name}"
+    assert len(name) > 40
+    response = client.get(f"/results/{name}", cast_to=openai.HttpxBinaryResponseContent)
+    assert response.response.headers["content-type"] == f"image/{kind}"
+    assert picture(response.content).format == kind.upper()
+
+
+def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        prompt="a boat", stream=True, partial_images=2, size="64x64", extra_body={"seed": 1}
+    )
+    events: list[Any] = list(stream)
+    partial, completed = "image_generation.partial_image", "image_generation.completed"
+    assert [e.type for e in events] == [partial, partial, completed]
+    assert [e.partial_image_index for e in events[:2]] == [0, 1]
+    assert all(picture(e.b64_json).size == (64, 64) for e in events)
+    assert picture(events[-1].b64_json).getpixel((0, 0)) == colour_of(1)
+    assert (events[-1].size, events[-1].quality) == ("64x64", "auto")
+    assert events[-1].usage.output_tokens == 16
+
+
+def test_several_images_are_streamed_side_by_side(client: openai.OpenAI) -> None:
+    stream = client.images.generate(
+        prompt="a boat", n=3, stream=True, partial_images=1, extra_body={"seed": 1}
+    )
+    events: list[Any] = list(stream)
+    completed = [e for e in events if e.type == "image_generation.completed"]
+    assert sorted(e.index for e in completed) == [0, 1, 2]
+    for event in completed:
+        assert event.seed == 1 + event.index
+        assert picture(event.b64_json).getpixel((0, 0)) == colour_of(event.seed)
+
+
+def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
+    answer = client.images.edit(
+        prompt="Make it blue.",
+        image=("in.png", png("red", (64, 32))),
+        extra_body={"image_guidance": 1.5, "guidance_interval": [0.0, 0.5], "seed": 4},
+    )
+    request = painted(service)
+    assert [i.getpixel((0, 0)) for i in request.images] == [(255, 0, 0)]
+    assert request.sampling.guidance.editing
+    assert request.sampling.guidance.image == 1.5
+    assert request.sampling.guidance.interval == (0.0, 0.5)
+    assert request.width > request.height
+    assert answer.data is not None
+    assert answer.data[0].b64_json is not None
+    assert picture(answer.data[0].b64_json).getpixel((0, 0)) == colour_of(4)
+
+
+def test_an_edit_of_several_pictures_is_streamed(client: openai.OpenAI, service: Scripted) -> None:
+    files = [("a.png", png("red")), ("b.jpg", png("blue", kind="jpeg"))]
+    stream = client.images.edit(
+        prompt="Both.",
+        image=files,
+        size="32x32",
+        stream=True,
+        partial_images=1,  # type: ignore[arg-type]
+    )
+    events: list[Any] = list(stream)
+    assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert base64.b64decode(events[-1].b64_json)
+    reds = [i.getpixel((0, 0)) for i in painted(service).images]
+    assert len(reds) == 2
+    assert reds[0] == (255, 0, 0)
+
+
+def test_a_seed_is_reported_where_none_was_given(client: openai.OpenAI, service: Scripted) -> None:
+    answer = client.images.generate(prompt="a boat")
+    assert answer.data is not None
+    assert answer.data[0].seed == painted(service).seed  # type: ignore[attr-defined]
