@@ -16,6 +16,7 @@ from neounify.cli.commands.eval import evaluate
 from neounify.cli.commands.generate import generate
 from neounify.cli.commands.inspect import inspect
 from neounify.cli.commands.provenance import provenance
+from neounify.cli.commands.serve import serve
 from neounify.cli.commands.story import story
 from neounify.cli.commands.toy import toy
 from neounify.cli.commands.train import train
@@ -58,6 +59,18 @@ def about(
     """One model that reads, writes, looks and paints."""
 
 
-for command in (generate, edit, chat, story, inspect, provenance, convert, train, doctor, toy):
+for command in (
+    generate,
+    edit,
+    chat,
+    story,
+    serve,
+    inspect,
+    provenance,
+    convert,
+    train,
+    doctor,
+    toy,
+):
     app.command()(with_options(command))
 app.command("eval")(with_options(evaluate))

@@ -65,9 +65,13 @@ class Service:
         if not same:
             await self.links.generation.start()
 
+    def close_doors(self) -> None:
+        """Take no new requests; those under way go on."""
+        self._draining = True
+
     async def drain(self, seconds: float) -> bool:
         """Take no new requests; whether those under way ended in time."""
-        self._draining = True
+        self.close_doors()
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
@@ -76,7 +80,7 @@ class Service:
 
     async def stop(self) -> None:
         """End the engines, and with them what is under way."""
-        self._draining = True
+        self.close_doors()
         for link in self.links.all:
             await link.stop()
 

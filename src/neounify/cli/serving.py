@@ -1,0 +1,144 @@
+"""What `neounify serve` does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.models import parse_loras, resolve_model
+from neounify.cli.options import ReportOptions
+from neounify.cli.serve_options import (
+    AccessOptions,
+    EngineOptions,
+    ListenOptions,
+    SafetyOptions,
+    ServeModelOptions,
+)
+from neounify.cli.session import default_device
+from neounify.runtime import keep_freed_memory
+
+if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
+    from neounify.serve.build import ServeSettings
+    from neounify.serve.http import HttpSettings
+
+KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
+MAX_KEYS_BYTES = 2**20
+
+
+def serve_model(
+    model: ServeModelOptions,
+    listen: ListenOptions,
+    engines: EngineOptions,
+    access: AccessOptions,
+    safety: SafetyOptions,
+    report: ReportOptions,
+) -> None:
+    """Serve until a signal comes. Raises UsageError, CliError and what the parts raise."""
+    try:
+        import neounify.serve.run as running
+    except ImportError as error:
+        raise CliError(f"serving needs: pip install 'neounify[serve]' ({error})") from error
+    from neounify.serve.marking import MarkingHooks
+    from neounify.serve.safety.loading import make_hooks
+    from neounify.serve.safety.watermark import Marker
+
+    hooks = MarkingHooks(
+        make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None
+    )
+    settings = running.RunSettings(
+        serve=_serve_settings(model, engines),
+        http=_http_settings(model, listen, access),
+        host=listen.host,
+        port=listen.port,
+        page=listen.page,
+        drain_seconds=listen.drain_seconds,
+        log_level="warning" if report.quiet else "info",
+    )
+    display = Display(quiet=report.quiet, json=report.json)
+    keep_freed_memory()
+    if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
+        display.note(f"anybody who reaches {listen.host}:{listen.port} may use it: no --api-keys")
+    display.note(f"loading {settings.serve.folder.resolve().name}")
+    address = f"http://{listen.host}:{listen.port}"
+    running.run(settings, hooks, started=lambda: _announce(display, address, listen.page))
+
+
+def _announce(display: Display, address: str, page: bool) -> None:
+    if page:
+        display.say(f"{address} is the page, {address}/v1 the API, {address}/docs describes it")
+    else:
+        display.say(f"{address}/v1 is the API, {address}/docs describes it")
+
+
+def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSettings:
+    import torch
+
+    from neounify.serve.build import Mode, ServeSettings
+    from neounify.serve.generation import GenerationSettings
+    from neounify.serve.hosts import EngineSettings
+    from neounify.serve.service import ServiceLimits
+    from neounify.serve.understanding import UnderstandingSettings
+
+    if model.mode not in get_args(Mode):
+        raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")
+    if model.mode == "colocate":
+        if model.generation_device is not None or model.generation_threads is not None:
+            raise UsageError("--generation-device and --generation-threads need --mode separate")
+        if model.threads is not None:
+            torch.set_num_threads(model.threads)
+    return ServeSettings(
+        folder=resolve_model(model.model),
+        mode=model.mode,  # type: ignore[arg-type]
+        dtype=model.dtype,
+        device=model.device or default_device(),
+        generation_device=model.generation_device,
+        threads=model.threads,
+        generation_threads=model.generation_threads,
+        lora=tuple(parse_loras(model.lora)),
+        engines=EngineSettings(
+            understanding=UnderstandingSettings(
+                cache_tokens=engines.cache_tokens, prefill_tokens=engines.prefill_tokens
+            ),
+            generation=GenerationSettings(step_tokens=engines.step_tokens),
+        ),
+        limits=ServiceLimits(requests=engines.requests, image_tokens=engines.image_tokens),
+    )
+
+
+def _http_settings(
+    model: ServeModelOptions, listen: ListenOptions, access: AccessOptions
+) -> HttpSettings:
+    from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
+
+    return HttpSettings(
+        model_name=listen.name or resolve_model(model.model).resolve().name,
+        keys=_read_keys(access.api_keys),
+        requests_per_minute=access.requests_per_minute,
+        concurrent=access.concurrent,
+        limits=Limits(
+            deadline=access.deadline,
+            steps=access.max_steps,
+            body_bytes=access.max_body_mb * MEBIBYTE,
+        ),
+        remote_hosts=tuple(access.allow_images_from or ()),
+        public_url=listen.public_url,
+    )
+
+
+def _read_keys(file: Path | None) -> dict[str, str]:
+    from neounify.serve.http.settings import parse_keys
+
+    text = os.environ.get(KEYS_VARIABLE, "")
+    if file is not None:
+        if not file.is_file() or file.stat().st_size > MAX_KEYS_BYTES:
+            raise CliError(f"--api-keys {file} is no file of at most {MAX_KEYS_BYTES} bytes")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CliError(f"--api-keys {file} is not UTF-8 text") from error
+        if not parse_keys(text):
+            raise CliError(f"--api-keys {file} holds no key; write lines of name:key")
+    return parse_keys(text)

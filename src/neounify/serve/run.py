@@ -1,0 +1,95 @@
+"""The server as a process: start the engines, answer until a signal comes, let work finish."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from neounify.serve.build import ServeSettings, build_service
+from neounify.serve.collector import EngineCollector
+from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.service import Service
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where to listen and what to answer; `drain_seconds` is what requests get at the end."""
+
+    serve: ServeSettings
+    http: HttpSettings = field(default_factory=HttpSettings)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    page: bool = True
+    drain_seconds: int = 60
+    log_level: str = "info"
+
+
+def run(
+    settings: RunSettings,
+    hooks: HttpHooks | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises what keeps the engines from starting."""
+    service = build_service(settings.serve)
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(service))
+    app = create_app(
+        service,
+        settings.http,
+        hooks=hooks,
+        registry=registry,
+        ready=lambda: service.ready,
+        page=page_folder() if settings.page else None,
+    )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    asyncio.run(_serve(_Server(config, service, started), service))
+
+
+def page_folder() -> Path:
+    """The static page's files."""
+    return Path(str(resources.files("neounify.serve") / "page"))
+
+
+async def _serve(server: _Server, service: Service) -> None:
+    # uvicorn raises the signal that ended it once more; by then all is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    await service.start()
+    try:
+        await server.serve()
+    finally:
+        await service.stop()
+
+
+class _Server(uvicorn.Server):
+    """Stops taking requests at the first signal, and tells when it listens."""
+
+    def __init__(
+        self, config: uvicorn.Config, service: Service, started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._service, self._tell = service, started
+
+    async def startup(self, *args: object, **options: object) -> None:
+        await super().startup(*args, **options)  # type: ignore[arg-type]
+        if self.started:
+            self._tell()
+
+    async def shutdown(self, *args: object, **options: object) -> None:
+        self._service.close_doors()
+        await super().shutdown(*args, **options)  # type: ignore[arg-type]
