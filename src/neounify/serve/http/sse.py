@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
@@ -42,6 +43,8 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
             async for chunk in _with_errors(self._chunks):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Sending to somebody who has left does not wait, and the watch needs its turn.
+                await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
