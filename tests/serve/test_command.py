@@ -1,0 +1,180 @@
+"""`neounify serve` as people run it: ordinary clients get what the pipeline gives."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import openai
+import PIL.Image
+import pytest
+
+import neounify
+from neounify.serve.safety.provenance import read_provenance
+
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server process that is ready, and its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "neounify", "serve", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(process, address)
+        yield process, address
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+    for _ in range(START_SECONDS * 10):
+        assert process.poll() is None, process.communicate()[0].decode()
+        try:
+            fetch(f"{address}/health")
+            return
+        except OSError:  # not listening yet, or 503
+            time.sleep(0.1)
+    raise AssertionError("the server did not become ready")
+
+
+def fetch(url: str) -> str:
+    """OSError unless the answer is 200."""
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+def picture_of(item: openai.types.Image) -> tuple[bytes, PIL.Image.Image]:
+    assert item.b64_json is not None
+    data = base64.b64decode(item.b64_json)
+    return data, PIL.Image.open(io.BytesIO(data))
+
+
+def as_url(image: PIL.Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_the_bundled_model_answers_ordinary_clients() -> None:
+    from neounify.bundled import bundled_model
+
+    pipe = neounify.load(bundled_model(), dtype="float32")
+    with served("--dtype", "float32") as (process, address):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        model = client.models.list().data[0].id
+        painted = client.images.generate(
+            model=model, prompt="a red circle", size="auto", extra_body={"seed": 3, "steps": 6}
+        )
+        data, picture = picture_of((painted.data or [])[0])
+        mine = pipe.generate("a red circle", seed=3, steps=6).images[0]
+        assert np.abs(np.asarray(picture, int) - np.asarray(mine, int)).max() <= 1
+        assert read_provenance(data)["seed"] == "3"
+
+        question = "What colour is the background?"
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": as_url(picture)}},
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ],
+            stream=True,
+        )
+        answer = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+        assert answer == pipe.chat(question, picture).text
+
+        assert "neounify" in fetch(f"{address}/")
+        assert "neounify_gen_steps_total 6.0" in fetch(f"{address}/metrics")
+
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_both_processes_end_and_drain_on_a_signal(folder: Path) -> None:
+    settings = (
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--mode",
+        "separate",
+        "--threads",
+        "1",
+    )
+    with served(*settings) as (process, address):
+        children = _children(process.pid)
+        assert len(children) >= 2
+        body = {"prompt": "a boat", "size": "64x64", "steps": 60, "seed": 1}
+        asked = json.dumps({**body, "stream": True, "partial_images": 1})
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+        connection.request(
+            "POST", "/v1/images/generations", asked, {"Content-Type": "application/json"}
+        )
+        answer = connection.getresponse()
+        answer.readline()  # of a preview: the work is under way
+        process.send_signal(signal.SIGTERM)
+        events = [line.decode().strip() for line in answer if line.startswith(b"event:")]
+        connection.close()
+        assert events[-1] == "event: image_generation.completed"
+        assert process.wait(30) == 0
+        for _ in range(100):
+            left = [pid for pid in children if Path(f"/proc/{pid}").exists()]
+            if not left:
+                break
+            time.sleep(0.1)
+        assert not left
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(
+        ["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True
+    )
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "twice"), "--mode twice is unknown; known: colocate, separate"),
+        (("--generation-threads", "1"), "need --mode separate"),
+        (("--model", "nowhere"), "is not there"),
+        (("--api-keys", "nowhere.txt"), "--api-keys nowhere.txt is no file"),
+        (("--hook", "nonsense"), "does not name a hook"),
+        (("--word-list", "nowhere.txt"), "nowhere.txt"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(arguments: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, "-m", "neounify", "serve", *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert found.returncode in (1, 2)
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
