@@ -1,9 +1,8 @@
 """An invisible mark in the pixels, by the library invisible-watermark.
 
 The mark lives in the brightness of 16×16 fields, whatever the size of the picture, so it comes
-through resizing. Each of its bits is written into 8 fields; the library moves the brightness of a
-field (the largest singular value of its cosine transform) to a quarter or three quarters of a
-step.
+through resizing. Each field holds one bit: the library moves its brightness (the largest singular
+value of its cosine transform) to a quarter or three quarters of a step.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.errors import ImageError, NeounifyError
-from neounify.serve.safety.payload import BITS, MAX_NUMBER, Bits, read_bits, write_bits
+from neounify.serve.safety.payload import FIELDS, MAX_NUMBER, Bits, read_fields, write_fields
 
 MIN_SIDE = 64
 """The smallest picture that is marked, in pixels a side."""
@@ -55,7 +54,7 @@ class Marker:
         except ImportError as error:
             raise MarkError(f"marks need: pip install 'neounify[watermark]' ({error})") from error
         self._library = imwatermark
-        self._bits = [int(bit) for bit in write_bits(number)]
+        self._bits = [int(bit) for bit in write_fields(number)]
         self._name = f"neounify:{number}"
 
     def mark(self, image: Image.Image) -> Image.Image:
@@ -77,12 +76,12 @@ class Marker:
 
     def read(self, image: Image.Image) -> str | None:
         """The mark of a picture, "neounify:NUMBER"; None if there is none."""
-        number = read_bits(self.raw_bits(image))
+        number = read_fields(self.fields(image))
         return None if number is None else f"neounify:{number}"
 
-    def raw_bits(self, image: Image.Image) -> Bits:
-        """The bits where a mark would be, whether there is one or not."""
-        decoder = self._library.WatermarkDecoder("bits", BITS)
+    def fields(self, image: Image.Image) -> Bits:
+        """The bits of all fields, whether there is a mark or not."""
+        decoder = self._library.WatermarkDecoder("bits", FIELDS)
         bits = decoder.decode(_doubled(_reduced(image.convert("RGB"))), **_OPTIONS)
         return np.asarray(bits, dtype=np.uint8)
 
