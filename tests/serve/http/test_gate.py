@@ -23,7 +23,7 @@ from serve.http.running import openai_client, running, wait_until
 from serve.http.scripted import Scripted
 
 CHAT = "/v1/chat/completions"
-BODY = {"messages": [{"role": "user", "content": "Hello?"}]}
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello?"}]}
 
 
 def slow(_: ServiceRequest, __: int) -> Sequence[ServiceEvent | float]:
@@ -156,16 +156,15 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
         assert b" 408 " in caller.recv(1000)
 
 
-@pytest.fixture(params=["streamed", "whole", "images"])
-def leaving(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    body: dict[str, Any] = {"streamed": BODY | {"stream": True}, "whole": BODY}.get(
-        request.param, {"prompt": "a boat", "n": 3}
-    )
-    return "/v1/images/generations" if request.param == "images" else CHAT, body
-
-
-def test_a_caller_who_leaves_frees_the_work(leaving: tuple[str, dict[str, Any]]) -> None:
-    path, body = leaving
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, BODY | {"stream": True}),
+        (CHAT, BODY),
+        ("/v1/images/generations", {"prompt": "a boat", "n": 3}),
+    ],
+)
+def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any]) -> None:
     service = Scripted(slow if body.get("stream") else mute)
     with running(create_app(service)) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
@@ -193,7 +192,7 @@ def test_a_caller_who_does_not_read_frees_the_work_when_he_leaves() -> None:
         while True:
             yield TextPiece("x" * 100_000)
 
-    service = Scripted(chatty)  # type: ignore[arg-type]
+    service = Scripted(chatty)
     with running(create_app(service)) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
         body = json.dumps(BODY | {"stream": True})

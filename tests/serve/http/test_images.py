@@ -40,7 +40,7 @@ def test_images_of_one_prompt_have_seeds_in_turn(client: openai.OpenAI, service:
         prompt="a boat",
         n=3,
         size="64x32",
-        extra_body={"seed": 7},  # type: ignore[arg-type]
+        extra_body={"seed": 7},
     )
     assert answer.data is not None
     assert [entry.seed for entry in answer.data] == [7, 8, 9]  # type: ignore[attr-defined]
@@ -165,7 +165,7 @@ def test_an_edit_of_several_pictures_is_streamed(client: openai.OpenAI, service:
         image=files,
         size="32x32",
         stream=True,
-        partial_images=1,  # type: ignore[arg-type]
+        partial_images=1,
     )
     events: list[Any] = list(stream)
     assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]

@@ -1,0 +1,28 @@
+"""Schemathesis against the whole API: whatever comes, the server never fails."""
+
+from __future__ import annotations
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.checks import not_a_server_error
+
+from neounify.serve.http import HttpSettings, create_app
+from serve.http.scripted import Scripted
+
+app = create_app(Scripted(), HttpSettings())
+schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+@schema.parametrize()
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_nothing_but_answers_and_refusals(case: schemathesis.Case) -> None:
+    response = case.call_and_validate(checks=[not_a_server_error])
+    if response.status_code >= 400:
+        assert response.json()["error"]["message"]
