@@ -139,7 +139,7 @@ def test_a_stage_trains_only_what_is_not_frozen(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "a", "steps": 60, "packs_per_step": 1}])
+    made = recipe(stages=[{"name": "a", "steps": 150, "packs_per_step": 1}])
     trainer(tmp_path, made).run()
     found = losses(tmp_path)
     assert sum(x[1] for x in found[-5:]) < 0.8 * sum(x[1] for x in found[:5])
