@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +149,37 @@ def test_damaged_positions_are_refused(record: object) -> None:
 def test_another_number_of_workers_is_refused() -> None:
     with pytest.raises(DataError, match="same number"):
         next(load_packs(SOURCE, ENCODER, LoaderConfig(budget=512, workers=2), Position.start(1)))
+
+
+ORPHANS = """
+import os, signal
+from neounify.data.encode import Encoder
+from neounify.data.loader import LoaderConfig, load_packs
+from neounify.data.scenes import SceneDataset, scene_config
+from neounify.presets import SCENES
+from neounify.text import byte_tokenizer
+
+if __name__ == "__main__":
+    encoder = Encoder(config=SCENES, tokenizer=byte_tokenizer())
+    source = SceneDataset(0, scene_config("easy"), {"text": 1})
+    packs = load_packs(source, encoder, LoaderConfig(budget=512, workers=1))
+    next(packs)
+    print("reading", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_killed_trainer_end_too(tmp_path: Path) -> None:
+    script = tmp_path / "reads.py"
+    script.write_text(ORPHANS)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    said, _ = process.communicate(timeout=120)
+    assert said == b"reading\n"
+    for _ in range(200):
+        left = subprocess.run(["ps", "--no-headers", "-g", str(process.pid)], capture_output=True)
+        if not left.stdout.strip():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still there: {left.stdout.decode()}")

@@ -7,8 +7,13 @@ with the position after it; a loader made from that position goes on as if never
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -108,6 +113,7 @@ def load_packs(
     if config.workers == 0:
         items = iter(packs)
     else:
+        packs.lifeline, _ours = Pipe(duplex=False)
         loader = DataLoader(
             packs,
             batch_size=None,
@@ -128,6 +134,17 @@ def load_packs(
 _Item = tuple[Pack | str, WorkerPosition, list[str]]
 
 
+def _end_with(lifeline: Connection) -> None:
+    """End this process when the one that reads its packs is gone and its end of the line closed.
+
+    The library looks at the parent, which is the fork server, and that lives as long as its
+    children: workers of a trainer that was killed would stay for good.
+    """
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(1)
+
+
 class _Packs(IterableDataset[Any]):
     """The packs of one worker, which takes every (ranks · workers)-th sample."""
 
@@ -135,9 +152,12 @@ class _Packs(IterableDataset[Any]):
         self, source: Source, encoder: Encoder, config: LoaderConfig, position: Position
     ) -> None:
         self.source, self.encoder, self.config, self.position = source, encoder, config, position
+        self.lifeline: Connection | None = None
 
     def __iter__(self) -> Iterator[_Item]:
         info = get_worker_info()
+        if self.lifeline is not None:
+            threading.Thread(target=_end_with, args=(self.lifeline,), daemon=True).start()
         # The library asks its workers in turn from the first; the one whose turn it is comes first.
         worker = 0 if info is None else (info.id + self.position.turn) % info.num_workers
         place = self.position.workers[worker]
