@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.keys import Keys
 
@@ -58,7 +59,7 @@ def test_an_answer_is_text_and_nothing_else(
 def test_a_thought_is_folded(browser: Browser, url: str, shoot: Shoot) -> None:
     journeys.open_page(browser, url, "chat")
     journeys.click(browser, "#setting-think")
-    journeys.follow_up(browser, "How many shapes are there?")
+    journeys.follow_up(browser, "How many squares are there?")
     thought = journeys.find(browser, "#chat .thought")
     assert "what can be seen" not in thought.text
     journeys.click(browser, "#chat .thought summary")
@@ -112,6 +113,29 @@ def test_settings_that_are_entered_are_sent(browser: Browser, url: str, script: 
     assert given.items() <= body.items()
     browser.refresh()
     assert journeys.find(browser, "#setting-steps").get_property("value") == "8"
+
+
+def test_a_new_conversation_forgets_the_old_one(browser: Browser, url: str, script: Script) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.enter(browser, "#chat-input", "Go on for long." + Keys.ENTER)
+    journeys.wait(browser, lambda: bool(journeys.find_all(browser, "#chat .answer .text")))
+    journeys.click(browser, "#chat > .quiet")
+    assert script.broken_off.wait(10)
+    journeys.wait_until_done(browser, "#chat")
+    journeys.follow_up(browser, "Hello")
+    assert len(script.bodies("/v1/chat/completions")[-1]["messages"]) == 1
+
+
+def test_a_picture_can_be_downloaded(browser: Browser, url: str, tmp_path: Path) -> None:
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    journeys.painting(browser, url)
+    seed = journeys.text_of(browser, "#paint .seed").removeprefix("Seed ")
+    journeys.click(browser, "#paint .tile button")
+    file = tmp_path / f"neounify-paint-seed-{seed}-1.png"
+    journeys.wait(browser, file.exists)
+    with Image.open(file) as picture:
+        assert picture.size == (64, 64)
 
 
 def test_the_dice_keeps_a_seed(browser: Browser, url: str) -> None:
@@ -301,6 +325,18 @@ def test_nothing_is_loaded_from_elsewhere(browser: Browser, url: str) -> None:
     assert all(name.startswith((f"{url}/", "data:", "blob:")) for name in loaded)
     complaints = [entry["message"] for entry in browser.get_log("browser")]
     assert complaints == []
+
+
+def test_inline_scripts_do_not_run(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "chat")
+    browser.execute_script(
+        """
+        const script = document.createElement("script");
+        script.textContent = "window.ran = true";
+        document.body.append(script);
+        """
+    )
+    assert browser.execute_script("return window.ran") is None
 
 
 def test_the_sources_make_no_markup_of_text() -> None:

@@ -11,6 +11,7 @@ export class Answer {
     this.deeds = deeds;
     this.tiles = new Map();
     this.parts = [];
+    this.started = false;
     this.status = h("p", { class: "status" }, "Waiting for the server");
     this.body = h("div", { class: "answer-body" });
     this.element = h("div", { class: "answer", "aria-busy": "true" }, this.body, this.status);
@@ -18,6 +19,7 @@ export class Answer {
   }
 
   add(event) {
+    this.started = true;
     this.status.hidden = true;
     if (event.type === "text") this.addText(event);
     if (event.type === "preview") this.tile(event.index).preview(event);
@@ -33,11 +35,6 @@ export class Answer {
     }
     this.status.textContent = words || (this.parts.length ? "" : "The answer is empty.");
     this.status.hidden = !this.status.textContent;
-  }
-
-  /** Whether there is anything worth keeping. */
-  get started() {
-    return this.body.childElementCount > this.tiles.size || this.parts.length > 0;
   }
 
   /** As a message of the conversation: text alone as a string, with pictures as parts. */

@@ -14,7 +14,6 @@ const settings = new Settings(find("settings"), showModel);
 const deeds = {
   keep: (picture) => gallery.add(picture),
   again(request) {
-    if (modes.get(request.kind).composer.busy) return;
     goTo(request.kind);
     modes.get(request.kind).start(request);
   },

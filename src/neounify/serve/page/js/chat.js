@@ -60,6 +60,7 @@ export class Chat {
       this.keep(request, answer);
     } catch (error) {
       answer.end(error.name === "AbortError" ? "Stopped." : "Did not get to its end.");
+      if (!answer.element.isConnected) throw error;
       if (answer.started) this.keep(request, answer);
       else this.withdraw([asked, answer.element], written);
       throw error;
@@ -78,7 +79,7 @@ export class Chat {
     for (const element of elements) element.remove();
     this.welcome.hidden = this.log.childElementCount > 0;
     this.fresh.hidden = !this.welcome.hidden;
-    this.composer.fill(text, pictures);
+    if (!this.composer.input.value) this.composer.fill(text, pictures);
   }
 
   keep(request, answer) {

@@ -65,7 +65,10 @@ export class Composer {
 
   /** Run a piece of work as if it had been sent from here: it can be stopped, it may fail. */
   async run(work) {
-    if (this.busy) return;
+    if (this.busy) {
+      this.notice.say("One thing at a time: wait for what is under way, or stop it.");
+      return;
+    }
     this.controller = new AbortController();
     this.notice.clear();
     this.showBusy();

@@ -7,8 +7,8 @@ const PICTURE = "example.png";
 
 const EXAMPLES = {
   chat: [
-    { text: "How many shapes are there?", picture: true },
-    { text: "What colour is the triangle?", picture: true },
+    { text: "How many squares are there?", picture: true },
+    { text: "What colour is the square?", picture: true },
     { text: "Describe the picture in detail.", picture: true },
   ],
   paint: [

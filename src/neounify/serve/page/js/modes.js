@@ -13,7 +13,7 @@ export const MODES = [
   {
     id: "chat",
     label: "Your message",
-    placeholder: "How many shapes are there?",
+    placeholder: "How many squares are there?",
     action: "Send",
     takesPictures: true,
     lacking: (text, pictures) => (text || pictures.length ? "" : "Write something first."),

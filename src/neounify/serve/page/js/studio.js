@@ -13,7 +13,7 @@ export class Studio {
     this.composer = new Composer(mode, (prompt, sources) => {
       if (settings.check()) this.start(mode.request(prompt, sources, settings.options()));
     });
-    this.results = h("div", { class: "results" });
+    this.results = h("div", { class: "results", "aria-live": "polite" });
     panel.append(
       this.composer.element,
       makeExamples(mode.id, (text, pictures) => this.composer.fill(text, pictures)),
