@@ -17,6 +17,8 @@ COMMANDS = (
     "edit",
     "chat",
     "story",
+    "serve",
+    "provenance",
     "inspect",
     "convert",
     "train",
