@@ -1,0 +1,40 @@
+"""docs/serving-api.md: its Python runs, and it names every route and field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from neounify.serve.http import create_app
+from neounify.serve.http.chat_schema import ChatBody
+from neounify.serve.http.image_schema import ImageBody
+from serve.http.running import picture, png, running
+from serve.http.scripted import Scripted
+
+PAGE = (Path(__file__).parents[3] / "docs" / "serving-api.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_the_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shapes.png").write_bytes(png())
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    with running(create_app(Scripted())) as url:
+        exec(code.replace("http://127.0.0.1:8000", url) + "\nclient.close()", {})
+    assert picture(Path("circle.png").read_bytes()).size == (64, 64)
+    printed = capsys.readouterr().out.split("\n")
+    assert printed[0].endswith("What colour is the star?")
+    assert printed.count("image_generation.partial_image") == 2
+
+
+def test_every_route_and_field_is_named() -> None:
+    routes = create_app(Scripted()).openapi()["paths"]
+    assert len(routes) >= 9
+    for route in routes:
+        assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in PAGE
+    for name in ChatBody.model_fields.keys() | ImageBody.model_fields.keys():
+        assert re.search(rf"\b{name}\b", PAGE), name
