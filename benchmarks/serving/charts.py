@@ -1,0 +1,90 @@
+"""Charts of the reports, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file is drawn, no window
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
+
+from benchmarks.serving.series import Series
+from benchmarks.serving.stats import Latency
+
+_LINES = (
+    ("chat", "first_text", "first text", "C0"),
+    ("chat", "total", "whole chat", "C1"),
+    ("paint", "total", "whole image", "C2"),
+)
+
+
+def draw_load(series: Sequence[Series], file: Path) -> None:
+    """Latency of the mix over the number of clients, and memory over the time of all series."""
+    _style()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    _latencies(left, [s for s in series if s.name == "mix"])
+    _memories(right, series)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
+    for kind, measure, label, colour in _LINES:
+        found: list[tuple[int, Latency]] = [
+            (s.clients, value)
+            for s in mix
+            if kind in s.kinds and (value := getattr(s.kinds[kind], measure)) is not None
+        ]
+        clients = [count for count, _ in found]
+        for name, dashes in (("p50", "--"), ("p95", "-")):
+            values = [getattr(value, name) for _, value in found]
+            axis.plot(clients, values, dashes, color=colour, marker="o", label=f"{label}, {name}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xticks([s.clients for s in mix])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_title("80 % chat, 20 % painting")
+    axis.set_xlabel("clients at once")
+    axis.set_ylabel("seconds")
+    axis.grid(alpha=0.25)
+    if mix:
+        axis.legend(frameon=False, fontsize=8.5)
+
+
+def _memories(axis: Axes, series: Sequence[Series]) -> None:
+    begin = min(s.started for s in series)
+    for place, one in enumerate(series):
+        times = [one.started - begin + at for at, _ in one.memory]
+        label = f"{one.name}, {one.clients}"
+        axis.plot(times, [mb for _, mb in one.memory], color=f"C{place}", label=label)
+    axis.set_title("Resident memory of the server, new for each series")
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("MB")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="lower right")
+
+
+def draw_soak(samples: Sequence[tuple[float, float]], fitted_from: float, file: Path) -> None:
+    """Memory (MB) over time (s), with where the fit of its slope begins."""
+    _style()
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    axis.plot([at / 60 for at, _ in samples], [mb for _, mb in samples], color="C0")
+    axis.axvline(fitted_from / 60, color="0.5", linewidth=0.8, linestyle=":")
+    axis.set_title("Resident memory of the server; the slope is that after the dotted line")
+    axis.set_xlabel("minutes")
+    axis.set_ylabel("MB")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _style() -> None:
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})

@@ -1,0 +1,94 @@
+"""The requests that are sent: chats about scenes and scenes to paint, each different.
+
+Request `number` is the same whenever it is asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal
+
+from neounify.data.scenes import (
+    FULL_STYLE,
+    PRESETS,
+    Scene,
+    caption,
+    facts_of,
+    render_image,
+    sample_rng,
+    sample_scene,
+)
+
+Kind = Literal["chat", "paint"]
+
+CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
+QUESTION = "Describe everything in the picture."
+MOST_TOKENS = 128
+PAINT_EVERY = 5
+"""One request in so many paints: 20 %."""
+TEXT_ONLY_EVERY = 4
+"""One chat in so many comes without a picture."""
+WARM_UP = 1_000_000
+"""Numbers from here on are those of requests that do not count."""
+
+_WORLD = PRESETS["default"]
+_SEED = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request to send."""
+
+    kind: Kind
+    path: str
+    body: dict[str, Any]
+
+
+def chat(number: int, *, stream: bool = True) -> Call:
+    """A question about a picture of a scene, or now and then a text without one."""
+    scene = _scene(number)
+    content: Any = _sentence(scene)
+    if number % TEXT_ONLY_EVERY:
+        picture = {"type": "image_url", "image_url": {"url": _data_url(scene)}}
+        content = [picture, {"type": "text", "text": QUESTION}]
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": MOST_TOKENS,
+    }
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return Call("chat", CHAT, body)
+
+
+def paint(number: int, **fields: Any) -> Call:
+    """A scene to paint with the model's own settings, but for `fields`."""
+    body = {"prompt": _sentence(_scene(number)), "seed": number}
+    return Call("paint", IMAGES, body | fields)
+
+
+def mixed(number: int) -> Call:
+    """80 % chat, 20 % painting."""
+    return paint(number) if number % PAINT_EVERY == PAINT_EVERY - 1 else chat(number)
+
+
+def all_mixed(first: int = 0) -> Iterator[Call]:
+    """Requests of the mix without end."""
+    return map(mixed, itertools.count(first))
+
+
+def _scene(number: int) -> Scene:
+    return sample_scene(sample_rng(_SEED, number), _WORLD)
+
+
+def _sentence(scene: Scene) -> str:
+    return caption(facts_of(scene, _WORLD, FULL_STYLE))
+
+
+def _data_url(scene: Scene) -> str:
+    file = BytesIO()
+    render_image(scene, _WORLD).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
