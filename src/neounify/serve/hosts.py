@@ -138,6 +138,8 @@ class ProcessHost:
 
     def start(self, deliver: Deliver, died: Died) -> None:
         """Raises RuntimeError when the process does not come up."""
+        if self._process is not None:
+            self._process.join()  # the one that died
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(

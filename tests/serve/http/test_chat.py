@@ -105,7 +105,7 @@ def test_pictures_and_earlier_turns_arrive_in_order(
         ("system", "Be brief."),
         ("user", "What is <image>?"),
         ("assistant", "Red."),
-        ("user", "<image><image>And these?"),
+        ("user", "<image>\n<image>\nAnd these?"),
     ]
     colours = [picture.getpixel((0, 0)) for picture in request.images]
     assert colours == [(255, 0, 0), (0, 0, 255), (0, 255, 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,17 @@ async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
         with blame(f"messages.{place}.content"):
             pieces = [await _read_part(part, context) for part in message.parts]
         role = "system" if message.role == "developer" else message.role
-        turns.append(_Turn(role, pieces))
+        turns.append(_Turn(role, _in_lines(pieces)))
     return turns
+
+
+def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image]:
+    """Pictures in front of a message each end their line, as in the prompts models learn from."""
+    leading = list(itertools.takewhile(lambda p: not isinstance(p, str), pieces))
+    rest = pieces[len(leading) :]
+    if not rest:
+        return pieces
+    return [piece for picture in leading for piece in (picture, "\n")] + rest
 
 
 async def _read_part(part: TextPart | ImagePart, context: Context) -> str | PIL.Image.Image:
