@@ -28,8 +28,6 @@ SOAK_CACHE = ("--cache-tokens", "4096")
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 1 when something that must hold does not."""
     options = _parser().parse_args(arguments)
-    # So that no server is left behind when the benchmark itself is ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status: int = options.run(options)
     return status
 
@@ -145,4 +143,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    # So that no server is left behind when the benchmark itself is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

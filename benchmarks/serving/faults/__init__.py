@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -25,12 +28,24 @@ SCENARIOS: Mapping[str, Scenario] = {
     "drain": draining,
 }
 """Each starts a server of its own."""
+MOST_SECONDS = 300.0
+"""Of one scenario."""
 
 
 async def run_faults(options: ServerOptions, log: Path, names: Iterable[str]) -> list[Check]:
     """The checks of the scenarios of those names, in turn."""
     checks: list[Check] = []
     for name in names:
-        print(name, file=sys.stderr)
-        checks += await SCENARIOS[name](options, log)
+        start = time.monotonic()
+        checks += await _run(name, options, log)
+        print(f"{name}, {time.monotonic() - start:.0f} s", file=sys.stderr)
     return checks
+
+
+async def _run(name: str, options: ServerOptions, log: Path) -> list[Check]:
+    """A scenario's checks; one that does not come to its end has failed."""
+    try:
+        return await asyncio.wait_for(SCENARIOS[name](options, log), MOST_SECONDS)
+    except (RuntimeError, OSError, asyncio.TimeoutError, subprocess.TimeoutExpired) as error:
+        seen = f"{type(error).__name__} {error}".strip()
+        return [Check(scenario=name, what="comes to its end", passed=False, seen=seen)]
