@@ -1,19 +1,26 @@
-"""The same journeys against a server that runs: NEOUNIFY_PAGE_URL=http://127.0.0.1:8000."""
+"""The same journeys on the bundled model, or on the server that NEOUNIFY_PAGE_URL names."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from selenium.webdriver.chrome.webdriver import WebDriver
 
 from serve.page import journeys
+from serving_command import served
 
-URL = os.environ.get("NEOUNIFY_PAGE_URL", "").rstrip("/")
 
-pytestmark = pytest.mark.skipif(not URL, reason="NEOUNIFY_PAGE_URL names no server")
+@pytest.fixture(scope="module")
+def url(started_browser: WebDriver) -> Iterator[str]:
+    """Without a browser no server is started."""
+    if given := os.environ.get("NEOUNIFY_PAGE_URL"):
+        yield given.rstrip("/")
+        return
+    with served("--dtype", "float32") as (_, address):
+        yield address
 
 
 @pytest.mark.parametrize(
@@ -33,7 +40,8 @@ def test_journey(
     browser: WebDriver,
     shoot: Callable[[str], None],
     journey: Callable[[WebDriver, str], Any],
+    url: str,
 ) -> None:
-    journey(browser, URL)
+    journey(browser, url)
     journeys.assert_fits(browser)
     shoot(f"real-{journey.__name__}")

@@ -1,0 +1,52 @@
+"""`neounify serve` in a process of its own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server process that is ready, and its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "neounify", "serve", "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(process, address)
+        yield process, address
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str) -> None:
+    for _ in range(START_SECONDS * 10):
+        assert process.poll() is None, process.communicate()[0].decode()
+        try:
+            fetch(f"{address}/health")
+            return
+        except OSError:  # not listening yet, or 503
+            time.sleep(0.1)
+    raise AssertionError("the server did not become ready")
+
+
+def fetch(url: str) -> str:
+    """OSError unless the answer is 200."""
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return str(answer.read().decode())
