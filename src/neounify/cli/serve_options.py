@@ -11,6 +11,7 @@ import typer
 from neounify.cli.options import MODEL, NamedModel, WeightOptions
 
 LISTEN, ENGINES, ACCESS, SAFETY = "Listening", "Engines", "Access", "Safety"
+REPLICAS = "Replicas"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,3 +226,44 @@ class SafetyOptions:
             "--watermark", help="An invisible mark in every picture.", rich_help_panel=SAFETY
         ),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions:
+    """How many copies of the server answer, and where."""
+
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Copies of the model behind one address, by Ray Serve.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = 1
+    replica_cpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="Cores set aside for each. Default: as --threads, else 1.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    replica_gpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="GPUs set aside for each. Default: as many as its devices.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Run them on this Ray cluster. Default: on this machine.",
+            rich_help_panel=REPLICAS,
+        ),
+    ] = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -14,6 +16,7 @@ from neounify.cli.serve_options import (
     AccessOptions,
     EngineOptions,
     ListenOptions,
+    ReplicaOptions,
     SafetyOptions,
     ServeModelOptions,
 )
@@ -23,6 +26,8 @@ from neounify.runtime import keep_freed_memory
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
     from neounify.serve.build import ServeSettings
     from neounify.serve.http import HttpSettings
+    from neounify.serve.http.hooks import HttpHooks
+    from neounify.serve.run import RunSettings
 
 KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
 MAX_KEYS_BYTES = 2**20
@@ -34,6 +39,7 @@ def serve_model(
     engines: EngineOptions,
     access: AccessOptions,
     safety: SafetyOptions,
+    replicas: ReplicaOptions,
     report: ReportOptions,
 ) -> None:
     """Serve until a signal comes. Raises UsageError, CliError and what the parts raise."""
@@ -41,13 +47,7 @@ def serve_model(
         import neounify.serve.run as running
     except ImportError as error:
         raise CliError(f"serving needs: pip install 'neounify[serve]' ({error})") from error
-    from neounify.serve.marking import MarkingHooks
-    from neounify.serve.safety.loading import make_hooks
-    from neounify.serve.safety.watermark import Marker
-
-    hooks = MarkingHooks(
-        make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None
-    )
+    hooks = _make_hooks(safety)
     settings = running.RunSettings(
         serve=_serve_settings(model, engines),
         http=_http_settings(model, listen, access),
@@ -63,7 +63,49 @@ def serve_model(
         display.note(f"anybody who reaches {listen.host}:{listen.port} may use it: no --api-keys")
     display.note(f"loading {settings.serve.folder.resolve().name}")
     address = f"http://{listen.host}:{listen.port}"
-    running.run(settings, hooks, started=lambda: _announce(display, address, listen.page))
+    started = partial(_announce, display, address, listen.page)
+    if replicas.replicas == 1 and replicas.ray_address is None:
+        running.run(settings, hooks, started)
+    else:
+        del hooks  # each replica makes its own
+        _run_replicas(settings, replicas, partial(_make_hooks, safety), started)
+
+
+def _run_replicas(
+    settings: RunSettings,
+    options: ReplicaOptions,
+    make_hooks: Callable[[], HttpHooks],
+    started: Callable[[], None],
+) -> None:
+    from neounify.serve import replicas
+
+    serve = settings.serve
+    devices = {serve.device, serve.generation_device or serve.device}
+    gpus = sum(device.startswith("cuda") for device in devices)
+    wanted = replicas.ReplicaSettings(
+        count=options.replicas,
+        cpus=_given(options.replica_cpus, serve.threads or 1),
+        gpus=_given(options.replica_gpus, gpus),
+        address=options.ray_address,
+    )
+    try:
+        replicas.run(settings, wanted, make_hooks, started)
+    except ImportError as error:
+        raise CliError(f"replicas need: pip install 'neounify[ray]' ({error})") from error
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _make_hooks(safety: SafetyOptions) -> HttpHooks:
+    from neounify.serve.marking import MarkingHooks
+    from neounify.serve.safety.loading import make_hooks
+    from neounify.serve.safety.watermark import Marker
+
+    return MarkingHooks(
+        make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None
+    )
 
 
 def _announce(display: Display, address: str, page: bool) -> None:

@@ -8,6 +8,7 @@ from neounify.cli.serve_options import (
     AccessOptions,
     EngineOptions,
     ListenOptions,
+    ReplicaOptions,
     SafetyOptions,
     ServeModelOptions,
 )
@@ -20,6 +21,7 @@ def serve(
     engines: EngineOptions,
     access: AccessOptions,
     safety: SafetyOptions,
+    replicas: ReplicaOptions,
     report: ReportOptions,
 ) -> None:
     """Serve a model: an OpenAI-compatible API, and a page for the browser.
@@ -34,4 +36,4 @@ def serve(
     resolve_model(model.model)
     from neounify.cli.serving import serve_model
 
-    serve_model(model, listen, engines, access, safety, report)
+    serve_model(model, listen, engines, access, safety, replicas, report)

@@ -1,0 +1,6 @@
+"""Several copies of the server behind one address, on one machine or on many, by Ray Serve."""
+
+from neounify.serve.replicas.running import run
+from neounify.serve.replicas.settings import ReplicaError, ReplicaSettings
+
+__all__ = ["ReplicaError", "ReplicaSettings", "run"]

@@ -1,0 +1,108 @@
+"""What Ray is told: the cluster, the replicas and their address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.replicas.replica import Replica
+from neounify.serve.replicas.settings import ReplicaError, ReplicaSettings
+from neounify.serve.run import RunSettings
+
+NAME = "neounify"
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Ray's store of objects, which requests do not pass through."""
+SPARE_REQUESTS = 64
+"""Questions about health and metrics, and requests that the replica itself refuses."""
+ATTEMPTS = 2
+HEALTH_SECONDS = 2.0
+
+
+@contextmanager
+def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
+    """Ray, by the cluster that was named or by one that lives as long as this. ReplicaError."""
+    own = replicas.address is None
+    try:
+        if own:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=log_level.upper(),
+            )
+            _check_room(replicas)
+        else:
+            ray.init(address=replicas.address, logging_level=log_level.upper())
+        yield
+    except ConnectionError as error:
+        raise ReplicaError(f"no Ray cluster answers at {replicas.address}: {error}") from error
+    finally:
+        if own and ray.is_initialized():
+            serve.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def deployed(
+    settings: RunSettings,
+    replicas: ReplicaSettings,
+    make_hooks: Callable[[], HttpHooks] | None,
+) -> Iterator[None]:
+    """Replicas that answer. The end waits for the requests under way. Raises ReplicaError."""
+    logging = LoggingConfig(
+        log_level=settings.log_level.upper(), enable_access_log=settings.log_level == "info"
+    )
+    application = _deployment(settings, replicas).bind(settings, make_hooks)
+    try:
+        serve.start(
+            http_options=HTTPOptions(host=settings.host, port=settings.port),
+            logging_config=logging,
+        )
+    except RuntimeError as error:
+        raise ReplicaError(f"Ray Serve did not start: {error}") from error
+    try:
+        _run(application, logging)
+        yield
+    finally:
+        serve.delete(NAME)
+
+
+def _run(application: serve.Application, logging: LoggingConfig) -> None:
+    try:
+        serve.run(application, name=NAME, logging_config=logging)
+    except RuntimeError as error:
+        raise ReplicaError(f"the replicas did not start: {error}") from error
+
+
+def _deployment(settings: RunSettings, replicas: ReplicaSettings) -> serve.Deployment:
+    in_flight = settings.http.limits.in_flight
+    return serve.deployment(
+        name="replica",
+        num_replicas=replicas.count,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        # Beyond `in_flight` a replica answers 429 by itself, so it must hear of the request.
+        max_ongoing_requests=in_flight + SPARE_REQUESTS,
+        max_queued_requests=in_flight,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=HEALTH_SECONDS,
+        max_constructor_retry_count=ATTEMPTS,
+    )(Replica)
+
+
+def _check_room(replicas: ReplicaSettings) -> None:
+    """Raises ReplicaError for what Ray would wait for in vain."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", replicas.cpus), ("GPU", replicas.gpus)):
+        needed, found = replicas.count * each, there.get(name, 0.0)
+        if needed > found:
+            raise ReplicaError(
+                f"{replicas.count} replicas with {each:g} {name} each need {needed:g}; this "
+                f"machine has {found:g}. Less than 1 each is possible, such as 0.5"
+            )

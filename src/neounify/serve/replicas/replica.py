@@ -1,0 +1,92 @@
+"""One replica: the service and its app in a process that Ray starts, watches and replaces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from prometheus_client import CollectorRegistry, Gauge
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from neounify.runtime import keep_freed_memory
+from neounify.serve.build import build_service
+from neounify.serve.collector import EngineCollector
+from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.run import RunSettings, page_folder
+
+HEADER = "x-neounify-replica"
+"""Names the replica that gave an answer."""
+
+
+class Unready(RuntimeError):
+    """The engines do not answer; Ray replaces a replica that says so three times in a row."""
+
+
+@serve.ingress()
+class Replica:
+    """What Ray calls; the names of the methods are Ray's."""
+
+    async def __init__(
+        self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None
+    ) -> None:
+        keep_freed_memory()
+        if settings.serve.threads is not None:
+            torch.set_num_threads(settings.serve.threads)
+        self._settings = settings
+        self._hooks = make_hooks() if make_hooks else None
+        self._service = build_service(settings.serve)
+        await self._service.start()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        name = serve.get_replica_context().replica_tag
+        registry = CollectorRegistry()
+        registry.register(EngineCollector(self._service))
+        process = Gauge(
+            "neounify_replica", "The replica that answers.", ("name", "pid"), registry=registry
+        )
+        process.labels(name, str(os.getpid())).set(1)
+        app = create_app(
+            self._service,
+            _without_results(self._settings.http),
+            hooks=self._hooks,
+            registry=registry,
+            ready=lambda: self._service.ready,
+            page=page_folder() if self._settings.page else None,
+        )
+        return Signed(app, name)
+
+    async def check_health(self) -> None:
+        """Raises Unready."""
+        if not self._service.ready:
+            raise Unready("the engines do not answer")
+
+    async def __del__(self) -> None:
+        await self._service.stop()
+
+
+class Signed:
+    """ASGI middleware that names the replica in every answer."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self._app = app
+        self._header = (HEADER.encode(), name.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sign(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), self._header]}
+            await send(message)
+
+        await self._app(scope, receive, sign)
+
+
+def _without_results(settings: HttpSettings) -> HttpSettings:
+    """No image fits the store: its URL would be asked of another replica than the one that has it.
+
+    `response_format: "url"` is then answered with 400 and the advice to ask for base64.
+    """
+    return replace(settings, result_bytes=1)

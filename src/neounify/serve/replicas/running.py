@@ -1,0 +1,67 @@
+"""Replicas from start to end: prepare, start, wait for a signal, let work finish."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.replicas.settings import ReplicaSettings
+from neounify.serve.run import RunSettings
+
+
+def run(
+    settings: RunSettings,
+    replicas: ReplicaSettings,
+    make_hooks: Callable[[], HttpHooks] | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then take no new requests and let those under way finish.
+
+    `make_hooks` is called once in each replica. Raises ImportError without Ray, and ReplicaError
+    when the replicas do not start.
+    """
+    if replicas.address is None:
+        os.environ.update(_private_ray())
+    # Ray reads the environment when it is imported.
+    from neounify.serve.replicas.deployment import connected, deployed
+
+    with (
+        connected(replicas, settings.log_level),
+        deployed(settings, replicas, make_hooks),
+        _stopped_by_signals() as stopped,
+    ):
+        started()
+        stopped.wait()
+
+
+def _private_ray() -> dict[str, str]:
+    """The environment of a Ray that only this machine sees, and that reports to nobody.
+
+    One port of each replica listens everywhere all the same. It asks for the token, which is new
+    every time and stands in no file.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's name for staying on loopback, on Linux too.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process as usual."""
+    stopped = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
