@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.serving.faults.check import Check
+from benchmarks.serving.faults.check import Check, checks_table
 from benchmarks.serving.faults.draining import draining
 from benchmarks.serving.faults.killing import generation_killed, understanding_killed
 from benchmarks.serving.faults.leaving import chat_left, painting_left
@@ -37,8 +37,10 @@ async def run_faults(options: ServerOptions, log: Path, names: Iterable[str]) ->
     checks: list[Check] = []
     for name in names:
         start = time.monotonic()
-        checks += await _run(name, options, log)
+        found = await _run(name, options, log)
         print(f"{name}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+        print(checks_table(found), file=sys.stderr)
+        checks += found
     return checks
 
 

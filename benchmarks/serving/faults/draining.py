@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from pathlib import Path
 
 from benchmarks.serving.faults.check import Check, tally
@@ -41,7 +42,9 @@ async def draining(options: ServerOptions, log: Path) -> list[Check]:
         await asyncio.sleep(0.2)
         new = await send(server.port, chat(0))
         outcomes = await asyncio.gather(*tasks)
+        answered = time.monotonic()
         code = await asyncio.to_thread(server.process.wait, STOP_SECONDS)
+        seconds = time.monotonic() - answered
         # What is looked at must not be cleared up by leaving the block.
         gone = await until(lambda: _all_ended(members), GONE_SECONDS)
         cleared = await until(lambda: _cleared(shared), GONE_SECONDS)
@@ -58,7 +61,12 @@ async def draining(options: ServerOptions, log: Path) -> list[Check]:
             passed=new.status in (0, 503),
             seen=tally([new]),
         ),
-        Check(scenario=scenario, what="the exit code is 0", passed=code == 0, seen=str(code)),
+        Check(
+            scenario=scenario,
+            what="the exit code is 0",
+            passed=code == 0,
+            seen=f"{code}, {seconds:.1f} s after the last answer",
+        ),
         Check(
             scenario=scenario,
             what="no process is left",

@@ -24,7 +24,8 @@ PAUSE = 0.05
 UNDERSTANDING, GENERATION = 0, 1
 """Places in the order in which the server starts its engines."""
 LONG = {"steps": 200, "size": "128x128"}
-AFTER_SECONDS = 1.0
+BEFORE_SECONDS, AFTER_SECONDS = 0.5, 1.0
+"""Of load, before the kill and once all is ready again."""
 
 
 async def generation_killed(options: ServerOptions, log: Path) -> list[Check]:
@@ -116,7 +117,7 @@ async def _under_load(server: Server, victim: int) -> tuple[_Killed, list[Outcom
     calls = map(_by_turns, itertools.count())
     async with going_on(server.port, calls, clients=CHATTERS, pause=PAUSE) as chats:
         await _all_painting(server)
-        await asyncio.sleep(AFTER_SECONDS)
+        await asyncio.sleep(BEFORE_SECONDS)
         os.kill(engines(server.pid)[victim], signal.SIGKILL)
         at = time.monotonic()
         if not await until(lambda: _not(server.ready()), 10.0):
