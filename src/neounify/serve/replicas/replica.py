@@ -30,18 +30,16 @@ class Unready(RuntimeError):
 class Replica:
     """What Ray calls; the names of the methods are Ray's."""
 
-    async def __init__(
-        self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None
-    ) -> None:
+    def __init__(self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None) -> None:
         keep_freed_memory()
         if settings.serve.threads is not None:
             torch.set_num_threads(settings.serve.threads)
         self._settings = settings
         self._hooks = make_hooks() if make_hooks else None
         self._service = build_service(settings.serve)
-        await self._service.start()
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        await self._service.start()
         name = serve.get_replica_context().replica_tag
         registry = CollectorRegistry()
         registry.register(EngineCollector(self._service))
