@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # a file is drawn, no window
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.serving.series import Series
 from benchmarks.serving.stats import Latency
@@ -48,7 +48,9 @@ def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_xticks([s.clients for s in mix])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title("80 % chat, 20 % painting")
     axis.set_xlabel("clients at once")
     axis.set_ylabel("seconds")
@@ -61,9 +63,10 @@ def _memories(axis: Axes, series: Sequence[Series]) -> None:
     begin = min(s.started for s in series)
     for place, one in enumerate(series):
         times = [one.started - begin + at for at, _ in one.memory]
-        label = f"{one.name}, {one.clients}"
+        label = one.name if one.asked is None else f"{one.name}, {one.clients}"
         axis.plot(times, [mb for _, mb in one.memory], color=f"C{place}", label=label)
     axis.set_title("Resident memory of the server, new for each series")
+    axis.margins(y=0.1)
     axis.set_xlabel("seconds")
     axis.set_ylabel("MB")
     axis.set_ylim(bottom=0)
