@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,18 +28,18 @@ HEALTH_SECONDS = 2.0
 @contextmanager
 def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
     """Ray, by the cluster that was named or by one that lives as long as this. ReplicaError."""
-    own = replicas.address is None
+    own, level = replicas.address is None, logging.getLevelName(log_level.upper())
     try:
         if own:
             ray.init(
                 address="local",
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=log_level.upper(),
+                logging_level=level,
             )
             _check_room(replicas)
         else:
-            ray.init(address=replicas.address, logging_level=log_level.upper())
+            ray.init(address=replicas.address, logging_level=level)
         yield
     except ConnectionError as error:
         raise ReplicaError(f"no Ray cluster answers at {replicas.address}: {error}") from error
@@ -55,27 +56,27 @@ def deployed(
     make_hooks: Callable[[], HttpHooks] | None,
 ) -> Iterator[None]:
     """Replicas that answer. The end waits for the requests under way. Raises ReplicaError."""
-    logging = LoggingConfig(
+    logs = LoggingConfig(
         log_level=settings.log_level.upper(), enable_access_log=settings.log_level == "info"
     )
     application = _deployment(settings, replicas).bind(settings, make_hooks)
     try:
         serve.start(
             http_options=HTTPOptions(host=settings.host, port=settings.port),
-            logging_config=logging,
+            logging_config=logs,
         )
     except RuntimeError as error:
         raise ReplicaError(f"Ray Serve did not start: {error}") from error
     try:
-        _run(application, logging)
+        _run(application, logs)
         yield
     finally:
         serve.delete(NAME)
 
 
-def _run(application: serve.Application, logging: LoggingConfig) -> None:
+def _run(application: serve.Application, logs: LoggingConfig) -> None:
     try:
-        serve.run(application, name=NAME, logging_config=logging)
+        serve.run(application, name=NAME, logging_config=logs)
     except RuntimeError as error:
         raise ReplicaError(f"the replicas did not start: {error}") from error
 
