@@ -175,11 +175,11 @@ def test_an_engine_that_fails_is_started_again(
     step = GenerationEngine.step
     broken = {"left": 1}
 
-    def fails_once(self: GenerationEngine) -> None:
+    def fails_once(self: GenerationEngine, **how: bool) -> None:
         if broken["left"]:
             broken["left"] = 0
             raise RuntimeError("the memory of the device is gone")
-        step(self)
+        step(self, **how)
 
     monkeypatch.setattr(GenerationEngine, "step", fails_once)
 

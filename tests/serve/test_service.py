@@ -211,3 +211,16 @@ def test_stories_alternate_as_in_the_pipeline(
     assert len(told.images) == 2
     assert told.order[-1] == "Finished"
     _same_story(pipe, told)
+
+
+def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:
+    cast = neounify.load(folder, dtype="bfloat16")
+    chat = make_chat_request("Hello", [], max_new_tokens=4)
+    request = painting(cast, width=64, height=64)
+    settings = ServeSettings(folder=folder, mode="separate", dtype="bfloat16", threads=1)
+    answered, painted = serve(
+        build_service(settings),
+        lambda service: asyncio.gather(collect(service, chat), collect(service, request)),
+    )
+    assert answered.text == _alone(cast, chat).text
+    torch.testing.assert_close(painted.images[0], expected(cast, request)[0], rtol=0, atol=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from neounify.serve.transport import Parcel, Transport
 class GenerationSettings:
     """`step_tokens`: image tokens of a step, over all guidance branches, at most.
 
-    `most_missed`: an image left out of that many steps in a row goes first.
+    `most_missed`: an image left out of that many steps in a row goes first. `beside_text_seconds`:
+    about how long a step may take while text is being written in the same process.
     """
 
     step_tokens: int = 1024
     most_missed: int = 4
+    beside_text_seconds: float = 0.015
 
 
 @dataclass(eq=False)
@@ -50,6 +53,7 @@ class GenerationEngine:
         self._images: list[_Image] = []
         self._left: dict[int, int] = {}
         self._last_batch = 0
+        self._row_seconds = 0.0
 
     @property
     def busy(self) -> bool:
@@ -74,16 +78,17 @@ class GenerationEngine:
             self._fail(order.call, error)
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """Move the images whose turn it is by one denoising step."""
+    def step(self, *, beside_text: bool = False) -> None:
+        """Move the images whose turn it is by one denoising step, a short one beside text."""
         if not self._images:
             return
+        start = time.perf_counter()
         for image in self._images:
             image.waiting.rows = image.job.z.shape[0] * len(image.job.branches())
             image.waiting.steps_left = image.job.steps - image.job.steps_done
         places = choose(
             [image.waiting for image in self._images],
-            self.settings.step_tokens,
+            self._short_step() if beside_text else self.settings.step_tokens,
             self.settings.most_missed,
         )
         chosen = [self._images[place] for place in places]
@@ -92,6 +97,15 @@ class GenerationEngine:
         denoise_step(self.model, [image.job for image in chosen])
         for image in chosen:
             self._tell(image)
+        rows = sum(image.waiting.rows for image in chosen)
+        self._row_seconds += 0.2 * ((time.perf_counter() - start) / rows - self._row_seconds)
+
+    def _short_step(self) -> int:
+        """Image tokens of a step of the wanted length, by what recent steps took."""
+        if not self._row_seconds:
+            return self.settings.step_tokens
+        fitting = int(self.settings.beside_text_seconds / self._row_seconds)
+        return min(self.settings.step_tokens, max(1, fitting))
 
     def _start(self, order: Paint) -> None:
         prefixes = {branch: self._prefix(prefix) for branch, prefix in order.prefixes.items()}

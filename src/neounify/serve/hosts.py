@@ -220,18 +220,19 @@ def run_process(connection: Connection, settings: ProcessSettings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     keep_freed_memory()
-    model = load(
+    engine = load(
         settings.folder,
         dtype=settings.dtype,
         device=settings.device,
         lora=settings.lora or None,
         memory="stream",
-    ).model
+    ).engine
     transport = SharedTransport()
     und = gen = None
-    if settings.role == "und":
-        und = UnderstandingEngine(model, settings.engines.understanding, transport)
-    else:
-        gen = GenerationEngine(model, settings.engines.generation, transport)
-    connection.send("ready")
-    Worker(_PipeChannel(connection), und, gen).run()
+    with engine.residency.use(settings.role):
+        if settings.role == "und":
+            und = UnderstandingEngine(engine.model, settings.engines.understanding, transport)
+        else:
+            gen = GenerationEngine(engine.model, settings.engines.generation, transport)
+        connection.send("ready")
+        Worker(_PipeChannel(connection), und, gen).run()

@@ -47,15 +47,6 @@ PromptPart = TextPart | PicturePart
 
 
 @dataclass(frozen=True)
-class Open:
-    """Read new sequences, with `room` tokens behind each prompt. All of them or none."""
-
-    call: int
-    prompts: Mapping[SequenceName, tuple[PromptPart, ...]]
-    room: Mapping[SequenceName, int]
-
-
-@dataclass(frozen=True)
 class Write:
     """Write on behind a sequence until a token of `stop_ids` or `max_new_tokens` in all.
 
@@ -67,6 +58,19 @@ class Write:
     sampling: SamplingSettings
     stop_ids: frozenset[int]
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Open:
+    """Read new sequences, with `room` tokens behind each prompt. All of them or none.
+
+    `then` is written as soon as the prompts are read, without a way to the front and back.
+    """
+
+    call: int
+    prompts: Mapping[SequenceName, tuple[PromptPart, ...]]
+    room: Mapping[SequenceName, int]
+    then: Write | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_a
 from neounify.pipeline.painting import branch_prompt, edit_images
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import Finished, Painted, Preview, ServiceEvent, TextPiece
-from neounify.serve.messages import Done, Prefix, TextPart, Token, Written
+from neounify.serve.messages import Done, Opened, Prefix, TextPart, Token, Written
 from neounify.serve.session import Session
 from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.stream import TextStream
@@ -54,12 +54,16 @@ async def chat(session: Session, front: Front, request: ChatRequest, previews: i
     )
     images = await asyncio.to_thread(chat_images, front, request)
     parts = await session.parts(prompt, images, front.config.token_size)
-    opened = await session.open({"cond": parts}, {"cond": request.max_new_tokens})
-    usage = _Usage(opened.tokens, opened.cached)
+    usage = _Usage()
     text = _Text(front, request.stop, thinking=request.think)
     stops = frozenset((front.token(IM_END),))
     ended = None
-    async for answer in session.write("cond", request.sampling, stops, request.max_new_tokens):
+    async for answer in session.open_and_write(
+        "cond", parts, request.sampling, stops, request.max_new_tokens
+    ):
+        if isinstance(answer, Opened):
+            usage.prompt, usage.cached = answer.tokens, answer.cached
+            continue
         if isinstance(answer, Written):
             ended = answer
             break

@@ -69,8 +69,8 @@ async def _serve(server: _Server, service: Service) -> None:
     # uvicorn raises the signal that ended it once more; by then all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    await service.start()
     try:
+        await service.start()
         await server.serve()
     finally:
         await service.stop()

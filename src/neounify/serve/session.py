@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -93,27 +93,53 @@ class Session:
         self, prompts: Mapping[str, Sequence[PromptPart]], room: Mapping[str, int]
     ) -> Opened:
         """Read prompts; `room` tokens may follow each."""
-        named = {self._name(name): tuple(parts) for name, parts in prompts.items()}
-        self._sequences += named
-        rooms = {self._name(name): room[name] for name in prompts}
+        named, rooms = self._new_sequences(prompts, room)
         return await self._ask(lambda call: Open(call, named, rooms), Opened)
+
+    async def open_and_write(
+        self,
+        name: str,
+        prompt: Sequence[PromptPart],
+        sampling: SamplingSettings,
+        stop_ids: frozenset[int],
+        most: int,
+    ) -> AsyncGenerator[Opened | Token | Written]:
+        """Read a prompt and write behind it, in one go: the first token comes sooner."""
+        named, rooms = self._new_sequences({name: prompt}, {name: most})
+        link = self.links.understanding
+        reading, writing = link.open_call(), link.open_call()
+        try:
+            then = Write(writing.number, self._name(name), sampling, stop_ids, most)
+            link.send(Open(reading.number, named, rooms, then))
+            answer = await self._next(reading)
+            assert isinstance(answer, Opened)
+            yield answer
+            async for written in self._written(writing):
+                yield written
+        finally:
+            link.close_call(reading)
+            link.close_call(writing)
 
     async def write(
         self, name: str, sampling: SamplingSettings, stop_ids: frozenset[int], most: int
-    ) -> AsyncIterator[Token | Written]:
+    ) -> AsyncGenerator[Token | Written]:
         """Tokens as they are written, then how it ended."""
         link = self.links.understanding
         call = link.open_call()
         try:
             link.send(Write(call.number, self._name(name), sampling, stop_ids, most))
-            while True:
-                answer = await self._next(call)
-                assert isinstance(answer, Token | Written)
-                yield answer
-                if isinstance(answer, Written):
-                    return
+            async for written in self._written(call):
+                yield written
         finally:
             link.close_call(call)
+
+    async def _written(self, call: Call) -> AsyncGenerator[Token | Written]:
+        while True:
+            answer = await self._next(call)
+            assert isinstance(answer, Token | Written)
+            yield answer
+            if isinstance(answer, Written):
+                return
 
     async def extend(self, parts: Mapping[str, Sequence[PromptPart]]) -> None:
         """Append to sequences."""
@@ -187,6 +213,13 @@ class Session:
     def _end_paint(self, call: Call) -> None:
         self._paints.remove(call)
         self.links.generation.close_call(call)
+
+    def _new_sequences(
+        self, prompts: Mapping[str, Sequence[PromptPart]], room: Mapping[str, int]
+    ) -> tuple[dict[SequenceName, tuple[PromptPart, ...]], dict[SequenceName, int]]:
+        named = {self._name(name): tuple(parts) for name, parts in prompts.items()}
+        self._sequences += named
+        return named, {self._name(name): room[name] for name in prompts}
 
     def _name(self, name: str) -> SequenceName:
         return self.number, name

@@ -80,6 +80,7 @@ class _Reading:
 
     names: tuple[SequenceName, ...]
     reply: Reply
+    then: Write | None = None
 
 
 class UnderstandingEngine:
@@ -186,7 +187,7 @@ class UnderstandingEngine:
             pieces = self._pieces(parts, cache.length)
             self._sequences[name] = _Sequence(cache, pieces, ids)
         opened = Opened(sum(map(len, rows.values())), cached)
-        self._reading.append(_Reading(tuple(rows), Reply(order.call, opened, True)))
+        self._reading.append(_Reading(tuple(rows), Reply(order.call, opened, True), order.then))
         return True
 
     def _pieces(self, parts: Sequence[PromptPart], known: int = 0) -> deque[_Piece]:
@@ -245,6 +246,8 @@ class UnderstandingEngine:
                 self._fail(reading.reply.call, _not_finite())
             else:
                 self.replies.append(reading.reply)
+                if reading.then is not None:
+                    self._start_writing(reading.then)
         self._reading = left
 
     # --- writing ---

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from neounify.serve.generation import GenerationEngine
@@ -14,6 +15,8 @@ from neounify.serve.understanding import UnderstandingEngine
 MOST_YIELDED = 4
 """Denoising lets prompts that wait for a first token go first, that many steps in a row."""
 REPORT_SECONDS = 0.5
+TEXT_SECONDS = 1.0
+"""Denoising steps stay short that long after the last text."""
 
 
 class Channel(Protocol):
@@ -43,6 +46,7 @@ class Worker:
         self.understanding, self.generation = understanding, generation
         self._counters: Counter[str] = Counter()
         self._yielded = 0
+        self._last_text = -TEXT_SECONDS
         self._reported = 0.0
 
     def run(self) -> None:
@@ -71,18 +75,20 @@ class Worker:
     def _work(self) -> None:
         und, gen = self._engines()
         if und is not None and und.busy:
-            self._timed("und", und)
+            self._timed("und", und.step)
+            self._last_text = time.perf_counter()
         if gen is None or not gen.busy:
             return
         if und is not None and und.urgent and self._yielded < MOST_YIELDED:
             self._yielded += 1
             return
         self._yielded = 0
-        self._timed("gen", gen)
+        beside_text = time.perf_counter() - self._last_text < TEXT_SECONDS
+        self._timed("gen", partial(gen.step, beside_text=beside_text))
 
-    def _timed(self, name: str, engine: UnderstandingEngine | GenerationEngine) -> None:
+    def _timed(self, name: str, step: Callable[[], None]) -> None:
         start = time.perf_counter()
-        engine.step()
+        step()
         self._counters[f"{name}_steps"] += 1
         self._counters[f"{name}_step_seconds"] += time.perf_counter() - start  # type: ignore[assignment]
 
