@@ -27,7 +27,7 @@ def test_the_examples_run(
         exec(code.replace("http://127.0.0.1:8000", url) + "\nclient.close()", {})
     assert picture(Path("circle.png").read_bytes()).size == (64, 64)
     printed = capsys.readouterr().out.split("\n")
-    assert printed[0].endswith("What colour is the star?")
+    assert printed[:2] == ["You said: <image>", "What colour is the star?"]
     assert printed.count("image_generation.partial_image") == 2
 
 

@@ -38,6 +38,15 @@ def shuffled(rng: np.random.Generator, options: Sequence[T]) -> list[T]:
     return [options[i] for i in rng.permutation(len(options))]
 
 
+def shuffled_by_weight(rng: np.random.Generator, weights: Mapping[T, float]) -> list[T]:
+    """All keys, drawn one after the other in proportion to the weights of those that are left.
+
+    Sorting by u^(1/w) does that (Efraimidis and Spirakis 2006).
+    """
+    marks = {option: float(rng.random()) ** (1 / weight) for option, weight in weights.items()}
+    return sorted(weights, key=lambda option: -marks[option])
+
+
 def chance(rng: np.random.Generator, probability: float) -> bool:
     """True with the given probability, 0 to 1."""
     return bool(rng.random() < probability)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from neounify.data.sample import DataError
-from neounify.data.scenes.draw import chance, pick, shuffled
+from neounify.data.scenes.draw import chance, pick, shuffled, shuffled_by_weight
 from neounify.data.scenes.facts import ObjectFact, matching, reference
 from neounify.data.scenes.language import definite, noun
 from neounify.data.scenes.lexicon import (
@@ -34,6 +34,11 @@ QuestionKind = Literal[
 QUESTION_KINDS: tuple[QuestionKind, ...] = (
     *("shape", "colour", "count", "where", "exists", "relation", "background", "size"),
 )
+
+QUESTION_WEIGHTS: dict[QuestionKind, float] = {
+    kind: {"relation": 3.0, "where": 2.0}.get(kind, 1.0) for kind in QUESTION_KINDS
+}
+"""How often each kind comes among several questions: those learnt last more often."""
 
 _SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 _CHINESE_ANSWERS = {
@@ -98,9 +103,9 @@ def ask_several(
     language: Language = "en",
     split: Split = "train",
 ) -> list[Question]:
-    """Up to `count` questions of different kinds, in random order; fewer where few are possible."""
+    """Up to `count` questions of different kinds, hard ones more often; fewer if few fit."""
     found: list[Question] = []
-    for kind in shuffled(rng, QUESTION_KINDS):
+    for kind in shuffled_by_weight(rng, QUESTION_WEIGHTS):
         asked = _ASKERS[kind](scene, config, rng, language, split)
         if asked is not None and len(found) < count:
             text, value = asked

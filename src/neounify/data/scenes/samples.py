@@ -119,12 +119,16 @@ class SceneDataset:
 
 
 def draw_style(rng: np.random.Generator) -> CaptionStyle:
-    """A caption style as prompts have it: colours mostly, the rest now and then."""
+    """A caption style as prompts have it: colours mostly, the rest now and then.
+
+    The less a prompt says, the more is left to agree on while painting: those are the hard ones,
+    and there must be enough of them.
+    """
     return CaptionStyle(
-        colour=chance(rng, 0.8),
-        size=chance(rng, 0.35),
-        background=chance(rng, 0.4),
-        places=pick(rng, ("none", "none", "relation", "relation", "cell")),
+        colour=chance(rng, 0.7),
+        size=chance(rng, 0.3),
+        background=chance(rng, 0.35),
+        places=pick(rng, ("none", "none", "none", "relation", "cell")),
     )
 
 
