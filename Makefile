@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench parity clean
+.PHONY: demo test lint replicas bench parity clean
 
 demo: $(READY)  ## paint, ask, edit and tell a story with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest
+
+replicas: $(READY)  ## the tests of several replicas, with Ray in an environment of its own
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,ray]'
+	.venv-ray/bin/python -m pytest tests/serve/test_replicas.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -30,4 +35,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build
+	rm -rf $(VENV) .venv-ray out build

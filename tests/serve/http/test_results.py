@@ -42,3 +42,13 @@ def test_urls_begin_as_the_operator_says() -> None:
     assert fetched.status_code == 200
     assert fetched.headers["x-content-type-options"] == "nosniff"
     assert fetched.headers["cache-control"].startswith("private, max-age=")
+
+
+def test_a_server_without_results_says_so_before_it_paints() -> None:
+    service = Scripted()
+    client = TestClient(create_app(service, HttpSettings(result_urls=False)))
+    body = {"prompt": "a boat", "response_format": "url"}
+    answer = client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 400
+    assert "ask for b64_json" in answer.json()["error"]["message"]
+    assert not service.requests

@@ -26,6 +26,10 @@ async def read_paint(
         raise bad_request(f"n: {body.n} is over this server's {most}", "n")
     if body.stream and body.response_format == "url":
         raise bad_request("response_format: a stream sends b64_json only", "response_format")
+    if body.response_format == "url" and not context.settings.result_urls:
+        raise bad_request(
+            "response_format: this server keeps no results; ask for b64_json", "response_format"
+        )
     if not body.prompt.strip():
         raise bad_request("prompt: a text is needed", "prompt", "invalid_prompt")
     await context.check_prompt(body.prompt, images)

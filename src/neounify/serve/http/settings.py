@@ -42,9 +42,10 @@ class HttpSettings:
 
     `keys` are the API keys by the name of their owner; without any, no key is asked for and
     all callers share one account. `requests_per_minute` and `concurrent` bound each account
-    (None: not at all). Results behind URLs are kept for `result_seconds`, `result_bytes` of
-    them at most. Images are fetched from `remote_hosts` only ("host" or "host:port"; none:
-    no image URL but data URLs is read), `remote_bytes` and `remote_seconds` at most.
+    (None: not at all). Results behind URLs, where `result_urls` allows them, are kept for
+    `result_seconds`, `result_bytes` of them at most. Images are fetched from `remote_hosts` only
+    ("host" or "host:port"; none: no image URL but data URLs is read), `remote_bytes` and
+    `remote_seconds` at most.
     `public_url` is what result URLs begin with where a proxy hides the server's own address.
     """
 
@@ -53,6 +54,7 @@ class HttpSettings:
     requests_per_minute: int | None = None
     concurrent: int | None = None
     limits: Limits = field(default_factory=Limits)
+    result_urls: bool = True
     result_seconds: float = 3600.0
     result_bytes: int = 256 * MEBIBYTE
     remote_hosts: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from neounify.runtime import keep_freed_memory
 from neounify.serve.build import build_service
 from neounify.serve.collector import EngineCollector
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import create_app
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.run import RunSettings, page_folder
 
@@ -49,7 +49,8 @@ class Replica:
         process.labels(name, str(os.getpid())).set(1)
         app = create_app(
             self._service,
-            _without_results(self._settings.http),
+            # A result's URL would be asked of another replica than the one that has it.
+            replace(self._settings.http, result_urls=False),
             hooks=self._hooks,
             registry=registry,
             ready=lambda: self._service.ready,
@@ -80,11 +81,3 @@ class Signed:
             await send(message)
 
         await self._app(scope, receive, sign)
-
-
-def _without_results(settings: HttpSettings) -> HttpSettings:
-    """No image fits the store: its URL would be asked of another replica than the one that has it.
-
-    `response_format: "url"` is then answered with 400 and the advice to ask for base64.
-    """
-    return replace(settings, result_bytes=1)
