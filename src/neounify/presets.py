@@ -106,7 +106,7 @@ SCENES = ModelConfig(
         edit_max_pixels=256**2,
         edit_max_total_pixels=512**2,
         steps=40,
-        guidance=2.0,
+        guidance=2.5,
         shift=1.0,
     ),
 )
