@@ -45,7 +45,11 @@ class ServeModelOptions(WeightOptions, NamedModel):
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="CPU threads. Default: all cores.", rich_help_panel=MODEL
+            min=1,
+            metavar="N",
+            help="CPU threads of the engines. Default: all cores but one, which answers clients; "
+            "with --mode separate all cores.",
+            rich_help_panel=MODEL,
         ),
     ] = None
     generation_threads: Annotated[

@@ -129,8 +129,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
     if model.mode == "colocate":
         if model.generation_device is not None or model.generation_threads is not None:
             raise UsageError("--generation-device and --generation-threads need --mode separate")
-        if model.threads is not None:
-            torch.set_num_threads(model.threads)
+        torch.set_num_threads(model.threads or _engine_threads())
     return ServeSettings(
         folder=resolve_model(model.model),
         mode=model.mode,  # type: ignore[arg-type]
@@ -148,6 +147,11 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
         ),
         limits=ServiceLimits(requests=engines.requests, image_tokens=engines.image_tokens),
     )
+
+
+def _engine_threads() -> int:
+    """All cores but one, which answers clients."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 def _http_settings(
