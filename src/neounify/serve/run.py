@@ -19,7 +19,6 @@ from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.service import Service
 
-
 SWITCH_SECONDS = 0.0005
 """The thread that answers clients and the one that runs the engines take turns this often, instead
 of every 5 ms; measured, see docs/log.md."""
