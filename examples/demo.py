@@ -22,7 +22,7 @@ PROMPTS = (
     "top left: a pink star, bottom right: a small orange circle",
     "a small cyan square above a large red triangle on a grey background",
 )
-QUESTIONS = ("How many shapes are there?", "What colour is the background?")
+QUESTIONS = ("How many objects are there?", "What colour is the background?")
 DETAIL = "Describe the picture in detail."
 STORY = (
     "Tell a story in three pictures. It starts with a red circle in the top left on a white "

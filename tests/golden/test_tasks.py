@@ -23,7 +23,7 @@ from golden_tasks import (
 )
 from neounify.decode import Generation, greedy
 from neounify.image.io import read_image
-from neounify.pipeline import ImagePart, TextPart, engine, interleaving, painting
+from neounify.pipeline import ImagePart, TextPart, front, interleaving, painting
 from neounify.pipeline.painting import edit_images
 
 pytestmark = [needs_golden, pytest.mark.parametrize("name", NAMES)]
@@ -103,12 +103,12 @@ def test_editing_with_rounded_pixels(
 ) -> None:
     recorded, info = load_fixture(name, "it2i")
     pipe = pipeline(golden_checkpoint(name))
-    prepare = engine.prepare_image
+    prepare = front.prepare_image
 
     def rounded(*arguments: Any, **options: Any) -> Tensor:
         return prepare(*arguments, **options).bfloat16().float()
 
-    monkeypatch.setattr(engine, "prepare_image", rounded)
+    monkeypatch.setattr(front, "prepare_image", rounded)
     for case, parameters in edit_cases(info, rounded=True):
         group = case.split(".")[0]
         images = [picture(image) for image in info["images"][group]]

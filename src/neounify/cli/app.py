@@ -39,7 +39,7 @@ checkpoint (config.json, *.safetensors, tokenizer files).
 
 \b
   neounify generate "a red circle left of a blue star"
-  neounify chat "How many shapes are there?" --image picture.png
+  neounify chat "How many objects are there?" --image picture.png
 """
 
 
