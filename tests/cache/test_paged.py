@@ -35,7 +35,7 @@ def own_cache(config: ModelConfig) -> SequenceCache:
 
 def give(model: NeoUnify, cache: Cache, ids: list[int], image: Tensor | None = None) -> Tensor:
     spans: tuple[Text | Image, ...] = (Text(len(ids)),)
-    images = ()
+    images: tuple[Tensor, ...] = ()
     if image is not None:
         spans, images = (Image(*model.token_grid(image)), *spans), (image,)
     return feed(model, [Feed(cache, spans, ids, images)])[0]

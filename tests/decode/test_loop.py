@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models import random_config, random_model
-from neounify.cache import SequenceCache
+from neounify.cache import Cache, SequenceCache
 from neounify.decode import (
     Choose,
     Feed,
@@ -42,7 +42,7 @@ def _generation(
     limit: int,
     stop: Sequence[int] = (),
     choose: Choose = greedy,
-    cache: SequenceCache | None = None,
+    cache: Cache | None = None,
 ) -> Generation:
     cache = cache or _cache()
     return Generation(cache, choose, frozenset(stop), limit, context=list(prompt))

@@ -26,7 +26,7 @@ from serving import collect, same_image, serve
 
 def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> PaintRequest:
     sampling = make_sampling(pipe.config, editing=False, steps=steps)
-    options = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
+    options: dict[str, Any] = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
     return PaintRequest(**(options | values))
 
 
@@ -39,6 +39,10 @@ def engine_of(service: Service) -> UnderstandingEngine:
     assert isinstance(host, ThreadHost)
     assert host.understanding is not None
     return host.understanding
+
+
+def ready(service: Service) -> bool:
+    return service.ready
 
 
 async def settled(service: Service) -> dict[str, float]:
@@ -216,10 +220,10 @@ def test_a_killed_process_costs_only_its_own_requests(
         died, goes_on = (image, chat) if victim == "gen" else (chat, image)
         with pytest.raises(EngineDied):
             await died
-        assert not service.ready
+        assert not ready(service)
         finished = await goes_on
         assert finished.finished is not None
-        while not service.ready:
+        while not ready(service):
             await asyncio.sleep(0.05)
         return await asyncio.gather(
             collect(service, painting(pipe, 3)), collect(service, chatting())

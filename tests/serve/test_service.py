@@ -17,6 +17,7 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import EngineSettings
 from neounify.serve.understanding import UnderstandingSettings
 from serving import Collected, collect, same_image, serve
@@ -36,7 +37,7 @@ def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> 
 
 
 def expected(pipe: neounify.Pipeline, request: PaintRequest) -> torch.Tensor:
-    options = {
+    options: dict[str, Any] = {
         "width": request.width,
         "height": request.height,
         "steps": request.sampling.steps,
@@ -123,7 +124,8 @@ def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.
     async def alone_and_together(service: Any) -> tuple[Collected, list[Collected]]:
         alone = await collect(service, requests[0], previews=2)
         chats = [make_chat_request(f"chat {n}", [], max_new_tokens=9) for n in range(4)]
-        together = await asyncio.gather(*(collect(service, r) for r in [*requests, *chats]))
+        everything: list[ServiceRequest] = [*requests, *chats]
+        together = await asyncio.gather(*(collect(service, r) for r in everything))
         return alone, together
 
     alone, together = serve(colocated(pipe), alone_and_together)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -86,7 +86,7 @@ class Service:
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
-    ) -> AsyncIterator[ServiceEvent]:
+    ) -> AsyncGenerator[ServiceEvent]:
         """See `events.Answering.answer`."""
         tokens = self._admit(request)
         start = time.monotonic()
