@@ -28,7 +28,7 @@ class GenerationSettings:
 
     step_tokens: int = 1024
     most_missed: int = 4
-    beside_text_seconds: float = 0.015
+    beside_text_seconds: float = 0.008
 
 
 @dataclass(eq=False)
