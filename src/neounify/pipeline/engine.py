@@ -170,10 +170,15 @@ def check_cancel(cancel: threading.Event | None) -> None:
 
 def _check_finite(values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise CheckpointError(
-            "the model computes NaN or infinite values: its weights are damaged, which "
-            "load(..., verify=True) would locate, or they overflow in float16"
-        )
+        raise not_finite()
+
+
+def not_finite() -> CheckpointError:
+    """What to raise when a model computes NaN."""
+    return CheckpointError(
+        "the model computes NaN or infinite values: its weights are damaged, which "
+        "load(..., verify=True) would locate, or they overflow in float16"
+    )
 
 
 def _rows(item: Feed) -> int:

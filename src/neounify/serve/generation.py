@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.errors import CheckpointError, NeounifyError, RequestError
+from neounify.errors import NeounifyError, RequestError
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, denoise_step, make_job, to_pixels
-from neounify.serve.messages import Cancel, Done, Failed, Keep, Kept, Paint, Prefix, Reply, Seen
+from neounify.pipeline.engine import not_finite
+from neounify.serve.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
 from neounify.serve.scheduling import Waiting, choose, preview_steps
 from neounify.serve.transport import Parcel, Transport
 
@@ -75,7 +76,7 @@ class GenerationEngine:
             else:
                 self._start(order)
         except NeounifyError as error:
-            self._fail(order.call, error)
+            self.replies.append(failed(order.call, error))
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
@@ -138,7 +139,7 @@ class GenerationEngine:
             return
         if not torch.isfinite(job.z).all():
             self._drop(image.call)
-            self._fail(image.call, _not_finite())
+            self.replies.append(failed(image.call, not_finite()))
             return
         self._images.remove(image)
         self._left[image.call] -= 1
@@ -155,10 +156,3 @@ class GenerationEngine:
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]
         self._left.pop(call, None)
-
-    def _fail(self, call: int, error: NeounifyError) -> None:
-        self.replies.append(Reply(call, Failed(type(error).__name__, str(error)), True))
-
-
-def _not_finite() -> CheckpointError:
-    return CheckpointError("the model computes NaN or infinite values: its weights are damaged")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from neounify.decode.choose import SamplingSettings
+from neounify.errors import NeounifyError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.request import Sampling
 from neounify.serve.transport import Parcel
@@ -221,6 +222,11 @@ class Reply:
     call: int
     answer: Answer
     final: bool
+
+
+def failed(call: int, error: NeounifyError) -> Reply:
+    """The last reply to a call that cannot be answered."""
+    return Reply(call, Failed(type(error).__name__, str(error)), True)
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from neounify.cache.content import Row, image_rows, text_rows
 from neounify.decode.choose import make_chooser
 from neounify.decode.feed import Feed, feed
 from neounify.decode.loop import Generation
-from neounify.errors import CheckpointError, NeounifyError, PromptError, RequestError
+from neounify.errors import NeounifyError, PromptError, RequestError
 from neounify.model.layout import Image, Text
 from neounify.model.neo import NeoUnify
+from neounify.pipeline.engine import not_finite
 from neounify.serve.messages import (
     Close,
     Export,
     Exported,
     Extend,
     Extended,
-    Failed,
     Open,
     Opened,
     PicturePart,
@@ -39,6 +39,7 @@ from neounify.serve.messages import (
     Token,
     Write,
     Written,
+    failed,
 )
 from neounify.serve.transport import Transport
 
@@ -139,7 +140,7 @@ class UnderstandingEngine:
                 case Export():
                     self._export(order)
         except NeounifyError as error:
-            self._fail(order.call, error)
+            self.replies.append(failed(order.call, error))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -243,7 +244,7 @@ class UnderstandingEngine:
             if any(s.pieces for s in sequences):
                 left.append(reading)
             elif any(s.hidden is None for s in sequences):
-                self._fail(reading.reply.call, _not_finite())
+                self.replies.append(failed(reading.reply.call, not_finite()))
             else:
                 self.replies.append(reading.reply)
                 if reading.then is not None:
@@ -299,7 +300,7 @@ class UnderstandingEngine:
         assert text is not None
         if not torch.isfinite(scores).all():
             del self._writing[name]
-            self._fail(call, _not_finite())
+            self.replies.append(failed(call, not_finite()))
             return None
         token = text.take(scores)
         if token is not None:
@@ -341,9 +342,6 @@ class UnderstandingEngine:
         if name not in self._sequences:
             raise RequestError(f"the engine has no sequence {name}")
         return self._sequences[name]
-
-    def _fail(self, call: int, error: NeounifyError) -> None:
-        self.replies.append(Reply(call, Failed(type(error).__name__, str(error)), True))
 
 
 def _rows(parts: Sequence[PromptPart], t: int) -> list[Row]:
@@ -395,7 +393,3 @@ def _feed(cache: PagedSequence, pieces: Sequence[_Piece]) -> Feed:
 def _state(sequence: _Sequence) -> Tensor:
     assert sequence.hidden is not None
     return sequence.hidden
-
-
-def _not_finite() -> CheckpointError:
-    return CheckpointError("the model computes NaN or infinite values: its weights are damaged")
