@@ -16,7 +16,8 @@ from neounify.decode import Feed, Generation, decode, feed, greedy
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
-from neounify.pipeline.denoise import PaintJob, denoise_step
+from neounify.pipeline.denoise import PaintJob
+from neounify.pipeline.denoiser import Denoiser
 
 PREFIXES = (64, 13)
 """Tokens of the conditional and the empty prefix of a painted image."""
@@ -65,6 +66,7 @@ def _prefill(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
 def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
     cond, uncond = (read_text(model, length)[0] for length in PREFIXES)
     first: tuple[float, int] | None = None
+    denoiser = Denoiser(model)
     for side in SIZES:
         grid = (side // 32, side // 32)
         tokens = grid[0] * grid[1]
@@ -81,7 +83,7 @@ def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
                 t_eps=0.02,
                 solver=Euler(),
             )
-            denoise_step(model, [job])
+            denoiser.step([job])
 
         seconds = median_seconds(step)
         operations = counting.denoise(model, tokens, list(PREFIXES))

@@ -1,13 +1,13 @@
-"""The softmax that both streams share, in one of two ways that give the same result.
+"""The softmax that both streams share, in ways that give the same result.
 
 Block by block of the layout: inside a block every query sees the same keys, or the same
 keys up to itself, so no L × L mask is ever built and memory grows linearly with the length
-of the sequence. Or, for many short documents without caches, as in training, padded side
-by side under one mask.
+of the sequence. Or, where documents are many and short, padded side by side under one mask:
+those of training, which have no caches, and cached ones that take one token or paint an image.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neounify.model.block import Block
+from neounify.model.key_values import Caches, NoiseBatch, TokenBatch
 from neounify.model.layout import Layout
 from neounify.model.padding import Padding
 
@@ -28,32 +29,6 @@ class Projected(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-@runtime_checkable
-class KeyValues(Protocol):
-    """What attention needs of one document's cache."""
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put the keys and values [N, kv_heads, d] of new tokens after the cached ones."""
-
-    def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [kv_heads, length, d] of the first `length` tokens, new ones included."""
-
-
-@runtime_checkable
-class TokenBatch(Protocol):
-    """Caches of B sequences that take one token each and are read side by side."""
-
-    def write_tokens(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put one new key and value [B, kv_heads, d] behind every sequence."""
-
-    def padded(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, kv_heads, n, d] with the new ones, and which are real [B, n]."""
-
-
-Caches = Sequence[KeyValues] | TokenBatch
-"""One per document, or those of a batch of single tokens."""
 
 
 def shared_attention(
@@ -73,6 +48,10 @@ def shared_attention(
         if und is None or gen is not None:
             raise ValueError("a batch of single tokens is of the understanding stream only")
         return _attend_tokens(und, caches, layer), None
+    if isinstance(caches, NoiseBatch):
+        if gen is None or und is not None:
+            raise ValueError("a batch of noisy images is of the generation stream only")
+        return None, _attend_images(gen, caches, layer)
     if caches is None:
         some = und if und is not None else gen
         padding = None if some is None else layout.padding(some.q.device)
@@ -120,6 +99,14 @@ def _attend_tokens(und: Projected, caches: TokenBatch, layer: int) -> Tensor:
     return out.squeeze(2)
 
 
+def _attend_images(gen: Projected, caches: NoiseBatch, layer: int) -> Tensor:
+    k, v, real = caches.with_images(layer, gen.k, gen.v)
+    shape = (k.shape[0], caches.longest)
+    q = gen.q.new_zeros(shape[0] * shape[1], *gen.q.shape[1:]).index_copy_(0, caches.slots, gen.q)
+    out = _masked_attention(q.unflatten(0, shape).transpose(1, 2), k, v, real[:, None, None])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, caches.slots)
+
+
 def _padded_attention(
     und: Projected | None, gen: Projected | None, padding: Padding
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -142,9 +129,9 @@ def _padded_attention(
 
 def _masked_attention(
     q: Float[Tensor, "b heads n d"],
-    k: Float[Tensor, "b kv n d"],
-    v: Float[Tensor, "b kv n d"],
-    mask: Bool[Tensor, "b 1 n n"],
+    k: Float[Tensor, "b kv m d"],
+    v: Float[Tensor, "b kv m d"],
+    mask: Bool[Tensor, "b 1 _n m"],
 ) -> Float[Tensor, "b heads n d"]:
     half = q.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
     if q.device.type != "cpu" or not half:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
-from neounify.model.attention import Caches, shared_attention
+from neounify.model.attention import shared_attention
 from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.key_values import Caches
 from neounify.model.layout import Layout, grid_places
 from neounify.model.norm import RMSNorm
 from neounify.model.patch_embed import PatchEmbed, token_patches
@@ -129,7 +130,7 @@ class NeoUnify(nn.Module):
         gen: Float[Tensor, "g d"] | None = None,
         caches: Caches | None = None,
     ) -> Hidden:
-        """All layers and the final norms. Caches, if given, are one per document of the layout."""
+        """All layers and the final norms. Caches, if given, are those of the layout's documents."""
         rows = tuple(0 if x is None else x.shape[0] for x in (und, gen))
         if rows != (layout.und_length, layout.gen_length):
             raise ValueError(

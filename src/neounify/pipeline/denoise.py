@@ -1,4 +1,4 @@
-"""Painting: images at different steps, sizes and prompts share the model's calls."""
+"""An image being painted: where it stands, and how a step moves it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import clean_from_velocity, velocity
 from neounify.flow.solvers import Solver, make_solver
 from neounify.image.patches import unpatchify
-from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.grouping import groups
 from neounify.pipeline.request import Sampling, image_noise_scale
-
-MAX_ROWS = 32_768
-"""Image tokens per model call; more jobs than that take turns within a step."""
 
 
 @dataclass(eq=False)
@@ -62,6 +57,11 @@ class PaintJob:
         guided, z, t = self._last
         return clean_from_velocity(guided, z, t, self.t_eps)
 
+    @property
+    def longest(self) -> int:
+        """Tokens that are seen behind the longest prefix, the image's included."""
+        return self.z.shape[0] + max(cache.length for cache in self.prefixes.values())
+
     def branches(self) -> tuple[Branch, ...]:
         """The prefixes the next step looks at."""
         return self.guidance.branches() if self.guidance.acts_at(self.t) else ("cond",)
@@ -96,36 +96,6 @@ def make_job(
         t_eps=sampling.t_eps,
         solver=make_solver(sampling.solver),
     )
-
-
-def denoise_step(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
-    """Move every job one step; guidance branches of all jobs run as one batch."""
-    for group in groups(jobs, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS):
-        _denoise_group(model, group)
-
-
-def _denoise_group(model: NeoUnify, jobs: Sequence[PaintJob]) -> None:
-    embedded = model.embed_noisy(
-        [job.grid for job in jobs],
-        torch.cat([job.z for job in jobs]),
-        torch.tensor([job.t for job in jobs], dtype=torch.float32, device=model.device),
-        torch.tensor([job.noise_scale for job in jobs], dtype=torch.float32, device=model.device),
-    ).split([job.z.shape[0] for job in jobs])
-    # The noisy image is the same behind every prefix, so it is embedded once per job.
-    runs = [(job, x, b) for job, x in zip(jobs, embedded, strict=True) for b in job.branches()]
-    caches = [job.prefixes[b] for job, _, b in runs]
-    layout = Layout(
-        cache.document(Noise(*job.grid)) for (job, _, _), cache in zip(runs, caches, strict=True)
-    )
-    hidden = model.backbone(layout, None, torch.cat([x for _, x, _ in runs]), caches).gen
-    assert hidden is not None
-    rows = [x.shape[0] for _, x, _ in runs]
-    clean = model.clean_prediction(hidden, layout.noise_grids).float().split(rows)
-    predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
-    for (job, _, branch), prediction in zip(runs, clean, strict=True):
-        predictions[job][branch] = prediction
-    for job in jobs:
-        job.move(predictions[job])
 
 
 def to_pixels(

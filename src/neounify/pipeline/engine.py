@@ -16,7 +16,8 @@ from neounify.errors import Cancelled, CheckpointError, PromptError
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.denoise import PaintJob, denoise_step, make_job
+from neounify.pipeline.denoise import PaintJob, make_job
+from neounify.pipeline.denoiser import Denoiser
 from neounify.pipeline.front import Front
 from neounify.pipeline.grouping import groups
 from neounify.pipeline.request import Sampling
@@ -116,10 +117,11 @@ class Engine(Front):
     ) -> Iterator[int]:
         """Paint all jobs to their ends; yields the number of the step just taken, from 1."""
         step = 0
+        denoiser = Denoiser(self.model)
         with self.residency.use("gen"):
             while running := [job for job in jobs if not job.done]:
                 check_cancel(cancel)
-                denoise_step(self.model, running)
+                denoiser.step(running)
                 step += 1
                 yield step
         for job in jobs:

@@ -12,7 +12,8 @@ import torch
 from neounify.cache import SequenceCache
 from neounify.errors import NeounifyError, RequestError
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.denoise import PaintJob, denoise_step, make_job, to_pixels
+from neounify.pipeline.denoise import PaintJob, make_job, to_pixels
+from neounify.pipeline.denoiser import Denoiser
 from neounify.pipeline.engine import not_finite
 from neounify.serve.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
 from neounify.serve.scheduling import Waiting, choose, preview_steps
@@ -50,6 +51,7 @@ class GenerationEngine:
         self.model, self.settings, self.transport = model, settings, transport
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
+        self._denoiser = Denoiser(model)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
         self._left: dict[int, int] = {}
@@ -95,7 +97,7 @@ class GenerationEngine:
         chosen = [self._images[place] for place in places]
         self._last_batch = len(chosen)
         self.counters["gen_image_steps"] += len(chosen)
-        denoise_step(self.model, [image.job for image in chosen])
+        self._denoiser.step([image.job for image in chosen])
         for image in chosen:
             self._tell(image)
         rows = sum(image.waiting.rows for image in chosen)
@@ -156,3 +158,4 @@ class GenerationEngine:
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]
         self._left.pop(call, None)
+        self._denoiser.forget()

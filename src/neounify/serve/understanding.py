@@ -114,6 +114,15 @@ class UnderstandingEngine:
         """Whether somebody waits for a first token."""
         return bool(self._waiting or self._reading)
 
+    @property
+    def writes(self) -> bool:
+        """Whether text is being written, or will be once its prompt is read.
+
+        Not so for prompts that are only painted behind.
+        """
+        thens = [*(o.then for o in self._waiting), *(r.then for r in self._reading)]
+        return bool(self._writing) or any(then is not None for then in thens)
+
     def gauges(self) -> Mapping[str, float]:
         """How full the engine is: sequences that wait, read and write, and blocks in use."""
         return {

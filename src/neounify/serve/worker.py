@@ -75,8 +75,10 @@ class Worker:
     def _work(self) -> None:
         und, gen = self._engines()
         if und is not None and und.busy:
+            writes = und.writes
             self._timed("und", und.step)
-            self._last_text = time.perf_counter()
+            if writes:
+                self._last_text = time.perf_counter()
         if gen is None or not gen.busy:
             return
         if und is not None and und.urgent and self._yielded < MOST_YIELDED:

@@ -1,0 +1,100 @@
+"""Denoising steps: images at different steps, sizes and prompts share the model's calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from neounify.cache.prefixes import PrefixBatch
+from neounify.flow.guidance import Branch
+from neounify.model.layout import Layout, Noise
+from neounify.model.neo import NeoUnify
+from neounify.pipeline.denoise import PaintJob
+from neounify.pipeline.grouping import groups
+
+MAX_ROWS = 32_768
+"""Image tokens per model call; more jobs than that take turns within a step."""
+SHORT = 512
+"""An image that sees at most so many tokens is read side by side with others; measured in
+docs/log.md."""
+MOST_BYTES = 2**31
+"""Memory of prefixes copied side by side, at most."""
+
+Run = tuple[PaintJob, Branch]
+"""A job behind one of its prefixes."""
+
+
+class Denoiser:
+    """Moves jobs by denoising steps, any jobs at any step.
+
+    What a step had to prepare is kept for the next one, which mostly moves the same jobs.
+    """
+
+    def __init__(self, model: NeoUnify) -> None:
+        self.model = model
+        c = model.config
+        token_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
+        self._most_short = min(MAX_ROWS, MOST_BYTES // token_bytes) // SHORT
+        self._calls: dict[tuple[Run, ...], _Call] = {}
+
+    def step(self, jobs: Sequence[PaintJob]) -> None:
+        """Move every job one step; guidance branches of all jobs run as one batch."""
+        calls: dict[tuple[Run, ...], _Call] = {}
+        for group, short in self._grouped(jobs):
+            runs = tuple((job, branch) for job in group for branch in job.branches())
+            calls[runs] = self._calls.get(runs) or _Call(runs, side_by_side=short)
+            self._move(group, calls[runs])
+        self._calls = calls
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self._calls = {}
+
+    def _grouped(self, jobs: Sequence[PaintJob]) -> Iterator[tuple[list[PaintJob], bool]]:
+        """Jobs that share a call of the model, and whether they are short.
+
+        That depends on a job alone, so that it computes the same in any company.
+        """
+        short = [job for job in jobs if job.longest <= SHORT]
+        for group in groups(short, lambda job: len(job.branches()), self._most_short):
+            yield group, True
+        long = [job for job in jobs if job.longest > SHORT]
+        for group in groups(long, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS):
+            yield group, False
+
+    def _move(self, jobs: Sequence[PaintJob], call: _Call) -> None:
+        model = self.model
+        embedded = model.embed_noisy(
+            [job.grid for job in jobs],
+            torch.cat([job.z for job in jobs]),
+            torch.tensor([job.t for job in jobs], dtype=torch.float32, device=model.device),
+            torch.tensor(
+                [job.noise_scale for job in jobs], dtype=torch.float32, device=model.device
+            ),
+        ).split([job.z.shape[0] for job in jobs])
+        # The noisy image is the same behind every prefix, so it is embedded once per job.
+        by_job = dict(zip(jobs, embedded, strict=True))
+        x = torch.cat([by_job[job] for job, _ in call.runs])
+        hidden = model.backbone(call.layout, None, x, call.caches).gen
+        assert hidden is not None
+        clean = model.clean_prediction(hidden, call.layout.noise_grids).float().split(call.lengths)
+        predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
+        for (job, branch), prediction in zip(call.runs, clean, strict=True):
+            predictions[job][branch] = prediction
+        for job in jobs:
+            job.move(predictions[job])
+
+
+class _Call:
+    """How runs stand in a call of the model, the same in every step."""
+
+    def __init__(self, runs: tuple[Run, ...], *, side_by_side: bool) -> None:
+        self.runs = runs
+        self.lengths = [job.z.shape[0] for job, _ in runs]
+        caches = [job.prefixes[branch] for job, branch in runs]
+        self.layout = Layout(
+            cache.document(Noise(*job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
+        )
+        self.caches = PrefixBatch(caches, self.lengths) if side_by_side else caches

@@ -1,0 +1,85 @@
+"""Noisy images read side by side see what each sees alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import random_config
+from neounify.cache import SequenceCache
+from neounify.cache.prefixes import PrefixBatch
+from neounify.decode.feed import Feed, feed
+from neounify.model import Layout, NeoUnify, Noise, Text
+
+CPU = torch.device("cpu")
+GRIDS = ((2, 3), (1, 1), (2, 3), (3, 4))
+
+
+@pytest.fixture(scope="module", params=[0, 1, 2, 3])
+def model(request: pytest.FixtureRequest) -> NeoUnify:
+    torch.manual_seed(request.param)
+    return NeoUnify(random_config(random.Random(request.param))).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def caches(model: NeoUnify) -> list[SequenceCache]:
+    """Of 7, 1, 12 and again these 7 tokens."""
+    made = []
+    for length in (7, 1, 12):
+        cache = SequenceCache(model.config, 3, dtype=torch.float32, device=CPU)
+        feed(model, [Feed(cache, (Text(length),), [n % 29 for n in range(length)])])
+        made.append(cache)
+    return [*made, made[0]]
+
+
+def hidden(model: NeoUnify, layout: Layout, noise: Tensor, caches: object) -> Tensor:
+    found = model.backbone(layout, None, noise, caches).gen  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def test_a_batch_computes_what_each_does_alone(
+    model: NeoUnify, caches: list[SequenceCache]
+) -> None:
+    layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=True))
+    lengths = [rows * columns for rows, columns in GRIDS]
+    batch = PrefixBatch(caches, lengths)
+    kept = [cache.keys.clone() for cache in caches]
+    for _ in range(2):  # the second step must find nothing of the first
+        noise = torch.randn(sum(lengths), model.config.hidden_size)
+        together = hidden(model, layout, noise, batch).split(lengths)
+        torch.testing.assert_close(torch.cat(together), hidden(model, layout, noise, caches))
+        for own, found, cache, grid in zip(
+            noise.split(lengths), together, caches, GRIDS, strict=True
+        ):
+            alone = Layout([cache.document(Noise(*grid))])
+            torch.testing.assert_close(found, hidden(model, alone, own, [cache]))
+            single = PrefixBatch([cache], [own.shape[0]])
+            torch.testing.assert_close(found, hidden(model, alone, own, single))
+    for cache, before in zip(caches, kept, strict=True):
+        assert torch.equal(cache.keys[:, :, : cache.length], before[:, :, : cache.length])
+
+
+def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
+    """Company changes nothing beyond the rounding of the numbers themselves."""
+    half = NeoUnify(model.config).eval().requires_grad_(False).bfloat16()
+    half.load_state_dict(model.state_dict())
+    for cache in caches[:3]:
+        cache.keys, cache.values = cache.keys.bfloat16(), cache.values.bfloat16()
+    layout = Layout(c.document(Noise(2, 3)) for c in caches)
+    noise = torch.randn(24, model.config.hidden_size).bfloat16()
+    together = hidden(half, layout, noise, PrefixBatch(caches, [6] * 4))
+    for number, cache in enumerate(caches):
+        own = noise[6 * number : 6 * number + 6]
+        alone = hidden(half, Layout([cache.document(Noise(2, 3))]), own, PrefixBatch([cache], [6]))
+        torch.testing.assert_close(together[6 * number : 6 * number + 6], alone, atol=0.05, rtol=0)
+
+
+def test_text_does_not_fit_in(model: NeoUnify, caches: list[SequenceCache]) -> None:
+    batch = PrefixBatch(caches[:1], [1])
+    layout = Layout([caches[0].document(Text(1))])
+    with pytest.raises(ValueError, match="generation stream"):
+        model.backbone(layout, torch.zeros(1, model.config.hidden_size), None, batch)

@@ -1,0 +1,83 @@
+"""Steps shared by any jobs move each as it would move alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import neounify
+from neounify.model import Layout
+from neounify.model.neo import Hidden
+from neounify.pipeline import denoiser
+from neounify.pipeline.denoise import PaintJob
+from neounify.pipeline.denoiser import Denoiser
+from neounify.pipeline.painting import branch_prompt
+from neounify.pipeline.request import PaintRequest, make_sampling
+
+
+def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object) -> PaintJob:
+    engine = pipe.engine
+    sampling = make_sampling(pipe.config, editing=False, steps=steps, **options)  # type: ignore[arg-type]
+    request = PaintRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
+    branches = sampling.guidance.branches()
+    read = engine.read([branch_prompt(engine, request, b) for b in branches], [[]] * len(branches))
+    prefixes = {b: prefix.cache for b, prefix in zip(branches, read, strict=True)}
+    noise = request.start(pipe.config)[0]
+    return engine.job(noise, request.grid(pipe.config), prefixes, sampling)
+
+
+def jobs(pipe: neounify.Pipeline) -> list[PaintJob]:
+    return [
+        job(pipe, "a boat", 64, 4),
+        job(pipe, "a house on a hill in the fog", 96, 7),
+        job(pipe, "a cat", 64, 5, guidance=1.0),
+        job(pipe, "a dog", 128, 3, guidance_interval=(0.5, 1.0)),
+    ]
+
+
+@torch.inference_mode()
+def painted(stepper: Denoiser, started: list[PaintJob], late: int = 0) -> list[torch.Tensor]:
+    """The finished jobs; the first `late` of them join two steps after the others."""
+    step = 0
+    while running := [j for n, j in enumerate(started) if not j.done and (step > 1 or n >= late)]:
+        stepper.step(running)
+        step += 1
+    return [j.z for j in started]
+
+
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+def test_company_changes_nothing(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, share: str
+) -> None:
+    """However many of the jobs are read side by side."""
+    seen = [j.longest for j in jobs(pipe)]
+    assert min(seen) < max(seen) <= 512
+    monkeypatch.setattr(denoiser, "SHORT", 1)
+    alone = [painted(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
+    monkeypatch.setattr(denoiser, "SHORT", {"none": 1, "some": min(seen), "all": 512}[share])
+    together = painted(Denoiser(pipe.model), jobs(pipe), late=2)
+    for expected, found in zip(alone, together, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_little_memory_means_more_calls(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = painted(Denoiser(pipe.model), jobs(pipe))
+    monkeypatch.setattr(denoiser, "MOST_BYTES", 1)
+    stepper = Denoiser(pipe.model)
+    calls: list[int] = []
+    backbone = pipe.model.backbone
+
+    def counted(layout: Layout, *rest: Any) -> Hidden:
+        calls.append(len(layout.documents))
+        return backbone(layout, *rest)
+
+    started = jobs(pipe)
+    monkeypatch.setattr(pipe.model, "backbone", counted)
+    found = painted(stepper, started)
+    assert max(calls) == 2  # the guidance branches of one image
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-5, rtol=0)

@@ -1,0 +1,64 @@
+"""How a worker shares its time between text and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import neounify
+from neounify.decode.choose import SamplingSettings
+from neounify.serve.generation import GenerationEngine, GenerationSettings
+from neounify.serve.messages import Open, Order, Reply, Report, TextPart, Write
+from neounify.serve.transport import LocalTransport
+from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.serve.worker import Worker
+
+NAME = (1, "cond")
+
+
+class Script:
+    """A channel that gives one list of orders and hangs up when nothing is left to do."""
+
+    def __init__(self, orders: list[Order]) -> None:
+        self.orders: list[list[Order]] = [orders]
+
+    def receive(self, *, wait: bool) -> list[Order] | None:
+        if self.orders:
+            return self.orders.pop()
+        return None if wait else []
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        pass
+
+
+class Painting(GenerationEngine):
+    """Has images for some steps, and notes which of the steps were to be short."""
+
+    def __init__(self, pipe: neounify.Pipeline, steps: int) -> None:
+        super().__init__(pipe.model, GenerationSettings(), LocalTransport())
+        self.left, self.short = steps, list[bool]()
+
+    @property
+    def busy(self) -> bool:
+        return self.left > 0
+
+    def step(self, *, beside_text: bool = False) -> None:
+        self.left -= 1
+        self.short.append(beside_text)
+
+
+def steps_beside(pipe: neounify.Pipeline, then: Write | None) -> list[bool]:
+    order = Open(1, {NAME: (TextPart((1, 2, 3)),)}, {NAME: 8}, then)
+    understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
+    painting = Painting(pipe, 4)
+    Worker(Script([order]), understanding, painting).run()
+    return painting.short
+
+
+def test_denoising_steps_are_short_beside_text(pipe: neounify.Pipeline) -> None:
+    then = Write(1, NAME, SamplingSettings(), frozenset(), 2)
+    assert steps_beside(pipe, then) == [True] * 4
+
+
+def test_prompts_of_images_are_no_text(pipe: neounify.Pipeline) -> None:
+    """Else images that arrive would keep those under way from sharing their steps."""
+    assert steps_beside(pipe, None) == [False] * 4
