@@ -24,11 +24,16 @@ _LINES = (
 
 
 def draw_load(series: Sequence[Series], file: Path) -> None:
-    """Latency of the mix over the number of clients, and memory over the time of all series."""
+    """Latency of the mix, if any, over the number of clients, and memory over the time."""
     _style()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    _latencies(left, [s for s in series if s.name == "mix"])
-    _memories(right, series)
+    mix = [s for s in series if s.name == "mix"]
+    panels = 2 if mix else 1
+    figure, axes = plt.subplots(
+        1, panels, figsize=(6 * panels, 4.5), layout="constrained", squeeze=False
+    )
+    if mix:
+        _latencies(axes[0, 0], mix)
+    _memories(axes[0, -1], series)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -55,8 +60,7 @@ def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
     axis.set_xlabel("clients at once")
     axis.set_ylabel("seconds")
     axis.grid(alpha=0.25)
-    if mix:
-        axis.legend(frameon=False, fontsize=8.5)
+    axis.legend(frameon=False, fontsize=8.5)
 
 
 def _memories(axis: Axes, series: Sequence[Series]) -> None:

@@ -154,8 +154,9 @@ def test_a_soak_is_judged_by_slope_errors_and_rest() -> None:
 def test_charts_are_written(tmp_path: Path) -> None:
     mix = [series("mix", n, [answered(0, n), painted(0, 2 * n)]) for n in (1, 4)]
     draw_load(mix, tmp_path / "load.png")
+    draw_load([series("images", 1, [painted(0, 2)])], tmp_path / "images.png")
     draw_soak([(0.0, 400.0), (60.0, 410.0)], 20.0, tmp_path / "soak.png")
-    for name in ("load.png", "soak.png"):
+    for name in ("load.png", "images.png", "soak.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
 
 
