@@ -99,7 +99,7 @@ def _given(value: float | None, default: float) -> float:
 
 
 def _make_hooks(safety: SafetyOptions) -> HttpHooks:
-    from neounify.serve.marking import MarkingHooks
+    from neounify.serve.http.hooks import MarkingHooks
     from neounify.serve.safety.loading import make_hooks
     from neounify.serve.safety.watermark import Marker
 

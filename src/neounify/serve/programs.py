@@ -7,8 +7,9 @@ called from here: prompts, noise, what a model sees of its own pictures.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_a
 from neounify.pipeline.painting import branch_prompt, edit_images
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import Finished, Painted, Preview, ServiceEvent, TextPiece
-from neounify.serve.messages import Done, Opened, Prefix, TextPart, Token, Written
+from neounify.serve.messages import Done, Opened, Prefix, PromptPart, TextPart, Token, Written
 from neounify.serve.session import Session
 from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.stream import TextStream
-from neounify.text.template import after_think_ids, chat_prompt
+from neounify.text.template import Prompt, after_think_ids, chat_prompt
 
 Events = AsyncGenerator[ServiceEvent]
+Painting = TypeVar("Painting", PaintRequest, InterleaveRequest)
 UNCONDITIONAL = "uncond"
 """Name of the prefix that every guided image shares; the service has the engine keep it."""
 
@@ -79,20 +81,13 @@ async def chat(session: Session, front: Front, request: ChatRequest, previews: i
 
 async def paint(session: Session, front: Front, request: PaintRequest, previews: int) -> Events:
     """Images of one prompt, behind a thought if one is asked for."""
-    branches = request.sampling.guidance.branches()
-    own = [branch for branch in branches if branch != UNCONDITIONAL]
-    images = await asyncio.to_thread(edit_images, front, request.images)
-    side = front.config.token_size
-    parts = {b: await session.parts(branch_prompt(front, request, b), images, side) for b in own}
     closing = [front.token(THINK_CLOSE), *after_think_ids(front.tokenizer)]
     thinking = request.max_think_tokens + len(closing) if request.think else 0
-    room = {branch: thinking if branch == "cond" else 0 for branch in own}
-    opened = await session.open(parts, room)  # type: ignore[arg-type]
-    usage = _Usage(opened.tokens, opened.cached)
+    usage = await _open(session, front, request, branch_prompt, words=thinking)
     if request.think:
         async for event in _think(session, front, request, usage):
             yield event
-    prefixes = await _prefixes(session, branches)
+    prefixes = await _prefixes(session, request.sampling.guidance.branches())
     noise = await asyncio.to_thread(request.start, front.config)
     grid = request.grid(front.config)
     async for seen, pixels in session.paint(noise, grid, request.sampling, prefixes, previews):
@@ -108,15 +103,12 @@ async def interleave(
     session: Session, front: Front, request: InterleaveRequest, previews: int
 ) -> Events:
     """Text and images by turns; an image is read back by the model that painted it."""
-    branches = request.sampling.guidance.branches()
-    own = [branch for branch in branches if branch != UNCONDITIONAL]
-    images = await asyncio.to_thread(edit_images, front, request.images)
-    side = front.config.token_size
-    parts = {b: await session.parts(turn_prompt(front, request, b), images, side) for b in own}
+    branches, side = request.sampling.guidance.branches(), front.config.token_size
+    own = _own(branches)
     pictures = sum(_tokens(front, size) + 2 for size in _sizes(request))
-    room = {b: pictures + (request.max_new_tokens if b == "cond" else 0) for b in own}
-    opened = await session.open(parts, room)  # type: ignore[arg-type]
-    usage = _Usage(opened.tokens, opened.cached)
+    usage = await _open(
+        session, front, request, turn_prompt, words=request.max_new_tokens, pictures=pictures
+    )
     generator = torch.Generator().manual_seed(request.seed)
     opens, stops = (
         front.token(IMAGE_OPEN),
@@ -162,6 +154,30 @@ async def interleave(
     yield usage.finished(ended)
 
 
+async def _open(
+    session: Session,
+    front: Front,
+    request: Painting,
+    prompt: Callable[[Front, Painting, Branch], Prompt],
+    *,
+    words: int,
+    pictures: int = 0,
+) -> _Usage:
+    """Read the prompt of every branch but the one that is kept.
+
+    There is room for `words` tokens behind the conditional one, for `pictures` behind all.
+    """
+    own = _own(request.sampling.guidance.branches())
+    images = await asyncio.to_thread(edit_images, front, request.images)
+    side = front.config.token_size
+    parts: dict[str, list[PromptPart]] = {
+        b: await session.parts(prompt(front, request, b), images, side) for b in own
+    }
+    room = {b: pictures + (words if b == "cond" else 0) for b in parts}
+    opened = await session.open(parts, room)
+    return _Usage(opened.tokens, opened.cached)
+
+
 async def _think(session: Session, front: Front, request: PaintRequest, usage: _Usage) -> Events:
     """Write the thought and open the image behind it."""
     close = front.token(THINK_CLOSE)
@@ -181,11 +197,15 @@ async def _think(session: Session, front: Front, request: PaintRequest, usage: _
 
 
 async def _prefixes(session: Session, branches: Sequence[Branch]) -> dict[Branch, Prefix | str]:
-    own = [branch for branch in branches if branch != UNCONDITIONAL]
+    own = _own(branches)
     found: dict[Branch, Prefix | str] = dict(zip(own, await session.export(own), strict=True))
     if UNCONDITIONAL in branches:
         found["uncond"] = UNCONDITIONAL
     return found
+
+
+def _own(branches: Sequence[Branch]) -> list[Branch]:
+    return [branch for branch in branches if branch != UNCONDITIONAL]
 
 
 def _sizes(request: InterleaveRequest) -> list[tuple[int, int]]:

@@ -39,7 +39,6 @@ class Service:
         self._active = 0
         self._image_tokens = 0
         self._draining = False
-        self._idle = asyncio.Event()
         self._durations: deque[float] = deque([1.0], maxlen=32)
         self._pinned: Session | None = None
 
@@ -54,7 +53,6 @@ class Service:
 
     async def start(self) -> None:
         """Start the engines. Raises what keeps them from starting."""
-        self._idle.set()
         self.links.generation.prepare = self._share_prefixes
         self.links.understanding.prepare = self._share_prefixes
         same = self.links.understanding is self.links.generation
@@ -69,20 +67,10 @@ class Service:
         """Take no new requests; those under way go on."""
         self._draining = True
 
-    async def drain(self, seconds: float) -> bool:
-        """Take no new requests; whether those under way ended in time."""
-        self.close_doors()
-        try:
-            await asyncio.wait_for(self._idle.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
-
     async def stop(self) -> None:
         """End the engines, and with them what is under way."""
         self.close_doors()
-        for link in self.links.all:
-            await link.stop()
+        await asyncio.gather(*(link.stop() for link in self.links.all))
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
@@ -101,8 +89,6 @@ class Service:
             self._durations.append(time.monotonic() - start)
             self._active -= 1
             self._image_tokens -= tokens
-            if not self._active:
-                self._idle.set()
 
     def gauges(self) -> Mapping[str, float]:
         """Requests and image tokens under way, and what the engines report."""
@@ -135,7 +121,6 @@ class Service:
             )
         self._active += 1
         self._image_tokens += tokens
-        self._idle.clear()
         return tokens
 
     def _tokens_of(self, request: ServiceRequest) -> int:

@@ -20,7 +20,7 @@ from neounify.serve.events import (
     ServiceRequest,
     TextPiece,
 )
-from neounify.serve.http import HttpSettings, Limits, PlainHooks, create_app
+from neounify.serve.http import HttpSettings, Limits, MarkingHooks, create_app
 from neounify.serve.http.errors import sanitise
 from neounify.serve.safety.hooks import Refused
 from serve.http.running import data_url, openai_client, png
@@ -181,7 +181,7 @@ def test_wrong_paths_and_methods() -> None:
 
 
 def test_hooks_may_refuse_prompts_and_images() -> None:
-    class Strict(PlainHooks):
+    class Strict(MarkingHooks):
         def check_prompt(self, text: str, images: Sequence[Image]) -> None:
             if "bad" in text:
                 raise Refused("words", "not here")

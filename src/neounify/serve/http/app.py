@@ -21,7 +21,7 @@ from neounify.serve.http.docs_page import docs_page
 from neounify.serve.http.errors import ErrorBody
 from neounify.serve.http.gate import API, Gate
 from neounify.serve.http.handlers import add_handlers
-from neounify.serve.http.hooks import HttpHooks, PlainHooks
+from neounify.serve.http.hooks import HttpHooks, MarkingHooks
 from neounify.serve.http.info_routes import info_router
 from neounify.serve.http.metrics import HttpMetrics
 from neounify.serve.http.remote import ImageFetcher
@@ -60,7 +60,7 @@ def create_app(
     app.state.context = Context(
         service=service,
         settings=settings,
-        hooks=hooks or PlainHooks(),
+        hooks=hooks or MarkingHooks(),
         metrics=metrics,
         results=ResultStore(settings.result_bytes, settings.result_seconds),
         fetcher=ImageFetcher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from neounify.serve.http.answer_schema import EVENTS, ChatCompletion
 from neounify.serve.http.chat_answer import ChatAnswer
 from neounify.serve.http.chat_request import read_chat
 from neounify.serve.http.chat_schema import ChatBody
@@ -18,6 +19,7 @@ router = APIRouter(tags=["chat"])
     "/v1/chat/completions",
     summary="Continue a conversation, in text or in text and images",
     response_class=JSONResponse,
+    responses={200: {"model": ChatCompletion, "content": EVENTS}},
 )
 async def chat_completions(body: ChatBody, context: Shared) -> Response:
     """Text and pictures in; text, or with `modalities: ["text", "image"]` both, out."""

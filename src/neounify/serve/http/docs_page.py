@@ -23,6 +23,8 @@ def docs_page(api: Mapping[str, Any]) -> str:
         f"<style>{_STYLE}</style><h1>{title}</h1><p>{escape(api['info']['description'])}</p>"
         '<p>For programs: <a href="openapi.json">openapi.json</a></p>'
         + "".join(_operations(api))
+        + "<h2>Types</h2>"
+        + "".join(_types(api))
         + "</html>"
     )
 
@@ -37,6 +39,17 @@ def _operations(api: Mapping[str, Any]) -> Iterator[str]:
             for media_type, content in contents.items():
                 yield f"<p>Body: <code>{escape(media_type)}</code></p>"
                 yield _fields(_resolve(content["schema"], api))
+            for media_type, content in operation["responses"]["200"]["content"].items():
+                kind = _type(content.get("schema", {"type": ""}))
+                yield f"<p>Answer: <code>{escape(media_type)}</code> {escape(kind)}</p>"
+
+
+def _types(api: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that bodies and answers are made of, but the bodies themselves."""
+    for name, schema in api["components"]["schemas"].items():
+        if not name.endswith("Body"):
+            yield f"<h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p>"
+            yield _fields(schema)
 
 
 def _fields(schema: Mapping[str, Any]) -> str:

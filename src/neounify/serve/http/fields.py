@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from neounify.flow.guidance import Norm
 from neounify.flow.solvers import SolverName
 from neounify.serve.http.errors import ApiError, bad_request
-from neounify.serve.http.hooks import FormatName
+from neounify.serve.safety.provenance import Format
 
 MOST_TEXT = 4_000_000
 """Characters of one string, data URLs apart, whatever the operator's limits say."""
@@ -90,7 +90,7 @@ class PaintingFields(Fields):
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="Previews of each image while it is painted; with `stream` only."
     )
-    output_format: FormatName = "png"
+    output_format: Format = "png"
     deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds after which the request is given up. Extension."
     )

@@ -1,16 +1,17 @@
-"""Where content checks and provenance marks are plugged in: before a request, after an image."""
+"""What the server asks before and after the model: content checks, provenance, the mark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import PIL.Image
 
-FormatName = Literal["png", "jpeg", "webp"]
-QUALITY = 95
-"""Of jpeg and webp, on PIL's scale of 0 to 100."""
+from neounify.serve.safety.hooks import Hooks
+from neounify.serve.safety.provenance import Format, encode_image
+
+if TYPE_CHECKING:
+    from neounify.serve.safety.watermark import Marker
 
 
 class HttpHooks(Protocol):
@@ -20,7 +21,7 @@ class HttpHooks(Protocol):
         """Raise Refused unless this may be answered; `text` is all that the caller wrote."""
 
     def encode_image(
-        self, image: PIL.Image.Image, format: FormatName, facts: Mapping[str, str]
+        self, image: PIL.Image.Image, format: Format, facts: Mapping[str, str]
     ) -> bytes:
         """The file of a painted image or of a preview, checked and marked as its owner wants.
 
@@ -29,15 +30,19 @@ class HttpHooks(Protocol):
         """
 
 
-class PlainHooks:
-    """Everything may be asked; images are written without metadata."""
+class MarkingHooks:
+    """Pictures leave with their provenance, and with an invisible mark if there is a marker."""
+
+    def __init__(self, hooks: Hooks | None = None, marker: Marker | None = None) -> None:
+        self._hooks, self._marker = hooks or Hooks(), marker
 
     def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
-        """Allow it."""
+        """Raises Refused."""
+        self._hooks.check_prompt(text, images)
 
     def encode_image(
-        self, image: PIL.Image.Image, format: FormatName, facts: Mapping[str, str]
+        self, image: PIL.Image.Image, format: Format, facts: Mapping[str, str]
     ) -> bytes:
-        file = BytesIO()
-        image.save(file, format, quality=QUALITY)
-        return file.getvalue()
+        """Raises Refused for a picture that may not leave."""
+        self._hooks.check_image(image)
+        return encode_image(self._marker.mark(image) if self._marker else image, format, facts)

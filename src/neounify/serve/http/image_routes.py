@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from neounify.pipeline.request import PaintRequest
+from neounify.serve.http.answer_schema import EVENTS, Images, Responses
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.edit_form import edit_form_schema, read_edit
 from neounify.serve.http.errors import ApiError
@@ -16,10 +17,14 @@ from neounify.serve.http.image_schema import ImageBody
 from neounify.serve.http.sse import start_stream
 
 router = APIRouter(tags=["images"])
+_IMAGES: Responses = {200: {"model": Images, "content": EVENTS}}
 
 
 @router.post(
-    "/v1/images/generations", summary="Paint images of a prompt", response_class=JSONResponse
+    "/v1/images/generations",
+    summary="Paint images of a prompt",
+    response_class=JSONResponse,
+    responses=_IMAGES,
 )
 async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
     """In one answer, or with `stream` as events with partial images."""
@@ -30,6 +35,7 @@ async def generations(body: ImageBody, request: Request, context: Shared) -> Res
     "/v1/images/edits",
     summary="Paint an image from pictures and an instruction",
     response_class=JSONResponse,
+    responses=_IMAGES,
     openapi_extra={"requestBody": edit_form_schema()},
 )
 async def edits(request: Request, context: Shared) -> Response:
@@ -38,7 +44,12 @@ async def edits(request: Request, context: Shared) -> Response:
     return await _paint(body, await read_paint(body, images, context), request, context)
 
 
-@router.get("/v1/results/{name}", summary="Fetch an image", response_class=Response)
+@router.get(
+    "/v1/results/{name}",
+    summary="Fetch an image",
+    response_class=Response,
+    responses={200: {"content": {"image/*": {}}, "description": "The image's file"}},
+)
 async def results(name: str, context: Shared) -> Response:
     """An image that was painted with `response_format: "url"`; its name is the permission."""
     result = context.results.get(name)

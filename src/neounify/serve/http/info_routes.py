@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from neounify.serve.http.answer_schema import Health, ModelCard, ModelList, Responses
 from neounify.serve.http.context import Context, Shared
 
 
@@ -17,26 +18,42 @@ def info_router(ready: Callable[[], bool]) -> APIRouter:
     """The routes; `ready` says whether new requests would be taken."""
     router = APIRouter(tags=["server"])
 
-    @router.get("/v1/models", summary="List the model that is served")
+    @router.get("/v1/models", summary="List the model that is served", response_model=ModelList)
     async def models(context: Shared) -> dict[str, Any]:
         return {"object": "list", "data": [_model(context)]}
 
-    @router.get("/v1/models/{name:path}", summary="Describe the model that is served")
+    @router.get(
+        "/v1/models/{name:path}",
+        summary="Describe the model that is served",
+        response_model=ModelCard,
+    )
     async def model(name: str, context: Shared) -> dict[str, Any]:
         context.check_model(name)
         return _model(context)
 
     @router.get("/health/live", summary="Is the process alive?")
-    async def live() -> dict[str, Any]:
+    async def live() -> dict[Literal["live"], bool]:
         return {"live": True}
 
-    @router.get("/health/ready", summary="Does it take requests?", response_class=JSONResponse)
-    @router.get("/health", summary="Both", response_class=JSONResponse)
+    health_of: Responses = {status: {"model": Health} for status in (200, 503)}
+
+    @router.get(
+        "/health/ready",
+        summary="Does it take requests?",
+        response_class=JSONResponse,
+        responses=health_of,
+    )
+    @router.get("/health", summary="Both", response_class=JSONResponse, responses=health_of)
     async def health() -> Response:
         is_ready = ready()
         return JSONResponse({"live": True, "ready": is_ready}, 200 if is_ready else 503)
 
-    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    @router.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}},
+    )
     async def metrics(context: Shared) -> Response:
         text = await asyncio.to_thread(generate_latest, context.metrics.registry)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})

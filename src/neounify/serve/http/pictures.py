@@ -15,8 +15,9 @@ from torch import Tensor
 from neounify.errors import ImageError
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
-from neounify.serve.http.hooks import FormatName, HttpHooks
+from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.remote import ImageFetcher
+from neounify.serve.safety.provenance import Format
 
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]+)*),", re.ASCII)
 
@@ -52,13 +53,13 @@ def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def to_data_url(data: bytes, format: FormatName) -> str:
+def to_data_url(data: bytes, format: Format) -> str:
     """A file as a URL that holds it."""
     return f"data:image/{format};base64,{to_base64(data)}"
 
 
 async def write_picture(
-    hooks: HttpHooks, pixels: Float[Tensor, "3 h w"], format: FormatName, facts: Mapping[str, str]
+    hooks: HttpHooks, pixels: Float[Tensor, "3 h w"], format: Format, facts: Mapping[str, str]
 ) -> bytes:
     """The file of what the model painted, made off the event loop. Raises what the hook raises."""
 

@@ -15,6 +15,9 @@ from starlette.types import Receive, Scope, Send
 from neounify.serve.http.errors import INTERNAL, to_api_error
 
 DONE = b"data: [DONE]\n\n"
+ALIVE = b": working\n\n"
+"""A comment, which clients pass over; proxies close connections that stay silent."""
+SILENCE_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
@@ -25,11 +28,11 @@ def sse(data: Mapping[str, Any], event: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `chunks` yields, and closes it when it ends, fails or nobody listens."""
+    """Sends what `chunks` gives, and closes it when it ends, fails or nobody listens."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, chunks: AsyncGenerator[bytes]) -> None:
+    def __init__(self, first: bytes | None, chunks: _Chunks) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -40,30 +43,77 @@ class EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with aclosing(self._chunks):
             await send(start)
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for chunk in _with_errors(self._chunks):
+            chunk = self._first
+            while chunk is not None:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 # Sending to somebody who has left does not wait, and the watch needs its turn.
                 await asyncio.sleep(0)
+                chunk = await self._next()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _next(self) -> bytes | None:
+        try:
+            return await self._chunks.next()
+        except Exception as error:
+            api_error = to_api_error(error)
+            if api_error is INTERNAL:
+                _log.exception("an answer broke off while it was streamed")
+            return sse(api_error.body(), "error")
 
-async def start_stream(chunks: AsyncGenerator[bytes]) -> EventStream:
-    """Wait for the first chunk, so that what fails before it still gets a status of its own."""
+
+async def start_stream(source: AsyncGenerator[bytes]) -> EventStream:
+    """Wait a while for the first chunk, so that what fails before it gets a status of its own."""
+    chunks = _Chunks(source)
     try:
-        first = await anext(chunks)
+        first = await chunks.next()
     except BaseException:
         await chunks.aclose()
         raise
     return EventStream(first, chunks)
 
 
-async def _with_errors(chunks: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except Exception as error:
-        api_error = to_api_error(error)
-        if api_error is INTERNAL:
-            _log.exception("an answer broke off while it was streamed")
-        yield sse(api_error.body(), "error")
+class _Chunks:
+    """What a generator yields, made in a task of its own, at most two chunks ahead."""
+
+    def __init__(self, source: AsyncGenerator[bytes]) -> None:
+        self._queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
+        self._task = asyncio.ensure_future(self._run(source))
+        self._coming: asyncio.Future[bytes | Exception | None] | None = None
+        self._ended = False
+
+    async def next(self) -> bytes | None:
+        """The next chunk, or a comment after a time of silence; None, once and for all, at the end.
+
+        Raises what the generator raised, which ends it.
+        """
+        if self._ended:
+            return None
+        # Not `wait_for`: in Python 3.11 it can swallow a cancellation.
+        self._coming = self._coming or asyncio.ensure_future(self._queue.get())
+        await asyncio.wait((self._coming,), timeout=SILENCE_SECONDS)
+        if not self._coming.done():
+            return ALIVE
+        item, self._coming = self._coming.result(), None
+        self._ended = not isinstance(item, bytes)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        """End the generator, wherever it is."""
+        tasks: list[asyncio.Future[Any]] = [self._task]
+        if self._coming is not None:
+            tasks.append(self._coming)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, source: AsyncGenerator[bytes]) -> None:
+        async with aclosing(source):
+            try:
+                async for chunk in source:
+                    await self._queue.put(chunk)
+            except Exception as error:  # handed over to whoever reads the queue
+                await self._queue.put(error)
+            else:
+                await self._queue.put(None)

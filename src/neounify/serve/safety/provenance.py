@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from io import BytesIO
 from typing import Any, Literal
 
@@ -26,30 +25,6 @@ MAX_JPEG_PACKET_BYTES = 65504
 """What one XMP segment of a JPEG holds, in bytes."""
 
 _XMP_CHUNK = "XML:com.adobe.xmp"
-
-
-def painted_facts(
-    model: str,
-    *,
-    seed: int,
-    steps: int,
-    guidance: float,
-    prompt: str | None = None,
-    when: datetime | None = None,
-) -> dict[str, str]:
-    """The facts a server writes into a picture; the prompt only if it is given.
-
-    `when` is the present by default; it is written as UTC, to the second.
-    """
-    moment = (when or datetime.now(timezone.utc)).astimezone(timezone.utc)
-    facts = {
-        "model": model,
-        "seed": str(seed),
-        "steps": str(steps),
-        "guidance": f"{guidance:g}",
-        "time": moment.isoformat(timespec="seconds"),
-    }
-    return facts if prompt is None else facts | {"prompt": prompt}
 
 
 def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]) -> bytes:

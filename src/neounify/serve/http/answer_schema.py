@@ -1,0 +1,141 @@
+"""What answers look like, for the API's description; tests hold real answers against it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageUrl(_Answer):
+    """A picture as a data URL."""
+
+    url: str
+
+
+class ChatImage(_Answer):
+    """A painted picture of an answer."""
+
+    type: Literal["image_url"]
+    index: int
+    image_url: ImageUrl
+    text_offset: int = Field(description="Characters of the text that come before it.")
+
+
+class TextContent(_Answer):
+    """A piece of text between pictures."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageContent(_Answer):
+    """A picture between pieces of text."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class AnswerMessage(_Answer):
+    """The answer; `content` is a list of parts where `content_format` asked for it."""
+
+    role: Literal["assistant"]
+    content: str | list[TextContent | ImageContent]
+    refusal: None
+    images: list[ChatImage] | None = None
+    reasoning_content: str | None = Field(None, description="The thought before the answer.")
+
+
+class ChatChoice(_Answer):
+    """The only choice."""
+
+    index: Literal[0]
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: None
+
+
+class ChatUsage(_Answer):
+    """Tokens; `image_tokens` are those of painted pictures."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[Literal["cached_tokens"], int]
+    completion_tokens_details: dict[Literal["image_tokens"], int]
+
+
+class ChatCompletion(_Answer):
+    """An answer as a whole."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage
+
+
+class PaintedImage(_Answer):
+    """One image: its file in base64, or where to fetch it for a limited time."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    reasoning_content: str | None = None
+
+
+class ImageUsage(_Answer):
+    """Tokens of the prompt, which counts once, and of all images."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: dict[Literal["image_tokens", "text_tokens"], int] | None = None
+    output_tokens_details: dict[Literal["image_tokens", "text_tokens"], int]
+
+
+class Images(_Answer):
+    """Painted images."""
+
+    created: int
+    data: list[PaintedImage]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: str
+    size: str
+    usage: ImageUsage
+
+
+class ModelCard(_Answer):
+    """The model that is served; `neounify` has its own settings and this server's limits."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    neounify: dict[str, Any]
+
+
+class ModelList(_Answer):
+    """All models, of which there is one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(_Answer):
+    """Whether the process lives and takes requests."""
+
+    live: bool
+    ready: bool
+
+
+Responses = dict[int | str, dict[str, Any]]
+"""By status, as FastAPI wants them."""
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+"""The other form of an answer, with `stream`."""
