@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory, speed
+from benchmarks import bundled, memory, speed
 from benchmarks.figure import Figure, table
 from benchmarks.timing import describe_machine
 from neounify.runtime import keep_freed_memory
 
+GROUPS = ["speed", "memory", "bundled"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -27,6 +28,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
                 yield from speed.figures(DTYPES[name], compiled=mode == "compiled")
     if "memory" in arguments.only:
         yield from memory.figures()
+    if "bundled" in arguments.only:
+        for name in arguments.dtypes:
+            yield from bundled.figures(DTYPES[name])
 
 
 def bfloat16_gain(figures: list[Figure]) -> Iterator[Figure]:
@@ -49,7 +53,7 @@ def bfloat16_gain(figures: list[Figure]) -> Iterator[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", nargs="+", default=["speed", "memory"], metavar="GROUP")
+    parser.add_argument("--only", nargs="+", default=GROUPS, choices=GROUPS, metavar="GROUP")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")

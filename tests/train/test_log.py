@@ -23,7 +23,7 @@ from neounify.presets import SCENES
 from neounify.text import byte_tokenizer
 from neounify.train.init import new_model
 from neounify.train.log import Log
-from neounify.train.loop import Progress, freeze
+from neounify.train.loop import freeze
 from neounify.train.objective import Counts, Objective, loss_of
 from neounify.train.recipe import StageRecipe
 from neounify.train.speed import (
@@ -36,6 +36,7 @@ from neounify.train.speed import (
     und_pairs,
     weights,
 )
+from neounify.train.stages import Progress
 
 CPU = torch.device("cpu")
 STAGE = StageRecipe(name="a-stage", steps=10)

@@ -72,6 +72,8 @@ def test_shards_come_back_as_written(tmp_path: Path) -> None:
     assert source.size == 12
     assert [shape(source[n]) for n in range(12)] == [shape(s) for s in SAMPLES]
     assert source.damage == []
+    renamed = ShardSource([tmp_path / "a.tar"], task="interleave")
+    assert {renamed[n].task for n in range(7)} == {"interleave"}
 
 
 def _tar(path: Path, members: dict[str, bytes]) -> None:

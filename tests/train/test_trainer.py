@@ -54,6 +54,10 @@ def recipe(**changes: Any) -> Recipe:
     return recipe_from_table({**table, **changes})
 
 
+def data(**source: Any) -> dict[str, Any]:
+    return {"stages": [{"name": "a", "steps": 1, "data": [source]}]}
+
+
 def trainer(folder: Path, made: Recipe | None = None) -> Trainer:
     made = made or recipe()
     log = Log(folder, Console(quiet=True), tensorboard=False)
@@ -85,6 +89,36 @@ def test_resuming_is_exact_to_the_bit(whole: Path, tmp_path: Path, stop: int) ->
     assert losses(tmp_path) == losses(whole)
     mine, theirs = weights(tmp_path), weights(whole)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_stage_by_stage_is_the_same_as_in_one_go(whole: Path, tmp_path: Path) -> None:
+    trainer(tmp_path).run(only=["read"])
+    again = trainer(tmp_path)
+    again.resume(saved_states(again.states)[-1])
+    again.run(only=["both"])
+    assert losses(tmp_path) == losses(whole)
+    mine, theirs = weights(tmp_path), weights(whole)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    with pytest.raises(ConfigError, match="read is trained already"):
+        again.run(only=["read"])
+
+
+def test_a_checkpoint_may_start_with_any_stage(whole: Path, tmp_path: Path) -> None:
+    made = recipe(model={"checkpoint": str(whole / "model")})
+    trainer(tmp_path, made).run(only=["both"])
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_stages_that_would_be_skipped_are_named(tmp_path: Path) -> None:
+    third = {"name": "more", "steps": 1}
+    made = recipe(stages=[{"name": "read", "steps": 5}, {"name": "both", "steps": 7}, third])
+    for names, message in (
+        (["both"], "both starts from what read leaves, and the run has 0 of 5 steps of read"),
+        (["read", "more"], "between the stages named, both is left out"),
+        (["reed"], "no stage reed; the recipe has"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(tmp_path / names[0], made).run(only=names)
 
 
 SCRIPT = """
@@ -202,6 +236,9 @@ def test_a_damaged_state_is_refused(whole: Path, tmp_path: Path, file: str) -> N
         ({"stages": [{"name": "a", "steps": 1, "optimizer": {"lr": 1}}]}, "optimizer.lr is not"),
         ({"stages": [{"name": "a", "steps": "many"}]}, "stages.0.steps"),
         ({"model": {}}, "either a preset or a checkpoint"),
+        (data(kind="jsonl"), 'data of kind "jsonl" needs a path'),
+        (data(kind="shards", path="x.tar", world="easy"), 'data of kind "shards" has no world'),
+        (data(path="x.jsonl"), 'data of kind "scenes" has no path'),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(change: dict[str, Any], message: str) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError, UsageError
+from neounify.cli.errors import CliError
 from neounify.cli.options import ReportOptions
 from neounify.cli.session import default_device
 from neounify.runtime import keep_freed_memory
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.progress import Painter
-from neounify.train.recipe import Recipe, read_recipe
+from neounify.train.recipe import read_recipe
 from neounify.train.setup import starting_model
 from neounify.train.state import saved_states
 
@@ -31,7 +30,7 @@ def run_training(
     report: ReportOptions,
 ) -> None:
     """Run a recipe. Raises UsageError, CliError and what the parts raise."""
-    recipe = _chosen(read_recipe(path), stages)
+    recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
     state = _state(folder, resume)
     if threads is not None:
@@ -45,7 +44,7 @@ def run_training(
         trainer.resume(state)
         display.note(f"going on from {state}")
     try:
-        trainer.run()
+        trainer.run(only=stages)
     except KeyboardInterrupt:
         display.note(f"stopped; the same command with --resume auto goes on from {folder}")
         raise
@@ -64,16 +63,6 @@ def export_newest(path: Path, out: Path | None, target: Path, report: ReportOpti
     log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
     Trainer(recipe, start, folder, log).export_state(found[-1], target, torch.bfloat16)
     display.result(f"saved {target} from {found[-1].name}", target)
-
-
-def _chosen(recipe: Recipe, names: list[str]) -> Recipe:
-    known = [stage.name for stage in recipe.stages]
-    unknown = set(names) - set(known)
-    if unknown:
-        raise UsageError(f"no stage {', '.join(sorted(unknown))}; the recipe has {known}")
-    if not names:
-        return recipe
-    return replace(recipe, stages=tuple(s for s in recipe.stages if s.name in names))
 
 
 def _state(folder: Path, resume: str | None) -> Path | None:

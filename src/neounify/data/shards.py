@@ -48,10 +48,12 @@ class _Entry:
 class ShardSource:
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    Raises DataError when the shards hold no sample at all.
+    `task` overrides the records' own; a picture with a prompt is always to be painted. Raises
+    DataError when the shards hold no sample at all.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, task: str | None = None) -> None:
+        self.task = task
         self.damage: list[str] = []
         self._entries = [entry for path in paths for entry in _index(path, self.damage)]
         if not self._entries:
@@ -66,7 +68,7 @@ class ShardSource:
         """Read one sample. Raises DataError that names shard and key."""
         entry = self._entries[index]
         try:
-            return _read(entry)
+            return _read(entry, self.task)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{entry.shard.name}, {entry.key}: {error}") from error
 
@@ -116,10 +118,10 @@ def _index(path: Path, damage: list[str]) -> list[_Entry]:
     return [_Entry(path, key, members) for key, members in found.items()]
 
 
-def _read(entry: _Entry) -> Sample:
+def _read(entry: _Entry, task: str | None) -> Sample:
     if "json" in entry.members:
         record = json.loads(_bytes(entry, "json"))
-        sample = sample_from_record(record, Path())
+        sample = sample_from_record(record, Path(), task)
     else:
         sample = _caption_pair(entry)
 

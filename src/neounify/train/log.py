@@ -18,8 +18,8 @@ from neounify.data.packing import Pack
 from neounify.train.speed import Meter
 
 if TYPE_CHECKING:
-    from neounify.train.loop import Progress
     from neounify.train.recipe import StageRecipe
+    from neounify.train.stages import Progress
 
 
 class Log:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from neounify.train.optimizers import Optimizers
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import Start, build_encoder, build_source
 from neounify.train.speed import Meter
+from neounify.train.stages import Progress, stages_to_run
 from neounify.train.state import (
     flatten_optimizer,
     load_state,
@@ -41,21 +42,6 @@ from neounify.train.state import (
 
 class TrainingStopped(NeounifyError):
     """Training cannot go on: too many steps in a row were not finite."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `step` counts all stages, `stage_step` the current one."""
-
-    stage: int = 0
-    stage_step: int = 0
-    step: int = 0
-    samples: int = 0
-    images: int = 0
-    tokens: int = 0
-    damaged: int = 0
-    nonfinite: int = 0
-    seconds: float = 0.0
 
 
 Evaluate = Callable[[Pipeline, Progress], dict[str, float]]
@@ -98,11 +84,16 @@ class Trainer:
             raise CheckpointError(f"{state} does not fit this run: {error}") from error
         self._resumed = state
 
-    def run(self, stop_after: int | None = None) -> None:
-        """Train all stages that are left; `stop_after` ends earlier, after that many steps."""
+    def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
+        """Train all stages that are left, or those of them that `only` names.
+
+        `stop_after` ends earlier, after that many steps. Raises ConfigError when the stages before
+        the named ones are not trained.
+        """
+        numbers = stages_to_run(self.recipe, self.progress, only)
         self.log.rewind(self.progress.step)
         with self.log.live():
-            for number in range(self.progress.stage, len(self.recipe.stages)):
+            for number in numbers:
                 stage = self.recipe.stages[number]
                 if number != self.progress.stage:
                     self.progress.stage, self.progress.stage_step = number, 0

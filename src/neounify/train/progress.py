@@ -10,9 +10,9 @@ import numpy as np
 from neounify.data.sample import DataError, Sample
 from neounify.evaluate.scenebench.report import contact_sheet
 from neounify.pipeline import Pipeline
-from neounify.train.loop import Progress
 from neounify.train.recipe import Recipe
 from neounify.train.setup import build_source
+from neounify.train.stages import Progress
 
 PICTURES = 16
 STEPS = 30

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +72,8 @@ class DataRecipe:
     """One source of a stage's mixture, drawn in proportion to `weight`.
 
     `scenes`: the made world (`world`, `tasks`, `chinese`, `side`, `seed`, `split`). `jsonl`: a
-    file or folder of the published schema. `shards`: tar files, `path` may hold `*`.
+    file or folder of the published schema. `shards`: tar files, `path` may hold `*`. For both,
+    `task` overrides what the records say.
     """
 
     kind: Literal["scenes", "jsonl", "shards"] = "scenes"
@@ -85,6 +86,15 @@ class DataRecipe:
     split: Literal["train", "held_out", "any"] = "train"
     path: str | None = None
     task: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "scenes" and self.path is None:
+            raise ValueError(f'data of kind "{self.kind}" needs a path')
+        of_files, common = {"path", "task"}, {"kind", "weight"}
+        meant = of_files if self.kind != "scenes" else {f.name for f in fields(self)} - of_files
+        for item in fields(self):
+            if item.name not in meant | common and getattr(self, item.name) != item.default:
+                raise ValueError(f'data of kind "{self.kind}" has no {item.name}')
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

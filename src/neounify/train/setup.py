@@ -92,8 +92,7 @@ def _source(data: DataRecipe) -> Source:
             side=data.side,
             chinese=data.chinese,
         )
-    if data.path is None:
-        raise ConfigError(f'data of kind "{data.kind}" needs a path')
+    assert data.path is not None
     if data.kind == "jsonl":
         from neounify.data.jsonl import JsonlSource
 
@@ -101,7 +100,7 @@ def _source(data: DataRecipe) -> Source:
     from neounify.data.shards import ShardSource
 
     pattern = Path(data.path)
-    return ShardSource(sorted(pattern.parent.glob(pattern.name)))
+    return ShardSource(sorted(pattern.parent.glob(pattern.name)), task=data.task)
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:

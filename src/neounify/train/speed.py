@@ -31,7 +31,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.patch_embed import PatchEmbed
 
 if TYPE_CHECKING:
-    from neounify.train.loop import Progress
+    from neounify.train.stages import Progress
 
 MATMUL_SECONDS = 0.2
 """How long the machine's rate is measured, after one call to warm up."""

@@ -125,8 +125,8 @@ def draw_style(rng: np.random.Generator) -> CaptionStyle:
     and there must be enough of them.
     """
     return CaptionStyle(
-        colour=chance(rng, 0.7),
-        size=chance(rng, 0.3),
+        colour=chance(rng, 0.5),
+        size=chance(rng, 0.25),
         background=chance(rng, 0.35),
         places=pick(rng, ("none", "none", "none", "relation", "cell")),
     )
