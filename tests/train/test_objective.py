@@ -41,7 +41,7 @@ def test_noise_is_the_path_between_noise_and_picture() -> None:
     noised = add_noise(pack, CONFIG, Objective(), generator())
     sigma = noise_scale(16, CONFIG.flow, cap=False)
     assert noised.noise_scale.tolist() == pytest.approx([sigma] * len(pack.targets))
-    picture = pack.targets[3].permute(2, 0, 1).float() / 127.5 - 1
+    picture = torch.tensor(pack.targets[3]).permute(2, 0, 1).float() / 127.5 - 1
     rows = slice(3 * 16, 4 * 16)
     torch.testing.assert_close(noised.clean[rows], patchify(picture[None], 16)[0])
     t = noised.t[3]
@@ -68,7 +68,10 @@ def test_the_loss_is_its_formula() -> None:
 
     noised = add_noise(pack, CONFIG, objective, generator())
     images = [
-        (i.permute(2, 0, 1).float() / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        (
+            torch.tensor(i).permute(2, 0, 1).float() / 255
+            - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        )
         / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         for i in pack.images
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +28,7 @@ TOKENIZER = byte_tokenizer(
 )
 ENCODER = Encoder(config=SCENES, tokenizer=TOKENIZER)
 SOURCE = SceneDataset(0, scene_config("default"))
+PAINTINGS = SceneDataset(0, scene_config("default"), {"t2i": 1.0})
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
@@ -183,3 +186,12 @@ def test_workers_of_a_killed_trainer_end_too(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"still there: {left.stdout.decode()}")
+
+
+def test_a_picture_with_several_draws_of_noise_is_sent_once() -> None:
+    encoder = replace(ENCODER, noise_draws=3)
+    pack = make_pack([encoder(PAINTINGS[n], np.random.default_rng(n)) for n in range(12)])
+    assert len(pack.targets) == 36
+    sent = pickle.loads(pickle.dumps(pack))
+    assert len({id(picture) for picture in sent.targets}) == 12
+    assert all(map(np.array_equal, sent.targets, pack.targets))

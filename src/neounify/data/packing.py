@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neounify.data.encode import Encoded
+from neounify.data.encode import Encoded, Pixels
 from neounify.data.sample import TASKS
 from neounify.model.layout import Layout
 
@@ -48,7 +48,8 @@ class Pack:
 
     N text tokens, L labels, I clean and J noisy images; U understanding rows.
     `label_rows` index the understanding rows; `label_tasks` [L] and `target_tasks` [J] are
-    places in `TASKS`. Pictures are uint8 [height, width, 3].
+    places in `TASKS`. Pictures are arrays uint8 [height, width, 3] and not tensors: the library
+    sends each tensor between processes as an open file, and there can be hundreds.
     """
 
     layout: Layout
@@ -56,8 +57,8 @@ class Pack:
     label_rows: Tensor
     label_ids: Tensor
     label_tasks: Tensor
-    images: list[Tensor]
-    targets: list[Tensor]
+    images: list[Pixels]
+    targets: list[Pixels]
     target_tasks: Tensor
     samples: list[str] = field(default_factory=list)
 
@@ -83,8 +84,8 @@ def make_pack(documents: Sequence[Encoded]) -> Pack:
         label_rows=torch.tensor(rows, dtype=torch.int64),
         label_ids=torch.tensor([i for d in documents for i in d.label_ids], dtype=torch.int64),
         label_tasks=torch.from_numpy(np.repeat(task, per_label)),
-        images=[torch.from_numpy(np.array(image)) for d in documents for image in d.images],
-        targets=[torch.from_numpy(np.array(image)) for d in documents for image in d.targets],
+        images=[image for d in documents for image in d.images],
+        targets=[image for d in documents for image in d.targets],
         target_tasks=torch.from_numpy(np.repeat(task, per_target)),
         samples=[d.sample for d in documents],
     )

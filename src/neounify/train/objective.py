@@ -9,18 +9,20 @@ those of `flow/`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from neounify.config import ModelConfig
+from neounify.data.encode import Pixels
 from neounify.data.packing import Pack
 from neounify.data.sample import TASKS
 from neounify.flow.noise import noise_scale
@@ -184,19 +186,23 @@ def _image_loss(
     return objective.image_weight * (per_token * weights).sum()
 
 
-def _und_images(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
     """Clean pictures for the understanding stream, [3, height, width] each."""
     found: list[Tensor] = []
     for _, same in groupby(images, key=lambda image: image.shape):
-        stack = torch.stack(list(same)).to(device).permute(0, 3, 1, 2).float() / 255
+        stack = _stacked(same, device).float() / 255
         found += normalise_und(stack).unbind()
     return found
 
 
-def _tokens(images: Sequence[Tensor], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
+def _tokens(images: Sequence[Pixels], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
     """Target pictures as token rows in [-1, 1]."""
     found = []
     for _, same in groupby(images, key=lambda image: image.shape):
-        stack = torch.stack(list(same)).to(device).permute(0, 3, 1, 2)
-        found.append(patchify(stack.float() / 127.5 - 1, side).flatten(0, 1))
+        stack = _stacked(same, device).float() / 127.5 - 1
+        found.append(patchify(stack, side).flatten(0, 1))
     return torch.cat(found)
+
+
+def _stacked(same: Iterable[Pixels], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
+    return torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)
