@@ -67,14 +67,8 @@ def test_the_loss_is_its_formula() -> None:
     found = loss_of(model, pack, objective, counts, generator())
 
     noised = add_noise(pack, CONFIG, objective, generator())
-    images = [
-        (
-            torch.tensor(i).permute(2, 0, 1).float() / 255
-            - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-        )
-        / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-        for i in pack.images
-    ]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = [((torch.tensor(i).float() / 255 - mean) / std).permute(2, 0, 1) for i in pack.images]
     logits, clean = model(pack.layout, pack.ids, images, noised.z, noised.t, noised.noise_scale)
     assert clean is not None
     text = torch.nn.functional.cross_entropy(
