@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.serving.driving import going_on
@@ -24,8 +25,8 @@ PAUSE = 0.05
 UNDERSTANDING, GENERATION = 0, 1
 """Places in the order in which the server starts its engines."""
 LONG = {"steps": 200, "size": "128x128"}
-BEFORE_SECONDS, AFTER_SECONDS = 0.5, 1.0
-"""Of load, before the kill and once all is ready again."""
+BEFORE_SECONDS, AFTER_SECONDS = 0.5, 10.0
+"""Of load before the kill, and at most once all is ready again, until somebody was answered."""
 
 
 async def generation_killed(options: ServerOptions, log: Path) -> list[Check]:
@@ -125,7 +126,7 @@ async def _under_load(server: Server, victim: int) -> tuple[_Killed, list[Outcom
         meanwhile = await send(server.port, paint(0))
         await server.wait_ready()
         killed = _Killed(at, time.monotonic(), meanwhile)
-        await asyncio.sleep(AFTER_SECONDS)
+        await until(partial(_answered_since, chats, killed.ready), AFTER_SECONDS)
     return killed, chats, list(await asyncio.gather(*images))
 
 
@@ -140,6 +141,10 @@ async def _all_painting(server: Server) -> None:
 
     if not await until(painting, 60.0):
         raise RuntimeError("the images did not come under way")
+
+
+async def _answered_since(outcomes: Sequence[Outcome], start: float) -> bool:
+    return any(o.start > start for o in outcomes)
 
 
 async def _not(answer: object) -> bool:

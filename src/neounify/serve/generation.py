@@ -30,7 +30,7 @@ class GenerationSettings:
 
     step_tokens: int = 1024
     most_missed: int = 4
-    beside_text_seconds: float = 0.008
+    beside_text_seconds: float = 0.011
 
 
 @dataclass(eq=False)
