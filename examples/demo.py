@@ -26,7 +26,7 @@ QUESTIONS = ("How many objects are there?", "What colour is the background?")
 DETAIL = "Describe the picture in detail."
 STORY = (
     "Tell a story in three pictures. It starts with a red circle in the top left on a white "
-    "background. Draw a blue star in the bottom right. Turn the red circle green."
+    "background. Draw a blue star in the bottom right. Make the background grey."
 )
 
 
