@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ install_import_hook("neounify.model", "beartype.beartype")
 
 from golden_data import checkpoint  # noqa: E402
 
+# A shell that runs the tests in the background hands down an ignored SIGINT, and so would they.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no failure; pytest-timeout still stops a test that hangs.
 settings.register_profile("neounify", deadline=None)
 settings.load_profile("neounify")

@@ -66,6 +66,31 @@ def test_half_precision_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.isfinite(g).all() for g in gradients)
 
 
+def test_what_nobody_trains_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen understanding stream is not walked back through because of the other one."""
+    packed = documents(random.Random(0), 12)
+    padded, blocks = Layout(packed), Layout(packed)
+    assert padded.padding(torch.device("cpu")) is not None
+    monkeypatch.setattr(blocks, "padding", lambda device: None)
+    found = []
+    for layout in (padded, blocks):
+        und, gen = (rows(n, 1, torch.float64) for n in (layout.und_length, layout.gen_length))
+        frozen = Projected(*(x.detach() for x in und))
+        und_out, gen_out = shared_attention(frozen, gen, layout, None, 0)
+        assert und_out is not None
+        assert gen_out is not None
+        assert not und_out.requires_grad
+        gen_out.square().sum().backward()
+        found.append([und_out, gen_out.detach(), *(x.grad for x in gen if x.grad is not None)])
+    assert len(found[0]) == 5
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    keys_trained = Projected(frozen.q, frozen.k.clone().requires_grad_(), frozen.v)
+    und_out, _ = shared_attention(keys_trained, gen, padded, None, 0)
+    assert und_out is not None
+    assert und_out.requires_grad
+
+
 def test_one_stream_alone() -> None:
     text = Layout([Document((Text(n),)) for n in (3, 4, 5)])
     und, gen = shared_attention(rows(12, 1, torch.float64), None, text, None, 0)

@@ -124,7 +124,12 @@ def _padded_attention(
     out = _masked_attention(q, k, v, padding.mask.unsqueeze(1))
     rows = out.transpose(1, 2).flatten(0, 1)[slots].split([x.q.shape[0] for x, _ in present])
     found = iter(rows)
-    return (None if und is None else next(found), None if gen is None else next(found))
+    und_out = None if und is None else next(found)
+    gen_out = None if gen is None else next(found)
+    if und is not None and und_out is not None and not any(x.requires_grad for x in und):
+        # Nothing it sees is trained; it only shared a product with the other stream.
+        und_out = und_out.detach()
+    return und_out, gen_out
 
 
 def _masked_attention(
