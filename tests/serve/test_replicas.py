@@ -87,7 +87,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file)
     server = Server(process, port, log)
     try:
-        wait_until(server.ready, START_SECONDS)
+        wait_until(lambda: server.ready() and len(server.replicas()) == 2, START_SECONDS)
         yield server
     finally:
         process.terminate()

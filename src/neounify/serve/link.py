@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from neounify.serve.events import EngineDied
 from neounify.serve.hosts import Host
 from neounify.serve.messages import Answer, Failed, Order, Reply, Report
+from neounify.serve.waiting import within
 
 log = logging.getLogger("neounify.serve")
 
@@ -30,7 +31,7 @@ class Call:
 
     async def next(self, seconds: float | None) -> Reply:
         """The next reply; TimeoutError when none comes in time."""
-        return await asyncio.wait_for(self._answers.get(), seconds)
+        return await within(self._answers.get(), seconds)
 
 
 class EngineLink:

@@ -13,6 +13,7 @@ from neounify.serve.http.accounts import Accounts
 from neounify.serve.http.errors import ApiError
 from neounify.serve.http.metrics import HttpMetrics
 from neounify.serve.http.settings import Limits
+from neounify.serve.waiting import within
 
 API = "/v1/"
 RESULTS = "/v1/results/"
@@ -115,8 +116,8 @@ class _Body:
             return {"type": "http.disconnect"}
         left = self._deadline - asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(self._receive(), max(left, 0.001))
-        except asyncio.TimeoutError:
+            message = await within(self._receive(), max(left, 0.001))
+        except TimeoutError:
             raise ApiError(
                 408, "The request's body took too long to arrive.", code="body_timeout"
             ) from None

@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import h11
 
 from neounify.errors import ImageError
+from neounify.serve.waiting import within
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -77,8 +78,8 @@ class ImageFetcher:
     async def fetch(self, url: str) -> bytes:
         """The body behind a URL. Raises ImageError when it may not or cannot be had."""
         try:
-            return await asyncio.wait_for(self._follow(url), self._seconds)
-        except asyncio.TimeoutError:
+            return await within(self._follow(url), self._seconds)
+        except TimeoutError:
             raise ImageError(f"the image URL took more than {self._seconds:g} seconds") from None
         except (OSError, h11.ProtocolError, UnicodeError) as error:
             raise ImageError("the image URL could not be fetched") from error

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from neounify.serve.http.errors import INTERNAL, to_api_error
+from neounify.serve.waiting import within
 
 DONE = b"data: [DONE]\n\n"
 ALIVE = b": working\n\n"
@@ -78,7 +79,6 @@ class _Chunks:
     def __init__(self, source: AsyncGenerator[bytes]) -> None:
         self._queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
         self._task = asyncio.ensure_future(self._run(source))
-        self._coming: asyncio.Future[bytes | Exception | None] | None = None
         self._ended = False
 
     async def next(self) -> bytes | None:
@@ -88,12 +88,10 @@ class _Chunks:
         """
         if self._ended:
             return None
-        # Not `wait_for`: in Python 3.11 it can swallow a cancellation.
-        self._coming = self._coming or asyncio.ensure_future(self._queue.get())
-        await asyncio.wait((self._coming,), timeout=SILENCE_SECONDS)
-        if not self._coming.done():
+        try:
+            item = await within(self._queue.get(), SILENCE_SECONDS)
+        except TimeoutError:
             return ALIVE
-        item, self._coming = self._coming.result(), None
         self._ended = not isinstance(item, bytes)
         if isinstance(item, Exception):
             raise item
@@ -101,12 +99,8 @@ class _Chunks:
 
     async def aclose(self) -> None:
         """End the generator, wherever it is."""
-        tasks: list[asyncio.Future[Any]] = [self._task]
-        if self._coming is not None:
-            tasks.append(self._coming)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self, source: AsyncGenerator[bytes]) -> None:
         async with aclosing(source):
