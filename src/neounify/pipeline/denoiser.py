@@ -20,7 +20,7 @@ SHORT = 512
 """An image that sees at most so many tokens is read side by side with others; measured in
 docs/log.md."""
 MOST_BYTES = 2**31
-"""Memory of prefixes copied side by side, at most."""
+"""Memory of prefixes copied side by side, at most; up to twice as much for very unequal images."""
 
 Run = tuple[PaintJob, Branch]
 """A job behind one of its prefixes."""
