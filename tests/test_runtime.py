@@ -27,5 +27,5 @@ def test_kept_memory_needs_no_new_pages() -> None:
     # In a process of its own: the setting is the whole process's.
     command = [sys.executable, "-c", MEASURE]
     faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # Without the setting nearly all of them; a few in any case, when the system takes idle ones back.
+    # Without the setting nearly all of them; some where the system takes idle ones back.
     assert int(faults) < 0.1 * PAGES
