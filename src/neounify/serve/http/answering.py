@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -12,6 +11,7 @@ from prometheus_client import Histogram
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.events import Answering, Finished, ServiceEvent, ServiceRequest
+from neounify.serve.http.pump import Pump
 
 
 def task_of(request: ServiceRequest) -> str:
@@ -49,32 +49,6 @@ async def merge(
     sources: Sequence[AsyncIterator[ServiceEvent]],
 ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
     """(number of the source, event) as they come; one source's error ends and closes them all."""
-    queue: asyncio.Queue[tuple[int, ServiceEvent] | BaseException | None] = asyncio.Queue(1)
-
-    async def pump(number: int, source: AsyncIterator[ServiceEvent]) -> None:
-        try:
-            async with AsyncExitStack() as stack:
-                if isinstance(source, AsyncGenerator):
-                    await stack.enter_async_context(aclosing(source))
-                async for event in source:
-                    await queue.put((number, event))
-        except Exception as error:  # handed over to whoever reads the queue
-            await queue.put(error)
-        else:
-            await queue.put(None)
-
-    pumps = [asyncio.ensure_future(pump(n, source)) for n, source in enumerate(sources)]
-    try:
-        open_sources = len(pumps)
-        while open_sources:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                open_sources -= 1
-            else:
-                yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+    async with aclosing(Pump(sources)) as pump:
+        while (item := await pump.next()) is not None:
+            yield item

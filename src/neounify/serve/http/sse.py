@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from neounify.serve.http.errors import INTERNAL, to_api_error
+from neounify.serve.http.pump import Pump
 from neounify.serve.waiting import within
 
 DONE = b"data: [DONE]\n\n"
@@ -33,7 +34,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes | None, chunks: _Chunks) -> None:
+    def __init__(self, first: bytes | None, chunks: Pump[bytes]) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -54,7 +55,7 @@ class EventStream(Response):
 
     async def _next(self) -> bytes | None:
         try:
-            return await self._chunks.next()
+            return await _next_within(self._chunks)
         except Exception as error:
             api_error = to_api_error(error)
             if api_error is INTERNAL:
@@ -64,50 +65,19 @@ class EventStream(Response):
 
 async def start_stream(source: AsyncGenerator[bytes]) -> EventStream:
     """Wait a while for the first chunk, so that what fails before it gets a status of its own."""
-    chunks = _Chunks(source)
+    chunks = Pump([source])
     try:
-        first = await chunks.next()
+        first = await _next_within(chunks)
     except BaseException:
         await chunks.aclose()
         raise
     return EventStream(first, chunks)
 
 
-class _Chunks:
-    """What a generator yields, made in a task of its own, at most two chunks ahead."""
-
-    def __init__(self, source: AsyncGenerator[bytes]) -> None:
-        self._queue: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(1)
-        self._task = asyncio.ensure_future(self._run(source))
-        self._ended = False
-
-    async def next(self) -> bytes | None:
-        """The next chunk, or a comment after a time of silence; None, once and for all, at the end.
-
-        Raises what the generator raised, which ends it.
-        """
-        if self._ended:
-            return None
-        try:
-            item = await within(self._queue.get(), SILENCE_SECONDS)
-        except TimeoutError:
-            return ALIVE
-        self._ended = not isinstance(item, bytes)
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    async def aclose(self) -> None:
-        """End the generator, wherever it is."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def _run(self, source: AsyncGenerator[bytes]) -> None:
-        async with aclosing(source):
-            try:
-                async for chunk in source:
-                    await self._queue.put(chunk)
-            except Exception as error:  # handed over to whoever reads the queue
-                await self._queue.put(error)
-            else:
-                await self._queue.put(None)
+async def _next_within(chunks: Pump[bytes]) -> bytes | None:
+    """The next chunk, or a comment after a time of silence; None at the end."""
+    try:
+        found = await within(chunks.next(), SILENCE_SECONDS)
+    except TimeoutError:
+        return ALIVE
+    return None if found is None else found[1]
