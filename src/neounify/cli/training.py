@@ -17,6 +17,7 @@ from neounify.train.loop import Trainer
 from neounify.train.progress import Painter
 from neounify.train.recipe import read_recipe
 from neounify.train.setup import starting_model
+from neounify.train.stages import Progress, stages_to_run
 from neounify.train.state import saved_states
 
 
@@ -29,10 +30,12 @@ def run_training(
     threads: int | None,
     report: ReportOptions,
 ) -> None:
-    """Run a recipe. Raises UsageError, CliError and what the parts raise."""
+    """Run a recipe. Raises CliError and what the parts raise."""
     recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
     state = _state(folder, resume)
+    if state is None:
+        stages_to_run(recipe, Progress(), stages)  # wrong names are told before a model is loaded
     if threads is not None:
         torch.set_num_threads(threads)
     keep_freed_memory()

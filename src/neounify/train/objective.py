@@ -9,7 +9,7 @@ those of `flow/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -189,20 +189,20 @@ def _image_loss(
 def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
     """Clean pictures for the understanding stream, [3, height, width] each."""
     found: list[Tensor] = []
-    for _, same in groupby(images, key=lambda image: image.shape):
-        stack = _stacked(same, device).float() / 255
-        found += normalise_und(stack).unbind()
+    for stack in _stacks(images, device):
+        found += normalise_und(stack.float() / 255).unbind()
     return found
 
 
 def _tokens(images: Sequence[Pixels], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
     """Target pictures as token rows in [-1, 1]."""
-    found = []
+    stacks = (stack.float() / 127.5 - 1 for stack in _stacks(images, device))
+    return torch.cat([patchify(stack, side).flatten(0, 1) for stack in stacks])
+
+
+def _stacks(
+    images: Sequence[Pixels], device: torch.device
+) -> Iterator[UInt8[Tensor, "_n 3 _height _width"]]:
+    """Pictures in order, those of one size in a row as one tensor."""
     for _, same in groupby(images, key=lambda image: image.shape):
-        stack = _stacked(same, device).float() / 127.5 - 1
-        found.append(patchify(stack, side).flatten(0, 1))
-    return torch.cat(found)
-
-
-def _stacked(same: Iterable[Pixels], device: torch.device) -> UInt8[Tensor, "n 3 h w"]:
-    return torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)
+        yield torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)

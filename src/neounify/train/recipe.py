@@ -91,9 +91,9 @@ class DataRecipe:
         if self.kind != "scenes" and self.path is None:
             raise ValueError(f'data of kind "{self.kind}" needs a path')
         of_files, common = {"path", "task"}, {"kind", "weight"}
-        meant = of_files if self.kind != "scenes" else {f.name for f in fields(self)} - of_files
         for item in fields(self):
-            if item.name not in meant | common and getattr(self, item.name) != item.default:
+            foreign = item.name not in common and (item.name in of_files) == (self.kind == "scenes")
+            if foreign and getattr(self, item.name) != item.default:
                 raise ValueError(f'data of kind "{self.kind}" has no {item.name}')
 
 

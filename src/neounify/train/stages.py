@@ -37,7 +37,8 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
     names = [stage.name for stage in stages]
     if unknown := set(only) - set(names):
         raise ConfigError(f"no stage {', '.join(sorted(unknown))}; the recipe has {names}")
-    first, last = (choose(names.index(name) for name in only) for choose in (min, max))
+    wanted = sorted(names.index(name) for name in only)
+    first, last = wanted[0], wanted[-1]
     here = stages[progress.stage]
     finished = progress.stage_step >= here.steps
     if left_out := [name for name in names[first : last + 1] if name not in only]:
