@@ -10,11 +10,10 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ import PIL.Image
 import pytest
 
 import neounify
+from serve.http.running import wait_until
+from serving_command import free_port
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
@@ -77,8 +78,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--model", str(folder), "--device", "cpu", "--threads", "1", "--no-page"]
     replicas = ["--replicas", "2", "--replica-cpus", "0.5"]
     command = [sys.executable, "-m", "neounify", "serve", *options, *replicas]
@@ -87,7 +87,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         process = subprocess.Popen([*command, "--port", str(port)], stdout=file, stderr=file)
     server = Server(process, port, log)
     try:
-        wait_until(lambda: server.ready() and len(server.replicas()) == 2, START_SECONDS)
+        wait_until(lambda: server.ready() and len(server.replicas()) == 2, START_SECONDS, pause=0.5)
         yield server
     finally:
         process.terminate()
@@ -95,13 +95,6 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             process.wait(60)
         finally:
             process.kill()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
 
 
 def chat(tokens: int) -> dict[str, object]:
@@ -157,7 +150,7 @@ def test_work_ends_when_its_caller_leaves(server: Server) -> None:
         texts.update([server.metrics()])
         return name in texts and counted(texts[name], "requests") == 0
 
-    wait_until(ended, 20)
+    wait_until(ended, 20, pause=0.5)
     written = [counted(text, "und_written_tokens_total") for text in (before[name], texts[name])]
     assert written[1] - written[0] < 2000
 
@@ -185,7 +178,7 @@ def test_a_killed_replica_comes_back_while_the_other_answers(server: Server) -> 
         after.update(server.replicas())
         return len(after) == 2
 
-    wait_until(back, START_SECONDS)
+    wait_until(back, START_SECONDS, pause=0.5)
     assert left in after
     assert killed not in after
 

@@ -40,12 +40,14 @@ def openai_client(app: FastAPI, key: str = "none") -> Iterator[OpenAI]:
         yield client
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(
+    condition: Callable[[], bool], seconds: float = 20.0, *, pause: float = 0.01
+) -> None:
     """Fail unless the condition comes true in time."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 def png(
