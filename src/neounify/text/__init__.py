@@ -20,6 +20,7 @@ from neounify.text.template import (
     unconditional_prompt,
 )
 from neounify.text.tokenizer import Tokenizer
+from neounify.text.tools import Tool, ToolCall
 
 __all__ = [
     "BYTE_VOCAB_SIZE",
@@ -32,6 +33,8 @@ __all__ = [
     "TextSegment",
     "TextStream",
     "Tokenizer",
+    "Tool",
+    "ToolCall",
     "after_think_ids",
     "byte_tokenizer",
     "chat_prompt",

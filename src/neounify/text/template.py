@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import count
+from itertools import count, groupby
 from typing import Literal
 
 from neounify.errors import PromptError
@@ -23,11 +23,22 @@ from neounify.text.special import (
     THINK_OPEN,
 )
 from neounify.text.tokenizer import Tokenizer
+from neounify.text.tools import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    MARKS,
+    RESPONSE_CLOSE,
+    RESPONSE_OPEN,
+    TOOLS_FOOT,
+    Tool,
+    ToolCall,
+    tools_head,
+)
 
 IMAGE_MARK = "<image>"
 """Stands in a user's text where a picture belongs."""
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 _NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
 
@@ -88,15 +99,24 @@ class Message:
     """One turn of a conversation.
 
     A user's text marks each picture with `<image>`; in other roles the mark is plain text.
+    `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
+    of one of them.
     """
 
     role: Role
     text: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.role not in ("system", "user", "assistant"):
-            raise PromptError(f"a message is from system, user or assistant, not {self.role!r}")
+        if self.role not in ("system", "user", "assistant", "tool"):
+            raise PromptError(
+                f"a message is from system, user, assistant or tool, not {self.role!r}"
+            )
         _check_text(self.text, f"the {self.role} message")
+        if self.tool_calls and self.role != "assistant":
+            raise PromptError(f"only assistant messages hold tool calls, this one is {self.role!r}")
+        for call in self.tool_calls:
+            _check_text(call.name + call.arguments, "a tool call")
 
 
 @dataclass(frozen=True)
@@ -110,11 +130,18 @@ class _Plain:
 
 
 @dataclass(frozen=True)
+class _Mark:
+    """One of tools.MARKS; plain text where a tokenizer has no such token."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class _Image:
     index: int
 
 
-_Piece = _Special | _Plain | _Image
+_Piece = _Special | _Plain | _Mark | _Image
 
 _ANSWER = (_Special(IM_START), _Plain("assistant\n"))
 _NO_THOUGHT = (_Special(THINK_OPEN), _Plain("\n\n"), _Special(THINK_CLOSE), _Plain("\n\n"))
@@ -147,34 +174,51 @@ def place_images(text: str, n_images: int, *, numbered: bool) -> str:
 
 
 def chat_prompt(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, system: str = "", think: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    system: str = "",
+    think: bool = False,
+    tools: Sequence[Tool] = (),
+    open_call: bool = False,
 ) -> Prompt:
     """Build the prompt of a conversation, up to where the model's answer starts.
 
     Args:
         tokenizer: of the model that will read it.
-        messages: the turns, the last one a user's; pictures are counted over all of them.
+        messages: the turns, the last one a user's or a tool's; pictures are counted over all.
         system: the system message; left out when empty. It may also be the first message.
         think: open a thought for the model to write in.
+        tools: functions offered to the model, behind the system message.
+        open_call: end with the mark of a call, for an answer that must be one.
 
     Raises:
-        PromptError: no messages, a turn out of place, or a last one that says nothing.
+        PromptError: no messages, a turn out of place, a last one that says nothing, or two tools
+            of one name.
     """
     turns = list(messages)
     if turns and turns[0].role == "system":
         if system:
             raise PromptError("two system messages: one in the messages, one beside them")
         system = turns.pop(0).text
-    if not turns or turns[-1].role != "user":
+    if not turns or turns[-1].role not in ("user", "tool"):
         raise PromptError("the last message must be a user's")
     if any(turn.role == "system" for turn in turns):
         raise PromptError("a system message can only be the first")
-    _check_says_something(turns[-1].text)
+    if turns[-1].role == "user":
+        _check_says_something(turns[-1].text)
     images = count()
-    pieces = _system_turn(system)
-    for turn in turns:
-        pieces += _user_turn(turn.text, images) if turn.role == "user" else _answer_turn(turn.text)
-    return _assemble(tokenizer, [*pieces, *_ANSWER, *(_OPEN_THOUGHT if think else ())])
+    pieces = _system_turn(system, tools)
+    for role, group in groupby(turns, key=lambda turn: turn.role):
+        if role == "tool":
+            pieces += _responses_turn(list(group))
+            continue
+        for turn in group:
+            pieces += _user_turn(turn.text, images) if role == "user" else _answer_turn(turn)
+    end: list[_Piece] = [*_ANSWER, *(_OPEN_THOUGHT if think else ())]
+    if open_call:
+        end += (_Mark(CALL_OPEN), _Plain("\n"))
+    return _assemble(tokenizer, [*pieces, *end])
 
 
 def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
@@ -243,13 +287,39 @@ def _single_turn(tokenizer: Tokenizer, text: str, system: str, end: tuple[_Piece
     return _assemble(tokenizer, [*_system_turn(system), *_user_turn(text, count()), *_ANSWER, *end])
 
 
-def _system_turn(text: str) -> list[_Piece]:
+def _system_turn(text: str, tools: Sequence[Tool] = ()) -> list[_Piece]:
     _check_text(text, "the system message")
-    return _turn("system", [_Plain(text)]) if text else []
+    content: list[_Piece] = [_Plain(text)] if text else []
+    if tools:
+        offer = tools_head(tools)
+        _check_text(offer, "the definition of a tool")
+        content += [_Plain("\n\n" + offer if text else offer), *_with_marks(TOOLS_FOOT)]
+    return _turn("system", content) if content else []
 
 
-def _answer_turn(text: str) -> list[_Piece]:
-    return _turn("assistant", [_Plain(text)])
+def _with_marks(text: str) -> list[_Piece]:
+    """Text of our own, in which the marks of calls are meant."""
+    parts = re.split(f"({CALL_OPEN}|{CALL_CLOSE})", text)
+    return [_Mark(part) if part in MARKS else _Plain(part) for part in parts]
+
+
+def _answer_turn(turn: Message) -> list[_Piece]:
+    content: list[_Piece] = [_Plain(turn.text)]
+    for number, call in enumerate(turn.tool_calls):
+        line = "\n" if turn.text or number else ""
+        content += [_Plain(line), _Mark(CALL_OPEN), _Plain(f"\n{call.as_json()}\n")]
+        content.append(_Mark(CALL_CLOSE))
+    return _turn("assistant", content)
+
+
+def _responses_turn(turns: Sequence[Message]) -> list[_Piece]:
+    """Results of calls that were made together, as one turn of the user's."""
+    content: list[_Piece] = []
+    for number, turn in enumerate(turns):
+        line = "\n" if number else ""
+        content += [_Plain(line), _Mark(RESPONSE_OPEN), _Plain(f"\n{turn.text}\n")]
+        content.append(_Mark(RESPONSE_CLOSE))
+    return _turn("user", content)
 
 
 def _user_turn(text: str, images: Iterator[int]) -> list[_Piece]:
@@ -266,22 +336,39 @@ def _turn(role: Role, content: Sequence[_Piece]) -> list[_Piece]:
 
 
 def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> Prompt:
+    marks = {name: tokenizer.find(name) for name in MARKS}
+    typed = _typed([name for name, token in marks.items() if token is not None])
     segments: list[Segment] = []
     ids: list[int] = []
     plain = ""
+
+    def encode(text: str) -> Iterator[int]:
+        for part in typed.split(text):
+            yield from tokenizer.encode(part)
+
     for piece in pieces:
+        token = marks[piece.name] if isinstance(piece, _Mark) else None
         if isinstance(piece, _Plain):
             plain += piece.text
             continue
-        ids += tokenizer.encode(plain)
+        if isinstance(piece, _Mark) and token is None:
+            plain += piece.name
+            continue
+        ids += encode(plain)
         plain = ""
-        if isinstance(piece, _Special):
-            ids.append(tokenizer.id(piece.name))
-        else:
+        if isinstance(piece, _Image):
             segments += [TextSegment(tuple(ids)), ImageSegment(piece.index)]
             ids = []
-    segments.append(TextSegment((*ids, *tokenizer.encode(plain))))
+        else:
+            ids.append(tokenizer.id(piece.name) if token is None else token)
+    segments.append(TextSegment((*ids, *encode(plain))))
     return Prompt(tuple(segments))
+
+
+def _typed(marks: Sequence[str]) -> re.Pattern[str]:
+    """Where to cut text so that the spelling of a tool mark is not read as its token."""
+    inside = "|".join(re.escape(mark[1:]) for mark in marks)
+    return re.compile(f"(?<=<)(?={inside})" if inside else "(?!)")
 
 
 def _check_text(text: str, what: str) -> None:

@@ -85,10 +85,15 @@ class Tokenizer:
         Raises:
             TokenizerError: there is no such token.
         """
-        token_id = self._library.token_to_id(name)
+        token_id = self.find(name)
         if token_id is None:
             raise TokenizerError(f"the tokenizer has no token {name!r}")
-        return int(token_id)
+        return token_id
+
+    def find(self, name: str) -> int | None:
+        """Return the id of the token spelled `name`, None where there is none."""
+        token_id = self._library.token_to_id(name)
+        return None if token_id is None else int(token_id)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Turn text into ids; nothing is added around it.

@@ -1,0 +1,187 @@
+"""Function calling in prompts and answers: the Qwen3 form that the language backbone was taught.
+
+Definitions stand in the system turn between `<tools>` marks, a call in an answer between
+`<tool_call>` marks, results in a user turn between `<tool_response>` marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neounify.errors import PromptError
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
+
+MARKS = (CALL_OPEN, CALL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE)
+"""Single tokens in the published tokenizers; text that a user typed must not become one."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+_HEAD = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>"""
+TOOLS_FOOT = f"""
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+{CALL_OPEN}{CALL_CLOSE} XML tags:
+{CALL_OPEN}
+{{"name": <function-name>, "arguments": <args-json-object>}}
+{CALL_CLOSE}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tool:
+    """A function that the model may call; `parameters` is a JSON schema, None for no arguments.
+
+    Raises PromptError for a name other than 1 to 64 letters, digits, `_`, `-` and `.`.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise PromptError(
+                f"a tool's name must be 1 to 64 letters, digits, _, - or ., got {self.name[:80]!r}"
+            )
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """The JSON schema of the arguments."""
+        return {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+
+    def definition(self) -> str:
+        """The definition as one line of JSON, in the order the backbone was taught."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description:
+            function["description"] = self.description
+        if self.parameters is not None:
+            function["parameters"] = self.parameters
+        return _json({"type": "function", "function": function})
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function; `arguments` are JSON text, as far as the model wrote them."""
+
+    name: str
+    arguments: str
+
+    def as_json(self) -> str:
+        """The object that stands between the marks."""
+        try:
+            arguments = _json(json.loads(self.arguments))
+        except (ValueError, RecursionError):
+            arguments = self.arguments  # cut off by a limit, and sent back as it is
+        return f'{{"name": {_json(self.name)}, "arguments": {arguments}}}'
+
+
+def tools_head(tools: Sequence[Tool]) -> str:
+    """The part of the system message that offers `tools`; TOOLS_FOOT follows it.
+
+    Raises PromptError for two tools of one name.
+    """
+    names = [tool.name for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise PromptError(f"two tools are called {name!r}")
+    return "\n".join([_HEAD, *(tool.definition() for tool in tools)])
+
+
+def read_call(text: str) -> ToolCall | None:
+    """The call that stands between two marks; None where it is not one."""
+    try:
+        call = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict) or not _NAME.fullmatch(call["name"]):
+        return None
+    return ToolCall(call["name"], _json(arguments))
+
+
+class ToolCallReader:
+    """Separates the calls from the text of an answer that arrives in pieces.
+
+    Text that may be the beginning of a call is held back. What stands between the marks but is
+    no call stays text, marks included.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._space = ""
+        self._inside = False
+        self._called = False
+
+    def put(self, piece: str) -> list[str | ToolCall]:
+        """Add text; the pieces of text and the calls that are complete now."""
+        self._held += piece
+        found: list[str | ToolCall] = []
+        while True:
+            if self._inside:
+                end = self._held.find(CALL_CLOSE)
+                if end < 0:
+                    return found
+                body = self._held[:end]
+                self._held = self._held[end + len(CALL_CLOSE) :]
+                self._inside = False
+                call = read_call(body)
+                self._called |= call is not None
+                found.append(call or f"{self._space}{CALL_OPEN}{body}{CALL_CLOSE}")
+                continue
+            start = self._held.find(CALL_OPEN)
+            if start >= 0:
+                text = self._held[:start].rstrip()
+                self._give(text, found)
+                self._space = self._held[len(text) : start]
+                self._held = self._held[start + len(CALL_OPEN) :]
+                self._inside = True
+                continue
+            keep = len(self._held) - _overlap(self._held)
+            keep = len(self._held[:keep].rstrip())  # whitespace in front of a call is not text
+            self._give(self._held[:keep], found)
+            self._held = self._held[keep:]
+            return found
+
+    def flush(self) -> list[str | ToolCall]:
+        """The rest at the end of the answer; a call without an end counts if it is whole."""
+        held, inside = self._held, self._inside
+        self._held, self._inside = "", False
+        if not inside:
+            return [held] if held and not (self._called and not held.strip()) else []
+        return [read_call(held) or self._space + CALL_OPEN + held]
+
+    def _give(self, text: str, found: list[str | ToolCall]) -> None:
+        """Show text, without the line ends between and behind calls."""
+        if self._called:
+            text = text if text.strip() else ""
+        if text:
+            found.append(text)
+
+
+def _overlap(text: str) -> int:
+    """How many characters at the end of `text` may begin the mark of a call."""
+    return max((n for n in range(1, len(CALL_OPEN)) if text.endswith(CALL_OPEN[:n])), default=0)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    # An escaped lone surrogate is JSON, but as a character it is no text.
+    return json.dumps(value) if _SURROGATE.search(text) else text
