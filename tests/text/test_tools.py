@@ -42,10 +42,10 @@ def test_tools_stand_behind_the_system_message() -> None:
 def test_calls_and_results_of_earlier_turns() -> None:
     turns = [
         Message("user", "Weather?"),
-        Message("assistant", "Let me see.", (CALL, ToolCall("f", "{}"))),
+        Message("assistant", "Let me see.", tool_calls=(CALL, ToolCall("f", "{}"))),
         Message("tool", "18 degrees"),
         Message("tool", "done"),
-        Message("assistant", "", (CALL,)),
+        Message("assistant", "", tool_calls=(CALL,)),
         Message("tool", "19"),
     ]
     assert written(turns) == (
@@ -63,7 +63,7 @@ def test_calls_and_results_of_earlier_turns() -> None:
 
 
 def test_arguments_that_were_cut_off_are_sent_back_as_they_are() -> None:
-    cut = Message("assistant", "", (ToolCall("f", '{"a": "x'),))
+    cut = Message("assistant", "", tool_calls=(ToolCall("f", '{"a": "x'),))
     text = written([Message("user", "Hi"), cut, Message("tool", "bad arguments")])
     assert '{"name": "f", "arguments": {"a": "x}\n</tool_call>' in text
 
@@ -87,7 +87,7 @@ def test_only_marks_of_ours_become_tokens_of_the_published_tokenizer() -> None:
     assert count(Message("user", typed)) == [0, 0, 0, 0]
     spoof = Tool(name="f", description=typed)
     assert count(Message("user", "Hi"), tools=[spoof], system=typed) == [2, 2, 0, 0]
-    call = Message("assistant", typed, (ToolCall("f", json.dumps({"a": typed})),))
+    call = Message("assistant", typed, tool_calls=(ToolCall("f", json.dumps({"a": typed})),))
     assert count(Message("user", "Hi"), call, Message("tool", typed)) == [1, 1, 1, 1]
 
 
@@ -97,9 +97,9 @@ def test_wrong_tools_and_turns_are_refused() -> None:
     with pytest.raises(PromptError, match="two tools are called 'f'"):
         written([Message("user", "Hi")], tools=[Tool(name="f"), Tool(name="f")])
     with pytest.raises(PromptError, match="only assistant messages hold tool calls"):
-        Message("user", "Hi", (CALL,))
+        Message("user", "Hi", tool_calls=(CALL,))
     with pytest.raises(PromptError, match="U\\+0000"):
-        Message("assistant", "", (ToolCall("f", "\0"),))
+        Message("assistant", "", tool_calls=(ToolCall("f", "\0"),))
 
 
 def read(text: str, size: int) -> list[str | ToolCall]:

@@ -8,7 +8,7 @@ characters and ends nothing.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import count, groupby
 from typing import Literal
@@ -105,7 +105,7 @@ class Message:
 
     role: Role
     text: str
-    tool_calls: tuple[ToolCall, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
