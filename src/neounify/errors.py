@@ -25,6 +25,10 @@ class PromptError(NeounifyError, ValueError):
     """A prompt or a message list cannot be turned into model input."""
 
 
+class ContextFullError(PromptError):
+    """The next tokens of a sequence would stand beyond the model's context."""
+
+
 class RequestError(NeounifyError, ValueError):
     """A sampling parameter is out of its range."""
 

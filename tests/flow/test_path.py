@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neounify.flow.path import clean_from_velocity, noisy, velocity
+from neounify.flow.path import clean_from_velocity, noisy, sampling_t_eps, velocity
 
 TIMES = st.floats(0, 1)
 EPS = st.sampled_from([0.02, 0.05])
@@ -63,3 +63,11 @@ def test_times_may_be_tensors() -> None:
         torch.testing.assert_close(together, torch.stack(alone))
     alone = [noisy(x[0], z[0], 0.3, 2.0), noisy(x[1], z[1], 0.999, 5.0)]
     torch.testing.assert_close(noisy(x, z, times, scales), torch.stack(alone))
+
+
+@pytest.mark.parametrize(("last_t", "t_eps"), [(0.5, 0.02), (0.9875, 0.0125), (0.999, 0.001)])
+def test_the_sampling_clamp_is_no_longer_than_the_last_step(last_t: float, t_eps: float) -> None:
+    assert sampling_t_eps(last_t) == pytest.approx(t_eps)
+    x, z, _ = _triple(4)
+    end = z + (1 - last_t) * velocity(x, z, last_t, sampling_t_eps(last_t))
+    torch.testing.assert_close(end, x)

@@ -84,3 +84,21 @@ def test_solvers_do_not_share_a_past() -> None:
 def test_an_unknown_solver() -> None:
     with pytest.raises(RequestError, match=r"'heun' is unknown; known: euler, ab2"):
         make_solver("heun")
+
+
+def _switched(steps: int, *, reset: bool) -> float:
+    """The error of ab2 on a velocity that jumps from 1 + 2t to -3t² at t = 1/2."""
+    solver, z = make_solver("ab2"), torch.tensor(0.0, dtype=torch.float64)
+    for t, t_next in pairwise(_times(steps, 1.0)):
+        if reset and t == 0.5:
+            solver.reset()
+        v = 1 + 2 * t if t < 0.5 else -3 * t * t
+        z = solver.step(z, torch.tensor(v, dtype=torch.float64), t, t_next)
+    return abs(float(z) - (0.5 + 0.25) + (1 - 0.125))
+
+
+def test_a_reset_keeps_second_order_across_a_jump() -> None:
+    for reset, order in ((False, 1), (True, 2)):
+        errors = [_switched(steps, reset=reset) for steps in (200, 400, 800)]
+        for coarse, fine in pairwise(errors):
+            assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)

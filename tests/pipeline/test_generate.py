@@ -131,6 +131,7 @@ def test_result_can_be_used_with_autograd(pipe: neounify.Pipeline) -> None:
         ({"guidance_norm": "loud"}, RequestError, "cfg_zero_star"),
         ({"solver": "magic"}, RequestError, "euler"),
         ({"t_eps": 0.0}, RequestError, "t_eps"),
+        ({"noise": torch.full((1, 3, 64, 64), float("nan"))}, RequestError, "noise must be finite"),
         ({"seed": 2**64}, RequestError, "seed"),
         ({"seed": [1, 2]}, RequestError, "2 values"),
         ({"images_per_prompt": 0}, RequestError, "images_per_prompt"),

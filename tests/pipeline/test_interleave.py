@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import neounify
-from neounify.errors import RequestError
+from neounify.errors import ContextFullError, RequestError
 from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart, interleaving
+from neounify.pipeline.request import make_sampling
+from neounify.text.template import TextSegment
 
 FEW: dict[str, Any] = {"width": 64, "height": 32, "steps": 2}
 
@@ -96,3 +98,31 @@ def test_bad_input_is_refused_before_iterating(pipe: neounify.Pipeline) -> None:
     for options in ({"max_images": -1}, {"max_new_tokens": 0}, {"width": [32], "height": []}):
         with pytest.raises(RequestError):
             pipe.interleave("tell", **FEW | options)
+
+
+@pytest.mark.parametrize(("room", "seen"), [(1, "a"), (2, "a..[]"), (4, "a..[]"), (5, "a..[]b")])
+def test_the_answer_ends_where_the_context_does(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, room: int, seen: str
+) -> None:
+    """`room` positions behind the prompt; an image takes three: <img>, itself and </img>."""
+    request = interleaving.InterleaveRequest(
+        prompt="tell",
+        sizes=[(64, 32)],
+        sampling=make_sampling(pipe.config, editing=True),
+    )
+    prompt = interleaving.turn_prompt(pipe.engine, request, "cond")
+    used = sum(len(s.ids) for s in prompt.segments if isinstance(s, TextSegment))
+    small = pipe.config.replace(max_positions=used + room)
+    monkeypatch.setattr(pipe.engine, "config", small)
+    assert shape(story(pipe, monkeypatch, "a<img>b")) == seen
+
+
+def test_appending_past_the_context_appends_nothing(pipe: neounify.Pipeline) -> None:
+    engine, limit = pipe.engine, pipe.config.max_positions
+    cache = engine.new_cache(limit + 8)
+    engine.extend(cache, [1] * (limit - 1))
+    with pytest.raises(
+        ContextFullError, match=f"{limit + 1} positions long, the model reads {limit}"
+    ):
+        engine.extend(cache, [1, 1])
+    assert cache.length == limit - 1

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 import neounify
+from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart, TextPart
+from neounify.presets import TINY
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import EngineSettings
 from neounify.serve.understanding import UnderstandingSettings
+from neounify.text.template import TextSegment
 from serving import Collected, collect, same_image, serve
 
 RNG = np.random.default_rng(0)
@@ -193,10 +196,8 @@ def _same_story(pipe: neounify.Pipeline, told: Collected) -> None:
         same_image(told.images[index], pixels)
 
 
-def test_stories_alternate_as_in_the_pipeline(
-    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # An untrained model opens no image of itself: make it, every fifth token.
+def _open_images(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model opens no image of itself: make it, every fifth token."""
     from neounify.decode.loop import Generation
 
     take = Generation.take
@@ -209,10 +210,35 @@ def test_stories_alternate_as_in_the_pipeline(
         return take(self, logits)
 
     monkeypatch.setattr(Generation, "take", opens_images)
+
+
+def test_stories_alternate_as_in_the_pipeline(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _open_images(pipe, monkeypatch)
     told = serve(colocated(pipe), lambda service: collect(service, _story(pipe)))
     assert len(told.images) == 2
     assert told.order[-1] == "Finished"
     _same_story(pipe, told)
+
+
+@pytest.mark.parametrize("room", [5, 6, 7, 8])
+def test_a_story_ends_where_the_context_does(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Four tokens, <img>, the image, </img>: with less room the same parts in either way."""
+    _open_images(pipe, monkeypatch)
+    prompt = turn_prompt(pipe.engine, _story(pipe), "cond")
+    used = sum(len(s.ids) if isinstance(s, TextSegment) else 1 for s in prompt.segments)
+    config = TINY.replace(max_positions=used + room)
+    model = NeoUnify(config).eval().requires_grad_(False)
+    model.load_state_dict(pipe.model.state_dict())
+    small = neounify.Pipeline(model, pipe.tokenizer, system_message="Paint well.")
+    told = serve(colocated(small), lambda service: collect(service, _story(small)))
+    assert told.finished is not None
+    assert told.finished.finish_reason == "length"
+    assert len(told.images) == 1
+    _same_story(small, told)
 
 
 def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:

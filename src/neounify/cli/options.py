@@ -131,7 +131,7 @@ class SamplingOptions:
         float | None,
         typer.Option(
             metavar="G",
-            help="How strongly the prompt pulls; 1 is no extra pull, and twice as fast.",
+            help="How strongly the prompt pulls; 0 to 1 is no extra pull, and twice as fast.",
             rich_help_panel=PAINTING,
         ),
     ] = None
@@ -172,7 +172,8 @@ class SamplingOptions:
         typer.Option(
             "--t-eps",
             metavar="E",
-            help="Smallest 1 - t that is divided by. Default: 0.02.",
+            help="Smallest 1 - t that is divided by. Default: 0.02, or less for a last step "
+            "that is shorter.",
             rich_help_panel=PAINTING,
         ),
     ] = None

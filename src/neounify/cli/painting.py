@@ -122,7 +122,7 @@ def settings_record(options: SamplingOptions, config: ModelConfig) -> dict[str, 
         "interval": list(guidance.interval),
         "norm": guidance.norm,
         "solver": sampling.solver,
-        "t_eps": sampling.t_eps,
+        "t_eps": sampling.effective_t_eps(),
         "think": options.think,
         "system": options.system,
     }

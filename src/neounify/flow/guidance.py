@@ -22,10 +22,14 @@ EPS = 1e-8
 class Guidance:
     """Guidance of one request. Raises RequestError for values out of range.
 
-    `text` is g, `image` is m (1 means none). `interval` = (lo, hi) is the range of t in
-    which guidance acts. Text-to-image (`editing` false) acts for lo ≤ t ≤ hi, editing
-    for lo < t < hi and at t = 0 when lo = 0. `published_interval` reproduces the
-    published code, where an editing interval that starts at 0 never ends.
+    `text` is g, `image` is m (1 means none). Without input images nothing is guided at
+    g ≤ 1: every value from 0 to 1 gives the conditional image. An edit follows its formula
+    at any g ≥ 0; below 1 the text pulls less than in the conditional image.
+
+    `interval` = (lo, hi) is the range of t in which guidance acts. Text-to-image (`editing`
+    false) acts for lo ≤ t ≤ hi, editing for lo < t < hi and at t = 0 when lo = 0.
+    `published_interval` reproduces the published code, where an editing interval that starts
+    at 0 never ends.
     """
 
     text: float = 4.0
@@ -73,12 +77,16 @@ class Guidance:
             return low == 0 or low < t < high
         return (low == 0 or t > low) and t < high
 
+    def zeroes(self, *, first_step: bool) -> bool:
+        """Whether a guided step stands still: the first one of cfg_zero_star."""
+        return self.norm == "cfg_zero_star" and first_step
+
     def combine(self, v: Velocities, *, first_step: bool) -> Tensor:
         """The guided velocity of one image from those of its branches."""
         cond = v["cond"]
+        if self.zeroes(first_step=first_step):
+            return torch.zeros_like(cond)
         if self.norm == "cfg_zero_star":
-            if first_step:
-                return torch.zeros_like(cond)
             uncond = v["uncond"] * _projection(cond, v["uncond"])
             return uncond + self.text * (cond - uncond)
         mixed = self._mix(v)

@@ -19,6 +19,9 @@ class Solver(Protocol):
     def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
         """The point at `t_next`, from z and its velocity at `t`."""
 
+    def reset(self) -> None:
+        """Forget earlier velocities: the next one belongs to another field."""
+
 
 class Euler:
     """First order: z + h·v. The contract of the published models."""
@@ -26,12 +29,16 @@ class Euler:
     def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
         return z + (t_next - t) * v
 
+    def reset(self) -> None:
+        """Nothing to forget."""
+
 
 class AdamsBashforth2:
     """Second order from the velocity of the previous step, still one evaluation per step.
 
     With steps h and, before it, h': z + h·((1 + r/2)·v - r/2·v'), r = h / h'
-    (Hairer, Nørsett, Wanner, Solving ODEs I, III.5). The first step is Euler's.
+    (Hairer, Nørsett, Wanner, Solving ODEs I, III.5). The first step, also after a `reset`, is
+    Euler's: across a jump of v the extrapolation would be of first order.
     """
 
     def __init__(self) -> None:
@@ -46,6 +53,9 @@ class AdamsBashforth2:
             slope = (1 + r / 2) * v - (r / 2) * old
         self._previous = (v, h)
         return z + h * slope
+
+    def reset(self) -> None:
+        self._previous = None
 
 
 SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {

@@ -36,6 +36,7 @@ class PaintJob:
     solver: Solver
     steps_done: int = 0
     _last: tuple[Tensor, Tensor, float] | None = None
+    _last_branches: tuple[Branch, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -68,13 +69,18 @@ class PaintJob:
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
         """Take the next step, from the clean images predicted behind each prefix."""
-        t = self.t
+        t, branches, first = self.t, self.branches(), self.steps_done == 0
         v = {b: velocity(x, self.z, t, self.t_eps) for b, x in predictions.items()}
-        guided = v["cond"]
+        guided, zeroed = v["cond"], False
         if self.guidance.acts_at(t):
-            guided = self.guidance.combine(v, first_step=self.steps_done == 0)
-        self._last = (guided, self.z, t)
+            guided = self.guidance.combine(v, first_step=first)
+            zeroed = self.guidance.zeroes(first_step=first)
+        if branches != self._last_branches:
+            self.solver.reset()
+        self._last, self._last_branches = (guided, self.z, t), branches
         self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
+        if zeroed:
+            self.solver.reset()
         self.steps_done += 1
 
 
@@ -93,7 +99,7 @@ def make_job(
         guidance=sampling.guidance,
         times=sampling.times(),
         noise_scale=image_noise_scale(grid, model.config),
-        t_eps=sampling.t_eps,
+        t_eps=sampling.effective_t_eps(),
         solver=make_solver(sampling.solver),
     )
 

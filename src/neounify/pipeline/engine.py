@@ -12,7 +12,7 @@ from torch import Tensor
 from neounify.cache import Cache, SequenceCache
 from neounify.checkpoint.residency import Residency
 from neounify.decode import Feed, Generation, decode, feed
-from neounify.errors import Cancelled, CheckpointError, PromptError
+from neounify.errors import Cancelled, CheckpointError, ContextFullError, PromptError
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
@@ -82,10 +82,14 @@ class Engine(Front):
 
     @torch.inference_mode()
     def extend(self, cache: Cache, ids: Sequence[int], image: Tensor | None = None) -> Tensor:
-        """Append text, or an image followed by text, to a prefix; the last state [D]."""
+        """Append text, or an image followed by text, to a prefix; the last state [D].
+
+        Raises ContextFullError, having appended nothing, when the context has no room for it.
+        """
         spans: tuple[Span, ...] = (Text(len(ids)),)
         if image is not None:
             spans = (Image(*self.model.token_grid(image)), *spans)
+        check_context(cache.document(*spans).end_t, self.config.max_positions)
         with self.residency.use("und"):
             images = () if image is None else (image,)
             return feed(self.model, [Feed(cache, spans, ids, images)])[0]
@@ -162,6 +166,14 @@ class Engine(Front):
         if length > limit:
             raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
         return cache, Feed(cache, tuple(spans), ids, used)
+
+
+def check_context(end: int, limit: int) -> None:
+    """ContextFullError unless a sequence that ends at position `end` fits the context."""
+    if end > limit:
+        raise ContextFullError(
+            f"the sequence would be {end} positions long, the model reads {limit}"
+        )
 
 
 def check_cancel(cancel: threading.Event | None) -> None:

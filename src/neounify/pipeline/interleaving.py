@@ -15,7 +15,7 @@ from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.decode.choose import SamplingSettings, make_chooser
 from neounify.decode.loop import Generation
-from neounify.errors import RequestError
+from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
 from neounify.image.patches import patchify
@@ -74,7 +74,10 @@ class InterleaveRequest:
 def interleave(
     engine: Engine, request: InterleaveRequest, cancel: threading.Event | None = None
 ) -> Iterator[InterleavePart]:
-    """Text pieces as they come, a preview per denoising step, each finished image."""
+    """Text pieces as they come, a preview per denoising step, each finished image.
+
+    Ends where the model's context ends, as text does.
+    """
     return _Interleaving(engine, request, cancel).parts()
 
 
@@ -135,7 +138,10 @@ class _Interleaving:
             if painted == self.request.max_images:
                 return
             sizes = self.request.sizes
-            yield from self._paint(*sizes[min(painted, len(sizes) - 1)])
+            try:
+                yield from self._paint(*sizes[min(painted, len(sizes) - 1)])
+            except ContextFullError:
+                return
             painted += 1
 
     def _write(self) -> Iterator[TextPart]:

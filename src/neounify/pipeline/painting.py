@@ -137,6 +137,7 @@ def think(
     for _ in engine.write(generations, torch.stack([p.hidden for _, p in pairs]), cancel):
         pass
     for g in generations:
+        # As published: a thought cut off by its limit or by <|im_end|> is not closed.
         closing = [close] if g.stopped_by == close else []
         engine.extend(g.cache, [*g.pending, *closing, *after_think_ids(engine.tokenizer)])
     texts = iter([engine.tokenizer.decode(g.ids).strip() for g in generations])

@@ -173,7 +173,7 @@ class Pipeline:
         think: bool = False,
         max_think_tokens: int = MAX_THINK_TOKENS,
         solver: SolverName = "euler",
-        t_eps: float = 0.02,
+        t_eps: float | None = None,
         system: str | None = None,
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
@@ -183,9 +183,10 @@ class Pipeline:
         `width` and `height` are in pixels, multiples of the token side. `seed` is one for
         all prompts or one per prompt; an image depends on its own prompt and seed, not on
         its company. `noise` [prompts · images_per_prompt, 3, H, W], already times σ,
-        replaces the draw. `guidance` (1: none) acts for t inside `guidance_interval`, with
+        replaces the draw. `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with
         `guidance_norm` none, global, channel or cfg_zero_star; `shift` bends the time
-        schedule towards noise; `t_eps` is the smallest 1 - t a velocity is divided by.
+        schedule towards noise; `t_eps` is the smallest 1 - t a velocity is divided by (default:
+        0.02, or the last step's 1 - t where that is smaller).
         With `think` the model first writes a plan. `system` None is the checkpoint's own
         message. `callback` is called after every step.
         """

@@ -16,6 +16,7 @@ from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.noise import initial_noise, noise_scale
+from neounify.flow.path import sampling_t_eps
 from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import SolverName, make_solver
 from neounify.image.patches import patchify
@@ -31,14 +32,14 @@ class Sampling:
     """How an image is sampled. Raises RequestError for values out of range.
 
     `steps` denoising steps; `shift` S of the time schedule; `t_eps` the smallest 1 - t a
-    velocity is divided by.
+    velocity is divided by, None for `flow.path.sampling_t_eps`.
     """
 
     steps: int
     shift: float
     guidance: Guidance = field(default_factory=Guidance)
     solver: SolverName = "euler"
-    t_eps: float = 0.02
+    t_eps: float | None = None
 
     def __post_init__(self) -> None:
         make_solver(self.solver)
@@ -46,11 +47,15 @@ class Sampling:
             raise RequestError(f"steps must be from 1 to {MAX_STEPS}, got {self.steps}")
         if not (0 < self.shift <= 1000):
             raise RequestError(f"shift must be above 0, 1 is none, got {self.shift}")
-        if not 0 < self.t_eps <= 1:
+        if self.t_eps is not None and not 0 < self.t_eps <= 1:
             raise RequestError(f"t_eps must be above 0 and at most 1, got {self.t_eps}")
 
     def times(self) -> list[float]:
         return timesteps(self.steps, self.shift).tolist()
+
+    def effective_t_eps(self) -> float:
+        """`t_eps`, or the default for these times."""
+        return sampling_t_eps(self.times()[-2]) if self.t_eps is None else self.t_eps
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -64,7 +69,7 @@ class SamplingOptions(TypedDict, total=False):
     published_interval: bool
     guidance_norm: Norm
     solver: SolverName
-    t_eps: float
+    t_eps: float | None
 
 
 def make_sampling(
@@ -79,7 +84,7 @@ def make_sampling(
     published_interval: bool = False,
     guidance_norm: Norm = "none",
     solver: SolverName = "euler",
-    t_eps: float = 0.02,
+    t_eps: float | None = None,
 ) -> Sampling:
     """The settings a caller asked for; None stands for the checkpoint's own default."""
     own = config.sampling
@@ -128,6 +133,8 @@ class PaintRequest:
         expected = (self.count, 3, self.height, self.width)
         if self.noise is not None and tuple(self.noise.shape) != expected:
             raise RequestError(f"noise must be {expected}, got {tuple(self.noise.shape)}")
+        if self.noise is not None and not torch.isfinite(self.noise).all():
+            raise RequestError("noise must be finite, it holds NaN or infinite values")
         if self.max_think_tokens < 1:
             raise RequestError(f"max_think_tokens must be at least 1, got {self.max_think_tokens}")
 

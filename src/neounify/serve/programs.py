@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from neounify.decode.choose import SamplingSettings
+from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.chatting import ChatRequest, chat_images
@@ -31,6 +32,8 @@ from neounify.text.template import Prompt, after_think_ids, chat_prompt
 
 Events = AsyncGenerator[ServiceEvent]
 Painting = TypeVar("Painting", PaintRequest, InterleaveRequest)
+_CONTEXT_FULL = Written("length", None, ())
+"""How an answer ends that has no room for another image."""
 UNCONDITIONAL = "uncond"
 """Name of the prefix that every guided image shares; the service has the engine keep it."""
 
@@ -129,7 +132,11 @@ async def interleave(
         if ended is None or ended.stopped_by != opens or index == request.max_images:
             break
         size = request.sizes[min(index, len(request.sizes) - 1)]
-        await session.extend({branch: (TextPart((opens,)),) for branch in own})
+        try:
+            await session.extend({branch: (TextPart((opens,)),) for branch in own})
+        except ContextFullError:
+            ended = _CONTEXT_FULL
+            break
         prefixes = await _prefixes(session, branches)
         noise = await asyncio.to_thread(draw_noise, front.config, *size, generator)
         grid = (size[1] // side, size[0] // side)
@@ -145,12 +152,15 @@ async def interleave(
         yield Painted(index, finished)
         usage.painted += grid[0] * grid[1]
         again = seen_again(finished, front.dtype)
-        await session.extend(
-            {
-                branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
-                for branch in own
-            }
-        )
+        shown = {
+            branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
+            for branch in own
+        }
+        try:
+            await session.extend(shown)
+        except ContextFullError:
+            ended = _CONTEXT_FULL
+            break
     yield usage.finished(ended)
 
 

@@ -52,6 +52,7 @@ ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
         errors.PromptError,
+        errors.ContextFullError,
         errors.RequestError,
         errors.CheckpointError,
         errors.ImageError,

@@ -22,7 +22,7 @@ from neounify.decode.loop import Generation
 from neounify.errors import NeounifyError, PromptError, RequestError
 from neounify.model.layout import Image, Text
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.engine import not_finite
+from neounify.pipeline.engine import check_context, not_finite
 from neounify.serve.messages import (
     Close,
     Export,
@@ -221,6 +221,8 @@ class UnderstandingEngine:
         for name, parts in order.parts.items():
             sequence = self._sequence(name)
             rows = _rows(parts, sequence.cache.next_t)
+            end = sequence.cache.next_t + _positions(parts)
+            check_context(end, self.model.config.max_positions)
             sequence.cache.reserve(len(rows))
             sequence.cache.expect(rows)
             sequence.pieces += self._pieces(parts)

@@ -73,7 +73,7 @@ class PaintingFields(Fields):
         None, description="Denoising steps. Extension."
     )
     guidance: Number | None = Field(
-        None, description="Pull towards the prompt, 1 is none. Extension."
+        None, description="Pull towards the prompt, 0 to 1 is none. Extension."
     )
     image_guidance: Number | None = Field(
         None, description="Pull towards the input images of an edit, 1 is none. Extension."
