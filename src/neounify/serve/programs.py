@@ -152,7 +152,7 @@ async def interleave(
         yield Painted(index, finished)
         usage.painted += grid[0] * grid[1]
         again = seen_again(finished, front.dtype)
-        shown = {
+        shown: dict[str, tuple[PromptPart, ...]] = {
             branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
             for branch in own
         }
