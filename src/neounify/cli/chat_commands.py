@@ -14,7 +14,7 @@ from neounify.cli.errors import CliError, UsageError
 from neounify.cli.files import make_folder
 from neounify.cli.options import BatchOptions, ChatOptions, ModelOptions, ReportOptions
 from neounify.cli.session import open_session
-from neounify.image import read_image
+from neounify.pipeline.messages import read_pictures
 
 
 def answer(
@@ -25,7 +25,7 @@ def answer(
     report: ReportOptions,
 ) -> None:
     """Answer one question on stdout, streamed."""
-    pictures = [read_image(image) for image in images]
+    pictures = read_pictures(images, colour_profiles=model.colour_profiles)
     display = Display(quiet=report.quiet, json=report.json)
     session = open_session(model, display)
     stream = session.pipe.chat(question, pictures, stream=True, **options.arguments())
@@ -83,9 +83,9 @@ def converse(
     if report.json:
         raise UsageError("--json needs a QUESTION or --input: a conversation is for people")
     display = Display(quiet=report.quiet)
-    pictures = [(image, read_image(image)) for image in images]
+    pictures = read_pictures(images, colour_profiles=model.colour_profiles)
     session = open_session(model, display)
     conversation = Conversation(session, options, display, output)
-    for path, picture in pictures:
+    for path, picture in zip(images, pictures, strict=True):
         conversation.show(path, picture)
     conversation.run()

@@ -114,7 +114,7 @@ class Conversation:
 
     def _image(self, name: str) -> None:
         path = Path(name.strip("'\"")).expanduser()
-        picture = read_image(path)
+        picture = read_image(path, colour_profiles=self._session.pipe.colour_profiles)
         self.show(path, picture)
         self._display.note(f"({picture.width}x{picture.height}; now ask about it)")
 

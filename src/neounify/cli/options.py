@@ -93,6 +93,15 @@ class ModelOptions(WeightOptions, NamedModel):
             rich_help_panel=MODEL,
         ),
     ] = None
+    colour_profiles: Annotated[
+        bool,
+        typer.Option(
+            "--colour-profiles/--no-colour-profiles",
+            help="Convert input images by their colour profile, or take their numbers for sRGB, "
+            "as the published code does.",
+            rich_help_panel=MODEL,
+        ),
+    ] = True
 
 
 @dataclass(frozen=True, kw_only=True)

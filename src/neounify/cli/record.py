@@ -11,6 +11,7 @@ from PIL import Image
 
 from neounify.cli.errors import CliError
 from neounify.cli.files import candidates, write_new, write_whole
+from neounify.image.io import read_metadata
 from neounify.serve.safety.provenance import CHUNK, encode_image
 
 
@@ -29,12 +30,8 @@ def to_png(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a PNG that this package painted. Raises CliError for any other file."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            text = image.info.get(CHUNK)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise CliError(f"{path} is not a readable PNG") from error
+    """The record of a PNG that this package painted. Raises CliError or ImageError for others."""
+    text = read_metadata(path, (CHUNK,)).get(CHUNK)
     if not isinstance(text, str):
         raise CliError(f"{path} has no record; neounify did not paint it, or it was saved anew")
     try:

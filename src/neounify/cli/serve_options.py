@@ -194,6 +194,15 @@ class AccessOptions:
         int,
         typer.Option(min=1, metavar="MIB", help="Of one request.", rich_help_panel=ACCESS),
     ] = 64
+    colour_profiles: Annotated[
+        bool,
+        typer.Option(
+            "--colour-profiles/--no-colour-profiles",
+            help="Convert images by their colour profile, or take their numbers for sRGB, as the "
+            "published code does.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = True
     allow_images_from: Annotated[
         list[str] | None,
         typer.Option(

@@ -171,6 +171,7 @@ def _http_settings(
         ),
         remote_hosts=tuple(access.allow_images_from or ()),
         public_url=listen.public_url,
+        colour_profiles=access.colour_profiles,
     )
 
 

@@ -30,12 +30,14 @@ class Session:
     def description(self) -> dict[str, Any]:
         """What a record says of the model: names of files, but not where they lie."""
         model = self.pipe.model
+        changed = {} if self.pipe.colour_profiles else {"colour_profiles": False}
         return {
             "folder": self.folder.resolve().name,
             "fingerprint": self.pipe.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "lora": [{"file": file.name, "strength": strength} for file, strength in self.loras],
+            **changed,
         }
 
 
@@ -58,6 +60,7 @@ def open_session(options: ModelOptions, display: Display) -> Session:
             device=options.device or default_device(),
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
+            colour_profiles=options.colour_profiles,
         )
     session = Session(pipe, folder, tuple(loras))
     _ = session.description  # read now: a file that cannot be read should not cost a painting

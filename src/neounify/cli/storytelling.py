@@ -14,8 +14,8 @@ from neounify.cli.painting import check_options, resolve_sampling
 from neounify.cli.previews import PreviewSheets
 from neounify.cli.session import open_session, read_model_config
 from neounify.cli.story_folder import StoryFolder
-from neounify.image import read_image
 from neounify.pipeline import ImagePart, PreviewPart, TextPart
+from neounify.pipeline.messages import read_pictures
 
 
 def tell_story(
@@ -30,7 +30,7 @@ def tell_story(
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output}: a story becomes a folder, name one")
     check_options(options, read_model_config(model))
-    pictures = [read_image(image) for image in images]
+    pictures = read_pictures(images, colour_profiles=model.colour_profiles)
     display = Display(quiet=report.quiet, json=report.json)
     session = open_session(model, display)
     parts = session.pipe.interleave(prompt, pictures, seed=options.seed, **options.arguments())

@@ -18,15 +18,23 @@ class JsonlSource:
     """One .jsonl file, or all below a folder in order of their names.
 
     Only the places of the lines are kept in memory. Paths of pictures are relative to `root`, by
-    default each file's folder, and must stay below it. `task` overrides the records' own.
+    default each file's folder, and must stay below it. `task` overrides the records' own,
+    `colour_profiles` is that of `read_image`.
     Raises DataError when there is nothing to read.
     """
 
-    def __init__(self, path: Path, *, root: Path | None = None, task: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        root: Path | None = None,
+        task: str | None = None,
+        colour_profiles: bool = True,
+    ) -> None:
         if not path.exists():
             raise DataError(f"the data {path} is not there")
-        self.files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        self.root, self.task = root, task
+        self.files = _below(path) if path.is_dir() else [path]
+        self.root, self.task, self.colour_profiles = root, task, colour_profiles
         places = [_places(file) for file in self.files]
         self._places = np.concatenate(places) if places else np.zeros((0, 3), np.int64)
         numbers = [np.full(len(found), n) for n, found in enumerate(places)]
@@ -51,10 +59,15 @@ class JsonlSource:
                 stream.seek(start)
                 record = json.loads(stream.read(length))
             root = self.root or file.parent
-            sample = with_pictures(sample_from_record(record, root, self.task), root)
+            sample = sample_from_record(record, root, self.task)
+            sample = with_pictures(sample, root, colour_profiles=self.colour_profiles)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
         return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".jsonl")
 
 
 def _places(file: Path) -> np.ndarray:

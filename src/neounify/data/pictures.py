@@ -13,10 +13,13 @@ from neounify.errors import ImageError
 from neounify.image import read_image
 
 
-def with_pictures(sample: Sample, root: Path) -> Sample:
+def with_pictures(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
     """The sample with its files read as RGB. Raises DataError that names the file."""
 
-    return map_pictures(sample, lambda path: read_picture(_inside(path, root), path.name))
+    def read(path: Path) -> Image.Image:
+        return read_picture(_inside(path, root), path.name, colour_profiles=colour_profiles)
+
+    return map_pictures(sample, read)
 
 
 def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
@@ -31,10 +34,10 @@ def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-def read_picture(source: Path | bytes, name: str) -> Image.Image:
+def read_picture(source: Path | bytes, name: str, *, colour_profiles: bool = True) -> Image.Image:
     """Read a file or its bytes; DataError that names it."""
     try:
-        return read_image(source)
+        return read_image(source, colour_profiles=colour_profiles)
     except ImageError as error:
         raise DataError(f"{name}: {error}") from error
 

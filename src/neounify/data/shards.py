@@ -33,12 +33,19 @@ from neounify.data.sample import (
 )
 
 MAX_MEMBER_BYTES = 256 * 2**20
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".gif", ".bmp", ".tif"),
+    ".tiff",
+)
+"""Endings of files that are images, in lower case."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One sample: its shard, its key, and where each of its files lies (offset, bytes)."""
+    """One sample: its shard, its key, and where each of its files lies (offset, bytes).
+
+    `members` are by the endings of their names, in lower case.
+    """
 
     shard: Path
     key: str
@@ -48,12 +55,14 @@ class _Entry:
 class ShardSource:
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    `task` overrides the records' own; a picture with a prompt is always to be painted. Raises
-    DataError when the shards hold no sample at all.
+    `task` overrides the records' own; a picture with a prompt is always to be painted.
+    `colour_profiles` is that of `read_image`. Raises DataError when the shards hold no sample.
     """
 
-    def __init__(self, paths: Sequence[Path], *, task: str | None = None) -> None:
-        self.task = task
+    def __init__(
+        self, paths: Sequence[Path], *, task: str | None = None, colour_profiles: bool = True
+    ) -> None:
+        self.task, self.colour_profiles = task, colour_profiles
         self.damage: list[str] = []
         self._entries = [entry for path in paths for entry in _index(path, self.damage)]
         if not self._entries:
@@ -68,7 +77,7 @@ class ShardSource:
         """Read one sample. Raises DataError that names shard and key."""
         entry = self._entries[index]
         try:
-            return _read(entry, self.task)
+            return _read(entry, self.task, self.colour_profiles)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{entry.shard.name}, {entry.key}: {error}") from error
 
@@ -112,13 +121,13 @@ def _index(path: Path, damage: list[str]) -> list[_Entry]:
                     continue
                 stem, _, ending = name.name.partition(".")
                 place = (member.offset_data, member.size)
-                found.setdefault(str(name.parent / stem), {})[ending] = place
+                found.setdefault(str(name.parent / stem), {})[ending.lower()] = place
     except (OSError, tarfile.TarError) as error:
         damage.append(f"{path.name}: {error}; a shard is an uncompressed tar file")
     return [_Entry(path, key, members) for key, members in found.items()]
 
 
-def _read(entry: _Entry, task: str | None) -> Sample:
+def _read(entry: _Entry, task: str | None, colour_profiles: bool) -> Sample:
     if "json" in entry.members:
         record = json.loads(_bytes(entry, "json"))
         sample = sample_from_record(record, Path(), task)
@@ -127,7 +136,8 @@ def _read(entry: _Entry, task: str | None) -> Sample:
 
     def read(path: Path) -> Image.Image:
         ending = _ending(entry, path.name)
-        return read_picture(_bytes(entry, ending), f"{entry.key}.{ending}")
+        name = f"{entry.key}.{ending}"
+        return read_picture(_bytes(entry, ending), name, colour_profiles=colour_profiles)
 
     sample = map_pictures(sample, read)
     return replace(sample, id=sample.id or f"{entry.shard.stem}-{entry.key}")
@@ -144,7 +154,7 @@ def _caption_pair(entry: _Entry) -> Sample:
 
 def _ending(entry: _Entry, name: str) -> str:
     """A member's ending from the name a record gives it: whole, or without the key."""
-    for ending in (name, name.partition(".")[2]):
+    for ending in (name.lower(), name.lower().partition(".")[2]):
         if ending in entry.members:
             return ending
     raise DataError(f"the picture {name!r} is not in the shard")

@@ -1,12 +1,13 @@
-"""Reading pictures that nobody vouches for: every kind of file becomes an RGB image.
+"""Untrusted image files: every kind becomes an sRGB image.
 
 Files are recognised by content, their pixel count is checked before they are decoded,
-and only plain picture formats are read at all: PIL knows others that run programs.
+and only plain image formats are read at all: PIL knows others that run programs. Metadata never
+decides whether a file is read.
 """
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from os import PathLike
@@ -16,10 +17,13 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 from neounify.errors import ImageError
+from neounify.image.colour import MAX_PROFILE_BYTES, to_srgb
+from neounify.image.heif import check_avif, isobmff_format, open_heif
 from neounify.image.modes import to_rgb
+from neounify.image.png import SIGNATURE, essential_png
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is read, by PIL's names."""
+"""What is always read, by PIL's names; AVIF and HEIC are where there is a decoder (heif.py)."""
 
 MAX_DECODED_PIXELS = 178_956_970
 """Largest picture that is decoded, in pixels: half a gigabyte as RGB. PIL's own limit."""
@@ -31,7 +35,7 @@ Source = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Imag
 """A path, the bytes of a file, an open binary file, or a PIL image."""
 
 # A JPEG with several pictures inside opens as MPO; its first picture is the JPEG.
-_OPENED_FORMATS = (*FORMATS, "MPO")
+_OPENED_FORMATS = (*FORMATS, "AVIF", "HEIF", "MPO")
 
 _PNG_DEPTH_BYTE = 24
 _ORIENTATION_TAG = 0x0112
@@ -49,15 +53,19 @@ _UPRIGHT = {
 _quiet_lock = threading.Lock()
 
 
-def read_image(source: Source, *, max_pixels: int = MAX_DECODED_PIXELS) -> Image.Image:
-    """Read a picture as RGB: upright by its EXIF orientation, transparency laid on white.
+def read_image(
+    source: Source, *, max_pixels: int = MAX_DECODED_PIXELS, colour_profiles: bool = True
+) -> Image.Image:
+    """Read an image as sRGB: upright by its EXIF orientation, transparency laid on white.
 
-    Animations give their first frame. Greys of 16 bits are scaled to 8, not clipped.
+    Animations give their first frame. Greys of 16 bits are scaled to 8, not clipped. Colours
+    with an embedded ICC profile are converted to sRGB; a profile that cannot be used is ignored.
 
     Args:
         source: a path, the bytes of a file, a binary file object, or a PIL image.
-        max_pixels: largest picture that is decoded, in pixels; PIL may refuse above
+        max_pixels: largest image that is decoded, in pixels; PIL may refuse above
             MAX_DECODED_PIXELS on its own.
+        colour_profiles: False takes all pixels for sRGB, as the published code does.
 
     Returns:
         A new RGB image without metadata.
@@ -76,7 +84,8 @@ def read_image(source: Source, *, max_pixels: int = MAX_DECODED_PIXELS) -> Image
     _check_pixels(image, name, max_pixels)
     try:
         image.load()
-        rgb = to_rgb(_upright(image))
+        upright = _upright(image)
+        rgb = to_rgb(to_srgb(upright, _profile(image)) if colour_profiles else upright)
     except ImageError:
         raise
     except Exception as error:  # decoders of broken files raise nearly anything
@@ -129,16 +138,40 @@ def _read_stream(source: Any) -> bytes:
     return data
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def _profile(image: Image.Image) -> bytes | None:
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) else None
+
+
+def read_metadata(source: bytes | str | PathLike[str], keys: Sequence[str]) -> dict[str, Any]:
+    """What Pillow calls an image's info, its pixels undecoded.
+
+    Of a PNG's text chunks, those of `keys` alone. Raises ImageError as `read_image` does.
+    """
+    name, data = _read_bytes(source)
+    return {str(key): value for key, value in _open(data, name, keys).info.items()}
+
+
+def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:
+    container = isobmff_format(data)
+    if container == "HEIC":
+        return open_heif(data, name)
+    if container == "AVIF":
+        check_avif(name)
+    profile: bytes | None = None
+    if data.startswith(SIGNATURE):
+        data, profile = essential_png(data, MAX_PROFILE_BYTES, keys)
+    formats = FORMATS if container is None else (container,)
     try:
         with _quiet():
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = Image.open(BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too many pixels to decode") from error
     except Exception as error:
         raise ImageError(f"{name}: not a picture, or damaged; use {_formats()}") from error
     if image.format == "PNG":
         _scale_transparent_colour(image, depth=data[_PNG_DEPTH_BYTE])
+        image.info["icc_profile"] = profile
     return image
 
 

@@ -66,9 +66,10 @@ def make_chat_request(
     system: str = "",
     think: bool = False,
     seed: int | None = None,
+    colour_profiles: bool = True,
 ) -> ChatRequest:
     """What a caller wrote, read and checked."""
-    messages, pictures = read_conversation(prompt, images)
+    messages, pictures = read_conversation(prompt, images, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
         images=pictures,

@@ -31,6 +31,7 @@ def load(
     memory: Memory = "all",
     verify: bool = False,
     compile: bool = False,
+    colour_profiles: bool = True,
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
@@ -39,7 +40,8 @@ def load(
     kind or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
     resident, for models that fill the memory; `verify` looks through all weights for NaN first.
     `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
-    painting.
+    painting. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
+    profile they carry, as the published code does.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """
@@ -63,6 +65,7 @@ def load(
         system_message=_system_message(path),
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
+        colour_profiles=colour_profiles,
     )
 
 

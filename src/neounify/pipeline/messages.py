@@ -14,15 +14,16 @@ from neounify.text.template import IMAGE_MARK, Message, place_images
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 
 
-def read_pictures(images: Source | Sequence[Source]) -> list[PIL.Image.Image]:
-    """One picture or several, opened and converted to RGB; ImageError names what cannot be."""
-    if isinstance(images, list | tuple):
-        return [read_image(image) for image in images]
-    return [read_image(images)]  # type: ignore[arg-type]
+def read_pictures(
+    images: Source | Sequence[Source], *, colour_profiles: bool = True
+) -> list[PIL.Image.Image]:
+    """One image or several, as `read_image` reads them; ImageError names what cannot be read."""
+    several: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+    return [read_image(image, colour_profiles=colour_profiles) for image in several]
 
 
 def read_conversation(
-    prompt: Conversation, images: Sequence[PIL.Image.Image]
+    prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
 ) -> tuple[list[Message], list[PIL.Image.Image]]:
     """Messages with one `<image>` mark per picture, and the pictures in that order.
 
@@ -47,7 +48,7 @@ def read_conversation(
                 used += marks
                 text += piece
             else:
-                ordered.append(read_image(piece.source))
+                ordered.append(read_image(piece.source, colour_profiles=colour_profiles))
                 text += IMAGE_MARK
         messages.append(Message(role, text))
     if used > len(images):

@@ -19,7 +19,13 @@ from neounify.flow.guidance import Norm
 from neounify.flow.solvers import SolverName
 from neounify.image.io import Source
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.chatting import ChatOptions, ChatRun, ChatStream, make_chat_request
+from neounify.pipeline.chatting import (
+    ChatOptions,
+    ChatRequest,
+    ChatRun,
+    ChatStream,
+    make_chat_request,
+)
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.interleaving import InterleaveRequest, interleave
 from neounify.pipeline.messages import Conversation, read_pictures
@@ -59,8 +65,13 @@ class Pipeline:
         system_message: str | None = None,
         residency: Residency | None = None,
         fingerprint: Callable[[], str] | None = None,
+        colour_profiles: bool = True,
     ) -> None:
-        """`system_message` is what painting tells the model first; None is the package's own."""
+        """`system_message` is what painting tells the model first; None is the package's own.
+
+        `colour_profiles` False takes the pixels of all input images for sRGB, whatever profile
+        they carry, as the published code does.
+        """
         if tokenizer.vocab_size > model.config.vocab_size:
             raise RequestError(
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
@@ -69,6 +80,7 @@ class Pipeline:
         message = default_system_message() if system_message is None else system_message
         self._engine = Engine(model, tokenizer, residency or NullResidency(), message)
         self._fingerprint = fingerprint
+        self.colour_profiles = colour_profiles
 
     @property
     def model(self) -> NeoUnify:
@@ -132,7 +144,7 @@ class Pipeline:
         strings that end the answer; `system` message; `think` first. With `stream`, the
         result is iterated for pieces of text and then holds the whole answer.
         """
-        request = make_chat_request(prompt, read_pictures(images), **options)
+        request = self._chat_request(prompt, images, options)
         run = ChatRun(self._engine, [request], cancel)
         return ChatStream(run) if stream else run.finish()[0]
 
@@ -151,7 +163,7 @@ class Pipeline:
         if not prompts:
             return []
         requests = [
-            make_chat_request(prompt, read_pictures(own), **options)
+            self._chat_request(prompt, own, options)
             for prompt, own in zip(prompts, pictures, strict=True)
         ]
         return ChatRun(self._engine, requests, cancel).finish()
@@ -249,7 +261,7 @@ class Pipeline:
         the model's default size. `published_interval` reproduces the published code, where
         a guidance interval that starts at 0 never ends. The rest is as in `generate`.
         """
-        pictures = read_pictures(images)
+        pictures = read_pictures(images, colour_profiles=self.colour_profiles)
         if not pictures:
             raise RequestError("edit needs at least one image; generate paints without")
         size = output_size(self.config, width, height, pictures[0])
@@ -295,7 +307,7 @@ class Pipeline:
         `max_images` the images: after the last one the text goes on. The text is drawn
         as in `chat`, the images are painted as in `edit`.
         """
-        pictures = read_pictures(images)
+        pictures = read_pictures(images, colour_profiles=self.colour_profiles)
         request = InterleaveRequest(
             prompt=prompt,
             sizes=output_sizes(self.config, width, height, pictures[0] if pictures else None),
@@ -331,6 +343,13 @@ class Pipeline:
             extra_files={SYSTEM_MESSAGE_FILE: self._engine.system_message},
             overwrite=overwrite,
         )
+
+    def _chat_request(
+        self, prompt: Conversation, images: Source | Sequence[Source], options: ChatOptions
+    ) -> ChatRequest:
+        profiles = self.colour_profiles
+        pictures = read_pictures(images, colour_profiles=profiles)
+        return make_chat_request(prompt, pictures, colour_profiles=profiles, **options)
 
     def _paint(
         self,

@@ -73,7 +73,8 @@ class DataRecipe:
 
     `scenes`: the made world (`world`, `tasks`, `chinese`, `side`, `seed`, `split`). `jsonl`: a
     file or folder of the published schema. `shards`: tar files, `path` may hold `*`. For both,
-    `task` overrides what the records say.
+    `task` overrides what the records say, and `colour_profiles = false` takes all pixels for sRGB,
+    as the published code does.
     """
 
     kind: Literal["scenes", "jsonl", "shards"] = "scenes"
@@ -86,11 +87,12 @@ class DataRecipe:
     split: Literal["train", "held_out", "any"] = "train"
     path: str | None = None
     task: str | None = None
+    colour_profiles: bool = True
 
     def __post_init__(self) -> None:
         if self.kind != "scenes" and self.path is None:
             raise ValueError(f'data of kind "{self.kind}" needs a path')
-        of_files, common = {"path", "task"}, {"kind", "weight"}
+        of_files, common = {"path", "task", "colour_profiles"}, {"kind", "weight"}
         for item in fields(self):
             foreign = item.name not in common and (item.name in of_files) == (self.kind == "scenes")
             if foreign and getattr(self, item.name) != item.default:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -96,11 +97,14 @@ def _source(data: DataRecipe) -> Source:
     if data.kind == "jsonl":
         from neounify.data.jsonl import JsonlSource
 
-        return JsonlSource(Path(data.path), task=data.task)
+        return JsonlSource(Path(data.path), task=data.task, colour_profiles=data.colour_profiles)
     from neounify.data.shards import ShardSource
 
     pattern = Path(data.path)
-    return ShardSource(sorted(pattern.parent.glob(pattern.name)), task=data.task)
+    shards = sorted(
+        p for p in pattern.parent.glob("*") if fnmatch(p.name.lower(), pattern.name.lower())
+    )
+    return ShardSource(shards, task=data.task, colour_profiles=data.colour_profiles)
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:

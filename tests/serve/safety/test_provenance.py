@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import neounify
 from neounify.errors import ImageError
@@ -82,11 +83,20 @@ def test_pictures_that_say_nothing(format: Format) -> None:
 
 
 def test_files_that_are_no_such_picture() -> None:
-    buffer = BytesIO()
-    picture().save(buffer, format="GIF")
-    for data in (b"", b"text", buffer.getvalue()):
-        with pytest.raises(ImageError, match="not a readable PNG, JPEG or WebP"):
+    for data, message in ((b"", "empty"), (b"text", "not a picture")):
+        with pytest.raises(ImageError, match=message):
             read_provenance(data)
+
+
+def test_facts_beside_text_of_any_size() -> None:
+    data = encode_image(picture(), "png", {"seed": "1"})
+    chunks = PngInfo()
+    chunks.add_text("workflow", "x" * 2**22, zip=True)
+    buffer = BytesIO()
+    picture().save(buffer, format="png", pnginfo=chunks)
+    head, behind = data[:33], buffer.getvalue()
+    text = behind[33 : behind.index(b"IDAT") - 4]
+    assert read_provenance(head + text + data[33:])["seed"] == "1"
 
 
 OTHER = """<x:xmpmeta xmlns:x="adobe:ns:meta/"

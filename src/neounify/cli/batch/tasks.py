@@ -105,7 +105,7 @@ class AnswerLines:
 
 
 def _job_hash(line: Line[Any], session: Session) -> str:
-    model = session.description
+    model, keys = session.description, ("fingerprint", "dtype", "lora", "colour_profiles")
     return job_hash(
         {
             "id": line.id,
@@ -113,7 +113,7 @@ def _job_hash(line: Line[Any], session: Session) -> str:
             "images": line.images,
             "task": type(line.options).__name__,
             "options": dataclasses.asdict(line.options),
-            "model": [model[key] for key in ("fingerprint", "dtype", "lora")],
+            "model": [model[key] for key in keys if key in model],
         }
     )
 

@@ -92,8 +92,7 @@ def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image
 async def _read_part(part: TextPart | ImagePart, context: Context) -> str | PIL.Image.Image:
     if isinstance(part, TextPart):
         return part.text
-    most = context.settings.limits.image_pixels
-    return await read_picture_url(part.image_url.url, context.fetcher, max_pixels=most)
+    return await read_picture_url(part.image_url.url, context.fetcher, context.settings)
 
 
 def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) -> InterleaveRequest:

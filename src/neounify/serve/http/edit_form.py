@@ -43,7 +43,7 @@ async def read_edit(
         for upload in uploads:
             assert isinstance(upload, UploadFile)
             with blame("image"):
-                pictures.append(await read_picture(await upload.read(), limits.image_pixels))
+                pictures.append(await read_picture(await upload.read(), context.settings))
     return body, tuple(pictures)
 
 

@@ -17,23 +17,31 @@ from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.remote import ImageFetcher
+from neounify.serve.http.settings import HttpSettings
 from neounify.serve.safety.provenance import Format
 
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]+)*),", re.ASCII)
 
 
-async def read_picture(data: bytes, max_pixels: int) -> PIL.Image.Image:
+async def read_picture(data: bytes, settings: HttpSettings) -> PIL.Image.Image:
     """Decode a file off the event loop. Raises ImageError for what is no picture."""
-    return await asyncio.to_thread(read_image, data, max_pixels=max_pixels)
+    return await asyncio.to_thread(
+        read_image,
+        data,
+        max_pixels=settings.limits.image_pixels,
+        colour_profiles=settings.colour_profiles,
+    )
 
 
-async def read_picture_url(url: str, fetcher: ImageFetcher, *, max_pixels: int) -> PIL.Image.Image:
+async def read_picture_url(
+    url: str, fetcher: ImageFetcher, settings: HttpSettings
+) -> PIL.Image.Image:
     """The picture in a data URL, or behind a URL where the operator allows fetching."""
     if url.startswith("data:"):
         data = await asyncio.to_thread(data_url_bytes, url)
     else:
         data = await fetcher.fetch(url)
-    return await read_picture(data, max_pixels)
+    return await read_picture(data, settings)
 
 
 def data_url_bytes(url: str) -> bytes:

@@ -46,6 +46,7 @@ class HttpSettings:
     `result_seconds`, `result_bytes` of them at most. Images are fetched from `remote_hosts` only
     ("host" or "host:port"; none: no image URL but data URLs is read), `remote_bytes` and
     `remote_seconds` at most.
+    `colour_profiles` is that of `read_image`.
     `public_url` is what result URLs begin with where a proxy hides the server's own address.
     """
 
@@ -61,6 +62,7 @@ class HttpSettings:
     remote_bytes: int = 20 * MEBIBYTE
     remote_seconds: float = 10.0
     public_url: str | None = None
+    colour_profiles: bool = True
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if _is_number(value)}

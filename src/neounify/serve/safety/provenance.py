@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from neounify.errors import ImageError
+from neounify.image.io import read_metadata
 from neounify.serve.safety.xmp import read_facts, read_packet, write_packet
 
 Format = Literal["png", "jpeg", "webp"]
@@ -50,16 +51,12 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
 
 
 def read_provenance(data: bytes) -> dict[str, str]:
-    """What a PNG, JPEG or WebP says of its origin; empty if it says nothing.
+    """What an image file says of its origin; empty if it says nothing.
 
     `made_by` and `source_type` are also read where other software wrote them. Anybody can write
     and remove all of this. Raises ImageError for anything that is not such a picture.
     """
-    try:
-        with Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            info = dict(image.info)
-    except Exception as error:  # parsers of broken files raise nearly anything
-        raise ImageError(f"not a readable PNG, JPEG or WebP ({error})") from error
+    info = read_metadata(data, (CHUNK, _XMP_CHUNK))
     packet = info.get("xmp") or info.get(_XMP_CHUNK) or b""
     found = read_packet(packet.encode() if isinstance(packet, str) else packet)
     chunk = info.get(CHUNK)

@@ -1,0 +1,92 @@
+"""Embedded ICC colour profiles: pixels of any colour space, as sRGB.
+
+A photo in Display P3 or Adobe RGB whose numbers are taken for sRGB looks washed out, and CMYK
+means little without its profile. The published code ignores profiles; `read_image` can too.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from neounify.image.modes import to_rgb
+
+MAX_PROFILE_BYTES = 4 * 2**20
+"""Largest profile that is used, in bytes; those of printers have up to about 3 MB."""
+
+SRGB_TOLERANCE = 2
+"""A profile that moves no colour by more levels (of 256) is sRGB, and nothing is computed."""
+
+_LATTICE = 9
+_MODES = {"RGB ": ("RGB", "RGBA"), "GRAY": ("L",), "CMYK": ("CMYK",)}
+"""A profile's colour space → Pillow's modes that are converted."""
+_SHOWN_AS_RGB = ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "1", "L", "LA", "YCbCr")
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image with its colours converted from `profile` to sRGB; alpha is kept.
+
+    Relative colorimetric with black point compensation. The image is returned as it is when
+    the profile is missing, damaged, above MAX_PROFILE_BYTES, for pixels of another kind, or sRGB.
+    Greys of 16 bits become 8 bits first; floats and LAB are returned as they are.
+    """
+    if not profile or len(profile) > MAX_PROFILE_BYTES:
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        return _converted(image, source, source.profile.xcolor_space)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image  # the profile is damaged; the pixels are not
+
+
+def _converted(image: Image.Image, source: ImageCms.ImageCmsProfile, space: str) -> Image.Image:
+    plain = _plain(image, space)
+    if plain.mode == "LA":
+        grey, alpha = plain.split()
+        converted = _transformed(grey, source, "RGB")
+        converted.putalpha(alpha)
+        return converted
+    if plain.mode not in _MODES.get(space, ()):
+        return image
+    return _transformed(plain, source, plain.mode if space == "RGB " else "RGB")
+
+
+def _plain(image: Image.Image, space: str) -> Image.Image:
+    """The image in a mode with pixels of `space`; as it is where it has none."""
+    if image.mode.startswith("I") and space in ("RGB ", "GRAY"):
+        image = to_rgb(image).getchannel("R")
+    if image.mode == "La":  # Pillow has no direct way to other modes
+        image = image.convert("LA")
+    transparent = image.has_transparency_data
+    if space == "RGB " and image.mode in _SHOWN_AS_RGB:
+        return image.convert("RGBA" if transparent else "RGB")
+    if space == "GRAY" and image.mode in ("1", "L", "LA"):
+        return image.convert("LA" if transparent else "L")
+    return image
+
+
+def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile, target: str) -> Image.Image:
+    transform = ImageCms.buildTransform(
+        source,
+        ImageCms.createProfile("sRGB"),
+        image.mode,
+        target,
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    if image.mode == target and _changes_nothing(transform, image.mode):
+        return image
+    return ImageCms.applyTransform(image, transform) or image
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    levels = np.linspace(0, 255, _LATTICE).round().astype(np.uint8)
+    lattice = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    before = Image.fromarray(lattice).convert(mode)
+    after = ImageCms.applyTransform(before, transform)
+    if after is None:
+        return True
+    moved = np.abs(np.asarray(before, dtype=int) - np.asarray(after, dtype=int))
+    return int(moved.max()) <= SRGB_TOLERANCE

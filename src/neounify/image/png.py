@@ -1,0 +1,89 @@
+"""PNG chunks: dropping those that are not pixels, before a decoder sees them.
+
+Decoders refuse whole files for text chunks that unpack to more than they allow (image tools store
+workflows of megabytes there) and for damaged metadata. Neither says anything about the pixels.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+MAX_METADATA_BYTES = 2**20
+"""Largest unpacked metadata chunk that is passed on; Pillow refuses files with larger ones."""
+
+_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+# Text that may hold the orientation.
+_ORIENTATION_KEYS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profile type APP1")
+
+
+def essential_png(
+    data: bytes, max_profile_bytes: int, keys: Sequence[str] = ()
+) -> tuple[bytes, bytes | None]:
+    """A PNG's pixels and orientation as a file of their own, and its ICC profile if it has one.
+
+    Text chunks with one of `keys` are kept too, up to MAX_METADATA_BYTES each.
+    A profile that is damaged or larger than `max_profile_bytes` counts as none. Where the chunks
+    end unexpectedly, the rest is kept as it is: the decoder says what is wrong.
+    """
+    view, profile, start = memoryview(data), None, len(SIGNATURE)
+    kept: list[bytes | memoryview] = [SIGNATURE]
+    texts = (*_ORIENTATION_KEYS, *(key.encode("latin-1") for key in keys))
+    for kind, content, stop in _chunks(view):
+        if kind == b"iCCP":
+            profile = profile or _profile(content, max_profile_bytes)
+        elif kind in _PIXELS or _is_wanted(kind, content, texts):
+            kept.append(view[start:stop])
+        start = stop
+    kept.append(view[start:])
+    return b"".join(kept), profile
+
+
+def _chunks(view: memoryview) -> Iterator[tuple[bytes, memoryview, int]]:
+    """(kind, content, first byte behind the chunk) of every whole chunk up to IEND."""
+    start, kind = len(SIGNATURE), b""
+    while start + 12 <= len(view) and kind != b"IEND":
+        length = int.from_bytes(view[start : start + 4], "big")
+        kind, stop = bytes(view[start + 4 : start + 8]), start + 12 + length
+        if stop > len(view):
+            return
+        yield kind, view[start + 8 : stop - 4], stop
+        start = stop
+
+
+def _is_wanted(kind: bytes, content: memoryview, texts: Sequence[bytes]) -> bool:
+    """Whether a chunk is EXIF or one of `texts`, and small enough for any decoder."""
+    if kind == b"eXIf":
+        return len(content) <= MAX_METADATA_BYTES
+    if kind not in _TEXT or len(content) > MAX_METADATA_BYTES:
+        return False
+    key, _, rest = bytes(content).partition(b"\0")
+    if key not in texts:
+        return False
+    if kind == b"zTXt":
+        return _unpacked(rest[1:], MAX_METADATA_BYTES) is not None
+    if kind == b"iTXt" and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]
+        return _unpacked(packed, MAX_METADATA_BYTES) is not None
+    return True
+
+
+def _profile(content: memoryview, max_bytes: int) -> bytes | None:
+    # A name of at most 79 bytes, a zero, the method of compression (0), the packed profile.
+    start = bytes(content[:81]).find(b"\0")
+    if start < 0 or bytes(content[start + 1 : start + 2]) != b"\0":
+        return None
+    return _unpacked(content[start + 2 :], max_bytes)
+
+
+def _unpacked(packed: bytes | memoryview, max_bytes: int) -> bytes | None:
+    """The content of a zlib stream, None when it is damaged, cut off, or larger."""
+    stream = zlib.decompressobj()
+    try:
+        content = stream.decompress(packed, max_bytes + 1)
+    except zlib.error:
+        return None
+    return content if stream.eof and len(content) <= max_bytes else None
