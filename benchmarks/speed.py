@@ -12,7 +12,7 @@ from benchmarks import counting
 from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
-from neounify.decode import Feed, Generation, decode, feed, greedy
+from neounify.decode import Feed, Generation, SamplingSettings, SamplingState, decode, feed
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
@@ -122,7 +122,10 @@ def _tokens_per_second(model: NeoUnify, batch: int) -> float:
     best = 0.0
     for _ in range(3):
         read = [read_text(model, 64, room=DECODED + 8) for _ in range(batch)]
-        generations = [Generation(cache, greedy, frozenset(), DECODED + 8) for cache, _ in read]
+        generations = [
+            Generation(cache, SamplingState(SamplingSettings()), frozenset(), DECODED + 8)
+            for cache, _ in read
+        ]
         steps = decode(model, generations, torch.cat([state for _, state in read]))
         for _ in range(4):
             next(steps)

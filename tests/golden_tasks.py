@@ -43,7 +43,7 @@ class Script:
         self.ids = list(ids)
         self.seen: list[Tensor] = []
 
-    def __call__(self, logits: Tensor, context: Sequence[int]) -> int:
+    def __call__(self, logits: Tensor) -> int:
         self.seen.append(logits.clone())
         return self.ids[len(self.seen) - 1]
 

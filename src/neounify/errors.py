@@ -35,3 +35,11 @@ class RequestError(NeounifyError, ValueError):
 
 class Cancelled(NeounifyError):
     """The caller's cancel event was set while the work was running."""
+
+
+def not_finite() -> CheckpointError:
+    """What to raise when a model computes NaN."""
+    return CheckpointError(
+        "the model computes NaN or infinite values: its weights are damaged, which "
+        "load(..., verify=True) would locate, or they overflow in float16"
+    )

@@ -18,13 +18,14 @@ from golden_data import load_fixture, needs_golden
 from models import assert_close, facts_of, one_thread, weights_of
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
-from neounify.decode import Feed, Generation, decode, feed, greedy
+from neounify.decode import Feed, Generation, SamplingSettings, SamplingState, decode, feed
 from neounify.flow.path import velocity
 from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, grid_places
 from neounify.model.moe import SparseMlp
 from neounify.model.rope import rotate_patches
+from scripting import script_sampler
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -197,16 +198,20 @@ def test_prefill_fills_the_cache(name: str, group: str, model: NeoUnify) -> None
 
 @every_checkpoint
 @pytest.mark.parametrize("group", ["text", "mm"])
-def test_greedy_tokens(name: str, group: str, model: NeoUnify) -> None:
+def test_greedy_tokens(
+    name: str, group: str, model: NeoUnify, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorded, prompt = _recorded_prompt(name, group)
     cache = _cache(model)
     shown: list[Tensor] = []
 
-    def choose(logits: Tensor, context: Sequence[int]) -> int:
+    def choose(logits: Tensor) -> int:
         shown.append(logits)
-        return greedy(logits, context)
+        return int(logits.argmax())
 
-    generation = Generation(cache, choose, frozenset(), recorded["greedy_ids"].shape[1])
+    script_sampler(monkeypatch, choose)
+    sampling = SamplingState(SamplingSettings())
+    generation = Generation(cache, sampling, frozenset(), recorded["greedy_ids"].shape[1])
     for _ in decode(model, [generation], feed(model, [prompt.feed(cache)])):
         pass
     assert generation.ids == recorded["greedy_ids"][0].tolist()

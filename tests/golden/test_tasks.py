@@ -21,10 +21,10 @@ from golden_tasks import (
     picture,
     pipeline,
 )
-from neounify.decode import Generation, greedy
 from neounify.image.io import read_image
-from neounify.pipeline import ImagePart, TextPart, front, interleaving, painting
+from neounify.pipeline import ImagePart, TextPart, front, interleaving
 from neounify.pipeline.painting import edit_images
+from scripting import script_sampler
 
 pytestmark = [needs_golden, pytest.mark.parametrize("name", NAMES)]
 Checkpoint = Callable[[str], Path]
@@ -219,13 +219,12 @@ def test_chat_logits(
 ) -> None:
     recorded, info = load_fixture(name, "chat")
     seen: list[Tensor] = []
-    take = Generation.take
 
-    def recording(generation: Generation, logits: Tensor) -> int | None:
+    def recording(logits: Tensor) -> int:
         seen.append(logits.clone())
-        return take(generation, logits)
+        return int(logits.argmax())
 
-    monkeypatch.setattr(Generation, "take", recording)
+    script_sampler(monkeypatch, recording)
     pipe = pipeline(golden_checkpoint(name))
     pipe.chat(info["question"], [picture(info["image"])], max_new_tokens=12)
     assert error(torch.stack(seen)[None], recorded["turn1.greedy_logits"]) <= SINGLE_PASS
@@ -238,7 +237,7 @@ def test_thinking(
     recorded, info = load_fixture(name, "think")
     script = Script(recorded[f"{case}.script"].tolist())
     steps = Steps(monkeypatch)
-    monkeypatch.setattr(painting, "greedy", script)
+    script_sampler(monkeypatch, script)
     out = pipeline(golden_checkpoint(name)).generate(
         info["prompt"], width=64, height=96, steps=2, guidance=4, shift=3, seed=17, think=True
     )
@@ -256,7 +255,7 @@ def test_interleaving(
     recorded, info = load_fixture(name, "interleave")
     script = Script(recorded["script"].tolist())
     steps = Steps(monkeypatch)
-    monkeypatch.setattr(interleaving, "make_chooser", lambda settings: script)
+    script_sampler(monkeypatch, script)
     guidance, image_guidance = map(float, case.split("_"))
     parts = list(
         pipeline(golden_checkpoint(name)).interleave(
@@ -299,7 +298,7 @@ def test_interleaving_with_given_text(
     ids = [*tokenizer.encode(first), *opening, *tokenizer.encode(second), *opening]
     script = Script([*ids, *tokenizer.encode(end), tokenizer.id("<|im_end|>")])
     draws = iter([recorded[f"image_only.image{n}.randn"] for n in range(2)])
-    monkeypatch.setattr(interleaving, "make_chooser", lambda settings: script)
+    script_sampler(monkeypatch, script)
     monkeypatch.setattr(interleaving, "initial_noise", lambda s, scale, g: next(draws) * scale)
     parts = pipe.interleave(
         info["prompt"],
@@ -317,9 +316,3 @@ def test_interleaving_with_given_text(
     for number, image in enumerate(images):
         recorded_image = recorded[f"image_only.image{number}"]
         assert error(image.pixels[None], recorded_image) <= TRAJECTORY
-
-
-def test_greedy_is_the_default(name: str, golden_checkpoint: Checkpoint) -> None:
-    """The scripted tests replace these names; they must exist for that to mean anything."""
-    assert painting.greedy is greedy
-    assert callable(interleaving.make_chooser)

@@ -12,6 +12,7 @@ from neounify.errors import ContextFullError, RequestError
 from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart, interleaving
 from neounify.pipeline.request import make_sampling
 from neounify.text.template import TextSegment
+from scripting import script_sampler
 
 FEW: dict[str, Any] = {"width": 64, "height": 32, "steps": 2}
 
@@ -23,14 +24,14 @@ class Scripted:
         ids = pipe.tokenizer.encode(text, allow_special=True)
         self.ids = iter([*ids, pipe.tokenizer.id("<|im_end|>")])
 
-    def __call__(self, logits: torch.Tensor, context: Sequence[int]) -> int:
+    def __call__(self, logits: torch.Tensor) -> int:
         return next(self.ids)
 
 
 def story(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, text: str, **options: Any
 ) -> list[InterleavePart]:
-    monkeypatch.setattr(interleaving, "make_chooser", lambda settings: Scripted(pipe, text))
+    script_sampler(monkeypatch, Scripted(pipe, text))
     return list(pipe.interleave("tell", **FEW | options))
 
 

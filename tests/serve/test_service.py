@@ -23,6 +23,7 @@ from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import EngineSettings
 from neounify.serve.understanding import UnderstandingSettings
 from neounify.text.template import TextSegment
+from scripting import script_sampler
 from serving import Collected, collect, same_image, serve
 
 RNG = np.random.default_rng(0)
@@ -197,19 +198,19 @@ def _same_story(pipe: neounify.Pipeline, told: Collected) -> None:
 
 
 def _open_images(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untrained model opens no image of itself: make it, every fifth token."""
-    from neounify.decode.loop import Generation
+    """An untrained model opens no image of itself: make it, every fifth token from now on."""
+    opens, written = pipe.engine.token("<img>"), 0
 
-    take = Generation.take
+    def opens_images(logits: torch.Tensor) -> int:
+        nonlocal written
+        written += 1
+        if written % 5 == 0:
+            return opens
+        logits = logits.clone()
+        logits[opens] = float("-inf")
+        return int(logits.argmax())
 
-    def opens_images(self: Generation, logits: torch.Tensor) -> int | None:
-        if len(self.ids) % 5 == 4 and pipe.engine.token("<img>") in self.stop_ids:
-            logits = logits.clone()
-            logits[pipe.engine.token("<img>")] = 1e9 if not getattr(self, "opened", 0) else -1e9
-            self.opened = not getattr(self, "opened", 0)  # type: ignore[attr-defined]
-        return take(self, logits)
-
-    monkeypatch.setattr(Generation, "take", opens_images)
+    script_sampler(monkeypatch, opens_images)
 
 
 def test_stories_alternate_as_in_the_pipeline(
@@ -219,6 +220,7 @@ def test_stories_alternate_as_in_the_pipeline(
     told = serve(colocated(pipe), lambda service: collect(service, _story(pipe)))
     assert len(told.images) == 2
     assert told.order[-1] == "Finished"
+    _open_images(pipe, monkeypatch)
     _same_story(pipe, told)
 
 
@@ -238,6 +240,7 @@ def test_a_story_ends_where_the_context_does(
     assert told.finished is not None
     assert told.finished.finish_reason == "length"
     assert len(told.images) == 1
+    _open_images(pipe, monkeypatch)
     _same_story(small, told)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import neounify
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampling import SamplingSettings
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import Open, Order, Reply, Report, TextPart, Write
 from neounify.serve.transport import LocalTransport

@@ -3,17 +3,27 @@
 Everything here speaks ids; text belongs to the pipeline.
 """
 
-from neounify.decode.choose import Choose, SamplingSettings, greedy, make_chooser
 from neounify.decode.feed import Feed, feed
-from neounify.decode.loop import Generation, decode
+from neounify.decode.loop import Generation, choose_tokens, decode
+from neounify.decode.sampler import Choice, LogProbs, sample
+from neounify.decode.sampling import (
+    Constraint,
+    ConstraintFactory,
+    SamplingSettings,
+    SamplingState,
+)
 
 __all__ = [
-    "Choose",
+    "Choice",
+    "Constraint",
+    "ConstraintFactory",
     "Feed",
     "Generation",
+    "LogProbs",
     "SamplingSettings",
+    "SamplingState",
+    "choose_tokens",
     "decode",
     "feed",
-    "greedy",
-    "make_chooser",
+    "sample",
 ]

@@ -9,8 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from neounify.cache import Cache
-from neounify.decode.choose import Choose
 from neounify.decode.feed import Feed, feed
+from neounify.decode.sampler import Choice, LogProbs, sample
+from neounify.decode.sampling import SamplingState
 from neounify.model.layout import Text
 from neounify.model.neo import NeoUnify
 
@@ -21,29 +22,34 @@ FinishReason = Literal["stop", "length"]
 class Generation:
     """One sequence being written.
 
-    `ids` are the tokens chosen so far. A token of `stop_ids` ends the sequence: it is
-    recorded in `stopped_by`, neither in `ids` nor in the cache. `pending` is the last of
-    `ids` as long as it is not in the cache, which is so when a limit ended the sequence.
+    `ids` are the tokens chosen so far, `logprobs` what was asked for with each. A token of
+    `stop_ids` ends the sequence: it is recorded in `stopped_by`, neither in `ids` nor in the
+    cache. `pending` is the last of `ids` as long as it is not in the cache, which is so when a
+    limit ended the sequence.
     """
 
     cache: Cache
-    choose: Choose
+    sampling: SamplingState
     stop_ids: frozenset[int]
     max_new_tokens: int
-    context: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    logprobs: list[LogProbs] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
     stopped_by: int | None = None
     finish_reason: FinishReason | None = None
 
-    def take(self, logits: Tensor) -> int | None:
-        """Choose a token from the last position's logits; None if it ends the sequence."""
-        token = self.choose(logits, self.context)
+    def take(self, choice: Choice) -> int | None:
+        """Take in the next token; None if it ends the sequence. Raises a choice's `error`."""
+        if choice.problem is not None:
+            raise choice.error()
+        token = choice.token
         if token in self.stop_ids:
             self.stopped_by, self.finish_reason = token, "stop"
             return None
         self.ids.append(token)
-        self.context.append(token)
+        self.sampling.accept(token)
+        if choice.logprobs is not None:
+            self.logprobs.append(choice.logprobs)
         self.pending = [token]
         if len(self.ids) >= self.max_new_tokens:
             self.finish_reason = "length"
@@ -56,6 +62,11 @@ class Generation:
     def resume(self) -> None:
         """Go on after a stop token that the caller has dealt with."""
         self.stopped_by = self.finish_reason = None
+
+
+def choose_tokens(logits: Tensor, generations: Sequence[Generation]) -> list[Choice]:
+    """The next token of each sequence, for it to `take`; `logits` are [B, vocab]."""
+    return sample(logits, [generation.sampling for generation in generations])
 
 
 def decode(
@@ -71,10 +82,10 @@ def decode(
     running = [n for n, g in enumerate(generations) if g.finish_reason is None]
     hidden = hidden[running]
     while running:
-        logits = model.logits(hidden)
+        choices = choose_tokens(model.logits(hidden), [generations[n] for n in running])
         taken: list[tuple[int, int]] = []
-        for row, number in enumerate(running):
-            token = generations[number].take(logits[row])
+        for number, choice in zip(running, choices, strict=True):
+            token = generations[number].take(choice)
             if token is not None:
                 taken.append((number, token))
         if taken:

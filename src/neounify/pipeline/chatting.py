@@ -10,8 +10,8 @@ from typing import TypedDict
 import PIL.Image
 import torch
 
-from neounify.decode.choose import SamplingSettings, make_chooser
 from neounify.decode.loop import Generation
+from neounify.decode.sampling import SamplingSettings, SamplingState
 from neounify.errors import RequestError
 from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.engine import Engine
@@ -46,6 +46,7 @@ class ChatOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     repetition_penalty: float
     stop: Sequence[str]
     system: str
@@ -61,6 +62,7 @@ def make_chat_request(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     system: str = "",
@@ -81,6 +83,7 @@ def make_chat_request(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
         ),
@@ -115,7 +118,7 @@ class ChatRun:
         self._lengths = [p.cache.length for p in prefixes]
         end = frozenset((engine.token(IM_END),))
         self._generations = [
-            Generation(p.cache, make_chooser(r.sampling), end, r.max_new_tokens, p.context)
+            Generation(p.cache, SamplingState(r.sampling, p.context), end, r.max_new_tokens)
             for p, r in zip(prefixes, requests, strict=True)
         ]
         self._pieces: list[list[str]] = [[] for _ in requests]

@@ -12,7 +12,7 @@ from torch import Tensor
 from neounify.cache import Cache, SequenceCache
 from neounify.checkpoint.residency import Residency
 from neounify.decode import Feed, Generation, decode, feed
-from neounify.errors import Cancelled, CheckpointError, ContextFullError, PromptError
+from neounify.errors import Cancelled, ContextFullError, PromptError, not_finite
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
@@ -185,14 +185,6 @@ def check_cancel(cancel: threading.Event | None) -> None:
 def _check_finite(values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise not_finite()
-
-
-def not_finite() -> CheckpointError:
-    """What to raise when a model computes NaN."""
-    return CheckpointError(
-        "the model computes NaN or infinite values: its weights are damaged, which "
-        "load(..., verify=True) would locate, or they overflow in float16"
-    )
 
 
 def _rows(item: Feed) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
-from neounify.decode.choose import SamplingSettings, make_chooser
 from neounify.decode.loop import Generation
+from neounify.decode.sampling import SamplingSettings, SamplingState
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
@@ -126,7 +126,7 @@ class _Interleaving:
         self.hidden = cond.hidden
         stops = frozenset((engine.token(IM_END), engine.token(IMAGE_OPEN)))
         self.text = Generation(
-            cond.cache, make_chooser(request.text), stops, request.max_new_tokens, cond.context
+            cond.cache, SamplingState(request.text, cond.context), stops, request.max_new_tokens
         )
 
     def parts(self) -> Iterator[InterleavePart]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from neounify.cache import SequenceCache
-from neounify.decode.choose import greedy
 from neounify.decode.loop import Generation
+from neounify.decode.sampling import SamplingSettings, SamplingState
 from neounify.flow.guidance import Branch
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine, Prefix
@@ -130,7 +130,13 @@ def think(
     close, end = engine.token(THINK_CLOSE), engine.token(IM_END)
     pairs = [(r, p) for r, p in zip(requests, prefixes, strict=True) if r.think]
     generations = [
-        Generation(p.cache, greedy, frozenset((close, end)), r.max_think_tokens) for r, p in pairs
+        Generation(
+            p.cache,
+            SamplingState(SamplingSettings()),
+            frozenset((close, end)),
+            r.max_think_tokens,
+        )
+        for r, p in pairs
     ]
     if not generations:
         return [None] * len(requests)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampling import SamplingSettings
 from neounify.errors import RequestError
 from neounify.flow.guidance import Norm
 from neounify.flow.solvers import SolverName
@@ -140,9 +140,9 @@ class Pipeline:
         `prompt` is a text or a list of {"role", "content"} messages; `<image>` marks the
         places of `images` (paths, bytes or PIL pictures), which otherwise go in front.
         Options: `max_new_tokens` 512; `temperature` 0 (the likeliest token), `top_p` 1,
-        `top_k` 0 (all), `repetition_penalty` 1, `seed` None (a new draw each time); `stop`
-        strings that end the answer; `system` message; `think` first. With `stream`, the
-        result is iterated for pieces of text and then holds the whole answer.
+        `top_k` 0 (all), `min_p` 0 (all), `repetition_penalty` 1, `seed` None (a new draw
+        each time); `stop` strings that end the answer; `system` message; `think` first. With
+        `stream`, the result is iterated for pieces of text and then holds the whole answer.
         """
         request = self._chat_request(prompt, images, options)
         run = ChatRun(self._engine, [request], cancel)
@@ -292,6 +292,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
         think: bool = False,
@@ -322,6 +323,7 @@ class Pipeline:
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
+                min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 seed=seed,
             ),

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.errors import NeounifyError, RequestError
+from neounify.errors import NeounifyError, RequestError, not_finite
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, make_job, to_pixels
 from neounify.pipeline.denoiser import Denoiser
-from neounify.pipeline.engine import not_finite
 from neounify.serve.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
 from neounify.serve.scheduling import Waiting, choose, preview_steps
 from neounify.serve.transport import Parcel, Transport

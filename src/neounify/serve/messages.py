@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampler import LogProbs
+from neounify.decode.sampling import SamplingSettings
 from neounify.errors import NeounifyError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.request import Sampling
@@ -155,9 +156,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Token:
-    """The next token of a sequence."""
+    """The next token of a sequence, with its log-probabilities where they were asked for."""
 
     id: int
+    logprobs: LogProbs | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampling import SamplingSettings
 from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.answer import AnswerText

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neounify import errors
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampling import SamplingSettings
 from neounify.flow.guidance import Branch
 from neounify.pipeline.request import Sampling
 from neounify.serve.events import DeadlineExceeded, EngineDied

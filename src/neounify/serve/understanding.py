@@ -16,13 +16,14 @@ from torch import Tensor
 
 from neounify.cache import PagedPool, PagedSequence
 from neounify.cache.content import Row, image_rows, text_rows
-from neounify.decode.choose import make_chooser
 from neounify.decode.feed import Feed, feed
-from neounify.decode.loop import Generation
-from neounify.errors import NeounifyError, PromptError, RequestError
+from neounify.decode.loop import Generation, choose_tokens
+from neounify.decode.sampler import Choice
+from neounify.decode.sampling import SamplingState
+from neounify.errors import NeounifyError, PromptError, RequestError, not_finite
 from neounify.model.layout import Image, Text
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.engine import check_context, not_finite
+from neounify.pipeline.engine import check_context
 from neounify.serve.messages import (
     Close,
     Export,
@@ -269,10 +270,9 @@ class UnderstandingEngine:
         if sequence.text is None:
             sequence.text = Generation(
                 sequence.cache,
-                make_chooser(order.sampling),
+                SamplingState(order.sampling, sequence.context),
                 order.stop_ids,
                 order.max_new_tokens,
-                sequence.context,
             )
         sequence.text.resume()
         self._writing[order.sequence] = order
@@ -290,10 +290,11 @@ class UnderstandingEngine:
         if not rows:
             return
         logits = self.model.logits(torch.stack([_state(s) for _, s in rows]))
+        choices = choose_tokens(logits, [_text(s) for _, s in rows])
         going_on = [
             (sequence, token)
-            for (name, sequence), scores in zip(rows, logits, strict=True)
-            if (token := self._take_token(name, sequence, scores)) is not None
+            for (name, sequence), choice in zip(rows, choices, strict=True)
+            if (token := self._take_token(name, sequence, choice)) is not None
         ]
         if not going_on:
             return
@@ -305,18 +306,18 @@ class UnderstandingEngine:
             assert sequence.text is not None
             sequence.text.pending = []
 
-    def _take_token(self, name: SequenceName, sequence: _Sequence, scores: Tensor) -> int | None:
-        """Choose a sequence's next token and tell; None when it ends with it."""
-        text, call = sequence.text, self._writing[name].call
-        assert text is not None
-        if not torch.isfinite(scores).all():
+    def _take_token(self, name: SequenceName, sequence: _Sequence, choice: Choice) -> int | None:
+        """Send a sequence's next token; None when it ends with it."""
+        text, call = _text(sequence), self._writing[name].call
+        try:
+            token = text.take(choice)
+        except NeounifyError as error:
             del self._writing[name]
-            self.replies.append(failed(call, not_finite()))
+            self.replies.append(failed(call, error))
             return None
-        token = text.take(scores)
         if token is not None:
             self.counters["und_written_tokens"] += 1
-            self.replies.append(Reply(call, Token(token), False))
+            self.replies.append(Reply(call, Token(token, choice.logprobs), False))
         if text.finish_reason is not None:
             self._end_writing(name)
             return None
@@ -399,6 +400,11 @@ def _feed(cache: PagedSequence, pieces: Sequence[_Piece]) -> Feed:
         [token for piece in pieces for token in piece.ids],
         [piece.image for piece in pieces if piece.image is not None],
     )
+
+
+def _text(sequence: _Sequence) -> Generation:
+    assert sequence.text is not None
+    return sequence.text
 
 
 def _state(sequence: _Sequence) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import PIL.Image
 
-from neounify.decode.choose import SamplingSettings
+from neounify.decode.sampling import SamplingSettings
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart

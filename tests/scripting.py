@@ -1,0 +1,19 @@
+"""Tokens that a test chooses in place of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from torch import Tensor
+
+from neounify.decode import Choice, SamplingState, loop
+
+
+def script_sampler(monkeypatch: pytest.MonkeyPatch, choose: Callable[[Tensor], int]) -> None:
+    """Let `choose` give the token for each row of logits [vocab], one row after the other."""
+
+    def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
+        return [Choice(choose(row)) for row in logits]
+
+    monkeypatch.setattr(loop, "sample", sample)
