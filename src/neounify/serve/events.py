@@ -85,6 +85,14 @@ class EngineDied(ServiceError):
     """The process that worked on the request ended; it is being started again."""
 
 
+class OutOfMemory(ServiceError):
+    """There is no memory left for the request at the moment; others go on."""
+
+
+class ParcelGone(ServiceError):
+    """Tensors of the request were lost on their way between the engines."""
+
+
 class Draining(ServiceError):
     """The service is shutting down and takes no new requests."""
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.errors import NeounifyError, RequestError, not_finite
+from neounify.errors import not_finite
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, make_job, to_pixels
 from neounify.pipeline.denoiser import Denoiser
+from neounify.serve.events import EngineDied
 from neounify.serve.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
 from neounify.serve.scheduling import Waiting, choose, preview_steps
 from neounify.serve.transport import Parcel, Transport
@@ -76,12 +77,16 @@ class GenerationEngine:
                 self.replies.append(Reply(order.call, Kept(), True))
             else:
                 self._start(order)
-        except NeounifyError as error:
+        except Exception as error:  # whatever it is, it concerns this order alone
+            self._drop(order.call)
             self.replies.append(failed(order.call, error))
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
-        """Move the images whose turn it is by one denoising step, a short one beside text."""
+        """Move the images whose turn it is by one denoising step, a short one beside text.
+
+        Raises what concerns all images; what fails for one is the answer to its call.
+        """
         if not self._images:
             return
         start = time.perf_counter()
@@ -98,7 +103,9 @@ class GenerationEngine:
         self.counters["gen_image_steps"] += len(chosen)
         self._denoiser.step([image.job for image in chosen])
         for image in chosen:
-            self._tell(image)
+            # An image before it in this step may have ended their call.
+            if image.call in self._left:
+                self._tell(image)
         rows = sum(image.waiting.rows for image in chosen)
         self._row_seconds += 0.2 * ((time.perf_counter() - start) / rows - self._row_seconds)
 
@@ -122,7 +129,7 @@ class GenerationEngine:
         if not isinstance(prefix, str):
             return self._cache(prefix)
         if prefix not in self._kept:
-            raise RequestError(f"the engine keeps no prefix {prefix!r}")
+            raise EngineDied(f"the engine was started again and has no prefix {prefix!r} yet")
         return self._kept[prefix]
 
     def _cache(self, prefix: Prefix) -> SequenceCache:
@@ -132,6 +139,13 @@ class GenerationEngine:
 
     def _tell(self, image: _Image) -> None:
         """Send what an image has to show after its step; an image that is done leaves."""
+        try:
+            self._show(image)
+        except Exception as error:
+            self._drop(image.call)
+            self.replies.append(failed(image.call, error))
+
+    def _show(self, image: _Image) -> None:
         job = image.job
         if not job.done:
             if job.steps_done in image.previews:
@@ -139,15 +153,13 @@ class GenerationEngine:
                 self.replies.append(Reply(image.call, seen, False))
             return
         if not torch.isfinite(job.z).all():
-            self._drop(image.call)
-            self.replies.append(failed(image.call, not_finite()))
-            return
+            raise not_finite()
+        done = Done(image.index, self._pack(job, job.z))
         self._images.remove(image)
         self._left[image.call] -= 1
         last = not self._left[image.call]
         if last:
             self._drop(image.call)
-        done = Done(image.index, self._pack(job, job.z))
         self.replies.append(Reply(image.call, done, last))
 
     def _pack(self, job: PaintJob, tokens: torch.Tensor) -> Parcel:

@@ -5,89 +5,156 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import queue
-import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
+from typing import Protocol
 
 from neounify.model.neo import NeoUnify
-from neounify.pipeline import load
-from neounify.runtime import keep_freed_memory
-from neounify.serve.generation import GenerationEngine, GenerationSettings
-from neounify.serve.messages import Order, Reply, Report
-from neounify.serve.transport import LocalTransport, SharedTransport
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.serve.generation import GenerationEngine
+from neounify.serve.messages import Order, Reply, Report, failed
+from neounify.serve.process import (
+    Batch,
+    Beat,
+    EngineSettings,
+    ProcessSettings,
+    Ready,
+    Role,
+    run_process,
+)
+from neounify.serve.shared_memory import PREFIX, remove_pieces
+from neounify.serve.transport import LocalTransport
+from neounify.serve.understanding import UnderstandingEngine
 from neounify.serve.worker import Worker
+
+__all__ = [
+    "EngineSettings",
+    "Host",
+    "ProcessHost",
+    "ProcessSettings",
+    "Role",
+    "ThreadHost",
+    "WatchSettings",
+]
 
 log = logging.getLogger("neounify.serve")
 
 Deliver = Callable[[Sequence[Reply], Report | None], None]
-Died = Callable[[], None]
-Role = Literal["und", "gen"]
+Died = Callable[[], object]
 
 
 class Host(Protocol):
     """Runs a worker. `deliver` and `died` are called from threads of the host's own."""
 
     def start(self, deliver: Deliver, died: Died) -> None:
-        """Start the worker, or start it again after it died. Returns when it is ready."""
+        """Start the worker, after ending what there is of an earlier one. Returns when it is ready.
+
+        `died` is called when the worker ends, or has to be given up, without being asked to end.
+        Raises RuntimeError when it does not come up.
+        """
 
     def send(self, order: Order) -> None:
         """Give an order; never blocks. Orders to a dead worker are lost."""
 
     def stop(self) -> None:
-        """End the worker and wait for it."""
+        """End the worker and wait for it; it is not started again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Of both engines."""
+class WatchSettings:
+    """How long to wait for an engine, in seconds.
 
-    understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
+    loads and afterwards; its heart beats every second, so a longer silence means that it was
+    stopped. `end`: until it ends when it was asked to.
+    """
+
+    start: float = 600.0
+    start_silence: float = 120.0
+    silence: float = 20.0
+    end: float = 10.0
 
 
 class ThreadHost:
     """Both engines in one thread over one model."""
 
-    def __init__(self, model: NeoUnify, settings: EngineSettings) -> None:
+    def __init__(
+        self, model: NeoUnify, settings: EngineSettings, watch: WatchSettings | None = None
+    ) -> None:
         self.model, self.settings = model, settings
+        self.watch = watch or WatchSettings()
         self.understanding: UnderstandingEngine | None = None
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._life: _ThreadLife | None = None
 
     def start(self, deliver: Deliver, died: Died) -> None:
+        """A thread cannot be killed: RuntimeError while the earlier one is still in its step."""
+        if self._life is not None and not self._life.end(self.watch.end):
+            raise RuntimeError("the engines' thread has not come to the end of its step")
+        self._life = self.understanding = None  # its memory is free before the new one's is taken
         transport = LocalTransport()
-        self._orders = queue.SimpleQueue()
         self.understanding = UnderstandingEngine(self.model, self.settings.understanding, transport)
         generation = GenerationEngine(self.model, self.settings.generation, transport)
-        channel = _QueueChannel(self._orders, deliver)
-        worker = Worker(channel, self.understanding, generation)
-        self._thread = threading.Thread(
-            target=_run_in_thread, args=(worker, died), name="engines", daemon=True
+        self._life = _ThreadLife(
+            lambda channel: Worker(channel, self.understanding, generation),
+            self.settings.step_seconds,
+            deliver,
+            died,
         )
-        self._thread.start()
 
     def send(self, order: Order) -> None:
-        self._orders.put(order)
+        if self._life is not None:
+            self._life.orders.put(order)
 
     def stop(self) -> None:
-        self._orders.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        if self._life is not None and not self._life.end(self.watch.end):
+            log.warning("the engines' thread is left in its step")
 
 
-def _run_in_thread(worker: Worker, died: Died) -> None:
-    try:
-        worker.run()
-    except Exception:
-        log.exception("the engines stopped on an error nobody foresaw")
-        died()
+class _ThreadLife:
+    """The engines' thread from its start to its end, and one that watches how long steps take."""
+
+    def __init__(
+        self,
+        make_worker: Callable[[_QueueChannel], Worker],
+        step_seconds: float,
+        deliver: Deliver,
+        died: Died,
+    ) -> None:
+        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._worker = make_worker(_QueueChannel(self.orders, deliver))
+        self._step_seconds, self._died = step_seconds, died
+        self._ended, self._asked = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._watch, name="engines' watch", daemon=True).start()
+
+    def end(self, seconds: float) -> bool:
+        """Ask the thread to end after its step; whether it did in time."""
+        self._asked.set()
+        self.orders.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._worker.run()
+        except BaseException:
+            log.exception("the engines stopped on an error nobody foresaw")
+        finally:
+            self._ended.set()
+            if not self._asked.is_set():
+                self._died()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._step_seconds)):
+            if self._asked.is_set():
+                return
+            if self._worker.step_seconds() > self._step_seconds:
+                log.error("a step of the engines takes longer than %g s", self._step_seconds)
+                self._died()
+                return
 
 
 class _QueueChannel:
@@ -108,131 +175,163 @@ class _QueueChannel:
         self._deliver(replies, report)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProcessSettings:
-    """How a process of its own loads its engine: only the stream it needs stays in memory."""
-
-    role: Role
-    folder: Path
-    dtype: str | None
-    device: str
-    threads: int | None
-    lora: tuple[tuple[Path, float], ...] = ()
-    engines: EngineSettings = field(default_factory=EngineSettings)
-
-
 class ProcessHost:
     """One engine in a process of its own, which ends when this one does."""
 
-    START_SECONDS = 600.0
-
-    def __init__(self, settings: ProcessSettings) -> None:
+    def __init__(self, settings: ProcessSettings, watch: WatchSettings | None = None) -> None:
         self.settings = settings
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._outgoing: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.watch = watch or WatchSettings()
+        self._life: _ProcessLife | None = None
+        self._lives = 0
+        self._changing = threading.Lock()
         self._stopping = False
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._life is None else self._life.pid
 
     def start(self, deliver: Deliver, died: Died) -> None:
-        """Raises RuntimeError when the process does not come up."""
-        if self._process is not None:
-            self._process.join()  # the one that died
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(
-            target=run_process, args=(theirs, self.settings), name=self.settings.role, daemon=True
-        )
-        self._process.start()
-        theirs.close()
+        with self._changing:
+            if self._stopping:
+                raise RuntimeError("the server is ending")
+            self._end(0.0)
+            self._lives += 1
+            prefix = f"{self.settings.pieces or PREFIX}{self.settings.role}{self._lives}_"
+            life = self._life = _ProcessLife(replace(self.settings, pieces=prefix))
         try:
-            if not ours.poll(self.START_SECONDS):
-                raise RuntimeError(f"the {self.settings.role} process did not start in time")
-            ours.recv()
-        except EOFError as error:
-            raise RuntimeError(f"the {self.settings.role} process ended while starting") from error
-        self._outgoing = queue.SimpleQueue()
-        for target, args in (
-            (_write_orders, (ours, self._outgoing)),
-            (self._read_replies, (ours, deliver, died)),
-        ):
-            threading.Thread(target=target, args=args, daemon=True).start()
+            life.wait_ready(self.watch)
+        except RuntimeError:
+            life.end(0.0)
+            raise
+        life.run(self.watch, self.settings.engines.step_seconds, deliver, died)
 
     def send(self, order: Order) -> None:
-        self._outgoing.put(order)
+        if self._life is not None:
+            self._life.orders.put(order)
 
     def stop(self) -> None:
         self._stopping = True
-        self._outgoing.put(None)
-        if self._process is not None:
-            self._process.join(10)
-            if self._process.is_alive():
-                self._process.kill()
-                self._process.join()
+        with self._changing:
+            self._end(self.watch.end)
 
-    def _read_replies(self, connection: Connection, deliver: Deliver, died: Died) -> None:
+    def _end(self, seconds: float) -> None:
+        if self._life is not None:
+            self._life.end(seconds)
+
+
+class _ProcessLife:
+    """One process from its start to its end, with the pipe to it and the threads at the pipe."""
+
+    def __init__(self, settings: ProcessSettings) -> None:
+        assert settings.pieces is not None
+        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._name, self._pieces, self._made = settings.role, settings.pieces, 0
+        self._asked = self._closed = False
+        self._ending = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=run_process, args=(theirs, settings), name=settings.role, daemon=True
+        )
         try:
-            while True:
-                deliver(*connection.recv())
+            self._process.start()
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+
+    def wait_ready(self, watch: WatchSettings) -> None:
+        """Wait until the engine takes orders. Raises RuntimeError."""
+        end = time.monotonic() + watch.start
+        try:
+            while not isinstance(self._next(watch.start_silence), Ready):
+                if time.monotonic() > end:
+                    raise RuntimeError(
+                        f"the {self._name} process was not ready after {watch.start:g} s"
+                    )
+        except TimeoutError as error:
+            raise RuntimeError(f"the {self._name} process was stopped while starting") from error
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"the {self._name} process ended while starting") from error
+
+    def run(self, watch: WatchSettings, step_seconds: float, deliver: Deliver, died: Died) -> None:
+        """Carry orders and replies from now on."""
+        for target, arguments in (
+            (self._write_orders, (deliver,)),
+            (self._read_replies, (watch.silence, step_seconds, deliver, died)),
+        ):
+            thread = threading.Thread(target=target, args=arguments, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def end(self, seconds: float) -> None:
+        """Ask the process to end, kill it if it does not in time, and close all it had."""
+        self._asked = True
+        self.orders.put(None)
+        with self._ending:
+            if self._closed:
+                return
+            if seconds and self._threads:
+                self._process.join(seconds)
+            self._process.kill()
+            self._process.join()
+            for thread in self._threads:
+                thread.join()
+            self._connection.close()
+            self._process.close()
+            self._closed = True
+            # What it made and told of belongs to the requests, what it did not tell of to nobody.
+            remove_pieces(self._pieces, after=self._made)
+
+    def _next(self, seconds: float) -> object:
+        """The next message; raises TimeoutError when the process gives no sign for so long."""
+        if not self._connection.poll(seconds):
+            raise TimeoutError
+        return self._connection.recv()
+
+    def _read_replies(
+        self, silence: float, step_seconds: float, deliver: Deliver, died: Died
+    ) -> None:
+        try:
+            why = self._pass_on(silence, step_seconds, deliver)
         except (EOFError, OSError):
-            if not self._stopping:
-                log.error("the %s process ended", self.settings.role)
-                died()
+            why = "ended"
+        except Exception:
+            log.exception("what the %s process sent cannot be read", self._name)
+            why = "is given up"
+        if not self._asked:
+            log.error("the %s process %s", self._name, why)
+            self._process.kill()
+            died()
+
+    def _pass_on(self, silence: float, step_seconds: float, deliver: Deliver) -> str:
+        """Deliver what comes; why the process has to be given up. Raises EOFError and OSError."""
+        while True:
+            try:
+                message = self._next(silence)
+            except TimeoutError:
+                return f"gave no sign for {silence:g} s and is killed"
+            if isinstance(message, Batch):
+                self._made = message.made
+                deliver(message.replies, message.report)
+            elif isinstance(message, Beat) and message.step_seconds > step_seconds:
+                return f"was in one step for more than {step_seconds:g} s and is killed"
+
+    def _write_orders(self, deliver: Deliver) -> None:
+        try:
+            while (order := self.orders.get()) is not None:
+                _write(self._connection, order, deliver)
+            self._connection.send(None)
+        except OSError:
+            return  # the process is gone, which the reading thread tells
 
 
-def _write_orders(connection: Connection, orders: queue.SimpleQueue[Order | None]) -> None:
+def _write(connection: Connection, order: Order, deliver: Deliver) -> None:
     try:
-        while (order := orders.get()) is not None:
-            connection.send(order)
-        connection.send(None)
+        connection.send(order)
     except OSError:
-        return  # the process is gone, which the reading thread tells
-
-
-class _PipeChannel:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def receive(self, *, wait: bool) -> list[Order] | None:
-        found: list[Order] = []
-        try:
-            while wait or self._connection.poll():
-                order = self._connection.recv()
-                if order is None:
-                    return None
-                found.append(order)
-                wait = False
-        except (EOFError, OSError):
-            return None
-        return found
-
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
-        self._connection.send((replies, report))
-
-
-def run_process(connection: Connection, settings: ProcessSettings) -> None:
-    """What a process of its own does: load, say that it is ready, work until the front hangs up."""
-    # The front drains on a signal and hangs up in the end; a terminal's signal comes to all.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    keep_freed_memory()
-    engine = load(
-        settings.folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        lora=settings.lora or None,
-        memory="stream",
-    ).engine
-    transport = SharedTransport()
-    und = gen = None
-    with engine.residency.use(settings.role):
-        if settings.role == "und":
-            und = UnderstandingEngine(engine.model, settings.engines.understanding, transport)
-        else:
-            gen = GenerationEngine(engine.model, settings.engines.generation, transport)
-        connection.send("ready")
-        Worker(_PipeChannel(connection), und, gen).run()
+        raise
+    except Exception as error:  # it cannot be sent, which concerns this order alone
+        call = getattr(order, "call", None)
+        if call is not None:
+            deliver([failed(call, error)], None)

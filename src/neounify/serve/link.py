@@ -6,17 +6,25 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal
 
-from neounify.serve.events import EngineDied
+from neounify.serve.events import EngineDied, ServiceError
 from neounify.serve.hosts import Host
-from neounify.serve.messages import Answer, Failed, Order, Reply, Report
+from neounify.serve.messages import Answer, Failed, Order, Reply, Report, discard
 from neounify.serve.waiting import within
 
 log = logging.getLogger("neounify.serve")
 
-MOST_DEATHS, WITHIN_SECONDS = 5, 60.0
-"""An engine that dies more often than that is given up: something is wrong with it for good."""
+State = Literal["ready", "starting", "failing", "stopped"]
+
+MAX_DEATHS, DEATH_SECONDS = 5, 60.0
+"""An engine that dies more often than that in that time is "failing", and is still tried again."""
+FREE_DEATHS, MAX_PAUSE = 3, 10.0
+"""After that many deaths each new start waits a second longer, up to so many seconds."""
+PREPARE_PAUSE = 0.5
 
 
 class Call:
@@ -24,20 +32,36 @@ class Call:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._answers: asyncio.Queue[Reply] = asyncio.Queue()
+        self._replies: deque[Reply] = deque()
+        self._arrived = asyncio.Event()
 
     def put(self, reply: Reply) -> None:
-        self._answers.put_nowait(reply)
+        self._replies.append(reply)
+        self._arrived.set()
 
     async def next(self, seconds: float | None) -> Reply:
-        """The next reply; TimeoutError when none comes in time."""
-        return await within(self._answers.get(), seconds)
+        """The next reply; TimeoutError when none comes in time, or the time is over.
+
+        A reply is not taken before this returns it, so that none is lost when the waiting ends.
+        """
+        if seconds is not None and seconds <= 0:
+            raise TimeoutError
+        while not self._replies:
+            self._arrived.clear()
+            await within(self._arrived.wait(), seconds)
+        return self._replies.popleft()
+
+    def discard(self) -> None:
+        """Free what the replies brought that nobody has taken."""
+        while self._replies:
+            discard(self._replies.popleft())
 
 
 class EngineLink:
     """Calls one worker and starts it again when it dies.
 
-    `prepare` is awaited after every start, before the link is `ready`.
+    `prepare` is awaited after every start, before the link is `ready`. An engine that cannot be
+    started again is tried without end, with pauses; meanwhile calls are refused.
     """
 
     _numbers = itertools.count(1)
@@ -48,87 +72,160 @@ class EngineLink:
         self.restarts = 0
         self.prepare: Callable[[], Awaitable[None]] | None = None
         self._calls: dict[int, Call] = {}
-        self._deaths: list[float] = []
+        self._deaths: deque[float] = deque()
         self._report = Report({}, {})
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._restarting: asyncio.Task[None] | None = None
-        self._alive = False
+        self._keeper: asyncio.Task[None] | None = None
+        self._dead = asyncio.Event()
+        self._alive = self._preparing = self._stopped = False
+        self._starts = 0
 
     @property
     def report(self) -> Report:
-        """The newest one."""
+        """The newest one; empty while the engine is being started again."""
         return self._report
 
+    @property
+    def state(self) -> State:
+        """For people: how the engine is."""
+        if self._stopped:
+            return "stopped"
+        if self.ready:
+            return "ready"
+        return "failing" if self._recent_deaths() > MAX_DEATHS else "starting"
+
     async def start(self) -> None:
-        """Start the worker and wait until it can be used."""
+        """Start the worker and wait until it can be used; raises what keeps it from starting.
+
+        From then on it is kept up.
+        """
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self.host.start, self._deliver_soon, self._died_soon)
-        self._alive = True
-        if self.prepare is not None:
-            await self.prepare()
-        self.ready = True
+        await self._bring_up()
+        self._keeper = asyncio.ensure_future(self._keep_up())
 
     async def stop(self) -> None:
         self.ready = self._alive = False
-        if self._restarting is not None:
-            self._restarting.cancel()
+        self._stopped = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         await asyncio.to_thread(self.host.stop)
+        await asyncio.sleep(0)  # what was delivered last is looked at now, and freed
+        for call in list(self._calls.values()):
+            self.close_call(call)
 
-    def open_call(self) -> Call:
-        """A call for orders to carry the number of. Raises EngineDied while the engine is down."""
-        if not self._alive:
+    def open_call(self, *, preparing: bool = False) -> Call:
+        """A call for orders to carry the number of.
+
+        Raises EngineDied while the engine is down, and before it is prepared to anybody but those
+        who prepare it.
+        """
+        if not self._alive or (self._preparing and not preparing):
             raise EngineDied(f"the {self.name} engine is being started again; try again soon")
         call = Call(next(self._numbers))
         self._calls[call.number] = call
         return call
 
     def close_call(self, call: Call) -> None:
+        """Free what has come for a call, and what will still come. Closing it twice is fine."""
         self._calls.pop(call.number, None)
+        call.discard()
 
     def send(self, order: Order) -> None:
         """Give an order; it is lost while the engine is down."""
         if self._alive:
             self.host.send(order)
 
-    def _deliver_soon(self, replies: Sequence[Reply], report: Report | None) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, replies, report)
+    # --- one life of the engine after the other ---
 
-    def _died_soon(self) -> None:
+    async def _bring_up(self) -> None:
+        self._dead.clear()
+        self._starts += 1
+        died = partial(self._soon, self._died, self._starts)
+        await asyncio.to_thread(self.host.start, self._deliver_soon, died)
+        self._preparing, self._alive = True, not self._dead.is_set()
+        await self._prepare()
+        if self._dead.is_set():
+            raise EngineDied(f"the {self.name} engine ended while it was being started")
+        self._preparing, self.ready = False, True
+
+    async def _prepare(self) -> None:
+        """Prepare the engine, again if it was another engine whose death kept it from that."""
+        while self.prepare is not None:
+            try:
+                await self.prepare()
+                return
+            except EngineDied:
+                if self._dead.is_set():
+                    raise
+            except ServiceError:
+                if not self.restarts:
+                    raise
+                log.warning("the %s engine cannot be prepared yet", self.name, exc_info=True)
+            await asyncio.sleep(PREPARE_PAUSE)
+
+    async def _keep_up(self) -> None:
+        while True:
+            await self._dead.wait()
+            await asyncio.sleep(self._pause())
+            self.restarts += 1
+            log.warning("starting the %s engine again", self.name)
+            try:
+                await self._bring_up()
+            except Exception:
+                log.exception("the %s engine could not be started again", self.name)
+                self._died(self._starts)
+
+    def _died(self, start: int) -> None:
+        """Word that the engine of that start ended; it may come twice, or late."""
+        if self._stopped or start != self._starts or self._dead.is_set():
+            return
+        self.ready = self._alive = False
+        self._report = Report({}, {})
+        died = Failed("EngineDied", f"the {self.name} engine ended while it worked on the request")
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.put(Reply(call.number, died, True))
+        self._deaths.append(time.monotonic())
+        if self._recent_deaths() > MAX_DEATHS:
+            log.critical("the %s engine dies again and again", self.name)
+        self._dead.set()
+
+    def _recent_deaths(self) -> int:
+        now = time.monotonic()
+        while self._deaths and now - self._deaths[0] > DEATH_SECONDS:
+            self._deaths.popleft()
+        return len(self._deaths)
+
+    def _pause(self) -> float:
+        """How long to wait before a new start, seconds."""
+        return min(MAX_PAUSE, float(max(0, self._recent_deaths() - FREE_DEATHS)))
+
+    # --- what the host's threads tell ---
+
+    def _deliver_soon(self, replies: Sequence[Reply], report: Report | None) -> None:
+        if not self._soon(self._deliver, replies, report):
+            for reply in replies:
+                discard(reply)
+
+    def _soon(self, act: Callable[..., None], *arguments: object) -> bool:
+        """Have the event loop do it; False when that has ended."""
         assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._died)
+        try:
+            self._loop.call_soon_threadsafe(act, *arguments)
+        except RuntimeError:
+            return False
+        return True
 
     def _deliver(self, replies: Sequence[Reply], report: Report | None) -> None:
         if report is not None:
             self._report = report
         for reply in replies:
             call = self._calls.get(reply.call)
-            if call is not None:
+            if call is None:
+                discard(reply)
+            else:
                 call.put(reply)
-
-    def _died(self) -> None:
-        self.ready = self._alive = False
-        died = Failed("EngineDied", f"the {self.name} engine ended while it worked on the request")
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
-            call.put(Reply(call.number, died, True))
-        now = time.monotonic()
-        self._deaths = [t for t in self._deaths if now - t < WITHIN_SECONDS] + [now]
-        if len(self._deaths) > MOST_DEATHS:
-            log.critical("the %s engine dies again and again and is given up", self.name)
-            return
-        self._restarting = asyncio.ensure_future(self._restart())
-
-    async def _restart(self) -> None:
-        self.restarts += 1
-        log.warning("starting the %s engine again", self.name)
-        try:
-            await self.start()
-        except Exception:
-            log.exception("the %s engine could not be started again", self.name)
-            self._died()
 
 
 def answer_or_raise(answer: Answer, errors: Mapping[str, type[Exception]]) -> Answer:

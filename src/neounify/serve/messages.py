@@ -7,16 +7,22 @@ replies carry the same number, the last one says so.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from neounify.decode.sampler import LogProbs
 from neounify.decode.sampling import SamplingSettings
 from neounify.errors import NeounifyError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.request import Sampling
-from neounify.serve.transport import Parcel
+from neounify.serve.events import OutOfMemory
+from neounify.serve.transport import Parcel, free
+
+log = logging.getLogger("neounify.serve")
 
 SequenceName = tuple[int, str]
 """Number of the request, and which of its sequences."""
@@ -226,9 +232,26 @@ class Reply:
     final: bool
 
 
-def failed(call: int, error: NeounifyError) -> Reply:
-    """The last reply to a call that cannot be answered."""
+def failed(call: int, error: Exception) -> Reply:
+    """The last reply to a call that cannot be answered; an error nobody foresaw goes to the log."""
+    if not isinstance(error, NeounifyError):
+        log.error("an order failed", exc_info=error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            error = OutOfMemory("no memory is left for the request")
     return Reply(call, Failed(type(error).__name__, str(error)), True)
+
+
+def parcels_of(answer: Answer) -> tuple[Parcel, ...]:
+    """What an answer brings, and its receiver has to take or free."""
+    if isinstance(answer, Exported):
+        return tuple(prefix.parcel for prefix in answer.prefixes)
+    return (answer.pixels,) if isinstance(answer, Seen | Done) else ()
+
+
+def discard(reply: Reply) -> None:
+    """Free what a reply brings that nobody waits for any more."""
+    for parcel in parcels_of(reply.answer):
+        free(parcel)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,23 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from neounify.config import ModelConfig
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest
 from neounify.serve import programs
-from neounify.serve.events import Draining, Overloaded, ServiceEvent, ServiceRequest
-from neounify.serve.messages import TextPart
+from neounify.serve.events import (
+    Draining,
+    EngineDied,
+    Overloaded,
+    ServiceEvent,
+    ServiceRequest,
+)
+from neounify.serve.link import EngineLink, State
+from neounify.serve.messages import Prefix, TextPart
 from neounify.serve.session import Links, Session
 from neounify.text.template import Prompt, TextSegment, paint_prompt, unconditional_prompt
 
@@ -41,6 +50,7 @@ class Service:
         self._draining = False
         self._durations: deque[float] = deque([1.0], maxlen=32)
         self._pinned: Session | None = None
+        self._unconditional: tuple[Mapping[str, Tensor], int] | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -51,8 +61,15 @@ class Service:
         """Whether requests can be answered now."""
         return not self._draining and all(link.ready for link in self.links.all)
 
+    @property
+    def states(self) -> Mapping[str, State]:
+        """How each engine is, by its name."""
+        return {link.name: link.state for link in self.links.all}
+
     async def start(self) -> None:
         """Start the engines. Raises what keeps them from starting."""
+        if self.links.space is not None:
+            self.links.space.open()
         self.links.generation.prepare = self._share_prefixes
         self.links.understanding.prepare = self._share_prefixes
         same = self.links.understanding is self.links.generation
@@ -71,6 +88,8 @@ class Service:
         """End the engines, and with them what is under way."""
         self.close_doors()
         await asyncio.gather(*(link.stop() for link in self.links.all))
+        if self.links.space is not None:
+            self.links.space.close()
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
@@ -85,10 +104,10 @@ class Service:
                 async for event in events:
                     yield event
         finally:
-            session.close()
             self._durations.append(time.monotonic() - start)
             self._active -= 1
             self._image_tokens -= tokens
+            session.close()
 
     def gauges(self) -> Mapping[str, float]:
         """Requests and image tokens under way, and what the engines report."""
@@ -110,6 +129,9 @@ class Service:
         """Count a request in, or refuse it; its image tokens."""
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests")
+        for link in self._needed(request):
+            if not link.ready:
+                raise EngineDied(f"the {link.name} engine is being started again; try again soon")
         if self._active >= self.limits.requests:
             raise Overloaded(
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
@@ -122,6 +144,9 @@ class Service:
         self._active += 1
         self._image_tokens += tokens
         return tokens
+
+    def _needed(self, request: ServiceRequest) -> list[EngineLink]:
+        return [self.links.understanding] if isinstance(request, ChatRequest) else self.links.all
 
     def _tokens_of(self, request: ServiceRequest) -> int:
         area = self.config.token_size**2
@@ -149,23 +174,31 @@ class Service:
     # --- what all requests share ---
 
     async def _share_prefixes(self) -> None:
-        """Read the unconditional prompt once and let the generation engine keep it."""
+        """Let the generation engine keep the unconditional prompt, which is read once."""
         if self.links.understanding is self.links.generation:
             await self._pin_system_message()
-        session = Session(self.links, next(self._numbers))
+        session = Session(self.links, next(self._numbers), preparing=True)
         try:
-            prompt = _text_parts(unconditional_prompt(self.front.tokenizer))
-            await session.open({programs.UNCONDITIONAL: prompt}, {programs.UNCONDITIONAL: 0})
-            (prefix,) = await session.export([programs.UNCONDITIONAL])
-            await session.keep(programs.UNCONDITIONAL, prefix)
+            if self._unconditional is None:
+                self._unconditional = await self._read_unconditional(session)
+            tensors, next_t = self._unconditional
+            parcel = await session.pack(**tensors)
+            await session.keep(programs.UNCONDITIONAL, Prefix(parcel, next_t))
         finally:
             session.close()
+
+    async def _read_unconditional(self, session: Session) -> tuple[Mapping[str, Tensor], int]:
+        """Its keys and values, and the next position."""
+        prompt = _text_parts(unconditional_prompt(self.front.tokenizer))
+        await session.open({programs.UNCONDITIONAL: prompt}, {programs.UNCONDITIONAL: 0})
+        (prefix,) = await session.export([programs.UNCONDITIONAL])
+        return await session.take(prefix.parcel), prefix.next_t
 
     async def _pin_system_message(self) -> None:
         """Keep the beginning that all painting prompts have in common in the cache for good."""
         shared = _shared_beginning(self.front)
         if shared:
-            self._pinned = Session(self.links, next(self._numbers))
+            self._pinned = Session(self.links, next(self._numbers), preparing=True)
             await self._pinned.open({"system": [TextPart(shared)]}, {"system": 0})
 
 

@@ -16,7 +16,7 @@ from neounify import errors
 from neounify.decode.sampling import SamplingSettings
 from neounify.flow.guidance import Branch
 from neounify.pipeline.request import Sampling
-from neounify.serve.events import DeadlineExceeded, EngineDied
+from neounify.serve.events import DeadlineExceeded, EngineDied, OutOfMemory, ParcelGone
 from neounify.serve.link import Call, EngineLink, answer_or_raise
 from neounify.serve.messages import (
     Answer,
@@ -42,8 +42,10 @@ from neounify.serve.messages import (
     Token,
     Write,
     Written,
+    parcels_of,
 )
-from neounify.serve.transport import Parcel, ParcelGone, Transport
+from neounify.serve.shared_memory import SharedSpace
+from neounify.serve.transport import Parcel, Transport, free
 from neounify.text.template import ImageSegment, Prompt
 
 A = TypeVar("A", bound=Answer)
@@ -57,6 +59,7 @@ ERRORS: dict[str, type[Exception]] = {
         errors.CheckpointError,
         errors.ImageError,
         EngineDied,
+        OutOfMemory,
         ParcelGone,
     )
 }
@@ -64,11 +67,15 @@ ERRORS: dict[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class Links:
-    """The engines of a server; in one process both links are the same."""
+    """The engines of a server; in one process both links are the same.
+
+    `space` are the names of its shared memory, where it has any.
+    """
 
     understanding: EngineLink
     generation: EngineLink
     transport: Transport
+    space: SharedSpace | None = None
 
     @property
     def all(self) -> list[EngineLink]:
@@ -83,12 +90,22 @@ class Session:
     wrong with the request.
     """
 
-    def __init__(self, links: Links, number: int, deadline: float | None = None) -> None:
-        """`deadline` is a time of `time.monotonic`."""
+    def __init__(
+        self,
+        links: Links,
+        number: int,
+        deadline: float | None = None,
+        *,
+        preparing: bool = False,
+    ) -> None:
+        """`deadline` is a time of `time.monotonic`; `preparing` engines may be called already."""
         self.links, self.number, self.deadline = links, number, deadline
+        self._preparing = preparing
+        self._closed = False
         self._sequences: list[SequenceName] = []
-        self._parcels: list[Parcel] = []
-        self._paints: list[Call] = []
+        self._parcels: dict[int, Parcel] = {}
+        self._calls: dict[Call, EngineLink] = {}
+        self._paints: set[Call] = set()
 
     async def open(
         self, prompts: Mapping[str, Sequence[PromptPart]], room: Mapping[str, int]
@@ -108,7 +125,7 @@ class Session:
         """Read a prompt and write behind it, in one go: the first token comes sooner."""
         named, rooms = self._new_sequences({name: prompt}, {name: most})
         link = self.links.understanding
-        reading, writing = link.open_call(), link.open_call()
+        reading, writing = self._open_call(link), self._open_call(link)
         try:
             then = Write(writing.number, self._name(name), sampling, stop_ids, most)
             link.send(Open(reading.number, named, rooms, then))
@@ -118,21 +135,21 @@ class Session:
             async for written in self._written(writing):
                 yield written
         finally:
-            link.close_call(reading)
-            link.close_call(writing)
+            self._close_call(reading)
+            self._close_call(writing)
 
     async def write(
         self, name: str, sampling: SamplingSettings, stop_ids: frozenset[int], most: int
     ) -> AsyncGenerator[Token | Written]:
         """Tokens as they are written, then how it ended."""
         link = self.links.understanding
-        call = link.open_call()
+        call = self._open_call(link)
         try:
             link.send(Write(call.number, self._name(name), sampling, stop_ids, most))
             async for written in self._written(call):
                 yield written
         finally:
-            link.close_call(call)
+            self._close_call(call)
 
     async def _written(self, call: Call) -> AsyncGenerator[Token | Written]:
         while True:
@@ -151,7 +168,6 @@ class Session:
         """Copies of sequences to paint behind."""
         named = tuple(self._name(name) for name in names)
         exported = await self._ask(lambda call: Export(call, named), Exported)
-        self._parcels += [prefix.parcel for prefix in exported.prefixes]
         return list(exported.prefixes)
 
     async def keep(self, name: str, prefix: Prefix) -> None:
@@ -168,23 +184,32 @@ class Session:
         previews: int,
     ) -> AsyncIterator[tuple[Seen | Done, Tensor]]:
         """Previews and finished images of `noise` [count, tokens, 3·C²], with their pixels."""
+        parcel = await self.pack(noise=noise)
         link = self.links.generation
-        call = link.open_call()
-        self._paints.append(call)
-        link.send(Paint(call.number, self.pack(noise=noise), grid, sampling, prefixes, previews))
+        call = self._open_call(link)
+        self._paints.add(call)
+        link.send(Paint(call.number, parcel, grid, sampling, prefixes, previews))
         left = noise.shape[0]
         while left:
             answer = await self._next(call)
             assert isinstance(answer, Seen | Done)
             left -= isinstance(answer, Done)
-            yield answer, self.links.transport.take(answer.pixels)["pixels"]
-        self._end_paint(call)
+            yield answer, (await self.take(answer.pixels))["pixels"]
+        self._paints.discard(call)
+        self._close_call(call)
 
-    def pack(self, **tensors: Tensor) -> Parcel:
-        """A parcel that is freed with the session, if nobody has taken it."""
-        parcel = self.links.transport.pack(tensors)
-        self._parcels.append(parcel)
-        return parcel
+    async def pack(self, **tensors: Tensor) -> Parcel:
+        """A parcel that is freed with the session, if nobody has taken it. Raises OutOfMemory."""
+        packing = asyncio.ensure_future(asyncio.to_thread(self.links.transport.pack, tensors))
+        # The thread goes on when the waiting is given up; then nobody will hold the parcel.
+        packing.add_done_callback(self._hold_packed)
+        return await asyncio.shield(packing)
+
+    async def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
+        """The tensors of a parcel that came with an answer. Raises ParcelGone."""
+        tensors = await asyncio.to_thread(self.links.transport.take, parcel)
+        self._parcels.pop(id(parcel), None)
+        return tensors
 
     async def parts(self, prompt: Prompt, images: Sequence[Tensor], side: int) -> list[PromptPart]:
         """A prompt as the engine reads it; `images` are prepared, `side` is a token's."""
@@ -199,21 +224,40 @@ class Session:
         """A prepared image [3, height, width] as the engine reads it."""
         grid = (pixels.shape[1] // side, pixels.shape[2] // side)
         digest = await asyncio.to_thread(_digest, pixels)
-        return PicturePart(self.pack(pixels=pixels), digest, grid)
+        return PicturePart(await self.pack(pixels=pixels), digest, grid)
 
     def close(self) -> None:
         """Free everything, finished or not."""
-        for call in list(self._paints):
+        self._closed = True
+        for call in self._paints:
             self.links.generation.send(Cancel(call.number))
-            self._end_paint(call)
         if self._sequences:
             self.links.understanding.send(Close(tuple(self._sequences)))
-        for parcel in self._parcels:
-            self.links.transport.free(parcel)
+        for call in list(self._calls):
+            self._close_call(call)
+        for parcel in self._parcels.values():
+            free(parcel)
 
-    def _end_paint(self, call: Call) -> None:
-        self._paints.remove(call)
-        self.links.generation.close_call(call)
+    def _open_call(self, link: EngineLink) -> Call:
+        call = link.open_call(preparing=self._preparing)
+        self._calls[call] = link
+        return call
+
+    def _close_call(self, call: Call) -> None:
+        link = self._calls.pop(call, None)
+        if link is not None:
+            link.close_call(call)
+
+    def _hold_packed(self, packing: asyncio.Future[Parcel]) -> None:
+        if not packing.cancelled() and packing.exception() is None:
+            self._hold(packing.result())
+
+    def _hold(self, parcel: Parcel) -> None:
+        """Free a parcel with the session, which may have ended already."""
+        if self._closed:
+            free(parcel)
+        else:
+            self._parcels[id(parcel)] = parcel
 
     def _new_sequences(
         self, prompts: Mapping[str, Sequence[PromptPart]], room: Mapping[str, int]
@@ -229,12 +273,12 @@ class Session:
         self, order: Callable[[int], Order], kind: type[A], link: EngineLink | None = None
     ) -> A:
         link = link or self.links.understanding
-        call = link.open_call()
+        call = self._open_call(link)
         try:
             link.send(order(call.number))
             answer = await self._next(call)
         finally:
-            link.close_call(call)
+            self._close_call(call)
         assert isinstance(answer, kind)
         return answer
 
@@ -244,6 +288,8 @@ class Session:
             reply = await call.next(seconds)
         except TimeoutError as error:
             raise DeadlineExceeded("the request took longer than it was given") from error
+        for parcel in parcels_of(reply.answer):
+            self._hold(parcel)
         return answer_or_raise(reply.answer, ERRORS)
 
 

@@ -1,42 +1,37 @@
 """How tensors travel between the engines: by reference, or through shared memory.
 
-A parcel is for one receiver, who takes the tensors out. What nobody took, because a call was given
-up or an engine died, the front of the server frees when the call has ended.
+A parcel is for one receiver, who takes the tensors out once. It belongs to the front of the server
+from the moment it packs it or is told of it: what nobody has taken when a call ends is freed there,
+whoever packed it and whoever it was for.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.shared_memory import SharedMemory
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from neounify.errors import NeounifyError
-
-ALIGNMENT = 64
-
-
-class ParcelGone(NeounifyError):
-    """A parcel was freed before it was taken: its call was given up."""
+from neounify.serve.events import ParcelGone
+from neounify.serve.shared_memory import PREFIX, remove_piece, take_piece, write_piece
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LocalParcel:
-    """Tensors by name, in this process."""
+    """Tensors by name, in this process; none once they were taken."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in shared memory."""
+    """What a tensor in shared memory is."""
 
-    offset: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -45,9 +40,9 @@ class Place:
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SharedParcel:
-    """Tensors by name, in a piece of shared memory that any process of this machine can map."""
+    """Tensors by name, one after the other in a piece of shared memory."""
 
     memory: str
     places: Mapping[str, Place]
@@ -60,13 +55,18 @@ class Transport(Protocol):
     """Packs tensors for one receiver, who takes them out."""
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
-        """A parcel with copies of the tensors, or the tensors themselves."""
+        """A parcel with copies of the tensors, or the tensors themselves. Raises OutOfMemory."""
 
     def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
         """The tensors of a parcel, which is freed. Raises ParcelGone."""
 
-    def free(self, parcel: Parcel) -> None:
-        """Give back the memory of a parcel nobody will take; one that is gone is no error."""
+
+def free(parcel: Parcel) -> None:
+    """Give back the memory of a parcel nobody will take; one that is gone is no error."""
+    if isinstance(parcel, SharedParcel):
+        remove_piece(parcel.memory)
+    else:
+        parcel.tensors.clear()
 
 
 class LocalTransport:
@@ -77,60 +77,56 @@ class LocalTransport:
 
     def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
         assert isinstance(parcel, LocalParcel)
-        return parcel.tensors
-
-    def free(self, parcel: Parcel) -> None:
-        """Nothing to do: the last reference frees the tensors."""
-
-
-class SharedTransport:
-    """For engines in processes of their own: one copy into shared memory, none out of it."""
-
-    def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
-        places: dict[str, Place] = {}
-        end = 0
-        for name, tensor in tensors.items():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            places[name] = Place(end, tuple(tensor.shape), dtype)
-            end += -(-places[name].bytes // ALIGNMENT) * ALIGNMENT
-        memory = SharedMemory(create=True, size=max(1, end))
-        views = _views(memory, places)
-        for name, tensor in tensors.items():
-            views[name].copy_(tensor)
-        del views
-        memory.close()
-        return SharedParcel(memory.name, places)
-
-    def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
-        assert isinstance(parcel, SharedParcel)
-        try:
-            memory = SharedMemory(parcel.memory)
-        except FileNotFoundError as error:
-            raise ParcelGone(f"the tensors {', '.join(parcel.places)} are gone") from error
-        views = _views(memory, parcel.places)
-        found = {name: view.clone() for name, view in views.items()}
-        del views
-        memory.close()
-        memory.unlink()
+        found = dict(parcel.tensors)
+        parcel.tensors.clear()
+        if not found:
+            raise ParcelGone("the tensors of the request were given up or taken before")
         return found
 
     def free(self, parcel: Parcel) -> None:
+        """As `free`."""
+        free(parcel)
+
+
+class SharedTransport:
+    """For engines in processes of their own: one copy into shared memory and one out of it.
+
+    Its pieces are named `prefix` and 1, 2, 3, …; `made` is the newest number.
+    """
+
+    def __init__(self, prefix: str | None = None) -> None:
+        self.prefix = prefix or f"{PREFIX}{secrets.token_hex(6)}_"
+        self.made = 0
+        self._numbers = itertools.count(1)
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
+        places = {
+            name: Place(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in tensors.items()
+        }
+        number = next(self._numbers)  # also from several threads at once
+        memory = f"{self.prefix}{number}"
+        write_piece(memory, (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values()))
+        self.made = max(self.made, number)
+        return SharedParcel(memory, places)
+
+    def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
         assert isinstance(parcel, SharedParcel)
-        with suppress(FileNotFoundError):
-            memory = SharedMemory(parcel.memory)
-            memory.close()
-            memory.unlink()
+        found = {
+            name: torch.empty(place.shape, dtype=getattr(torch, place.dtype))
+            for name, place in parcel.places.items()
+        }
+        if not take_piece(parcel.memory, [_bytes(tensor) for tensor in found.values()]):
+            raise ParcelGone(f"the tensors {', '.join(parcel.places)} are gone")
+        return found
+
+    def free(self, parcel: Parcel) -> None:
+        """As `free`."""
+        free(parcel)
 
 
-def _views(memory: SharedMemory, places: Mapping[str, Place]) -> dict[str, Tensor]:
-    return {
-        name: torch.frombuffer(
-            memory.buf,
-            dtype=getattr(torch, place.dtype),
-            count=math.prod(place.shape),
-            offset=place.offset,
-        ).view(place.shape)
-        if place.bytes
-        else torch.empty(place.shape, dtype=getattr(torch, place.dtype))
-        for name, place in places.items()
-    }
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if not tensor.numel():
+        return memoryview(bytearray())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from neounify.errors import NeounifyError, PromptError, RequestError, not_finite
 from neounify.model.layout import Image, Text
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.engine import check_context
+from neounify.serve.events import EngineDied
 from neounify.serve.messages import (
     Close,
     Export,
@@ -42,7 +43,9 @@ from neounify.serve.messages import (
     Written,
     failed,
 )
-from neounify.serve.transport import Transport
+from neounify.serve.transport import LocalParcel, Transport, free
+
+Prompts = Mapping[SequenceName, tuple[PromptPart, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,21 +145,25 @@ class UnderstandingEngine:
             match order:
                 case Open():
                     self._check_room(order)
-                    self._waiting.append(order)
+                    # Taken at once: the caller may leave before there is room, and frees what lies
+                    # in parcels then.
+                    self._waiting.append(replace(order, prompts=self._taken(order.prompts)))
                 case Write():
                     self._start_writing(order)
                 case Extend():
                     self._start_extending(order)
                 case Export():
                     self._export(order)
-        except NeounifyError as error:
+        except Exception as error:  # whatever it is, it concerns this order alone
             self.replies.append(failed(order.call, error))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read a piece of what waits, then write one token of each sequence that writes."""
-        while self._waiting and self._admit(self._waiting[0]):
-            self._waiting.popleft()
+        """Read a piece of what waits, then write one token of each sequence that writes.
+
+        Raises what concerns all sequences; an error of one order is that order's answer.
+        """
+        self._admit_waiting()
         self._read_some()
         self._answer_readers()
         self._write_one_token()
@@ -181,6 +188,30 @@ class UnderstandingEngine:
             end, limit = _positions(parts), self.model.config.max_positions
             if end > limit:
                 raise PromptError(f"the prompt is {end} positions long, the model reads {limit}")
+
+    def _admit_waiting(self) -> None:
+        """Open what there is room for, in the order in which it came."""
+        while self._waiting:
+            order = self._waiting[0]
+            try:
+                if not self._admit(order):
+                    return
+                self._waiting.popleft()
+            except Exception as error:
+                self._close(tuple(order.prompts))
+                self.replies.append(failed(order.call, error))
+
+    def _taken(self, prompts: Prompts) -> Prompts:
+        """The prompts with their images out of shared memory. Raises ParcelGone."""
+        return {
+            name: tuple(
+                replace(part, pixels=LocalParcel(dict(self.transport.take(part.pixels))))
+                if isinstance(part, PicturePart)
+                else part
+                for part in parts
+            )
+            for name, parts in prompts.items()
+        }
 
     def _admit(self, order: Open) -> bool:
         """Open all sequences of an order, if the cache has room for them now."""
@@ -211,15 +242,14 @@ class UnderstandingEngine:
             if skipped == count:
                 continue
             if isinstance(part, PicturePart):
-                pieces.append(
-                    _Piece(image=self.transport.take(part.pixels)["pixels"], grid=part.grid)
-                )
+                assert isinstance(part.pixels, LocalParcel)
+                pieces.append(_Piece(image=part.pixels.tensors["pixels"], grid=part.grid))
             else:
                 pieces.append(_Piece(ids=part.ids[skipped:]))
         return pieces
 
     def _start_extending(self, order: Extend) -> None:
-        for name, parts in order.parts.items():
+        for name, parts in self._taken(order.parts).items():
             sequence = self._sequence(name)
             rows = _rows(parts, sequence.cache.next_t)
             end = sequence.cache.next_t + _positions(parts)
@@ -260,7 +290,7 @@ class UnderstandingEngine:
             else:
                 self.replies.append(reading.reply)
                 if reading.then is not None:
-                    self._start_writing(reading.then)
+                    self.submit(reading.then)
         self._reading = left
 
     # --- writing ---
@@ -332,12 +362,17 @@ class UnderstandingEngine:
     # --- the rest ---
 
     def _export(self, order: Export) -> None:
-        prefixes = []
-        for name in order.sequences:
-            cache = self._sequence(name).cache
-            keys, values = cache.gather()
-            parcel = self.transport.pack({"keys": keys, "values": values})
-            prefixes.append(Prefix(parcel, cache.next_t))
+        prefixes: list[Prefix] = []
+        try:
+            for name in order.sequences:
+                cache = self._sequence(name).cache
+                keys, values = cache.gather()
+                parcel = self.transport.pack({"keys": keys, "values": values})
+                prefixes.append(Prefix(parcel, cache.next_t))
+        except BaseException:
+            for prefix in prefixes:
+                free(prefix.parcel)
+            raise
         self.replies.append(Reply(order.call, Exported(tuple(prefixes)), True))
 
     def _close(self, names: Sequence[SequenceName]) -> None:
@@ -352,7 +387,7 @@ class UnderstandingEngine:
 
     def _sequence(self, name: SequenceName) -> _Sequence:
         if name not in self._sequences:
-            raise RequestError(f"the engine has no sequence {name}")
+            raise EngineDied(f"the engine was started again and has no sequence {name} any more")
         return self._sequences[name]
 
 

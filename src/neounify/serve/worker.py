@@ -48,13 +48,21 @@ class Worker:
         self._yielded = 0
         self._last_text = -TEXT_SECONDS
         self._reported = 0.0
+        self._begun: float | None = None
+
+    def step_seconds(self) -> float:
+        """How long the step under way has been taking, 0 between steps; for any thread."""
+        begun = self._begun
+        return 0.0 if begun is None else time.monotonic() - begun
 
     def run(self) -> None:
         """Work until the front hangs up."""
         while True:
+            self._begun = None
             orders = self.channel.receive(wait=not self._busy())
             if orders is None:
                 return
+            self._begun = time.monotonic()
             for order in orders:
                 self._engine_of(order).submit(order)  # type: ignore[arg-type]
             self._work()

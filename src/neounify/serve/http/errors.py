@@ -14,7 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from neounify.errors import ImageError, NeounifyError, PromptError, RequestError
-from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
+from neounify.serve.events import (
+    DeadlineExceeded,
+    Draining,
+    EngineDied,
+    OutOfMemory,
+    Overloaded,
+    ParcelGone,
+)
 from neounify.serve.safety.hooks import Refused
 
 INVALID = "invalid_request_error"
@@ -110,6 +117,18 @@ _KNOWN: dict[type[NeounifyError], _Answer] = {
         "engine_restarting",
         "The engine that worked on this request stopped and is being started again; try again.",
     ),
+    OutOfMemory: _Answer(
+        503,
+        "server_error",
+        "out_of_memory",
+        "The server has no memory left for this request at the moment; try again.",
+    ),
+    ParcelGone: _Answer(
+        503,
+        "server_error",
+        "request_lost",
+        "Parts of this request were lost between the engines; try again.",
+    ),
     Draining: _Answer(
         503,
         "server_error",
@@ -162,7 +181,8 @@ def sanitise(message: str) -> str:
 def _retry_after(error: BaseException) -> float | None:
     if isinstance(error, Overloaded):
         return error.retry_after
-    return RETRY_SECONDS if isinstance(error, EngineDied | Draining) else None
+    unavailable = isinstance(error, EngineDied | OutOfMemory | ParcelGone | Draining)
+    return RETRY_SECONDS if unavailable else None
 
 
 def _param(error: BaseException) -> str | None:

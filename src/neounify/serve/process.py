@@ -1,0 +1,190 @@
+"""What an engine in a process of its own does, and what it says to the front of the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from neounify.pipeline import load
+from neounify.runtime import keep_freed_memory
+from neounify.serve.generation import GenerationEngine, GenerationSettings
+from neounify.serve.messages import Order, Reply, Report
+from neounify.serve.shared_memory import remove_abandoned
+from neounify.serve.transport import SharedTransport
+from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.serve.worker import Worker
+
+Role = Literal["und", "gen"]
+
+BEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Of both engines.
+
+    `step_seconds`: a step that takes longer is given up and the engine started again.
+    """
+
+    understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    step_seconds: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSettings:
+    """How a process of its own loads its engine: only the stream it needs stays in memory.
+
+    Its pieces of shared memory have names that begin with `pieces`.
+    """
+
+    role: Role
+    folder: Path
+    dtype: str | None
+    device: str
+    threads: int | None
+    lora: tuple[tuple[Path, float], ...] = ()
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    pieces: str | None = None
+
+
+# --- to the front ---
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine takes orders."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The process runs; its step under way has been taking so long. Sent every BEAT_SECONDS."""
+
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What came of a step. All pieces of shared memory up to number `made` have been told of."""
+
+    replies: Sequence[Reply]
+    report: Report | None
+    made: int
+
+
+class FrontGone(Exception):
+    """The front of the server has ended."""
+
+
+def run_process(connection: Connection, settings: ProcessSettings) -> None:
+    """What the process does: load, say that it is ready, work until the front hangs up."""
+    # The front drains on a signal and hangs up in the end; a terminal's signal comes to all.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    line = _Line(connection)
+    heart = Heart(line.send)
+    heart.start()
+    try:
+        _work(line, heart, settings)
+    except FrontGone:
+        remove_abandoned()
+
+
+def _work(line: _Line, heart: Heart, settings: ProcessSettings) -> None:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    engine = load(
+        settings.folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        lora=settings.lora or None,
+        memory="stream",
+    ).engine
+    transport = SharedTransport(settings.pieces)
+    und = gen = None
+    with engine.residency.use(settings.role):
+        if settings.role == "und":
+            und = UnderstandingEngine(engine.model, settings.engines.understanding, transport)
+        else:
+            gen = GenerationEngine(engine.model, settings.engines.generation, transport)
+        worker = Worker(_PipeChannel(line, transport), und, gen)
+        heart.measure = worker.step_seconds
+        line.send(Ready())
+        worker.run()
+
+
+class Heart(threading.Thread):
+    """Sends a beat now and then, whatever the engine is doing, and ends the process with the front.
+
+    Without it a step of minutes would look like a process that was stopped.
+    """
+
+    def __init__(self, send: Callable[[object], None]) -> None:
+        super().__init__(name="heart", daemon=True)
+        self.measure: Callable[[], float] = lambda: 0.0
+        self._send = send
+
+    def run(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(BEAT_SECONDS):
+            try:
+                self._send(Beat(self.measure()))
+            except FrontGone:
+                remove_abandoned()
+                os._exit(1)  # in the middle of a step: nobody waits for what comes of it
+
+
+class _Line:
+    """The pipe to the front, for two threads that send."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: object) -> None:
+        """Raises FrontGone."""
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except OSError as error:
+            raise FrontGone from error
+
+    def poll(self) -> bool:
+        return self._connection.poll()
+
+    def receive(self) -> Order | None:
+        """The next order, or None for the end. Raises FrontGone."""
+        try:
+            order: Order | None = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise FrontGone from error
+        return order
+
+
+class _PipeChannel:
+    """The worker's end of the line; see `worker.Channel`."""
+
+    def __init__(self, line: _Line, transport: SharedTransport) -> None:
+        self._line, self._transport = line, transport
+
+    def receive(self, *, wait: bool) -> list[Order] | None:
+        found: list[Order] = []
+        while wait or self._line.poll():
+            order = self._line.receive()
+            if order is None:
+                return None
+            found.append(order)
+            wait = False
+        return found
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        self._line.send(Batch(replies, report, self._transport.made))

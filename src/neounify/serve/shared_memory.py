@@ -1,0 +1,164 @@
+"""Pieces of shared memory: files in memory that the processes of one server hand to each other.
+
+They are written and read as files instead of being mapped. It is one copy either way, but a memory
+that is full is an error of the write, where a mapping would end the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from neounify.serve.events import OutOfMemory
+
+PREFIX = "psm_neounify_"
+"""Of all names. Python's own pieces begin with "psm_" too, and tools look for that."""
+LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG)
+
+
+def folder() -> Path:
+    """Where the pieces lie: in memory on Linux, among the temporary files elsewhere."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() else Path(tempfile.gettempdir())
+
+
+def free_bytes() -> int:
+    """Room that is left for pieces."""
+    found = os.statvfs(folder())
+    return found.f_bavail * found.f_frsize
+
+
+def write_piece(name: str, buffers: Iterable[memoryview]) -> None:
+    """Make a piece that holds the buffers one after the other. Raises OutOfMemory."""
+    path = folder() / name
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                for buffer in buffers:
+                    file.write(buffer)
+        except BaseException:
+            remove_piece(name)
+            raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OutOfMemory(
+            f"{path.parent} has no room left for the tensors of a request "
+            f"({free_bytes() / 1e6:.0f} MB are free)"
+        ) from error
+
+
+def take_piece(name: str, buffers: Sequence[memoryview]) -> bool:
+    """Fill the buffers from a piece and remove it; False when it is gone, or is too short."""
+    try:
+        with (folder() / name).open("rb") as file:
+            # Removed first: whatever happens to this process now, nothing stays.
+            remove_piece(name)
+            return all(file.readinto(buffer) == len(buffer) for buffer in buffers)
+    except FileNotFoundError:
+        return False
+
+
+def remove_piece(name: str) -> None:
+    """Give back the memory of a piece; one that is gone is no error."""
+    with suppress(FileNotFoundError):
+        (folder() / name).unlink()
+
+
+def remove_pieces(prefix: str, *, after: int = 0) -> int:
+    """Remove the pieces `prefix`N with N > `after`; how many there were."""
+    found = [name for name in _names(prefix) if _number(name, prefix) > after]
+    for name in found:
+        remove_piece(name)
+    return len(found)
+
+
+class SharedSpace:
+    """The names of one server's pieces, which are its own while it holds a lock.
+
+    What is left of a server that was killed is removed by whoever comes next: an engine of it that
+    notices, or another server when it starts.
+    """
+
+    def __init__(self) -> None:
+        self.prefix = f"{PREFIX}{secrets.token_hex(6)}_"
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Lock the names, after removing what killed servers have left."""
+        remove_abandoned()
+        path = folder() / (self.prefix + LOCK)
+        while self._lock is None:
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is(lock, path):
+                self._lock = lock
+            else:  # somebody took it for abandoned before it was locked
+                os.close(lock)
+
+    def close(self) -> None:
+        """Remove all pieces and unlock the names."""
+        if self._lock is None:
+            return
+        _remove_all(self.prefix)
+        os.close(self._lock)
+        self._lock = None
+
+
+def remove_abandoned() -> None:
+    """Remove the pieces of all servers that have ended without doing it themselves."""
+    for name in _names(PREFIX):
+        if name.endswith(LOCK):
+            with _abandoned(folder() / name) as abandoned:
+                if abandoned:
+                    _remove_all(name.removesuffix(LOCK))
+
+
+@contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a lock; nobody else gets it meanwhile."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # gone meanwhile, or another user's
+        yield False
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield _is(lock, path)
+    finally:
+        os.close(lock)
+
+
+def _remove_all(prefix: str) -> None:
+    for name in _names(prefix):
+        if not name.endswith(LOCK):
+            remove_piece(name)
+    remove_piece(prefix + LOCK)
+
+
+def _names(prefix: str) -> list[str]:
+    return [entry.name for entry in folder().glob(prefix + "*")]
+
+
+def _number(name: str, prefix: str) -> int:
+    digits = name.removeprefix(prefix)
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
