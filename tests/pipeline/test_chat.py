@@ -11,7 +11,9 @@ import torch
 import neounify
 from neounify.errors import Cancelled, PromptError, RequestError
 from neounify.pipeline.answer import AnswerText
-from neounify.text import Tokenizer
+from neounify.pipeline.chatting import ChatRequest, chat_images
+from neounify.pipeline.messages import read_conversation
+from neounify.text import Message, Tokenizer, chat_prompt
 
 
 def picture(seed: int = 0) -> PIL.Image.Image:
@@ -67,6 +69,66 @@ def test_messages_with_parts_equal_marks(pipe: neounify.Pipeline) -> None:
     assert pipe.chat([{"role": "user", "content": parts}], max_new_tokens=8) == marks
 
 
+def test_the_last_answer_is_continued(pipe: neounify.Pipeline) -> None:
+    turns: list[Any] = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "It is"},
+    ]
+    closed = pipe.chat([*turns, {"role": "user", "content": ""}], max_new_tokens=8)
+    begun = pipe.chat(turns, max_new_tokens=8)
+    tail = "<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    ids = pipe.tokenizer.encode(tail, allow_special=True)
+    assert begun.prompt_tokens == closed.prompt_tokens - len(ids)
+    assert begun.text == pipe.tokenizer.decode(begun.token_ids).rstrip()
+
+
+@pytest.mark.parametrize(("continues", "shown"), [(True, " red"), (False, "red")])
+def test_the_space_behind_a_beginning_counts(continues: bool, shown: str) -> None:
+    class Stream:
+        def put(self, token: int) -> str:
+            return " red" if token == 0 else " "
+
+        def flush(self) -> str:
+            return ""
+
+    text = AnswerText(Stream(), continues=continues)  # type: ignore[arg-type]
+    assert "".join([text.put(0), text.put(1), text.flush()]) == shown
+
+
+def test_images_of_earlier_answers_are_seen(pipe: neounify.Pipeline) -> None:
+    def history(image: PIL.Image.Image) -> list[Any]:
+        parts = [
+            {"type": "text", "text": "Look: "},
+            {"type": "image", "image": image},
+            {"type": "text", "text": " there."},
+        ]
+        return [
+            {"role": "user", "content": "<image>paint"},
+            {"role": "assistant", "content": parts},
+            {"role": "user", "content": "What is it? <image>"},
+        ]
+
+    def ask(image: PIL.Image.Image) -> torch.Tensor:
+        messages, images = read_conversation(history(image), [picture(1), picture(2)])
+        assert images == [picture(1), image, picture(2)]
+        prompt = chat_prompt(pipe.tokenizer, messages)
+        [prefix] = pipe.engine.read(
+            [prompt], [chat_images(pipe.engine, ChatRequest(messages=messages, images=images))]
+        )
+        return prefix.hidden
+
+    one, other = ask(picture(3)), ask(picture(4))
+    assert torch.equal(one, ask(picture(3)))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_images_left_over_go_behind_those_of_an_earlier_answer() -> None:
+    answer = Message("assistant", "Look.", image_offsets=(0,))
+    messages, images = read_conversation([answer, Message("user", "?")], [picture(1), picture(2)])
+    assert [m.n_images for m in messages] == [1, 1]
+    assert images == [picture(1), picture(2)]
+
+
 def test_images_without_marks_go_in_front_of_the_first_question(pipe: neounify.Pipeline) -> None:
     history = [
         {"role": "user", "content": "what?"},
@@ -118,7 +180,12 @@ def test_the_context_limit_ends_an_answer(pipe: neounify.Pipeline) -> None:
         ([{"role": "user"}], {}, PromptError),
         ([{"role": "robot", "content": "hi"}], {}, PromptError),
         ([{"role": "user", "content": [{"type": "sound"}]}], {}, PromptError),
-        ([{"role": "assistant", "content": "hi"}], {}, PromptError),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            {"think": True},
+            PromptError,
+        ),
+        ([{"role": "system", "content": [{"type": "image", "image": picture()}]}], {}, PromptError),
         ("hi", {"max_new_tokens": 0}, RequestError),
         ("hi", {"temperature": -1}, RequestError),
         ("hi", {"temperature": float("nan")}, RequestError),

@@ -101,6 +101,37 @@ def test_guidance_one_needs_no_second_prefix(
     assert reads == [1, 2, 4]  # the empty prefix is shared by all prompts
 
 
+def test_a_negative_prompt_changes_the_unconditional_prefix_only(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[list[str]] = []
+    original = type(pipe.engine).read
+
+    def read(self: Any, prompts: Any, images: Any) -> Any:
+        reads.append([pipe.tokenizer.decode(p.ids([], 0), skip_special=False) for p in prompts])
+        return original(self, prompts, images)
+
+    monkeypatch.setattr(type(pipe.engine), "read", read)
+    plain = pipe.generate("a boat", guidance=3.0, **SIZE).pixels
+    negative = pipe.generate("a boat", guidance=3.0, negative_prompt="blurry", **SIZE).pixels
+    assert not torch.allclose(plain, negative, atol=1e-4)
+    assert torch.equal(
+        plain, pipe.generate("a boat", guidance=3.0, negative_prompt="", **SIZE).pixels
+    )
+    assert reads[1][0] == reads[0][0]
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<img>"
+    assert (reads[0][1], reads[1][1]) == (turn.format(""), turn.format("blurry"))
+
+
+def test_negative_prompts_in_a_batch_are_those_alone(pipe: neounify.Pipeline) -> None:
+    negatives = ["blurry", "", "blurry"]
+    options: dict[str, Any] = {"guidance": 3.0, **SIZE}
+    together = pipe.generate(PROMPTS, seed=[5, 6, 7], negative_prompt=negatives, **options).pixels
+    for n, prompt in enumerate(PROMPTS):
+        alone = pipe.generate(prompt, seed=5 + n, negative_prompt=negatives[n], **options).pixels
+        assert torch.allclose(alone, together[n : n + 1], atol=1e-5)
+
+
 def test_second_order_solver_comes_closer(pipe: neounify.Pipeline) -> None:
     few: dict[str, Any] = {"width": 64, "height": 64, "guidance": 1.0, "shift": 1.0, "t_eps": 0.5}
     exact = pipe.generate("a boat", steps=256, **few).pixels
@@ -135,6 +166,10 @@ def test_result_can_be_used_with_autograd(pipe: neounify.Pipeline) -> None:
         ({"seed": 2**64}, RequestError, "seed"),
         ({"seed": [1, 2]}, RequestError, "2 values"),
         ({"images_per_prompt": 0}, RequestError, "images_per_prompt"),
+        ({"negative_prompt": "x", "guidance": 1.0}, RequestError, "guidance is 1, so nothing"),
+        ({"negative_prompt": "an <image>"}, RequestError, "holds no images"),
+        ({"negative_prompt": "nul \0"}, RequestError, "negative_prompt"),
+        ({"negative_prompt": ["a", "b"]}, RequestError, "2 values"),
         ({"noise": torch.zeros(1, 3, 32, 32)}, RequestError, "noise"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import neounify
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
+from neounify.pipeline.messages import read_request
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.presets import TINY
@@ -50,6 +53,7 @@ def expected(pipe: neounify.Pipeline, request: PaintRequest) -> torch.Tensor:
         "think": request.think,
         "max_think_tokens": request.max_think_tokens,
         "guidance": request.sampling.guidance.text,
+        "negative_prompt": request.negative_prompt,
     }
     if request.images:
         result = pipe.edit(
@@ -165,6 +169,69 @@ def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None
     _same_story(pipe, told)
 
 
+def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
+    editing = make_sampling(pipe.config, editing=True, steps=4, guidance=3, image_guidance=2)
+    requests = [
+        painting(pipe, seed=3, negative_prompt="blurry"),
+        painting(pipe, seed=3),
+        painting(pipe, "change", images=(PICTURE,), sampling=editing, negative_prompt="blurry"),
+        painting(pipe, "change", images=(PICTURE,), negative_prompt="dark"),
+    ]
+    answers = serve(
+        colocated(pipe),
+        lambda service: asyncio.gather(*(collect(service, r) for r in requests)),
+    )
+    for request, answer in zip(requests, answers, strict=True):
+        same_image(answer.images[0], expected(pipe, request)[0])
+    assert not torch.allclose(answers[0].images[0], answers[1].images[0], atol=1e-3)
+
+
+def test_usage_tells_text_from_images_and_thoughts(pipe: neounify.Pipeline) -> None:
+    edit = painting(pipe, "change", images=(PICTURE,), think=True, max_think_tokens=5)
+    chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8, think=True)
+    painted, answered = serve(
+        colocated(pipe),
+        lambda service: asyncio.gather(collect(service, edit), collect(service, chat)),
+    )
+    for request, collected in ((edit, painted), (chat, answered)):
+        finished = collected.finished
+        assert finished is not None
+        prompt = pipe.tokenizer.encode("What?" if request is chat else "change")
+        text = finished.prompt_tokens - finished.prompt_image_tokens
+        assert text > len(prompt)
+        assert finished.reasoning_tokens == finished.completion_tokens > 0
+    assert painted.finished is not None
+    assert painted.finished.prompt_image_tokens == 12
+    assert painted.finished.image_tokens == 12
+
+
+def test_histories_are_read_as_in_the_pipeline(pipe: neounify.Pipeline) -> None:
+    answer = [
+        {"type": "text", "text": "Once"},
+        {"type": "image", "image": PICTURE},
+        {"type": "text", "text": " more"},
+    ]
+    turns: list[Any] = [
+        {"role": "user", "content": "Tell"},
+        {"role": "assistant", "content": answer},
+    ]
+    asked = [*turns, {"role": "user", "content": "What <image>?"}]
+    chats = [
+        make_chat_request(asked, [OTHER], max_new_tokens=8),
+        make_chat_request(turns, [], max_new_tokens=8),
+    ]
+    text, history, images = read_request(asked, [OTHER])
+    story = dataclasses.replace(_story(pipe), prompt=text, history=history, images=images)
+    requests: list[ServiceRequest] = [*chats, story]
+    *answers, told = serve(
+        colocated(pipe),
+        lambda service: asyncio.gather(*(collect(service, r) for r in requests)),
+    )
+    for chat, collected in zip(chats, answers, strict=True):
+        assert collected.text == _alone(pipe, chat).text
+    _same_story(pipe, told, asked, [OTHER])
+
+
 def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
     return InterleaveRequest(
         prompt="Tell",
@@ -177,23 +244,30 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
     )
 
 
-def _same_story(pipe: neounify.Pipeline, told: Collected) -> None:
+def _same_story(
+    pipe: neounify.Pipeline,
+    told: Collected,
+    prompt: Any = "Tell",
+    images: Any = (OTHER,),
+    **options: Any,
+) -> None:
     parts = list(
         pipe.interleave(
-            "Tell",
-            [OTHER],
+            prompt,
+            images,
             max_images=2,
             max_new_tokens=24,
             width=[64, 96],
             height=[64, 64],
             seed=2,
             steps=3,
+            **options,
         )
     )
-    images = [part.pixels for part in parts if isinstance(part, ImagePart)]
+    painted = [part.pixels for part in parts if isinstance(part, ImagePart)]
     assert told.text == "".join(part.text for part in parts if isinstance(part, TextPart))
-    assert len(told.images) == len(images)
-    for index, pixels in enumerate(images):
+    assert len(told.images) == len(painted)
+    for index, pixels in enumerate(painted):
         same_image(told.images[index], pixels)
 
 
@@ -217,11 +291,17 @@ def test_stories_alternate_as_in_the_pipeline(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _open_images(pipe, monkeypatch)
-    told = serve(colocated(pipe), lambda service: collect(service, _story(pipe)))
-    assert len(told.images) == 2
-    assert told.order[-1] == "Finished"
-    _open_images(pipe, monkeypatch)
-    _same_story(pipe, told)
+    plain = _story(pipe)
+    sampling = make_sampling(pipe.config, editing=True, steps=3, guidance=3, image_guidance=2)
+    negative = dataclasses.replace(plain, sampling=sampling, negative_prompt="blurry")
+    steered: dict[str, Any] = {"guidance": 3, "image_guidance": 2, "negative_prompt": "blurry"}
+    for story, options in ((plain, {}), (negative, steered)):
+        _open_images(pipe, monkeypatch)
+        told = serve(colocated(pipe), partial(collect, request=story))
+        assert len(told.images) == 2
+        assert told.order[-1] == "Finished"
+        _open_images(pipe, monkeypatch)
+        _same_story(pipe, told, **options)
 
 
 @pytest.mark.parametrize("room", [5, 6, 7, 8])

@@ -157,8 +157,6 @@ def test_a_prompt_is_needed(text: str) -> None:
         paint_prompt(BYTES, text, system="s", think=False)
     with pytest.raises(PromptError, match="a prompt is needed"):
         interleave_prompt(BYTES, text, system="s", think=False)
-    with pytest.raises(PromptError, match="a prompt is needed"):
-        chat_prompt(BYTES, [Message("user", text)])
 
 
 def test_pictures_alone_are_a_prompt() -> None:
@@ -181,23 +179,81 @@ def test_text_that_is_not_text_is_refused(bad: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "message"),
+    "roles",
     [
-        ([], "last message must be a user's"),
-        (["assistant"], "last message must be a user's"),
-        (["system"], "last message must be a user's"),
-        (["user", "assistant"], "last message must be a user's"),
-        (["user", "system", "user"], "only be the first"),
+        ["system", "system", "user"],
+        ["user", "assistant", "system", "user"],
+        ["user", "user"],
+        ["assistant", "user"],
+        ["user", "system"],
+        ["system"],
     ],
 )
-def test_turns_out_of_place(roles: list[Any], message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        chat_prompt(BYTES, [Message(role, "x") for role in roles])
+def test_every_turn_is_written_where_it_stands(roles: list[Any]) -> None:
+    turns = [Message(role, f"{role[0]}{place}") for place, role in enumerate(roles)]
+    text = "".join(f"<|im_start|>{t.role}\n{t.text}<|im_end|>\n" for t in turns)
+    assert written(chat_prompt(BYTES, turns)) == text + "<|im_start|>assistant\n"
+    first = "<|im_start|>system\nfirst<|im_end|>\n"
+    own = written(chat_prompt(BYTES, turns, system="first"))
+    assert own == first + text + "<|im_start|>assistant\n"
 
 
-def test_two_system_messages_and_unknown_roles() -> None:
-    with pytest.raises(PromptError, match="two system messages"):
-        chat_prompt(BYTES, [Message("system", "x"), Message("user", "x")], system="y")
+def test_empty_turns_are_written() -> None:
+    turns = [Message("user", ""), Message("assistant", ""), Message("user", "")]
+    turn = "<|im_start|>{}\n<|im_end|>\n"
+    expected = "".join(turn.format(t.role) for t in turns) + "<|im_start|>assistant\n"
+    assert written(chat_prompt(BYTES, turns)) == expected
+
+
+def test_an_answer_that_is_begun_stays_open() -> None:
+    turns = [Message("user", "What colour?"), Message("assistant", "It is")]
+    prompt = "<|im_start|>user\nWhat colour?<|im_end|>\n<|im_start|>assistant\nIt is"
+    assert written(chat_prompt(BYTES, turns)) == prompt
+    with pytest.raises(PromptError, match="no thought can come before it"):
+        chat_prompt(BYTES, turns, think=True)
+    with pytest.raises(PromptError, match="list of messages is empty"):
+        chat_prompt(BYTES, [])
+
+
+def test_an_assistants_images_stand_at_their_offsets() -> None:
+    answer = Message("assistant", "Once <image> then", image_offsets=(4, 17))
+    assert answer.pieces == ["Once", " <image> then", ""]
+    prompt = chat_prompt(BYTES, [Message("user", "<image>?"), answer, Message("user", "<image>")])
+    assert prompt.n_images == 4
+    images = [segment for segment in prompt.segments if isinstance(segment, ImageSegment)]
+    assert images == [ImageSegment(n) for n in range(4)]
+    turn = "<|im_start|>assistant\nOnce<img></img> <image> then<img></img><|im_end|>\n"
+    assert turn in written(prompt)
+
+
+@pytest.mark.parametrize("offsets", [(3, 1), (-1,), (3,)])
+def test_offsets_out_of_place_are_refused(offsets: tuple[int, ...]) -> None:
+    with pytest.raises(PromptError, match="must ascend within the text's 2 characters"):
+        Message("assistant", "ab", image_offsets=offsets)
+    with pytest.raises(PromptError, match="for assistant messages"):
+        Message("system", "abcdef", image_offsets=offsets)
+
+
+def test_an_interleaved_answer_reads_the_history() -> None:
+    history = [Message("user", "a"), Message("assistant", "b", image_offsets=(1,))]
+    prompt = interleave_prompt(BYTES, "<image>c", system="s", think=False, history=history)
+    assert written(prompt) == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>assistant\nb<img></img><|im_end|>\n<|im_start|>user\n<img></img>c<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+
+
+def test_a_negative_prompt_is_the_text_of_the_unconditional_turn() -> None:
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert written(unconditional_prompt(BYTES, "blurry")) == turn.format("blurry") + "<img>"
+    one = images_only_prompt(BYTES, 1, open_image=True, negative="blurry")
+    assert written(one) == turn.format("<img></img>\nblurry") + "<img>"
+    with pytest.raises(PromptError, match="holds no images"):
+        unconditional_prompt(BYTES, "a <image>")
+
+
+def test_unknown_roles() -> None:
     with pytest.raises(PromptError, match="not 'robot'"):
         Message("robot", "x")  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="must be text, not int"):

@@ -17,13 +17,16 @@ class AnswerText:
     end of the answer, is held back until it is known.
     """
 
-    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, stream: TextStream, stop: Sequence[str] = (), *, continues: bool = False
+    ) -> None:
+        """`continues`: it goes on behind text that is there, so leading whitespace counts."""
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings")
         self._stream = stream
         self._stop = tuple(stop)
         self._held = ""
-        self._begun = False
+        self._begun = continues
         self.stopped = False
 
     def put(self, token: int) -> str:

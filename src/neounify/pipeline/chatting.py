@@ -19,12 +19,15 @@ from neounify.pipeline.front import Front
 from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
 from neounify.text.special import IM_END
-from neounify.text.template import Message, chat_prompt
+from neounify.text.template import Message, chat_prompt, continues_answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """One conversation to continue; `messages` hold one `<image>` mark per picture."""
+    """One conversation to continue; `images` are those of `messages` in order.
+
+    Where the last message is the assistant's, the answer goes on from it (prefill).
+    """
 
     messages: Sequence[Message]
     images: Sequence[PIL.Image.Image] = ()
@@ -96,6 +99,12 @@ def chat_images(front: Front, request: ChatRequest) -> list[torch.Tensor]:
     return front.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
 
 
+def answer_text(front: Front, request: ChatRequest) -> AnswerText:
+    """What turns the tokens of the answer into its text."""
+    begun = continues_answer(request.messages) and bool(request.messages[-1].text)
+    return AnswerText(front.tokenizer.stream(), request.stop, continues=begun)
+
+
 class ChatRun:
     """Answers being written to several requests at once.
 
@@ -108,7 +117,7 @@ class ChatRun:
     ) -> None:
         self._engine = engine
         self._cancel = cancel
-        self._texts = [AnswerText(engine.tokenizer.stream(), r.stop) for r in requests]
+        self._texts = [answer_text(engine, r) for r in requests]
         prompts = [
             chat_prompt(engine.tokenizer, r.messages, system=r.system, think=r.think)
             for r in requests

@@ -24,7 +24,12 @@ from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.painting import edit_images
-from neounify.pipeline.request import Sampling, check_seed, image_noise_scale
+from neounify.pipeline.request import (
+    Sampling,
+    check_negative_prompt,
+    check_seed,
+    image_noise_scale,
+)
 from neounify.pipeline.results import (
     ImagePart,
     InterleavePart,
@@ -35,6 +40,7 @@ from neounify.pipeline.results import (
 from neounify.text.special import IM_END, IMAGE_OPEN
 from neounify.text.stream import TextStream
 from neounify.text.template import (
+    Message,
     Prompt,
     images_only_prompt,
     interleave_prompt,
@@ -49,7 +55,8 @@ MAX_IMAGES = 100
 class InterleaveRequest:
     """`sizes` are the (width, height) of the images in turn; the last one is kept.
 
-    `max_new_tokens` counts text over the whole answer.
+    `max_new_tokens` counts text over the whole answer. `history` are earlier turns, whose
+    images come first in `images`. `negative_prompt` is as in a PaintRequest.
     """
 
     prompt: str
@@ -62,6 +69,8 @@ class InterleaveRequest:
     think: bool = False
     system: str = ""
     text: SamplingSettings = field(default_factory=SamplingSettings)
+    history: Sequence[Message] = ()
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -69,6 +78,12 @@ class InterleaveRequest:
             raise RequestError(f"max_images must be from 0 to {MAX_IMAGES}, got {self.max_images}")
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_negative_prompt(self.negative_prompt, self.sampling)
+
+    @property
+    def own_images(self) -> int:
+        """How many of `images` belong to the prompt, not to the history."""
+        return len(self.images) - sum(message.n_images for message in self.history)
 
 
 def interleave(
@@ -83,13 +98,17 @@ def interleave(
 
 def turn_prompt(front: Front, request: InterleaveRequest, branch: Branch) -> Prompt:
     """What the model reads before its answer, for one branch of guidance."""
-    tokenizer, count = front.tokenizer, len(request.images)
+    tokenizer, negative = front.tokenizer, request.negative_prompt
     if branch == "uncond":
-        return unconditional_prompt(tokenizer)
+        return unconditional_prompt(tokenizer, negative)
     if branch == "image":
-        return images_only_prompt(tokenizer, count, open_image=False)
-    text = place_images(request.prompt, count, numbered=True)
-    return interleave_prompt(tokenizer, text, system=request.system, think=request.think)
+        # One turn with all images, those of earlier answers too: it never holds any text.
+        count = len(request.images)
+        return images_only_prompt(tokenizer, count, open_image=False, negative=negative)
+    text = place_images(request.prompt, request.own_images, numbered=True)
+    return interleave_prompt(
+        tokenizer, text, system=request.system, think=request.think, history=request.history
+    )
 
 
 def draw_noise(

@@ -25,40 +25,81 @@ def read_pictures(
 def read_conversation(
     prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
 ) -> tuple[list[Message], list[PIL.Image.Image]]:
-    """Messages with one `<image>` mark per picture, and the pictures in that order.
+    """Messages with a place for each image, and the images in that order.
 
-    `prompt` is a question, or a list of messages {"role", "content"}; a content is a text
-    with marks, or a list of {"type": "text", "text"} and {"type": "image", "image"} parts.
-    Pictures of `images` fill the marks of texts in order; those left over go in front
-    of the first user message.
+    `prompt` is a question, or a list of messages {"role", "content"}; a content is a text,
+    where a user's has marks, or a list of {"type": "text", "text"} and {"type": "image",
+    "image"} parts. Images of `images` fill the marks of texts in order; those left over go
+    in front of the first user message. Raises PromptError, and ImageError for parts that
+    hold no image.
     """
-    turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-    if not turns:
-        raise PromptError("the list of messages is empty; the last one must be the user's")
+    if isinstance(prompt, str):
+        if not prompt.strip() and not images:
+            raise PromptError("a prompt is needed: the text is empty and there is no image")
+        prompt = [Message("user", prompt)]
+    if not prompt:
+        raise PromptError("the list of messages is empty")
     messages: list[Message] = []
     ordered: list[PIL.Image.Image] = []
     used = 0
-    for turn in turns:
-        role, pieces = _pieces(turn)
-        text = ""
-        for piece in pieces:
-            if isinstance(piece, str):
-                marks = piece.count(IMAGE_MARK) if role == "user" else 0
-                ordered += images[used : used + marks]
-                used += marks
-                text += piece
-            else:
-                ordered.append(read_image(piece.source, colour_profiles=colour_profiles))
-                text += IMAGE_MARK
-        messages.append(Message(role, text))
+    for turn in prompt:
+        if isinstance(turn, Message):
+            messages.append(turn)
+            marks, own = turn.n_images, list(images[used : used + turn.n_images])
+        else:
+            message, marks, own = _read_message(turn, images[used:], colour_profiles)
+            messages.append(message)
+        used += marks
+        ordered += own
     if used > len(images):
         raise PromptError(f"the text has {used} {IMAGE_MARK} marks for {len(images)} images")
     return _place_rest(messages, list(images[used:]), ordered)
 
 
+def read_request(
+    prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
+) -> tuple[str, list[Message], list[PIL.Image.Image]]:
+    """The request of an interleaved answer: its text, the earlier turns, and all images in order.
+
+    Images of a plain text that have no mark are placed when the prompt is built, numbered.
+    Raises PromptError unless the last message is a user's.
+    """
+    if isinstance(prompt, str):
+        return prompt, [], list(images)
+    messages, ordered = read_conversation(prompt, images, colour_profiles=colour_profiles)
+    *history, last = messages
+    if last.role != "user":
+        raise PromptError(
+            f"an answer with images needs a user's message last, this one is {last.role!r}"
+        )
+    return last.text, history, ordered
+
+
 class _Picture:
     def __init__(self, source: Source) -> None:
         self.source = source
+
+
+def _read_message(
+    turn: Mapping[str, Any], images: Sequence[PIL.Image.Image], colour_profiles: bool
+) -> tuple[Message, int, list[PIL.Image.Image]]:
+    """The message, how many of `images` its marks take, and all its images in order."""
+    role, pieces = _pieces(turn)
+    text, offsets, used = "", [], 0
+    own: list[PIL.Image.Image] = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            marks = piece.count(IMAGE_MARK) if role == "user" else 0
+            own += images[used : used + marks]
+            used += marks
+            text += piece
+        else:
+            own.append(read_image(piece.source, colour_profiles=colour_profiles))
+            if role == "user":
+                text += IMAGE_MARK
+            else:
+                offsets.append(len(text))
+    return Message(role, text, image_offsets=tuple(offsets)), used, own
 
 
 def _place_rest(
@@ -72,12 +113,11 @@ def _place_rest(
     text = messages[first].text
     total = text.count(IMAGE_MARK) + len(rest)
     messages[first] = Message("user", place_images(text, total, numbered=False))
-    return messages, rest + ordered
+    before = sum(message.n_images for message in messages[:first])
+    return messages, ordered[:before] + rest + ordered[before:]
 
 
-def _pieces(turn: Message | Mapping[str, Any]) -> tuple[Any, list[str | _Picture]]:
-    if isinstance(turn, Message):
-        return turn.role, [turn.text]
+def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _Picture]]:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         raise PromptError(f"a message needs 'role' and 'content', got {_short(turn)}")
     content = turn["content"]
@@ -93,8 +133,10 @@ def _piece(part: Any, role: Any) -> str | _Picture:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return str(part["text"])
         if part.get("type") == "image" and "image" in part:
-            if role != "user":
-                raise PromptError(f"only user messages hold images, this one is {role!r}")
+            if role not in ("user", "assistant"):
+                raise PromptError(
+                    f"only user and assistant messages hold images, this one is {role!r}"
+                )
             return _Picture(part["image"])
     raise PromptError(
         "a content part must be {'type': 'text', 'text': …} or {'type': 'image', 'image': …}, "

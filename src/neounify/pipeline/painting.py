@@ -87,37 +87,35 @@ def edit_images(front: Front, images: Sequence[PIL.Image.Image]) -> list[Tensor]
 def branch_prompt(front: Front, request: PaintRequest, branch: Branch) -> Prompt:
     """What the model reads before it paints, for one branch of guidance."""
     tokenizer, count = front.tokenizer, len(request.images)
+    negative = request.negative_prompt
     if branch == "uncond":
-        return unconditional_prompt(tokenizer)
+        return unconditional_prompt(tokenizer, negative)
     if branch == "image":
-        return images_only_prompt(tokenizer, count, open_image=True)
+        return images_only_prompt(tokenizer, count, open_image=True, negative=negative)
     system = front.system_message if request.system is None else request.system
     text = place_images(request.prompt, count, numbered=True)
     return paint_prompt(tokenizer, text, system=system, think=request.think)
 
 
 def _prefixes(engine: Engine, requests: Sequence[PaintRequest]) -> list[dict[Branch, Prefix]]:
-    """Read the prefixes each request needs; requests share the unconditional one."""
-    keys: list[tuple[int, Branch]] = []
+    """Read the prefixes each request needs; equal negative prompts share one."""
+    places: list[dict[Branch, int]] = [{} for _ in requests]
+    shared: dict[str, int] = {}
     prompts: list[Prompt] = []
     images: list[list[Tensor]] = []
-    for number, request in enumerate(requests):
+    for request, own in zip(requests, places, strict=True):
         inputs = edit_images(engine, request.images)
         for branch in request.sampling.guidance.branches():
-            if branch == "uncond" and any(b == "uncond" for _, b in keys):
+            if branch == "uncond" and request.negative_prompt in shared:
+                own[branch] = shared[request.negative_prompt]
                 continue
-            keys.append((number, branch))
+            own[branch] = len(prompts)
+            if branch == "uncond":
+                shared[request.negative_prompt] = len(prompts)
             prompts.append(branch_prompt(engine, request, branch))
             images.append([] if branch == "uncond" else inputs)
-    read = dict(zip(keys, engine.read(prompts, images), strict=True))
-    uncond = [prefix for (_, branch), prefix in read.items() if branch == "uncond"]
-    own: list[dict[Branch, Prefix]] = [{} for _ in requests]
-    for (number, branch), prefix in read.items():
-        own[number][branch] = prefix
-    for prefixes, request in zip(own, requests, strict=True):
-        if "uncond" in request.sampling.guidance.branches():
-            prefixes["uncond"] = uncond[0]
-    return own
+    read = engine.read(prompts, images)
+    return [{branch: read[place] for branch, place in own.items()} for own in places]
 
 
 def think(

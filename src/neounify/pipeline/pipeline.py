@@ -28,7 +28,7 @@ from neounify.pipeline.chatting import (
 )
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.interleaving import InterleaveRequest, interleave
-from neounify.pipeline.messages import Conversation, read_pictures
+from neounify.pipeline.messages import Conversation, read_pictures, read_request
 from neounify.pipeline.painting import Callback, paint, to_result
 from neounify.pipeline.request import (
     MAX_THINK_TOKENS,
@@ -182,6 +182,7 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
+        negative_prompt: str | Sequence[str] = "",
         think: bool = False,
         max_think_tokens: int = MAX_THINK_TOKENS,
         solver: SolverName = "euler",
@@ -195,7 +196,8 @@ class Pipeline:
         `width` and `height` are in pixels, multiples of the token side. `seed` is one for
         all prompts or one per prompt; an image depends on its own prompt and seed, not on
         its company. `noise` [prompts · images_per_prompt, 3, H, W], already times σ,
-        replaces the draw. `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with
+        replaces the draw. `negative_prompt`, one for all or one per prompt, is what guidance
+        steers away from. `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with
         `guidance_norm` none, global, channel or cfg_zero_star; `shift` bends the time
         schedule towards noise; `t_eps` is the smallest 1 - t a velocity is divided by (default:
         0.02, or the last step's 1 - t where that is smaller).
@@ -219,6 +221,7 @@ class Pipeline:
         size = output_size(self.config, width, height)
         seeds = per_prompt(seed, len(prompts), "seed")
         noises = split_noise(noise, len(prompts))
+        negatives = per_prompt(negative_prompt, len(prompts), "negative_prompt")
         requests = [
             PaintRequest(
                 prompt=text,
@@ -231,8 +234,11 @@ class Pipeline:
                 think=think,
                 max_think_tokens=max_think_tokens,
                 system=system,
+                negative_prompt=negative,
             )
-            for text, own_seed, own_noise in zip(prompts, seeds, noises, strict=True)
+            for text, own_seed, own_noise, negative in zip(
+                prompts, seeds, noises, negatives, strict=True
+            )
         ]
         return self._paint(requests, callback, cancel)
 
@@ -246,6 +252,7 @@ class Pipeline:
         seed: int = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
+        negative_prompt: str = "",
         think: bool = False,
         max_think_tokens: int = MAX_THINK_TOKENS,
         system: str | None = None,
@@ -257,9 +264,10 @@ class Pipeline:
 
         `<image>` in the prompt marks the places of the pictures; without marks they go in
         front. `guidance` pulls towards the instruction, `image_guidance` towards the
-        pictures. Without a size, the first picture's aspect ratio is kept at the area of
-        the model's default size. `published_interval` reproduces the published code, where
-        a guidance interval that starts at 0 never ends. The rest is as in `generate`.
+        pictures, and both away from `negative_prompt`. Without a size, the first picture's
+        aspect ratio is kept at the area of the model's default size. `published_interval`
+        reproduces the published code, where a guidance interval that starts at 0 never
+        ends. The rest is as in `generate`.
         """
         pictures = read_pictures(images, colour_profiles=self.colour_profiles)
         if not pictures:
@@ -277,12 +285,13 @@ class Pipeline:
             think=think,
             max_think_tokens=max_think_tokens,
             system=system,
+            negative_prompt=negative_prompt,
         )
         return self._paint([request], callback, cancel)
 
     def interleave(
         self,
-        prompt: str,
+        prompt: Conversation,
         images: Source | Sequence[Source] = (),
         *,
         max_images: int = 10,
@@ -295,6 +304,7 @@ class Pipeline:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
+        negative_prompt: str = "",
         think: bool = False,
         system: str = "",
         cancel: threading.Event | None = None,
@@ -302,18 +312,26 @@ class Pipeline:
     ) -> Iterator[InterleavePart]:
         """Answer with text and images by turns; an iterator of parts.
 
-        Yields TextPart pieces as they are written, a PreviewPart after every denoising
-        step and an ImagePart per finished image. `width` and `height` may be lists, one
-        size per image in turn; the last is kept. `max_new_tokens` bounds the text,
-        `max_images` the images: after the last one the text goes on. The text is drawn
-        as in `chat`, the images are painted as in `edit`.
+        `prompt` is a text or a list of messages as in `chat`, the last one a user's; earlier
+        answers may hold images. Yields TextPart pieces as they are written, a PreviewPart
+        after every denoising step and an ImagePart per finished image. `width` and `height`
+        may be lists, one size per image in turn; the last is kept. `max_new_tokens` bounds
+        the text, `max_images` the images: after the last one the text goes on. The text is
+        drawn as in `chat`, the images are painted as in `edit`.
         """
-        pictures = read_pictures(images, colour_profiles=self.colour_profiles)
+        text, history, pictures = read_request(
+            prompt,
+            read_pictures(images, colour_profiles=self.colour_profiles),
+            colour_profiles=self.colour_profiles,
+        )
+        shown = pictures[sum(message.n_images for message in history) :]
         request = InterleaveRequest(
-            prompt=prompt,
-            sizes=output_sizes(self.config, width, height, pictures[0] if pictures else None),
+            prompt=text,
+            history=history,
+            sizes=output_sizes(self.config, width, height, shown[0] if shown else None),
             sampling=make_sampling(self.config, editing=True, **sampling),
             images=pictures,
+            negative_prompt=negative_prompt,
             max_images=max_images,
             max_new_tokens=max_new_tokens,
             seed=seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import PIL.Image
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.errors import RequestError
+from neounify.errors import PromptError, RequestError
 from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.path import sampling_t_eps
@@ -21,6 +21,9 @@ from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import SolverName, make_solver
 from neounify.image.patches import patchify
 from neounify.image.sizes import check_size, fit_size
+from neounify.text.template import check_negative
+
+T = TypeVar("T", int, str)
 
 MAX_STEPS = 1000
 MAX_IMAGES_PER_PROMPT = 64
@@ -109,7 +112,8 @@ class PaintRequest:
     """Paint `count` images of one prompt; with input `images` it is an edit.
 
     `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
-    `system` None means the checkpoint's own message, "" none at all.
+    `system` None means the checkpoint's own message, "" none at all. `negative_prompt` is
+    what guidance steers away from; it needs guidance. Raises RequestError.
     """
 
     prompt: str
@@ -123,6 +127,7 @@ class PaintRequest:
     think: bool = False
     max_think_tokens: int = MAX_THINK_TOKENS
     system: str | None = None
+    negative_prompt: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
@@ -137,6 +142,7 @@ class PaintRequest:
             raise RequestError("noise must be finite, it holds NaN or infinite values")
         if self.max_think_tokens < 1:
             raise RequestError(f"max_think_tokens must be at least 1, got {self.max_think_tokens}")
+        check_negative_prompt(self.negative_prompt, self.sampling)
 
     def grid(self, config: ModelConfig) -> tuple[int, int]:
         """Token rows and columns."""
@@ -155,6 +161,24 @@ class PaintRequest:
 def image_noise_scale(grid: tuple[int, int], config: ModelConfig) -> float:
     """σ at which an image of this grid is sampled."""
     return noise_scale(grid[0] * grid[1], config.flow)
+
+
+def check_negative_prompt(text: str, sampling: Sampling) -> None:
+    """RequestError unless the text is a negative prompt that guidance can steer away from."""
+    if not isinstance(text, str):
+        raise RequestError(f"negative_prompt must be text, not {type(text).__name__}")
+    try:
+        check_negative(text)
+    except PromptError as error:
+        raise RequestError(f"negative_prompt: {error}") from error
+    guidance = sampling.guidance
+    if text.strip() and guidance.branches() == ("cond",):
+        used = f"guidance is {guidance.text:g}"
+        if guidance.editing:
+            used += f" and image_guidance {guidance.image:g}"
+        raise RequestError(
+            f"negative_prompt: {used}, so nothing is steered away from; set guidance above 1"
+        )
 
 
 def check_seed(seed: int) -> None:
@@ -221,9 +245,9 @@ def split_noise(noise: Tensor | None, prompts: int) -> list[Tensor | None]:
     return list(noise.chunk(prompts))
 
 
-def per_prompt(value: int | Sequence[int], count: int, name: str) -> list[int]:
+def per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
     """One value for every prompt, or a list with as many values as prompts."""
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != count:
             raise RequestError(f"{len(value)} values of {name} for {count} prompts")
         return list(value)

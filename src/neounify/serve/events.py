@@ -51,8 +51,9 @@ class Painted:
 class Finished:
     """The last event of every answer that came to an end.
 
-    Tokens are those of the understanding stream; `cached_tokens` of the prompt's were known from
-    earlier requests, `image_tokens` were painted.
+    `prompt_tokens` are those of the conditional prompt: `prompt_image_tokens` of them are its
+    images', `cached_tokens` were known from earlier requests. `completion_tokens` are text,
+    `reasoning_tokens` of them a thought; `image_tokens` were painted.
     """
 
     finish_reason: Literal["stop", "length"]
@@ -60,6 +61,8 @@ class Finished:
     completion_tokens: int
     cached_tokens: int = 0
     image_tokens: int = 0
+    prompt_image_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 ServiceEvent = TextPiece | Preview | Painted | Finished

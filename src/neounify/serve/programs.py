@@ -18,13 +18,22 @@ from neounify.decode.sampling import SamplingSettings
 from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.answer import AnswerText
-from neounify.pipeline.chatting import ChatRequest, chat_images
+from neounify.pipeline.chatting import ChatRequest, answer_text, chat_images
 from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_again, turn_prompt
 from neounify.pipeline.painting import branch_prompt, edit_images
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import Finished, Painted, Preview, ServiceEvent, TextPiece
-from neounify.serve.messages import Done, Opened, Prefix, PromptPart, TextPart, Token, Written
+from neounify.serve.messages import (
+    Done,
+    Opened,
+    PicturePart,
+    Prefix,
+    PromptPart,
+    TextPart,
+    Token,
+    Written,
+)
 from neounify.serve.session import Session
 from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.stream import TextStream
@@ -40,16 +49,34 @@ UNCONDITIONAL = "uncond"
 
 @dataclass
 class _Usage:
-    """Counts for the last event."""
+    """Counts for the last event; `prompt` is what the conditional prompt holds."""
 
     prompt: int = 0
+    prompt_images: int = 0
     cached: int = 0
     written: int = 0
+    thought: int = 0
     painted: int = 0
 
+    @classmethod
+    def of(cls, prompt: Sequence[PromptPart], opened: Opened) -> _Usage:
+        """Before anything is written."""
+        images = sum(part.tokens for part in prompt if isinstance(part, PicturePart))
+        tokens = images + sum(len(part.ids) for part in prompt if isinstance(part, TextPart))
+        # What was known of the other branches' prompts is not of this one.
+        return cls(tokens, images, min(opened.cached, tokens))
+
     def finished(self, written: Written | None) -> Finished:
-        reason = "stop" if written is None else written.finish_reason
-        return Finished(reason, self.prompt, self.written, self.cached, self.painted)
+        """The last event."""
+        return Finished(
+            "stop" if written is None else written.finish_reason,
+            prompt_tokens=self.prompt,
+            completion_tokens=self.written,
+            cached_tokens=self.cached,
+            image_tokens=self.painted,
+            prompt_image_tokens=self.prompt_images,
+            reasoning_tokens=self.thought,
+        )
 
 
 async def chat(session: Session, front: Front, request: ChatRequest, previews: int) -> Events:
@@ -60,19 +87,20 @@ async def chat(session: Session, front: Front, request: ChatRequest, previews: i
     images = await asyncio.to_thread(chat_images, front, request)
     parts = await session.parts(prompt, images, front.config.token_size)
     usage = _Usage()
-    text = _Text(front, request.stop, thinking=request.think)
+    text = _Text(front, lambda: answer_text(front, request), thinking=request.think)
     stops = frozenset((front.token(IM_END),))
     ended = None
     async for answer in session.open_and_write(
         "cond", parts, request.sampling, stops, request.max_new_tokens
     ):
         if isinstance(answer, Opened):
-            usage.prompt, usage.cached = answer.tokens, answer.cached
+            usage = _Usage.of(parts, answer)
             continue
         if isinstance(answer, Written):
             ended = answer
             break
         usage.written += 1
+        usage.thought += text.thinking
         for piece in text.put(answer.id):
             yield piece
         if text.stopped:
@@ -90,7 +118,7 @@ async def paint(session: Session, front: Front, request: PaintRequest, previews:
     if request.think:
         async for event in _think(session, front, request, usage):
             yield event
-    prefixes = await _prefixes(session, request.sampling.guidance.branches())
+    prefixes = await _prefixes(session, request)
     noise = await asyncio.to_thread(request.start, front.config)
     grid = request.grid(front.config)
     async for seen, pixels in session.paint(noise, grid, request.sampling, prefixes, previews):
@@ -106,8 +134,8 @@ async def interleave(
     session: Session, front: Front, request: InterleaveRequest, previews: int
 ) -> Events:
     """Text and images by turns; an image is read back by the model that painted it."""
-    branches, side = request.sampling.guidance.branches(), front.config.token_size
-    own = _own(branches)
+    side = front.config.token_size
+    seeing = [branch for branch in _own(request) if branch != "uncond"]
     pictures = sum(_tokens(front, size) + 2 for size in _sizes(request))
     usage = await _open(
         session, front, request, turn_prompt, words=request.max_new_tokens, pictures=pictures
@@ -117,7 +145,7 @@ async def interleave(
         front.token(IMAGE_OPEN),
         frozenset((front.token(IM_END), front.token(IMAGE_OPEN))),
     )
-    text = _Text(front, (), thinking=False, keep_space=True)
+    text = _Text(front, front.tokenizer.stream, thinking=False)
     for index in range(request.max_images + 1):
         ended: Written | None = None
         async for answer in session.write("cond", request.text, stops, request.max_new_tokens):
@@ -125,6 +153,7 @@ async def interleave(
                 ended = answer
                 break
             usage.written += 1
+            usage.thought += text.thinking
             for piece in text.put(answer.id):
                 yield piece
         for piece in text.flush():
@@ -133,11 +162,11 @@ async def interleave(
             break
         size = request.sizes[min(index, len(request.sizes) - 1)]
         try:
-            await session.extend({branch: (TextPart((opens,)),) for branch in own})
+            await session.extend({branch: (TextPart((opens,)),) for branch in seeing})
         except ContextFullError:
             ended = _CONTEXT_FULL
             break
-        prefixes = await _prefixes(session, branches)
+        prefixes = await _prefixes(session, request)
         noise = await asyncio.to_thread(draw_noise, front.config, *size, generator)
         grid = (size[1] // side, size[0] // side)
         finished: Tensor | None = None
@@ -154,7 +183,7 @@ async def interleave(
         again = seen_again(finished, front.dtype)
         shown: dict[str, tuple[PromptPart, ...]] = {
             branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
-            for branch in own
+            for branch in seeing
         }
         try:
             await session.extend(shown)
@@ -173,29 +202,30 @@ async def _open(
     words: int,
     pictures: int = 0,
 ) -> _Usage:
-    """Read the prompt of every branch but the one that is kept.
+    """Read the prompt of every branch that is not kept.
 
-    There is room for `words` tokens behind the conditional one, for `pictures` behind all.
+    There is room for `words` tokens behind the conditional one, and for `pictures` behind
+    all that see images.
     """
-    own = _own(request.sampling.guidance.branches())
+    own = _own(request)
     images = await asyncio.to_thread(edit_images, front, request.images)
     side = front.config.token_size
     parts: dict[str, list[PromptPart]] = {
         b: await session.parts(prompt(front, request, b), images, side) for b in own
     }
-    room = {b: pictures + (words if b == "cond" else 0) for b in parts}
-    opened = await session.open(parts, room)
-    return _Usage(opened.tokens, opened.cached)
+    room = {b: (words if b == "cond" else 0) + (pictures if b != "uncond" else 0) for b in parts}
+    return _Usage.of(parts["cond"], await session.open(parts, room))
 
 
 async def _think(session: Session, front: Front, request: PaintRequest, usage: _Usage) -> Events:
     """Write the thought and open the image behind it."""
     close = front.token(THINK_CLOSE)
     stops = frozenset((close, front.token(IM_END)))
-    text = _Text(front, (), thinking=True)
+    text = _Text(front, front.tokenizer.stream, thinking=True)
     async for answer in session.write("cond", SamplingSettings(), stops, request.max_think_tokens):
         if isinstance(answer, Token):
             usage.written += 1
+            usage.thought += 1
             for piece in text.put(answer.id):
                 yield piece
             continue
@@ -206,16 +236,21 @@ async def _think(session: Session, front: Front, request: PaintRequest, usage: _
         await session.extend({"cond": (TextPart(ids),)})
 
 
-async def _prefixes(session: Session, branches: Sequence[Branch]) -> dict[Branch, Prefix | str]:
-    own = _own(branches)
-    found: dict[Branch, Prefix | str] = dict(zip(own, await session.export(own), strict=True))
-    if UNCONDITIONAL in branches:
-        found["uncond"] = UNCONDITIONAL
-    return found
+async def _prefixes(session: Session, request: Painting) -> dict[Branch, Prefix | str]:
+    own = _own(request)
+    prefixes: dict[Branch, Prefix | str] = dict(zip(own, await session.export(own), strict=True))
+    for branch in request.sampling.guidance.branches():
+        prefixes.setdefault(branch, UNCONDITIONAL)
+    return prefixes
 
 
-def _own(branches: Sequence[Branch]) -> list[Branch]:
-    return [branch for branch in branches if branch != UNCONDITIONAL]
+def _own(request: PaintRequest | InterleaveRequest) -> list[Branch]:
+    """The branches whose prompt the request reads itself.
+
+    The unconditional one is kept for all, but a negative prompt makes it the request's own.
+    """
+    branches = request.sampling.guidance.branches()
+    return [b for b in branches if b != "uncond" or request.negative_prompt]
 
 
 def _sizes(request: InterleaveRequest) -> list[tuple[int, int]]:
@@ -231,11 +266,12 @@ class _Text:
     """Tokens to pieces of text, each marked as thought or answer."""
 
     def __init__(
-        self, front: Front, stop: Sequence[str], *, thinking: bool, keep_space: bool = False
+        self, front: Front, answer: Callable[[], AnswerText | TextStream], *, thinking: bool
     ) -> None:
+        """`answer` makes what decodes the tokens outside of thoughts."""
         self._marks = {front.token(THINK_OPEN): True, front.token(THINK_CLOSE): False}
-        self._stop, self._front, self._keep_space = stop, front, keep_space
-        self._thought = thinking
+        self._front, self._answer = front, answer
+        self.thinking = thinking
         self._text = self._fresh()
 
     @property
@@ -246,7 +282,7 @@ class _Text:
         if token not in self._marks:
             return self._marked(self._text.put(token))
         pieces = self.flush()
-        self._thought = self._marks[token]
+        self.thinking = self._marks[token]
         self._text = self._fresh()
         return pieces
 
@@ -255,10 +291,7 @@ class _Text:
         return self._marked(self._text.flush())
 
     def _marked(self, text: str) -> list[TextPiece]:
-        return [TextPiece(text, self._thought)] if text else []
+        return [TextPiece(text, self.thinking)] if text else []
 
     def _fresh(self) -> AnswerText | TextStream:
-        stream = self._front.tokenizer.stream()
-        if self._keep_space and not self._thought:
-            return stream
-        return AnswerText(stream, () if self._thought else self._stop)
+        return AnswerText(self._front.tokenizer.stream()) if self.thinking else self._answer()

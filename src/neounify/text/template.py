@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
 from typing import Literal
 
 from neounify.errors import PromptError
@@ -98,14 +98,18 @@ class Prompt:
 class Message:
     """One turn of a conversation.
 
-    A user's text marks each picture with `<image>`; in other roles the mark is plain text.
+    A user's text marks each image with `<image>`. In other roles the mark is plain text; an
+    assistant's images stand at `image_offsets`, ascending numbers of characters of `text`.
     `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
     of one of them.
+
+    Raises PromptError for an unknown role, for what is no text, and for offsets out of place.
     """
 
     role: Role
     text: str
     tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
+    image_offsets: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
@@ -117,6 +121,27 @@ class Message:
             raise PromptError(f"only assistant messages hold tool calls, this one is {self.role!r}")
         for call in self.tool_calls:
             _check_text(call.name + call.arguments, "a tool call")
+        if self.image_offsets and self.role != "assistant":
+            raise PromptError(f"image_offsets are for assistant messages, not for {self.role!r}")
+        cuts = (0, *self.image_offsets, len(self.text))
+        if any(low > high for low, high in pairwise(cuts)):
+            raise PromptError(
+                f"image_offsets {self.image_offsets} must ascend within the text's "
+                f"{len(self.text)} characters"
+            )
+
+    @property
+    def pieces(self) -> list[str]:
+        """The texts around the images: one more than there are images."""
+        if self.role == "user":
+            return self.text.split(IMAGE_MARK)
+        cuts = (0, *self.image_offsets, len(self.text))
+        return [self.text[low:high] for low, high in pairwise(cuts)]
+
+    @property
+    def n_images(self) -> int:
+        """How many images the message holds."""
+        return len(self.pieces) - 1
 
 
 @dataclass(frozen=True)
@@ -182,43 +207,48 @@ def chat_prompt(
     tools: Sequence[Tool] = (),
     open_call: bool = False,
 ) -> Prompt:
-    """Build the prompt of a conversation, up to where the model's answer starts.
+    """Build the prompt of a conversation, up to where the model's answer starts or goes on.
+
+    Every turn is written where it stands, whatever its role: several system messages, two user
+    turns in a row and an answer first are all read as they come. A last message of the
+    assistant is the beginning of the answer (prefill): it stays open.
 
     Args:
         tokenizer: of the model that will read it.
-        messages: the turns, the last one a user's or a tool's; pictures are counted over all.
-        system: the system message; left out when empty. It may also be the first message.
+        messages: at least one turn; images are counted over all of them.
+        system: a system message before the others; left out when empty.
         think: open a thought for the model to write in.
         tools: functions offered to the model, behind the system message.
         open_call: end with the mark of a call, for an answer that must be one.
 
     Raises:
-        PromptError: no messages, a turn out of place, a last one that says nothing, or two tools
-            of one name.
+        PromptError: no messages, two tools of one name, or a thought or a call asked for behind
+            the beginning of an answer.
     """
-    turns = list(messages)
-    if turns and turns[0].role == "system":
-        if system:
-            raise PromptError("two system messages: one in the messages, one beside them")
+    if not messages:
+        raise PromptError("the list of messages is empty")
+    begun = continues_answer(messages)
+    if begun and (think or open_call):
+        raise PromptError(
+            f"the last message begins the answer, so no {'thought' if think else 'call'} can come "
+            "before it: turn that off, or leave the message out"
+        )
+    turns = list(messages[:-1] if begun else messages)
+    if turns and turns[0].role == "system" and not system:
         system = turns.pop(0).text
-    if not turns or turns[-1].role not in ("user", "tool"):
-        raise PromptError("the last message must be a user's")
-    if any(turn.role == "system" for turn in turns):
-        raise PromptError("a system message can only be the first")
-    if turns[-1].role == "user":
-        _check_says_something(turns[-1].text)
     images = count()
-    pieces = _system_turn(system, tools)
-    for role, group in groupby(turns, key=lambda turn: turn.role):
-        if role == "tool":
-            pieces += _responses_turn(list(group))
-            continue
-        for turn in group:
-            pieces += _user_turn(turn.text, images) if role == "user" else _answer_turn(turn)
-    end: list[_Piece] = [*_ANSWER, *(_OPEN_THOUGHT if think else ())]
+    pieces = [*_system_turn(system, tools), *_turns(turns, images), *_ANSWER]
+    if begun:
+        pieces += _content(messages[-1], images)
+    pieces += _OPEN_THOUGHT if think else ()
     if open_call:
-        end += (_Mark(CALL_OPEN), _Plain("\n"))
-    return _assemble(tokenizer, [*pieces, *end])
+        pieces += (_Mark(CALL_OPEN), _Plain("\n"))
+    return _assemble(tokenizer, pieces)
+
+
+def continues_answer(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of the answer, to be written on."""
+    return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
 def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
@@ -239,36 +269,59 @@ def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -
     return _single_turn(tokenizer, text, system, end)
 
 
-def interleave_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
-    """Build the full prompt of an answer that mixes text and pictures.
+def interleave_prompt(
+    tokenizer: Tokenizer, text: str, *, system: str, think: bool, history: Sequence[Message] = ()
+) -> Prompt:
+    """Build the full prompt of an answer that mixes text and images.
 
     Args:
         tokenizer: of the model that will read it.
-        text: the request, with an `<image>` mark per input picture.
+        text: the request, with an `<image>` mark per input image of its own.
         system: the system message; left out when empty.
         think: let the model open a thought itself; else the prompt ends with an empty one.
+        history: earlier turns, written as in `chat_prompt`; their images come first.
 
     Raises:
-        PromptError: neither text nor pictures.
+        PromptError: neither text nor images in the request.
     """
     _check_says_something(text)
-    return _single_turn(tokenizer, text, system, () if think else _NO_THOUGHT)
+    return _single_turn(tokenizer, text, system, () if think else _NO_THOUGHT, history)
 
 
-def unconditional_prompt(tokenizer: Tokenizer) -> Prompt:
-    """Build the prompt that asks for nothing: an empty user turn, then `<img>`."""
-    return _single_turn(tokenizer, "", "", _OPEN_IMAGE)
+def unconditional_prompt(tokenizer: Tokenizer, negative: str = "") -> Prompt:
+    """Build the prompt that guidance steers away from: a user turn, then `<img>`.
+
+    Args:
+        tokenizer: of the model that will read it.
+        negative: the text of the turn; empty asks for nothing, as the published models do.
+    """
+    return _single_turn(tokenizer, check_negative(negative), "", _OPEN_IMAGE)
 
 
-def images_only_prompt(tokenizer: Tokenizer, n_images: int, *, open_image: bool) -> Prompt:
-    """Build the prompt that is just the input pictures.
+def images_only_prompt(
+    tokenizer: Tokenizer, n_images: int, *, open_image: bool, negative: str = ""
+) -> Prompt:
+    """Build the prompt that is just the input images.
 
     Args:
         tokenizer: of the model that will read it.
         n_images: how many, at least 0.
         open_image: end with `<img>` (editing); interleaving adds it when it paints.
+        negative: what guidance steers away from; it follows the images as an instruction would.
     """
-    return _single_turn(tokenizer, IMAGE_MARK * n_images, "", _OPEN_IMAGE if open_image else ())
+    if check_negative(negative):
+        text = place_images(negative, n_images, numbered=True)
+    else:
+        text = IMAGE_MARK * n_images
+    return _single_turn(tokenizer, text, "", _OPEN_IMAGE if open_image else ())
+
+
+def check_negative(text: str) -> str:
+    """Return the text of a negative prompt. Raises PromptError for what is none."""
+    _check_text(text, "the negative prompt")
+    if IMAGE_MARK in text:
+        raise PromptError(f"the negative prompt holds no images, but it has an {IMAGE_MARK} mark")
+    return text
 
 
 def after_think_ids(tokenizer: Tokenizer) -> list[int]:
@@ -282,9 +335,16 @@ def default_system_message() -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _single_turn(tokenizer: Tokenizer, text: str, system: str, end: tuple[_Piece, ...]) -> Prompt:
+def _single_turn(
+    tokenizer: Tokenizer,
+    text: str,
+    system: str,
+    end: tuple[_Piece, ...],
+    history: Sequence[Message] = (),
+) -> Prompt:
     _check_text(text, "the prompt")
-    return _assemble(tokenizer, [*_system_turn(system), *_user_turn(text, count()), *_ANSWER, *end])
+    turns = _turns([*history, Message("user", text)], count())
+    return _assemble(tokenizer, [*_system_turn(system), *turns, *_ANSWER, *end])
 
 
 def _system_turn(text: str, tools: Sequence[Tool] = ()) -> list[_Piece]:
@@ -303,13 +363,25 @@ def _with_marks(text: str) -> list[_Piece]:
     return [_Mark(part) if part in MARKS else _Plain(part) for part in parts]
 
 
-def _answer_turn(turn: Message) -> list[_Piece]:
-    content: list[_Piece] = [_Plain(turn.text)]
+def _turns(messages: Sequence[Message], images: Iterator[int]) -> list[_Piece]:
+    """Turns as they come; results of calls that were made together are one."""
+    pieces: list[_Piece] = []
+    for role, group in groupby(messages, key=lambda turn: turn.role):
+        if role == "tool":
+            pieces += _responses_turn(list(group))
+            continue
+        for turn in group:
+            pieces += _turn(role, [*_content(turn, images), *_calls(turn)])
+    return pieces
+
+
+def _calls(turn: Message) -> list[_Piece]:
+    content: list[_Piece] = []
     for number, call in enumerate(turn.tool_calls):
         line = "\n" if turn.text or number else ""
         content += [_Plain(line), _Mark(CALL_OPEN), _Plain(f"\n{call.as_json()}\n")]
         content.append(_Mark(CALL_CLOSE))
-    return _turn("assistant", content)
+    return content
 
 
 def _responses_turn(turns: Sequence[Message]) -> list[_Piece]:
@@ -322,13 +394,13 @@ def _responses_turn(turns: Sequence[Message]) -> list[_Piece]:
     return _turn("user", content)
 
 
-def _user_turn(text: str, images: Iterator[int]) -> list[_Piece]:
-    first, *rest = text.split(IMAGE_MARK)
+def _content(message: Message, images: Iterator[int]) -> list[_Piece]:
+    first, *rest = message.pieces
     content: list[_Piece] = [_Plain(first)]
     for part in rest:
         image = (_Special(IMAGE_OPEN), _Image(next(images)), _Special(IMAGE_CLOSE))
         content += [*image, _Plain(part)]
-    return _turn("user", content)
+    return content
 
 
 def _turn(role: Role, content: Sequence[_Piece]) -> list[_Piece]:
