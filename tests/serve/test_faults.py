@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import neounify
-from neounify.errors import PromptError, RequestError
+from neounify.errors import ImageError, PromptError, RequestError
 from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
@@ -78,6 +79,32 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
     first, second = serve(colocated(pipe, limits=ServiceLimits(image_tokens=12)), work)
     assert len(first.images) == 3
     assert isinstance(second, Overloaded)
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "message"),
+    [
+        ((1056, 1024), ServiceLimits(), r"has 1,056 tokens, this server paints 1,024 at most"),
+        ((96, 96), ServiceLimits(max_image_tokens=8), "has 9 tokens, this server paints 8 at most"),
+        ((96, 96), ServiceLimits(image_tokens=17), "images have 18 tokens, this server paints 17"),
+    ],
+)
+def test_images_that_are_too_large_are_an_error_at_once(
+    pipe: neounify.Pipeline, size: tuple[int, int], limits: ServiceLimits, message: str
+) -> None:
+    request = painting(pipe, 3, count=2, width=size[0], height=size[1])
+    story = InterleaveRequest(prompt="Tell", sizes=[(64, 64), size], sampling=request.sampling)
+
+    async def work(service: Service) -> dict[str, float]:
+        with pytest.raises((ImageError, RequestError), match=message):
+            await collect(service, request)
+        if "images have" not in message:
+            with pytest.raises(ImageError, match=message):
+                await collect(service, story)
+        return await settled(service)
+
+    gauges = serve(colocated(pipe, limits=limits), work)
+    assert gauges["image_tokens"] == gauges["requests"] == 0
 
 
 def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline) -> None:

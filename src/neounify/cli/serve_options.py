@@ -156,6 +156,16 @@ class EngineOptions:
             rich_help_panel=ENGINES,
         ),
     ] = 65_536
+    max_image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of one image. Default: four times those of the model's default size, "
+            "at least 1024.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

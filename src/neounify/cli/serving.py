@@ -145,7 +145,11 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
             ),
             generation=GenerationSettings(step_tokens=engines.step_tokens),
         ),
-        limits=ServiceLimits(requests=engines.requests, image_tokens=engines.image_tokens),
+        limits=ServiceLimits(
+            requests=engines.requests,
+            image_tokens=engines.image_tokens,
+            max_image_tokens=engines.max_image_tokens,
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.errors import PromptError, RequestError
+from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.path import sampling_t_eps
@@ -187,6 +187,40 @@ def check_seed(seed: int) -> None:
         raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}")
 
 
+def max_image_tokens(config: ModelConfig) -> int:
+    """Tokens of the largest image a model paints: its context, or its default size if that is more.
+
+    An image's tokens see each other as those of a text do; a model whose context is shorter has
+    never attended to so many.
+    """
+    return max(config.max_positions, image_tokens(config, *config.sampling.image_size))
+
+
+def image_tokens(config: ModelConfig, width: int, height: int) -> int:
+    """Tokens of an image of a legal size in pixels."""
+    return width * height // config.token_size**2
+
+
+def check_image_tokens(
+    config: ModelConfig, width: int, height: int, limit: int | None = None
+) -> None:
+    """ImageError for an image of more tokens than the model paints, or than `limit`.
+
+    The message gives the tokens, the limit and the largest size of the same shape.
+    """
+    own, tokens = max_image_tokens(config), image_tokens(config, width, height)
+    most = own if limit is None else min(own, limit)
+    if tokens <= most:
+        return
+    who = "this model's context holds" if most == own else "this server paints"
+    side, scale = config.token_size, math.sqrt(most / tokens)
+    rows, columns = (min(most, max(1, int(n // side * scale))) for n in (height, width))
+    raise ImageError(
+        f"an image of {width}x{height} has {tokens:,} tokens, {who} {most:,} at most; "
+        f"the largest of this shape is {columns * side}x{rows * side}"
+    )
+
+
 def output_size(
     config: ModelConfig,
     width: int | None,
@@ -196,14 +230,15 @@ def output_size(
     """(width, height) to paint: as asked, else like the reference picture, else the default.
 
     A reference gives its aspect ratio at the area of the model's default size.
-    Raises ImageError for sizes that are not multiples of the token side, RequestError
-    when only one side is given.
+    Raises ImageError for sizes that are not multiples of the token side or too large for the
+    model, RequestError when only one side is given.
     """
     if (width is None) != (height is None):
         raise RequestError("give both width and height, or neither")
     if width is not None and height is not None:
         limit = config.max_grid * config.token_size
         check_size(width, height, config.token_size, limit)
+        check_image_tokens(config, width, height)
         return width, height
     default = config.sampling.image_size
     if reference is None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neounify.config import ModelConfig
+from neounify.errors import RequestError
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
+from neounify.pipeline.request import PaintRequest, check_image_tokens, image_tokens
 from neounify.serve import programs
 from neounify.serve.events import (
     Draining,
@@ -33,10 +34,21 @@ from neounify.text.template import Prompt, TextSegment, paint_prompt, unconditio
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceLimits:
-    """`requests` under way at once, `image_tokens` of all images under way at once."""
+    """`requests` under way at once, `image_tokens` of all images under way at once.
+
+    `max_image_tokens` bounds one image; None is four times the tokens of the model's default size,
+    at least 1,024.
+    """
 
     requests: int = 128
     image_tokens: int = 65_536
+    max_image_tokens: int | None = None
+
+    def largest_image(self, config: ModelConfig) -> int:
+        """Tokens of one image at most."""
+        if self.max_image_tokens is not None:
+            return self.max_image_tokens
+        return max(1024, 4 * image_tokens(config, *config.sampling.image_size))
 
 
 class Service:
@@ -137,7 +149,12 @@ class Service:
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
             )
         tokens = self._tokens_of(request)
-        if self._active and self._image_tokens + tokens > self.limits.image_tokens:
+        if tokens > self.limits.image_tokens:
+            raise RequestError(
+                f"the request's images have {tokens:,} tokens, this server paints "
+                f"{self.limits.image_tokens:,} at a time; ask for fewer or smaller images"
+            )
+        if self._image_tokens + tokens > self.limits.image_tokens:
             raise Overloaded(
                 "as many images are being painted as the limit allows", self._retry_after()
             )
@@ -149,12 +166,15 @@ class Service:
         return [self.links.understanding] if isinstance(request, ChatRequest) else self.links.all
 
     def _tokens_of(self, request: ServiceRequest) -> int:
-        area = self.config.token_size**2
+        """Image tokens under way at once for a request. ImageError when an image is too large."""
+        count, sizes = 1, list[tuple[int, int]]()
         if isinstance(request, PaintRequest):
-            return request.count * request.width * request.height // area
-        if isinstance(request, InterleaveRequest):
-            return max(width * height for width, height in request.sizes) // area
-        return 0
+            count, sizes = request.count, [(request.width, request.height)]
+        elif isinstance(request, InterleaveRequest):
+            sizes = list(request.sizes)
+        for size in sizes:
+            check_image_tokens(self.config, *size, self.limits.largest_image(self.config))
+        return count * max((image_tokens(self.config, *size) for size in sizes), default=0)
 
     def _retry_after(self) -> float:
         """About when one of the requests under way will have ended, seconds."""

@@ -1,0 +1,57 @@
+"""What is asked of a model before any work: sizes it can paint."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neounify.config import ModelConfig
+from neounify.errors import ImageError
+from neounify.image import TRAINING_BUCKETS
+from neounify.pipeline.request import check_image_tokens, image_tokens, output_size
+from neounify.presets import SCENES, TINY, U1_8B, U1_A3B
+
+
+@pytest.mark.parametrize("config", [U1_8B, U1_A3B])
+@pytest.mark.parametrize("size", [*TRAINING_BUCKETS, (4096, 4096), (8192, 8192), (10_240, 32)])
+def test_published_models_keep_their_sizes(config: ModelConfig, size: tuple[int, int]) -> None:
+    assert output_size(config, *size) == size
+
+
+def test_an_image_beyond_the_context_is_refused() -> None:
+    message = (
+        "an image of 4096x4096 has 65,536 tokens, this model's context holds 2,048 at most; "
+        "the largest of this shape is 720x720"
+    )
+    with pytest.raises(ImageError, match=re.escape(message)):
+        output_size(SCENES, 4096, 4096)
+    assert output_size(SCENES, 720, 720) == (720, 720)
+
+
+def test_the_default_size_is_always_allowed() -> None:
+    small = TINY.replace(max_positions=3)
+    assert output_size(small, None, None) == output_size(small, 128, 128) == (128, 128)
+    with pytest.raises(ImageError, match="16 at most"):
+        output_size(small, 160, 128)
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 3000))
+def test_the_size_that_is_named_is_allowed(columns: int, rows: int, limit: int) -> None:
+    side = SCENES.token_size
+    limit = min(limit, SCENES.max_positions)
+    try:
+        check_image_tokens(SCENES, columns * side, rows * side, limit)
+    except ImageError as error:
+        found = re.search(r"the largest of this shape is (\d+)x(\d+)", str(error))
+        assert found is not None
+        width, height = map(int, found.groups())
+        assert columns * rows > limit
+        assert width % side == height % side == 0
+        assert width <= columns * side
+        assert height <= rows * side
+        assert 0 < image_tokens(SCENES, width, height) <= limit
+    else:
+        assert columns * rows <= limit
