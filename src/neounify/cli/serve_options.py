@@ -96,6 +96,25 @@ class ListenOptions:
             rich_help_panel=LISTEN,
         ),
     ] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name this server is reached by, besides localhost, this machine's own and IP "
+            "addresses; may be repeated, * is any. Requests for other names get 421. Default "
+            "with --api-keys: any.",
+            rich_help_panel=LISTEN,
+        ),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Let pages of this origin, such as http://localhost:3000, use the API; may be "
+            "repeated, * is any. Default: none.",
+            rich_help_panel=LISTEN,
+        ),
+    ] = None
     drain_seconds: Annotated[
         int,
         typer.Option(

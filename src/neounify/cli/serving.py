@@ -161,11 +161,16 @@ def _engine_threads() -> int:
 def _http_settings(
     model: ServeModelOptions, listen: ListenOptions, access: AccessOptions
 ) -> HttpSettings:
+    from neounify.serve.http.browsers import default_hosts, parse_origin
     from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
 
+    keys = _read_keys(access.api_keys)
+    hosts = tuple(listen.allowed_host or ())
+    if hosts or not keys:
+        hosts += default_hosts(listen.host)
     return HttpSettings(
         model_name=listen.name or resolve_model(model.model).resolve().name,
-        keys=_read_keys(access.api_keys),
+        keys=keys,
         requests_per_minute=access.requests_per_minute,
         concurrent=access.concurrent,
         limits=Limits(
@@ -176,6 +181,8 @@ def _http_settings(
         remote_hosts=tuple(access.allow_images_from or ()),
         public_url=listen.public_url,
         colour_profiles=access.colour_profiles,
+        allowed_hosts=hosts,
+        cors_origins=tuple(map(parse_origin, listen.cors_origin or ())),
     )
 
 

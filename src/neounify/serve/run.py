@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from neounify.serve.build import ServeSettings, build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http.connections import server_config
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.service import Service
 
@@ -54,12 +55,12 @@ def run(
         ready=lambda: service.ready,
         page=page_folder() if settings.page else None,
     )
-    config = uvicorn.Config(
+    config = server_config(
         app,
+        settings.http,
         host=settings.host,
         port=settings.port,
         log_level=settings.log_level,
-        server_header=False,
         timeout_graceful_shutdown=settings.drain_seconds,
     )
     sys.setswitchinterval(SWITCH_SECONDS)

@@ -15,12 +15,16 @@ from fastapi import FastAPI
 from openai import OpenAI
 from PIL import Image
 
+from neounify.serve.http.connections import server_config
+
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """The base URL of the app, served by uvicorn on a free port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    settings = app.state.context.settings
+    config = server_config(app, settings, log_level="critical", lifespan="off")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

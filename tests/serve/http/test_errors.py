@@ -176,7 +176,7 @@ def test_wrong_paths_and_methods() -> None:
     client = client_of()
     assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
     response = client.get(CHAT)
-    assert (response.status_code, response.headers["allow"]) == (405, "POST")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST, OPTIONS")
     assert response.json()["error"]["code"] == "method_not_allowed"
 
 

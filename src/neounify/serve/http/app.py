@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -16,8 +17,9 @@ from starlette.types import Scope
 from neounify.serve.events import Answering
 from neounify.serve.http import chat_routes, image_routes
 from neounify.serve.http.accounts import Accounts
+from neounify.serve.http.browsers import PAGE_HEADERS, BrowserGuard
 from neounify.serve.http.context import Context
-from neounify.serve.http.docs_page import docs_page
+from neounify.serve.http.docs_page import DOCS_HEADERS, docs_page
 from neounify.serve.http.errors import ErrorBody
 from neounify.serve.http.gate import API, Gate
 from neounify.serve.http.handlers import add_handlers
@@ -55,6 +57,7 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses={"default": {"model": ErrorBody, "description": "Every error"}},
     )
     app.state.context = Context(
@@ -76,23 +79,46 @@ def create_app(
         concurrent=settings.concurrent,
     )
     app.add_middleware(Gate, accounts=accounts, limits=settings.limits, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+            max_age=600,
+        )
+    app.add_middleware(
+        BrowserGuard,
+        hosts=settings.allowed_hosts,
+        origins=settings.cors_origins,
+    )
     add_handlers(app)
     for router in (chat_routes.router, image_routes.router, info_router(ready)):
         app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(docs_page(app.openapi()))
+        return HTMLResponse(docs_page(app.openapi()), headers=DOCS_HEADERS)
 
     if page is not None:
-        app.router.routes.append(_Page("/", StaticFiles(directory=page, html=True), name="page"))
+        app.router.routes.append(_Page("/", _PageFiles(directory=page, html=True), name="page"))
     return app
+
+
+class _PageFiles(StaticFiles):
+    """The files of the page, with headers that let it load nothing from elsewhere."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 class _Page(Mount):
     """The static files; paths of the API are not its business, so that 405 stays 405."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        if scope.get("path", "").startswith(API):
+        if f"{scope.get('path', '')}/".startswith(API):
             return Match.NONE, {}
         return super().matches(scope)

@@ -6,13 +6,14 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from neounify.serve.http.answer_schema import EVENTS, ChatCompletion
+from neounify.serve.http.body import BoundedRoute
 from neounify.serve.http.chat_answer import ChatAnswer
 from neounify.serve.http.chat_request import read_chat
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.context import Shared
 from neounify.serve.http.sse import start_stream
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 
 @router.post(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -12,6 +14,13 @@ _STYLE = (
     "td,th{border-bottom:1px solid #8884;padding:.25rem .5rem;text-align:left;vertical-align:top}"
     "code{font-size:.95em}:root{color-scheme:light dark}"
 )
+
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+DOCS_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+"""Headers of the page: nothing but its own style."""
 
 
 def docs_page(api: Mapping[str, Any]) -> str:

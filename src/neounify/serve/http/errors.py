@@ -26,9 +26,13 @@ from neounify.serve.safety.hooks import Refused
 
 INVALID = "invalid_request_error"
 
-# Two or more steps of an absolute path, but nothing inside a URL, a fraction or a word.
-_PATH = re.compile(r"(?<![\w.:/-])(?:[A-Za-z]:[\\/]|/)[\w.@+~-]+(?:[\\/][\w.@+~-]+)+")
+# Two or more steps of an absolute path, but no route of ours, and nothing inside a URL, a fraction
+# or a word.
+_PATH = re.compile(r"(?<![\w.:/-])(?!/v1/)(?:[A-Za-z]:[\\/]|/)[\w.@+~-]+(?:[\\/][\w.@+~-]+)+")
 _ADDRESS = re.compile(r"\s*(?:object )?at 0x[0-9a-fA-F]+")
+
+MAX_MESSAGE, MAX_PARAM = 1000, 200
+"""Characters of an error's message and of the name of a field: callers write parts of both."""
 
 RETRY_SECONDS = 2.0
 """How soon a caller may try again while an engine is being started, in seconds."""
@@ -56,8 +60,9 @@ class ApiError(HTTPException):
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
-        message = sanitise(self.detail)
-        error = ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
+        message = sanitise(shorten(self.detail, MAX_MESSAGE))
+        param = None if self.param is None else shorten(self.param, MAX_PARAM)
+        error = ErrorDetail(message=message, type=self.kind, param=param, code=self.code)
         return ErrorBody(error=error).model_dump()
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -171,6 +176,16 @@ def blame(param: str) -> Iterator[None]:
         answer = to_api_error(error)
         answer.param = param
         raise answer from error
+
+
+def shorten(text: str, most: int) -> str:
+    """The text, or its beginning and end when it is longer than `most` characters.
+
+    What cannot be written as UTF-8 (halves of surrogate pairs) is replaced.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def sanitise(message: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.serve.http.accounts import Accounts
-from neounify.serve.http.errors import ApiError
+from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
 from neounify.serve.http.metrics import HttpMetrics
 from neounify.serve.http.settings import Limits
 from neounify.serve.waiting import within
@@ -19,6 +20,9 @@ API = "/v1/"
 RESULTS = "/v1/results/"
 CLIENT_GONE = 499
 """The status that is counted, and never sent, when the caller hung up."""
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+"""Methods that metrics name; clients may send any word."""
+_log = logging.getLogger(__name__)
 
 
 class Gate:
@@ -30,21 +34,30 @@ class Gate:
         self._app, self._accounts, self._limits = app, accounts, limits
         self._metrics = metrics
         self._in_flight = 0
+        self._uploads = _Uploads(limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        answer = _Answer(send)
+        method = scope["method"]
+        answer = _Answer(send, without_body=method == "HEAD")
+        scope = _routed(scope)
         with self._metrics.in_flight.track_inprogress():
             try:
                 await self._pass(scope, receive, answer)
+            except Exception:
+                if answer.status is not None:
+                    raise
+                _log.exception("a request failed")
+                await INTERNAL.response()(scope, receive, answer.send)
             except BaseException:
                 answer.status = answer.status or 500
                 raise
             finally:
-                self._count(scope, answer.status or CLIENT_GONE, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                self._count(method, scope, answer.status or CLIENT_GONE, seconds)
 
     async def _pass(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         with ExitStack() as stack:
@@ -55,15 +68,14 @@ class Gate:
                 response = error.response({"Connection": "close"})
                 await response(scope, receive, answer.send)
                 return
-            body = _Body(receive, self._limits)
+            body = _Body(receive, self._limits, self._uploads)
+            stack.callback(body.forget)
             await _until_gone(self._app, scope, body, answer.send)
 
     def _admit(self, scope: Scope, stack: ExitStack) -> None:
         headers, path = Headers(scope=scope), scope["path"]
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._limits.body_bytes:
-            raise _too_large(self._limits)
-        if not path.startswith(API) or path.startswith(RESULTS):
+        _check_head(scope, headers, self._limits)
+        if not path.startswith(API) or path.startswith(RESULTS) or scope["method"] == "OPTIONS":
             return
         account = self._accounts.find(headers.get("authorization"))
         if self._in_flight >= self._limits.in_flight:
@@ -81,49 +93,116 @@ class Gate:
     def _leave(self) -> None:
         self._in_flight -= 1
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+    def _count(self, method: str, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or "other"
-        self._metrics.requests.labels(scope["method"], route, str(status)).inc()
+        known = method if method in METHODS else "other"
+        self._metrics.requests.labels(known, route, str(status)).inc()
         self._metrics.total.labels(route).observe(seconds)
+
+
+def _routed(scope: Scope) -> Scope:
+    """The scope as routes know it: HEAD as GET, no slash at the end of the API's paths."""
+    scope = dict(scope)
+    if scope["method"] == "HEAD":
+        scope["method"] = "GET"
+    if scope["path"].startswith(API):
+        scope["path"] = scope["path"].rstrip("/")
+    return scope
+
+
+def _check_head(scope: Scope, headers: Headers, limits: Limits) -> None:
+    """Raises ApiError for a head that is too large or that says two things about the body."""
+    raw = scope["headers"]
+    target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    size = target + sum(len(name) + len(value) for name, value in raw)
+    if len(raw) > limits.headers or size > limits.header_bytes:
+        raise ApiError(
+            431,
+            f"The request's head has {len(raw)} headers and {size} bytes; at most "
+            f"{limits.headers} and {limits.header_bytes} are read.",
+            code="headers_too_large",
+        )
+    lengths = headers.getlist("content-length")
+    if len(lengths) > 1 or "," in "".join(lengths):
+        raise _ambiguous("two values of Content-Length")
+    if lengths and "transfer-encoding" in headers:
+        raise _ambiguous("both Content-Length and Transfer-Encoding")
+    length = lengths[0] if lengths else ""
+    if length.isdecimal() and int(length[:20]) > limits.body_bytes:
+        raise _too_large(limits)
 
 
 class _Answer:
     """The way out; remembers the status that was sent."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    def __init__(self, send: Send, *, without_body: bool) -> None:
+        self._send, self._without_body = send, without_body
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        elif self._without_body and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
         await self._send(message)
+
+
+class _Uploads:
+    """The bytes of all bodies under way."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._max_bytes = max(limits.uploads_bytes, limits.body_bytes)
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        """Raises ApiError 429 when that is too much for now."""
+        if self._bytes + count > self._max_bytes:
+            raise ApiError(
+                429,
+                f"The bodies of all requests together exceed {self._max_bytes} bytes; "
+                "try again soon.",
+                kind="rate_limit_error",
+                code="overloaded",
+                retry_after=2.0,
+            )
+        self._bytes += count
+
+    def remove(self, count: int) -> None:
+        self._bytes -= count
 
 
 class _Body:
     """The way in: the body within its limits of bytes and time, then word of the caller's end."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
-        self._receive, self._limits = receive, limits
+    def __init__(self, receive: Receive, limits: Limits, uploads: _Uploads) -> None:
+        self._receive, self._limits, self._uploads = receive, limits, uploads
         self._bytes = 0
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._complete = asyncio.Event()
         self._gone = asyncio.Event()
+
+    def forget(self) -> None:
+        """The body no longer takes memory."""
+        self._uploads.remove(self._bytes)
+        self._bytes = 0
 
     async def receive(self) -> Message:
         if self._complete.is_set():
             await self._gone.wait()
             return {"type": "http.disconnect"}
         left = self._deadline - asyncio.get_running_loop().time()
+        patience = min(left, self._limits.body_idle_seconds)
         try:
-            message = await within(self._receive(), max(left, 0.001))
+            message = await within(self._receive(), max(patience, 0.001))
         except TimeoutError:
             raise ApiError(
                 408, "The request's body took too long to arrive.", code="body_timeout"
             ) from None
-        self._bytes += len(message.get("body", b""))
-        if self._bytes > self._limits.body_bytes:
+        size = len(message.get("body", b""))
+        if self._bytes + size > self._limits.body_bytes:
             raise _too_large(self._limits)
+        self._uploads.add(size)
+        self._bytes += size
         if message["type"] == "http.disconnect":
             self._gone.set()
         if not message.get("more_body", False):
@@ -151,6 +230,10 @@ async def _until_gone(app: ASGIApp, scope: Scope, body: _Body, send: Send) -> No
         await asyncio.gather(work, watch, return_exceptions=True)
     if not work.cancelled():
         work.result()
+
+
+def _ambiguous(what: str) -> ApiError:
+    return bad_request(f"The request has {what}; send one.", code="ambiguous_length")
 
 
 def _too_large(limits: Limits) -> ApiError:

@@ -16,6 +16,7 @@ from neounify.errors import NeounifyError
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_UNROUTED = "Not Found"
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -37,14 +38,40 @@ async def _unexpected(_: Request, __: Exception) -> Response:
     return INTERNAL.response()
 
 
-async def _http(_: Request, error: Exception) -> Response:
+async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response()
     phrase = HTTPStatus(error.status_code).phrase
     message = error.detail if isinstance(error.detail, str) and error.detail else phrase
     code = _CODES.get(error.status_code, "bad_request")
-    return ApiError(error.status_code, f"{message.rstrip('.')}.", code=code).response(error.headers)
+    headers = {name.title(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:
+        headers["Allow"] = _with_implied(headers.get("Allow", ""))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
+        message = f"{request.method[:20]} is not allowed here, only {headers['Allow']}."
+    elif error.status_code == 404 and message == _UNROUTED and request.url.path.startswith("/v1"):
+        message = f"There is no {request.url.path[:100]} here. There is: {_listed(request.app)}."
+    return ApiError(error.status_code, f"{message.rstrip('.')}.", code=code).response(headers)
+
+
+def _with_implied(allowed: str) -> str:
+    """An Allow header with the methods that every route takes besides its own."""
+    methods = [method.strip() for method in allowed.split(",") if method.strip()]
+    implied = (*(["HEAD"] if "GET" in methods else ()), "OPTIONS")
+    return ", ".join(dict.fromkeys((*methods, *implied)))
+
+
+def _listed(app: FastAPI) -> str:
+    """The routes of the API, such as "POST /v1/chat/completions"."""
+    operations = app.openapi()["paths"].items()
+    return ", ".join(
+        f"{method.upper()} {path}"
+        for path, methods in operations
+        for method in methods
+        if path.startswith("/v1/")
+    )
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

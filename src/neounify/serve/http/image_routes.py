@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.answer_schema import EVENTS, Images, Responses
+from neounify.serve.http.body import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.edit_form import edit_form_schema, read_edit
 from neounify.serve.http.errors import ApiError
@@ -16,7 +17,7 @@ from neounify.serve.http.image_request import read_paint
 from neounify.serve.http.image_schema import ImageBody
 from neounify.serve.http.sse import start_stream
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=BoundedRoute)
 _IMAGES: Responses = {200: {"model": Images, "content": EVENTS}}
 
 

@@ -14,14 +14,23 @@ MEBIBYTE = 1024 * 1024
 class Limits:
     """Upper bounds of one request, and of all of them together.
 
-    `body_bytes` and `body_seconds` bound the upload; `images` and `image_pixels` the pictures
-    that come in, `output_pixels` and `steps` those that are painted; `in_flight` is how many
-    requests are read or answered at a time. Raises ConfigError for values below 1.
+    `body_bytes` and `body_seconds` bound the upload, `body_idle_seconds` a pause in it,
+    `uploads_bytes` the bodies of all requests that are under way; `json_values` and `json_depth`
+    what a JSON body holds, `header_bytes` and `headers` its head. `images` and `image_pixels`
+    bound the pictures that come in, `output_pixels` and `steps` those that are painted;
+    `in_flight` is how many requests are read or answered at a time.
+    Raises ConfigError for values below 1.
     """
 
     in_flight: int = 256
     body_bytes: int = 64 * MEBIBYTE
     body_seconds: float = 60.0
+    body_idle_seconds: float = 20.0
+    uploads_bytes: int = 256 * MEBIBYTE
+    json_values: int = 50_000
+    json_depth: int = 64
+    header_bytes: int = 32 * 1024
+    headers: int = 100
     prompt_chars: int = 100_000
     images: int = 16
     image_pixels: int = 50_000_000
@@ -31,6 +40,24 @@ class Limits:
     answer_images: int = 10
     tokens: int = 4096
     deadline: float = 600.0
+
+    def __post_init__(self) -> None:
+        _at_least_one(vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """Upper bounds of connections, in seconds where not said otherwise.
+
+    `count` are open at a time. A request's head arrives within `head`, the next request on the
+    same connection begins within `idle`, and a client that reads nothing of an answer that waits
+    is given up after `write`. Raises ConfigError for values below 1.
+    """
+
+    count: int = 512
+    head: float = 15.0
+    idle: float = 15.0
+    write: float = 30.0
 
     def __post_init__(self) -> None:
         _at_least_one(vars(self))
@@ -48,6 +75,8 @@ class HttpSettings:
     `remote_seconds` at most.
     `colour_profiles` is that of `read_image`.
     `public_url` is what result URLs begin with where a proxy hides the server's own address.
+    `allowed_hosts` are the names in Host headers that are answered (none: all; IP addresses
+    always), `cors_origins` the origins whose pages may use the API ("*": all).
     """
 
     model_name: str = "neounify"
@@ -55,6 +84,7 @@ class HttpSettings:
     requests_per_minute: int | None = None
     concurrent: int | None = None
     limits: Limits = field(default_factory=Limits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     result_urls: bool = True
     result_seconds: float = 3600.0
     result_bytes: int = 256 * MEBIBYTE
@@ -63,6 +93,8 @@ class HttpSettings:
     remote_seconds: float = 10.0
     public_url: str | None = None
     colour_profiles: bool = True
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = {name: value for name, value in vars(self).items() if _is_number(value)}

@@ -1,0 +1,150 @@
+"""Connections that say nothing, too little, too much, or never read."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from neounify.serve.events import ServiceEvent, ServiceRequest, TextPiece
+from neounify.serve.http import HttpSettings, Limits, create_app
+from neounify.serve.http.settings import ConnectionLimits
+from serve.http.running import running, wait_until
+from serve.http.scripted import Scripted
+from serve.http.test_gate import connected
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def everything(caller: socket.socket) -> bytes:
+    """What the server sends until it closes the connection."""
+    caller.settimeout(30)
+    pieces = []
+    while piece := caller.recv(65536):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[str]:
+    settings = HttpSettings(
+        limits=Limits(header_bytes=4096),
+        connections=ConnectionLimits(count=4, head=1.0, idle=1.0, write=1.0),
+    )
+    with running(create_app(Scripted(), settings)) as url:
+        yield url
+
+
+def test_a_connection_without_a_request_is_closed(impatient: str) -> None:
+    with connected(impatient) as caller:
+        assert everything(caller) == b""
+
+
+def test_a_head_that_does_not_end_is_given_up(impatient: str) -> None:
+    with connected(impatient) as caller:
+        caller.sendall(HEAD)
+        answer = everything(caller)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"head_timeout" in answer
+
+
+def test_a_head_that_drips_is_given_up(impatient: str) -> None:
+    with connected(impatient) as caller:
+        caller.settimeout(0.2)
+        answer, end = b"", time.monotonic() + 30
+        while not answer and time.monotonic() < end:
+            caller.sendall(b"X: y\r\n" if answer else b"A")
+            try:
+                answer = caller.recv(4096)
+            except TimeoutError:
+                continue
+        assert answer.startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 400 "))
+
+
+def test_a_second_head_on_the_same_connection_is_timed_too(impatient: str) -> None:
+    with connected(impatient) as caller:
+        caller.sendall(GET + b"GET /v1/models HTTP/1.1\r\n")
+        answer = everything(caller)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"HTTP/1.1 408 " in answer
+
+
+def test_an_idle_connection_is_closed_after_its_answer(impatient: str) -> None:
+    with connected(impatient) as caller:
+        caller.sendall(GET)
+        assert everything(caller).count(b"HTTP/1.1 200 ") == 1
+
+
+def test_pipelined_requests_are_answered_in_turn(impatient: str) -> None:
+    with connected(impatient) as caller:
+        caller.sendall(GET * 5)
+        assert everything(caller).count(b"HTTP/1.1 200 ") == 5
+
+
+def test_connections_over_the_limit_are_told(impatient: str) -> None:
+    callers = [connected(impatient) for _ in range(4)]
+    try:
+        with connected(impatient) as one_more:
+            answer = everything(one_more)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 2" in answer.lower()
+            assert b"too_many_connections" in answer
+    finally:
+        for caller in callers:
+            caller.close()
+
+    def answers() -> bool:
+        with connected(impatient) as caller:
+            caller.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            return everything(caller).startswith(b"HTTP/1.1 200 ")
+
+    wait_until(answers)
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code"),
+    [
+        (CHUNKED + b"Content-Length: 2\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 400, b"ambiguous"),
+        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, b"invalid_http"),
+        (HEAD + b"Content-Length: 2, 2\r\n\r\n{}", 400, b"invalid_http"),
+        (HEAD + b"Content-Length: 2\r\ncontent-length: 2\r\n\r\n{}", 400, b"invalid_http"),
+        (HEAD + b"Content-Length: +2\r\n\r\n{}", 400, b"invalid_http"),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400, b"invalid_http"),
+        (HEAD + b"Content-Length : 2\r\n\r\n{}", 400, b"invalid_http"),
+        (HEAD + b"Host: other\r\n\r\n", 400, b"invalid_http"),
+        (b"GET /v1/models HTTP/1.1\r\n\r\n", 400, b"invalid_http"),
+        (HEAD + b"X: " + b"y" * 5000 + b"\r\n\r\n", 431, b"headers_too_large"),
+        (HEAD + b"X: " + b"y" * 100_000, 400, b"invalid_http"),
+        (HEAD + b"X: y\r\n" * 150 + b"\r\n", 431, b"headers_too_large"),
+        (CHUNKED + b"\r\n" + b"1\r\n \r\n" * 20_000, 400, b"invalid_http"),
+        (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, b"headers_too_large"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, b"invalid_http"),
+    ],
+)  # fmt: skip
+def test_heads_that_are_refused(
+    impatient: str, request_bytes: bytes, status: int, code: bytes
+) -> None:
+    with connected(impatient) as caller:
+        caller.sendall(request_bytes)
+        answer = everything(caller)
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:300]
+    assert code in answer
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_client_that_never_reads_is_given_up() -> None:
+    def chatty(_: ServiceRequest, __: int) -> Iterator[ServiceEvent]:
+        while True:
+            yield TextPiece("x" * 100_000)
+
+    service = Scripted(chatty)
+    settings = HttpSettings(connections=ConnectionLimits(write=1.0))
+    with running(create_app(service, settings)) as url, connected(url) as caller:
+        body = b'{"stream": true, "messages": [{"role": "user", "content": "x"}]}'
+        caller.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: service.open == 1)
+        wait_until(lambda: service.open == 0)
