@@ -13,6 +13,7 @@ from checkpoint.folders import CONFIGS
 from lora.adapted import MODULES, adapted, everywhere, write_base
 from models import one_thread, random_model  # noqa: F401
 from neounify.checkpoint import from_published, load_model, to_published
+from neounify.checkpoint.lora_save import convert_lora
 from neounify.lora import load_lora, lora_layers, merge_lora, save_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -106,3 +107,26 @@ def test_peft_goes_on_training_where_we_stopped(peft: Any, tmp_path: Path) -> No
         other = model.get_submodule(name)
         torch.testing.assert_close(other.lora_A, 2 * layer.lora_A)
         torch.testing.assert_close(other.lora_B, 2 * layer.lora_B)
+
+
+def test_ranks_and_alphas_by_module(peft: Any, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=7,
+        target_modules=["q_proj", "up_proj", "fm_head.0"],
+        rank_pattern={r"layers\.0\.self_attn\.q_proj": 3, "fm_head.0": 4},
+        alpha_pattern={"up_proj": 5, r".*layers\.1\.mlp\.up_proj": 11},
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(tree("dense"), config)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    base = write_base(tmp_path / "base", CONFIGS["dense"])
+    loaded = load_model(base, lora=tmp_path / "adapter").state_dict()
+    shapes = {name: tensor.shape for name, tensor in loaded.items()}
+    convert_lora(tmp_path / "adapter", shapes, tmp_path / "ours", "peft")
+    # Both are read anew: PEFT sorts its patterns while saving, and the first one counts.
+    for folder in ("adapter", "ours"):
+        model = peft.PeftModel.from_pretrained(tree("dense"), str(tmp_path / folder))
+        for published, tensor in model.merge_and_unload().state_dict().items():
+            name = from_published(published) or ""
+            torch.testing.assert_close(loaded[name], tensor, rtol=1e-5, atol=1e-5)

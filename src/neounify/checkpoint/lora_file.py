@@ -1,14 +1,17 @@
-"""LoRA on disk, in either of two formats that are told apart by content.
+"""LoRA on disk, in any of the forms that trainers write, told apart by content.
 
     published   NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha   in one file
     PEFT        NAME.lora_A.weight, NAME.lora_B.weight                   beside a config
 
-NAME is the published name of a module. Both mean W ← W + scale · up @ down, where
-scale = alpha / r, or alpha / √r where PEFT's config says so.
+and what lies between: pairs of either kind without a config or alpha, with prefixes, flattened
+names (lora_names.py). All mean W ← W + scale · up @ down. The scale of a module is, in this order,
+that of its own alpha (alpha / r), of PEFT's config (alpha / r, or alpha / √r), of an alpha in the
+file's metadata, or 1.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,30 +21,25 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.finite import all_finite
+from neounify.checkpoint.lora_names import (
+    LoraKey,
+    ModuleNames,
+    module_name,
+    partner,
+    split_key,
+    variant_of,
+)
 from neounify.checkpoint.mapped import MappedFile
-from neounify.checkpoint.names import from_published
-from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
+from neounify.checkpoint.peft_config import MAX_CONFIG_BYTES, PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
 from neounify.errors import CheckpointError
 
 MAX_RANK = 8192
+MAX_NAMED = 3
+"""How many of many names a message lists."""
 
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a format writes its keys: [prefix]NAME.half."""
-
-    prefix: str
-    down: str
-    up: str
-    alpha: str | None = None
-
-    @property
-    def halves(self) -> tuple[str, ...]:
-        return (self.down, self.up) if self.alpha is None else (self.down, self.up, self.alpha)
-
-
-PUBLISHED = Spelling("diffusion_model.", "lora_down.weight", "lora_up.weight", "alpha")
-PEFT = Spelling("base_model.model.", "lora_A.weight", "lora_B.weight")
+METADATA_CONFIG = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's config in a file's metadata."""
+METADATA_ALPHAS = ("ss_network_alpha", "lora_alpha", "alpha")
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,10 @@ class LoraPair:
     up: Tensor
     scale: float
 
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
 
 @dataclass(frozen=True)
 class LoraFile:
@@ -60,23 +62,29 @@ class LoraFile:
     pairs: Mapping[str, LoraPair]
     problems: tuple[str, ...]
     config: PeftConfig | None
-    """None for the published format."""
+    """That of the file, None where it has none."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A stored tensor and its key, taken apart."""
+
+    key: str
+    parts: LoraKey
 
 
 def read_lora_file(path: Path, expected: Mapping[str, torch.Size]) -> LoraFile:
-    """Read a file of either format, or a PEFT folder; `expected` maps our names to shapes.
+    """Read a file of any form, or a PEFT folder; `expected` maps our names to shapes.
 
-    The pairs are views of the mapped file. Raises CheckpointError for what is no such file;
-    tensors that are wrong are collected as problems.
+    The pairs are views of the mapped file. Raises CheckpointError for what is no such file or
+    more than plain LoRA (DoRA, LoHa, LoKr, …); tensors that are wrong are collected as problems.
     """
     if path.is_dir():
         _check_folder(path)
         path = path / PEFT_WEIGHTS
     file = MappedFile(path)
-    spelling, config = PUBLISHED, None
-    if path.name == PEFT_WEIGHTS or any(key.endswith(PEFT.halves) for key in file.tensors):
-        spelling, config = PEFT, PeftConfig.read(path.parent)
-    return _Reader(file, spelling, config, expected).read()
+    _refuse_variants(file)
+    return _Reader(file, _config(file), expected).read()
 
 
 def _check_folder(folder: Path) -> None:
@@ -85,107 +93,168 @@ def _check_folder(folder: Path) -> None:
     pickles = " (its .bin files are pickles, which can run code when read and are never opened)"
     raise CheckpointError(
         f"{folder} holds no {PEFT_WEIGHTS}{pickles if any(folder.glob('*.bin')) else ''}; a LoRA "
-        f"is a folder with that file and {PEFT_CONFIG}, or one file of the published kind"
+        f"is a folder with that file and {PEFT_CONFIG}, or one .safetensors file"
     )
+
+
+def _refuse_variants(file: MappedFile) -> None:
+    kinds: dict[str, list[str]] = {}
+    for key in file.tensors:
+        kind = variant_of(key)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(key)
+    if kinds:
+        kind, keys = max(kinds.items(), key=lambda item: len(item[1]))
+        raise CheckpointError(
+            f"{file.path} is no plain LoRA but of the kind {kind} ({_several(keys)}), which is not "
+            "supported; merge it into the weights with the tool that trained it"
+        )
+
+
+def _config(file: MappedFile) -> PeftConfig | None:
+    """The file's PEFT config: beside it, or in its metadata. Raises CheckpointError."""
+    peft = any(".lora_A" in key for key in file.tensors)
+    beside = file.path.parent / PEFT_CONFIG
+    if file.path.name == PEFT_WEIGHTS or (peft and beside.is_file()):
+        return PeftConfig.read(file.path.parent)
+    text = file.metadata.get(METADATA_CONFIG)
+    if not isinstance(text, str) or len(text) > MAX_CONFIG_BYTES:
+        return None
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    # diffusers puts the name of the part in front: "transformer.r".
+    fields = {key.rpartition(".")[2]: value for key, value in document.items()}
+    if not {"r", "lora_alpha"} <= fields.keys():
+        return None
+    return PeftConfig.parse({"peft_type": "LORA", **fields}, f"{file.path} ({METADATA_CONFIG})")
 
 
 class _Reader:
     """Reads one file, collecting problems instead of stopping at the first."""
 
     def __init__(
-        self,
-        file: MappedFile,
-        spelling: Spelling,
-        config: PeftConfig | None,
-        expected: Mapping[str, torch.Size],
+        self, file: MappedFile, config: PeftConfig | None, expected: Mapping[str, torch.Size]
     ) -> None:
-        self.file, self.spelling, self.config = file, spelling, config
-        self.expected = expected
+        self.file, self.config, self.expected = file, config, expected
+        self.names = ModuleNames(expected)
+        self.alpha = _metadata_alpha(file.metadata)
         self.problems: list[str] = []
 
     def read(self) -> LoraFile:
         if not self.file.tensors:
             self.problems.append("the file holds no tensors")
         pairs: dict[str, LoraPair] = {}
-        for target, keys in self._targets().items():
-            name = from_published(f"{target}.weight")
-            problem: str | None = f"{target} is not a weight of this model"
-            if name is not None and name in self.expected:
-                problem = self._problem(target, keys, self.expected[name])
+        for name, halves in self._placed().items():
+            target = module_name(name)
+            problem = self._problem(target, halves, self.expected[name])
             if problem:
                 self.problems.append(problem)
-            elif name is not None:
-                pairs[name] = self._pair(keys)
+            else:
+                down, up = (self.file.tensor(halves[half].key) for half in ("down", "up"))
+                scale = self._scale(target, halves, down.shape[0])
+                pairs[name] = LoraPair(down.flatten(1), up.flatten(1), scale)
         return LoraFile(pairs, tuple(self.problems), self.config)
 
-    def _targets(self) -> dict[str, dict[str, str]]:
-        """Target → which of its halves is stored under which key."""
-        targets: dict[str, dict[str, str]] = {}
-        prefix, known = self.spelling.prefix, self.spelling.halves
+    def _placed(self) -> dict[str, dict[str, _Entry]]:
+        """Our weight name → its entries by half; what has no place becomes a problem."""
+        placed: dict[str, dict[str, _Entry]] = {}
+        foreign: list[str] = []
+        unknown: dict[str, None] = {}
         for key in self.file.tensors:
-            name = key.removeprefix(prefix)
-            half = next((h for h in known if name.endswith(f".{h}")), None)
-            if half is None:
-                first, last = ", ".join(f"NAME.{h}" for h in known[:-1]), f"NAME.{known[-1]}"
-                self.problems.append(f"{key} is neither {first} nor {last}")
+            parts = split_key(key)
+            if parts is None:
+                foreign.append(key)
                 continue
-            halves = targets.setdefault(name.removesuffix(f".{half}"), {})
-            if half in halves:
-                self.problems.append(f"{key} is stored with and without the prefix {prefix}")
-            halves[half] = key
-        return targets
+            name = self.names.find(parts.target)
+            if name is None:
+                unknown[parts.target] = None
+                continue
+            halves = placed.setdefault(name, {})
+            if parts.half in halves:
+                first = halves[parts.half].key
+                self.problems.append(f"{module_name(name)} is stored twice, as {first} and {key}")
+            halves[parts.half] = _Entry(key, parts)
+        if unknown:
+            self.problems.append(_unplaced(list(unknown), len(unknown) + len(placed)))
+        if foreign:
+            self.problems.append(
+                f"no part of a LoRA, as NAME.lora_down.weight with NAME.lora_up.weight or "
+                f"NAME.lora_A.weight with NAME.lora_B.weight: {_several(foreign)}"
+            )
+        return placed
 
-    def _problem(self, target: str, keys: dict[str, str], weight: torch.Size) -> str | None:
-        """What is wrong with a target's tensors, None if nothing."""
-        missing = [half for half in self.spelling.halves[:2] if half not in keys]
-        if missing:
-            return f"{target} has no {' and no '.join(missing)}"
-        down, up = self._halves(keys)
-        return (
-            self._misfit(target, weight, down, up)
-            or self._wrong_alpha(target, keys)
-            or self._wrong_values(target, keys, down, up)
-        )
+    def _problem(self, target: str, halves: dict[str, _Entry], weight: torch.Size) -> str | None:
+        """What is wrong with a module's tensors, None if nothing."""
+        there = [halves[half] for half in ("down", "up") if half in halves]
+        if len(there) == 1:
+            return f"{target} has no {partner(there[0].parts.spelling)}"
+        if not there:
+            return f"{target} has an alpha, but no matrices"
+        down, up = (self.file.tensor(entry.key) for entry in there)
+        problem = self._misfit(target, weight, there, down, up) or self._wrong_alpha(target, halves)
+        if problem is not None:
+            return problem
+        scale = self._scale(target, halves, down.shape[0])
+        if all_finite(down) and all_finite(up) and math.isfinite(scale):
+            return None
+        return f"{target} holds NaN or infinite values"
 
-    def _misfit(self, target: str, weight: torch.Size, down: Tensor, up: Tensor) -> str | None:
+    def _misfit(
+        self, target: str, weight: torch.Size, there: list[_Entry], down: Tensor, up: Tensor
+    ) -> str | None:
         rank, size_in = down.shape[0] if down.ndim else 0, math.prod(weight[1:])
         downs = {(rank, size_in), (rank, *weight[1:])}
         ups = {(weight[0], rank), (weight[0], rank, *(1 for _ in weight[2:]))}
         if len(weight) < 2 or rank < 1 or down.shape not in downs or up.shape not in ups:
-            low, high = (half.partition(".")[0] for half in self.spelling.halves[:2])
+            low, high = (entry.parts.spelling.removesuffix(".weight") for entry in there)
             return (
                 f"{target} of shape {list(weight)} cannot take {low} {list(down.shape)} and "
                 f"{high} {list(up.shape)}; expected [r, {size_in}] and [{weight[0]}, r]"
             )
         if rank > MAX_RANK:
             return f"{target} has rank {rank}, more than the {MAX_RANK} allowed"
-        if self.config is not None and rank != self.config.rank:
-            return f"{target} has rank {rank}, {PEFT_CONFIG} says {self.config.rank}"
+        if self.config is not None and rank != self.config.rank_of(target):
+            return f"{target} has rank {rank}, {PEFT_CONFIG} says {self.config.rank_of(target)}"
         if not (down.is_floating_point() and up.is_floating_point()):
             return f"{target} is stored as {down.dtype} and {up.dtype}, expected floats"
         return None
 
-    def _wrong_alpha(self, target: str, keys: dict[str, str]) -> str | None:
-        shape = self.file.tensors[keys["alpha"]].shape if "alpha" in keys else ()
+    def _wrong_alpha(self, target: str, halves: dict[str, _Entry]) -> str | None:
+        shape = self.file.tensors[halves["alpha"].key].shape if "alpha" in halves else ()
         if math.prod(shape) != 1:
             return f"{target}: alpha has shape {list(shape)}, expected a scalar"
         return None
 
-    def _wrong_values(
-        self, target: str, keys: dict[str, str], down: Tensor, up: Tensor
-    ) -> str | None:
-        if all_finite(down) and all_finite(up) and math.isfinite(self._scale(keys, down.shape[0])):
-            return None
-        return f"{target} holds NaN or infinite values"
-
-    def _halves(self, keys: dict[str, str]) -> tuple[Tensor, Tensor]:
-        return self.file.tensor(keys[self.spelling.down]), self.file.tensor(keys[self.spelling.up])
-
-    def _scale(self, keys: dict[str, str], rank: int) -> float:
+    def _scale(self, target: str, halves: dict[str, _Entry], rank: int) -> float:
+        if "alpha" in halves:
+            return float(self.file.tensor(halves["alpha"].key).item()) / rank
         if self.config is not None:
-            return self.config.scale
-        return float(self.file.tensor(keys["alpha"]).item()) / rank if "alpha" in keys else 1.0
+            return self.config.scale_of(target)
+        return 1.0 if self.alpha is None else self.alpha / rank
 
-    def _pair(self, keys: dict[str, str]) -> LoraPair:
-        down, up = self._halves(keys)
-        return LoraPair(down.flatten(1), up.flatten(1), self._scale(keys, down.shape[0]))
+
+def _metadata_alpha(metadata: Mapping[str, str]) -> float | None:
+    for key in METADATA_ALPHAS:
+        try:
+            alpha = float(metadata[key])
+        except (KeyError, TypeError, ValueError):  # "Dynamic", "None": no number for all modules
+            continue
+        if math.isfinite(alpha):
+            return alpha
+    return None
+
+
+def _unplaced(targets: list[str], total: int) -> str:
+    if len(targets) == 1:
+        return f"{targets[0]} is not a weight of this model"
+    return f"{len(targets)} of {total} modules are not in this model: {_several(targets)}"
+
+
+def _several(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from neounify.checkpoint import CheckpointFolder, summarise
+from neounify.checkpoint import CheckpointFolder, expected_shapes, summarise
+from neounify.checkpoint.lora_save import LoraForm, convert_lora
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
 from neounify.cli.inspecting import human_bytes
@@ -42,6 +44,36 @@ def convert_model(
     with display.bar(f"writing {out.name}"):
         pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
     _tell(out, display)
+
+
+def convert_lora_files(
+    model: Path,
+    out: Path,
+    weights: WeightOptions,
+    form: str,
+    overwrite: bool,
+    report: ReportOptions,
+) -> None:
+    """Write LoRAs of any form as one of the form asked for, and say where."""
+    if form not in get_args(LoraForm):
+        raise UsageError(f"--lora-form {form} is unknown; known: {', '.join(get_args(LoraForm))}")
+    loras = parse_loras(weights.lora)
+    if not loras:
+        raise UsageError("--lora-form needs a --lora FILE to write in that form")
+    if weights.dtype is not None:
+        raise UsageError("--dtype is for models; a LoRA keeps its number format")
+    shapes = expected_shapes(CheckpointFolder.open(model).config)
+    written = convert_lora(
+        loras,
+        shapes,
+        out,
+        form,  # type: ignore[arg-type]
+        base=model.resolve().name,
+        overwrite=overwrite,
+    )
+    display = Display(quiet=report.quiet, json=report.json)
+    display.result(f"saved {out}  (a LoRA of {form} form)", out)
+    display.emit({"lora": str(written), "form": form})
 
 
 def make_toy(folder: Path, seed: int, overwrite: bool, report: ReportOptions) -> None:

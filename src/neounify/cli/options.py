@@ -57,7 +57,7 @@ class WeightOptions:
         list[str] | None,
         typer.Option(
             metavar="FILE[:STRENGTH]",
-            help="Merge a LoRA file, with a strength (1 if not given). May be repeated.",
+            help="Merge a LoRA of any form, with a strength (1 if not given). May be repeated.",
             rich_help_panel=MODEL,
         ),
     ] = None

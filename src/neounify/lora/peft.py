@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.lora_file import PEFT, LoraFile, read_lora_file
+from neounify.checkpoint.lora_file import LoraFile, LoraPair, read_lora_file
+from neounify.checkpoint.lora_save import LoraForm, write_lora
 from neounify.checkpoint.names import stream_of, to_published
-from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
+from neounify.checkpoint.peft_config import PeftConfig
 from neounify.checkpoint.reader import listed
-from neounify.checkpoint.save import _write_json, _write_shard, _written_aside
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.config import STREAMS, LoraConfig
 from neounify.lora.layers import LoraLinear, lora_layers, trainable_only_lora
@@ -21,33 +21,33 @@ from neounify.model.neo import NeoUnify
 
 
 def save_lora(
-    model: NeoUnify, config: LoraConfig, folder: str | os.PathLike[str], base: str = ""
+    model: NeoUnify,
+    config: LoraConfig,
+    folder: str | os.PathLike[str],
+    base: str = "",
+    *,
+    form: LoraForm = "peft",
 ) -> None:
     """Write a model's adapters, all or nothing; `base` names the checkpoint they are for.
 
     `neounify.load(..., lora=folder)` and `load_lora` read them, and so does PEFT on the
-    published code. An adapter that is there already is replaced. Raises CheckpointError, and
+    published code. With `form="published"`, `folder` is the one file to write, which is merged
+    while loading. An adapter that is there already is replaced. Raises CheckpointError, and
     ConfigError when `config` is not that of the adapters.
     """
-    tensors = {}
+    pairs = {}
     for name, layer in lora_layers(model).items():
         if (layer.rank, layer.scale) != (config.rank, config.scale):
             raise ConfigError(
                 f"lora: {name} has rank {layer.rank} and scale {layer.scale:g}, the config says "
                 f"{config.rank} and {config.scale:g}"
             )
-        target = _published_module(name)
-        tensors[f"{PEFT.prefix}{target}.{PEFT.down}"] = layer.lora_A.detach()
-        tensors[f"{PEFT.prefix}{target}.{PEFT.up}"] = layer.lora_B.detach()
-    if not tensors:
-        raise CheckpointError("the model has no adapters to save")
-    target_folder = Path(folder).resolve()
-    _check_replaceable(target_folder)
+        pairs[f"{name}.weight"] = LoraPair(
+            layer.lora_A.detach(), layer.lora_B.detach(), layer.scale
+        )
     stored = PeftConfig(config.rank, config.alpha, config.dropout, config.rslora)
-    document = stored.document(list(map(_published_module, lora_layers(model))), base or None)
-    with _written_aside(target_folder) as aside:
-        _write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
-        _write_json(aside / PEFT_CONFIG, document)
+    shapes = expected_shapes(model.config)
+    write_lora(pairs, shapes, folder, form, config=stored, base=base, overwrite=True)
 
 
 def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
@@ -77,7 +77,8 @@ def _config(folder: Path, found: LoraFile, linear: list[str]) -> LoraConfig:
     stored = found.config
     if stored is None:
         raise CheckpointError(
-            f"{folder} is not a PEFT adapter; a LoRA of the published kind is merged while loading"
+            f"{folder} has no config of PEFT: it is merged while loading, or converted first "
+            "(neounify convert MODEL OUT --lora FILE --lora-form peft)"
         )
     others = [f"{to_published(n)} is not linear" for n in found.pairs if n not in linear]
     problems = [*found.problems, *others]
@@ -85,6 +86,10 @@ def _config(folder: Path, found: LoraFile, linear: list[str]) -> LoraConfig:
         raise CheckpointError(
             f"the adapter {folder} does not fit the model; problems: {len(problems)}\n"
             + "\n".join(listed(problems))
+        )
+    if not stored.uniform:
+        raise CheckpointError(
+            f"{folder} cannot be trained on: its modules differ in rank or alpha; it can be merged"
         )
     streams = {stream_of(name) for name in linear}
     try:
@@ -98,14 +103,3 @@ def _config(folder: Path, found: LoraFile, linear: list[str]) -> LoraConfig:
         )
     except ValueError as error:
         raise CheckpointError(f"{folder} cannot be trained on: {error}") from error
-
-
-def _published_module(name: str) -> str:
-    return to_published(f"{name}.weight").removesuffix(".weight")
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; an adapter is saved as a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / PEFT_CONFIG).is_file():
-        raise CheckpointError(f"{folder} is not empty and holds no adapter; choose another folder")

@@ -24,6 +24,15 @@ def convert(
             rich_help_panel=FILES,
         ),
     ] = "5GB",
+    lora_form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="peft|published",
+            help="Write the --lora alone in this form instead of a model: PEFT's folder, or one "
+            "file as the published models have it.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     overwrite: OverwriteOptions,
     report: ReportOptions,
 ) -> None:
@@ -32,11 +41,18 @@ def convert(
     OUT has the published layout and can be used wherever MODEL can. All weights are looked
     through; damaged ones (NaN) are refused.
 
+    With --lora-form, OUT is the LoRA, written anew for the model MODEL: of files of any other
+    form, and of several in one.
+
     \b
       neounify convert FOLDER smaller --dtype bfloat16
       neounify convert FOLDER fast --lora distilled.safetensors:0.8
+      neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
     folder = resolve_model(model)
-    from neounify.cli.converting import convert_model
+    from neounify.cli.converting import convert_lora_files, convert_model
 
+    if lora_form is not None:
+        convert_lora_files(folder, out, weights, lora_form, overwrite.overwrite, report)
+        return
     convert_model(folder, out, weights, max_shard_size, overwrite.overwrite, report)

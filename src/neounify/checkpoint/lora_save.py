@@ -1,0 +1,148 @@
+"""LoRA written to disk: in PEFT's form, or in the published one."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from neounify.checkpoint.lora import LoraSpec, LoraUpdate, read_loras
+from neounify.checkpoint.lora_file import LoraPair
+from neounify.checkpoint.lora_names import module_name
+from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
+from neounify.checkpoint.save import _write_json, _write_shard, _written_aside
+from neounify.errors import CheckpointError
+
+LoraForm: TypeAlias = Literal["peft", "published"]
+
+SUFFIX = ".safetensors"
+
+
+def write_lora(
+    pairs: Mapping[str, LoraPair],
+    shapes: Mapping[str, torch.Size],
+    target: str | os.PathLike[str],
+    form: LoraForm,
+    *,
+    config: PeftConfig | None = None,
+    base: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write pairs (by our weight names), all or nothing; the file or folder that was written.
+
+    "peft" makes a folder, `config` its config (None: the one that fits the pairs) and `base` the
+    name of the checkpoint in it. "published" makes one file. Kernels get their shape back from
+    `shapes`. An adapter that is there is replaced with `overwrite`. Raises CheckpointError.
+    """
+    if not pairs:
+        raise CheckpointError("there are no adapters to save")
+    path = Path(target).resolve()
+    if form == "published":
+        return _write_published(pairs, shapes, path, overwrite)
+    _check_folder(path, overwrite)
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        down, up = _shaped(pair, shapes[name])
+        tensors[f"base_model.model.{module_name(name)}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module_name(name)}.lora_B.weight"] = up
+    document = (config or fitting_config(pairs)).document(
+        list(map(module_name, pairs)), base or None
+    )
+    with _written_aside(path) as aside:
+        _write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
+        _write_json(aside / PEFT_CONFIG, document)
+    return path
+
+
+def convert_lora(
+    lora: LoraSpec | Sequence[LoraSpec],
+    shapes: Mapping[str, torch.Size],
+    target: str | os.PathLike[str],
+    form: LoraForm,
+    *,
+    base: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write LoRAs of any form anew, as one; several become one of their ranks together.
+
+    `shapes` are those of the model they are for, by our names. The rest is as in `write_lora`.
+    Raises CheckpointError, as reading and writing do.
+    """
+    updates = read_loras(lora, 1.0, shapes)
+    pairs = {name: _joined(several) for name, several in updates.items()}
+    return write_lora(pairs, shapes, target, form, base=base, overwrite=overwrite)
+
+
+def fitting_config(pairs: Mapping[str, LoraPair]) -> PeftConfig:
+    """The config of pairs: the commonest rank and alpha, and patterns for modules that differ."""
+    ranks = {module_name(name): pair.rank for name, pair in pairs.items()}
+    alphas = {module_name(name): pair.scale * pair.rank for name, pair in pairs.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return PeftConfig(
+        rank,
+        alpha,
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+    )
+
+
+def _write_published(
+    pairs: Mapping[str, LoraPair], shapes: Mapping[str, torch.Size], path: Path, overwrite: bool
+) -> Path:
+    if path.is_dir() or path.suffix.lower() != SUFFIX:
+        raise CheckpointError(f"{path}: a LoRA of the published form is one file, NAME{SUFFIX}")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} is there already; choose another name, or overwrite it")
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        module = module_name(name)
+        down, up = _shaped(pair, shapes[name])
+        tensors[f"{module}.lora_down.weight"] = down
+        tensors[f"{module}.lora_up.weight"] = up
+        tensors[f"{module}.alpha"] = torch.tensor(pair.scale * pair.rank)
+    aside = path.with_name(f".{secrets.token_hex(8)}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_shard(aside, tensors, list(tensors))
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be saved: {error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _joined(updates: Sequence[LoraUpdate]) -> LoraPair:
+    """Updates of one weight as one pair, of their ranks together where they are several."""
+    if len(updates) == 1:
+        return LoraPair(updates[0].down, updates[0].up, updates[0].scale)
+    ups = [update.scale * update.up.float() for update in updates]
+    return LoraPair(torch.cat([u.down.float() for u in updates]), torch.cat(ups, dim=1), 1.0)
+
+
+def _shaped(pair: LoraPair, weight: torch.Size) -> tuple[Tensor, Tensor]:
+    """down and up as matrices, of a kernel as kernels."""
+    ones = [1] * len(weight[2:])
+    size_in = math.prod(weight[1:])
+    down = pair.down.reshape(pair.rank, size_in).reshape(pair.rank, *weight[1:])
+    return down.contiguous(), pair.up.reshape(weight[0], pair.rank, *ones).contiguous()
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; an adapter is saved as a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / PEFT_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not empty and holds no adapter; choose another folder")
+    if not overwrite:
+        raise CheckpointError(f"{folder} holds an adapter already; choose another, or overwrite it")
