@@ -43,6 +43,39 @@ def test_the_file_holds_exactly_the_painted_pixels(
     ]
 
 
+def test_a_negative_prompt_is_used_and_recorded(
+    run: Callable[..., Any], pipe: Pipeline, tmp_path: Path
+) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(
+        '{"prompt": "a boat", "id": "dark", "negative_prompt": "dark"}\n'
+        '{"prompt": "a boat", "id": "plain", "seed": 4}\n'
+        '{"prompt": "a boat", "id": "free", "guidance": 1, "negative_prompt": "dark"}\n'
+    )
+    options: dict[str, Any] = {"width": 64, "height": 32, "steps": 2, "guidance": 3, "seed": 4}
+    arguments = (*SMALL, "--guidance", 3, "--seed", 4, "--device", "cpu")
+    want = {
+        text: np.array(pipe.generate("a boat", negative_prompt=text, **options).images[0])
+        for text in ("blurry", "dark", "")
+    }
+    assert run("generate", "a boat", *arguments, "--negative-prompt", "blurry").code == 0
+    path = Path("outputs/a-boat_s4_1.png")
+    assert np.array_equal(pixels(path), want["blurry"])
+    assert read_record(path)["settings"]["negative_prompt"] == "blurry"
+    ran = run("generate", "--input", lines, *arguments, "--output", "many")
+    assert ran.code == 1
+    assert "guidance is 1, so nothing is steered away from" in ran.err
+    assert np.array_equal(pixels(Path("many/dark_s4_1.png")), want["dark"])
+    assert np.array_equal(pixels(Path("many/plain_s4_1.png")), want[""])
+
+
+def test_a_negative_prompt_needs_guidance(run: Callable[..., Any]) -> None:
+    ran = run("generate", "a boat", *SMALL, "--guidance", 1, "--negative-prompt", "blurry")
+    assert ran.code != 0
+    assert "negative_prompt: guidance is 1" in ran.err
+    assert "loading" not in ran.err
+
+
 def test_the_record_in_the_file_and_beside_it(
     run: Callable[..., Any], pipe: Pipeline, toy: Path
 ) -> None:
@@ -63,6 +96,7 @@ def test_the_record_in_the_file_and_beside_it(
         "guidance": 4.0,
         "interval": [0.1, 0.9],
         "norm": "global",
+        "negative_prompt": "",
         "solver": "euler",
         "t_eps": 0.02,
         "think": False,

@@ -144,6 +144,14 @@ class SamplingOptions:
             rich_help_panel=PAINTING,
         ),
     ] = None
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What guidance steers away from; needs guidance above 1.",
+            rich_help_panel=PAINTING,
+        ),
+    ] = None
     interval: Annotated[
         str | None,
         typer.Option(
@@ -222,6 +230,7 @@ class SamplingOptions:
             "height": height,
             "steps": self.steps,
             "guidance": self.guidance,
+            "negative_prompt": self.negative_prompt,
             "guidance_interval": None if self.interval is None else parse_interval(self.interval),
             "guidance_norm": self.norm,
             "shift": self.shift,

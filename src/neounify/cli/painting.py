@@ -16,7 +16,12 @@ from neounify.cli.record import Picture
 from neounify.cli.session import Session
 from neounify.config import ModelConfig
 from neounify.pipeline import PaintProgress, PaintResult
-from neounify.pipeline.request import Sampling, make_sampling, output_size
+from neounify.pipeline.request import (
+    Sampling,
+    check_negative_prompt,
+    make_sampling,
+    output_size,
+)
 from neounify.pipeline.request import SamplingOptions as SamplingKeywords
 
 _SAMPLING = SamplingKeywords.__annotations__.keys()
@@ -48,7 +53,7 @@ def resolve_sampling(options: SamplingOptions, config: ModelConfig) -> Sampling:
 
 def check_options(options: SamplingOptions, config: ModelConfig) -> None:
     """What can be wrong with a request besides its prompt and pictures, said before loading."""
-    resolve_sampling(options, config)
+    check_negative_prompt(options.negative_prompt or "", resolve_sampling(options, config))
     output_size(config, *options.dimensions())
 
 
@@ -119,6 +124,7 @@ def settings_record(options: SamplingOptions, config: ModelConfig) -> dict[str, 
         "steps": sampling.steps,
         "shift": sampling.shift,
         "guidance": guidance.text,
+        "negative_prompt": options.negative_prompt or "",
         "interval": list(guidance.interval),
         "norm": guidance.norm,
         "solver": sampling.solver,

@@ -20,7 +20,7 @@ from neounify.flow.path import sampling_t_eps
 from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import SolverName, make_solver
 from neounify.image.patches import patchify
-from neounify.image.sizes import check_size, fit_size
+from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size
 from neounify.text.template import check_negative
 
 T = TypeVar("T", int, str)
@@ -252,6 +252,31 @@ def output_size(
         max_pixels=area,
     )
     return size[1], size[0]
+
+
+def size_of_shape(
+    config: ModelConfig, ratio: tuple[int, int], pixels: int | None = None
+) -> tuple[int, int]:
+    """(width, height) nearest to a shape, at `pixels` or the model's own area, if that is less.
+
+    Where the area is that of the published training buckets, one of those; else both sides are
+    fitted. `ratio` is (width, height) of any size. Raises ImageError for a ratio over 200.
+    """
+    own = math.prod(config.sampling.image_size)
+    area = own if pixels is None else min(pixels, own)
+    width, height = ratio
+    if (area, config.token_size) == (math.prod(TRAINING_BUCKETS[0]), 32):
+        return min(TRAINING_BUCKETS, key=lambda b: abs(math.log(b[0] * height / (b[1] * width))))
+    # Scaled far above the area, so that the sides are rounded towards it from below.
+    scale = 1 + math.isqrt(area)
+    fitted = fit_size(
+        height * scale,
+        width * scale,
+        multiple=config.token_size,
+        min_pixels=area,
+        max_pixels=area,
+    )
+    return fitted[1], fitted[0]
 
 
 def output_sizes(

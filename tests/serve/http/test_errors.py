@@ -103,7 +103,7 @@ def test_an_error_after_the_first_piece_is_an_event() -> None:
         ({"seed": 2**64}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**6}, "max_tokens"),
-        ({"stop": [""] * 17}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"guidence": 3}, "guidence"),

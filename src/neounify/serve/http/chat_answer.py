@@ -50,7 +50,7 @@ class ChatAnswer:
             raise RuntimeError("the engines ended an answer without Finished")
         message = {"role": "assistant", "refusal": None}
         message |= content.message(as_parts=self._as_parts)
-        if self._body.thinks:
+        if self._body.thinks and self._body.include_reasoning:
             message["reasoning_content"] = reasoning
         choice = {
             "index": 0,
@@ -67,8 +67,11 @@ class ChatAnswer:
     async def chunks(self) -> AsyncGenerator[bytes]:
         """The `chat.completion.chunk`s as server-sent events, ended by [DONE]."""
         begun = False
+        silent = not self._body.include_reasoning
         async with aclosing(self._context.answer(self._request, self._body)) as events:
             async for event in events:
+                if silent and isinstance(event, TextPiece) and event.thought:
+                    continue
                 if not begun:
                     yield self._chunk({"role": "assistant", "content": ""})
                     begun = True

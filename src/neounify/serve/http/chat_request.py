@@ -47,7 +47,8 @@ async def read_chat(body: ChatBody, context: Context) -> ChatRequest | Interleav
     context.check_model(body.model)
     turns = await _read_turns(body, context)
     images = [image for turn in turns for image in turn.images]
-    await context.check_prompt("\n".join(turn.text for turn in turns), images)
+    texts = [*(turn.text for turn in turns), *filter(None, (body.negative_prompt,))]
+    await context.check_prompt("\n".join(texts), images)
     if body.paints:
         return _interleave_request(body, turns, context)
     return make_chat_request(
@@ -123,6 +124,7 @@ def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) ->
         max_images=most if body.max_images is None else body.max_images,
         max_new_tokens=_max_tokens(body, context),
         seed=seed,
+        negative_prompt=body.negative_prompt,
         think=body.thinks,
         system=system,
         text=SamplingSettings(

@@ -65,6 +65,8 @@ class ChatBody(PaintingFields):
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         (
+            "add_generation_prompt",
+            "continue_final_message",
             "metadata",
             "moderation",
             "parallel_tool_calls",
@@ -89,6 +91,18 @@ class ChatBody(PaintingFields):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
+        "best_of": (1,),
+        "echo": (False,),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "min_tokens": (0,),
+        "priority": (0,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "stop_token_ids": ([],),
+        "typical_p": (1,),
+        "use_beam_search": (False,),
         "response_format": ({"type": "text"},),
         "audio": (),
         "prediction": (),
@@ -114,6 +128,7 @@ class ChatBody(PaintingFields):
         | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
     ) = Field(default_factory=list)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] = "none"
+    include_reasoning: bool = Field(True, description="Return the thought too. Extension.")
     modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
     max_images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None, description="Images of an interleaved answer at most. Extension."

@@ -11,7 +11,13 @@ from typing import Annotated
 import PIL.Image
 from fastapi import Depends, Request
 
-from neounify.pipeline.request import Sampling, SamplingOptions, make_sampling, output_size
+from neounify.pipeline.request import (
+    Sampling,
+    SamplingOptions,
+    make_sampling,
+    output_size,
+    size_of_shape,
+)
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
 from neounify.serve.http.answering import answer
 from neounify.serve.http.errors import ApiError, bad_request
@@ -84,9 +90,28 @@ class Context:
             raise bad_request(f"steps: {sampling.steps} is over this server's {most}", "steps")
         return sampling
 
+    def _asked_size(
+        self, fields: PaintingFields, reference: PIL.Image.Image | None
+    ) -> tuple[int, int]:
+        config, ratio = self.service.config, fields.ratio
+        if fields.width_height is not None:
+            width, height = fields.width_height
+            if ratio is not None and width * ratio[1] != height * ratio[0]:
+                raise bad_request(
+                    f"size: {fields.size} has not the aspect_ratio {fields.aspect_ratio}; "
+                    "give one of them alone",
+                    "size",
+                )
+            return output_size(config, width, height, reference)
+        if ratio is None and fields.pixels is None:
+            return output_size(config, None, None, reference)
+        if ratio is None:
+            ratio = config.sampling.image_size if reference is None else reference.size
+        return size_of_shape(config, ratio, fields.pixels)
+
     def size(self, fields: PaintingFields, reference: PIL.Image.Image | None) -> tuple[int, int]:
         """(width, height) to paint. Raises ImageError for no legal size, ApiError over limits."""
-        width, height = output_size(self.service.config, *fields.width_height, reference)
+        width, height = self._asked_size(fields, reference)
         most = self.settings.limits.output_pixels
         if width * height > most:
             raise bad_request(

@@ -215,6 +215,7 @@ _FIELDS = frozenset(
         "guidance_norm",
         "image_guidance",
         "max_images",
+        "negative_prompt",
         "repetition_penalty",
         "seed",
         "shift",

@@ -89,6 +89,9 @@ async def _invalid(_: Request, error: Exception) -> Response:
 def _param(loc: Sequence[int | str], body: Any, *, missing: bool) -> str | None:
     """The path to a field as the caller wrote it, without pydantic's names of union branches."""
     path: list[str] = []
+    if loc and isinstance(body, dict) and loc[0] not in body:
+        # The caller used another server's name for the field, or left it out.
+        return str(loc[0])[:80]
     for step in loc:
         inside = step in body if isinstance(body, dict) else _is_place(step, body)
         if inside:

@@ -32,7 +32,8 @@ async def read_paint(
         )
     if not body.prompt.strip():
         raise bad_request("prompt: a text is needed", "prompt", "invalid_prompt")
-    await context.check_prompt(body.prompt, images)
+    texts = (body.prompt, body.negative_prompt)
+    await context.check_prompt("\n".join(filter(None, texts)), images)
     width, height = context.size(body, images[0] if images else None)
     steps = body.steps_of(context.service.config.sampling.steps)
     sampling = context.sampling(body, editing=bool(images), steps=steps)
@@ -46,6 +47,7 @@ async def read_paint(
             images=images,
             seed=seed + number,
             think=bool(body.think),
+            negative_prompt=body.negative_prompt,
         )
         for number in range(body.n)
     ]

@@ -31,11 +31,16 @@ class ImageBody(PaintingFields):
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "background": ("auto", "opaque"),
         "complexity": (),
+        "enable_safety_checker": (True,),
         "frame_count": (),
         "frame_duration_ms": (),
         "mask": (),
         "markup": (),
+        "num_frames": (1,),
+        "prompt_extend": (False,),
+        "strength": (1,),
         "svg": (),
+        "watermark": (False,),
     }
 
     model: str = Field("", max_length=200)
