@@ -1,6 +1,92 @@
 """How settings that come from files are checked: no unknown field, no quiet conversion."""
 
-from pydantic import ConfigDict
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict
 
 STRICT = ConfigDict(extra="forbid", str_strip_whitespace=False, arbitrary_types_allowed=True)
 """For `pydantic.dataclasses.dataclass(config=STRICT)`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a setting may have. `open_low`/`open_high`: the bound itself is outside.
+
+    Used as `Annotated[float, AfterValidator(Range(0, 1))]`. NaN and infinities are in no range.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __call__(self, value: float) -> float:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        if not (math.isfinite(value) and above and below):
+            raise ValueError(f"must be {self}, got {value}")
+        return value
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            if self.low == -math.inf:
+                return "a finite number"
+            return f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"within {left}{self.low:g}, {self.high:g}{right}"
+
+
+Count = Annotated[int, AfterValidator(Range(1))]
+"""A whole number, at least 1."""
+NonNegativeInt = Annotated[int, AfterValidator(Range(0))]
+Seed = Annotated[int, AfterValidator(Range(0, 2**63 - 1))]
+Positive = Annotated[float, AfterValidator(Range(0, open_low=True))]
+NonNegative = Annotated[float, AfterValidator(Range(0))]
+Finite = Annotated[float, AfterValidator(Range())]
+Fraction = Annotated[float, AfterValidator(Range(0, 1))]
+"""A share or a chance: 0 to 1, both included."""
+BelowOne = Annotated[float, AfterValidator(Range(0, 1, open_high=True))]
+AboveZero = Annotated[float, AfterValidator(Range(0, 1, open_low=True))]
+"""A share that is not nothing: above 0, at most 1."""
+
+
+def _area(value: tuple[int, int]) -> tuple[int, int]:
+    low, high = value
+    if not 1 <= low <= high:
+        raise ValueError(
+            f"must be [least, greatest] area in pixels with 1 <= least <= greatest, got "
+            f"{[low, high]}"
+        )
+    return value
+
+
+AreaBounds = Annotated[tuple[int, int], AfterValidator(_area)]
+"""(least, greatest) area of an image in pixels."""
+
+
+def check_names(
+    field: str, names: Iterable[str], known: Iterable[str], kind: Literal["name", "task"] = "name"
+) -> None:
+    """Raise ValueError for names that are not known, with what is near and what there is."""
+    listed = list(known)
+    for name in names:
+        if name not in listed:
+            close = get_close_matches(name, listed, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f"{field}: unknown {kind} {name!r}; {hint}known are {', '.join(listed)}"
+            )
+
+
+def check_weights(field: str, weights: Mapping[str, float] | None, known: Iterable[str]) -> None:
+    """Raise ValueError for unknown names, and for weights that are negative or not finite."""
+    check_names(field, weights or {}, known)
+    for name, value in (weights or {}).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{field}.{name}: must be at least 0, got {value}")

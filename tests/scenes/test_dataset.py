@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from neounify.data.sample import (
+from neounify.data import (
     TASKS,
     DataError,
     ImagePart,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neounify.data.sample import (
+from neounify.data import (
     DataError,
     ImagePart,
     Part,

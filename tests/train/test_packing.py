@@ -121,7 +121,7 @@ def test_damaged_samples_are_skipped_and_listed() -> None:
     packs = list(
         islice(load_packs(_Damaged(every=3), ENCODER, LoaderConfig(budget=512, workers=0)), 10)
     )
-    listed = [message for item in packs for message in item.damaged]
+    listed = [one.message for item in packs for one in item.skipped]
     assert "sample 3: broken 3" in listed
     used = {int(s.split("-")[-1]) for item in packs for s in item.pack.samples}
     assert used
@@ -138,7 +138,7 @@ def test_data_that_yields_nothing_is_an_error(workers: int) -> None:
 def test_a_sample_over_the_budget_is_counted_as_damaged() -> None:
     config = LoaderConfig(budget=90, workers=0)
     packs = list(islice(load_packs(SOURCE, ENCODER, config), 40))
-    assert any("a pack 90" in message for item in packs for message in item.damaged)
+    assert any("a pack 90" in one.message for item in packs for one in item.skipped)
 
 
 @pytest.mark.parametrize(

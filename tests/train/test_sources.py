@@ -17,7 +17,8 @@ from PIL import Image
 from neounify.data.buckets import crop_to, nearest_bucket
 from neounify.data.jsonl import JsonlSource
 from neounify.data.mixture import BLOCK, Mixture
-from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn, write_sample
+from neounify.data.record import write_sample
+from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.data.scenes import SceneDataset, scene_config
 from neounify.data.shards import ShardSource, write_shard
 from neounify.data.source import Source
@@ -115,7 +116,7 @@ def test_a_cut_off_shard_keeps_what_is_whole(tmp_path: Path) -> None:
     [
         ({"1.json": b"{"}, "1: "),
         ({"1.json": b"[" * 100_000}, "1: "),
-        ({"1.txt": b"words"}, "neither a json record nor a picture"),
+        ({"1.txt": b"words"}, "neither a json record nor an image"),
         ({"1.png": b"no picture", "1.txt": b"x"}, r"1\.png"),
         (
             {"1.json": json.dumps({**PAINT, "image": ["../../etc/passwd"]}).encode()},
@@ -172,7 +173,7 @@ def test_a_damaged_line_is_named_and_others_stay(tmp_path: Path, line: str, mess
 def test_data_without_lines_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not there"):
         JsonlSource(tmp_path / "none")
-    with pytest.raises(DataError, match="no line"):
+    with pytest.raises(DataError, match=r"no \.jsonl file"):
         JsonlSource(tmp_path)
     (tmp_path / "e.jsonl").write_text("\n \n")
     with pytest.raises(DataError, match="no line"):

@@ -232,7 +232,7 @@ def test_a_damaged_state_is_refused(whole: Path, tmp_path: Path, file: str) -> N
     [
         ({"colour": "red"}, "colour is not a field"),
         ({"stages": []}, "needs stages"),
-        ({"stages": [{"name": "a", "steps": 0}]}, "steps must be at least 1"),
+        ({"stages": [{"name": "a", "steps": 0}]}, r"stages\.0\.steps: must be at least 1, got 0"),
         ({"stages": [{"name": "a", "steps": 1, "optimizer": {"lr": 1}}]}, "optimizer.lr is not"),
         ({"stages": [{"name": "a", "steps": "many"}]}, "stages.0.steps"),
         ({"model": {}}, "either a preset or a checkpoint"),
@@ -255,9 +255,11 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_unknown_names_to_freeze_are_refused(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "a", "steps": 1, "freeze": ["eyes"]}])
     with pytest.raises(ConfigError, match="eyes"):
-        trainer(tmp_path, made).run()
+        recipe(stages=[{"name": "a", "steps": 1, "freeze": ["eyes"]}])
+    dense = recipe(stages=[{"name": "a", "steps": 1, "freeze": ["experts"]}])
+    with pytest.raises(ConfigError, match="experts"):
+        trainer(tmp_path, dense).run()
 
 
 def test_the_recipes_of_the_repository_can_be_read() -> None:

@@ -92,7 +92,7 @@ def load_checkpoint(
     # writes to its weights neither shows in another nor is lost when another drops its pages.
     path = folder.path if isinstance(folder, CheckpointFolder) else folder
     checkpoint = CheckpointFolder.open(path)
-    target_dtype, target_device = resolve_dtype(dtype, checkpoint), _resolve_device(device)
+    target_dtype, target_device = resolve_dtype(dtype, checkpoint), resolve_device(device)
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
@@ -168,7 +168,8 @@ def _stored_dtype(checkpoint: CheckpointFolder) -> torch.dtype:
     return most if most in DTYPES.values() else torch.bfloat16
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device of a name, tried out. Raises RequestError for one that cannot be used here."""
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)

@@ -102,6 +102,10 @@ RULES = (
 )
 
 
+LABELS = ("und", "gen", "shared", *dict.fromkeys(rule.part for rule in RULES))
+"""Names of streams and of parts, by which settings choose parameters."""
+
+
 def to_published(name: str) -> str:
     """The published spelling of one of this package's tensor names; KeyError for another name."""
     rule, values = _match_ours(name)

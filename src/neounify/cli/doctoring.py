@@ -6,9 +6,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import typer
 
+from neounify.checkpoint.load import resolve_device
 from neounify.cli.display import Display
 from neounify.cli.errors import UsageError
 from neounify.cli.options import ReportOptions
@@ -33,7 +33,7 @@ def run_doctor(
     display = Display(quiet=report.quiet, json=report.json)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        start = starting_model(recipe, torch.device(device or default_device()), Path(folder))
+        start = starting_model(recipe, resolve_device(device or default_device()), Path(folder))
     found: list[Finding] = []
     for finding in examine(start, chosen, seconds):
         found.append(finding)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from neounify.checkpoint.load import resolve_device
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError
 from neounify.cli.options import ReportOptions
@@ -16,9 +17,9 @@ from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.progress import Painter
 from neounify.train.recipe import read_recipe
-from neounify.train.setup import starting_model
+from neounify.train.setup import StageSources, starting_model
 from neounify.train.stages import Progress, stages_to_run
-from neounify.train.state import saved_states
+from neounify.train.state import newest_whole_state, saved_states
 
 
 def run_training(
@@ -33,16 +34,21 @@ def run_training(
     """Run a recipe. Raises CliError and what the parts raise."""
     recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
-    state = _state(folder, resume)
-    if state is None:
-        stages_to_run(recipe, Progress(), stages)  # wrong names are told before a model is loaded
+    display = Display(quiet=report.quiet, json=report.json)
+    state = _state(folder, resume, display)
+    where = resolve_device(device or default_device())
+    # Wrong names and unreadable data are reported before a model is loaded.
+    numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
+    sources = StageSources(recipe)
+    for number in numbers:
+        sources.of(recipe.stages[number])
     if threads is not None:
         torch.set_num_threads(threads)
     keep_freed_memory()
-    display = Display(quiet=report.quiet, json=report.json)
     log = Log(folder, Console(stderr=True, quiet=report.quiet))
-    start = starting_model(recipe, torch.device(device or default_device()), folder)
-    trainer = Trainer(recipe, start, folder, log, Painter(recipe, folder))
+    start = starting_model(recipe, where, folder)
+    painter = Painter(recipe, folder, sources)
+    trainer = Trainer(recipe, start, folder, log, painter, sources)
     if state is not None:
         trainer.resume(state)
         display.note(f"going on from {state}")
@@ -58,24 +64,23 @@ def export_newest(path: Path, out: Path | None, target: Path, report: ReportOpti
     """Write the newest saved state of a run as a checkpoint. Raises CliError."""
     recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
-    found = saved_states(folder / "states")
-    if not found:
-        raise CliError(f"{folder} holds no saved state yet")
     display = Display(quiet=report.quiet, json=report.json)
+    state = newest_whole_state(folder / "states", display.note)
+    if state is None:
+        raise CliError(f"{folder} holds no saved state yet")
     start = starting_model(recipe, torch.device("cpu"), folder)
     log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
-    Trainer(recipe, start, folder, log).export_state(found[-1], target, torch.bfloat16)
-    display.result(f"saved {target} from {found[-1].name}", target)
+    Trainer(recipe, start, folder, log).export_state(state, target, torch.bfloat16)
+    display.result(f"saved {target} from {state.name}", target)
 
 
-def _state(folder: Path, resume: str | None) -> Path | None:
-    found = saved_states(folder / "states")
+def _state(folder: Path, resume: str | None, display: Display) -> Path | None:
     if resume is None:
-        if found:
+        if saved_states(folder / "states"):
             raise CliError(
                 f"{folder} holds a run already; go on with --resume auto, or choose another --out"
             )
         return None
     if resume == "auto":
-        return found[-1] if found else None
+        return newest_whole_state(folder / "states", display.note)
     return Path(resume)

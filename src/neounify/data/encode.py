@@ -22,7 +22,7 @@ from neounify.data.buckets import crop_to, nearest_bucket
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.image.sizes import fit_size
 from neounify.model.layout import Document, Image, Noise, Span, Text
-from neounify.settings import STRICT
+from neounify.settings import STRICT, Fraction
 from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tokenizer import Tokenizer
 
@@ -39,12 +39,15 @@ _THINK_MARKS = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
 class GuidanceDropout:
     """Chances that a painting sample loses its text, or its text and pictures, for guidance."""
 
-    text: float = 0.1
-    all: float = 0.1
+    text: Fraction = 0.1
+    all: Fraction = 0.1
 
     def __post_init__(self) -> None:
-        if min(self.text, self.all) < 0 or self.text + self.all > 1:
-            raise DataError(f"guidance dropout {self.text} + {self.all} must be chances up to 1")
+        if self.text + self.all > 1:
+            raise DataError(
+                f"text {self.text} + all {self.all} must be at most 1: a sample loses one or the "
+                "other"
+            )
 
     def draw(self, rng: np.random.Generator) -> Drop:
         x = rng.random()
@@ -84,7 +87,11 @@ class Encoder:
     `noise_draws` noisy copies of every target share the document that leads to them: the
     understanding stream never sees noise, so further draws cost the generation stream only.
     `target_buckets` are (width, height) pairs to crop targets to; without any, targets keep their
-    shape within `target_pixels` = (least, greatest) area.
+    shape within `target_pixels` = (least, greatest) area. `input_pixels` bounds the area of input
+    images in the same way. Both are the checkpoint's own bounds where None. A document of more
+    than `max_tokens` tokens is refused before its images are resized.
+
+    Raises DataError for buckets that are not multiples of the model's token.
     """
 
     config: ModelConfig
@@ -94,6 +101,17 @@ class Encoder:
     noise_draws: int = 1
     target_pixels: tuple[int, int] | None = None
     target_buckets: tuple[tuple[int, int], ...] = ()
+    input_pixels: tuple[int, int] | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        side = self.config.token_size
+        for width, height in self.target_buckets:
+            if width < side or height < side or width % side or height % side:
+                raise DataError(
+                    f"target_buckets: {width}x{height} is not made of tokens; both sides must be "
+                    f"multiples of {side} pixels"
+                )
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Encoded:
         """Encode one sample; `rng` draws the guidance dropout. Raises DataError."""
@@ -122,6 +140,7 @@ class _Writer:
         self._plain = ""
         self._learn = False
         self._row = 0
+        self._tokens = 0
         self._given_thought = False
         if sample.turns[0].role != "system" and sample.task in PAINTING_TASKS:
             self._system(encoder.system_message)
@@ -179,7 +198,8 @@ class _Writer:
 
     def without_text(self, *, pictures: bool) -> None:
         """The prefix of guidance: the input pictures alone, or nothing, then `<img>`."""
-        self.spans, self.ids, self.labels, self._plain, self._row = [], [], [], "", 0
+        self.spans, self.ids, self.labels, self._plain = [], [], [], ""
+        self._row = self._tokens = 0
         inputs = [part for part in self.sample.images if part.role == "input"]
         targets = [part for part in self.sample.images if part.role == "target"]
         self._open("user")
@@ -193,7 +213,7 @@ class _Writer:
         else:
             self._special(IMAGE_OPEN, learn=False)
             for part in targets:
-                self._noise(self._sized_target(part))
+                self._noise(self._sized_target(part, copies=self.encoder.noise_draws))
 
     # --- pieces ---
 
@@ -233,7 +253,18 @@ class _Writer:
             self._plain = ""
             self._write(ids, self._learn)
 
+    def _reserve(self, tokens: int, what: str, remedy: str) -> None:
+        """Count tokens in; DataError when the document no longer fits a pack."""
+        self._tokens += tokens
+        limit = self.encoder.max_tokens
+        if limit is not None and self._tokens > limit:
+            raise DataError(
+                f"the sample has at least {self._tokens:,} tokens ({what}), more than a pack "
+                f"holds (budget {limit:,}). Raise budget to at least {self._tokens:,}, or {remedy}"
+            )
+
     def _write(self, ids: list[int], learn: bool) -> None:
+        self._reserve(len(ids), "of text and images", "split the record")
         if learn:
             if self._row == 0:
                 raise DataError("the first token of a document cannot be predicted")
@@ -249,20 +280,25 @@ class _Writer:
     def _input(self, part: ImagePart) -> None:
         self._special(IMAGE_OPEN, learn=False)
         sampling = self.encoder.config.sampling
-        if any(p.role == "target" for p in self.sample.images):
+        if self.encoder.input_pixels is not None:
+            bounds = self.encoder.input_pixels
+        elif any(p.role == "target" for p in self.sample.images):
             bounds = sampling.edit_bounds(sum(p.role == "input" for p in self.sample.images))
         else:
             bounds = sampling.chat_min_pixels, sampling.chat_max_pixels
-        self._clean(self._fitted(part.pixels(), bounds))
+        pixels = part.pixels()
+        size = self._fit(pixels, bounds)
+        self._reserve_image(size, 1, "input_pixels")
+        self._clean(_resized(pixels, size))
         self._special(IMAGE_CLOSE, learn=False)
 
     def _target(self, part: ImagePart, *, learn: bool | None = None) -> None:
-        """A painted picture: noisy blocks, and its clean copy for what comes after it."""
+        """A painted image: noisy blocks, and its clean copy for what comes after it."""
         writes = self.sample.task not in PAINTING_TASKS
         if not part.loss:
             raise DataError("a picture in an answer must be a target")
         self._special(IMAGE_OPEN, learn=writes if learn is None else learn)
-        pixels = self._sized_target(part)
+        pixels = self._sized_target(part, copies=self.encoder.noise_draws + writes)
         self._noise(pixels)
         if writes:
             self._clean(pixels)
@@ -284,29 +320,41 @@ class _Writer:
         side = self.encoder.config.token_size
         return pixels.shape[0] // side, pixels.shape[1] // side
 
-    def _sized_target(self, part: ImagePart) -> Pixels:
+    def _sized_target(self, part: ImagePart, *, copies: int) -> Pixels:
+        """A target in its size for training; it will stand in the document `copies` times."""
         pixels, encoder = part.pixels(), self.encoder
         if encoder.target_buckets:
-            size = nearest_bucket(pixels.shape[1], pixels.shape[0], encoder.target_buckets)
-            if size == (pixels.shape[1], pixels.shape[0]):
+            bucket = nearest_bucket(pixels.shape[1], pixels.shape[0], encoder.target_buckets)
+            self._reserve_image((bucket[1], bucket[0]), copies, "target_buckets")
+            if bucket == (pixels.shape[1], pixels.shape[0]):
                 return pixels
-            return np.asarray(crop_to(PilImage.fromarray(pixels), size))
+            return np.asarray(crop_to(PilImage.fromarray(pixels), bucket))
         sampling = encoder.config.sampling
         bounds = encoder.target_pixels or (sampling.edit_min_pixels, sampling.edit_max_pixels)
-        return self._fitted(pixels, bounds)
+        size = self._fit(pixels, bounds)
+        self._reserve_image(size, copies, "target_pixels")
+        return _resized(pixels, size)
 
-    def _fitted(self, pixels: Pixels, bounds: tuple[int, int]) -> Pixels:
-        height, width = fit_size(
+    def _reserve_image(self, size: tuple[int, int], copies: int, setting: str) -> None:
+        """Count an image of `size` = (height, width) pixels in, before it is resized."""
+        height, width = size
+        tokens = height * width // self.encoder.config.token_size**2
+        times = f" {copies} times (noise_draws {self.encoder.noise_draws})" if copies > 1 else ""
+        self._reserve(
+            copies * tokens,
+            f"an image of {width}x{height} pixels has {tokens:,}{times}",
+            f"bound images by {setting}",
+        )
+
+    def _fit(self, pixels: Pixels, bounds: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) within bounds of the area, in pixels."""
+        return fit_size(
             pixels.shape[0],
             pixels.shape[1],
             multiple=self.encoder.config.token_size,
             min_pixels=bounds[0],
             max_pixels=bounds[1],
         )
-        if (height, width) == pixels.shape[:2]:
-            return pixels
-        image = PilImage.fromarray(pixels)
-        return np.asarray(image.resize((width, height), PilImage.Resampling.BICUBIC))
 
     def finish(self) -> Encoded:
         # Nothing is learnt from what stands behind the last label or noisy block.
@@ -326,3 +374,11 @@ class _Writer:
             tuple(self.images),
             tuple(self.targets),
         )
+
+
+def _resized(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """An image of `size` = (height, width), bicubic."""
+    if size == pixels.shape[:2]:
+        return pixels
+    image = PilImage.fromarray(pixels)
+    return np.asarray(image.resize((size[1], size[0]), PilImage.Resampling.BICUBIC))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from neounify.data.formats import foreign_folder, foreign_lines
 from neounify.data.pictures import with_pictures
-from neounify.data.sample import DataError, Sample, sample_from_record
+from neounify.data.record import sample_from_record
+from neounify.data.sample import DataError, Sample
 
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -17,10 +20,11 @@ MAX_LINE_BYTES = 16 * 2**20
 class JsonlSource:
     """One .jsonl file, or all below a folder in order of their names.
 
-    Only the places of the lines are kept in memory. Paths of pictures are relative to `root`, by
-    default each file's folder, and must stay below it. `task` overrides the records' own,
-    `colour_profiles` is that of `read_image`.
-    Raises DataError when there is nothing to read.
+    Only the places of the lines are kept in memory. Paths of images are relative to `root`, by
+    default each file's folder, and must stay below it, links followed. `task` overrides the
+    records' own; fields of records in `ignored` are not read; `colour_profiles` is that of
+    `read_image`. Raises DataError when there is nothing to read, or the files are of another form
+    than JSON lines.
     """
 
     def __init__(
@@ -29,12 +33,16 @@ class JsonlSource:
         *,
         root: Path | None = None,
         task: str | None = None,
+        ignored: Collection[str] = (),
         colour_profiles: bool = True,
     ) -> None:
-        if not path.exists():
-            raise DataError(f"the data {path} is not there")
-        self.files = _below(path) if path.is_dir() else [path]
-        self.root, self.task, self.colour_profiles = root, task, colour_profiles
+        self.files = _files(path)
+        if root is not None and not root.is_dir():
+            raise DataError(f"the folder of images {root} is not there")
+        self.root, self.task, self.ignored = root, task, tuple(ignored)
+        self.colour_profiles = colour_profiles
+        self.name = path.name or str(path)
+        self.damage: list[str] = []
         places = [_places(file) for file in self.files]
         self._places = np.concatenate(places) if places else np.zeros((0, 3), np.int64)
         numbers = [np.full(len(found), n) for n, found in enumerate(places)]
@@ -46,11 +54,15 @@ class JsonlSource:
     def size(self) -> int:
         return len(self._places)
 
+    def place(self, index: int) -> str:
+        """The file and line of a sample."""
+        return f"{self.files[self._file_of[index]].name}, line {self._places[index][2]}"
+
     def __getitem__(self, index: int) -> Sample:
-        """Read one line and its pictures. Raises DataError that names the line."""
+        """Read one line and its images. Raises DataError that names the line."""
         file = self.files[self._file_of[index]]
         start, length, number = (int(value) for value in self._places[index])
-        where = f"{file.name}, line {number}"
+        where = self.place(index)
         if length > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
         try:
@@ -59,15 +71,31 @@ class JsonlSource:
                 stream.seek(start)
                 record = json.loads(stream.read(length))
             root = self.root or file.parent
-            sample = sample_from_record(record, root, self.task)
+            sample = sample_from_record(record, root, self.task, self.ignored)
             sample = with_pictures(sample, root, colour_profiles=self.colour_profiles)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
         return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")
 
 
-def _below(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".jsonl")
+def _files(path: Path) -> list[Path]:
+    """The files to read. Raises DataError for what is not there or not JSON lines."""
+    try:
+        if not path.exists():
+            raise DataError(f"the data {path} is not there")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"the data {path} is neither a file nor a folder")
+        files = [path]
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".jsonl")
+        if not files:
+            raise DataError(f"the data {path} {foreign_folder(path)}")
+        for file in files:
+            if what := foreign_lines(file):
+                raise DataError(f"the data {file} {what}")
+    except OSError as error:
+        raise DataError(f"the data {path} cannot be read: {error}") from error
+    return files
 
 
 def _places(file: Path) -> np.ndarray:

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from neounify.data.encode import Encoded, Encoder
+from neounify.data.mixture import Mixture
 from neounify.data.packing import Pack, first_fit, make_pack
+from neounify.data.probe import Skipped, skipped_sample
 from neounify.data.sample import DataError
-from neounify.data.source import Source
-from neounify.errors import NeounifyError
+from neounify.data.source import Source, source_name
 
 WINDOW_PACKS = 16
 """Packs that are filled together; more fill better and wait longer."""
-MOST_DAMAGED_IN_A_ROW = 1000
-"""After that many damaged samples without a good one, the data set is given up."""
+MAX_SKIPPED_IN_A_ROW = 1000
+"""After that many damaged samples of one source without a good one, loading ends."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,15 @@ class Position:
 
 @dataclass(eq=False)
 class Loaded:
-    """A pack, the position after it, and the damaged samples met on the way (message each)."""
+    """A pack, the position after it, and the damaged samples met on the way.
+
+    `used` counts the pack's samples by the number of their source in the mixture.
+    """
 
     pack: Pack
     position: Position
-    damaged: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    used: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +103,11 @@ class LoaderConfig:
 def load_packs(
     source: Source, encoder: Encoder, config: LoaderConfig, position: Position | None = None
 ) -> Iterator[Loaded]:
-    """Packs from `position` on. With workers = 0 they are made in this process.
+    """Packs from `position` on, without end. With workers = 0 they are made in this process.
 
-    Raises DataError when the position is of another number of workers, or nothing in the data
-    can be used.
+    A source that is no Mixture is made one, so that finite data starts again in another order.
+    Raises DataError when the position is of another number of workers, when a source yields
+    nothing but damaged samples, or when a worker process fails.
     """
     count = max(1, config.workers)
     position = position or Position.start(config.workers)
@@ -109,7 +116,8 @@ def load_packs(
             f"the position is of {len(position.workers)} workers, the loader has {count}; "
             "resume with the same number"
         )
-    packs = _Packs(source, encoder, config, position)
+    mixture = source if isinstance(source, Mixture) else Mixture([(source, 1.0)], config.seed)
+    packs = _Packs(mixture, encoder, config, position)
     if config.workers == 0:
         items = iter(packs)
     else:
@@ -123,15 +131,45 @@ def load_packs(
         )
         items = iter(loader)
     workers, turn = list(position.workers), position.turn
-    for pack, place, damaged in items:
-        if isinstance(pack, str):
-            raise DataError(pack)
-        workers[turn] = place
+    while True:
+        try:
+            item = next(items)
+        except (RuntimeError, OSError) as error:
+            _worker_failed(error)
+        if isinstance(item, str):
+            raise DataError(item)
+        workers[turn] = item.place
         turn = (turn + 1) % count
-        yield Loaded(pack, Position(tuple(workers), turn), damaged)
+        yield Loaded(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
 
 
-_Item = tuple[Pack | str, WorkerPosition, list[str]]
+def _worker_failed(error: Exception) -> NoReturn:
+    """A worker that ended, or could not start, as one message: the library's own has many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = lines[-1] if lines else type(error).__name__
+    raise DataError(
+        f"a process that loads data has failed: {why}. If the system ended it for want of "
+        "memory, use fewer workers (workers in the recipe); workers = 0 loads in the main process"
+    ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """What a worker sends: a pack, the worker's position after it, what was skipped and used."""
+
+    pack: Pack
+    place: WorkerPosition
+    skipped: list[Skipped]
+    used: Counter[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """An encoded draw: its index in the mixture, and the number of its source."""
+
+    index: int
+    source: int
+    encoded: Encoded
 
 
 def _end_with(lifeline: Connection) -> None:
@@ -149,12 +187,13 @@ class _Packs(IterableDataset[Any]):
     """The packs of one worker, which takes every (ranks · workers)-th sample."""
 
     def __init__(
-        self, source: Source, encoder: Encoder, config: LoaderConfig, position: Position
+        self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
     ) -> None:
         self.source, self.encoder, self.config, self.position = source, encoder, config, position
         self.lifeline: Connection | None = None
+        self._in_a_row: Counter[int] = Counter()
 
-    def __iter__(self) -> Iterator[_Item]:
+    def __iter__(self) -> Iterator[_Item | str]:
         info = get_worker_info()
         if self.lifeline is not None:
             threading.Thread(target=_end_with, args=(self.lifeline,), daemon=True).start()
@@ -162,56 +201,70 @@ class _Packs(IterableDataset[Any]):
         worker = 0 if info is None else (info.id + self.position.turn) % info.num_workers
         place = self.position.workers[worker]
         while True:
-            damaged: list[str] = []
+            skipped: list[Skipped] = []
             try:
-                window, after = self._window(worker, place, damaged)
-            except DataError as error:
+                window, after = self._window(worker, place, skipped)
+            except Exception as error:
                 # Raised in a worker it would come out as the library's own error, with a traceback.
-                yield str(error), place, damaged
+                known = isinstance(error, DataError)
+                yield str(error) if known else f"loading failed: {type(error).__name__}: {error}"
                 return
+            if place.given:
+                skipped = []  # they came with the first pack of the window, before the resume
             for number in range(place.given, len(window)):
                 last = number + 1 == len(window)
                 here = after if last else replace(place, given=number + 1)
-                yield make_pack(window[number]), here, damaged
-                damaged = []
+                pack = make_pack([item.encoded for item in window[number]])
+                yield _Item(pack, here, skipped, Counter(item.source for item in window[number]))
+                skipped = []
             place = after
 
     def _window(
-        self, worker: int, place: WorkerPosition, damaged: list[str]
-    ) -> tuple[list[list[Encoded]], WorkerPosition]:
+        self, worker: int, place: WorkerPosition, skipped: list[Skipped]
+    ) -> tuple[list[list[_Drawn]], WorkerPosition]:
         """Fill some packs; the emptiest is carried over to the next window."""
         stride = self.config.ranks * max(1, self.config.workers)
         offset = self.config.rank * max(1, self.config.workers) + worker
         wanted = WINDOW_PACKS * self.config.budget
-        found: list[tuple[int, Encoded]] = []
-        tokens, number, in_a_row = 0, place.next, 0
+        found: list[_Drawn] = []
+        tokens, number = 0, place.next
         carried = iter(place.carried)
         while tokens < wanted:
             index = next(carried, None)
             if index is None:
                 index = number * stride + offset
                 number += 1
-            try:
-                encoded = self._encode(index)
-            except NeounifyError as error:
-                damaged.append(f"sample {index}: {error}")
-                in_a_row += 1
-                if in_a_row >= MOST_DAMAGED_IN_A_ROW and not found:
-                    raise DataError(
-                        f"{in_a_row} samples in a row cannot be used, the last one: {error}"
-                    ) from error
-                continue
-            found.append((index, encoded))
-            tokens += encoded.length
-            in_a_row = 0
-        bins = first_fit([e.length for _, e in found], self.config.budget)
-        loads = [sum(found[item][1].length for item in items) for items in bins]
+            drawn = self._draw(index, skipped)
+            if drawn is not None:
+                found.append(drawn)
+                tokens += drawn.encoded.length
+        lengths = [item.encoded.length for item in found]
+        bins = first_fit(lengths, self.config.budget)
+        loads = [sum(lengths[item] for item in items) for items in bins]
         emptiest = loads.index(min(loads))
-        left = tuple(found[item][0] for item in bins.pop(emptiest)) if len(bins) > 1 else ()
+        left = tuple(found[item].index for item in bins.pop(emptiest)) if len(bins) > 1 else ()
         rng = np.random.default_rng((self.config.seed, 1, offset, place.next))
         order = rng.permutation(len(bins))
-        window = [[found[item][1] for item in bins[n]] for n in order]
+        window = [[found[item] for item in bins[n]] for n in order]
         return window, WorkerPosition(number, left)
+
+    def _draw(self, index: int, skipped: list[Skipped]) -> _Drawn | None:
+        """One encoded draw; None and an entry in `skipped` when its sample cannot be used."""
+        source, number = self.source.describe(index)
+        try:
+            encoded = self._encode(index)
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            item = skipped_sample(self.source, source, number, error)
+            skipped.append(item)
+            self._in_a_row[source] += 1
+            if self._in_a_row[source] >= MAX_SKIPPED_IN_A_ROW:
+                raise DataError(
+                    f"{source_name(self.source.sources[source])}: {self._in_a_row[source]} samples "
+                    f"in a row cannot be used, the last one: {item.message}"
+                ) from error
+            return None
+        self._in_a_row[source] = 0
+        return _Drawn(index, source, encoded)
 
     def _encode(self, index: int) -> Encoded:
         rng = np.random.default_rng((self.config.seed, 0, index))

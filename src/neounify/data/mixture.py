@@ -1,4 +1,4 @@
-"""Several sources as one, drawn by weight, with no state: draw i is a function of (seed, i)."""
+"""One or more sources, drawn by weight, with no state: draw i is a function of (seed, i)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ BLOCK = 1024
 class Mixture:
     """Draws come in blocks of `BLOCK`; each holds every source as often as its weight says.
 
-    The n-th draw of a finite source is sample permutation(epoch)[n mod size], so that it is gone
-    through without repetition before it starts again. Raises DataError for wrong weights.
+    The n-th draw of a finite source is sample permutation(epoch)[n mod size]: every epoch takes
+    each sample once, in an order of its own. Draws of a source without end are its samples in
+    order. Raises DataError for wrong weights.
     """
 
     size = None

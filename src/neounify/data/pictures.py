@@ -35,11 +35,14 @@ def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
 
 
 def read_picture(source: Path | bytes, name: str, *, colour_profiles: bool = True) -> Image.Image:
-    """Read a file or its bytes; DataError that names it."""
+    """Read a file or its bytes; DataError that names it once."""
     try:
         return read_image(source, colour_profiles=colour_profiles)
     except ImageError as error:
-        raise DataError(f"{name}: {error}") from error
+        # The reader names a file by its path, and bytes by no name.
+        text = str(error)
+        known = isinstance(source, Path) and str(source) in text
+        raise DataError(text if known else f"{name}: {text.removeprefix('the image: ')}") from error
 
 
 def _inside(path: Path, root: Path) -> Path:
@@ -47,5 +50,10 @@ def _inside(path: Path, root: Path) -> Path:
     base = root.resolve()
     resolved = path.resolve()
     if not resolved.is_relative_to(base):
-        raise DataError(f"the picture {path.name} lies outside the data folder")
+        raise DataError(
+            f"the image {path.name} lies outside the data folder {root}; name the folder of the "
+            "images in the recipe (images = FOLDER beside path)"
+        )
+    if "\\" in path.name and not resolved.exists():
+        raise DataError(f"there is no image {path.name}; paths are written with /")
     return resolved

@@ -4,9 +4,10 @@ The standard library's tarfile indexes the members once, and single members are 
 lie. The `webdataset` library streams shards instead: a position in a stream, with its shuffle
 buffer, cannot be resumed exactly, and that is what training here promises.
 
-The files of a sample share the name up to the first dot: `key.json` with a record of the published
-schema whose "image" names its siblings (`key.0.png`, or `0.png`), or `key.jpg` with `key.txt`, a
-picture and the prompt it should be painted for.
+The files of a sample share the name up to the first dot: `KEY.json` with a record of the published
+schema, or an image with its caption (`KEY.jpg` with `KEY.txt`, `KEY.caption`, or a `KEY.json` that
+holds a "caption"), to be painted for it. "image" of a record names files of the shard: siblings by
+their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their path in the shard.
 """
 
 from __future__ import annotations
@@ -15,71 +16,134 @@ import io
 import json
 import secrets
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from PIL import Image
 
+from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
 from neounify.data.pictures import map_pictures, read_picture
-from neounify.data.sample import (
-    DataError,
-    ImagePart,
-    Sample,
-    TextPart,
-    Turn,
-    sample_from_record,
-    sample_to_record,
-)
+from neounify.data.record import sample_from_record, sample_to_record
+from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 
 MAX_MEMBER_BYTES = 256 * 2**20
-PICTURES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".gif", ".bmp", ".tif"),
-    ".tiff",
-)
-"""Endings of files that are images, in lower case."""
+
+
+Member = tuple[int, int]
+"""Where the content of a file lies in its shard: offset and size in bytes."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One sample: its shard, its key, and where each of its files lies (offset, bytes).
-
-    `members` are by the endings of their names, in lower case.
-    """
+    """One sample: its shard, its key, and its files by what follows the key, in lower case."""
 
     shard: Path
     key: str
-    members: dict[str, tuple[int, int]]
+    members: dict[str, Member]
+
+    @property
+    def image(self) -> str | None:
+        """The ending of its first image."""
+        return next((e for e in self.members if _is_image(e)), None)
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether anything but images is there."""
+        return not all(_is_image(ending) for ending in self.members)
 
 
 class ShardSource:
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    `task` overrides the records' own; a picture with a prompt is always to be painted.
-    `colour_profiles` is that of `read_image`. Raises DataError when the shards hold no sample.
+    `task` overrides the records' own; an image with a caption is always to be painted. Fields of
+    records in `ignored` are not read; `colour_profiles` is that of `read_image`. Raises DataError
+    when the shards hold no sample at all.
     """
 
     def __init__(
-        self, paths: Sequence[Path], *, task: str | None = None, colour_profiles: bool = True
+        self,
+        paths: Sequence[Path],
+        *,
+        task: str | None = None,
+        ignored: Collection[str] = (),
+        name: str | None = None,
+        colour_profiles: bool = True,
     ) -> None:
-        self.task, self.colour_profiles = task, colour_profiles
+        self.colour_profiles = colour_profiles
+        self.task, self.ignored = task, tuple(ignored)
+        self.name = name or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
         self.damage: list[str] = []
-        self._entries = [entry for path in paths for entry in _index(path, self.damage)]
+        self._entries: list[_Entry] = []
+        self._images: dict[Path, dict[tuple[str, str], Member]] = {}
+        for path in paths:
+            self._add(path)
         if not self._entries:
             why = f" ({self.damage[0]})" if self.damage else ""
-            raise DataError(f"{len(paths)} shards hold no sample{why}")
+            raise DataError(f"{self.name}: no sample in {len(paths)} shards{why}")
+
+    def _add(self, path: Path) -> None:
+        entries = _index(path, self.damage)
+        if any("json" in entry.members for entry in entries):
+            # Images on their own are there for records to name, by their path in the shard.
+            alone = [entry for entry in entries if not entry.is_sample]
+            self._images[path] = {
+                (entry.key, ending): place
+                for entry in alone
+                for ending, place in entry.members.items()
+            }
+            entries = [entry for entry in entries if entry.is_sample]
+        self._entries += entries
 
     @property
     def size(self) -> int:
         return len(self._entries)
 
+    def place(self, index: int) -> str:
+        """The shard and key of a sample."""
+        entry = self._entries[index]
+        return f"{entry.shard.name}, {entry.key}"
+
     def __getitem__(self, index: int) -> Sample:
         """Read one sample. Raises DataError that names shard and key."""
         entry = self._entries[index]
         try:
-            return _read(entry, self.task, self.colour_profiles)
+            return self._read(entry)
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{entry.shard.name}, {entry.key}: {error}") from error
+            raise DataError(f"{self.place(index)}: {error}") from error
+
+    def _read(self, entry: _Entry) -> Sample:
+        record = json.loads(_bytes(entry, "json")) if "json" in entry.members else None
+        if record is None or (_is_metadata(record) and entry.image is not None):
+            sample = _caption_pair(entry, record)
+        else:
+            sample = sample_from_record(record, Path(), self.task, self.ignored)
+
+        def read(path: Path) -> Image.Image:
+            name, place = self._find_image(entry, path)
+            content = _content(entry.shard, name, place)
+            return read_picture(content, name, colour_profiles=self.colour_profiles)
+
+        sample = map_pictures(sample, read)
+        return replace(sample, id=sample.id or f"{entry.shard.stem}-{entry.key}")
+
+    def _find_image(self, entry: _Entry, path: Path) -> tuple[str, Member]:
+        """The file a record names: by its path in the shard, or a sibling by its ending."""
+        others = self._images.get(entry.shard, {})
+        inside = PurePosixPath(path.as_posix())
+        for full in (inside, PurePosixPath(entry.key).parent / inside):
+            if _split(full) in others:
+                return str(full), others[_split(full)]
+        for ending in (path.name.lower(), _split(inside)[1]):
+            if ending in entry.members:
+                return f"{entry.key}.{ending}", entry.members[ending]
+        siblings = named(ending for ending in entry.members if _is_image(ending))
+        raise DataError(
+            f"the image {str(path)!r} is not in the shard; name a file that shares the key, such "
+            f"as {entry.key}.0.png, or one by its path in the shard (siblings here: {siblings})"
+        )
 
 
 def write_shard(samples: Iterable[Sample], path: Path) -> None:
@@ -112,61 +176,77 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def _index(path: Path, damage: list[str]) -> list[_Entry]:
     """The samples of one shard; what comes before a break is kept."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    found: dict[str, dict[str, Member]] = {}
     try:
+        if not path.is_file():
+            raise OSError("not a file")
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 name = PurePosixPath(member.name)
-                if not member.isreg() or name.name.startswith("."):
+                if not member.isreg() or member.issparse() or name.name.startswith("."):
                     continue
-                stem, _, ending = name.name.partition(".")
-                place = (member.offset_data, member.size)
-                found.setdefault(str(name.parent / stem), {})[ending.lower()] = place
+                key, ending = _split(name)
+                found.setdefault(key, {})[ending] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
-        damage.append(f"{path.name}: {error}; a shard is an uncompressed tar file")
+        damage.append(f"{path.name}: {_why(path, error)}")
     return [_Entry(path, key, members) for key, members in found.items()]
 
 
-def _read(entry: _Entry, task: str | None, colour_profiles: bool) -> Sample:
-    if "json" in entry.members:
-        record = json.loads(_bytes(entry, "json"))
-        sample = sample_from_record(record, Path(), task)
-    else:
-        sample = _caption_pair(entry)
-
-    def read(path: Path) -> Image.Image:
-        ending = _ending(entry, path.name)
-        name = f"{entry.key}.{ending}"
-        return read_picture(_bytes(entry, ending), name, colour_profiles=colour_profiles)
-
-    sample = map_pictures(sample, read)
-    return replace(sample, id=sample.id or f"{entry.shard.stem}-{entry.key}")
+def _split(name: PurePosixPath) -> tuple[str, str]:
+    """A file's key, with its folders, and what follows the first dot, in lower case."""
+    stem, _, ending = name.name.partition(".")
+    return str(name.parent / stem), ending.lower()
 
 
-def _caption_pair(entry: _Entry) -> Sample:
-    picture = next((e for e in entry.members if f".{e}".endswith(PICTURES)), None)
-    if picture is None or "txt" not in entry.members:
-        raise DataError("neither a json record nor a picture with a txt caption")
-    prompt = _bytes(entry, "txt").decode("utf-8").strip()
-    answer = Turn("assistant", (ImagePart(Path(picture), "target"),))
-    return Sample("t2i", (Turn("user", (TextPart(prompt),)), answer))
+def _why(path: Path, error: Exception) -> str:
+    """What is wrong with a shard that cannot be read to its end."""
+    what = None
+    with suppress(OSError):
+        what = foreign_file(path)
+    if what is None and path.suffix.lower() in (".jsonl", ".json"):
+        what = 'is no tar archive; read JSON lines with kind = "jsonl"'
+    return f"{what or error}; a shard is an uncompressed tar file"
 
 
-def _ending(entry: _Entry, name: str) -> str:
-    """A member's ending from the name a record gives it: whole, or without the key."""
-    for ending in (name.lower(), name.lower().partition(".")[2]):
-        if ending in entry.members:
-            return ending
-    raise DataError(f"the picture {name!r} is not in the shard")
+def _is_image(ending: str) -> bool:
+    return f".{ending.rpartition('.')[2]}" in IMAGE_ENDINGS
+
+
+def _is_metadata(record: Any) -> bool:
+    """Whether JSON beside an image describes it, and is no record to learn from."""
+    return isinstance(record, dict) and not {"conversations", "messages"} & record.keys()
+
+
+def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
+    """An image to be painted for its caption: a text file, or else "caption" of its JSON."""
+    image = entry.image
+    text = next((e for e in CAPTION_ENDINGS if e[1:] in entry.members), None)
+    caption = metadata.get("caption") if isinstance(metadata, dict) else None
+    if image is None or (text is None and not isinstance(caption, str)):
+        raise DataError(
+            "neither a json record nor an image with a txt caption; files of one sample share the "
+            f"name up to the first dot, here there are {named(entry.members)}"
+        )
+    if text is not None:
+        caption = _bytes(entry, text[1:]).decode("utf-8-sig")
+    assert isinstance(caption, str)
+    if not caption.strip():
+        raise DataError("the caption is empty")
+    answer = Turn("assistant", (ImagePart(Path(image), "target"),))
+    return Sample("t2i", (Turn("user", (TextPart(caption.strip()),)), answer))
 
 
 def _bytes(entry: _Entry, ending: str) -> bytes:
-    offset, size = entry.members[ending]
+    return _content(entry.shard, ending, entry.members[ending])
+
+
+def _content(shard: Path, name: str, place: Member) -> bytes:
+    offset, size = place
     if size > MAX_MEMBER_BYTES:
-        raise DataError(f"{ending} has {size} bytes, more than {MAX_MEMBER_BYTES}")
-    with entry.shard.open("rb") as stream:
+        raise DataError(f"{name} has {size} bytes, more than {MAX_MEMBER_BYTES}")
+    with shard.open("rb") as stream:
         stream.seek(offset)
         content = stream.read(size)
     if len(content) != size:
-        raise DataError(f"{ending} is cut off after {len(content)} of {size} bytes")
+        raise DataError(f"{name} is cut off after {len(content)} of {size} bytes")
     return content

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from pydantic.dataclasses import dataclass
 
-from neounify.settings import STRICT
+from neounify.settings import STRICT, BelowOne, Count, Positive
 
 Stream: TypeAlias = Literal["und", "gen"]
 
@@ -29,20 +29,15 @@ class LoraConfig:
     `rslora` scales by alpha / √rank instead of alpha / rank. Raises ValueError.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: BelowOne = 0.0
     rslora: bool = False
     streams: tuple[Stream, ...] = STREAMS
     modules: tuple[str, ...] = (*ATTENTION, *MLP)
     layers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"lora: rank {self.rank} and alpha {self.alpha} must be above 0, "
-                f"dropout {self.dropout} within 0 to 1"
-            )
         if not self.modules:
             raise ValueError("lora: modules must name at least one kind of layer")
         if self.layers is not None and not 0 <= self.layers[0] < self.layers[1]:

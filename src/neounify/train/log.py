@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from neounify.train.recipe import StageRecipe
     from neounify.train.stages import Progress
 
+MAX_SHOWN = 10
+"""Damaged samples that the terminal shows; all are in skipped.txt."""
+
 
 class Log:
     """Writes log.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
@@ -37,6 +41,9 @@ class Log:
         self._board = _board(folder) if tensorboard else None
         self._bar: Bar | None = None
         self._task = TaskID(0)
+        self.skipped_file = folder / "skipped.txt"
+        self._listed = _lines(self.skipped_file)
+        self._shown = 0
 
     def rewind(self, step: int) -> None:
         """Forget lines of steps after `step`."""
@@ -96,8 +103,9 @@ class Log:
         metrics: dict[str, float],
         rate: float,
         norm: float,
+        skipped: Mapping[str, int] | None = None,
     ) -> None:
-        """The means since the last report."""
+        """The means since the last report; `skipped`: damaged samples by source so far."""
         speed = self._meter.read(progress)
         left = self._meter.seconds_left(progress, stage.steps)
         record = {
@@ -109,14 +117,19 @@ class Log:
             **speed,
             **metrics,
         }
+        if skipped:
+            record["skipped"] = dict(skipped)
         self._write("train", record)
+        damaged = sum((skipped or {}).values())
         self.console.print(
             f"{progress.stage_step:>7,}/{stage.steps:,}  {_losses(metrics)}"
             f"norm {norm:.2f}  lr {rate:.1e}  {progress.samples:,} samples  "
             f"{speed['tokens_per_second']:,.0f} tokens/s  "
             f"{speed['images_per_second']:,.0f} images/s  "
             f"{100 * speed['matmul_share']:.0f} % of matmul  "
-            f"{speed['peak_memory_gb']:.1f} GiB  {_clock(left)} left",
+            f"{speed['peak_memory_gb']:.1f} GiB  "
+            + (f"{damaged:,} damaged samples skipped  " if damaged else "")
+            + f"{_clock(left)} left",
             highlight=False,
             soft_wrap=True,
         )
@@ -127,10 +140,32 @@ class Log:
         if scores:
             self.console.print(f"[bold]evaluation[/] {scores}", highlight=False, soft_wrap=True)
 
-    def damaged(self, messages: Sequence[str]) -> None:
-        if messages:
-            with (self.folder / "skipped.txt").open("a", encoding="utf-8") as file:
-                file.writelines(message + "\n" for message in messages)
+    def damaged(self, messages: Iterable[str]) -> None:
+        """List damaged samples that were not listed before; the first ones in the terminal too."""
+        new = [message for message in messages if message not in self._listed]
+        if not new:
+            return
+        self._listed.update(new)
+        with self.skipped_file.open("a", encoding="utf-8") as file:
+            file.writelines(message + "\n" for message in new)
+        for message in new[: MAX_SHOWN - self._shown]:
+            self._say(f"skipped {message}", "yellow")
+        if self._shown < MAX_SHOWN <= self._shown + len(new):
+            self._say(f"further damaged samples are counted, and listed in {self.skipped_file}")
+        self._shown = min(MAX_SHOWN, self._shown + len(new))
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should act on."""
+        self._say(message, "bold yellow")
+
+    def sources(self, lines: Iterable[str]) -> None:
+        """At the end of a stage: what its sources of data gave."""
+        for line in lines:
+            self._say(f"data {line}")
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        # Texts of files may hold brackets, which are no markup.
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def nonfinite(self, progress: Progress, samples: Sequence[str]) -> None:
         with self.nonfinite_file.open("a", encoding="utf-8") as file:
@@ -140,12 +175,24 @@ class Log:
         )
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
+        # NaN and infinities are no JSON.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **record}) + "\n")
+            file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in record.items():
-                if isinstance(value, float):
+                if isinstance(value, float) and math.isfinite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+
+
+def _lines(file: Path) -> set[str]:
+    """The lines of a file that an earlier part of the run wrote."""
+    with suppress(OSError):
+        return set(file.read_text(encoding="utf-8", errors="replace").splitlines())
+    return set()
 
 
 def _board(folder: Path) -> Any:

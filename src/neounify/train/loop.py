@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch import Tensor
 from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
+from neounify.data.mixture import Mixture
+from neounify.data.probe import check_sources
+from neounify.data.source import FileSource
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
@@ -28,7 +32,8 @@ from neounify.train.metrics import Metrics
 from neounify.train.objective import Counts, loss_of
 from neounify.train.optimizers import Optimizers
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.setup import Start, build_encoder, build_source
+from neounify.train.seeds import DROPOUT, pack_seed, seeded
+from neounify.train.setup import StageSources, Start, build_encoder
 from neounify.train.speed import Meter
 from neounify.train.stages import Progress, stages_to_run
 from neounify.train.state import (
@@ -38,6 +43,8 @@ from neounify.train.state import (
     save_state,
     unflatten_optimizer,
 )
+from neounify.train.tally import Tally
+from neounify.train.watch import DivergenceWatch, settings_against_divergence
 
 
 class TrainingStopped(NeounifyError):
@@ -55,12 +62,20 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, start: Start, folder: Path, log: Log, evaluate: Evaluate | None = None
+        self,
+        recipe: Recipe,
+        start: Start,
+        folder: Path,
+        log: Log,
+        evaluate: Evaluate | None = None,
+        sources: StageSources | None = None,
     ) -> None:
         self.recipe, self.start, self.folder = recipe, start, folder
         self.model = start.model
         self.log, self.evaluate = log, evaluate
+        self.sources = sources or StageSources(recipe)
         self.progress = Progress()
+        self._counted: Any = None
         self._position: Position | None = None
         self._resumed: Path | None = None
         self._compiled = False
@@ -79,6 +94,7 @@ class Trainer:
             self.progress = Progress(**facts["progress"])
             self._adapt(self.recipe.stages[self.progress.stage])
             self._position = facts["position"] and Position.from_json(facts["position"])
+            self._counted = facts.get("sources")
             self.model.load_state_dict(tensors["model"])
         except (KeyError, TypeError, RuntimeError, IndexError) as error:
             raise CheckpointError(f"{state} does not fit this run: {error}") from error
@@ -87,17 +103,21 @@ class Trainer:
     def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
         """Train all stages that are left, or those of them that `only` names.
 
-        `stop_after` ends earlier, after that many steps. Raises ConfigError when the stages before
-        the named ones are not trained.
+        `stop_after` ends earlier, after that many steps. The data of all these stages is looked at
+        first. Raises ConfigError when the stages before the named ones are not trained, and
+        DataError when a source holds nothing usable.
         """
         numbers = stages_to_run(self.recipe, self.progress, only)
+        for number in numbers:
+            stage = self.recipe.stages[number]
+            check_sources(self.sources.of(stage), build_encoder(stage, self.start))
         self.log.rewind(self.progress.step)
         with self.log.live():
             for number in numbers:
                 stage = self.recipe.stages[number]
                 if number != self.progress.stage:
                     self.progress.stage, self.progress.stage_step = number, 0
-                    self._position = None
+                    self._position = self._counted = None
                 ended = self._run_stage(stage, stop_after)
                 if not ended:
                     return
@@ -111,18 +131,22 @@ class Trainer:
         if self._resumed is not None:
             self._restore(optimizers, ema, self._resumed)
             self._resumed = None
-        if stage.compile and not self._compiled:
-            compile_streams(self.model)
-            self._compiled = True
+        if stage.compile != self._compiled:
+            compile_streams(self.model, stage.compile)
+            self._compiled = stage.compile
         checkpoint_layers(self.model, stage.checkpoint_activations)
         metrics = Metrics(self.model.device)
-        packs = self._packs(stage)
+        mixture = self.sources.of(stage)
+        tally, watch = Tally(mixture), DivergenceWatch()
+        tally.load(self._counted)
+        packs = self._packs(stage, mixture)
         self.log.stage(stage, self.progress, Meter(self.model, stage.precision, self.progress))
+        self.log.damaged(d for s in mixture.sources if isinstance(s, FileSource) for d in s.damage)
         in_a_row = 0
         clock = time.monotonic()
         while self.progress.stage_step < stage.steps:
             if stop_after is not None and self.progress.step >= stop_after:
-                self._save(stage, optimizers, ema)
+                self._save(stage, optimizers, ema, tally)
                 return False
             loaded = list(islice(packs, stage.packs_per_step))
             rate, norm = self._step(stage, optimizers, loaded, metrics)
@@ -132,19 +156,23 @@ class Trainer:
                 in_a_row = 0
             else:
                 in_a_row += 1
-                self._nonfinite(loaded, in_a_row, stage.most_nonfinite)
-            self._count(loaded)
+                self._nonfinite(loaded, in_a_row, stage)
+            self._count(loaded, tally)
             p.seconds += time.monotonic() - clock
             clock = time.monotonic()
             self.log.step(p, stage, [item.pack for item in loaded])
             if p.stage_step % stage.log_every == 0 or p.stage_step == stage.steps:
-                self.log.report(p, stage, metrics.report(), rate, float(norm))
+                means = metrics.report()
+                self.log.report(p, stage, means, rate, float(norm), tally.by_source())
+                if warning := watch.look(p.stage_step, means, stage):
+                    self.log.warn(warning)
                 metrics = Metrics(self.model.device)
             if p.stage_step % stage.save_every == 0 or p.stage_step == stage.steps:
-                self._save(stage, optimizers, ema)
+                self._save(stage, optimizers, ema, tally)
             if p.stage_step % stage.sample_every == 0 or p.stage_step == stage.steps:
                 self._evaluate(ema)
             clock = time.monotonic()
+        self.log.sources(tally.summary())
         self._adopt(ema)
         if stage.lora is not None:
             base = str(self.recipe.model.checkpoint or "")
@@ -170,27 +198,42 @@ class Trainer:
     def _step(
         self, stage: StageRecipe, optimizers: Optimizers, loaded: list[Loaded], metrics: Metrics
     ) -> tuple[float, Tensor]:
-        """One optimizer step; (learning rate, gradient norm). A norm not finite changed nothing."""
+        """One optimizer step; (learning rate, gradient norm).
+
+        When the norm is not finite, the weights and `metrics` are as before.
+        """
         p = self.progress
         rate = optimizers.set_factor(stage.schedule.at(p.stage_step, stage.steps))
         counts = Counts.of([item.pack for item in loaded])
         device = self.model.device
+        sums = Metrics(device)
         for number, item in enumerate(loaded):
-            generator = torch.Generator(device).manual_seed(_seed(self.recipe.seed, p.step, number))
-            with torch.autocast(
+            noise = torch.Generator(device)
+            noise.manual_seed(pack_seed(self.recipe.seed, p.step, number))
+            autocast = torch.autocast(
                 device.type, dtype=torch.bfloat16, enabled=stage.precision == "bfloat16"
-            ):
-                loss = loss_of(self.model, item.pack, stage.objective, counts, generator, metrics)
-            if loss.requires_grad:
-                loss.backward()
+            )
+            with self._dropout(stage, number):
+                with autocast:
+                    loss = loss_of(self.model, item.pack, stage.objective, counts, noise, sums)
+                if loss.requires_grad:
+                    loss.backward()
         trained = [q for q in self.model.parameters() if q.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         if torch.isfinite(norm):
             optimizers.step()
+            metrics.merge(sums)
         optimizers.zero_grad()
         return rate, norm
 
-    def _count(self, loaded: list[Loaded]) -> None:
+    def _dropout(self, stage: StageRecipe, pack: int) -> AbstractContextManager[None]:
+        """Dropout of adapters draws from torch's global generators: seeded for one pack."""
+        if stage.lora is None or not stage.lora.dropout:
+            return nullcontext()
+        step = self.progress.step
+        return seeded(self.model.device, pack_seed(self.recipe.seed, step, pack, DROPOUT))
+
+    def _count(self, loaded: list[Loaded], tally: Tally) -> None:
         p = self.progress
         p.step += 1
         p.stage_step += 1
@@ -198,32 +241,32 @@ class Trainer:
             p.samples += len(item.pack.samples)
             p.images += len(item.pack.targets)
             p.tokens += item.pack.length
-            p.damaged += len(item.damaged)
-            self.log.damaged(item.damaged)
+            p.damaged += len(item.skipped)
+        new = tally.add(loaded)
+        p.damaged_samples += len(new)
+        self.log.damaged(skipped.message for skipped in new)
         self._position = loaded[-1].position
 
-    def _nonfinite(self, loaded: list[Loaded], in_a_row: int, most: int) -> None:
+    def _nonfinite(self, loaded: list[Loaded], in_a_row: int, stage: StageRecipe) -> None:
         p = self.progress
         p.nonfinite += 1
         samples = [name for item in loaded for name in item.pack.samples]
         self.log.nonfinite(p, samples)
-        if in_a_row >= most:
+        if in_a_row >= stage.most_nonfinite:
             raise TrainingStopped(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; the samples "
-                f"of each are listed in {self.log.nonfinite_file}. Lower the learning rate, or "
-                "look at these samples"
+                f"training diverges: {in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite (most_nonfinite {stage.most_nonfinite}). "
+                f"{settings_against_divergence(stage)} The samples of each of these steps are "
+                f"listed in {self.log.nonfinite_file}"
             )
 
-    def _packs(self, stage: StageRecipe) -> Iterator[Loaded]:
+    def _packs(self, stage: StageRecipe, mixture: Mixture) -> Iterator[Loaded]:
         config = LoaderConfig(
             budget=stage.budget, seed=self.recipe.seed, workers=self.recipe.workers
         )
-        encoder = build_encoder(stage, self.start)
-        return load_packs(
-            build_source(stage.data, self.recipe.seed), encoder, config, self._position
-        )
+        return load_packs(mixture, build_encoder(stage, self.start), config, self._position)
 
-    def _save(self, stage: StageRecipe, optimizers: Optimizers, ema: Ema) -> None:
+    def _save(self, stage: StageRecipe, optimizers: Optimizers, ema: Ema, tally: Tally) -> None:
         position = self._position.to_json() if self._position else None
         facts = {
             "recipe": self.recipe.name,
@@ -231,6 +274,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "position": position,
             "ema_updates": ema.updates,
+            "sources": tally.to_json(),
             "config": write_config(self.model.config),
         }
         tensors = {
@@ -239,7 +283,7 @@ class Trainer:
             "optimizer": flatten_optimizer(optimizers.state()),
         }
         save_state(self.states, self.progress.step, tensors, facts)
-        prune_states(self.states, self.recipe.keep)
+        prune_states(self.states, self.recipe.keep, self.progress.step)
 
     def _restore(self, optimizers: Optimizers, ema: Ema, state: Path) -> None:
         tensors, facts = load_state(state)
@@ -251,9 +295,17 @@ class Trainer:
     def _evaluate(self, ema: Ema) -> None:
         if self.evaluate is None:
             return
-        with ema.in_place():
-            found = self.evaluate(self._pipeline(), self.progress)
-        self.log.evaluation(self.progress, found)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with ema.in_place():
+                found = self.evaluate(self._pipeline(), self.progress)
+        except NeounifyError as error:
+            self.log.warn(f"step {self.progress.step:,}: no evaluation: {error}")
+        else:
+            self.log.evaluation(self.progress, found)
+        finally:
+            self.model.train(training)
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(self.model, self.start.tokenizer, system_message=self.start.system_message)
@@ -285,11 +337,6 @@ def freeze(model: torch.nn.Module, names: tuple[str, ...]) -> None:
     unknown = set(names) - known
     if unknown:
         raise ConfigError(f"freeze: {sorted(unknown)} unknown; known are {sorted(known)}")
-
-
-def _seed(seed: int, step: int, pack: int) -> int:
-    """A seed for the noise of one pack, unlike that of any other."""
-    return ((seed + 1) * 1_000_003 + step) * 1009 + pack
 
 
 def _plain(document: dict[str, Any]) -> Any:

@@ -37,6 +37,11 @@ class Metrics:
         values = torch.stack([losses, clean, torch.ones_like(losses)], dim=1)
         self.image.flatten(0, 1).index_add_(0, place, values.double())
 
+    def merge(self, other: Metrics) -> None:
+        """Add the sums of another stretch."""
+        self.text += other.text
+        self.image += other.image
+
     def report(self) -> dict[str, float]:
         """Means by name: text/loss, text/vqa/loss, text/accuracy, image/loss, image/t0.2-0.4, …
 

@@ -31,7 +31,7 @@ from neounify.flow.schedule import shift_time
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.model.neo import NeoUnify
-from neounify.settings import STRICT
+from neounify.settings import STRICT, Finite, NonNegative, Positive, check_weights
 from neounify.train.metrics import Metrics
 
 LOGITS_AT_ONCE = 2**26
@@ -46,12 +46,17 @@ class Objective:
     `task_weights` multiply the loss of a task, 1 where not named.
     """
 
-    text_weight: float = 0.1
-    image_weight: float = 1.0
-    t_mean: float = -0.8
-    t_std: float = 0.8
-    time_shift: float = 1.0
+    text_weight: NonNegative = 0.1
+    image_weight: NonNegative = 1.0
+    t_mean: Finite = -0.8
+    t_std: NonNegative = 0.8
+    time_shift: Positive = 1.0
     task_weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.text_weight and not self.image_weight:
+            raise ValueError("text_weight and image_weight are both 0: there is nothing to learn")
+        check_weights("task_weights", self.task_weights, TASKS)
 
     def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " j"]:
         """One time per image, in (0, 1)."""

@@ -11,9 +11,18 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn import Parameter
 
-from neounify.checkpoint.names import part_of, stream_of
+from neounify.checkpoint.names import LABELS, part_of, stream_of
 from neounify.lora.layers import weight_name
-from neounify.settings import STRICT
+from neounify.settings import (
+    STRICT,
+    AboveZero,
+    BelowOne,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    check_weights,
+)
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
@@ -29,12 +38,15 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "adamw"
-    learning_rate: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    momentum: float = 0.95
-    weight_decay: float = 0.0
+    learning_rate: Positive = 2e-5
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    momentum: BelowOne = 0.95
+    weight_decay: NonNegative = 0.0
     lr_scale: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_weights("lr_scale", self.lr_scale, LABELS)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -45,9 +57,9 @@ class Schedule:
     """
 
     name: ScheduleName = "cosine"
-    warmup: int = 0
-    final: float = 0.0
-    decay: float = 1.0
+    warmup: NonNegativeInt = 0
+    final: Fraction = 0.0
+    decay: AboveZero = 1.0
 
     def at(self, step: int, steps: int) -> float:
         """The factor of step 0..steps-1."""

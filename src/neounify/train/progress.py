@@ -11,7 +11,7 @@ from neounify.data.sample import DataError, Sample
 from neounify.evaluate.scenebench.report import contact_sheet
 from neounify.pipeline import Pipeline
 from neounify.train.recipe import Recipe
-from neounify.train.setup import build_source
+from neounify.train.setup import StageSources
 from neounify.train.stages import Progress
 
 PICTURES = 16
@@ -21,8 +21,9 @@ STEPS = 30
 class Painter:
     """Paints the recipe's prompts, or those of its first samples, into samples/step-….png."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, sources: StageSources | None = None) -> None:
         self.recipe, self.folder = recipe, folder / "samples"
+        self.sources = sources or StageSources(recipe)
 
     def __call__(self, pipe: Pipeline, progress: Progress) -> dict[str, float]:
         prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
@@ -37,10 +38,9 @@ class Painter:
 
     def _prompts(self, stage: int) -> list[str]:
         """User texts of the first painting samples of the stage's data."""
-        source = build_source(self.recipe.stages[stage].data, self.recipe.seed)
-        limit = 200 if source.size is None else min(200, source.size)
+        source = self.sources.of(self.recipe.stages[stage])
         samples: list[Sample] = []
-        for index in range(limit):
+        for index in range(200):
             with suppress(DataError):  # the loader counts damaged samples
                 samples.append(source[index])
         wanted = [sample.text("user") for sample in samples if sample.task == "t2i"]

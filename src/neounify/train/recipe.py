@@ -19,19 +19,37 @@ an unknown one is an error.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from neounify.checkpoint.names import LABELS
 from neounify.data.encode import GuidanceDropout
+from neounify.data.record import TASK_ALIASES
+from neounify.data.sample import TASKS
+from neounify.data.scenes.world import PRESETS
 from neounify.errors import ConfigError
 from neounify.lora.layers import LoraConfig
-from neounify.settings import STRICT
+from neounify.settings import (
+    STRICT,
+    AreaBounds,
+    BelowOne,
+    Count,
+    Fraction,
+    Positive,
+    Range,
+    Seed,
+    check_names,
+    check_weights,
+)
+from neounify.text import IMAGE_MARK
+from neounify.text.build import BYTE_VOCAB_SIZE
 from neounify.train.objective import Objective
 from neounify.train.optimizers import OptimizerConfig, Schedule
 
@@ -41,14 +59,15 @@ else:
     import tomli as tomllib
 
 MAX_RECIPE_BYTES = 2**20
+MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenizerRecipe:
     """A byte-level tokenizer of at most `vocab_size` ids, learnt from `samples` samples."""
 
-    vocab_size: int = 512
-    samples: int = 4000
+    vocab_size: Annotated[int, AfterValidator(Range(BYTE_VOCAB_SIZE))] = 512
+    samples: Count = 4000
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -67,36 +86,53 @@ class ModelRecipe:
     system_message: str = ""
 
 
+_FILE_FIELDS = ("path", "task", "ignore", "colour_profiles")
+_FIELDS_OF = {
+    "scenes": ("world", "tasks", "chinese", "side", "seed", "split"),
+    "jsonl": (*_FILE_FIELDS, "images"),
+    "shards": _FILE_FIELDS,
+}
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataRecipe:
     """One source of a stage's mixture, drawn in proportion to `weight`.
 
-    `scenes`: the made world (`world`, `tasks`, `chinese`, `side`, `seed`, `split`). `jsonl`: a
-    file or folder of the published schema. `shards`: tar files, `path` may hold `*`. For both,
-    `task` overrides what the records say, and `colour_profiles = false` takes all pixels for sRGB,
-    as the published code does.
+    `scenes`: synthetic scenes (`world`, `tasks`, `chinese`, `side`, `seed`, `split`). `jsonl`: a
+    file or folder of the published schema; `images` is the folder that paths of images are
+    relative to and must stay below, by default that of each file. `shards`: tar files or a folder
+    of them, `path` may hold `*`. For both, `task` overrides what the records say, `ignore` names
+    fields of records that are not to be read, and `colour_profiles = false` takes all pixels for
+    sRGB, as the published code does.
     """
 
     kind: Literal["scenes", "jsonl", "shards"] = "scenes"
-    weight: float = 1.0
+    weight: Positive = 1.0
     world: str = "default"
     tasks: dict[str, float] | None = None
-    chinese: float = 0.0
-    side: int | None = None
-    seed: int = 0
+    chinese: Fraction = 0.0
+    side: Count | None = None
+    seed: Seed = 0
     split: Literal["train", "held_out", "any"] = "train"
     path: str | None = None
     task: str | None = None
     colour_profiles: bool = True
+    images: str | None = None
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind != "scenes" and self.path is None:
+        if self.kind != "scenes" and not self.path:
             raise ValueError(f'data of kind "{self.kind}" needs a path')
-        of_files, common = {"path", "task", "colour_profiles"}, {"kind", "weight"}
+        known = {"kind", "weight", *_FIELDS_OF[self.kind]}
         for item in fields(self):
-            foreign = item.name not in common and (item.name in of_files) == (self.kind == "scenes")
-            if foreign and getattr(self, item.name) != item.default:
+            if item.name not in known and getattr(self, item.name) != item.default:
                 raise ValueError(f'data of kind "{self.kind}" has no {item.name}')
+        check_names("world", [self.world], PRESETS)
+        check_weights("tasks", self.tasks, TASKS)
+        if self.tasks is not None and not any(self.tasks.values()):
+            raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
+        if self.task is not None:
+            check_names("task", [self.task], (*TASKS, *TASK_ALIASES), "task")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -104,43 +140,46 @@ class StageRecipe:
     """One stage. A step is `packs_per_step` packs of `budget` tokens each.
 
     `freeze` names streams ("und", "gen", and "shared": token embedding and lm head) or parts of
-    the model (checkpoint/names.py).
+    the model (checkpoint/names.py). `target_pixels` and `input_pixels` bound the area of images to
+    paint and to look at, by default as the checkpoint does; `target_buckets` are (width, height)
+    pairs to crop targets to.
     """
 
     name: str
-    steps: int
+    steps: Count
     data: tuple[DataRecipe, ...] = field(default_factory=lambda: (DataRecipe(),))
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""
-    budget: int = 4096
-    packs_per_step: int = 1
-    noise_draws: int = 1
-    target_pixels: tuple[int, int] | None = None
-    target_buckets: tuple[tuple[int, int], ...] = ()
+    budget: Count = 4096
+    packs_per_step: Count = 1
+    noise_draws: Count = 1
+    target_pixels: AreaBounds | None = None
+    target_buckets: tuple[tuple[Count, Count], ...] = ()
+    input_pixels: AreaBounds | None = None
     dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
     objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Schedule = field(default_factory=Schedule)
-    clip: float = 1.0
-    ema: float = 0.9999
+    clip: Positive = 1.0
+    ema: BelowOne = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
     """Keep only what enters each layer and compute the rest again backward: less memory."""
     compile: bool = False
-    most_nonfinite: int = 10
-    log_every: int = 20
-    save_every: int = 500
-    sample_every: int = 1000
+    most_nonfinite: Count = 10
+    log_every: Count = 20
+    save_every: Count = 500
+    sample_every: Count = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "budget", "packs_per_step", "noise_draws", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.name.strip():
+            raise ValueError("name: a stage needs a name that is not blank")
         if not self.data:
             raise ValueError("a stage needs at least one source of data")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        check_names("freeze", self.freeze, LABELS)
+        if {"und", "gen", "shared"} <= set(self.freeze) and self.lora is None:
+            raise ValueError(f"freeze: {list(self.freeze)} leaves nothing to train")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -150,9 +189,9 @@ class Recipe:
     name: str
     model: ModelRecipe
     stages: tuple[StageRecipe, ...]
-    seed: int = 0
-    workers: int = 1
-    keep: int = 2
+    seed: Seed = 0
+    workers: Annotated[int, AfterValidator(Range(0, MAX_WORKERS))] = 1
+    keep: Count = 2
     prompts: tuple[str, ...] = ()
     """What is painted for the pictures of progress; captions of the first samples by default."""
 
@@ -162,6 +201,11 @@ class Recipe:
             raise ValueError(f"a recipe needs stages with names of their own, got {names}")
         if (self.model.preset is None) == (self.model.checkpoint is None):
             raise ValueError("the model needs either a preset or a checkpoint")
+        if not self.name.strip() or ".." in Path(self.name).parts or Path(self.name).is_absolute():
+            raise ValueError(f"name: {self.name!r} cannot name the folder of a run")
+        for prompt in self.prompts:
+            if not prompt.strip() or IMAGE_MARK in prompt:
+                raise ValueError(f"prompts: {prompt!r} must be text, without {IMAGE_MARK}")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -191,7 +235,8 @@ def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
         _merged(defaults, stage) if isinstance(stage, dict) else stage for stage in stages
     ]
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        # As JSON, so that strict validation takes lists for tuples but no text for numbers.
+        return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors()[:5])) from error
 
@@ -209,4 +254,6 @@ def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "recipe"
     if item["type"] == "unexpected_keyword_argument":
         return f"{where} is not a field of a recipe"
-    return f"{where}: {item['msg'].removeprefix('Value error, ')}"
+    message = item["msg"].removeprefix("Value error, ")
+    got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r:.60}"
+    return f"{where}: {message}{got}"

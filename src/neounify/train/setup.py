@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from neounify.config import ModelConfig
 from neounify.data.encode import Encoder
+from neounify.data.formats import foreign_folder
+from neounify.data.jsonl import JsonlSource
+from neounify.data.mixture import Mixture
+from neounify.data.sample import DataError
 from neounify.data.scenes import SceneDataset, scene_config
+from neounify.data.shards import ShardSource
 from neounify.data.source import Source
 from neounify.errors import ConfigError
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
 from neounify.presets import PRESETS
+from neounify.settings import check_names
 from neounify.text.build import byte_tokenizer
 from neounify.text.tokenizer import Tokenizer
 from neounify.train.init import new_model
@@ -61,14 +68,30 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
     return Start(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
 
 
-def build_source(data: Sequence[DataRecipe], seed: int) -> Source:
-    """One source, or the mixture of several. Raises DataError."""
-    sources = [(_source(item), item.weight) for item in data]
-    if len(sources) == 1:
-        return sources[0][0]
-    from neounify.data.mixture import Mixture
+def build_source(data: Sequence[DataRecipe], seed: int) -> Mixture:
+    """The mixture of a stage's sources, which never ends. Raises DataError."""
+    return Mixture([(_source(item), item.weight) for item in data], seed)
 
-    return Mixture(sources, seed)
+
+class StageSources:
+    """The mixtures of a recipe's stages; a source that several stages share is indexed once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._built: list[tuple[DataRecipe, Source]] = []
+
+    def of(self, stage: StageRecipe) -> Mixture:
+        """The mixture of one stage. Raises DataError."""
+        return Mixture([(self._source(d), d.weight) for d in stage.data], self.recipe.seed)
+
+    def _source(self, data: DataRecipe) -> Source:
+        alike = replace(data, weight=1.0)
+        for built, source in self._built:
+            if built == alike:
+                return source
+        source = _source(data)
+        self._built.append((alike, source))
+        return source
 
 
 def build_encoder(stage: StageRecipe, start: Start) -> Encoder:
@@ -80,6 +103,8 @@ def build_encoder(stage: StageRecipe, start: Start) -> Encoder:
         noise_draws=stage.noise_draws,
         target_pixels=stage.target_pixels,
         target_buckets=stage.target_buckets,
+        input_pixels=stage.input_pixels,
+        max_tokens=stage.budget,
     )
 
 
@@ -95,16 +120,45 @@ def _source(data: DataRecipe) -> Source:
         )
     assert data.path is not None
     if data.kind == "jsonl":
-        from neounify.data.jsonl import JsonlSource
-
-        return JsonlSource(Path(data.path), task=data.task, colour_profiles=data.colour_profiles)
-    from neounify.data.shards import ShardSource
-
-    pattern = Path(data.path)
-    shards = sorted(
-        p for p in pattern.parent.glob("*") if fnmatch(p.name.lower(), pattern.name.lower())
+        return JsonlSource(
+            Path(data.path),
+            root=None if data.images is None else Path(data.images),
+            task=data.task,
+            ignored=data.ignore,
+            colour_profiles=data.colour_profiles,
+        )
+    return ShardSource(
+        _shards(data.path),
+        task=data.task,
+        ignored=data.ignore,
+        name=data.path,
+        colour_profiles=data.colour_profiles,
     )
-    return ShardSource(shards, task=data.task, colour_profiles=data.colour_profiles)
+
+
+def _shards(pattern: str) -> list[Path]:
+    """The files a pattern names, or the tar files below a folder; endings in any case.
+
+    Raises DataError when there are none.
+    """
+    path = Path(pattern)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix.lower() == ".tar"]
+    else:
+        folders = [path.parent]
+        if "*" in str(path.parent):
+            base = Path(path.anchor)
+            folders = list(base.glob(str(path.parent.relative_to(base))))
+        names = path.name.lower()
+        found = [
+            f for folder in folders for f in folder.glob("*") if fnmatch(f.name.lower(), names)
+        ]
+    if not found:
+        what = foreign_folder(path) if path.is_dir() else "is not there"
+        raise DataError(f"the data {pattern} {what}")
+    return sorted(found)
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
@@ -127,9 +181,39 @@ def _config(base: ModelConfig | None, source: ModelRecipe) -> ModelConfig:
     if base is None:
         raise ConfigError(f"preset {source.preset!r} is unknown; known: {', '.join(PRESETS)}")
     try:
-        return base.replace(**source.changes)
+        return base.replace(**_checked_changes(base, source.changes, "model.changes"))
     except TypeError as error:
         raise ConfigError(f"model.changes: {error}") from error
+
+
+def _checked_changes(base: Any, changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Changes of a config whose names and types are those of its fields; tables go into theirs."""
+    known = [item.name for item in fields(base) if item.name != "published"]
+    try:
+        check_names(where, changes, known)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    checked: dict[str, Any] = {}
+    for name, value in changes.items():
+        before = getattr(base, name)
+        if is_dataclass(before) and isinstance(value, Mapping):
+            inner = _checked_changes(before, value, f"{where}.{name}")
+            checked[name] = replace(before, **inner)  # type: ignore[type-var]
+            continue
+        if isinstance(before, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if isinstance(before, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(before):
+            raise ConfigError(
+                f"{where}.{name}: must be {_kind(before)} such as {before!r}, got {value!r}"
+            )
+        checked[name] = value
+    return checked
+
+
+def _kind(value: Any) -> str:
+    return "a table" if is_dataclass(value) else type(value).__name__
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

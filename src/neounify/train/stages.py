@@ -11,7 +11,11 @@ from neounify.train.recipe import Recipe
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts all stages, `stage_step` the current one."""
+    """Where a run stands. `step` counts all stages, `stage_step` the current one.
+
+    `damaged` counts how often a damaged sample was skipped, `damaged_samples` how many different
+    ones there were in each stage.
+    """
 
     stage: int = 0
     stage_step: int = 0
@@ -20,6 +24,7 @@ class Progress:
     images: int = 0
     tokens: int = 0
     damaged: int = 0
+    damaged_samples: int = 0
     nonfinite: int = 0
     seconds: float = 0.0
 

@@ -1,22 +1,25 @@
 """Training state on disk: written aside and moved into place, so that a kill loses nothing.
 
 A state is a folder `step-00001000` with three safetensors files (weights, their running mean,
-optimizer states) and state.json with the rest. No pickle anywhere.
+optimizer states) and state.json with the rest, and size and SHA-256 of the other files. No pickle
+anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from neounify.errors import CheckpointError
 
 NAME = re.compile(r"step-(\d{8,})")
 FILES = ("model", "ema", "optimizer")
+REQUIRED = ("progress", "position", "ema_updates", "config")
 
 
 def save_state(
@@ -41,6 +45,7 @@ def save_state(
             save_file(
                 {k: v.contiguous() for k, v in tensors[name].items()}, aside / f"{name}.safetensors"
             )
+        facts = {**facts, "files": _fingerprints(aside)}
         (aside / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             _sync(path)
@@ -57,30 +62,110 @@ def save_state(
     return target
 
 
-def prune_states(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` states."""
-    for path in saved_states(folder)[: -max(1, keep)]:
+def prune_states(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the newest `keep` states up to `step`.
+
+    Later ones are damaged states that a resume passed over; they are replaced when their step
+    comes again, and must not count among those that are kept.
+    """
+    reached = [path for path in saved_states(folder) if _step(path) <= step]
+    for path in reached[: -max(1, keep)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The complete states of a folder, oldest first."""
+    """The states of a folder, oldest first; what a disk has lost since does not show here."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path | None:
+    """The newest state that is not damaged; None when there are no states at all.
+
+    `passed_over` is called with a line for each newer one that is. Raises CheckpointError when
+    all are damaged.
+    """
+    states = saved_states(folder)
+    damage = []
+    for path in reversed(states):
+        try:
+            check_state(path)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            passed_over(f"passed over: {line}")
+        return path
+    if not states:
+        return None
+    raise CheckpointError(
+        f"all {len(states)} states in {folder} are damaged, so there is none to go on from: "
+        + "; ".join(damage)
+    )
+
+
+def check_state(path: Path) -> None:
+    """Read a state without keeping it. Raises CheckpointError for a file that is cut off, missing
+    or not what was written."""
+    facts = _facts(path)
+    recorded = facts.get("files")
+    for name in FILES:
+        file = path / f"{name}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+            known = recorded.get(file.name) if isinstance(recorded, dict) else None
+            # States of earlier versions hold no hashes: their headers must do.
+            if known is not None and known != _fingerprint(file):
+                raise CheckpointError(
+                    f"the training state {path.name} is damaged: {file.name} is not as it was "
+                    "written (its size or SHA-256 differs)"
+                )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the training state {path.name} is damaged: {file.name} cannot be read ({error})"
+            ) from error
 
 
 def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors by file, facts) of one state. Raises CheckpointError."""
+    facts = _facts(path)
     try:
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in FILES}
-        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return {name: load_file(path / f"{name}.safetensors") for name in FILES}, facts
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{path / 'state.json'} is not a JSON object")
-    return tensors, facts
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """state.json of a state."""
+    try:
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the training state {path} cannot be read: state.json: {error}"
+        ) from error
+    if not isinstance(facts, dict) or (missing := [k for k in REQUIRED if k not in facts]):
+        what = f"lacks {', '.join(missing)}" if isinstance(facts, dict) else "is no JSON object"
+        raise CheckpointError(f"the training state {path} cannot be read: state.json {what}")
+    return facts
+
+
+def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a state; hashing lets threads run side by side."""
+    files = [folder / f"{name}.safetensors" for name in FILES]
+    with ThreadPoolExecutor(len(files)) as pool:
+        return dict(zip([file.name for file in files], pool.map(_fingerprint, files), strict=True))
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def flatten_optimizer(states: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -103,6 +188,10 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], states: list[dict[str, An
             states[int(member)]["state"].setdefault(int(parameter), {})[key] = value
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{name!r} is not of this optimizer") from error
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sync(path: Path) -> None:

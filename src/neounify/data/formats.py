@@ -1,0 +1,149 @@
+"""Forms of data that other tools write: recognised, so that one line says what to do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+HEAD_BYTES = 4096
+"""Bytes at the start of a file by which it is recognised."""
+MAX_LISTED = 10_000
+"""Files of a folder that are looked at to recognise what it is."""
+
+_IMAGES = "png jpg jpeg jfif webp gif bmp tif tiff ppm avif heic heif"
+IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _IMAGES.split())
+CAPTION_ENDINGS = (".txt", ".caption")
+
+RECORD = (
+    '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], '
+    '"image": ["…"]}'
+)
+"""The form of a record, for messages."""
+PAINTING = (
+    '{"conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": "<image>"}], '
+    '"image": FILE}'
+)
+
+_MAGIC = (
+    (b"\x1f\x8b", "is compressed with gzip; decompress it first (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; decompress it first (unzstd)"),
+    (b"BZh", "is compressed with bzip2; decompress it first (bunzip2)"),
+    (b"\xfd7zXZ\x00", "is compressed with xz; decompress it first (unxz)"),
+    (b"PK\x03\x04", "is a zip archive; unpack it first"),
+    (b"PAR1", f"is a Parquet table; export it as JSON lines, each {RECORD}"),
+    (b"ARROW1", f"is an Arrow table; export it as JSON lines, each {RECORD}"),
+)
+_UTF16 = "is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
+_TABLE = f"is a table (CSV or TSV); write JSON lines, each {RECORD}"
+
+
+def foreign_file(path: Path) -> str | None:
+    """What a file is and what to do, if it is of a known form other than JSON lines or a tar."""
+    with path.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    for magic, what in _MAGIC:
+        if head.startswith(magic):
+            return what
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b'"\x00' in head or b'\x00"' in head:
+        return _UTF16
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _TABLE
+    return None
+
+
+def foreign_lines(path: Path) -> str | None:
+    """As `foreign_file`, for a file that should hold JSON lines."""
+    if found := foreign_file(path):
+        return found
+    with path.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    if is_tar(head):
+        return 'is a tar archive; read it with kind = "shards"'
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    first = text.split(b"\n", 1)[0].strip()
+    if text.startswith(b"["):
+        return (
+            "is one JSON array, as LLaVA and LLaMA-Factory write; JSON lines have one object a "
+            "line (jq -c '.[]' OLD > NEW.jsonl)"
+        )
+    if first == b"{":
+        return (
+            "holds JSON objects written over several lines; JSON lines have one object a line "
+            "(jq -c . OLD > NEW.jsonl)"
+        )
+    if b"{" not in first and (b"," in first or b"\t" in first) and path.suffix != ".jsonl":
+        return _TABLE
+    return None
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a POSIX or GNU tar archive."""
+    return head[257:262] == b"ustar"
+
+
+def foreign_folder(path: Path) -> str:
+    """What a folder without any .jsonl file holds, and what to do."""
+    endings: dict[str, int] = {}
+    for file in islice(path.rglob("*"), MAX_LISTED):
+        ending = file.suffix.lower()
+        endings[ending] = endings.get(ending, 0) + 1
+    if ".jsonl" in endings:
+        return 'holds JSON lines; read them with kind = "jsonl"'
+    images = sum(endings.get(ending, 0) for ending in IMAGE_ENDINGS)
+    if images and any(ending in endings for ending in CAPTION_ENDINGS):
+        return (
+            "is a folder of images with captions; pack it (tar --create --file data.tar "
+            f'--directory {path} .) and read it with kind = "shards", path = "data.tar"'
+        )
+    if ".tar" in endings:
+        return 'holds tar files; read them with kind = "shards"'
+    for ending, what in (
+        (".parquet", _MAGIC[5][1]),
+        (".arrow", _MAGIC[6][1]),
+        (".csv", _TABLE),
+        (".tsv", _TABLE),
+        (".gz", _MAGIC[0][1]),
+    ):
+        if ending in endings:
+            return f"holds no .jsonl file; its {ending} file {what}"
+    if ".json" in endings:
+        return (
+            "holds .json files but no .jsonl; JSON lines have one object a line "
+            "(jq -c '.[]' OLD.json > NEW.jsonl)"
+        )
+    if images:
+        return f"holds images but no .jsonl file that describes them; a line of it is {PAINTING}"
+    return "holds no .jsonl file"
+
+
+def foreign_record(record: Mapping[str, Any]) -> str:
+    """What a record without "conversations" is, and what is read instead."""
+    keys = record.keys()
+    if "messages" in keys:
+        who = "ms-swift" if "images" in keys else "Hugging Face and OpenAI"
+        return f'a record with "messages" as {who} write it; what is read is {RECORD}'
+    if "file_name" in keys:
+        return f"metadata of a Hugging Face image folder; to learn painting, write {PAINTING}"
+    if "prompt" in keys and "image" in keys:
+        return (
+            f'a record with "prompt" and "image" (DiffSynth); to learn to paint, write {PAINTING}'
+        )
+    if "url" in keys and ("caption" in keys or "key" in keys):
+        return (
+            "metadata of img2dataset; put the image and its caption beside it (KEY.jpg, KEY.txt) "
+            f"in a tar shard, or write {PAINTING}"
+        )
+    for names, who in ((("instruction", "output"), "Alpaca"), (("query", "response"), "ms-swift")):
+        if all(name in keys for name in names):
+            pair = " and ".join(f'"{name}"' for name in names)
+            return f"a record with {pair} as {who} writes it; what is read is {RECORD}"
+    return f'a record without "conversations" (it has {named(keys)}); what is read is {RECORD}'
+
+
+def named(names: Iterable[str], most: int = 6) -> str:
+    """Names in quotes for a message; the first ones of many, each cut."""
+    listed = [f'"{str(name)[:40]}"' for name in names]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return (", ".join(listed[:most]) + more) or "no fields"

@@ -1,0 +1,194 @@
+"""Records of the published training schema: one JSON object per sample.
+
+    {"conversations": [{"from": "human", "value": "<image>\\nMake it red."},
+                       {"from": "gpt", "value": "<image>"}],
+     "image": ["source.png", "target.png"]}
+
+Its `<image>` marks stand for the paths in order. A picture in a human turn is an input, one
+in a gpt turn is a target. Text is trained on in gpt turns only. "images" is another name for
+"image"; "system" is the text of a system turn. Two keys of our own are optional: "task", and
+"loss" (per turn, per part) where it differs from that rule. Other fields are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from neounify.data.fields import checked_record
+from neounify.data.sample import (
+    SPEAKER_OF,
+    DataError,
+    ImagePart,
+    Part,
+    Sample,
+    TextPart,
+    Turn,
+)
+from neounify.text import IMAGE_MARK, Role
+
+ROLE_OF: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+# Names that published data files use for what is one of our tasks.
+TASK_ALIASES = {
+    "mm_t2i": "t2i",
+    "it2i": "edit",
+    "mm_it2i": "edit",
+    "interleave_gen": "interleave",
+    "mm_interleave_gen": "interleave",
+    "mm_interleaved": "vqa",
+    "multimodal": "vqa",
+}
+
+
+def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, Any]:
+    """The sample in the published schema; `image_paths`: one per picture, in order."""
+    if len(image_paths) != len(sample.images):
+        raise DataError(f"{len(sample.images)} pictures, but {len(image_paths)} paths")
+    record: dict[str, Any] = {
+        "conversations": [
+            {"from": SPEAKER_OF[turn.role], "value": turn.value} for turn in sample.turns
+        ],
+        "image": list(image_paths),
+        "task": sample.task,
+    }
+    if sample.id:
+        record["id"] = sample.id
+    flags = [_segment_flags(turn) for turn in sample.turns]
+    default = [
+        [turn.role == "assistant"] * len(row) for turn, row in zip(sample.turns, flags, strict=True)
+    ]
+    if flags != default:
+        record["loss"] = flags
+    return record
+
+
+def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:
+    """Write the pictures to `folder` as PNG, named `stem`-0.png, …, and return the record.
+
+    Paths in the record are relative to `folder`; pictures that are files already keep theirs.
+    """
+    paths = []
+    for number, part in enumerate(sample.images):
+        if isinstance(part.image, Path):
+            paths.append(part.image.as_posix())
+            continue
+        name = f"{stem}-{number}.png"
+        Image.fromarray(part.pixels()).save(folder / name)
+        paths.append(name)
+    return sample_to_record(sample, paths)
+
+
+def sample_from_record(
+    record: Any, folder: Path, task: str | None = None, ignored: Collection[str] = ()
+) -> Sample:
+    """Read one JSON object of the published schema; pictures stay paths below `folder`.
+
+    `task` overrides the record's own "task"; where neither is given it follows from the parts.
+    Fields named in `ignored` are not read; other unknown ones raise DataError.
+    """
+    record = checked_record(record, ignored)
+    conversations = record["conversations"]
+    paths = _image_paths(record.get("image"))
+    flags = record.get("loss")
+    if flags is not None and (not isinstance(flags, list) or len(flags) != len(conversations)):
+        raise DataError('"loss" must be a list with one list of flags per turn')
+    values = [_speaker_and_value(entry) for entry in conversations]
+    marks = sum(value.count(IMAGE_MARK) for _, value in values)
+    if marks < len(paths):
+        values = _with_leading_marks(values, len(paths) - marks)
+    elif marks > len(paths):
+        raise DataError(f"{marks} {IMAGE_MARK} marks, but {len(paths)} pictures")
+    remaining = iter(folder / path for path in paths)
+    turns = tuple(
+        _read_turn(role, value, remaining, None if flags is None else flags[index])
+        for index, (role, value) in enumerate(values)
+    )
+    named = task or record.get("task")
+    if named is None:
+        named = _infer_task(turns)
+    if not isinstance(named, str):
+        raise DataError(f'"task" is {named!r}, not a string')
+    return Sample(TASK_ALIASES.get(named, named), turns, str(record.get("id", "")))
+
+
+def _segment_flags(turn: Turn) -> list[bool]:
+    """Loss flags of a turn once text parts that touch are joined, as the schema joins them."""
+    flags: list[bool] = []
+    previous: Part | None = None
+    for part in turn.parts:
+        if isinstance(previous, TextPart) and isinstance(part, TextPart):
+            if previous.loss != part.loss:
+                raise DataError("text parts that touch differ in their loss; JSONL cannot say so")
+        else:
+            flags.append(part.loss)
+        previous = part
+    return flags
+
+
+def _image_paths(value: Any) -> list[str]:
+    if value is None:
+        return []
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise DataError('"image" must be a path or a list of paths, none of them empty')
+    for path in paths:
+        if "://" in path:
+            raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
+    return paths
+
+
+def _speaker_and_value(entry: Any) -> tuple[Role, str]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), str):
+        raise DataError('each of "conversations" needs a "from" and a text "value"')
+    speaker = entry.get("from")
+    if not isinstance(speaker, str) or speaker not in ROLE_OF:
+        raise DataError(f'"from" is {speaker!r}; known are {", ".join(ROLE_OF)}')
+    return ROLE_OF[speaker], entry["value"]
+
+
+def _with_leading_marks(values: list[tuple[Role, str]], missing: int) -> list[tuple[Role, str]]:
+    """Pictures without a mark are put in front of the first user turn, as at inference."""
+    for index, (role, value) in enumerate(values):
+        if role == "user":
+            marked = (role, f"{IMAGE_MARK}\n" * missing + value)
+            return [*values[:index], marked, *values[index + 1 :]]
+    raise DataError(f"{missing} pictures have no {IMAGE_MARK} mark and there is no human turn")
+
+
+def _read_turn(role: Role, value: str, paths: Any, flags: Any) -> Turn:
+    segments = [s for s in re.split(f"({re.escape(IMAGE_MARK)})", value) if s]
+    if flags is None:
+        flags = [role == "assistant"] * len(segments)
+    if not isinstance(flags, list) or [type(flag) for flag in flags] != [bool] * len(segments):
+        raise DataError(f'"loss" of a turn must be {len(segments)} booleans, one per part')
+    parts: list[Part] = []
+    for segment, loss in zip(segments, flags, strict=True):
+        if segment == IMAGE_MARK:
+            parts.append(ImagePart(next(paths), "target" if loss else "input"))
+        else:
+            parts.append(TextPart(segment, loss))
+    return Turn(role, tuple(parts))
+
+
+def _infer_task(turns: Sequence[Turn]) -> str:
+    shown = any(isinstance(p, ImagePart) for t in turns if t.role == "user" for p in t.parts)
+    answer = [part for turn in turns if turn.role == "assistant" for part in turn.parts]
+    painted = sum(isinstance(part, ImagePart) for part in answer)
+    written = "".join(part.text for part in answer if isinstance(part, TextPart)).strip()
+    if not painted:
+        return "vqa" if shown else "text"
+    thought = written.startswith("<think>") and written.endswith("</think>")
+    if painted > 1 or (written and not thought):
+        return "interleave"
+    return ("edit" if shown else "t2i") + ("_think" if thought else "")
