@@ -1,5 +1,6 @@
 """The tokenizer: text to ids and back, special tokens by name."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,6 +79,22 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """The largest id plus 1; a model's embedding table may have more rows."""
         return self._vocab_size
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """The ids of added tokens, special or not: those that are no pieces of words."""
+        return frozenset(self._added)
+
+    def all_bytes(self) -> list[bytes]:
+        """The bytes of every id from 0 on; none for ids without a token."""
+        return [self._bytes_of(token_id, skip_special=False) for token_id in range(self.vocab_size)]
+
+    def digest(self) -> str:
+        """A name for the content of the tokenizer's files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, data in sorted(self._files.items()):
+            digest.update(f"{name} {len(data)} ".encode() + data)
+        return digest.hexdigest()
 
     def id(self, name: str) -> int:
         """Return the id of the token spelled `name`.
