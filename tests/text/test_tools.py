@@ -10,7 +10,15 @@ import pytest
 from golden_data import golden_path, needs_golden
 from neounify.errors import PromptError
 from neounify.text import Message, Tokenizer, byte_tokenizer, chat_prompt
-from neounify.text.tools import MARKS, Tool, ToolCall, ToolCallReader, read_call
+from neounify.text.tools import (
+    MARKS,
+    Tool,
+    ToolCall,
+    ToolCallReader,
+    ToolUse,
+    read_call,
+    read_tool,
+)
 
 BYTES = byte_tokenizer()
 WEATHER = Tool(
@@ -68,9 +76,15 @@ def test_arguments_that_were_cut_off_are_sent_back_as_they_are() -> None:
     assert '{"name": "f", "arguments": {"a": "x}\n</tool_call>' in text
 
 
-def test_an_answer_that_must_be_a_call() -> None:
-    text = written([Message("user", "Hi")], tools=[WEATHER], open_call=True)
-    assert text.endswith("<|im_start|>assistant\n<tool_call>\n")
+def test_what_is_offered_and_what_is_forced() -> None:
+    tools = (WEATHER, Tool(name="f"))
+    auto = ToolUse(tools=tools)
+    assert (auto.offered, auto.forced) == (tools, ())
+    none = ToolUse(tools=tools, choice="none")
+    assert (none.offered, none.forced) == ((), ())
+    assert ToolUse(tools=tools, choice="required").forced == tools
+    named = ToolUse(tools=tools, choice="required", name="f")
+    assert (named.offered, named.forced) == (tools, tools[1:])
 
 
 @needs_golden
@@ -95,7 +109,16 @@ def test_wrong_tools_and_turns_are_refused() -> None:
     with pytest.raises(PromptError, match=r"1 to 64 letters.*'a b'"):
         Tool(name="a b")
     with pytest.raises(PromptError, match="two tools are called 'f'"):
-        written([Message("user", "Hi")], tools=[Tool(name="f"), Tool(name="f")])
+        ToolUse(tools=(Tool(name="f"), Tool(name="f")))
+    with pytest.raises(PromptError, match="there are no tools"):
+        ToolUse(choice="required")
+    with pytest.raises(PromptError, match="no tool called 'g'"):
+        ToolUse(tools=(Tool(name="f"),), choice="required", name="g")
+    for wrong in ({"name": "f"}, {"function": {"name": 1}}, "f", {"function": {"name": "a b"}}):
+        with pytest.raises(PromptError):
+            read_tool(wrong)  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="JSON schema"):
+        read_tool({"type": "function", "function": {"name": "f", "parameters": []}})
     with pytest.raises(PromptError, match="only assistant messages hold tool calls"):
         Message("user", "Hi", tool_calls=(CALL,))
     with pytest.raises(PromptError, match="U\\+0000"):
@@ -149,6 +172,11 @@ F_TEXT = '<tool_call>\n{"name": "f", "arguments": {"a": "\\u00fc"}}\n</tool_call
             '<tool_call>{"name": "g", "arguments": {"a": "\\ud800"}}</tool_call>',
             [ToolCall("g", '{"a": "\\ud800"}')],
         ),
+        # the closing mark inside a string closes nothing
+        (
+            '<tool_call>{"name": "g", "arguments": {"a": "\\"</tool_call>"}}</tool_call>',
+            [ToolCall("g", '{"a": "\\"</tool_call>"}')],
+        ),
         ("5 <tool_c", ["5 <tool_c"]),
         ("</tool_call> a < b <<tool_x>", ["</tool_call> a < b <<tool_x>"]),
         (f"{F_TEXT} <tool_call>?</tool_call>", [F, " <tool_call>?</tool_call>"]),
@@ -169,3 +197,11 @@ def test_text_is_shown_as_soon_as_it_cannot_be_a_call() -> None:
     reader = ToolCallReader()
     assert reader.put("a <") == ["a"]
     assert reader.put("b") == [" <b"]
+
+
+def test_a_forced_call_that_was_cut_off_is_one() -> None:
+    cut = '<tool_call>\n{"name": "f", "arguments": {"a": "x'
+    reader = ToolCallReader(forced=True)
+    assert reader.put(cut) + reader.flush() == [ToolCall("f", '{"a": "x')]
+    reader = ToolCallReader(forced=True)
+    assert reader.put(cut[:20]) + reader.flush() == [cut[:20]]

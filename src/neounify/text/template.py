@@ -205,7 +205,6 @@ def chat_prompt(
     system: str = "",
     think: bool = False,
     tools: Sequence[Tool] = (),
-    open_call: bool = False,
 ) -> Prompt:
     """Build the prompt of a conversation, up to where the model's answer starts or goes on.
 
@@ -219,19 +218,17 @@ def chat_prompt(
         system: a system message before the others; left out when empty.
         think: open a thought for the model to write in.
         tools: functions offered to the model, behind the system message.
-        open_call: end with the mark of a call, for an answer that must be one.
 
     Raises:
-        PromptError: no messages, two tools of one name, or a thought or a call asked for behind
-            the beginning of an answer.
+        PromptError: no messages, or a thought asked for behind the beginning of an answer.
     """
     if not messages:
         raise PromptError("the list of messages is empty")
     begun = continues_answer(messages)
-    if begun and (think or open_call):
+    if begun and think:
         raise PromptError(
-            f"the last message begins the answer, so no {'thought' if think else 'call'} can come "
-            "before it: turn that off, or leave the message out"
+            "the last message begins the answer, so no thought can come before it: turn thinking "
+            "off, or leave the message out"
         )
     turns = list(messages[:-1] if begun else messages)
     if turns and turns[0].role == "system" and not system:
@@ -241,8 +238,6 @@ def chat_prompt(
     if begun:
         pieces += _content(messages[-1], images)
     pieces += _OPEN_THOUGHT if think else ()
-    if open_call:
-        pieces += (_Mark(CALL_OPEN), _Plain("\n"))
     return _assemble(tokenizer, pieces)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from neounify.errors import PromptError
 
@@ -22,6 +22,9 @@ MARKS = (CALL_OPEN, CALL_CLOSE, RESPONSE_OPEN, RESPONSE_CLOSE)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
+_BEGUN = re.compile(r'\s*\{"name": "([A-Za-z0-9_.-]{1,64})", "arguments": ')
 
 _HEAD = """# Tools
 
@@ -71,6 +74,45 @@ class Tool:
         return _json({"type": "function", "function": function})
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolUse:
+    """Which functions a model may call in an answer, and whether it must.
+
+    With `choice` "none" it is not told of them, with "required" the answer must be a call, of the
+    function called `name` where that is given. `parallel` allows several calls in one answer.
+    Raises PromptError for two tools of one name, and for a choice that no tool is there for.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    choice: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
+    parallel: bool = True
+
+    def __post_init__(self) -> None:
+        names = [tool.name for tool in self.tools]
+        for name in names:
+            if names.count(name) > 1:
+                raise PromptError(f"tools: two tools are called {name!r}")
+        if self.choice not in ("auto", "none", "required"):
+            raise PromptError(f"tool_choice: must be auto, none or required, got {self.choice!r}")
+        if self.choice == "required" and not self.tools:
+            raise PromptError("tool_choice: a call is required, but there are no tools")
+        if self.name is not None and (self.choice != "required" or self.name not in names):
+            raise PromptError(f"tool_choice: there is no tool called {self.name!r}")
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the prompt describes."""
+        return () if self.choice == "none" else self.tools
+
+    @property
+    def forced(self) -> tuple[Tool, ...]:
+        """The tools of which one must be called; none where the model is free."""
+        if self.choice != "required":
+            return ()
+        return tuple(tool for tool in self.tools if self.name in (None, tool.name))
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A call of a function; `arguments` are JSON text, as far as the model wrote them."""
@@ -88,15 +130,32 @@ class ToolCall:
 
 
 def tools_head(tools: Sequence[Tool]) -> str:
-    """The part of the system message that offers `tools`; TOOLS_FOOT follows it.
-
-    Raises PromptError for two tools of one name.
-    """
-    names = [tool.name for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise PromptError(f"two tools are called {name!r}")
+    """The part of the system message that offers `tools`; TOOLS_FOOT follows it."""
     return "\n".join([_HEAD, *(tool.definition() for tool in tools)])
+
+
+def read_tool(value: Tool | Mapping[str, Any]) -> Tool:
+    """A tool as OpenAI's clients write it: {"type": "function", "function": {"name", …}}.
+
+    Raises PromptError for what is none.
+    """
+    if isinstance(value, Tool):
+        return value
+    function = value.get("function") if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError(
+            "tools: a tool is {'type': 'function', 'function': {'name': …, 'parameters': …}}, "
+            f"got {str(value)[:80]}"
+        )
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise PromptError("tools: the parameters of a function are a JSON schema")
+    description = function.get("description")
+    return Tool(
+        name=function["name"],
+        description=description if isinstance(description, str) else "",
+        parameters=parameters,
+    )
 
 
 def read_call(text: str) -> ToolCall | None:
@@ -117,10 +176,11 @@ class ToolCallReader:
     """Separates the calls from the text of an answer that arrives in pieces.
 
     Text that may be the beginning of a call is held back. What stands between the marks but is
-    no call stays text, marks included.
+    no call stays text, marks included; with `forced` a call that a limit cut off counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, forced: bool = False) -> None:
+        self._forced = forced
         self._held = ""
         self._space = ""
         self._inside = False
@@ -132,7 +192,7 @@ class ToolCallReader:
         found: list[str | ToolCall] = []
         while True:
             if self._inside:
-                end = self._held.find(CALL_CLOSE)
+                end = _end_of_call(self._held)
                 if end < 0:
                     return found
                 body = self._held[:end]
@@ -162,7 +222,8 @@ class ToolCallReader:
         self._held, self._inside = "", False
         if not inside:
             return [held] if held and not (self._called and not held.strip()) else []
-        return [read_call(held) or self._space + CALL_OPEN + held]
+        call = read_call(held) or (_cut_call(held) if self._forced else None)
+        return [call or self._space + CALL_OPEN + held]
 
     def _give(self, text: str, found: list[str | ToolCall]) -> None:
         """Show text, without the line ends between and behind calls."""
@@ -170,6 +231,20 @@ class ToolCallReader:
             text = text if text.strip() else ""
         if text:
             found.append(text)
+
+
+def _end_of_call(text: str) -> int:
+    """Where the closing mark stands that is no part of a JSON string; -1 where there is none."""
+    end = text.find(CALL_CLOSE)
+    while end >= 0 and _ESCAPED.sub("", text[:end]).count('"') % 2:
+        end = text.find(CALL_CLOSE, end + 1)
+    return end
+
+
+def _cut_call(text: str) -> ToolCall | None:
+    """A call whose arguments were cut off."""
+    head = _BEGUN.match(text)
+    return None if head is None else ToolCall(head[1], text[head.end() :])
 
 
 def _overlap(text: str) -> int:
