@@ -18,13 +18,22 @@ class AnswerText:
     """
 
     def __init__(
-        self, stream: TextStream, stop: Sequence[str] = (), *, continues: bool = False
+        self,
+        stream: TextStream,
+        stop: Sequence[str] = (),
+        *,
+        continues: bool = False,
+        strip: bool = True,
     ) -> None:
-        """`continues`: it goes on behind text that is there, so leading whitespace counts."""
+        """`continues`: it goes on behind text that is there, so leading whitespace counts.
+
+        Without `strip` all outer whitespace is part of the answer.
+        """
         if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings")
         self._stream = stream
         self._stop = tuple(stop)
+        self._strip = strip
         self._held = ""
         self._begun = continues
         self.stopped = False
@@ -44,9 +53,10 @@ class AnswerText:
         hits = [at for s in self._stop if (at := text.find(s)) >= 0]
         if hits:
             self.stopped, final, text = True, True, text[: min(hits)]
-        if not self._begun:
+        if self._strip and not self._begun:
             text = text.lstrip()
-        keep = len((text if final else text[: self._safe(text)]).rstrip())
+        shown = text if final else text[: self._safe(text)]
+        keep = len(shown.rstrip() if self._strip else shown)
         self._held = "" if final else text[keep:]
         self._begun = self._begun or keep > 0
         return text[:keep]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypedDict
 
 import PIL.Image
 import torch
 
 from neounify.decode.loop import Generation
 from neounify.decode.sampling import SamplingSettings, SamplingState
-from neounify.errors import RequestError
+from neounify.errors import PromptError, RequestError
+from neounify.grammar import calls_grammar, json_grammar
 from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
 from neounify.text.special import IM_END
-from neounify.text.template import Message, chat_prompt, continues_answer
+from neounify.text.template import Message, Prompt, chat_prompt, continues_answer
+from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class ChatRequest:
     """One conversation to continue; `images` are those of `messages` in order.
 
     Where the last message is the assistant's, the answer goes on from it (prefill).
+    `response_format` is a JSON schema that the answer follows, None for plain text.
     """
 
     messages: Sequence[Message]
@@ -36,10 +39,45 @@ class ChatRequest:
     max_new_tokens: int = 512
     stop: Sequence[str] = ()
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    tool_use: ToolUse = field(default_factory=ToolUse)
+    response_format: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.response_format is not None and self.tool_use.forced:
+            raise RequestError(
+                "response_format: the answer must be a call of a tool, so it has no other format"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRequest:
+    """A text or token ids to continue as they stand, without the form of a conversation."""
+
+    prompt: str | Sequence[int]
+    max_new_tokens: int = 16
+    stop: Sequence[str] = ()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise RequestError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        if not self.prompt:
+            raise PromptError("prompt: there is nothing to continue, the prompt is empty")
+
+    def ids(self, front: Front) -> tuple[int, ...]:
+        """The prompt's ids; special tokens typed in a text stay characters.
+
+        Raises PromptError for what is no text, and for ids that the tokenizer does not have.
+        """
+        if isinstance(self.prompt, str):
+            return tuple(front.tokenizer.encode(self.prompt))
+        most = front.tokenizer.vocab_size - 1
+        for token in self.prompt:
+            if not 0 <= token <= most:
+                raise PromptError(f"prompt: token ids are 0 to {most}, got {token}")
+        return tuple(self.prompt)
 
 
 class ChatOptions(TypedDict, total=False):
@@ -55,6 +93,9 @@ class ChatOptions(TypedDict, total=False):
     system: str
     think: bool
     seed: int | None
+    tools: Sequence[Tool | Mapping[str, Any]]
+    tool_choice: Literal["auto", "none", "required"]
+    response_format: Mapping[str, Any] | None
 
 
 def make_chat_request(
@@ -72,6 +113,9 @@ def make_chat_request(
     think: bool = False,
     seed: int | None = None,
     colour_profiles: bool = True,
+    tools: Sequence[Tool | Mapping[str, Any]] = (),
+    tool_choice: Literal["auto", "none", "required"] = "auto",
+    response_format: Mapping[str, Any] | None = None,
 ) -> ChatRequest:
     """What a caller wrote, read and checked."""
     messages, pictures = read_conversation(prompt, images, colour_profiles=colour_profiles)
@@ -90,7 +134,57 @@ def make_chat_request(
             repetition_penalty=repetition_penalty,
             seed=seed,
         ),
+        tool_use=ToolUse(tools=tuple(map(read_tool, tools)), choice=tool_choice),
+        response_format=response_format,
     )
+
+
+def prompt_of(front: Front, request: ChatRequest) -> Prompt:
+    """The prompt of a conversation. Raises PromptError."""
+    return chat_prompt(
+        front.tokenizer,
+        request.messages,
+        system=request.system,
+        think=request.think,
+        tools=request.tool_use.offered,
+    )
+
+
+def constrained(front: Front, request: ChatRequest) -> SamplingSettings:
+    """How to draw the answer: by its schema, or as calls of tools, where that is asked for.
+
+    Raises RequestError for a schema that cannot be followed.
+    """
+    use = request.tool_use
+    if use.forced:
+        grammar = calls_grammar(
+            front.vocabulary,
+            use.forced,
+            parallel=use.parallel and use.name is None,
+            thinks=request.think,
+        )
+    elif request.response_format is not None:
+        grammar = json_grammar(
+            front.vocabulary,
+            request.response_format,
+            what="response_format",
+            tools=use.offered,
+            thinks=request.think,
+        )
+    else:
+        return request.sampling
+    return replace(request.sampling, constraint=grammar)
+
+
+def answer_text(front: Front, request: ChatRequest) -> AnswerText:
+    """What turns the tokens of the answer into its text."""
+    return AnswerText(front.tokenizer.stream(), request.stop)
+
+
+def call_reader(request: ChatRequest) -> ToolCallReader | None:
+    """What finds calls in the text of the answer, where there may be some."""
+    use = request.tool_use
+    return ToolCallReader(forced=bool(use.forced)) if use.offered else None
 
 
 def chat_images(front: Front, request: ChatRequest) -> list[torch.Tensor]:
@@ -117,20 +211,17 @@ class ChatRun:
     ) -> None:
         self._engine = engine
         self._cancel = cancel
-        self._texts = [answer_text(engine, r) for r in requests]
-        prompts = [
-            chat_prompt(engine.tokenizer, r.messages, system=r.system, think=r.think)
-            for r in requests
-        ]
+        self._answers = [_Answer(engine, r) for r in requests]
+        samplings = [constrained(engine, r) for r in requests]
+        prompts = [prompt_of(engine, r) for r in requests]
         prefixes = engine.read(prompts, [chat_images(engine, r) for r in requests])
         self._hidden = torch.stack([p.hidden for p in prefixes])
         self._lengths = [p.cache.length for p in prefixes]
         end = frozenset((engine.token(IM_END),))
         self._generations = [
-            Generation(p.cache, SamplingState(r.sampling, p.context), end, r.max_new_tokens)
-            for p, r in zip(prefixes, requests, strict=True)
+            Generation(p.cache, SamplingState(sampling, p.context), end, r.max_new_tokens)
+            for p, r, sampling in zip(prefixes, requests, samplings, strict=True)
         ]
-        self._pieces: list[list[str]] = [[] for _ in requests]
 
     def finish(self) -> list[ChatResult]:
         """Write all answers to their ends."""
@@ -141,26 +232,64 @@ class ChatRun:
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for taken in self._engine.write(self._generations, self._hidden, self._cancel):
             for number, token in taken:
-                text = self._texts[number]
-                piece = text.put(token)
-                if text.stopped:
+                answer = self._answers[number]
+                piece = answer.put(token)
+                if answer.stopped:
                     self._generations[number].stop()
                 if piece:
-                    self._pieces[number].append(piece)
                     yield number, piece
-        for number, text in enumerate(self._texts):
-            if piece := text.flush():
-                self._pieces[number].append(piece)
+        for number, answer in enumerate(self._answers):
+            if piece := answer.flush():
                 yield number, piece
 
     @property
     def results(self) -> list[ChatResult]:
         return [
-            ChatResult("".join(pieces), tuple(g.ids), g.finish_reason or "stop", length)
-            for pieces, g, length in zip(
-                self._pieces, self._generations, self._lengths, strict=True
+            ChatResult(
+                "".join(answer.pieces),
+                tuple(g.ids),
+                g.finish_reason or "stop",
+                length,
+                tuple(answer.calls),
+            )
+            for answer, g, length in zip(
+                self._answers, self._generations, self._lengths, strict=True
             )
         ]
+
+
+class _Answer:
+    """The pieces of text of one answer so far, and the calls in it."""
+
+    def __init__(self, front: Front, request: ChatRequest) -> None:
+        self._text = answer_text(front, request)
+        self._reader = call_reader(request)
+        self.pieces: list[str] = []
+        self.calls: list[ToolCall] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the answer."""
+        return self._text.stopped
+
+    def put(self, token: int) -> str:
+        """Add a token; the text that can be shown now."""
+        text = self._text.put(token)
+        return self._keep([text] if self._reader is None else self._reader.put(text))
+
+    def flush(self) -> str:
+        """The rest of the text."""
+        text = self._text.flush()
+        if self._reader is None:
+            return self._keep([text])
+        return self._keep([*self._reader.put(text), *self._reader.flush()])
+
+    def _keep(self, items: Sequence[str | ToolCall]) -> str:
+        self.calls += [item for item in items if isinstance(item, ToolCall)]
+        piece = "".join(item for item in items if isinstance(item, str))
+        if piece:
+            self.pieces.append(piece)
+        return piece
 
 
 class ChatStream:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import PIL.Image
 import torch
 from torch import Tensor
 
 from neounify.config import ModelConfig
+from neounify.grammar import Vocabulary
 from neounify.image.pixels import prepare_image
 from neounify.text.tokenizer import Tokenizer
 
@@ -23,6 +25,11 @@ class Front:
         self.tokenizer = tokenizer
         self.system_message = system_message
         self.dtype = dtype
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What grammars are made for. Where tokens are drawn, one must be held too."""
+        return Vocabulary.of(self.tokenizer)
 
     def token(self, name: str) -> int:
         return self.tokenizer.id(name)

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from neounify.decode.loop import FinishReason
 from neounify.image.pixels import to_pil
+from neounify.text.tools import ToolCall
 
 
 @dataclass(frozen=True)
 class ChatResult:
-    """An answer. `token_ids` are the model's, `<|im_end|>` not included."""
+    """An answer. `token_ids` are the model's, `<|im_end|>` not included.
+
+    Where tools were offered, `tool_calls` are the calls in the answer, in order, and are no part
+    of `text`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

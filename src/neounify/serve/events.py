@@ -14,19 +14,46 @@ from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.errors import NeounifyError
-from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest
 
-ServiceRequest = ChatRequest | PaintRequest | InterleaveRequest
+ServiceRequest = ChatRequest | CompletionRequest | PaintRequest | InterleaveRequest
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt of a text answer has been read; a second request can begin from its cache."""
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """A token of an answer, the logarithm of its probability, and the likeliest in its place."""
+
+    token: bytes
+    log_prob: float
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text as soon as it is complete characters; `thought` for what stands in a thought."""
+    """Text as soon as it is complete characters; `thought` for what stands in a thought.
+
+    `log_probs` are of the tokens up to here that no earlier piece had, where they were asked for.
+    """
 
     text: str
     thought: bool = False
+    log_probs: tuple[TokenLogProb, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallPiece:
+    """A whole call of a function; `arguments` are JSON, cut off where a limit ended the answer."""
+
+    name: str
+    arguments: str
+    log_probs: tuple[TokenLogProb, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +92,7 @@ class Finished:
     reasoning_tokens: int = 0
 
 
-ServiceEvent = TextPiece | Preview | Painted | Finished
+ServiceEvent = PromptRead | TextPiece | ToolCallPiece | Preview | Painted | Finished
 
 
 class ServiceError(NeounifyError):

@@ -18,12 +18,21 @@ from neounify.decode.sampling import SamplingSettings
 from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.answer import AnswerText
-from neounify.pipeline.chatting import ChatRequest, answer_text, chat_images
+from neounify.pipeline.chatting import (
+    ChatRequest,
+    CompletionRequest,
+    answer_text,
+    call_reader,
+    chat_images,
+    constrained,
+    prompt_of,
+)
 from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_again, turn_prompt
 from neounify.pipeline.painting import branch_prompt, edit_images
 from neounify.pipeline.request import PaintRequest
-from neounify.serve.events import Finished, Painted, Preview, ServiceEvent, TextPiece
+from neounify.serve.answer_events import AnswerEvents
+from neounify.serve.events import Finished, Painted, Preview, PromptRead, ServiceEvent
 from neounify.serve.messages import (
     Done,
     Opened,
@@ -35,9 +44,8 @@ from neounify.serve.messages import (
     Written,
 )
 from neounify.serve.session import Session
-from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
-from neounify.text.stream import TextStream
-from neounify.text.template import Prompt, after_think_ids, chat_prompt
+from neounify.text.special import END_OF_TEXT, IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE
+from neounify.text.template import Prompt, after_think_ids
 
 Events = AsyncGenerator[ServiceEvent]
 Painting = TypeVar("Painting", PaintRequest, InterleaveRequest)
@@ -80,28 +88,62 @@ class _Usage:
 
 
 async def chat(session: Session, front: Front, request: ChatRequest, previews: int) -> Events:
-    """Text, the thought apart from the answer."""
-    prompt = chat_prompt(
-        front.tokenizer, request.messages, system=request.system, think=request.think
-    )
+    """Text, the thought and calls of functions apart from the answer."""
+    # Off the event loop, as a schema may take a while to compile and a prompt to tokenise.
+    sampling = await asyncio.to_thread(constrained, front, request)
+    prompt = await asyncio.to_thread(prompt_of, front, request)
     images = await asyncio.to_thread(chat_images, front, request)
     parts = await session.parts(prompt, images, front.config.token_size)
-    usage = _Usage()
-    text = _Text(front, lambda: answer_text(front, request), thinking=request.think)
+    text = AnswerEvents(
+        front,
+        lambda: answer_text(front, request),
+        thinking=request.think,
+        calls=call_reader(request),
+    )
     stops = frozenset((front.token(IM_END),))
-    ended = None
-    async for answer in session.open_and_write(
-        "cond", parts, request.sampling, stops, request.max_new_tokens
+    async for event in _write(session, parts, text, sampling, stops, request.max_new_tokens):
+        yield event
+
+
+async def complete(
+    session: Session, front: Front, request: CompletionRequest, previews: int
+) -> Events:
+    """A text that is continued as it stands."""
+    ids = await asyncio.to_thread(request.ids, front)
+    text = AnswerEvents(
+        front,
+        lambda: AnswerText(front.tokenizer.stream(), request.stop, strip=False),
+        thoughts=False,
+    )
+    ends = (front.tokenizer.find(name) for name in (IM_END, END_OF_TEXT))
+    stops = frozenset(end for end in ends if end is not None)
+    async for event in _write(
+        session, [TextPart(ids)], text, request.sampling, stops, request.max_new_tokens
     ):
+        yield event
+
+
+async def _write(
+    session: Session,
+    parts: Sequence[PromptPart],
+    text: AnswerEvents,
+    sampling: SamplingSettings,
+    stops: frozenset[int],
+    most: int,
+) -> Events:
+    usage = _Usage()
+    ended = None
+    async for answer in session.open_and_write("cond", parts, sampling, stops, most):
         if isinstance(answer, Opened):
             usage = _Usage.of(parts, answer)
+            yield PromptRead()
             continue
         if isinstance(answer, Written):
             ended = answer
             break
         usage.written += 1
         usage.thought += text.thinking
-        for piece in text.put(answer.id):
+        for piece in text.put(answer):
             yield piece
         if text.stopped:
             break
@@ -145,7 +187,7 @@ async def interleave(
         front.token(IMAGE_OPEN),
         frozenset((front.token(IM_END), front.token(IMAGE_OPEN))),
     )
-    text = _Text(front, front.tokenizer.stream, thinking=False)
+    text = AnswerEvents(front, front.tokenizer.stream)
     for index in range(request.max_images + 1):
         ended: Written | None = None
         async for answer in session.write("cond", request.text, stops, request.max_new_tokens):
@@ -154,7 +196,7 @@ async def interleave(
                 break
             usage.written += 1
             usage.thought += text.thinking
-            for piece in text.put(answer.id):
+            for piece in text.put(answer):
                 yield piece
         for piece in text.flush():
             yield piece
@@ -221,12 +263,12 @@ async def _think(session: Session, front: Front, request: PaintRequest, usage: _
     """Write the thought and open the image behind it."""
     close = front.token(THINK_CLOSE)
     stops = frozenset((close, front.token(IM_END)))
-    text = _Text(front, front.tokenizer.stream, thinking=True)
+    text = AnswerEvents(front, front.tokenizer.stream, thinking=True)
     async for answer in session.write("cond", SamplingSettings(), stops, request.max_think_tokens):
         if isinstance(answer, Token):
             usage.written += 1
             usage.thought += 1
-            for piece in text.put(answer.id):
+            for piece in text.put(answer):
                 yield piece
             continue
         for piece in text.flush():
@@ -260,38 +302,3 @@ def _sizes(request: InterleaveRequest) -> list[tuple[int, int]]:
 
 def _tokens(front: Front, size: tuple[int, int]) -> int:
     return size[0] * size[1] // front.config.token_size**2
-
-
-class _Text:
-    """Tokens to pieces of text, each marked as thought or answer."""
-
-    def __init__(
-        self, front: Front, answer: Callable[[], AnswerText | TextStream], *, thinking: bool
-    ) -> None:
-        """`answer` makes what decodes the tokens outside of thoughts."""
-        self._marks = {front.token(THINK_OPEN): True, front.token(THINK_CLOSE): False}
-        self._front, self._answer = front, answer
-        self.thinking = thinking
-        self._text = self._fresh()
-
-    @property
-    def stopped(self) -> bool:
-        return isinstance(self._text, AnswerText) and self._text.stopped
-
-    def put(self, token: int) -> list[TextPiece]:
-        if token not in self._marks:
-            return self._marked(self._text.put(token))
-        pieces = self.flush()
-        self.thinking = self._marks[token]
-        self._text = self._fresh()
-        return pieces
-
-    def flush(self) -> list[TextPiece]:
-        """What was held back."""
-        return self._marked(self._text.flush())
-
-    def _marked(self, text: str) -> list[TextPiece]:
-        return [TextPiece(text, self.thinking)] if text else []
-
-    def _fresh(self) -> AnswerText | TextStream:
-        return AnswerText(self._front.tokenizer.stream()) if self.thinking else self._answer()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
-from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, check_image_tokens, image_tokens
@@ -186,6 +186,8 @@ class Service:
         match request:
             case ChatRequest():
                 return programs.chat(session, self.front, request, previews)
+            case CompletionRequest():
+                return programs.complete(session, self.front, request, previews)
             case PaintRequest():
                 return programs.paint(session, self.front, request, previews)
             case InterleaveRequest():

@@ -85,9 +85,13 @@ class Tokenizer:
         """The ids of added tokens, special or not: those that are no pieces of words."""
         return frozenset(self._added)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, special or not; none for an id without a token."""
+        return self._bytes_of(token_id, skip_special=False)
+
     def all_bytes(self) -> list[bytes]:
         """The bytes of every id from 0 on; none for ids without a token."""
-        return [self._bytes_of(token_id, skip_special=False) for token_id in range(self.vocab_size)]
+        return [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
 
     def digest(self) -> str:
         """A name for the content of the tokenizer's files."""
