@@ -6,6 +6,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -68,6 +69,15 @@ class Vocabulary:
         with self._building:
             if self._library is None:
                 self._library = _library_tokenizer(self.tokenizer)
+
+    def prepare_soon(self) -> None:
+        """Build it in a thread, so that the first grammar need not wait, if it can be built."""
+
+        def prepare() -> None:
+            with suppress(RequestError):
+                self.prepare()
+
+        threading.Thread(target=prepare, name="vocabulary", daemon=True).start()
 
     def compile(self, lark: str) -> llguidance.LLMatcher:
         """A matcher at the beginning of a grammar. Raises RequestError for one it cannot follow."""
@@ -132,9 +142,11 @@ def _limits() -> llguidance.LLParserLimits:
 
 
 def _reason(error: str) -> str:
-    """The first line of the library's message, without the place in a grammar nobody saw."""
+    """The library's message without the place in a grammar that the caller never saw."""
     line = _LOCATION.sub("", error.strip().partition("\n")[0])
     keywords = _KEYWORDS.search(line)
     if keywords:
         return f"the schema uses {keywords[1]}, which is not supported here"
+    if line.startswith("regex parse error"):
+        line += " " + error.rpartition("error: ")[2].partition("\n")[0]
     return f"the schema cannot be followed: {line[:300]}"

@@ -93,6 +93,7 @@ class ChatOptions(TypedDict, total=False):
     system: str
     think: bool
     seed: int | None
+    logprobs: int | None
     tools: Sequence[Tool | Mapping[str, Any]]
     tool_choice: Literal["auto", "none", "required"]
     response_format: Mapping[str, Any] | None
@@ -112,6 +113,7 @@ def make_chat_request(
     system: str = "",
     think: bool = False,
     seed: int | None = None,
+    logprobs: int | None = None,
     colour_profiles: bool = True,
     tools: Sequence[Tool | Mapping[str, Any]] = (),
     tool_choice: Literal["auto", "none", "required"] = "auto",
@@ -133,6 +135,7 @@ def make_chat_request(
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
+            logprobs=logprobs,
         ),
         tool_use=ToolUse(tools=tuple(map(read_tool, tools)), choice=tool_choice),
         response_format=response_format,
@@ -174,11 +177,6 @@ def constrained(front: Front, request: ChatRequest) -> SamplingSettings:
     else:
         return request.sampling
     return replace(request.sampling, constraint=grammar)
-
-
-def answer_text(front: Front, request: ChatRequest) -> AnswerText:
-    """What turns the tokens of the answer into its text."""
-    return AnswerText(front.tokenizer.stream(), request.stop)
 
 
 def call_reader(request: ChatRequest) -> ToolCallReader | None:
@@ -251,6 +249,7 @@ class ChatRun:
                 g.finish_reason or "stop",
                 length,
                 tuple(answer.calls),
+                tuple(g.logprobs),
             )
             for answer, g, length in zip(
                 self._answers, self._generations, self._lengths, strict=True

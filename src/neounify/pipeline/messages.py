@@ -10,6 +10,7 @@ import PIL.Image
 from neounify.errors import PromptError
 from neounify.image.io import Source, read_image
 from neounify.text.template import IMAGE_MARK, Message, place_images
+from neounify.text.tools import ToolCall
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 
@@ -99,7 +100,8 @@ def _read_message(
                 text += IMAGE_MARK
             else:
                 offsets.append(len(text))
-    return Message(role, text, image_offsets=tuple(offsets)), used, own
+    message = Message(role, text, image_offsets=tuple(offsets), tool_calls=_tool_calls(turn))
+    return message, used, own
 
 
 def _place_rest(
@@ -121,6 +123,8 @@ def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _Picture]]:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         raise PromptError(f"a message needs 'role' and 'content', got {_short(turn)}")
     content = turn["content"]
+    if content is None and turn.get("tool_calls"):
+        content = ""
     if isinstance(content, str):
         return turn["role"], [content]
     if not isinstance(content, Sequence):
@@ -141,6 +145,25 @@ def _piece(part: Any, role: Any) -> str | _Picture:
     raise PromptError(
         "a content part must be {'type': 'text', 'text': …} or {'type': 'image', 'image': …}, "
         f"got {_short(part)}"
+    )
+
+
+def _tool_calls(turn: Mapping[str, Any]) -> tuple[ToolCall, ...]:
+    """The calls of an assistant's message, written as OpenAI does or given as ToolCall."""
+    return tuple(map(_tool_call, turn.get("tool_calls") or ()))
+
+
+def _tool_call(call: Any) -> ToolCall:
+    if isinstance(call, ToolCall):
+        return call
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if isinstance(function, Mapping):
+        name, arguments = function.get("name"), function.get("arguments", "{}")
+        if isinstance(name, str) and isinstance(arguments, str):
+            return ToolCall(name, arguments)
+    raise PromptError(
+        "a tool call must be {'function': {'name': …, 'arguments': JSON text}}, "
+        f"got {_short(call)}"
     )
 
 

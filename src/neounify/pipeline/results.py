@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.decode.loop import FinishReason
+from neounify.decode.sampler import LogProbs
 from neounify.image.pixels import to_pil
 from neounify.text.tools import ToolCall
 
@@ -19,7 +20,7 @@ class ChatResult:
     """An answer. `token_ids` are the model's, `<|im_end|>` not included.
 
     Where tools were offered, `tool_calls` are the calls in the answer, in order, and are no part
-    of `text`.
+    of `text`. `logprobs` has one entry per token where they were asked for.
     """
 
     text: str
@@ -27,6 +28,7 @@ class ChatResult:
     finish_reason: FinishReason
     prompt_tokens: int
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[LogProbs, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def _work(line: _Line, heart: Heart, settings: ProcessSettings) -> None:
     und = gen = None
     with engine.residency.use(settings.role):
         if settings.role == "und":
+            engine.vocabulary.prepare_soon()  # grammars in orders are made for it
             und = UnderstandingEngine(engine.model, settings.engines.understanding, transport)
         else:
             gen = GenerationEngine(engine.model, settings.engines.generation, transport)

@@ -40,23 +40,62 @@ class ImageContent(_Answer):
     image_url: ImageUrl
 
 
+class CalledFunction(_Answer):
+    """The function that the model calls; `arguments` are JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(_Answer):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AnswerMessage(_Answer):
     """The answer; `content` is a list of parts where `content_format` asked for it."""
 
     role: Literal["assistant"]
-    content: str | list[TextContent | ImageContent]
+    content: str | list[TextContent | ImageContent] | None = Field(
+        description="Null where there is nothing but calls."
+    )
     refusal: None
+    tool_calls: list[AnswerToolCall] | None = None
     images: list[ChatImage] | None = None
     reasoning_content: str | None = Field(None, description="The thought before the answer.")
 
 
-class ChatChoice(_Answer):
-    """The only choice."""
+class TopLogProb(_Answer):
+    """A token that might have stood in the place of another."""
 
-    index: Literal[0]
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogProb(TopLogProb):
+    """A token of the answer, with the natural logarithm of its probability."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class ChatLogProbs(_Answer):
+    """The tokens of the answer."""
+
+    content: list[ChatLogProb]
+    refusal: None
+
+
+class ChatChoice(_Answer):
+    """One of the `n` answers."""
+
+    index: int
     message: AnswerMessage
-    finish_reason: Literal["stop", "length"]
-    logprobs: None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: ChatLogProbs | None
 
 
 class ChatUsage(_Answer):

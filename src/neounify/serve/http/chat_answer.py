@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve.events import Finished, Painted, Preview, TextPiece
+from neounify.serve.events import (
+    Finished,
+    Painted,
+    Preview,
+    PromptRead,
+    ServiceEvent,
+    TextPiece,
+    TokenLogProb,
+    ToolCallPiece,
+)
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.context import Context
 from neounify.serve.http.facts import facts_of
+from neounify.serve.http.log_probs import of_chat
 from neounify.serve.http.pictures import to_data_url, write_picture
 from neounify.serve.http.sse import DONE, sse
 
 
 class ChatAnswer:
-    """One answer under way."""
+    """The answers to one body under way: one, or `n` of them to the same messages."""
 
     def __init__(
-        self, body: ChatBody, request: ChatRequest | InterleaveRequest, context: Context
+        self,
+        body: ChatBody,
+        requests: Sequence[ChatRequest] | Sequence[InterleaveRequest],
+        context: Context,
     ) -> None:
-        self._body, self._request, self._context = body, request, context
+        self._body, self._requests, self._context = body, requests, context
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -33,72 +46,96 @@ class ChatAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """The `chat.completion`."""
-        content = _Content()
-        reasoning = ""
-        finished = None
-        async with aclosing(self._context.answer(self._request, self._body)) as events:
-            async for event in events:
-                if isinstance(event, TextPiece) and event.thought:
-                    reasoning += event.text
-                elif isinstance(event, TextPiece):
-                    content.add_text(event.text)
-                elif isinstance(event, Painted):
-                    content.add_image(event.index, await self._url(event))
-                elif isinstance(event, Finished):
-                    finished = event
-        if finished is None:
-            raise RuntimeError("the engines ended an answer without Finished")
-        message = {"role": "assistant", "refusal": None}
-        message |= content.message(as_parts=self._as_parts)
-        if self._body.thinks and self._body.include_reasoning:
-            message["reasoning_content"] = reasoning
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": finished.finish_reason,
-            "logprobs": None,
-        }
+        choices = [_Choice() for _ in self._requests]
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                if isinstance(event, Painted):
+                    choices[index].content.add_image(event.index, await self._url(event))
+                else:
+                    choices[index].add(event)
         return self._head | {
             "object": "chat.completion",
-            "choices": [choice],
-            "usage": _usage(finished),
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": _usage([choice.finish() for choice in choices]),
         }
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """The `chat.completion.chunk`s as server-sent events, ended by [DONE]."""
-        begun = False
+        choices = [_Choice() for _ in self._requests]
+        begun: set[int] = set()
         silent = not self._body.include_reasoning
-        async with aclosing(self._context.answer(self._request, self._body)) as events:
-            async for event in events:
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                if isinstance(event, PromptRead):
+                    continue
                 if silent and isinstance(event, TextPiece) and event.thought:
                     continue
-                if not begun:
-                    yield self._chunk({"role": "assistant", "content": ""})
-                    begun = True
+                if index not in begun:
+                    yield self._chunk(index, {"role": "assistant", "content": ""})
+                    begun.add(index)
+                choice = choices[index]
+                choice.count(event)
                 if isinstance(event, Finished):
-                    yield self._chunk({}, finish_reason=event.finish_reason)
-                    if self._body.stream_options.include_usage:
-                        yield sse(self._chunk_head() | {"choices": [], "usage": _usage(event)})
-                else:
-                    yield self._chunk(await self._delta(event))
+                    yield self._chunk(index, {}, finish_reason=choice.finish_reason)
+                    continue
+                *deltas, last = await self._deltas(choice, event)
+                for delta in deltas:
+                    yield self._chunk(index, delta)
+                yield self._chunk(index, last, self._log_probs(event))
+        if self._body.stream_options.include_usage:
+            usage = _usage([choice.finish() for choice in choices])
+            yield sse(self._chunk_head() | {"choices": [], "usage": usage})
         yield DONE
+
+    def _events(self) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+        return self._context.answers([self._requests], self._body)
 
     @property
     def _as_parts(self) -> bool:
         return self._body.paints and self._body.content_format == "parts"
 
-    async def _delta(self, event: TextPiece | Preview | Painted) -> dict[str, Any]:
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        message |= choice.content.message(as_parts=self._as_parts)
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+            message["content"] = message["content"] or None
+        if self._body.thinks and self._body.include_reasoning:
+            message["reasoning_content"] = choice.reasoning
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": choice.finish_reason,
+            "logprobs": of_chat(choice.log_probs) if self._body.logprobs else None,
+        }
+
+    def _log_probs(self, event: ServiceEvent) -> dict[str, Any] | None:
+        """Those of a chunk; a thought has none."""
+        if not self._body.logprobs or not isinstance(event, TextPiece | ToolCallPiece):
+            return None
+        if isinstance(event, TextPiece) and event.thought:
+            return None
+        return of_chat(event.log_probs)
+
+    async def _deltas(self, choice: _Choice, event: ServiceEvent) -> list[dict[str, Any]]:
         if isinstance(event, TextPiece):
-            return {"reasoning_content" if event.thought else "content": event.text}
+            return [{"reasoning_content" if event.thought else "content": event.text}]
+        if isinstance(event, ToolCallPiece):
+            place, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
+            begun = call | {"function": {"name": event.name, "arguments": ""}}
+            arguments = {"function": {"arguments": event.arguments}}
+            return [{"tool_calls": [place | begun]}, {"tool_calls": [place | arguments]}]
+        assert isinstance(event, Preview | Painted)
         image = _image(await self._url(event), event.index)
         if isinstance(event, Painted):
-            return {"images": [image]}
-        return {"image_preview": image | {"step": event.step, "steps": event.steps}}
+            return [{"images": [image]}]
+        return [{"image_preview": image | {"step": event.step, "steps": event.steps}}]
 
     async def _url(self, event: Preview | Painted) -> str:
-        if isinstance(self._request, ChatRequest):
+        [request] = self._requests
+        if isinstance(request, ChatRequest):
             raise RuntimeError("the engines painted in a text answer")
-        facts = facts_of(self._request, event, self._context.settings.model_name)
+        facts = facts_of(request, event, self._context.settings.model_name)
         file = await write_picture(
             self._context.hooks, event.pixels, self._body.output_format, facts
         )
@@ -107,12 +144,66 @@ class ChatAnswer:
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"}
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        log_probs: dict[str, Any] | None = None,
+        *,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "finish_reason": finish_reason,
+            "logprobs": log_probs,
+        }
         chunk = self._chunk_head() | {"choices": [choice]}
         if self._body.stream_options.include_usage:
             chunk["usage"] = None
         return sse(chunk)
+
+
+class _Choice:
+    """One answer so far."""
+
+    def __init__(self) -> None:
+        self.content = _Content()
+        self.reasoning = ""
+        self.calls: list[dict[str, Any]] = []
+        self.log_probs: list[TokenLogProb] = []
+        self._finished: Finished | None = None
+
+    def add(self, event: ServiceEvent) -> None:
+        """Take in an event, images apart."""
+        self.count(event)
+        if isinstance(event, TextPiece) and event.thought:
+            self.reasoning += event.text
+        elif isinstance(event, TextPiece):
+            self.content.add_text(event.text)
+        if isinstance(event, TextPiece | ToolCallPiece):
+            self.log_probs += event.log_probs
+
+    def count(self, event: ServiceEvent) -> None:
+        """Take in what later parts of a stream depend on."""
+        if isinstance(event, ToolCallPiece):
+            function = {"name": event.name, "arguments": event.arguments}
+            call_id = f"call_{secrets.token_hex(12)}"
+            self.calls.append({"id": call_id, "type": "function", "function": function})
+        elif isinstance(event, Finished):
+            self._finished = event
+
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended."""
+        reason = self.finish().finish_reason
+        return "tool_calls" if self.calls and reason == "stop" else reason
+
+    def finish(self) -> Finished:
+        """The last event of the answer."""
+        if self._finished is None:
+            raise RuntimeError("the engines ended an answer without Finished")
+        return self._finished
 
 
 class _Content:
@@ -144,11 +235,15 @@ def _image(url: str, index: int) -> dict[str, Any]:
     return {"type": "image_url", "index": index, "image_url": {"url": url}}
 
 
-def _usage(finished: Finished) -> dict[str, Any]:
+def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
+    """Of all answers; their prompt is one and counts once."""
+    first = finished[0]
+    written = sum(answer.completion_tokens for answer in finished)
+    painted = sum(answer.image_tokens for answer in finished)
     return {
-        "prompt_tokens": finished.prompt_tokens,
-        "completion_tokens": finished.completion_tokens,
-        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
-        "completion_tokens_details": {"image_tokens": finished.image_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": first.prompt_tokens + written,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
+        "completion_tokens_details": {"image_tokens": painted},
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import PIL.Image
@@ -15,7 +16,14 @@ from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.pictures import read_picture_url
+from neounify.serve.http.text_options import (
+    check_text_only,
+    for_each_answer,
+    logprobs_of,
+    tools_of,
+)
 from neounify.text.template import IMAGE_MARK
+from neounify.text.tools import ToolCall
 
 DEFAULT_TOKENS = 512
 
@@ -24,6 +32,7 @@ DEFAULT_TOKENS = 512
 class _Turn:
     role: str
     pieces: list[str | PIL.Image.Image]
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -39,19 +48,29 @@ class _Turn:
             {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
             for p in self.pieces
         ]
-        return {"role": self.role, "content": parts}
+        return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
 
 
-async def read_chat(body: ChatBody, context: Context) -> ChatRequest | InterleaveRequest:
-    """The request. Raises ApiError, PromptError, ImageError, RequestError and Refused."""
+async def read_chat(
+    body: ChatBody, context: Context
+) -> Sequence[ChatRequest] | Sequence[InterleaveRequest]:
+    """A request for each of the `n` answers.
+
+    Raises ApiError, PromptError, ImageError, RequestError and Refused.
+    """
     context.check_model(body.model)
+    context.check_n(body.n)
     turns = await _read_turns(body, context)
     images = [image for turn in turns for image in turn.images]
-    texts = [*(turn.text for turn in turns), *filter(None, (body.negative_prompt,))]
+    tools = tools_of(body)
+    texts = [turn.text for turn in turns] + [tool.definition() for tool in tools.offered]
+    texts += [call.arguments for turn in turns for call in turn.tool_calls]
+    texts += filter(None, (body.negative_prompt,))
     await context.check_prompt("\n".join(texts), images)
     if body.paints:
-        return _interleave_request(body, turns, context)
-    return make_chat_request(
+        check_text_only(body)
+        return [_interleave_request(body, turns, context)]
+    request = make_chat_request(
         [turn.for_pipeline() for turn in turns],
         (),
         max_new_tokens=_max_tokens(body, context),
@@ -62,7 +81,10 @@ async def read_chat(body: ChatBody, context: Context) -> ChatRequest | Interleav
         stop=body.stops,
         think=body.thinks,
         seed=body.seed,
+        logprobs=logprobs_of(body),
+        response_format=body.response_format.schema_of_answer,
     )
+    return for_each_answer(replace(request, tool_use=tools), body.n)
 
 
 async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
@@ -77,7 +99,16 @@ async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
         with blame(f"messages.{place}.content"):
             pieces = [await _read_part(part, context) for part in message.parts]
         role = "system" if message.role == "developer" else message.role
-        turns.append(_Turn(role, _in_lines(pieces)))
+        calls = [call.function for call in message.tool_calls or ()]
+        if message.role == "tool" and not all(isinstance(piece, str) for piece in pieces):
+            raise bad_request("the result of a tool is text", f"messages.{place}.content")
+        turns.append(
+            _Turn(
+                role,
+                _in_lines(pieces),
+                tuple(ToolCall(call.name, call.arguments) for call in calls),
+            )
+        )
     return turns
 
 

@@ -24,8 +24,8 @@ router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 )
 async def chat_completions(body: ChatBody, context: Shared) -> Response:
     """Text and pictures in; text, or with `modalities: ["text", "image"]` both, out."""
-    request = await read_chat(body, context)
-    answer = ChatAnswer(body, request, context)
+    requests = await read_chat(body, context)
+    answer = ChatAnswer(body, requests, context)
     if body.stream:
         return await start_stream(answer.chunks())
     return JSONResponse(await answer.whole())

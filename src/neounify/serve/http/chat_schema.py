@@ -11,6 +11,7 @@ from neounify.serve.http.fields import MOST_TEXT, Number, PaintingFields
 
 Modality = Literal["text", "image"]
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class TextPart(BaseModel):
@@ -36,11 +37,26 @@ class ImagePart(BaseModel):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+class CalledFunction(BaseModel):
+    """The function of a call, and its arguments as JSON text."""
+
+    name: Name
+    arguments: Text = "{}"
+
+
+class ToolCall(BaseModel):
+    """A call that an assistant's message made."""
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """One turn. What else clients put into messages they send back is not read."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(max_length=1000)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
@@ -48,6 +64,60 @@ class ChatMessage(BaseModel):
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
         return self.content or []
+
+
+class Function(BaseModel):
+    """A function that the model may call; `strict` is not read: forced calls always follow it."""
+
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """A tool, of which there is one kind."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(BaseModel):
+    """One of the functions."""
+
+    name: Name
+
+
+class NamedTool(BaseModel):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(BaseModel):
+    """A JSON schema under a name; it is always followed, whatever `strict` says."""
+
+    name: Annotated[str, Field(max_length=200)] = ""
+    description: Text | None = None
+    definition: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the answer is: text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The schema that the answer follows; None for text."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.definition or {}
+        return None
 
 
 class StreamOptions(BaseModel):
@@ -69,7 +139,6 @@ class ChatBody(PaintingFields):
             "continue_final_message",
             "metadata",
             "moderation",
-            "parallel_tool_calls",
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
@@ -81,14 +150,9 @@ class ChatBody(PaintingFields):
         )
     )
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "n": (1,),
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "best_of": (1,),
@@ -103,7 +167,6 @@ class ChatBody(PaintingFields):
         "stop_token_ids": ([],),
         "typical_p": (1,),
         "use_beam_search": (False,),
-        "response_format": ({"type": "text"},),
         "audio": (),
         "prediction": (),
         "web_search_options": (),
@@ -111,6 +174,17 @@ class ChatBody(PaintingFields):
 
     model: str = Field("", max_length=200)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    n: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="Answers to the same messages; answer i is drawn with seed + i."
+    )
+    tools: Annotated[list[Tool], Field(max_length=128)] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = Field(
+        True, description="Whether a forced answer may hold several calls."
+    )
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: Number = Field(0.0, description="0 takes the likeliest token.")

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import PIL.Image
@@ -19,9 +20,9 @@ from neounify.pipeline.request import (
     size_of_shape,
 )
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
-from neounify.serve.http.answering import answer
+from neounify.serve.http.answering import answer, answers_in_groups
 from neounify.serve.http.errors import ApiError, bad_request
-from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.fields import AnsweredFields, PaintingFields
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.metrics import HttpMetrics
 from neounify.serve.http.remote import ImageFetcher
@@ -43,16 +44,24 @@ class Context:
     """Unix time in seconds."""
 
     def answer(
-        self, request: ServiceRequest, fields: PaintingFields
+        self, request: ServiceRequest, fields: AnsweredFields
     ) -> AsyncGenerator[ServiceEvent]:
         """The events of one request, within the caller's deadline and the server's own."""
         most = self.settings.limits.deadline
         return answer(
             self.service,
             request,
-            previews=fields.partial_images,
+            previews=fields.partial_images if isinstance(fields, PaintingFields) else 0,
             deadline=most if fields.deadline is None else min(fields.deadline, most),
             first_token=self.metrics.first_token,
+        )
+
+    def answers(
+        self, groups: Sequence[Sequence[ServiceRequest]], fields: AnsweredFields
+    ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+        """(number of the request, event) of several requests; those of a group have one prompt."""
+        return answers_in_groups(
+            [[partial(self.answer, request, fields) for request in group] for group in groups]
         )
 
     def check_model(self, name: str | None) -> None:
@@ -65,6 +74,12 @@ class Context:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_n(self, n: int) -> None:
+        """Raises ApiError for more answers than this server gives to one request."""
+        most = self.settings.limits.n
+        if n > most:
+            raise bad_request(f"n: {n} is over this server's {most}", "n")
 
     async def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
         """Raises ApiError for too much text, Refused for what the operator does not want."""

@@ -74,7 +74,15 @@ def _unsupported(name: str, values: tuple[Any, ...], known: Collection[str]) -> 
     return bad_request(f"{name}: {rule}{instead_of(name, known)}", name, "unsupported")
 
 
-class PaintingFields(Fields):
+class AnsweredFields(Fields):
+    """What every request may say of how it is answered."""
+
+    deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="Seconds after which the request is given up. Extension."
+    )
+
+
+class PaintingFields(AnsweredFields):
     """How images are painted; where nothing is said, as the checkpoint's own settings say."""
 
     size: SizeText = Field(
@@ -112,9 +120,6 @@ class PaintingFields(Fields):
         0, description="Previews of each image while it is painted; with `stream` only."
     )
     output_format: Format = "png"
-    deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        None, description="Seconds after which the request is given up. Extension."
-    )
 
     @property
     def width_height(self) -> tuple[int, int] | None:

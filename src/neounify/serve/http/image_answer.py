@@ -84,7 +84,8 @@ class ImagesAnswer:
                     continue
                 if isinstance(event, Finished):
                     self._finished.append(event)
-                yield number, event
+                if isinstance(event, Preview | Painted | Finished):
+                    yield number, event
 
     async def _write(self, number: int, event: Preview | Painted) -> bytes:
         context = self._context
