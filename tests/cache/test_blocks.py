@@ -46,7 +46,7 @@ def test_wrong_books_are_noticed() -> None:
         book.check([[a]])
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=60))
 def test_any_history_keeps_the_books(history: list[tuple[int, int]]) -> None:
     book = BlockBook(8)
     tables: list[list[int]] = []
@@ -62,5 +62,8 @@ def test_any_history_keeps_the_books(history: list[tuple[int, int]]) -> None:
             found = book.known_run([b"%d" % n for n in range(number % 5)])
             book.share(found)
             tables.append(found)
+        elif action == 4:
+            book.forget(book.known_run([b"%d" % n for n in range(number % 5)])[-1:])
+            book.forget(tables[number % len(tables)] if tables else [])
         book.check(tables)
         assert book.in_use == len({block for table in tables for block in table})

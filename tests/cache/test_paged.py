@@ -26,7 +26,11 @@ def model(request: pytest.FixtureRequest) -> NeoUnify:
 
 
 def pool_of(model: NeoUnify, blocks: int = 64, size: int = 4) -> PagedPool:
-    return PagedPool(model.config, blocks, size, dtype=torch.float32, device=CPU)
+    """A pool whose unwritten memory is poison: nothing may ever read it."""
+    pool = PagedPool(model.config, blocks, size, dtype=torch.float32, device=CPU)
+    for memory in (pool.keys, pool.values):
+        memory[:, : pool.zero_place] = float("nan")
+    return pool
 
 
 def own_cache(config: ModelConfig) -> SequenceCache:
@@ -81,6 +85,44 @@ def test_many_single_tokens_at_once(model: NeoUnify) -> None:
         expected = [give(model, a, ids) for a, ids in zip(alone, new, strict=True)]
         torch.testing.assert_close(together, torch.stack(expected))
     pool.check()
+
+
+def test_nan_in_one_sequence_reaches_no_other(model: NeoUnify) -> None:
+    """Whether it stands first, in the middle or last, is the longest or the shortest."""
+    lengths = [3, 9, 1, 6]
+    for broken in range(4):
+        pool = pool_of(model)
+        alone = [own_cache(model.config) for _ in lengths]
+        paged = [opened(pool, text_rows([n] * n, 0), room=2) for n in lengths]
+        for n, a, p in zip(lengths, alone, paged, strict=True):
+            give(model, a, [n] * n)
+            give(model, p, [n] * n)
+        pool.keys[:, paged[broken].places[: lengths[broken]]] = float("nan")
+        pool.values[:, paged[broken].places[: lengths[broken]]] = float("nan")
+        for p in paged:
+            p.expect(text_rows([7], p.next_t))
+        together = feed(model, [Feed(p, (Text(1),), [7]) for p in paged])
+        assert not torch.isfinite(together[broken]).any()
+        for place in set(range(4)) - {broken}:
+            torch.testing.assert_close(together[place], give(model, alone[place], [7]))
+        assert not pool.keys[:, pool.zero_place].any()
+        assert not pool.values[:, pool.zero_place].any()
+
+
+def test_what_is_distrusted_is_not_used_again(model: NeoUnify) -> None:
+    pool = pool_of(model)
+    ids = [n % 29 for n in range(14)]
+    one, two = (opened(pool, text_rows(ids, 0)) for _ in range(2))
+    give(model, one, ids)
+    give(model, two, ids)
+    pool.distrust(one)
+    pool.check()
+    three = opened(pool, text_rows(ids, 0))
+    assert three.length == 0
+    for sequence in (one, two, three):
+        pool.close(sequence)
+    pool.check()
+    assert pool.book.in_use == 0
 
 
 def test_a_known_beginning_is_not_computed_again(model: NeoUnify) -> None:

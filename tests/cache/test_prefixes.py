@@ -63,6 +63,29 @@ def test_a_batch_computes_what_each_does_alone(
         assert torch.equal(cache.keys[:, :, : cache.length], before[:, :, : cache.length])
 
 
+@pytest.mark.parametrize("broken", range(3))
+def test_nan_in_one_prefix_or_image_reaches_no_other(
+    model: NeoUnify, caches: list[SequenceCache], broken: int
+) -> None:
+    caches = caches[:3]
+    lengths = [rows * columns for rows, columns in GRIDS[:3]]
+    layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=False))
+    noise = torch.randn(sum(lengths), model.config.hidden_size)
+    expected = hidden(model, layout, noise, PrefixBatch(caches, lengths)).split(lengths)
+    bad = noise.clone()
+    bad.split(lengths)[broken].fill_(float("nan"))
+    found = hidden(model, layout, bad, PrefixBatch(caches, lengths)).split(lengths)
+    caches[broken].keys.fill_(float("nan"))
+    caches[broken].values.fill_(float("nan"))
+    behind = hidden(model, layout, noise, PrefixBatch(caches, lengths)).split(lengths)
+    for place in range(3):
+        for own in (found[place], behind[place]):
+            if place == broken:
+                assert not torch.isfinite(own).any()
+            else:
+                torch.testing.assert_close(own, expected[place])
+
+
 def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
     """Company changes nothing beyond the rounding of the numbers themselves."""
     half = NeoUnify(model.config).eval().requires_grad_(False).bfloat16()

@@ -57,6 +57,28 @@ def test_padded_equals_blocks(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
             assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_nan_in_one_document_reaches_no_other(dtype: torch.dtype) -> None:
+    layout = Layout([Document((Text(n), Noise(1, 2))) for n in (3, 7, 4, 5)])
+    assert layout.padding(torch.device("cpu")) is not None
+    und, gen = (
+        Projected(*(x.detach() for x in rows(n, 1, dtype)))
+        for n in (layout.und_length, layout.gen_length)
+    )
+    expected = shared_attention(und, gen, layout, None, 0)
+    for x in und:
+        x[layout.und_ranges[1][0] : layout.und_ranges[1][1]] = float("nan")
+    found = shared_attention(und, gen, layout, None, 0)
+    start, stop = layout.und_ranges[1]
+    for mine, theirs, bad in zip(found, expected, (slice(start, stop), slice(2, 4)), strict=True):
+        assert mine is not None
+        assert theirs is not None
+        others = torch.ones(mine.shape[0], dtype=torch.bool)
+        others[bad] = False
+        assert not torch.isfinite(mine[bad]).any()
+        assert torch.equal(mine[others], theirs[others])
+
+
 def test_half_precision_is_close(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(documents(random.Random(0), 12))
     exact, _ = attend(layout)

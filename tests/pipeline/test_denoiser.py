@@ -62,6 +62,25 @@ def test_company_changes_nothing(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("short", [1, 512])
+@pytest.mark.parametrize("norm", ["none", "global"])
+def test_an_image_that_is_not_finite_fails_alone(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, short: int, norm: str
+) -> None:
+    monkeypatch.setattr(denoiser, "SHORT", short)
+
+    def three() -> list[PaintJob]:
+        return [job(pipe, text, 64, 3, guidance_norm=norm) for text in ("a", "boat", "a cat")]
+
+    expected = painted(Denoiser(pipe.model), three())
+    broken = three()
+    broken[1].z[0, 0] = float("nan")
+    found = painted(Denoiser(pipe.model), broken)
+    assert not torch.isfinite(found[1]).all()
+    for place in (0, 2):
+        torch.testing.assert_close(found[place], expected[place], atol=1e-5, rtol=0)
+
+
 def test_little_memory_means_more_calls(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,16 @@ class BlockBook:
             self._known[name] = block
             self._names[block] = name
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Take the names of blocks away, so that no further sequence uses their content."""
+        for block in blocks:
+            name = self._names.pop(block, None)
+            if name is not None:
+                del self._known[name]
+                if block in self._idle:
+                    del self._idle[block]
+                    self._free.append(block)
+
     def release(self, blocks: Sequence[int]) -> None:
         """Take a user away. The ends of sequences are forgotten before their beginnings."""
         for block in reversed(blocks):

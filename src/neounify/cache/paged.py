@@ -25,7 +25,10 @@ class Padded(NamedTuple):
 
 
 class PagedPool:
-    """Memory for `blocks` · `block_size` tokens: keys and values [layers, tokens, kv_heads, d].
+    """Memory for `blocks` · `block_size` tokens: keys and values [layers, tokens + 1, kv_heads, d].
+
+    The last place is always zero. Padding reads it, so that nothing of one sequence, NaN least of
+    all, gets into what another one computes.
 
     `open` gives a sequence all the room it will ever need, so one that runs never has to stop for
     lack of it. What sequences have computed stays until its place is needed; a new one with the
@@ -41,12 +44,18 @@ class PagedPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (config.num_layers, blocks * block_size, config.num_kv_heads, config.head_dim)
+        tokens = blocks * block_size + 1
+        shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
         self.book = BlockBook(blocks)
         self._living: dict[int, PagedSequence] = {}
+
+    @property
+    def zero_place(self) -> int:
+        """The place that no sequence writes to."""
+        return self.keys.shape[1] - 1
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -70,6 +79,10 @@ class PagedPool:
             sequence.next_t = rows[len(known) * self.block_size].t
         self._living[id(sequence)] = sequence
         return sequence
+
+    def distrust(self, sequence: PagedSequence) -> None:
+        """Let no other sequence begin with what this one holds."""
+        self.book.forget(sequence.table)
 
     def close(self, sequence: PagedSequence) -> None:
         """Give up a sequence's room; closing it twice does nothing."""
@@ -175,8 +188,8 @@ class PagedBatch:
         longest = max(lengths)
         ends = [s.places[n - 1 : n] for s, n in zip(sequences, lengths, strict=True)]
         self._ends = torch.cat(ends)
-        # What lies behind a sequence's end is masked, so any place does.
-        padded = torch.zeros(len(lengths), longest, dtype=torch.int64, device=device)
+        # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
+        padded = torch.full((len(lengths), longest), self._pool.zero_place, device=device)
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
             padded[row, :length] = sequence.places[:length]
         self._places = padded.flatten()

@@ -161,6 +161,8 @@ async def paint(session: Session, front: Front, request: PaintRequest, previews:
         async for event in _think(session, front, request, usage):
             yield event
     prefixes = await _prefixes(session, request)
+    # The image is painted behind copies; texts must not wait for the room of what they are of.
+    session.leave(_own(request))
     noise = await asyncio.to_thread(request.start, front.config)
     grid = request.grid(front.config)
     async for seen, pixels in session.paint(noise, grid, request.sampling, prefixes, previews):
@@ -209,6 +211,10 @@ async def interleave(
             ended = _CONTEXT_FULL
             break
         prefixes = await _prefixes(session, request)
+        if index + 1 == request.max_images:
+            # Only text may follow, which the conditional sequence alone goes on with.
+            session.leave(branch for branch in _own(request) if branch != "cond")
+            seeing = ["cond"]
         noise = await asyncio.to_thread(draw_noise, front.config, *size, generator)
         grid = (size[1] // side, size[0] // side)
         finished: Tensor | None = None

@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -169,6 +176,13 @@ class Session:
         named = tuple(self._name(name) for name in names)
         exported = await self._ask(lambda call: Export(call, named), Exported)
         return list(exported.prefixes)
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Give up sequences that are needed no more, and with them their room in the cache."""
+        gone = tuple(self._name(name) for name in names)
+        if gone:
+            self._sequences = [name for name in self._sequences if name not in gone]
+            self.links.understanding.send(Close(gone))
 
     async def keep(self, name: str, prefix: Prefix) -> None:
         """Let the generation engine keep a prefix."""

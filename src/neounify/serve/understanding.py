@@ -278,6 +278,8 @@ class UnderstandingEngine:
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):
             sequence.hidden = state if fine else None
+            if not fine:
+                self.pool.distrust(sequence.cache)
 
     def _answer_readers(self) -> None:
         left: list[_Reading] = []
@@ -343,6 +345,7 @@ class UnderstandingEngine:
             token = text.take(choice)
         except NeounifyError as error:
             del self._writing[name]
+            self.pool.distrust(sequence.cache)
             self.replies.append(failed(call, error))
             return None
         if token is not None:
