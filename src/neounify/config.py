@@ -64,6 +64,10 @@ class SamplingConfig:
     guidance: float = 4.0
     image_guidance: float = 1.0
     shift: float = 3.0
+    trained_sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) pairs the model was trained to generate; empty: not recorded."""
+    trained_pixels: tuple[int, int] | None = None
+    """(least, greatest) area of training images of any shape; None: not recorded."""
 
     def edit_bounds(self, num_images: int) -> tuple[int, int]:
         """(minimum, maximum) area of each of `num_images` input pictures of an edit."""
@@ -191,6 +195,16 @@ def _check_sampling(s: SamplingConfig, token: int) -> None:
         (s.edit_min_pixels, s.edit_max_total_pixels),
     ):
         _require(1 <= low <= high, f"sampling: pixel bounds {low}..{high} are not a range")
+    _require(
+        all(
+            len(size) == 2 and all(side >= token and side % token == 0 for side in size)
+            for size in s.trained_sizes
+        ),
+        f"sampling.trained_sizes {s.trained_sizes} must be (width, height) pairs, multiples of "
+        f"{token}",
+    )
+    low, high = s.trained_pixels or (1, 1)
+    _require(1 <= low <= high, f"sampling.trained_pixels {low}..{high} is not a range")
     _require(s.steps >= 1, f"sampling.steps must be at least 1, got {s.steps}")
     _require(s.shift > 0, f"sampling.shift must be positive, got {s.shift}")
 

@@ -43,3 +43,7 @@ def not_finite() -> CheckpointError:
         "the model computes NaN or infinite values: its weights are damaged, which "
         "load(..., verify=True) would locate, or they overflow in float16"
     )
+
+
+class SizeWarning(UserWarning):
+    """An image is asked for at a size that the model was not trained to generate."""

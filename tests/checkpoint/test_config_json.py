@@ -138,7 +138,13 @@ def test_writing_does_not_share_the_stored_document() -> None:
 
 
 def test_own_section() -> None:
-    sampling = SamplingConfig(image_size=(64, 96), steps=8, guidance=1.0)
+    sampling = SamplingConfig(
+        image_size=(64, 96),
+        steps=8,
+        guidance=1.0,
+        trained_sizes=((64, 96), (96, 64)),
+        trained_pixels=(4096, 8192),
+    )
     config = SMALL.replace(sampling=sampling)
     written = json.loads(json.dumps(write_config(config)))
     assert written["neounify"]["sampling"]["image_size"] == [64, 96]
@@ -276,6 +282,18 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "sampling size": (
         lambda: document(top={"neounify": {"sampling": {"image_size": [64]}}}),
         "must be \\(width, height\\), multiples of 32",
+    ),
+    "trained size of three": (
+        lambda: document(top={"neounify": {"sampling": {"trained_sizes": [[64, 64, 64]]}}}),
+        "neounify.sampling.trained_sizes must be a list of \\[width, height\\]",
+    ),
+    "trained size between tokens": (
+        lambda: document(top={"neounify": {"sampling": {"trained_sizes": [[64, 65]]}}}),
+        "sampling.trained_sizes .* multiples of 32",
+    ),
+    "trained pixels the wrong way": (
+        lambda: document(top={"neounify": {"sampling": {"trained_pixels": [9, 4]}}}),
+        "sampling.trained_pixels 9..4 is not a range",
     ),
     "sampling is a list": (
         lambda: document(top={"neounify": {"sampling": []}}),

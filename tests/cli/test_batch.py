@@ -165,7 +165,9 @@ def test_edits_read_pictures_beside_the_file(run: Callable[..., Any], picture: P
     )
     ran = run("edit", "--input", "jobs.jsonl", "--output", "out", *SMALL)
     assert ran.code == 1
-    assert [line.split(":")[0] for line in ran.err.splitlines()] == ["line 2", "line 3", "line 4"]
+    first, *named = ran.err.splitlines()
+    assert first == "3 lines of jobs.jsonl cannot be done, the first is line 2"
+    assert [line.split(":")[0] for line in named] == ["line 2", "line 3", "line 4"]
     assert pngs() == ["0001-bluer_s0_1.png"]
 
 

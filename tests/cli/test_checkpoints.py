@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -92,3 +93,27 @@ def test_convert_merges_lora(run: Callable[..., Any], toy: Path) -> None:
     ran = run("generate", "a boat", "--lora", "l.safetensors:0.5", "--steps", 1, "--json")
     lora = ran.json["files"][0]["record"]["model"]["lora"]
     assert lora == [{"file": "l.safetensors", "strength": 0.5}]
+
+
+@pytest.mark.parametrize("name", ["nope.png", "text.txt", "broken.png", "nowhere"])
+def test_inspect_says_what_a_thing_is_not(run_bare: Callable[..., Any], name: str) -> None:
+    for file in ("text.txt", "broken.png"):
+        Path(file).write_text("text", encoding="utf-8")
+    ran = run_bare("inspect", name)
+    assert ran.code == 1
+    assert ran.err.startswith(f"error: {name} is n")
+    assert "--" not in ran.err
+
+
+def test_a_model_is_named_as_it_was_given(
+    run_bare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "error: --model nowhere is not there" in run_bare("chat", "a", "-m", "nowhere").err
+    assert "error: MODEL nowhere is not there" in run_bare("convert", "nowhere", "out").err
+    monkeypatch.setenv("NEOUNIFY_MODEL", "nowhere")
+    assert "error: NEOUNIFY_MODEL nowhere is not there" in run_bare("chat", "a").err
+
+
+def test_inspect_names_the_trained_sizes(run_bare: Callable[..., Any], toy: Path) -> None:
+    assert "64x64 only" in run_bare("inspect").out
+    assert "not recorded" in run_bare("inspect", toy).out

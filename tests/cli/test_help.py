@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,12 @@ from typing import Any
 import pytest
 
 import neounify
+from neounify.extras import install_command
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 COMMANDS = (
     "generate",
@@ -131,3 +138,22 @@ def test_the_librarys_own_messages_are_shown(
     assert words in ran.err
     assert ran.err.startswith("error: ")
     assert "Traceback" not in ran.err
+
+
+def test_extras_are_installed_from_a_clone(
+    run_bare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing anywhere names a distribution that does not exist."""
+    monkeypatch.setitem(sys.modules, "neounify.serve.run", None)
+    ran = run_bare("serve")
+    assert ran.code == 1
+    assert f"in the repository: {install_command('serve')}" in ran.err
+    root = Path(neounify.__file__).parents[2]
+    named = {"serve", "ray", "train", "watermark"}
+    metadata = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    assert named <= set(metadata["project"]["optional-dependencies"])
+    for file in (*root.glob("docs/*.md"), root / "README.md", *root.glob("src/**/*.py")):
+        text = file.read_text("utf-8")
+        assert "install 'neounify" not in text, file
+        for found in re.findall(r"pip install .*'\.\[(\w+)\]'", text):
+            assert install_command(found) in text, file

@@ -47,7 +47,7 @@ def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, picture: Path)
 def test_as_json(run_bare: Run, marked: Path, picture: Path) -> None:
     first, second = run_bare("provenance", marked.name, picture.name, "--json").json["files"]
     assert first["file"] == "marked.jpg"
-    assert first["metadata"]["seed"] == "5"
+    assert first["metadata"]["seed"] == 5
     assert first["mark"] == "neounify:9"
     assert second == {"file": "picture.png", "metadata": {}, "mark": None}
 
@@ -79,6 +79,35 @@ def test_files_that_are_no_pictures(run_bare: Run, tmp_path: Path, data: bytes |
     assert ran.code == 1
     assert "a.png" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_bad_file_does_not_hide_the_others(run_bare: Run, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    names = ("nope.png", picture.name, "text.txt", ".")
+    ran = run_bare("provenance", *names)
+    assert ran.code == 1
+    assert ran.out.splitlines()[0] == picture.name
+    missing, text, folder = (line for line in ran.err.splitlines() if line.startswith("error"))
+    assert missing == "error: nope.png: No such file or directory"
+    assert text.startswith("error: text.txt: not a picture, or damaged")
+    assert folder == "error: .: not a file"
+    assert "BytesIO" not in ran.err
+    ran = run_bare("provenance", *names, "--json")
+    assert ran.code == 1
+    entries = ran.json["files"]
+    assert [entry["file"] for entry in entries] == list(names)
+    assert ["error" in entry for entry in entries] == [True, False, True, True]
+
+
+def test_json_has_the_types_of_what_was_written(run: Run) -> None:
+    run("generate", "boat", "--size", "64x32", "--steps", "2", "--output", "boat.png")
+    (entry,) = run("provenance", "boat.png", "--json").json["files"]
+    metadata = entry["metadata"]
+    assert metadata["seed"] == 0
+    assert metadata["size"] == [64, 32]
+    assert metadata["settings"]["steps"] == 2
+    assert metadata["settings"]["system"] is None
+    assert "  settings: {" in run("provenance", "boat.png").out
 
 
 def test_help_has_an_example(run_bare: Run) -> None:

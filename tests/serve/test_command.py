@@ -48,7 +48,7 @@ def test_the_bundled_model_answers_ordinary_clients() -> None:
         data, picture = picture_of((painted.data or [])[0])
         mine = pipe.generate("a red circle", seed=3, steps=6).images[0]
         assert np.abs(np.asarray(picture, int) - np.asarray(mine, int)).max() <= 1
-        assert read_provenance(data)["seed"] == "3"
+        assert read_provenance(data)["seed"] == 3
 
         question = "What colour is the background?"
         stream = client.chat.completions.create(

@@ -221,11 +221,28 @@ def _read_sampling(top: Mapping[str, Any]) -> SamplingConfig:
                 f"neounify.sampling.image_size must be [width, height], found {value!r}",
             )
             values[key] = tuple(value)
+        elif key == "trained_sizes":
+            _require(
+                isinstance(value, list) and all(_is_pair(size) for size in value),
+                "neounify.sampling.trained_sizes must be a list of [width, height], "
+                f"found {value!r}",
+            )
+            values[key] = tuple(tuple(size) for size in value)
+        elif key == "trained_pixels":
+            _require(
+                _is_pair(value),
+                f"neounify.sampling.trained_pixels must be [least, greatest], found {value!r}",
+            )
+            values[key] = tuple(value)
         elif key in ("guidance", "image_guidance", "shift"):
             values[key] = _number(section, key)
         else:
             values[key] = _integer(section, key)
     return SamplingConfig(**values)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
 
 
 def _overlay_document(c: ModelConfig) -> dict[str, Any]:
@@ -299,7 +316,13 @@ def _own_section(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {}
     if c.sampling != SamplingConfig():
         sampling = dataclasses.asdict(c.sampling)
-        own["sampling"] = {**sampling, "image_size": list(c.sampling.image_size)}
+        lists: dict[str, Any] = {"image_size": list(c.sampling.image_size)}
+        if c.sampling.trained_sizes:
+            lists["trained_sizes"] = [list(size) for size in c.sampling.trained_sizes]
+        if c.sampling.trained_pixels:
+            lists["trained_pixels"] = list(c.sampling.trained_pixels)
+        unset = {name for name in ("trained_sizes", "trained_pixels") if not sampling[name]}
+        own["sampling"] = {k: v for k, v in (sampling | lists).items() if k not in unset}
     if c.flow_head_width != 4096:
         own["flow_head_width"] = c.flow_head_width
     return own

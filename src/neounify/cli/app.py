@@ -20,8 +20,10 @@ from neounify.cli.commands.serve import serve
 from neounify.cli.commands.story import story
 from neounify.cli.commands.toy import toy
 from neounify.cli.commands.train import train
+from neounify.cli.help import Command, Group
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,5 +74,5 @@ for command in (
     doctor,
     toy,
 ):
-    app.command()(with_options(command))
-app.command("eval")(with_options(evaluate))
+    app.command(cls=Command)(with_options(command))
+app.command("eval", cls=Command)(with_options(evaluate))

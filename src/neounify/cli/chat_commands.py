@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from neounify.cli.batch.check import check_lines
+from neounify.cli.batch.lines import Line
 from neounify.cli.batch.results import Results
 from neounify.cli.batch.run import Batch, finish
 from neounify.cli.batch.tasks import AnswerLines
-from neounify.cli.conversation import Conversation
+from neounify.cli.checks import check_chat, check_model, writable_folder
+from neounify.cli.conversation import NO_IMAGE, Conversation, asks_about_image
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
-from neounify.cli.files import make_folder
 from neounify.cli.options import BatchOptions, ChatOptions, ModelOptions, ReportOptions
 from neounify.cli.session import open_session
+from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.messages import read_pictures
 
 
@@ -25,8 +28,12 @@ def answer(
     report: ReportOptions,
 ) -> None:
     """Answer one question on stdout, streamed."""
+    check_model(model)
     pictures = read_pictures(images, colour_profiles=model.colour_profiles)
+    check_chat(question, pictures, options)
     display = Display(quiet=report.quiet, json=report.json)
+    if not images and asks_about_image(question, model.model):
+        display.note(NO_IMAGE)
     session = open_session(model, display)
     stream = session.pipe.chat(question, pictures, stream=True, **options.arguments())
     for piece in stream:
@@ -65,8 +72,16 @@ def answer_batch(
         raise UsageError("give a question and images on the command line or --input, not both")
     if not batch.input.is_file():
         raise CliError(f"--input {batch.input}: no such file")
-    results = Results(make_folder(output))
+    check_model(model)
+    make_chat_request("?", (), **options.arguments())
+    folder = writable_folder(output)
     display = Display(quiet=report.quiet, json=report.json)
+
+    def check(line: Line[ChatOptions]) -> None:
+        check_chat(line.prompt, read_pictures(line.paths), line.options)
+
+    results = Results(folder)
+    check_lines(batch.input, options, check, display, results, images=True)
     task = AnswerLines(open_session(model, display), display)
     runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
     finish(runner.run(batch.input, options, images=True), results, display)
@@ -83,6 +98,8 @@ def converse(
     if report.json:
         raise UsageError("--json needs a QUESTION or --input: a conversation is for people")
     display = Display(quiet=report.quiet)
+    check_model(model)
+    make_chat_request("?", (), **options.arguments())
     pictures = read_pictures(images, colour_profiles=model.colour_profiles)
     session = open_session(model, display)
     conversation = Conversation(session, options, display, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_type_hints
@@ -11,7 +12,8 @@ from typing import Any, get_type_hints
 import typer
 
 from neounify.cli.errors import UsageError
-from neounify.errors import NeounifyError
+from neounify.cli.help import escaped, escaped_help
+from neounify.errors import NeounifyError, SizeWarning
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -32,14 +34,17 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             parameters += _parameters(hints[name])
         else:
             keyword = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(annotation=hints[name], kind=keyword))
+            annotation = escaped(hints[name])
+            parameters.append(parameter.replace(annotation=annotation, kind=keyword))
 
     def run(**values: Any) -> None:
         debug = values.get("debug", False)
         for name, group in groups.items():
             own = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}
             values[name] = group(**own)
-        with reported(debug=debug):
+        with reported(debug=debug), warnings.catch_warnings():
+            # Commands say it themselves, before the model is loaded.
+            warnings.simplefilter("ignore", SizeWarning)
             function(**values)
 
     run.__name__, run.__doc__ = function.__name__, _help(function)
@@ -54,7 +59,8 @@ def _help(function: Callable[..., None]) -> str:
     Paragraphs after a backspace, the examples, keep their lines.
     """
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
+    text = "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
+    return escaped_help(text)
 
 
 def _parameters(group: type[Any]) -> list[inspect.Parameter]:
@@ -64,7 +70,7 @@ def _parameters(group: type[Any]) -> list[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=hints[field.name],
+            annotation=escaped(hints[field.name]),
         )
         for field in dataclasses.fields(group)
     ]
@@ -88,11 +94,19 @@ def reported(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
 
+def explain_os_error(error: OSError) -> str:
+    """The file and what is wrong with it, in the system's words."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def explain(error: Exception) -> str | None:
     """What to tell the user; None for an error nobody foresaw."""
     text = str(error)
-    if isinstance(error, NeounifyError | OSError):
+    if isinstance(error, NeounifyError):
         return text
+    if isinstance(error, OSError):
+        return explain_os_error(error)
     if isinstance(error, MemoryError) or any(
         words in text.lower() for words in ("out of memory", "can't allocate memory")
     ):

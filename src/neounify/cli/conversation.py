@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import PIL.Image
 
+from neounify.bundled import bundled_model
 from neounify.cli.display import Display
 from neounify.cli.files import candidates, make_folder, write_new
 from neounify.cli.options import ChatOptions
@@ -29,6 +31,24 @@ Type a question and press Enter. Besides:
   /save [FILE]  save the conversation as JSON
   /exit         leave (Ctrl-D too)
 Ctrl-C stops an answer."""
+
+
+NO_IMAGE = "(no image is given, so none is seen: --image FILE, or /image FILE, shows one)"
+
+# Words for images and for looking, in the languages of the published models.
+_ABOUT_IMAGES = re.compile(
+    r"\b(images?|pictures?|photos?|photographs?|drawings?|paintings?|screenshots?|shown?|see)\b|[图画照]",
+    re.IGNORECASE,
+)
+
+
+def asks_about_image(question: str, model: Path | None) -> bool:
+    """Whether a question without an image probably means one.
+
+    The bundled model has nothing else to talk about; of others, what the words say.
+    """
+    bundled = model is None or model.resolve() == bundled_model().resolve()
+    return bundled or _ABOUT_IMAGES.search(question) is not None
 
 
 class Conversation:
@@ -93,6 +113,8 @@ class Conversation:
         text = place_images(question, len(self._pending), numbered=False)
         messages = [*self._messages, {"role": "user", "content": text}]
         pictures = [*self._pictures, *self._pending]
+        if not pictures and not self._messages and asks_about_image(question, self._session.folder):
+            self._display.note(NO_IMAGE)
         pieces: list[str] = []
         with stoppable() as cancel:
             try:

@@ -1,11 +1,14 @@
-"""What a command shows: results on stdout, notes and progress bars on stderr."""
+"""What a command shows: results on stdout, notes and progress on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import typer
@@ -14,8 +17,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from neounify.cli.help import MIN_TABLE_WIDTH
+
 Tick = Callable[[int], None]
-"""Told how much is done by now."""
+"""Called with how much is done by now."""
+
+FIRST_LINE, NEXT_LINES = 10.0, 30.0
+"""Seconds of work until stderr gets a line of progress where it is no terminal, and between two."""
 
 
 class _Pace(ProgressColumn):
@@ -34,8 +42,62 @@ class _Pace(ProgressColumn):
         )
 
 
+@dataclass
+class _Work:
+    """One piece of work under way."""
+
+    label: str
+    total: int | None
+    unit: str
+    begun: float = field(default_factory=time.monotonic)
+    done: int = 0
+
+    def __str__(self) -> str:
+        passed = time.monotonic() - self.begun
+        if self.total is None or not self.done:
+            return f"{self.label}: {_clock(passed)} so far"
+        pace = passed / self.done
+        left = _clock(pace * (self.total - self.done))
+        return f"{self.label}: {self.done} of {self.total} {self.unit}s, {left} left"
+
+
+class _ProgressLines:
+    """Writes a line about the work under way every now and then, from a thread of its own."""
+
+    def __init__(self) -> None:
+        self._under_way: list[_Work] = []
+
+    @contextmanager
+    def work(self, label: str, total: int | None, unit: str) -> Iterator[Tick]:
+        """Work whose progress is written; nested work shares the line."""
+        work = _Work(label, total, unit)
+        self._under_way.append(work)
+        ended = threading.Event()
+        outermost = len(self._under_way) == 1
+        writer = threading.Thread(target=self._write, args=(ended,), daemon=True)
+        if outermost:
+            writer.start()
+
+        def tick(done: int) -> None:
+            work.done = done
+
+        try:
+            yield tick
+        finally:
+            ended.set()
+            if outermost:
+                writer.join()
+            self._under_way.remove(work)
+
+    def _write(self, ended: threading.Event) -> None:
+        wait = FIRST_LINE
+        while not ended.wait(wait):
+            typer.echo("; ".join(map(str, list(self._under_way))), err=True)
+            wait = NEXT_LINES
+
+
 class Display:
-    """Where a command's output goes. Bars show only on a terminal, and not when `quiet`.
+    """Where a command's output goes. `quiet` leaves out progress and notes.
 
     With `json`, stdout gets nothing but what `emit` is given.
     """
@@ -45,6 +107,7 @@ class Display:
         self.json = json
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
+        self._lines = _ProgressLines()
         self._in_line = False
 
     def say(self, text: str) -> None:
@@ -81,9 +144,16 @@ class Display:
 
     @contextmanager
     def bar(self, label: str, total: int | None = None, unit: str = "step") -> Iterator[Tick]:
-        """A progress bar, under the ones already shown; with no total, just the time that runs."""
-        if self.quiet or not self._console.is_terminal:
+        """A progress bar, under the ones already shown; with no total, just the time that runs.
+
+        Without a terminal, work that takes long gets a line every now and then instead.
+        """
+        if self.quiet:
             yield lambda done: None
+            return
+        if not self._console.is_terminal:
+            with self._lines.work(label, total, unit) as tick:
+                yield tick
             return
         outermost = self._progress is None
         progress = self._progress or self._start()
@@ -97,9 +167,10 @@ class Display:
                 self._progress = None
 
     def _start(self) -> Progress:
+        bars = () if is_narrow(self._console) else (BarColumn(),)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            *bars,
             _Pace(table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
@@ -114,6 +185,11 @@ class Display:
 def printable(text: str) -> str:
     """Text without control characters: a model may write some, which would garble a screen."""
     return "".join(c if c in "\n\t" or (c.isprintable() or c.isspace()) else "\ufffd" for c in text)
+
+
+def is_narrow(console: Console) -> bool:
+    """Whether a table of several columns would be cut on this terminal."""
+    return console.is_terminal and console.width < MIN_TABLE_WIDTH
 
 
 def _clock(seconds: float) -> str:

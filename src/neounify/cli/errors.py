@@ -9,3 +9,7 @@ class CliError(NeounifyError):
 
 class UsageError(CliError):
     """Options that contradict each other or cannot be read; exit code 2."""
+
+
+class WriteError(CliError):
+    """A file that could not be written: a full disk, a folder without permission."""

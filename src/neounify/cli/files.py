@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neounify.cli.errors import CliError
+from neounify.cli.errors import CliError, WriteError
 
 MAX_SLUG_CHARACTERS = 48
 MAX_SLUG_BYTES = 120
@@ -48,13 +48,16 @@ def make_folder(folder: Path) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write or replace a file, all or nothing."""
+    """Write or replace a file, all or nothing. Raises WriteError."""
     with _aside(path, data) as ready:
         ready.replace(path)
 
 
 def write_new(path: Path, data: bytes) -> bool:
-    """Write a file, all or nothing, unless one is there; whether it was written."""
+    """Write a file, all or nothing, unless one is there; whether it was written.
+
+    Raises WriteError.
+    """
     with _aside(path, data) as ready:
         try:
             os.link(ready, path)
@@ -67,11 +70,27 @@ def write_new(path: Path, data: bytes) -> bool:
     return True
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Append to a file. Raises WriteError; a line that was cut off has no end of line."""
+    try:
+        with path.open("ab") as file:
+            file.write(line)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """The error for a file that could not be written."""
+    return WriteError(f"{path} could not be written: {error.strerror or error}")
+
+
 @contextmanager
 def _aside(path: Path, data: bytes) -> Iterator[Path]:
     aside = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         aside.write_bytes(data)
         yield aside
+    except OSError as error:
+        raise write_error(path, error) from error
     finally:
         aside.unlink(missing_ok=True)

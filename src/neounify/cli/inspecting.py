@@ -10,12 +10,14 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from neounify.checkpoint import CheckpointFolder, Summary, SummaryRow, expected_shapes, summarise
-from neounify.cli.display import Display
+from neounify.cli.display import Display, is_narrow
 from neounify.cli.record import read_record
 from neounify.config import MlpConfig, ModelConfig
 from neounify.errors import CheckpointError
+from neounify.pipeline.trained_sizes import named_sizes, trained_sizes
 
 STREAMS = {
     "und": "understanding",
@@ -57,8 +59,11 @@ def inspect_model(folder: Path, display: Display) -> None:
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDTH)
-        console.print(_facts_table(checkpoint, fingerprint))
-        console.print(_weights_table(summary))
+        if is_narrow(console):
+            _print_lines(checkpoint, fingerprint, summary)
+        else:
+            console.print(_facts_table(checkpoint, fingerprint))
+            console.print(_weights_table(summary))
     if problem is not None:
         raise problem
     display.say("complete: every tensor the model needs is there, in the right shape")
@@ -79,11 +84,31 @@ def _problem(checkpoint: CheckpointFolder) -> CheckpointError | None:
     return None
 
 
+def _print_lines(checkpoint: CheckpointFolder, fingerprint: str, summary: Summary) -> None:
+    """The same as the tables, one fact a line."""
+    typer.echo(checkpoint.path.name)
+    for name, value in _facts(checkpoint, fingerprint):
+        typer.echo(f"{name}: {value}")
+    for row in (*summary.rows, *summary.streams, summary.total):
+        stream, part, dtype, tensors, parameters, size = _cells(row)
+        typer.echo(
+            f"{stream}, {part} ({dtype}):\n  {parameters} parameters, {tensors} tensors, {size}"
+        )
+
+
 def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
+    title = Text(checkpoint.path.name, style="bold")
+    table = Table(title=title, show_header=False)
+    for name, value in _facts(checkpoint, fingerprint):
+        table.add_row(name, Text(value))
+    return table
+
+
+def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, str]]:
     c = checkpoint.config
     width, height = c.sampling.image_size
-    table = Table(title=checkpoint.path.name, show_header=False, title_style="bold")
-    for name, value in (
+    sizes, pixels = trained_sizes(c.sampling)
+    return [
         ("fingerprint", fingerprint),
         ("kind", f"{'sparse' if c.is_sparse else 'dense'}, {c.image_head} image head"),
         ("layers", f"{c.num_layers}, hidden size {c.hidden_size}"),
@@ -101,9 +126,8 @@ def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
             f"{width}x{height}, {c.sampling.steps} steps, guidance {c.sampling.guidance:g}, "
             f"shift {c.sampling.shift:g}",
         ),
-    ):
-        table.add_row(name, value)
-    return table
+        ("trained at", named_sizes(sizes, pixels) if sizes or pixels else "not recorded"),
+    ]
 
 
 def _mlp(mlp: MlpConfig) -> str:
@@ -123,9 +147,9 @@ def _weights_table(summary: Summary) -> Table:
     for total in summary.streams:
         for row in summary.rows:
             if row.stream == total.stream:
-                table.add_row(*_cells(row))
-        table.add_row(*_cells(total), style="bold", end_section=True)
-    table.add_row(*_cells(summary.total), style="bold")
+                table.add_row(*map(Text, _cells(row)))
+        table.add_row(*map(Text, _cells(total)), style="bold", end_section=True)
+    table.add_row(*map(Text, _cells(summary.total)), style="bold")
     return table
 
 

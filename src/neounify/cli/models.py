@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from neounify.bundled import bundled_model
 from neounify.cli.errors import CliError, UsageError
 
+VARIABLE = "NEOUNIFY_MODEL"
 
-def resolve_model(option: Path | None) -> Path:
+
+def resolve_model(option: Path | None, name: str = "--model") -> Path:
     """The folder of the model to use: the one asked for, else the one that comes with the package.
 
-    The option's own default is the environment variable NEOUNIFY_MODEL. Raises CliError.
+    `name` is what the user gave it as; the default of the option is the environment variable
+    NEOUNIFY_MODEL. Raises CliError.
     """
     if option is None:
         return bundled_model()
     if not option.is_dir():
+        given = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
         kind = "is not a folder" if option.exists() else "is not there"
+        default = "" if given == "MODEL" else " (by default the bundled model is used)"
         raise CliError(
-            f"--model {option} {kind}; a model is a folder with config.json, *.safetensors and "
-            "tokenizer files (without --model the small one of the package is used)"
+            f"{given} {option} {kind}; a model is a folder with config.json, *.safetensors and "
+            f"tokenizer files{default}"
         )
     return option
 

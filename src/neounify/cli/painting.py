@@ -9,22 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import neounify
+from neounify.cli.checks import resolve_sampling
 from neounify.cli.display import Display
-from neounify.cli.options import EditOptions, GenerateOptions, ImageGuidanceOptions, SamplingOptions
+from neounify.cli.options import EditOptions, GenerateOptions, SamplingOptions
 from neounify.cli.previews import PreviewSheets
 from neounify.cli.record import Picture
 from neounify.cli.session import Session
 from neounify.config import ModelConfig
 from neounify.pipeline import PaintProgress, PaintResult
-from neounify.pipeline.request import (
-    Sampling,
-    check_negative_prompt,
-    make_sampling,
-    output_size,
-)
-from neounify.pipeline.request import SamplingOptions as SamplingKeywords
-
-_SAMPLING = SamplingKeywords.__annotations__.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +34,6 @@ class Order:
     @property
     def task(self) -> str:
         return "edit" if isinstance(self.options, EditOptions) else "generate"
-
-
-def resolve_sampling(options: SamplingOptions, config: ModelConfig) -> Sampling:
-    """The settings with the model's own defaults filled in, checked. Raises RequestError."""
-    values = options.arguments()
-    own = {name: values[name] for name in _SAMPLING if name in values}
-    return make_sampling(config, editing=isinstance(options, ImageGuidanceOptions), **own)
-
-
-def check_options(options: SamplingOptions, config: ModelConfig) -> None:
-    """What can be wrong with a request besides its prompt and pictures, said before loading."""
-    check_negative_prompt(options.negative_prompt or "", resolve_sampling(options, config))
-    output_size(config, *options.dimensions())
 
 
 def paint(

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from neounify.cli.batch.check import check_lines
+from neounify.cli.batch.lines import Line
 from neounify.cli.batch.results import Results
 from neounify.cli.batch.run import Batch, finish
 from neounify.cli.batch.tasks import PaintLines
+from neounify.cli.checks import (
+    check_model,
+    check_painting,
+    note_size,
+    resolve_sampling,
+    writable_folder,
+)
 from neounify.cli.display import Display, printable
-from neounify.cli.errors import CliError, UsageError
-from neounify.cli.files import make_folder, slug
+from neounify.cli.errors import CliError, UsageError, WriteError
+from neounify.cli.files import slug
 from neounify.cli.options import (
     BatchOptions,
     EditOptions,
@@ -20,9 +30,9 @@ from neounify.cli.options import (
     PictureOutputOptions,
     ReportOptions,
 )
-from neounify.cli.painting import Order, check_options, paint
+from neounify.cli.painting import Order, paint
 from neounify.cli.record import Picture, check_free, save_picture, sheet_path
-from neounify.cli.session import open_session, read_model_config
+from neounify.cli.session import open_session
 from neounify.image import read_image
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".json")
@@ -45,13 +55,15 @@ def paint_orders(
         raise UsageError("give --image FILE: a picture to start from (`generate` needs none)")
     pictures = len(prompts) * options.count
     exact = _exact_file(output, pictures)
-    check_options(options, read_model_config(model))
-    for image in images:
-        read_image(image)
+    config = check_model(model)
+    loaded = [read_image(image) for image in images]
+    for prompt in prompts:
+        check_painting(prompt, options, config, loaded)
     if exact is not None and not output.overwrite:
         check_free(exact)
-    folder = make_folder(output.output if exact is None else exact.parent)
+    folder = writable_folder(output.output if exact is None else exact.parent)
     display = Display(quiet=report.quiet, json=report.json)
+    note_size(options, config, display, loaded)
     if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
         display.note(f"{len(prompts)} prompts, one picture each; one prompt needs quotes around it")
     session = open_session(model, display)
@@ -64,11 +76,28 @@ def paint_orders(
         painted = paint(session, chunk, display, previews=output.previews)
         for order, picture in _each(chunk, painted):
             wanted = exact or folder / _name(order, picture)
-            path = save_picture(picture, wanted, overwrite=output.overwrite)
+            try:
+                path = save_picture(picture, wanted, overwrite=output.overwrite)
+            except WriteError as error:
+                raise WriteError(f"{error}\n{_left_over(files, orders)}") from error
             files.append(_entry(path, picture))
             _tell(display, path, picture)
     display.say(f"painted in {time.perf_counter() - begun:.1f} s")
     display.emit({"task": orders[0].task, "files": files})
+
+
+def _left_over(files: Sequence[dict[str, object]], orders: Sequence[Order]) -> str:
+    """What was saved before a file could not be written, and how to go on."""
+    count = orders[0].options.count
+    total = len(orders) * count
+    first = len(files) // count
+    if not files:
+        return "No image was saved. Free some space or choose another --output, and start again."
+    left = " ".join(json.dumps(order.prompt, ensure_ascii=False) for order in orders[first:])
+    return (
+        f"{len(files)} of {total} images are saved, {files[-1]['file']} last. Free some space or "
+        f"choose another --output, and run the command again with the prompts that are left: {left}"
+    )
 
 
 def _name(order: Order, picture: Picture) -> str:
@@ -92,16 +121,24 @@ def paint_batch(
         raise CliError(f"--input {batch.input}: no such file")
     if output.output.suffix.lower() in (".png", *PICTURE_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
-    check_options(options, read_model_config(model))
-    folder = make_folder(output.output)
+    config = check_model(model)
+    resolve_sampling(options, config)
+    editing = isinstance(options, EditOptions)
+    folder = writable_folder(output.output)
     display = Display(quiet=report.quiet, json=report.json)
+
+    def check(line: Line[GenerateOptions]) -> None:
+        check_painting(line.prompt, line.options, config, [read_image(path) for path in line.paths])
+
     results = Results(folder)
+    check_lines(batch.input, options, check, display, results, images=editing)
+    if not editing:
+        note_size(options, config, display)
     session = open_session(model, display)
     task = PaintLines(
         session, display, folder, previews=output.previews, overwrite=output.overwrite
     )
     runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
-    editing = isinstance(options, EditOptions)
     finish(runner.run(batch.input, options, images=editing), results, display)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from neounify.cli.errors import CliError
 from neounify.cli.files import candidates, write_new, write_whole
+from neounify.errors import ImageError
 from neounify.image.io import read_metadata
 from neounify.serve.safety.provenance import CHUNK, encode_image
 
@@ -30,10 +31,21 @@ def to_png(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a PNG that this package painted. Raises CliError or ImageError for others."""
-    text = read_metadata(path, (CHUNK,)).get(CHUNK)
+    """The record of a PNG that this package painted. Raises CliError for any other file."""
+    wanted = "give the folder of a model, or a PNG that neounify generated"
+    if not path.exists():
+        raise CliError(f"{path} is not there; {wanted}")
+    if not path.is_file():
+        raise CliError(f"{path} is neither a file nor a folder; {wanted}")
+    try:
+        text = read_metadata(path, (CHUNK,)).get(CHUNK)
+    except ImageError as error:
+        raise CliError(f"{path} is neither a model's folder nor a readable image") from error
     if not isinstance(text, str):
-        raise CliError(f"{path} has no record; neounify did not paint it, or it was saved anew")
+        raise CliError(
+            f"{path} has no record: neounify did not generate it as a PNG, or another program "
+            "saved it; `neounify provenance` shows what images of all kinds say"
+        )
     try:
         record = json.loads(text)
     except ValueError as error:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from neounify.cli.checks import check_device, check_model
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
 from neounify.cli.models import parse_loras, resolve_model
@@ -21,6 +22,7 @@ from neounify.cli.serve_options import (
     ServeModelOptions,
 )
 from neounify.cli.session import default_device
+from neounify.extras import missing_extra
 from neounify.runtime import keep_freed_memory
 
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
@@ -46,7 +48,9 @@ def serve_model(
     try:
         import neounify.serve.run as running
     except ImportError as error:
-        raise CliError(f"serving needs: pip install 'neounify[serve]' ({error})") from error
+        raise CliError(missing_extra("servers", "serve", error)) from error
+    check_model(model)
+    check_device(model.generation_device)
     hooks = _make_hooks(safety)
     settings = running.RunSettings(
         serve=_serve_settings(model, engines),
@@ -91,7 +95,7 @@ def _run_replicas(
     try:
         replicas.run(settings, wanted, make_hooks, started)
     except ImportError as error:
-        raise CliError(f"replicas need: pip install 'neounify[ray]' ({error})") from error
+        raise CliError(missing_extra("replicas", "ray", error)) from error
 
 
 def _given(value: float | None, default: float) -> float:

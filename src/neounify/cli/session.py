@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from neounify.checkpoint import CheckpointFolder
 from neounify.cli.display import Display
 from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import ModelOptions
-from neounify.config import ModelConfig
 from neounify.pipeline import Pipeline, load
 from neounify.runtime import keep_freed_memory
 
@@ -39,11 +37,6 @@ class Session:
             "lora": [{"file": file.name, "strength": strength} for file, strength in self.loras],
             **changed,
         }
-
-
-def read_model_config(options: ModelOptions) -> ModelConfig:
-    """The model's config, in order to check a request before minutes go into loading."""
-    return CheckpointFolder.open(resolve_model(options.model)).config
 
 
 def open_session(options: ModelOptions, display: Display) -> Session:

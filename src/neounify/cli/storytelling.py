@@ -7,12 +7,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from neounify.cli.checks import (
+    check_model,
+    check_story,
+    check_writable,
+    note_size,
+    resolve_sampling,
+)
 from neounify.cli.display import Display, Tick
-from neounify.cli.errors import UsageError
+from neounify.cli.errors import UsageError, WriteError
 from neounify.cli.options import ModelOptions, ReportOptions, StoryOptions, StoryOutputOptions
-from neounify.cli.painting import check_options, resolve_sampling
 from neounify.cli.previews import PreviewSheets
-from neounify.cli.session import open_session, read_model_config
+from neounify.cli.session import open_session
 from neounify.cli.story_folder import StoryFolder
 from neounify.pipeline import ImagePart, PreviewPart, TextPart
 from neounify.pipeline.messages import read_pictures
@@ -29,17 +35,26 @@ def tell_story(
     """Stream the text to stdout, save pictures as they are done, and say where all of it is."""
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output}: a story becomes a folder, name one")
-    check_options(options, read_model_config(model))
+    config = check_model(model)
     pictures = read_pictures(images, colour_profiles=model.colour_profiles)
+    check_story(prompt, options, config, pictures)
+    check_writable(output.output)
     display = Display(quiet=report.quiet, json=report.json)
+    note_size(options, config, display, pictures)
     session = open_session(model, display)
     parts = session.pipe.interleave(prompt, pictures, seed=options.seed, **options.arguments())
     story = StoryFolder(output.output, prompt, images, options, session, overwrite=output.overwrite)
     try:
-        _follow(parts, story, display, output.previews)
-        story.complete = True
-    finally:
-        story.write()
+        try:
+            _follow(parts, story, display, output.previews)
+            story.complete = True
+        finally:
+            story.write()
+    except WriteError as error:
+        raise WriteError(
+            f"{error}\nWhat was saved before is in {story.folder}. Free some space or choose "
+            "another --output, and run the command again: the same seed tells the same story."
+        ) from error
     pictures_word = "picture" if story.count == 1 else "pictures"
     page = story.folder / "story.html"
     display.end_line()

@@ -41,6 +41,7 @@ from neounify.pipeline.request import (
     split_noise,
 )
 from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
+from neounify.pipeline.trained_sizes import warn_untrained
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
@@ -193,7 +194,8 @@ class Pipeline:
     ) -> PaintResult:
         """Paint one prompt or a batch of different ones.
 
-        `width` and `height` are in pixels, multiples of the token side. `seed` is one for
+        `width` and `height` are in pixels, multiples of the token side; a size the model was not
+        trained at is a SizeWarning, here and in all calls that generate images. `seed` is one for
         all prompts or one per prompt; an image depends on its own prompt and seed, not on
         its company. `noise` [prompts · images_per_prompt, 3, H, W], already times σ,
         replaces the draw. `negative_prompt`, one for all or one per prompt, is what guidance
@@ -219,6 +221,7 @@ class Pipeline:
             t_eps=t_eps,
         )
         size = output_size(self.config, width, height)
+        warn_untrained(self.config, *size)
         seeds = per_prompt(seed, len(prompts), "seed")
         noises = split_noise(noise, len(prompts))
         negatives = per_prompt(negative_prompt, len(prompts), "negative_prompt")
@@ -273,6 +276,7 @@ class Pipeline:
         if not pictures:
             raise RequestError("edit needs at least one image; generate paints without")
         size = output_size(self.config, width, height, pictures[0])
+        warn_untrained(self.config, *size)
         request = PaintRequest(
             prompt=prompt,
             width=size[0],
@@ -325,10 +329,13 @@ class Pipeline:
             colour_profiles=self.colour_profiles,
         )
         shown = pictures[sum(message.n_images for message in history) :]
+        sizes = output_sizes(self.config, width, height, shown[0] if shown else None)
+        for size in sizes:
+            warn_untrained(self.config, *size)
         request = InterleaveRequest(
             prompt=text,
             history=history,
-            sizes=output_sizes(self.config, width, height, shown[0] if shown else None),
+            sizes=sizes,
             sampling=make_sampling(self.config, editing=True, **sampling),
             images=pictures,
             negative_prompt=negative_prompt,

@@ -28,6 +28,7 @@ from neounify.text.build import byte_tokenizer
 from neounify.text.tokenizer import Tokenizer
 from neounify.train.init import new_model
 from neounify.train.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
+from neounify.train.trained_sizes import with_trained_sizes
 
 TOKENIZER_SEED = 2**31
 """Samples a tokenizer is learnt from have a seed that no training run uses."""
@@ -52,8 +53,9 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
     if source.checkpoint is not None:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
         model = _changed(pipe.model, source, recipe.seed)
+        model.config = with_trained_sizes(model.config, recipe)
         return Start(model.train(), pipe.tokenizer, pipe.engine.system_message)
-    config = _config(PRESETS.get(source.preset or ""), source)
+    config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
     kept = folder / "tokenizer"
     if kept.is_dir():
         tokenizer = Tokenizer.from_folder(kept)

@@ -115,5 +115,5 @@ def test_pictures_too_small_for_a_mark() -> None:
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imwatermark", None)
-    with pytest.raises(MarkError, match=r"neounify\[watermark\]"):
+    with pytest.raises(MarkError, match=r"pip install .* '\.\[watermark\]'"):
         Marker()

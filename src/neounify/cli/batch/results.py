@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neounify.cli.errors import CliError
+from neounify.cli.files import append_line
 
 NAME = "results.jsonl"
 
@@ -30,6 +31,11 @@ class Results:
         except OSError as error:
             raise CliError(f"{self.path} cannot be used: {error.strerror or error}") from error
 
+    @property
+    def any_done(self) -> bool:
+        """Whether an earlier run has done anything."""
+        return sum(self._done.values()) > 0
+
     def take(self, job: str) -> bool:
         """Whether a job was done before. Equal lines are as many jobs, so each is taken once."""
         if self._done[job] == 0:
@@ -39,8 +45,7 @@ class Results:
 
     def append(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode("utf-8", "replace"))
+        append_line(self.path, line.encode("utf-8", "replace"))
 
     def _read(self, folder: Path) -> None:
         if not self.path.exists():

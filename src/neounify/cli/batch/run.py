@@ -16,6 +16,7 @@ from neounify.cli.batch.results import Results
 from neounify.cli.batch.tasks import Outcome, Task
 from neounify.cli.command import explain
 from neounify.cli.display import Display, Tick
+from neounify.cli.errors import WriteError
 
 WINDOW = 16
 """How many batches of lines are looked at together when lines of equal settings are sought."""
@@ -52,7 +53,7 @@ class Batch:
 
     def run(self, path: Path, defaults: Any, *, images: bool) -> Summary:
         total = count_lines(path)
-        with _resumable(), self._display.bar(path.name, total, "line") as tick:
+        with _resumable(self.summary), self._display.bar(path.name, total, "line") as tick:
             jobs = self._pending(read_lines(path, defaults, images=images))
             while window := list(islice(jobs, WINDOW * self._batch_size)):
                 for lines in self._together(window):
@@ -80,7 +81,7 @@ class Batch:
     def _do(self, lines: list[Line[Any]], tick: Tick) -> None:
         try:
             outcomes = self._task.do(lines)
-        except OSError:
+        except (OSError, WriteError):
             raise  # the disk is full, say: no line's fault, and the next would fail too
         except Exception as error:
             if len(lines) > 1:
@@ -109,11 +110,16 @@ class Batch:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable(summary: Summary) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt("; the same command goes on from here") from None
+    except WriteError as error:
+        raise WriteError(
+            f"{error}\n{summary.done} lines were done in this run and are saved. Free some space; "
+            "the same command goes on from here."
+        ) from error
 
 
 def finish(summary: Summary, results: Results, display: Display) -> None:

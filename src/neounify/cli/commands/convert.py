@@ -49,7 +49,7 @@ def convert(
       neounify convert FOLDER fast --lora distilled.safetensors:0.8
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
-    folder = resolve_model(model)
+    folder = resolve_model(model, "MODEL")
     from neounify.cli.converting import convert_lora_files, convert_model
 
     if lora_form is not None:

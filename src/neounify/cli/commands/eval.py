@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neounify.cli.errors import CliError, UsageError
+from neounify.cli.command import explain_os_error
+from neounify.cli.errors import CliError, UsageError, WriteError
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CASES, QUICK_CASES = 200, 32
 _FILE_WIDTH = 120
+_HEAD = "right, % (95 % interval)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class EvalOptions:
         str,
         typer.Option(
             metavar="LIST",
-            help="Of paint, vqa, caption, edit, story, reconstruction; by commas.",
+            help="Some of paint, vqa, caption, edit, story, reconstruction, with commas between "
+            "them. Default: all.",
+            show_default=False,
         ),
     ] = "paint,vqa,caption,edit,story,reconstruction"
     cases: Annotated[
@@ -103,12 +107,17 @@ def evaluate(
       neounify eval --model FOLDER --quick --tasks paint,vqa
     """
     resolve_model(model.model)
+    from neounify.cli.checks import check_model, check_writable
     from neounify.cli.display import Display
-    from neounify.cli.session import open_session, read_model_config
+    from neounify.cli.session import open_session
     from neounify.evaluate.scenebench import PipelineSubject
+    from neounify.pipeline.request import make_sampling
 
     _check_free(options.output, overwrite.overwrite)
-    config = _config(options, read_model_config(model).token_size)
+    model_config = check_model(model)
+    config = _config(options, model_config.token_size)
+    make_sampling(model_config, editing=True, steps=options.steps, guidance=options.guidance)
+    check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
     session = open_session(model, display)
     subject = PipelineSubject(session.pipe, steps=options.steps, guidance=options.guidance)
@@ -181,10 +190,18 @@ def _report(
     from neounify.evaluate.scenebench.run import surroundings, to_report
 
     found = to_report(outcomes, about | surroundings(started))
-    write_folder(found, outcomes, folder)
-    if not display.quiet and not display.json:
-        _show(found)
-    display.emit(found.to_json())
+    try:
+        write_folder(found, outcomes, folder)
+    except OSError as error:
+        raise WriteError(
+            f"the report in {folder} could not be written: {explain_os_error(error)}\n"
+            "The scores are shown above. Free some space or choose another --output, and run the "
+            "command again for the files."
+        ) from error
+    finally:
+        if not display.quiet and not display.json:
+            _show(found)
+        display.emit(found.to_json())
 
 
 def _about(
@@ -206,10 +223,18 @@ def _show(report: Report) -> None:
     """The rates and the measures on stdout; attributes are in the files."""
     from rich.console import Console
 
+    from neounify.cli.display import is_narrow
+
     # A file or a pipe has no width that cells would have to be folded to.
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
-    console.print(_table(report))
+    if is_narrow(console):
+        typer.echo(f"category (n)\n  {_HEAD}\n  seen in training, held out from it")
+        for score in report.scores:
+            rates = f"seen {score.seen or '-'}, held out {score.held_out or '-'}"
+            typer.echo(f"{score.category} ({score.strict.number})\n  {score.strict}\n  {rates}")
+    else:
+        console.print(_table(report))
     for category, found in report.measures.items():
         told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         console.print(f"  {category}: {told}", markup=False)
@@ -219,7 +244,7 @@ def _table(report: Report) -> Table:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title="right, % (95 % interval)", box=SIMPLE, padding=(0, 1))
+    table = Table(title=_HEAD, box=SIMPLE, padding=(0, 1))
     table.add_column("category", no_wrap=True)
     for head in ("n", "all", "seen", "held out"):
         table.add_column(head, justify="right")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neounify.cli.models import resolve_model
 from neounify.cli.options import ReportOptions
+
+if TYPE_CHECKING:
+    from neounify.cli.display import Display
 
 
 def inspect(
@@ -32,13 +35,15 @@ def inspect(
       neounify inspect FOLDER
       neounify inspect outputs/a-red-boat_s0_1.png
     """
-    picture = model if model and model.suffix.lower() == ".png" and model.is_file() else None
-    folder = None if picture else resolve_model(model)
-    from neounify.cli.display import Display
     from neounify.cli.inspecting import inspect_model, inspect_picture
 
-    display = Display(quiet=report.quiet, json=report.json)
-    if picture is not None:
-        inspect_picture(picture, display)
-    elif folder is not None:
-        inspect_model(folder, display)
+    if model is not None and not model.is_dir():
+        inspect_picture(model, _display(report))
+    else:
+        inspect_model(resolve_model(model), _display(report))
+
+
+def _display(report: ReportOptions) -> Display:
+    from neounify.cli.display import Display
+
+    return Display(quiet=report.quiet, json=report.json)

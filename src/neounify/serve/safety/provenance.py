@@ -50,9 +50,10 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
     return buffer.getvalue()
 
 
-def read_provenance(data: bytes) -> dict[str, str]:
+def read_provenance(data: bytes) -> dict[str, Any]:
     """What an image file says of its origin; empty if it says nothing.
 
+    Values are what JSON can say: numbers are numbers, settings are a dictionary.
     `made_by` and `source_type` are also read where other software wrote them. Anybody can write
     and remove all of this. Raises ImageError for anything that is not such a picture.
     """

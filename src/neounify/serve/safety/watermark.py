@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.errors import ImageError, NeounifyError
+from neounify.extras import missing_extra
 from neounify.serve.safety.payload import FIELDS, MAX_NUMBER, Bits, read_fields, write_fields
 
 MIN_SIDE = 64
@@ -52,7 +53,7 @@ class Marker:
         try:
             import imwatermark
         except ImportError as error:
-            raise MarkError(f"marks need: pip install 'neounify[watermark]' ({error})") from error
+            raise MarkError(missing_extra("invisible marks", "watermark", error)) from error
         self._library = imwatermark
         self._bits = [int(bit) for bit in write_fields(number)]
         self._name = f"neounify:{number}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
@@ -18,6 +20,9 @@ _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 _OWN = "urn:neounify:provenance#"
 _FACTS = f"{{{_OWN}}}Facts"
 _NAMES = {f"{{{_XMP}}}CreatorTool": "made_by", f"{{{_IPTC}}}DigitalSourceType": "source_type"}
+
+_NUMBERS = frozenset(("seed", "index", "count", "steps", "guidance", "image_guidance", "shift"))
+"""Facts that are numbers, though a server writes them as text."""
 
 _PACKET = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\
@@ -44,12 +49,12 @@ def write_packet(facts: Mapping[str, object]) -> bytes:
     ).encode()
 
 
-def read_packet(packet: bytes) -> dict[str, str]:
+def read_packet(packet: bytes) -> dict[str, Any]:
     """What a packet says: `made_by`, `source_type`, and facts if neounify wrote it.
 
     Packets of other software give what they share with ours; damaged ones give nothing.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for description in _descriptions(packet):
         for name, ours in _NAMES.items():
             value = _property(description, name)
@@ -59,18 +64,26 @@ def read_packet(packet: bytes) -> dict[str, str]:
     return found
 
 
-def read_facts(text: str) -> dict[str, str]:
-    """Facts from their JSON; values that are not text stay JSON. Nothing from damaged JSON."""
+def read_facts(text: str) -> dict[str, Any]:
+    """Facts from their JSON, numbers as numbers. Nothing from damaged JSON."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return {}
     if not isinstance(facts, dict):
         return {}
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in facts.items()
-    }
+    return {name: _typed(name, value) for name, value in facts.items()}
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name not in _NUMBERS or not isinstance(value, str) or len(value) > 40:
+        return value
+    try:
+        number = json.loads(value)
+    except ValueError:
+        return value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return number if is_number and math.isfinite(number) else value
 
 
 def _descriptions(packet: bytes) -> list[ElementTree.Element]:

@@ -1,0 +1,178 @@
+"""Checks of a request that need no weights, made before a model is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import PIL.Image
+
+from neounify.checkpoint.load import Memory, resolve_device, resolve_dtype
+from neounify.checkpoint.mapped import MappedFile
+from neounify.checkpoint.peft_config import PEFT_WEIGHTS
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.cli.command import explain_os_error
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError
+from neounify.cli.files import make_folder
+from neounify.cli.models import parse_loras, resolve_model
+from neounify.cli.options import (
+    ChatOptions,
+    EditOptions,
+    GenerateOptions,
+    ImageGuidanceOptions,
+    ModelOptions,
+    SamplingOptions,
+    StoryOptions,
+)
+from neounify.cli.serve_options import ServeModelOptions
+from neounify.config import ModelConfig
+from neounify.decode import SamplingSettings
+from neounify.errors import PromptError, RequestError
+from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.request import PaintRequest, Sampling, make_sampling, output_size
+from neounify.pipeline.request import SamplingOptions as SamplingKeywords
+from neounify.pipeline.trained_sizes import size_advice
+from neounify.text.template import Message, place_images
+
+_SAMPLING = SamplingKeywords.__annotations__.keys()
+_TEXT = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+_COMMON = ("system", "negative_prompt")
+
+Images = Sequence[PIL.Image.Image]
+
+
+def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
+    """The model's config, once every option about the model is found usable.
+
+    Raises the errors of loading for a folder without a config, a dtype, device, memory or LoRA
+    that cannot be used; whether LoRA tensors fit is known only with the model.
+    """
+    checkpoint = CheckpointFolder.open(resolve_model(options.model))
+    resolve_dtype(options.dtype, checkpoint)
+    check_device(options.device)
+    if isinstance(options, ModelOptions) and options.memory not in get_args(Memory):
+        known = ", ".join(get_args(Memory))
+        raise RequestError(f"memory {options.memory!r} is unknown; known are {known}")
+    check_loras(options.lora)
+    return checkpoint.config
+
+
+def check_device(name: str | None) -> None:
+    """RequestError for a device this machine does not have."""
+    if name is not None:
+        resolve_device(name)
+
+
+def check_loras(texts: list[str] | None) -> None:
+    """CliError for a LoRA that is no readable file; CheckpointError for one of another kind."""
+    for path, _ in parse_loras(texts):
+        if not path.exists():
+            raise CliError(f"--lora {path}: no such file")
+        if path.is_file():
+            MappedFile(path)
+        elif not (path / PEFT_WEIGHTS).is_file():
+            raise CliError(f"--lora {path}: the folder holds no {PEFT_WEIGHTS}")
+
+
+def check_prompt(prompt: str, images: int) -> None:
+    """PromptError for a prompt that says nothing, is no text or marks more images than given."""
+    text = place_images(prompt, images, numbered=True)
+    Message("user", text)
+    if not text.strip():
+        raise PromptError("the prompt is empty; write what you want, in quotes")
+
+
+def check_painting(
+    prompt: str, options: GenerateOptions, config: ModelConfig, images: Images = ()
+) -> None:
+    """Everything that can be wrong with one image request. Raises what painting it would."""
+    if isinstance(options, EditOptions) and not images:
+        raise RequestError("edit needs at least one image; generate needs none")
+    check_prompt(prompt, len(images))
+    values = options.arguments()
+    width, height = output_size(config, *options.dimensions(), *images[:1])
+    given = {name: values[name] for name in ("max_think_tokens", *_COMMON) if name in values}
+    PaintRequest(
+        prompt=prompt,
+        width=width,
+        height=height,
+        sampling=resolve_sampling(options, config),
+        images=tuple(images),
+        seed=options.seed,
+        count=options.count,
+        **given,
+    )
+    _check_system(options.system)
+
+
+def check_chat(question: str, images: Images, options: ChatOptions) -> None:
+    """Everything that can be wrong with a question. Raises what asking it would."""
+    if not question.strip() and not images:
+        raise PromptError("the question is empty; write it in quotes")
+    make_chat_request(question, images, **options.arguments())
+    _check_system(options.system)
+
+
+def check_story(
+    prompt: str, options: StoryOptions, config: ModelConfig, images: Images = ()
+) -> None:
+    """Everything that can be wrong with a story request. Raises what telling it would."""
+    check_prompt(prompt, len(images))
+    values = options.arguments()
+    text = {name: values[name] for name in _TEXT if name in values}
+    given = {n: values[n] for n in ("max_images", "max_new_tokens", *_COMMON) if n in values}
+    InterleaveRequest(
+        prompt=prompt,
+        sizes=[output_size(config, *options.dimensions(), *images[:1])],
+        sampling=resolve_sampling(options, config),
+        images=images,
+        seed=options.seed,
+        text=SamplingSettings(seed=options.seed, **text),
+        **given,
+    )
+    _check_system(options.system)
+
+
+def resolve_sampling(options: SamplingOptions, config: ModelConfig) -> Sampling:
+    """The settings with the model's own defaults filled in, checked. Raises RequestError."""
+    values = options.arguments()
+    given = {name: values[name] for name in _SAMPLING if name in values}
+    return make_sampling(config, editing=isinstance(options, ImageGuidanceOptions), **given)
+
+
+def note_size(
+    options: SamplingOptions, config: ModelConfig, display: Display, images: Images = ()
+) -> None:
+    """A line on stderr where the size is none that the model was trained at."""
+    size = output_size(config, *options.dimensions(), *images[:1])
+    if advice := size_advice(config, *size):
+        display.note(f"warning: {advice}")
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, made if need be. CliError if files cannot be created in it."""
+    check_writable(folder)
+    make_folder(folder)
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """CliError if the folder, or the nearest one above that exists, takes no files."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or explain_os_error(error)
+        what = "cannot be written to" if nearest == folder else "cannot be made"
+        raise CliError(f"{folder} {what}: {reason}") from error
+
+
+def _check_system(system: str | None) -> None:
+    if system:
+        Message("system", system)

@@ -1,0 +1,159 @@
+"""What can be known without the model is said before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify.cli.session
+from neounify.bundled import bundled_model
+from neounify.cli.conversation import asks_about_image
+
+Run = Callable[..., Any]
+BUNDLED = ("--model", str(bundled_model()))
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of a model, by any command, is a failure."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(neounify.cli.session, "load", load)
+
+
+EDIT = ("edit", "bluer", "--image", "picture.png")
+BAD: list[tuple[tuple[str, ...], str]] = [
+    (("generate", ""), "the prompt is empty"),
+    (("generate", "a", "  "), "the prompt is empty"),
+    (("generate", "a <image> circle"), "1 <image> marks for 0 images"),
+    (("generate", "a", "--lora", "nope"), "--lora nope: no such file"),
+    (("generate", "a", "--lora", "text.txt"), "text.txt"),
+    (("generate", "a", "--lora", "empty"), "--lora empty: the folder holds no"),
+    (("generate", "a", "--device", "toaster"), "toaster"),
+    (("generate", "a", "--device", "cuda:77"), "cuda:77"),
+    (("generate", "a", "--dtype", "int3"), "int3"),
+    (("generate", "a", "--memory", "some"), "all, stream"),
+    (("generate", "a", "--seed", str(2**64)), "seed"),
+    (("generate", "a", "--count", "65"), "images_per_prompt"),
+    (("generate", "a", "--think", "--max-think-tokens", "0"), "max_think_tokens"),
+    (("generate", "a", "--guidance", "nan"), "guidance"),
+    (("generate", "a", "--output", "text.txt/deeper"), "text.txt/deeper"),
+    (("edit", "bluer", "--image", "nope.png"), "nope.png"),
+    ((*EDIT, "--image-guidance", "nan"), "guidance"),
+    (("edit", "<image> <image>", "--image", "picture.png"), "2 <image> marks for 1 images"),
+    (("chat", ""), "the question is empty"),
+    (("chat", "the <image> circle"), "1 <image> marks for 0 images"),
+    (("chat", "a", "--image", "nope.png"), "nope.png"),
+    (("chat", "a", "--temperature", "-1"), "temperature"),
+    (("chat", "a", "--max-new-tokens", "0"), "max_new_tokens"),
+    (("chat", "--top-p", "7"), "top_p"),
+    (("story", ""), "the prompt is empty"),
+    (("story", "a", "--max-images", "101"), "max_images"),
+    (("story", "a", "--max-new-tokens", "0"), "max_new_tokens"),
+    (("story", "a", "--top-p", "7"), "top_p"),
+    (("story", "a", "--output", "text.txt/deeper"), "text.txt"),
+    (("eval", "--tasks", "paint,dance"), "dance"),
+    (("eval", "--tasks", ","), "tasks"),
+    (("eval", "--steps", "0"), "steps"),
+    (("eval", "--output", "text.txt/deeper"), "text.txt"),
+    (("serve", "--device", "toaster"), "toaster"),
+    (("serve", "--mode", "separate", "--generation-device", "toaster"), "toaster"),
+    (("serve", "--lora", "nope"), "--lora nope: no such file"),
+    (("serve", "--dtype", "int3"), "int3"),
+]
+
+
+@pytest.mark.usefixtures("no_loading", "picture")
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_refused_before_loading(run: Run, arguments: tuple[str, ...], words: str) -> None:
+    Path("text.txt").write_text("text", encoding="utf-8")
+    Path("empty").mkdir()
+    before = sorted(Path().rglob("*"))
+    ran = run(*arguments)
+    assert ran.code in (1, 2)
+    assert ran.err.startswith("error: ")
+    assert words in ran.err
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("command", "lines", "words"),
+    [
+        ("generate", ["", "  "], "it holds no lines"),
+        ("generate", ["not json", '{"prompt": ""}'], "line 1: the line is not JSON"),
+        ("generate", ['{"prompt": "a", "steps": 0}'], "line 1: steps"),
+        ("generate", ['{"prompt": "a", "size": "63x63"}'], "line 1: size 63x63"),
+        ("edit", ['{"prompt": "a"}'], "line 1: edit needs at least one image"),
+        ("edit", ['{"prompt": "a", "images": ["nope.png"]}'], "nope.png: no such file"),
+        ("chat", ['{"prompt": "an <image>"}'], "line 1: the text has 1 <image> marks"),
+        ("chat", ["{}"] * 5, "and 2 more"),
+    ],
+)
+def test_a_file_without_one_usable_line(
+    run: Run, command: str, lines: list[str], words: str
+) -> None:
+    Path("jobs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ran = run(command, "--input", "jobs.jsonl")
+    assert ran.code == 1
+    assert ran.err.startswith("error: --input jobs.jsonl: nothing can be done")
+    assert words in ran.err
+
+
+def test_a_batch_that_is_done_stays_done(run: Run, picture: Path) -> None:
+    Path("jobs.jsonl").write_text('{"prompt": "a", "images": ["picture.png"]}', encoding="utf-8")
+    first = ("edit", "--input", "jobs.jsonl", "--size", "64x32", "--steps", "1")
+    assert run(*first).code == 0
+    picture.unlink()
+    ran = run(*first)
+    assert ran.code == 0
+    assert "1 were done before" in ran.out
+
+
+@pytest.mark.parametrize("size", ["96x96", "128x64"])
+def test_a_size_never_trained_is_a_line_on_stderr(run_bare: Run, size: str) -> None:
+    arguments = ("generate", "a star", "--steps", 1)
+    words = f"warning: size {size}: the model was trained at 64x64 only"
+    ran = run_bare(*arguments, "--size", size)
+    assert ran.code == 0
+    assert words in ran.err
+    assert run_bare(*arguments, "--size", size, "-q").err == ""
+    assert run_bare(*arguments).err == ""
+    Path("jobs.jsonl").write_text(json.dumps({"prompt": "a star"}), encoding="utf-8")
+    ran = run_bare("generate", "--input", "jobs.jsonl", "--steps", 1, "--size", size)
+    assert words in ran.err
+    ran = run_bare("story", "a star", "--steps", 1, "--size", size, "--max-new-tokens", 1)
+    assert words in ran.err
+
+
+def test_a_question_without_an_image_gets_a_hint(run_bare: Run, picture: Path) -> None:
+    question = ("chat", "What colour is the star?", "--max-new-tokens", 2)
+    assert "no image is given" in run_bare(*question).err
+    assert run_bare(*question).code == 0
+    assert "no image" not in run_bare(*question, "--image", picture).err
+    assert "no image" not in run_bare(*question, "-q").err
+
+
+def test_the_hint_comes_once_in_a_conversation(run_bare: Run) -> None:
+    ran = run_bare("chat", "--max-new-tokens", 2, input="What colour?\nAnd now?\n")
+    assert ran.err.count("no image is given") == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "hint"),
+    [
+        ("What is in the picture?", True),
+        ("Describe this image.", True),
+        ("图里有什么?", True),
+        ("What is the capital of France?", False),
+        ("Write a sentence about imagery.", False),
+    ],
+)
+def test_other_models_get_it_only_where_words_say_so(toy: Path, question: str, hint: bool) -> None:
+    assert asks_about_image(question, toy) is hint
