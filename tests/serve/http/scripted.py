@@ -41,8 +41,13 @@ def plain(request: ServiceRequest, previews: int) -> list[ServiceEvent | float |
     if isinstance(request, PaintRequest):
         thought = [TextPiece("A plan.", thought=True)] if request.think else []
         image = _image(request.width, request.height, request.seed)
-        return [*thought, *_painting(image, 0, previews), Finished("stop", 20, 0, 0, 16)]
+        return [*thought, *_painting(image, 0, previews), _painted(request)]
     return _story(request, previews)
+
+
+def _painted(request: PaintRequest) -> Finished:
+    shown = 12 * len(request.images)
+    return Finished("stop", 20 + shown, 0, 3, 16, prompt_image_tokens=shown)
 
 
 def _story(request: InterleaveRequest, previews: int) -> list[ServiceEvent | float | Exception]:

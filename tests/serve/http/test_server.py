@@ -30,7 +30,7 @@ def test_metrics() -> None:
     body = {"messages": [{"role": "user", "content": "x"}]}
     client.post("/v1/chat/completions", json=body)
     client.post("/v1/chat/completions", json={})
-    client.post("/v1/images/edits", data={"prompt": "x"})
+    client.post("/v1/images/edits", json={"prompt": "x"})
     client.get("/somewhere/else")
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")

@@ -134,7 +134,7 @@ class ImageUsage(_Answer):
     input_tokens: int
     output_tokens: int
     total_tokens: int
-    input_tokens_details: dict[Literal["image_tokens", "text_tokens"], int] | None = None
+    input_tokens_details: dict[Literal["cached_tokens", "image_tokens", "text_tokens"], int]
     output_tokens_details: dict[Literal["image_tokens", "text_tokens"], int]
 
 

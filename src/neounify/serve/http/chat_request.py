@@ -15,7 +15,6 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.pictures import read_picture_url
 from neounify.serve.http.text_options import (
     check_text_only,
     for_each_answer,
@@ -124,7 +123,7 @@ def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image
 async def _read_part(part: TextPart | ImagePart, context: Context) -> str | PIL.Image.Image:
     if isinstance(part, TextPart):
         return part.text
-    return await read_picture_url(part.image_url.url, context.fetcher, context.settings)
+    return await context.read_image(part.image_url.url)
 
 
 def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) -> InterleaveRequest:

@@ -21,10 +21,11 @@ from neounify.pipeline.request import (
 )
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
 from neounify.serve.http.answering import answer, answers_in_groups
-from neounify.serve.http.errors import ApiError, bad_request
+from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import AnsweredFields, PaintingFields
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.metrics import HttpMetrics
+from neounify.serve.http.pictures import read_picture_url
 from neounify.serve.http.remote import ImageFetcher
 from neounify.serve.http.results import ResultStore
 from neounify.serve.http.settings import HttpSettings
@@ -88,6 +89,10 @@ class Context:
             raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
         await asyncio.to_thread(self.hooks.check_prompt, text, images)
 
+    async def read_image(self, url: str) -> PIL.Image.Image:
+        """The image in a data URL, a result of this server, or on a host that is allowed."""
+        return await read_picture_url(url, self.fetcher, self.settings, self.results)
+
     def sampling(self, fields: PaintingFields, *, editing: bool, steps: int | None) -> Sampling:
         """How to paint. Raises RequestError for values out of range, ApiError over limits."""
         options: SamplingOptions = {
@@ -117,7 +122,8 @@ class Context:
                     "give one of them alone",
                     "size",
                 )
-            return output_size(config, width, height, reference)
+            with blame("size"):
+                return output_size(config, width, height, reference)
         if ratio is None and fields.pixels is None:
             return output_size(config, None, None, reference)
         if ratio is None:

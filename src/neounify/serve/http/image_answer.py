@@ -123,15 +123,17 @@ class ImagesAnswer:
 
     def _usage_of(self, finished: Sequence[Finished]) -> dict[str, Any]:
         """The prompt counts once, as it is the same for all images."""
-        prompt = max(f.prompt_tokens for f in finished)
+        prompt, shown = finished[0].prompt_tokens, finished[0].prompt_image_tokens
         images = sum(f.image_tokens for f in finished)
         text = sum(f.completion_tokens for f in finished)
-        usage = {
+        return {
             "input_tokens": prompt,
+            "input_tokens_details": {
+                "cached_tokens": finished[0].cached_tokens,
+                "image_tokens": shown,
+                "text_tokens": prompt - shown,
+            },
             "output_tokens": images + text,
-            "total_tokens": prompt + images + text,
             "output_tokens_details": {"image_tokens": images, "text_tokens": text},
+            "total_tokens": prompt + images + text,
         }
-        if not self._requests[0].images:
-            usage["input_tokens_details"] = {"image_tokens": 0, "text_tokens": prompt}
-        return usage

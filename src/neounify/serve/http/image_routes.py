@@ -10,7 +10,7 @@ from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.answer_schema import EVENTS, Images, Responses
 from neounify.serve.http.body import BoundedRoute
 from neounify.serve.http.context import Context, Shared
-from neounify.serve.http.edit_form import edit_form_schema, read_edit
+from neounify.serve.http.edit_body import edit_body_schema, read_edit
 from neounify.serve.http.errors import ApiError
 from neounify.serve.http.image_answer import ImagesAnswer
 from neounify.serve.http.image_request import read_paint
@@ -37,10 +37,10 @@ async def generations(body: ImageBody, request: Request, context: Shared) -> Res
     summary="Paint an image from pictures and an instruction",
     response_class=JSONResponse,
     responses=_IMAGES,
-    openapi_extra={"requestBody": edit_form_schema()},
+    openapi_extra={"requestBody": edit_body_schema()},
 )
 async def edits(request: Request, context: Shared) -> Response:
-    """A multipart form with the fields of a generation and one or more pictures."""
+    """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
     body, images = await read_edit(request, context)
     return await _paint(body, await read_paint(body, images, context), request, context)
 

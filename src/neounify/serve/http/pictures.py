@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import re
 from collections.abc import Mapping
 
@@ -15,12 +14,17 @@ from torch import Tensor
 from neounify.errors import ImageError
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
+from neounify.serve.http.data_urls import data_url_bytes, is_data_url
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.remote import ImageFetcher
+from neounify.serve.http.results import ResultStore
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.safety.provenance import Format
 
-_DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]+)*),", re.ASCII)
+# Whoever has the name, which cannot be guessed, may fetch it: the host before it does not matter.
+_RESULT_URL = re.compile(
+    r"(?:https?://[^/?#\s]+(?:/[^?#\s]*)?)?/v1/results/([\w.-]{20,80})", re.ASCII
+)
 
 
 async def read_picture(data: bytes, settings: HttpSettings) -> PIL.Image.Image:
@@ -34,27 +38,27 @@ async def read_picture(data: bytes, settings: HttpSettings) -> PIL.Image.Image:
 
 
 async def read_picture_url(
-    url: str, fetcher: ImageFetcher, settings: HttpSettings
+    url: str, fetcher: ImageFetcher, settings: HttpSettings, results: ResultStore
 ) -> PIL.Image.Image:
-    """The picture in a data URL, or behind a URL where the operator allows fetching."""
-    if url.startswith("data:"):
+    """The image in a data URL, in a result of this server, or where the operator allows fetching.
+
+    Raises ImageError.
+    """
+    if is_data_url(url):
         data = await asyncio.to_thread(data_url_bytes, url)
+    elif (name := result_name(url)) and (result := results.get(name)) is not None:
+        data = result.data
+    elif name and not settings.remote_hosts:
+        raise ImageError("image_url: this result is no longer kept; send the image as a data URL")
     else:
         data = await fetcher.fetch(url)
     return await read_picture(data, settings)
 
 
-def data_url_bytes(url: str) -> bytes:
-    """The file inside a base64 data URL. Raises ImageError for anything else."""
-    head = _DATA_URL.match(url)
-    if head is None or not head[2].endswith(";base64"):
-        raise ImageError("image_url must be 'data:image/png;base64,…' or another image type")
-    if head[1] and not head[1].startswith("image/"):
-        raise ImageError(f"image_url holds {head[1][:40]}, not an image")
-    try:
-        return base64.b64decode(url[head.end() :], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ImageError(f"image_url is not valid base64 ({error})") from error
+def result_name(url: str) -> str | None:
+    """The name of a result in a URL such as this server gives; None for other URLs."""
+    found = _RESULT_URL.fullmatch(url.strip())
+    return found[1] if found else None
 
 
 def to_base64(data: bytes) -> str:

@@ -1,0 +1,163 @@
+"""The body of an edit, a form with files or JSON with URLs: fields to check, images to decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import PIL.Image
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from neounify.errors import ImageError
+from neounify.serve.http.body import check_json_type
+from neounify.serve.http.context import Context
+from neounify.serve.http.errors import ApiError, bad_request, blame
+from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.pictures import read_picture
+from neounify.serve.http.settings import MEBIBYTE
+
+_MAX_FIELDS = 64
+_IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
+
+
+async def read_edit(
+    request: Request, context: Context
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    """The fields and the images, in order. Raises ApiError, RequestValidationError."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
+    if kind.lower() == "multipart/form-data":
+        return await _read_form(request, context)
+    try:
+        check_json_type(kind)
+    except ApiError as error:
+        error.detail = (
+            f"The body is sent as {kind[:80]!r}; send an edit as multipart/form-data with files, "
+            "or as application/json with URLs of images."
+        )
+        raise
+    return await _read_json(await request.json(), context)
+
+
+async def _read_form(
+    request: Request, context: Context
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    limits = context.settings.limits
+    form = await request.form(
+        max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
+    )
+    async with _closing(form):
+        body = _fields(form)
+        images = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
+        _check_count(len(images), context)
+        pictures = []
+        for item in images:
+            with blame("image"):
+                if isinstance(item, UploadFile):
+                    pictures.append(await read_picture(await item.read(), context.settings))
+                else:
+                    pictures.append(await context.read_image(item))
+    return body, tuple(pictures)
+
+
+async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    if not isinstance(value, dict):
+        raise bad_request("The body must be a JSON object.")
+    names = [name for name in _IMAGE_FIELDS if value.get(name) is not None]
+    if len(names) > 1:
+        raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
+    body = _validated({n: v for n, v in value.items() if n not in _IMAGE_FIELDS})
+    [name] = names or ["images"]
+    given = value.get(name)
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    _check_count(len(items), context)
+    pictures = []
+    for place, item in enumerate(items):
+        with blame(f"{name}.{place}" if isinstance(given, list) else name):
+            pictures.append(await context.read_image(_url_of(item)))
+    return body, tuple(pictures)
+
+
+def _check_count(count: int, context: Context) -> None:
+    most = context.settings.limits.images
+    if not count:
+        raise bad_request(
+            "image: at least one is needed: a file in a form, or in JSON "
+            '"images": [{"image_url": "data:image/png;base64,…"}]',
+            "image",
+        )
+    if count > most:
+        raise bad_request(f"{count} images in one request; at most {most} are read", "image")
+
+
+def _url_of(item: Any) -> str:
+    """The URL in an entry of `images`: alone, or in the objects that clients write."""
+    for key in ("image_url", "url"):
+        if isinstance(item, dict) and item.get(key) is not None:
+            item = item[key]
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict) and item.get("file_id") is not None:
+        raise ImageError("file_id: this server keeps no files; send the image as a data URL")
+    raise ImageError("an image is a URL, or an object with image_url")
+
+
+def edit_body_schema() -> dict[str, Any]:
+    """Both kinds of body for OpenAPI, which FastAPI does not see."""
+    file = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
+    form = _schema("EditForm", "image", file, "The images to edit, in order; also as `image[]`.")
+    url = {"type": "string", "description": "A data URL, or a URL that this server may fetch."}
+    entry = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    text = "The images to edit, in order; also as `image`, a URL or several."
+    json = _schema("EditBody", "images", entry, text)
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": json}}
+    return {"required": True, "content": content}
+
+
+def _schema(title: str, name: str, item: dict[str, Any], description: str) -> dict[str, Any]:
+    schema = ImageBody.model_json_schema()
+    images = {"description": description, "type": "array", "items": item, "minItems": 1}
+    schema["properties"] |= {name: images}
+    schema["required"] = [*schema["required"], name]
+    schema["title"] = title
+    return schema
+
+
+def _fields(form: FormData) -> ImageBody:
+    """Every field but the pictures. A name that ends in [] is a list."""
+    fields: dict[str, Any] = {}
+    for name in form:
+        values = form.getlist(name)
+        if name in _IMAGE_FIELDS:
+            continue
+        if name.endswith("[]"):
+            fields[name[:-2]] = values
+        elif len(values) > 1:
+            raise bad_request(f"{name[:80]}: given {len(values)} times", name[:80])
+        else:
+            fields[name] = values[0]
+    return _validated(fields)
+
+
+def _validated(fields: dict[str, Any]) -> ImageBody:
+    try:
+        return ImageBody.model_validate(fields)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError(
+            [e | {"loc": ("body", *e["loc"])} for e in found], body=fields
+        ) from error
+
+
+class _closing:
+    """Closes the temporary files of a form."""
+
+    def __init__(self, form: FormData) -> None:
+        self._form = form
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._form.close()
