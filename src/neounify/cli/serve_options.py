@@ -185,6 +185,24 @@ class EngineOptions:
             rich_help_panel=ENGINES,
         ),
     ] = None
+    step_seconds: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            metavar="S",
+            help="An engine that is longer in one step is started again.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = 600.0
+    silence_seconds: Annotated[
+        float,
+        typer.Option(
+            min=2,
+            metavar="S",
+            help="With --mode separate: a process that gives no sign for so long is started again.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)

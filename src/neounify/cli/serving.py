@@ -124,7 +124,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
 
     from neounify.serve.build import Mode, ServeSettings
     from neounify.serve.generation import GenerationSettings
-    from neounify.serve.hosts import EngineSettings
+    from neounify.serve.hosts import EngineSettings, WatchSettings
     from neounify.serve.service import ServiceLimits
     from neounify.serve.understanding import UnderstandingSettings
 
@@ -154,6 +154,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
             image_tokens=engines.image_tokens,
             max_image_tokens=engines.max_image_tokens,
         ),
+        watch=WatchSettings(step=engines.step_seconds, silence=engines.silence_seconds),
     )
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from neounify.config import ModelConfig
 from neounify.pipeline import Pipeline, load
+from neounify.pipeline.front import Front
 from neounify.pipeline.load import load_front
 from neounify.serve.hosts import (
     EngineSettings,
@@ -19,8 +24,10 @@ from neounify.serve.hosts import (
 from neounify.serve.link import EngineLink
 from neounify.serve.service import Service, ServiceLimits
 from neounify.serve.session import Links
-from neounify.serve.shared_memory import SharedSpace
+from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
 from neounify.serve.transport import LocalTransport, SharedTransport
+
+log = logging.getLogger("neounify.serve")
 
 Mode = Literal["colocate", "separate"]
 
@@ -73,6 +80,7 @@ def colocated(
 
 def _separate(settings: ServeSettings) -> Service:
     front = load_front(settings.folder, settings.dtype)
+    _check_shared_memory(front, settings)
     space = SharedSpace()
     links = Links(
         EngineLink("understanding", _process("und", settings, space)),
@@ -81,6 +89,29 @@ def _separate(settings: ServeSettings) -> Service:
         space,
     )
     return Service(front, links, settings.limits)
+
+
+def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: ServeSettings) -> int:
+    """Bytes that lie in shared memory when everything the limits allow is on its way at once.
+
+    Keys and values of a full cache, and noise and result of all images, in float32.
+    """
+    cached = config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype.itemsize
+    painted = 3 * config.token_size**2 * torch.float32.itemsize * 2
+    tokens = settings.engines.understanding.cache_tokens
+    return tokens * cached + settings.limits.image_tokens * painted
+
+
+def _check_shared_memory(front: Front, settings: ServeSettings) -> None:
+    needed, found = shared_memory_needed(front.config, front.dtype, settings), free_bytes()
+    if found < needed:
+        log.warning(
+            "%s has %.0f MB free; all that the limits allow at once needs %.0f MB. Requests that "
+            "find no room are answered 503. In a container: --shm-size",
+            folder(),
+            found / 1e6,
+            needed / 1e6,
+        )
 
 
 def _process(role: Role, settings: ServeSettings, space: SharedSpace) -> ProcessHost:

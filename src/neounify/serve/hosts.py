@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import queue
@@ -68,12 +69,13 @@ class WatchSettings:
 
     `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
     loads and afterwards; its heart beats every second, so a longer silence means that it was
-    stopped. `end`: until it ends when it was asked to.
+    stopped. `step`: until a step ends. `end`: until the engine ends when it was asked to.
     """
 
     start: float = 600.0
     start_silence: float = 120.0
     silence: float = 20.0
+    step: float = 600.0
     end: float = 10.0
 
 
@@ -98,7 +100,7 @@ class ThreadHost:
         generation = GenerationEngine(self.model, self.settings.generation, transport)
         self._life = _ThreadLife(
             lambda channel: Worker(channel, self.understanding, generation),
-            self.settings.step_seconds,
+            self.watch.step,
             deliver,
             died,
         )
@@ -203,7 +205,7 @@ class ProcessHost:
         except RuntimeError:
             life.end(0.0)
             raise
-        life.run(self.watch, self.settings.engines.step_seconds, deliver, died)
+        life.run(self.watch, deliver, died)
 
     def send(self, order: Order) -> None:
         if self._life is not None:
@@ -238,6 +240,8 @@ class _ProcessLife:
             self._process.start()
         finally:
             theirs.close()
+        # Else an interpreter that ends without `end` would wait for the process for ever.
+        atexit.register(self._process.kill)
         self.pid = self._process.pid
 
     def wait_ready(self, watch: WatchSettings) -> None:
@@ -254,11 +258,11 @@ class _ProcessLife:
         except (EOFError, OSError) as error:
             raise RuntimeError(f"the {self._name} process ended while starting") from error
 
-    def run(self, watch: WatchSettings, step_seconds: float, deliver: Deliver, died: Died) -> None:
+    def run(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
         """Carry orders and replies from now on."""
         for target, arguments in (
             (self._write_orders, (deliver,)),
-            (self._read_replies, (watch.silence, step_seconds, deliver, died)),
+            (self._read_replies, (watch, deliver, died)),
         ):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
             self._threads.append(thread)
@@ -278,6 +282,7 @@ class _ProcessLife:
             for thread in self._threads:
                 thread.join()
             self._connection.close()
+            atexit.unregister(self._process.kill)
             self._process.close()
             self._closed = True
             # What it made and told of belongs to the requests, what it did not tell of to nobody.
@@ -289,11 +294,9 @@ class _ProcessLife:
             raise TimeoutError
         return self._connection.recv()
 
-    def _read_replies(
-        self, silence: float, step_seconds: float, deliver: Deliver, died: Died
-    ) -> None:
+    def _read_replies(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
         try:
-            why = self._pass_on(silence, step_seconds, deliver)
+            why = self._pass_on(watch, deliver)
         except (EOFError, OSError):
             why = "ended"
         except Exception:
@@ -304,18 +307,18 @@ class _ProcessLife:
             self._process.kill()
             died()
 
-    def _pass_on(self, silence: float, step_seconds: float, deliver: Deliver) -> str:
+    def _pass_on(self, watch: WatchSettings, deliver: Deliver) -> str:
         """Deliver what comes; why the process has to be given up. Raises EOFError and OSError."""
         while True:
             try:
-                message = self._next(silence)
+                message = self._next(watch.silence)
             except TimeoutError:
-                return f"gave no sign for {silence:g} s and is killed"
+                return f"gave no sign for {watch.silence:g} s and is killed"
             if isinstance(message, Batch):
                 self._made = message.made
                 deliver(message.replies, message.report)
-            elif isinstance(message, Beat) and message.step_seconds > step_seconds:
-                return f"was in one step for more than {step_seconds:g} s and is killed"
+            elif isinstance(message, Beat) and message.step_seconds > watch.step:
+                return f"was in one step for more than {watch.step:g} s and is killed"
 
     def _write_orders(self, deliver: Deliver) -> None:
         try:

@@ -29,14 +29,10 @@ BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Of both engines.
-
-    `step_seconds`: a step that takes longer is given up and the engine started again.
-    """
+    """Of both engines."""
 
     understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    step_seconds: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -13,16 +13,14 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from neounify.runtime import switch_threads_often
+from neounify.serve.address import bound
 from neounify.serve.build import ServeSettings, build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.connections import server_config
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.service import Service
-
-SWITCH_SECONDS = 0.0005
-"""The thread that answers clients and the one that runs the engines take turns this often, instead
-of every 5 ms; measured, see docs/log.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,20 @@ def run(
     hooks: HttpHooks | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises what keeps the engines from starting."""
+    """Serve until SIGTERM or SIGINT, then drain. Raises what keeps the engines from starting.
+
+    The address is bound first, so that AddressError comes before a model is loaded in vain.
+    """
+    with bound(settings.host, settings.port) as sockets:
+        _run(settings, hooks, started, sockets)
+
+
+def _run(
+    settings: RunSettings,
+    hooks: HttpHooks | None,
+    started: Callable[[], None],
+    sockets: list[socket.socket],
+) -> None:
     service = build_service(settings.serve)
     registry = CollectorRegistry()
     registry.register(EngineCollector(service))
@@ -53,6 +64,7 @@ def run(
         hooks=hooks,
         registry=registry,
         ready=lambda: service.ready,
+        states=lambda: service.states,
         page=page_folder() if settings.page else None,
     )
     config = server_config(
@@ -63,8 +75,8 @@ def run(
         log_level=settings.log_level,
         timeout_graceful_shutdown=settings.drain_seconds,
     )
-    sys.setswitchinterval(SWITCH_SECONDS)
-    asyncio.run(_serve(_Server(config, service, started), service))
+    switch_threads_often()
+    asyncio.run(_serve(_Server(config, service, started), service, sockets))
 
 
 def page_folder() -> Path:
@@ -72,13 +84,13 @@ def page_folder() -> Path:
     return Path(str(resources.files("neounify.serve") / "page"))
 
 
-async def _serve(server: _Server, service: Service) -> None:
+async def _serve(server: _Server, service: Service, sockets: list[socket.socket]) -> None:
     # uvicorn raises the signal that ended it once more; by then all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
         await service.start()
-        await server.serve()
+        await server.serve(sockets)
     finally:
         await service.stop()
 

@@ -168,10 +168,15 @@ class ModelList(_Answer):
 
 
 class Health(_Answer):
-    """Whether the process lives and takes requests."""
+    """Whether the process lives and takes requests.
+
+    `engines` by name: "ready", "starting", "failing" for one that dies again and again and is still
+    being tried, or "stopped".
+    """
 
     live: bool
     ready: bool
+    engines: dict[str, str] = {}
 
 
 Responses = dict[int | str, dict[str, Any]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -43,12 +43,14 @@ def create_app(
     hooks: HttpHooks | None = None,
     registry: CollectorRegistry | None = None,
     ready: Callable[[], bool] = lambda: True,
+    states: Callable[[], Mapping[str, str]] = dict,
     page: Path | None = None,
 ) -> FastAPI:
     """The app that answers by `service`.
 
     `hooks` check prompts and mark images; `registry` may hold collectors of the engines, ours
-    are added to it; `ready` is asked by /health; `page` is a folder of static files for `/`.
+    are added to it; /health asks `ready`, and `states` how the engines are by name; `page` is a
+    folder of static files for `/`.
     """
     settings = settings or HttpSettings()
     metrics = HttpMetrics(registry or CollectorRegistry())
@@ -94,7 +96,7 @@ def create_app(
         origins=settings.cors_origins,
     )
     add_handlers(app)
-    for router in (chat_routes.router, image_routes.router, info_router(ready)):
+    for router in (chat_routes.router, image_routes.router, info_router(ready, states)):
         app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)

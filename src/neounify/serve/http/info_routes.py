@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -12,10 +13,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from neounify.serve.http.answer_schema import Health, ModelCard, ModelList, Responses
 from neounify.serve.http.context import Context, Shared
+from neounify.serve.http.errors import RETRY_SECONDS
 
 
-def info_router(ready: Callable[[], bool]) -> APIRouter:
-    """The routes; `ready` says whether new requests would be taken."""
+def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str]]) -> APIRouter:
+    """The routes; `ready` says whether requests would be taken, `states` how the engines are."""
     router = APIRouter(tags=["server"])
 
     @router.get("/v1/models", summary="List the model that is served", response_model=ModelList)
@@ -46,7 +48,11 @@ def info_router(ready: Callable[[], bool]) -> APIRouter:
     @router.get("/health", summary="Both", response_class=JSONResponse, responses=health_of)
     async def health() -> Response:
         is_ready = ready()
-        return JSONResponse({"live": True, "ready": is_ready}, 200 if is_ready else 503)
+        found: dict[str, Any] = {"live": True, "ready": is_ready}
+        if engines := states():
+            found["engines"] = dict(engines)
+        headers = None if is_ready else {"Retry-After": str(math.ceil(RETRY_SECONDS))}
+        return JSONResponse(found, 200 if is_ready else 503, headers)
 
     @router.get(
         "/metrics",

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from neounify.runtime import keep_freed_memory
+from neounify.runtime import keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import create_app
@@ -32,6 +32,7 @@ class Replica:
 
     def __init__(self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None) -> None:
         keep_freed_memory()
+        switch_threads_often()
         if settings.serve.threads is not None:
             torch.set_num_threads(settings.serve.threads)
         self._settings = settings
@@ -54,6 +55,7 @@ class Replica:
             hooks=self._hooks,
             registry=registry,
             ready=lambda: self._service.ready,
+            states=lambda: self._service.states,
             page=page_folder() if self._settings.page else None,
         )
         return Signed(app, name)

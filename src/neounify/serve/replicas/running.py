@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from neounify.serve.address import bound
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.replicas.settings import ReplicaSettings
 from neounify.serve.run import RunSettings
@@ -23,9 +24,11 @@ def run(
     """Serve until SIGTERM or SIGINT, then take no new requests and let those under way finish.
 
     `make_hooks` is called once in each replica. Raises ImportError without Ray, and ReplicaError
-    when the replicas do not start.
+    when the replicas do not start, AddressError when the address is taken.
     """
     if replicas.address is None:
+        with bound(settings.host, settings.port):
+            pass  # Ray would say it late, and in many lines
         os.environ.update(_private_ray())
     # Ray reads the environment when it is imported.
     from neounify.serve.replicas.deployment import connected, deployed
