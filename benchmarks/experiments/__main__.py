@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments import joint, noise, thinking
+from benchmarks.experiments import forms, joint, noise, thinking
 from neounify.errors import NeounifyError
 from neounify.runtime import keep_freed_memory
 
-EXPERIMENTS = {"joint": joint, "thinking": thinking, "noise": noise}
+EXPERIMENTS = {"joint": joint, "thinking": thinking, "noise": noise, "forms": forms}
 
 
 def main(words: Sequence[str] | None = None) -> None:

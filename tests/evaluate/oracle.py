@@ -18,6 +18,7 @@ from neounify.evaluate.scenebench import (
     copy_cases,
     edit_cases,
     paint_cases,
+    relation_yes_no_cases,
     story_cases,
     vqa_cases,
 )
@@ -41,6 +42,9 @@ class Oracle:
             for kind in question_kinds(config)
             for case in vqa_cases(kind, *drawn)
         }
+        if "relation" in question_kinds(config):
+            for case in relation_yes_no_cases(*drawn):
+                self.answers[self.seen(case.scene), case.question.text] = case.question.answer
         for described in caption_cases(*drawn):
             words = caption(facts_of(described.scene, world, FULL_STYLE))
             self.answers[self.seen(described.scene), described.request] = words

@@ -15,7 +15,7 @@ from PIL import Image
 from evaluate.oracle import Blind, Oracle
 from neounify.data.sample import DataError
 from neounify.data.scenes import PRESETS, SceneDataset, is_held_out, render, scene_config
-from neounify.data.scenes.edits import KEEP_REQUESTS
+from neounify.data.scenes.edits import EDIT_KINDS, KEEP_REQUESTS
 from neounify.errors import RequestError
 from neounify.evaluate.scenebench import (
     TASKS,
@@ -115,6 +115,37 @@ def test_seen_and_held_out_cases_are_told_apart() -> None:
         assert score.seen is not None
         assert (score.held_out.number, score.seen.number) == (2, 6)
         assert score.to_json()["seen"]["n"] == 6
+
+
+def test_edits_and_relations_are_split_by_form() -> None:
+    asked = config(cases=30, tasks=("vqa", "edit"))
+
+    class Adverse(Oracle):
+        """Leaves removals undone and says yes to every question of relation."""
+
+        def edit(self, pictures: Any, instructions: Any, *rest: Any, **more: Any) -> Any:
+            painted = super().edit(pictures, instructions, *rest, **more)
+            removals = ("Remove", "Take", "Delete", "Erase")
+            return [
+                replace(item, picture=source) if text.startswith(removals) else item
+                for item, source, text in zip(painted, pictures, instructions, strict=True)
+            ]
+
+        def answer(self, pictures: Any, questions: Any) -> list[str]:
+            answers = super().answer(pictures, questions)
+            return ["yes" if answer in ("yes", "no") else answer for answer in answers]
+
+    scores = {o.score.category: o.score for o in run_scenebench(Adverse(asked), asked)}
+    edits = scores["edit"].forms
+    assert set(edits) == set(EDIT_KINDS)
+    assert {kind: rate.value for kind, rate in edits.items()} == {
+        kind: float(kind != "remove") for kind in EDIT_KINDS
+    }
+    assert sum(rate.number for rate in edits.values()) == 30
+    told = scores["vqa/relation_yes_no"].forms
+    assert {form: rate.value for form, rate in told.items()} == {"answer no": 0, "answer yes": 1}
+    assert set(scores["vqa/relation"].forms) == {"left or right?", "above or below?"}
+    assert not scores["vqa/shape"].forms
 
 
 def test_copies_are_asked_for_in_all_words_and_of_held_out_scenes_too() -> None:

@@ -65,6 +65,19 @@ def test_a_report_is_json_and_one_table() -> None:
     assert "50.0 (15.0–85.0)" in lines[2]
 
 
+def test_forms_split_the_strict_rate() -> None:
+    forms = ["move", "remove", "remove", "remove"]
+    result = score("edit", verdicts(), [False] * 4, forms)
+    assert result.forms == {"move": Rate(1, 1), "remove": Rate(1, 3)}
+    report = Report((result, score("caption", verdicts(), [False] * 4)), {})
+    data = json.loads(json.dumps(report.to_json()))["scores"]
+    assert data[0]["forms"]["remove"]["correct"] == 1
+    assert data[1]["forms"] == {}
+    assert "| edit: remove | 3 | 33.3 (6.1–79.2) |" in report.to_markdown().splitlines()
+    with pytest.raises(DataError, match="4 verdicts for 4 cases, 1 forms"):
+        score("edit", verdicts(), [False] * 4, ["move"])
+
+
 def test_the_sheet_frames_right_and_wrong() -> None:
     pictures = [np.full((64, 64, 3), 77, np.uint8)] * 3
     sheet = np.asarray(contact_sheet(pictures, ["one", "two", "three"], [True, False, True], 2, 64))

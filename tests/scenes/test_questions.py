@@ -1,5 +1,6 @@
 """Questions have the answer the scene gives, and only right answers pass."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -19,7 +20,7 @@ from neounify.data.scenes import (
 )
 from neounify.data.scenes.draw import pick
 from neounify.data.scenes.lexicon import Language
-from neounify.data.scenes.questions import QuestionKind
+from neounify.data.scenes.questions import QuestionKind, ask_relation_yes_no
 from neounify.data.scenes.world import HELD_OUT_PAIRS
 
 DEFAULT = PRESETS["wide"]
@@ -146,3 +147,20 @@ def test_a_question_the_scene_does_not_allow_is_an_error() -> None:
         ask(alone, DEFAULT, sample_rng(0, 0), "relation")
     with pytest.raises(DataError, match="size"):
         ask(alone, PRESETS["easy"], sample_rng(0, 0), "size")
+
+
+def test_relations_for_yes_and_no() -> None:
+    seen = set()
+    for index in range(60):
+        question = ask_relation_yes_no(SCENE, DEFAULT, sample_rng(7, index))
+        assert question is not None
+        subject, relation, other = re.split(" (left of|right of) ", question.text)
+        assert ("circle" in subject, "square" in subject) == ("square" in other, "circle" in other)
+        right = ("circle" in subject) == (relation == "left of")
+        assert question.answer == ("yes" if right else "no"), question
+        assert check_answer(question, question.answer)
+        assert not check_answer(question, "no" if right else "yes")
+        seen.add((("circle" in subject), relation))
+    assert len(seen) == 4
+    alone = Scene("grey", SCENE.objects[:1])
+    assert ask_relation_yes_no(alone, DEFAULT, sample_rng(7, 0)) is None

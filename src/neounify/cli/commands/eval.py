@@ -15,6 +15,7 @@ from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from neounify.cli.display import Display
@@ -228,16 +229,41 @@ def _show(report: Report) -> None:
     # A file or a pipe has no width that cells would have to be folded to.
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
-    if is_narrow(console):
+    narrow = is_narrow(console)
+    if narrow:
         typer.echo(f"category (n)\n  {_HEAD}\n  seen in training, held out from it")
         for score in report.scores:
             rates = f"seen {score.seen or '-'}, held out {score.held_out or '-'}"
             typer.echo(f"{score.category} ({score.strict.number})\n  {score.strict}\n  {rates}")
     else:
         console.print(_table(report))
+    _show_forms(report, console, narrow=narrow)
     for category, found in report.measures.items():
         told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
         console.print(f"  {category}: {told}", markup=False)
+
+
+def _show_forms(report: Report, console: Console, *, narrow: bool) -> None:
+    """The rates of categories that have several forms, split by form."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    rows = [
+        (f"{score.category}: {form}", str(rate.number), str(rate))
+        for score in report.scores
+        for form, rate in score.forms.items()
+    ]
+    if narrow:
+        for form, number, rate in rows:
+            typer.echo(f"{form} ({number})\n  {rate}")
+    elif rows:
+        table = Table(title="by form", box=SIMPLE, padding=(0, 1))
+        table.add_column("form", no_wrap=True)
+        for head in ("n", "all"):
+            table.add_column(head, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _table(report: Report) -> Table:

@@ -25,7 +25,7 @@ from neounify.data.scenes.lexicon import (
     plural,
     word,
 )
-from neounify.data.scenes.names import place_name, relations_between
+from neounify.data.scenes.names import OPPOSITE, place_name, relations_between
 from neounify.data.scenes.world import HELD_OUT_PAIRS, Scene, SceneConfig, Split, visible_colours
 
 QuestionKind = Literal[
@@ -111,6 +111,24 @@ def ask_several(
             text, value = asked
             found.append(Question(kind, text, _answer(kind, value, language), value, language))
     return found
+
+
+def ask_relation_yes_no(
+    scene: Scene, config: SceneConfig, rng: np.random.Generator
+) -> Question | None:
+    """A question of relation that is answered by yes or no, "Is the star left of the cross?".
+
+    No training data has this form, so it is none of `QUESTION_KINDS`; its answer is read as that of
+    "exists". None where the scene allows no such question. English only.
+    """
+    asked = _related(scene, config, rng)
+    if asked is None:
+        return None
+    first, relation, second = asked
+    said = relation if chance(rng, 0.5) else OPPOSITE[relation]
+    value = "yes" if said == relation else "no"
+    text = f"Is {definite(first)} {said} {definite(second)}?"
+    return Question("exists", text, value, value)
 
 
 def check_answer(question: Question, answer: str) -> bool:
@@ -279,14 +297,10 @@ def _ask_exists(
 def _ask_relation(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
 ) -> Asked:
-    if len(scene.objects) < 2:
+    asked = _related(scene, config, rng)
+    if asked is None:
         return None
-    a, b = shuffled(rng, scene.objects)[:2]
-    first = reference(scene, config, a, rng, hide="place")
-    second = reference(scene, config, b, rng, hide="place")
-    if first is None or second is None:
-        return None
-    relation = pick(rng, relations_between(a.cell, b.cell))
+    first, relation, second = asked
     subject, other = definite(first, language), definite(second, language)
     across = relation in ("left of", "right of")
     if language == "zh":
@@ -294,6 +308,20 @@ def _ask_relation(
         return f"{subject}在{other}的{choice}？", _SIDES[relation]
     choice = "left or right of" if across else "above or below"
     return f"Is {subject} {choice} {other}?", _SIDES[relation]
+
+
+def _related(
+    scene: Scene, config: SceneConfig, rng: np.random.Generator
+) -> tuple[ObjectFact, str, ObjectFact] | None:
+    """Two objects, meant without their places, and how the first stands to the second."""
+    if len(scene.objects) < 2:
+        return None
+    a, b = shuffled(rng, scene.objects)[:2]
+    first = reference(scene, config, a, rng, hide="place")
+    second = reference(scene, config, b, rng, hide="place")
+    if first is None or second is None:
+        return None
+    return first, pick(rng, relations_between(a.cell, b.cell)), second
 
 
 _ASKERS = {

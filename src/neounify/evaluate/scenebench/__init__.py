@@ -31,6 +31,7 @@ from neounify.evaluate.scenebench.prompts import (
     categories,
     edit_cases,
     paint_cases,
+    relation_yes_no_cases,
     story_cases,
     vqa_cases,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "perceive",
     "psnr",
     "quick_scores",
+    "relation_yes_no_cases",
     "run_scenebench",
     "score",
     "seam_ratio",

@@ -53,7 +53,8 @@ class Category:
     """Cases still to be measured.
 
     `held_out` says of each whether training never shows it, `take` asks the subject for some of
-    them and judges what comes back, `measure` sums up what a verdict does not hold.
+    them and judges what comes back, `measure` sums up what a verdict does not hold. `forms` says
+    of each in which form of its task it is asked; empty where there is one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Category:
     take: Callable[[range], list[Example]]
     measure: Callable[[Sequence[Example]], dict[str, float]] = nothing
     batch_size: int = 1
+    forms: Sequence[str] = ()
 
     def run(self, done: Callable[[int], None] | None = None) -> Outcome:
         """Measure all cases; `done` is told after each batch how many are."""
@@ -69,7 +71,7 @@ class Category:
             examples += self.take(range(start, min(number, start + self.batch_size)))
             if done is not None:
                 done(len(examples))
-        found = score(self.name, [e.verdict for e in examples], self.held_out)
+        found = score(self.name, [e.verdict for e in examples], self.held_out, self.forms)
         return Outcome(found, examples, self.measure(examples) | _thinking(examples))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from neounify.data.scenes.questions import QUESTION_KINDS
 from neounify.evaluate.scenebench.category import Example, Outcome, Pixels
 from neounify.evaluate.scenebench.checks import Verdict
-from neounify.evaluate.scenebench.plan import TASKS
+from neounify.evaluate.scenebench.plan import RELATION_YES_NO, TASKS
 from neounify.evaluate.scenebench.prompts import CATEGORIES
 from neounify.evaluate.scenebench.report import Report, contact_sheet
 
@@ -85,5 +85,6 @@ def _sheet_name(category: str, label: str) -> str:
 def _sheet_names() -> Iterator[str]:
     """The names of all sheets that any run writes."""
     known = [f"paint/{name}" for name in CATEGORIES] + [f"vqa/{kind}" for kind in QUESTION_KINDS]
+    known.append(f"vqa/{RELATION_YES_NO}")
     for category in (*known, *TASKS):
         yield from (_sheet_name(category, label) for label in ("right", "wrong"))

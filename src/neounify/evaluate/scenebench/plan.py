@@ -12,6 +12,8 @@ from neounify.evaluate.scenebench.prompts import categories, vqa_cases
 TASKS = ("paint", "vqa", "caption", "edit", "story", "reconstruction")
 EDIT_SEEDS, STORY_SEEDS, COPY_SEEDS = 50, 60, 70
 """The streams of noise beside those of painting, which are the categories' places."""
+RELATION_YES_NO = "relation_yes_no"
+"""Questions of relation in a form that training never shows, beside the kinds it has."""
 _MAX_SEED = 2**32
 
 
@@ -63,7 +65,9 @@ def names(config: BenchConfig) -> list[str]:
         if task == "paint":
             found += [f"paint/{category}" for category in categories(config.world)]
         elif task == "vqa":
-            found += [f"vqa/{kind}" for kind in question_kinds(config)]
+            kinds = question_kinds(config)
+            found += [f"vqa/{kind}" for kind in kinds]
+            found += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
         else:
             found.append(task)
     return found

@@ -29,7 +29,13 @@ from neounify.data.scenes.facts import FULL_STYLE, CaptionStyle, SceneFacts, fac
 from neounify.data.scenes.language import caption
 from neounify.data.scenes.lexicon import Language
 from neounify.data.scenes.names import OPPOSITE, cell_of_place, relations_between
-from neounify.data.scenes.questions import QUESTION_KINDS, Question, QuestionKind, ask
+from neounify.data.scenes.questions import (
+    QUESTION_KINDS,
+    Question,
+    QuestionKind,
+    ask,
+    ask_relation_yes_no,
+)
 from neounify.data.scenes.samples import CAPTION_REQUESTS
 from neounify.data.scenes.stories import Story, sample_story
 from neounify.data.scenes.world import (
@@ -179,6 +185,19 @@ def vqa_cases(
         return VqaCase(scene, question, is_held_out(scene))
 
     return _draw_cases(100 + QUESTION_KINDS.index(kind), number, seed, draw)
+
+
+def relation_yes_no_cases(
+    config: SceneConfig, number: int = 200, seed: int = 0
+) -> tuple[VqaCase, ...]:
+    """Questions of relation for yes or no, a form that training never shows; each of its scene."""
+
+    def draw(rng: np.random.Generator, split: Split) -> VqaCase | None:
+        scene = sample_scene(rng, config, split=split)
+        question = ask_relation_yes_no(scene, config, rng)
+        return None if question is None else VqaCase(scene, question, is_held_out(scene))
+
+    return _draw_cases(150, number, seed, draw)
 
 
 def caption_cases(

@@ -58,12 +58,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Score:
-    """One category: strict, on held-out cases alone (None if it has none), and by attribute."""
+    """One category: strict, on held-out cases alone (None if it has none), and by attribute.
+
+    `forms` splits the strict rate by the form of what was asked, where a category has several.
+    """
 
     category: str
     strict: Rate
     held_out: Rate | None
     attributes: Mapping[str, Rate]
+    forms: Mapping[str, Rate] = field(default_factory=dict)
 
     @property
     def seen(self) -> Rate | None:
@@ -81,13 +85,24 @@ class Score:
             "seen": self.seen.to_json() if self.seen else None,
             "held_out": self.held_out.to_json() if self.held_out else None,
             "attributes": {name: rate.to_json() for name, rate in self.attributes.items()},
+            "forms": {name: rate.to_json() for name, rate in self.forms.items()},
         }
 
 
-def score(category: str, verdicts: Sequence[Verdict], held_out: Sequence[bool]) -> Score:
-    """Count the verdicts of a category; `held_out` marks the cases that training never shows."""
-    if not verdicts or len(verdicts) != len(held_out):
-        raise DataError(f"{category}: {len(verdicts)} verdicts for {len(held_out)} cases")
+def score(
+    category: str,
+    verdicts: Sequence[Verdict],
+    held_out: Sequence[bool],
+    forms: Sequence[str] = (),
+) -> Score:
+    """Count the verdicts of a category; `held_out` marks the cases that training never shows.
+
+    `forms` gives each case's form; empty where the category has but one.
+    """
+    if not verdicts or len(verdicts) != len(held_out) or len(forms) not in (0, len(verdicts)):
+        raise DataError(
+            f"{category}: {len(verdicts)} verdicts for {len(held_out)} cases, {len(forms)} forms"
+        )
     names = list(dict.fromkeys(name for v in verdicts for name in v.attributes))
     held = [v.correct for v, is_held in zip(verdicts, held_out, strict=True) if is_held]
     attributes = {}
@@ -99,7 +114,15 @@ def score(category: str, verdicts: Sequence[Verdict], held_out: Sequence[bool]) 
         Rate(sum(v.correct for v in verdicts), len(verdicts)),
         Rate(sum(held), len(held)) if held else None,
         attributes,
+        _by_form(verdicts, forms),
     )
+
+
+def _by_form(verdicts: Sequence[Verdict], forms: Sequence[str]) -> dict[str, Rate]:
+    by_form: dict[str, list[bool]] = {form: [] for form in sorted(set(forms))}
+    for form, verdict in zip(forms, verdicts, strict=False):
+        by_form[form].append(verdict.correct)
+    return {form: Rate(sum(held), len(held)) for form, held in by_form.items()}
 
 
 @dataclass(frozen=True)
@@ -122,8 +145,16 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """A table of percentages with 95 % intervals, a row per category; one of the measures."""
-        return self._scores() + (f"\n{self._measures()}" if self.measures else "")
+        """Tables of percentages with 95 % intervals by category, by form, and of the measures."""
+        forms = f"\n{self._forms()}" if any(s.forms for s in self.scores) else ""
+        return self._scores() + forms + (f"\n{self._measures()}" if self.measures else "")
+
+    def _forms(self) -> str:
+        lines = [_row(["form", "n", "strict, % (95 %)"]), _row(["---", "--:", "---"])]
+        for s in self.scores:
+            for name, rate in s.forms.items():
+                lines.append(_row([f"{s.category}: {name}", str(rate.number), str(rate)]))
+        return "\n".join(lines) + "\n"
 
     def _measures(self) -> str:
         lines = [_row(["measure", "value"]), _row(["---", "--:"])]

@@ -27,6 +27,7 @@ from neounify.evaluate.scenebench.checks import (
 from neounify.evaluate.scenebench.plan import (
     COPY_SEEDS,
     EDIT_SEEDS,
+    RELATION_YES_NO,
     STORY_SEEDS,
     BenchConfig,
     noise_seed,
@@ -42,6 +43,7 @@ from neounify.evaluate.scenebench.prompts import (
     categories,
     edit_cases,
     paint_cases,
+    relation_yes_no_cases,
     story_cases,
     vqa_cases,
 )
@@ -111,10 +113,26 @@ def _vqa(subject: Subject, config: BenchConfig) -> Iterator[Category]:
             for q, picture, answer in zip(questions, pictures, answers, strict=True)
         ]
 
-    for kind in question_kinds(config):
-        cases = vqa_cases(kind, config.world, config.cases, config.seed)
+    def category(name: str, cases: Sequence[VqaCase], forms: Sequence[str] = ()) -> Category:
         held_out = [case.held_out for case in cases]
-        yield Category(f"vqa/{kind}", held_out, partial(take, cases), batch_size=config.batch_size)
+        return Category(
+            f"vqa/{name}", held_out, partial(take, cases), batch_size=config.batch_size, forms=forms
+        )
+
+    kinds = question_kinds(config)
+    for kind in kinds:
+        cases = vqa_cases(kind, config.world, config.cases, config.seed)
+        yield category(kind, cases, _relation_forms(cases) if kind == "relation" else ())
+    if "relation" in kinds:
+        cases = relation_yes_no_cases(config.world, config.cases, config.seed)
+        yield category(RELATION_YES_NO, cases, [f"answer {c.question.answer}" for c in cases])
+
+
+def _relation_forms(cases: Sequence[VqaCase]) -> list[str]:
+    sides = ("left", "right")
+    return [
+        "left or right?" if case.question.value in sides else "above or below?" for case in cases
+    ]
 
 
 def _caption(subject: Subject, config: BenchConfig) -> Iterator[Category]:
@@ -159,7 +177,8 @@ def _edit(subject: Subject, config: BenchConfig) -> Iterator[Category]:
         return [judge(*item) for item in zip(own, sources, painted, strict=True)]
 
     held_out = [case.held_out for case in cases]
-    yield Category("edit", held_out, take, _elsewhere, config.batch_size)
+    forms = [case.edit.kind for case in cases]
+    yield Category("edit", held_out, take, _elsewhere, config.batch_size, forms)
 
 
 def _story(subject: Subject, config: BenchConfig) -> Iterator[Category]:
