@@ -34,7 +34,7 @@ WIDE = ModelConfig(
 
 def test_every_kind_of_model_loads_as_stored(any_config: ModelConfig, tmp_path: Path) -> None:
     weights = random_weights(any_config, torch.bfloat16)
-    model = load_model(write_checkpoint(tmp_path / "any", any_config, weights))
+    model = load_model(write_checkpoint(tmp_path / "any", any_config, weights), dtype="stored")
     state = model.state_dict()
     assert {to_published(name) for name in state} == weights.keys()
     for name, tensor in state.items():
@@ -79,21 +79,10 @@ def test_models_from_one_opened_folder_do_not_share_weights(small: Path) -> None
     assert second.get_parameter(name).abs().max() <= 1
 
 
-def test_auto_takes_the_dtype_of_most_bytes(tmp_path: Path) -> None:
-    weights = random_weights(SMALL, torch.float16)
-    for name in weights:
-        if "norm" in name:
-            weights[name] = weights[name].float()
-    folder = write_checkpoint(tmp_path / "mixed", SMALL, weights)
-    for dtype in (None, "auto"):
-        model = load_model(folder, dtype=dtype)
-        assert {p.dtype for p in model.parameters()} == {torch.float16}
-
-
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_eight_bit_storage_becomes_bfloat16(tmp_path: Path, stored: torch.dtype) -> None:
     weights = random_weights(SMALL, stored)
-    model = load_model(write_checkpoint(tmp_path / "f8", SMALL, weights))
+    model = load_model(write_checkpoint(tmp_path / "f8", SMALL, weights), dtype="stored")
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, weights[to_published(name)].to(torch.bfloat16))
@@ -124,7 +113,9 @@ def test_usable_inside_inference_mode(small: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float12", "int8", torch.int8, torch.complex64, "torch.float32"])
 def test_unknown_dtypes(small: Path, dtype: str | torch.dtype) -> None:
-    with pytest.raises(RequestError, match="known are auto, float32, bfloat16, float16, float64"):
+    with pytest.raises(
+        RequestError, match="known are auto, stored, float32, bfloat16, float16, float64"
+    ):
         load_model(small, dtype=dtype)
 
 

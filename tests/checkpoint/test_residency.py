@@ -185,7 +185,7 @@ def test_mapped_streams_leave_resident_memory(
     weights = random_weights(WIDE, getattr(torch, dtype))
     folder = write_checkpoint(tmp_path / "wide", WIDE, weights)
     del weights
-    model, residency, _ = load_checkpoint(folder, memory="stream")
+    model, residency, _ = load_checkpoint(folder, dtype=dtype, memory="stream")
     und, gen, shared = (stream_bytes(model, stream) for stream in ("und", "gen", "shared"))
     assert und + gen > 0.9 * (und + gen + shared) > 45e6
     start = memory_status("RssFile")

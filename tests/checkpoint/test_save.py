@@ -50,10 +50,10 @@ def test_load_save_load_is_the_identity(
     any_config: ModelConfig, tmp_path: Path, max_shard_bytes: int, dtype: torch.dtype
 ) -> None:
     folder = write_checkpoint(tmp_path / "a", any_config, random_weights(any_config, dtype))
-    model = load_model(folder)
+    model = load_model(folder, dtype="stored")
     saved = save_model(model, tmp_path / "b", max_shard_bytes=max_shard_bytes)
     assert saved == tmp_path / "b"
-    assert_same(model, load_model(saved))
+    assert_same(model, load_model(saved, dtype="stored"))
     stored, again = CheckpointFolder.open(folder), CheckpointFolder.open(saved)
     assert stored.tensors.keys() == again.tensors.keys()
     assert ("model.safetensors" in names(saved)) == (max_shard_bytes == 10**9)
@@ -66,9 +66,9 @@ def test_published_checkpoints_come_back_as_they_were(
     golden_checkpoint: Callable[[str], Path], tmp_path: Path, name: str, max_shard_bytes: int
 ) -> None:
     folder = golden_checkpoint(name)
-    model = load_model(folder)
+    model = load_model(folder, dtype="stored")
     saved = save_model(model, tmp_path / "saved", max_shard_bytes=max_shard_bytes)
-    assert_same(model, load_model(saved))
+    assert_same(model, load_model(saved, dtype="stored"))
     assert read_json(saved / "config.json") == read_json(folder / "config.json")
     assert CheckpointFolder.open(saved).fingerprint() == CheckpointFolder.open(folder).fingerprint()
 
@@ -128,7 +128,7 @@ def test_a_model_made_here_says_its_dtype(tmp_path: Path) -> None:
     model = NeoUnify(SMALL).to(torch.float16)
     document = read_json(save_model(model, tmp_path / "new") / "config.json")
     assert document["torch_dtype"] == "float16"
-    assert_same(model, load_model(tmp_path / "new"))
+    assert_same(model, load_model(tmp_path / "new", dtype="stored"))
 
 
 def test_unknown_config_keys_and_a_given_config(small: Path, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_weights_that_are_not_in_memory_are_not_saved(small: Path, tmp_path: Pat
         save_model(model, tmp_path / "saved")
     with residency.use("und"), residency.use("gen"):
         save_model(model, tmp_path / "saved")
-        assert_same(model, load_model(tmp_path / "saved"))
+        assert_same(model, load_model(tmp_path / "saved", dtype="stored"))
     with torch.device("meta"):
         empty = NeoUnify(SMALL)
     with pytest.raises(CheckpointError, match="weights are not in memory"):

@@ -136,7 +136,7 @@ def test_the_librarys_own_messages_are_shown(
     ran = run("generate", "a boat", *option)
     assert ran.code == 1
     assert words in ran.err
-    assert ran.err.startswith("error: ")
+    assert "\nerror: " in "\n" + ran.err
     assert "Traceback" not in ran.err
 
 

@@ -1,7 +1,14 @@
 """Checkpoint folders of the published layout: opened, checked, loaded, saved, summarised."""
 
 from neounify.checkpoint.config_json import read_config, write_config
-from neounify.checkpoint.load import Loaded, expected_shapes, load_checkpoint, load_model
+from neounify.checkpoint.dtypes import DtypeChoice, choose_dtype, stored_dtype
+from neounify.checkpoint.load import (
+    Loaded,
+    expected_shapes,
+    load_checkpoint,
+    load_model,
+    resolve_device,
+)
 from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.mapped import MappedFile, TensorInfo
 from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
@@ -12,6 +19,7 @@ from neounify.checkpoint.summary import Summary, SummaryRow, summarise, summaris
 
 __all__ = [
     "CheckpointFolder",
+    "DtypeChoice",
     "Loaded",
     "LoraSpec",
     "MappedFile",
@@ -21,13 +29,16 @@ __all__ = [
     "Summary",
     "SummaryRow",
     "TensorInfo",
+    "choose_dtype",
     "expected_shapes",
     "from_published",
     "load_checkpoint",
     "load_model",
     "part_of",
     "read_config",
+    "resolve_device",
     "save_model",
+    "stored_dtype",
     "stream_of",
     "summarise",
     "summarise_config",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from neounify.checkpoint.dtypes import choose_dtype
 from neounify.checkpoint.lora import LoraSpec, read_loras
 from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
@@ -21,12 +22,7 @@ from neounify.model import NeoUnify
 
 Memory: TypeAlias = Literal["all", "stream"]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+log = logging.getLogger("neounify")
 
 
 class Loaded(NamedTuple):
@@ -69,11 +65,11 @@ def load_checkpoint(
 ) -> Loaded:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
-    dtype: "float32", "bfloat16", "float16", "float64" or a torch dtype; None or "auto" is the
-    dtype that most of the stored bytes have (bfloat16 when that is an 8-bit one).
-    On the CPU, tensors stored in that dtype stay mapped: nothing is copied, pages are read when
-    first touched. The file must not be overwritten in place while the model lives. All others
-    are converted piece by piece, so the peak is little more than the bytes kept.
+    dtype: "float32", "bfloat16", "float16", "float64" or a torch dtype; "stored" is the one the
+    layers are stored in, None or "auto" the fastest that is exact here (`choose_dtype`), which is
+    logged. On the CPU, tensors stored in that dtype stay mapped: nothing is copied, pages are
+    read when first touched. The file must not be overwritten in place while the model lives.
+    All others are converted piece by piece, so the peak is little more than the bytes kept.
 
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order.
     memory="stream": see StreamResidency; use the returned `residency` around every use of the
@@ -92,7 +88,9 @@ def load_checkpoint(
     # writes to its weights neither shows in another nor is lost when another drops its pages.
     path = folder.path if isinstance(folder, CheckpointFolder) else folder
     checkpoint = CheckpointFolder.open(path)
-    target_dtype, target_device = resolve_dtype(dtype, checkpoint), resolve_device(device)
+    target_device = resolve_device(device)
+    choice = choose_dtype(dtype, checkpoint, target_device.type)
+    log.info("loading %s in %s", checkpoint.path.name, choice)
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
@@ -105,7 +103,7 @@ def load_checkpoint(
     with torch.inference_mode(False), torch.no_grad():
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"
-            tensor = _first_values(source, target_dtype, target_device, keep=keep, verify=verify)
+            tensor = _first_values(source, choice.dtype, target_device, keep=keep, verify=verify)
             _assign(model, name, tensor)
     residency: Residency = NullResidency()
     if memory == "stream":
@@ -147,25 +145,6 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     model.get_submodule(module).register_parameter(leaf, parameter)
-
-
-def resolve_dtype(dtype: str | torch.dtype | None, checkpoint: CheckpointFolder) -> torch.dtype:
-    """The dtype a checkpoint is loaded in; None or "auto" is the stored one."""
-    if dtype is None or dtype == "auto":
-        return _stored_dtype(checkpoint)
-    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
-        raise RequestError(f"dtype {dtype!r} is unknown; known are auto, {', '.join(DTYPES)}")
-    assert resolved is not None
-    return resolved
-
-
-def _stored_dtype(checkpoint: CheckpointFolder) -> torch.dtype:
-    stored: Counter[torch.dtype] = Counter()
-    for info in checkpoint.tensors.values():
-        stored[info.dtype] += info.nbytes
-    most = max(stored, key=lambda dtype: stored[dtype], default=torch.float32)
-    return most if most in DTYPES.values() else torch.bfloat16
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

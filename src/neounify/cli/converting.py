@@ -40,7 +40,7 @@ def convert_model(
     display = Display(quiet=report.quiet, json=report.json)
     loras = parse_loras(weights.lora)
     with display.bar(f"reading {model.resolve().name}"):
-        pipe = load(model, dtype=weights.dtype, lora=loras or None, verify=True)
+        pipe = load(model, dtype=weights.dtype or "stored", lora=loras or None, verify=True)
     with display.bar(f"writing {out.name}"):
         pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
     _tell(out, display)

@@ -49,7 +49,8 @@ class WeightOptions:
         str | None,
         typer.Option(
             metavar="float32|bfloat16|float16",
-            help="Number format of the weights. Default: as stored.",
+            help="Number format of the weights. Default: the fastest that is exact on this "
+            "machine; convert keeps the stored one.",
             rich_help_panel=MODEL,
         ),
     ] = None

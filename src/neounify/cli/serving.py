@@ -47,6 +47,7 @@ def serve_model(
     """Serve until a signal comes. Raises UsageError, CliError and what the parts raise."""
     try:
         import neounify.serve.run as running
+        from neounify.serve.build import serving_dtype
     except ImportError as error:
         raise CliError(missing_extra("servers", "serve", error)) from error
     check_model(model)
@@ -65,7 +66,8 @@ def serve_model(
     keep_freed_memory()
     if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
         display.note(f"anybody who reaches {listen.host}:{listen.port} may use it: no --api-keys")
-    display.note(f"loading {settings.serve.folder.resolve().name}")
+    choice = serving_dtype(settings.serve)
+    display.note(f"loading {settings.serve.folder.resolve().name} in {choice}")
     address = f"http://{listen.host}:{listen.port}"
     started = partial(_announce, display, address, listen.page)
     if replicas.replicas == 1 and replicas.ray_address is None:

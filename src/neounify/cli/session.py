@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neounify.checkpoint import CheckpointFolder, choose_dtype, resolve_device
 from neounify.cli.display import Display
 from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import ModelOptions
@@ -46,15 +47,19 @@ def open_session(options: ModelOptions, display: Display) -> Session:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
-    with display.bar(f"loading {folder.resolve().name}"):
+    name = folder.resolve().name
+    device = resolve_device(options.device or default_device())
+    choice = choose_dtype(options.dtype, CheckpointFolder.open(folder), device.type)
+    with display.bar(f"loading {name}"):
         pipe = load(
             folder,
-            dtype=options.dtype,
-            device=options.device or default_device(),
+            dtype=choice.dtype,
+            device=device,
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
             colour_profiles=options.colour_profiles,
         )
+    display.note(f"{name} in {choice}")
     session = Session(pipe, folder, tuple(loras))
     _ = session.description  # read now: a file that cannot be read should not cost a painting
     return session

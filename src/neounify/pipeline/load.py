@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from neounify.checkpoint.load import Memory, load_checkpoint, resolve_dtype
+from neounify.checkpoint.load import Memory, load_checkpoint
 from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
@@ -35,8 +35,9 @@ def load(
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
-    `dtype` is "float32", "bfloat16" or "float16"; None keeps the stored one, and tensors of that
-    dtype are memory-mapped, not copied. `lora` merges one or several LoRAs, files of the published
+    `dtype` is "float32", "bfloat16" or "float16", or "stored"; None is the stored one too, but
+    float32 on a CPU that is slow in half precision. Tensors stored in the dtype that is used are
+    memory-mapped, not copied. `lora` merges one or several LoRAs, files of the published
     kind or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
     resident, for models that fill the memory; `verify` looks through all weights for NaN first.
     `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
@@ -69,7 +70,7 @@ def load(
     )
 
 
-def load_front(folder: str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> Front:
+def load_front(folder: str | os.PathLike[str], dtype: torch.dtype) -> Front:
     """What prepares requests for a checkpoint's model, without its weights. Errors as `load`."""
     path = Path(folder)
     tokenizer = Tokenizer.from_folder(path)
@@ -79,7 +80,7 @@ def load_front(folder: str | os.PathLike[str], dtype: str | torch.dtype | None =
         checkpoint.config,
         tokenizer,
         default_system_message() if message is None else message,
-        resolve_dtype(dtype, checkpoint),
+        dtype,
     )
 
 

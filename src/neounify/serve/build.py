@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.front import Front
@@ -55,11 +56,12 @@ class ServeSettings:
 
 def build_service(settings: ServeSettings) -> Service:
     """A service to `start`. Raises the errors of `load`."""
+    dtype = serving_dtype(settings).dtype
     if settings.mode == "separate":
-        return _separate(settings)
+        return _separate(settings, dtype)
     pipe = load(
         settings.folder,
-        dtype=settings.dtype,
+        dtype=dtype,
         device=settings.device,
         lora=settings.lora or None,
     )
@@ -78,13 +80,25 @@ def colocated(
     return Service(pipe.engine, Links(link, link, LocalTransport()), limits or ServiceLimits())
 
 
-def _separate(settings: ServeSettings) -> Service:
-    front = load_front(settings.folder, settings.dtype)
+def serving_dtype(settings: ServeSettings) -> DtypeChoice:
+    """The dtype of both engines, which hand keys and values to each other: one for all.
+
+    Devices are not touched: that is for the engines' processes. Raises CheckpointError, or
+    RequestError for an unknown dtype.
+    """
+    devices = (settings.device, settings.generation_device or settings.device)
+    types = [device.partition(":")[0] for device in devices]
+    accelerator = next((kind for kind in types if kind != "cpu"), "cpu")
+    return choose_dtype(settings.dtype, CheckpointFolder.open(settings.folder), accelerator)
+
+
+def _separate(settings: ServeSettings, dtype: torch.dtype) -> Service:
+    front = load_front(settings.folder, dtype)
     _check_shared_memory(front, settings)
     space = SharedSpace()
     links = Links(
-        EngineLink("understanding", _process("und", settings, space)),
-        EngineLink("generation", _process("gen", settings, space)),
+        EngineLink("understanding", _process("und", settings, dtype, space)),
+        EngineLink("generation", _process("gen", settings, dtype, space)),
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
@@ -114,13 +128,15 @@ def _check_shared_memory(front: Front, settings: ServeSettings) -> None:
         )
 
 
-def _process(role: Role, settings: ServeSettings, space: SharedSpace) -> ProcessHost:
+def _process(
+    role: Role, settings: ServeSettings, dtype: torch.dtype, space: SharedSpace
+) -> ProcessHost:
     paints = role == "gen"
     return ProcessHost(
         ProcessSettings(
             role=role,
             folder=settings.folder,
-            dtype=settings.dtype,
+            dtype=dtype,
             device=(settings.generation_device if paints else None) or settings.device,
             threads=(settings.generation_threads if paints else None) or settings.threads,
             lora=settings.lora,

@@ -44,7 +44,7 @@ class ProcessSettings:
 
     role: Role
     folder: Path
-    dtype: str | None
+    dtype: torch.dtype
     device: str
     threads: int | None
     lora: tuple[tuple[Path, float], ...] = ()
