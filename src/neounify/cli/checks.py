@@ -9,7 +9,8 @@ from typing import get_args
 
 import PIL.Image
 
-from neounify.checkpoint.load import Memory, resolve_device, resolve_dtype
+from neounify.checkpoint.dtypes import choose_dtype
+from neounify.checkpoint.load import Memory, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
@@ -53,7 +54,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
     that cannot be used; whether LoRA tensors fit is known only with the model.
     """
     checkpoint = CheckpointFolder.open(resolve_model(options.model))
-    resolve_dtype(options.dtype, checkpoint)
+    choose_dtype(options.dtype, checkpoint, "cpu")
     check_device(options.device)
     if isinstance(options, ModelOptions) and options.memory not in get_args(Memory):
         known = ", ".join(get_args(Memory))
