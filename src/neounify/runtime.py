@@ -37,3 +37,16 @@ def keep_freed_memory() -> bool:
         (M_TOP_PAD, 64 * 2**20),
     )
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+def return_freed_memory() -> bool:
+    """Give what was freed back to the system, after work that took far more than is usual.
+
+    Undoes `keep_freed_memory` once: the next tensors get their pages anew. Returns whether it was
+    possible.
+    """
+    try:
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return False
+    return bool(trim(0))

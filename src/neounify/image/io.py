@@ -7,9 +7,8 @@ decides whether a file is read.
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +16,7 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 from neounify.errors import ImageError
+from neounify.image.budget import DecodeBudget, MeteredFile
 from neounify.image.colour import MAX_PROFILE_BYTES, to_srgb
 from neounify.image.heif import check_avif, isobmff_format, open_heif
 from neounify.image.modes import to_rgb
@@ -38,6 +38,8 @@ Source = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Imag
 _OPENED_FORMATS = (*FORMATS, "AVIF", "HEIF", "MPO")
 
 _PNG_DEPTH_BYTE = 24
+_STRIP_PIXELS = 2**20
+"""Pixels that are converted at a time where an image is reduced."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,7 +56,11 @@ _quiet_lock = threading.Lock()
 
 
 def read_image(
-    source: Source, *, max_pixels: int = MAX_DECODED_PIXELS, colour_profiles: bool = True
+    source: Source,
+    *,
+    max_pixels: int = MAX_DECODED_PIXELS,
+    colour_profiles: bool = True,
+    budget: DecodeBudget | None = None,
 ) -> Image.Image:
     """Read an image as sRGB: upright by its EXIF orientation, transparency laid on white.
 
@@ -66,6 +72,7 @@ def read_image(
         max_pixels: largest image that is decoded, in pixels; PIL may refuse above
             MAX_DECODED_PIXELS on its own.
         colour_profiles: False takes all pixels for sRGB, as the published code does.
+        budget: bounds what decoding costs, and reduces large images; for the bytes of files only.
 
     Returns:
         A new RGB image without metadata.
@@ -80,18 +87,50 @@ def read_image(
             raise ImageError(f"{name}: {source.format} files are not read; use {_formats()}")
     else:
         name, data = _read_bytes(source)
+        if budget is not None:
+            budget.check_format(data, name)
         image = _open(data, name)
     _check_pixels(image, name, max_pixels)
+    if budget is not None and not isinstance(source, Image.Image):
+        budget.admit(image, data, name)
     try:
-        image.load()
-        upright = _upright(image)
-        rgb = to_rgb(to_srgb(upright, _profile(image)) if colour_profiles else upright)
+        rgb = _decode(image, 1 if budget is None else budget.factor(image), colour_profiles)
     except ImageError:
         raise
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ImageError(f"{name}: damaged or cut off ({error})") from error
     rgb.info = {}  # the orientation is done with, and places and names are nobody's business
     return rgb
+
+
+def _decode(image: Image.Image, factor: int, colour_profiles: bool) -> Image.Image:
+    """The pixels as upright sRGB, their sides divided by `factor` in strips, never as a whole."""
+    width = image.width
+    if factor > 1:  # a JPEG's decoder reduces by up to 8, others decode everything
+        image.draft(None, (-(-width // factor), -(-image.height // factor)))
+    image.load()
+    profile, orientation = _profile(image), _orientation(image)
+
+    def convert(part: Image.Image) -> Image.Image:
+        return to_rgb(to_srgb(part, profile) if colour_profiles else part)
+
+    factor = max(1, factor * image.width // width)
+    rgb = convert(image) if factor == 1 else _reduced(image, factor, convert)
+    return rgb if orientation is None else rgb.transpose(orientation)
+
+
+def _reduced(
+    image: Image.Image, factor: int, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """The converted image with its sides divided by `factor`, by the mean of each square."""
+    result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    rows = image.height
+    if image.mode != "F":  # whose range decides how all of its pixels are read
+        rows = max(1, _STRIP_PIXELS // (image.width * factor)) * factor
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        result.paste(convert(part).reduce(factor), (0, top // factor))
+    return result
 
 
 def _read_bytes(source: object) -> tuple[str, bytes]:
@@ -155,7 +194,8 @@ def read_metadata(source: bytes | str | PathLike[str], keys: Sequence[str]) -> d
 def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:
     container = isobmff_format(data)
     if container == "HEIC":
-        return open_heif(data, name)
+        with _quiet():
+            return open_heif(data, name)
     if container == "AVIF":
         check_avif(name)
     profile: bytes | None = None
@@ -164,9 +204,11 @@ def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:
     formats = FORMATS if container is None else (container,)
     try:
         with _quiet():
-            image = Image.open(BytesIO(data), formats=formats)
+            image = Image.open(MeteredFile(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too many pixels to decode") from error
+    except ImageError as error:  # of MeteredFile
+        raise ImageError(f"{name}: {error}") from error
     except Exception as error:
         raise ImageError(f"{name}: not a picture, or damaged; use {_formats()}") from error
     if image.format == "PNG":
@@ -194,14 +236,14 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """How to turn an image upright, None where it is."""
     try:
         with _quiet():
             orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # broken EXIF data is no reason to refuse the picture
-        return image
-    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 
 
 def _formats() -> str:

@@ -14,6 +14,12 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_METADATA_BYTES = 2**20
 """Largest unpacked metadata chunk that is passed on; Pillow refuses files with larger ones."""
 
+MAX_CHUNKS = 200_000
+"""Chunks of a file that are looked at; the rest is left to the decoder."""
+
+MAX_METADATA_CHUNKS = 32
+"""Metadata chunks that are unpacked: each may hold a thousand times its size."""
+
 _PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 # Text that may hold the orientation.
@@ -32,11 +38,17 @@ def essential_png(
     view, profile, start = memoryview(data), None, len(SIGNATURE)
     kept: list[bytes | memoryview] = [SIGNATURE]
     texts = (*_ORIENTATION_KEYS, *(key.encode("latin-1") for key in keys))
+    metadata = 0
     for kind, content, stop in _chunks(view):
-        if kind == b"iCCP":
-            profile = profile or _profile(content, max_profile_bytes)
-        elif kind in _PIXELS or _is_wanted(kind, content, texts):
+        if kind in _PIXELS:
             kept.append(view[start:stop])
+        elif metadata < MAX_METADATA_CHUNKS:
+            if kind == b"iCCP":
+                metadata += 1
+                profile = profile or _profile(content, max_profile_bytes)
+            elif _is_wanted(kind, content, texts):
+                metadata += 1
+                kept.append(view[start:stop])
         start = stop
     kept.append(view[start:])
     return b"".join(kept), profile
@@ -45,7 +57,9 @@ def essential_png(
 def _chunks(view: memoryview) -> Iterator[tuple[bytes, memoryview, int]]:
     """(kind, content, first byte behind the chunk) of every whole chunk up to IEND."""
     start, kind = len(SIGNATURE), b""
-    while start + 12 <= len(view) and kind != b"IEND":
+    for _ in range(MAX_CHUNKS):
+        if start + 12 > len(view) or kind == b"IEND":
+            return
         length = int.from_bytes(view[start : start + 4], "big")
         kind, stop = bytes(view[start + 4 : start + 8]), start + 12 + length
         if stop > len(view):

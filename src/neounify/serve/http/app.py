@@ -26,6 +26,7 @@ from neounify.serve.http.handlers import add_handlers
 from neounify.serve.http.hooks import HttpHooks, MarkingHooks
 from neounify.serve.http.info_routes import info_router
 from neounify.serve.http.metrics import HttpMetrics
+from neounify.serve.http.pictures import ImageDecoder
 from neounify.serve.http.remote import ImageFetcher
 from neounify.serve.http.results import ResultStore
 from neounify.serve.http.settings import HttpSettings
@@ -73,6 +74,7 @@ def create_app(
             max_bytes=settings.remote_bytes,
             seconds=settings.remote_seconds,
         ),
+        decoder=ImageDecoder(),
         started=int(time.time()),
     )
     accounts = Accounts(

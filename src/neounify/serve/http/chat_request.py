@@ -15,6 +15,7 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.pictures import RequestImages
 from neounify.serve.http.text_options import (
     check_text_only,
     for_each_answer,
@@ -93,10 +94,11 @@ async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
         raise bad_request(
             f"{count} images in one request; at most {limits.images} are read", "messages"
         )
+    images = context.input_images(count)
     turns = []
     for place, message in enumerate(body.messages):
         with blame(f"messages.{place}.content"):
-            pieces = [await _read_part(part, context) for part in message.parts]
+            pieces = [await _read_part(part, images) for part in message.parts]
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         if message.role == "tool" and not all(isinstance(piece, str) for piece in pieces):
@@ -120,10 +122,10 @@ def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image
     return [piece for picture in leading for piece in (picture, "\n")] + rest
 
 
-async def _read_part(part: TextPart | ImagePart, context: Context) -> str | PIL.Image.Image:
+async def _read_part(part: TextPart | ImagePart, images: RequestImages) -> str | PIL.Image.Image:
     if isinstance(part, TextPart):
         return part.text
-    return await context.read_image(part.image_url.url)
+    return await images.read_url(part.image_url.url)
 
 
 def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) -> InterleaveRequest:

@@ -25,7 +25,7 @@ from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import AnsweredFields, PaintingFields
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.metrics import HttpMetrics
-from neounify.serve.http.pictures import read_picture_url
+from neounify.serve.http.pictures import ImageDecoder, RequestImages
 from neounify.serve.http.remote import ImageFetcher
 from neounify.serve.http.results import ResultStore
 from neounify.serve.http.settings import HttpSettings
@@ -41,6 +41,7 @@ class Context:
     metrics: HttpMetrics
     results: ResultStore
     fetcher: ImageFetcher
+    decoder: ImageDecoder
     started: int
     """Unix time in seconds."""
 
@@ -65,6 +66,14 @@ class Context:
             [[partial(self.answer, request, fields) for request in group] for group in groups]
         )
 
+    def input_images(self, count: int) -> RequestImages:
+        """Reads the `count` images of one request."""
+        own = self.service.config.sampling
+        read = max(own.chat_max_pixels, own.edit_max_pixels)
+        # The more there are, the nearer to what the model reads of each.
+        keep = read * max(1, min(4, 8 // max(1, count)))
+        return RequestImages(self.decoder, self.fetcher, self.results, self.settings, keep)
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for any model but the one that is served."""
         own = self.settings.model_name
@@ -88,10 +97,6 @@ class Context:
         if len(text) > most:
             raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
         await asyncio.to_thread(self.hooks.check_prompt, text, images)
-
-    async def read_image(self, url: str) -> PIL.Image.Image:
-        """The image in a data URL, a result of this server, or on a host that is allowed."""
-        return await read_picture_url(url, self.fetcher, self.settings, self.results)
 
     def sampling(self, fields: PaintingFields, *, editing: bool, steps: int | None) -> Sampling:
         """How to paint. Raises RequestError for values out of range, ApiError over limits."""

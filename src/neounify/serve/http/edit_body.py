@@ -15,7 +15,6 @@ from neounify.serve.http.body import check_json_type
 from neounify.serve.http.context import Context
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.image_schema import ImageBody
-from neounify.serve.http.pictures import read_picture
 from neounify.serve.http.settings import MEBIBYTE
 
 _MAX_FIELDS = 64
@@ -49,15 +48,16 @@ async def _read_form(
     )
     async with _closing(form):
         body = _fields(form)
-        images = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
-        _check_count(len(images), context)
+        items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
+        _check_count(len(items), context)
+        images = context.input_images(len(items))
         pictures = []
-        for item in images:
+        for item in items:
             with blame("image"):
                 if isinstance(item, UploadFile):
-                    pictures.append(await read_picture(await item.read(), context.settings))
+                    pictures.append(await images.read(await item.read()))
                 else:
-                    pictures.append(await context.read_image(item))
+                    pictures.append(await images.read_url(item))
     return body, tuple(pictures)
 
 
@@ -72,10 +72,11 @@ async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL
     given = value.get(name)
     items = given if isinstance(given, list) else [] if given is None else [given]
     _check_count(len(items), context)
+    images = context.input_images(len(items))
     pictures = []
     for place, item in enumerate(items):
         with blame(f"{name}.{place}" if isinstance(given, list) else name):
-            pictures.append(await context.read_image(_url_of(item)))
+            pictures.append(await images.read_url(_url_of(item)))
     return body, tuple(pictures)
 
 

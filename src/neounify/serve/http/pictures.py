@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import PIL.Image
 from jaxtyping import Float
 from torch import Tensor
 
 from neounify.errors import ImageError
+from neounify.image.budget import DecodeBudget
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
+from neounify.runtime import return_freed_memory
 from neounify.serve.http.data_urls import data_url_bytes, is_data_url
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.remote import ImageFetcher
@@ -27,32 +30,78 @@ _RESULT_URL = re.compile(
 )
 
 
-async def read_picture(data: bytes, settings: HttpSettings) -> PIL.Image.Image:
-    """Decode a file off the event loop. Raises ImageError for what is no picture."""
-    return await asyncio.to_thread(
-        read_image,
-        data,
-        max_pixels=settings.limits.image_pixels,
-        colour_profiles=settings.colour_profiles,
-    )
+_LARGE_BYTES = 8 * 2**20
+"""Decoded and encoded images above this are given back to the system when they are freed."""
 
 
-async def read_picture_url(
-    url: str, fetcher: ImageFetcher, settings: HttpSettings, results: ResultStore
-) -> PIL.Image.Image:
-    """The image in a data URL, in a result of this server, or where the operator allows fetching.
+class ImageDecoder:
+    """The thread in which all images of a process are decoded, one after the other.
 
-    Raises ImageError.
+    So the memory of decoding is that of one image, however many requests come.
     """
-    if is_data_url(url):
-        data = await asyncio.to_thread(data_url_bytes, url)
-    elif (name := result_name(url)) and (result := results.get(name)) is not None:
-        data = result.data
-    elif name and not settings.remote_hosts:
-        raise ImageError("image_url: this result is no longer kept; send the image as a data URL")
-    else:
-        data = await fetcher.fetch(url)
-    return await read_picture(data, settings)
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    async def run(self, work: Callable[[], PIL.Image.Image]) -> PIL.Image.Image:
+        """The result of `work`; it is not begun when nobody waits for it any more."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+class RequestImages:
+    """The input images of one request, within the limits of one request."""
+
+    def __init__(
+        self,
+        decoder: ImageDecoder,
+        fetcher: ImageFetcher,
+        results: ResultStore,
+        settings: HttpSettings,
+        keep_pixels: int,
+    ) -> None:
+        """Images are reduced to no fewer than `keep_pixels`."""
+        limits = settings.limits
+        self._decoder, self._fetcher, self._results = decoder, fetcher, results
+        self._settings = settings
+        self._budget = DecodeBudget(
+            max_pixels=limits.images_pixels,
+            max_bytes=limits.decode_bytes,
+            keep_pixels=keep_pixels,
+        )
+
+    async def read(self, data: bytes) -> PIL.Image.Image:
+        """Decode a file. Raises ImageError for what is no image or exceeds the limits."""
+        return await self._decoder.run(lambda: self._decode(data))
+
+    async def read_url(self, url: str) -> PIL.Image.Image:
+        """The image in a data URL, a result of this server, or on a host that is allowed.
+
+        Raises ImageError.
+        """
+        if is_data_url(url):
+            return await self._decoder.run(lambda: self._decode(data_url_bytes(url)))
+        name = result_name(url)
+        result = self._results.get(name) if name else None
+        if result is not None:
+            return await self.read(result.data)
+        if name and not self._settings.remote_hosts:
+            raise ImageError(
+                "image_url: this result is no longer kept; send the image as a data URL"
+            )
+        return await self.read(await self._fetcher.fetch(url))
+
+    def _decode(self, data: bytes) -> PIL.Image.Image:
+        limits = self._settings.limits
+        try:
+            return read_image(
+                data,
+                max_pixels=limits.image_pixels,
+                colour_profiles=self._settings.colour_profiles,
+                budget=self._budget,
+            )
+        finally:
+            if self._budget.last_bytes > _LARGE_BYTES:
+                return_freed_memory()
 
 
 def result_name(url: str) -> str | None:

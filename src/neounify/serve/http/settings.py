@@ -16,8 +16,9 @@ class Limits:
 
     `body_bytes` and `body_seconds` bound the upload, `body_idle_seconds` a pause in it,
     `uploads_bytes` the bodies of all requests that are under way; `json_values` and `json_depth`
-    what a JSON body holds, `header_bytes` and `headers` its head. `images` and `image_pixels`
-    bound the pictures that come in, `output_pixels` and `steps` those that are painted;
+    what a JSON body holds, `header_bytes` and `headers` its head. `images`, `image_pixels` and
+    `images_pixels` (of one, of all of a request) bound the pictures that come in, `decode_bytes`
+    the memory that decoding one takes; `output_pixels` and `steps` those that are painted;
     `in_flight` is how many requests are read or answered at a time.
     Raises ConfigError for values below 1.
     """
@@ -34,6 +35,8 @@ class Limits:
     prompt_chars: int = 100_000
     images: int = 16
     image_pixels: int = 50_000_000
+    images_pixels: int = 100_000_000
+    decode_bytes: int = 192 * MEBIBYTE
     output_pixels: int = 2048 * 2048
     steps: int = 200
     n: int = 10
