@@ -53,11 +53,15 @@ class ChatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A text or token ids to continue as they stand, without the form of a conversation."""
+    """A text or token ids to continue as they stand, without the form of a conversation.
+
+    With `echo` the prompt comes in front of what follows it.
+    """
 
     prompt: str | Sequence[int]
     max_new_tokens: int = 16
     stop: Sequence[str] = ()
+    echo: bool = False
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
     def __post_init__(self) -> None:

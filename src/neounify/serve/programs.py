@@ -32,7 +32,14 @@ from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_a
 from neounify.pipeline.painting import branch_prompt, edit_images
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.answer_events import AnswerEvents
-from neounify.serve.events import Finished, Painted, Preview, PromptRead, ServiceEvent
+from neounify.serve.events import (
+    Finished,
+    Painted,
+    Preview,
+    PromptRead,
+    ServiceEvent,
+    TextPiece,
+)
 from neounify.serve.messages import (
     Done,
     Opened,
@@ -117,6 +124,9 @@ async def complete(
     )
     ends = (front.tokenizer.find(name) for name in (IM_END, END_OF_TEXT))
     stops = frozenset(end for end in ends if end is not None)
+    if request.echo:
+        prompt = request.prompt
+        yield TextPiece(prompt if isinstance(prompt, str) else front.tokenizer.decode(ids, False))
     async for event in _write(
         session, [TextPart(ids)], text, request.sampling, stops, request.max_new_tokens
     ):

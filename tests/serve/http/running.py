@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import socket
 import threading
@@ -9,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 from PIL import Image
 
+from neounify.serve.http import create_app
 from neounify.serve.http.connections import server_config
+from neounify.serve.service import Service
 
 
 @contextmanager
@@ -33,6 +37,32 @@ def running(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(20)
+        listener.close()
+    assert not thread.is_alive()
+
+
+@contextmanager
+def serving(service: Service, **options: Any) -> Iterator[OpenAI]:
+    """OpenAI's client of a service with engines, started and stopped here."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(service, **options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+
+    async def run() -> None:
+        await service.start()
+        await server.serve(sockets=[listener])
+        await service.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, 60)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(60)
         listener.close()
     assert not thread.is_alive()
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from neounify.config import ModelConfig
 from neounify.image.pixels import to_gen_pixels
-from neounify.pipeline.chatting import ChatRequest
+from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest
 from neounify.presets import TINY
@@ -18,6 +18,7 @@ from neounify.serve.events import (
     Finished,
     Painted,
     Preview,
+    PromptRead,
     ServiceEvent,
     ServiceRequest,
     TextPiece,
@@ -38,6 +39,8 @@ def plain(request: ServiceRequest, previews: int) -> list[ServiceEvent | float |
         thought = [TextPiece("Hm, ", thought=True), TextPiece("yes.", thought=True)]
         words = [TextPiece("You said: "), TextPiece(request.messages[-1].text)]
         return [*(thought if request.think else []), *words, Finished("stop", 11, 5, 3)]
+    if isinstance(request, CompletionRequest):
+        return [PromptRead(), TextPiece(" and so on"), Finished("stop", 4, 3)]
     if isinstance(request, PaintRequest):
         thought = [TextPiece("A plan.", thought=True)] if request.think else []
         image = _image(request.width, request.height, request.seed)

@@ -98,14 +98,32 @@ class ChatChoice(_Answer):
     logprobs: ChatLogProbs | None
 
 
-class ChatUsage(_Answer):
-    """Tokens; `image_tokens` are those of painted pictures."""
+class PromptTokens(_Answer):
+    """Of the prompt's tokens: those known from earlier requests, and those of images."""
+
+    audio_tokens: Literal[0]
+    cached_tokens: int
+    image_tokens: int
+
+
+class CompletionTokens(_Answer):
+    """Of the answer's tokens: those of a thought; beside them those of painted images."""
+
+    accepted_prediction_tokens: Literal[0]
+    audio_tokens: Literal[0]
+    image_tokens: int
+    reasoning_tokens: int
+    rejected_prediction_tokens: Literal[0]
+
+
+class TextUsage(_Answer):
+    """Tokens of text, and of the images that were read; painted images are not in the totals."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: dict[Literal["cached_tokens"], int]
-    completion_tokens_details: dict[Literal["image_tokens"], int]
+    prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
 
 
 class ChatCompletion(_Answer):
@@ -116,7 +134,36 @@ class ChatCompletion(_Answer):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: ChatUsage
+    usage: TextUsage
+
+
+class CompletionLogProbs(_Answer):
+    """Tokens of a text, the logarithms of their probabilities, and the likeliest in each place."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(_Answer):
+    """One continuation; those of the first prompt come first."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: CompletionLogProbs | None
+
+
+class Completion(_Answer):
+    """Texts that continue prompts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: TextUsage
 
 
 class PaintedImage(_Answer):

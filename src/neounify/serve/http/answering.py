@@ -76,7 +76,8 @@ async def _telling(
 ) -> AsyncGenerator[ServiceEvent]:
     async with aclosing(answer()) as events:
         async for event in events:
-            read.set()
+            if isinstance(event, PromptRead | Finished):
+                read.set()
             yield event
 
 

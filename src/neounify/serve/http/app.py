@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from neounify.serve.events import Answering
-from neounify.serve.http import chat_routes, image_routes
+from neounify.serve.http import chat_routes, completions, image_routes
 from neounify.serve.http.accounts import Accounts
 from neounify.serve.http.browsers import PAGE_HEADERS, BrowserGuard
 from neounify.serve.http.context import Context
@@ -98,7 +98,8 @@ def create_app(
         origins=settings.cors_origins,
     )
     add_handlers(app)
-    for router in (chat_routes.router, image_routes.router, info_router(ready, states)):
+    routers = (chat_routes.router, completions.router, image_routes.router)
+    for router in (*routers, info_router(ready, states)):
         app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)

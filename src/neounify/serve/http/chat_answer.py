@@ -26,6 +26,7 @@ from neounify.serve.http.facts import facts_of
 from neounify.serve.http.log_probs import of_chat
 from neounify.serve.http.pictures import to_data_url, write_picture
 from neounify.serve.http.sse import DONE, sse
+from neounify.serve.http.usage import text_usage
 
 
 class ChatAnswer:
@@ -56,7 +57,7 @@ class ChatAnswer:
         return self._head | {
             "object": "chat.completion",
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": _usage([choice.finish() for choice in choices]),
+            "usage": _usage(choices),
         }
 
     async def chunks(self) -> AsyncGenerator[bytes]:
@@ -83,8 +84,7 @@ class ChatAnswer:
                     yield self._chunk(index, delta)
                 yield self._chunk(index, last, self._log_probs(event))
         if self._body.stream_options.include_usage:
-            usage = _usage([choice.finish() for choice in choices])
-            yield sse(self._chunk_head() | {"choices": [], "usage": usage})
+            yield sse(self._chunk_head() | {"choices": [], "usage": _usage(choices)})
         yield DONE
 
     def _events(self) -> AsyncGenerator[tuple[int, ServiceEvent]]:
@@ -235,15 +235,7 @@ def _image(url: str, index: int) -> dict[str, Any]:
     return {"type": "image_url", "index": index, "image_url": {"url": url}}
 
 
-def _usage(finished: Sequence[Finished]) -> dict[str, Any]:
-    """Of all answers; their prompt is one and counts once."""
-    first = finished[0]
-    written = sum(answer.completion_tokens for answer in finished)
-    painted = sum(answer.image_tokens for answer in finished)
-    return {
-        "prompt_tokens": first.prompt_tokens,
-        "completion_tokens": written,
-        "total_tokens": first.prompt_tokens + written,
-        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
-        "completion_tokens_details": {"image_tokens": painted},
-    }
+def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
+    """Of answers to one prompt."""
+    finished = [choice.finish() for choice in choices]
+    return text_usage(finished, finished[:1])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 
-from neounify.decode.sampling import SamplingSettings
-from neounify.pipeline.chatting import ChatRequest, make_chat_request
+from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
+from neounify.pipeline.messages import read_conversation
 from neounify.serve.http.chat_schema import ChatBody, ImagePart, TextPart
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
@@ -70,21 +70,18 @@ async def read_chat(
     if body.paints:
         check_text_only(body)
         return [_interleave_request(body, turns, context)]
-    request = make_chat_request(
-        [turn.for_pipeline() for turn in turns],
-        (),
+    messages, images = read_conversation([turn.for_pipeline() for turn in turns], ())
+    request = ChatRequest(
+        messages=messages,
+        images=images,
         max_new_tokens=_max_tokens(body, context),
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        repetition_penalty=body.repetition_penalty,
         stop=body.stops,
         think=body.thinks,
-        seed=body.seed,
-        logprobs=logprobs_of(body),
+        sampling=body.sampling(seed=body.seed, logprobs=logprobs_of(body)),
+        tool_use=tools,
         response_format=body.response_format.schema_of_answer,
     )
-    return for_each_answer(replace(request, tool_use=tools), body.n)
+    return for_each_answer(request, body.n)
 
 
 async def _read_turns(body: ChatBody, context: Context) -> list[_Turn]:
@@ -159,20 +156,13 @@ def _interleave_request(body: ChatBody, turns: list[_Turn], context: Context) ->
         negative_prompt=body.negative_prompt,
         think=body.thinks,
         system=system,
-        text=SamplingSettings(
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=body.top_k,
-            repetition_penalty=body.repetition_penalty,
-            seed=seed,
-        ),
+        text=body.sampling(seed=seed),
     )
 
 
 def _max_tokens(body: ChatBody, context: Context) -> int:
-    most = context.settings.limits.tokens
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if given is not None and given > most:
-        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        raise bad_request(f"{name}: {given} is over this server's {most}", name)
-    return min(DEFAULT_TOKENS, most) if given is None else given
+    if body.max_completion_tokens is not None:
+        return context.check_tokens(body.max_completion_tokens, "max_completion_tokens")
+    if body.max_tokens is not None:
+        return context.check_tokens(body.max_tokens, "max_tokens")
+    return min(DEFAULT_TOKENS, context.settings.limits.tokens)

@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from neounify.serve.http.fields import MOST_TEXT, Number, PaintingFields
+from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.text_fields import Text, TextFields, TokenCount
 
 Modality = Literal["text", "image"]
-Text = Annotated[str, Field(max_length=MOST_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -120,63 +120,30 @@ class ResponseFormat(BaseModel):
         return None
 
 
-class StreamOptions(BaseModel):
-    """Of a streamed answer."""
-
-    include_usage: bool = False
-
-
 def _text_only() -> list[Modality]:
     return ["text"]
 
 
-class ChatBody(PaintingFields):
+class ChatBody(TextFields, PaintingFields):
     """A conversation to continue."""
 
-    without_effect: ClassVar[frozenset[str]] = frozenset(
-        (
-            "add_generation_prompt",
-            "continue_final_message",
-            "metadata",
-            "moderation",
-            "prompt_cache_key",
-            "prompt_cache_options",
-            "prompt_cache_retention",
-            "safety_identifier",
-            "service_tier",
-            "store",
-            "user",
-            "verbosity",
-        )
-    )
+    without_effect: ClassVar[frozenset[str]] = TextFields.without_effect | {
+        "add_generation_prompt",
+        "continue_final_message",
+        "moderation",
+        "verbosity",
+    }
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
+        **TextFields.only,
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "best_of": (1,),
         "echo": (False,),
-        "ignore_eos": (False,),
-        "include_stop_str_in_output": (False,),
-        "length_penalty": (1,),
-        "min_tokens": (0,),
-        "priority": (0,),
-        "skip_special_tokens": (True,),
-        "spaces_between_special_tokens": (True,),
-        "stop_token_ids": ([],),
-        "typical_p": (1,),
-        "use_beam_search": (False,),
         "audio": (),
         "prediction": (),
         "web_search_options": (),
     }
 
-    model: str = Field("", max_length=200)
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    n: Annotated[int, Field(ge=1, le=1000)] = Field(
-        1, description="Answers to the same messages; answer i is drawn with seed + i."
-    )
     tools: Annotated[list[Tool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = Field(
@@ -185,22 +152,9 @@ class ChatBody(PaintingFields):
     response_format: ResponseFormat = ResponseFormat(type="text")
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    temperature: Number = Field(0.0, description="0 takes the likeliest token.")
-    top_p: Number = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(
-        0, description="0: all tokens. Extension."
-    )
-    repetition_penalty: Number = Field(1.0, description="1 is none. Extension.")
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = Field(
+    max_completion_tokens: TokenCount | None = Field(
         None, description="The newer name of max_tokens."
     )
-    stop: (
-        Annotated[str, Field(max_length=1000)]
-        | Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
-    ) = Field(default_factory=list)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] = "none"
     include_reasoning: bool = Field(True, description="Return the thought too. Extension.")
     modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
@@ -224,8 +178,3 @@ class ChatBody(PaintingFields):
     def paints(self) -> bool:
         """Whether the answer may hold images."""
         return "image" in self.modalities
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The strings that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

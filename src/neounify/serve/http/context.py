@@ -91,6 +91,13 @@ class Context:
         if n > most:
             raise bad_request(f"n: {n} is over this server's {most}", "n")
 
+    def check_tokens(self, count: int, field: str) -> int:
+        """The number of tokens asked for. Raises ApiError for more than this server writes."""
+        most = self.settings.limits.tokens
+        if count > most:
+            raise bad_request(f"{field}: {count} is over this server's {most}", field)
+        return count
+
     async def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
         """Raises ApiError for too much text, Refused for what the operator does not want."""
         most = self.settings.limits.prompt_chars

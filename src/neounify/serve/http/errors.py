@@ -202,7 +202,7 @@ def _retry_after(error: BaseException) -> float | None:
 
 def _param(error: BaseException) -> str | None:
     """The pipeline's messages begin with the name of the value that is out of range."""
-    if not isinstance(error, RequestError | ImageError):
+    if not isinstance(error, RequestError | ImageError | PromptError):
         return None
     name = re.match(r"[a-z][a-z0-9_]*(?=[ :])", str(error))
     return name[0] if name and name[0] in _FIELDS else None
@@ -214,9 +214,13 @@ _FIELDS = frozenset(
         "guidance_interval",
         "guidance_norm",
         "image_guidance",
+        "logprobs",
         "max_images",
+        "min_p",
         "negative_prompt",
+        "prompt",
         "repetition_penalty",
+        "response_format",
         "seed",
         "shift",
         "size",
@@ -224,6 +228,8 @@ _FIELDS = frozenset(
         "steps",
         "stop",
         "temperature",
+        "tool_choice",
+        "tools",
         "top_k",
         "top_p",
     )

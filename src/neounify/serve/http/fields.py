@@ -77,6 +77,7 @@ def _unsupported(name: str, values: tuple[Any, ...], known: Collection[str]) -> 
 class AnsweredFields(Fields):
     """What every request may say of how it is answered."""
 
+    seed: Seed | None = Field(None, description="The same seed gives the same answer.")
     deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds after which the request is given up. Extension."
     )
@@ -97,7 +98,6 @@ class PaintingFields(AnsweredFields):
     negative_prompt: Annotated[str, Field(max_length=MOST_TEXT)] = Field(
         "", description="What guidance steers away from. Extension."
     )
-    seed: Seed | None = Field(None, description="The same seed paints the same image.")
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         None, description="Denoising steps. Extension."
     )

@@ -1,0 +1,213 @@
+"""POST /v1/completions: texts that are continued as they stand."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from neounify.pipeline.chatting import CompletionRequest
+from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb
+from neounify.serve.http.answer_schema import EVENTS, Completion
+from neounify.serve.http.body import BoundedRoute
+from neounify.serve.http.context import Context, Shared
+from neounify.serve.http.errors import bad_request
+from neounify.serve.http.log_probs import of_completion
+from neounify.serve.http.sse import DONE, sse, start_stream
+from neounify.serve.http.text_fields import Alternatives, Text, TextFields
+from neounify.serve.http.text_options import for_each_answer
+from neounify.serve.http.usage import text_usage
+
+DEFAULT_TOKENS = 16
+MAX_PROMPTS = 128
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=1_000_000)
+]
+router = APIRouter(tags=["completions"], route_class=BoundedRoute)
+
+
+class CompletionBody(TextFields):
+    """Texts to continue, without the form of a conversation."""
+
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {**TextFields.only, "suffix": ("",)}
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    ) = Field(description="A text or token ids, or a list of them.")
+    echo: bool = Field(False, description="Return the prompt in front of its continuation.")
+    logprobs: Alternatives | None = Field(
+        None, description="That many of the likeliest tokens beside each one."
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description=f"{DEFAULT_TOKENS} where nothing is said."
+    )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+@router.post(
+    "/v1/completions",
+    summary="Continue texts",
+    response_class=JSONResponse,
+    responses={200: {"model": Completion, "content": EVENTS}},
+)
+async def completions(body: CompletionBody, context: Shared) -> Response:
+    """Text or token ids in, the text that follows out. Typed special tokens are characters."""
+    answer = _CompletionAnswer(body, await _read(body, context), context)
+    if body.stream:
+        return await start_stream(answer.chunks())
+    return JSONResponse(await answer.whole())
+
+
+async def _read(body: CompletionBody, context: Context) -> list[Sequence[CompletionRequest]]:
+    """The requests of every prompt. Raises ApiError, PromptError, RequestError and Refused."""
+    context.check_model(body.model)
+    if body.echo and body.logprobs is not None:
+        raise bad_request(
+            "echo: with logprobs it is not supported, a prompt's own are not computed",
+            "echo",
+            "unsupported",
+        )
+    prompts = body.prompts
+    answers = len(prompts) * body.n
+    most = context.settings.limits.n * 10
+    context.check_n(body.n)
+    if answers > most:
+        raise bad_request(f"prompt: {answers} answers are over this server's {most}", "prompt")
+    await context.check_prompt("\n".join(p for p in prompts if isinstance(p, str)), ())
+    asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    tokens = context.check_tokens(asked, "max_tokens")
+    sampling = body.sampling(seed=body.seed, logprobs=body.logprobs)
+    return [
+        for_each_answer(
+            CompletionRequest(
+                prompt=prompt,
+                max_new_tokens=tokens,
+                stop=body.stops,
+                echo=body.echo,
+                sampling=sampling,
+            ),
+            body.n,
+        )
+        for prompt in prompts
+    ]
+
+
+class _CompletionAnswer:
+    """The continuations of one body under way; those of the first prompt come first."""
+
+    def __init__(
+        self, body: CompletionBody, groups: list[Sequence[CompletionRequest]], context: Context
+    ) -> None:
+        self._body, self._groups, self._context = body, groups, context
+        self._choices = [_Choice() for group in groups for _ in group]
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": context.settings.model_name,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The `text_completion`."""
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                self._choices[index].add(event)
+        choices = [
+            self._choice(
+                index,
+                choice.text,
+                choice.log_probs,
+                offset=0,
+                finish_reason=choice.finish().finish_reason,
+            )
+            for index, choice in enumerate(self._choices)
+        ]
+        return self._head | {"choices": choices, "usage": self._usage()}
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """The pieces as server-sent events, ended by [DONE]."""
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                choice = self._choices[index]
+                offset = len(choice.text)
+                choice.add(event)
+                if isinstance(event, TextPiece):
+                    piece = self._choice(index, event.text, event.log_probs, offset=offset)
+                elif isinstance(event, Finished):
+                    reason = event.finish_reason
+                    piece = self._choice(index, "", (), offset=offset, finish_reason=reason)
+                else:
+                    continue
+                yield self._chunk([piece])
+        if self._body.stream_options.include_usage:
+            yield sse(self._head | {"choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _events(self) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+        return self._context.answers(self._groups, self._body)
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        log_probs: Sequence[TokenLogProb],
+        *,
+        offset: int,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        asked = self._body.logprobs is not None
+        return {
+            "index": index,
+            "text": text,
+            "finish_reason": finish_reason,
+            "logprobs": of_completion(log_probs, offset) if asked else None,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
+        usage = {"usage": None} if self._body.stream_options.include_usage else {}
+        return sse(self._head | {"choices": choices} | usage)
+
+    def _usage(self) -> dict[str, Any]:
+        finished = [choice.finish() for choice in self._choices]
+        return text_usage(finished, finished[:: self._body.n])
+
+
+class _Choice:
+    """One continuation so far."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.log_probs: list[TokenLogProb] = []
+        self._finished: Finished | None = None
+
+    def add(self, event: ServiceEvent) -> None:
+        """Take in an event."""
+        if isinstance(event, TextPiece):
+            self.text += event.text
+            self.log_probs += event.log_probs
+        elif isinstance(event, Finished):
+            self._finished = event
+
+    def finish(self) -> Finished:
+        """The last event of the continuation."""
+        if self._finished is None:
+            raise RuntimeError("the engines ended an answer without Finished")
+        return self._finished

@@ -1,0 +1,30 @@
+"""The bundled model behind the HTTP API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+import neounify
+from neounify.bundled import bundled_model
+from neounify.serve.build import colocated
+from neounify.serve.service import Service
+from serve.http.running import serving
+
+
+@pytest.fixture(scope="session")
+def bundled() -> neounify.Pipeline:
+    return neounify.load(bundled_model(), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def bundled_service(bundled: neounify.Pipeline) -> Service:
+    return colocated(bundled)
+
+
+@pytest.fixture(scope="session")
+def bundled_client(bundled_service: Service) -> Iterator[openai.OpenAI]:
+    with serving(bundled_service) as client:
+        yield client
