@@ -62,7 +62,9 @@ class Tool:
     @property
     def schema(self) -> Mapping[str, Any]:
         """The JSON schema of the arguments."""
-        return {"type": "object", "properties": {}} if self.parameters is None else self.parameters
+        if self.parameters is not None:
+            return self.parameters
+        return {"type": "object", "properties": {}, "additionalProperties": False}
 
     def definition(self) -> str:
         """The definition as one line of JSON, in the order the backbone was taught."""
