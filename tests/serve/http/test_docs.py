@@ -9,6 +9,7 @@ import pytest
 
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
+from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.image_schema import ImageBody
 from serve.http.running import picture, png, running
 from serve.http.scripted import Scripted
@@ -36,5 +37,6 @@ def test_every_route_and_field_is_named() -> None:
     assert len(routes) >= 9
     for route in routes:
         assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in PAGE
-    for name in ChatBody.model_fields.keys() | ImageBody.model_fields.keys():
+    bodies = (ChatBody, CompletionBody, ImageBody)
+    for name in {name for body in bodies for name in body.model_fields}:
         assert re.search(rf"\b{name}\b", PAGE), name
