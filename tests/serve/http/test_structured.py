@@ -109,8 +109,12 @@ def test_the_parse_method_of_the_client(bundled_client: openai.OpenAI) -> None:
 
 
 def test_streamed_and_after_a_thought(bundled_client: openai.OpenAI) -> None:
-    small = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
-    small["additionalProperties"] = False
+    small = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
     finished = 0
     for seed in range(3):
         stream = bundled_client.chat.completions.create(
@@ -163,7 +167,8 @@ def test_rows_without_a_schema_are_as_alone(
 def doubled(times: int) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": "object"}
     for number in range(times):
-        one, other = {"properties": {f"a{number}": {}}}, {"properties": {f"b{number}": {}}}
+        one: dict[str, Any] = {"properties": {f"a{number}": {}}}
+        other: dict[str, Any] = {"properties": {f"b{number}": {}}}
         schema = {"allOf": [{"anyOf": [schema, one]}, {"anyOf": [schema, other]}]}
     return schema
 
