@@ -1,4 +1,4 @@
-"""Sizes of the published models, every value spelt out."""
+"""Sizes of the published models; a field that is left out has the published default."""
 
 from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
 

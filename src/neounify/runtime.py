@@ -1,4 +1,4 @@
-"""Settings of the whole process that programs may choose; the library itself never does."""
+"""Settings of the whole process, chosen by its programs (commands, servers, benchmarks)."""
 
 from __future__ import annotations
 

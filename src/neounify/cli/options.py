@@ -410,7 +410,7 @@ class StoryOptions(ImageGuidanceOptions, TextOptions):
         int | None,
         typer.Option(
             metavar="N",
-            help="End after this many images. Default: 10.",
+            help="Images at most; after the last one the text goes on. Default: 10.",
             rich_help_panel=PAINTING,
         ),
     ] = None

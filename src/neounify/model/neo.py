@@ -170,7 +170,7 @@ class NeoUnify(nn.Module):
         t: Float[Tensor, " j"] | None = None,
         noise_scale: Float[Tensor, " j"] | None = None,
     ) -> tuple[Float[Tensor, "u vocab"], Float[Tensor, "g ccc"] | None]:
-        """The mixed forward of training: logits of all understanding rows, x̂ of all noisy tokens.
+        """Logits of all understanding rows and x̂ of all noisy tokens, in one call.
 
         Und and gen tokens of many packed documents in one call; differentiable.
         """
