@@ -99,7 +99,11 @@ def spaced(text: str, rng: np.random.Generator) -> str:
 def exchanged(table: Mapping[str, str]) -> Wording:
     """Words exchanged for others, their plurals too."""
     pattern = re.compile(rf"\b({'|'.join(table)})((?:e?s)?)\b")
-    return lambda text, rng: pattern.sub(lambda m: table[m[1]] + ("s" if m[2] else ""), text)
+    return lambda text, rng: pattern.sub(lambda m: _as_many(table[m[1]], plural=bool(m[2])), text)
+
+
+def _as_many(word: str, *, plural: bool) -> str:
+    return word + ("es" if word.endswith("x") else "s") if plural else word
 
 
 PROMPTS: dict[str, Wording] = {
