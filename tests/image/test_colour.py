@@ -18,6 +18,7 @@ from image.profiles import (
     DISPLAY_P3,
     SRGB,
     SRGB_CURVE,
+    chained_profile,
     cmyk_profile,
     grey_profile,
     rgb_profile,
@@ -170,6 +171,7 @@ def test_an_srgb_profile_changes_no_bit() -> None:
         ("RGB", b"no profile"),
         ("RGB", P3[:200]),
         ("RGB", P3.replace(b"acsp", b"abcd")),
+        ("RGB", chained_profile(300_000)),
         ("RGB", rgb_profile(DISPLAY_P3, padding=MAX_PROFILE_BYTES)),
     ],
 )

@@ -35,7 +35,9 @@ from neounify.cli.record import Picture, check_free, save_picture, sheet_path
 from neounify.cli.session import open_session
 from neounify.image import read_image
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".json")
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json"),
+)
 
 
 def paint_orders(

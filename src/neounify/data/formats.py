@@ -73,7 +73,7 @@ def foreign_lines(path: Path) -> str | None:
             "holds JSON objects written over several lines; JSON lines have one object a line "
             "(jq -c . OLD > NEW.jsonl)"
         )
-    if b"{" not in first and (b"," in first or b"\t" in first) and path.suffix != ".jsonl":
+    if b"{" not in first and (b"," in first or b"\t" in first) and path.suffix.lower() != ".jsonl":
         return _TABLE
     return None
 

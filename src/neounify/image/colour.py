@@ -6,6 +6,7 @@ means little without its profile. The published code ignores profiles; `read_ima
 
 from __future__ import annotations
 
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -15,6 +16,9 @@ from neounify.image.modes import to_rgb
 
 MAX_PROFILE_BYTES = 4 * 2**20
 """Largest profile that is used, in bytes; those of printers have up to about 3 MB."""
+
+MAX_TAGS = 100
+"""Of a profile; the library refuses more."""
 
 SRGB_TOLERANCE = 2
 """A profile that moves no colour by more levels (of 256) is sRGB, and nothing is computed."""
@@ -32,25 +36,38 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     the profile is missing, damaged, above MAX_PROFILE_BYTES, for pixels of another kind, or sRGB.
     Greys of 16 bits become 8 bits first; floats and LAB are returned as they are.
     """
-    if not profile or len(profile) > MAX_PROFILE_BYTES:
+    if not profile or len(profile) > MAX_PROFILE_BYTES or not _is_bounded(profile):
         return image
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        return _converted(image, source, source.profile.xcolor_space)
+        space = _open(profile).profile.xcolor_space
+        return _converted(image, profile, space)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image  # the profile is damaged; the pixels are not
 
 
-def _converted(image: Image.Image, source: ImageCms.ImageCmsProfile, space: str) -> Image.Image:
+def _is_bounded(profile: bytes) -> bool:
+    """Whether no tag is a chain of processing elements: no photo has one, and it may take hours."""
+    for tag in range(min(MAX_TAGS, int.from_bytes(profile[128:132], "big"))):
+        start = int.from_bytes(profile[136 + 12 * tag : 140 + 12 * tag], "big")
+        if profile[start : start + 4] == b"mpet":
+            return False
+    return True
+
+
+def _open(profile: bytes) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(BytesIO(profile))
+
+
+def _converted(image: Image.Image, profile: bytes, space: str) -> Image.Image:
     plain = _plain(image, space)
     if plain.mode == "LA":
         grey, alpha = plain.split()
-        converted = _transformed(grey, source, "RGB")
+        converted = _transformed(grey, profile, "RGB")
         converted.putalpha(alpha)
         return converted
     if plain.mode not in _MODES.get(space, ()):
         return image
-    return _transformed(plain, source, plain.mode if space == "RGB " else "RGB")
+    return _transformed(plain, profile, plain.mode if space == "RGB " else "RGB")
 
 
 def _plain(image: Image.Image, space: str) -> Image.Image:
@@ -67,18 +84,26 @@ def _plain(image: Image.Image, space: str) -> Image.Image:
     return image
 
 
-def _transformed(image: Image.Image, source: ImageCms.ImageCmsProfile, target: str) -> Image.Image:
+def _transformed(image: Image.Image, profile: bytes, target: str) -> Image.Image:
+    transform = _transform(profile, image.mode, target)
+    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(maxsize=4)
+def _transform(profile: bytes, mode: str, target: str) -> ImageCms.ImageCmsTransform | None:
+    """The conversion to sRGB, None where it changes nothing.
+
+    Kept, because one from a table takes up to 50 ms to build and large images are read in strips.
+    """
     transform = ImageCms.buildTransform(
-        source,
+        _open(profile),
         ImageCms.createProfile("sRGB"),
-        image.mode,
+        mode,
         target,
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
         ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
-    if image.mode == target and _changes_nothing(transform, image.mode):
-        return image
-    return ImageCms.applyTransform(image, transform) or image
+    return None if mode == target and _changes_nothing(transform, mode) else transform
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
