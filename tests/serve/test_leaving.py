@@ -62,8 +62,7 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
     for number in range(50):
         prompt = f"Tell {number}"
         options: dict[str, Any] = {"max_images": 1, "max_new_tokens": 4, "seed": 2}
-        size = {"width": 64, "height": 64}
-        parts = pipe.interleave(prompt, [PICTURE], **options, **size, steps=2)
+        parts = pipe.interleave(prompt, [PICTURE], **options, width=64, height=64, steps=2)
         if any(isinstance(part, ImagePart) for part in parts):
             sampling = make_sampling(pipe.config, editing=True, steps=2)
             return InterleaveRequest(
@@ -137,7 +136,7 @@ def test_callers_leave_at_random_moments_under_load(
     async def leaves(service: Service, kind: str, events: int) -> None:
         await asyncio.sleep(chance.uniform(0, 1))
         seen = 0
-        async with aclosing(service.answer(requests[kind], previews=PREVIEWS)) as answer:  # type: ignore[type-var]
+        async with aclosing(service.answer(requests[kind], previews=PREVIEWS)) as answer:
             async for _ in answer:
                 seen += 1
                 if seen > events:

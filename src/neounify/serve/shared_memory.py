@@ -20,7 +20,7 @@ from neounify.serve.events import OutOfMemory
 PREFIX = "psm_neounify_"
 """Of all names. Python's own pieces begin with "psm_" too, and tools look for that."""
 LOCK = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def folder() -> Path:

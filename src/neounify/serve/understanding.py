@@ -221,13 +221,14 @@ class UnderstandingEngine:
             return False
         cached = 0
         for name, parts in order.prompts.items():
+            ids = [i for part in parts if not isinstance(part, PicturePart) for i in part.ids]
             cache = self.pool.open(rows[name], order.room[name])
+            # From here on closing the sequence gives its room back.
+            self._sequences[name] = sequence = _Sequence(cache, deque(), ids)
             cached += cache.length
             self.counters["und_known_tokens"] += cache.length
             cache.expect(rows[name][cache.length :])
-            ids = [i for part in parts if not isinstance(part, PicturePart) for i in part.ids]
-            pieces = self._pieces(parts, cache.length)
-            self._sequences[name] = _Sequence(cache, pieces, ids)
+            sequence.pieces = self._pieces(parts, cache.length)
         opened = Opened(sum(map(len, rows.values())), cached)
         self._reading.append(_Reading(tuple(rows), Reply(order.call, opened, True), order.then))
         return True

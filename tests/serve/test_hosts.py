@@ -1,0 +1,218 @@
+"""Where engines run: a thread that dies or is stuck, and processes that are killed or stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify
+from leaving import at_rest, calls_open, pieces_of
+from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.events import EngineDied
+from neounify.serve.generation import GenerationEngine
+from neounify.serve.hosts import EngineSettings, ProcessHost, ProcessSettings, WatchSettings
+from neounify.serve.http.errors import to_api_error
+from neounify.serve.link import EngineLink
+from neounify.serve.service import Service
+from neounify.serve.understanding import UnderstandingEngine
+from serving import collect, same_image, serve
+
+
+def painting(pipe: neounify.Pipeline, steps: int) -> PaintRequest:
+    sampling = make_sampling(pipe.config, editing=False, steps=steps)
+    return PaintRequest(prompt="a boat", width=64, height=64, sampling=sampling)
+
+
+def chatting(tokens: int) -> Any:
+    return make_chat_request("Hello", [], max_new_tokens=tokens)
+
+
+def engine_threads() -> int:
+    return sum(thread.name.startswith("engines") for thread in threading.enumerate())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.02)
+
+
+async def ready(service: Service) -> None:
+    await until(lambda: service.ready)
+
+
+async def unavailable(request: Awaitable[Any]) -> None:
+    """It has to end with 503 and Retry-After."""
+    with pytest.raises(EngineDied) as found:
+        await request
+    answer = to_api_error(found.value)
+    assert answer.status_code == 503
+    assert answer.response().headers["Retry-After"] == "2"
+
+
+@pytest.mark.parametrize("engine", [UnderstandingEngine, GenerationEngine])
+def test_a_thread_that_dies_is_started_again_and_leaves_none_behind(
+    pipe: neounify.Pipeline, engine: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = engine.step
+    deaths = [0]
+
+    def dies(self: Any, **how: bool) -> None:
+        if deaths[0]:
+            deaths[0] -= 1
+            raise SystemExit("whatever it is")
+        step(self, **how)
+
+    async def work(service: Service) -> None:
+        threads, gauges = engine_threads(), await at_rest(service)
+        for _ in range(3):
+            deaths[0] = 1
+            requests = [collect(service, painting(pipe, 50)), collect(service, chatting(400))]
+            await asyncio.gather(*map(unavailable, requests))
+            await unavailable(collect(service, chatting(4)))
+            await ready(service)
+        answer = await collect(service, painting(pipe, 3))
+        same_image(
+            answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
+        )
+        await at_rest(service, gauges)
+        await until(lambda: engine_threads() == threads)
+        assert calls_open(service) == 0
+
+    monkeypatch.setattr(engine, "step", dies)
+    serve(colocated(pipe), work)
+
+
+def test_a_step_without_end_in_a_thread_is_told_and_survived(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, stuck, held = GenerationEngine.step, threading.Event(), [True]
+
+    def sticks(self: GenerationEngine, **how: bool) -> None:
+        if held.pop() if held else False:
+            stuck.wait(60)
+        step(self, **how)
+
+    async def work(service: Service) -> None:
+        threads = engine_threads()
+        await unavailable(collect(service, painting(pipe, 3)))
+        await until(lambda: service.counters()["restarts"] > 1)  # it cannot begin beside the other
+        assert not service.ready
+        assert engine_threads() <= threads
+        await unavailable(collect(service, chatting(4)))
+        stuck.set()
+        await ready(service)
+        assert (await collect(service, painting(pipe, 3))).finished is not None
+        await until(lambda: engine_threads() == threads)
+
+    monkeypatch.setattr(GenerationEngine, "step", sticks)
+    watch = WatchSettings(step=5.0, end=0.1)
+    serve(colocated(pipe, EngineSettings(), watch=watch), work)
+
+
+def process_of(link: EngineLink) -> int:
+    assert isinstance(link.host, ProcessHost)
+    assert link.host.pid is not None
+    return link.host.pid
+
+
+def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None:
+    settings = ProcessSettings(role="gen", folder=folder, dtype=None, device="cpu", threads=1)
+    host = ProcessHost(settings, WatchSettings(start_silence=0.01))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="gen process"):
+            host.start(lambda replies, report: None, lambda: None)
+        with pytest.raises(ProcessLookupError):
+            os.kill(host.pid or 0, 0)
+    host.stop()
+    with pytest.raises(RuntimeError, match="ending"):
+        host.start(lambda replies, report: None, lambda: None)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["understanding", "generation"])
+def test_killed_and_stopped_processes_cost_only_their_own_requests(
+    pipe: neounify.Pipeline, folder: Path, victim: str
+) -> None:
+    """SIGKILL and SIGSTOP in turn, each with requests of every kind under way."""
+    kills = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)
+
+    async def work(service: Service) -> None:
+        paints = victim == "generation"
+        link = getattr(service.links, victim)
+        gauges = await at_rest(service)
+        files = threads = 0
+        for number, kill in enumerate(kills):
+            hit = asyncio.ensure_future(
+                collect(service, painting(pipe, 1000) if paints else chatting(7000), previews=50)
+            )
+            name = "gen_images" if paints else "und_writing"
+            await until(lambda name=name: service.gauges().get(name, 0) >= 1)  # type: ignore[misc]
+            old = process_of(link)
+            os.kill(old, kill)
+            await unavailable(hit)
+            meanwhile = [collect(service, painting(pipe, 3))]
+            if paints:
+                assert (await collect(service, chatting(4))).finished is not None
+            else:
+                meanwhile.append(collect(service, chatting(4)))
+            await asyncio.gather(*map(unavailable, meanwhile))
+            await ready(service)
+            assert process_of(link) != old
+            with pytest.raises(ProcessLookupError):
+                os.kill(old, 0)
+            if number == 0:
+                files, threads = open_files(), threading.active_count()
+        answer = await collect(service, painting(pipe, 3))
+        same_image(
+            answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
+        )
+        # Nothing beside those: no death of the other engine, no descriptors, threads or pieces.
+        assert service.counters()["restarts"] == link.restarts == len(kills)
+        await at_rest(service, gauges)
+        assert pieces_of(service) == set()
+        assert calls_open(service) == 0
+        assert open_files() <= files + 2
+        assert threading.active_count() <= threads + 2
+
+    settings = ServeSettings(
+        folder=folder,
+        mode="separate",
+        dtype="float32",
+        threads=1,
+        watch=WatchSettings(silence=6.0),
+    )
+    serve(build_service(settings), work)
+
+
+@pytest.mark.slow
+def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, folder: Path) -> None:
+    """Its heart beats on, and says how long the step has been taking."""
+
+    async def work(service: Service) -> None:
+        await unavailable(collect(service, painting(pipe, 1000)))
+        await ready(service)
+        assert service.links.generation.restarts >= 1
+        assert (await collect(service, painting(pipe, 1))).finished is not None
+
+    settings = ServeSettings(
+        folder=folder,
+        mode="separate",
+        dtype="float32",
+        threads=1,
+        # No step is as short as that, but few are under way when the heart beats.
+        watch=WatchSettings(step=1e-9),
+    )
+    serve(build_service(settings), work)

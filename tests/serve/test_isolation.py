@@ -1,0 +1,242 @@
+"""What goes wrong with one order fails that call alone; the engines go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import neounify
+from neounify.pipeline.request import make_sampling
+from neounify.serve.events import OutOfMemory
+from neounify.serve.generation import GenerationEngine, GenerationSettings
+from neounify.serve.messages import (
+    Answer,
+    Close,
+    Done,
+    Export,
+    Exported,
+    Extend,
+    Extended,
+    Failed,
+    Open,
+    Opened,
+    Paint,
+    PicturePart,
+    Prefix,
+    TextPart,
+    parcels_of,
+)
+from neounify.serve.shared_memory import folder
+from neounify.serve.transport import LocalTransport, Parcel, SharedTransport
+from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+
+GRID = (2, 2)
+
+
+class Failing(LocalTransport):
+    """Fails the packing and taking whose numbers it is given, with what a real one may raise."""
+
+    def __init__(self, **fails: Mapping[int, Exception]) -> None:
+        self.fails, self.done = fails, {"pack": 0, "take": 0}
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
+        self._count("pack")
+        return super().pack(tensors)
+
+    def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
+        self._count("take")
+        return super().take(parcel)
+
+    def _count(self, what: str) -> None:
+        self.done[what] += 1
+        error = self.fails.get(what, {}).get(self.done[what])
+        if error is not None:
+            raise error
+
+
+ERRORS = [
+    OutOfMemory("/dev/shm has no room left"),
+    OSError(5, "Input/output error"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+]
+
+
+def kind_of(error: Exception) -> str:
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return "OutOfMemory" if memory else type(error).__name__
+
+
+def understanding(pipe: neounify.Pipeline, transport: Any, **options: int) -> UnderstandingEngine:
+    return UnderstandingEngine(pipe.model, UnderstandingSettings(**options), transport)
+
+
+def looking(call: int, transport: Any) -> Open:
+    """An order whose prompt holds an image."""
+    pixels = transport.pack({"pixels": torch.zeros(3, 64, 64)})
+    parts = (TextPart((1, 2)), PicturePart(pixels, b"%d" % call, GRID), TextPart((3,)))
+    return Open(call, {(call, "cond"): parts}, {(call, "cond"): 4})
+
+
+def answers(engine: Any) -> dict[int, list[Answer]]:
+    """By call, of all that the engine has to do."""
+    for _ in range(50):
+        if not engine.busy:
+            break
+        engine.step()
+    found: dict[int, list[Answer]] = {}
+    for reply in engine.replies:
+        found.setdefault(reply.call, []).append(reply.answer)
+    engine.replies = []
+    return found
+
+
+def failure(found: list[Answer]) -> str:
+    assert isinstance(found[-1], Failed)
+    return found[-1].kind
+
+
+def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipeline) -> None:
+    """Callers who leave free what they sent, whether or not the engine has come to it."""
+    transport = SharedTransport()
+    engine = understanding(pipe, transport, cache_tokens=32)
+    first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
+    part = gone.prompts[(3, "cond")][1]
+    assert isinstance(part, PicturePart)
+    transport.free(part.pixels)
+    for order in (first, waiting, gone):
+        engine.submit(order)
+    part = waiting.prompts[(2, "cond")][1]
+    assert isinstance(part, PicturePart)
+    transport.free(part.pixels)
+    for _ in range(3):
+        engine.step()
+    engine.submit(Close(((1, "cond"),)))
+    found = answers(engine)
+    assert isinstance(found[1][0], Opened)
+    assert isinstance(found[2][0], Opened)
+    assert failure(found[3]) == "ParcelGone"
+    engine.submit(Close(((2, "cond"),)))
+    engine.check()
+    assert engine.pool.book.in_use == 0
+    assert not list(folder().glob(f"{transport.prefix}*"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=kind_of)
+def test_one_order_to_the_understanding_engine_fails_alone(
+    pipe: neounify.Pipeline, error: Exception
+) -> None:
+    transport = Failing(take={2: error})
+    engine = understanding(pipe, transport)
+    for number in (1, 2, 3):
+        engine.submit(looking(number, transport))
+    found = answers(engine)
+    assert failure(found[2]) == kind_of(error)
+    assert isinstance(found[1][0], Opened)
+    assert isinstance(found[3][0], Opened)
+    names = tuple((n, "cond") for n in (1, 3))
+    transport.fails = {"pack": {transport.done["pack"] + 2: error}}
+    engine.submit(Export(4, names))
+    engine.submit(Export(5, names))
+    engine.submit(Extend(6, {names[0]: (TextPart((5,)),), (9, "cond"): (TextPart((5,)),)}))
+    engine.submit(Extend(7, {names[0]: (TextPart((5,)),)}))
+    found = answers(engine)
+    assert failure(found[4]) == kind_of(error)
+    assert isinstance(found[5][0], Exported)
+    assert failure(found[6]) == "EngineDied"  # it has no such sequence: that of an earlier life
+    assert isinstance(found[7][0], Extended)
+    engine.submit(Close(names))
+    engine.check()
+    assert engine.pool.book.in_use == 0
+
+
+def test_an_order_that_cannot_be_admitted_fails_alone(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = LocalTransport()
+    engine = understanding(pipe, transport)
+    pieces = engine._pieces
+
+    def fails(parts: Any, known: int = 0) -> Any:
+        if any(isinstance(p, PicturePart) and p.digest == b"2" for p in parts):
+            raise RuntimeError("no kernel image is available")
+        return pieces(parts, known)
+
+    monkeypatch.setattr(engine, "_pieces", fails)
+    for number in (1, 2, 3):
+        engine.submit(looking(number, transport))
+    found = answers(engine)
+    assert failure(found[2]) == "RuntimeError"
+    assert isinstance(found[1][0], Opened)
+    assert isinstance(found[3][0], Opened)
+    engine.submit(Close(tuple((n, "cond") for n in (1, 3))))
+    engine.check()
+    assert engine.pool.book.in_use == 0
+
+
+def painting(
+    pipe: neounify.Pipeline, call: int, transport: Any, noise: Tensor, previews: int = 0
+) -> Paint:
+    config = pipe.config
+    shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
+    prefix = transport.pack({"keys": torch.zeros(shape), "values": torch.zeros(shape)})
+    sampling = make_sampling(config, editing=False, steps=2, guidance=1.0)
+    parcel = transport.pack({"noise": noise})
+    return Paint(call, parcel, GRID, sampling, {"cond": Prefix(prefix, 3)}, previews)
+
+
+def noise_of(pipe: neounify.Pipeline, count: int) -> Tensor:
+    return torch.randn(count, GRID[0] * GRID[1], 3 * pipe.config.token_size**2)
+
+
+@pytest.mark.parametrize("broken", [(0,), (1,), (0, 1), (0, 1, 2)])
+def test_images_that_are_not_finite_fail_their_call_alone(
+    pipe: neounify.Pipeline, broken: tuple[int, ...]
+) -> None:
+    transport = SharedTransport()
+    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    noise = noise_of(pipe, 3)
+    noise[list(broken)] = float("nan")
+    engine.submit(painting(pipe, 1, transport, noise))
+    engine.submit(painting(pipe, 2, transport, noise_of(pipe, 2)))
+    found = answers(engine)
+    assert failure(found[1]) == "CheckpointError"
+    assert [type(a) for a in found[2]] == [Done, Done]
+    assert engine.gauges()["gen_images"] == 0
+    for answer in (*found[1], *found[2]):
+        for parcel in parcels_of(answer):
+            transport.free(parcel)
+    assert not list(folder().glob(f"{transport.prefix}*"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=kind_of)
+@pytest.mark.parametrize(("what", "number"), [("take", 3), ("pack", 5), ("pack", 7)])
+def test_one_order_to_the_generation_engine_fails_alone(
+    pipe: neounify.Pipeline, what: str, number: int, error: Exception
+) -> None:
+    """Its prefix cannot be taken; its preview, or its result, cannot be packed."""
+    transport = Failing(**{what: {number: error}})
+    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    for call in (1, 2):
+        engine.submit(painting(pipe, call, transport, noise_of(pipe, 1), previews=1))
+    found = answers(engine)
+    failing = [call for call, own in found.items() if isinstance(own[-1], Failed)]
+    assert len(failing) == 1
+    assert failure(found[failing[0]]) == kind_of(error)
+    assert isinstance(found[3 - failing[0]][-1], Done)
+    assert engine.gauges()["gen_images"] == 0
+
+
+def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify.Pipeline) -> None:
+    transport = LocalTransport()
+    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    order = painting(pipe, 1, transport, noise_of(pipe, 1))
+    sampling = make_sampling(pipe.config, editing=False, steps=2)
+    early = Paint(1, order.noise, GRID, sampling, {**order.prefixes, "uncond": "uncond"}, 0)
+    engine.submit(early)
+    assert failure(answers(engine)[1]) == "EngineDied"

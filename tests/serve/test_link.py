@@ -1,0 +1,302 @@
+"""The front's end of the line: late replies, deaths at any moment, starts that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+import torch
+
+from neounify.serve import link as links
+from neounify.serve.events import EngineDied, OutOfMemory
+from neounify.serve.hosts import Deliver, Died
+from neounify.serve.link import EngineLink
+from neounify.serve.messages import Done, Exported, Order, Prefix, Reply, Seen
+from neounify.serve.shared_memory import folder
+from neounify.serve.transport import SharedTransport
+
+PIXELS = torch.zeros(3, 8, 8)
+
+
+class Scripted:
+    """A host whose starts do, in turn, what they are told; the last one from then on."""
+
+    def __init__(self, *starts: Callable[[], None]) -> None:
+        self.starts, self.started, self.stopped = list(starts), 0, False
+        self.deliver: Deliver = lambda replies, report: None
+        self.died: Died = lambda: None
+        self.orders: list[Order] = []
+
+    def start(self, deliver: Deliver, died: Died) -> None:
+        self.started += 1
+        act = self.starts.pop(0) if len(self.starts) > 1 else self.starts[0]
+        self.deliver, self.died = deliver, died
+        act()
+
+    def send(self, order: Order) -> None:
+        self.orders.append(order)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def works() -> None:
+    """The engine comes up."""
+
+
+def fails() -> None:
+    raise RuntimeError("the engine does not come up")
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await asyncio.wait_for(work(), 60)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def transport() -> SharedTransport:
+    return SharedTransport()
+
+
+def left(transport: SharedTransport) -> int:
+    return len(list(folder().glob(f"{transport.prefix}*")))
+
+
+def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> None:
+    """Whether the reply comes after the call was closed, before it, or after the loop has ended."""
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+
+    def replies(call: int) -> list[Reply]:
+        pixels, other, prefix = (transport.pack({"x": PIXELS}) for _ in range(3))
+        return [
+            Reply(call, Seen(0, 1, 2, pixels), False),
+            Reply(call, Done(0, other), False),
+            Reply(call, Exported((Prefix(prefix, 1),)), True),
+        ]
+
+    async def work() -> None:
+        await link.start()
+        late, early, ended = link.open_call(), link.open_call(), link.open_call()
+        link.close_call(late)
+        for call in (late, early, ended):
+            host.deliver(replies(call.number), None)
+        await early.next(5)
+        assert left(transport) == 6  # all but those of the call that was closed before
+        link.close_call(early)
+        link.close_call(early)
+        await link.stop()
+
+    run(work)
+    assert left(transport) == 1  # what was taken from the queue is its receiver's
+    host.deliver(replies(9), None)
+    assert left(transport) == 1
+    for path in folder().glob(f"{transport.prefix}*"):
+        path.unlink()
+
+
+def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -> None:
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+
+    async def work() -> None:
+        await link.start()
+        for turns in range(6):
+            call = link.open_call()
+            waiting = asyncio.ensure_future(call.next(5))
+            await asyncio.sleep(0)
+            host.deliver([Reply(call.number, Done(0, transport.pack({"x": PIXELS})), True)], None)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait((waiting,))
+            if not waiting.cancelled():
+                transport.free(waiting.result().answer.pixels)  # type: ignore[union-attr]
+            link.close_call(call)
+        await link.stop()
+
+    run(work)
+    assert left(transport) == 0
+
+
+def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
+    async def work() -> None:
+        host = Scripted(works)
+        link = EngineLink("generation", host)
+        await link.start()
+        call = link.open_call()
+        call.put(Reply(call.number, Exported(()), True))
+        with pytest.raises(TimeoutError):
+            await call.next(0)
+        await link.stop()
+
+    run(work)
+
+
+def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "MAX_PAUSE", 0.01)
+    host = Scripted(works, *[fails] * 7, works)
+    link = EngineLink("generation", host)
+    seen: set[str] = set()
+
+    async def work() -> None:
+        await link.start()
+        call = link.open_call()
+        host.died()
+        with pytest.raises(EngineDied):
+            links.answer_or_raise((await call.next(5)).answer, {"EngineDied": EngineDied})
+        while not link.ready:
+            seen.add(link.state)
+            with pytest.raises(EngineDied):
+                link.open_call()
+            await asyncio.sleep(0.001)
+        seen.add(link.state)
+        await link.stop()
+        seen.add(link.state)
+
+    run(work)
+    assert host.started == 9
+    assert link.restarts == 8
+    assert seen == {"starting", "failing", "ready", "stopped"}
+    assert host.stopped
+
+
+def test_deaths_count_once_and_only_in_their_own_life() -> None:
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+
+    async def work() -> None:
+        await link.start()
+        died = host.died
+        for _ in range(3):
+            died()
+        await until(lambda: link.restarts == 1 and link.ready)
+        died()
+        await asyncio.sleep(0.05)
+        assert link.ready
+        await link.stop()
+
+    run(work)
+    assert host.started == 2
+
+
+def test_only_those_who_prepare_an_engine_may_call_it_before() -> None:
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+
+    async def prepare() -> None:
+        with pytest.raises(EngineDied):
+            link.open_call()
+        link.close_call(link.open_call(preparing=True))
+
+    async def work() -> None:
+        link.prepare = prepare
+        await link.start()
+        link.close_call(link.open_call())
+        host.died()
+        await until(lambda: link.restarts == 1 and link.ready)
+        await link.stop()
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    "error", [EngineDied("the other is down"), OutOfMemory("/dev/shm is full")]
+)
+def test_an_engine_waits_for_what_it_is_prepared_with(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other engine's death, or a full memory, is no reason to start this one again."""
+    monkeypatch.setattr(links, "PREPARE_PAUSE", 0.01)
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+    asked = 0
+
+    async def prepare() -> None:
+        nonlocal asked
+        asked += 1
+        if 1 < asked < 5:
+            raise error
+
+    async def work() -> None:
+        link.prepare = prepare
+        await link.start()
+        host.died()
+        await until(lambda: link.restarts == 1 and link.ready)
+        await link.stop()
+
+    run(work)
+    assert asked == 5
+    assert host.started == 2
+
+
+def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
+    host = Scripted(works)
+    link = EngineLink("generation", host)
+    dies = [True]
+
+    async def prepare() -> None:
+        call = link.open_call(preparing=True)
+        if host.started == 2 and dies.pop():
+            host.died()
+            answer = (await call.next(5)).answer
+            link.close_call(call)
+            links.answer_or_raise(answer, {"EngineDied": EngineDied})
+        link.close_call(call)
+
+    async def work() -> None:
+        link.prepare = prepare
+        await link.start()
+        host.died()
+        await until(lambda: link.restarts == 2 and link.ready)
+        await link.stop()
+
+    run(work)
+    assert host.started == 3
+
+
+def test_what_keeps_an_engine_from_starting_at_all_is_raised() -> None:
+    host = Scripted(fails)
+    link = EngineLink("generation", host)
+
+    async def work() -> None:
+        with pytest.raises(RuntimeError, match="does not come up"):
+            await link.start()
+        await link.stop()
+
+    run(work)
+    assert host.started == 1
+
+
+def test_the_end_does_not_wait_for_a_start() -> None:
+    ended = threading.Event()
+
+    def waits() -> None:
+        ended.wait(60)
+
+    host = Scripted(works, waits)
+    link = EngineLink("generation", host)
+    stop = host.stop
+
+    def stops() -> None:
+        ended.set()  # as killing the process does, whose start is waited for
+        stop()
+
+    async def work() -> None:
+        await link.start()
+        host.died()
+        await until(lambda: host.started == 2)
+        host.stop = stops  # type: ignore[method-assign]
+        await link.stop()
+
+    run(work)
+    assert host.stopped

@@ -1,0 +1,103 @@
+"""Pieces of shared memory: a full memory is one error, and what was left behind is found."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from neounify.serve import shared_memory
+from neounify.serve.events import OutOfMemory
+from neounify.serve.shared_memory import SharedSpace, folder, remove_abandoned, remove_pieces
+from neounify.serve.transport import SharedParcel, SharedTransport
+
+MEGABYTE = torch.zeros(2**18)
+KILLED = """
+import sys, time
+from neounify.serve.shared_memory import SharedSpace, write_piece
+space = SharedSpace()
+space.open()
+for number in range(3):
+    write_piece(f"{space.prefix}und1_{number}", [memoryview(b"left behind")])
+print(space.prefix, flush=True)
+time.sleep(60)
+"""
+
+
+def pieces(prefix: str) -> set[str]:
+    return {path.name for path in folder().glob(f"{prefix}*")}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writes beyond `size` bytes fail in the kernel, as they do when the memory is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_memory_is_one_error_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_FULL", (*shared_memory._FULL, errno.EFBIG))
+    transport = SharedTransport()
+    with files_of_at_most(2**16), pytest.raises(OutOfMemory, match="no room left for the tensors"):
+        transport.pack({"noise": MEGABYTE})
+    assert pieces(transport.prefix) == set()
+    parcel = transport.pack({"noise": MEGABYTE})
+    assert torch.equal(transport.take(parcel)["noise"], MEGABYTE)
+
+
+def test_a_tensor_that_cannot_be_packed_leaves_nothing() -> None:
+    transport = SharedTransport()
+    with pytest.raises(RuntimeError):
+        transport.pack({"good": MEGABYTE, "bad": torch.empty(2, device="meta")})
+    assert pieces(transport.prefix) == set()
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        prefix = process.stdout.readline().decode().strip()
+        remove_abandoned()
+        assert len(pieces(prefix)) == 4  # three and the lock: the server is alive
+        process.kill()
+    space = SharedSpace()
+    space.open()
+    try:
+        assert pieces(prefix) == set()
+        assert len(pieces(space.prefix)) == 1
+    finally:
+        space.close()
+    assert pieces(space.prefix) == set()
+    space.close()
+
+
+def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:
+    transport = SharedTransport()
+    told, *untold = (transport.pack({"pixels": MEGABYTE}) for _ in range(3))
+    assert isinstance(told, SharedParcel)
+    try:
+        assert transport.made == 3
+        assert remove_pieces(transport.prefix, after=1) == len(untold)
+        assert pieces(transport.prefix) == {told.memory}
+    finally:
+        transport.free(told)
+
+
+def test_pieces_are_for_their_owner_only() -> None:
+    transport = SharedTransport()
+    parcel = transport.pack({"pixels": MEGABYTE})
+    assert isinstance(parcel, SharedParcel)
+    assert (folder() / parcel.memory).stat().st_mode & 0o077 == 0
+    transport.free(parcel)
