@@ -1,8 +1,9 @@
 """A check-up before a long run: does everything that should learn learn, and only that?
 
-One sample per task is learnt by heart, with the stage's own optimizer. What does not come to
-light in two minutes there will not in two weeks: a stream without gradient, a frozen part that
-moves, a loss that stays, pictures that are noise, blurred, or a grid.
+One sample per task is overfitted, with the stage's own optimizer. What does not come to light in
+two minutes there will not in two weeks: a source without a usable sample, a stream without
+gradient, a frozen part that moves, a loss that stays, images that are noise, blurred, or a grid.
+What would need more steps than there was time for gets no verdict.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neounify.data.encode import Encoded, GuidanceDropout
+from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
+from neounify.data.mixture import Mixture
 from neounify.data.packing import Pack, make_pack
+from neounify.data.probe import nothing_usable, probe_sources
 from neounify.data.sample import DataError, Sample
-from neounify.errors import NeounifyError
 from neounify.evaluate.scenebench.similarity import psnr, seam_ratio
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
@@ -28,22 +30,30 @@ from neounify.train.metrics import T_INTERVALS, Metrics
 from neounify.train.objective import Counts, loss_of
 from neounify.train.optimizers import Optimizers
 from neounify.train.recipe import StageRecipe
+from neounify.train.seeds import seeded
 from neounify.train.setup import Start, build_encoder, build_source
 
 LOOKED_AT = 400
-"""Samples that are looked through for one of every task."""
+"""Samples of all sources together that are looked through for one of every task."""
+LEAST_LOOKED_AT = 50
+"""Samples that are looked at of each source, however many there are."""
 MOST_STEPS = 1000
+ENOUGH_STEPS = 300
+"""Steps after which a sample that is not learnt counts as one that cannot be."""
+LIKE = 15.0
+"""PSNR in dB above which a painted image counts as the one that was learnt."""
 LEARNT = 0.5
 """Share of its first loss that a task must fall below to count as learning."""
 UNLEARNT = 0.05
 """Mean square error of clean images (values -1 to 1) above which pictures tell nothing yet."""
 SEAM = 1.5
 """Steps at token borders over steps elsewhere that the eye sees as a grid."""
+NO_TIME = "not enough time to tell"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`good` None is a remark. `advice` says in plain words what to do about it."""
+    """`good` None: no verdict, or a remark. `advice` says in plain words what to do about it."""
 
     name: str
     good: bool | None
@@ -51,51 +61,76 @@ class Finding:
     advice: str = ""
 
 
+@dataclass(frozen=True)
+class Overfit:
+    """What overfitting one pack gave: metrics of its first and its last steps.
+
+    `conclusive`: all tasks were learnt, or there were enough steps to say that some cannot be.
+    """
+
+    first: dict[str, float]
+    last: dict[str, float]
+    steps: int
+    seconds: float
+    conclusive: bool
+
+
 def examine(
-    start: Start, stage: StageRecipe, seconds: float = 100, steps: int = MOST_STEPS
+    start: Start,
+    stage: StageRecipe,
+    seconds: float = 100,
+    steps: int = MOST_STEPS,
+    source: Mixture | None = None,
 ) -> Iterator[Finding]:
     """Look at a stage; findings as they come. The model's weights are changed.
 
-    Learning by heart ends after `seconds` or `steps`, or sooner when all tasks are learnt.
+    Overfitting ends after `seconds` or `steps`, or sooner when all tasks are learnt. `source` is
+    the stage's data if that is built already.
     """
     model = start.model
     if stage.lora is None:
         freeze(model, stage.freeze)
     else:
         add_lora(model, stage.lora)
-    samples, damaged = _one_per_task(stage)
-    yield Finding(
-        "data",
-        None if damaged else True,
-        f"tasks {', '.join(samples)}; {damaged} damaged of {LOOKED_AT} samples",
-        "skipped samples are listed in skipped.txt during training" if damaged else "",
-    )
+    samples: dict[str, Sample] = {}
+    yield from _data(source or build_source(stage.data, 0), build_encoder(stage, start), samples)
+    if not samples:
+        return
     encoder = replace(
-        build_encoder(stage, start), dropout=GuidanceDropout(text=0.0, all=0.0), noise_draws=4
+        build_encoder(stage, start),
+        dropout=GuidanceDropout(text=0.0, all=0.0),
+        noise_draws=4,
+        max_tokens=None,  # four noisy copies may well be more than a pack of the stage
     )
     documents = [encoder(s, np.random.default_rng(0)) for s in samples.values()]
     pack = make_pack(documents)
     yield from _gradients(start, stage, pack)
-    first, last, taken = _overfit(start, stage, pack, seconds, steps)
-    yield from _learning(first, last, taken, stage)
-    yield from _times(last)
-    yield from _pictures(start, samples, documents, last)
+    overfit = _overfit(start, stage, pack, seconds, steps)
+    yield from _learning(overfit, stage)
+    yield from _times(overfit)
+    yield from _pictures(start, samples, documents, overfit)
 
 
-def _one_per_task(stage: StageRecipe) -> tuple[dict[str, Sample], int]:
-    source = build_source(stage.data, 0)
-    found: dict[str, Sample] = {}
-    damaged = 0
-    for index in range(LOOKED_AT if source.size is None else min(LOOKED_AT, source.size)):
-        try:
-            sample = source[index]
-        except NeounifyError:
-            damaged += 1
-            continue
-        found.setdefault(sample.task, sample)
-    if not found:
-        raise DataError(f"none of the first {LOOKED_AT} samples can be used")
-    return found, damaged
+def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Iterator[Finding]:
+    """Look at every source; one sample of each task goes into `samples`."""
+    damaged = looked_at = 0
+    remarks = []
+    each = max(LEAST_LOOKED_AT, LOOKED_AT // len(mixture.sources))
+    for probe in probe_sources(mixture, encoder, each):
+        for sample in probe.usable:
+            samples.setdefault(sample.task, sample)
+        if not probe.usable:
+            yield Finding(f"data {probe.name}", False, nothing_usable(probe))
+        elif probe.skipped:
+            remarks.append(f"{probe.name}: {probe.skipped[0].message}")
+        damaged += len(probe.skipped)
+        looked_at += len(probe.skipped) + len(probe.usable)
+    yield Finding(
+        "data",
+        False if not samples else None if damaged else True,
+        f"tasks {', '.join(samples) or 'none'}; {damaged} damaged of {looked_at} samples",
+        "; ".join(remarks[:3]),
+    )
 
 
 def _gradients(start: Start, stage: StageRecipe, pack: Pack) -> Iterator[Finding]:
@@ -134,27 +169,28 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
     return ""
 
 
-def _overfit(
-    start: Start, stage: StageRecipe, pack: Pack, seconds: float, most: int
-) -> tuple[dict[str, float], dict[str, float], int]:
-    """Learn one pack by heart: (metrics of the first steps, of the last ones, steps taken)."""
+def _overfit(start: Start, stage: StageRecipe, pack: Pack, seconds: float, most: int) -> Overfit:
+    """Learn one pack until all of it is learnt, or time or steps are up."""
     optimizers = Optimizers(start.model, stage.optimizer)
     optimizers.set_factor(1.0)
     trained = [p for p in start.model.parameters() if p.requires_grad]
-    until = time.monotonic() + seconds
+    began = time.monotonic()
     first, recent = Metrics(start.model.device), Metrics(start.model.device)
     for step in count(1):
         metrics = first if step <= 5 else recent
-        _loss(start, stage, pack, step, metrics).backward()
+        with seeded(start.model.device, step):
+            _loss(start, stage, pack, step, metrics).backward()
         torch.nn.utils.clip_grad_norm_(trained, stage.clip)
         optimizers.step()
         optimizers.zero_grad()
-        if time.monotonic() > until or step >= most:
-            return first.report(), recent.report(), step
-        if step % 20 == 0:
-            last = recent.report()
-            if _all_learnt(first.report(), last, LEARNT / 10):
-                return first.report(), last, step
+        taken = time.monotonic() - began
+        ended = taken > seconds or step >= most
+        if ended or step % 20 == 0:
+            before, last = first.report(), recent.report()
+            learnt = _all_learnt(before, last, LEARNT / 10)
+            if ended or learnt:
+                enough = learnt or step >= min(most, ENOUGH_STEPS)
+                return Overfit(before, last, step, taken, enough)
             recent = Metrics(start.model.device)
     raise AssertionError  # the loop above ends by returning
 
@@ -175,24 +211,35 @@ def _all_learnt(first: dict[str, float], last: dict[str, float], share: float) -
     return all(last.get(name, 9e9) < share * first[name] for name in _tasks(first))
 
 
-def _learning(
-    first: dict[str, float], last: dict[str, float], steps: int, stage: StageRecipe
-) -> Iterator[Finding]:
-    for name in _tasks(first):
-        before, after = first[name], last.get(name, first[name])
+def _learning(overfit: Overfit, stage: StageRecipe) -> Iterator[Finding]:
+    for name in _tasks(overfit.first):
+        before = overfit.first[name]
+        after = overfit.last.get(name, before)
         kind, task, _ = name.split("/")
-        good = after < LEARNT * before or after < 0.01
-        advice = (
-            ""
-            if good
-            else f"one sample could not be learnt by heart in {steps} steps: raise the learning "
-            f"rate ({stage.optimizer.learning_rate:g}), or unfreeze what this task needs"
-        )
+        good: bool | None = after < LEARNT * before or after < 0.01
+        advice = ""
+        if not good and overfit.conclusive:
+            advice = (
+                f"one sample could not be learnt in {overfit.steps} steps: raise the learning "
+                f"rate ({stage.optimizer.learning_rate:g}), or unfreeze what this task needs"
+            )
+        elif not good:
+            good, advice = None, _no_time(overfit)
         yield Finding(f"{task} ({kind})", good, f"loss {before:.3f} → {after:.3f}", advice)
 
 
-def _times(last: dict[str, float]) -> Iterator[Finding]:
+def _no_time(overfit: Overfit) -> str:
+    """What to say where there is no verdict: the time that a verdict needs."""
+    needed = overfit.seconds * ENOUGH_STEPS / overfit.steps
+    return (
+        f"{NO_TIME}: {overfit.steps} steps in {overfit.seconds:.0f} s, a verdict takes "
+        f"{ENOUGH_STEPS} (--seconds {needed:.0f})"
+    )
+
+
+def _times(overfit: Overfit) -> Iterator[Finding]:
     """The clean image's error must fall as the noise does."""
+    last = overfit.last
     errors = [
         last.get(f"image/clean/t{n / T_INTERVALS:.1f}-{(n + 1) / T_INTERVALS:.1f}")
         for n in range(T_INTERVALS)
@@ -206,23 +253,22 @@ def _times(last: dict[str, float]) -> Iterator[Finding]:
     good = known[-1] <= known[0] or max(known) < 0.005
     yield Finding(
         "error by t",
-        good,
+        good if good or overfit.conclusive else None,
         "mean square error of the clean image from noise to data: "
         + ", ".join("–" if error is None else f"{error:.4f}" for error in errors),
         ""
         if good
+        else _no_time(overfit)
+        if not overfit.conclusive
         else "the prediction is worst where the picture is clearest: noise scale or direction of "
         "t differ from what the weights were trained with (config.json, noise_scale…)",
     )
 
 
 def _pictures(
-    start: Start,
-    samples: dict[str, Sample],
-    documents: list[Encoded],
-    last: dict[str, float],
+    start: Start, samples: dict[str, Sample], documents: list[Encoded], overfit: Overfit
 ) -> Iterator[Finding]:
-    """Paint the learnt prompt again: is it that picture, sharp and without a grid?"""
+    """Paint the learnt prompt again: is it that image, sharp and without a grid?"""
     known = {d.task: d for d in documents}
     if "t2i" not in known or not known["t2i"].targets:
         return
@@ -234,26 +280,41 @@ def _pictures(
     painted = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]
     pixels = np.asarray(painted)
     likeness = psnr(target, pixels)
-    clean = last.get("image/clean", 1.0)
+    learnt = overfit.last.get("image/clean", 1.0) < UNLEARNT
+    like = likeness > LIKE
+    advice = ""
+    if not like and overfit.conclusive:
+        advice = "noise or blur: see the losses above; more time (--seconds) may be enough"
+    elif not like:
+        advice = _no_time(overfit)
     yield Finding(
         "painting",
-        likeness > 15 if clean < UNLEARNT else None,
-        f"the learnt prompt paints the learnt picture at {likeness:.1f} dB",
-        ""
-        if likeness > 15
-        else "noise or blur: see the losses above; more time (--seconds) may be enough",
+        like if like or (learnt and overfit.conclusive) else None,
+        f"the learnt prompt paints the learnt image at {likeness:.1f} dB",
+        advice,
     )
+    yield from _seams(target, pixels, start.model.config.token_size, like, overfit)
+
+
+def _seams(
+    target: Pixels, painted: Pixels, token: int, like: bool, overfit: Overfit
+) -> Iterator[Finding]:
+    """The painted image must not show more of the token grid than the image it was learnt from."""
     try:
-        seams = seam_ratio(pixels, start.model.config.token_size)
+        seams, own = seam_ratio(painted, token), seam_ratio(target, token)
     except DataError:
         return
+    good = seams < SEAM * max(1.0, own)
+    judged = good or (like and overfit.conclusive)
+    advice = ""
+    if not good:
+        advice = "a grid at token borders: train longer at small noise, or use the pixel head"
+        advice = advice if judged else _no_time(overfit)
     yield Finding(
         "seams",
-        seams < SEAM,
-        f"steps at token borders are {seams:.2f} times those elsewhere",
-        ""
-        if seams < SEAM
-        else "a grid at token borders: train longer at small noise, or use the pixel head",
+        good if judged else None,
+        f"steps at token borders are {seams:.2f} times those elsewhere ({own:.2f} in the data)",
+        advice,
     )
 
 

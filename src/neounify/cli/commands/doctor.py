@@ -17,17 +17,17 @@ def doctor(
         str | None, typer.Option(metavar="NAME", help="Which stage; the first by default.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(metavar="S", help="Time for learning samples by heart.", min=1)
+        float, typer.Option(metavar="S", help="Time for overfitting samples.", min=1)
     ] = 90,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="cpu, cuda; a GPU if there is one.")
     ] = None,
     report: ReportOptions,
 ) -> None:
-    """Check a fine-tune before it costs days: gradients, freezing, losses, pictures.
+    """Check a fine-tune before it costs days: data, gradients, freezing, losses, images.
 
-    Learns one sample of every task by heart and says in plain words what is wrong. Ends with
-    status 1 if something is.
+    Overfits one sample of every task and says in plain words what is wrong. Ends with status 1 if
+    something is. What would need more time than --seconds gets no verdict.
 
     \b
       neounify doctor recipes/scenes.toml
