@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from neounify.train.doctor import Finding, examine
+from neounify.train.doctor import NO_TIME, Finding, examine
 from neounify.train.recipe import Recipe, recipe_from_table
 from neounify.train.setup import Start, starting_model
 
@@ -32,7 +33,9 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, Start]:
                     "data": [{"world": "easy"}],
                     "optimizer": {"name": "muon", "learning_rate": 5e-3},
                     **stage,
-                }
+                },
+                # A fresh model learns its tokenizer from scenes, whatever the first stage trains.
+                {"name": "b", "steps": 1, "data": [{"world": "easy"}]},
             ],
         }
     )
@@ -75,3 +78,48 @@ def test_a_rate_that_is_too_low_is_said(tmp_path: Path) -> None:
     found = findings(*case(tmp_path, **slow), steps=30)
     assert found["caption (text)"].good is False
     assert "raise the learning rate" in found["caption (text)"].advice
+
+
+def test_what_there_was_no_time_for_gets_no_verdict(tmp_path: Path) -> None:
+    """A rate that is too low, but one step only: nothing can be said of it yet."""
+    recipe, start = case(tmp_path, optimizer={"learning_rate": 1e-9})
+    found = list(examine(start, recipe.stages[0], seconds=0.0))
+    undecided = [f for f in found if f.advice.startswith(NO_TIME)]
+    assert {f.good for f in undecided} == {None}
+    assert {"caption (text)", "painting"} <= {f.name for f in undecided}
+    assert all("a verdict takes 300 (--seconds" in f.advice for f in undecided)
+    assert not [f.name for f in found if f.good is False]
+
+
+def lines(path: Path, records: list[Any]) -> dict[str, str]:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"kind": "jsonl", "path": str(path)}
+
+
+GOOD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+
+
+def test_a_source_without_a_usable_sample_is_bad(tmp_path: Path) -> None:
+    bad = lines(tmp_path / "bad.jsonl", [{**GOOD, "image": "none.png"}] * 3)
+    good = lines(tmp_path / "good.jsonl", [GOOD])
+    found = findings(*case(tmp_path, data=[good, bad]), steps=1)
+    assert found["data bad.jsonl"].good is False
+    assert "none.png" in found["data bad.jsonl"].what
+    assert found["data"].good is None
+    assert "3 damaged of 4" in found["data"].what
+    only = findings(*case(tmp_path, data=[bad]), steps=1)
+    assert list(only) == ["data bad.jsonl", "data"]
+    assert only["data"].good is False
+
+
+def test_some_damaged_samples_are_a_note(tmp_path: Path) -> None:
+    data = lines(tmp_path / "d.jsonl", [GOOD, {"conversations": []}])
+    found = findings(*case(tmp_path, data=[data]), steps=1)
+    assert found["data"].good is None
+    assert "d.jsonl, line 2" in found["data"].advice
+
+
+def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
+    found = findings(*case(tmp_path, budget=3), steps=1)
+    assert found["data SceneDataset"].good is False
+    assert "budget 3" in found["data SceneDataset"].what

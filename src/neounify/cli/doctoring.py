@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ def run_doctor(
     if stage is not None and stage not in stages:
         raise UsageError(f"no stage {stage}; the recipe has {', '.join(stages)}")
     chosen = recipe.stages[0] if stage is None else stages[stage]
+    if not math.isfinite(seconds):
+        raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
     display = Display(quiet=report.quiet, json=report.json)
     where = resolve_device(device or default_device())
     source = build_source(chosen.data, 0)  # data of another form is reported before a model loads

@@ -46,7 +46,7 @@ def foreign_file(path: Path) -> str | None:
     for magic, what in _MAGIC:
         if head.startswith(magic):
             return what
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b'"\x00' in head or b'\x00"' in head:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")):
         return _UTF16
     if path.suffix.lower() in (".csv", ".tsv"):
         return _TABLE

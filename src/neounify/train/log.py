@@ -81,6 +81,11 @@ class Log:
             highlight=False,
             soft_wrap=True,
         )
+        if stage.schedule.warmup >= stage.steps:
+            self.warn(
+                f"schedule.warmup ({stage.schedule.warmup:,}) is not below steps "
+                f"({stage.steps:,}): the full learning rate is never reached"
+            )
         if self._bar is not None:
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 from neounify.train.recipe import StageRecipe
 
 LOSSES = ("text/loss", "image/loss")
-SMOOTHING = 0.7
-"""Weight of the past in the running loss; one noisy report alone does not raise it far."""
+WINDOW = 5
+"""Reports whose median is the running loss: single spikes do not count."""
 FACTOR = 3.0
 """How far above its lowest level the running loss must stand."""
 REPORTS = 5
@@ -20,11 +23,19 @@ LEAST = 0.02
 
 @dataclass
 class _Level:
-    running: float
-    lowest: float
-    at_step: int
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    running: float = math.inf
+    lowest: float = math.inf
+    at_step: int = 0
     above: int = 0
-    said: bool = False
+
+    def add(self, step: int, value: float) -> None:
+        self.recent.append(value)
+        self.running = median(self.recent)
+        if self.running <= self.lowest:
+            self.lowest, self.at_step = self.running, step
+        high = self.running > FACTOR * max(LEAST, self.lowest)
+        self.above = self.above + 1 if high else 0
 
 
 @dataclass
@@ -38,17 +49,9 @@ class DivergenceWatch:
         for name in LOSSES:
             if name not in metrics:
                 continue
-            value = metrics[name]
-            level = self.levels.setdefault(name, _Level(value, value, step))
-            level.running = SMOOTHING * level.running + (1 - SMOOTHING) * value
-            if level.running <= level.lowest:
-                level.lowest, level.at_step = level.running, step
-            if level.running <= FACTOR * max(LEAST, level.lowest):
-                level.above, level.said = 0, False
-                continue
-            level.above += 1
-            if level.above >= REPORTS and not level.said:
-                level.said = True
+            level = self.levels.setdefault(name, _Level())
+            level.add(step, metrics[name])
+            if level.above == REPORTS:
                 return _warning(name.partition("/")[0], level, stage)
         return None
 

@@ -1,0 +1,114 @@
+"""States on disk: damage is found before training goes on from it, and costs one state only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from neounify.errors import CheckpointError
+from neounify.train.state import (
+    check_state,
+    load_state,
+    newest_whole_state,
+    prune_states,
+    save_state,
+    saved_states,
+)
+
+FACTS = {"progress": {}, "position": None, "ema_updates": 1, "config": {}}
+
+
+def save(folder: Path, step: int) -> Path:
+    weight = {"w": torch.full((50, 50), float(step))}
+    return save_state(folder, step, {"model": weight, "ema": weight, "optimizer": weight}, FACTS)
+
+
+@pytest.fixture
+def states(tmp_path: Path) -> Path:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
+def spoil_header(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[:8] = b"\xff" * 8
+    file.write_bytes(data)
+
+
+def lose_a_fact(file: Path) -> None:
+    facts = json.loads(file.read_text())
+    del facts["position"]
+    file.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", cut),
+        ("optimizer.safetensors", cut),
+        ("ema.safetensors", flip),
+        ("model.safetensors", spoil_header),
+        ("ema.safetensors", Path.unlink),
+        ("state.json", cut),
+        ("state.json", Path.unlink),
+        ("state.json", lose_a_fact),
+    ],
+)
+def test_a_damaged_newest_state_is_passed_over(states: Path, file: str, damage: object) -> None:
+    damage(states / "step-00000003" / file)  # type: ignore[operator]
+    said: list[str] = []
+    newest = newest_whole_state(states, said.append)
+    assert newest == states / "step-00000002"
+    assert len(said) == 1
+    assert "step-00000003" in said[0]
+    assert file in said[0]
+    tensors, _ = load_state(newest)
+    assert tensors["model"]["w"][0, 0] == 2
+
+
+def test_whole_states_are_passed_over_by_nobody(states: Path) -> None:
+    assert newest_whole_state(states, pytest.fail) == states / "step-00000003"
+
+
+def test_nothing_to_resume_and_nothing_whole(states: Path, tmp_path: Path) -> None:
+    assert newest_whole_state(tmp_path / "none", pytest.fail) is None
+    for path in saved_states(states):
+        cut(path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="all 3 states") as raised:
+        newest_whole_state(states, pytest.fail)
+    assert all(f"step-0000000{n}" in str(raised.value) for n in (1, 2, 3))
+
+
+def test_states_without_hashes_are_still_read(states: Path) -> None:
+    file = states / "step-00000003" / "state.json"
+    facts = json.loads(file.read_text())
+    del facts["files"]
+    file.write_text(json.dumps(facts))
+    check_state(file.parent)
+    cut(file.parent / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors"):
+        check_state(file.parent)
+
+
+def test_damaged_states_that_lie_ahead_do_not_count_as_kept(states: Path) -> None:
+    cut(states / "step-00000003" / "model.safetensors")
+    prune_states(states, 1, 2)
+    assert [p.name for p in saved_states(states)] == ["step-00000002", "step-00000003"]
+    save(states, 3)
+    prune_states(states, 1, 3)
+    assert [p.name for p in saved_states(states)] == ["step-00000003"]
+    check_state(states / "step-00000003")

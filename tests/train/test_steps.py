@@ -1,0 +1,256 @@
+"""What single steps leave behind: sums, seeds, modes, compiled functions, warnings."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from neounify.errors import ImageError
+from neounify.lora.layers import LoraLinear
+from neounify.model.stream import Stream
+from neounify.pipeline import Pipeline
+from neounify.train import loop
+from neounify.train.log import Log
+from neounify.train.loop import Trainer, TrainingStopped
+from neounify.train.metrics import Metrics
+from neounify.train.recipe import Recipe, StageRecipe
+from neounify.train.seeds import DROPOUT, pack_seed, seeded
+from neounify.train.setup import starting_model
+from neounify.train.stages import Progress
+from neounify.train.state import saved_states
+from neounify.train.watch import REPORTS, DivergenceWatch
+from train.test_trainer import recipe, trainer
+
+CPU = torch.device("cpu")
+
+
+def loud(folder: Path, made: Recipe, evaluate: Any = None) -> tuple[Trainer, io.StringIO]:
+    """A trainer and what it prints."""
+    console = Console(file=io.StringIO(), width=400)
+    log = Log(folder, console, tensorboard=False)
+    start = starting_model(made, CPU, folder)
+    assert isinstance(console.file, io.StringIO)
+    return Trainer(made, start, folder, log, evaluate), console.file
+
+
+def stages(**values: Any) -> list[dict[str, Any]]:
+    return [{"name": "a", "steps": 4, **values}]
+
+
+def test_every_pack_has_a_seed_of_its_own() -> None:
+    places = [(s, n, p) for s in range(3) for n in (0, 1, 1009, 1_000_003) for p in (0, 1, 1009)]
+    seeds = {pack_seed(*place) for place in places}
+    assert len(seeds) == len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Far in steps for one seed, near in seeds: once the same noise.
+    assert pack_seed(0, 1_000_003, 0) != pack_seed(1, 0, 0)
+    assert pack_seed(0, 0, 1009) != pack_seed(0, 1, 0)
+    assert pack_seed(0, 0, 0) != pack_seed(0, 0, 0, DROPOUT)
+    assert pack_seed(3, 4, 5) == pack_seed(3, 4, 5)
+
+
+def test_seeding_dropout_leaves_the_callers_generator_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with seeded(CPU, 5):
+        first = torch.rand(3)
+    with seeded(CPU, 5):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def adapted(folder: Path, **stage: Any) -> Trainer:
+    lora = {"rank": 2, "dropout": 0.5}
+    return trainer(folder, recipe(stages=stages(lora=lora, save_every=1, **stage)))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adapter_dropout_resumes_to_the_bit(tmp_path: Path, checkpointed: bool) -> None:
+    torch.manual_seed(11)
+    adapted(tmp_path / "whole", checkpoint_activations=checkpointed).run()
+    torch.manual_seed(22)
+    adapted(tmp_path / "cut", checkpoint_activations=checkpointed).run(stop_after=2)
+    again = adapted(tmp_path / "cut", checkpoint_activations=checkpointed)
+    again.resume(saved_states(again.states)[-1])
+    torch.manual_seed(33)
+    again.run()
+    one, two = (
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for folder in (tmp_path / "whole", tmp_path / "cut")
+    )
+    assert one == two
+
+
+def test_dropout_differs_from_step_to_step(tmp_path: Path) -> None:
+    run = adapted(tmp_path)
+    stage = run.recipe.stages[0]
+    drawn = []
+    for step in range(3):
+        run.progress.step = step
+        with run._dropout(stage, 0):
+            drawn.append(torch.rand(1).item())
+    assert len(set(drawn)) == 3
+
+
+def test_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Path) -> None:
+    modes: list[bool] = []
+
+    def evaluate(pipe: Pipeline, _: Progress) -> dict[str, float]:
+        modes.append(any(m.training for m in pipe.model.modules()))
+        return {}
+
+    made = recipe(stages=stages(lora={"rank": 2, "dropout": 0.5}, sample_every=2))
+    run, _ = loud(tmp_path, made, evaluate)
+    original = loop.loss_of
+
+    def watched(model: Any, *args: Any) -> Any:
+        assert all(m.training for m in model.modules() if isinstance(m, LoraLinear))
+        return original(model, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "loss_of", watched)
+        run.run()
+    assert modes == [False, False]
+
+
+def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path) -> None:
+    def evaluate(*_: object) -> dict[str, float]:
+        raise ImageError("no such size")
+
+    run, said = loud(tmp_path, recipe(stages=stages(sample_every=2)), evaluate)
+    run.run()
+    assert (tmp_path / "model").is_dir()
+    assert "no evaluation: no such size" in said.getvalue()
+    assert run.model.training
+
+
+def test_compiling_ends_with_the_stage_that_wants_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bool] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    original = loop.load_packs
+
+    def packs(*args: Any) -> Iterator[Any]:
+        streams = [m for m in run.model.modules() if isinstance(m, Stream)]
+        compiled.append(all("project" in m.__dict__ and "finish" in m.__dict__ for m in streams))
+        compiled.append(any("project" in m.__dict__ or "finish" in m.__dict__ for m in streams))
+        return original(*args)
+
+    monkeypatch.setattr(loop, "load_packs", packs)
+    three = [{"name": n, "steps": 1, "compile": n != "b"} for n in "abc"]
+    run = trainer(tmp_path, recipe(stages=three))
+    run.run()
+    assert compiled == [True, True, False, False, True, True]
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.loss_of
+    calls = 0
+
+    def sometimes_infinite(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss = original(*args)
+        if calls in (2, 6):
+            args[-1].text += float("nan")
+            return loss * float("inf")
+        return loss
+
+    monkeypatch.setattr(loop, "loss_of", sometimes_infinite)
+    run, _ = loud(tmp_path, recipe(stages=stages(steps=6, log_every=3)))
+    run.run()
+
+    def strict(value: str) -> None:
+        raise AssertionError(value)
+
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=strict) for line in lines]
+    assert [record["nonfinite"] for record in records] == [1, 2]
+    assert all(record["text/loss"] > 0 for record in records)
+    assert records[1]["gradient_norm"] is None
+
+
+def test_sums_merge_to_what_they_are_together() -> None:
+    one, two, both = Metrics(), Metrics(), Metrics()
+    for metrics, value in ((one, 1.0), (two, 3.0)):
+        for target in (metrics, both):
+            target.add_text(torch.tensor([2]), torch.tensor([value]), torch.tensor([True]))
+    one.merge(two)
+    assert one.report() == both.report()
+    assert one.report()["text/loss"] == 2.0
+
+
+STAGE = StageRecipe(name="a", steps=100)
+
+
+def watched(losses: list[float]) -> list[tuple[int, str]]:
+    watch = DivergenceWatch()
+    found = [(n, watch.look(n, {"image/loss": loss}, STAGE)) for n, loss in enumerate(losses)]
+    return [(n, warning) for n, warning in found if warning]
+
+
+def test_a_loss_that_stays_far_above_its_level_is_told_once() -> None:
+    falling = [1 / (1 + n) for n in range(10)]
+    assert watched(falling) == []
+    ((step, warning),) = watched([*falling, *[4.0] * 20])
+    assert step <= 10 + 2 * REPORTS
+    for part in ("training diverges", "image loss", "optimizer.learning_rate (2e-05)", "warmup"):
+        assert part in warning
+    # A second rise is a second warning.
+    assert len(watched([*falling, *[4.0] * 20, *[0.1] * 30, *[4.0] * 20])) == 2
+
+
+def test_noise_and_single_spikes_are_no_divergence() -> None:
+    noisy = [0.5 + 0.4 * (-1) ** n for n in range(50)]
+    assert watched(noisy) == []
+    assert watched([0.3] * 5 + [9.0] + [0.3] * 20) == []
+    assert watched([0.0001] * 5 + [0.004] * 20) == []
+
+
+def test_a_run_that_diverges_says_so(tmp_path: Path) -> None:
+    wild = {"name": "adamw", "learning_rate": 30.0}
+    made = recipe(stages=stages(steps=25, optimizer=wild, schedule={"name": "constant"}))
+    run, said = loud(tmp_path, made)
+    try:
+        run.run()
+    except TrainingStopped as error:
+        said.write(str(error))
+    assert "training diverges" in said.getvalue()
+    assert "optimizer.learning_rate (30)" in said.getvalue()
+
+
+def test_steps_that_are_not_finite_name_the_settings(tmp_path: Path) -> None:
+    run = trainer(tmp_path, recipe(stages=stages(most_nonfinite=2)))
+    with torch.no_grad():
+        run.model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingStopped, match=r"optimizer\.learning_rate .*clip .*warmup"):
+        run.run()
+
+
+def test_a_warm_up_longer_than_its_stage_is_told(tmp_path: Path) -> None:
+    run, said = loud(tmp_path, recipe(stages=stages(schedule={"warmup": 9})))
+    run.run()
+    assert "schedule.warmup (9) is not below steps (4)" in said.getvalue()
+
+
+def test_seeds_of_states_from_before_still_load(tmp_path: Path) -> None:
+    """States that earlier versions wrote have no counts of sources and no hashes."""
+    trainer(tmp_path).run(stop_after=2)
+    state = saved_states(tmp_path / "states")[-1]
+    facts = json.loads((state / "state.json").read_text())
+    del facts["sources"], facts["files"], facts["progress"]["damaged_samples"]
+    (state / "state.json").write_text(json.dumps(facts))
+    again = trainer(tmp_path)
+    again.resume(state)
+    again.run(stop_after=4)
+    assert again.progress.step == 4
