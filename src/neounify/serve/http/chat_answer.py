@@ -91,12 +91,12 @@ class ChatAnswer:
         return self._context.answers([self._requests], self._body)
 
     @property
-    def _as_parts(self) -> bool:
-        return self._body.paints and self._body.content_format == "parts"
+    def _form(self) -> str:
+        return self._body.content_format if self._body.paints else "string"
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
-        message |= choice.content.message(as_parts=self._as_parts)
+        message |= choice.content.message(self._form)
         if choice.calls:
             message["tool_calls"] = choice.calls
             message["content"] = message["content"] or None
@@ -128,6 +128,8 @@ class ChatAnswer:
         assert isinstance(event, Preview | Painted)
         image = _image(await self._url(event), event.index)
         if isinstance(event, Painted):
+            if self._form == "markdown":
+                return [{"content": _markdown(image)}]
             return [{"images": [image]}]
         return [{"image_preview": image | {"step": event.step, "steps": event.steps}}]
 
@@ -224,15 +226,25 @@ class _Content:
         self._parts.append({"type": "image_url", "image_url": {"url": url}})
         self._images.append(_image(url, index) | {"text_offset": len(self._text)})
 
-    def message(self, *, as_parts: bool) -> dict[str, Any]:
-        if as_parts:
+    def message(self, form: str) -> dict[str, Any]:
+        """`content`, and what goes with it, as parts, string or markdown."""
+        if form == "parts":
             return {"content": self._parts}
+        if form == "markdown":
+            text = "".join(
+                _markdown(part) if "image_url" in part else part["text"] for part in self._parts
+            )
+            return {"content": text}
         images = {"images": self._images} if self._images else {}
         return {"content": self._text} | images
 
 
 def _image(url: str, index: int) -> dict[str, Any]:
     return {"type": "image_url", "index": index, "image_url": {"url": url}}
+
+
+def _markdown(image: dict[str, Any]) -> str:
+    return f"![image]({image['image_url']['url']})"
 
 
 def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:

@@ -7,34 +7,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
+from neounify.serve.http.chat_parts import (
+    AnswerImage,
+    ImagePart,
+    Part,
+    TextPart,
+    answer_parts,
+    text_part,
+)
 from neounify.serve.http.fields import PaintingFields
 from neounify.serve.http.text_fields import Text, TextFields, TokenCount
 
 Modality = Literal["text", "image"]
+Content = Annotated[str, Field(max_length=64 * 2**20)]
+"""Text that may hold images in data URLs; without them it is bounded by the server's limits."""
 Name = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class TextPart(BaseModel):
-    """A piece of text."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ImageUrl(BaseModel):
-    """A data URL, or a URL of a host that the operator allows."""
-
-    url: str
-
-
-class ImagePart(BaseModel):
-    """A picture."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class CalledFunction(BaseModel):
@@ -52,18 +39,27 @@ class ToolCall(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn. What else clients put into messages they send back is not read."""
+    """One turn. What else clients put into messages they send back is not read.
+
+    An earlier answer may hold images: as parts, in `images` beside its text, or in Markdown.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[Part], Field(max_length=1000)] | None = None
+    content: Content | Annotated[list[Part], Field(max_length=1000)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+
+    images: Annotated[list[AnswerImage], Field(max_length=1000)] | None = Field(
+        None, description="Of an earlier answer, as this server gives them. Extension."
+    )
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """The content as parts, whichever way it was written."""
         if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content or []
+            parts: list[TextPart | ImagePart] = [text_part(self.content)]
+        else:
+            parts = self.content or []
+        return answer_parts(parts, self.images or ()) if self.role == "assistant" else parts
 
 
 class Function(BaseModel):
@@ -161,10 +157,11 @@ class ChatBody(TextFields, PaintingFields):
     max_images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
         None, description="Images of an interleaved answer at most. Extension."
     )
-    content_format: Literal["parts", "string"] = Field(
+    content_format: Literal["parts", "string", "markdown"] = Field(
         "parts",
         description="How an interleaved answer is returned: `content` as parts with images in "
-        "their places, or as a string with the images beside it in `images`. Extension.",
+        "their places, as a string with the images beside it in `images`, or as a string with "
+        "the images inside as Markdown. Extension.",
     )
 
     @property
