@@ -113,7 +113,13 @@ def test_an_error_after_the_first_piece_is_an_event() -> None:
         ({"modalities": ["text", "image"], "stop": "x"}, "stop"),
         ({"modalities": ["text", "image"], "size": "33x32"}, "size"),
         ({"modalities": ["text", "image"], "max_images": 11}, "max_images"),
-        ({"modalities": ["text", "image"], "messages": [*asking()["messages"] * 2]}, "messages"),
+        (
+            {
+                "modalities": ["text", "image"],
+                "messages": [*asking()["messages"], {"role": "assistant", "content": "It"}],
+            },
+            "messages",
+        ),
     ],
 )
 def test_bad_chat_fields(fields: dict[str, Any], param: str) -> None:
