@@ -8,9 +8,10 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from neounify.machine import processor_name
 
 WARM_UPS = 2
 RUNS = 7
@@ -51,19 +52,10 @@ def measure_machine(dtype: torch.dtype) -> Machine:
 def describe_machine() -> dict[str, object]:
     """The hardware and software a result belongs to."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -3,8 +3,11 @@
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from neounify import machine
 
 MEASURE = """
 import resource, torch
@@ -29,3 +32,10 @@ def test_kept_memory_needs_no_new_pages() -> None:
     faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     # Without the setting nearly all of them; some where the system takes idle ones back.
     assert int(faults) < 0.1 * PAGES
+
+
+def test_the_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.processor_name() == (platform.processor() or platform.machine())
+    (tmp_path / "cpuinfo").write_text("flags\t: a b\nmodel name\t: Some CPU 9: fast \n")
+    assert machine.processor_name() == "Some CPU 9: fast"

@@ -52,10 +52,10 @@ def read_loras(
 ) -> dict[str, tuple[LoraUpdate, ...]]:
     """The updates of one or many LoRAs: our tensor name → updates, in the files' order.
 
-    Each is a file of the published kind or a PEFT folder. `strength` is that of those given
-    without their own; `expected` maps our tensor names to shapes. Raises one CheckpointError
-    that lists every unknown target, missing half, wrong shape and value that is not finite, of
-    all files.
+    Each is a file of a form that checkpoint/lora_file.py reads, or a PEFT folder. `strength` is
+    that of those given without their own; `expected` maps our tensor names to shapes. Raises one
+    CheckpointError that lists every unknown target, missing half, wrong shape and value that is
+    not finite, of all files.
     """
     updates: dict[str, tuple[LoraUpdate, ...]] = {}
     problems: list[str] = []

@@ -25,6 +25,7 @@ from neounify.evaluate.scenebench.subject import (
     Subject,
     as_subject,
 )
+from neounify.machine import processor_name
 from neounify.pipeline import Pipeline
 
 __all__ = [
@@ -153,6 +154,7 @@ def surroundings(started: float) -> dict[str, Any]:
     """What a report says of machine and programs; `started` is a time of `time.monotonic`."""
     return {
         "seconds": round(time.monotonic() - started, 1),
+        "processor": processor_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
