@@ -35,7 +35,7 @@ def test_all_tasks_of_the_toy(run: Callable[..., Any], tmp_path: Path) -> None:
     assert about["sampling"]["steps"] == 1
     assert about["model"]["folder"] == "toy"
     assert about["categories_left"] == 0
-    assert {"seconds", "cpus", "threads", "torch", "neounify"} <= set(about)
+    assert {"seconds", "processor", "cpus", "threads", "torch", "neounify"} <= set(about)
     assert {s["strict"]["n"] for s in report["scores"]} == {2}
     assert "| category | n | strict" in (tmp_path / "out/eval/report.md").read_text("utf-8")
     assert (tmp_path / "out/eval/edit-wrong.png").is_file()

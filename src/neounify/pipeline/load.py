@@ -37,8 +37,8 @@ def load(
 
     `dtype` is "float32", "bfloat16" or "float16", or "stored"; None is the stored one too, but
     float32 on a CPU that is slow in half precision. Tensors stored in the dtype that is used are
-    memory-mapped, not copied. `lora` merges one or several LoRAs, files of any
-    form (docs/lora.md) or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
+    memory-mapped, not copied. `lora` merges one or several LoRAs, files of any form (docs/lora.md)
+    or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
     resident, for models that fill the memory; `verify` looks through all weights for NaN first.
     `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
     painting. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
