@@ -55,6 +55,7 @@ def test_there_and_back(kind: str, rslora: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::neounify.errors.SizeWarning")
 def test_the_pipeline_paints_the_same(tmp_path: Path) -> None:
     config = LoraConfig(rank=2, streams=("gen",), layers=(1, 2))
     base = write_base(tmp_path / "base", BYTES)
