@@ -160,14 +160,14 @@ def test_an_order_that_cannot_be_admitted_fails_alone(
 ) -> None:
     transport = LocalTransport()
     engine = understanding(pipe, transport)
-    pieces = engine._pieces
+    opens = engine.pool.open
 
-    def fails(parts: Any, known: int = 0) -> Any:
-        if any(isinstance(p, PicturePart) and p.digest == b"2" for p in parts):
+    def fails(rows: Any, *rest: Any) -> Any:
+        if any(row.key.endswith(b" 2") for row in rows):
             raise RuntimeError("no kernel image is available")
-        return pieces(parts, known)
+        return opens(rows, *rest)
 
-    monkeypatch.setattr(engine, "_pieces", fails)
+    monkeypatch.setattr(engine.pool, "open", fails)
     for number in (1, 2, 3):
         engine.submit(looking(number, transport))
     found = answers(engine)

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pytest
+import torch
 
 import neounify
 from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import colocated
+from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import EngineSettings, ThreadHost
 from neounify.serve.service import Service
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
-from serving import collect, serve
+from scripting import script_sampler
+from serving import collect, same_image, serve
 
 RNG = np.random.default_rng(0)
 PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
@@ -69,3 +74,62 @@ def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipel
     assert still == 2
     alone = serve(colocated(pipe), lambda service: collect(service, request))
     assert (chat.text, chat.thought) == (alone.text, alone.thought)
+
+
+def test_answers_do_not_depend_on_room(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stories with their default number of images, edits and chats, all at once."""
+    # An untrained model opens no image of itself: make it, wherever its likeliest token is even.
+    opens = pipe.engine.token("<img>")
+
+    def opens_images(logits: torch.Tensor) -> int:
+        best = int(logits[:200].argmax())
+        return opens if best % 16 == 0 else best
+
+    script_sampler(monkeypatch, opens_images)
+    sampling = make_sampling(pipe.config, editing=True, steps=2)
+    requests: list[ServiceRequest] = [
+        InterleaveRequest(
+            prompt=f"Tell {n}", sizes=[(128, 96)], sampling=sampling, max_new_tokens=40, seed=n
+        )
+        for n in range(3)
+    ]
+    requests += [
+        PaintRequest(prompt="x" * 30, width=64, height=64, sampling=sampling, images=(PICTURE,))
+    ]
+    requests += [make_chat_request("y" * (40 * n), [], max_new_tokens=60) for n in range(1, 5)]
+    assert all(r.max_images == 10 for r in requests if isinstance(r, InterleaveRequest))
+
+    async def work(service: Service) -> tuple[list[Any], float]:
+        answers = await asyncio.gather(*(collect(service, r) for r in requests))
+        await asyncio.sleep(1.1)
+        engine_of(service).check()
+        return answers, service.counters()["und_preempted"]
+
+    scarce, preempted = serve(colocated(pipe, room_of(400)), work)
+    roomy, never = serve(colocated(pipe), work)
+    assert preempted > 0 == never
+    assert max(len(a.images) for a in roomy) > 1
+    for one, other in zip(scarce, roomy, strict=True):
+        assert (one.text, one.thought) == (other.text, other.thought)
+        assert one.finished is not None
+        assert other.finished is not None
+        assert one.finished.finish_reason == other.finished.finish_reason
+        assert one.finished.completion_tokens == other.finished.completion_tokens
+        for index, pixels in other.images.items():
+            same_image(one.images[index], pixels)
+
+
+def test_a_story_that_outgrows_the_cache_ends_there(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script_sampler(monkeypatch, lambda logits: pipe.engine.token("<img>"))
+    sampling = make_sampling(pipe.config, editing=True, steps=2)
+    story = InterleaveRequest(
+        prompt="Tell", sizes=[(256, 256)], sampling=sampling, max_new_tokens=16
+    )
+    answer = serve(colocated(pipe, room_of(288)), lambda service: collect(service, story))
+    assert answer.finished is not None
+    assert answer.finished.finish_reason == "length"
+    assert len(answer.images) == 4  # three of 64 tokens are read back, the fourth is not

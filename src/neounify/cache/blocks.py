@@ -40,6 +40,10 @@ class BlockBook:
     def in_use(self) -> int:
         return self.count - self.available
 
+    def used(self, block: int) -> bool:
+        """Whether a sequence uses the block."""
+        return self._users[block] > 0
+
     def known_run(self, names: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest known beginning of `names`."""
         found: list[int] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neounify.cache.blocks import BlockBook
@@ -30,9 +30,9 @@ class PagedPool:
     The last place is always zero. Padding reads it, so that nothing of one sequence, NaN least of
     all, gets into what another one computes.
 
-    `open` gives a sequence all the room it will ever need, so one that runs never has to stop for
-    lack of it. What sequences have computed stays until its place is needed; a new one with the
-    same beginning goes on from there.
+    `open` gives a sequence room for what it will hold at first, `grow` more of it. What sequences
+    have computed stays until its place is needed; a new one with the same beginning goes on from
+    there.
     """
 
     def __init__(
@@ -60,21 +60,29 @@ class PagedPool:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def open(self, rows: Sequence[Row], room: int) -> PagedSequence:
+    def needed(self, rows: Sequence[Row], names: Sequence[Name] | None = None) -> int:
+        """How many of the available blocks `open` would take for `rows`."""
+        shared = sum(self.book.used(block) for block in self._reusable(rows, names))
+        return self.blocks_for(len(rows)) - shared
+
+    def open(
+        self, rows: Sequence[Row], room: int, names: Sequence[Name] | None = None
+    ) -> PagedSequence:
         """A sequence that will hold `rows` and up to `room` tokens after them.
 
         Its `length` says how many of the rows are there already; at least the last one is not, so
-        that there is something to compute a prediction from. Raises OutOfBlocks.
+        that there is something to compute a prediction from. `names` are those of the rows, if
+        they were computed before. Raises OutOfBlocks.
         """
-        known = self._reusable(rows)
+        known = self._reusable(rows, names)
         self.book.share(known)
-        needed = self.blocks_for(len(rows) + room) - len(known)
+        table = list(known)
         try:
-            own = self.book.take(needed)
-        except Exception:
-            self.book.release(known)
+            table += self.book.take(self.blocks_for(len(rows) + room) - len(known))
+            sequence = PagedSequence(self, table, rows[: len(known) * self.block_size])
+        except BaseException:
+            self.book.release(table)
             raise
-        sequence = PagedSequence(self, [*known, *own], rows[: len(known) * self.block_size])
         if len(known) * self.block_size < len(rows):
             sequence.next_t = rows[len(known) * self.block_size].t
         self._living[id(sequence)] = sequence
@@ -103,8 +111,10 @@ class PagedPool:
         for sequence in self._living.values():
             sequence.check()
 
-    def _reusable(self, rows: Sequence[Row]) -> list[int]:
-        known = self.book.known_run(self.names(rows[:-1]))
+    def _reusable(self, rows: Sequence[Row], names: Sequence[Name] | None = None) -> list[int]:
+        names = self.names(rows) if names is None else names
+        # The last row is always computed again.
+        known = self.book.known_run(names[: max(0, len(rows) - 1) // self.block_size])
         while known and not rows[len(known) * self.block_size].starts:
             known.pop()
         return known
@@ -122,10 +132,7 @@ class PagedSequence:
         self.length = len(rows)
         self.next_t = 0
         self._names = pool.names(rows)
-        size = pool.block_size
-        starts = torch.tensor(table, dtype=torch.int64).unsqueeze(1) * size
-        places = (starts + torch.arange(size)).flatten()
-        self.places = places.to(pool.keys.device)
+        self.places = self._places(table)
 
     @property
     def capacity(self) -> int:
@@ -135,8 +142,19 @@ class PagedSequence:
         """New spans that continue this sequence."""
         return Document(spans, past=self.length, start_t=self.next_t)
 
+    def grow(self, blocks: int) -> None:
+        """Take further blocks. Raises OutOfBlocks, having taken none."""
+        taken = self.pool.book.take(blocks)
+        self.table += taken
+        self.places = torch.cat([self.places, self._places(taken)])
+
+    def _places(self, blocks: Sequence[int]) -> Int[Tensor, " n"]:
+        size, device = self.pool.block_size, self.pool.keys.device
+        starts = torch.tensor(blocks, dtype=torch.int64).unsqueeze(1) * size
+        return (starts + torch.arange(size)).flatten().to(device)
+
     def reserve(self, extra: int) -> None:
-        """Raises ValueError when more is fed than was asked for in the beginning."""
+        """Raises ValueError when more is fed than there is room for."""
         if self.length + extra > self.capacity:
             raise ValueError(f"{self.length} + {extra} tokens in a room of {self.capacity}")
 

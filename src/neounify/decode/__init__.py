@@ -4,7 +4,7 @@ Everything here speaks ids; text belongs to the pipeline.
 """
 
 from neounify.decode.feed import Feed, feed
-from neounify.decode.loop import Generation, choose_tokens, decode
+from neounify.decode.loop import Generation, Writing, choose_tokens, decode
 from neounify.decode.sampler import Choice, LogProbs, sample
 from neounify.decode.sampling import (
     Constraint,
@@ -22,6 +22,7 @@ __all__ = [
     "LogProbs",
     "SamplingSettings",
     "SamplingState",
+    "Writing",
     "choose_tokens",
     "decode",
     "feed",

@@ -19,8 +19,8 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(eq=False)
-class Generation:
-    """One sequence being written.
+class Writing:
+    """What is written of one sequence, wherever its keys and values lie.
 
     `ids` are the tokens chosen so far, `logprobs` what was asked for with each. A token of
     `stop_ids` ends the sequence: it is recorded in `stopped_by`, neither in `ids` nor in the
@@ -28,7 +28,6 @@ class Generation:
     limit ended the sequence.
     """
 
-    cache: Cache
     sampling: SamplingState
     stop_ids: frozenset[int]
     max_new_tokens: int
@@ -64,9 +63,23 @@ class Generation:
         self.stopped_by = self.finish_reason = None
 
 
-def choose_tokens(logits: Tensor, generations: Sequence[Generation]) -> list[Choice]:
+class Generation(Writing):
+    """A sequence that is written into a cache of its own."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        sampling: SamplingState,
+        stop_ids: frozenset[int],
+        max_new_tokens: int,
+    ) -> None:
+        super().__init__(sampling, stop_ids, max_new_tokens)
+        self.cache = cache
+
+
+def choose_tokens(logits: Tensor, writings: Sequence[Writing]) -> list[Choice]:
     """The next token of each sequence, for it to `take`; `logits` are [B, vocab]."""
-    return sample(logits, [generation.sampling for generation in generations])
+    return sample(logits, [writing.sampling for writing in writings])
 
 
 def decode(

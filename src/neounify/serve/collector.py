@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 GAUGES = {
     "requests": "Requests under way.",
     "image_tokens": "Tokens of the images of all requests under way.",
-    "und_waiting": "Prompts that wait for room in the cache.",
+    "und_waiting": "Sequences that wait for room in the cache.",
     "und_reading": "Calls whose prompts are being read.",
     "und_writing": "Sequences that are being written.",
     "und_cache_used": "Share of the key-value cache that sequences use, 0 to 1.",
@@ -25,6 +25,7 @@ COUNTERS = {
     "und_read_tokens": "Tokens of prompts that were read.",
     "und_known_tokens": "Tokens of prompts that were known from earlier requests.",
     "und_written_tokens": "Tokens that were written.",
+    "und_preempted": "Sequences that had to give up their room in the cache for others.",
     "gen_steps": "Denoising steps of the generation engine.",
     "gen_step_seconds": "Time spent in them, seconds.",
     "gen_image_steps": "Steps of single images: divided by gen_steps, the mean batch.",

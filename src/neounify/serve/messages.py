@@ -70,8 +70,9 @@ class Write:
 
 @dataclass(frozen=True)
 class Open:
-    """Read new sequences, with `room` tokens behind each prompt. All of them or none.
+    """Read new sequences; `room` tokens at most will be written behind each prompt.
 
+    What can never fit into the cache is refused, all else waits until there is room.
     `then` is written as soon as the prompts are read, without a way to the front and back.
     """
 

@@ -190,7 +190,8 @@ async def interleave(
     """Text and images by turns; an image is read back by the model that painted it."""
     side = front.config.token_size
     seeing = [branch for branch in _own(request) if branch != "uncond"]
-    pictures = sum(_tokens(front, size) + 2 for size in _sizes(request))
+    # Room for one image; how many more the cache has room for shows as the answer grows.
+    pictures = request.max_images and max(_tokens(front, size) for size in request.sizes) + 2
     usage = await _open(
         session, front, request, turn_prompt, words=request.max_new_tokens, pictures=pictures
     )
@@ -309,11 +310,6 @@ def _own(request: PaintRequest | InterleaveRequest) -> list[Branch]:
     """
     branches = request.sampling.guidance.branches()
     return [b for b in branches if b != "uncond" or request.negative_prompt]
-
-
-def _sizes(request: InterleaveRequest) -> list[tuple[int, int]]:
-    last = request.sizes[-1]
-    return [*request.sizes, *[last] * request.max_images][: request.max_images]
 
 
 def _tokens(front: Front, size: tuple[int, int]) -> int:

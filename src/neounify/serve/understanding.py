@@ -2,26 +2,26 @@
 
 Each step reads a bounded piece of the prompts that wait, then writes one token of every sequence
 that writes. Sequences lie in a paged cache, where one that begins as an earlier one did goes on
-from there. The engine speaks ids.
+from there; what one has to give up when room gets scarce (`room.py`) is read again later. The
+engine speaks ids.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from neounify.cache import PagedPool, PagedSequence
-from neounify.cache.content import Row, image_rows, text_rows
-from neounify.decode.feed import Feed, feed
-from neounify.decode.loop import Generation, choose_tokens
+from neounify.cache import PagedPool
+from neounify.decode.feed import feed
+from neounify.decode.loop import Writing, choose_tokens
 from neounify.decode.sampler import Choice
 from neounify.decode.sampling import SamplingState
-from neounify.errors import NeounifyError, PromptError, RequestError, not_finite
-from neounify.model.layout import Image, Text
+from neounify.errors import ContextFullError, NeounifyError, PromptError, RequestError, not_finite
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.engine import check_context
 from neounify.serve.events import EngineDied
@@ -30,9 +30,7 @@ from neounify.serve.messages import (
     Export,
     Exported,
     Extend,
-    Extended,
     Open,
-    Opened,
     PicturePart,
     Prefix,
     PromptPart,
@@ -43,7 +41,16 @@ from neounify.serve.messages import (
     Written,
     failed,
 )
-from neounify.serve.transport import LocalParcel, Transport, free
+from neounify.serve.room import Room
+from neounify.serve.sequences import (
+    Exporting,
+    Piece,
+    Reading,
+    ServedSequence,
+    positions_of,
+    tokens_of,
+)
+from neounify.serve.transport import LocalParcel, Transport
 
 Prompts = Mapping[SequenceName, tuple[PromptPart, ...]]
 
@@ -55,37 +62,6 @@ class UnderstandingSettings:
     cache_tokens: int = 32_768
     block_size: int = 16
     prefill_tokens: int = 512
-
-
-@dataclass
-class _Piece:
-    """A part still to be read. Text may be read in several steps, an image only whole."""
-
-    ids: tuple[int, ...] = ()
-    image: Tensor | None = None
-    grid: tuple[int, int] = (0, 0)
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] if self.image is not None else len(self.ids)
-
-
-@dataclass(eq=False)
-class _Sequence:
-    cache: PagedSequence
-    pieces: deque[_Piece]
-    context: list[int]
-    hidden: Tensor | None = None
-    text: Generation | None = None
-
-
-@dataclass(eq=False)
-class _Reading:
-    """A call that is answered when its sequences have been read."""
-
-    names: tuple[SequenceName, ...]
-    reply: Reply
-    then: Write | None = None
 
 
 class UnderstandingEngine:
@@ -102,21 +78,24 @@ class UnderstandingEngine:
             dtype=model.dtype,
             device=model.device,
         )
+        self.room = Room(self.pool)
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
-        self._sequences: dict[SequenceName, _Sequence] = {}
-        self._waiting: deque[Open] = deque()
-        self._reading: list[_Reading] = []
+        self._ages = itertools.count()
+        self._sequences: dict[SequenceName, ServedSequence] = {}
+        self._reading: list[Reading] = []
+        self._exporting: list[Exporting] = []
         self._writing: dict[SequenceName, Write] = {}
+        self._waiting = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._reading or self._writing)
+        return bool(self._reading or self._exporting or self._writing)
 
     @property
     def urgent(self) -> bool:
         """Whether somebody waits for a first token."""
-        return bool(self._waiting or self._reading)
+        return bool(self._reading or self._exporting)
 
     @property
     def writes(self) -> bool:
@@ -124,13 +103,12 @@ class UnderstandingEngine:
 
         Not so for prompts that are only painted behind.
         """
-        thens = [*(o.then for o in self._waiting), *(r.then for r in self._reading)]
-        return bool(self._writing) or any(then is not None for then in thens)
+        return bool(self._writing) or any(r.then is not None for r in self._reading)
 
     def gauges(self) -> Mapping[str, float]:
         """How full the engine is: sequences that wait, read and write, and blocks in use."""
         return {
-            "und_waiting": len(self._waiting),
+            "und_waiting": self._waiting,
             "und_reading": len(self._reading),
             "und_writing": len(self._writing),
             "und_cache_used": self.pool.book.in_use / self.pool.book.count,
@@ -144,16 +122,15 @@ class UnderstandingEngine:
         try:
             match order:
                 case Open():
-                    self._check_room(order)
-                    # Taken at once: the caller may leave before there is room, and frees what lies
-                    # in parcels then.
-                    self._waiting.append(replace(order, prompts=self._taken(order.prompts)))
+                    self._open(order)
                 case Write():
                     self._start_writing(order)
                 case Extend():
-                    self._start_extending(order)
+                    self._extend(order)
                 case Export():
-                    self._export(order)
+                    sequences = tuple(self._sequence(name) for name in order.sequences)
+                    self._exporting.append(Exporting(order.call, sequences))
+                    self._answer_exports()
         except Exception as error:  # whatever it is, it concerns this order alone
             self.replies.append(failed(order.call, error))
 
@@ -163,43 +140,41 @@ class UnderstandingEngine:
 
         Raises what concerns all sequences; an error of one order is that order's answer.
         """
-        self._admit_waiting()
+        self._give_room()
         self._read_some()
         self._answer_readers()
+        self._answer_exports()
         self._write_one_token()
+        self.counters["und_preempted"] = self.room.preempted
 
     def check(self) -> None:
         """Whether the cache's books are right. Raises ValueError."""
         self.pool.check()
 
-    # --- opening ---
+    # --- opening and extending ---
 
-    def _check_room(self, order: Open) -> None:
-        blocks = sum(
-            self.pool.blocks_for(_tokens(parts) + order.room[name])
-            for name, parts in order.prompts.items()
-        )
-        if blocks > self.pool.book.count:
-            raise RequestError(
-                f"the request needs room for {blocks * self.pool.block_size} tokens, the server "
-                f"has {self.pool.book.count * self.pool.block_size}; ask for fewer tokens"
-            )
-        for parts in order.prompts.values():
-            end, limit = _positions(parts), self.model.config.max_positions
+    def _open(self, order: Open) -> None:
+        for name, parts in order.prompts.items():
+            self._check_room(tokens_of(parts) + order.room[name])
+            end, limit = positions_of(parts), self.model.config.max_positions
             if end > limit:
                 raise PromptError(f"the prompt is {end} positions long, the model reads {limit}")
+        # Taken at once: the caller may leave before there is room, and frees what lies in parcels.
+        prompts = self._taken(order.prompts)
+        for name, parts in prompts.items():
+            sequence = ServedSequence(name, next(self._ages), order.room[name])
+            sequence.append(parts)
+            self._sequences[name] = sequence
+        opened = tuple(self._sequences[name] for name in prompts)
+        self._reading.append(Reading(order.call, opened, True, order.then))
 
-    def _admit_waiting(self) -> None:
-        """Open what there is room for, in the order in which it came."""
-        while self._waiting:
-            order = self._waiting[0]
-            try:
-                if not self._admit(order):
-                    return
-                self._waiting.popleft()
-            except Exception as error:
-                self._close(tuple(order.prompts))
-                self.replies.append(failed(order.call, error))
+    def _check_room(self, tokens: int) -> None:
+        if self.pool.blocks_for(tokens) > self.pool.book.count:
+            size = self.pool.block_size
+            raise RequestError(
+                f"the request needs room for {self.pool.blocks_for(tokens) * size} tokens, the "
+                f"server has {self.room.tokens}; ask for fewer tokens"
+            )
 
     def _taken(self, prompts: Prompts) -> Prompts:
         """The prompts with their images out of shared memory. Raises ParcelGone."""
@@ -213,140 +188,145 @@ class UnderstandingEngine:
             for name, parts in prompts.items()
         }
 
-    def _admit(self, order: Open) -> bool:
-        """Open all sequences of an order, if the cache has room for them now."""
-        rows = {name: _rows(parts, 0) for name, parts in order.prompts.items()}
-        needed = sum(self.pool.blocks_for(len(r) + order.room[n]) for n, r in rows.items())
-        if needed > self.pool.book.available:
-            return False
-        cached = 0
-        for name, parts in order.prompts.items():
-            ids = [i for part in parts if not isinstance(part, PicturePart) for i in part.ids]
-            cache = self.pool.open(rows[name], order.room[name])
-            # From here on closing the sequence gives its room back.
-            self._sequences[name] = sequence = _Sequence(cache, deque(), ids)
-            cached += cache.length
-            self.counters["und_known_tokens"] += cache.length
-            cache.expect(rows[name][cache.length :])
-            sequence.pieces = self._pieces(parts, cache.length)
-        opened = Opened(sum(map(len, rows.values())), cached)
-        self._reading.append(_Reading(tuple(rows), Reply(order.call, opened, True), order.then))
-        return True
-
-    def _pieces(self, parts: Sequence[PromptPart], known: int = 0) -> deque[_Piece]:
-        """What is left to read of some parts, of which `known` tokens are there already."""
-        pieces: deque[_Piece] = deque()
-        for part in parts:
-            count = part.tokens if isinstance(part, PicturePart) else len(part.ids)
-            skipped = min(known, count)
-            known -= skipped
-            if skipped == count:
-                continue
-            if isinstance(part, PicturePart):
-                assert isinstance(part.pixels, LocalParcel)
-                pieces.append(_Piece(image=part.pixels.tensors["pixels"], grid=part.grid))
-            else:
-                pieces.append(_Piece(ids=part.ids[skipped:]))
-        return pieces
-
-    def _start_extending(self, order: Extend) -> None:
-        for name, parts in self._taken(order.parts).items():
+    def _extend(self, order: Extend) -> None:
+        taken = self._taken(order.parts)
+        for name, parts in taken.items():
             sequence = self._sequence(name)
-            rows = _rows(parts, sequence.cache.next_t)
-            end = sequence.cache.next_t + _positions(parts)
-            check_context(end, self.model.config.max_positions)
-            sequence.cache.reserve(len(rows))
-            sequence.cache.expect(rows)
-            sequence.pieces += self._pieces(parts)
-        self._reading.append(_Reading(tuple(order.parts), Reply(order.call, Extended(), True)))
+            check_context(sequence.next_t + positions_of(parts), self.model.config.max_positions)
+            length = len(sequence.rows) + tokens_of(parts)
+            if length > self.room.tokens:
+                raise ContextFullError(
+                    f"{length} tokens are more than the server's cache holds, {self.room.tokens}"
+                )
+        for name, parts in taken.items():
+            self._sequence(name).append(parts)
+        extended = tuple(self._sequence(name) for name in taken)
+        self._reading.append(Reading(order.call, extended, False))
 
-    # --- reading ---
+    # --- room and reading ---
+
+    def _wanted(self) -> set[ServedSequence]:
+        """The sequences that somebody waits for."""
+        wanted = {self._sequences[name] for name in self._writing}
+        for reading in self._reading:
+            wanted.update(s for s in reading.sequences if not s.read)
+        for exporting in self._exporting:
+            wanted.update(exporting.left)
+        return wanted
+
+    def _give_room(self) -> None:
+        wanted = self._wanted()
+        lacking = [s for s in wanted if s.cache is None]
+        if not lacking:
+            self._waiting = 0
+            return
+        for sequence in self.room.enter(lacking, wanted):
+            assert sequence.cache is not None
+            self.counters["und_known_tokens"] += sequence.cache.length
+        for sequence in [s for s in lacking if s.error is not None]:
+            self._fail(sequence)
+        self._waiting = sum(s.cache is None and s.error is None for s in lacking)
 
     def _read_some(self) -> None:
         left = self.settings.prefill_tokens
-        found: list[tuple[_Sequence, list[_Piece]]] = []
-        for reading in self._reading:
-            for name in reading.names:
-                sequence = self._sequences[name]
-                if sequence.pieces and left > 0:
-                    pieces, left = _take(sequence.pieces, left)
-                    if pieces:
-                        found.append((sequence, pieces))
+        found: list[tuple[ServedSequence, list[Piece]]] = []
+        wanted = self._wanted()
+        for sequence in sorted(wanted, key=lambda s: s.order):
+            if left <= 0:
+                break
+            # Whoever is older may have taken its room meanwhile.
+            if sequence.cache is None or sequence.cache.length == len(sequence.rows):
+                continue
+            pieces = sequence.next_pieces(left)
+            tokens = sum(piece.tokens for piece in pieces)
+            if tokens > left and found:
+                continue  # an image larger than a step goes alone
+            if self.room.grow(sequence, tokens, wanted):
+                found.append((sequence, pieces))
+                left -= tokens
         if not found:
             return
         self.counters["und_read_tokens"] += self.settings.prefill_tokens - left
-        states = feed(self.model, [_feed(s.cache, pieces) for s, pieces in found])
+        states = feed(self.model, [s.feed(pieces) for s, pieces in found])
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):
-            sequence.hidden = state if fine else None
-            if not fine:
+            sequence.take_state(state, finite=fine)
+            if not fine and sequence.cache is not None:
                 self.pool.distrust(sequence.cache)
 
     def _answer_readers(self) -> None:
-        left: list[_Reading] = []
+        left: list[Reading] = []
+        done: list[Reading] = []
         for reading in self._reading:
-            sequences = [self._sequences[name] for name in reading.names]
-            if any(s.pieces for s in sequences):
-                left.append(reading)
-            elif any(s.hidden is None for s in sequences):
-                self.replies.append(failed(reading.reply.call, not_finite()))
-            else:
-                self.replies.append(reading.reply)
-                if reading.then is not None:
-                    self.submit(reading.then)
+            (done if all(s.read for s in reading.sequences) else left).append(reading)
         self._reading = left
+        for reading in done:
+            if not all(s.finite for s in reading.sequences):
+                self.replies.append(failed(reading.call, not_finite()))
+                continue
+            self.replies.append(Reply(reading.call, reading.answer, True))
+            if reading.then is not None:
+                self.submit(reading.then)
 
     # --- writing ---
 
     def _start_writing(self, order: Write) -> None:
         sequence = self._sequence(order.sequence)
         if sequence.text is None:
-            sequence.text = Generation(
-                sequence.cache,
-                SamplingState(order.sampling, sequence.context),
-                order.stop_ids,
-                order.max_new_tokens,
-            )
+            context = [token for piece in sequence.pieces for token in piece.ids]
+            sampling = SamplingState(order.sampling, context)
+            sequence.text = Writing(sampling, order.stop_ids, order.max_new_tokens)
         sequence.text.resume()
         self._writing[order.sequence] = order
 
     def _write_one_token(self) -> None:
-        sequences = {name: self._sequences[name] for name in self._writing}
-        for name, sequence in sequences.items():
-            text = sequence.text
-            assert text is not None
-            room = self.model.config.max_positions - sequence.cache.next_t
-            if len(text.ids) >= text.max_new_tokens or room <= 0:
-                text.finish_reason = "length"
-                self._end_writing(name)
-        rows = [(n, s) for n, s in sequences.items() if n in self._writing]
+        rows = self._that_can_write()
         if not rows:
             return
-        logits = self.model.logits(torch.stack([_state(s) for _, s in rows]))
-        choices = choose_tokens(logits, [_text(s) for _, s in rows])
+        logits = self.model.logits(torch.stack([_state(s) for s in rows]))
+        choices = choose_tokens(logits, [_text(s) for s in rows])
         going_on = [
             (sequence, token)
-            for (name, sequence), choice in zip(rows, choices, strict=True)
-            if (token := self._take_token(name, sequence, choice)) is not None
+            for sequence, choice in zip(rows, choices, strict=True)
+            if (token := self._take_token(sequence, choice)) is not None
         ]
         if not going_on:
             return
         for sequence, token in going_on:
-            sequence.cache.expect(text_rows((token,), sequence.cache.next_t))
-        states = feed(self.model, [Feed(s.cache, (Text(1),), (t,)) for s, t in going_on])
+            sequence.append_token(token)
+        states = feed(self.model, [s.feed([Piece(ids=[token])]) for s, token in going_on])
         for (sequence, _), state in zip(going_on, states, strict=True):
-            sequence.hidden = state
-            assert sequence.text is not None
-            sequence.text.pending = []
+            sequence.take_state(state, finite=True)
+            _text(sequence).pending = []
 
-    def _take_token(self, name: SequenceName, sequence: _Sequence, choice: Choice) -> int | None:
+    def _that_can_write(self) -> list[ServedSequence]:
+        """Those that write and have room for another token; one that can have none ends."""
+        wanted = self._wanted()
+        able: list[ServedSequence] = []
+        # The oldest first: it may take the room of younger ones, which then have to wait.
+        writing = (self._sequences[name] for name in self._writing)
+        for sequence in sorted(writing, key=lambda s: s.order):
+            text = _text(sequence)
+            positions = self.model.config.max_positions - sequence.next_t
+            tokens = self.room.tokens - len(sequence.rows)
+            if len(text.ids) >= text.max_new_tokens or min(positions, tokens) <= 0:
+                text.finish_reason = "length"
+                self._end_writing(sequence.name)
+                wanted.discard(sequence)
+            elif sequence.ready and self.room.grow(sequence, 1, wanted):
+                able.append(sequence)
+        return able
+
+    def _take_token(self, sequence: ServedSequence, choice: Choice) -> int | None:
         """Send a sequence's next token; None when it ends with it."""
-        text, call = _text(sequence), self._writing[name].call
+        text, name = _text(sequence), sequence.name
+        call = self._writing[name].call
         try:
             token = text.take(choice)
         except NeounifyError as error:
             del self._writing[name]
-            self.pool.distrust(sequence.cache)
+            if sequence.cache is not None:
+                self.pool.distrust(sequence.cache)
             self.replies.append(failed(call, error))
             return None
         if token is not None:
@@ -365,87 +345,57 @@ class UnderstandingEngine:
 
     # --- the rest ---
 
-    def _export(self, order: Export) -> None:
-        prefixes: list[Prefix] = []
-        try:
-            for name in order.sequences:
-                cache = self._sequence(name).cache
-                keys, values = cache.gather()
-                parcel = self.transport.pack({"keys": keys, "values": values})
-                prefixes.append(Prefix(parcel, cache.next_t))
-        except BaseException:
-            for prefix in prefixes:
-                free(prefix.parcel)
-            raise
-        self.replies.append(Reply(order.call, Exported(tuple(prefixes)), True))
+    def _answer_exports(self) -> None:
+        """Copy sequences that are to be exported as soon as they lie in the cache."""
+        for exporting in list(self._exporting):
+            try:
+                for sequence in exporting.left:
+                    if sequence.ready and sequence.cache is not None:
+                        keys, values = sequence.cache.gather()
+                        parcel = self.transport.pack({"keys": keys, "values": values})
+                        exporting.done[sequence.name] = Prefix(parcel, sequence.cache.next_t)
+            except Exception as error:
+                self._exporting.remove(exporting)
+                exporting.free()
+                self.replies.append(failed(exporting.call, error))
+                continue
+            if not exporting.left:
+                self._exporting.remove(exporting)
+                prefixes = tuple(exporting.done[s.name] for s in exporting.sequences)
+                self.replies.append(Reply(exporting.call, Exported(prefixes), True))
 
     def _close(self, names: Sequence[SequenceName]) -> None:
-        gone = set(names)
-        self._waiting = deque(o for o in self._waiting if not gone & set(o.prompts))
-        self._reading = [r for r in self._reading if not gone & set(r.names)]
-        for name in names:
-            self._writing.pop(name, None)
-            sequence = self._sequences.pop(name, None)
-            if sequence is not None:
-                self.pool.close(sequence.cache)
+        gone = {self._sequences[name] for name in names if name in self._sequences}
+        self._reading = [r for r in self._reading if not gone.intersection(r.sequences)]
+        for exporting in [e for e in self._exporting if gone.intersection(e.sequences)]:
+            self._exporting.remove(exporting)
+            exporting.free()
+        for sequence in gone:
+            self._writing.pop(sequence.name, None)
+            del self._sequences[sequence.name]
+            self.room.leave(sequence)
 
-    def _sequence(self, name: SequenceName) -> _Sequence:
+    def _fail(self, sequence: ServedSequence) -> None:
+        """Answer all calls that wait for a sequence with its error, and give it up."""
+        assert sequence.error is not None
+        calls = [r.call for r in self._reading if sequence in r.sequences]
+        calls += [e.call for e in self._exporting if sequence in e.sequences]
+        if sequence.name in self._writing:
+            calls.append(self._writing[sequence.name].call)
+        self._close((sequence.name,))
+        self.replies += [failed(call, sequence.error) for call in calls]
+
+    def _sequence(self, name: SequenceName) -> ServedSequence:
         if name not in self._sequences:
             raise EngineDied(f"the engine was started again and has no sequence {name} any more")
         return self._sequences[name]
 
 
-def _rows(parts: Sequence[PromptPart], t: int) -> list[Row]:
-    rows: list[Row] = []
-    for part in parts:
-        if isinstance(part, PicturePart):
-            rows += image_rows(part.digest, part.tokens, t)
-            t += 1
-        else:
-            rows += text_rows(part.ids, t)
-            t += len(part.ids)
-    return rows
-
-
-def _tokens(parts: Sequence[PromptPart]) -> int:
-    return sum(p.tokens if isinstance(p, PicturePart) else len(p.ids) for p in parts)
-
-
-def _positions(parts: Sequence[PromptPart]) -> int:
-    return sum(1 if isinstance(p, PicturePart) else len(p.ids) for p in parts)
-
-
-def _take(pieces: deque[_Piece], most: int) -> tuple[list[_Piece], int]:
-    """Pieces of at most `most` tokens from the front, a larger image alone; what is left of it."""
-    taken: list[_Piece] = []
-    while pieces and most > 0:
-        first = pieces[0]
-        if first.tokens <= most or (first.image is not None and not taken):
-            taken.append(pieces.popleft())
-            most -= first.tokens
-        elif first.image is not None:
-            break
-        else:
-            taken.append(_Piece(ids=first.ids[:most]))
-            first.ids = first.ids[most:]
-            most = 0
-    return taken, most
-
-
-def _feed(cache: PagedSequence, pieces: Sequence[_Piece]) -> Feed:
-    return Feed(
-        cache,
-        tuple(Text(len(p.ids)) if p.image is None else Image(*p.grid) for p in pieces),
-        [token for piece in pieces for token in piece.ids],
-        [piece.image for piece in pieces if piece.image is not None],
-    )
-
-
-def _text(sequence: _Sequence) -> Generation:
+def _text(sequence: ServedSequence) -> Writing:
     assert sequence.text is not None
     return sequence.text
 
 
-def _state(sequence: _Sequence) -> Tensor:
+def _state(sequence: ServedSequence) -> Tensor:
     assert sequence.hidden is not None
     return sequence.hidden

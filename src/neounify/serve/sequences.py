@@ -1,0 +1,205 @@
+"""What the understanding engine holds of a sequence, whether or not it lies in the cache now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from neounify.cache import PagedSequence
+from neounify.cache.content import Name, Row, block_name, image_rows, text_rows
+from neounify.decode.feed import Feed
+from neounify.decode.loop import Writing
+from neounify.model.layout import Image, Text
+from neounify.serve.messages import (
+    Extended,
+    Opened,
+    PicturePart,
+    Prefix,
+    PromptPart,
+    SequenceName,
+    Write,
+)
+from neounify.serve.transport import LocalParcel, free
+
+
+@dataclass
+class Piece:
+    """Text, which may be read in several steps, or an image, which is read whole."""
+
+    ids: list[int] = field(default_factory=list)
+    image: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] if self.image is not None else len(self.ids)
+
+
+@dataclass(eq=False)
+class ServedSequence:
+    """A sequence: all it holds as `pieces` and `rows`, and its `cache` while it has one.
+
+    `order` is its place among all sequences by age. `hidden` is the state after `hidden_at`
+    tokens; with a cache that was given up in between it can all be read again. `known` are the
+    tokens that were in the cache when it was first opened, `room` what may follow its prompt.
+    """
+
+    name: SequenceName
+    order: int
+    room: int
+    pieces: list[Piece] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    cache: PagedSequence | None = None
+    hidden: Tensor | None = None
+    hidden_at: int = 0
+    finite: bool = True
+    known: int | None = None
+    passed: int = 0
+    text: Writing | None = None
+    error: Exception | None = None
+    _names: list[Name] = field(default_factory=list)
+
+    @property
+    def next_t(self) -> int:
+        """The position of the token that would come next."""
+        return self.rows[-1].t + 1 if self.rows else 0
+
+    @property
+    def read(self) -> bool:
+        """Whether the model has read all of it, be it in the cache still or not."""
+        return self.hidden_at == len(self.rows)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is read and all of it lies in the cache."""
+        return self.cache is not None and self.cache.length == len(self.rows) and self.read
+
+    def names(self, block_size: int) -> list[Name]:
+        """Of all full blocks."""
+        for start in range(len(self._names) * block_size, len(self.rows), block_size):
+            rows = self.rows[start : start + block_size]
+            if len(rows) == block_size:
+                self._names.append(block_name(self._names[-1] if self._names else b"", rows))
+        return self._names
+
+    def append(self, parts: Sequence[PromptPart]) -> None:
+        """Let more follow; images lie in local parcels."""
+        rows = rows_of(parts, self.next_t)
+        self.rows += rows
+        if self.cache is not None:
+            self.cache.expect(rows)
+        for part in parts:
+            if isinstance(part, PicturePart):
+                assert isinstance(part.pixels, LocalParcel)
+                self.pieces.append(Piece(image=part.pixels.tensors["pixels"], grid=part.grid))
+            elif part.ids:
+                self._append_text(part.ids)
+
+    def append_token(self, token: int) -> None:
+        """Let a written token follow."""
+        rows = text_rows((token,), self.next_t)
+        self.rows += rows
+        assert self.cache is not None
+        self.cache.expect(rows)
+        self._append_text((token,))
+
+    def _append_text(self, ids: Sequence[int]) -> None:
+        if not self.pieces or self.pieces[-1].image is not None:
+            self.pieces.append(Piece())
+        self.pieces[-1].ids += ids
+
+    def next_pieces(self, most: int) -> list[Piece]:
+        """What to read next: at most `most` tokens, or one image that alone has more."""
+        assert self.cache is not None
+        left, found = self.cache.length, list[Piece]()
+        for piece in self.pieces:
+            if left >= piece.tokens:
+                left -= piece.tokens
+                continue
+            if piece.image is not None:
+                if found and piece.tokens > most:
+                    break
+                found.append(piece)
+            else:
+                found.append(Piece(ids=piece.ids[left : left + most]))
+            left = 0
+            most -= found[-1].tokens
+            if most <= 0:
+                break
+        return found
+
+    def feed(self, pieces: Sequence[Piece]) -> Feed:
+        """Pieces as the model is fed them."""
+        assert self.cache is not None
+        return Feed(
+            self.cache,
+            tuple(Text(len(p.ids)) if p.image is None else Image(*p.grid) for p in pieces),
+            [token for piece in pieces for token in piece.ids],
+            [piece.image for piece in pieces if piece.image is not None],
+        )
+
+    def take_state(self, hidden: Tensor, *, finite: bool) -> None:
+        """The state after all that is in the cache now."""
+        assert self.cache is not None
+        self.finite = self.finite and finite
+        self.hidden, self.hidden_at = hidden, self.cache.length
+
+
+@dataclass(eq=False)
+class Reading:
+    """A call that is answered when its sequences have been read."""
+
+    call: int
+    sequences: tuple[ServedSequence, ...]
+    opens: bool
+    then: Write | None = None
+
+    @property
+    def answer(self) -> Opened | Extended:
+        if not self.opens:
+            return Extended()
+        tokens = sum(len(s.rows) for s in self.sequences)
+        return Opened(tokens, sum(s.known or 0 for s in self.sequences))
+
+
+@dataclass(eq=False)
+class Exporting:
+    """A call for copies of sequences, of which some may have to be read again first."""
+
+    call: int
+    sequences: tuple[ServedSequence, ...]
+    done: dict[SequenceName, Prefix] = field(default_factory=dict)
+
+    @property
+    def left(self) -> list[ServedSequence]:
+        return [s for s in self.sequences if s.name not in self.done]
+
+    def free(self) -> None:
+        """Give back the copies that were made."""
+        for prefix in self.done.values():
+            free(prefix.parcel)
+
+
+def rows_of(parts: Sequence[PromptPart], t: int) -> list[Row]:
+    """Rows of parts that begin at position `t`."""
+    rows: list[Row] = []
+    for part in parts:
+        if isinstance(part, PicturePart):
+            rows += image_rows(part.digest, part.tokens, t)
+            t += 1
+        else:
+            rows += text_rows(part.ids, t)
+            t += len(part.ids)
+    return rows
+
+
+def tokens_of(parts: Sequence[PromptPart]) -> int:
+    """Tokens of the understanding stream."""
+    return sum(p.tokens if isinstance(p, PicturePart) else len(p.ids) for p in parts)
+
+
+def positions_of(parts: Sequence[PromptPart]) -> int:
+    """Positions that parts take; an image takes one."""
+    return sum(1 if isinstance(p, PicturePart) else len(p.ids) for p in parts)
