@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,3 +180,20 @@ def test_a_seed_is_reported_where_none_was_given(client: openai.OpenAI, service:
     answer = client.images.generate(prompt="a boat")
     assert answer.data is not None
     assert answer.data[0].seed == painted(service).seed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_size_the_model_was_not_trained_at_is_a_header(stream: bool) -> None:
+    sampling = dataclasses.replace(TINY.sampling, trained_sizes=((64, 64),))
+    service = Scripted(config=TINY.replace(sampling=sampling))
+    with openai_client(create_app(service)) as client:
+        raw = client.images.with_raw_response
+        fine = raw.generate(prompt="a boat", size="64x64")  # type: ignore[call-overload]
+        assert "neounify-warning" not in fine.headers
+        odd = raw.generate(  # type: ignore[call-overload]
+            prompt="a boat", size="96x64", extra_body={"stream": stream}
+        )
+        assert "the model was trained at 64x64 only" in odd.headers["neounify-warning"]
+        known = client.models.list().data[0].neounify  # type: ignore[attr-defined]
+        assert known["trained_sizes"] == ["64x64"]
+        assert known["trained_pixels"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import threading
 import time
@@ -70,6 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             if self._allowed():
                 own = {"image_size": "64x64", "steps": STEPS, "guidance": 2.0, "shift": 3.0}
+                own |= {"trained_sizes": ["64x64", "96x64"], "trained_pixels": None}
                 own |= {"limits": {"steps": 200, "n": 10, "answer_images": 10, "tokens": 4096}}
                 model = {"id": "scenes", "object": "model", "neounify": own}
                 self._json(200, {"object": "list", "data": [model]})
@@ -90,12 +92,21 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = body.get("prompt") or _last_text(body["messages"])
         if prompt == "busy":
             self._error(429, "Too many requests at once.", {"Retry-After": "2"})
+        elif prompt == "down":
+            self._error(503, "The engine starts again.", {"Retry-After": "2"})
         elif body.get("size") == "63x63":
             self._error(400, "size: 63 is not a multiple of 32")
         else:
             self._stream(self._events(body, prompt))
 
     def _events(self, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
+        if prompt == "silence":
+            return itertools.repeat(b": nothing yet\n\n")
+        if prompt == "cut":
+            return itertools.islice(self._answer(body, prompt), 2)
+        return self._answer(body, prompt)
+
+    def _answer(self, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
         if self.path == "/v1/images/generations":
             return _pictures("image_generation", body, prompt)
         if self.path == "/v1/images/edits":

@@ -252,6 +252,142 @@ def test_stop_ends_the_request(browser: Browser, url: str, script: Script) -> No
     assert script.broken_off.wait(10)
 
 
+@pytest.mark.parametrize("mode", ["chat", "paint", "story"])
+def test_what_is_stopped_before_it_began_stays_and_can_be_done_again(
+    browser: Browser, url: str, script: Script, shoot: Shoot, mode: str
+) -> None:
+    journeys.open_page(browser, url, mode)
+    journeys.enter(browser, f"#{mode}-input", "silence" + Keys.ENTER)
+    journeys.wait_for(browser, f"#{mode} .answer", 1)
+    waiting = [
+        element.text
+        for element in journeys.find_all(browser, f"#{mode} .answer *")
+        if element.is_displayed() and element.text.startswith("Waiting")
+    ]
+    assert len({text.splitlines()[0] for text in waiting}) == 1
+    journeys.click(browser, f"#{mode} .stop")
+    journeys.wait_until_done(browser, f"#{mode}")
+    assert journeys.text_of(browser, f"#{mode} .answer .status") == "Stopped."
+    assert "Waiting" not in journeys.text_of(browser, f"#{mode} .answer")
+    assert "silence" in journeys.text_of(browser, f"#{mode}")
+    shoot(f"stopped-{mode}")
+    journeys.click_text(browser, f"#{mode} .answer button", "Do it again")
+    journeys.wait_for(browser, f"#{mode} .answer", 2)
+    journeys.click(browser, f"#{mode} .stop")
+    journeys.wait_until_done(browser, f"#{mode}")
+    (first, second) = (body for _, body in script.asked)
+    assert first == second
+
+
+def test_a_painting_stopped_on_its_way_keeps_its_preview(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.enter(browser, "#setting-n", "2")
+    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+    journeys.wait_for(browser, PREVIEW, 2)
+    journeys.click(browser, "#paint .stop")
+    journeys.wait_until_done(browser, "#paint")
+    assert len(journeys.find_all(browser, "#paint .tile img")) == 2
+    assert journeys.text_of(browser, "#paint .answer .status") == "Stopped."
+    journeys.click_text(browser, "#paint .answer button", "Do it again")
+    journeys.wait_for(browser, "#paint .card", 2)
+    journeys.wait_until_done(browser, "#paint")
+    journeys.assert_painted(browser, "#paint", 2)
+
+
+@pytest.mark.parametrize("mode", ["chat", "paint", "story"])
+def test_a_connection_that_breaks_is_said_and_can_be_tried_again(
+    browser: Browser, url: str, mode: str
+) -> None:
+    journeys.open_page(browser, url, mode)
+    journeys.enter(browser, f"#{mode}-input", "cut" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, f"#{mode} .notice").is_displayed())
+    assert "connection to the server was lost" in journeys.text_of(browser, f"#{mode} .notice")
+    assert journeys.find(browser, f"#{mode} .notice button").text == "Try again"
+    assert journeys.text_of(browser, f"#{mode} .answer .status") == "Did not get to its end."
+
+
+def test_a_server_that_restarts_says_when_to_come_back(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.enter(browser, "#paint-input", "down" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, "#paint .notice").is_displayed())
+    assert "The engine starts again." in journeys.text_of(browser, "#paint .notice")
+    assert "Try again in" in journeys.text_of(browser, "#paint .countdown")
+    assert not journeys.find_all(browser, "#paint .card")
+
+
+def test_the_size_field_offers_what_the_model_was_trained_at(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "paint")
+    offered = "#trained-sizes option"
+    journeys.wait_for(browser, offered, 2)
+    values = [e.get_attribute("value") for e in journeys.find_all(browser, offered)]
+    assert values == ["64x64", "96x64"]
+    hint = journeys.find(browser, "#size-hint")
+    for size, odd in (("96x64", False), ("96x96", True), ("auto", False), ("64x64", False)):
+        journeys.enter(browser, "#setting-size", size)
+        assert hint.is_displayed() is odd
+        assert ("64x64, 96x64" in hint.text) is odd
+    journeys.enter(browser, "#setting-size", "96x96")
+    journeys.click(browser, "#tab-chat")
+    assert not hint.is_displayed()
+    journeys.click(browser, "#tab-story")
+    assert hint.is_displayed()
+    journeys.click_text(browser, "#settings button", "Reset")
+    assert not hint.is_displayed()
+
+
+def test_back_returns_to_the_tab_before(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "chat")
+    journeys.follow_up(browser, "Hello")
+    journeys.click(browser, "#tab-paint")
+    journeys.click(browser, "#tab-edit")
+    browser.back()
+    journeys.wait(browser, lambda: journeys.find(browser, "#paint-input").is_displayed())
+    browser.back()
+    journeys.wait(browser, lambda: journeys.find(browser, "#chat-input").is_displayed())
+    assert journeys.find_all(browser, "#chat .answer")
+
+
+_REACHED = """
+const box = arguments[0].getBoundingClientRect();
+const there = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+return arguments[0] === there || arguments[0].contains(there);
+"""
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+def test_scrolled_far_everything_is_in_reach(browser: Browser, url: str, width: int) -> None:
+    set_device(browser, width, 640)
+    journeys.open_page(browser, url, "paint")
+    for count in (1, 2):
+        journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+        journeys.wait_for(browser, "#paint .card", count)
+        journeys.wait_until_done(browser, "#paint")
+    browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    narrow = width < 960
+    wanted = ("#tab-chat", "#tab-story") + (
+        ("[popovertarget=settings]", "[popovertarget=gallery]")
+        if narrow
+        else ("#settings-title", "#setting-steps")
+    )
+    for selector in wanted:
+        assert browser.execute_script(_REACHED, journeys.find(browser, selector)), selector
+    journeys.open_gallery(browser)
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 480), (320, 640), (375, 740), (1280, 400)])
+def test_nothing_covers_the_examples(browser: Browser, url: str, width: int, height: int) -> None:
+    set_device(browser, width, height)
+    journeys.open_page(browser, url, "chat")
+    examples = journeys.find_all(browser, "#chat .example")
+    assert len(examples) == 3
+    for example in examples:
+        browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", example)
+        assert browser.execute_script(_REACHED, example), example.text
+    title = journeys.find(browser, "h1")
+    assert title.size["height"] < 40
+    journeys.assert_fits(browser)
+
+
 def test_a_key_is_sent_and_forgotten(browser: Browser, url: str, script: Script) -> None:
     script.wants_key = True
     journeys.open_page(browser, url, "paint")

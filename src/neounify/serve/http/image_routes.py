@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from neounify.pipeline.request import PaintRequest
+from neounify.pipeline.trained_sizes import size_advice
 from neounify.serve.http.answer_schema import EVENTS, Images, Responses
 from neounify.serve.http.body import BoundedRoute
 from neounify.serve.http.context import Context, Shared
@@ -68,6 +69,12 @@ async def _paint(
     body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
 ) -> Response:
     answer = ImagesAnswer(body, requests, context)
-    if body.stream:
-        return await start_stream(answer.chunks())
-    return JSONResponse(await answer.whole(http))
+    response = (
+        await start_stream(answer.chunks())
+        if body.stream
+        else JSONResponse(await answer.whole(http))
+    )
+    advice = size_advice(context.service.config, requests[0].width, requests[0].height)
+    if advice is not None:
+        response.headers["Neounify-Warning"] = advice
+    return response

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from neounify.pipeline.trained_sizes import trained_sizes
 from neounify.serve.http.answer_schema import Health, ModelCard, ModelList, Responses
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import RETRY_SECONDS
@@ -71,6 +72,7 @@ def _model(context: Context) -> dict[str, Any]:
     """OpenAI's model object, and under `neounify` what a client needs for its settings."""
     config, limits = context.service.config, context.settings.limits
     own = config.sampling
+    sizes, pixels = trained_sizes(own)
     return {
         "id": context.settings.model_name,
         "object": "model",
@@ -79,6 +81,8 @@ def _model(context: Context) -> dict[str, Any]:
         "neounify": {
             "token_side": config.token_size,
             "image_size": "x".join(map(str, own.image_size)),
+            "trained_sizes": [f"{width}x{height}" for width, height in sizes],
+            "trained_pixels": pixels,
             "steps": own.steps,
             "guidance": own.guidance,
             "image_guidance": own.image_guidance,

@@ -12,7 +12,9 @@ export class Answer {
     this.tiles = new Map();
     this.parts = [];
     this.started = false;
-    this.status = h("p", { class: "status" }, "Waiting for the server");
+    // Places for pictures say themselves that they wait.
+    const waits = { class: "status", hidden: expected > 0 };
+    this.status = h("p", waits, "Waiting for the server");
     this.body = h("div", { class: "answer-body" });
     this.element = h("div", { class: "answer", "aria-busy": "true" }, this.body, this.status);
     for (let index = 0; index < expected; index++) this.tile(index);
@@ -29,12 +31,17 @@ export class Answer {
   /** The answer has come to its end, or was cut off; `words` say how if it was. */
   end(words = "") {
     this.element.removeAttribute("aria-busy");
-    for (const tile of this.tiles.values()) tile.stop();
+    for (const tile of this.tiles.values()) tile.stop(this.tiles.size > 1);
     for (const label of this.body.querySelectorAll(".thought > summary")) {
       label.textContent = "Thought";
     }
     this.status.textContent = words || (this.parts.length ? "" : "The answer is empty.");
     this.status.hidden = !this.status.textContent;
+  }
+
+  /** Below a finished or stopped answer: what can be done with it. */
+  offer(...elements) {
+    this.element.append(h("div", { class: "after" }, ...elements));
   }
 
   /** As a message of the conversation: text alone as a string, with pictures as parts. */

@@ -33,7 +33,7 @@ const tabs = new Tabs(document.querySelector("[role=tablist]"), (id) => settings
 
 function goTo(id) {
   find("gallery").hidePopover();
-  tabs.show(id);
+  tabs.visit(id);
   window.scrollTo({ top: 0 });
 }
 

@@ -59,9 +59,11 @@ export class Chat {
       answer.end();
       this.keep(request, answer);
     } catch (error) {
-      answer.end(error.name === "AbortError" ? "Stopped." : "Did not get to its end.");
+      const stopped = error.name === "AbortError";
+      answer.end(stopped ? "Stopped." : "Did not get to its end.");
       if (!answer.element.isConnected) throw error;
       if (answer.started) this.keep(request, answer);
+      else if (stopped) this.offerAgain(request, answer);
       else this.withdraw([asked, answer.element], written);
       throw error;
     }
@@ -84,9 +86,12 @@ export class Chat {
 
   keep(request, answer) {
     this.messages = [...request.messages, answer.message()];
+    this.offerAgain(request, answer);
+  }
+
+  offerAgain(request, answer) {
     const again = button("Do it again", () => this.deeds.again(request), { class: "small-button" });
-    const seed = h("span", { class: "seed" }, `Seed ${request.options.seed}`);
-    answer.element.append(h("div", { class: "after" }, again, seed));
+    answer.offer(again, h("span", { class: "seed" }, `Seed ${request.options.seed}`));
     if (this.isAtEnd()) this.scrollToEnd();
   }
 

@@ -43,11 +43,12 @@ export class Tile {
     this.caption.replaceChildren(...actions);
   }
 
-  /** No more will come. */
-  stop() {
+  /** No more will come; `named` says so at this picture, where it is one of several. */
+  stop(named) {
     if (this.element.dataset.state === "finished") return;
     this.element.dataset.state = "stopped";
-    this.caption.replaceChildren("Not finished");
+    this.caption.replaceChildren(named ? "Not finished" : "");
+    if (!this.image && !named) this.element.hidden = true;
   }
 
   show(url, alt, plan = "") {

@@ -16,9 +16,20 @@ export class Settings {
     this.section = section;
     this.inputs = new Map();
     this.own = new Map();
+    this.trained = { sizes: [], pixels: null };
+    this.sizes = h("datalist", { id: "trained-sizes" });
+    this.sizeHint = h("p", { class: "hint wide", id: "size-hint", role: "status", hidden: true });
     this.rows = FIELDS.map((field) => this.makeRow(field));
+    const size = this.inputs.get("size");
+    size.setAttribute("list", this.sizes.id);
+    size.setAttribute("aria-describedby", this.sizeHint.id);
+    size.closest(".row").append(this.sizes);
     this.form = h("form", { class: "fields", on: { submit: stay } }, ...this.rows);
-    this.form.addEventListener("input", () => this.save());
+    size.closest(".row").after(this.sizeHint);
+    this.form.addEventListener("input", () => {
+      this.showSizeHint();
+      this.save();
+    });
     section.append(
       h(
         "div",
@@ -40,10 +51,14 @@ export class Settings {
       this.rows[i].hidden = !field.kinds.includes(kind);
       this.inputs.get(field.name).disabled = this.rows[i].hidden;
     });
+    this.showSizeHint();
   }
 
   /** Show the model's own values where nothing is entered, and hold to the server's limits. */
   describe({ limits = {}, ...model }) {
+    this.trained = { sizes: model.trained_sizes ?? [], pixels: model.trained_pixels ?? null };
+    this.sizes.replaceChildren(...this.trained.sizes.map((size) => h("option", { value: size })));
+    this.showSizeHint();
     for (const { name, own, limit } of FIELDS) {
       const input = this.inputs.get(name);
       if (model[own] !== undefined) {
@@ -105,8 +120,22 @@ export class Settings {
     return button(h("span", { class: "die", "aria-hidden": "true" }), draw, props);
   }
 
+  /** Under the size, where the model was not trained at the one that is entered. */
+  showSizeHint() {
+    const { value, disabled } = this.inputs.get("size");
+    const { sizes, pixels } = this.trained;
+    const [width, height] = value.split("x").map(Number);
+    const area = width * height;
+    const known = sizes.length > 0 || pixels !== null;
+    const fits = sizes.includes(value) || (pixels && pixels[0] <= area && area <= pixels[1]);
+    const odd = known && !disabled && area > 0 && !fits;
+    this.sizeHint.hidden = !odd;
+    this.sizeHint.textContent = odd ? `${describeTrained(sizes, pixels)} Others may look broken.` : "";
+  }
+
   reset() {
     this.form.reset();
+    this.showSizeHint();
     this.save();
   }
 
@@ -122,6 +151,12 @@ export class Settings {
       else input.value = entered[name] ?? "";
     }
   }
+}
+
+function describeTrained(sizes, pixels) {
+  const side = (area) => `${Math.floor(Math.sqrt(area))}x${Math.floor(Math.sqrt(area))}`;
+  const range = pixels ? [`areas from ${side(pixels[0])} to ${side(pixels[1])}`] : [];
+  return `This model was trained at ${[...range, ...sizes.slice(0, 4)].join(", ")}.`;
 }
 
 function stay(event) {

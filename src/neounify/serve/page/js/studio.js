@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { Composer } from "./composer.js";
-import { h } from "./dom.js";
+import { button, h } from "./dom.js";
 import { makeExamples } from "./examples.js";
 import { perform } from "./requests.js";
 
@@ -35,8 +35,14 @@ export class Studio {
       for await (const event of perform(request, signal)) answer.add(event);
       answer.end();
     } catch (error) {
-      answer.end(error.name === "AbortError" ? "Stopped." : "Did not get to its end.");
-      if (!answer.started) card.remove();
+      const stopped = error.name === "AbortError";
+      answer.end(stopped ? "Stopped." : "Did not get to its end.");
+      if (stopped || answer.started) {
+        const again = () => this.deeds.again(request);
+        answer.offer(button("Do it again", again, { class: "small-button" }));
+      } else {
+        card.remove(); // the notice below the button says why, and offers the way to try again
+      }
       throw error;
     }
   }

@@ -6,11 +6,19 @@ export class Tabs {
     this.onChange = onChange;
     list.addEventListener("click", (event) => {
       const tab = event.target.closest("[role=tab]");
-      if (tab) this.show(panelOf(tab));
+      if (tab) this.visit(panelOf(tab));
     });
     list.addEventListener("keydown", (event) => this.move(event));
-    window.addEventListener("hashchange", () => this.showAddressed());
+    for (const type of ["hashchange", "popstate"]) {
+      window.addEventListener(type, () => this.showAddressed());
+    }
     this.showAddressed();
+  }
+
+  /** Show a panel so that the browser's Back returns to the one before. */
+  visit(id) {
+    if (id !== this.current) history.pushState(null, "", `#${id}`);
+    this.show(id);
   }
 
   show(id) {
@@ -39,7 +47,7 @@ export class Tabs {
     const last = this.tabs.length - 1;
     const now = this.tabs.findIndex((tab) => panelOf(tab) === this.current);
     const next = Number.isFinite(step) ? (now + step + last + 1) % (last + 1) : step > 0 ? last : 0;
-    this.show(panelOf(this.tabs[next]));
+    this.visit(panelOf(this.tabs[next]));
     this.tabs[next].focus();
   }
 }
