@@ -188,11 +188,9 @@ def test_a_size_the_model_was_not_trained_at_is_a_header(stream: bool) -> None:
     service = Scripted(config=TINY.replace(sampling=sampling))
     with openai_client(create_app(service)) as client:
         raw = client.images.with_raw_response
-        fine = raw.generate(prompt="a boat", size="64x64")  # type: ignore[call-overload]
+        fine = raw.generate(prompt="a boat", size="64x64")
         assert "neounify-warning" not in fine.headers
-        odd = raw.generate(  # type: ignore[call-overload]
-            prompt="a boat", size="96x64", extra_body={"stream": stream}
-        )
+        odd = raw.generate(prompt="a boat", size="96x64", extra_body={"stream": stream})
         assert "the model was trained at 64x64 only" in odd.headers["neounify-warning"]
         known = client.models.list().data[0].neounify  # type: ignore[attr-defined]
         assert known["trained_sizes"] == ["64x64"]
