@@ -25,7 +25,8 @@ from neounify.serve.http.text_options import for_each_answer
 from neounify.serve.http.usage import text_usage
 
 DEFAULT_TOKENS = 16
-MAX_PROMPTS = 128
+ANSWERS_PER_N = 10
+"""A list of prompts may ask for that many times the answers that one prompt may have."""
 
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=1_000_000)
@@ -40,9 +41,9 @@ class CompletionBody(TextFields):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Text], Field(min_length=1)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1)]
     ) = Field(description="A text or token ids, or a list of them.")
     echo: bool = Field(False, description="Return the prompt in front of its continuation.")
     logprobs: Alternatives | None = Field(
@@ -87,7 +88,7 @@ async def _read(body: CompletionBody, context: Context) -> list[Sequence[Complet
         )
     prompts = body.prompts
     answers = len(prompts) * body.n
-    most = context.settings.limits.n * 10
+    most = context.settings.limits.n * ANSWERS_PER_N
     context.check_n(body.n)
     if answers > most:
         raise bad_request(f"prompt: {answers} answers are over this server's {most}", "prompt")

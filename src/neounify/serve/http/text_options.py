@@ -16,7 +16,7 @@ SEEDS = 2**64
 
 
 def tools_of(body: ChatBody) -> ToolUse:
-    """Which tools may and must be called. Raises ApiError for a choice that cannot be."""
+    """Which tools may and must be called. Raises ApiError and PromptError for what cannot be."""
     named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
     with blame("tools"):
         tools = tuple(
@@ -27,13 +27,12 @@ def tools_of(body: ChatBody) -> ToolUse:
             )
             for tool in body.tools
         )
-    with blame("tool_choice"):
-        return ToolUse(
-            tools=tools,
-            choice="required" if isinstance(body.tool_choice, NamedTool) else body.tool_choice,
-            name=None if named is None else named.function.name,
-            parallel=body.parallel_tool_calls,
-        )
+    return ToolUse(
+        tools=tools,
+        choice="required" if isinstance(body.tool_choice, NamedTool) else body.tool_choice,
+        name=None if named is None else named.function.name,
+        parallel=body.parallel_tool_calls,
+    )
 
 
 def logprobs_of(body: ChatBody) -> int | None:
