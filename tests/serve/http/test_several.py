@@ -244,7 +244,9 @@ def test_streamed_log_probs_are_those_of_the_whole(client: openai.OpenAI) -> Non
                 found[choice.index] += [e.logprob for e in choice.logprobs.content or ()]
     for choice, streamed in zip(whole.choices, found, strict=True):
         assert choice.logprobs is not None
-        assert [e.logprob for e in choice.logprobs.content or ()] == streamed
+        assert [e.logprob for e in choice.logprobs.content or ()] == pytest.approx(
+            streamed, abs=1e-4
+        )
         assert len(streamed) == 8
 
 
@@ -351,7 +353,7 @@ def test_log_probs_of_completions(client: openai.OpenAI, tiny: neounify.Pipeline
         answer = client.completions.create(
             model=MODEL, prompt="abc", logprobs=2, max_tokens=2, temperature=1.0, seed=seed
         )
-        if answer.choices[0].text.isascii():
+        if len(answer.choices[0].text) == 2 and answer.choices[0].text.isascii():
             break
     found: Any = answer.choices[0].logprobs
     assert "".join(found.tokens) == answer.choices[0].text
@@ -365,6 +367,7 @@ def test_log_probs_of_completions(client: openai.OpenAI, tiny: neounify.Pipeline
         assert top[spelt(token)] == value
         assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-4)
     assert found.text_offset == [0, len(found.tokens[0])]
+        assert len(top) in (2, 3)
     plain = client.completions.create(model=MODEL, prompt="abc", max_tokens=2)
     assert plain.choices[0].logprobs is None
 

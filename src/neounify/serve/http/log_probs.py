@@ -35,18 +35,26 @@ def of_completion(tokens: Iterable[TokenLogProb], offset: int) -> dict[str, Any]
         "text_offset": [],
     }
     for token in tokens:
-        text = _text(token.token)
-        top = {_text(other): max(value, LEAST) for other, value in token.top}
-        found["tokens"].append(text)
-        found["token_logprobs"].append(max(token.log_prob, LEAST))
-        found["top_logprobs"].append({text: max(token.log_prob, LEAST)} | top)
+        name, value = _name(token.token), max(token.log_prob, LEAST)
+        top = {_name(other): max(value, LEAST) for other, value in token.top}
+        found["tokens"].append(name)
+        found["token_logprobs"].append(value)
+        found["top_logprobs"].append({name: value} | top)
         found["text_offset"].append(offset)
-        offset += len(text)
+        offset += len(_text(token.token))
     return found
 
 
 def _entry(token: bytes, log_prob: float) -> dict[str, Any]:
     return {"token": _text(token), "logprob": max(log_prob, LEAST), "bytes": list(token)}
+
+
+def _name(token: bytes) -> str:
+    """The text of a token; one that is no whole characters by its bytes, so that names differ."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def _text(token: bytes) -> str:
