@@ -52,7 +52,7 @@ def test_data_smaller_than_one_filling_goes_round(
     tmp_path: Path, make: type[Source], workers: int
 ) -> None:
     config = LoaderConfig(budget=256, workers=workers)
-    loaded = list(islice(load_packs(make(tmp_path), ENCODER, config), 40))  # type: ignore[call-arg, arg-type]
+    loaded = list(islice(load_packs(make(tmp_path), ENCODER, config), 40))  # type: ignore[call-arg]
     drawn = Counter(samples(loaded))
     assert len(drawn) == 3
     # First-fit moves samples between packs, and some wait in the last window.

@@ -65,7 +65,7 @@ def numbers(hint: Any) -> Iterator[type]:
 
 
 def numeric_fields() -> list[tuple[type, str]]:
-    found = []
+    found: list[tuple[type, str]] = []
     for settings in SETTINGS:
         hints = get_type_hints(settings)
         for item in fields(settings):

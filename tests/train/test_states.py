@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from neounify.train.state import (
     saved_states,
 )
 
-FACTS = {"progress": {}, "position": None, "ema_updates": 1, "config": {}}
+FACTS: dict[str, Any] = {"progress": {}, "position": None, "ema_updates": 1, "config": {}}
 
 
 def save(folder: Path, step: int) -> Path:
