@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.figure import table
 from benchmarks.serving.charts import draw_load, draw_soak
-from benchmarks.serving.faults import SCENARIOS, run_faults
+from benchmarks.serving.faults import LEAVERS, ROUNDS, run_faults, scenarios
 from benchmarks.serving.faults.check import checks_table
 from benchmarks.serving.load import ALL_GROUPS, LoadSettings, aims, run_load
 from benchmarks.serving.report import series_table, write_report
@@ -74,7 +74,9 @@ def _soak(options: argparse.Namespace) -> int:
 
 def _faults(options: argparse.Namespace) -> int:
     server = _server(options)
-    checks = asyncio.run(run_faults(server, options.output / "server.log", options.only))
+    found = scenarios(options.leavers, options.rounds)
+    chosen = {name: found[name] for name in options.only}
+    checks = asyncio.run(run_faults(server, options.output / "server.log", chosen))
     record = {"server": server.to_json(), "checks": [asdict(check) for check in checks]}
     write_report(options.output, record, checks_table(checks))
     return 0 if all(check.passed for check in checks) else 1
@@ -97,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     _soak_options(_command(commands, "soak", "memory over minutes", _soak))
     faults = _command(commands, "faults", "what dies, leaves or is too much", _faults)
     faults.set_defaults(mode="separate")
-    faults.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    names = list(scenarios())
+    faults.add_argument("--only", nargs="+", choices=names, default=names)
+    faults.add_argument("--leavers", type=int, default=LEAVERS, help="callers who leave")
+    faults.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="kills, and stops, of each engine"
+    )
     return parser
 
 

@@ -46,8 +46,11 @@ def resident_mb(root: int) -> float:
 
 
 def shared_memory() -> set[str]:
-    """Names of the pieces of shared memory that Python processes of this machine hold."""
-    return {entry.name for entry in _SHARED.glob("psm_*")}
+    """Names of the pieces of shared memory that Python processes of this machine hold.
+
+    Without the locks by which servers say that they are alive.
+    """
+    return {entry.name for entry in _SHARED.glob("psm_*") if entry.suffix != ".lock"}
 
 
 class MemoryWatch:

@@ -26,6 +26,7 @@ from neounify.data.scenes import (
 Kind = Literal["chat", "paint"]
 
 CHAT, IMAGES = "/v1/chat/completions", "/v1/images/generations"
+EDITS = "/v1/images/edits"
 QUESTION = "Describe everything in the picture."
 MOST_TOKENS = 128
 PAINT_EVERY = 5
@@ -68,6 +69,29 @@ def paint(number: int, **fields: Any) -> Call:
     """A scene to paint with the model's own settings, but for `fields`."""
     body = {"prompt": _sentence(_scene(number)), "seed": number}
     return Call("paint", IMAGES, body | fields)
+
+
+def edit(number: int, **fields: Any) -> Call:
+    """The picture of a scene to change."""
+    body = {
+        "prompt": "Remove the largest shape.",
+        "images": [{"image_url": _data_url(_scene(number))}],
+        "seed": number,
+    }
+    return Call("paint", EDITS, body | fields)
+
+
+def story(number: int, **fields: Any) -> Call:
+    """An answer in text and at most one image."""
+    content = f"Tell a story in one picture. It starts with {_sentence(_scene(number))}."
+    body = {
+        "messages": [{"role": "user", "content": content}],
+        "modalities": ["text", "image"],
+        "max_images": 1,
+        "max_tokens": MOST_TOKENS,
+        "seed": number,
+    }
+    return Call("chat", CHAT, body | fields)
 
 
 def mixed(number: int) -> Call:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from benchmarks.serving.faults.check import Check, checks_table
@@ -14,11 +16,25 @@ from benchmarks.serving.faults.draining import draining
 from benchmarks.serving.faults.killing import generation_killed, understanding_killed
 from benchmarks.serving.faults.leaving import chat_left, painting_left
 from benchmarks.serving.faults.limits import too_many_images, too_many_requests
+from benchmarks.serving.faults.many import many_leave, many_signals
 from benchmarks.serving.server import ServerOptions
 
 Scenario = Callable[[ServerOptions, Path], Awaitable[list[Check]]]
 
-SCENARIOS: Mapping[str, Scenario] = {
+LEAVERS, ROUNDS = 500, 10
+"""Callers who leave, and signals of each kind to each engine."""
+
+
+def scenarios(leavers: int = LEAVERS, rounds: int = ROUNDS) -> Mapping[str, Scenario]:
+    """All of them by name; each starts a server of its own."""
+    return SINGLE | {
+        "leavers": partial(many_leave, leavers),
+        "kills": partial(many_signals, signal.SIGKILL, rounds),
+        "stops": partial(many_signals, signal.SIGSTOP, rounds),
+    }
+
+
+SINGLE: dict[str, Scenario] = {
     "kill-generation": generation_killed,
     "kill-understanding": understanding_killed,
     "too-many-requests": too_many_requests,
@@ -27,27 +43,28 @@ SCENARIOS: Mapping[str, Scenario] = {
     "chat-left": chat_left,
     "drain": draining,
 }
-"""Each starts a server of its own."""
-MOST_SECONDS = 300.0
+MOST_SECONDS = 3600.0
 """Of one scenario."""
 
 
-async def run_faults(options: ServerOptions, log: Path, names: Iterable[str]) -> list[Check]:
-    """The checks of the scenarios of those names, in turn."""
+async def run_faults(
+    options: ServerOptions, log: Path, chosen: Mapping[str, Scenario]
+) -> list[Check]:
+    """The checks of the scenarios, in turn."""
     checks: list[Check] = []
-    for name in names:
+    for name, scenario in chosen.items():
         start = time.monotonic()
-        found = await _run(name, options, log)
+        found = await _run(name, scenario, options, log)
         print(f"{name}, {time.monotonic() - start:.0f} s", file=sys.stderr)
         print(checks_table(found), file=sys.stderr)
         checks += found
     return checks
 
 
-async def _run(name: str, options: ServerOptions, log: Path) -> list[Check]:
+async def _run(name: str, scenario: Scenario, options: ServerOptions, log: Path) -> list[Check]:
     """A scenario's checks; one that does not come to its end has failed."""
     try:
-        return await asyncio.wait_for(SCENARIOS[name](options, log), MOST_SECONDS)
+        return await asyncio.wait_for(scenario(options, log), MOST_SECONDS)
     except (RuntimeError, OSError, asyncio.TimeoutError, subprocess.TimeoutExpired) as error:
         seen = f"{type(error).__name__} {error}".strip()
         return [Check(scenario=name, what="comes to its end", passed=False, seen=seen)]
