@@ -259,14 +259,26 @@ def size_of_shape(
 ) -> tuple[int, int]:
     """(width, height) nearest to a shape, at `pixels` or the model's own area, if that is less.
 
-    Where the area is that of the published training buckets, one of those; else both sides are
-    fitted. `ratio` is (width, height) of any size. Raises ImageError for a ratio over 200.
+    One of the sizes that the checkpoint was trained at, where they are recorded, or of the
+    published buckets at their area; else both sides are fitted. `ratio` is (width, height) of
+    any size. Raises ImageError for a ratio over 200.
     """
-    own = math.prod(config.sampling.image_size)
+    sampling = config.sampling
+    own = math.prod(sampling.image_size)
     area = own if pixels is None else min(pixels, own)
     width, height = ratio
-    if (area, config.token_size) == (math.prod(TRAINING_BUCKETS[0]), 32):
-        return min(TRAINING_BUCKETS, key=lambda b: abs(math.log(b[0] * height / (b[1] * width))))
+    sizes = sampling.trained_sizes
+    if not sizes and (area, config.token_size) == (math.prod(TRAINING_BUCKETS[0]), 32):
+        sizes = TRAINING_BUCKETS
+    if sizes:
+        shape = math.log(width / height)
+
+        def distance(size: tuple[int, int]) -> float:
+            """A wrong shape is worse than a wrong area."""
+            wrong_shape = abs(math.log(size[0] / size[1]) - shape)
+            return 3 * wrong_shape + abs(math.log(size[0] * size[1] / area))
+
+        return min(sizes, key=distance)
     # Scaled far above the area, so that the sides are rounded towards it from below.
     scale = 1 + math.isqrt(area)
     fitted = fit_size(

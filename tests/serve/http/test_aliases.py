@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.config import SamplingConfig
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, size_of_shape
@@ -18,7 +18,7 @@ from neounify.serve.http import create_app
 from neounify.serve.http.aliases import ALIASES, WRAPPED
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.image_schema import ImageBody
-from serve.http.running import png
+from serve.http.running import data_url, png
 from serve.http.scripted import Scripted
 
 CHAT, PAINT, EDIT = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
@@ -44,15 +44,15 @@ class Served:
         return self.client.post(EDIT, data={"prompt": "redder"} | fields, files=files)
 
     def painted(self, **fields: Any) -> PaintRequest:
-        return self._last(PaintRequest, self.paint(**fields))
+        return self.last(PaintRequest, self.paint(**fields))
 
     def edited(self, **fields: Any) -> PaintRequest:
-        return self._last(PaintRequest, self.edit(**fields))
+        return self.last(PaintRequest, self.edit(**fields))
 
     def chatted(self, **fields: Any) -> ChatRequest:
-        return self._last(ChatRequest, self.chat(**fields))
+        return self.last(ChatRequest, self.chat(**fields))
 
-    def _last(self, kind: Any, response: Any) -> Any:
+    def last(self, kind: Any, response: Any) -> Any:
         assert response.status_code == 200, response.text
         assert isinstance(self.service.last, kind)
         return self.service.last
@@ -83,16 +83,18 @@ def served() -> Served:
         ({"seed": 5, "watermark": False, "prompt_extend": False}, "seed", 5),
     ],
 )
-@pytest.mark.parametrize("route", ["painted", "edited"])
-def test_image_routes(
-    served: Served, fields: dict[str, Any], of: str, value: Any, route: str
-) -> None:
-    if route == "edited" and any(isinstance(v, dict) for v in fields.values()):
-        pytest.skip("a form holds no objects")
-    found: Any = getattr(served, route)(**fields)
-    for step in of.split("."):
-        found = getattr(found, step)
-    assert found == value
+def test_image_routes(served: Served, fields: dict[str, Any], of: str, value: Any) -> None:
+    flat = not any(isinstance(v, dict) for v in fields.values())
+    edited = {"image": data_url(png())} | fields
+    requests: list[Any] = [
+        served.painted(**fields),
+        served.last(PaintRequest, served.client.post(EDIT, json={"prompt": "x"} | edited)),
+        *([served.edited(**fields)] if flat else []),  # a form holds no objects
+    ]
+    for found in requests:
+        for step in of.split("."):
+            found = getattr(found, step)
+        assert found == value
 
 
 def test_several_images_by_another_name(served: Served) -> None:
@@ -206,7 +208,10 @@ def test_sizes_of_a_shape() -> None:
     assert size_of_shape(U1_8B, (9, 16), 1024**2) == (768, 1344)
     small = TINY.sampling.image_size
     assert size_of_shape(TINY, small, 2048**2) == small
-    assert SamplingConfig().image_size == (2048, 2048)
+    trained = dataclasses.replace(TINY.sampling, trained_sizes=((64, 64), (128, 64), (128, 128)))
+    learnt = dataclasses.replace(TINY, sampling=trained)
+    assert size_of_shape(learnt, (16, 9)) == (128, 64)
+    assert size_of_shape(learnt, (1, 1), 1024**2) == (128, 128)
 
 
 def test_sizes_over_http(served: Served) -> None:

@@ -155,7 +155,14 @@ def test_an_answer_with_images_as_parts(client: openai.OpenAI, service: Scripted
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "system", "content": "Rhyme."}, *user(text("Go "), image(png()))],
-        extra_body=STORY | {"max_images": 4, "steps": 3, "guidance": 2.5, "max_tokens": 50},
+        extra_body=STORY
+        | {
+            "max_images": 4,
+            "steps": 3,
+            "guidance": 2.5,
+            "max_tokens": 50,
+            "content_format": "parts",
+        },
     )
     parts: Any = answer.choices[0].message.content
     assert [p["type"] for p in parts] == ["text", "image_url", "text", "image_url"]
@@ -175,7 +182,7 @@ def test_an_answer_with_images_beside_a_string(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=user("Go"),
-        extra_body=STORY | {"content_format": "string", "output_format": "jpeg"},
+        extra_body=STORY | {"output_format": "jpeg"},
     )
     message: Any = answer.choices[0].message
     assert message.content == "Once upon a time and then"

@@ -28,6 +28,7 @@ PAINTING: dict[str, Any] = {
     "max_tokens": 40,
     "steps": 8,
     "seed": 1,
+    "content_format": "parts",
 }
 ASK: Any = {"role": "user", "content": "What colour is the star?"}
 

@@ -158,10 +158,10 @@ class ChatBody(TextFields, PaintingFields):
         None, description="Images of an interleaved answer at most. Extension."
     )
     content_format: Literal["parts", "string", "markdown"] = Field(
-        "parts",
-        description="How an interleaved answer is returned: `content` as parts with images in "
-        "their places, as a string with the images beside it in `images`, or as a string with "
-        "the images inside as Markdown. Extension.",
+        "string",
+        description="How an interleaved answer is returned: `content` as a string with the images "
+        "beside it in `images`, as parts with images in their places, or as a string with the "
+        "images inside as Markdown. Extension.",
     )
 
     @property

@@ -1,6 +1,7 @@
 """How an image was made, in words: what provenance metadata is written from.
 
-Without the prompt: a picture is passed on more freely than the words it was asked for with."""
+Without the prompt, and of a negative one only that there was one: an image is passed on more freely
+than the words it was asked for with."""
 
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ def facts_of(
         "solver": sampling.solver,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+    if request.negative_prompt:
+        facts["negative_prompt"] = "given"
     if isinstance(event, Preview):
         facts["preview"] = f"{event.step}/{event.steps}"
     return facts
