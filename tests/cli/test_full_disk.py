@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,18 @@ def full_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return fill
 
 
-@pytest.fixture
+@contextmanager
 def tiny_files() -> Iterator[None]:
-    """Files of this process end at 200 bytes, as on a disk that is full."""
+    """Files of this process end at 200 bytes, as on a disk that is full.
+
+    Only around a command: the test run itself writes to files too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def left_over(folder: Path) -> list[str]:
@@ -70,11 +76,11 @@ def test_nothing_could_be_saved(run: Run, full_after: Callable[[int], None]) -> 
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
-@pytest.mark.usefixtures("tiny_files")
 def test_a_real_limit(run: Run, command: str) -> None:
     options = SMALL if command == "generate" else ("--max-new-tokens", "3")
     Path("jobs.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
-    ran = run(command, "--input", "jobs.jsonl", *options)
+    with tiny_files():
+        ran = run(command, "--input", "jobs.jsonl", *options)
     assert ran.code == 1
     assert "could not be written: File too large" in ran.err
     assert "the same command goes on from here" in ran.err
@@ -122,10 +128,10 @@ def test_scores_are_shown_even_if_the_report_is_lost(
     assert "caption" in ran.out
 
 
-@pytest.mark.usefixtures("tiny_files")
 def test_models(run: Run, toy: Path) -> None:
     for command in (("toy", "mine"), ("convert", toy, "mine")):
-        ran = run(*command)
+        with tiny_files():
+            ran = run(*command)
         assert ran.code == 1
         assert "mine could not be saved: " in ran.err
         assert not Path("mine").exists()
