@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -88,15 +89,47 @@ def test_little_memory_means_more_calls(
     monkeypatch.setattr(denoiser, "MOST_BYTES", 1)
     stepper = Denoiser(pipe.model)
     calls: list[int] = []
-    backbone = pipe.model.backbone
+    layer_by_layer = pipe.model.layer_by_layer
 
-    def counted(layout: Layout, *rest: Any) -> Hidden:
+    def counted(layout: Layout, *rest: Any) -> Generator[None, None, Hidden]:
         calls.append(len(layout.documents))
-        return backbone(layout, *rest)
+        return layer_by_layer(layout, *rest)
 
     started = jobs(pipe)
-    monkeypatch.setattr(pipe.model, "backbone", counted)
+    monkeypatch.setattr(pipe.model, "layer_by_layer", counted)
     found = painted(stepper, started)
     assert max(calls) == 2  # the guidance branches of one image
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_pauses_between_layers_change_nothing(pipe: neounify.Pipeline) -> None:
+    """Also with the steps of other jobs in them."""
+    expected, started, others = jobs(pipe), jobs(pipe), jobs(pipe)
+    stepper, pauses = Denoiser(pipe.model), 0
+    for _ in range(2):
+        Denoiser(pipe.model).step(expected)
+        for _ in stepper.slices(started):
+            pauses += 1
+            if pauses < 4:
+                stepper.step(others[:2])
+    assert pauses >= 2 * pipe.config.num_layers
+    for a, b in zip(expected, started, strict=True):
+        assert torch.equal(a.z, b.z)
+    for a, b in zip(expected, others[:2], strict=False):
+        assert b.steps_done == 3 > a.steps_done
+
+
+@torch.inference_mode()
+def test_a_step_given_up_between_layers_has_moved_nothing(pipe: neounify.Pipeline) -> None:
+    started = jobs(pipe)[:1]
+    before = started[0].z.clone()
+    stepper = Denoiser(pipe.model)
+    next(iter(stepper.slices(started)))
+    assert torch.equal(started[0].z, before)
+    assert started[0].steps_done == 0
+    stepper.step(started)
+    again = jobs(pipe)[:1]
+    Denoiser(pipe.model).step(again)
+    assert torch.equal(started[0].z, again[0].z)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -131,6 +131,22 @@ class NeoUnify(nn.Module):
         caches: Caches | None = None,
     ) -> Hidden:
         """All layers and the final norms. Caches, if given, are those of the layout's documents."""
+        work = self.layer_by_layer(layout, und, gen, caches)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                hidden: Hidden = end.value
+                return hidden
+
+    def layer_by_layer(
+        self,
+        layout: Layout,
+        und: Float[Tensor, "u d"] | None,
+        gen: Float[Tensor, "g d"] | None = None,
+        caches: Caches | None = None,
+    ) -> Generator[None, None, Hidden]:
+        """What `backbone` computes, with a pause after each layer but the last."""
         rows = tuple(0 if x is None else x.shape[0] for x in (und, gen))
         if rows != (layout.und_length, layout.gen_length):
             raise ValueError(
@@ -142,6 +158,8 @@ class NeoUnify(nn.Module):
         und_rotation = None if und is None else self._rotation(layout.und_positions, und)
         gen_rotation = None if gen is None else self._rotation(layout.gen_positions, gen)
         for number, layer in enumerate(self.layers):
+            if number:
+                yield
             attend = partial(shared_attention, layout=layout, caches=caches, layer=number)
             und, gen = layer(und, gen, und_rotation, gen_rotation, attend)
         return Hidden(

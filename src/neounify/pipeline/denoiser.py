@@ -41,11 +41,19 @@ class Denoiser:
 
     def step(self, jobs: Sequence[PaintJob]) -> None:
         """Move every job one step; guidance branches of all jobs run as one batch."""
+        for _ in self.slices(jobs):
+            pass
+
+    def slices(self, jobs: Sequence[PaintJob]) -> Iterator[None]:
+        """What `step` does, with pauses between the layers of the model, to do other work in.
+
+        Given up in between, it has moved some jobs by their step and the others not at all.
+        """
         calls: dict[tuple[Run, ...], _Call] = {}
         for group, short in self._grouped(jobs):
             runs = tuple((job, branch) for job in group for branch in job.branches())
             calls[runs] = self._calls.get(runs) or _Call(runs, side_by_side=short)
-            self._move(group, calls[runs])
+            yield from self._move(group, calls[runs])
         self._calls = calls
 
     def forget(self) -> None:
@@ -64,7 +72,7 @@ class Denoiser:
         for group in groups(long, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS):
             yield group, False
 
-    def _move(self, jobs: Sequence[PaintJob], call: _Call) -> None:
+    def _move(self, jobs: Sequence[PaintJob], call: _Call) -> Iterator[None]:
         model = self.model
         embedded = model.embed_noisy(
             [job.grid for job in jobs],
@@ -77,8 +85,9 @@ class Denoiser:
         # The noisy image is the same behind every prefix, so it is embedded once per job.
         by_job = dict(zip(jobs, embedded, strict=True))
         x = torch.cat([by_job[job] for job, _ in call.runs])
-        hidden = model.backbone(call.layout, None, x, call.caches).gen
+        hidden = (yield from model.layer_by_layer(call.layout, None, x, call.caches)).gen
         assert hidden is not None
+        yield
         clean = model.clean_prediction(hidden, call.layout.noise_grids).float().split(call.lengths)
         predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
         for (job, branch), prediction in zip(call.runs, clean, strict=True):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,15 @@ from neounify.serve.transport import Parcel, Transport
 class GenerationSettings:
     """`step_tokens`: image tokens of a step, over all guidance branches, at most.
 
-    `most_missed`: an image left out of that many steps in a row goes first. `beside_text_seconds`:
-    about how long a step may take while text is being written in the same process.
+    `most_missed`: an image left out of that many steps in a row goes first. A step that takes
+    longer than `slice_seconds`, `beside_text_seconds` while text is being written in the same
+    process, is interrupted between two layers of the model for what else there is to do.
     """
 
     step_tokens: int = 1024
     most_missed: int = 4
     beside_text_seconds: float = 0.011
+    slice_seconds: float = 0.05
 
 
 @dataclass(eq=False)
@@ -44,6 +46,20 @@ class _Image:
     waiting: Waiting
 
 
+@dataclass(eq=False)
+class _Step:
+    """A denoising step under way; `large` where one image has more tokens than a step should."""
+
+    images: list[_Image]
+    large: bool
+    work: Iterator[None]
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        return sum(image.waiting.rows for image in self.images)
+
+
 class GenerationEngine:
     """Takes orders with `submit`, does a step's work with `step`, leaves `replies`."""
 
@@ -55,6 +71,7 @@ class GenerationEngine:
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
         self._left: dict[int, int] = {}
+        self._under_way: deque[_Step] = deque()
         self._last_batch = 0
         self._row_seconds = 0.0
 
@@ -83,31 +100,74 @@ class GenerationEngine:
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
-        """Move the images whose turn it is by one denoising step, a short one beside text.
+        """Work on a denoising step for a bounded time, a short one beside text.
 
-        Raises what concerns all images; what fails for one is the answer to its call.
+        Images whose turn it is share a step. One that alone has more tokens than a step is to
+        have does not hold up the others: its step and those of the others go on by turns. Raises
+        what concerns all images; what fails for one is the answer to its call.
         """
-        if not self._images:
+        most = self._short_step() if beside_text else self.settings.step_tokens
+        self._begin(most)
+        if not self._under_way:
             return
-        start = time.perf_counter()
+        current = self._under_way.popleft()
+        seconds = self.settings.beside_text_seconds if beside_text else self.settings.slice_seconds
+        if self._work_on(current, seconds):
+            self._end(current)
+        else:
+            self._under_way.append(current)
+
+    def _begin(self, most: int) -> None:
+        """Begin a step of the images that wait for one, unless one is under way."""
+        busy = {image for step in self._under_way for image in step.images}
+        if any(not step.large for step in self._under_way):
+            return
         for image in self._images:
             image.waiting.rows = image.job.z.shape[0] * len(image.job.branches())
             image.waiting.steps_left = image.job.steps - image.job.steps_done
-        places = choose(
-            [image.waiting for image in self._images],
-            self._short_step() if beside_text else self.settings.step_tokens,
-            self.settings.most_missed,
-        )
-        chosen = [self._images[place] for place in places]
-        self._last_batch = len(chosen)
-        self.counters["gen_image_steps"] += len(chosen)
-        self._denoiser.step([image.job for image in chosen])
-        for image in chosen:
-            # An image before it in this step may have ended their call.
+        limit = self.settings.step_tokens
+        free = [
+            image
+            for image in self._images
+            if image not in busy and not (self._under_way and image.waiting.rows > limit)
+        ]
+        if not free:
+            return
+        places = choose([image.waiting for image in free], most, self.settings.most_missed)
+        chosen = [free[place] for place in places]
+        large = any(image.waiting.rows > limit for image in chosen)
+        work = self._denoiser.slices([image.job for image in chosen])
+        self._under_way.append(_Step(chosen, large, work))
+
+    def _work_on(self, step: _Step, seconds: float) -> bool:
+        """Compute layers for about that long; whether the step is done."""
+        start = now = time.perf_counter()
+        try:
+            for _ in step.work:
+                # On an accelerator the time is only known once the work is done; a step that
+                # recently took less than a slice need not be waited for in between.
+                if self._row_seconds * step.rows > seconds or not self._row_seconds:
+                    self._synchronise()
+                    now = time.perf_counter()
+                    if now - start >= seconds:
+                        return False
+        finally:
+            step.seconds += time.perf_counter() - start
+        return True
+
+    def _synchronise(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def _end(self, step: _Step) -> None:
+        self._last_batch = len(step.images)
+        self.counters["gen_steps"] += 1
+        self.counters["gen_image_steps"] += len(step.images)
+        for image in step.images:
+            # Its call may have been given up, or ended by an image before it in this step.
             if image.call in self._left:
                 self._tell(image)
-        rows = sum(image.waiting.rows for image in chosen)
-        self._row_seconds += 0.2 * ((time.perf_counter() - start) / rows - self._row_seconds)
+        self._row_seconds += 0.2 * (step.seconds / step.rows - self._row_seconds)
 
     def _short_step(self) -> int:
         """Image tokens of a step of the wanted length, by what recent steps took."""
@@ -169,4 +229,10 @@ class GenerationEngine:
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]
         self._left.pop(call, None)
+        # What nobody waits for is not finished.
+        self._under_way = deque(
+            step
+            for step in self._under_way
+            if any(image.call in self._left for image in step.images)
+        )
         self._denoiser.forget()

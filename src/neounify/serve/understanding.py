@@ -145,6 +145,7 @@ class UnderstandingEngine:
         self._answer_readers()
         self._answer_exports()
         self._write_one_token()
+        self.counters["und_steps"] += 1
         self.counters["und_preempted"] = self.room.preempted
 
     def check(self) -> None:

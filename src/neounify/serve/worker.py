@@ -99,7 +99,6 @@ class Worker:
     def _timed(self, name: str, step: Callable[[], None]) -> None:
         start = time.perf_counter()
         step()
-        self._counters[f"{name}_steps"] += 1
         self._counters[f"{name}_step_seconds"] += time.perf_counter() - start  # type: ignore[assignment]
 
     def _send(self) -> None:

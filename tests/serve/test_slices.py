@@ -1,0 +1,157 @@
+"""Denoising steps are interrupted between layers: nobody waits for a whole large step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import neounify
+from neounify.decode.sampling import SamplingSettings
+from neounify.pipeline.request import make_sampling
+from neounify.serve.generation import GenerationEngine, GenerationSettings
+from neounify.serve.messages import (
+    Cancel,
+    Done,
+    Open,
+    Order,
+    Paint,
+    Prefix,
+    Reply,
+    Report,
+    TextPart,
+    Token,
+    Write,
+)
+from neounify.serve.transport import LocalParcel, LocalTransport
+from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.serve.worker import Worker
+
+SMALL, LARGE = (2, 2), (6, 6)
+
+
+def paint(pipe: neounify.Pipeline, call: int, grid: tuple[int, int], steps: int) -> Paint:
+    config = pipe.config
+    random = torch.Generator().manual_seed(call)
+    shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
+    keys, values = (torch.randn(shape, generator=random) for _ in range(2))
+    noise = torch.randn(1, grid[0] * grid[1], 3 * config.token_size**2, generator=random)
+    prefix = Prefix(LocalParcel({"keys": keys, "values": values}), 3)
+    sampling = make_sampling(config, editing=False, steps=steps, guidance=1.0)
+    return Paint(call, LocalParcel({"noise": noise}), grid, sampling, {"cond": prefix}, 0)
+
+
+def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
+    """A step has 16 image tokens at most, so that LARGE is above and SMALL below."""
+    settings = GenerationSettings(
+        step_tokens=16, slice_seconds=seconds, beside_text_seconds=seconds
+    )
+    return GenerationEngine(pipe.model, settings, LocalTransport())
+
+
+def results(engine: GenerationEngine) -> dict[int, torch.Tensor]:
+    found = {}
+    for reply in engine.replies:
+        assert isinstance(reply.answer, Done)
+        assert isinstance(reply.answer.pixels, LocalParcel)
+        found[reply.call] = reply.answer.pixels.tensors["pixels"]
+    return found
+
+
+@pytest.mark.parametrize("beside_text", [False, True])
+def test_slices_give_what_whole_steps_give(pipe: neounify.Pipeline, beside_text: bool) -> None:
+    grids = {1: LARGE, 2: SMALL, 3: SMALL, 4: LARGE}
+    expected: dict[int, torch.Tensor] = {}
+    for call, grid in grids.items():
+        alone = engine(pipe, 1e9)
+        alone.submit(paint(pipe, call, grid, 5))
+        while alone.busy:
+            alone.step()
+        assert alone.counters["gen_steps"] == 5
+        expected |= results(alone)
+    sliced = engine(pipe, 0.0)
+    for call, grid in grids.items():
+        sliced.submit(paint(pipe, call, grid, 5))
+    calls = 0
+    while sliced.busy:
+        sliced.step(beside_text=beside_text)
+        calls += 1
+    assert calls >= pipe.config.num_layers * sliced.counters["gen_steps"]
+    for call, pixels in results(sliced).items():
+        torch.testing.assert_close(pixels, expected[call], atol=1e-5, rtol=0)
+        if grids[call] == LARGE:
+            assert torch.equal(pixels, expected[call])
+
+
+def test_small_images_go_on_during_a_large_step(pipe: neounify.Pipeline) -> None:
+    """A small image of three steps is finished before one step of the large one is."""
+    sliced = engine(pipe, 0.0)
+    sliced.submit(paint(pipe, 1, LARGE, 2))
+    sliced.step()
+    whole: list[Any] = []
+    sliced._denoiser.slices = lambda jobs: iter(whole.append(len(jobs)) or [None])  # type: ignore
+    sliced.submit(paint(pipe, 2, SMALL, 3))
+    sliced.submit(paint(pipe, 3, LARGE, 2))
+    for _ in range(2):
+        sliced.step()
+    assert whole == [1]  # the small one alone: a second large one has to wait for the first
+
+
+def test_a_call_given_up_in_the_middle_of_a_step_is_gone(pipe: neounify.Pipeline) -> None:
+    sliced = engine(pipe, 0.0)
+    sliced.submit(paint(pipe, 1, LARGE, 2))
+    sliced.step()
+    sliced.submit(Cancel(1))
+    assert sliced.gauges()["gen_images"] == 0
+    assert len(sliced._under_way) == 0
+    sliced.submit(paint(pipe, 2, SMALL, 2))
+    while sliced.busy:
+        sliced.step()
+    assert list(results(sliced)) == [2]
+
+
+class Script:
+    """A channel that gives orders one after the other, and notes what came between."""
+
+    def __init__(self, orders: list[Order], layers: list[int]) -> None:
+        self.orders, self.layers = [orders], layers
+        self.since: list[int] = []
+
+    def receive(self, *, wait: bool) -> list[Order] | None:
+        if self.orders:
+            return self.orders.pop()
+        return None if wait else []
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        if any(isinstance(reply.answer, Token) for reply in replies):
+            self.since.append(len(self.layers))
+            self.layers.clear()
+
+
+def test_the_next_token_is_one_slice_away(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a step is: here a slice is a layer, and between two tokens there is one."""
+    layers: list[int] = []
+    for layer in pipe.model.layers:
+        forward = layer.forward
+
+        def counted(und: Any, gen: Any, *rest: Any, forward: Any = forward) -> Any:
+            if gen is not None:
+                layers.append(1)
+            return forward(und, gen, *rest)
+
+        monkeypatch.setattr(layer, "forward", counted)
+    name = (1, "cond")
+    then = Write(2, name, SamplingSettings(), frozenset(), 20)
+    orders: list[Order] = [
+        Open(1, {name: (TextPart((1, 2, 3)),)}, {name: 20}, then),
+        paint(pipe, 3, LARGE, 30),
+    ]
+    script = Script(orders, layers)
+    understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
+    Worker(script, understanding, engine(pipe, 0.0)).run()
+    assert len(script.since) == 20
+    assert max(script.since) == 1
