@@ -109,6 +109,39 @@ def test_both_processes_end_and_drain_on_a_signal(folder: Path) -> None:
         assert not left
 
 
+def test_a_killed_server_leaves_nothing_behind(folder: Path) -> None:
+    """Its engines notice within seconds, also in the middle of their steps."""
+    settings = ("--model", str(folder), "--dtype", "float32", "--mode", "separate")
+    with served(*settings, "--threads", "1") as (process, address):
+        children = _children(process.pid)
+        files = [entry.readlink() for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
+        (lock,) = (file for file in files if file.suffix == ".lock")
+        body = {"prompt": "a boat", "size": "64x64", "steps": 200, "n": 4}
+        asked = json.dumps({**body, "stream": True, "partial_images": 3})
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+        connection.request(
+            "POST", "/v1/images/generations", asked, {"Content-Type": "application/json"}
+        )
+        connection.getresponse().readline()  # of a preview: the work is under way
+        process.kill()
+        for _ in range(600):
+            left = [pid for pid in children if _runs(pid)]
+            if not left:
+                break
+            time.sleep(0.1)
+        assert not left
+        connection.close()
+    assert not list(lock.parent.glob(f"{lock.stem}*"))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def _children(pid: int) -> list[int]:
     found = subprocess.run(
         ["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True

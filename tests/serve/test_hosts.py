@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import neounify
 from leaving import at_rest, calls_open, pieces_of
@@ -125,7 +126,9 @@ def process_of(link: EngineLink) -> int:
 
 
 def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None:
-    settings = ProcessSettings(role="gen", folder=folder, dtype=None, device="cpu", threads=1)
+    settings = ProcessSettings(
+        role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
+    )
     host = ProcessHost(settings, WatchSettings(start_silence=0.01))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gen process"):
