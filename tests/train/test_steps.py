@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from neounify.errors import ImageError
+from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
 from neounify.model.stream import Stream
 from neounify.pipeline import Pipeline
@@ -254,3 +254,10 @@ def test_seeds_of_states_from_before_still_load(tmp_path: Path) -> None:
     again.resume(state)
     again.run(stop_after=4)
     assert again.progress.step == 4
+
+
+def test_a_rate_for_what_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    sparse = {"learning_rate": 1e-3, "lr_scale": {"experts": 2.0}}
+    run = trainer(tmp_path, recipe(stages=stages(optimizer=sparse)))
+    with pytest.raises(ConfigError, match="this model has no experts"):
+        run.run()

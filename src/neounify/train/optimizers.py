@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from neounify.checkpoint.names import LABELS, part_of, stream_of
+from neounify.errors import ConfigError
 from neounify.lora.layers import weight_name
 from neounify.settings import (
     STRICT,
@@ -128,7 +129,16 @@ class Optimizers:
 
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> list[tuple[str, dict[str, Any]]]:
-    """(optimizer, group) pairs; a group shares learning rate and weight decay."""
+    """(optimizer, group) pairs; a group shares learning rate and weight decay.
+
+    Raises ConfigError for a name in `lr_scale` that no parameter of this model has.
+    """
+    names = [weight_name(name) for name, _ in model.named_parameters()]
+    present = {label for name in names for label in (stream_of(name), part_of(name))}
+    if absent := sorted(set(config.lr_scale or {}) - present):
+        raise ConfigError(
+            f"lr_scale: this model has no {', '.join(absent)}; it has {sorted(present)}"
+        )
     collected: dict[tuple[str, float, float], list[tuple[str, Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
