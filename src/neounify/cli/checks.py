@@ -37,7 +37,10 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, Sampling, make_sampling, output_size
 from neounify.pipeline.request import SamplingOptions as SamplingKeywords
 from neounify.pipeline.trained_sizes import size_advice
-from neounify.text.template import Message, place_images
+from neounify.text.message import Message
+from neounify.text.template import (
+    place_images,
+)
 
 _SAMPLING = SamplingKeywords.__annotations__.keys()
 _TEXT = ("temperature", "top_p", "top_k", "repetition_penalty")

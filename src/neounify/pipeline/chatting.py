@@ -19,8 +19,13 @@ from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
+from neounify.text.message import Message
 from neounify.text.special import IM_END
-from neounify.text.template import Message, Prompt, chat_prompt, continues_answer
+from neounify.text.template import (
+    Prompt,
+    chat_prompt,
+    continues_answer,
+)
 from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
 
 

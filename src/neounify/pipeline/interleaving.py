@@ -37,10 +37,10 @@ from neounify.pipeline.results import (
     PreviewPart,
     TextPart,
 )
+from neounify.text.message import Message
 from neounify.text.special import IM_END, IMAGE_OPEN
 from neounify.text.stream import TextStream
 from neounify.text.template import (
-    Message,
     Prompt,
     images_only_prompt,
     interleave_prompt,

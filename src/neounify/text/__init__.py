@@ -1,13 +1,11 @@
 """Text: special tokens by name, the tokenizer, and the prompts of every task."""
 
 from neounify.text.build import BYTE_VOCAB_SIZE, byte_tokenizer
+from neounify.text.message import IMAGE_MARK, Message, Role
 from neounify.text.stream import TextStream
 from neounify.text.template import (
-    IMAGE_MARK,
     ImageSegment,
-    Message,
     Prompt,
-    Role,
     Segment,
     TextSegment,
     after_think_ids,

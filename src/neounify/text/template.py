@@ -8,12 +8,12 @@ characters and ends nothing.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
-from itertools import count, groupby, pairwise
-from typing import Literal
+from itertools import count, groupby
 
 from neounify.errors import PromptError
+from neounify.text.message import IMAGE_MARK, Message, Role, check_text
 from neounify.text.special import (
     IM_END,
     IM_START,
@@ -31,16 +31,8 @@ from neounify.text.tools import (
     RESPONSE_OPEN,
     TOOLS_FOOT,
     Tool,
-    ToolCall,
     tools_head,
 )
-
-IMAGE_MARK = "<image>"
-"""Stands in a user's text where a picture belongs."""
-
-Role = Literal["system", "user", "assistant", "tool"]
-
-_NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -92,56 +84,6 @@ class Prompt:
             else:
                 ids += segment.ids
         return ids
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    A user's text marks each image with `<image>`. In other roles the mark is plain text; an
-    assistant's images stand at `image_offsets`, ascending numbers of characters of `text`.
-    `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
-    of one of them.
-
-    Raises PromptError for an unknown role, for what is no text, and for offsets out of place.
-    """
-
-    role: Role
-    text: str
-    tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
-    image_offsets: tuple[int, ...] = field(default=(), kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.role not in ("system", "user", "assistant", "tool"):
-            raise PromptError(
-                f"a message is from system, user, assistant or tool, not {self.role!r}"
-            )
-        _check_text(self.text, f"the {self.role} message")
-        if self.tool_calls and self.role != "assistant":
-            raise PromptError(f"only assistant messages hold tool calls, this one is {self.role!r}")
-        for call in self.tool_calls:
-            _check_text(call.name + call.arguments, "a tool call")
-        if self.image_offsets and self.role != "assistant":
-            raise PromptError(f"image_offsets are for assistant messages, not for {self.role!r}")
-        cuts = (0, *self.image_offsets, len(self.text))
-        if any(low > high for low, high in pairwise(cuts)):
-            raise PromptError(
-                f"image_offsets {self.image_offsets} must ascend within the text's "
-                f"{len(self.text)} characters"
-            )
-
-    @property
-    def pieces(self) -> list[str]:
-        """The texts around the images: one more than there are images."""
-        if self.role == "user":
-            return self.text.split(IMAGE_MARK)
-        cuts = (0, *self.image_offsets, len(self.text))
-        return [self.text[low:high] for low, high in pairwise(cuts)]
-
-    @property
-    def n_images(self) -> int:
-        """How many images the message holds."""
-        return len(self.pieces) - 1
 
 
 @dataclass(frozen=True)
@@ -313,7 +255,7 @@ def images_only_prompt(
 
 def check_negative(text: str) -> str:
     """Return the text of a negative prompt. Raises PromptError for what is none."""
-    _check_text(text, "the negative prompt")
+    check_text(text, "the negative prompt")
     if IMAGE_MARK in text:
         raise PromptError(f"the negative prompt holds no images, but it has an {IMAGE_MARK} mark")
     return text
@@ -337,17 +279,17 @@ def _single_turn(
     end: tuple[_Piece, ...],
     history: Sequence[Message] = (),
 ) -> Prompt:
-    _check_text(text, "the prompt")
+    check_text(text, "the prompt")
     turns = _turns([*history, Message("user", text)], count())
     return _assemble(tokenizer, [*_system_turn(system), *turns, *_ANSWER, *end])
 
 
 def _system_turn(text: str, tools: Sequence[Tool] = ()) -> list[_Piece]:
-    _check_text(text, "the system message")
+    check_text(text, "the system message")
     content: list[_Piece] = [_Plain(text)] if text else []
     if tools:
         offer = tools_head(tools)
-        _check_text(offer, "the definition of a tool")
+        check_text(offer, "the definition of a tool")
         content += [_Plain("\n\n" + offer if text else offer), *_with_marks(TOOLS_FOOT)]
     return _turn("system", content) if content else []
 
@@ -438,18 +380,7 @@ def _typed(marks: Sequence[str]) -> re.Pattern[str]:
     return re.compile(f"(?<=<)(?={inside})" if inside else "(?!)")
 
 
-def _check_text(text: str, what: str) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"{what} must be text, not {type(text).__name__}")
-    wrong = _NOT_TEXT.search(text)
-    if wrong:
-        raise PromptError(
-            f"{what} holds U+{ord(wrong[0]):04X} at character {wrong.start()}; "
-            "NUL and lone surrogates are not text"
-        )
-
-
 def _check_says_something(text: str) -> None:
-    _check_text(text, "the prompt")
+    check_text(text, "the prompt")
     if not text.strip():
         raise PromptError("a prompt is needed: the text is empty and there is no image")

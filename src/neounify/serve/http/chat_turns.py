@@ -13,7 +13,7 @@ from neounify.serve.http.chat_schema import ChatBody, ChatMessage
 from neounify.serve.http.context import Context
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.pictures import RequestImages
-from neounify.text.template import IMAGE_MARK
+from neounify.text.message import IMAGE_MARK
 from neounify.text.tools import ToolCall
 
 _HOLD_IMAGES = ("user", "assistant")
