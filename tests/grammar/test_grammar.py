@@ -143,6 +143,11 @@ def nested(depth: int) -> dict[str, Any]:
         ({"enum": [[]] * 20_000}, "20000 values"),
         ({"const": "ü" * 70_000}, "bytes"),
         ({"const": float("nan")}, "not JSON"),
+        ({"anyOf": [{"$ref": "#/$defs/a"}] * 501}, "500 times"),
+        ({"multipleOf": 999_983}, "multipleOf"),
+        ({"multipleOf": 10**400}, "multipleOf"),
+        ({"multipleOf": 3.141592653}, "multipleOf"),
+        ({"allOf": [{"multipleOf": n} for n in (7, 11, 13, 17, 19, 23, 29)]}, "multipleOf"),
         ({"const": object()}, "not JSON"),
     ],
 )
@@ -150,6 +155,20 @@ def test_bounds(schema: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words) as error:
         check_schema(schema, "response_format")
     assert str(error.value).startswith("response_format: ")
+
+
+@pytest.mark.parametrize("value", [0.01, 5, 250.0, 1e-300, 10_000, True, "x", None, 0])
+def test_multiples_within_the_bound(value: Any) -> None:
+    assert "multipleOf" in check_schema({"properties": {"a": {"multipleOf": value}}}, "x")
+
+
+def test_as_many_optional_properties_as_the_bound_allows() -> None:
+    schema = {"type": "object", "properties": {f"p{n}": {"const": n} for n in range(1000)}}
+    constraint = json_grammar(VOCABULARY, schema, what="x").start()
+    for token in BYTES.encode('{"p7":7,'):
+        assert token in allowed(constraint.mask())
+        constraint.accept(token)
+    assert allowed(constraint.mask())
 
 
 def test_the_callers_own_options_do_not_count() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from neounify.errors import RequestError
@@ -15,8 +17,12 @@ MAX_PROPERTIES = 1000
 """Named properties over the whole schema."""
 MAX_VALUES = 20_000
 """JSON values of any kind over the whole schema, names of properties not counted."""
+MAX_REFS = 500
+"""Uses of `$ref`: many that refer to one another take long to compile."""
 MAX_PATTERN = 1000
 """Characters of a regular expression."""
+MAX_MULTIPLE = 10_000
+"""The least common multiple of all `multipleOf`: compiling takes time and memory in proportion."""
 
 _OPTIONS = "x-guidance"
 WHITESPACE = r"\n? {0,16}"
@@ -48,7 +54,8 @@ def check_schema(schema: object, what: str) -> str:
 def _check_shape(schema: Mapping[str, Any], what: str) -> None:
     """Walk the schema level by level, so that no nesting can exhaust the stack."""
     level: list[Any] = [schema]
-    depth = values = properties = 0
+    depth = values = properties = refs = 0
+    multiple = 1
     while level:
         depth += 1
         values += len(level)
@@ -61,12 +68,35 @@ def _check_shape(schema: Mapping[str, Any], what: str) -> None:
             if isinstance(value, Mapping):
                 properties += _count_properties(value)
                 _check_patterns(value, what)
+                refs += "$ref" in value
+                multiple = math.lcm(multiple, _multiple(value.get("multipleOf"), what))
                 below += value.values()
             elif isinstance(value, list | tuple):
                 below += value
         if properties > MAX_PROPERTIES:
             raise RequestError(f"{what}: the schema has more than {MAX_PROPERTIES} properties")
+        if refs > MAX_REFS:
+            raise RequestError(f"{what}: the schema uses $ref more than {MAX_REFS} times")
+        if multiple > MAX_MULTIPLE:
+            raise RequestError(
+                f"{what}: multipleOf is followed up to {MAX_MULTIPLE} over the whole schema"
+            )
         level = below
+
+
+def _multiple(value: object, what: str) -> int:
+    """A `multipleOf` without its decimal point; 1 for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value:
+        return 1
+    if not -MAX_MULTIPLE <= value <= MAX_MULTIPLE or not math.isfinite(value):
+        raise RequestError(
+            f"{what}: multipleOf is followed up to {MAX_MULTIPLE}, got {str(value)[:20]}"
+        )
+    digits = Decimal(str(value)).normalize().as_tuple()
+    coefficient = int("".join(map(str, digits.digits)))
+    exponent = digits.exponent
+    assert isinstance(exponent, int)
+    return coefficient * 10 ** max(0, exponent)
 
 
 def _count_properties(schema: Mapping[str, Any]) -> int:

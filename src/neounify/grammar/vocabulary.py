@@ -21,6 +21,10 @@ MAX_COMPILED = 32
 """Compiled grammars that are kept, the latest ones."""
 
 _MAX_LEXER_STATES = 50_000
+_MAX_GRAMMAR_SIZE = 100_000
+"""A fifth of the library's own limits: a grammar is compiled beside other requests' text."""
+_MAX_ROW_ITEMS = 5000
+"""Enough for an object of schema.MAX_PROPERTIES optional properties."""
 _LOCATION = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 _KEYWORDS = re.compile(r"Unimplemented keys: \[(.*)\]")
 
@@ -138,7 +142,12 @@ def _library_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
 
 
 def _limits() -> llguidance.LLParserLimits:
-    return _package().LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    return _package().LLParserLimits(
+        max_lexer_states=_MAX_LEXER_STATES,
+        max_grammar_size=_MAX_GRAMMAR_SIZE,
+        max_items_in_row=_MAX_ROW_ITEMS,
+        verbose_errors=False,
+    )
 
 
 def _reason(error: str) -> str:
