@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +152,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a state; hashing lets threads run side by side."""
+    """Size and SHA-256 of every file of a state."""
     files = [folder / f"{name}.safetensors" for name in FILES]
-    with ThreadPoolExecutor(len(files)) as pool:
-        return dict(zip([file.name for file in files], pool.map(_fingerprint, files), strict=True))
+    return {file.name: _fingerprint(file) for file in files}
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
