@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Extra = Literal["serve", "ray", "train", "watermark"]
+Extra = Literal["grammar", "serve", "ray", "train", "watermark"]
 
 
 def install_command(extra: Extra) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from neounify.errors import RequestError
+from neounify.extras import missing_extra
 from neounify.text.special import IM_END
 from neounify.text.tokenizer import Tokenizer
 
@@ -126,10 +127,8 @@ def _package() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise RequestError(
-            "answers by a schema and forced tool calls need the package llguidance: "
-            "install the extra 'grammar' of neounify"
-        ) from error
+        what = "answers by a schema and forced tool calls"
+        raise RequestError(missing_extra(what, "grammar", error)) from error
     return llguidance
 
 

@@ -54,6 +54,13 @@ class ChatRequest:
             raise RequestError(
                 "response_format: the answer must be a call of a tool, so it has no other format"
             )
+        constrained = self.response_format is not None or bool(self.tool_use.forced)
+        if constrained and continues_answer(self.messages):
+            name = "tool_choice" if self.tool_use.forced else "response_format"
+            raise RequestError(
+                f"{name}: an answer that the last message begins cannot be held to a form; "
+                "leave that message out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

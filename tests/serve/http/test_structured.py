@@ -213,6 +213,17 @@ def test_schemas_that_cannot_be_followed(bundled_client: openai.OpenAI, name: st
     assert "start:" not in str(error.value)
 
 
+def test_an_answer_that_was_begun_cannot_be_held_to_a_form(
+    bundled_client: openai.OpenAI,
+) -> None:
+    begun: Any = [*ASK, {"role": "assistant", "content": '{"a"'}]
+    with pytest.raises(openai.BadRequestError, match="last message begins") as error:
+        bundled_client.chat.completions.create(
+            model=MODEL, messages=begun, response_format={"type": "json_object"}
+        )
+    assert error.value.param == "response_format"
+
+
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     vocabulary = Vocabulary(Tokenizer.from_folder(bundled_model()), "another")
