@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3)."""
@@ -37,6 +41,40 @@ def keep_freed_memory() -> bool:
         (M_TOP_PAD, 64 * 2**20),
     )
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+class MemoryReturner:
+    """Gives freed memory back after work that left the process far larger than it was.
+
+    At most every INTERVAL seconds, and only when at least GROWTH bytes were added since the last
+    time: what the engines use again and again is better kept.
+    """
+
+    GROWTH = 64 * 2**20
+    INTERVAL = 2.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next, self._resident = clock(), resident_bytes()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `run` would do anything."""
+        return self._clock() >= self._next and resident_bytes() > self._resident + self.GROWTH
+
+    def run(self) -> None:
+        """Give memory back; takes some milliseconds."""
+        self._next = self._clock() + self.INTERVAL
+        return_freed_memory()
+        self._resident = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory of this process in the machine, in bytes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def return_freed_memory() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from neounify.errors import ImageError
+from neounify.image.sizes import check_aspect
 
 MAX_READS = 200_000
 """Reads of one file by Pillow's parsers, which walk it in Python: some 0.3 s of work."""
@@ -23,7 +24,7 @@ _DECODER_BYTES = {"WEBP": 16, "AVIF": 10, "HEIF": 8}
 _DCT_BYTES, _DCT_SAMPLES = 2, 3
 """A progressive JPEG keeps all coefficients of all components until its last scan."""
 
-_SCAN_SHARE = 0.02
+_SCAN_SHARE = 0.04
 """Time of one scan of a progressive JPEG as a share of decoding the pixels once; measured."""
 
 _SLOW_FORMATS = {
@@ -72,6 +73,7 @@ class DecodeBudget:
 
     def admit(self, image: Image.Image, file: bytes, name: str) -> None:
         """Count an image that was opened and not yet decoded. Raises ImageError over the limits."""
+        check_aspect(image.height, image.width)
         copies = 2 if image.format == "PNG" else 1  # one of them without its metadata
         needed = copies * len(file) + _decoding_bytes(image, self.factor(image))
         if needed > self._max_bytes:

@@ -56,11 +56,7 @@ def fit_size(
     max_pixels = _positive(max_pixels, "max_pixels", most=_MAX_SIDE**2)
     if min_pixels > max_pixels:
         raise ImageError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ImageError(
-            f"an image of {width}x{height} is too narrow; "
-            f"its sides may differ by a factor of {MAX_ASPECT_RATIO} at most"
-        )
+    check_aspect(height, width)
     new_height = max(multiple, round(height / multiple) * multiple)
     new_width = max(multiple, round(width / multiple) * multiple)
     if new_height * new_width > max_pixels:
@@ -72,6 +68,15 @@ def fit_size(
         new_height = math.ceil(height * k / multiple) * multiple
         new_width = math.ceil(width * k / multiple) * multiple
     return new_height, new_width
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raises ImageError for a prompt image whose sides, in pixels, differ too much."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ImageError(
+            f"an image of {width}x{height} is too narrow; "
+            f"its sides may differ by a factor of {MAX_ASPECT_RATIO} at most"
+        )
 
 
 def nearest_legal_sizes(

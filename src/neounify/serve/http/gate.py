@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from neounify.runtime import MemoryReturner
 from neounify.serve.http.accounts import Accounts
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
 from neounify.serve.http.metrics import HttpMetrics
@@ -22,6 +23,8 @@ CLIENT_GONE = 499
 """The status that is counted, and never sent, when the caller hung up."""
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 """Methods that metrics name; clients may send any word."""
+LARGE_BODY = 64 * 1024
+"""Bytes of a body from which on memory may be given back after its request."""
 _log = logging.getLogger(__name__)
 
 
@@ -35,6 +38,7 @@ class Gate:
         self._metrics = metrics
         self._in_flight = 0
         self._uploads = _Uploads(limits)
+        self._memory = MemoryReturner()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,6 +75,9 @@ class Gate:
             body = _Body(receive, self._limits, self._uploads)
             stack.callback(body.forget)
             await _until_gone(self._app, scope, body, answer.send)
+            large = body.bytes >= LARGE_BODY
+        if large and self._memory.is_due:
+            await asyncio.to_thread(self._memory.run)
 
     def _admit(self, scope: Scope, stack: ExitStack) -> None:
         headers, path = Headers(scope=scope), scope["path"]
@@ -176,15 +183,15 @@ class _Body:
 
     def __init__(self, receive: Receive, limits: Limits, uploads: _Uploads) -> None:
         self._receive, self._limits, self._uploads = receive, limits, uploads
-        self._bytes = 0
+        self.bytes = 0
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._complete = asyncio.Event()
         self._gone = asyncio.Event()
 
     def forget(self) -> None:
         """The body no longer takes memory."""
-        self._uploads.remove(self._bytes)
-        self._bytes = 0
+        self._uploads.remove(self.bytes)
+        self.bytes = 0
 
     async def receive(self) -> Message:
         if self._complete.is_set():
@@ -199,10 +206,10 @@ class _Body:
                 408, "The request's body took too long to arrive.", code="body_timeout"
             ) from None
         size = len(message.get("body", b""))
-        if self._bytes + size > self._limits.body_bytes:
+        if self.bytes + size > self._limits.body_bytes:
             raise _too_large(self._limits)
         self._uploads.add(size)
-        self._bytes += size
+        self.bytes += size
         if message["type"] == "http.disconnect":
             self._gone.set()
         if not message.get("more_body", False):

@@ -28,7 +28,7 @@ class Limits:
     body_seconds: float = 60.0
     body_idle_seconds: float = 20.0
     uploads_bytes: int = 256 * MEBIBYTE
-    json_values: int = 50_000
+    json_values: int = 20_000
     json_depth: int = 64
     header_bytes: int = 32 * 1024
     headers: int = 100
