@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 import time
@@ -46,12 +47,12 @@ def keep_freed_memory() -> bool:
 class MemoryReturner:
     """Gives freed memory back after work that left the process far larger than it was.
 
-    At most every INTERVAL seconds, and only when at least GROWTH bytes were added since the last
-    time: what the engines use again and again is better kept.
+    Only when at least GROWTH bytes were added since the last time, and then every INTERVAL seconds
+    unless it is URGENT bytes: what the engines use again and again is better kept.
     """
 
-    GROWTH = 64 * 2**20
-    INTERVAL = 2.0
+    GROWTH, URGENT = 32 * 2**20, 96 * 2**20
+    INTERVAL = 1.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -60,11 +61,13 @@ class MemoryReturner:
     @property
     def is_due(self) -> bool:
         """Whether `run` would do anything."""
-        return self._clock() >= self._next and resident_bytes() > self._resident + self.GROWTH
+        growth = resident_bytes() - self._resident
+        return growth > self.URGENT or (growth > self.GROWTH and self._clock() >= self._next)
 
     def run(self) -> None:
-        """Give memory back; takes some milliseconds."""
+        """Give memory back; takes some hundredths of a second."""
         self._next = self._clock() + self.INTERVAL
+        gc.collect()  # a refused request is in a cycle with its error
         return_freed_memory()
         self._resident = resident_bytes()
 

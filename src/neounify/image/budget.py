@@ -74,8 +74,8 @@ class DecodeBudget:
     def admit(self, image: Image.Image, file: bytes, name: str) -> None:
         """Count an image that was opened and not yet decoded. Raises ImageError over the limits."""
         check_aspect(image.height, image.width)
-        copies = 2 if image.format == "PNG" else 1  # one of them without its metadata
-        needed = copies * len(file) + _decoding_bytes(image, self.factor(image))
+        # Twice: as a data URL, or without its metadata, it is there once more.
+        needed = 2 * len(file) + _decoding_bytes(image, self.factor(image))
         if needed > self._max_bytes:
             raise ImageError(
                 f"{name}: decoding a {image.format} of {image.width}x{image.height} takes "

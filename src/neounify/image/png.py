@@ -38,8 +38,9 @@ def essential_png(
     view, profile, start = memoryview(data), None, len(SIGNATURE)
     kept: list[bytes | memoryview] = [SIGNATURE]
     texts = (*_ORIENTATION_KEYS, *(key.encode("latin-1") for key in keys))
-    metadata = 0
+    metadata, dropped = 0, False
     for kind, content, stop in _chunks(view):
+        before = len(kept)
         if kind in _PIXELS:
             kept.append(view[start:stop])
         elif metadata < MAX_METADATA_CHUNKS:
@@ -49,7 +50,10 @@ def essential_png(
             elif _is_wanted(kind, content, texts):
                 metadata += 1
                 kept.append(view[start:stop])
+        dropped = dropped or len(kept) == before
         start = stop
+    if not dropped:
+        return data, profile
     kept.append(view[start:])
     return b"".join(kept), profile
 

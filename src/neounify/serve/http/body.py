@@ -14,11 +14,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from neounify.runtime import return_freed_memory
 from neounify.serve.http.errors import ApiError, bad_request
 from neounify.serve.http.settings import Limits
 
 _BOM = b"\xef\xbb\xbf"
 _STRUCTURE = (b",", b":", b"[", b"{")
+_LARGE_BYTES = 8 * 2**20
+"""Bodies above this leave their memory to the system at once."""
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
 
@@ -29,14 +32,12 @@ class BoundedRequest(Request):
     async def json(self) -> Any:
         """The body's value. Raises ApiError 400 for what is not JSON or exceeds the limits."""
         if not hasattr(self, "_json"):
-            data = bytearray()
-            async for chunk in self.stream():
-                data += chunk
+            chunks = [chunk async for chunk in self.stream()]
             limits = self.app.state.context.settings.limits
-            if len(data) <= _INLINE_BYTES:
-                self._json = parse_json(data, limits)
+            if sum(map(len, chunks)) <= _INLINE_BYTES:
+                self._json = parse_json(chunks, limits)
             else:
-                self._json = await asyncio.to_thread(parse_json, data, limits)
+                self._json = await asyncio.to_thread(parse_json, chunks, limits)
         return self._json
 
 
@@ -80,14 +81,27 @@ def check_json_type(content_type: str | None) -> None:
         )
 
 
-def parse_json(data: bytearray, limits: Limits) -> Any:
+def parse_json(chunks: list[bytes], limits: Limits) -> Any:
     """The value of a JSON text in UTF-8. Raises ApiError 400.
 
-    `data` is emptied, so that it and the value are not held together for longer than needed.
+    `chunks` is emptied, and what they took is given back: nothing but the value is held.
     """
-    if data.startswith(_BOM):
-        del data[: len(_BOM)]
-    if not data.strip():
+    # Joined once: what grows piece by piece is moved again and again, and leaves gaps.
+    data = b"".join(chunks)
+    chunks.clear()
+    try:
+        return _parsed(data, limits)
+    except ApiError as error:
+        raise error.with_traceback(None) from None  # whose frames hold the data
+    finally:
+        if len(data) > _LARGE_BYTES:
+            del data
+            return_freed_memory()
+
+
+def _parsed(data: bytes, limits: Limits) -> Any:
+    data = data.removeprefix(_BOM)
+    if not data or data.isspace():
         raise bad_request("The body is empty; send a JSON object.")
     # Signs inside strings count too, but of those only as many as the text may be long.
     if sum(map(data.count, _STRUCTURE)) > limits.prompt_chars + 3 * limits.json_values:
@@ -96,7 +110,6 @@ def parse_json(data: bytearray, limits: Limits) -> Any:
         value = from_json(data, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise _not_json(str(error), limits) from None
-    data.clear()
     _check_structure(value, limits)
     return value
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Iterator
-from io import BytesIO
 from urllib.parse import unquote_to_bytes
 
 from neounify.errors import ImageError
@@ -64,7 +63,8 @@ def data_url_bytes(url: str) -> bytes:
 
 def _from_base64(url: str, start: int) -> bytes:
     """Decoded piece by piece: copies of the whole text would take several times its memory."""
-    file, rest, count, ended = BytesIO(), b"", 0, False
+    file: list[bytes] = []
+    rest, count, ended = b"", 0, False
     for piece in _pieces(url, start):
         padded = piece.translate(_STANDARD, delete=_SPACE)
         text = padded.rstrip(b"=")
@@ -75,12 +75,12 @@ def _from_base64(url: str, start: int) -> bytes:
         count += len(text)
         text = rest + text
         whole = len(text) // 4 * 4
-        file.write(binascii.a2b_base64(text[:whole]))
+        file.append(binascii.a2b_base64(text[:whole]))
         rest = text[whole:]
     if len(rest) == 1:
         raise ImageError(f"image_url is not valid base64: {count} characters are cut off")
-    file.write(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4)))
-    return file.getvalue()
+    file.append(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4)))
+    return b"".join(file)
 
 
 def _pieces(url: str, start: int) -> Iterator[bytes]:

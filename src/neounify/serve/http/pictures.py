@@ -71,7 +71,7 @@ class RequestImages:
 
     async def read(self, data: bytes) -> PIL.Image.Image:
         """Decode a file. Raises ImageError for what is no image or exceeds the limits."""
-        return await self._decoder.run(lambda: self._decode(data))
+        return await self._decoder.run(lambda: self._read(lambda: data))
 
     async def read_url(self, url: str) -> PIL.Image.Image:
         """The image in a data URL, a result of this server, or on a host that is allowed.
@@ -79,7 +79,7 @@ class RequestImages:
         Raises ImageError.
         """
         if is_data_url(url):
-            return await self._decoder.run(lambda: self._decode(data_url_bytes(url)))
+            return await self._decoder.run(lambda: self._read(lambda: data_url_bytes(url)))
         name = result_name(url)
         result = self._results.get(name) if name else None
         if result is not None:
@@ -90,18 +90,22 @@ class RequestImages:
             )
         return await self.read(await self._fetcher.fetch(url))
 
-    def _decode(self, data: bytes) -> PIL.Image.Image:
+    def _read(self, file: Callable[[], bytes]) -> PIL.Image.Image:
         limits = self._settings.limits
         try:
             return read_image(
-                data,
+                file(),
                 max_pixels=limits.image_pixels,
                 colour_profiles=self._settings.colour_profiles,
                 budget=self._budget,
             )
+        except ImageError as error:
+            problem = str(error)
         finally:
             if self._budget.last_bytes > _LARGE_BYTES:
                 return_freed_memory()
+        # A new one: the other holds the file, through the frames it passed.
+        raise ImageError(problem)
 
 
 def result_name(url: str) -> str | None:
