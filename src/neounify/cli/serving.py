@@ -23,7 +23,7 @@ from neounify.cli.serve_options import (
 )
 from neounify.cli.session import default_device
 from neounify.extras import missing_extra
-from neounify.runtime import keep_freed_memory
+from neounify.runtime import keep_freed_memory, share_one_arena
 
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
     from neounify.serve.build import ServeSettings
@@ -63,6 +63,7 @@ def serve_model(
         log_level="warning" if report.quiet else "info",
     )
     display = Display(quiet=report.quiet, json=report.json)
+    share_one_arena()
     keep_freed_memory()
     if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
         display.note(f"anybody who reaches {listen.host}:{listen.port} may use it: no --api-keys")

@@ -2,7 +2,7 @@
 
 Memory is the peak of the process (Linux keeps it), time is its processor time, so that other work
 on the machine changes neither; only the delay of /health/live is wall time, and is measured again
-before it counts.
+before it counts. HOSTILE_REPORT=1 with -s prints what each request took.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import pytest
 from serve.http.hostile_bodies import Sent, large_requests, small_requests
 from serving_command import served
 
-MAX_GROWTH = 300 * 2**20
+MAX_GROWTH = 300 * 10**6
 MAX_CPU_SECONDS = 5.0
 MAX_DELAY = 1.0
+ATTEMPTS = 3
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 pytestmark = pytest.mark.skipif(
@@ -168,8 +169,9 @@ def test_no_request_costs_more_than_it_may(
         count += 1
         assert len(sent[2]) < most_bytes, name
         cost = cost_of(server, sent)
-        if not cost.within_limits:  # the machine may have been busy
-            cost = cost_of(server, sent)
+        for _ in range(ATTEMPTS - 1):  # the machine may have been busy
+            if not cost.within_limits:
+                cost = cost_of(server, sent)
         if not cost.within_limits:
             broken[name] = cost
         if "HOSTILE_REPORT" in os.environ:

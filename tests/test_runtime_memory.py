@@ -1,0 +1,40 @@
+"""Freed memory that goes back to the system."""
+
+from __future__ import annotations
+
+import pytest
+
+from neounify import runtime
+from neounify.runtime import MemoryReturner
+
+
+def test_memory_goes_back_only_after_growth_and_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, resident, returned = [0.0], [10**9], []
+    monkeypatch.setattr(runtime, "resident_bytes", lambda: resident[0])
+    monkeypatch.setattr(runtime, "return_freed_memory", lambda: returned.append(now[0]))
+    memory = MemoryReturner(lambda: now[0])
+    due = []
+
+    def grow(size: int) -> None:
+        resident[0] += size
+        due.append(memory.is_due)
+
+    grow(0)
+    grow(MemoryReturner.GROWTH + 1)
+    memory.run()
+    grow(0)
+    grow(MemoryReturner.GROWTH + 1)
+    now[0] += MemoryReturner.INTERVAL
+    grow(0)
+    memory.run()
+    grow(MemoryReturner.URGENT + 1)
+    assert due == [False, True, False, False, True, True]
+    assert len(returned) == 2
+
+
+def test_the_system_says_how_large_the_process_is() -> None:
+    before = runtime.resident_bytes()
+    if before == 0:
+        pytest.skip("no /proc/self/statm")
+    held = bytearray(64 * 2**20)
+    assert runtime.resident_bytes() > before + len(held) // 2
