@@ -114,6 +114,17 @@ def test_as_many_values_as_allowed_are_read() -> None:
     assert parse_json([b'{"a": [1]}'], limits) == {"a": [1]}
 
 
+@pytest.mark.parametrize("character", ["\\ud83d\\ude00", "\U0001f600", "\\u0041", '\\"'])
+def test_long_strings_are_ascii_without_escapes(client: TestClient, character: str) -> None:
+    """One emoji would make each of their characters take four bytes."""
+    body = TEXT[:-1] + b', "user": "' + b"x" * 9 * 2**20
+    assert client.post(CHAT, content=body + b'"}', headers=JSON).status_code == 200
+    body += character.encode() + b"x" * 9 * 2**20 + b'"}'
+    response = client.post(CHAT, content=body, headers=JSON)
+    assert response.status_code == 400
+    assert "only data URLs" in response.json()["error"]["message"]
+
+
 def test_a_million_keys_cost_no_time(client: TestClient) -> None:
     body = b"{" + b",".join(b'"k%d":1' % n for n in range(1_000_000)) + b"," + TEXT[1:]
     before = time.process_time()

@@ -22,6 +22,8 @@ _BOM = b"\xef\xbb\xbf"
 _STRUCTURE = (b",", b":", b"[", b"{")
 _LARGE_BYTES = 8 * 2**20
 """Bodies above this leave their memory to the system at once."""
+_LONG_STRING = 2**20
+_MAX_BACKSLASHES = 1000
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
 
@@ -106,12 +108,44 @@ def _parsed(data: bytes, limits: Limits) -> Any:
     # Signs inside strings count too, but of those only as many as the text may be long.
     if sum(map(data.count, _STRUCTURE)) > limits.prompt_chars + 3 * limits.json_values:
         raise _too_many(limits)
+    if len(data) > _LARGE_BYTES:
+        _check_long_strings(data, limits)
     try:
         value = from_json(data, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise _not_json(str(error), limits) from None
     _check_structure(value, limits)
     return value
+
+
+def _check_long_strings(data: bytes, limits: Limits) -> None:
+    """Refuse long strings that are more than ASCII: one such character makes all take four bytes.
+
+    Raises ApiError 400.
+    """
+    if data.count(b'"') > limits.prompt_chars + 4 * limits.json_values:
+        raise _too_many(limits)
+    start = data.find(b'"')
+    while start >= 0:
+        stop = data.find(b'"', start + 1)
+        while stop >= 0 and _is_escaped(data, stop):
+            stop = data.find(b'"', stop + 1)
+        if stop < 0:
+            return  # not JSON, as the parser will say
+        if stop - start > _LONG_STRING and (
+            data.find(b"\\", start, stop) >= 0 or not data[start:stop].isascii()
+        ):
+            raise bad_request(
+                f"A string of {stop - start} bytes is too long; only data URLs may be, without "
+                "escaped characters.",
+                code="request_too_complex",
+            )
+        start = data.find(b'"', stop + 1)
+
+
+def _is_escaped(data: bytes, place: int) -> bool:
+    before = data[max(0, place - _MAX_BACKSLASHES) : place]
+    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 
 def _check_structure(value: Any, limits: Limits) -> None:
