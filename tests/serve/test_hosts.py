@@ -140,6 +140,63 @@ def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None
         host.start(lambda replies, report: None, lambda: None)
 
 
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_machine_without_threads_leaves_no_process(
+    folder: Path, refused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the two threads of a process it is that cannot be started."""
+    start, count = threading.Thread.start, [0]
+
+    def refuses(self: threading.Thread) -> None:
+        count[0] += 1
+        if count[0] == refused:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    settings = ProcessSettings(
+        role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
+    )
+    host = ProcessHost(settings)
+    threads = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    with pytest.raises(RuntimeError, match="can't start"):
+        host.start(lambda replies, report: None, lambda: None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(host.pid or 0, 0)
+    host.start(lambda replies, report: None, lambda: None)
+    host.stop()
+    assert threading.active_count() <= threads
+
+
+def test_a_machine_without_threads_starts_the_engines_later(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, start = GenerationEngine.step, threading.Thread.start
+    failing = {"step": 1, "engines": 2}
+
+    def dies(self: GenerationEngine, **how: bool) -> None:
+        if failing["step"]:
+            failing["step"] = 0
+            raise RuntimeError("the memory of the device is gone")
+        step(self, **how)
+
+    def refuses(self: threading.Thread) -> None:
+        if not failing["step"] and self.name == "engines" and failing["engines"]:
+            failing["engines"] -= 1
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    async def work(service: Service) -> None:
+        await unavailable(collect(service, painting(pipe, 3)))
+        await ready(service)
+        assert service.counters()["restarts"] == 3
+        assert (await collect(service, painting(pipe, 3))).finished is not None
+
+    monkeypatch.setattr(GenerationEngine, "step", dies)
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    serve(colocated(pipe), work)
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 

@@ -129,8 +129,12 @@ class _ThreadLife:
         self._step_seconds, self._died = step_seconds, died
         self._ended, self._asked = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
-        self._thread.start()
         threading.Thread(target=self._watch, name="engines' watch", daemon=True).start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # the machine has no threads left
+            self._ended.set()
+            raise
 
     def end(self, seconds: float) -> bool:
         """Ask the thread to end after its step; whether it did in time."""
@@ -202,10 +206,10 @@ class ProcessHost:
             life = self._life = _ProcessLife(replace(self.settings, pieces=prefix))
         try:
             life.wait_ready(self.watch)
-        except RuntimeError:
+            life.run(self.watch, deliver, died)
+        except BaseException:  # also where the machine has no threads left
             life.end(0.0)
             raise
-        life.run(self.watch, deliver, died)
 
     def send(self, order: Order) -> None:
         if self._life is not None:
@@ -265,8 +269,8 @@ class _ProcessLife:
             (self._read_replies, (watch, deliver, died)),
         ):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def end(self, seconds: float) -> None:
         """Ask the process to end, kill it if it does not in time, and close all it had."""
