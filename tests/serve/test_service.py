@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from neounify.pipeline.messages import read_request
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.presets import TINY
+from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import EngineSettings
@@ -322,6 +326,43 @@ def test_a_story_ends_where_the_context_does(
     assert len(told.images) == 1
     _open_images(pipe, monkeypatch)
     _same_story(small, told)
+
+
+@pytest.mark.parametrize("kind", ["chat", "paint", "edit", "story"])
+def test_long_work_leaves_the_event_loop(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Tokenising prompts, naming and packing images: other answers go on meanwhile."""
+    long = "long " * 100
+    request: ServiceRequest = {
+        "chat": make_chat_request(f"What is <image>? {long}", [PICTURE], max_new_tokens=2),
+        "paint": painting(pipe, long, think=True, max_think_tokens=2),
+        "edit": painting(pipe, long, images=(PICTURE,)),
+        "story": replace(_story(pipe), prompt=long),
+    }[kind]
+    threads: dict[str, set[int]] = {"encode": set(), "digest": set(), "pack": set()}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            # A few words that are always the same may be tokenised anywhere.
+            if name != "encode" or long in args[0]:
+                threads[name].add(threading.get_ident())
+            return function(*args, **options)
+
+        return call
+
+    async def work(service: Any) -> int:
+        encode, pack = pipe.tokenizer.encode, service.links.transport.pack
+        monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
+        monkeypatch.setattr(service.links.transport, "pack", watched("pack", pack))
+        monkeypatch.setattr(session, "_digest", watched("digest", session._digest))
+        await collect(service, request)
+        return threading.get_ident()
+
+    loop = serve(colocated(pipe), work)
+    assert threads["encode"]
+    assert [name for name, own in threads.items() if loop in own] == []
+    assert bool(threads["digest"]) == (kind != "paint")
 
 
 def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:

@@ -239,7 +239,7 @@ async def interleave(
         assert finished is not None
         yield Painted(index, finished)
         usage.painted += grid[0] * grid[1]
-        again = seen_again(finished, front.dtype)
+        again = await asyncio.to_thread(seen_again, finished, front.dtype)
         shown: dict[str, tuple[PromptPart, ...]] = {
             branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))
             for branch in seeing
@@ -269,9 +269,11 @@ async def _open(
     own = _own(request)
     images = await asyncio.to_thread(edit_images, front, request.images)
     side = front.config.token_size
-    parts: dict[str, list[PromptPart]] = {
-        b: await session.parts(prompt(front, request, b), images, side) for b in own
-    }
+    parts: dict[str, list[PromptPart]] = {}
+    for branch in own:
+        # Off the event loop: a long text takes a while to tokenise.
+        read = await asyncio.to_thread(prompt, front, request, branch)
+        parts[branch] = await session.parts(read, images, side)
     room = {b: (words if b == "cond" else 0) + (pictures if b != "uncond" else 0) for b in parts}
     return _Usage.of(parts["cond"], await session.open(parts, room))
 
