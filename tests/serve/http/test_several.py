@@ -288,7 +288,7 @@ def test_completions_of_texts_and_ids(client: openai.OpenAI, tiny: neounify.Pipe
     ids = BYTES.encode("Once upon")
     expected = greedily(tiny, ids, 5)
     for prompt in ("Once upon", ids, ["Once upon"], [ids]):
-        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=5)  # type: ignore[arg-type]
+        answer = client.completions.create(model=MODEL, prompt=prompt, max_tokens=5)
         [choice] = answer.choices
         assert choice.text == expected
         assert choice.finish_reason == "length"

@@ -118,9 +118,8 @@ def test_a_whole_round(
         for call, text in zip(message.tool_calls, ("18 degrees", "noon"), strict=True)
     ]
     says(monkeypatch, "It is 18 degrees at noon.")
-    second = client.chat.completions.create(
-        model=MODEL, messages=[*ASK, message, *results], tools=[WEATHER, TIME]
-    )
+    turns: Any = [*ASK, message, *results]
+    second = client.chat.completions.create(model=MODEL, messages=turns, tools=[WEATHER, TIME])
     assert second.choices[0].message.content == "It is 18 degrees at noon."
     assert second.choices[0].finish_reason == "stop"
     says(monkeypatch, "x")
@@ -238,7 +237,9 @@ def test_the_parse_method_with_a_pydantic_tool(bundled_client: openai.OpenAI) ->
         seed=2,
         max_tokens=300,
     )
-    [call] = answer.choices[0].message.tool_calls or ()
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    [call] = calls
     assert isinstance(call.function.parsed_arguments, Weather)
 
 
