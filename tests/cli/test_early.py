@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neounify.cli.session, "load", load)
 
 
+CORES = f"100000: this machine has {os.cpu_count()} core"
 EDIT = ("edit", "bluer", "--image", "picture.png")
 BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", ""), "the prompt is empty"),
@@ -47,6 +49,9 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", "a", "--think", "--max-think-tokens", "0"), "max_think_tokens"),
     (("generate", "a", "--guidance", "nan"), "guidance"),
     (("generate", "a", "--output", "text.txt/deeper"), "text.txt/deeper"),
+    (("generate", "a", "--threads", "100000"), CORES),
+    (("generate", "--input", "empty"), "--input empty: not a file, but a folder"),
+    (("generate", "--input", "nope"), "--input nope: no such file"),
     (("edit", "bluer", "--image", "nope.png"), "nope.png"),
     ((*EDIT, "--image-guidance", "nan"), "guidance"),
     (("edit", "<image> <image>", "--image", "picture.png"), "2 <image> marks for 1 images"),
@@ -56,6 +61,11 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("chat", "a", "--temperature", "-1"), "temperature"),
     (("chat", "a", "--max-new-tokens", "0"), "max_new_tokens"),
     (("chat", "--top-p", "7"), "top_p"),
+    (("chat", "a", "--stop", ""), "stop must be at most 16 non-empty strings"),
+    (("chat", "--stop", ""), "stop must be at most 16 non-empty strings"),
+    (("chat", "a", "--threads", "100000"), CORES),
+    (("chat", "--threads", "100000"), CORES),
+    (("chat", "--input", "empty"), "--input empty: not a file, but a folder"),
     (("story", ""), "the prompt is empty"),
     (("story", "a", "--max-images", "101"), "max_images"),
     (("story", "a", "--max-new-tokens", "0"), "max_new_tokens"),
@@ -64,11 +74,18 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("eval", "--tasks", "paint,dance"), "dance"),
     (("eval", "--tasks", ","), "tasks"),
     (("eval", "--steps", "0"), "steps"),
+    (("eval", "--threads", "100000"), CORES),
+    (("train", "recipe.toml", "--threads", "100000"), CORES),
     (("eval", "--output", "text.txt/deeper"), "text.txt"),
     (("serve", "--device", "toaster"), "toaster"),
     (("serve", "--mode", "separate", "--generation-device", "toaster"), "toaster"),
     (("serve", "--lora", "nope"), "--lora nope: no such file"),
     (("serve", "--dtype", "int3"), "int3"),
+    (("serve", "--threads", "100000"), f"--threads {CORES}"),
+    (
+        ("serve", "--mode", "separate", "--generation-threads", "100000"),
+        f"--generation-threads {CORES}",
+    ),
 ]
 
 
@@ -127,7 +144,7 @@ def test_a_size_never_trained_is_a_line_on_stderr(run_bare: Run, size: str) -> N
     assert ran.code == 0
     assert words in ran.err
     assert run_bare(*arguments, "--size", size, "-q").err == ""
-    assert run_bare(*arguments).err == ""
+    assert "warning" not in run_bare(*arguments).err
     Path("jobs.jsonl").write_text(json.dumps({"prompt": "a star"}), encoding="utf-8")
     ran = run_bare("generate", "--input", "jobs.jsonl", "--steps", 1, "--size", size)
     assert words in ran.err

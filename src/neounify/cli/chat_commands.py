@@ -10,10 +10,10 @@ from neounify.cli.batch.lines import Line
 from neounify.cli.batch.results import Results
 from neounify.cli.batch.run import Batch, finish
 from neounify.cli.batch.tasks import AnswerLines
-from neounify.cli.checks import check_chat, check_model, writable_folder
+from neounify.cli.checks import check_chat, check_jobs_file, check_model, writable_folder
 from neounify.cli.conversation import NO_IMAGE, Conversation, asks_about_image
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError, UsageError
+from neounify.cli.errors import UsageError
 from neounify.cli.options import BatchOptions, ChatOptions, ModelOptions, ReportOptions
 from neounify.cli.session import open_session
 from neounify.pipeline.chatting import make_chat_request
@@ -70,8 +70,7 @@ def answer_batch(
     assert batch.input is not None
     if question is not None or images:
         raise UsageError("give a question and images on the command line or --input, not both")
-    if not batch.input.is_file():
-        raise CliError(f"--input {batch.input}: no such file")
+    check_jobs_file(batch.input)
     check_model(model)
     make_chat_request("?", (), **options.arguments())
     folder = writable_folder(output)

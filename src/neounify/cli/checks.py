@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.cli.command import explain_os_error
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError
+from neounify.cli.errors import CliError, UsageError
 from neounify.cli.files import make_folder
 from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import (
@@ -59,9 +60,11 @@ def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
     checkpoint = CheckpointFolder.open(resolve_model(options.model))
     choose_dtype(options.dtype, checkpoint, "cpu")
     check_device(options.device)
-    if isinstance(options, ModelOptions) and options.memory not in get_args(Memory):
-        known = ", ".join(get_args(Memory))
-        raise RequestError(f"memory {options.memory!r} is unknown; known are {known}")
+    if isinstance(options, ModelOptions):
+        check_threads(options.threads)
+        if options.memory not in get_args(Memory):
+            known = ", ".join(get_args(Memory))
+            raise RequestError(f"memory {options.memory!r} is unknown; known are {known}")
     check_loras(options.lora)
     return checkpoint.config
 
@@ -70,6 +73,21 @@ def check_device(name: str | None) -> None:
     """RequestError for a device this machine does not have."""
     if name is not None:
         resolve_device(name)
+
+
+def check_threads(number: int | None, option: str = "--threads") -> None:
+    """UsageError for more threads than cores: they slow each other, or cannot even start."""
+    cores = os.cpu_count()
+    if number is not None and cores is not None and number > cores:
+        some = "1 core" if cores == 1 else f"{cores} cores"
+        raise UsageError(f"{option} {number}: this machine has {some}, so at most {cores}")
+
+
+def check_jobs_file(path: Path) -> None:
+    """CliError for an --input that is no file."""
+    if not path.is_file():
+        reason = "not a file, but a folder" if path.is_dir() else "no such file"
+        raise CliError(f"--input {path}: {reason}")
 
 
 def check_loras(texts: list[str] | None) -> None:

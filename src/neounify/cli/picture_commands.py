@@ -13,6 +13,7 @@ from neounify.cli.batch.results import Results
 from neounify.cli.batch.run import Batch, finish
 from neounify.cli.batch.tasks import PaintLines
 from neounify.cli.checks import (
+    check_jobs_file,
     check_model,
     check_painting,
     note_size,
@@ -20,7 +21,7 @@ from neounify.cli.checks import (
     writable_folder,
 )
 from neounify.cli.display import Display, printable
-from neounify.cli.errors import CliError, UsageError, WriteError
+from neounify.cli.errors import UsageError, WriteError
 from neounify.cli.files import slug
 from neounify.cli.options import (
     BatchOptions,
@@ -119,8 +120,7 @@ def paint_batch(
     assert batch.input is not None
     if prompts or images:
         raise UsageError("give prompts and images on the command line or with --input, not both")
-    if not batch.input.is_file():
-        raise CliError(f"--input {batch.input}: no such file")
+    check_jobs_file(batch.input)
     if output.output.suffix.lower() in (".png", *PICTURE_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
     config = check_model(model)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from neounify.cli.checks import check_device, check_model
+from neounify.cli.checks import check_device, check_model, check_threads
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
 from neounify.cli.models import parse_loras, resolve_model
@@ -52,6 +52,9 @@ def serve_model(
         raise CliError(missing_extra("servers", "serve", error)) from error
     check_model(model)
     check_device(model.generation_device)
+    if replicas.ray_address is None:  # machines of a cluster may have more cores than this one
+        check_threads(model.threads)
+        check_threads(model.generation_threads, "--generation-threads")
     hooks = _make_hooks(safety)
     settings = running.RunSettings(
         serve=_serve_settings(model, engines),

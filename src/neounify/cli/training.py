@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from neounify.checkpoint.load import resolve_device
+from neounify.cli.checks import check_threads
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError
 from neounify.cli.options import ReportOptions
@@ -32,6 +33,7 @@ def run_training(
     report: ReportOptions,
 ) -> None:
     """Run a recipe. Raises CliError and what the parts raise."""
+    check_threads(threads)
     recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
     display = Display(quiet=report.quiet, json=report.json)

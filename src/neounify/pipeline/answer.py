@@ -10,6 +10,12 @@ from neounify.text.stream import TextStream
 MAX_STOP_STRINGS = 16
 
 
+def check_stop(stop: Sequence[str]) -> None:
+    """RequestError for too many stop strings, or one that is empty or no string."""
+    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
+        raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings")
+
+
 class AnswerText:
     """Turns a stream of tokens into pieces of text whose concatenation is the answer.
 
@@ -29,8 +35,7 @@ class AnswerText:
 
         Without `strip` all outer whitespace is part of the answer.
         """
-        if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
-            raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings")
+        check_stop(stop)
         self._stream = stream
         self._stop = tuple(stop)
         self._strip = strip

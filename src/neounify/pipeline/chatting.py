@@ -14,7 +14,7 @@ from neounify.decode.loop import Generation
 from neounify.decode.sampling import SamplingSettings, SamplingState
 from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
-from neounify.pipeline.answer import AnswerText
+from neounify.pipeline.answer import AnswerText, check_stop
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.messages import Conversation, read_conversation
@@ -50,6 +50,7 @@ class ChatRequest:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_stop(self.stop)
         if self.response_format is not None and self.tool_use.forced:
             raise RequestError(
                 "response_format: the answer must be a call of a tool, so it has no other format"
@@ -81,6 +82,7 @@ class CompletionRequest:
             raise RequestError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
         if not self.prompt:
             raise PromptError("prompt: there is nothing to continue, the prompt is empty")
+        check_stop(self.stop)
 
     def ids(self, front: Front) -> tuple[int, ...]:
         """The prompt's ids; special tokens typed in a text stay characters.
