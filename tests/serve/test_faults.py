@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 import neounify
 from neounify.errors import ImageError, PromptError, RequestError
-from neounify.pipeline.chatting import make_chat_request
+from neounify.pipeline.chatting import CompletionRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import ServeSettings, build_service, colocated
@@ -195,6 +196,22 @@ def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
     assert second.finished.cached_tokens >= len(question) // 2
     # The system message was read when the service started.
     assert image.finished.cached_tokens >= 16
+
+
+def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
+    async def work(service: Service) -> None:
+        links = service.links
+        service.links = replace(links, generation=EngineLink("generation", links.generation.host))
+        try:
+            assert not service.ready
+            for text in (chatting(), CompletionRequest(prompt="Hello", max_new_tokens=4)):
+                assert (await collect(service, text)).finished is not None
+            with pytest.raises(EngineDied, match="generation engine"):
+                await collect(service, painting(pipe, 2))
+        finally:
+            service.links = links
+
+    serve(colocated(pipe), work)
 
 
 def test_an_engine_that_fails_is_started_again(

@@ -25,6 +25,7 @@ MAX_DEATHS, DEATH_SECONDS = 5, 60.0
 FREE_DEATHS, MAX_PAUSE = 3, 10.0
 """After that many deaths each new start waits a second longer, up to so many seconds."""
 PREPARE_PAUSE = 0.5
+"""Seconds between two tries to prepare an engine that waits for the other one."""
 
 
 class Call:
@@ -114,6 +115,10 @@ class EngineLink:
         for call in list(self._calls.values()):
             self.close_call(call)
 
+    def down(self) -> EngineDied:
+        """The error for whoever calls an engine that is not up."""
+        return EngineDied(f"the {self.name} engine is being started again; try again soon")
+
     def open_call(self, *, preparing: bool = False) -> Call:
         """A call for orders to carry the number of.
 
@@ -121,7 +126,7 @@ class EngineLink:
         who prepare it.
         """
         if not self._alive or (self._preparing and not preparing):
-            raise EngineDied(f"the {self.name} engine is being started again; try again soon")
+            raise self.down()
         call = Call(next(self._numbers))
         self._calls[call.number] = call
         return call

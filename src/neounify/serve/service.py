@@ -21,7 +21,6 @@ from neounify.pipeline.request import PaintRequest, check_image_tokens, image_to
 from neounify.serve import programs
 from neounify.serve.events import (
     Draining,
-    EngineDied,
     Overloaded,
     ServiceEvent,
     ServiceRequest,
@@ -83,14 +82,11 @@ class Service:
         if self.links.space is not None:
             self.links.space.open()
         self.links.generation.prepare = self._share_prefixes
-        self.links.understanding.prepare = self._share_prefixes
-        same = self.links.understanding is self.links.generation
-        if not same:
-            # The generation engine's prefix comes from the understanding engine.
+        if self.links.understanding is not self.links.generation:
             self.links.understanding.prepare = self._pin_system_message
-        await self.links.understanding.start()
-        if not same:
-            await self.links.generation.start()
+        # Understanding first: the generation engine's prefix comes from it.
+        for link in self.links.all:
+            await link.start()
 
     def close_doors(self) -> None:
         """Take no new requests; those under way go on."""
@@ -143,7 +139,7 @@ class Service:
             raise Draining("the server is shutting down and takes no new requests")
         for link in self._needed(request):
             if not link.ready:
-                raise EngineDied(f"the {link.name} engine is being started again; try again soon")
+                raise link.down()
         if self._active >= self.limits.requests:
             raise Overloaded(
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
@@ -163,7 +159,8 @@ class Service:
         return tokens
 
     def _needed(self, request: ServiceRequest) -> list[EngineLink]:
-        return [self.links.understanding] if isinstance(request, ChatRequest) else self.links.all
+        text_only = isinstance(request, ChatRequest | CompletionRequest)
+        return [self.links.understanding] if text_only else self.links.all
 
     def _tokens_of(self, request: ServiceRequest) -> int:
         """Image tokens under way at once for a request. ImageError when an image is too large."""
