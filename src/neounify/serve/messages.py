@@ -34,6 +34,10 @@ class TextPart:
 
     ids: tuple[int, ...]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class PicturePart:

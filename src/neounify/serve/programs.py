@@ -77,7 +77,7 @@ class _Usage:
     def of(cls, prompt: Sequence[PromptPart], opened: Opened) -> _Usage:
         """Before anything is written."""
         images = sum(part.tokens for part in prompt if isinstance(part, PicturePart))
-        tokens = images + sum(len(part.ids) for part in prompt if isinstance(part, TextPart))
+        tokens = sum(part.tokens for part in prompt)
         # What was known of the other branches' prompts is not of this one.
         return cls(tokens, images, min(opened.cached, tokens))
 
@@ -196,10 +196,8 @@ async def interleave(
         session, front, request, turn_prompt, words=request.max_new_tokens, pictures=pictures
     )
     generator = torch.Generator().manual_seed(request.seed)
-    opens, stops = (
-        front.token(IMAGE_OPEN),
-        frozenset((front.token(IM_END), front.token(IMAGE_OPEN))),
-    )
+    opens = front.token(IMAGE_OPEN)
+    stops = frozenset((front.token(IM_END), opens))
     text = AnswerEvents(front, front.tokenizer.stream)
     for index in range(request.max_images + 1):
         ended: Written | None = None

@@ -191,15 +191,15 @@ def rows_of(parts: Sequence[PromptPart], t: int) -> list[Row]:
             t += 1
         else:
             rows += text_rows(part.ids, t)
-            t += len(part.ids)
+            t += part.tokens
     return rows
 
 
 def tokens_of(parts: Sequence[PromptPart]) -> int:
     """Tokens of the understanding stream."""
-    return sum(p.tokens if isinstance(p, PicturePart) else len(p.ids) for p in parts)
+    return sum(part.tokens for part in parts)
 
 
 def positions_of(parts: Sequence[PromptPart]) -> int:
     """Positions that parts take; an image takes one."""
-    return sum(1 if isinstance(p, PicturePart) else len(p.ids) for p in parts)
+    return sum(1 if isinstance(part, PicturePart) else part.tokens for part in parts)
