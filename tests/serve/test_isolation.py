@@ -31,7 +31,7 @@ from neounify.serve.messages import (
     parcels_of,
 )
 from neounify.serve.shared_memory import folder
-from neounify.serve.transport import LocalTransport, Parcel, SharedTransport
+from neounify.serve.transport import LocalTransport, Parcel, SharedTransport, free
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
 
 GRID = (2, 2)
@@ -108,12 +108,12 @@ def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipe
     first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
     part = gone.prompts[(3, "cond")][1]
     assert isinstance(part, PicturePart)
-    transport.free(part.pixels)
+    free(part.pixels)
     for order in (first, waiting, gone):
         engine.submit(order)
     part = waiting.prompts[(2, "cond")][1]
     assert isinstance(part, PicturePart)
-    transport.free(part.pixels)
+    free(part.pixels)
     for _ in range(3):
         engine.step()
     engine.submit(Close(((1, "cond"),)))
@@ -210,7 +210,7 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     assert engine.gauges()["gen_images"] == 0
     for answer in (*found[1], *found[2]):
         for parcel in parcels_of(answer):
-            transport.free(parcel)
+            free(parcel)
     assert not list(folder().glob(f"{transport.prefix}*"))
 
 

@@ -16,7 +16,7 @@ import torch
 from neounify.serve import shared_memory
 from neounify.serve.events import OutOfMemory
 from neounify.serve.shared_memory import SharedSpace, folder, remove_abandoned, remove_pieces
-from neounify.serve.transport import SharedParcel, SharedTransport
+from neounify.serve.transport import SharedParcel, SharedTransport, free
 
 MEGABYTE = torch.zeros(2**18)
 KILLED = """
@@ -92,7 +92,7 @@ def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:
         assert remove_pieces(transport.prefix, after=1) == len(untold)
         assert pieces(transport.prefix) == {told.memory}
     finally:
-        transport.free(told)
+        free(told)
 
 
 def test_pieces_are_for_their_owner_only() -> None:
@@ -100,4 +100,4 @@ def test_pieces_are_for_their_owner_only() -> None:
     parcel = transport.pack({"pixels": MEGABYTE})
     assert isinstance(parcel, SharedParcel)
     assert (folder() / parcel.memory).stat().st_mode & 0o077 == 0
-    transport.free(parcel)
+    free(parcel)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from neounify.serve.events import ParcelGone
+from neounify.serve.shared_memory import folder
 from neounify.serve.transport import (
     LocalTransport,
-    ParcelGone,
     SharedParcel,
     SharedTransport,
     Transport,
+    free,
 )
 
 TENSORS = {
@@ -24,28 +24,28 @@ TENSORS = {
 }
 
 
-def in_shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def pieces(transport: SharedTransport) -> set[str]:
+    return {path.name for path in folder().glob(f"{transport.prefix}*")}
 
 
 @pytest.mark.parametrize("transport", [LocalTransport(), SharedTransport()])
 def test_tensors_arrive_as_they_were(transport: Transport) -> None:
-    before = in_shared_memory()
     taken = transport.take(transport.pack(TENSORS))
     assert list(taken) == list(TENSORS)
     for name, tensor in TENSORS.items():
         assert taken[name].dtype == tensor.dtype
         assert torch.equal(taken[name], tensor)
-    assert in_shared_memory() == before
+    if isinstance(transport, SharedTransport):
+        assert not pieces(transport)
 
 
 def test_a_freed_parcel_is_gone_and_may_be_freed_again() -> None:
-    transport, before = SharedTransport(), in_shared_memory()
+    transport = SharedTransport()
     parcel = transport.pack(TENSORS)
     assert isinstance(parcel, SharedParcel)
-    assert in_shared_memory() - before == {parcel.memory}
-    transport.free(parcel)
-    transport.free(parcel)
-    assert in_shared_memory() == before
+    assert pieces(transport) == {parcel.memory}
+    free(parcel)
+    free(parcel)
+    assert not pieces(transport)
     with pytest.raises(ParcelGone, match="keys"):
         transport.take(parcel)

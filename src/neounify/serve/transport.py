@@ -83,10 +83,6 @@ class LocalTransport:
             raise ParcelGone("the tensors of the request were given up or taken before")
         return found
 
-    def free(self, parcel: Parcel) -> None:
-        """As `free`."""
-        free(parcel)
-
 
 class SharedTransport:
     """For engines in processes of their own: one copy into shared memory and one out of it.
@@ -104,7 +100,7 @@ class SharedTransport:
             name: Place(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in tensors.items()
         }
-        number = next(self._numbers)  # also from several threads at once
+        number = next(self._numbers)  # atomic: the front packs in several threads at once
         memory = f"{self.prefix}{number}"
         write_piece(memory, (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values()))
         self.made = max(self.made, number)
@@ -119,10 +115,6 @@ class SharedTransport:
         if not take_piece(parcel.memory, [_bytes(tensor) for tensor in found.values()]):
             raise ParcelGone(f"the tensors {', '.join(parcel.places)} are gone")
         return found
-
-    def free(self, parcel: Parcel) -> None:
-        """As `free`."""
-        free(parcel)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
