@@ -259,7 +259,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
 
 @pytest.mark.slow
 def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, folder: Path) -> None:
-    """Its heart beats on, and says how long the step has been taking."""
+    """Its heartbeat goes on, and says how long the step has been taking."""
 
     async def work(service: Service) -> None:
         await unavailable(collect(service, painting(pipe, 1000)))
@@ -272,7 +272,7 @@ def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, fol
         mode="separate",
         dtype="float32",
         threads=1,
-        # No step is as short as that, but few are under way when the heart beats.
+        # No step is as short as that, but few are under way at a heartbeat.
         watch=WatchSettings(step=1e-9),
     )
     serve(build_service(settings), work)

@@ -28,7 +28,7 @@ from neounify.serve.process import (
 from neounify.serve.shared_memory import PREFIX, remove_pieces
 from neounify.serve.transport import LocalTransport
 from neounify.serve.understanding import UnderstandingEngine
-from neounify.serve.worker import Worker
+from neounify.serve.worker import Worker, receive_orders
 
 __all__ = [
     "EngineSettings",
@@ -68,7 +68,7 @@ class WatchSettings:
     """How long to wait for an engine, in seconds.
 
     `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
-    loads and afterwards; its heart beats every second, so a longer silence means that it was
+    loads and afterwards; it sends a heartbeat every second, so a longer silence means that it was
     stopped. `step`: until a step ends. `end`: until the engine ends when it was asked to.
     """
 
@@ -129,6 +129,7 @@ class _ThreadLife:
         self._step_seconds, self._died = step_seconds, died
         self._ended, self._asked = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
+        # The watch first: it can be ended when the other cannot be started, not the other way.
         threading.Thread(target=self._watch, name="engines' watch", daemon=True).start()
         try:
             self._thread.start()
@@ -168,14 +169,7 @@ class _QueueChannel:
         self._orders, self._deliver = orders, deliver
 
     def receive(self, *, wait: bool) -> list[Order] | None:
-        found: list[Order] = []
-        while wait or not self._orders.empty():
-            order = self._orders.get()
-            if order is None:
-                return None
-            found.append(order)
-            wait = False
-        return found
+        return receive_orders(self._orders.get, lambda: not self._orders.empty(), wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
         self._deliver(replies, report)
@@ -189,6 +183,8 @@ class ProcessHost:
         self.watch = watch or WatchSettings()
         self._life: _ProcessLife | None = None
         self._lives = 0
+        # A start that nobody waits for any more may still run in its thread when `stop` comes:
+        # either it finds `_stopping` set, or `stop` finds its process and ends it.
         self._changing = threading.Lock()
         self._stopping = False
 
@@ -233,7 +229,7 @@ class _ProcessLife:
         self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._name, self._pieces, self._made = settings.role, settings.pieces, 0
         self._asked = self._closed = False
-        self._ending = threading.Lock()
+        self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
         self._threads: list[threading.Thread] = []
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -20,7 +21,7 @@ from neounify.serve.messages import Order, Reply, Report
 from neounify.serve.shared_memory import remove_abandoned
 from neounify.serve.transport import SharedTransport
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
-from neounify.serve.worker import Worker
+from neounify.serve.worker import Worker, receive_orders
 
 Role = Literal["und", "gen"]
 
@@ -86,15 +87,15 @@ def run_process(connection: Connection, settings: ProcessSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     line = _Line(connection)
-    heart = Heart(line.send)
-    heart.start()
+    heartbeat = Heartbeat(line.send)
+    heartbeat.start()
     try:
-        _work(line, heart, settings)
+        _work(line, heartbeat, settings)
     except FrontGone:
         remove_abandoned()
 
 
-def _work(line: _Line, heart: Heart, settings: ProcessSettings) -> None:
+def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     keep_freed_memory()
@@ -114,34 +115,34 @@ def _work(line: _Line, heart: Heart, settings: ProcessSettings) -> None:
         else:
             gen = GenerationEngine(engine.model, settings.engines.generation, transport)
         worker = Worker(_PipeChannel(line, transport), und, gen)
-        heart.measure = worker.step_seconds
+        heartbeat.step_seconds = worker.step_seconds
         line.send(Ready())
         worker.run()
 
 
-class Heart(threading.Thread):
-    """Sends a beat now and then, whatever the engine is doing, and ends the process with the front.
+class Heartbeat(threading.Thread):
+    """Sends a Beat every BEAT_SECONDS during steps too, and ends the process with the front.
 
     Without it a step of minutes would look like a process that was stopped.
     """
 
     def __init__(self, send: Callable[[object], None]) -> None:
-        super().__init__(name="heart", daemon=True)
-        self.measure: Callable[[], float] = lambda: 0.0
+        super().__init__(name="heartbeat", daemon=True)
+        self.step_seconds: Callable[[], float] = lambda: 0.0
         self._send = send
 
     def run(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(BEAT_SECONDS):
+        while True:
+            time.sleep(BEAT_SECONDS)
             try:
-                self._send(Beat(self.measure()))
+                self._send(Beat(self.step_seconds()))
             except FrontGone:
                 remove_abandoned()
                 os._exit(1)  # in the middle of a step: nobody waits for what comes of it
 
 
 class _Line:
-    """The pipe to the front, for two threads that send."""
+    """The pipe to the front: the worker and the heartbeat send, only the worker receives."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -174,14 +175,7 @@ class _PipeChannel:
         self._line, self._transport = line, transport
 
     def receive(self, *, wait: bool) -> list[Order] | None:
-        found: list[Order] = []
-        while wait or self._line.poll():
-            order = self._line.receive()
-            if order is None:
-                return None
-            found.append(order)
-            wait = False
-        return found
+        return receive_orders(self._line.receive, self._line.poll, wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
         self._line.send(Batch(replies, report, self._transport.made))

@@ -29,6 +29,20 @@ class Channel(Protocol):
         """Give replies, and now and then a report, to the front."""
 
 
+def receive_orders(
+    get: Callable[[], Order | None], pending: Callable[[], bool], *, wait: bool
+) -> list[Order] | None:
+    """What `get` gives while something is `pending`, or once if asked to wait; see `Channel`."""
+    orders: list[Order] = []
+    while wait or pending():
+        order = get()
+        if order is None:
+            return None
+        orders.append(order)
+        wait = False
+    return orders
+
+
 class Worker:
     """One or both engines behind one channel.
 
