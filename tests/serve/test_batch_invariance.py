@@ -7,6 +7,7 @@ keys and values of a written thought are what differs, since it is decoded besid
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_images_beside_other_requests_are_those_alone(dtype: str) -> None:
         *(_image(pipe, f"a {c} square", n) for n, c in enumerate(("red", "blue", "green"))),
         *(_image(pipe, f"two {c} stars", n, think=True) for n, c in enumerate(("red", "blue"))),
     ]
-    alone = [serve(colocated(pipe), lambda s, r=request: collect(s, r)) for request in targets]
+    alone = [serve(colocated(pipe), partial(collect, request=request)) for request in targets]
 
     async def crowd(service: Service) -> list[Collected]:
         return await asyncio.gather(*(collect(service, r) for r in [*targets, *others]))

@@ -334,12 +334,13 @@ def test_long_work_leaves_the_event_loop(
 ) -> None:
     """Tokenising prompts, naming and packing images: other answers go on meanwhile."""
     long = "long " * 100
-    request: ServiceRequest = {
+    requests: dict[str, ServiceRequest] = {
         "chat": make_chat_request(f"What is <image>? {long}", [PICTURE], max_new_tokens=2),
         "paint": painting(pipe, long, think=True, max_think_tokens=2),
         "edit": painting(pipe, long, images=(PICTURE,)),
         "story": replace(_story(pipe), prompt=long),
-    }[kind]
+    }
+    request = requests[kind]
     threads: dict[str, set[int]] = {"encode": set(), "digest": set(), "pack": set()}
 
     def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
