@@ -77,6 +77,23 @@ def create_app(
         decoder=ImageDecoder(),
         started=int(time.time()),
     )
+    _add_middleware(app, settings, metrics)
+    add_handlers(app)
+    routers = (chat_routes.router, completions.router, image_routes.router)
+    for router in (*routers, info_router(ready, states)):
+        app.include_router(router)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()), headers=DOCS_HEADERS)
+
+    if page is not None:
+        app.router.routes.append(_Page("/", _PageFiles(directory=page, html=True), name="page"))
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: HttpSettings, metrics: HttpMetrics) -> None:
+    """From the inside out: the guard, added last, sees a request first."""
     accounts = Accounts(
         settings.keys,
         requests_per_minute=settings.requests_per_minute,
@@ -92,23 +109,7 @@ def create_app(
             expose_headers=("Retry-After",),
             max_age=600,
         )
-    app.add_middleware(
-        BrowserGuard,
-        hosts=settings.allowed_hosts,
-        origins=settings.cors_origins,
-    )
-    add_handlers(app)
-    routers = (chat_routes.router, completions.router, image_routes.router)
-    for router in (*routers, info_router(ready, states)):
-        app.include_router(router)
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(docs_page(app.openapi()), headers=DOCS_HEADERS)
-
-    if page is not None:
-        app.router.routes.append(_Page("/", _PageFiles(directory=page, html=True), name="page"))
-    return app
+    app.add_middleware(BrowserGuard, hosts=settings.allowed_hosts, origins=settings.cors_origins)
 
 
 class _PageFiles(StaticFiles):

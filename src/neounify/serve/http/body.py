@@ -23,7 +23,9 @@ _STRUCTURE = (b",", b":", b"[", b"{")
 _LARGE_BYTES = 8 * 2**20
 """Bodies above this leave their memory to the system at once."""
 _LONG_STRING = 2**20
+"""Bytes of a string above which it must be ASCII without escapes."""
 _MAX_BACKSLASHES = 1000
+"""How far back from a quote backslashes are counted, so that many of them cost little."""
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
 
@@ -70,7 +72,9 @@ class BoundedRoute(APIRoute):
         return bounded
 
 
-def check_json_type(content_type: str | None) -> None:
+def check_json_type(
+    content_type: str | None, advice: str = "send Content-Type: application/json"
+) -> None:
     """Raises ApiError 415 for a content type that is not JSON; a missing one is taken for it."""
     kind = (content_type or "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (
@@ -78,7 +82,7 @@ def check_json_type(content_type: str | None) -> None:
     ):
         raise ApiError(
             415,
-            f"The body is sent as {kind[:80]!r}; send Content-Type: application/json.",
+            f"The body is sent as {kind[:80]!r}; {advice}.",
             code="unsupported_media_type",
         )
 

@@ -25,7 +25,7 @@ class TextPart(BaseModel):
     text: Text
 
 
-class ImageUrl(BaseModel):
+class InputImageUrl(BaseModel):
     """A data URL, a result of this server, or a URL of a host that the operator allows."""
 
     url: str
@@ -35,13 +35,13 @@ class ImagePart(BaseModel):
     """An image."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: InputImageUrl
 
 
 class AnswerImage(BaseModel):
     """An image beside the text of an earlier answer, as this server gives it."""
 
-    image_url: ImageUrl
+    image_url: InputImageUrl
     text_offset: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -74,7 +74,7 @@ def text_part(text: str) -> TextPart:
 
 def image_part(url: str) -> ImagePart:
     """An image by its URL."""
-    return ImagePart(type="image_url", image_url=ImageUrl(url=url))
+    return ImagePart(type="image_url", image_url=InputImageUrl(url=url))
 
 
 def answer_parts(

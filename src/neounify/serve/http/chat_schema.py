@@ -24,7 +24,7 @@ Content = Annotated[str, Field(max_length=64 * 2**20)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class CalledFunction(BaseModel):
+class EarlierFunction(BaseModel):
     """The function of a call, and its arguments as JSON text."""
 
     name: Name
@@ -35,7 +35,7 @@ class ToolCall(BaseModel):
     """A call that an assistant's message made."""
 
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: EarlierFunction
 
 
 class ChatMessage(BaseModel):

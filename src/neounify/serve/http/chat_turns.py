@@ -48,10 +48,7 @@ async def read_turns(body: ChatBody, context: Context) -> list[Turn]:
     """The turns. Raises ApiError for images out of place, and for those that cannot be read."""
     parts = [_parts(message, place) for place, message in enumerate(body.messages)]
     count = sum(isinstance(part, ImagePart) for own in parts for part in own)
-    most = context.settings.limits.images
-    if count > most:
-        raise bad_request(f"{count} images in one request; at most {most} are read", "messages")
-    images = context.input_images(count)
+    images = context.input_images(count, "messages")
     turns = []
     for place, (message, own) in enumerate(zip(body.messages, parts, strict=True)):
         with blame(f"messages.{place}.content"):

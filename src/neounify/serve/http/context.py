@@ -66,8 +66,11 @@ class Context:
             [[partial(self.answer, request, fields) for request in group] for group in groups]
         )
 
-    def input_images(self, count: int) -> RequestImages:
-        """Reads the `count` images of one request."""
+    def input_images(self, count: int, field: str) -> RequestImages:
+        """Reads the `count` images of one request. Raises ApiError for too many."""
+        most = self.settings.limits.images
+        if count > most:
+            raise bad_request(f"{count} images in one request; at most {most} are read", field)
         own = self.service.config.sampling
         read = max(own.chat_max_pixels, own.edit_max_pixels)
         # The more there are, the nearer to what the model reads of each.

@@ -13,8 +13,9 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.serve.http.body import check_json_type
 from neounify.serve.http.context import Context
-from neounify.serve.http.errors import ApiError, bad_request, blame
+from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.pictures import RequestImages
 from neounify.serve.http.settings import MEBIBYTE
 
 _MAX_FIELDS = 64
@@ -25,17 +26,14 @@ async def read_edit(
     request: Request, context: Context
 ) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
     """The fields and the images, in order. Raises ApiError, RequestValidationError."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip()
-    if kind.lower() == "multipart/form-data":
+    kind = request.headers.get("content-type")
+    if (kind or "").partition(";")[0].strip().lower() == "multipart/form-data":
         return await _read_form(request, context)
-    try:
-        check_json_type(kind)
-    except ApiError as error:
-        error.detail = (
-            f"The body is sent as {kind[:80]!r}; send an edit as multipart/form-data with files, "
-            "or as application/json with URLs of images."
-        )
-        raise
+    check_json_type(
+        kind,
+        "send an edit as multipart/form-data with files, or as application/json with URLs of "
+        "images",
+    )
     return await _read_json(await request.json(), context)
 
 
@@ -43,14 +41,12 @@ async def _read_form(
     request: Request, context: Context
 ) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
     limits = context.settings.limits
-    form = await request.form(
+    async with request.form(
         max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
-    )
-    async with _closing(form):
+    ) as form:
         body = _fields(form)
         items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
-        _check_count(len(items), context)
-        images = context.input_images(len(items))
+        images = _input_images(len(items), context)
         pictures = []
         for item in items:
             with blame("image"):
@@ -71,8 +67,7 @@ async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL
     [name] = names or ["images"]
     given = value.get(name)
     items = given if isinstance(given, list) else [] if given is None else [given]
-    _check_count(len(items), context)
-    images = context.input_images(len(items))
+    images = _input_images(len(items), context)
     pictures = []
     for place, item in enumerate(items):
         with blame(f"{name}.{place}" if isinstance(given, list) else name):
@@ -80,16 +75,14 @@ async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL
     return body, tuple(pictures)
 
 
-def _check_count(count: int, context: Context) -> None:
-    most = context.settings.limits.images
+def _input_images(count: int, context: Context) -> RequestImages:
     if not count:
         raise bad_request(
             "image: at least one is needed: a file in a form, or in JSON "
             '"images": [{"image_url": "data:image/png;base64,…"}]',
             "image",
         )
-    if count > most:
-        raise bad_request(f"{count} images in one request; at most {most} are read", "image")
+    return context.input_images(count, "image")
 
 
 def _url_of(item: Any) -> str:
@@ -149,16 +142,3 @@ def _validated(fields: dict[str, Any]) -> ImageBody:
         raise RequestValidationError(
             [e | {"loc": ("body", *e["loc"])} for e in found], body=fields
         ) from error
-
-
-class _closing:
-    """Closes the temporary files of a form."""
-
-    def __init__(self, form: FormData) -> None:
-        self._form = form
-
-    async def __aenter__(self) -> None:
-        pass
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._form.close()

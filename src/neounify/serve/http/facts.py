@@ -1,7 +1,8 @@
 """How an image was made, in words: what provenance metadata is written from.
 
 Without the prompt, and of a negative one only that there was one: an image is passed on more freely
-than the words it was asked for with."""
+than the words it was asked for with.
+"""
 
 from __future__ import annotations
 

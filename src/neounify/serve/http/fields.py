@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -139,6 +139,3 @@ class PaintingFields(AnsweredFields):
             return None
         width, _, height = self.aspect_ratio.partition(":")
         return int(width), int(height)
-
-
-ResponseFormat = Literal["b64_json", "url"]

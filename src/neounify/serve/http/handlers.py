@@ -78,9 +78,6 @@ async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     # Of a union every branch complains; the one that got furthest was meant.
     worst: dict[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
-    if worst["type"] == "json_invalid":
-        place = worst["loc"][-1]
-        return bad_request(f"The body is not JSON (at character {place}).").response()
     param = _param(worst["loc"][1:], error.body, missing=worst["type"] == "missing")
     text = "this field is not known" if worst["type"] == "extra_forbidden" else worst["msg"]
     return bad_request(f"{param or 'body'}: {text}"[:500], param, "invalid_value").response()

@@ -21,9 +21,7 @@ async def read_paint(
     Raises ApiError, PromptError, ImageError, RequestError and Refused.
     """
     context.check_model(body.model)
-    most = context.settings.limits.n
-    if body.n > most:
-        raise bad_request(f"n: {body.n} is over this server's {most}", "n")
+    context.check_n(body.n)
     if body.stream and body.response_format == "url":
         raise bad_request("response_format: a stream sends b64_json only", "response_format")
     if body.response_format == "url" and not context.settings.result_urls:

@@ -58,10 +58,7 @@ async def results(name: str, context: Shared) -> Response:
     if result is None:
         raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
     seconds = context.results.seconds_left(result)
-    headers = {
-        "Cache-Control": f"private, max-age={seconds}",
-        "X-Content-Type-Options": "nosniff",
-    }
+    headers = {"Cache-Control": f"private, max-age={seconds}"}
     return Response(result.data, media_type=result.media_type, headers=headers)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from neounify.serve.http.fields import MOST_TEXT, PaintingFields, ResponseFormat
+from neounify.serve.http.fields import MOST_TEXT, PaintingFields
 
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 
@@ -51,7 +51,7 @@ class ImageBody(PaintingFields):
     quality: Quality = Field(
         "auto", description="low: a quarter of the checkpoint's steps; medium: half; else all."
     )
-    response_format: ResponseFormat = "b64_json"
+    response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
 
     def steps_of(self, own: int) -> int:
