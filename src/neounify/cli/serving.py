@@ -202,8 +202,12 @@ def _read_keys(file: Path | None) -> dict[str, str]:
 
     text = os.environ.get(KEYS_VARIABLE, "")
     if file is not None:
-        if not file.is_file() or file.stat().st_size > MAX_KEYS_BYTES:
-            raise CliError(f"--api-keys {file} is no file of at most {MAX_KEYS_BYTES} bytes")
+        if not file.is_file():
+            raise CliError(
+                f"--api-keys {file}: {'not a file' if file.exists() else 'no such file'}"
+            )
+        if (size := file.stat().st_size) > MAX_KEYS_BYTES:
+            raise CliError(f"--api-keys {file}: {size} bytes, at most {MAX_KEYS_BYTES} are read")
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.chrome.webdriver import WebDriver
 
 from serve.page.device import set_device
+from serve.page.scripted import Script, scripted_server
 
 FLAGS = (
     "--headless",
@@ -60,3 +61,23 @@ def shoot(browser: WebDriver) -> Callable[[str], None]:
         assert browser.save_screenshot(SHOTS / f"{name}.png")
 
     return write
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Script]]:
+    with scripted_server() as (url, script):
+        yield url, script
+
+
+@pytest.fixture
+def script(server: tuple[str, Script]) -> Script:
+    script = server[1]
+    script.asked.clear()
+    script.broken_off.clear()
+    script.wants_key = False
+    return script
+
+
+@pytest.fixture
+def url(server: tuple[str, Script], script: Script) -> str:
+    return server[0]

@@ -7,7 +7,7 @@ public API as everybody else, so that what it can do, any client can. No second 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,32 +16,11 @@ from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.keys import Keys
 
 from serve.page import journeys
-from serve.page.device import set_device
-from serve.page.scripted import KEY, PAGE, Script, scripted_server
+from serve.page.scripted import KEY, PAGE, Script
 
 PREVIEW = "#paint [data-state=painting] img"
 Shoot = Callable[[str], None]
 Browser = WebDriver
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, Script]]:
-    with scripted_server() as (url, script):
-        yield url, script
-
-
-@pytest.fixture
-def script(server: tuple[str, Script]) -> Script:
-    script = server[1]
-    script.asked.clear()
-    script.broken_off.clear()
-    script.wants_key = False
-    return script
-
-
-@pytest.fixture
-def url(server: tuple[str, Script], script: Script) -> str:
-    return server[0]
 
 
 def test_an_answer_is_text_and_nothing_else(
@@ -347,47 +326,6 @@ def test_back_returns_to_the_tab_before(browser: Browser, url: str) -> None:
     assert journeys.find_all(browser, "#chat .answer")
 
 
-_REACHED = """
-const box = arguments[0].getBoundingClientRect();
-const there = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
-return arguments[0] === there || arguments[0].contains(there);
-"""
-
-
-@pytest.mark.parametrize("width", [320, 375, 768, 1280])
-def test_scrolled_far_everything_is_in_reach(browser: Browser, url: str, width: int) -> None:
-    set_device(browser, width, 640)
-    journeys.open_page(browser, url, "paint")
-    for count in (1, 2):
-        journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
-        journeys.wait_for(browser, "#paint .card", count)
-        journeys.wait_until_done(browser, "#paint")
-    browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-    narrow = width < 960
-    wanted = ("#tab-chat", "#tab-story") + (
-        ("[popovertarget=settings]", "[popovertarget=gallery]")
-        if narrow
-        else ("#settings-title", "#setting-steps")
-    )
-    for selector in wanted:
-        assert browser.execute_script(_REACHED, journeys.find(browser, selector)), selector
-    journeys.open_gallery(browser)
-
-
-@pytest.mark.parametrize(("width", "height"), [(320, 480), (320, 640), (375, 740), (1280, 400)])
-def test_nothing_covers_the_examples(browser: Browser, url: str, width: int, height: int) -> None:
-    set_device(browser, width, height)
-    journeys.open_page(browser, url, "chat")
-    examples = journeys.find_all(browser, "#chat .example")
-    assert len(examples) == 3
-    for example in examples:
-        browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", example)
-        assert browser.execute_script(_REACHED, example), example.text
-    title = journeys.find(browser, "h1")
-    assert title.size["height"] < 40
-    journeys.assert_fits(browser)
-
-
 def test_a_key_is_sent_and_forgotten(browser: Browser, url: str, script: Script) -> None:
     script.wants_key = True
     journeys.open_page(browser, url, "paint")
@@ -419,37 +357,6 @@ def test_every_field_and_button_has_a_name(browser: Browser, url: str) -> None:
         """
     )
     assert unnamed == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
-def test_it_fits_and_looks_right(
-    browser: Browser, url: str, shoot: Shoot, width: int, scheme: str
-) -> None:
-    set_device(browser, width, 740 if width == 360 else 860, scheme)
-    name = f"{'phone' if width == 360 else 'desktop'}-{scheme}"
-    journeys.open_page(browser, url, "chat")
-    shoot(f"{name}-welcome")
-    journeys.answer(browser, url)
-    journeys.assert_fits(browser)
-    shoot(f"{name}-chat")
-    for mode, journey in (
-        ("paint", journeys.variations),
-        ("edit", journeys.editing),
-        ("story", journeys.story),
-        ("error", journeys.refusal),
-    ):
-        journey(browser, url)
-        journeys.assert_fits(browser)
-        shoot(f"{name}-{mode}")
-    if width == 360:
-        journeys.click(browser, "[popovertarget=settings]")
-        journeys.assert_fits(browser)
-        shoot(f"{name}-settings")
-    journeys.painting(browser, url)
-    journeys.open_gallery(browser)
-    journeys.assert_fits(browser)
-    shoot(f"{name}-viewer")
 
 
 def test_nothing_is_loaded_from_elsewhere(browser: Browser, url: str) -> None:

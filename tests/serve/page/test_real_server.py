@@ -10,6 +10,7 @@ import pytest
 from selenium.webdriver.chrome.webdriver import WebDriver
 
 from serve.page import journeys
+from serve.page.device import set_device
 from serving_command import served
 
 
@@ -45,3 +46,14 @@ def test_journey(
     journey(browser, url)
     journeys.assert_fits(browser)
     shoot(f"real-{journey.__name__}")
+
+
+@pytest.mark.parametrize("width", [320, 768])
+def test_the_description_of_the_api_fits(browser: WebDriver, url: str, width: int) -> None:
+    set_device(browser, width, 640)
+    browser.get(f"{url}/docs")
+    assert journeys.find_all(browser, "td code")
+    shown = browser.execute_script("return [window.innerWidth, document.body.scrollWidth]")
+    assert shown[0] == width
+    assert shown[1] <= width
+    assert browser.get_log("browser") == []

@@ -35,9 +35,9 @@ class WeightOptions:
     dtype: Annotated[
         str | None,
         typer.Option(
-            metavar="float32|bfloat16|float16",
-            help="Number format of the weights. Default: the fastest that is exact on this "
-            "machine; convert keeps the stored one.",
+            metavar="TYPE",
+            help="Number format of the weights: float32, bfloat16 or float16. Default: the "
+            "fastest that is exact on this machine; convert keeps the stored one.",
             rich_help_panel=MODEL,
         ),
     ] = None

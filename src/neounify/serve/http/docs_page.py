@@ -13,6 +13,10 @@ _STYLE = (
     "table{border-collapse:collapse;width:100%;font-size:.9rem}"
     "td,th{border-bottom:1px solid #8884;padding:.25rem .5rem;text-align:left;vertical-align:top}"
     "code{font-size:.95em}:root{color-scheme:light dark}"
+    # On a phone a table's columns would be wider than the screen: cells go below each other.
+    "@media(max-width:40rem){table,tbody,tr,td{display:block}tr:has(th),td:empty{display:none}"
+    "tr{border-bottom:1px solid #8884}td{border:0;padding:.1rem 0}"
+    "h2,h3,p,td{overflow-wrap:anywhere}}"
 )
 
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
