@@ -11,6 +11,8 @@ HEAD_BYTES = 4096
 """Bytes at the start of a file by which it is recognised."""
 MAX_LISTED = 10_000
 """Files of a folder that are looked at to recognise what it is."""
+MAX_NAMED = 6
+"""How many of many names a message lists."""
 
 _IMAGES = "png jpg jpeg jfif webp gif bmp tif tiff ppm avif heic heif"
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _IMAGES.split())
@@ -21,19 +23,23 @@ RECORD = (
     '"image": ["…"]}'
 )
 """The form of a record, for messages."""
-PAINTING = (
+GENERATION_RECORD = (
     '{"conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": "<image>"}], '
     '"image": FILE}'
 )
+"""The form of a record of text-to-image generation, for messages."""
 
+_GZIP = "is compressed with gzip; decompress it first (gunzip)"
+_PARQUET = f"is a Parquet table; export it as JSON lines, each {RECORD}"
+_ARROW = f"is an Arrow table; export it as JSON lines, each {RECORD}"
 _MAGIC = (
-    (b"\x1f\x8b", "is compressed with gzip; decompress it first (gunzip)"),
+    (b"\x1f\x8b", _GZIP),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; decompress it first (unzstd)"),
     (b"BZh", "is compressed with bzip2; decompress it first (bunzip2)"),
     (b"\xfd7zXZ\x00", "is compressed with xz; decompress it first (unxz)"),
     (b"PK\x03\x04", "is a zip archive; unpack it first"),
-    (b"PAR1", f"is a Parquet table; export it as JSON lines, each {RECORD}"),
-    (b"ARROW1", f"is an Arrow table; export it as JSON lines, each {RECORD}"),
+    (b"PAR1", _PARQUET),
+    (b"ARROW1", _ARROW),
 )
 _UTF16 = "is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
 _TABLE = f"is a table (CSV or TSV); write JSON lines, each {RECORD}"
@@ -100,11 +106,11 @@ def foreign_folder(path: Path) -> str:
     if ".tar" in endings:
         return 'holds tar files; read them with kind = "shards"'
     for ending, what in (
-        (".parquet", _MAGIC[5][1]),
-        (".arrow", _MAGIC[6][1]),
+        (".parquet", _PARQUET),
+        (".arrow", _ARROW),
         (".csv", _TABLE),
         (".tsv", _TABLE),
-        (".gz", _MAGIC[0][1]),
+        (".gz", _GZIP),
     ):
         if ending in endings:
             return f"holds no .jsonl file; its {ending} file {what}"
@@ -114,7 +120,10 @@ def foreign_folder(path: Path) -> str:
             "(jq -c '.[]' OLD.json > NEW.jsonl)"
         )
     if images:
-        return f"holds images but no .jsonl file that describes them; a line of it is {PAINTING}"
+        return (
+            "holds images but no .jsonl file that describes them; a line of it is "
+            f"{GENERATION_RECORD}"
+        )
     return "holds no .jsonl file"
 
 
@@ -125,15 +134,19 @@ def foreign_record(record: Mapping[str, Any]) -> str:
         who = "ms-swift" if "images" in keys else "Hugging Face and OpenAI"
         return f'a record with "messages" as {who} write it; what is read is {RECORD}'
     if "file_name" in keys:
-        return f"metadata of a Hugging Face image folder; to learn painting, write {PAINTING}"
+        return (
+            "metadata of a Hugging Face image folder; to learn to generate images, write "
+            f"{GENERATION_RECORD}"
+        )
     if "prompt" in keys and "image" in keys:
         return (
-            f'a record with "prompt" and "image" (DiffSynth); to learn to paint, write {PAINTING}'
+            'a record with "prompt" and "image" (DiffSynth); to learn to generate images, write '
+            f"{GENERATION_RECORD}"
         )
     if "url" in keys and ("caption" in keys or "key" in keys):
         return (
             "metadata of img2dataset; put the image and its caption beside it (KEY.jpg, KEY.txt) "
-            f"in a tar shard, or write {PAINTING}"
+            f"in a tar shard, or write {GENERATION_RECORD}"
         )
     for names, who in ((("instruction", "output"), "Alpaca"), (("query", "response"), "ms-swift")):
         if all(name in keys for name in names):
@@ -142,8 +155,8 @@ def foreign_record(record: Mapping[str, Any]) -> str:
     return f'a record without "conversations" (it has {named(keys)}); what is read is {RECORD}'
 
 
-def named(names: Iterable[str], most: int = 6) -> str:
+def named(names: Iterable[str]) -> str:
     """Names in quotes for a message; the first ones of many, each cut."""
     listed = [f'"{str(name)[:40]}"' for name in names]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return (", ".join(listed[:most]) + more) or "no fields"
+    more = f" and {len(listed) - MAX_NAMED} more" if len(listed) > MAX_NAMED else ""
+    return (", ".join(listed[:MAX_NAMED]) + more) or "no fields"
