@@ -25,7 +25,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class DtypeChoice(NamedTuple):
-    """A dtype, and in a few words why it is this one."""
+    """A dtype and the reason for it, in a few words."""
 
     dtype: torch.dtype
     reason: str
@@ -54,15 +54,12 @@ def choose_dtype(
     stored = stored_dtype(checkpoint)
     if dtype == "stored" or device_type != "cpu" or stored.itemsize != 2 or multiplies(stored):
         return DtypeChoice(stored, "as stored")
-    slow, needed = (
-        f"this processor is slow in {_name(stored)}",
-        _bytes_in(checkpoint, torch.float32),
-    )
-    if needed > MAX_MEMORY_SHARE * memory_bytes():
+    needed, memory = _bytes_in(checkpoint, torch.float32), memory_bytes()
+    if needed > MAX_MEMORY_SHARE * memory:
         return DtypeChoice(
             stored,
-            f"as stored: {slow}, but float32 would take {needed / 1e9:.0f} of "
-            f"{memory_bytes() / 1e9:.0f} GB of memory",
+            f"as stored: this processor is slow in {_name(stored)}, but float32 would take "
+            f"{needed / 1e9:.0f} of {memory / 1e9:.0f} GB of memory",
         )
     return DtypeChoice(torch.float32, f"stored as {_name(stored)}, in which this processor is slow")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 from collections import Counter
@@ -18,7 +17,7 @@ from neounify.checkpoint.lora import LoraSpec, LoraUpdate, read_loras
 from neounify.checkpoint.lora_file import LoraPair
 from neounify.checkpoint.lora_names import module_name
 from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
-from neounify.checkpoint.save import _write_json, _write_shard, _written_aside
+from neounify.checkpoint.save import write_json, write_shard, written_aside
 from neounify.errors import CheckpointError
 
 LoraForm: TypeAlias = Literal["peft", "published"]
@@ -56,9 +55,9 @@ def write_lora(
     document = (config or fitting_config(pairs)).document(
         list(map(module_name, pairs)), base or None
     )
-    with _written_aside(path) as aside:
-        _write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
-        _write_json(aside / PEFT_CONFIG, document)
+    with written_aside(path) as aside:
+        write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
+        write_json(aside / PEFT_CONFIG, document)
     return path
 
 
@@ -112,7 +111,7 @@ def _write_published(
     aside = path.with_name(f".{secrets.token_hex(8)}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_shard(aside, tensors, list(tensors))
+        write_shard(aside, tensors, list(tensors))
         aside.replace(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be saved: {error}") from error
@@ -132,8 +131,7 @@ def _joined(updates: Sequence[LoraUpdate]) -> LoraPair:
 def _shaped(pair: LoraPair, weight: torch.Size) -> tuple[Tensor, Tensor]:
     """down and up as matrices, of a kernel as kernels."""
     ones = [1] * len(weight[2:])
-    size_in = math.prod(weight[1:])
-    down = pair.down.reshape(pair.rank, size_in).reshape(pair.rank, *weight[1:])
+    down = pair.down.reshape(pair.rank, *weight[1:])
     return down.contiguous(), pair.up.reshape(weight[0], pair.rank, *ones).contiguous()
 
 

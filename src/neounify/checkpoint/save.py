@@ -66,8 +66,8 @@ def save_model(
         raise CheckpointError(
             f"{target} is not empty; choose another folder, or overwrite it explicitly"
         )
-    with _written_aside(target) as aside:
-        _write_json(aside / "config.json", _document(config, tensors))
+    with written_aside(target) as aside:
+        write_json(aside / "config.json", _document(config, tensors))
         _write_weights(aside, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(aside)
@@ -110,16 +110,16 @@ def _document(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Any]
 def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     shards = _shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        _write_shard(folder / SINGLE_FILE, tensors, shards[0])
+        write_shard(folder / SINGLE_FILE, tensors, shards[0])
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, tensors, names)
+        write_shard(folder / file, tensors, names)
         weight_map.update(dict.fromkeys(names, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / INDEX_FILE, index)
+    write_json(folder / INDEX_FILE, index)
 
 
 def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
@@ -134,14 +134,14 @@ def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
     shard = {name: tensors[name].contiguous() for name in names}
     save_file(shard, path, metadata={"format": "pt"})
     # The library makes files only their owner can read; the folder has the user's own choice.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -153,7 +153,7 @@ def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
 
 
 @contextmanager
-def _written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its place when the block ends without an error."""
     aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.saving")
     try:
