@@ -39,9 +39,7 @@ from neounify.pipeline.request import PaintRequest, Sampling, make_sampling, out
 from neounify.pipeline.request import SamplingOptions as SamplingKeywords
 from neounify.pipeline.trained_sizes import size_advice
 from neounify.text.message import Message
-from neounify.text.template import (
-    place_images,
-)
+from neounify.text.template import place_images
 
 _SAMPLING = SamplingKeywords.__annotations__.keys()
 _TEXT = ("temperature", "top_p", "top_k", "repetition_penalty")

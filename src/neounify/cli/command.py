@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 from neounify.cli.errors import UsageError
-from neounify.cli.help import escaped, escaped_help
+from neounify.cli.help import escaped
 from neounify.errors import NeounifyError, SizeWarning
 
 INTERRUPTED = 130
@@ -60,7 +61,7 @@ def _help(function: Callable[..., None]) -> str:
     """
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     text = "\n\n".join(p if p.startswith("\b") else " ".join(p.split()) for p in paragraphs)
-    return escaped_help(text)
+    return escape(text)
 
 
 def _parameters(group: type[Any]) -> list[inspect.Parameter]:

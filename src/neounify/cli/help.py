@@ -55,11 +55,6 @@ def escaped(annotation: Any) -> Any:
     return Annotated[arguments]
 
 
-def escaped_help(text: str) -> str:
-    """A command's help text, escaped for markup."""
-    return escape(text)
-
-
 def _escaped_note(note: Any) -> Any:
     if not isinstance(note, ParameterInfo) or not note.help:
         return note
@@ -85,13 +80,13 @@ def _stacked(command: Any, ctx: Any) -> str:
 
 
 def _about(text: str) -> str:
-    paragraphs = (_plain(paragraph) for paragraph in text.split("\n\n"))
-    return "".join(
-        f"\n{paragraph.removeprefix(chr(8)).strip(chr(10))}\n"  # an example keeps its lines
-        if paragraph.startswith("\b")
-        else f"\n{_wrapped(paragraph)}\n"
-        for paragraph in paragraphs
-    )
+    paragraphs = []
+    for paragraph in map(_plain, text.split("\n\n")):
+        if paragraph.startswith("\b"):  # an example keeps its lines
+            paragraphs.append(paragraph.removeprefix("\b").strip("\n"))
+        else:
+            paragraphs.append(_wrapped(paragraph))
+    return "".join(f"\n{paragraph}\n" for paragraph in paragraphs)
 
 
 def _section(name: str, records: Iterable[tuple[str, str]]) -> str:

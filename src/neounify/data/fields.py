@@ -1,4 +1,4 @@
-"""The fields of a record: known ones, names that mean the same, and what others are told."""
+"""Fields of a record: the known ones, their other names, and errors about all others."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 
 MAX_MEMBER_BYTES = 256 * 2**20
 
-
 Member = tuple[int, int]
 """Where the content of a file lies in its shard: offset and size in bytes."""
 

@@ -74,7 +74,7 @@ class DecodeBudget:
     def admit(self, image: Image.Image, file: bytes, name: str) -> None:
         """Count an image that was opened and not yet decoded. Raises ImageError over the limits."""
         check_aspect(image.height, image.width)
-        # Twice: as a data URL, or without its metadata, it is there once more.
+        # Twice: there is a copy as a data URL or without metadata.
         needed = 2 * len(file) + _decoding_bytes(image, self.factor(image))
         if needed > self._max_bytes:
             raise ImageError(

@@ -99,7 +99,7 @@ def read_image(
         raise
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ImageError(f"{name}: damaged or cut off ({error})") from error
-    rgb.info = {}  # the orientation is done with, and places and names are nobody's business
+    rgb.info = {}  # EXIF may hold the place and the owner's name
     return rgb
 
 

@@ -52,8 +52,8 @@ def fit_size(
     """
     height, width = _positive(height, "height"), _positive(width, "width")
     multiple = _positive(multiple, "multiple")
-    min_pixels = _positive(min_pixels, "min_pixels", most=_MAX_SIDE**2)
-    max_pixels = _positive(max_pixels, "max_pixels", most=_MAX_SIDE**2)
+    min_pixels = _positive(min_pixels, "min_pixels", maximum=_MAX_SIDE**2)
+    max_pixels = _positive(max_pixels, "max_pixels", maximum=_MAX_SIDE**2)
     if min_pixels > max_pixels:
         raise ImageError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
     check_aspect(height, width)
@@ -149,10 +149,10 @@ def _integer(value: object, what: str) -> int:
         raise ImageError(f"{what} must be an integer, got {str(value)[:40]!r}") from error
 
 
-def _positive(value: object, what: str, most: int = _MAX_SIDE) -> int:
+def _positive(value: object, what: str, maximum: int = _MAX_SIDE) -> int:
     number = _integer(value, what)
-    if not 1 <= number <= most:
-        raise ImageError(f"{what} must be from 1 to {most}, got {_short(number)}")
+    if not 1 <= number <= maximum:
+        raise ImageError(f"{what} must be from 1 to {maximum}, got {_short(number)}")
     return number
 
 

@@ -21,11 +21,7 @@ from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
 from neounify.text.message import Message
 from neounify.text.special import IM_END
-from neounify.text.template import (
-    Prompt,
-    chat_prompt,
-    continues_answer,
-)
+from neounify.text.template import Prompt, chat_prompt, continues_answer
 from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
 
 
@@ -91,10 +87,10 @@ class CompletionRequest:
         """
         if isinstance(self.prompt, str):
             return tuple(front.tokenizer.encode(self.prompt))
-        most = front.tokenizer.vocab_size - 1
+        last = front.tokenizer.vocab_size - 1
         for token in self.prompt:
-            if not 0 <= token <= most:
-                raise PromptError(f"prompt: token ids are 0 to {most}, got {token}")
+            if not 0 <= token <= last:
+                raise PromptError(f"prompt: token ids are 0 to {last}, got {token}")
         return tuple(self.prompt)
 
 

@@ -10,9 +10,7 @@ import PIL.Image
 from neounify.errors import PromptError
 from neounify.image.io import Source, read_image
 from neounify.text.message import IMAGE_MARK, Message
-from neounify.text.template import (
-    place_images,
-)
+from neounify.text.template import place_images
 from neounify.text.tools import ToolCall
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]

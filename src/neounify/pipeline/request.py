@@ -188,10 +188,10 @@ def check_seed(seed: int) -> None:
 
 
 def max_image_tokens(config: ModelConfig) -> int:
-    """Tokens of the largest image a model paints: its context, or its default size if that is more.
+    """Tokens of the largest image a model generates: its context, or its default size if larger.
 
-    An image's tokens see each other as those of a text do; a model whose context is shorter has
-    never attended to so many.
+    The tokens of an image attend to one another, and the model has never attended to more than
+    its context holds.
     """
     return max(config.max_positions, image_tokens(config, *config.sampling.image_size))
 
@@ -204,19 +204,19 @@ def image_tokens(config: ModelConfig, width: int, height: int) -> int:
 def check_image_tokens(
     config: ModelConfig, width: int, height: int, limit: int | None = None
 ) -> None:
-    """ImageError for an image of more tokens than the model paints, or than `limit`.
+    """ImageError for an image of more tokens than the model generates, or than `limit`.
 
     The message gives the tokens, the limit and the largest size of the same shape.
     """
     own, tokens = max_image_tokens(config), image_tokens(config, width, height)
-    most = own if limit is None else min(own, limit)
-    if tokens <= most:
+    maximum = own if limit is None else min(own, limit)
+    if tokens <= maximum:
         return
-    who = "this model's context holds" if most == own else "this server paints"
-    side, scale = config.token_size, math.sqrt(most / tokens)
-    rows, columns = (min(most, max(1, int(n // side * scale))) for n in (height, width))
+    who = "this model's context holds" if maximum == own else "this server paints"
+    side, scale = config.token_size, math.sqrt(maximum / tokens)
+    rows, columns = (min(maximum, max(1, int(n // side * scale))) for n in (height, width))
     raise ImageError(
-        f"an image of {width}x{height} has {tokens:,} tokens, {who} {most:,} at most; "
+        f"an image of {width}x{height} has {tokens:,} tokens, {who} {maximum:,} at most; "
         f"the largest of this shape is {columns * side}x{rows * side}"
     )
 

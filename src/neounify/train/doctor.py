@@ -1,9 +1,9 @@
-"""A check-up before a long run: does everything that should learn learn, and only that?
+"""Checks of a training stage before a long run.
 
-One sample per task is overfitted, with the stage's own optimizer. What does not come to light in
-two minutes there will not in two weeks: a source without a usable sample, a stream without
-gradient, a frozen part that moves, a loss that stays, images that are noise, blurred, or a grid.
-What would need more steps than there was time for gets no verdict.
+One sample per task is overfitted, with the stage's own optimizer, in about two minutes. That shows
+a source without a usable sample, a stream without gradient, a frozen part that moves, a loss that
+does not fall, images that are noise, blurred, or a grid. What needs more steps than there was time
+for gets no verdict.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from neounify.train.recipe import StageRecipe
 from neounify.train.seeds import seeded
 from neounify.train.setup import Start, build_encoder, build_source
 
-LOOKED_AT = 400
+SAMPLES = 400
 """Samples of all sources together that are looked through for one of every task."""
-LEAST_LOOKED_AT = 50
+MIN_PER_SOURCE = 50
 """Samples that are looked at of each source, however many there are."""
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 ENOUGH_STEPS = 300
 """Steps after which a sample that is not learnt counts as one that cannot be."""
 LIKE = 15.0
@@ -45,7 +45,7 @@ LIKE = 15.0
 LEARNT = 0.5
 """Share of its first loss that a task must fall below to count as learning."""
 UNLEARNT = 0.05
-"""Mean square error of clean images (values -1 to 1) above which pictures tell nothing yet."""
+"""Mean square error of clean images (values -1 to 1) above which they are not judged."""
 SEAM = 1.5
 """Steps at token borders over steps elsewhere that the eye sees as a grid."""
 NO_TIME = "not enough time to tell"
@@ -79,7 +79,7 @@ def examine(
     start: Start,
     stage: StageRecipe,
     seconds: float = 100,
-    steps: int = MOST_STEPS,
+    steps: int = MAX_STEPS,
     source: Mixture | None = None,
 ) -> Iterator[Finding]:
     """Look at a stage; findings as they come. The model's weights are changed.
@@ -115,7 +115,7 @@ def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Ite
     """Look at every source; one sample of each task goes into `samples`."""
     damaged = looked_at = 0
     remarks = []
-    each = max(LEAST_LOOKED_AT, LOOKED_AT // len(mixture.sources))
+    each = max(MIN_PER_SOURCE, SAMPLES // len(mixture.sources))
     for probe in probe_sources(mixture, encoder, each):
         for sample in probe.usable:
             samples.setdefault(sample.task, sample)
@@ -164,12 +164,14 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
     if dead:
         return (
             f"nothing reaches {_some(dead)}: no task of the data uses them, or too much is frozen "
-            "(mixed data with pictures to read and to paint reaches everything)"
+            "(mixed data with images to read and to generate reaches everything)"
         )
     return ""
 
 
-def _overfit(start: Start, stage: StageRecipe, pack: Pack, seconds: float, most: int) -> Overfit:
+def _overfit(
+    start: Start, stage: StageRecipe, pack: Pack, seconds: float, max_steps: int
+) -> Overfit:
     """Learn one pack until all of it is learnt, or time or steps are up."""
     optimizers = Optimizers(start.model, stage.optimizer)
     optimizers.set_factor(1.0)
@@ -184,12 +186,12 @@ def _overfit(start: Start, stage: StageRecipe, pack: Pack, seconds: float, most:
         optimizers.step()
         optimizers.zero_grad()
         taken = time.monotonic() - began
-        ended = taken > seconds or step >= most
+        ended = taken > seconds or step >= max_steps
         if ended or step % 20 == 0:
             before, last = first.report(), recent.report()
             learnt = _all_learnt(before, last, LEARNT / 10)
             if ended or learnt:
-                enough = learnt or step >= min(most, ENOUGH_STEPS)
+                enough = learnt or step >= min(max_steps, ENOUGH_STEPS)
                 return Overfit(before, last, step, taken, enough)
             recent = Metrics(start.model.device)
     raise AssertionError  # the loop above ends by returning
@@ -248,7 +250,7 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
     if len(known) < 2:
         return
     if min(known) > UNLEARNT:
-        yield Finding("error by t", None, "the pictures are not learnt far enough to tell")
+        yield Finding("error by t", None, "the images are not learnt far enough to tell")
         return
     good = known[-1] <= known[0] or max(known) < 0.005
     yield Finding(
@@ -260,7 +262,7 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
         if good
         else _no_time(overfit)
         if not overfit.conclusive
-        else "the prediction is worst where the picture is clearest: noise scale or direction of "
+        else "the prediction is worst where the image is clearest: noise scale or direction of "
         "t differ from what the weights were trained with (config.json, noise_scale…)",
     )
 

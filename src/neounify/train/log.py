@@ -1,4 +1,4 @@
-"""What a run tells: lines and a bar in the terminal, JSON lines, TensorBoard where it is there."""
+"""Log of a run: terminal lines with a bar, JSON lines, TensorBoard where it is installed."""
 
 from __future__ import annotations
 

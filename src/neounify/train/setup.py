@@ -220,11 +220,13 @@ def _kind(value: Any) -> str:
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
     wanted = recipe.model.tokenizer
-    made = [item for stage in recipe.stages for item in stage.data if item.kind == "scenes"]
-    if not made:
-        raise ConfigError("a fresh model learns its tokenizer from made scenes, none are named")
-    texts = []
-    for item in made[:1]:
-        world = SceneDataset(TOKENIZER_SEED, scene_config(item.world), chinese=item.chinese)
-        texts += [world[n].text() for n in range(wanted.samples)]
+    scenes = [item for stage in recipe.stages for item in stage.data if item.kind == "scenes"]
+    if not scenes:
+        raise ConfigError(
+            "a fresh model learns its tokenizer from synthetic scenes, and no stage has data of "
+            'kind "scenes"'
+        )
+    first = scenes[0]
+    world = SceneDataset(TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese)
+    texts = [world[n].text() for n in range(wanted.samples)]
     return byte_tokenizer(texts, wanted.vocab_size)

@@ -1,4 +1,4 @@
-"""What each source of a stage has given: samples used, and damaged ones, each counted once."""
+"""Counts of used and damaged samples per data source of a stage."""
 
 from __future__ import annotations
 

@@ -14,11 +14,11 @@ LOSSES = ("text/loss", "image/loss")
 WINDOW = 5
 """Reports whose median is the running loss: single spikes do not count."""
 FACTOR = 3.0
-"""How far above its lowest level the running loss must stand."""
+"""Running loss over its lowest level from which on it counts as high."""
 REPORTS = 5
-"""Reports in a row for which it must."""
-LEAST = 0.02
-"""Levels below count as this much: a loss near zero triples by chance."""
+"""Reports in a row with a high loss that are reported as divergence."""
+MIN_LEVEL = 0.02
+"""Lower levels count as this: a loss near zero triples by chance."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Level:
         self.running = median(self.recent)
         if self.running <= self.lowest:
             self.lowest, self.at_step = self.running, step
-        high = self.running > FACTOR * max(LEAST, self.lowest)
+        high = self.running > FACTOR * max(MIN_LEVEL, self.lowest)
         self.above = self.above + 1 if high else 0
 
 

@@ -1,4 +1,4 @@
-"""A look at all lines of a batch before the model is loaded."""
+"""Check of a batch's lines before the model is loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from neounify.cli.errors import CliError
 from neounify.errors import NeounifyError
 
 MAX_CHECKED = 1000
-"""Lines looked at, and"""
+"""Lines that are checked; the others are checked when their turn comes."""
 MAX_SECONDS = 5.0
-"""the time for it (images are decoded); what is left over is checked by the run itself."""
+"""Time for the check, which decodes images, in seconds; it ends after that many lines as well."""
 
 MAX_NAMED = 3
 """Unusable lines named one by one."""
@@ -31,9 +31,10 @@ def check_lines(
     *,
     images: bool,
 ) -> None:
-    """Say on stderr how many lines cannot be done. CliError where none can, and none was before.
+    """Report on stderr how many lines cannot be done.
 
-    `check` raises a NeounifyError for a line that would fail.
+    `check` raises a NeounifyError for a line that would fail. Raises CliError when no line can be
+    done and no earlier run has done any.
     """
     bad: list[BadLine] = []
     usable = results.any_done
