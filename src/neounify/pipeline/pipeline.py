@@ -196,15 +196,14 @@ class Pipeline:
 
         `width` and `height` are in pixels, multiples of the token side; a size the model was not
         trained at is a SizeWarning, here and in all calls that generate images. `seed` is one for
-        all prompts or one per prompt; an image depends on its own prompt and seed, not on
-        its company. `noise` [prompts · images_per_prompt, 3, H, W], already times σ,
-        replaces the draw. `negative_prompt`, one for all or one per prompt, is what guidance
-        steers away from. `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with
-        `guidance_norm` none, global, channel or cfg_zero_star; `shift` bends the time
-        schedule towards noise; `t_eps` is the smallest 1 - t a velocity is divided by (default:
-        0.02, or the last step's 1 - t where that is smaller).
-        With `think` the model first writes a plan. `system` None is the checkpoint's own
-        message. `callback` is called after every step.
+        all prompts or one per prompt; an image depends only on its prompt and seed. `noise`
+        [prompts · images_per_prompt, 3, H, W], already times σ, replaces the draw.
+        `negative_prompt`, one for all or one per prompt, is what guidance steers away from.
+        `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with `guidance_norm` none,
+        global, channel or cfg_zero_star; `shift` bends the time schedule towards noise; `t_eps` is
+        the smallest 1 - t a velocity is divided by (default: 0.02, or the last step's 1 - t where
+        that is smaller). With `think` the model first writes a plan. `system` None is the
+        checkpoint's own message. `callback` is called after every step.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -225,6 +224,7 @@ class Pipeline:
         seeds = per_prompt(seed, len(prompts), "seed")
         noises = split_noise(noise, len(prompts))
         negatives = per_prompt(negative_prompt, len(prompts), "negative_prompt")
+        each = zip(prompts, seeds, noises, negatives, strict=True)
         requests = [
             PaintRequest(
                 prompt=text,
@@ -239,9 +239,7 @@ class Pipeline:
                 system=system,
                 negative_prompt=negative,
             )
-            for text, own_seed, own_noise, negative in zip(
-                prompts, seeds, noises, negatives, strict=True
-            )
+            for text, own_seed, own_noise, negative in each
         ]
         return self._paint(requests, callback, cancel)
 
