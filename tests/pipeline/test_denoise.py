@@ -68,7 +68,10 @@ def test_the_standing_first_step_of_zero_star_is_not_extrapolated() -> None:
     assert float(job.z) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(80, 1.0), (400, 1.0), (400, 3.0), (8, 3.0)])
+@pytest.mark.parametrize(
+    ("steps", "shift"),
+    [(80, 1.0), (400, 1.0), (400, 3.0), (8, 3.0), (1000, 1e-3), (2, 1e-3), (1000, 1e3)],
+)
 def test_the_last_step_ends_in_the_clean_prediction(steps: int, shift: float) -> None:
     job = _started(Sampling(steps=steps, shift=shift, guidance=Guidance(text=1.0)))
     clean = torch.full_like(job.z, 0.25)

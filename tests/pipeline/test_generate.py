@@ -156,6 +156,8 @@ def test_result_can_be_used_with_autograd(pipe: neounify.Pipeline) -> None:
         ({"width": 10**9, "height": 32}, ImageError, "320000"),
         ({"steps": 0}, RequestError, "steps"),
         ({"shift": -1.0}, RequestError, "shift"),
+        ({"shift": 1e-12}, RequestError, r"from 0\.001 to 1000"),
+        ({"shift": 1e9}, RequestError, r"from 0\.001 to 1000"),
         ({"shift": float("nan")}, RequestError, "shift"),
         ({"guidance": float("nan")}, RequestError, "guidance"),
         ({"guidance_interval": (0.5, 0.2)}, RequestError, "interval"),

@@ -26,6 +26,8 @@ from neounify.text.template import check_negative
 T = TypeVar("T", int, str)
 
 MAX_STEPS = 1000
+MAX_SHIFT = 1000
+"""Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
 MAX_IMAGES_PER_PROMPT = 64
 MAX_THINK_TOKENS = 1024
 
@@ -48,8 +50,10 @@ class Sampling:
         make_solver(self.solver)
         if not 1 <= self.steps <= MAX_STEPS:
             raise RequestError(f"steps must be from 1 to {MAX_STEPS}, got {self.steps}")
-        if not (0 < self.shift <= 1000):
-            raise RequestError(f"shift must be above 0, 1 is none, got {self.shift}")
+        if not 1 / MAX_SHIFT <= self.shift <= MAX_SHIFT:
+            raise RequestError(
+                f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, 1 is none, got {self.shift}"
+            )
         if self.t_eps is not None and not 0 < self.t_eps <= 1:
             raise RequestError(f"t_eps must be above 0 and at most 1, got {self.t_eps}")
 

@@ -49,6 +49,11 @@ def test_names_that_are_answered(host: str) -> None:
         "127.0.0.1.attacker.example",
         "1.2.3",
         "notlocalhost",
+        "localhost:80@attacker.example",
+        "localhost:port",
+        "[::1]attacker.example",
+        "[localhost]",
+        "[::1",
         "x" * 5000,
     ],
 )

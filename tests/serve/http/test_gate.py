@@ -221,3 +221,30 @@ def test_many_callers_at_once() -> None:
             thread.join()
     assert service.most_open > 1
     assert service.open == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (CHAT, "application/json"),
+        ("/v1/images/edits", "application/json"),
+        ("/v1/images/edits", "multipart/form-data; boundary=b"),
+    ],
+)
+def test_a_caller_who_leaves_in_the_middle_of_a_body_is_no_failure(
+    path: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(create_app(Scripted())) as url:
+        with connected(url) as caller:
+            caller.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\n".encode())
+            caller.sendall(b"content-length: 99\r\n\r\n--b\r\n")
+            time.sleep(0.2)
+        metrics = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+
+        def counted() -> bool:
+            metrics.request("GET", "/metrics")
+            return f'route="{path}",status="499"' in metrics.getresponse().read().decode()
+
+        wait_until(counted)
+        metrics.close()
+    assert not [record for record in caplog.records if record.exc_info]

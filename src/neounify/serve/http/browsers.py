@@ -8,6 +8,7 @@ sending forms here (Sec-Fetch-Site says so), nor by framing the page.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -36,6 +37,7 @@ PAGE_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 """Headers of the page's files."""
+_HOST = re.compile(r"(?:\[([^\[\]]*:[^\[\]]*)\]|([^:@\[\]/]+))(?::[0-9]*)?")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _HEALTH = "/health"
 
@@ -123,10 +125,9 @@ class BrowserGuard:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without port and final dot."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].rstrip(".").lower()
+    """The name in a Host header, without port and final dot; empty for what is no such header."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).removesuffix(".").lower() if found else ""
 
 
 def _is_address(name: str) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.runtime import MemoryReturner
@@ -74,7 +75,10 @@ class Gate:
                 return
             body = _Body(receive, self._limits, self._uploads)
             stack.callback(body.forget)
-            await _until_gone(self._app, scope, body, answer.send)
+            with suppress(ClientDisconnect):
+                await _until_gone(self._app, scope, body, answer.send)
+            if body.cut_off:  # whatever was made of what had arrived
+                answer.status = CLIENT_GONE
             large = body.bytes >= LARGE_BODY
         if large and self._memory.is_due:
             await asyncio.to_thread(self._memory.run)
@@ -184,6 +188,8 @@ class _Body:
     def __init__(self, receive: Receive, limits: Limits, uploads: _Uploads) -> None:
         self._receive, self._limits, self._uploads = receive, limits, uploads
         self.bytes = 0
+        self.cut_off = False
+        """Whether the caller hung up before the end of the body."""
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._complete = asyncio.Event()
         self._gone = asyncio.Event()
@@ -211,6 +217,7 @@ class _Body:
         self._uploads.add(size)
         self.bytes += size
         if message["type"] == "http.disconnect":
+            self.cut_off = True
             self._gone.set()
         if not message.get("more_body", False):
             self._complete.set()
