@@ -10,13 +10,18 @@ from neounify.cli.batch.lines import Line
 from neounify.cli.batch.results import Results
 from neounify.cli.batch.run import Batch, finish
 from neounify.cli.batch.tasks import AnswerLines
-from neounify.cli.checks import check_chat, check_jobs_file, check_model, writable_folder
+from neounify.cli.checks import (
+    check_chat,
+    check_chat_options,
+    check_jobs_file,
+    check_model,
+    writable_folder,
+)
 from neounify.cli.conversation import NO_IMAGE, Conversation, asks_about_image
 from neounify.cli.display import Display
 from neounify.cli.errors import UsageError
 from neounify.cli.options import BatchOptions, ChatOptions, ModelOptions, ReportOptions
 from neounify.cli.session import open_session
-from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.messages import read_pictures
 
 
@@ -72,7 +77,7 @@ def answer_batch(
         raise UsageError("give a question and images on the command line or --input, not both")
     check_jobs_file(batch.input)
     check_model(model)
-    make_chat_request("?", (), **options.arguments())
+    check_chat_options(options)
     folder = writable_folder(output)
     display = Display(quiet=report.quiet, json=report.json)
 
@@ -98,7 +103,7 @@ def converse(
         raise UsageError("--json needs a QUESTION or --input: a conversation is for people")
     display = Display(quiet=report.quiet)
     check_model(model)
-    make_chat_request("?", (), **options.arguments())
+    check_chat_options(options)
     pictures = read_pictures(images, colour_profiles=model.colour_profiles)
     session = open_session(model, display)
     conversation = Conversation(session, options, display, output)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import PIL.Image
 
@@ -43,7 +43,6 @@ from neounify.text.template import place_images
 
 _SAMPLING = SamplingKeywords.__annotations__.keys()
 _TEXT = ("temperature", "top_p", "top_k", "repetition_penalty")
-
 _COMMON = ("system", "negative_prompt")
 
 Images = Sequence[PIL.Image.Image]
@@ -110,13 +109,12 @@ def check_prompt(prompt: str, images: int) -> None:
 def check_painting(
     prompt: str, options: GenerateOptions, config: ModelConfig, images: Images = ()
 ) -> None:
-    """Everything that can be wrong with one image request. Raises what painting it would."""
+    """Check one image request. Raises the errors that generating it would raise."""
     if isinstance(options, EditOptions) and not images:
         raise RequestError("edit needs at least one image; generate needs none")
     check_prompt(prompt, len(images))
     values = options.arguments()
     width, height = output_size(config, *options.dimensions(), *images[:1])
-    given = {name: values[name] for name in ("max_think_tokens", *_COMMON) if name in values}
     PaintRequest(
         prompt=prompt,
         width=width,
@@ -125,43 +123,45 @@ def check_painting(
         images=tuple(images),
         seed=options.seed,
         count=options.count,
-        **given,
+        **_chosen(values, ("max_think_tokens", *_COMMON)),
     )
     _check_system(options.system)
 
 
 def check_chat(question: str, images: Images, options: ChatOptions) -> None:
-    """Everything that can be wrong with a question. Raises what asking it would."""
+    """Check a question. Raises the errors that answering it would raise."""
     if not question.strip() and not images:
         raise PromptError("the question is empty; write it in quotes")
     make_chat_request(question, images, **options.arguments())
     _check_system(options.system)
 
 
+def check_chat_options(options: ChatOptions) -> None:
+    """Check the options of questions that are not known yet. Raises RequestError."""
+    make_chat_request("?", (), **options.arguments())
+
+
 def check_story(
     prompt: str, options: StoryOptions, config: ModelConfig, images: Images = ()
 ) -> None:
-    """Everything that can be wrong with a story request. Raises what telling it would."""
+    """Check a story request. Raises the errors that generating it would raise."""
     check_prompt(prompt, len(images))
     values = options.arguments()
-    text = {name: values[name] for name in _TEXT if name in values}
-    given = {n: values[n] for n in ("max_images", "max_new_tokens", *_COMMON) if n in values}
     InterleaveRequest(
         prompt=prompt,
         sizes=[output_size(config, *options.dimensions(), *images[:1])],
         sampling=resolve_sampling(options, config),
         images=images,
         seed=options.seed,
-        text=SamplingSettings(seed=options.seed, **text),
-        **given,
+        text=SamplingSettings(seed=options.seed, **_chosen(values, _TEXT)),
+        **_chosen(values, ("max_images", "max_new_tokens", *_COMMON)),
     )
     _check_system(options.system)
 
 
 def resolve_sampling(options: SamplingOptions, config: ModelConfig) -> Sampling:
     """The settings with the model's own defaults filled in, checked. Raises RequestError."""
-    values = options.arguments()
-    given = {name: values[name] for name in _SAMPLING if name in values}
+    given = _chosen(options.arguments(), _SAMPLING)
     return make_sampling(config, editing=isinstance(options, ImageGuidanceOptions), **given)
 
 
@@ -191,6 +191,10 @@ def check_writable(folder: Path) -> None:
         reason = error.strerror or explain_os_error(error)
         what = "cannot be written to" if nearest == folder else "cannot be made"
         raise CliError(f"{folder} {what}: {reason}") from error
+
+
+def _chosen(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
 
 
 def _check_system(system: str | None) -> None:

@@ -34,11 +34,13 @@ from neounify.cli.options import (
 from neounify.cli.painting import Order, paint
 from neounify.cli.record import Picture, check_free, save_picture, sheet_path
 from neounify.cli.session import open_session
-from neounify.image import read_image
+from neounify.pipeline.messages import read_pictures
 
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".json"),
+OTHER_SUFFIXES = (
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".avif", ".heic", ".json"),
 )
+"""Endings of --output, besides .png, that name a file and not a folder."""
 
 
 def paint_orders(
@@ -59,7 +61,7 @@ def paint_orders(
     pictures = len(prompts) * options.count
     exact = _exact_file(output, pictures)
     config = check_model(model)
-    loaded = [read_image(image) for image in images]
+    loaded = read_pictures(images, colour_profiles=model.colour_profiles)
     for prompt in prompts:
         check_painting(prompt, options, config, loaded)
     if exact is not None and not output.overwrite:
@@ -121,7 +123,7 @@ def paint_batch(
     if prompts or images:
         raise UsageError("give prompts and images on the command line or with --input, not both")
     check_jobs_file(batch.input)
-    if output.output.suffix.lower() in (".png", *PICTURE_SUFFIXES):
+    if output.output.suffix.lower() in (".png", *OTHER_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
     config = check_model(model)
     resolve_sampling(options, config)
@@ -130,7 +132,7 @@ def paint_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[GenerateOptions]) -> None:
-        check_painting(line.prompt, line.options, config, [read_image(path) for path in line.paths])
+        check_painting(line.prompt, line.options, config, read_pictures(line.paths))
 
     results = Results(folder)
     check_lines(batch.input, options, check, display, results, images=editing)
@@ -148,7 +150,7 @@ def _exact_file(output: PictureOutputOptions, pictures: int) -> Path | None:
     """The one file that --output names, or None when it is a folder."""
     path = output.output
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix not in (".png", *PICTURE_SUFFIXES):
+    if path.is_dir() or suffix not in (".png", *OTHER_SUFFIXES):
         return None
     if suffix != ".png":
         raise UsageError(f"--output {path}: pictures are saved as .png, or into a folder")
