@@ -1,4 +1,4 @@
-"""docs/serving-api.md: its Python runs, and it names every route and field."""
+"""docs/serving-api.md: its Python runs, and it names every route, field and metric."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from neounify.serve.collector import COUNTERS, GAUGES
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
@@ -35,8 +36,14 @@ def test_the_examples_run(
 def test_every_route_and_field_is_named() -> None:
     routes = create_app(Scripted()).openapi()["paths"]
     assert len(routes) >= 9
+    table = PAGE[: PAGE.index("Where the server has keys")]
     for route in routes:
-        assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in PAGE
+        assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in table
     bodies = (ChatBody, CompletionBody, ImageBody)
     for name in {name for body in bodies for name in body.model_fields}:
         assert re.search(rf"\b{name}\b", PAGE), name
+
+
+def test_every_metric_is_named() -> None:
+    metrics = [*(f"neounify_{name}" for name in GAUGES), *(f"neounify_{n}_total" for n in COUNTERS)]
+    assert [name for name in metrics if f"`{name}`" not in PAGE] == []
