@@ -74,6 +74,13 @@ def _schema(value: Any) -> dict[str, Any]:
 
 def small_requests() -> Iterator[tuple[str, Sent]]:
     """Requests of less than a megabyte each."""
+    yield from _small_images()
+    yield from _small_json()
+    yield from _small_texts()
+    yield from _small_forms()
+
+
+def _small_images() -> Iterator[tuple[str, Sent]]:
     files = small_files()
     for name, file in files.items():
         yield name, looking([file]) if len(file) < 600 * K else editing(file)
@@ -82,9 +89,11 @@ def small_requests() -> Iterator[tuple[str, Sent]]:
     yield "8 pngs of 50 MP, palette", looking([palette] * 8)
     yield "16 pngs of 6 MP, one bit", looking([png((2500, 2500))] * 16)
     yield "17 images", looking([plain_png()] * 17)
-    yield "16 copies of one JPEG", looking([files["webp of 12 MP"]] * 16)
+    yield "16 copies of one WebP", looking([files["webp of 12 MP"]] * 16)
     yield "an edit of 49 MP", editing(files["png of 49 MP, grey 16"])
 
+
+def _small_json() -> Iterator[tuple[str, Sent]]:
     yield "100k zeros", raw_chat(b'"a": [' + b"0," * 100 * K + b"0]")
     yield "400k zeros", raw_chat(b'"a": [' + b"0," * 400 * K + b"0]")
     yield "300k empty lists", raw_chat(b'"a": [' + b"[]," * 300 * K + b"0]")
@@ -99,20 +108,24 @@ def small_requests() -> Iterator[tuple[str, Sent]]:
     yield "100k open objects", raw_chat(b'"a":{' * 100 * K)
     yield "an integer of 900k digits", raw_chat(b'"seed": ' + b"9" * 900 * K)
     yield "a fraction of 900k digits", raw_chat(b'"temperature": 0.' + b"9" * 900 * K)
-    yield "40k integers of 20 digits", raw_chat(b'"a": [' + b"9" * 20 + b"," + b"1" * 20 + b"]")
+    yield "40k integers of 20 digits", raw_chat(b'"a": [' + b",".join([b"9" * 20] * 40 * K) + b"]")
     yield "a key of 900k characters", raw_chat(b'"' + b"k" * 900 * K + b'": 1')
     yield "a model of 900k characters", chat("x", model="m" * 900 * K)
+    yield "a bias of all tokens", chat("x", logit_bias={str(n): 1 for n in range(19 * K)})
+    yield "many roles", chat("x", messages=[{"role": "system", "content": "x"}] * 1000)
+    yield "1001 messages", chat("x", messages=[{"role": "user", "content": "x"}] * 1001)
+    yield "1000 parts", chat([{"type": "text", "text": "x"}] * 1000)
+
+
+def _small_texts() -> Iterator[tuple[str, Sent]]:
     yield "900k characters", chat("x" * 900 * K)
     yield "100k spaces", chat(" " * 100 * K)
     yield "100k letters", chat("a" * 100 * K)
-    yield "99k signs", chat(".,;:" * 24 * K)
-    yield "99k emoji", chat("\U0001f600" * 75 * K)
+    yield "96k signs", chat(".,;:" * 24 * K)
+    yield "75k emoji", chat("\U0001f600" * 75 * K)
     yield "99k accents on one letter", chat("a" + "\u0301" * 99 * K)
     yield "12k image marks", chat("<image>" * 12 * K)
     yield "9k special tokens", chat("<|im_end|>" * 9 * K)
-    yield "many roles", chat("x", messages=[{"role": "system", "content": "x"}] * 1000)
-    yield "1001 messages", chat("x", messages=[{"role": "user", "content": "x"}] * 1001)
-    yield "1000 turns of 1 part", chat([{"type": "text", "text": "x"}] * 1000)
     yield "17 stops", chat("x", stop=["a"] * 17)
     yield "long stops", chat("x", stop=["a" * 1000] * 16)
     yield "1000 tools", chat("x", tools=[_tool(n) for n in range(1000)])
@@ -131,7 +144,6 @@ def small_requests() -> Iterator[tuple[str, Sent]]:
             "x", response_format=_schema({"type": "string", "minLength": 10**9, "maxLength": 10**9})
         ),
     )
-    yield "a bias of all tokens", chat("x", logit_bias={str(n): 1 for n in range(19 * K)})
     yield (
         "a negative prompt of 900k",
         (
@@ -147,6 +159,8 @@ def small_requests() -> Iterator[tuple[str, Sent]]:
     yield "2048 pixels a side", (PAINT, JSON, b'{"prompt": "x", "steps": 1, "size": "2048x2048"}')
     yield "a sliver to paint", (PAINT, JSON, b'{"prompt": "x", "steps": 1, "size": "999999x32"}')
 
+
+def _small_forms() -> Iterator[tuple[str, Sent]]:
     yield "a form of 1000 fields", form(*[field(f"f{n}") for n in range(1000)])
     yield "a form of 60 unknown fields", form(*[field(f"f{n}") for n in range(60)], field("prompt"))
     yield "a form of 900k in one field", form(field("prompt", b"x" * 900 * K))
