@@ -33,7 +33,7 @@ from neounify.serve.messages import (
     Write,
     Written,
 )
-from neounify.serve.room import MOST_PASSED, Room
+from neounify.serve.room import MAX_PASSED, Room
 from neounify.serve.sequences import ServedSequence
 from neounify.serve.transport import LocalParcel, LocalTransport
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
@@ -194,7 +194,7 @@ def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pip
         assert entered == [small]
         passed += 1
         room.leave(small)
-    assert passed == MOST_PASSED
+    assert passed == MAX_PASSED
     room.leave(inside[0])
     assert room.enter([small, large], {inside[1], large, small}) == [small, large][:0]
     room.leave(inside[1])

@@ -71,9 +71,11 @@ class GenerationEngine:
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
         self._left: dict[int, int] = {}
+        """How many images of each call are not finished."""
         self._under_way: deque[_Step] = deque()
         self._last_batch = 0
         self._row_seconds = 0.0
+        """Running mean of what steps took, in seconds per image token; 0 before the first."""
 
     @property
     def busy(self) -> bool:
@@ -119,7 +121,7 @@ class GenerationEngine:
 
     def _begin(self, most: int) -> None:
         """Begin a step of the images that wait for one, unless one is under way."""
-        busy = {image for step in self._under_way for image in step.images}
+        taken = {image for step in self._under_way for image in step.images}
         if any(not step.large for step in self._under_way):
             return
         for image in self._images:
@@ -129,7 +131,7 @@ class GenerationEngine:
         free = [
             image
             for image in self._images
-            if image not in busy and not (self._under_way and image.waiting.rows > limit)
+            if image not in taken and not (self._under_way and image.waiting.rows > limit)
         ]
         if not free:
             return

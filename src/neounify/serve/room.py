@@ -17,7 +17,7 @@ from neounify.serve.sequences import ServedSequence
 HEADROOM = 64
 """Tokens a sequence that will write should have room for when it enters, so that it does not have
 to give way at once."""
-MOST_PASSED = 32
+MAX_PASSED = 32
 """A sequence that waits for room is passed by that many younger ones at most."""
 
 
@@ -45,7 +45,7 @@ class Room:
         entered: list[ServedSequence] = []
         waiting: list[ServedSequence] = []
         for sequence in sorted(lacking, key=lambda s: s.order):
-            if any(s.passed >= MOST_PASSED for s in waiting):
+            if any(s.passed >= MAX_PASSED for s in waiting):
                 break
             try:
                 if not self._open(sequence, wanted):

@@ -1,4 +1,4 @@
-"""The bundled model behind the HTTP API."""
+"""The bundled model behind the HTTP API, and an untrained miniature."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 import openai
 import pytest
+import torch
 
 import neounify
 from neounify.bundled import bundled_model
+from neounify.model import NeoUnify
+from neounify.presets import TINY
 from neounify.serve.build import colocated
 from neounify.serve.service import Service
+from neounify.text import byte_tokenizer
 from serve.http.running import serving
 
 
@@ -28,3 +32,9 @@ def bundled_service(bundled: neounify.Pipeline) -> Service:
 def bundled_client(bundled_service: Service) -> Iterator[openai.OpenAI]:
     with serving(bundled_service) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tiny() -> neounify.Pipeline:
+    torch.manual_seed(0)
+    return neounify.Pipeline(NeoUnify(TINY).eval().requires_grad_(False), byte_tokenizer())

@@ -12,9 +12,7 @@ import torch
 
 import neounify
 from neounify.decode import Choice, Feed, LogProbs, feed, loop
-from neounify.model import NeoUnify
 from neounify.model.layout import Text
-from neounify.presets import TINY
 from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
@@ -30,12 +28,6 @@ MODEL = "neounify"
 QUESTION = "What would you say to somebody who asks you for a longer prompt than this one is?"
 ASK: Any = [{"role": "user", "content": QUESTION}]
 BYTES = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tiny() -> neounify.Pipeline:
-    torch.manual_seed(0)
-    return neounify.Pipeline(NeoUnify(TINY).eval().requires_grad_(False), BYTES)
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,10 @@ from typing import Any, Literal
 import jsonschema_rs
 import openai
 import pytest
-import torch
 from pydantic import BaseModel
 
 import neounify
-from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest
-from neounify.presets import TINY
 from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, TextPiece, ToolCallPiece
 from neounify.serve.http import create_app
@@ -40,12 +37,6 @@ WEATHER: Any = {
 }
 TIME: Any = {"type": "function", "function": {"name": "get_time"}}
 BYTES = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tiny() -> neounify.Pipeline:
-    torch.manual_seed(0)
-    return neounify.Pipeline(NeoUnify(TINY).eval().requires_grad_(False), BYTES)
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ class BoundedProtocol(H11Protocol):
         """The next head, of which a part may have arrived, is timed anew."""
         self._awaits_head_since = None
         super().on_response_complete()
+        # uvicorn starts its idle timer although the next head has begun, and would close on it.
         if not self.transport.is_closing() and self._is_idle() and self.conn.trailing_data[0]:
             self._unset_keepalive_if_required()
             self._awaits_head_since = self.loop.time()

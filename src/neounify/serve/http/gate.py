@@ -206,6 +206,7 @@ class _Body:
         left = self._deadline - asyncio.get_running_loop().time()
         patience = min(left, self._limits.body_idle_seconds)
         try:
+            # Not 0: what has arrived by now is still taken.
             message = await within(self._receive(), max(patience, 0.001))
         except TimeoutError:
             raise ApiError(
