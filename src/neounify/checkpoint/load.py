@@ -151,6 +151,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """The device of a name, tried out. Raises RequestError for one that cannot be used here."""
     try:
         resolved = torch.device(device)
+        if resolved.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

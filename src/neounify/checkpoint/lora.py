@@ -7,19 +7,19 @@ checkpoint/lora_file.py.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from neounify.checkpoint.lora_file import read_lora_file
+from neounify.checkpoint.peft_config import MAX_NUMBER
 from neounify.checkpoint.reader import listed
-from neounify.errors import CheckpointError
+from neounify.errors import CheckpointError, RequestError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 LoraSpec: TypeAlias = PathLike | tuple[PathLike, float]
@@ -61,10 +61,14 @@ def read_loras(
     problems: list[str] = []
     for path, factor in _with_strengths(lora, strength):
         found = read_lora_file(Path(path), expected)
-        mine = [] if math.isfinite(factor) else [f"strength {factor} is not a number"]
+        mine = [] if abs(factor) <= MAX_NUMBER else [f"strength {factor} is not a number in range"]
         problems += [f"{Path(path).name}: {problem}" for problem in (*mine, *found.problems)]
         for name, pair in found.pairs.items():
-            update = LoraUpdate(pair.up, pair.down, factor * pair.scale)
+            scale = factor * pair.scale
+            if not abs(scale) <= MAX_NUMBER:
+                problems.append(f"{Path(path).name}: strength {factor} makes the scale {scale:g}")
+                break
+            update = LoraUpdate(pair.up, pair.down, scale)
             updates[name] = (*updates.get(name, ()), update)
     if problems:
         raise CheckpointError(
@@ -80,10 +84,14 @@ def _with_strengths(
     if lora is None:
         return []
     if isinstance(lora, str | os.PathLike):
+        if not isinstance(strength, int | float):
+            raise RequestError(f"the strength of a LoRA is {strength!r}, not a number")
         return [(lora, strength)]
     if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float):
         return [(lora[0], float(lora[1]))]
+    if not isinstance(lora, Sequence):
+        raise RequestError(f"{lora!r:.80} is no LoRA: give a path, (path, strength), or a list")
     pairs: list[tuple[PathLike, float]] = []
-    for item in lora:
+    for item in cast("Sequence[LoraSpec]", lora):
         pairs += _with_strengths(item, strength)
     return pairs

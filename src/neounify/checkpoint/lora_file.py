@@ -30,7 +30,14 @@ from neounify.checkpoint.lora_names import (
     variant_of,
 )
 from neounify.checkpoint.mapped import MappedFile
-from neounify.checkpoint.peft_config import MAX_CONFIG_BYTES, PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
+from neounify.checkpoint.peft_config import (
+    MAX_CONFIG_BYTES,
+    MAX_NUMBER,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    PeftConfig,
+)
+from neounify.checkpoint.reader import files_ending
 from neounify.errors import CheckpointError
 
 MAX_RANK = 8192
@@ -79,20 +86,23 @@ def read_lora_file(path: Path, expected: Mapping[str, torch.Size]) -> LoraFile:
     The pairs are views of the mapped file. Raises CheckpointError for what is no such file or
     more than plain LoRA (DoRA, LoHa, LoKr, …); tensors that are wrong are collected as problems.
     """
-    if path.is_dir():
-        _check_folder(path)
-        path = path / PEFT_WEIGHTS
-    file = MappedFile(path)
+    file = MappedFile(_weights_of(path) if path.is_dir() else path)
     _refuse_variants(file)
     return _Reader(file, _config(file), expected).read()
 
 
-def _check_folder(folder: Path) -> None:
+def _weights_of(folder: Path) -> Path:
+    """The file of a folder: PEFT's, or the only .safetensors file, as diffusers saves it."""
     if (folder / PEFT_WEIGHTS).is_file():
-        return
-    pickles = " (its .bin files are pickles, which can run code when read and are never opened)"
+        return folder / PEFT_WEIGHTS
+    files = files_ending(folder, ".safetensors")
+    if len(files) == 1:
+        return files[0]
+    pickles = ""
+    if files_ending(folder, ".bin"):
+        pickles = " (its .bin files are pickles, which can run code when read and are never opened)"
     raise CheckpointError(
-        f"{folder} holds no {PEFT_WEIGHTS}{pickles if any(folder.glob('*.bin')) else ''}; a LoRA "
+        f"{folder} holds no {PEFT_WEIGHTS}{pickles}; a LoRA "
         f"is a folder with that file and {PEFT_CONFIG}, or one .safetensors file"
     )
 
@@ -199,9 +209,9 @@ class _Reader:
         if problem is not None:
             return problem
         scale = self._scale(target, halves, down.shape[0])
-        if all_finite(down) and all_finite(up) and math.isfinite(scale):
-            return None
-        return f"{target} holds NaN or infinite values"
+        if not (all_finite(down) and all_finite(up) and math.isfinite(scale)):
+            return f"{target} holds NaN or infinite values"
+        return f"{target} has the scale {scale:g}" if abs(scale) > MAX_NUMBER else None
 
     def _misfit(
         self, target: str, weight: torch.Size, there: list[_Entry], down: Tensor, up: Tensor

@@ -35,7 +35,7 @@ PREFIXES = ("base_model", "model", "diffusion_model", "transformer", "unet", "di
 """First parts that names may have in front of the published one, also several of them."""
 FLAT_PREFIXES = ("lora", "lycoris", "unet", "te", "te1", "te2", "te3", *PREFIXES)
 
-_ADAPTER = re.compile(r"\.(lora_[AB])\.\w+\.weight$")
+_ADAPTER = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 _VARIANTS = {
     "DoRA": r"dora_scale|lora_magnitude_vector(\.\w+)*",
     "LoHa": r"hada_\w+",

@@ -171,6 +171,15 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
     return document
 
 
+def files_ending(folder: Path, ending: str) -> list[Path]:
+    """What a folder holds under names of an ending, in any case, by name; hidden ones left out."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(ending) and not path.name.startswith(".")
+    )
+
+
 def listed(items: list[str]) -> list[str]:
     """Indented lines for an error message: at most 20 items, then how many more there are."""
     lines = [f"  {item}" for item in items[:MAX_LISTED]]
@@ -193,11 +202,11 @@ def _open_files(folder: Path) -> list[MappedFile]:
     single = folder / "model.safetensors"
     if single.exists():
         return [MappedFile(_inside(folder, single.name))]
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    indices = files_ending(folder, INDEX_SUFFIX)
     if indices:
         preferred = folder / f"model{INDEX_SUFFIX}"
         return _open_shards(folder, preferred if preferred in indices else indices[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = files_ending(folder, ".safetensors")
     if len(files) == 1:
         return [MappedFile(_inside(folder, files[0].name))]
     if files:
@@ -205,7 +214,7 @@ def _open_files(folder: Path) -> list[MappedFile]:
             f"{folder} holds {len(files)} weight files but no model{INDEX_SUFFIX} to say which "
             "tensor is where; download it too"
         )
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    pickles = [file.name for file in files_ending(folder, ".bin")]
     if pickles:
         raise CheckpointError(
             f"{folder} holds {pickles[0]} but no *.safetensors; pickle files can run code when "

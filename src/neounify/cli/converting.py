@@ -11,6 +11,7 @@ import torch
 
 from neounify.checkpoint import CheckpointFolder, expected_shapes, summarise
 from neounify.checkpoint.lora_save import LoraForm, convert_lora
+from neounify.checkpoint.reader import files_ending
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
 from neounify.cli.inspecting import human_bytes
@@ -116,7 +117,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 
 def _tell(folder: Path, display: Display) -> None:
     checkpoint = CheckpointFolder.open(folder)
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    files = [file.name for file in files_ending(folder, ".safetensors")]
     total = summarise(checkpoint).total
     display.result(
         f"saved {folder}  ({total.parameters:,} parameters, {total.dtype}, "

@@ -40,6 +40,7 @@ _MAGIC = (
     (b"PK\x03\x04", "is a zip archive; unpack it first"),
     (b"PAR1", _PARQUET),
     (b"ARROW1", _ARROW),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the data; fetch it (git lfs pull)"),
 )
 _UTF16 = "is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
 _TABLE = f"is a table (CSV or TSV); write JSON lines, each {RECORD}"
@@ -84,6 +85,23 @@ def foreign_lines(path: Path) -> str | None:
     return None
 
 
+def files_below(folder: Path, ending: str) -> list[Path]:
+    """Files of an ending, in any case, below a folder in order of their names.
+
+    Hidden files and folders are left out: copies of editors and notebooks, and what macOS stores
+    beside each file. So is what cannot be read as a file, such as a pipe; links to what is not
+    there are kept, for the reader to complain of.
+    """
+    return sorted(
+        f for f in folder.rglob("*") if f.suffix.lower() == ending and _is_data(f, folder)
+    )
+
+
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and (file.is_file() or not file.exists())
+
+
 def is_tar(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a POSIX or GNU tar archive."""
     return head[257:262] == b"ustar"
@@ -93,6 +111,8 @@ def foreign_folder(path: Path) -> str:
     """What a folder without any .jsonl file holds, and what to do."""
     endings: dict[str, int] = {}
     for file in islice(path.rglob("*"), MAX_LISTED):
+        if not _is_data(file, path):
+            continue
         ending = file.suffix.lower()
         endings[ending] = endings.get(ending, 0) + 1
     if ".jsonl" in endings:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from neounify.data.formats import foreign_folder, foreign_lines
+from neounify.data.formats import files_below, foreign_folder, foreign_lines
 from neounify.data.pictures import with_pictures
-from neounify.data.record import sample_from_record
+from neounify.data.record import parse_json, sample_from_record
 from neounify.data.sample import DataError, Sample
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -69,7 +68,7 @@ class JsonlSource:
             # Opened anew each time: worker processes must not share a place in the file.
             with file.open("rb") as stream:
                 stream.seek(start)
-                record = json.loads(stream.read(length))
+                record = parse_json(stream.read(length))
             root = self.root or file.parent
             sample = sample_from_record(record, root, self.task, self.ignored)
             sample = with_pictures(sample, root, colour_profiles=self.colour_profiles)
@@ -87,7 +86,7 @@ def _files(path: Path) -> list[Path]:
             raise DataError(f"the data {path} is neither a file nor a folder")
         files = [path]
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() == ".jsonl")
+            files = files_below(path, ".jsonl")
         if not files:
             raise DataError(f"the data {path} {foreign_folder(path)}")
         for file in files:

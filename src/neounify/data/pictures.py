@@ -11,6 +11,10 @@ from PIL import Image
 from neounify.data.sample import DataError, ImagePart, Part, Sample, Turn
 from neounify.errors import ImageError
 from neounify.image import read_image
+from neounify.image.io import MAX_DECODED_PIXELS
+
+MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
+"""Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
 
 
 def with_pictures(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
@@ -25,10 +29,20 @@ def with_pictures(sample: Sample, root: Path, *, colour_profiles: bool = True) -
 def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
     """The sample with the pictures that are still paths exchanged for what `read` makes of them."""
 
+    pixels = 0
+
     def mapped(part: Part) -> Part:
+        nonlocal pixels
         if not isinstance(part, ImagePart) or not isinstance(part.image, Path):
             return part
-        return ImagePart(read(part.image), part.role)
+        image = read(part.image)
+        pixels += image.width * image.height
+        if pixels > MAX_SAMPLE_PIXELS:
+            raise DataError(
+                f"the images of the sample have more than {MAX_SAMPLE_PIXELS:,} pixels together; "
+                "make them smaller, or split the record"
+            )
+        return ImagePart(image, part.role)
 
     turns = (Turn(turn.role, tuple(mapped(part) for part in turn.parts)) for turn in sample.turns)
     return replace(sample, turns=tuple(turns))
@@ -47,8 +61,14 @@ def read_picture(source: Path | bytes, name: str, *, colour_profiles: bool = Tru
 
 def _inside(path: Path, root: Path) -> Path:
     """The path, once links are followed, if it lies below the root."""
-    base = root.resolve()
-    resolved = path.resolve()
+    try:
+        base, resolved = root.resolve(), path.resolve()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # links in a circle; names no file can have
+        raise DataError(f"the image {path.name[:80]!r} cannot be found: {error}"[:300]) from error
     if not resolved.is_relative_to(base):
         raise DataError(
             f"the image {path.name} lies outside the data folder {root}; name the folder of the "

@@ -13,6 +13,7 @@ from neounify.data.sample import DataError, Sample
 from neounify.data.source import Source, sample_place, source_name
 from neounify.errors import NeounifyError
 
+MAX_MESSAGE_CHARS = 600
 MAX_PROBED = 50
 """Samples of a source that are tried before it counts as one of which nothing can be used."""
 
@@ -40,9 +41,18 @@ def skipped_sample(mixture: Mixture, source: int, number: int, error: Exception)
     """The report on one sample; the place is named once."""
     place = sample_place(mixture.sources[source], number)
     text = str(error) if isinstance(error, NeounifyError) else f"{type(error).__name__}: {error}"
-    # One line, however many the error has.
-    text = " ".join(text.split())
-    return Skipped(source, number, text if text.startswith(place) else f"{place}: {text}")
+    return Skipped(source, number, _line(text if text.startswith(place) else f"{place}: {text}"))
+
+
+def _line(text: str) -> str:
+    """One line of bounded length, however long and odd the names of files in it are.
+
+    Names that are not UTF-8 hold characters that no file of text can, others control characters.
+    """
+    plain = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
+    )
+    return plain if len(plain) <= MAX_MESSAGE_CHARS else plain[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
 def probe_sources(

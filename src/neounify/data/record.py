@@ -12,6 +12,7 @@ in a gpt turn is a target. Text is trained on in gpt turns only. "images" is ano
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ ROLE_OF: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+
+MAX_ID_CHARS = 200
+MAX_IMAGES = 1000
+"""Images of one record; each is read before the tokens of a sample are counted."""
 
 # Names that published data files use for what is one of our tasks.
 TASK_ALIASES = {
@@ -118,8 +123,23 @@ def sample_from_record(
     if named is None:
         named = _infer_task(turns)
     if not isinstance(named, str):
-        raise DataError(f'"task" is {named!r}, not a string')
-    return Sample(TASK_ALIASES.get(named, named), turns, str(record.get("id", "")))
+        raise DataError(f'"task" is {named!r:.80}, not a string')
+    identity = record.get("id")
+    name = "" if identity is None else str(identity)[:MAX_ID_CHARS]
+    return Sample(TASK_ALIASES.get(named, named), turns, name)
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON in UTF-8, with or without a mark in front. Raises DataError for any other text."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start}); convert it "
+            "(iconv -t UTF-8, with -f and what it is in now)"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from error
 
 
 def _segment_flags(turn: Turn) -> list[bool]:
@@ -142,7 +162,13 @@ def _image_paths(value: Any) -> list[str]:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise DataError('"image" must be a path or a list of paths, none of them empty')
+    if len(paths) > MAX_IMAGES:
+        raise DataError(f"a record names {len(paths):,} images, at most {MAX_IMAGES:,} are read")
     for path in paths:
+        if path.startswith("data:"):
+            raise DataError(
+                f"{path[:40]!r}… is an image as text (a data URL); write it to a file and name that"
+            )
         if "://" in path:
             raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
     return paths
@@ -153,7 +179,7 @@ def _speaker_and_value(entry: Any) -> tuple[Role, str]:
         raise DataError('each of "conversations" needs a "from" and a text "value"')
     speaker = entry.get("from")
     if not isinstance(speaker, str) or speaker not in ROLE_OF:
-        raise DataError(f'"from" is {speaker!r}; known are {", ".join(ROLE_OF)}')
+        raise DataError(f'"from" is {speaker!r:.80}; known are {", ".join(ROLE_OF)}')
     return ROLE_OF[speaker], entry["value"]
 
 

@@ -114,7 +114,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise DataError(f"the task {self.task!r} is unknown; tasks are {', '.join(TASKS)}")
+            raise DataError(f"the task {self.task[:80]!r} is unknown; tasks are {', '.join(TASKS)}")
         roles = [turn.role for turn in self.turns]
         talk = roles[1:] if roles[:1] == ["system"] else roles
         if not talk or talk != ["user", "assistant"] * (len(talk) // 2):

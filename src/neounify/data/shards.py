@@ -26,10 +26,12 @@ from PIL import Image
 
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
 from neounify.data.pictures import map_pictures, read_picture
-from neounify.data.record import sample_from_record, sample_to_record
+from neounify.data.record import parse_json, sample_from_record, sample_to_record
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 
 MAX_MEMBER_BYTES = 256 * 2**20
+MAX_TEXT_BYTES = 16 * 2**20
+"""Size of a record or caption."""
 
 Member = tuple[int, int]
 """Where the content of a file lies in its shard: offset and size in bytes."""
@@ -45,8 +47,9 @@ class _Entry:
 
     @property
     def image(self) -> str | None:
-        """The ending of its first image."""
-        return next((e for e in self.members if _is_image(e)), None)
+        """The ending of its image: KEY.jpg before others such as KEY.depth.png."""
+        images = [ending for ending in self.members if _is_image(ending)]
+        return min(images, key=lambda ending: "." in ending, default=None)
 
     @property
     def is_sample(self) -> bool:
@@ -110,11 +113,11 @@ class ShardSource:
         entry = self._entries[index]
         try:
             return self._read(entry)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError, OverflowError) as error:
             raise DataError(f"{self.place(index)}: {error}") from error
 
     def _read(self, entry: _Entry) -> Sample:
-        record = json.loads(_bytes(entry, "json")) if "json" in entry.members else None
+        record = parse_json(_bytes(entry, "json")) if "json" in entry.members else None
         if record is None or (_is_metadata(record) and entry.image is not None):
             sample = _caption_pair(entry, record)
         else:
@@ -186,7 +189,8 @@ def _index(path: Path, damage: list[str]) -> list[_Entry]:
                     continue
                 key, ending = _split(name)
                 found.setdefault(key, {})[ending] = (member.offset_data, member.size)
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
+        # The last two: tarfile does not check all numbers of a damaged header.
         damage.append(f"{path.name}: {_why(path, error)}")
     return [_Entry(path, key, members) for key, members in found.items()]
 
@@ -227,7 +231,13 @@ def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
             f"name up to the first dot, here there are {named(entry.members)}"
         )
     if text is not None:
-        caption = _bytes(entry, text[1:]).decode("utf-8-sig")
+        content = _bytes(entry, text[1:])
+        try:
+            caption = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the caption is not UTF-8 text ({error.reason}); convert it"
+            ) from error
     assert isinstance(caption, str)
     if not caption.strip():
         raise DataError("the caption is empty")
@@ -236,13 +246,17 @@ def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
 
 
 def _bytes(entry: _Entry, ending: str) -> bytes:
+    """The content of a record or caption."""
+    _, size = entry.members[ending]
+    if size > MAX_TEXT_BYTES:
+        raise DataError(f"{ending} has {size} bytes, more than {MAX_TEXT_BYTES}")
     return _content(entry.shard, ending, entry.members[ending])
 
 
 def _content(shard: Path, name: str, place: Member) -> bytes:
     offset, size = place
-    if size > MAX_MEMBER_BYTES:
-        raise DataError(f"{name} has {size} bytes, more than {MAX_MEMBER_BYTES}")
+    if not 0 <= size <= MAX_MEMBER_BYTES:
+        raise DataError(f"{name} has {size} bytes; up to {MAX_MEMBER_BYTES} are read")
     with shard.open("rb") as stream:
         stream.seek(offset)
         content = stream.read(size)

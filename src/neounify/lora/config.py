@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
-from neounify.settings import STRICT, BelowOne, Count, Positive
+from neounify.checkpoint.lora_file import MAX_RANK
+from neounify.settings import STRICT, BelowOne, Positive, Range
 
 Stream: TypeAlias = Literal["und", "gen"]
 
@@ -29,7 +31,7 @@ class LoraConfig:
     `rslora` scales by alpha / √rank instead of alpha / rank. Raises ValueError.
     """
 
-    rank: Count = 16
+    rank: Annotated[int, AfterValidator(Range(1, MAX_RANK))] = 16
     alpha: Positive = 32.0
     dropout: BelowOne = 0.0
     rslora: bool = False

@@ -151,7 +151,8 @@ class Log:
         if not new:
             return
         self._listed.update(new)
-        with self.skipped_file.open("a", encoding="utf-8") as file:
+        # Names of files may hold bytes that are not UTF-8.
+        with self.skipped_file.open("a", encoding="utf-8", errors="replace") as file:
             file.writelines(message + "\n" for message in new)
         for message in new[: MAX_SHOWN - self._shown]:
             self._say(f"skipped {message}", "yellow")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.finite import all_finite
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
 from neounify.data.mixture import Mixture
@@ -97,7 +98,12 @@ class Trainer:
             self._counted = facts.get("sources")
             self.model.load_state_dict(tensors["model"])
         except (KeyError, TypeError, RuntimeError, IndexError) as error:
-            raise CheckpointError(f"{state} does not fit this run: {error}") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+            raise CheckpointError(
+                f"{state} does not fit this run: {' '.join(lines[:2])}{more}. Give the recipe the "
+                "settings it had (stages, model, lora), or start anew"
+            ) from error
         self._resumed = state
 
     def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
@@ -167,11 +173,18 @@ class Trainer:
                 if warning := watch.look(p.stage_step, means, stage):
                     self.log.warn(warning)
                 metrics = Metrics(self.model.device)
-            if p.stage_step % stage.save_every == 0 or p.stage_step == stage.steps:
+            # Weights that give no finite loss must not take the place of earlier ones.
+            due = p.stage_step % stage.save_every == 0 and not in_a_row
+            if due or p.stage_step == stage.steps:
                 self._save(stage, optimizers, ema, tally)
             if p.stage_step % stage.sample_every == 0 or p.stage_step == stage.steps:
                 self._evaluate(ema)
             clock = time.monotonic()
+        if in_a_row:
+            self.log.warn(
+                f"the last {in_a_row} steps were not finite: the model is likely damaged. "
+                f"{settings_against_divergence(stage)}"
+            )
         self.log.sources(tally.summary())
         self._adopt(ema)
         if stage.lora is not None:
@@ -266,7 +279,18 @@ class Trainer:
         )
         return load_packs(mixture, build_encoder(stage, self.start), config, self._position)
 
+    def _check_finite(self, stage: StageRecipe) -> None:
+        """Raise TrainingStopped for weights that are NaN or infinite: no state holds them."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not all_finite(parameter.detach()):
+                raise TrainingStopped(
+                    f"training diverges: {name} is NaN or infinite after step "
+                    f"{self.progress.step:,}, which is not saved; earlier states in {self.states} "
+                    f"are unchanged. {settings_against_divergence(stage)}"
+                )
+
     def _save(self, stage: StageRecipe, optimizers: Optimizers, ema: Ema, tally: Tally) -> None:
+        self._check_finite(stage)
         position = self._position.to_json() if self._position else None
         facts = {
             "recipe": self.recipe.name,
@@ -275,6 +299,7 @@ class Trainer:
             "position": position,
             "ema_updates": ema.updates,
             "sources": tally.to_json(),
+            "optimizer_parameters": optimizers.names(),
             "config": write_config(self.model.config),
         }
         tensors = {
@@ -287,10 +312,15 @@ class Trainer:
 
     def _restore(self, optimizers: Optimizers, ema: Ema, state: Path) -> None:
         tensors, facts = load_state(state)
-        states = optimizers.state()
-        unflatten_optimizer(tensors["optimizer"], states)
-        optimizers.load_state(states)
-        ema.load(tensors["ema"], facts["ema_updates"])
+        optimizers.load_state(
+            unflatten_optimizer(tensors["optimizer"]), facts.get("optimizer_parameters")
+        )
+        try:
+            ema.load(tensors["ema"], int(facts["ema_updates"]))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{state} does not fit this run: its mean lacks {error}"
+            ) from error
 
     def _evaluate(self, ema: Ema) -> None:
         if self.evaluate is None:

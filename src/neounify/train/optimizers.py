@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from neounify.checkpoint.names import LABELS, part_of, stream_of
-from neounify.errors import ConfigError
+from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
 from neounify.settings import (
     STRICT,
@@ -75,6 +76,13 @@ class Schedule:
         return self.final + (1 - self.final) * shape
 
 
+_KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
+"""What an optimizer keeps of each parameter."""
+
+
 class Optimizers:
     """One or two of torch's optimizers as one."""
 
@@ -119,13 +127,71 @@ class Optimizers:
     def state(self) -> list[dict[str, Any]]:
         return [member.state_dict() for member in self.members]
 
-    def load_state(self, states: list[dict[str, Any]]) -> None:
-        for member, state in zip(self.members, states, strict=True):
-            member.load_state_dict(state)
+    def names(self) -> list[list[str]]:
+        """The parameters of each optimizer, in the order in which its state numbers them."""
+        return [[n for group in m.param_groups for n in group["names"]] for m in self.members]
+
+    def load_state(
+        self, saved: Sequence[Mapping[int, Mapping[str, Any]]], names: Any = None
+    ) -> None:
+        """Take over what each optimizer kept of its parameters, by their `names` at that time.
+
+        A change of settings may have put parameters in another order since. Without names, as in
+        states of earlier versions, the order must be the same. Raises CheckpointError when other
+        parameters were trained, or by another optimizer; torch would compute with their states.
+        """
+        before = _checked_names(names) or self.names()
+        if changed := sorted(set(chain(*before)) ^ set(chain(*self.names()))):
+            raise CheckpointError(
+                f"the state is of a run that trained other parameters ({len(changed)} differ, "
+                f"{changed[0]} first): give freeze and lora the values they had, or start anew"
+            )
+        try:
+            kept = {
+                before[member][place]: values
+                for member, places in enumerate(saved)
+                for place, values in places.items()
+            }
+        except IndexError as error:
+            raise CheckpointError(
+                "the state is of another optimizer or other parameters"
+            ) from error
+        for member, mine in zip(self.members, self.names(), strict=True):
+            parameters = [p for group in member.param_groups for p in group["params"]]
+            for name, parameter in zip(mine, parameters, strict=True):
+                _check_kept(name, parameter, kept.get(name), _KEPT[type(member)])
+            state = {n: dict(kept[name]) for n, name in enumerate(mine) if name in kept}
+            member.load_state_dict({**member.state_dict(), "state": state})
 
     def _all_groups(self) -> Iterator[dict[str, Any]]:
         for member in self.members:
             yield from member.param_groups
+
+
+def _checked_names(names: Any) -> list[list[str]]:
+    """`Optimizers.names` out of a state's JSON; empty where it has none."""
+    if not isinstance(names, list) or not all(isinstance(row, list) for row in names):
+        return []
+    return [[str(name) for name in row] for row in names]
+
+
+def _check_kept(
+    name: str, parameter: Parameter, values: Mapping[str, Any] | None, keys: set[str]
+) -> None:
+    """Raise CheckpointError for values that cannot be what an optimizer kept of a parameter."""
+    if values is None:  # it never had a gradient
+        return
+    if set(values) != keys:
+        raise CheckpointError(
+            f"the state is of another optimizer: of {name} it keeps {sorted(values)}, needed are "
+            f"{sorted(keys)}. Give optimizer.name the value it had, or start anew"
+        )
+    for key, value in values.items():
+        if key != "step" and value.shape != parameter.shape:
+            raise CheckpointError(
+                f"the state does not fit: {key} of {name} has shape {list(value.shape)}, the "
+                f"parameter {list(parameter.shape)}"
+            )
 
 
 def _groups(model: nn.Module, config: OptimizerConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -149,7 +215,15 @@ def _groups(model: nn.Module, config: OptimizerConfig) -> list[tuple[str, dict[s
         key = (kind, _scale(name, config.lr_scale or {}), decay)
         collected.setdefault(key, []).append((name, parameter))
     return [
-        (kind, {"params": found, "scale": scale, "weight_decay": decay})
+        (
+            kind,
+            {
+                "params": [parameter for _, parameter in found],
+                "names": [name for name, _ in found],
+                "scale": scale,
+                "weight_decay": decay,
+            },
+        )
         for (kind, scale, decay), found in collected.items()
     ]
 

@@ -58,8 +58,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MAX_RECIPE_BYTES = 2**20
+MAX_RECIPE_BYTES = 2**18
 MAX_WORKERS = 1024
+MAX_BUDGET = 2**24
+MAX_COUNT = 2**16
+MAX_NAME_CHARS = 200
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -151,9 +154,9 @@ class StageRecipe:
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""
-    budget: Count = 4096
-    packs_per_step: Count = 1
-    noise_draws: Count = 1
+    budget: Annotated[int, AfterValidator(Range(1, MAX_BUDGET))] = 4096
+    packs_per_step: Annotated[int, AfterValidator(Range(1, MAX_COUNT))] = 1
+    noise_draws: Annotated[int, AfterValidator(Range(1, MAX_COUNT))] = 1
     target_pixels: AreaBounds | None = None
     target_buckets: tuple[tuple[Count, Count], ...] = ()
     input_pixels: AreaBounds | None = None
@@ -178,7 +181,13 @@ class StageRecipe:
         if not self.data:
             raise ValueError("a stage needs at least one source of data")
         check_names("freeze", self.freeze, LABELS)
-        if {"und", "gen", "shared"} <= set(self.freeze) and self.lora is None:
+        if self.freeze and self.lora is not None:
+            raise ValueError(
+                "freeze: a stage with lora trains its adapters alone, all weights are frozen; "
+                "leave freeze out, and choose the layers by lora.streams, lora.modules and "
+                "lora.layers"
+            )
+        if {"und", "gen", "shared"} <= set(self.freeze):
             raise ValueError(f"freeze: {list(self.freeze)} leaves nothing to train")
 
 
@@ -201,8 +210,10 @@ class Recipe:
             raise ValueError(f"a recipe needs stages with names of their own, got {names}")
         if (self.model.preset is None) == (self.model.checkpoint is None):
             raise ValueError("the model needs either a preset or a checkpoint")
-        if not self.name.strip() or ".." in Path(self.name).parts or Path(self.name).is_absolute():
-            raise ValueError(f"name: {self.name!r} cannot name the folder of a run")
+        parts = Path(self.name).parts
+        named = self.name.isprintable() and len(self.name) <= MAX_NAME_CHARS
+        if not named or not self.name.strip() or not parts or ".." in parts or parts[0] == "/":
+            raise ValueError(f"name: {self.name[:80]!r} cannot name the folder of a run")
         for prompt in self.prompts:
             if not prompt.strip() or IMAGE_MARK in prompt:
                 raise ValueError(f"prompts: {prompt!r} must be text, without {IMAGE_MARK}")
@@ -211,15 +222,21 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Raises ConfigError that names the file and the field."""
     try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
+        with path.open("rb") as file:
+            content = file.read(MAX_RECIPE_BYTES + 1)
+        if len(content) > MAX_RECIPE_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes")
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(content.decode("utf-8-sig"))  # some editors write a mark in front
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply") from error
     try:
         return recipe_from_table(table)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatch
@@ -12,14 +14,14 @@ import torch
 
 from neounify.config import ModelConfig
 from neounify.data.encode import Encoder
-from neounify.data.formats import foreign_folder
+from neounify.data.formats import files_below, foreign_folder
 from neounify.data.jsonl import JsonlSource
 from neounify.data.mixture import Mixture
 from neounify.data.sample import DataError
 from neounify.data.scenes import SceneDataset, scene_config
 from neounify.data.shards import ShardSource
 from neounify.data.source import Source
-from neounify.errors import ConfigError
+from neounify.errors import CheckpointError, ConfigError
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
 from neounify.presets import PRESETS
@@ -61,8 +63,7 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
         tokenizer = Tokenizer.from_folder(kept)
     else:
         tokenizer = _tokenizer(recipe)
-        kept.mkdir(parents=True)
-        tokenizer.save(kept)
+        _save_tokenizer(tokenizer, kept)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
@@ -144,23 +145,30 @@ def _shards(pattern: str) -> list[Path]:
     Raises DataError when there are none.
     """
     path = Path(pattern)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() == ".tar"]
-    else:
-        folders = [path.parent]
-        if "*" in str(path.parent):
-            base = Path(path.anchor)
-            folders = list(base.glob(str(path.parent.relative_to(base))))
-        names = path.name.lower()
-        found = [
-            f for folder in folders for f in folder.glob("*") if fnmatch(f.name.lower(), names)
-        ]
+    try:
+        if path.is_file():
+            return [path]
+        found = files_below(path, ".tar") if path.is_dir() else _matching(path)
+    except (OSError, ValueError) as error:  # ValueError: "**" beside other characters
+        raise DataError(
+            f"the data {pattern[:200]!r} cannot be looked for: {error}"[:500]
+        ) from error
     if not found:
         what = foreign_folder(path) if path.is_dir() else "is not there"
+        if "{" in path.name:
+            what += "; braces are not expanded, write * (it stands for any characters of a name)"
         raise DataError(f"the data {pattern} {what}")
     return sorted(found)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Files whose names match a pattern, in any case."""
+    folders = [pattern.parent]
+    if "*" in str(pattern.parent):
+        base = Path(pattern.anchor)
+        folders = list(base.glob(str(pattern.parent.relative_to(base))))
+    name = pattern.name.lower()
+    return [f for folder in folders for f in folder.glob("*") if fnmatch(f.name.lower(), name)]
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
@@ -216,6 +224,19 @@ def _checked_changes(base: Any, changes: Mapping[str, Any], where: str) -> dict[
 
 def _kind(value: Any) -> str:
     return "a table" if is_dataclass(value) else type(value).__name__
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Written aside and moved into place: a run killed meanwhile must find none, not a half."""
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.saving")
+    try:
+        aside.mkdir(parents=True)
+        tokenizer.save(aside)
+        aside.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"the tokenizer {folder} could not be saved: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

@@ -39,6 +39,7 @@ def save_state(
     target = folder / f"step-{step:08d}"
     aside = folder / f".{target.name}.{secrets.token_hex(4)}.saving"
     try:
+        _remove_leftovers(folder)
         aside.mkdir(parents=True)
         for name in FILES:
             save_file(
@@ -59,6 +60,12 @@ def save_state(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed while they saved have left: gigabytes each."""
+    for path in folder.glob(".step-*.saving") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune_states(folder: Path, keep: int, step: int) -> None:
@@ -176,16 +183,16 @@ def flatten_optimizer(states: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def unflatten_optimizer(tensors: Mapping[str, Tensor], states: list[dict[str, Any]]) -> None:
-    """Put named tensors back into `states`, as `flatten_optimizer` took them."""
-    for state in states:
-        state["state"] = {}
+def unflatten_optimizer(tensors: Mapping[str, Tensor]) -> list[dict[int, dict[str, Tensor]]]:
+    """What `flatten_optimizer` took: of each member, by number of the parameter and by key."""
+    found: dict[int, dict[int, dict[str, Tensor]]] = {}
     for name, value in tensors.items():
         try:
             member, parameter, key = name.split(".", 2)
-            states[int(member)]["state"].setdefault(int(parameter), {})[key] = value
-        except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{name!r} is not of this optimizer") from error
+            found.setdefault(int(member), {}).setdefault(int(parameter), {})[key] = value
+        except ValueError as error:
+            raise CheckpointError(f"{name!r} is not of an optimizer's state") from error
+    return [found.get(member, {}) for member in range(max(found, default=-1) + 1)]
 
 
 def _step(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from neounify.data.loader import Loaded
@@ -77,7 +78,8 @@ class Tally:
         """Take over what `to_json` wrote; nothing from what is absent or of other sources."""
         if not isinstance(record, list) or len(record) != len(self.damaged):
             return
-        for number, item in enumerate(record):
-            self.used[number] = int(item["used"])
-            self.skipped[number] = int(item["skipped"])
-            self.damaged[number] = {int(n) for n in item["damaged"]}
+        with suppress(KeyError, TypeError, ValueError):  # only counts, on which nothing depends
+            for number, item in enumerate(record):
+                self.used[number] = int(item["used"])
+                self.skipped[number] = int(item["skipped"])
+                self.damaged[number] = {int(n) for n in item["damaged"]}
