@@ -103,6 +103,16 @@ def test_refused_before_loading(run: Run, arguments: tuple[str, ...], words: str
 
 
 @pytest.mark.usefixtures("no_loading")
+def test_the_folder_of_a_run_is_no_lora_but_holds_one(run: Run) -> None:
+    adapter = Path("run/adapter/adapter_model.safetensors")
+    adapter.parent.mkdir(parents=True)
+    adapter.touch()
+    ran = run("generate", "a", "--lora", "run")
+    assert ran.code == 1
+    assert f"the folder holds no {adapter.name}; {adapter.parent} does" in ran.err
+
+
+@pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
     ("command", "lines", "words"),
     [

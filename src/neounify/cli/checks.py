@@ -95,7 +95,9 @@ def check_loras(texts: list[str] | None) -> None:
         if path.is_file():
             MappedFile(path)
         elif not (path / PEFT_WEIGHTS).is_file():
-            raise CliError(f"--lora {path}: the folder holds no {PEFT_WEIGHTS}")
+            below = path / "adapter"  # where a run of training puts it
+            hint = f"; {below} does" if (below / PEFT_WEIGHTS).is_file() else ""
+            raise CliError(f"--lora {path}: the folder holds no {PEFT_WEIGHTS}{hint}")
 
 
 def check_prompt(prompt: str, images: int) -> None:
