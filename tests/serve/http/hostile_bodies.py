@@ -112,6 +112,13 @@ def _small_json() -> Iterator[tuple[str, Sent]]:
     yield "a key of 900k characters", raw_chat(b'"' + b"k" * 900 * K + b'": 1')
     yield "a model of 900k characters", chat("x", model="m" * 900 * K)
     yield "a bias of all tokens", chat("x", logit_bias={str(n): 1 for n in range(19 * K)})
+    for name, text in {
+        "an image of spaces": "![a](data:image/" + " " * 150 * K,
+        "images of spaces": ("![](" + " " * 200) * 500,
+        "images of results": ("![](/v1/results/" + "a" * 400) * 300,
+    }.items():
+        turns = [{"role": "assistant", "content": text}, {"role": "user", "content": "x"}]
+        yield f"an answer with {name}", chat("x", messages=turns)
     yield "many roles", chat("x", messages=[{"role": "system", "content": "x"}] * 1000)
     yield "1001 messages", chat("x", messages=[{"role": "user", "content": "x"}] * 1001)
     yield "1000 parts", chat([{"type": "text", "text": "x"}] * 1000)

@@ -11,9 +11,10 @@ from pydantic import BaseModel, BeforeValidator, Field
 from neounify.serve.http.text_fields import Text
 
 # An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay
-# text, as fetching them is nothing that an answer asks for.
+# text, as fetching them is nothing that an answer asks for. Space behind a URL is part of it: two
+# repetitions of space in a row would take quadratic time.
 _MARKDOWN_IMAGE = re.compile(
-    r"!\[[^\[\]]{0,300}\]\(\s*((?:data:image/)[^()]*|[^\s()]{0,500}/v1/results/[\w.-]{20,80})\s*\)",
+    r"!\[[^\[\]]{0,300}\]\(\s*(data:image/[^()]*|[^\s()]{0,500}/v1/results/[\w.-]{20,80}\s*)\)",
     re.ASCII | re.IGNORECASE,
 )
 
