@@ -19,8 +19,9 @@ from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
 from neounify.serve.generation import GenerationEngine
-from neounify.serve.hosts import EngineSettings, ProcessHost, ThreadHost
+from neounify.serve.hosts import ProcessHost, ThreadHost
 from neounify.serve.link import EngineLink
+from neounify.serve.process import EngineSettings
 from neounify.serve.service import Service, ServiceLimits
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
 from serving import collect, same_image, serve
@@ -134,12 +135,13 @@ def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: s
     request = chatting(tokens=4000) if kind == "chat" else painting(pipe, 900)
 
     async def work(service: Service) -> dict[str, float]:
-        events = service.answer(request, previews=3)
+        events = service.answer(request)
         if kind == "chat":
             await anext(events)
         else:
             task = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0.3)
+            while not service.gauges().get("gen_images"):
+                await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -20,9 +20,10 @@ from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import EngineDied
 from neounify.serve.generation import GenerationEngine
-from neounify.serve.hosts import EngineSettings, ProcessHost, ProcessSettings, WatchSettings
+from neounify.serve.hosts import ProcessHost, WatchSettings
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.link import EngineLink
+from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import Service
 from neounify.serve.understanding import UnderstandingEngine
 from serving import collect, same_image, serve

@@ -17,7 +17,8 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
-from neounify.serve.hosts import EngineSettings, ThreadHost
+from neounify.serve.hosts import ThreadHost
+from neounify.serve.process import EngineSettings
 from neounify.serve.service import Service
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
 from scripting import script_sampler

@@ -27,7 +27,7 @@ from neounify.presets import TINY
 from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
-from neounify.serve.hosts import EngineSettings
+from neounify.serve.process import EngineSettings
 from neounify.serve.understanding import UnderstandingSettings
 from neounify.text.template import TextSegment
 from scripting import script_sampler

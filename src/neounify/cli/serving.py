@@ -130,7 +130,8 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
 
     from neounify.serve.build import Mode, ServeSettings
     from neounify.serve.generation import GenerationSettings
-    from neounify.serve.hosts import EngineSettings, WatchSettings
+    from neounify.serve.hosts import WatchSettings
+    from neounify.serve.process import EngineSettings
     from neounify.serve.service import ServiceLimits
     from neounify.serve.understanding import UnderstandingSettings
 

@@ -14,15 +14,9 @@ from neounify.config import ModelConfig
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.front import Front
 from neounify.pipeline.load import load_front
-from neounify.serve.hosts import (
-    EngineSettings,
-    ProcessHost,
-    ProcessSettings,
-    Role,
-    ThreadHost,
-    WatchSettings,
-)
+from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
 from neounify.serve.link import EngineLink
+from neounify.serve.process import EngineSettings, ProcessSettings, Role
 from neounify.serve.service import Service, ServiceLimits
 from neounify.serve.session import Links
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes

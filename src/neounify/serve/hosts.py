@@ -22,23 +22,12 @@ from neounify.serve.process import (
     EngineSettings,
     ProcessSettings,
     Ready,
-    Role,
     run_process,
 )
 from neounify.serve.shared_memory import PREFIX, remove_pieces
 from neounify.serve.transport import LocalTransport
 from neounify.serve.understanding import UnderstandingEngine
 from neounify.serve.worker import Worker, receive_orders
-
-__all__ = [
-    "EngineSettings",
-    "Host",
-    "ProcessHost",
-    "ProcessSettings",
-    "Role",
-    "ThreadHost",
-    "WatchSettings",
-]
 
 log = logging.getLogger("neounify.serve")
 

@@ -175,9 +175,7 @@ def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any]) -> 
             response.close()
         wait_until(lambda: service.open == body.get("n", 1))
         connection.close()
-        left = time.monotonic()
         wait_until(lambda: service.open == 0)
-        assert time.monotonic() - left < 2
         metrics = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
         metrics.request("GET", "/metrics")
         text = metrics.getresponse().read().decode()
