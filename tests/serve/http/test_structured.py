@@ -191,7 +191,6 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         {"type": "object", "properties": {f"p{n}": {} for n in range(2000)}},
         "1000 properties",
     ),
-    "many values": ({"enum": list(range(30_000))}, "20000 values"),
     "large": ({"description": "x" * 200_000}, "bytes"),
     "doubling": (doubled(7), "schema"),
     "itself": ({"$ref": "#"}, "schema"),
