@@ -152,7 +152,9 @@ class Service:
             )
         if self._image_tokens + tokens > self.limits.image_tokens:
             raise Overloaded(
-                "as many images are being painted as the limit allows", self._retry_after()
+                f"images of {self._image_tokens:,} tokens are in progress and this request's have "
+                f"{tokens:,}, the limit is {self.limits.image_tokens:,}",
+                self._retry_after(),
             )
         self._active += 1
         self._image_tokens += tokens
