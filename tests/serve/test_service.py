@@ -355,6 +355,7 @@ def test_long_work_leaves_the_event_loop(
     async def work(service: Any) -> int:
         encode, pack = pipe.tokenizer.encode, service.links.transport.pack
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
+        monkeypatch.setattr(service.links.transport, "copies", True)
         monkeypatch.setattr(service.links.transport, "pack", watched("pack", pack))
         monkeypatch.setattr(session, "_digest", watched("digest", session._digest))
         await collect(service, request)

@@ -96,10 +96,9 @@ class _Usage:
 
 async def chat(session: Session, front: Front, request: ChatRequest, previews: int) -> Events:
     """Text, the thought and calls of functions apart from the answer."""
-    # Off the event loop, as a schema may take a while to compile and a prompt to tokenise.
-    sampling = await asyncio.to_thread(constrained, front, request)
-    prompt = await asyncio.to_thread(prompt_of, front, request)
-    images = await asyncio.to_thread(chat_images, front, request)
+    # Off the event loop, as a schema may take a while to compile and a prompt to tokenise; once,
+    # as each way into a thread and back waits for the interpreter beside the engines.
+    sampling, prompt, images = await asyncio.to_thread(_prepare_chat, front, request)
     parts = await session.parts(prompt, images, front.config.token_size)
     text = AnswerEvents(
         front,
@@ -110,6 +109,13 @@ async def chat(session: Session, front: Front, request: ChatRequest, previews: i
     stops = frozenset((front.token(IM_END),))
     async for event in _write(session, parts, text, sampling, stops, request.max_new_tokens):
         yield event
+
+
+def _prepare_chat(
+    front: Front, request: ChatRequest
+) -> tuple[SamplingSettings, Prompt, list[Tensor]]:
+    sampling = constrained(front, request)
+    return sampling, prompt_of(front, request), chat_images(front, request)
 
 
 async def complete(

@@ -214,14 +214,21 @@ class Session:
 
     async def pack(self, **tensors: Tensor) -> Parcel:
         """A parcel that is freed with the session, if nobody has taken it. Raises OutOfMemory."""
-        packing = asyncio.ensure_future(asyncio.to_thread(self.links.transport.pack, tensors))
+        transport = self.links.transport
+        if not transport.copies:
+            parcel = transport.pack(tensors)
+            self._hold(parcel)
+            return parcel
+        packing = asyncio.ensure_future(asyncio.to_thread(transport.pack, tensors))
         # The thread goes on when the waiting is given up; then nobody will hold the parcel.
         packing.add_done_callback(self._hold_packed)
         return await asyncio.shield(packing)
 
     async def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
         """The tensors of a parcel that came with an answer. Raises ParcelGone."""
-        tensors = await asyncio.to_thread(self.links.transport.take, parcel)
+        take = self.links.transport.take
+        copies = self.links.transport.copies
+        tensors = await asyncio.to_thread(take, parcel) if copies else take(parcel)
         self._parcels.pop(id(parcel), None)
         return tensors
 

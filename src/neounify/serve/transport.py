@@ -52,7 +52,12 @@ Parcel = LocalParcel | SharedParcel
 
 
 class Transport(Protocol):
-    """Packs tensors for one receiver, who takes them out."""
+    """Packs tensors for one receiver, who takes them out.
+
+    `copies`: whether that copies them, which takes as long as they are large.
+    """
+
+    copies: bool
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
         """A parcel with copies of the tensors, or the tensors themselves. Raises OutOfMemory."""
@@ -72,6 +77,8 @@ def free(parcel: Parcel) -> None:
 class LocalTransport:
     """For engines in one process: parcels hold the tensors themselves."""
 
+    copies = False
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
         return LocalParcel(dict(tensors))
 
@@ -89,6 +96,8 @@ class SharedTransport:
 
     Its pieces are named `prefix` and 1, 2, 3, …; `made` is the newest number.
     """
+
+    copies = True
 
     def __init__(self, prefix: str | None = None) -> None:
         self.prefix = prefix or f"{PREFIX}{secrets.token_hex(6)}_"
