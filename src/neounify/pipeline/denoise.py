@@ -71,15 +71,13 @@ class PaintJob:
         """Take the next step, from the clean images predicted behind each prefix."""
         t, branches, first = self.t, self.branches(), self.steps_done == 0
         v = {b: velocity(x, self.z, t, self.t_eps) for b, x in predictions.items()}
-        guided, zeroed = v["cond"], False
-        if self.guidance.acts_at(t):
-            guided = self.guidance.combine(v, first_step=first)
-            zeroed = self.guidance.zeroes(first_step=first)
+        acts = len(branches) > 1
+        guided = self.guidance.combine(v, first_step=first) if acts else v["cond"]
         if branches != self._last_branches:
             self.solver.reset()
         self._last, self._last_branches = (guided, self.z, t), branches
         self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
-        if zeroed:
+        if acts and self.guidance.zeroes(first_step=first):
             self.solver.reset()
         self.steps_done += 1
 
