@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.experiments.bench import Bench, open_model
 from benchmarks.experiments.intervals import Paired
-from benchmarks.experiments.options import add_options, bench_of
+from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from benchmarks.experiments.wordings import EDITS, PROMPTS, QUESTIONS, Wording
 from neounify.data.scenes import render, sample_rng, scene_config
@@ -56,8 +56,7 @@ class Form:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, world="default", cases=200)
-    parser.add_argument("--model", type=Path, help="checkpoint folder; default: the bundled one")
+    add_checkpoint_options(parser)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:

@@ -20,6 +20,12 @@ def add_options(parser: argparse.ArgumentParser, *, world: str, cases: int) -> N
     parser.add_argument("--batch-size", type=int, default=64, help="cases at once; default: 64")
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Options of an experiment with one trained checkpoint."""
+    add_options(parser, world="default", cases=200)
+    parser.add_argument("--model", type=Path, help="checkpoint folder; default: the bundled one")
+
+
 def bench_of(arguments: argparse.Namespace) -> Bench:
     """How SceneBench is to ask, as the command line says."""
     return Bench(

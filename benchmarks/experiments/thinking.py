@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.experiments.bench import Bench, open_model, outcomes
 from benchmarks.experiments.intervals import Paired
-from benchmarks.experiments.options import add_options, bench_of
+from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from neounify.data.scenes import scene_config
 from neounify.evaluate.scenebench import Example, PipelineSubject, Rate, Subject
@@ -48,8 +48,7 @@ class Thought:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, world="default", cases=200)
-    parser.add_argument("--model", type=Path, help="checkpoint folder; default: the bundled one")
+    add_checkpoint_options(parser)
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
