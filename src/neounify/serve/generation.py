@@ -105,7 +105,7 @@ class GenerationEngine:
         """Work on a denoising step for a bounded time, a short one beside text.
 
         Images whose turn it is share a step. One that alone has more tokens than a step is to
-        have does not hold up the others: its step and those of the others go on by turns. Raises
+        have does not hold up the others: its step and those of the others alternate. Raises
         what concerns all images; what fails for one is the answer to its call.
         """
         most = self._short_step() if beside_text else self.settings.step_tokens

@@ -315,7 +315,7 @@ class _ProcessLife:
                 _write(self._connection, order, deliver)
             self._connection.send(None)
         except OSError:
-            return  # the process is gone, which the reading thread tells
+            return  # the process is gone, which the reading thread reports
 
 
 def _write(connection: Connection, order: Order, deliver: Deliver) -> None:

@@ -116,14 +116,14 @@ class EngineLink:
             self.close_call(call)
 
     def down(self) -> EngineDied:
-        """The error for whoever calls an engine that is not up."""
+        """The error for calls to an engine that is not up."""
         return EngineDied(f"the {self.name} engine is being started again; try again soon")
 
     def open_call(self, *, preparing: bool = False) -> Call:
         """A call for orders to carry the number of.
 
-        Raises EngineDied while the engine is down, and before it is prepared to anybody but those
-        who prepare it.
+        Raises EngineDied while the engine is down, and before it is prepared unless the call is
+        part of preparing it.
         """
         if not self._alive or (self._preparing and not preparing):
             raise self.down()

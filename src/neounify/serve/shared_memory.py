@@ -84,8 +84,8 @@ def remove_pieces(prefix: str, *, after: int = 0) -> int:
 class SharedSpace:
     """The names of one server's pieces, which are its own while it holds a lock.
 
-    What is left of a server that was killed is removed by whoever comes next: an engine of it that
-    notices, or another server when it starts.
+    The pieces of a server that was killed are removed by one of its engines that notices, or by
+    the next server when it starts.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """How tensors travel between the engines: by reference, or through shared memory.
 
 A parcel is for one receiver, who takes the tensors out once. It belongs to the front of the server
-from the moment it packs it or is told of it: what nobody has taken when a call ends is freed there,
-whoever packed it and whoever it was for.
+from the moment it packs it or receives it: what was not taken when a call ends is freed there, no
+matter which side packed it.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class ChatOptions(TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StoryOptions(ImageGuidanceOptions, TextOptions):
-    """How text and images by turns are made."""
+    """Options of interleaved answers."""
 
     max_images: Annotated[
         int | None,

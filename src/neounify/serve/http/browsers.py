@@ -1,6 +1,6 @@
 """Middleware that guards browsers: host names that are answered, other sites, headers of answers.
 
-A server without keys trusts whoever reaches it. A web page of another site must not: neither by
+A server without keys trusts all its callers. A web page of another site must not: neither by
 pointing a name of its own at this machine (DNS rebinding; its Host header names that site), nor by
 sending forms here (Sec-Fetch-Site says so), nor by framing the page.
 """
