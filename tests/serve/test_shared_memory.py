@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,13 @@ import torch
 
 from neounify.serve import shared_memory
 from neounify.serve.events import OutOfMemory
-from neounify.serve.shared_memory import SharedSpace, folder, remove_abandoned, remove_pieces
+from neounify.serve.shared_memory import (
+    SharedSpace,
+    folder,
+    remove_abandoned,
+    remove_after_end,
+    remove_pieces,
+)
 from neounify.serve.transport import SharedParcel, SharedTransport, free
 
 MEGABYTE = torch.zeros(2**18)
@@ -81,6 +88,20 @@ def test_what_a_killed_server_left_is_removed_by_the_next() -> None:
         space.close()
     assert pieces(space.prefix) == set()
     space.close()
+
+
+def test_an_engine_waits_for_the_end_of_a_server_that_is_being_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        prefix = process.stdout.readline().decode().strip()
+        sweep = threading.Thread(target=remove_after_end, args=(prefix + "und1_", 30.0))
+        sweep.start()
+        remove_after_end("another", 30.0)  # no such server: at once
+        assert len(pieces(prefix)) == 4
+        process.kill()
+        sweep.join(20)
+        assert not sweep.is_alive()
+    assert pieces(prefix) == set()
 
 
 def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:

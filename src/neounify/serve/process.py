@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from neounify.pipeline import load
-from neounify.runtime import keep_freed_memory
+from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import Order, Reply, Report
-from neounify.serve.shared_memory import remove_abandoned
+from neounify.serve.shared_memory import remove_after_end
 from neounify.serve.transport import SharedTransport
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.serve.worker import Worker, receive_orders
@@ -87,12 +87,13 @@ def run_process(connection: Connection, settings: ProcessSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     line = _Line(connection)
-    heartbeat = Heartbeat(line.send)
+    assert settings.pieces is not None
+    heartbeat = Heartbeat(line.send, settings.pieces)
     heartbeat.start()
     try:
         _work(line, heartbeat, settings)
     except FrontGone:
-        remove_abandoned()
+        remove_after_end(settings.pieces)
 
 
 def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
@@ -116,6 +117,7 @@ def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
             gen = GenerationEngine(engine.model, settings.engines.generation, transport)
         worker = Worker(_PipeChannel(line, transport), und, gen)
         heartbeat.step_seconds = worker.step_seconds
+        freeze_objects()
         line.send(Ready())
         worker.run()
 
@@ -126,10 +128,10 @@ class Heartbeat(threading.Thread):
     Without it a step of minutes would look like a process that was stopped.
     """
 
-    def __init__(self, send: Callable[[object], None]) -> None:
+    def __init__(self, send: Callable[[object], None], pieces: str) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.step_seconds: Callable[[], float] = lambda: 0.0
-        self._send = send
+        self._send, self._pieces = send, pieces
 
     def run(self) -> None:
         while True:
@@ -137,7 +139,7 @@ class Heartbeat(threading.Thread):
             try:
                 self._send(Beat(self.step_seconds()))
             except FrontGone:
-                remove_abandoned()
+                remove_after_end(self._pieces)
                 os._exit(1)  # in the middle of a step: nobody waits for what comes of it
 
 

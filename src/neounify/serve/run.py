@@ -13,7 +13,7 @@ from pathlib import Path
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from neounify.runtime import switch_threads_often
+from neounify.runtime import freeze_objects, switch_threads_often
 from neounify.serve.address import bound
 from neounify.serve.build import ServeSettings, build_service
 from neounify.serve.collector import EngineCollector
@@ -107,6 +107,7 @@ class _Server(uvicorn.Server):
     async def startup(self, *args: object, **options: object) -> None:
         await super().startup(*args, **options)  # type: ignore[arg-type]
         if self.started:
+            freeze_objects()
             self._tell()
 
     async def shutdown(self, *args: object, **options: object) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,9 +118,29 @@ def remove_abandoned() -> None:
     """Remove the pieces of all servers that have ended without doing it themselves."""
     for name in _names(PREFIX):
         if name.endswith(LOCK):
-            with _abandoned(folder() / name) as abandoned:
-                if abandoned:
-                    _remove_all(name.removesuffix(LOCK))
+            _remove_if_abandoned(name)
+
+
+def remove_after_end(prefix: str, seconds: float = 5.0) -> None:
+    """Remove all pieces of the server whose engine uses `prefix`, as soon as the server has ended.
+
+    An engine may see the pipe to a killed server closed before the system unlocks the server's
+    names, so it tries again for up to `seconds`.
+    """
+    end = time.monotonic() + seconds
+    for name in _names(PREFIX):
+        if name.endswith(LOCK) and prefix.startswith(name.removesuffix(LOCK)):
+            while not _remove_if_abandoned(name) and time.monotonic() < end:
+                time.sleep(0.02)
+
+
+def _remove_if_abandoned(lock_name: str) -> bool:
+    """Remove a server's pieces if it has ended; whether they are gone."""
+    path = folder() / lock_name
+    with _abandoned(path) as abandoned:
+        if abandoned:
+            _remove_all(lock_name.removesuffix(LOCK))
+    return not path.exists()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from neounify.runtime import keep_freed_memory, switch_threads_often
+from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import create_app
@@ -58,6 +58,7 @@ class Replica:
             states=lambda: self._service.states,
             page=page_folder() if self._settings.page else None,
         )
+        freeze_objects()
         return Signed(app, name)
 
     async def check_health(self) -> None:
