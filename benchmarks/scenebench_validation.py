@@ -14,14 +14,14 @@ import json
 import time
 from collections.abc import Callable
 
-from neounify.data.scenes import PRESETS, SceneDataset, render, sample_rng, sample_scene
-from neounify.data.scenes.world import SceneConfig
-from neounify.evaluate.scenebench import perceive
-from neounify.evaluate.scenebench.validation import (
+from neounify.scenes.bench import perceive
+from neounify.scenes.bench.validation import (
     validate_answers,
     validate_edits,
     validate_painting,
 )
+from neounify.scenes.world import PRESETS, SceneDataset, render, sample_rng, sample_scene
+from neounify.scenes.world.scene import SceneConfig
 
 
 def speeds(config: SceneConfig, number: int) -> dict[str, float]:

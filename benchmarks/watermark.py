@@ -16,9 +16,9 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from neounify.data.scenes import render_image, sample_rng, sample_scene, scene_config
-from neounify.serve.safety.payload import FIELDS, MIN_AGREEING, agreeing
-from neounify.serve.safety.watermark import Marker
+from neounify.provenance.payload import FIELDS, MIN_AGREEING, agreeing
+from neounify.provenance.watermark import Marker
+from neounify.scenes.world import render_image, sample_rng, sample_scene, scene_config
 
 SIDES = (64, 128, 512)
 NUMBER = 9

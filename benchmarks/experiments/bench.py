@@ -11,10 +11,10 @@ from typing import Any
 import neounify
 from neounify.bundled import bundled_model
 from neounify.data.sample import DataError
-from neounify.data.scenes.world import SceneConfig
-from neounify.evaluate.scenebench import BenchConfig, Outcome, Subject, names
-from neounify.evaluate.scenebench.runners import plan
 from neounify.pipeline import Pipeline
+from neounify.scenes.bench import BenchConfig, Outcome, Subject, names
+from neounify.scenes.bench.runners import plan
+from neounify.scenes.world.scene import SceneConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,7 @@ from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from benchmarks.experiments.wordings import EDITS, PROMPTS, QUESTIONS, Wording
-from neounify.data.scenes import render, sample_rng, scene_config
-from neounify.data.scenes.language import caption
-from neounify.evaluate.scenebench import (
+from neounify.scenes.bench import (
     PipelineSubject,
     Rate,
     Subject,
@@ -29,7 +27,9 @@ from neounify.evaluate.scenebench import (
     paint_cases,
     vqa_cases,
 )
-from neounify.evaluate.scenebench.plan import EDIT_SEEDS, BenchConfig, noise_seed, question_kinds
+from neounify.scenes.bench.plan import EDIT_SEEDS, BenchConfig, noise_seed, question_kinds
+from neounify.scenes.world import render, sample_rng, scene_config
+from neounify.scenes.world.language import caption
 
 TITLE = "forms of prompts, instructions and questions on paired cases"
 CATEGORIES = ("colours", "position", "attribution", "counting", "size")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neounify.data.sample import DataError
-from neounify.evaluate.scenebench import Rate, wilson_interval
+from neounify.scenes.bench import Rate, wilson_interval
 
 
 @dataclass(frozen=True)

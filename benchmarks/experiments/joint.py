@@ -15,8 +15,8 @@ from benchmarks.experiments.intervals import Difference, newcombe
 from benchmarks.experiments.options import add_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from benchmarks.experiments.training import JOINT, KINDS, Trained, Training, recipes, train
-from neounify.data.scenes import scene_config
-from neounify.evaluate.scenebench import PipelineSubject, Rate, Score, names
+from neounify.scenes.bench import PipelineSubject, Rate, Score, names
+from neounify.scenes.world import scene_config
 
 TITLE = "what joint training does for understanding and generation, against each alone"
 EQUAL = (

@@ -17,17 +17,17 @@ from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from neounify.config import FlowConfig
-from neounify.data.scenes import scene_config
 from neounify.errors import ConfigError
-from neounify.evaluate.scenebench import (
+from neounify.flow.noise import noise_scale
+from neounify.model import NeoUnify
+from neounify.pipeline import Pipeline
+from neounify.scenes.bench import (
     Outcome,
     PipelineSubject,
     Subject,
     contact_sheet,
 )
-from neounify.flow.noise import noise_scale
-from neounify.model import NeoUnify
-from neounify.pipeline import Pipeline
+from neounify.scenes.world import scene_config
 
 TITLE = "noise scaled with the size of the picture against fixed noise, at sizes beyond training"
 CATEGORIES = ("paint/single_object", "paint/colours")

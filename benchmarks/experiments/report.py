@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import describe_machine
-from neounify.evaluate.scenebench.run import surroundings
+from neounify.scenes.bench.run import surroundings
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

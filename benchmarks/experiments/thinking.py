@@ -13,8 +13,8 @@ from benchmarks.experiments.bench import Bench, open_model, outcomes
 from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
-from neounify.data.scenes import scene_config
-from neounify.evaluate.scenebench import Example, PipelineSubject, Rate, Subject
+from neounify.scenes.bench import Example, PipelineSubject, Rate, Subject
+from neounify.scenes.world import scene_config
 
 TITLE = "thinking before painting against painting at once, on paired cases"
 CATEGORIES = ("paint/position", "paint/attribution", "paint/two_object", "paint/counting")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
 
-from neounify.data.scenes import (
+from neounify.scenes.world import (
     FULL_STYLE,
     PRESETS,
     Scene,

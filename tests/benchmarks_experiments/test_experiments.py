@@ -16,16 +16,16 @@ from benchmarks.experiments.bench import Bench, outcomes
 from benchmarks.experiments.training import JOINT, KINDS, Training, recipes, train
 from PIL import Image
 
-from evaluate.oracle import Oracle
 from neounify.data.sample import DataError
-from neounify.data.scenes import render, scene_config
 from neounify.errors import ConfigError
-from neounify.evaluate.scenebench import BenchConfig, Painting
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
 from neounify.presets import SCENES
+from neounify.scenes.bench import BenchConfig, Painting
+from neounify.scenes.world import render, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loop import Trainer
+from scenes.bench.oracle import Oracle
 
 CASES = 4
 BENCH = Bench(world="easy", cases=CASES, steps=2)
@@ -52,7 +52,7 @@ TRAINING = Training(
 def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread; texts end early, as an untrained model never ends them; few samples measured."""
     for name in ("MAX_ANSWER_TOKENS", "MAX_THOUGHT_TOKENS"):
-        monkeypatch.setattr(f"neounify.evaluate.scenebench.subject.{name}", 4)
+        monkeypatch.setattr(f"neounify.scenes.bench.subject.{name}", 4)
     monkeypatch.setattr("benchmarks.experiments.training.MEASURED", 40)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

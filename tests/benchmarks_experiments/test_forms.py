@@ -15,19 +15,19 @@ from benchmarks.experiments.bench import Bench
 from benchmarks.experiments.forms import CATEGORIES, compare, markdown
 from benchmarks.experiments.wordings import EDITS, PROMPTS, QUESTIONS
 
-from neounify.data.scenes import render, sample_rng, scene_config
-from neounify.data.scenes.language import caption
-from neounify.evaluate.scenebench import (
+from neounify.model import NeoUnify
+from neounify.pipeline import Pipeline
+from neounify.presets import SCENES
+from neounify.scenes.bench import (
     Painting,
     edit_cases,
     paint_cases,
     vqa_cases,
 )
-from neounify.evaluate.scenebench.category import Pixels
-from neounify.evaluate.scenebench.plan import BenchConfig, question_kinds
-from neounify.model import NeoUnify
-from neounify.pipeline import Pipeline
-from neounify.presets import SCENES
+from neounify.scenes.bench.category import Pixels
+from neounify.scenes.bench.plan import BenchConfig, question_kinds
+from neounify.scenes.world import render, sample_rng, scene_config
+from neounify.scenes.world.language import caption
 from neounify.text import byte_tokenizer
 
 WORLD = scene_config("default")
@@ -147,7 +147,7 @@ def test_rates_are_those_of_the_cases_a_form_changes() -> None:
 
 
 def test_the_command_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neounify.evaluate.scenebench.subject.MAX_ANSWER_TOKENS", 4)
+    monkeypatch.setattr("neounify.scenes.bench.subject.MAX_ANSWER_TOKENS", 4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NeoUnify(replace(SCENES, num_layers=1)).requires_grad_(False).eval()

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.experiments.intervals import Paired, newcombe
 
 from neounify.data.sample import DataError
-from neounify.evaluate.scenebench import Rate, wilson_interval
+from neounify.scenes.bench import Rate, wilson_interval
 
 # Newcombe (1998), "Interval estimation for the difference between independent proportions",
 # table II, method 10.

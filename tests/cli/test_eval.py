@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from neounify.cli.commands.eval import EvalOptions
-from neounify.evaluate.scenebench import TASKS, Category
+from neounify.scenes.bench import TASKS, Category
 
 QUICK = ("eval", "--quick", "--cases", "2", "--steps", "1")
 
@@ -19,7 +19,7 @@ QUICK = ("eval", "--quick", "--cases", "2", "--steps", "1")
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained model never ends its texts, so they end early."""
     for name in ("MAX_ANSWER_TOKENS", "MAX_STORY_TOKENS", "MAX_THOUGHT_TOKENS"):
-        monkeypatch.setattr(f"neounify.evaluate.scenebench.subject.{name}", 4)
+        monkeypatch.setattr(f"neounify.scenes.bench.subject.{name}", 4)
 
 
 def test_all_tasks_of_the_toy(run: Callable[..., Any], tmp_path: Path) -> None:

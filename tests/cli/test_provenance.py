@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.serve.safety.provenance import encode_image
-from neounify.serve.safety.watermark import Marker
-from neounify.serve.safety.xmp import GENERATED
+from neounify.provenance.metadata import encode_image
+from neounify.provenance.watermark import Marker
+from neounify.provenance.xmp import GENERATED
 
 Run = Callable[..., Any]
 

@@ -17,9 +17,9 @@ from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
 from neounify.data.mixture import Mixture
 from neounify.data.probe import check_sources
 from neounify.data.sample import DataError, Sample
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.data.source import Source
 from neounify.presets import SCENES
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source

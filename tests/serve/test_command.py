@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 import neounify
-from neounify.serve.safety.provenance import read_provenance
+from neounify.provenance.metadata import read_provenance
 from serving_command import fetch, served
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.model import Image, Noise, Text
 from neounify.presets import SCENES
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import (
     Message,
     byte_tokenizer,

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from neounify.config import MlpConfig
 from neounify.data.encode import Encoder
 from neounify.data.packing import Pack, make_pack
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
 from neounify.model.moe import SparseMlp
 from neounify.presets import SCENES
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.init import new_model
 from neounify.train.log import Log

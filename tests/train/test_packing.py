@@ -19,8 +19,8 @@ from neounify.data.encode import Encoder
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
 from neounify.data.packing import first_fit, make_pack
 from neounify.data.sample import DataError, Sample
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.presets import SCENES
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(
@@ -158,7 +158,7 @@ ORPHANS = """
 import os, signal
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
-from neounify.data.scenes import SceneDataset, scene_config
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.presets import SCENES
 from neounify.text import byte_tokenizer
 

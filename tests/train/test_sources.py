@@ -19,10 +19,10 @@ from neounify.data.jsonl import JsonlSource
 from neounify.data.mixture import BLOCK, Mixture
 from neounify.data.record import write_sample
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.data.shards import ShardSource, write_shard
 from neounify.data.source import Source
 from neounify.image import TRAINING_BUCKETS
+from neounify.scenes.world import SceneDataset, scene_config
 
 SCENES = SceneDataset(0, scene_config("default"))
 GOOD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}

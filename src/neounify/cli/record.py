@@ -13,7 +13,7 @@ from neounify.cli.errors import CliError
 from neounify.cli.files import candidates, write_new, write_whole
 from neounify.errors import ImageError
 from neounify.image.io import read_metadata
-from neounify.serve.safety.provenance import CHUNK, encode_image
+from neounify.provenance.metadata import CHUNK, encode_image
 
 
 @dataclass(frozen=True)

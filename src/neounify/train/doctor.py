@@ -22,9 +22,9 @@ from neounify.data.mixture import Mixture
 from neounify.data.packing import Pack, make_pack
 from neounify.data.probe import nothing_usable, probe_sources
 from neounify.data.sample import DataError, Sample
-from neounify.evaluate.scenebench.similarity import psnr, seam_ratio
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
+from neounify.scenes.bench.similarity import psnr, seam_ratio
 from neounify.train.loop import freeze
 from neounify.train.metrics import T_INTERVALS, Metrics
 from neounify.train.objective import Counts, loss_of

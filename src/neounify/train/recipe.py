@@ -33,9 +33,9 @@ from neounify.checkpoint.names import LABELS
 from neounify.data.encode import GuidanceDropout
 from neounify.data.record import TASK_ALIASES
 from neounify.data.sample import TASKS
-from neounify.data.scenes.world import PRESETS
 from neounify.errors import ConfigError
 from neounify.lora.layers import LoraConfig
+from neounify.scenes.world.scene import PRESETS
 from neounify.settings import (
     STRICT,
     AreaBounds,

@@ -18,13 +18,13 @@ from neounify.data.formats import files_below, foreign_folder
 from neounify.data.jsonl import JsonlSource
 from neounify.data.mixture import Mixture
 from neounify.data.sample import DataError
-from neounify.data.scenes import SceneDataset, scene_config
 from neounify.data.shards import ShardSource
 from neounify.data.source import Source
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
 from neounify.presets import PRESETS
+from neounify.scenes.world import SceneDataset, scene_config
 from neounify.settings import check_names
 from neounify.text.build import byte_tokenizer
 from neounify.text.tokenizer import Tokenizer

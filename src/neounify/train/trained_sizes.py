@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from neounify.config import ModelConfig
-from neounify.data.scenes import scene_config
 from neounify.image.sizes import fit_size
+from neounify.scenes.world import scene_config
 from neounify.train.recipe import DataRecipe, Recipe, StageRecipe
 
 _GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}

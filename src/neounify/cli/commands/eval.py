@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from neounify.cli.display import Display
     from neounify.cli.session import Session
-    from neounify.evaluate.scenebench import BenchConfig, Outcome, PipelineSubject, Report
+    from neounify.scenes.bench import BenchConfig, Outcome, PipelineSubject, Report
 
 CASES, QUICK_CASES = 200, 32
 _FILE_WIDTH = 120
@@ -111,8 +111,8 @@ def evaluate(
     from neounify.cli.checks import check_model, check_writable
     from neounify.cli.display import Display
     from neounify.cli.session import open_session
-    from neounify.evaluate.scenebench import PipelineSubject
     from neounify.pipeline.request import make_sampling
+    from neounify.scenes.bench import PipelineSubject
 
     _check_free(options.output, overwrite.overwrite)
     model_config = check_model(model)
@@ -127,8 +127,8 @@ def evaluate(
 
 def _config(options: EvalOptions, token_size: int) -> BenchConfig:
     from neounify.data.sample import DataError
-    from neounify.data.scenes import scene_config
-    from neounify.evaluate.scenebench import BenchConfig
+    from neounify.scenes.bench import BenchConfig
+    from neounify.scenes.world import scene_config
 
     try:
         return BenchConfig(
@@ -159,8 +159,8 @@ def _measure(
     display: Display,
 ) -> None:
     """Measure category by category; what is finished is reported even if the rest fails."""
-    from neounify.evaluate.scenebench import names
-    from neounify.evaluate.scenebench.runners import plan
+    from neounify.scenes.bench import names
+    from neounify.scenes.bench.runners import plan
 
     outcomes: list[Outcome] = []
     total, started = len(names(config)), time.monotonic()
@@ -187,8 +187,8 @@ def _report(
     folder: Path,
     display: Display,
 ) -> None:
-    from neounify.evaluate.scenebench import write_folder
-    from neounify.evaluate.scenebench.run import surroundings, to_report
+    from neounify.scenes.bench import write_folder
+    from neounify.scenes.bench.run import surroundings, to_report
 
     found = to_report(outcomes, about | surroundings(started))
     try:

@@ -11,7 +11,7 @@ import typer
 from neounify.cli.options import ReportOptions
 
 if TYPE_CHECKING:
-    from neounify.serve.safety.watermark import Marker
+    from neounify.provenance.watermark import Marker
 
 
 def provenance(
@@ -48,7 +48,7 @@ def provenance(
 
 
 def _marker(display: Any) -> Marker | None:
-    from neounify.serve.safety.watermark import Marker, MarkError
+    from neounify.provenance.watermark import Marker, MarkError
 
     try:
         return Marker()
@@ -62,7 +62,7 @@ def _look(path: Path, marker: Marker | None) -> dict[str, Any]:
     from neounify.cli.command import explain_os_error
     from neounify.errors import ImageError
     from neounify.image.io import read_image
-    from neounify.serve.safety.provenance import read_provenance
+    from neounify.provenance.metadata import read_provenance
 
     entry: dict[str, Any] = {"file": str(path)}
     try:

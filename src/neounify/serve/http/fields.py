@@ -10,9 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from neounify.flow.guidance import Norm
 from neounify.flow.solvers import SolverName
+from neounify.provenance.metadata import Format
 from neounify.serve.http.aliases import instead_of, suggestion, to_own_names
 from neounify.serve.http.errors import ApiError, bad_request
-from neounify.serve.safety.provenance import Format
 
 MOST_TEXT = 4_000_000
 """Characters of one string, data URLs apart, whatever the operator's limits say."""

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import PIL.Image
 
+from neounify.provenance.metadata import Format, encode_image
 from neounify.serve.safety.hooks import Hooks
-from neounify.serve.safety.provenance import Format, encode_image
 
 if TYPE_CHECKING:
-    from neounify.serve.safety.watermark import Marker
+    from neounify.provenance.watermark import Marker
 
 
 class HttpHooks(Protocol):

@@ -16,13 +16,13 @@ from neounify.errors import ImageError
 from neounify.image.budget import DecodeBudget
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
+from neounify.provenance.metadata import Format
 from neounify.runtime import return_freed_memory
 from neounify.serve.http.data_urls import data_url_bytes, is_data_url
 from neounify.serve.http.hooks import HttpHooks
 from neounify.serve.http.remote import ImageFetcher
 from neounify.serve.http.results import ResultStore
 from neounify.serve.http.settings import HttpSettings
-from neounify.serve.safety.provenance import Format
 
 # Whoever has the name, which cannot be guessed, may fetch it: the host before it does not matter.
 _RESULT_URL = re.compile(

@@ -1,5 +1,5 @@
-"""What stands around the model: hooks that may refuse, facts inside pictures, an invisible mark.
+"""Safety hooks, which may refuse prompts and images.
 
-`hooks` and `loading` say what may be asked and shown, `wordlist` is the hook that comes with the
-package; `provenance` writes and reads what a picture says of its origin, `watermark` marks pixels.
+`hooks` is the protocol, `loading` makes hooks from the options of a command line, `wordlist` is the
+hook that comes with the package.
 """

@@ -1,0 +1,1 @@
+"""Synthetic scenes: a world of flat shapes, and SceneBench, which measures models on it."""

@@ -1,0 +1,90 @@
+"""A run's folder: report.json, report.md, and sheets of pictures that went right and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from neounify.scenes.bench.category import Example, Outcome, Pixels
+from neounify.scenes.bench.checks import Verdict
+from neounify.scenes.bench.plan import RELATION_YES_NO, TASKS
+from neounify.scenes.bench.prompts import CATEGORIES
+from neounify.scenes.bench.report import Report, contact_sheet
+from neounify.scenes.world.questions import QUESTION_KINDS
+
+SHOWN = 24
+"""Pictures on a sheet, at most."""
+_SIDE, _LINES, _SHEET_WIDTH = 128, 6, 900
+
+
+def write_folder(report: Report, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+    """Write a report and its sheets; the files written.
+
+    Sheets of an earlier run in the same folder go, so that all files are of one run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _sheet_names():
+        (folder / name).unlink(missing_ok=True)
+    as_json, as_text = folder / "report.json", folder / "report.md"
+    as_json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    as_text.write_text(report.to_markdown(), encoding="utf-8")
+    return [as_json, as_text, *(path for o in outcomes for path in _write_sheets(o, folder))]
+
+
+def _write_sheets(outcome: Outcome, folder: Path) -> Iterator[Path]:
+    """The first successes and the first failures that have a picture."""
+    for label, passed in (("right", True), ("wrong", False)):
+        chosen = [e for e in outcome.examples if e.verdict.correct == passed]
+        tiles = [(tile, _words(e)) for e in chosen if (tile := _tile(e)) is not None][:SHOWN]
+        if not tiles:
+            continue
+        pictures, words = zip(*tiles, strict=True)
+        widest = max(picture.shape[1] / picture.shape[0] for picture in pictures)
+        sheet = contact_sheet(
+            pictures,
+            words,
+            [passed] * len(tiles),
+            columns=max(1, round(_SHEET_WIDTH / (_SIDE * widest + 18))),
+            side=_SIDE,
+            lines=_LINES,
+        )
+        path = folder / _sheet_name(outcome.score.category, label)
+        sheet.save(path)
+        yield path
+
+
+def _tile(example: Example) -> Pixels | None:
+    """What a sheet shows of a case: its picture, beside what was given to be edited."""
+    if example.picture is None or example.source is None:
+        return example.picture
+    bar = np.full((example.source.shape[0], 2, 3), 248, np.uint8)
+    return np.concatenate([example.source, bar, example.picture], axis=1)
+
+
+def _words(example: Example) -> str:
+    """What the checker minded, then what was asked and answered: long texts are cut at the end."""
+    words = [_minded("wrong", example.verdict), example.asked]
+    words += [f"→ {example.answer}"] if example.answer is not None else []
+    if example.thought is not None and example.thought_verdict is not None:
+        words += [_minded("wrong thought", example.thought_verdict), f"thought: {example.thought}"]
+    return " ".join(word for word in words if word)
+
+
+def _minded(label: str, verdict: Verdict) -> str:
+    wrong = [name for name, right in verdict.attributes.items() if not right]
+    return f"({label}: {', '.join(wrong)})" if wrong else ""
+
+
+def _sheet_name(category: str, label: str) -> str:
+    return f"{category.replace('/', '-')}-{label}.png"
+
+
+def _sheet_names() -> Iterator[str]:
+    """The names of all sheets that any run writes."""
+    known = [f"paint/{name}" for name in CATEGORIES] + [f"vqa/{kind}" for kind in QUESTION_KINDS]
+    known.append(f"vqa/{RELATION_YES_NO}")
+    for category in (*known, *TASKS):
+        yield from (_sheet_name(category, label) for label in ("right", "wrong"))

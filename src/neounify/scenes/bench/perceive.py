@@ -1,0 +1,322 @@
+"""Seeing: from a picture back to background, objects, shapes, colours, sizes and places.
+
+Analysis by synthesis, for pictures that may be noisy, soft-edged or a little off in colour:
+
+1. the background is the median colour of the picture's rim;
+2. a pixel belongs to an object if, after light smoothing, it lies further from the background
+   than `FOREGROUND` and than half the strongest difference near it; parts that touch are one
+   object;
+3. with b the background and c an object's colour, every pixel p near the object gives a share
+   α = (p − b)·(c − b) / |c − b|²; each shape of the world is fitted to α by the renderer's own
+   coverage (centre, radius and softness), and the least misfit wins;
+4. the misfit that noise does not explain must stay small, or the object has no known shape.
+
+Names are None where nothing of the world is near enough; nothing is guessed from a caption.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from neounify.data.sample import DataError
+from neounify.scenes.bench.components import label_components
+from neounify.scenes.world.names import COLOURS, SHAPES, Cell, place_name
+from neounify.scenes.world.render import coverage, signed_distance
+from neounify.scenes.world.scene import SceneConfig
+
+Floats = NDArray[np.float32]
+
+FOREGROUND = 45.0
+"""Least RGB distance from the background (of 255 per channel) of a pixel of an object."""
+COLOUR_REACH = 60.0
+"""A colour further than this from every name has none."""
+MISFIT = 0.12
+"""Largest share of a shape's energy that may differ from it, noise aside."""
+LEAST_AREA = 0.3
+"""A part smaller than this share of the smallest object is a speck, not an object."""
+SIZE_SLACK = 1.3
+"""A radius may lie this factor below the smallest or above the largest size class."""
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """One object as seen: names, or None where nothing fits; x, y, radius as shares of a side."""
+
+    shape: str | None
+    colour: str | None
+    size: str | None
+    x: float
+    y: float
+    radius: float
+    cell: Cell
+    place: str
+    misfit: float
+    rgb: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Percept:
+    """All that was seen; `clutter`: share of the picture that is neither background nor object."""
+
+    background: str | None
+    objects: tuple[SeenObject, ...]
+    background_rgb: tuple[float, float, float]
+    clutter: float
+
+
+def as_array(picture: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+    """A picture as uint8 RGB [h, w, 3].
+
+    Raises:
+        DataError: the array is not uint8 [h, w, 3].
+    """
+    if isinstance(picture, Image.Image):
+        return np.asarray(picture.convert("RGB"))
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise DataError(f"a picture is {picture.dtype} {list(picture.shape)}, not uint8 [h, w, 3]")
+    return picture
+
+
+def perceive(picture: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Percept:
+    """See a square picture of any side; larger ones are averaged down to the config's side."""
+    pixels = as_array(picture)
+    if pixels.shape[0] != pixels.shape[1]:
+        raise DataError(f"a scene is square; this picture is {pixels.shape[1]}×{pixels.shape[0]}")
+    if pixels.shape[0] != config.side:
+        resized = Image.fromarray(pixels).resize((config.side,) * 2, Image.Resampling.BOX)
+        pixels = np.asarray(resized)
+    image = pixels.astype(np.float32)
+    ground = _background(image)
+    away = np.sqrt(((_smooth(image) - ground) ** 2).sum(-1))
+    threshold = np.maximum(FOREGROUND, 0.5 * _largest_near(away, reach=2))
+    labels, count = label_components(away > threshold)
+    least = LEAST_AREA * _smallest_area(config)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    noise = _noise(image, ground, labels)
+    objects = [
+        _see_object(image, ground, away, labels, label, noise, config)
+        for label in range(1, count + 1)
+        if areas[label - 1] >= least
+    ]
+    specks = int(areas[areas < least].sum())
+    return Percept(
+        background=nearest_colour(ground),
+        objects=tuple(sorted(objects, key=lambda seen: seen.cell)),
+        background_rgb=_rgb(ground),
+        clutter=specks / labels.size,
+    )
+
+
+def nearest_colour(rgb: Floats) -> str | None:
+    """The name nearest to a colour, or None if all lie further than `COLOUR_REACH`."""
+    names, table = _colour_table()
+    distances = np.sqrt(((table - rgb) ** 2).sum(-1))
+    best = int(distances.argmin())
+    return names[best] if distances[best] <= COLOUR_REACH else None
+
+
+@cache
+def _colour_table() -> tuple[tuple[str, ...], Floats]:
+    return tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
+
+
+def _background(image: Floats) -> Floats:
+    rim = (image[:2], image[-2:], image[2:-2, :2], image[2:-2, -2:])
+    return np.median(np.concatenate([side.reshape(-1, 3) for side in rim]), axis=0)
+
+
+def _smooth(image: Floats) -> Floats:
+    """Binomial 3×3 smoothing, edges repeated."""
+    for axis in (0, 1):
+        ends = [(1, 1) if a == axis else (0, 0) for a in range(3)]
+        padded = np.pad(image, ends, mode="edge")
+        at = np.arange(image.shape[axis])
+        beside = np.take(padded, at, axis=axis) + np.take(padded, at + 2, axis=axis)
+        image = ((beside + 2 * image) / 4).astype(np.float32)
+    return image
+
+
+def _largest_near(values: Floats, reach: int) -> Floats:
+    """The maximum over the square of `reach` pixels around each pixel."""
+    side = 2 * reach + 1
+    padded = np.pad(values, reach, mode="edge")
+    across = np.lib.stride_tricks.sliding_window_view(padded, side, axis=1).max(-1)
+    return np.lib.stride_tricks.sliding_window_view(across, side, axis=0).max(-1)
+
+
+def _noise(image: Floats, ground: Floats, labels: NDArray[np.int32]) -> float:
+    """Standard deviation of one channel over the background, robust against objects' edges."""
+    plain = image[_largest_near((labels > 0).astype(np.float32), 2) == 0]
+    if len(plain) < 50:
+        return 0.0
+    return float(1.4826 * np.median(np.abs(plain - np.median(plain, axis=0))))
+
+
+def _see_object(
+    image: Floats,
+    ground: Floats,
+    away: Floats,
+    labels: NDArray[np.int32],
+    label: int,
+    noise: float,
+    config: SceneConfig,
+) -> SeenObject:
+    side = config.side
+    inside = labels == label
+    ys, xs = np.nonzero(inside)
+    pad = 3
+    y0, y1 = max(0, ys.min() - pad), min(side, ys.max() + pad + 1)
+    x0, x1 = max(0, xs.min() - pad), min(side, xs.max() + pad + 1)
+    # Pixels of other objects are no part of this one's window.
+    others = (labels[y0:y1, x0:x1] > 0) & ~inside[y0:y1, x0:x1]
+    mine = (~_grown(others)).astype(np.float32)
+    window = image[y0:y1, x0:x1] - ground
+    core = inside & (away >= 0.85 * np.quantile(away[inside], 0.9))
+    colour = np.median(image[core], axis=0)
+    x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5)
+    y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5)
+    ink = colour - ground
+    share = (window @ ink) / max(float(ink @ ink), 1.0)
+    fit = _fit_shape(share, mine, x, y)
+    # With the shape known, its colour is a least-squares estimate over all its pixels.
+    weight = fit.mask * mine
+    seen_ink = (weight[..., None] * window).sum((0, 1)) / max(float((weight * fit.mask).sum()), 1.0)
+    rgb = (ground + seen_ink).astype(np.float32)
+    expected = float(mine.sum()) * (noise**2) / max(float(ink @ ink), 1.0)
+    misfit = max(0.0, fit.residual - expected) / max(float((weight * fit.mask).sum()), 1.0)
+    cell = (
+        min(config.grid[0] - 1, max(0, int(fit.y / side * config.grid[0]))),
+        min(config.grid[1] - 1, max(0, int(fit.x / side * config.grid[1]))),
+    )
+    return SeenObject(
+        shape=fit.shape if misfit <= MISFIT else None,
+        colour=nearest_colour(rgb),
+        size=_size_name(fit.radius / side, config),
+        x=fit.x / side,
+        y=fit.y / side,
+        radius=fit.radius / side,
+        cell=cell,
+        place=place_name(cell, config.grid),
+        misfit=misfit,
+        rgb=_rgb(rgb),
+    )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    shape: str
+    x: float
+    y: float
+    radius: float
+    mask: Floats
+    residual: float
+
+
+def _fit_shape(share: Floats, mine: Floats, x: Floats, y: Floats) -> _Fit:
+    """The shape whose coverage lies nearest to the shares, in the mean square."""
+    solid = np.clip(share, 0, 1) * mine
+    area = float(solid.sum())
+    mean_x, mean_y = float((solid * x).sum() / area), float((solid * y).sum() / area)
+    starts = []
+    for shape in SHAPES:
+        unit_area, off_x, off_y = _moments(shape)
+        radius = max(1.0, float(np.sqrt(area / unit_area)))
+        start = (mean_x - off_x * radius, mean_y - off_y * radius, radius)
+        starts.append(_try(shape, *start, share, mine, x, y))
+    starts.sort(key=lambda fit: fit.residual)
+    rivals = [fit for fit in starts[:3] if fit.residual <= 4 * starts[0].residual + 1]
+    return min((_refine(fit, share, mine, x, y) for fit in rivals), key=lambda f: f.residual)
+
+
+def _try(
+    shape: str,
+    cx: float,
+    cy: float,
+    radius: float,
+    share: Floats,
+    mine: Floats,
+    x: Floats,
+    y: Floats,
+) -> _Fit:
+    """The residual of one shape at one place, at the better of two softnesses of edge."""
+    distance = _distance(shape, x - np.float32(cx), y - np.float32(cy), radius)
+    fits = []
+    for softness in (1.0, 2.5):
+        mask = np.minimum(np.maximum(np.float32(0.5) - distance * np.float32(1 / softness), 0), 1)
+        off = share - mask
+        residual = float((mine * off * off).sum())
+        fits.append(_Fit(shape, cx, cy, radius, mask, residual))
+    return min(fits, key=lambda fit: fit.residual)
+
+
+_TABLE_REACH = 2.0  # radii
+_TABLE_STEP = 0.01
+
+
+@cache
+def _distance_table(shape: str) -> Floats:
+    at = np.arange(-_TABLE_REACH, _TABLE_REACH + _TABLE_STEP / 2, _TABLE_STEP, dtype=np.float32)
+    return signed_distance(shape, at[None, :], at[:, None])
+
+
+def _distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
+    """Signed distance in pixels, looked up to a hundredth of the radius."""
+    table = _distance_table(shape)
+    scale, last = 1 / (radius * _TABLE_STEP), len(table) - 1
+    column = np.minimum(np.maximum(x * scale + (last / 2 + 0.5), 0), last).astype(np.intp)
+    row = np.minimum(np.maximum(y * scale + (last / 2 + 0.5), 0), last).astype(np.intp)
+    return table[row, column] * np.float32(radius)
+
+
+def _refine(fit: _Fit, share: Floats, mine: Floats, x: Floats, y: Floats) -> _Fit:
+    """Coordinate descent over centre and radius, with steps that halve."""
+    for step in (0.6, 0.3):
+        for move in ((step, 0.0, 0.0), (0.0, step, 0.0), (0.0, 0.0, step)):
+            for sign in (1, -1):
+                dx, dy, dr = (sign * part for part in move)
+                moved = (fit.x + dx, fit.y + dy, fit.radius + dr)
+                tried = _try(fit.shape, *moved, share, mine, x, y)
+                if tried.residual < fit.residual:
+                    fit = tried
+                    break
+    return fit
+
+
+@cache
+def _moments(shape: str) -> tuple[float, float, float]:
+    """Area and centroid of a shape of radius 1, measured on its own rendering."""
+    at = np.linspace(-1.25, 1.25, 501, dtype=np.float32) * np.float32(100)
+    mask = coverage(shape, at[None, :], at[:, None], 100.0)
+    area = float(mask.sum()) * 0.005**2
+    centre = mask * np.float32(0.005**2 / 100)
+    mean_x, mean_y = float((centre * at[None, :]).sum()), float((centre * at[:, None]).sum())
+    return area, mean_x / area, mean_y / area
+
+
+def _smallest_area(config: SceneConfig) -> float:
+    """Pixels of the smallest object of a world."""
+    unit = min(_moments(shape)[0] for shape in config.shapes)
+    return unit * (min(config.radius(size) for size in config.sizes) * config.side) ** 2
+
+
+def _size_name(radius: float, config: SceneConfig) -> str | None:
+    sizes = {size: config.radius(size) for size in config.sizes}
+    if not min(sizes.values()) / SIZE_SLACK <= radius <= max(sizes.values()) * SIZE_SLACK:
+        return None
+    return min(sizes, key=lambda size: abs(np.log(radius / sizes[size])))
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    if not mask.any():
+        return mask
+    return _largest_near(mask.astype(np.float32), 1) > 0
+
+
+def _rgb(colour: Floats) -> tuple[float, float, float]:
+    r, g, b = (round(float(c), 1) for c in colour)
+    return r, g, b

@@ -1,0 +1,91 @@
+"""What a run of SceneBench measures, and the numbers its cases are drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neounify.data.sample import DataError
+from neounify.scenes.bench.prompts import categories, vqa_cases
+from neounify.scenes.world.questions import QUESTION_KINDS, QuestionKind
+from neounify.scenes.world.scene import SceneConfig
+
+TASKS = ("paint", "vqa", "caption", "edit", "story", "reconstruction")
+EDIT_SEEDS, STORY_SEEDS, COPY_SEEDS = 50, 60, 70
+"""The streams of noise beside those of painting, which are the categories' places."""
+RELATION_YES_NO = "relation_yes_no"
+"""Questions of relation in a form that training never shows, beside the kinds it has."""
+_MAX_SEED = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure. Raises DataError for values out of range.
+
+    Args:
+        world: where the scenes come from.
+        tasks: some of `TASKS`, each once, in the order they are to be measured.
+        cases: per category, at least 1.
+        seed: 0 to 2³² − 1; of the cases and of the noise.
+        batch_size: cases asked at once, at least 1; it changes nothing but speed.
+        think: whether the subject is to think before it paints and edits.
+        token_size: side of the subject's image tokens in pixels, for seams at their borders.
+    """
+
+    world: SceneConfig
+    tasks: tuple[str, ...] = TASKS
+    cases: int = 200
+    seed: int = 0
+    batch_size: int = 64
+    think: bool = False
+    token_size: int = 16
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown:
+            raise DataError(f"no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise DataError(f"tasks must be some of {', '.join(TASKS)}, each once")
+        if self.cases < 1 or self.batch_size < 1:
+            raise DataError(
+                f"cases and batch size must be at least 1, not {self.cases} and {self.batch_size}"
+            )
+        if not 0 <= self.seed < _MAX_SEED:
+            raise DataError(f"the seed of the cases must be from 0 to 2^32 - 1, not {self.seed}")
+        if self.token_size < 1 or self.world.side % self.token_size:
+            raise DataError(
+                f"the world's pictures of {self.world.side} pixels do not divide into tokens of "
+                f"{self.token_size}: this model cannot paint them"
+            )
+
+
+def names(config: BenchConfig) -> list[str]:
+    """The categories that a run will measure, in order."""
+    found: list[str] = []
+    for task in config.tasks:
+        if task == "paint":
+            found += [f"paint/{category}" for category in categories(config.world)]
+        elif task == "vqa":
+            kinds = question_kinds(config)
+            found += [f"vqa/{kind}" for kind in kinds]
+            found += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
+        else:
+            found.append(task)
+    return found
+
+
+def question_kinds(config: BenchConfig) -> list[QuestionKind]:
+    """The kinds of questions that can be asked in the world (no sizes where there is one)."""
+    return [kind for kind in QUESTION_KINDS if _is_asked(config, kind)]
+
+
+def noise_seed(config: BenchConfig, stream: int, case: int) -> int:
+    """The seed of a case's noise, whatever the batch it is painted in."""
+    return (config.seed * 1000 + stream) * 1_000_003 + case
+
+
+def _is_asked(config: BenchConfig, kind: QuestionKind) -> bool:
+    try:
+        vqa_cases(kind, config.world, 1, config.seed)
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""Who is measured: anything that answers and paints, and a pipeline as such."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from neounify.pipeline import ImagePart, Pipeline
+from neounify.pipeline.painting import paint, to_result
+from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.scenes.bench.category import Pixels
+
+MAX_ANSWER_TOKENS = 96
+MAX_STORY_TOKENS = 400
+MAX_STORY_PICTURES = 4
+"""One more than the longest story has, so that too many show."""
+MAX_THOUGHT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Painting:
+    """A painted picture and the thought before it, if one was asked for."""
+
+    picture: Pixels
+    thought: str | None = None
+
+
+class Subject(Protocol):
+    """What is measured: a model, or anything that answers and paints in its place.
+
+    Every call but `tell` takes several cases and gives back one result for each, in order.
+    Pictures are uint8 [side, side, 3]; `seeds` fix the noise of each painted picture.
+    """
+
+    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+        """Answer one question about each picture."""
+
+    def paint(
+        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+    ) -> list[Painting]:
+        """Paint each prompt, `side` pixels wide and high."""
+
+    def edit(
+        self,
+        pictures: Sequence[Pixels],
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        think: bool,
+    ) -> list[Painting]:
+        """Paint each picture again as its instruction says, in its own size."""
+
+    def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
+        """The pictures of an answer in text and pictures, any number of them."""
+
+
+class PipelineSubject:
+    """Asks a pipeline in batches.
+
+    `steps` and `guidance` None are the checkpoint's own; RequestError if they are out of range.
+    Texts are the likeliest ones, so that nothing but the seeds is drawn.
+    """
+
+    def __init__(
+        self, pipe: Pipeline, *, steps: int | None = None, guidance: float | None = None
+    ) -> None:
+        self._pipe, self._steps, self._guidance = pipe, steps, guidance
+        self._sampling = {
+            editing: make_sampling(pipe.config, editing=editing, steps=steps, guidance=guidance)
+            for editing in (False, True)
+        }
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """How pictures are sampled, the checkpoint's own values included."""
+        found = self._sampling[True]
+        return {
+            "steps": found.steps,
+            "guidance": found.guidance.text,
+            "image_guidance": found.guidance.image,
+            "shift": found.shift,
+        }
+
+    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+        shown = [Image.fromarray(p) for p in pictures]
+        found = self._pipe.chat_batch(list(questions), shown, max_new_tokens=MAX_ANSWER_TOKENS)
+        return [result.text for result in found]
+
+    def paint(
+        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+    ) -> list[Painting]:
+        requests = [
+            self._request(prompt, side, seed, think=think)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return self._painted(requests)
+
+    def edit(
+        self,
+        pictures: Sequence[Pixels],
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        think: bool,
+    ) -> list[Painting]:
+        requests = [
+            self._request(text, picture.shape[0], seed, think=think, picture=picture)
+            for picture, text, seed in zip(pictures, instructions, seeds, strict=True)
+        ]
+        return self._painted(requests)
+
+    def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
+        parts = self._pipe.interleave(
+            request,
+            width=side,
+            height=side,
+            seed=seed,
+            max_images=MAX_STORY_PICTURES,
+            max_new_tokens=MAX_STORY_TOKENS,
+            steps=self._steps,
+            guidance=self._guidance,
+        )
+        return [np.array(part.image) for part in parts if isinstance(part, ImagePart)]
+
+    def _request(
+        self, prompt: str, side: int, seed: int, *, think: bool, picture: Pixels | None = None
+    ) -> PaintRequest:
+        return PaintRequest(
+            prompt=prompt,
+            width=side,
+            height=side,
+            sampling=self._sampling[picture is not None],
+            images=() if picture is None else (Image.fromarray(picture),),
+            seed=seed,
+            think=think,
+            max_think_tokens=MAX_THOUGHT_TOKENS,
+        )
+
+    def _painted(self, requests: Sequence[PaintRequest]) -> list[Painting]:
+        result = to_result(paint(self._pipe.engine, requests), self._pipe.config.token_size)
+        return [
+            Painting(np.array(image), thought)
+            for image, thought in zip(result.images, result.thoughts, strict=True)
+        ]
+
+
+def as_subject(
+    asked: Pipeline | Subject, *, steps: int | None = None, guidance: float | None = None
+) -> Subject:
+    """A pipeline as a subject; any other subject as it is, which has its own sampling."""
+    if isinstance(asked, Pipeline):
+        return PipelineSubject(asked, steps=steps, guidance=guidance)
+    return asked

@@ -1,0 +1,75 @@
+"""A world of scenes, made on the fly from a seed: flat shapes, words about them, and samples.
+
+`world` draws scenes, `render` paints them, `language` and `questions` talk about them, `parse`
+reads captions back, `edits` and `stories` change them, `samples` turns all of it into training
+samples. Nothing is downloaded and nothing is stored.
+"""
+
+from neounify.scenes.world.draw import sample_rng
+from neounify.scenes.world.edits import EDIT_KINDS, SceneEdit, edit_scene, edit_thought, sample_edit
+from neounify.scenes.world.facts import (
+    FULL_STYLE,
+    CaptionStyle,
+    ObjectFact,
+    RelationFact,
+    SceneFacts,
+    facts_of,
+)
+from neounify.scenes.world.language import caption, layout_text, parse_layout
+from neounify.scenes.world.names import COLOURS, PLACES, RELATIONS, SHAPES, SIZES
+from neounify.scenes.world.parse import parse_caption
+from neounify.scenes.world.questions import QUESTION_KINDS, Question, ask, check_answer
+from neounify.scenes.world.render import render, render_image
+from neounify.scenes.world.samples import TASK_WEIGHTS, SceneDataset
+from neounify.scenes.world.scene import (
+    PRESETS,
+    Scene,
+    SceneConfig,
+    SceneObject,
+    is_held_out,
+    sample_scene,
+    scene_config,
+)
+from neounify.scenes.world.stories import Story, StoryStep, sample_story
+
+__all__ = [
+    "COLOURS",
+    "EDIT_KINDS",
+    "FULL_STYLE",
+    "PLACES",
+    "PRESETS",
+    "QUESTION_KINDS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "TASK_WEIGHTS",
+    "CaptionStyle",
+    "ObjectFact",
+    "Question",
+    "RelationFact",
+    "Scene",
+    "SceneConfig",
+    "SceneDataset",
+    "SceneEdit",
+    "SceneFacts",
+    "SceneObject",
+    "Story",
+    "StoryStep",
+    "ask",
+    "caption",
+    "check_answer",
+    "edit_scene",
+    "edit_thought",
+    "facts_of",
+    "is_held_out",
+    "layout_text",
+    "parse_caption",
+    "parse_layout",
+    "render",
+    "render_image",
+    "sample_edit",
+    "sample_rng",
+    "sample_scene",
+    "sample_story",
+    "scene_config",
+]

@@ -1,0 +1,243 @@
+"""Edits: a source scene, an instruction in words, and the scene it leads to.
+
+Kinds: "recolour", "remove", "add", "move", "background". Exactly one thing changes; the object
+meant is singled out by its shape, and by colour, size or place where needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from neounify.data.sample import DataError
+from neounify.scenes.world.draw import pick, shuffled
+from neounify.scenes.world.facts import ObjectFact, reference
+from neounify.scenes.world.language import definite, layout_text, noun
+from neounify.scenes.world.lexicon import Language, word
+from neounify.scenes.world.names import Cell, place_name, stands_out
+from neounify.scenes.world.scene import (
+    Scene,
+    SceneConfig,
+    SceneObject,
+    Split,
+    draw_offset,
+    in_split,
+    sample_scene,
+    visible_colours,
+)
+
+EditKind = Literal["recolour", "remove", "add", "move", "background"]
+EDIT_KINDS: tuple[EditKind, ...] = ("recolour", "remove", "add", "move", "background")
+_TRIES = 20
+KEEP_REQUESTS: dict[Language, tuple[str, ...]] = {
+    "en": ("Copy the picture.", "Paint the same picture again.", "Change nothing."),
+    "zh": ("照样画一张。", "不要改动。"),
+}
+"""Edits that ask for no change: what the understanding stream kept shows in the copy."""
+
+
+@dataclass(frozen=True)
+class SceneEdit:
+    """One change of a scene, and the words for it."""
+
+    kind: EditKind
+    source: Scene
+    target: Scene
+    instruction: str
+    news: str
+    """The same change told as it happens, for stories: "The red circle turns blue."."""
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells whose object changes; none for a new background."""
+        if self.kind == "background":
+            return ()
+        before = {placed.cell: placed for placed in self.source.objects}
+        after = {placed.cell: placed for placed in self.target.objects}
+        changed = (c for c in {*before, *after} if before.get(c) != after.get(c))
+        return tuple(sorted(changed))
+
+
+def sample_edit(
+    rng: np.random.Generator,
+    config: SceneConfig,
+    kind: EditKind | None = None,
+    language: Language = "en",
+    split: Split = "train",
+) -> SceneEdit:
+    """Draw a scene and an edit of it; "held_out" means that the target scene is."""
+    source_split: Split = "any" if split == "held_out" else split
+    for _ in range(_TRIES * 20):
+        source = sample_scene(rng, config, split=source_split)
+        edit = edit_scene(source, rng, config, kind, language, split)
+        if edit is not None:
+            return edit
+    raise DataError(f"no {kind or 'any'} edit of split {split!r} was found: {config}")
+
+
+def edit_scene(
+    source: Scene,
+    rng: np.random.Generator,
+    config: SceneConfig,
+    kind: EditKind | None = None,
+    language: Language = "en",
+    split: Split = "train",
+) -> SceneEdit | None:
+    """Draw an edit of this scene, or None if none was found whose target is in the split."""
+    for _ in range(_TRIES):
+        chosen = pick(rng, EDIT_KINDS) if kind is None else kind
+        edit = _EDITORS[chosen](source, rng, config, language)
+        if edit is not None and in_split(edit.target, split):
+            return edit
+    return None
+
+
+def edit_thought(edit: SceneEdit, config: SceneConfig, language: Language = "en") -> str:
+    """The thought before painting an edit: the layout that is wanted."""
+    return layout_text(edit.target, config, language)
+
+
+def _meant(
+    source: Scene, rng: np.random.Generator, config: SceneConfig
+) -> tuple[SceneObject, ObjectFact] | None:
+    for placed in shuffled(rng, source.objects):
+        fact = reference(source, config, placed, rng)
+        if fact is not None:
+            return placed, fact
+    return None
+
+
+def _recolour(
+    source: Scene, rng: np.random.Generator, config: SceneConfig, language: Language
+) -> SceneEdit | None:
+    meant = _meant(source, rng, config)
+    if meant is None:
+        return None
+    placed, fact = meant
+    others = [c for c in visible_colours(config, source.background) if c != placed.colour]
+    colour = pick(rng, others)
+    target = source.swap(placed, replace(placed, colour=colour))
+    name, new = definite(fact, language), word("colour", colour, language)
+    if language == "zh":
+        wording = pick(rng, (f"把{name}变成{new}", f"将{name}改为{new}"))
+        return SceneEdit("recolour", source, target, wording, f"{name}变成了{new}。")
+    wording = pick(
+        rng,
+        (
+            f"Make {name} {new}.",
+            f"Change the colour of {name} to {new}.",
+            f"Recolour {name} {new}.",
+            f"Paint {name} {new}.",
+            f"Turn {name} {new}.",
+        ),
+    )
+    return SceneEdit("recolour", source, target, wording, f"{_capital(name)} turns {new}.")
+
+
+def _remove(
+    source: Scene, rng: np.random.Generator, config: SceneConfig, language: Language
+) -> SceneEdit | None:
+    meant = _meant(source, rng, config)
+    if meant is None or len(source.objects) < 2:
+        return None
+    placed, fact = meant
+    target = replace(source, objects=tuple(o for o in source.objects if o != placed))
+    name = definite(fact, language)
+    if language == "zh":
+        wording = pick(rng, (f"去掉{name}", f"把{name}删除"))
+        return SceneEdit("remove", source, target, wording, f"{name}消失了。")
+    forms = (f"Remove {name}.", f"Take {name} away.", f"Delete {name}.", f"Erase {name}.")
+    return SceneEdit("remove", source, target, pick(rng, forms), f"{_capital(name)} disappears.")
+
+
+def _add(
+    source: Scene, rng: np.random.Generator, config: SceneConfig, language: Language
+) -> SceneEdit | None:
+    free = _free_cells(source, config)
+    if len(source.objects) >= config.max_objects or not free:
+        return None
+    new = SceneObject(
+        pick(rng, config.shapes),
+        pick(rng, visible_colours(config, source.background)),
+        pick(rng, config.sizes),
+        pick(rng, free),
+        draw_offset(rng, config),
+    )
+    target = replace(source, objects=(*source.objects, new))
+    size = new.size if len(config.sizes) > 1 else None
+    name = noun(ObjectFact(new.shape, new.colour, size), language)
+    place = word("place", place_name(new.cell, config.grid), language)
+    if language == "zh":
+        wording = pick(rng, (f"在{place}加上{name}", f"在{place}添加{name}"))
+        return SceneEdit("add", source, target, wording, f"{place}出现了{name}。")
+    forms = (
+        f"Add {name} in the {place}.",
+        f"Put {name} in the {place}.",
+        f"Draw {name} in the {place}.",
+        f"In the {place}, add {name}.",
+    )
+    news = f"{_capital(name)} appears in the {place}."
+    return SceneEdit("add", source, target, pick(rng, forms), news)
+
+
+def _move(
+    source: Scene, rng: np.random.Generator, config: SceneConfig, language: Language
+) -> SceneEdit | None:
+    meant, free = _meant(source, rng, config), _free_cells(source, config)
+    if meant is None or not free:
+        return None
+    placed, fact = meant
+    cell = pick(rng, free)
+    target = source.swap(placed, replace(placed, cell=cell))
+    name, place = definite(fact, language), word("place", place_name(cell, config.grid), language)
+    if language == "zh":
+        wording = pick(rng, (f"把{name}移到{place}", f"将{name}移动到{place}"))
+        return SceneEdit("move", source, target, wording, f"{name}移到了{place}。")
+    forms = (f"Move {name} to the {place}.", f"Shift {name} to the {place}.")
+    news = f"{_capital(name)} moves to the {place}."
+    return SceneEdit("move", source, target, pick(rng, forms), news)
+
+
+def _background(
+    source: Scene, rng: np.random.Generator, config: SceneConfig, language: Language
+) -> SceneEdit | None:
+    others = [
+        ground
+        for ground in config.backgrounds
+        if ground != source.background
+        and all(stands_out(placed.colour, ground) for placed in source.objects)
+    ]
+    if not others:
+        return None
+    ground = pick(rng, others)
+    target = replace(source, background=ground)
+    new = word("colour", ground, language)
+    if language == "zh":
+        wording = pick(rng, (f"把背景换成{new}", f"将背景改为{new}"))
+        return SceneEdit("background", source, target, wording, f"背景变成了{new}。")
+    forms = (
+        f"Make the background {new}.",
+        f"Change the background to {new}.",
+        f"Turn the background {new}.",
+        f"Give it a {new} background.",
+    )
+    return SceneEdit("background", source, target, pick(rng, forms), f"The background turns {new}.")
+
+
+def _free_cells(source: Scene, config: SceneConfig) -> list[Cell]:
+    return [cell for cell in config.cells if source.at(cell) is None]
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+_EDITORS = {
+    "recolour": _recolour,
+    "remove": _remove,
+    "add": _add,
+    "move": _move,
+    "background": _background,
+}

@@ -1,0 +1,245 @@
+"""Training samples from the world of scenes: an endless, randomly accessible data set.
+
+Sample i of seed s is always the same, in any process and on any machine, so workers and ranks
+shard it by index alone and a position in it is one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from neounify.data.sample import (
+    TASKS,
+    THINK_CLOSE,
+    THINK_OPEN,
+    DataError,
+    ImagePart,
+    Part,
+    Sample,
+    TextPart,
+    Turn,
+)
+from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
+from neounify.scenes.world.edits import KEEP_REQUESTS, edit_thought, sample_edit
+from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
+from neounify.scenes.world.language import caption, layout_text
+from neounify.scenes.world.lexicon import LANGUAGES, Language
+from neounify.scenes.world.questions import ask, ask_several
+from neounify.scenes.world.render import render
+from neounify.scenes.world.scene import Scene, SceneConfig, Split, sample_scene
+from neounify.scenes.world.stories import sample_story
+
+TASK_WEIGHTS: dict[str, float] = {
+    "t2i": 0.35,
+    "t2i_think": 0.1,
+    "vqa": 0.2,
+    "caption": 0.1,
+    "edit": 0.1,
+    "edit_think": 0.05,
+    "interleave": 0.05,
+    "text": 0.05,
+}
+
+CAPTION_REQUESTS: dict[Language, dict[str, tuple[str, ...]]] = {
+    "en": {
+        "brief": ("Describe the picture briefly.", "What is in the picture?"),
+        "full": ("Describe the picture in detail.", "Describe everything in the picture."),
+    },
+    "zh": {
+        "brief": ("简单描述这张图片。", "图片里有什么？"),
+        "full": ("详细描述这张图片。", "描述图片里的一切。"),
+    },
+}
+KEEP_SHARE = 0.1
+"""Of the edits, those that ask for the same picture again."""
+MOST_QUESTIONS = 4
+"""About one picture, turn by turn: a picture costs more tokens than a question."""
+CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
+"""What an answer to each kind of caption request mentions."""
+
+
+class SceneDataset:
+    """Samples without end: `dataset[i]` for any i ≥ 0. It has no length on purpose.
+
+    Args:
+        seed: at least 0; samples of two seeds have nothing in common but chance.
+        config: how rich the world is.
+        task_weights: share of each task, any positive scale; `TASK_WEIGHTS` by default.
+        split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
+        side: pixels of the pictures, the config's by default.
+        chinese: share of samples in Chinese, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        config: SceneConfig,
+        task_weights: Mapping[str, float] | None = None,
+        *,
+        split: Split = "train",
+        side: int | None = None,
+        chinese: float = 0.0,
+    ) -> None:
+        weights = dict(task_weights if task_weights is not None else TASK_WEIGHTS)
+        unknown = set(weights) - set(TASKS)
+        if unknown:
+            raise DataError(f"unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}")
+        if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
+            raise DataError(f"task weights must be at least 0, and one above 0: {weights}")
+        if seed < 0 or not 0 <= chinese <= 1:
+            raise DataError(f"seed {seed} must be at least 0, chinese {chinese} within 0 to 1")
+        self.seed = seed
+        self.config = config if side is None else replace(config, side=side)
+        self.task_weights = weights
+        self.split: Split = split
+        self.chinese = chinese
+
+    @property
+    def size(self) -> None:
+        """None: there is no last sample."""
+        return None
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise DataError(f"sample {index}: an endless data set has no last sample")
+        rng = sample_rng(self.seed, index)
+        task = pick_weighted(rng, self.task_weights)
+        language: Language = LANGUAGES[1] if chance(rng, self.chinese) else LANGUAGES[0]
+        turns = _MAKERS[task](rng, self.config, language, self.split)
+        return Sample(task, turns, id=f"scenes-{self.seed}-{index}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+
+def draw_style(rng: np.random.Generator) -> CaptionStyle:
+    """A caption style as prompts have it: colours mostly, the rest now and then.
+
+    The less a prompt says, the more is left to agree on while painting: those are the hard ones,
+    and there must be enough of them.
+    """
+    return CaptionStyle(
+        colour=chance(rng, 0.5),
+        size=chance(rng, 0.25),
+        background=chance(rng, 0.35),
+        places=pick(rng, ("none", "none", "none", "relation", "cell")),
+    )
+
+
+Turns = tuple[Turn, ...]
+
+
+def _turns(user: tuple[Part, ...], assistant: tuple[Part, ...]) -> Turns:
+    return Turn("user", user), Turn("assistant", assistant)
+
+
+def _thought(text: str) -> TextPart:
+    return TextPart(f"{THINK_OPEN}{text}{THINK_CLOSE}", loss=True)
+
+
+def _painted(scene: Scene, config: SceneConfig) -> ImagePart:
+    return ImagePart(render(scene, config), "target")
+
+
+def _shown(scene: Scene, config: SceneConfig) -> tuple[Part, ...]:
+    return ImagePart(render(scene, config), "input"), TextPart("\n")
+
+
+def _t2i(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
+    scene = sample_scene(rng, config, split=split)
+    prompt = caption(facts_of(scene, config, draw_style(rng), rng), rng, language)
+    return _turns((TextPart(prompt),), (_painted(scene, config),))
+
+
+def _t2i_think(
+    rng: np.random.Generator, config: SceneConfig, language: Language, split: Split
+) -> Turns:
+    scene = sample_scene(rng, config, split=split)
+    prompt = caption(facts_of(scene, config, draw_style(rng), rng), rng, language)
+    thought = _thought(layout_text(scene, config, language))
+    return _turns((TextPart(prompt),), (thought, _painted(scene, config)))
+
+
+def _vqa(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
+    scene = sample_scene(rng, config, split=split)
+    count = int(rng.integers(1, MOST_QUESTIONS + 1))
+    turns: list[Turn] = []
+    for question in ask_several(scene, config, rng, count, language, split):
+        shown = () if turns else _shown(scene, config)
+        turns += _turns((*shown, TextPart(question.text)), (TextPart(question.answer, loss=True),))
+    return tuple(turns)
+
+
+def _caption(
+    rng: np.random.Generator, config: SceneConfig, language: Language, split: Split
+) -> Turns:
+    scene = sample_scene(rng, config, split=split)
+    detail = pick(rng, ("brief", "full"))
+    request = pick(rng, CAPTION_REQUESTS[language][detail])
+    answer = caption(facts_of(scene, config, CAPTION_STYLES[detail]), language=language)
+    image, newline = _shown(scene, config)
+    return _turns((image, newline, TextPart(request)), (TextPart(answer, loss=True),))
+
+
+def _edit(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
+    if chance(rng, KEEP_SHARE):
+        scene = sample_scene(rng, config, split=split)
+        image, newline = _shown(scene, config)
+        request = TextPart(pick(rng, KEEP_REQUESTS[language]))
+        return _turns((image, newline, request), (_painted(scene, config),))
+    edit = sample_edit(rng, config, None, language, split)
+    image, newline = _shown(edit.source, config)
+    return _turns((image, newline, TextPart(edit.instruction)), (_painted(edit.target, config),))
+
+
+def _edit_think(
+    rng: np.random.Generator, config: SceneConfig, language: Language, split: Split
+) -> Turns:
+    edit = sample_edit(rng, config, None, language, split)
+    image, newline = _shown(edit.source, config)
+    thought = _thought(edit_thought(edit, config, language))
+    return _turns(
+        (image, newline, TextPart(edit.instruction)), (thought, _painted(edit.target, config))
+    )
+
+
+def _interleave(
+    rng: np.random.Generator, config: SceneConfig, language: Language, split: Split
+) -> Turns:
+    story = sample_story(rng, config, None, language, split)
+    answer: list[Part] = []
+    for number, step in enumerate(story.steps):
+        text = step.text + "\n" if number == 0 else f"\n{step.text}\n"
+        answer += [TextPart(text, loss=True), _painted(step.scene, config)]
+    return _turns((TextPart(story.request),), tuple(answer))
+
+
+def _text(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
+    """A question about a picture that is only described."""
+    scene = sample_scene(rng, config, split=split)
+    described = caption(facts_of(scene, config, FULL_STYLE), rng, language)
+    question = ask(scene, config, rng, None, language, split)
+    lead = "一张图片：" if language == "zh" else "A picture: "
+    stop = "" if described.endswith(".") else ("。" if language == "zh" else ".")
+    return _turns(
+        (TextPart(f"{lead}{described}{stop}\n{question.text}"),),
+        (TextPart(question.answer, loss=True),),
+    )
+
+
+_MAKERS = {
+    "t2i": _t2i,
+    "t2i_think": _t2i_think,
+    "vqa": _vqa,
+    "caption": _caption,
+    "edit": _edit,
+    "edit_think": _edit_think,
+    "interleave": _interleave,
+    "text": _text,
+}

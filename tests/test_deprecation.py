@@ -1,0 +1,24 @@
+"""Names that moved go on working for one version, with a warning that names the new place."""
+
+from importlib import import_module
+
+import pytest
+
+MOVED = [
+    ("neounify.evaluate.scenebench", "measure", "neounify.scenes.bench"),
+    ("neounify.data.scenes", "SceneDataset", "neounify.scenes.world"),
+]
+
+
+@pytest.mark.parametrize(("old", "name", "new"), MOVED)
+def test_a_moved_name_works_and_warns(old: str, name: str, new: str) -> None:
+    module = import_module(old)
+    with pytest.warns(DeprecationWarning, match=rf"{old}\.{name} is deprecated: use {new}\.{name}"):
+        value = getattr(module, name)
+    assert value is getattr(import_module(new), name)
+
+
+@pytest.mark.parametrize(("old", "name", "new"), MOVED)
+def test_a_name_that_never_was_is_an_attribute_error(old: str, name: str, new: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'nothing'"):
+        _ = import_module(old).nothing
