@@ -88,7 +88,11 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
     [
         ((1056, 1024), ServiceLimits(), r"has 1,056 tokens, this server paints 1,024 at most"),
         ((96, 96), ServiceLimits(max_image_tokens=8), "has 9 tokens, this server paints 8 at most"),
-        ((96, 96), ServiceLimits(image_tokens=17), "images have 18 tokens, this server paints 17"),
+        (
+            (96, 96),
+            ServiceLimits(image_tokens=17),
+            "images have 18 tokens, this server generates 17",
+        ),
     ],
 )
 def test_images_that_are_too_large_are_an_error_at_once(

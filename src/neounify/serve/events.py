@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -133,6 +133,12 @@ class Answering(Protocol):
     @property
     def config(self) -> ModelConfig:
         """Of the model that answers."""
+
+    def check_together(self, requests: Sequence[ServiceRequest]) -> None:
+        """RequestError if the limits can never admit all of these requests at the same time.
+
+        ImageError for an image that is too large by itself.
+        """
 
     def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -117,6 +117,20 @@ class Service:
             self._image_tokens -= tokens
             session.close()
 
+    def check_together(self, requests: Sequence[ServiceRequest]) -> None:
+        """See `events.Answering.check_together`."""
+        if len(requests) > self.limits.requests:
+            raise RequestError(
+                f"{len(requests)} answers are asked for at once, this server works on "
+                f"{self.limits.requests} at a time; ask for fewer"
+            )
+        tokens = sum(map(self._tokens_of, requests))
+        if tokens > self.limits.image_tokens:
+            raise RequestError(
+                f"the request's images have {tokens:,} tokens, this server generates "
+                f"{self.limits.image_tokens:,} at a time; ask for fewer or smaller images"
+            )
+
     def gauges(self) -> Mapping[str, float]:
         """Requests and image tokens under way, and what the engines report."""
         found = {"requests": float(self._active), "image_tokens": float(self._image_tokens)}
@@ -144,12 +158,8 @@ class Service:
             raise Overloaded(
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
             )
+        self.check_together([request])
         tokens = self._tokens_of(request)
-        if tokens > self.limits.image_tokens:
-            raise RequestError(
-                f"the request's images have {tokens:,} tokens, this server paints "
-                f"{self.limits.image_tokens:,} at a time; ask for fewer or smaller images"
-            )
         if self._image_tokens + tokens > self.limits.image_tokens:
             raise Overloaded(
                 f"images of {self._image_tokens:,} tokens are in progress and this request's have "

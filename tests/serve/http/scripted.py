@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -92,6 +92,9 @@ class Scripted:
     def last(self) -> ServiceRequest:
         """The request that came last."""
         return self.requests[-1]
+
+    def check_together(self, requests: Sequence[ServiceRequest]) -> None:
+        """Any number."""
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None

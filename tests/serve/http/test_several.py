@@ -17,7 +17,7 @@ from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.answering import answers_in_groups
-from neounify.serve.service import Service
+from neounify.serve.service import Service, ServiceLimits
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
 from scripting import script_sampler
@@ -397,3 +397,42 @@ def test_completions_that_cannot_be(
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
         client.post("/completions", body=fields, cast_to=object)
     assert error.value.param == param, error.value
+
+
+# --- more than the server can ever do at once ---
+
+
+@pytest.mark.parametrize(
+    ("ask", "param", "message"),
+    [
+        (
+            lambda c: c.chat.completions.create(model=MODEL, messages=ASK, n=4),
+            "n",
+            "4 answers are asked for at once, this server works on 3 at a time",
+        ),
+        (
+            lambda c: c.completions.create(model=MODEL, prompt=["a", "b", "c", "d"]),
+            "prompt",
+            "4 answers are asked for at once, this server works on 3 at a time",
+        ),
+        (
+            lambda c: c.images.generate(model=MODEL, prompt="a", n=3, size="64x96"),
+            "n",
+            "images have 18 tokens, this server generates 17 at a time",
+        ),
+        (
+            lambda c: c.images.generate(model=MODEL, prompt="a", n=4, size="32x32", stream=True),
+            "n",
+            "4 answers are asked for at once, this server works on 3 at a time",
+        ),
+    ],
+)
+def test_more_at_once_than_the_limits_ever_admit_is_400_not_429_for_ever(
+    tiny: neounify.Pipeline, ask: Any, param: str, message: str
+) -> None:
+    limits = ServiceLimits(requests=3, image_tokens=17)
+    with serving(colocated(tiny, limits=limits)) as client:
+        with pytest.raises(openai.BadRequestError, match=message) as refused:
+            ask(client)
+        assert refused.value.param == param
+        assert client.completions.create(model=MODEL, prompt=["a", "b", "c"]).choices

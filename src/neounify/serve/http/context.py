@@ -61,7 +61,15 @@ class Context:
     def answers(
         self, groups: Sequence[Sequence[ServiceRequest]], fields: AnsweredFields
     ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
-        """(number of the request, event) of several requests; those of a group have one prompt."""
+        """(number of the request, event) of several requests; those of a group have one prompt.
+
+        Raises ApiError 400 at once for more than the service can ever admit together, instead of
+        429 each time the caller tries again.
+        """
+        together = [request for group in groups for request in group]
+        if len(together) > 1:
+            with blame("n" if getattr(fields, "n", 1) > 1 else "prompt"):
+                self.service.check_together(together)
         return answers_in_groups(
             [[partial(self.answer, request, fields) for request in group] for group in groups]
         )

@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import Finished, Painted, Preview, TextPiece
-from neounify.serve.http.answering import merge
 from neounify.serve.http.context import Context
 from neounify.serve.http.facts import facts_of
 from neounify.serve.http.image_schema import ImageBody
@@ -76,8 +75,8 @@ class ImagesAnswer:
     async def _events(
         self,
     ) -> AsyncGenerator[tuple[int, Preview | Painted | Finished]]:
-        sources = [self._context.answer(request, self._body) for request in self._requests]
-        async with aclosing(merge(sources)) as events:
+        groups = [[request] for request in self._requests]
+        async with aclosing(self._context.answers(groups, self._body)) as events:
             async for number, event in events:
                 if isinstance(event, TextPiece):
                     self._thoughts[number] += event.text
