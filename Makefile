@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint replicas bench parity clean
+.PHONY: demo test lint replicas bench parity count clean
 
 demo: $(READY)  ## paint, ask, edit and tell a story with the bundled model
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,9 @@ bench: $(READY)  ## the figures of docs/benchmarks.md, as a table and as JSON
 
 parity: $(READY)  ## the README's table of differences from the recordings, where they are
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.parity
+
+count: $(READY)  ## files that a prompt, a request and a sample pass through; sizes of files
+	$(BIN)/python scripts/count_files.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
