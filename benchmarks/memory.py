@@ -19,7 +19,7 @@ from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
 from neounify.decode import Feed, feed
 from neounify.model import Image, NeoUnify, Text
-from neounify.presets import BENCH, TINY
+from neounify.config.presets import BENCH, TINY
 from neounify.text import byte_tokenizer
 
 LONG = 32_768

@@ -8,7 +8,7 @@ from neounify.cache import SequenceCache
 from neounify.decode import Feed, feed
 from neounify.model import NeoUnify, Text
 from neounify.model.compile import compile_streams
-from neounify.presets import BENCH
+from neounify.config.presets import BENCH
 
 
 def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:

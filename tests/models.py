@@ -14,7 +14,7 @@ from torch import Tensor
 
 import reference
 from neounify.checkpoint import to_published
-from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.rope import frequencies
 from reference import Array, Clean, Facts, Noisy, Token
@@ -49,7 +49,7 @@ def random_config(rng: random.Random, **fixed: object) -> ModelConfig:
         ),
     } | fixed
     side = int(values["patch_size"]) * int(values["merge"])  # type: ignore[call-overload]
-    values.setdefault("sampling", SamplingConfig(image_size=(4 * side, 4 * side)))
+    values.setdefault("sampling", CheckpointDefaults(image_size=(4 * side, 4 * side)))
     depth = values["num_layers"]
     assert isinstance(depth, int)
     if "und_mlp" not in values:

@@ -16,11 +16,11 @@ from benchmarks.experiments.bench import Bench, outcomes
 from benchmarks.experiments.training import JOINT, KINDS, Training, recipes, train
 from PIL import Image
 
+from neounify.config.presets import SCENES
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
-from neounify.presets import SCENES
 from neounify.scenes.bench import BenchConfig, Painting
 from neounify.scenes.world import render, scene_config
 from neounify.text import byte_tokenizer

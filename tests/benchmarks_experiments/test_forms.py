@@ -15,9 +15,9 @@ from benchmarks.experiments.bench import Bench
 from benchmarks.experiments.forms import CATEGORIES, compare, markdown
 from benchmarks.experiments.wordings import EDITS, PROMPTS, QUESTIONS
 
+from neounify.config.presets import SCENES
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
-from neounify.presets import SCENES
 from neounify.scenes.bench import (
     Painting,
     edit_cases,

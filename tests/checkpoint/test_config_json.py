@@ -10,9 +10,9 @@ import pytest
 from checkpoint.folders import SMALL
 from golden_data import golden_path, needs_golden
 from neounify.checkpoint import read_config, write_config
-from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.presets import PRESETS, U1_A3B
 from neounify.errors import ConfigError
-from neounify.presets import PRESETS, U1_A3B
 
 Document = dict[str, Any]
 
@@ -138,7 +138,7 @@ def test_writing_does_not_share_the_stored_document() -> None:
 
 
 def test_own_section() -> None:
-    sampling = SamplingConfig(
+    sampling = CheckpointDefaults(
         image_size=(64, 96),
         steps=8,
         guidance=1.0,

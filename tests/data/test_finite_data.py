@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.own_data import paint_record, png, text_record, write_lines, write_tar
+from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.jsonl import JsonlSource
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
@@ -18,7 +19,6 @@ from neounify.data.mixture import Mixture
 from neounify.data.probe import check_sources
 from neounify.data.sample import DataError, Sample
 from neounify.data.source import Source
-from neounify.presets import SCENES
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.recipe import DataRecipe

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from data.own_data import paint_record, png, text_record, write_lines, write_tar
+from neounify.config.presets import SCENES
 from neounify.data import pictures
 from neounify.data.encode import Encoder
 from neounify.data.jsonl import JsonlSource
@@ -22,7 +23,6 @@ from neounify.data.mixture import Mixture
 from neounify.data.probe import MAX_MESSAGE_CHARS, skipped_sample
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
-from neounify.presets import SCENES
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.recipe import DataRecipe

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import neounify
+from neounify.config.presets import TINY
 from neounify.model import NeoUnify
-from neounify.presets import TINY
 from neounify.text import byte_tokenizer
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neounify.cache import SequenceCache
+from neounify.config.presets import TINY
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import velocity
 from neounify.flow.schedule import timesteps
@@ -17,7 +18,6 @@ from neounify.flow.solvers import make_solver
 from neounify.model import NeoUnify
 from neounify.pipeline.denoise import PaintJob, make_job
 from neounify.pipeline.request import Sampling
-from neounify.presets import TINY
 
 
 def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJob:

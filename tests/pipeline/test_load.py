@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import neounify
+from neounify.config.presets import TINY
 from neounify.errors import CheckpointError, RequestError, TokenizerError
 from neounify.model import NeoUnify
-from neounify.presets import TINY
 from neounify.text import byte_tokenizer
 
 

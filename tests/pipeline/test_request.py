@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neounify.config import ModelConfig
+from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
 from neounify.errors import ImageError
 from neounify.image import TRAINING_BUCKETS
 from neounify.pipeline.request import check_image_tokens, image_tokens, output_size
-from neounify.presets import SCENES, TINY, U1_8B, U1_A3B
 
 
 @pytest.mark.parametrize("config", [U1_8B, U1_A3B])

@@ -8,11 +8,11 @@ import pytest
 
 import neounify
 from neounify.bundled import bundled_model
-from neounify.config import SamplingConfig
+from neounify.config import CheckpointDefaults
+from neounify.config.presets import SCENES, TINY, U1_8B
 from neounify.errors import SizeWarning
 from neounify.pipeline import Pipeline
 from neounify.pipeline.trained_sizes import size_advice
-from neounify.presets import SCENES, TINY, U1_8B
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_nothing_is_said_where_nothing_is_known() -> None:
 
 
 def test_a_range_of_areas_and_pairs_beside_it() -> None:
-    sampling = SamplingConfig(
+    sampling = CheckpointDefaults(
         image_size=(64, 64), trained_sizes=((256, 32),), trained_pixels=(64**2, 128**2)
     )
     config = SCENES.replace(sampling=sampling)

@@ -15,12 +15,12 @@ import torch
 
 import neounify
 from leaving import at_rest, calls_open, check_books, leave, let_it_paint, pieces_of, waits_of
+from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart
-from neounify.presets import TINY
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
 from neounify.serve.service import Service

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import neounify
+from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
 from neounify.pipeline.messages import read_request
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.pipeline.results import ImagePart, TextPart
-from neounify.presets import TINY
 from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest

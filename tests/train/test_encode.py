@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from neounify.config.presets import SCENES
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.model import Image, Noise, Text
-from neounify.presets import SCENES
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import (
     Message,

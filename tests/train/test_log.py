@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from neounify.config import MlpConfig
+from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.packing import Pack, make_pack
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
 from neounify.model.moe import SparseMlp
-from neounify.presets import SCENES
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.init import new_model

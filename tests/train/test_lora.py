@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from neounify.config import ModelConfig
+from neounify.config.presets import SCENES
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import LoraConfig, LoraLinear, add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
-from neounify.presets import SCENES
 from neounify.text import byte_tokenizer
 from neounify.train.init import new_model
 from neounify.train.log import Log

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import neounify.train.objective as objective_module
+from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
 from neounify.data.packing import Pack, make_pack
 from neounify.flow.noise import noise_scale
 from neounify.image.patches import patchify
-from neounify.presets import SCENES
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.activations import checkpoint_layers

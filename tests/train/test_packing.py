@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
 from neounify.data.packing import first_fit, make_pack
 from neounify.data.sample import DataError, Sample
-from neounify.presets import SCENES
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 
@@ -159,7 +159,7 @@ import os, signal
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
 from neounify.scenes.world import SceneDataset, scene_config
-from neounify.presets import SCENES
+from neounify.config.presets import SCENES
 from neounify.text import byte_tokenizer
 
 if __name__ == "__main__":

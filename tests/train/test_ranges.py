@@ -12,12 +12,12 @@ import pytest
 import torch
 from pydantic import AfterValidator, ValidationError
 
+from neounify.config.presets import SCENES
+from neounify.config.ranges import Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.lora.config import LoraConfig
-from neounify.presets import SCENES
-from neounify.settings import Range
 from neounify.text import byte_tokenizer
 from neounify.train.objective import Objective
 from neounify.train.optimizers import OptimizerConfig, Schedule

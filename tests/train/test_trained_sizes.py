@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from neounify.config import ModelConfig, SamplingConfig
-from neounify.presets import SCENES
+from neounify.config import CheckpointDefaults, ModelConfig
+from neounify.config.presets import SCENES
 from neounify.train.recipe import Recipe, recipe_from_table
 from neounify.train.setup import starting_model
 from neounify.train.trained_sizes import with_trained_sizes
 
 JSONL = {"kind": "jsonl", "path": "data.jsonl"}
 UNRECORDED = SCENES.replace(
-    sampling=SamplingConfig(
+    sampling=CheckpointDefaults(
         image_size=(64, 64), edit_min_pixels=32**2, edit_max_pixels=256**2, steps=40
     )
 )

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.errors import ConfigError
 
 ARCHITECTURES = ("qwen3", "qwen3_moe")
@@ -209,9 +209,9 @@ def _subsection(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _read_sampling(top: Mapping[str, Any]) -> SamplingConfig:
+def _read_sampling(top: Mapping[str, Any]) -> CheckpointDefaults:
     section = _subsection(_subsection(top, "neounify"), "sampling")
-    known = {f.name: f for f in dataclasses.fields(SamplingConfig)}
+    known = {f.name: f for f in dataclasses.fields(CheckpointDefaults)}
     values: dict[str, Any] = {}
     for key, value in section.items():
         _require(key in known, f"neounify.sampling.{key} is unknown; known: {', '.join(known)}")
@@ -238,7 +238,7 @@ def _read_sampling(top: Mapping[str, Any]) -> SamplingConfig:
             values[key] = _number(section, key)
         else:
             values[key] = _integer(section, key)
-    return SamplingConfig(**values)
+    return CheckpointDefaults(**values)
 
 
 def _is_pair(value: Any) -> bool:
@@ -314,7 +314,7 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
 
 def _own_section(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {}
-    if c.sampling != SamplingConfig():
+    if c.sampling != CheckpointDefaults():
         sampling = dataclasses.asdict(c.sampling)
         lists: dict[str, Any] = {"image_size": list(c.sampling.image_size)}
         if c.sampling.trained_sizes:

@@ -17,9 +17,9 @@ from neounify.cli.errors import CliError, UsageError
 from neounify.cli.inspecting import human_bytes
 from neounify.cli.models import parse_loras
 from neounify.cli.options import ReportOptions, WeightOptions
+from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
-from neounify.presets import TINY
 from neounify.text import byte_tokenizer
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

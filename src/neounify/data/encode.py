@@ -18,11 +18,11 @@ from PIL import Image as PilImage
 from pydantic.dataclasses import dataclass as settings
 
 from neounify.config import ModelConfig
+from neounify.config.ranges import STRICT, Fraction
 from neounify.data.buckets import crop_to, nearest_bucket
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.image.sizes import fit_size
 from neounify.model.layout import Document, Image, Noise, Span, Text
-from neounify.settings import STRICT, Fraction
 from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from neounify.checkpoint.lora_file import MAX_RANK
-from neounify.settings import STRICT, BelowOne, Positive, Range
+from neounify.config.ranges import STRICT, BelowOne, Positive, Range
 
 Stream: TypeAlias = Literal["und", "gen"]
 

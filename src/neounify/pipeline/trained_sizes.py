@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
-from neounify.config import ModelConfig, SamplingConfig
+from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.errors import SizeWarning
 from neounify.image.sizes import TRAINING_BUCKETS
 
@@ -18,7 +18,7 @@ MAX_NAMED = 6
 Size = tuple[int, int]
 
 
-def trained_sizes(sampling: SamplingConfig) -> tuple[tuple[Size, ...], tuple[int, int] | None]:
+def trained_sizes(sampling: CheckpointDefaults) -> tuple[tuple[Size, ...], tuple[int, int] | None]:
     """((width, height) pairs, (least, greatest) area) in pixels that a checkpoint has learnt.
 
     A checkpoint that records neither and has the published default size is a published one.
@@ -26,7 +26,7 @@ def trained_sizes(sampling: SamplingConfig) -> tuple[tuple[Size, ...], tuple[int
     """
     if sampling.trained_sizes or sampling.trained_pixels:
         return sampling.trained_sizes, sampling.trained_pixels
-    if sampling.image_size == SamplingConfig().image_size:
+    if sampling.image_size == CheckpointDefaults().image_size:
         return TRAINING_BUCKETS, PUBLISHED_PIXELS
     return (), None
 

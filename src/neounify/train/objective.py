@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from neounify.config import ModelConfig
+from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_weights
 from neounify.data.encode import Pixels
 from neounify.data.packing import Pack
 from neounify.data.sample import TASKS
@@ -31,7 +32,6 @@ from neounify.flow.schedule import shift_time
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.model.neo import NeoUnify
-from neounify.settings import STRICT, Finite, NonNegative, Positive, check_weights
 from neounify.train.metrics import Metrics
 
 LOGITS_AT_ONCE = 2**26

@@ -13,9 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from neounify.checkpoint.names import LABELS, part_of, stream_of
-from neounify.errors import CheckpointError, ConfigError
-from neounify.lora.layers import weight_name
-from neounify.settings import (
+from neounify.config.ranges import (
     STRICT,
     AboveZero,
     BelowOne,
@@ -25,6 +23,8 @@ from neounify.settings import (
     Positive,
     check_weights,
 )
+from neounify.errors import CheckpointError, ConfigError
+from neounify.lora.layers import weight_name
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]

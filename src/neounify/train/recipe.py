@@ -30,13 +30,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from neounify.checkpoint.names import LABELS
-from neounify.data.encode import GuidanceDropout
-from neounify.data.record import TASK_ALIASES
-from neounify.data.sample import TASKS
-from neounify.errors import ConfigError
-from neounify.lora.layers import LoraConfig
-from neounify.scenes.world.scene import PRESETS
-from neounify.settings import (
+from neounify.config.ranges import (
     STRICT,
     AreaBounds,
     BelowOne,
@@ -48,6 +42,12 @@ from neounify.settings import (
     check_names,
     check_weights,
 )
+from neounify.data.encode import GuidanceDropout
+from neounify.data.record import TASK_ALIASES
+from neounify.data.sample import TASKS
+from neounify.errors import ConfigError
+from neounify.lora.layers import LoraConfig
+from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.build import BYTE_VOCAB_SIZE
 from neounify.train.objective import Objective

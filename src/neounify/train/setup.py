@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from neounify.config import ModelConfig
+from neounify.config.presets import PRESETS
+from neounify.config.ranges import check_names
 from neounify.data.encode import Encoder
 from neounify.data.formats import files_below, foreign_folder
 from neounify.data.jsonl import JsonlSource
@@ -23,9 +25,7 @@ from neounify.data.source import Source
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
-from neounify.presets import PRESETS
 from neounify.scenes.world import SceneDataset, scene_config
-from neounify.settings import check_names
 from neounify.text.build import byte_tokenizer
 from neounify.text.tokenizer import Tokenizer
 from neounify.train.init import new_model

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from neounify.config.presets import SCENES, TINY
 from neounify.data.sample import DataError
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
-from neounify.presets import SCENES, TINY
 from neounify.scenes.bench import (
     TASKS,
     BenchConfig,

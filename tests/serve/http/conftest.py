@@ -10,8 +10,8 @@ import torch
 
 import neounify
 from neounify.bundled import bundled_model
+from neounify.config.presets import TINY
 from neounify.model import NeoUnify
-from neounify.presets import TINY
 from neounify.serve.build import colocated
 from neounify.serve.service import Service
 from neounify.text import byte_tokenizer

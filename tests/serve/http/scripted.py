@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from neounify.config import ModelConfig
+from neounify.config.presets import TINY
 from neounify.image.pixels import to_gen_pixels
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest
-from neounify.presets import TINY
 from neounify.serve.events import (
     Finished,
     Painted,

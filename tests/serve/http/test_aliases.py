@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from neounify.config.presets import TINY, U1_8B
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, size_of_shape
-from neounify.presets import TINY, U1_8B
 from neounify.serve.http import create_app
 from neounify.serve.http.aliases import ALIASES, WRAPPED
 from neounify.serve.http.chat_schema import ChatBody

@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from neounify.config.presets import TINY
 from neounify.pipeline.request import PaintRequest
-from neounify.presets import TINY
 from neounify.serve.http import create_app
 from serve.http.running import openai_client, picture, png
 from serve.http.scripted import Scripted, colour_of

@@ -1,6 +1,8 @@
 """Sizes of the published models; a field that is left out has the published default."""
 
-from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.config.flow import FlowConfig
+from neounify.config.model import MlpConfig, ModelConfig
+from neounify.config.sampling import CheckpointDefaults
 
 U1_8B = ModelConfig(
     hidden_size=4096,
@@ -69,7 +71,7 @@ TINY = ModelConfig(
     max_positions=8192,
     flow_head_width=256,
     vision_hidden_size=32,
-    sampling=SamplingConfig(
+    sampling=CheckpointDefaults(
         image_size=(128, 128),
         chat_min_pixels=64**2,
         chat_max_pixels=256**2,
@@ -98,7 +100,7 @@ SCENES = ModelConfig(
     vision_hidden_size=128,
     flow_head_width=512,
     flow=FlowConfig(noise_scale=3.0, noise_scale_base_tokens=16),
-    sampling=SamplingConfig(
+    sampling=CheckpointDefaults(
         image_size=(64, 64),
         chat_min_pixels=32**2,
         chat_max_pixels=256**2,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import textwrap
 from typing import Any
 
 import pytest
 
-from neounify.config import FlowConfig, MlpConfig, ModelConfig, SamplingConfig
+from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.presets import BENCH, PRESETS, SCENES, TINY, U1_8B, U1_A3B
 from neounify.errors import ConfigError
-from neounify.presets import BENCH, PRESETS, SCENES, TINY, U1_8B, U1_A3B
 from neounify.text import BYTE_VOCAB_SIZE
 
 SPARSE = MlpConfig(
@@ -28,6 +32,7 @@ def _sparse(**changes: Any) -> MlpConfig:
         ({"num_layers": -1}, "num_layers must be at least 1"),
         ({"vocab_size": 0}, "vocab_size must be"),
         ({"merge": 0}, "merge must be"),
+        ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"max_positions": 0}, "max_positions must be"),
         ({"num_kv_heads": 3}, "num_heads 4 must be a multiple of num_kv_heads 3"),
         ({"head_dim": 12}, "head_dim 12 must be a multiple of 8"),
@@ -41,14 +46,8 @@ def _sparse(**changes: Any) -> MlpConfig:
         ({"gen_mlp": _sparse(experts_per_token=5)}, "gen: experts per token 5 must lie in 1..4"),
         ({"und_mlp": _sparse(experts_per_token=0)}, "und: experts per token 0"),
         ({"und_mlp": _sparse(expert_width=0)}, "und: expert width 0 must be positive"),
-        ({"flow": FlowConfig(noise_scale=0.0)}, "noise_scale must be positive"),
-        ({"flow": FlowConfig(noise_scale_max=-1.0)}, "noise_scale_max must be positive"),
-        ({"flow": FlowConfig(t_eps_training=0.0)}, "t_eps_training must be positive"),
-        ({"sampling": SamplingConfig(image_size=(64, 100))}, r"\(64, 100\) must be .* of 32"),
-        ({"sampling": SamplingConfig(image_size=(0, 32))}, "sampling.image_size"),
-        ({"sampling": SamplingConfig(chat_min_pixels=10, chat_max_pixels=9)}, "10..9"),
-        ({"sampling": SamplingConfig(steps=0)}, "sampling.steps must be at least 1, got 0"),
-        ({"sampling": SamplingConfig(shift=0.0)}, "sampling.shift must be positive"),
+        ({"sampling": CheckpointDefaults(image_size=(64, 100))}, r"\(64, 100\) must be .* of 32"),
+        ({"sampling": CheckpointDefaults(image_size=(0, 32))}, "sampling.image_size"),
     ],
 )
 def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
@@ -56,10 +55,39 @@ def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
         TINY.replace(**changes)
 
 
-def test_an_unknown_noise_scale_mode() -> None:
-    flow = FlowConfig(noise_scale_mode="loud")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"'loud' is unknown; known are fixed, resolution"):
-        TINY.replace(flow=flow)
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (FlowConfig, {"noise_scale": 0.0}, "noise_scale must be positive"),
+        (FlowConfig, {"noise_scale_max": -1.0}, "noise_scale_max must be positive"),
+        (FlowConfig, {"t_eps_training": 0.0}, "t_eps_training must be positive"),
+        (CheckpointDefaults, {"chat_min_pixels": 10, "chat_max_pixels": 9}, "10..9"),
+        (CheckpointDefaults, {"steps": 0}, "sampling.steps must be at least 1, got 0"),
+        (CheckpointDefaults, {"shift": 0.0}, "sampling.shift must be positive"),
+        (CheckpointDefaults, {"trained_pixels": (2, 1)}, "trained_pixels 2..1 is not a range"),
+        (FlowConfig, {"noise_scale_mode": "loud"}, "'loud' is unknown; known are fixed, resolu"),
+    ],
+)
+def test_values_out_of_range(kind: type, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**changes)
+
+
+def test_every_field_has_a_sentence() -> None:
+    """The docstring under each field, which readers and editors see."""
+    for kind in (CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig):
+        [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, after in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), ast.unparse(field)
+
+
+def test_the_old_name_still_works_for_a_version() -> None:
+    import neounify.config
+
+    with pytest.warns(DeprecationWarning, match="SamplingConfig is now called CheckpointDefaults"):
+        assert neounify.config.SamplingConfig is CheckpointDefaults
 
 
 def test_configs_do_not_change() -> None:
@@ -80,7 +108,7 @@ def test_sparse_layers() -> None:
 
 
 def test_bounds_of_edited_pictures() -> None:
-    sampling = SamplingConfig()
+    sampling = CheckpointDefaults()
     assert sampling.edit_bounds(1) == (512**2, 2048**2)
     assert sampling.edit_bounds(4) == (512**2, 2048**2)
     assert sampling.edit_bounds(5) == (512**2, 4096**2 // 5)

@@ -1,0 +1,162 @@
+"""ModelConfig: the sizes and conventions of one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from neounify.config.checks import require
+from neounify.config.flow import FlowConfig
+from neounify.config.sampling import CheckpointDefaults
+
+ImageHead = Literal["flow", "pixel"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpConfig:
+    """The MLPs of one stream: dense, or a mixture of experts in the layers that `sparse` marks."""
+
+    width: int
+    """Hidden width of a dense MLP; unused where every layer is sparse."""
+    num_experts: int = 0
+    """Experts of a sparse layer."""
+    experts_per_token: int = 0
+    """Experts that each token is routed to, at most `num_experts`."""
+    expert_width: int = 0
+    """Hidden width of one expert."""
+    normalise_top_k: bool = False
+    """Whether the weights of a token's experts are scaled to sum to 1."""
+    sparse: tuple[bool, ...] = ()
+    """By layer, whether it is sparse; empty: all are dense."""
+
+    def is_sparse(self, layer: int) -> bool:
+        return bool(self.sparse) and self.sparse[layer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and conventions of one model. Raises ConfigError when they do not fit together."""
+
+    hidden_size: int
+    """Width of the residual stream (D)."""
+    num_layers: int
+    """Transformer layers."""
+    num_heads: int
+    """Query heads, a multiple of `num_kv_heads`."""
+    num_kv_heads: int
+    """Heads of keys and values."""
+    head_dim: int
+    """Width of a head, a multiple of 8: half rotates with t, a quarter each with row and column."""
+    vocab_size: int
+    """Rows of the token embedding."""
+    und_mlp: MlpConfig
+    """MLPs of the understanding stream."""
+    gen_mlp: MlpConfig
+    """MLPs of the generation stream."""
+    rms_norm_eps: float = 1e-6
+    """ε of the RMS norms."""
+    rope_theta: float = 5e6
+    """Base of the rotary embedding of t."""
+    rope_theta_hw: float = 1e4
+    """Base of the rotary embeddings of row and column."""
+    max_positions: int = 262_144
+    """Context length in positions t."""
+    max_grid: int = 10_000
+    """Token rows or columns of an image at most."""
+    attention_bias: bool = False
+    """Whether the attention projections have biases."""
+    tie_embeddings: bool = False
+    """Whether the text head shares the token embedding."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    merge: int = 2
+    """Patches per side of an image token."""
+    channels: int = 3
+    """Colour channels of an image."""
+    vision_hidden_size: int = 1024
+    """Width of a patch embedding, a multiple of 4."""
+    rope_theta_vision: float = 1e4
+    """Base of the rotary embedding of patches."""
+    image_head: ImageHead = "flow"
+    """Head that predicts the clean image: an MLP per token, or convolutions over pixels."""
+    flow_head_width: int = 4096
+    """Hidden width of the flow head."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Noise and time conventions."""
+    sampling: CheckpointDefaults = field(default_factory=CheckpointDefaults)
+    """Sizes and sampling values for requests that name none."""
+    published: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The config.json this came from; saving keeps the keys that this package does not read."""
+
+    def __post_init__(self) -> None:
+        _check_model(self)
+
+    @property
+    def token_size(self) -> int:
+        """Side of an image token in pixels (C in the specification)."""
+        return self.patch_size * self.merge
+
+    @property
+    def token_width(self) -> int:
+        """Numbers in an image token: channels · token_size²."""
+        return self.channels * self.token_size**2
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.und_mlp.num_experts > 0
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _check_model(c: ModelConfig) -> None:
+    sizes = (
+        "hidden_size num_layers num_heads num_kv_heads head_dim vocab_size max_positions max_grid "
+        "patch_size merge channels vision_hidden_size flow_head_width"
+    )
+    for name in sizes.split():
+        require(getattr(c, name) >= 1, f"{name} must be at least 1, got {getattr(c, name)}")
+    require(
+        c.num_heads % c.num_kv_heads == 0,
+        f"num_heads {c.num_heads} must be a multiple of num_kv_heads {c.num_kv_heads}",
+    )
+    require(
+        c.head_dim % 8 == 0,
+        f"head_dim {c.head_dim} must be a multiple of 8: it is cut into a half and two quarters, "
+        "each rotated in pairs",
+    )
+    require(
+        c.vision_hidden_size % 4 == 0,
+        f"vision hidden size {c.vision_hidden_size} must be divisible by 4 (two rotated halves)",
+    )
+    if c.image_head == "pixel":
+        require(
+            c.hidden_size % 4 == 0 and c.token_size % 4 == 0,
+            f"the pixel head needs a hidden size ({c.hidden_size}) and a token side "
+            f"({c.token_size}) that are divisible by 4",
+        )
+    for name in ("rope_theta", "rope_theta_hw", "rope_theta_vision", "rms_norm_eps"):
+        require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
+    for stream, mlp in (("und", c.und_mlp), ("gen", c.gen_mlp)):
+        _check_mlp(stream, mlp, c.num_layers)
+    c.sampling.check_sizes(c.token_size)
+
+
+def _check_mlp(stream: str, mlp: MlpConfig, num_layers: int) -> None:
+    if not mlp.sparse or not all(mlp.sparse):
+        require(mlp.width >= 1, f"the {stream} MLP width must be at least 1, got {mlp.width}")
+    if not any(mlp.sparse):
+        return
+    require(
+        len(mlp.sparse) == num_layers,
+        f"{stream}: {len(mlp.sparse)} layers are marked sparse or dense, expected {num_layers}",
+    )
+    require(
+        1 <= mlp.experts_per_token <= mlp.num_experts,
+        f"{stream}: experts per token {mlp.experts_per_token} must lie in 1..{mlp.num_experts}, "
+        "the number of experts",
+    )
+    require(mlp.expert_width >= 1, f"{stream}: expert width {mlp.expert_width} must be positive")
