@@ -17,7 +17,7 @@ from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
-from neounify.decode import Feed, feed
+from neounify.decode import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text
 from neounify.config.presets import BENCH, TINY
 from neounify.text import byte_tokenizer
@@ -136,7 +136,9 @@ def _prefill(length: str) -> float:
     spans = (Text(1024), Image(16, 16), Text(tokens - 1024 - 256))
     ids = random_ids(model, tokens - 256)
     start = time.perf_counter()
-    feed(model, [Feed(new_cache(model, tokens), spans, ids, [torch.randn(3, 512, 512)])])
+    forward_und(
+        model, [ModelInput(new_cache(model, tokens), spans, ids, [torch.randn(3, 512, 512)])]
+    )
     return time.perf_counter() - start
 
 

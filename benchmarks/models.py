@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.decode import Feed, feed
+from neounify.decode import ModelInput, forward_und
 from neounify.model import NeoUnify, Text
 from neounify.model.compile import compile_streams
 from neounify.config.presets import BENCH
@@ -31,4 +31,6 @@ def new_cache(model: NeoUnify, capacity: int) -> SequenceCache:
 def read_text(model: NeoUnify, length: int, room: int = 64) -> tuple[SequenceCache, torch.Tensor]:
     """The cache of a random prompt, and the state of its last token [1, D]."""
     cache = new_cache(model, length + room)
-    return cache, feed(model, [Feed(cache, (Text(length),), random_ids(model, length))])
+    return cache, forward_und(
+        model, [ModelInput(cache, (Text(length),), random_ids(model, length))]
+    )

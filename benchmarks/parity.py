@@ -16,7 +16,7 @@ from torch import Tensor
 import neounify
 from golden_data import checkpoint, golden_path, load_fixture
 from neounify.cache import SequenceCache
-from neounify.decode import Feed, feed
+from neounify.decode import ModelInput, forward_und
 from neounify.model import Text
 from neounify.pipeline import Pipeline
 
@@ -49,7 +49,7 @@ def _prefill(pipe: Pipeline, name: str, found: Differences) -> None:
     recorded, _ = load_fixture(name, "text")
     ids = recorded["input_ids"][0].tolist()
     cache = SequenceCache(pipe.config, len(ids), dtype=torch.float32, device=pipe.model.device)
-    hidden = feed(pipe.model, [Feed(cache, (Text(len(ids)),), ids)])
+    hidden = forward_und(pipe.model, [ModelInput(cache, (Text(len(ids)),), ids)])
     differences = found["single pass: logits, keys and values"]
     differences.append(difference(pipe.model.logits(hidden), recorded["logits"][0, -1:]))
     for layer in (0, 2):

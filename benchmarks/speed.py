@@ -12,7 +12,14 @@ from benchmarks import counting
 from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
-from neounify.decode import Feed, Generation, SamplingSettings, SamplingState, decode, feed
+from neounify.decode import (
+    Generation,
+    ModelInput,
+    SamplingSettings,
+    SamplingState,
+    decode,
+    forward_und,
+)
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
@@ -46,14 +53,14 @@ def _prefill(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
 
     def text() -> None:
         cache = new_cache(model, 1024)
-        model.logits(feed(model, [Feed(cache, (Text(1024),), ids)]))
+        model.logits(forward_und(model, [ModelInput(cache, (Text(1024),), ids)]))
 
     image = torch.randn(3, 512, 512)
     spans = (Text(64), Image(16, 16), Text(64))
 
     def mixed() -> None:
         cache = new_cache(model, 384)
-        model.logits(feed(model, [Feed(cache, spans, ids[:128], [image])]))
+        model.logits(forward_und(model, [ModelInput(cache, spans, ids[:128], [image])]))
 
     for name, call, operations in (
         ("prefill of 1024 tokens", text, counting.prefill(model, 1024)),

@@ -84,8 +84,8 @@ class PromptPositions:
                 for start, stop in self.und_ranges:
                     recorder.seen.append(self.und_positions[start:stop].T)
 
-        # By its path: the package exports the function `feed` under the module's name.
-        monkeypatch.setattr(sys.modules["neounify.decode.feed"], "Layout", Recording)
+        # By its path: the package exports the function `forward` under the module's name.
+        monkeypatch.setattr(sys.modules["neounify.decode.forward"], "Layout", Recording)
 
 
 def _positions(job: PaintJob, branch: Any) -> Tensor:

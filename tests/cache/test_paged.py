@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from models import random_config
-from neounify.cache import Cache, PagedPool, PagedSequence, SequenceCache
-from neounify.cache.blocks import OutOfBlocks
-from neounify.cache.content import Row, image_rows, text_rows
+from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
+from neounify.cache.block_allocator import OutOfBlocks
+from neounify.cache.prefix_hash import TokenKey, image_keys, text_keys
 from neounify.config import ModelConfig
-from neounify.decode.feed import Feed, feed
+from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text
 
 CPU = torch.device("cpu")
@@ -25,11 +25,11 @@ def model(request: pytest.FixtureRequest) -> NeoUnify:
     return NeoUnify(random_config(random.Random(request.param))).eval().requires_grad_(False)
 
 
-def pool_of(model: NeoUnify, blocks: int = 64, size: int = 4) -> PagedPool:
+def pool_of(model: NeoUnify, blocks: int = 64, size: int = 4) -> PagedKVCache:
     """A pool whose unwritten memory is poison: nothing may ever read it."""
-    pool = PagedPool(model.config, blocks, size, dtype=torch.float32, device=CPU)
+    pool = PagedKVCache(model.config, blocks, size, dtype=torch.float32, device=CPU)
     for memory in (pool.keys, pool.values):
-        memory[:, : pool.zero_place] = float("nan")
+        memory[:, : pool.zero_slot] = float("nan")
     return pool
 
 
@@ -42,10 +42,10 @@ def give(model: NeoUnify, cache: Cache, ids: list[int], image: Tensor | None = N
     images: tuple[Tensor, ...] = ()
     if image is not None:
         spans, images = (Image(*model.token_grid(image)), *spans), (image,)
-    return feed(model, [Feed(cache, spans, ids, images)])[0]
+    return forward_und(model, [ModelInput(cache, spans, ids, images)])[0]
 
 
-def opened(pool: PagedPool, rows: list[Row], room: int = 0) -> PagedSequence:
+def opened(pool: PagedKVCache, rows: list[TokenKey], room: int = 0) -> PagedSequence:
     sequence = pool.open(rows, room)
     sequence.expect(rows[sequence.length :])
     return sequence
@@ -54,9 +54,9 @@ def opened(pool: PagedPool, rows: list[Row], room: int = 0) -> PagedSequence:
 def test_text_in_pieces_beside_others(model: NeoUnify) -> None:
     pool = pool_of(model)
     ids = [n % 29 for n in range(23)]
-    other = opened(pool, text_rows([1, 2, 3, 4, 5], 0))
+    other = opened(pool, text_keys([1, 2, 3, 4, 5], 0))
     give(model, other, [1, 2, 3])
-    paged, alone = opened(pool, text_rows(ids, 0)), own_cache(model.config)
+    paged, alone = opened(pool, text_keys(ids, 0)), own_cache(model.config)
     for start, stop in ((0, 5), (5, 6), (6, 23)):
         expected = give(model, alone, ids[start:stop])
         torch.testing.assert_close(give(model, paged, ids[start:stop]), expected)
@@ -73,15 +73,17 @@ def test_many_single_tokens_at_once(model: NeoUnify) -> None:
     lengths = [1, 7, 4, 12]
     texts = [[(3 * n + k) % 29 for k in range(n)] for n in lengths]
     alone = [own_cache(model.config) for _ in lengths]
-    paged = [opened(pool, text_rows(ids, 0), room=3) for ids in texts]
+    paged = [opened(pool, text_keys(ids, 0), room=3) for ids in texts]
     for ids, a, p in zip(texts, alone, paged, strict=True):
         give(model, a, ids)
         give(model, p, ids)
     for step in range(3):
         new = [[(5 * step + n) % 29] for n in lengths]
         for p, ids in zip(paged, new, strict=True):
-            p.expect(text_rows(ids, p.next_t))
-        together = feed(model, [Feed(p, (Text(1),), i) for p, i in zip(paged, new, strict=True)])
+            p.expect(text_keys(ids, p.next_t))
+        together = forward_und(
+            model, [ModelInput(p, (Text(1),), i) for p, i in zip(paged, new, strict=True)]
+        )
         expected = [give(model, a, ids) for a, ids in zip(alone, new, strict=True)]
         torch.testing.assert_close(together, torch.stack(expected))
     pool.check()
@@ -93,51 +95,51 @@ def test_nan_in_one_sequence_reaches_no_other(model: NeoUnify) -> None:
     for broken in range(4):
         pool = pool_of(model)
         alone = [own_cache(model.config) for _ in lengths]
-        paged = [opened(pool, text_rows([n] * n, 0), room=2) for n in lengths]
+        paged = [opened(pool, text_keys([n] * n, 0), room=2) for n in lengths]
         for n, a, p in zip(lengths, alone, paged, strict=True):
             give(model, a, [n] * n)
             give(model, p, [n] * n)
-        pool.keys[:, paged[broken].places[: lengths[broken]]] = float("nan")
-        pool.values[:, paged[broken].places[: lengths[broken]]] = float("nan")
+        pool.keys[:, paged[broken].slot_mapping[: lengths[broken]]] = float("nan")
+        pool.values[:, paged[broken].slot_mapping[: lengths[broken]]] = float("nan")
         for p in paged:
-            p.expect(text_rows([7], p.next_t))
-        together = feed(model, [Feed(p, (Text(1),), [7]) for p in paged])
+            p.expect(text_keys([7], p.next_t))
+        together = forward_und(model, [ModelInput(p, (Text(1),), [7]) for p in paged])
         assert not torch.isfinite(together[broken]).any()
         for place in set(range(4)) - {broken}:
             torch.testing.assert_close(together[place], give(model, alone[place], [7]))
-        assert not pool.keys[:, pool.zero_place].any()
-        assert not pool.values[:, pool.zero_place].any()
+        assert not pool.keys[:, pool.zero_slot].any()
+        assert not pool.values[:, pool.zero_slot].any()
 
 
 def test_what_is_distrusted_is_not_used_again(model: NeoUnify) -> None:
     pool = pool_of(model)
     ids = [n % 29 for n in range(14)]
-    one, two = (opened(pool, text_rows(ids, 0)) for _ in range(2))
+    one, two = (opened(pool, text_keys(ids, 0)) for _ in range(2))
     give(model, one, ids)
     give(model, two, ids)
-    pool.distrust(one)
+    pool.invalidate(one)
     pool.check()
-    three = opened(pool, text_rows(ids, 0))
+    three = opened(pool, text_keys(ids, 0))
     assert three.length == 0
     for sequence in (one, two, three):
         pool.close(sequence)
     pool.check()
-    assert pool.book.in_use == 0
+    assert pool.allocator.in_use == 0
 
 
 def test_a_known_beginning_is_not_computed_again(model: NeoUnify) -> None:
     pool = pool_of(model)
     first = [n % 29 for n in range(14)]
-    one = opened(pool, text_rows(first, 0))
+    one = opened(pool, text_keys(first, 0))
     give(model, one, first)
     pool.close(one)
     longer = [*first, 7, 8, 9]
-    two = opened(pool, text_rows(longer, 0))
+    two = opened(pool, text_keys(longer, 0))
     assert two.length == two.next_t == 12  # three full blocks of four
     alone = own_cache(model.config)
     expected = give(model, alone, longer)
     torch.testing.assert_close(give(model, two, longer[12:]), expected)
-    other = opened(pool, text_rows([5, *first[1:]], 0))
+    other = opened(pool, text_keys([5, *first[1:]], 0))
     assert other.length == 0
     pool.check()
 
@@ -145,9 +147,9 @@ def test_a_known_beginning_is_not_computed_again(model: NeoUnify) -> None:
 def test_the_last_token_is_always_computed(model: NeoUnify) -> None:
     pool = pool_of(model)
     ids = [n % 29 for n in range(8)]
-    one = opened(pool, text_rows(ids, 0))
+    one = opened(pool, text_keys(ids, 0))
     expected = give(model, one, ids)
-    two = opened(pool, text_rows(ids, 0))
+    two = opened(pool, text_keys(ids, 0))
     assert two.length == 4
     torch.testing.assert_close(give(model, two, ids[4:]), expected)
 
@@ -159,9 +161,9 @@ def test_an_image_is_never_cut(model: NeoUnify) -> None:
         pool = pool_of(model)
         ids, after = list(range(before)), [4, 5, 6, 7, 8]
         rows = [
-            *text_rows(ids, 0),
-            *image_rows(b"x", 6, before),
-            *text_rows(after, before + 1),
+            *text_keys(ids, 0),
+            *image_keys(b"x", 6, before),
+            *text_keys(after, before + 1),
         ]
         one, alone = opened(pool, rows), own_cache(model.config)
         for cache in (one, alone):
@@ -175,19 +177,19 @@ def test_an_image_is_never_cut(model: NeoUnify) -> None:
             k, _ = alone.read(0, len(rows))
             give(model, two, rest)
             torch.testing.assert_close(two.read(0, len(rows))[0], k)
-        assert opened(pool, [*rows[:before], *image_rows(b"y", 6, before)]).length <= before
+        assert opened(pool, [*rows[:before], *image_keys(b"y", 6, before)]).length <= before
         pool.check()
 
 
 def test_room_is_all_or_nothing(model: NeoUnify) -> None:
     pool = pool_of(model, blocks=4)
-    one = pool.open(text_rows([1, 2, 3], 0), room=5)
-    assert pool.book.in_use == 2
+    one = pool.open(text_keys([1, 2, 3], 0), room=5)
+    assert pool.allocator.in_use == 2
     with pytest.raises(OutOfBlocks):
-        pool.open(text_rows([1, 2, 3], 0), room=6)
-    assert pool.book.in_use == 2
+        pool.open(text_keys([1, 2, 3], 0), room=6)
+    assert pool.allocator.in_use == 2
     pool.close(one)
     pool.close(one)
-    assert pool.book.in_use == 0
+    assert pool.allocator.in_use == 0
     with pytest.raises(ValueError, match="in a room of 8"):
         one.reserve(9)

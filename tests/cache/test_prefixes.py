@@ -11,7 +11,7 @@ from torch import Tensor
 from models import random_config
 from neounify.cache import SequenceCache
 from neounify.cache.prefixes import PrefixBatch
-from neounify.decode.feed import Feed, feed
+from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Noise, Text
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def caches(model: NeoUnify) -> list[SequenceCache]:
     made = []
     for length in (7, 1, 12):
         cache = SequenceCache(model.config, 3, dtype=torch.float32, device=CPU)
-        feed(model, [Feed(cache, (Text(length),), [n % 29 for n in range(length)])])
+        forward_und(model, [ModelInput(cache, (Text(length),), [n % 29 for n in range(length)])])
         made.append(cache)
     return [*made, made[0]]
 

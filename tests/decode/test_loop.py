@@ -12,7 +12,14 @@ from torch import Tensor
 
 from models import random_config, random_model
 from neounify.cache import Cache, SequenceCache
-from neounify.decode import Feed, Generation, SamplingSettings, SamplingState, decode, feed
+from neounify.decode import (
+    Generation,
+    ModelInput,
+    SamplingSettings,
+    SamplingState,
+    decode,
+    forward_und,
+)
 from neounify.errors import CheckpointError
 from neounify.model import Document, Layout, NeoUnify, Text
 
@@ -41,9 +48,11 @@ def _generation(
 
 
 def _prefill(generations: Sequence[Generation], prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Feed the prompt of each, in one call."""
+    """Prefill the prompt of each, in one call."""
     pairs = zip(generations, prompts, strict=True)
-    return feed(_model(), [Feed(g.cache, (Text(len(ids)),), list(ids)) for g, ids in pairs])
+    return forward_und(
+        _model(), [ModelInput(g.cache, (Text(len(ids)),), list(ids)) for g, ids in pairs]
+    )
 
 
 def _write(
@@ -137,7 +146,7 @@ def test_one_stops_and_the_others_go_on() -> None:
 
 
 def test_resume_goes_on_after_a_stop_token() -> None:
-    """The caller feeds the stop token itself; the limit counts over both parts."""
+    """The caller inputs the stop token itself; the limit counts over both parts."""
     free = _by_full_forwards(PROMPTS[0], 12)
     stop = free[4]
     generation = _generation(PROMPTS[0], 11, [stop])
@@ -146,7 +155,7 @@ def test_resume_goes_on_after_a_stop_token() -> None:
     assert (generation.finish_reason, generation.stopped_by) == ("stop", stop)
     generation.resume()
     assert generation.finish_reason is None
-    hidden = feed(_model(), [Feed(generation.cache, (Text(1),), [stop])])
+    hidden = forward_und(_model(), [ModelInput(generation.cache, (Text(1),), [stop])])
     generation.stop_ids = frozenset()
     list(decode(_model(), [generation], hidden))
     assert generation.ids == [*free[:written], *free[written + 1 :]][:11]
@@ -158,7 +167,7 @@ def test_pending_feeds_what_the_limit_cut_off() -> None:
     generation = _generation(PROMPTS[3], 4)
     _write([generation], PROMPTS[3])
     more = _generation([], 5, cache=generation.cache)
-    hidden = feed(_model(), [Feed(generation.cache, (Text(1),), generation.pending)])
+    hidden = forward_und(_model(), [ModelInput(generation.cache, (Text(1),), generation.pending)])
     list(decode(_model(), [more], hidden))
     assert generation.ids + more.ids == _by_full_forwards(PROMPTS[3], 9)
 

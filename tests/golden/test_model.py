@@ -18,7 +18,14 @@ from golden_data import load_fixture, needs_golden
 from models import assert_close, facts_of, one_thread, weights_of
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
-from neounify.decode import Feed, Generation, SamplingSettings, SamplingState, decode, feed
+from neounify.decode import (
+    Generation,
+    ModelInput,
+    SamplingSettings,
+    SamplingState,
+    decode,
+    forward_und,
+)
 from neounify.flow.path import velocity
 from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
@@ -127,8 +134,8 @@ class Prompt(NamedTuple):
     def layout(self) -> Layout:
         return Layout([Document(self.spans)])
 
-    def feed(self, cache: SequenceCache) -> Feed:
-        return Feed(cache, self.spans, self.ids, self.images)
+    def model_input(self, cache: SequenceCache) -> ModelInput:
+        return ModelInput(cache, self.spans, self.ids, self.images)
 
 
 def _prompt(recorded: dict[str, Tensor], images: Sequence[Tensor] = ()) -> Prompt:
@@ -188,7 +195,7 @@ def test_prefill(name: str, group: str, model: NeoUnify) -> None:
 def test_prefill_fills_the_cache(name: str, group: str, model: NeoUnify) -> None:
     recorded, prompt = _recorded_prompt(name, group)
     cache = _cache(model)
-    hidden = feed(model, [prompt.feed(cache)])
+    hidden = forward_und(model, [prompt.model_input(cache)])
     assert_close(hidden, recorded["last_hidden"][:, -1], TOLERANCE)
     for layer in (0, model.config.num_layers - 1):
         k, v = cache.read(layer, cache.length)
@@ -212,7 +219,7 @@ def test_greedy_tokens(
     script_sampler(monkeypatch, choose)
     sampling = SamplingState(SamplingSettings())
     generation = Generation(cache, sampling, frozenset(), recorded["greedy_ids"].shape[1])
-    for _ in decode(model, [generation], feed(model, [prompt.feed(cache)])):
+    for _ in decode(model, [generation], forward_und(model, [prompt.model_input(cache)])):
         pass
     assert generation.ids == recorded["greedy_ids"][0].tolist()
     assert_close(torch.stack(shown), recorded["greedy_logits"][0], TOLERANCE)
@@ -249,7 +256,7 @@ def test_velocity(name: str, prefix: str, model: NeoUnify) -> None:
     recorded, facts = load_fixture(name, "velocity")
     cache = _cache(model)
     ids = recorded[f"input_ids_{prefix}"][0].tolist()
-    feed(model, [Feed(cache, (Text(len(ids)),), ids)])
+    forward_und(model, [ModelInput(cache, (Text(len(ids)),), ids)])
     layout = Layout([cache.document(Noise(3, 2))])
     assert torch.equal(layout.gen_positions.T, recorded[f"indexes_{prefix}"])
     z = recorded["z"][0]

@@ -24,7 +24,7 @@ from models import (
 )
 from neounify.cache import SequenceCache
 from neounify.config import MlpConfig, ModelConfig
-from neounify.decode import Feed, feed
+from neounify.decode import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Noise, attention
 from reference import Clean, Noisy
 
@@ -45,11 +45,13 @@ def _cache(config: ModelConfig, capacity: int = 2) -> SequenceCache:
     return cache
 
 
-def _feed_of(cache: SequenceCache, spans: Sequence[reference.Span], config: ModelConfig) -> Feed:
+def _input_of(
+    cache: SequenceCache, spans: Sequence[reference.Span], config: ModelConfig
+) -> ModelInput:
     seen = [span for span in spans if not isinstance(span, Noisy)]
     ids = [i for span in seen if isinstance(span, reference.Text) for i in span.ids]
     images = [torch.from_numpy(s.pixels).double() for s in seen if isinstance(s, Clean)]
-    return Feed(cache, spans_of(seen, config), ids, images)
+    return ModelInput(cache, spans_of(seen, config), ids, images)
 
 
 def _pieces(document: Sequence[reference.Span], size: int) -> list[reference.Span]:
@@ -85,7 +87,7 @@ def test_prefill_and_decode_equal_the_full_forward(size: int, sparse: bool) -> N
     cache = _cache(config)
     with exact():
         for piece in _pieces(document, size):
-            hidden = feed(model, [_feed_of(cache, [piece], config)])
+            hidden = forward_und(model, [_input_of(cache, [piece], config)])
             row = und[cache.length - 1]
             assert_close(hidden[0], answer.hidden[row], 1e-9)
             assert_close(model.logits(hidden)[0], answer.logits[cache.length - 1], 1e-9)
@@ -109,8 +111,12 @@ def test_sequences_fed_together_equal_each_alone() -> None:
     together = [_cache(config) for _ in documents]
     alone = [_cache(config) for _ in documents]
     for spans in (documents, more):
-        both = feed(model, [_feed_of(c, s, config) for c, s in zip(together, spans, strict=True)])
-        each = [feed(model, [_feed_of(c, s, config)]) for c, s in zip(alone, spans, strict=True)]
+        both = forward_und(
+            model, [_input_of(c, s, config) for c, s in zip(together, spans, strict=True)]
+        )
+        each = [
+            forward_und(model, [_input_of(c, s, config)]) for c, s in zip(alone, spans, strict=True)
+        ]
         assert_close(both, torch.cat(each), 1e-6)
     assert [c.length for c in together] == [c.length for c in alone]
 
@@ -125,8 +131,8 @@ def test_long_text_behind_a_cache_is_cut_into_chunks(
     (answer,) = reference.forward([document], weights_of(model), facts_of(config))
     cache = _cache(config)
     with exact():
-        feed(model, [_feed_of(cache, document[:3], config)])
-        hidden = feed(model, [_feed_of(cache, document[3:], config)])
+        forward_und(model, [_input_of(cache, document[:3], config)])
+        hidden = forward_und(model, [_input_of(cache, document[3:], config)])
     assert_close(hidden[0], answer.hidden[-1], 1e-9)
 
 
@@ -155,7 +161,7 @@ def test_denoising_over_a_prefix_equals_the_mixed_forward(head: str) -> None:
     with exact():
         for span in document:
             if not isinstance(span, Noisy):
-                feed(model, [_feed_of(cache, [span], config)])
+                forward_und(model, [_input_of(cache, [span], config)])
                 continue
             layout = Layout([cache.document(*spans_of([span], config))])
             hidden = model.backbone(layout, None, _tokens_of_noise(span, model), [cache])
@@ -173,7 +179,7 @@ def test_denoising_only_reads_and_many_blocks_share_a_cache() -> None:
     config, model, maker = _setup(5)
     spans = [maker.text(3), *maker.clean((2, 2)), maker.text(1)]
     cache, other = _cache(config, 50), _cache(config)
-    feed(model, [_feed_of(cache, spans, config), _feed_of(other, [maker.text(2)], config)])
+    forward_und(model, [_input_of(cache, spans, config), _input_of(other, [maker.text(2)], config)])
     before = cache.keys.clone(), cache.values.clone(), cache.length, cache.next_t
     blocks = [*maker.noisy((2, 3)), *maker.noisy((1, 1)), *maker.noisy((2, 3))]
     noisy = [span for span in blocks if isinstance(span, Noisy)]
@@ -197,12 +203,12 @@ def test_denoising_only_reads_and_many_blocks_share_a_cache() -> None:
 def test_a_painted_image_goes_back_to_where_its_noise_stood() -> None:
     config, model, maker = _setup(6)
     cache = _cache(config)
-    feed(model, [_feed_of(cache, [maker.text(3)], config)])
+    forward_und(model, [_input_of(cache, [maker.text(3)], config)])
     noise = Layout([cache.document(Noise(2, 3))])
-    image = _feed_of(cache, maker.clean((2, 3)), config)
+    image = _input_of(cache, maker.clean((2, 3)), config)
     clean = Layout([cache.document(*image.spans)])
     assert torch.equal(noise.gen_positions, clean.und_positions)
-    feed(model, [image])
+    forward_und(model, [image])
     assert cache.document(Noise(1, 1)).start_t == 4
 
 
@@ -210,10 +216,10 @@ def test_a_fork_goes_its_own_way() -> None:
     config, model, maker = _setup(7)
     start, left, right = maker.text(4), maker.text(3), maker.text(5)
     cache = _cache(config)
-    feed(model, [_feed_of(cache, [start], config)])
+    forward_und(model, [_input_of(cache, [start], config)])
     fork = cache.fork()
-    after_left = feed(model, [_feed_of(cache, [left], config)])
-    after_right = feed(model, [_feed_of(fork, [right], config)])
+    after_left = forward_und(model, [_input_of(cache, [left], config)])
+    after_right = forward_und(model, [_input_of(fork, [right], config)])
     for end, hidden in ((left, after_left), (right, after_right)):
-        wanted = feed(model, [_feed_of(_cache(config), [start, end], config)])
+        wanted = forward_und(model, [_input_of(_cache(config), [start, end], config)])
         assert_close(hidden, wanted, 1e-6)

@@ -123,7 +123,7 @@ def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipe
     assert failure(found[3]) == "ParcelGone"
     engine.submit(Close(((2, "cond"),)))
     engine.check()
-    assert engine.pool.book.in_use == 0
+    assert engine.pool.allocator.in_use == 0
     assert not list(folder().glob(f"{transport.prefix}*"))
 
 
@@ -152,7 +152,7 @@ def test_one_order_to_the_understanding_engine_fails_alone(
     assert isinstance(found[7][0], Extended)
     engine.submit(Close(names))
     engine.check()
-    assert engine.pool.book.in_use == 0
+    assert engine.pool.allocator.in_use == 0
 
 
 def test_an_order_that_cannot_be_admitted_fails_alone(
@@ -176,7 +176,7 @@ def test_an_order_that_cannot_be_admitted_fails_alone(
     assert isinstance(found[3][0], Opened)
     engine.submit(Close(tuple((n, "cond") for n in (1, 3))))
     engine.check()
-    assert engine.pool.book.in_use == 0
+    assert engine.pool.allocator.in_use == 0
 
 
 def painting(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import neounify
-from neounify.cache import PagedPool
+from neounify.cache import PagedKVCache
 from neounify.decode.sampling import SamplingSettings
 from neounify.serve.messages import (
     Close,
@@ -46,7 +46,7 @@ def engine_with(pipe: neounify.Pipeline, tokens: int) -> UnderstandingEngine:
     room = UnderstandingSettings(cache_tokens=tokens, block_size=BLOCK, prefill_tokens=24)
     engine = UnderstandingEngine(pipe.model, room, LocalTransport())
     for memory in (engine.pool.keys, engine.pool.values):
-        memory[:, : engine.pool.zero_place] = float("nan")
+        memory[:, : engine.pool.zero_slot] = float("nan")
     return engine
 
 
@@ -147,7 +147,7 @@ def live(
         if all(one.done for one in lives):
             break
     assert all(one.done for one in lives)
-    assert engine.pool.book.in_use == 0
+    assert engine.pool.allocator.in_use == 0
     assert not engine.busy
     return lives
 
@@ -178,7 +178,7 @@ def served(order: int, tokens: int, room: int = 0) -> ServedSequence:
 
 
 def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pipeline) -> None:
-    pool = PagedPool(pipe.config, 20, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
+    pool = PagedKVCache(pipe.config, 20, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
     room = Room(pool)
     inside = [served(n, 5 * BLOCK) for n in range(2)]
     wanted = set(inside)
@@ -202,7 +202,7 @@ def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pip
 
 
 def test_idle_ones_give_way_first_then_the_youngest(pipe: neounify.Pipeline) -> None:
-    pool = PagedPool(pipe.config, 8, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
+    pool = PagedKVCache(pipe.config, 8, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
     room = Room(pool)
     oldest, idle, younger, youngest = (served(n, 2 * BLOCK) for n in range(4))
     wanted: set[ServedSequence] = {oldest, younger, youngest}
@@ -216,7 +216,7 @@ def test_idle_ones_give_way_first_then_the_youngest(pipe: neounify.Pipeline) -> 
     assert youngest.cache is None
     assert room.grow(oldest, 6 * BLOCK, wanted)
     assert younger.cache is None
-    assert pool.book.in_use == 8
+    assert pool.allocator.in_use == 8
     assert room.preempted == 3
 
 

@@ -9,30 +9,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neounify.cache.blocks import BlockBook
-from neounify.cache.content import Name, Row, block_name
+from neounify.cache.block_allocator import BlockAllocator
+from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hash, block_hashes
 from neounify.cache.protocol import Cache
 from neounify.config import ModelConfig
 from neounify.model.layout import Document, Span
 
 
 class Padded(NamedTuple):
-    """Keys and values of several sequences side by side, and which places hold some."""
+    """Keys and values of several sequences side by side, and a mask of what is real."""
 
     k: Float[Tensor, "b kv n d"]
     v: Float[Tensor, "b kv n d"]
     mask: Bool[Tensor, "b n"]
 
 
-class PagedPool:
-    """Memory for `blocks` · `block_size` tokens: keys and values [layers, tokens + 1, kv_heads, d].
+class PagedKVCache:
+    """Memory of `blocks` · `block_size` slots: keys and values [layers, slots + 1, kv_heads, d].
 
-    The last place is always zero. Padding reads it, so that nothing of one sequence, NaN least of
-    all, gets into what another one computes.
+    The last slot is always zero. Padding reads it, so that nothing of one sequence, NaN least of
+    all, reaches another one.
 
-    `open` gives a sequence room for what it will hold at first, `grow` more of it. What sequences
-    have computed stays until its place is needed; a new one with the same beginning goes on from
-    there.
+    `open` allocates the blocks of a new sequence, `PagedSequence.grow` further ones. Full blocks
+    stay cached until their memory is needed, and a new sequence with the same prefix shares them.
     """
 
     def __init__(
@@ -44,156 +43,156 @@ class PagedPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        tokens = blocks * block_size + 1
-        shape = (config.num_layers, tokens, config.num_kv_heads, config.head_dim)
+        slots = blocks * block_size + 1
+        shape = (config.num_layers, slots, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
-        self.book = BlockBook(blocks)
-        self._living: dict[int, PagedSequence] = {}
+        self.allocator = BlockAllocator(blocks)
+        self._sequences: dict[int, PagedSequence] = {}
 
     @property
-    def zero_place(self) -> int:
-        """The place that no sequence writes to."""
+    def zero_slot(self) -> int:
+        """The slot that no sequence writes to."""
         return self.keys.shape[1] - 1
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def needed(self, rows: Sequence[Row], names: Sequence[Name] | None = None) -> int:
-        """How many of the available blocks `open` would take for `rows`."""
-        shared = sum(self.book.used(block) for block in self._reusable(rows, names))
-        return self.blocks_for(len(rows)) - shared
+    def blocks_needed(
+        self, keys: Sequence[TokenKey], hashes: Sequence[BlockHash] | None = None
+    ) -> int:
+        """How many of the available blocks `open` would allocate for tokens with these keys."""
+        shared = sum(self.allocator.used(block) for block in self._cached(keys, hashes))
+        return self.blocks_for(len(keys)) - shared
 
     def open(
-        self, rows: Sequence[Row], room: int, names: Sequence[Name] | None = None
+        self, keys: Sequence[TokenKey], room: int, hashes: Sequence[BlockHash] | None = None
     ) -> PagedSequence:
-        """A sequence that will hold `rows` and up to `room` tokens after them.
+        """A sequence for tokens with these keys and up to `room` tokens after them.
 
-        Its `length` says how many of the rows are there already; at least the last one is not, so
-        that there is something to compute a prediction from. `names` are those of the rows, if
-        they were computed before. Raises OutOfBlocks.
+        Its `length` tokens are cached already; at least the last one is not, so that there is
+        something to compute a prediction from. `hashes` are those of the full blocks, if they were
+        computed before. Raises OutOfBlocks.
         """
-        known = self._reusable(rows, names)
-        self.book.share(known)
-        table = list(known)
+        blocks = self._cached(keys, hashes)
+        cached = len(blocks) * self.block_size
+        self.allocator.share(blocks)
         try:
-            table += self.book.take(self.blocks_for(len(rows) + room) - len(known))
-            sequence = PagedSequence(self, table, rows[: len(known) * self.block_size])
+            blocks += self.allocator.allocate(self.blocks_for(len(keys) + room) - len(blocks))
+            sequence = PagedSequence(self, blocks, keys[:cached])
         except BaseException:
-            self.book.release(table)
+            self.allocator.release(blocks)
             raise
-        if len(known) * self.block_size < len(rows):
-            sequence.next_t = rows[len(known) * self.block_size].t
-        self._living[id(sequence)] = sequence
+        if cached < len(keys):
+            sequence.next_t = keys[cached].t
+        self._sequences[id(sequence)] = sequence
         return sequence
 
-    def distrust(self, sequence: PagedSequence) -> None:
-        """Let no other sequence begin with what this one holds."""
-        self.book.forget(sequence.table)
+    def invalidate(self, sequence: PagedSequence) -> None:
+        """Let no other sequence share what this one holds."""
+        self.allocator.evict(sequence.block_table)
 
     def close(self, sequence: PagedSequence) -> None:
-        """Give up a sequence's room; closing it twice does nothing."""
-        if self._living.pop(id(sequence), None) is not None:
-            self.book.release(sequence.table)
-
-    def names(self, rows: Sequence[Row]) -> list[Name]:
-        """Of every full block of a sequence that begins with `rows`."""
-        found: list[Name] = []
-        for start in range(0, len(rows) - self.block_size + 1, self.block_size):
-            before = found[-1] if found else b""
-            found.append(block_name(before, rows[start : start + self.block_size]))
-        return found
+        """Release a sequence's blocks; closing it twice does nothing."""
+        if self._sequences.pop(id(sequence), None) is not None:
+            self.allocator.release(sequence.block_table)
 
     def check(self) -> None:
-        """Whether the books are right, and shared blocks named alike. Raises ValueError."""
-        self.book.check([sequence.table for sequence in self._living.values()])
-        for sequence in self._living.values():
+        """Check reference counts and hashes of all sequences. Raises ValueError."""
+        self.allocator.check([sequence.block_table for sequence in self._sequences.values()])
+        for sequence in self._sequences.values():
             sequence.check()
 
-    def _reusable(self, rows: Sequence[Row], names: Sequence[Name] | None = None) -> list[int]:
-        names = self.names(rows) if names is None else names
-        # The last row is always computed again.
-        known = self.book.known_run(names[: max(0, len(rows) - 1) // self.block_size])
-        while known and not rows[len(known) * self.block_size].starts:
-            known.pop()
-        return known
+    def _cached(
+        self, keys: Sequence[TokenKey], hashes: Sequence[BlockHash] | None = None
+    ) -> list[int]:
+        """The blocks of a new sequence that are cached already."""
+        hashes = block_hashes(keys, self.block_size) if hashes is None else hashes
+        # The last token is always computed again.
+        blocks = self.allocator.match_prefix(hashes[: max(0, len(keys) - 1) // self.block_size])
+        while blocks and not keys[len(blocks) * self.block_size].starts:
+            blocks.pop()
+        return blocks
 
 
 class PagedSequence:
-    """One sequence of a pool; for the model and for `decode` it is like a `SequenceCache`.
+    """One sequence of a PagedKVCache; a `Cache` like SequenceCache.
 
-    Whoever feeds it tells it the rows it will hold beforehand (`expect`).
+    `slot_mapping` [capacity] is the slot of each of its tokens. Its caller announces the keys of
+    tokens (`expect`) before the model computes them.
     """
 
-    def __init__(self, pool: PagedPool, table: list[int], rows: Sequence[Row]) -> None:
-        self.pool, self.table = pool, table
-        self.rows = list(rows)
-        self.length = len(rows)
+    def __init__(
+        self, pool: PagedKVCache, block_table: list[int], keys: Sequence[TokenKey]
+    ) -> None:
+        self.pool, self.block_table = pool, block_table
+        self.token_keys = list(keys)
+        self.length = len(keys)
         self.next_t = 0
-        self._names = pool.names(rows)
-        self.places = self._places(table)
+        self._hashes = block_hashes(keys, pool.block_size)
+        self.slot_mapping = self._slots(block_table)
 
     @property
     def capacity(self) -> int:
-        return self.places.shape[0]
+        return self.slot_mapping.shape[0]
 
     def document(self, *spans: Span) -> Document:
         """New spans that continue this sequence."""
         return Document(spans, past=self.length, start_t=self.next_t)
 
     def grow(self, blocks: int) -> None:
-        """Take further blocks. Raises OutOfBlocks, having taken none."""
-        taken = self.pool.book.take(blocks)
-        self.table += taken
-        self.places = torch.cat([self.places, self._places(taken)])
+        """Allocate further blocks. Raises OutOfBlocks, having allocated none."""
+        allocated = self.pool.allocator.allocate(blocks)
+        self.block_table += allocated
+        self.slot_mapping = torch.cat([self.slot_mapping, self._slots(allocated)])
 
-    def _places(self, blocks: Sequence[int]) -> Int[Tensor, " n"]:
+    def _slots(self, blocks: Sequence[int]) -> Int[Tensor, " n"]:
         size, device = self.pool.block_size, self.pool.keys.device
         starts = torch.tensor(blocks, dtype=torch.int64).unsqueeze(1) * size
         return (starts + torch.arange(size)).flatten().to(device)
 
     def reserve(self, extra: int) -> None:
-        """Raises ValueError when more is fed than there is room for."""
+        """Raises ValueError when the blocks have no room for `extra` more tokens."""
         if self.length + extra > self.capacity:
             raise ValueError(f"{self.length} + {extra} tokens in a room of {self.capacity}")
 
-    def expect(self, rows: Sequence[Row]) -> None:
-        """Say what the next tokens will be."""
-        self.rows += rows
+    def expect(self, keys: Sequence[TokenKey]) -> None:
+        """Announce the next tokens."""
+        self.token_keys += keys
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        places = self.places[self.length : self.length + k.shape[0]]
-        self.pool.keys[layer].index_copy_(0, places, k)
-        self.pool.values[layer].index_copy_(0, places, v)
+        slots = self.slot_mapping[self.length : self.length + k.shape[0]]
+        self.pool.keys[layer].index_copy_(0, slots, k)
+        self.pool.values[layer].index_copy_(0, slots, v)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        places = self.places[:length]
-        k = self.pool.keys[layer].index_select(0, places)
-        v = self.pool.values[layer].index_select(0, places)
+        slots = self.slot_mapping[:length]
+        k = self.pool.keys[layer].index_select(0, slots)
+        v = self.pool.values[layer].index_select(0, slots)
         return k.transpose(0, 1), v.transpose(0, 1)
 
     def advance(self, document: Document) -> None:
-        """Count the document's tokens, now written in every layer; full blocks become known."""
+        """Count the document's tokens, now written in every layer; full blocks get cached."""
         self.length += document.und_length()
         self.next_t = document.end_t
         size = self.pool.block_size
-        while (len(self._names) + 1) * size <= min(self.length, len(self.rows)):
-            number = len(self._names)
-            rows = self.rows[number * size : (number + 1) * size]
-            self._names.append(block_name(self._names[-1] if number else b"", rows))
-            self.pool.book.name(self.table[number], self._names[-1])
+        while (len(self._hashes) + 1) * size <= min(self.length, len(self.token_keys)):
+            number = len(self._hashes)
+            keys = self.token_keys[number * size : (number + 1) * size]
+            self._hashes.append(block_hash(self._hashes[-1] if number else b"", keys))
+            self.pool.allocator.register(self.block_table[number], self._hashes[-1])
 
     def gather(self) -> tuple[Tensor, Tensor]:
         """A copy of all keys and values, [layers, kv_heads, length, d]."""
-        places = self.places[: self.length]
-        k, v = (x.index_select(1, places) for x in (self.pool.keys, self.pool.values))
+        slots = self.slot_mapping[: self.length]
+        k, v = (x.index_select(1, slots) for x in (self.pool.keys, self.pool.values))
         return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
 
     def check(self) -> None:
-        """Whether names and rows fit together. Raises ValueError."""
-        if self._names != self.pool.names(self.rows[: self.length]):
-            raise ValueError("a sequence's blocks are named wrongly")
+        """Compare the hashes with the keys. Raises ValueError."""
+        if self._hashes != block_hashes(self.token_keys[: self.length], self.pool.block_size):
+            raise ValueError("a sequence's blocks have wrong hashes")
 
 
 class PagedBatch:
@@ -204,13 +203,13 @@ class PagedBatch:
         device = self._pool.keys.device
         lengths = [sequence.length + 1 for sequence in sequences]
         longest = max(lengths)
-        ends = [s.places[n - 1 : n] for s, n in zip(sequences, lengths, strict=True)]
+        ends = [s.slot_mapping[n - 1 : n] for s, n in zip(sequences, lengths, strict=True)]
         self._ends = torch.cat(ends)
         # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
-        padded = torch.full((len(lengths), longest), self._pool.zero_place, device=device)
+        padded = torch.full((len(lengths), longest), self._pool.zero_slot, device=device)
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            padded[row, :length] = sequence.places[:length]
-        self._places = padded.flatten()
+            padded[row, :length] = sequence.slot_mapping[:length]
+        self._slots = padded.flatten()
         self._mask = torch.arange(longest, device=device) < torch.tensor(
             lengths, device=device
         ).unsqueeze(1)
@@ -225,7 +224,7 @@ class PagedBatch:
     def padded(self, layer: int) -> Padded:
         """Everything the new tokens see, themselves included."""
         k, v = (
-            x[layer].index_select(0, self._places).unflatten(0, self._mask.shape).transpose(1, 2)
+            x[layer].index_select(0, self._slots).unflatten(0, self._mask.shape).transpose(1, 2)
             for x in (self._pool.keys, self._pool.values)
         )
         return Padded(k, v, self._mask)

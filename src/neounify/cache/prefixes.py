@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neounify.cache.contiguous import SequenceCache
 from neounify.cache.paged import Padded
-from neounify.cache.sequence import SequenceCache
 
 
 class PrefixBatch:

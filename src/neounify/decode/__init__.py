@@ -3,7 +3,7 @@
 Everything here speaks ids; text belongs to the pipeline.
 """
 
-from neounify.decode.feed import Feed, feed
+from neounify.decode.forward import ModelInput, forward_und
 from neounify.decode.loop import Generation, Writing, choose_tokens, decode
 from neounify.decode.sampler import Choice, LogProbs, sample
 from neounify.decode.sampling import (
@@ -17,14 +17,14 @@ __all__ = [
     "Choice",
     "Constraint",
     "ConstraintFactory",
-    "Feed",
     "Generation",
     "LogProbs",
+    "ModelInput",
     "SamplingSettings",
     "SamplingState",
     "Writing",
     "choose_tokens",
     "decode",
-    "feed",
+    "forward_und",
     "sample",
 ]

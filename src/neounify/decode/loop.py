@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from neounify.cache import Cache
-from neounify.decode.feed import Feed, feed
+from neounify.decode.forward import ModelInput, forward_und
 from neounify.decode.sampler import Choice, LogProbs, sample
 from neounify.decode.sampling import SamplingState
 from neounify.model.layout import Text
@@ -107,7 +107,7 @@ def decode(
         if not taken:
             return
         running = [number for number, _ in taken]
-        feeds = [Feed(generations[n].cache, (Text(1),), (token,)) for n, token in taken]
-        hidden = feed(model, feeds)
+        inputs = [ModelInput(generations[n].cache, (Text(1),), (token,)) for n, token in taken]
+        hidden = forward_und(model, inputs)
         for number in running:
             generations[number].pending = []

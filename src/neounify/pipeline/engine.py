@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neounify.cache import Cache, SequenceCache
 from neounify.checkpoint.residency import Residency
-from neounify.decode import Feed, Generation, decode, feed
+from neounify.decode import Generation, ModelInput, decode, forward_und
 from neounify.errors import Cancelled, ContextFullError, PromptError, not_finite
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Image, Span, Text
@@ -70,14 +70,14 @@ class Engine(Front):
         """
         if not prompts:
             return []
-        caches, feeds = zip(*map(self._first_feed, prompts, images), strict=True)
+        caches, inputs = zip(*map(self._first_input, prompts, images), strict=True)
         hidden: list[Tensor] = []
         with self.residency.use("und"):
-            for group in groups(feeds, _rows, MAX_PREFILL_ROWS):
-                states = feed(self.model, group)
+            for group in groups(inputs, _rows, MAX_PREFILL_ROWS):
+                states = forward_und(self.model, group)
                 _check_finite(states)
                 hidden += states.unbind()
-        read = zip(caches, feeds, hidden, strict=True)
+        read = zip(caches, inputs, hidden, strict=True)
         return [Prefix(cache, state, list(f.ids)) for cache, f, state in read]
 
     @torch.inference_mode()
@@ -92,7 +92,7 @@ class Engine(Front):
         check_context(cache.document(*spans).end_t, self.config.max_positions)
         with self.residency.use("und"):
             images = () if image is None else (image,)
-            return feed(self.model, [Feed(cache, spans, ids, images)])[0]
+            return forward_und(self.model, [ModelInput(cache, spans, ids, images)])[0]
 
     @torch.inference_mode()
     def write(
@@ -149,7 +149,9 @@ class Engine(Front):
         """Append a clean image and `</img>`; the last state [D]."""
         return self.extend(cache, (self.token(IMAGE_CLOSE),), image)
 
-    def _first_feed(self, prompt: Prompt, images: Sequence[Tensor]) -> tuple[SequenceCache, Feed]:
+    def _first_input(
+        self, prompt: Prompt, images: Sequence[Tensor]
+    ) -> tuple[SequenceCache, ModelInput]:
         spans: list[Span] = []
         ids: list[int] = []
         used: list[Tensor] = []
@@ -165,7 +167,7 @@ class Engine(Front):
         length, limit = cache.document(*spans).end_t, self.config.max_positions
         if length > limit:
             raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
-        return cache, Feed(cache, tuple(spans), ids, used)
+        return cache, ModelInput(cache, tuple(spans), ids, used)
 
 
 def check_context(end: int, limit: int) -> None:
@@ -187,5 +189,5 @@ def _check_finite(values: Tensor) -> None:
         raise not_finite()
 
 
-def _rows(item: Feed) -> int:
+def _rows(item: ModelInput) -> int:
     return sum(span.length for span in item.spans)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from neounify.cache import PagedPool
+from neounify.cache import PagedKVCache
 from neounify.serve.sequences import ServedSequence
 
 HEADROOM = 64
@@ -24,7 +24,7 @@ MAX_PASSED = 32
 class Room:
     """The blocks of a pool, given to the sequences that are `wanted`: somebody waits for them."""
 
-    def __init__(self, pool: PagedPool) -> None:
+    def __init__(self, pool: PagedKVCache) -> None:
         self.pool = pool
         self.preempted = 0
         self._inside: set[ServedSequence] = set()
@@ -32,7 +32,7 @@ class Room:
     @property
     def tokens(self) -> int:
         """Of all blocks together."""
-        return self.pool.book.count * self.pool.block_size
+        return self.pool.allocator.count * self.pool.block_size
 
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
@@ -66,8 +66,10 @@ class Room:
     ) -> bool:
         """Room for `tokens` more behind what is in the cache; False if it has to wait."""
         assert sequence.cache is not None
-        lacking = self.pool.blocks_for(sequence.cache.length + tokens) - len(sequence.cache.table)
-        while self.pool.book.available < lacking:
+        lacking = self.pool.blocks_for(sequence.cache.length + tokens) - len(
+            sequence.cache.block_table
+        )
+        while self.pool.allocator.available < lacking:
             victim = self._victim(wanted, younger_than=sequence)
             if victim is None:
                 return False
@@ -89,25 +91,25 @@ class Room:
             self._inside.discard(sequence)
 
     def _open(self, sequence: ServedSequence, wanted: Container[ServedSequence]) -> bool:
-        names = sequence.names(self.pool.block_size)
-        needed = self.pool.needed(sequence.rows, names)
+        hashes = sequence.block_hashes(self.pool.block_size)
+        needed = self.pool.blocks_needed(sequence.token_keys, hashes)
         spare, working = 0, [s for s in self._inside if s in wanted]
         if working:
             # Those that write will need a block each before long.
             writing = sum(s.text is not None or s.room > 0 for s in working)
             spare = self.pool.blocks_for(min(sequence.room, HEADROOM)) + writing
-        idle = sum(len(s.cache.table) for s in self._inside if s.cache and s not in wanted)
-        if needed + spare > self.pool.book.available + idle:
+        idle = sum(len(s.cache.block_table) for s in self._inside if s.cache and s not in wanted)
+        if needed + spare > self.pool.allocator.available + idle:
             return False
-        while needed + spare > self.pool.book.available:
+        while needed + spare > self.pool.allocator.available:
             victim = self._victim(wanted)
             if victim is None:
                 return False
             self.preempt(victim)
             # What it shares with the victim is still there, but must be taken now.
-            needed = self.pool.needed(sequence.rows, names)
-        sequence.cache = self.pool.open(sequence.rows, 0, names)
-        sequence.cache.expect(sequence.rows[sequence.cache.length :])
+            needed = self.pool.blocks_needed(sequence.token_keys, hashes)
+        sequence.cache = self.pool.open(sequence.token_keys, 0, hashes)
+        sequence.cache.expect(sequence.token_keys[sequence.cache.length :])
         if sequence.known is None:
             sequence.known = sequence.cache.length
         self._inside.add(sequence)

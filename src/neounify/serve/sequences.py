@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from neounify.cache import PagedSequence
-from neounify.cache.content import Name, Row, block_name, image_rows, text_rows
-from neounify.decode.feed import Feed
+from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hashes, image_keys, text_keys
+from neounify.decode.forward import ModelInput
 from neounify.decode.loop import Writing
 from neounify.model.layout import Image, Text
 from neounify.serve.messages import (
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(eq=False)
 class ServedSequence:
-    """A sequence: all it holds as `pieces` and `rows`, and its `cache` while it has one.
+    """A sequence: all it holds as `pieces` and `token_keys`, and its `cache` while it has one.
 
     `order` is its place among all sequences by age. `hidden` is the state after `hidden_at`
     tokens; with a cache that was given up in between it can all be read again. `known` are the
@@ -50,7 +50,7 @@ class ServedSequence:
     order: int
     room: int
     pieces: list[Piece] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    token_keys: list[TokenKey] = field(default_factory=list)
     cache: PagedSequence | None = None
     hidden: Tensor | None = None
     hidden_at: int = 0
@@ -59,37 +59,34 @@ class ServedSequence:
     passed: int = 0
     text: Writing | None = None
     error: Exception | None = None
-    _names: list[Name] = field(default_factory=list)
+    _block_hashes: list[BlockHash] = field(default_factory=list)
 
     @property
     def next_t(self) -> int:
         """The position of the token that would come next."""
-        return self.rows[-1].t + 1 if self.rows else 0
+        return self.token_keys[-1].t + 1 if self.token_keys else 0
 
     @property
     def read(self) -> bool:
         """Whether the model has read all of it, be it in the cache still or not."""
-        return self.hidden_at == len(self.rows)
+        return self.hidden_at == len(self.token_keys)
 
     @property
     def ready(self) -> bool:
         """Whether it is read and all of it lies in the cache."""
-        return self.cache is not None and self.cache.length == len(self.rows) and self.read
+        return self.cache is not None and self.cache.length == len(self.token_keys) and self.read
 
-    def names(self, block_size: int) -> list[Name]:
-        """Of all full blocks."""
-        for start in range(len(self._names) * block_size, len(self.rows), block_size):
-            rows = self.rows[start : start + block_size]
-            if len(rows) == block_size:
-                self._names.append(block_name(self._names[-1] if self._names else b"", rows))
-        return self._names
+    def block_hashes(self, block_size: int) -> list[BlockHash]:
+        """Hashes of all full blocks."""
+        self._block_hashes = block_hashes(self.token_keys, block_size, self._block_hashes)
+        return self._block_hashes
 
     def append(self, parts: Sequence[PromptPart]) -> None:
         """Let more follow; images lie in local parcels."""
-        rows = rows_of(parts, self.next_t)
-        self.rows += rows
+        keys = token_keys_of(parts, self.next_t)
+        self.token_keys += keys
         if self.cache is not None:
-            self.cache.expect(rows)
+            self.cache.expect(keys)
         for part in parts:
             if isinstance(part, PicturePart):
                 assert isinstance(part.pixels, LocalParcel)
@@ -99,10 +96,10 @@ class ServedSequence:
 
     def append_token(self, token: int) -> None:
         """Let a written token follow."""
-        rows = text_rows((token,), self.next_t)
-        self.rows += rows
+        keys = text_keys((token,), self.next_t)
+        self.token_keys += keys
         assert self.cache is not None
-        self.cache.expect(rows)
+        self.cache.expect(keys)
         self._append_text((token,))
 
     def _append_text(self, ids: Sequence[int]) -> None:
@@ -130,10 +127,10 @@ class ServedSequence:
                 break
         return found
 
-    def feed(self, pieces: Sequence[Piece]) -> Feed:
-        """Pieces as the model is fed them."""
+    def model_input(self, pieces: Sequence[Piece]) -> ModelInput:
+        """Pieces as the model's input."""
         assert self.cache is not None
-        return Feed(
+        return ModelInput(
             self.cache,
             tuple(Text(len(p.ids)) if p.image is None else Image(*p.grid) for p in pieces),
             [token for piece in pieces for token in piece.ids],
@@ -160,7 +157,7 @@ class Reading:
     def answer(self) -> Opened | Extended:
         if not self.opens:
             return Extended()
-        tokens = sum(len(s.rows) for s in self.sequences)
+        tokens = sum(len(s.token_keys) for s in self.sequences)
         return Opened(tokens, sum(s.known or 0 for s in self.sequences))
 
 
@@ -182,17 +179,17 @@ class Exporting:
             free(prefix.parcel)
 
 
-def rows_of(parts: Sequence[PromptPart], t: int) -> list[Row]:
-    """Rows of parts that begin at position `t`."""
-    rows: list[Row] = []
+def token_keys_of(parts: Sequence[PromptPart], t: int) -> list[TokenKey]:
+    """Keys of parts that begin at position `t`."""
+    keys: list[TokenKey] = []
     for part in parts:
         if isinstance(part, PicturePart):
-            rows += image_rows(part.digest, part.tokens, t)
+            keys += image_keys(part.digest, part.tokens, t)
             t += 1
         else:
-            rows += text_rows(part.ids, t)
+            keys += text_keys(part.ids, t)
             t += part.tokens
-    return rows
+    return keys
 
 
 def tokens_of(parts: Sequence[PromptPart]) -> int:

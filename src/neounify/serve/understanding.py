@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from neounify.cache import PagedPool
-from neounify.decode.feed import feed
+from neounify.cache import PagedKVCache
+from neounify.decode.forward import forward_und
 from neounify.decode.loop import Writing, choose_tokens
 from neounify.decode.sampler import Choice
 from neounify.decode.sampling import SamplingState
@@ -71,7 +71,7 @@ class UnderstandingEngine:
         self, model: NeoUnify, settings: UnderstandingSettings, transport: Transport
     ) -> None:
         self.model, self.settings, self.transport = model, settings, transport
-        self.pool = PagedPool(
+        self.pool = PagedKVCache(
             model.config,
             max(1, settings.cache_tokens // settings.block_size),
             settings.block_size,
@@ -111,7 +111,7 @@ class UnderstandingEngine:
             "und_waiting": self._waiting,
             "und_reading": len(self._reading),
             "und_writing": len(self._writing),
-            "und_cache_used": self.pool.book.in_use / self.pool.book.count,
+            "und_cache_used": self.pool.allocator.in_use / self.pool.allocator.count,
         }
 
     def submit(self, order: Open | Write | Extend | Export | Close) -> None:
@@ -170,7 +170,7 @@ class UnderstandingEngine:
         self._reading.append(Reading(order.call, opened, True, order.then))
 
     def _check_room(self, tokens: int) -> None:
-        if self.pool.blocks_for(tokens) > self.pool.book.count:
+        if self.pool.blocks_for(tokens) > self.pool.allocator.count:
             size = self.pool.block_size
             raise RequestError(
                 f"the request needs room for {self.pool.blocks_for(tokens) * size} tokens, the "
@@ -194,7 +194,7 @@ class UnderstandingEngine:
         for name, parts in taken.items():
             sequence = self._sequence(name)
             check_context(sequence.next_t + positions_of(parts), self.model.config.max_positions)
-            length = len(sequence.rows) + tokens_of(parts)
+            length = len(sequence.token_keys) + tokens_of(parts)
             if length > self.room.tokens:
                 raise ContextFullError(
                     f"{length} tokens are more than the server's cache holds, {self.room.tokens}"
@@ -236,7 +236,7 @@ class UnderstandingEngine:
             if left <= 0:
                 break
             # Whoever is older may have taken its room meanwhile.
-            if sequence.cache is None or sequence.cache.length == len(sequence.rows):
+            if sequence.cache is None or sequence.cache.length == len(sequence.token_keys):
                 continue
             pieces = sequence.next_pieces(left)
             tokens = sum(piece.tokens for piece in pieces)
@@ -248,12 +248,12 @@ class UnderstandingEngine:
         if not found:
             return
         self.counters["und_read_tokens"] += self.settings.prefill_tokens - left
-        states = feed(self.model, [s.feed(pieces) for s, pieces in found])
+        states = forward_und(self.model, [s.model_input(pieces) for s, pieces in found])
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):
             sequence.take_state(state, finite=fine)
             if not fine and sequence.cache is not None:
-                self.pool.distrust(sequence.cache)
+                self.pool.invalidate(sequence.cache)
 
     def _answer_readers(self) -> None:
         left: list[Reading] = []
@@ -295,7 +295,9 @@ class UnderstandingEngine:
             return
         for sequence, token in going_on:
             sequence.append_token(token)
-        states = feed(self.model, [s.feed([Piece(ids=[token])]) for s, token in going_on])
+        states = forward_und(
+            self.model, [s.model_input([Piece(ids=[token])]) for s, token in going_on]
+        )
         for (sequence, _), state in zip(going_on, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []
@@ -309,7 +311,7 @@ class UnderstandingEngine:
         for sequence in sorted(writing, key=lambda s: s.order):
             text = _text(sequence)
             positions = self.model.config.max_positions - sequence.next_t
-            tokens = self.room.tokens - len(sequence.rows)
+            tokens = self.room.tokens - len(sequence.token_keys)
             if len(text.ids) >= text.max_new_tokens or min(positions, tokens) <= 0:
                 text.finish_reason = "length"
                 self._end_writing(sequence.name)
@@ -327,7 +329,7 @@ class UnderstandingEngine:
         except NeounifyError as error:
             del self._writing[name]
             if sequence.cache is not None:
-                self.pool.distrust(sequence.cache)
+                self.pool.invalidate(sequence.cache)
             self.replies.append(failed(call, error))
             return None
         if token is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import neounify
-from neounify.decode import Choice, Feed, LogProbs, feed, loop
+from neounify.decode import Choice, LogProbs, ModelInput, forward_und, loop
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
@@ -180,7 +180,7 @@ def by_hand(tiny: neounify.Pipeline, prompt: list[int], ids: list[int]) -> torch
         cache = tiny.engine.new_cache(len(prompt) + len(ids))
         given = [*prompt, *ids[:end]]
         with torch.inference_mode():
-            hidden = feed(tiny.model, [Feed(cache, (Text(len(given)),), given)])
+            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])
             rows.append(tiny.model.logits(hidden)[0].float().log_softmax(dim=0))
     return torch.stack(rows)
 
@@ -271,7 +271,7 @@ def greedily(tiny: neounify.Pipeline, prompt: list[int], count: int) -> str:
         cache = tiny.engine.new_cache(len(prompt) + count)
         given = [*prompt, *ids]
         with torch.inference_mode():
-            hidden = feed(tiny.model, [Feed(cache, (Text(len(given)),), given)])
+            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])
             ids.append(int(tiny.model.logits(hidden)[0].argmax()))
     return BYTES.decode(ids, skip_special=False)
 

@@ -1,4 +1,4 @@
-"""Feeding: what cannot be fed is refused."""
+"""Inputs that cannot be computed are refused."""
 
 import random
 
@@ -7,11 +7,11 @@ import torch
 
 from models import random_config, random_model
 from neounify.cache import SequenceCache
-from neounify.decode import Feed, feed
+from neounify.decode import ModelInput, forward_und
 
 
-def test_a_feed_without_tokens_is_refused() -> None:
+def test_an_input_without_tokens_is_refused() -> None:
     model = random_model(random_config(random.Random(0)), 0)
     cache = SequenceCache(model.config, 4, dtype=model.dtype, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="at least one token"):
-        feed(model, [Feed(cache, (), ())])
+    with pytest.raises(ValueError, match="at least one new token"):
+        forward_und(model, [ModelInput(cache, (), ())])
