@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.experiments import forms, joint, noise, thinking
 from neounify.errors import NeounifyError
+from neounify.lock import locked_folder
 from neounify.runtime import keep_freed_memory
 
 EXPERIMENTS = {"joint": joint, "thinking": thinking, "noise": noise, "forms": forms}
@@ -26,10 +27,10 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
+    output = arguments.output or Path("out/experiments") / arguments.name
     try:
-        EXPERIMENTS[arguments.name].run(
-            arguments, arguments.output or Path("out/experiments") / arguments.name
-        )
+        with locked_folder(output):
+            EXPERIMENTS[arguments.name].run(arguments, output)
     except NeounifyError as error:
         sys.exit(f"error: {error}")
 

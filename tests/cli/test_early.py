@@ -13,8 +13,10 @@ import pytest
 import neounify.cli.session
 from neounify.bundled import bundled_model
 from neounify.cli.conversation import asks_about_image
+from neounify.lock import is_empty, locked_folder
 
 Run = Callable[..., Any]
+RECIPES = Path(__file__).parents[2] / "recipes"
 BUNDLED = ("--model", str(bundled_model()))
 
 
@@ -61,6 +63,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("chat", "a", "--temperature", "-1"), "temperature"),
     (("chat", "a", "--max-new-tokens", "0"), "max_new_tokens"),
     (("chat", "--top-p", "7"), "top_p"),
+    (("chat", "--min-p", "7"), "min_p"),
     (("chat", "a", "--stop", ""), "stop must be at most 16 non-empty strings"),
     (("chat", "--stop", ""), "stop must be at most 16 non-empty strings"),
     (("chat", "a", "--threads", "100000"), CORES),
@@ -70,6 +73,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("story", "a", "--max-images", "101"), "max_images"),
     (("story", "a", "--max-new-tokens", "0"), "max_new_tokens"),
     (("story", "a", "--top-p", "7"), "top_p"),
+    (("story", "a", "--min-p", "7"), "min_p"),
     (("story", "a", "--output", "text.txt/deeper"), "text.txt"),
     (("eval", "--tasks", "paint,dance"), "dance"),
     (("eval", "--tasks", ","), "tasks"),
@@ -187,3 +191,23 @@ def test_the_hint_comes_once_in_a_conversation(run_bare: Run) -> None:
 )
 def test_other_models_get_it_only_where_words_say_so(toy: Path, question: str, hint: bool) -> None:
     assert asks_about_image(question, toy) is hint
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--input", "jobs.jsonl", "--output", "here"),
+        ("chat", "--input", "jobs.jsonl", "--output", "here"),
+        ("eval", "--output", "here"),
+        ("train", str(RECIPES / "scenes.toml"), "--out", "here"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_folder_that_another_process_writes_to(run: Run, command: tuple[str, ...]) -> None:
+    Path("jobs.jsonl").write_text('{"prompt": "a"}', encoding="utf-8")
+    with locked_folder(Path("here")):
+        ran = run(*command)
+        assert ran.code == 1
+        assert f"here is in use by another process (pid {os.getpid()})" in ran.err
+        assert is_empty(Path("here"))

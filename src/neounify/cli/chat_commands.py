@@ -22,6 +22,7 @@ from neounify.cli.display import Display
 from neounify.cli.errors import UsageError
 from neounify.cli.options import BatchOptions, ChatOptions, ModelOptions, ReportOptions
 from neounify.cli.session import open_session
+from neounify.lock import locked_folder
 from neounify.pipeline.messages import read_pictures
 
 
@@ -84,11 +85,12 @@ def answer_batch(
     def check(line: Line[ChatOptions]) -> None:
         check_chat(line.prompt, read_pictures(line.paths), line.options)
 
-    results = Results(folder)
-    check_lines(batch.input, options, check, display, results, images=True)
-    task = AnswerLines(open_session(model, display), display)
-    runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
-    finish(runner.run(batch.input, options, images=True), results, display)
+    with locked_folder(folder):
+        results = Results(folder)
+        check_lines(batch.input, options, check, display, results, images=True)
+        task = AnswerLines(open_session(model, display), display)
+        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        finish(runner.run(batch.input, options, images=True), results, display)
 
 
 def converse(

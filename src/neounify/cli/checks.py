@@ -42,7 +42,7 @@ from neounify.text.message import Message
 from neounify.text.template import place_images
 
 _SAMPLING = SamplingKeywords.__annotations__.keys()
-_TEXT = ("temperature", "top_p", "top_k", "repetition_penalty")
+_TEXT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _COMMON = ("system", "negative_prompt")
 
 Images = Sequence[PIL.Image.Image]

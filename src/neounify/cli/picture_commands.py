@@ -34,6 +34,7 @@ from neounify.cli.options import (
 from neounify.cli.painting import Order, paint
 from neounify.cli.record import Picture, check_free, save_picture, sheet_path
 from neounify.cli.session import open_session
+from neounify.lock import locked_folder
 from neounify.pipeline.messages import read_pictures
 
 OTHER_SUFFIXES = (
@@ -134,16 +135,17 @@ def paint_batch(
     def check(line: Line[GenerateOptions]) -> None:
         check_painting(line.prompt, line.options, config, read_pictures(line.paths))
 
-    results = Results(folder)
-    check_lines(batch.input, options, check, display, results, images=editing)
-    if not editing:
-        note_size(options, config, display)
-    session = open_session(model, display)
-    task = PaintLines(
-        session, display, folder, previews=output.previews, overwrite=output.overwrite
-    )
-    runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
-    finish(runner.run(batch.input, options, images=editing), results, display)
+    with locked_folder(folder):
+        results = Results(folder)
+        check_lines(batch.input, options, check, display, results, images=editing)
+        if not editing:
+            note_size(options, config, display)
+        session = open_session(model, display)
+        task = PaintLines(
+            session, display, folder, previews=output.previews, overwrite=output.overwrite
+        )
+        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        finish(runner.run(batch.input, options, images=editing), results, display)
 
 
 def _exact_file(output: PictureOutputOptions, pictures: int) -> Path | None:

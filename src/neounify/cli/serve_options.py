@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from neounify.cli.options import MODEL, NamedModel, WeightOptions
+from neounify.cli.options import MODEL, ColourOptions, NamedModel, ThreadOptions, WeightOptions
 
 LISTEN, ENGINES, ACCESS, SAFETY = "Listening", "Engines", "Access", "Safety"
 REPLICAS = "Replicas"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeModelOptions(WeightOptions, NamedModel):
+class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
     """Which model is served, and where it runs."""
 
     mode: Annotated[
@@ -26,29 +26,11 @@ class ServeModelOptions(WeightOptions, NamedModel):
             rich_help_panel=MODEL,
         ),
     ] = "colocate"
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda|cuda:N",
-            help="Where to compute. Default: a GPU if there is one.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
     generation_device: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="With --mode separate: where to paint. Default: as --device.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="CPU threads of the engines. Default: all cores but one, which answers clients; "
-            "with --mode separate all cores.",
             rich_help_panel=MODEL,
         ),
     ] = None
@@ -241,15 +223,6 @@ class AccessOptions:
         int,
         typer.Option(min=1, metavar="MIB", help="Of one request.", rich_help_panel=ACCESS),
     ] = 64
-    colour_profiles: Annotated[
-        bool,
-        typer.Option(
-            "--colour-profiles/--no-colour-profiles",
-            help="Convert images by their colour profile, or take their numbers for sRGB, as the "
-            "published code does.",
-            rich_help_panel=ACCESS,
-        ),
-    ] = True
     allow_images_from: Annotated[
         list[str] | None,
         typer.Option(

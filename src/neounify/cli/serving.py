@@ -192,7 +192,7 @@ def _http_settings(
         ),
         remote_hosts=tuple(access.allow_images_from or ()),
         public_url=listen.public_url,
-        colour_profiles=access.colour_profiles,
+        colour_profiles=model.colour_profiles,
         allowed_hosts=hosts,
         cors_origins=tuple(map(parse_origin, listen.cors_origin or ())),
     )

@@ -11,13 +11,14 @@ from neounify.checkpoint.load import resolve_device
 from neounify.cli.checks import check_threads
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError
-from neounify.cli.options import ReportOptions
+from neounify.cli.options import ReportOptions, ThreadOptions
 from neounify.cli.session import default_device
+from neounify.lock import locked_folder
 from neounify.runtime import keep_freed_memory
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.progress import Painter
-from neounify.train.recipe import read_recipe
+from neounify.train.recipe import Recipe, read_recipe
 from neounify.train.setup import StageSources, starting_model
 from neounify.train.stages import Progress, stages_to_run
 from neounify.train.state import newest_whole_state, saved_states
@@ -28,24 +29,35 @@ def run_training(
     out: Path | None,
     resume: str | None,
     stages: list[str],
-    device: str | None,
-    threads: int | None,
+    place: ThreadOptions,
     report: ReportOptions,
 ) -> None:
     """Run a recipe. Raises CliError and what the parts raise."""
-    check_threads(threads)
+    check_threads(place.threads)
     recipe = read_recipe(path)
     folder = out or Path("out") / recipe.name
+    with locked_folder(folder):
+        _train(recipe, folder, resume, stages, place, report)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    resume: str | None,
+    stages: list[str],
+    place: ThreadOptions,
+    report: ReportOptions,
+) -> None:
     display = Display(quiet=report.quiet, json=report.json)
     state = _state(folder, resume, display)
-    where = resolve_device(device or default_device())
+    where = resolve_device(place.device or default_device())
     # Wrong names and unreadable data are reported before a model is loaded.
     numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
     sources = StageSources(recipe)
     for number in numbers:
         sources.of(recipe.stages[number])
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
     keep_freed_memory()
     log = Log(folder, Console(stderr=True, quiet=report.quiet))
     start = starting_model(recipe, where, folder)

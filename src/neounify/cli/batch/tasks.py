@@ -16,6 +16,9 @@ from neounify.cli.painting import Order, paint, settings_record
 from neounify.cli.record import save_picture, sheet_path
 from neounify.cli.session import Session
 
+_LATER_OPTIONS = ("min_p",)
+"""Options that came after batches were first recorded: not part of a job unless they are set."""
+
 Outcome = dict[str, Any]
 """What the results file says of a line besides its number and job."""
 
@@ -106,13 +109,17 @@ class AnswerLines:
 
 def _job_hash(line: Line[Any], session: Session) -> str:
     model, keys = session.description, ("fingerprint", "dtype", "lora", "colour_profiles")
+    options = dataclasses.asdict(line.options)
+    for name in _LATER_OPTIONS:
+        if options.get(name) is None:
+            options.pop(name, None)
     return job_hash(
         {
             "id": line.id,
             "prompt": line.prompt,
             "images": line.images,
             "task": type(line.options).__name__,
-            "options": dataclasses.asdict(line.options),
+            "options": options,
             "model": [model[key] for key in keys if key in model],
         }
     )

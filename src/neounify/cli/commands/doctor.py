@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neounify.cli.options import ReportOptions
+from neounify.cli.options import DeviceOptions, ReportOptions
 
 
 def doctor(
@@ -19,9 +19,7 @@ def doctor(
     seconds: Annotated[
         float, typer.Option(metavar="S", help="Time for overfitting samples.", min=1)
     ] = 90,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda; a GPU if there is one.")
-    ] = None,
+    place: DeviceOptions,
     report: ReportOptions,
 ) -> None:
     """Check a fine-tune before it costs days: data, gradients, freezing, losses, images.
@@ -34,4 +32,4 @@ def doctor(
     """
     from neounify.cli.doctoring import run_doctor
 
-    run_doctor(recipe, stage, seconds, device, report)
+    run_doctor(recipe, stage, seconds, place.device, report)

@@ -13,6 +13,7 @@ from neounify.cli.command import explain_os_error
 from neounify.cli.errors import CliError, UsageError, WriteError
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
+from neounify.lock import is_empty, locked_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,15 +115,19 @@ def evaluate(
     from neounify.pipeline.request import make_sampling
     from neounify.scenes.bench import PipelineSubject
 
-    _check_free(options.output, overwrite.overwrite)
+    if options.output.exists() and not options.output.is_dir():
+        raise CliError(f"{options.output} is a file; a report is saved as a folder")
     model_config = check_model(model)
     config = _config(options, model_config.token_size)
     make_sampling(model_config, editing=True, steps=options.steps, guidance=options.guidance)
     check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
-    session = open_session(model, display)
-    subject = PipelineSubject(session.pipe, steps=options.steps, guidance=options.guidance)
-    _measure(subject, config, _about(options, config, session, subject), options.output, display)
+    with locked_folder(options.output):
+        _check_free(options.output, overwrite.overwrite)
+        session = open_session(model, display)
+        subject = PipelineSubject(session.pipe, steps=options.steps, guidance=options.guidance)
+        about = _about(options, config, session, subject)
+        _measure(subject, config, about, options.output, display)
 
 
 def _config(options: EvalOptions, token_size: int) -> BenchConfig:
@@ -145,9 +150,7 @@ def _config(options: EvalOptions, token_size: int) -> BenchConfig:
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise CliError(f"{folder} is a file; a report is saved as a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if not is_empty(folder) and not overwrite:
         raise CliError(f"{folder} is not empty; choose another --output, or add --overwrite")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neounify.cli.options import FILES, ReportOptions
+from neounify.cli.options import FILES, ReportOptions, ThreadOptions
 
 
 def train(
@@ -32,10 +32,6 @@ def train(
         list[str] | None,
         typer.Option("--stage", metavar="NAME", help="Train only this stage; may be repeated."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; a GPU if there is one.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="CPU threads.", min=1)] = None,
     export: Annotated[
         Path | None,
         typer.Option(
@@ -44,6 +40,7 @@ def train(
             rich_help_panel=FILES,
         ),
     ] = None,
+    place: ThreadOptions,
     report: ReportOptions,
 ) -> None:
     """Train or fine-tune a model as a recipe says: one command runs all its stages, or one.
@@ -61,4 +58,4 @@ def train(
     if export is not None:
         export_newest(recipe, out, export, report)
         return
-    run_training(recipe, out, resume, stages or [], device, threads, report)
+    run_training(recipe, out, resume, stages or [], place, report)

@@ -16,7 +16,14 @@ from neounify.cli.options.images import (
     parse_interval,
     parse_size,
 )
-from neounify.cli.options.model import ModelOptions, NamedModel, WeightOptions
+from neounify.cli.options.model import (
+    ColourOptions,
+    DeviceOptions,
+    ModelOptions,
+    NamedModel,
+    ThreadOptions,
+    WeightOptions,
+)
 from neounify.cli.options.panels import BATCH, FILES, MODEL, PAINTING, REPORT, TEXT
 from neounify.cli.options.text import ChatOptions, StoryOptions, TextOptions
 
@@ -29,6 +36,8 @@ __all__ = [
     "TEXT",
     "BatchOptions",
     "ChatOptions",
+    "ColourOptions",
+    "DeviceOptions",
     "EditOptions",
     "GenerateOptions",
     "ImageGuidanceOptions",
@@ -42,6 +51,7 @@ __all__ = [
     "StoryOptions",
     "StoryOutputOptions",
     "TextOptions",
+    "ThreadOptions",
     "WeightOptions",
     "parse_interval",
     "parse_size",

@@ -52,8 +52,8 @@ class WeightOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(WeightOptions, NamedModel):
-    """Which model runs, and where."""
+class DeviceOptions:
+    """Where a command computes."""
 
     device: Annotated[
         str | None,
@@ -63,30 +63,49 @@ class ModelOptions(WeightOptions, NamedModel):
             rich_help_panel=MODEL,
         ),
     ] = None
-    memory: Annotated[
-        str,
-        typer.Option(
-            metavar="all|stream",
-            help="stream keeps only the half of the weights that is at work in memory: "
-            "slower, for models that do not fit.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions(DeviceOptions):
+    """Where a command computes, and with how many threads."""
+
     threads: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="CPU threads. Default: all cores.",
+            help="CPU threads. Default: all cores; a server in one process leaves one core to "
+            "HTTP.",
             rich_help_panel=MODEL,
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourOptions:
+    """How the colours of input images are read."""
+
     colour_profiles: Annotated[
         bool,
         typer.Option(
             "--colour-profiles/--no-colour-profiles",
-            help="Convert input images by their colour profile, or take their numbers for sRGB, "
+            help="Convert input images by their colour profile, or treat their values as sRGB, "
             "as the published code does.",
             rich_help_panel=MODEL,
         ),
     ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
+    """Which model runs, and where."""
+
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="all|stream",
+            help="stream keeps only the active stream's weights in memory: slower, for models "
+            "that do not fit.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "all"

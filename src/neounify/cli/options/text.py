@@ -41,6 +41,15 @@ class TextOptions:
             metavar="K", help="Draw from the K likeliest words only.", rich_help_panel=TEXT
         ),
     ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Drop tokens with less than this fraction of the most likely token's "
+            "probability. Default: 0, none.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
@@ -57,6 +66,7 @@ class TextOptions:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
         }
         return {name: value for name, value in values.items() if value is not None}
