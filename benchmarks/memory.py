@@ -17,9 +17,9 @@ from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
+from neounify.config.presets import BENCH, TINY
 from neounify.decode import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text
-from neounify.config.presets import BENCH, TINY
 from neounify.text import byte_tokenizer
 
 LONG = 32_768

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from neounify.cache import SequenceCache
+from neounify.config.presets import BENCH
 from neounify.decode import ModelInput, forward_und
 from neounify.model import NeoUnify, Text
 from neounify.model.compile import compile_streams
-from neounify.config.presets import BENCH
 
 
 def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import neounify
-from golden_data import checkpoint, golden_path, load_fixture
 from neounify.cache import SequenceCache
 from neounify.decode import ModelInput, forward_und
 from neounify.model import Text
 from neounify.pipeline import Pipeline
+from support.golden import checkpoint, golden_path, load_fixture
 
 NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")
 BOUNDS = {"single pass: logits, keys and values": 2e-5}

@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 # Shapes and types of the annotated tensor code are checked while the tests run, and only then.
 install_import_hook("neounify.model", "beartype.beartype")
 
-from golden_data import checkpoint  # noqa: E402
+from support.golden import checkpoint  # noqa: E402
 
 # A shell that runs the tests in the background hands down an ignored SIGINT, and so would they.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -25,7 +25,7 @@ from neounify.scenes.bench import BenchConfig, Painting
 from neounify.scenes.world import render, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loop import Trainer
-from scenes.bench.oracle import Oracle
+from support.oracle import Oracle
 
 CASES = 4
 BENCH = Bench(world="easy", cases=CASES, steps=2)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import random_config
 from neounify.cache import SequenceCache
 from neounify.config import MlpConfig
 from neounify.model import Image, Noise, Text
+from support.models import random_config
 
 CONFIG = random_config(
     random.Random(0),

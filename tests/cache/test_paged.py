@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import random_config
 from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
 from neounify.cache.block_allocator import OutOfBlocks
 from neounify.cache.prefix_hash import TokenKey, image_keys, text_keys
 from neounify.config import ModelConfig
 from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text
+from support.models import random_config
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import random_config
 from neounify.cache import SequenceCache
 from neounify.cache.prefixes import PrefixBatch
 from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Noise, Text
+from support.models import random_config
 
 CPU = torch.device("cpu")
 GRIDS = ((2, 3), (1, 1), (2, 3), (3, 4))

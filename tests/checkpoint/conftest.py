@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from neounify.config import ModelConfig
+from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 
 @pytest.fixture(params=list(CONFIGS))

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from checkpoint.folders import SMALL
-from golden_data import golden_path, needs_golden
 from neounify.checkpoint import read_config, write_config
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.config.presets import PRESETS, U1_A3B
 from neounify.errors import ConfigError
+from support.checkpoint_folders import SMALL
+from support.golden import golden_path, needs_golden
 
 Document = dict[str, Any]
 

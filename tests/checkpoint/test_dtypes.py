@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.folders import SMALL, random_weights, write_checkpoint
 from neounify.checkpoint import CheckpointFolder, choose_dtype, dtypes, load_model, stored_dtype
 from neounify.checkpoint.dtypes import memory_bytes, multiplies
 from neounify.errors import RequestError
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
 INTEL = "Intel(R) Xeon(R) Processor"
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, load_model, to_published
 from neounify.config import MlpConfig, ModelConfig
 from neounify.errors import CheckpointError, ConfigError, RequestError
+from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 LM_HEAD = "language_model.lm_head.weight"
 UP_PROJ = "language_model.model.layers.1.mlp_mot_gen.up_proj.weight"

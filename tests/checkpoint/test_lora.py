@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.folders import SMALL, random_weights
-from checkpoint.lora_files import lora_tensors
 from neounify.checkpoint import LoraSpec, from_published, load_model
 from neounify.errors import CheckpointError
+from support.checkpoint_folders import SMALL, random_weights
+from support.lora_files import lora_tensors
 
 LAYER = "language_model.model.layers.1"
 TARGETS = [

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from neounify.checkpoint import expected_shapes, from_published, load_model
 from neounify.checkpoint.lora_names import ModuleNames, module_name
 from neounify.checkpoint.lora_save import LoraForm, convert_lora
 from neounify.checkpoint.peft_config import Patterns
 from neounify.errors import CheckpointError
+from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 LAYER = "language_model.model.layers.1"
 CONV = "fm_modules.vision_model_mot_gen.embeddings.patch_embedding"

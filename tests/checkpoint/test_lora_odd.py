@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.folders import SMALL, random_weights, write_checkpoint
 from neounify.checkpoint import load_model
 from neounify.checkpoint.load import resolve_device
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError, NeounifyError, RequestError
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
 TARGET = "language_model.model.layers.1.self_attn.q_proj"
 OURS = "layers.1.und.q_proj.weight"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from golden_data import golden_path, needs_golden
 from neounify.checkpoint import expected_shapes, from_published, part_of, stream_of, to_published
 from neounify.config import ModelConfig
+from support.golden import golden_path, needs_golden
 
 GOLDEN_NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead", "bench-dense")
 

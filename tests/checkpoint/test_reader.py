@@ -10,10 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint.folders import CONFIGS, SMALL, random_weights, write_checkpoint, write_sharded
-from golden_data import needs_golden
 from neounify.checkpoint import CheckpointFolder, expected_shapes, load_checkpoint, to_published
 from neounify.errors import CheckpointError, ConfigError
+from support.checkpoint_folders import (
+    CONFIGS,
+    SMALL,
+    random_weights,
+    write_checkpoint,
+    write_sharded,
+)
+from support.golden import needs_golden
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint.folders import SMALL, random_weights, write_checkpoint
-from checkpoint.lora_files import lora_tensors
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint, stream_of
 from neounify.checkpoint.source import Source
 from neounify.config import MlpConfig
 from neounify.errors import CheckpointError
 from neounify.model import NeoUnify
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
+from support.lora_files import lora_tensors
 
 WIDE = SMALL.replace(
     hidden_size=512,

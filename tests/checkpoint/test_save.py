@@ -10,8 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoint.folders import SMALL, random_weights, write_checkpoint
-from golden_data import needs_golden
 from neounify.checkpoint import (
     CheckpointFolder,
     load_checkpoint,
@@ -22,6 +20,8 @@ from neounify.checkpoint import (
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, RequestError
 from neounify.model import NeoUnify
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
+from support.golden import needs_golden
 
 INDEX = "model.safetensors.index.json"
 

@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.folders import CONFIGS, SMALL, random_weights, write_checkpoint, write_sharded
 from neounify.checkpoint import CheckpointFolder, SummaryRow, summarise, summarise_config
 from neounify.config import ModelConfig
 from neounify.config.presets import U1_8B, U1_A3B
+from support.checkpoint_folders import (
+    CONFIGS,
+    SMALL,
+    random_weights,
+    write_checkpoint,
+    write_sharded,
+)
 
 
 def test_the_published_dense_model() -> None:

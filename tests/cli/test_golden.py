@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from golden_data import golden_path, load_fixture, needs_golden
+from support.golden import golden_path, load_fixture, needs_golden
 
 pytestmark = needs_golden
 NAMES = ("tiny-dense", "tiny-pixelhead")

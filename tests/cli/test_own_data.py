@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from data.own_data import png, text_record, write_lines
 from neounify.bundled import bundled_model
 from neounify.cli.app import app
+from support.own_data import png, text_record, write_lines
 
 PAGE = Path(__file__).parents[2] / "docs" / "own-data.md"
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)

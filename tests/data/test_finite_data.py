@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data.own_data import paint_record, png, text_record, write_lines, write_tar
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.jsonl import JsonlSource
@@ -24,6 +23,7 @@ from neounify.text import byte_tokenizer
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
 from neounify.train.tally import Tally
+from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
 

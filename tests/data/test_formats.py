@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from data.own_data import paint_record, png, text_record, write_lines, write_tar
 from neounify.data.jsonl import JsonlSource
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
+from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 ONE = text_record("q")
 LINE = json.dumps(ONE) + "\n"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from data.own_data import paint_record, png, text_record, write_lines, write_tar
 from neounify.config.presets import SCENES
 from neounify.data import pictures
 from neounify.data.encode import Encoder
@@ -27,6 +26,7 @@ from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
+from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 BAD_NAME = b"caf\xe9.png".decode("utf-8", "surrogateescape")
 """A name in Latin-1, as Python gives it back."""

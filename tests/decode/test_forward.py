@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from models import random_config, random_model
 from neounify.cache import SequenceCache
 from neounify.decode import ModelInput, forward_und
+from support.models import random_config, random_model
 
 
 def test_an_input_without_tokens_is_refused() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import random_config, random_model
 from neounify.cache import Cache, SequenceCache
 from neounify.decode import (
     Generation,
@@ -22,6 +21,7 @@ from neounify.decode import (
 )
 from neounify.errors import CheckpointError
 from neounify.model import Document, Layout, NeoUnify, Text
+from support.models import random_config, random_model
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [3, 3, 3, 3, 3, 3, 3, 3]]
 

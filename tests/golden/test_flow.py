@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from golden_data import load_fixture, needs_golden
-from models import assert_close, one_thread
 from neounify.checkpoint import load_model
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.schedule import timesteps
 from neounify.model.scalar_embed import sinusoids
+from support.golden import load_fixture, needs_golden
+from support.models import assert_close, one_thread
 
 __all__ = ["one_thread"]  # a fixture
 

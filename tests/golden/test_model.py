@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
-import reference
-from golden_data import load_fixture, needs_golden
-from models import assert_close, facts_of, one_thread, weights_of
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
 from neounify.decode import (
@@ -32,7 +29,10 @@ from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, grid_places
 from neounify.model.moe import SparseMlp
 from neounify.model.rope import rotate_patches
-from scripting import script_sampler
+from support import reference
+from support.golden import load_fixture, needs_golden
+from support.models import assert_close, facts_of, one_thread, weights_of
+from support.scripted_sampler import script_sampler
 
 __all__ = ["one_thread"]  # a fixture
 

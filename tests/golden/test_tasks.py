@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 import neounify
-from golden_data import load_fixture, needs_golden
-from golden_tasks import (
+from neounify.image.io import read_image
+from neounify.pipeline import ImagePart, TextPart, front, interleaving
+from neounify.pipeline.painting import edit_images
+from support.golden import load_fixture, needs_golden
+from support.golden_steps import (
     NAMES,
     SINGLE_PASS,
     TRAJECTORY,
@@ -21,10 +24,7 @@ from golden_tasks import (
     picture,
     pipeline,
 )
-from neounify.image.io import read_image
-from neounify.pipeline import ImagePart, TextPart, front, interleaving
-from neounify.pipeline.painting import edit_images
-from scripting import script_sampler
+from support.scripted_sampler import script_sampler
 
 pytestmark = [needs_golden, pytest.mark.parametrize("name", NAMES)]
 Checkpoint = Callable[[str], Path]

@@ -11,12 +11,12 @@ import jsonschema_rs
 import pytest
 import torch
 
-from golden_data import golden_path, needs_golden
 from neounify.errors import RequestError
 from neounify.grammar import Grammar, Vocabulary, calls_grammar, check_schema, json_grammar
 from neounify.text import Tokenizer, byte_tokenizer
 from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.tools import Tool, ToolCall, ToolCallReader
+from support.golden import golden_path, needs_golden
 
 BYTES = byte_tokenizer()
 VOCABULARY = Vocabulary.of(BYTES)

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image.profiles import (
+from neounify.image import read_image
+from neounify.image.colour import MAX_PROFILE_BYTES
+from support.colour_profiles import (
     ADOBE_RGB,
     DISPLAY_P3,
     SRGB,
@@ -23,8 +25,6 @@ from image.profiles import (
     grey_profile,
     rgb_profile,
 )
-from neounify.image import read_image
-from neounify.image.colour import MAX_PROFILE_BYTES
 
 P3 = rgb_profile(DISPLAY_P3)
 ADOBE = rgb_profile(ADOBE_RGB, (563 / 256, 1, 0, 1, 0))

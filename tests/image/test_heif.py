@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from image.profiles import DISPLAY_P3, rgb_profile
 from image.test_io import file_bytes
 from neounify.errors import ImageError
 from neounify.image import read_image
 from neounify.image.heif import isobmff_format
+from support.colour_profiles import DISPLAY_P3, rgb_profile
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 COLOUR, P3_AS_SRGB = (200, 100, 50), (213, 94, 33)

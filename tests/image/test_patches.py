@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golden_data import load_fixture, needs_golden
 from neounify.image import from_patches, patchify, to_patches, unpatchify
+from support.golden import load_fixture, needs_golden
 
 sides = st.integers(1, 4)
 

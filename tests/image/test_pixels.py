@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from golden_data import golden_path, load_fixture, needs_golden
 from neounify.errors import ImageError
 from neounify.image import (
     MEAN,
@@ -20,6 +19,7 @@ from neounify.image import (
     to_pil,
     to_und_pixels,
 )
+from support.golden import golden_path, load_fixture, needs_golden
 
 BOUNDS: dict[str, Any] = {"multiple": 32, "min_pixels": 256**2, "max_pixels": 2048**2}
 

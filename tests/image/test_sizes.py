@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golden_data import GOLDEN, load_fixture, needs_golden
 from neounify.errors import ImageError
 from neounify.image import TRAINING_BUCKETS, check_size, fit_size, nearest_legal_sizes
+from support.golden import GOLDEN, load_fixture, needs_golden
 
 GIANT = 10**6000
 BAD_NUMBERS = [0, -5, 10**20, GIANT, -GIANT, 1.5, "64", None, True]

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.folders import SMALL
-from lora.adapted import adapted, everywhere, write_base
-from models import one_thread, random_model  # noqa: F401
 from neounify.checkpoint import load_model
 from neounify.checkpoint.lora_file import MAX_RANK
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora import load_lora, lora_layers, save_lora
+from support.adapted import adapted, everywhere, write_base
+from support.checkpoint_folders import SMALL
+from support.models import one_thread, random_model  # noqa: F401
 
 Q = "language_model.model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"

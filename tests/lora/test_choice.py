@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint.folders import CONFIGS, SMALL
-from lora.adapted import adapted
-from models import one_thread, random_model  # noqa: F401
 from neounify.errors import ConfigError
 from neounify.lora import LoraConfig, add_lora, lora_layers
+from support.adapted import adapted
+from support.checkpoint_folders import CONFIGS, SMALL
+from support.models import one_thread, random_model  # noqa: F401
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from checkpoint.folders import CONFIGS, SMALL
-from lora.adapted import MODULES, adapted, everywhere, fill, outputs, write_base
-from models import one_thread, random_model  # noqa: F401
 from neounify.checkpoint import load_checkpoint, load_model, save_model
 from neounify.errors import CheckpointError
 from neounify.lora import (
@@ -26,6 +23,9 @@ from neounify.lora import (
     merged_lora,
     trainable_only_lora,
 )
+from support.adapted import MODULES, adapted, everywhere, fill, outputs, write_base
+from support.checkpoint_folders import CONFIGS, SMALL
+from support.models import one_thread, random_model  # noqa: F401
 
 KINDS = list(MODULES)
 
@@ -122,9 +122,9 @@ def test_the_adapters_return_in_the_mode_of_the_model() -> None:
 
 COMPILED = """
 import torch
-from checkpoint.folders import SMALL
-from lora.adapted import adapted, everywhere, fill, outputs
-from models import random_model
+from support.checkpoint_folders import SMALL
+from support.adapted import adapted, everywhere, fill, outputs
+from support.models import random_model
 from neounify.lora import add_lora
 from neounify.model import compile as ours
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint.folders import CONFIGS, SMALL
-from lora.adapted import MODULES, adapted, everywhere, fill, outputs, write_base
-from models import one_thread, random_model  # noqa: F401
 from neounify.checkpoint import load_model
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora import LoraConfig, add_lora, load_lora, merge_lora, save_lora
 from neounify.pipeline import load
 from neounify.text import byte_tokenizer
+from support.adapted import MODULES, adapted, everywhere, fill, outputs, write_base
+from support.checkpoint_folders import CONFIGS, SMALL
+from support.models import one_thread, random_model  # noqa: F401
 
 Q = "language_model.model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"

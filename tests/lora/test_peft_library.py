@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpoint.folders import CONFIGS
-from lora.adapted import MODULES, adapted, everywhere, write_base
-from models import one_thread, random_model  # noqa: F401
 from neounify.checkpoint import from_published, load_model, to_published
 from neounify.checkpoint.lora_save import convert_lora
 from neounify.lora import load_lora, lora_layers, merge_lora, save_lora
+from support.adapted import MODULES, adapted, everywhere, write_base
+from support.checkpoint_folders import CONFIGS
+from support.models import one_thread, random_model  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

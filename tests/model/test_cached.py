@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
-from models import (
+from neounify.cache import SequenceCache
+from neounify.config import MlpConfig, ModelConfig
+from neounify.decode import ModelInput, forward_und
+from neounify.model import Layout, NeoUnify, Noise, attention
+from support import reference
+from support.models import (
     Maker,
     assert_close,
     exact,
@@ -22,11 +26,7 @@ from models import (
     spans_of,
     weights_of,
 )
-from neounify.cache import SequenceCache
-from neounify.config import MlpConfig, ModelConfig
-from neounify.decode import ModelInput, forward_und
-from neounify.model import Layout, NeoUnify, Noise, attention
-from reference import Clean, Noisy
+from support.reference import Clean, Noisy
 
 NAN = float("nan")
 

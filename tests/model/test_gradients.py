@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
-from models import Maker, Packed, exact, pack, random_config, random_model
 from neounify.checkpoint import stream_of
 from neounify.config import FlowConfig, MlpConfig, ModelConfig
 from neounify.model import NeoUnify
+from support import reference
+from support.models import Maker, Packed, exact, pack, random_config, random_model
 
 LAYERS = 2
 

@@ -10,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
-from models import (
+from neounify.config import ModelConfig
+from neounify.model import Layout, NeoUnify, attention
+from neounify.model.attention import shared_attention
+from neounify.model.rope import Rotation, attention_rotation
+from support import reference
+from support.models import (
     Maker,
     assert_close,
     by_stream,
@@ -22,10 +26,6 @@ from models import (
     random_model,
     weights_of,
 )
-from neounify.config import ModelConfig
-from neounify.model import Layout, NeoUnify, attention
-from neounify.model.attention import shared_attention
-from neounify.model.rope import Rotation, attention_rotation
 
 
 def _rotation(positions: Tensor, config: ModelConfig) -> Rotation:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import reference
-from models import Maker, by_stream, pack, random_config
 from neounify.model import Document, Image, Layout, Noise, Text
 from neounify.model.layout import grid_places
+from support import reference
+from support.models import Maker, by_stream, pack, random_config
 
 
 @pytest.mark.parametrize("seed", range(20))

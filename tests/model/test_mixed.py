@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from models import Maker, assert_close, exact, expected, pack, random_config, random_model
 from neounify.config import FlowConfig, MlpConfig, ModelConfig
 from neounify.model import NeoUnify, attention
+from support.models import Maker, assert_close, exact, expected, pack, random_config, random_model
 
 SPARSE = {
     "num_layers": 2,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import reference
-from models import assert_close, exact
 from neounify.config import MlpConfig
 from neounify.model.moe import SparseMlp
+from support import reference
+from support.models import assert_close, exact
 
 SIZE = 12
 

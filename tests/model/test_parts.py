@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import reference
-from models import (
+from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.norm import RMSNorm
+from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
+from neounify.model.scalar_embed import ScalarEmbed, sinusoids
+from support import reference
+from support.models import (
     assert_close,
     exact,
     facts_of,
@@ -19,10 +23,6 @@ from models import (
     to_tokens,
     weights_of,
 )
-from neounify.model.image_head import FlowHead, PixelHead
-from neounify.model.norm import RMSNorm
-from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
-from neounify.model.scalar_embed import ScalarEmbed, sinusoids
 
 
 def test_norm() -> None:

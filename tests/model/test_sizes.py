@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 import torch
 
-from models import Maker, pack, random_config, random_model
 from neounify.checkpoint import expected_shapes, stream_of
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS, U1_8B, U1_A3B
 from neounify.model import Document, Image, Layout, Noise, Text
+from support.models import Maker, pack, random_config, random_model
 
 
 def _parameters(config: ModelConfig) -> Counter[str]:

@@ -12,7 +12,7 @@ from neounify.errors import ContextFullError, RequestError
 from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart, interleaving
 from neounify.pipeline.request import make_sampling
 from neounify.text.template import TextSegment
-from scripting import script_sampler
+from support.scripted_sampler import script_sampler
 
 FEW: dict[str, Any] = {"width": 64, "height": 32, "steps": 2}
 

@@ -20,7 +20,7 @@ from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.service import Service
-from serving import Collected, collect, serve
+from support.serving import Collected, collect, serve
 
 STORY = (
     "Tell a story in two pictures. It starts with a red circle in the top left on a white "

@@ -20,7 +20,7 @@ import pytest
 
 import neounify
 from neounify.provenance.metadata import read_provenance
-from serving_command import fetch, served
+from support.serving_command import fetch, served
 
 
 def picture_of(item: openai.types.Image) -> tuple[bytes, PIL.Image.Image]:

@@ -24,7 +24,7 @@ from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import Service, ServiceLimits
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
-from serving import collect, same_image, serve
+from support.serving import collect, same_image, serve
 
 
 def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> PaintRequest:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import neounify
-from leaving import at_rest, calls_open, pieces_of
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.request import PaintRequest, make_sampling
 from neounify.serve.build import ServeSettings, build_service, colocated
@@ -26,7 +25,8 @@ from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import Service
 from neounify.serve.understanding import UnderstandingEngine
-from serving import collect, same_image, serve
+from support.leaving import at_rest, calls_open, pieces_of
+from support.serving import collect, same_image, serve
 
 
 def painting(pipe: neounify.Pipeline, steps: int) -> PaintRequest:

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import neounify
-from leaving import at_rest, calls_open, check_books, leave, let_it_paint, pieces_of, waits_of
 from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import make_chat_request
@@ -25,7 +24,16 @@ from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
 from neounify.serve.service import Service
 from neounify.text import byte_tokenizer
-from serving import collect, same_image
+from support.leaving import (
+    at_rest,
+    calls_open,
+    check_books,
+    leave,
+    let_it_paint,
+    pieces_of,
+    waits_of,
+)
+from support.serving import collect, same_image
 
 PICTURE = PIL.Image.fromarray(
     np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -23,8 +23,8 @@ import PIL.Image
 import pytest
 
 import neounify
-from serve.http.running import wait_until
-from serving_command import free_port
+from support.http_server import wait_until
+from support.serving_command import free_port
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,

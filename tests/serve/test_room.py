@@ -21,8 +21,8 @@ from neounify.serve.hosts import ThreadHost
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import Service
 from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
-from scripting import script_sampler
-from serving import collect, same_image, serve
+from support.scripted_sampler import script_sampler
+from support.serving import collect, same_image, serve
 
 RNG = np.random.default_rng(0)
 PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))

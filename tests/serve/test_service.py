@@ -30,8 +30,8 @@ from neounify.serve.events import ServiceRequest
 from neounify.serve.process import EngineSettings
 from neounify.serve.understanding import UnderstandingSettings
 from neounify.text.template import TextSegment
-from scripting import script_sampler
-from serving import Collected, collect, same_image, serve
+from support.scripted_sampler import script_sampler
+from support.serving import Collected, collect, same_image, serve
 
 RNG = np.random.default_rng(0)
 PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))

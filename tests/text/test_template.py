@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from golden_data import golden_path, load_fixture, needs_golden
 from neounify.errors import PromptError
 from neounify.text import (
     ImageSegment,
@@ -24,6 +23,7 @@ from neounify.text import (
     unconditional_prompt,
 )
 from neounify.text.special import IMAGE_CONTEXT
+from support.golden import golden_path, load_fixture, needs_golden
 
 BYTES = byte_tokenizer()
 CHECKPOINTS = ["tiny-dense", "tiny-moe", "tiny-pixelhead"]

@@ -13,11 +13,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from golden_data import GOLDEN, golden_path, load_fixture, needs_golden
 from neounify.errors import PromptError, TokenizerError
 from neounify.text import BYTE_VOCAB_SIZE, Tokenizer, byte_tokenizer
 from neounify.text import files as text_files
 from neounify.text.special import REQUIRED
+from support.golden import GOLDEN, golden_path, load_fixture, needs_golden
 
 TEXTS = ["", "hello world", "  two  spaces\t\n", "12 naïve 中文 😀👍🏽", "it's <image> a<b"]
 BYTES = byte_tokenizer()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from golden_data import golden_path, needs_golden
 from neounify.errors import PromptError
 from neounify.text import Message, Tokenizer, byte_tokenizer, chat_prompt
 from neounify.text.tools import (
@@ -19,6 +18,7 @@ from neounify.text.tools import (
     read_call,
     read_tool,
 )
+from support.golden import golden_path, needs_golden
 
 BYTES = byte_tokenizer()
 WEATHER = Tool(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from image.profiles import DISPLAY_P3, rgb_profile
 from neounify.data.source import Source
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
+from support.colour_profiles import DISPLAY_P3, rgb_profile
 
 RECORD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}]}
 COLOUR = (200, 100, 50)

@@ -35,7 +35,7 @@ from neounify.scenes.bench.category import THOUGHT_RIGHT
 from neounify.scenes.world import PRESETS, SceneDataset, is_held_out, render, scene_config
 from neounify.scenes.world.edits import EDIT_KINDS, KEEP_REQUESTS
 from neounify.text import byte_tokenizer
-from scenes.bench.oracle import Blind, Oracle
+from support.oracle import Blind, Oracle
 
 NEAREST = Image.Resampling.NEAREST
 

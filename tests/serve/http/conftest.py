@@ -15,7 +15,7 @@ from neounify.model import NeoUnify
 from neounify.serve.build import colocated
 from neounify.serve.service import Service
 from neounify.text import byte_tokenizer
-from serve.http.running import serving
+from support.http_server import serving
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from serve.http.hostile_images import large_files, png, saved, small_files
-from serve.http.running import png as plain_png
+from support.http_server import png as plain_png
 
 Sent = tuple[str, str, bytes]
 CHAT, EDITS, PAINT = "/v1/chat/completions", "/v1/images/edits", "/v1/images/generations"

@@ -18,8 +18,8 @@ from neounify.serve.http import create_app
 from neounify.serve.http.aliases import ALIASES, WRAPPED
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.image_schema import ImageBody
-from serve.http.running import data_url, png
-from serve.http.scripted import Scripted
+from support.http_server import data_url, png
+from support.scripted_service import Scripted
 
 CHAT, PAINT, EDIT = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
 DOCS = Path(__file__).parents[3] / "docs" / "serving-api.md"

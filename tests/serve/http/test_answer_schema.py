@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from neounify.serve.http import create_app
 from neounify.serve.http.answer_schema import ChatCompletion, Health, Images, ModelCard, ModelList
-from serve.http.scripted import Scripted
+from support.scripted_service import Scripted
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}

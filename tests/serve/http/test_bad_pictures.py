@@ -12,8 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.serve.http import create_app
-from serve.http.running import data_url, png
-from serve.http.scripted import Scripted
+from support.http_server import data_url, png
+from support.scripted_service import Scripted
 
 PNG = png(size=(64, 64))
 JPEG = png(size=(64, 64), kind="jpeg")

@@ -13,8 +13,8 @@ from fastapi.testclient import TestClient
 from neounify.serve.events import Finished, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.body import parse_json
-from serve.http.running import openai_client, wait_until
-from serve.http.scripted import Scripted
+from support.http_server import openai_client, wait_until
+from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello?"}]}

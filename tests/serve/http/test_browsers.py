@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from neounify.errors import ConfigError
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.browsers import default_hosts, parse_origin
-from serve.http.running import openai_client
-from serve.http.scripted import Scripted
+from support.http_server import openai_client
+from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "Hello?"}]}

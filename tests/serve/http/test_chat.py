@@ -11,8 +11,8 @@ import pytest
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http import create_app
-from serve.http.running import data_url, openai_client, picture, png
-from serve.http.scripted import Scripted, colour_of
+from support.http_server import data_url, openai_client, picture, png
+from support.scripted_service import Scripted, colour_of
 
 MODEL = "neounify"
 

@@ -11,9 +11,9 @@ import pytest
 from neounify.serve.events import ServiceEvent, ServiceRequest, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.settings import ConnectionLimits
-from serve.http.running import running, wait_until
-from serve.http.scripted import Scripted
 from serve.http.test_gate import connected
+from support.http_server import running, wait_until
+from support.scripted_service import Scripted
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"

@@ -12,8 +12,8 @@ from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.image_schema import ImageBody
-from serve.http.running import picture, png, running
-from serve.http.scripted import Scripted
+from support.http_server import picture, png, running
+from support.scripted_service import Scripted
 
 PAGE = (Path(__file__).parents[3] / "docs" / "serving-api.md").read_text(encoding="utf-8")
 

@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http import HttpSettings, create_app
-from serve.http.running import data_url, openai_client, png
-from serve.http.scripted import Scripted
+from support.http_server import data_url, openai_client, png
+from support.scripted_service import Scripted
 
 EDIT, CHAT = "/v1/images/edits", "/v1/chat/completions"
 RED, BLUE = png("red"), png("blue")

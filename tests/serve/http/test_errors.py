@@ -23,8 +23,8 @@ from neounify.serve.events import (
 from neounify.serve.http import HttpSettings, Limits, MarkingHooks, create_app
 from neounify.serve.http.errors import sanitise
 from neounify.serve.safety.hooks import Refused
-from serve.http.running import data_url, openai_client, png
-from serve.http.scripted import Scripted
+from support.http_server import data_url, openai_client, png
+from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
 PAINT = "/v1/images/generations"

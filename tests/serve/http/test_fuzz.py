@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 
 from neounify.serve.http import HttpSettings, create_app
-from serve.http.scripted import Scripted
+from support.scripted_service import Scripted
 
 app = create_app(Scripted(), HttpSettings())
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)

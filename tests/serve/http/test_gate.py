@@ -19,8 +19,8 @@ from neounify.errors import ConfigError
 from neounify.serve.events import Finished, ServiceEvent, ServiceRequest, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app, parse_keys
 from neounify.serve.http.accounts import TokenBucket
-from serve.http.running import openai_client, running, wait_until
-from serve.http.scripted import Scripted
+from support.http_server import openai_client, running, wait_until
+from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello?"}]}

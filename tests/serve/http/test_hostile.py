@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from serve.http.hostile_bodies import Sent, large_requests, small_requests
-from serving_command import served
+from support.serving_command import served
 
 MAX_GROWTH = 300 * 10**6
 MAX_CPU_SECONDS = 5.0

@@ -13,8 +13,8 @@ import pytest
 from neounify.config.presets import TINY
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http import create_app
-from serve.http.running import openai_client, picture, png
-from serve.http.scripted import Scripted, colour_of
+from support.http_server import openai_client, picture, png
+from support.scripted_service import Scripted, colour_of
 
 STEPS = TINY.sampling.steps
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http import create_app
-from serve.http.running import data_url, openai_client, picture, png
-from serve.http.scripted import Scripted
+from support.http_server import data_url, openai_client, picture, png
+from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
 STORY = (

@@ -17,8 +17,8 @@ from neounify.errors import ImageError
 from neounify.pipeline.chatting import ChatRequest
 from neounify.serve.http import HttpSettings, create_app, remote
 from neounify.serve.http.remote import ImageFetcher, is_public
-from serve.http.running import png
-from serve.http.scripted import Scripted
+from support.http_server import png
+from support.scripted_service import Scripted
 
 HOST = "pictures.test"
 

@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from neounify.errors import RequestError
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.results import ResultStore
-from serve.http.scripted import Scripted
+from support.scripted_service import Scripted
 
 
 def test_results_expire() -> None:

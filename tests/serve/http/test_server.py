@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from neounify.errors import ConfigError
 from neounify.serve.http import HttpSettings, Limits, create_app
-from serve.http.scripted import Scripted
+from support.scripted_service import Scripted
 
 
 def test_health() -> None:

@@ -20,9 +20,9 @@ from neounify.serve.http.answering import answers_in_groups
 from neounify.serve.service import Service, ServiceLimits
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
-from scripting import script_sampler
-from serve.http.running import openai_client, serving
-from serve.http.scripted import Scripted
+from support.http_server import openai_client, serving
+from support.scripted_sampler import script_sampler
+from support.scripted_service import Scripted
 
 MODEL = "neounify"
 QUESTION = "What would you say to somebody who asks you for a longer prompt than this one is?"

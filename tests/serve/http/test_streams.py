@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from neounify.serve.events import EngineDied, Finished, TextPiece
 from neounify.serve.http import create_app, sse
 from neounify.serve.http.sse import ALIVE, start_stream
-from serve.http.scripted import Script, Scripted
+from support.scripted_service import Script, Scripted
 
 BODY = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 

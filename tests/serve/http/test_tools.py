@@ -19,9 +19,9 @@ from neounify.serve.http import create_app
 from neounify.text import byte_tokenizer
 from neounify.text.special import IM_END
 from neounify.text.tools import Tool
-from scripting import script_sampler
-from serve.http.running import openai_client, serving
-from serve.http.scripted import Scripted
+from support.http_server import openai_client, serving
+from support.scripted_sampler import script_sampler
+from support.scripted_service import Scripted
 
 MODEL = "neounify"
 ASK: Any = [{"role": "user", "content": "What is the weather?"}]

@@ -11,7 +11,7 @@ from selenium.webdriver.chrome.webdriver import WebDriver
 
 from serve.page import journeys
 from serve.page.device import set_device
-from serving_command import served
+from support.serving_command import served
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from checkpoint.folders import random_weights
 from neounify.config import ModelConfig
+from support.checkpoint_folders import random_weights
 
 
 def lora_tensors(

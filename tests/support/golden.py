@@ -14,7 +14,7 @@ from torch import Tensor
 
 def _find() -> Path | None:
     given = os.environ.get("NEOUNIFY_GOLDEN")
-    places = [Path(given)] if given else [Path(__file__).parents[2] / "shared" / "golden"]
+    places = [Path(given)] if given else [Path(__file__).parents[3] / "shared" / "golden"]
     return next((place.resolve() for place in places if place.is_dir()), None)
 
 

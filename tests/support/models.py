@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.rope import frequencies
-from reference import Array, Clean, Facts, Noisy, Token
+from support import reference
+from support.reference import Array, Clean, Facts, Noisy, Token
 
 # --- models --------------------------------------------------------------------------------------
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import neounify
-from golden_data import golden_path
 from neounify.flow.path import velocity
 from neounify.model import Document, Layout, Noise
 from neounify.pipeline.denoise import PaintJob
+from support.golden import golden_path
 
 NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")
 SINGLE_PASS = 2e-5

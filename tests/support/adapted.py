@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint.folders import CONFIGS, write_checkpoint
-from models import Maker, pack, random_model
 from neounify.checkpoint import to_published
 from neounify.config import ModelConfig
 from neounify.lora import LoraConfig, add_lora, lora_layers
 from neounify.model import NeoUnify
+from support.checkpoint_folders import CONFIGS, write_checkpoint
+from support.models import Maker, pack, random_model
 
 LINEAR = ("attention", "mlp", "timestep", "noise scale", "image head", "lm head")
 MODULES = {

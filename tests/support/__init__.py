@@ -1,0 +1,1 @@
+"""Helpers of the tests: models, data, servers, recordings; imported as `support.NAME`."""
