@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from neounify.train.metrics import T_INTERVALS
+from neounify.train.loss import T_INTERVALS
 
 ACCURACIES = {"vqa": "answers", "caption": "captions", "t2i_think": "thoughts before painting"}
 SMOOTHED = 25

@@ -73,9 +73,9 @@ def sample_to_gradient() -> set[str]:
     import neounify
     from neounify.bundled import bundled_model
     from neounify.data.encode import Encoder
-    from neounify.data.jsonl import JsonlSource
     from neounify.data.loader import LoaderConfig, load_packs
-    from neounify.train.objective import Counts, Objective, loss_of
+    from neounify.data.sources import JsonlSource
+    from neounify.train.loss import Counts, Objective, loss_of
 
     pipe = neounify.load(bundled_model(), dtype="float32")
     model = pipe.model.train().requires_grad_(True)

@@ -12,12 +12,9 @@ import pytest
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.jsonl import JsonlSource
-from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
-from neounify.data.mixture import Mixture
-from neounify.data.probe import check_sources
+from neounify.data.loader import Loaded, LoaderConfig, Position, check_sources, load_packs
 from neounify.data.sample import DataError, Sample
-from neounify.data.source import Source
+from neounify.data.sources import JsonlSource, Mixture, Source
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.recipe import DataRecipe

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from neounify.data.jsonl import JsonlSource
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
+from neounify.data.sources import JsonlSource
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
 from support.own_data import paint_record, png, text_record, write_lines, write_tar

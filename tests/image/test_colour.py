@@ -219,7 +219,7 @@ def test_hostile_profiles_are_harmless(
 
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
-    from neounify.data.pictures import read_picture
+    from neounify.data.sources import read_picture
     from neounify.pipeline.messages import read_conversation, read_pictures
 
     path = tmp_path / "photo.PNG"

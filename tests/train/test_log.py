@@ -21,10 +21,9 @@ from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
 from neounify.model.moe import SparseMlp
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
-from neounify.train.init import new_model
 from neounify.train.log import Log
-from neounify.train.loop import freeze
-from neounify.train.objective import Counts, Objective, loss_of
+from neounify.train.loss import Counts, Objective, loss_of
+from neounify.train.model import freeze, new_model
 from neounify.train.recipe import StageRecipe
 from neounify.train.speed import (
     Meter,

@@ -18,9 +18,9 @@ from neounify.lora.peft import save_lora
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
 from neounify.text import byte_tokenizer
-from neounify.train.init import new_model
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
+from neounify.train.model import new_model
 from neounify.train.recipe import recipe_from_table
 from neounify.train.setup import starting_model
 from neounify.train.state import saved_states

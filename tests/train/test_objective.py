@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import neounify.train.objective as objective_module
+import neounify.train.loss as objective_module
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
@@ -17,11 +17,8 @@ from neounify.flow.noise import noise_scale
 from neounify.image.patches import patchify
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
-from neounify.train.activations import checkpoint_layers
-from neounify.train.init import new_model
-from neounify.train.loop import freeze
-from neounify.train.metrics import Metrics
-from neounify.train.objective import Counts, Objective, add_noise, loss_of
+from neounify.train.loss import Counts, Metrics, Objective, add_noise, loss_of
+from neounify.train.model import checkpoint_layers, freeze, new_model
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
 ENCODER = Encoder(config=CONFIG, tokenizer=byte_tokenizer(vocab_size=264), noise_draws=2)

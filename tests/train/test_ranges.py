@@ -19,8 +19,8 @@ from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.lora.config import LoraConfig
 from neounify.text import byte_tokenizer
-from neounify.train.objective import Objective
-from neounify.train.optimizers import OptimizerConfig, Schedule
+from neounify.train.loss import Objective
+from neounify.train.optim import OptimizerConfig, Schedule
 from neounify.train.recipe import (
     DataRecipe,
     ModelRecipe,

@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neounify.data.buckets import crop_to, nearest_bucket
-from neounify.data.jsonl import JsonlSource
-from neounify.data.mixture import BLOCK, Mixture
+from neounify.data.encode import crop_to, nearest_bucket
 from neounify.data.record import write_sample
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.data.shards import ShardSource, write_shard
-from neounify.data.source import Source
+from neounify.data.sources import BLOCK, JsonlSource, Mixture, Source
 from neounify.image import TRAINING_BUCKETS
 from neounify.scenes.world import SceneDataset, scene_config
 

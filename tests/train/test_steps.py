@@ -17,15 +17,14 @@ from neounify.lora.layers import LoraLinear
 from neounify.model.stream import Stream
 from neounify.pipeline import Pipeline
 from neounify.train import loop
-from neounify.train.log import Log
+from neounify.train.log import REPORTS, DivergenceWatch, Log
 from neounify.train.loop import Trainer, TrainingStopped
-from neounify.train.metrics import Metrics
+from neounify.train.loss import Metrics
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.seeds import DROPOUT, pack_seed, seeded
 from neounify.train.setup import starting_model
 from neounify.train.stages import Progress
 from neounify.train.state import saved_states
-from neounify.train.watch import REPORTS, DivergenceWatch
 from train.test_trainer import recipe, trainer
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from neounify.data.source import Source
+from neounify.data.sources import Source
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_source
 from support.colour_profiles import DISPLAY_P3, rgb_profile

@@ -11,8 +11,7 @@ import torch
 from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.config.presets import SCENES
 from neounify.train.recipe import Recipe, recipe_from_table
-from neounify.train.setup import starting_model
-from neounify.train.trained_sizes import with_trained_sizes
+from neounify.train.setup import starting_model, with_trained_sizes
 
 JSONL = {"kind": "jsonl", "path": "data.jsonl"}
 UNRECORDED = SCENES.replace(

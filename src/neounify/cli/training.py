@@ -17,7 +17,7 @@ from neounify.lock import locked_folder
 from neounify.runtime import keep_freed_memory
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.progress import Painter
+from neounify.train.preview import Painter
 from neounify.train.recipe import Recipe, read_recipe
 from neounify.train.setup import StageSources, starting_model
 from neounify.train.stages import Progress, stages_to_run

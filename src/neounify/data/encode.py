@@ -1,14 +1,16 @@
-"""From a sample to one training document: spans, token ids, labels and sized pictures.
+"""Encoder: a sample as one training document of spans, token ids, labels and sized images.
 
-The text is laid out exactly as the prompts of inference are (`text/template.py`), and cut for
-the tokenizer at the same places, so what is trained is what is asked for later. A target picture
-stands first as a noisy block, which carries the image loss, then, if anything follows that is
-learnt, as a clean copy at the same positions.
+The text is laid out exactly as the prompts of inference are (`text/template.py`), and split for
+the tokenizer at the same places, so training and inference see the same tokens. A target image is
+first a noisy block, which carries the image loss, and then, if anything with a loss follows, a
+clean copy at the same positions.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,12 +21,36 @@ from pydantic.dataclasses import dataclass as settings
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
-from neounify.data.buckets import crop_to, nearest_bucket
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.image.sizes import fit_size
 from neounify.model.layout import Document, Image, Noise, Span, Text
 from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tokenizer import Tokenizer
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (width, height) whose shape is nearest by the ratio of ratios; of equals, by area."""
+    if not buckets:
+        raise ValueError("there are no buckets to choose from")
+
+    def distance(bucket: tuple[int, int]) -> tuple[float, float]:
+        shape = abs(math.log(bucket[0] / bucket[1] * height / width))
+        area = abs(math.log(bucket[0] * bucket[1] / (width * height)))
+        return round(shape, 9), area
+
+    return min(buckets, key=distance)
+
+
+def crop_to(image: PilImage.Image, size: tuple[int, int]) -> PilImage.Image:
+    """Scale a picture to cover `size` = (width, height), bicubic, and cut the middle out."""
+    width, height = size
+    scale = max(width / image.width, height / image.height)
+    # The part of the original that will be seen, as a box of real numbers.
+    box_width, box_height = width / scale, height / scale
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return image.resize(size, PilImage.Resampling.BICUBIC, box=box)
+
 
 PAINTING_TASKS = ("t2i", "t2i_think", "edit", "edit_think")
 """Tasks whose answer is one picture; inference opens it, so `<img>` is not learnt."""

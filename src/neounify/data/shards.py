@@ -25,9 +25,9 @@ from typing import Any
 from PIL import Image
 
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
-from neounify.data.pictures import map_pictures, read_picture
 from neounify.data.record import parse_json, sample_from_record, sample_to_record
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
+from neounify.data.sources import map_pictures, read_picture
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20

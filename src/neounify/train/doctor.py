@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
-from neounify.data.mixture import Mixture
+from neounify.data.loader import nothing_usable, probe_sources
 from neounify.data.packing import Pack, make_pack
-from neounify.data.probe import nothing_usable, probe_sources
 from neounify.data.sample import DataError, Sample
+from neounify.data.sources import Mixture
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench.similarity import psnr, seam_ratio
-from neounify.train.loop import freeze
-from neounify.train.metrics import T_INTERVALS, Metrics
-from neounify.train.objective import Counts, loss_of
-from neounify.train.optimizers import Optimizers
+from neounify.train.loss import T_INTERVALS, Counts, Metrics, loss_of
+from neounify.train.model import freeze
+from neounify.train.optim import Optimizers
 from neounify.train.recipe import StageRecipe
 from neounify.train.seeds import seeded
 from neounify.train.setup import Start, build_encoder, build_source

@@ -16,22 +16,18 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.finite import all_finite
-from neounify.checkpoint.names import part_of, stream_of
-from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
-from neounify.data.mixture import Mixture
-from neounify.data.probe import check_sources
-from neounify.data.source import FileSource
-from neounify.errors import CheckpointError, ConfigError, NeounifyError
+from neounify.data.loader import Loaded, LoaderConfig, Position, check_sources, load_packs
+from neounify.data.sources import FileSource, Mixture
+from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.compile import compile_streams
 from neounify.pipeline import Pipeline
-from neounify.train.activations import checkpoint_layers
 from neounify.train.ema import Ema
-from neounify.train.log import Log
-from neounify.train.metrics import Metrics
-from neounify.train.objective import Counts, loss_of
-from neounify.train.optimizers import Optimizers
+from neounify.train.log import DivergenceWatch, Log, settings_against_divergence
+from neounify.train.loss import Counts, Metrics, loss_of
+from neounify.train.model import checkpoint_layers, freeze
+from neounify.train.optim import Optimizers
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.seeds import DROPOUT, pack_seed, seeded
 from neounify.train.setup import StageSources, Start, build_encoder
@@ -45,7 +41,6 @@ from neounify.train.state import (
     unflatten_optimizer,
 )
 from neounify.train.tally import Tally
-from neounify.train.watch import DivergenceWatch, settings_against_divergence
 
 
 class TrainingStopped(NeounifyError):
@@ -355,18 +350,6 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""
         self._pipeline().save(folder, overwrite=True)
-
-
-def freeze(model: torch.nn.Module, names: tuple[str, ...]) -> None:
-    """Train every parameter but those of the named streams and parts. Raises ConfigError."""
-    known: set[str] = set()
-    for name, parameter in model.named_parameters():
-        labels = {stream_of(name), part_of(name)}
-        known |= labels
-        parameter.requires_grad_(not labels & set(names))
-    unknown = set(names) - known
-    if unknown:
-        raise ConfigError(f"freeze: {sorted(unknown)} unknown; known are {sorted(known)}")
 
 
 def _plain(document: dict[str, Any]) -> Any:

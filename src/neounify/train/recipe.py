@@ -50,8 +50,8 @@ from neounify.lora.layers import LoraConfig
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.build import BYTE_VOCAB_SIZE
-from neounify.train.objective import Objective
-from neounify.train.optimizers import OptimizerConfig, Schedule
+from neounify.train.loss import Objective
+from neounify.train.optim import OptimizerConfig, Schedule
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,7 +1,8 @@
-"""From a recipe to what a run needs: model, tokenizer, sources, encoder."""
+"""Setup of a run from its recipe: model, tokenizer, sample sources, encoder, trained sizes."""
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,20 +18,18 @@ from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
 from neounify.data.encode import Encoder
 from neounify.data.formats import files_below, foreign_folder
-from neounify.data.jsonl import JsonlSource
-from neounify.data.mixture import Mixture
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
-from neounify.data.source import Source
+from neounify.data.sources import JsonlSource, Mixture, Source
 from neounify.errors import CheckpointError, ConfigError
+from neounify.image.sizes import fit_size
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text.build import byte_tokenizer
 from neounify.text.tokenizer import Tokenizer
-from neounify.train.init import new_model
+from neounify.train.model import new_model
 from neounify.train.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
-from neounify.train.trained_sizes import with_trained_sizes
 
 TOKENIZER_SEED = 2**31
 """Samples a tokenizer is learnt from have a seed that no training run uses."""
@@ -251,3 +250,50 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     world = SceneDataset(TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese)
     texts = [world[n].text() for n in range(wanted.samples)]
     return byte_tokenizer(texts, wanted.vocab_size)
+
+
+_GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}
+
+Size = tuple[int, int]
+
+
+def with_trained_sizes(config: ModelConfig, recipe: Recipe) -> ModelConfig:
+    """The config with the sizes of all stages of a recipe, besides those it already has.
+
+    Buckets and scenes give (width, height) pairs, files of images of any shape a range of areas.
+    """
+    sampling = config.sampling
+    sizes, ranges = list(sampling.trained_sizes), []
+    if sampling.trained_pixels is not None:
+        ranges.append(sampling.trained_pixels)
+    for stage in recipe.stages:
+        for data in stage.data:
+            found = _sizes_of(stage, data, config)
+            if isinstance(found, list):
+                sizes += found
+            else:
+                ranges.append(found)
+    sampling = dataclasses.replace(
+        sampling,
+        trained_sizes=tuple(dict.fromkeys(sizes)),
+        trained_pixels=(min(r[0] for r in ranges), max(r[1] for r in ranges)) if ranges else None,
+    )
+    return config.replace(sampling=sampling)
+
+
+def _sizes_of(stage: StageRecipe, data: DataRecipe, config: ModelConfig) -> list[Size] | Size:
+    """(width, height) pairs, or (least, greatest) area, of the targets of one source."""
+    tasks = set(data.tasks or _GENERATING) if data.task is None else {data.task}
+    if not _GENERATING & tasks:
+        return []
+    if stage.target_buckets:
+        return list(stage.target_buckets)
+    own = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)
+    low, high = stage.target_pixels or own
+    if data.kind != "scenes":
+        return low, high
+    side = data.side or scene_config(data.world).side
+    height, width = fit_size(
+        side, side, multiple=config.token_size, min_pixels=low, max_pixels=high
+    )
+    return [(width, height)]

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from neounify.data.loader import Loaded
-from neounify.data.mixture import Mixture
-from neounify.data.probe import Skipped
-from neounify.data.source import FileSource, source_name
+from neounify.data.loader import Loaded, Skipped
+from neounify.data.sources import FileSource, Mixture, source_name
 
 
 class Tally:

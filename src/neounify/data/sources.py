@@ -1,0 +1,297 @@
+"""Sources of samples by number: the protocol, mixtures, JSON lines with their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from neounify.data.formats import files_below, foreign_folder, foreign_lines
+from neounify.data.record import parse_json, sample_from_record
+from neounify.data.sample import DataError, ImagePart, Part, Sample, Turn
+from neounify.errors import ImageError
+from neounify.image import read_image
+from neounify.image.io import MAX_DECODED_PIXELS
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples by number, so that a position is one integer and resuming is exact.
+
+    `size` is the number of samples; None for a source without end. An index always gives the
+    same sample, in any process. A damaged sample raises DataError, which the loader counts.
+    """
+
+    @property
+    def size(self) -> int | None: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """Samples of files. `damage` lists what could not be indexed, one message each."""
+
+    name: str
+    damage: list[str]
+
+    def place(self, index: int) -> str:
+        """Where a sample stands, such as "train.jsonl, line 7"."""
+        ...
+
+
+def source_name(source: Source) -> str:
+    """The name of a source for messages."""
+    return source.name if isinstance(source, FileSource) else type(source).__name__
+
+
+def sample_place(source: Source, index: int) -> str:
+    """Where a sample of a source stands, for messages."""
+    return source.place(index) if isinstance(source, FileSource) else f"sample {index}"
+
+
+BLOCK = 1024
+"""Draws that hold every source in exact proportion."""
+
+
+class Mixture:
+    """Draws come in blocks of `BLOCK`; each holds every source as often as its weight says.
+
+    The n-th draw of a finite source is sample permutation(epoch)[n mod size]: every epoch takes
+    each sample once, in an order of its own. Draws of a source without end are its samples in
+    order. Raises DataError for wrong weights.
+    """
+
+    size = None
+
+    def __init__(self, parts: Sequence[tuple[Source, float]], seed: int) -> None:
+        weights = [weight for _, weight in parts]
+        if not parts or not all(0 < weight < float("inf") for weight in weights):
+            raise DataError(f"a mixture needs sources with weights above 0, got {weights}")
+        if len(parts) > BLOCK // 2:
+            raise DataError(f"{len(parts)} sources are more than a block of {BLOCK} can hold")
+        self.sources = [source for source, _ in parts]
+        self.seed = seed
+        self.counts = _shares(weights)
+        self._order = lru_cache(maxsize=4)(self._block)
+        self._epochs = lru_cache(maxsize=8)(self._permutation)
+
+    def __getitem__(self, index: int) -> Sample:
+        source, number = self.describe(index)
+        return self.sources[source][number]
+
+    def describe(self, index: int) -> tuple[int, int]:
+        """(source, sample in it) that a draw takes."""
+        if index < 0:
+            raise DataError(f"sample {index}: a mixture has no last sample")
+        block, place = divmod(index, BLOCK)
+        order = self._order(block)
+        source = int(order[place])
+        nth = block * self.counts[source] + int((order[:place] == source).sum())
+        size = self.sources[source].size
+        if size is None:
+            return source, nth
+        epoch, place = divmod(nth, size)
+        return source, int(self._epochs(source, epoch)[place])
+
+    def _block(self, block: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng((self.seed, 0, block))
+        return rng.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
+
+    def _permutation(self, source: int, epoch: int) -> NDArray[np.int64]:
+        size = self.sources[source].size
+        assert size is not None
+        return np.random.default_rng((self.seed, 1, source, epoch)).permutation(size)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"sources": self.sources, "seed": self.seed, "counts": self.counts}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._order = lru_cache(maxsize=4)(self._block)
+        self._epochs = lru_cache(maxsize=8)(self._permutation)
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Draws of a block per source: at least 1, the rest by largest remainder."""
+    exact = np.array(weights) / sum(weights) * (BLOCK - len(weights)) + 1
+    counts = np.floor(exact).astype(int)
+    for place in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+        counts[place] += 1
+    return [int(count) for count in counts]
+
+
+MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
+"""Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
+
+
+def with_pictures(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
+    """The sample with its files read as RGB. Raises DataError that names the file."""
+
+    def read(path: Path) -> Image.Image:
+        return read_picture(_inside(path, root), path.name, colour_profiles=colour_profiles)
+
+    return map_pictures(sample, read)
+
+
+def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
+    """The sample with the pictures that are still paths exchanged for what `read` makes of them."""
+
+    pixels = 0
+
+    def mapped(part: Part) -> Part:
+        nonlocal pixels
+        if not isinstance(part, ImagePart) or not isinstance(part.image, Path):
+            return part
+        image = read(part.image)
+        pixels += image.width * image.height
+        if pixels > MAX_SAMPLE_PIXELS:
+            raise DataError(
+                f"the images of the sample have more than {MAX_SAMPLE_PIXELS:,} pixels together; "
+                "make them smaller, or split the record"
+            )
+        return ImagePart(image, part.role)
+
+    turns = (Turn(turn.role, tuple(mapped(part) for part in turn.parts)) for turn in sample.turns)
+    return replace(sample, turns=tuple(turns))
+
+
+def read_picture(source: Path | bytes, name: str, *, colour_profiles: bool = True) -> Image.Image:
+    """Read a file or its bytes; DataError that names it once."""
+    try:
+        return read_image(source, colour_profiles=colour_profiles)
+    except ImageError as error:
+        # The reader names a file by its path, and bytes by no name.
+        text = str(error)
+        known = isinstance(source, Path) and str(source) in text
+        raise DataError(text if known else f"{name}: {text.removeprefix('the image: ')}") from error
+
+
+def _inside(path: Path, root: Path) -> Path:
+    """The path, once links are followed, if it lies below the root."""
+    try:
+        base, resolved = root.resolve(), path.resolve()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # links in a circle; names no file can have
+        raise DataError(f"the image {path.name[:80]!r} cannot be found: {error}"[:300]) from error
+    if not resolved.is_relative_to(base):
+        raise DataError(
+            f"the image {path.name} lies outside the data folder {root}; name the folder of the "
+            "images in the recipe (images = FOLDER beside path)"
+        )
+    if "\\" in path.name and not resolved.exists():
+        raise DataError(f"there is no image {path.name}; paths are written with /")
+    return resolved
+
+
+MAX_LINE_BYTES = 16 * 2**20
+
+
+class JsonlSource:
+    """One .jsonl file, or all below a folder in order of their names.
+
+    Only the places of the lines are kept in memory. Paths of images are relative to `root`, by
+    default each file's folder, and must stay below it, links followed. `task` overrides the
+    records' own; fields of records in `ignored` are not read; `colour_profiles` is that of
+    `read_image`. Raises DataError when there is nothing to read, or the files are of another form
+    than JSON lines.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        root: Path | None = None,
+        task: str | None = None,
+        ignored: Collection[str] = (),
+        colour_profiles: bool = True,
+    ) -> None:
+        self.files = _files(path)
+        if root is not None and not root.is_dir():
+            raise DataError(f"the folder of images {root} is not there")
+        self.root, self.task, self.ignored = root, task, tuple(ignored)
+        self.colour_profiles = colour_profiles
+        self.name = path.name or str(path)
+        self.damage: list[str] = []
+        places = [_places(file) for file in self.files]
+        self._places = np.concatenate(places) if places else np.zeros((0, 3), np.int64)
+        numbers = [np.full(len(found), n) for n, found in enumerate(places)]
+        self._file_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
+        if not len(self._places):
+            raise DataError(f"the data {path} holds no line to learn from")
+
+    @property
+    def size(self) -> int:
+        return len(self._places)
+
+    def place(self, index: int) -> str:
+        """The file and line of a sample."""
+        return f"{self.files[self._file_of[index]].name}, line {self._places[index][2]}"
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one line and its images. Raises DataError that names the line."""
+        file = self.files[self._file_of[index]]
+        start, length, number = (int(value) for value in self._places[index])
+        where = self.place(index)
+        if length > MAX_LINE_BYTES:
+            raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
+        try:
+            # Opened anew each time: worker processes must not share a place in the file.
+            with file.open("rb") as stream:
+                stream.seek(start)
+                record = parse_json(stream.read(length))
+            root = self.root or file.parent
+            sample = sample_from_record(record, root, self.task, self.ignored)
+            sample = with_pictures(sample, root, colour_profiles=self.colour_profiles)
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {error}") from error
+        return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")
+
+
+def _files(path: Path) -> list[Path]:
+    """The files to read. Raises DataError for what is not there or not JSON lines."""
+    try:
+        if not path.exists():
+            raise DataError(f"the data {path} is not there")
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"the data {path} is neither a file nor a folder")
+        files = [path]
+        if path.is_dir():
+            files = files_below(path, ".jsonl")
+        if not files:
+            raise DataError(f"the data {path} {foreign_folder(path)}")
+        for file in files:
+            if what := foreign_lines(file):
+                raise DataError(f"the data {file} {what}")
+    except OSError as error:
+        raise DataError(f"the data {path} cannot be read: {error}") from error
+    return files
+
+
+def _places(file: Path) -> np.ndarray:
+    """(first byte, bytes, line number from 1) of every line that is not blank, [n, 3]."""
+    found = []
+    start = 0
+    with file.open("rb") as stream:
+        number = 1
+        # Bounded reads: a file without line ends must not fill the memory.
+        length, blank = 0, True
+        while piece := stream.readline(2**20):
+            length += len(piece)
+            blank = blank and not piece.strip()
+            if piece.endswith(b"\n"):
+                if not blank:
+                    found.append((start, length, number))
+                start, length, blank, number = start + length, 0, True, number + 1
+        if length and not blank:
+            found.append((start, length, number))
+    return np.array(found, np.int64).reshape(-1, 3)
