@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from prometheus_client import CollectorRegistry
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import Message, Receive, Scope, Send
 
 from neounify.serve.events import Answering
 from neounify.serve.http import chat_routes, completions, image_routes
@@ -20,7 +22,7 @@ from neounify.serve.http.accounts import Accounts
 from neounify.serve.http.browsers import PAGE_HEADERS, BrowserGuard
 from neounify.serve.http.context import Context
 from neounify.serve.http.docs_page import DOCS_HEADERS, docs_page
-from neounify.serve.http.errors import ErrorBody
+from neounify.serve.http.errors import ApiError, ErrorBody
 from neounify.serve.http.gate import API, Gate
 from neounify.serve.http.handlers import add_handlers
 from neounify.serve.http.hooks import HttpHooks, MarkingHooks
@@ -35,6 +37,12 @@ DESCRIPTION = (
     "Chat about text and pictures, paint, edit, and answer in text and images. The routes are "
     "OpenAI's; fields called extensions are this server's own."
 )
+
+_RANGE_ERRORS = {
+    400: ("The Range header cannot be read; write bytes=FIRST-LAST.", "invalid_range"),
+    416: ("The file has none of the bytes that Range asks for.", "range_not_satisfiable"),
+}
+"""By Starlette's status, the message and the code of ours."""
 
 
 def create_app(
@@ -55,12 +63,20 @@ def create_app(
     """
     settings = settings or HttpSettings()
     metrics = HttpMetrics(registry or CollectorRegistry())
+    decoder = ImageDecoder()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        decoder.close()
+
     app = FastAPI(
         title="neounify",
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=lifespan,
         responses={"default": {"model": ErrorBody, "description": "Every error"}},
     )
     app.state.context = Context(
@@ -74,7 +90,7 @@ def create_app(
             max_bytes=settings.remote_bytes,
             seconds=settings.remote_seconds,
         ),
-        decoder=ImageDecoder(),
+        decoder=decoder,
         started=int(time.time()),
     )
     _add_middleware(app, settings, metrics)
@@ -119,6 +135,24 @@ class _PageFiles(StaticFiles):
         response = await super().get_response(path, scope)
         response.headers.update(PAGE_HEADERS)
         return response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As Starlette does, with our errors for a Range header that cannot be answered."""
+        is_refused = False
+
+        async def checked(message: Message) -> None:
+            nonlocal is_refused
+            if message["type"] == "http.response.start" and message["status"] in _RANGE_ERRORS:
+                is_refused = True
+                size = Headers(raw=message["headers"]).get("content-range")
+                text, code = _RANGE_ERRORS[message["status"]]
+                error = ApiError(message["status"], text, code=code)
+                headers = {} if size is None else {"Content-Range": size}
+                await error.response(headers)(scope, receive, send)
+            elif not is_refused:
+                await send(message)
+
+        await super().__call__(scope, receive, checked)
 
 
 class _Page(Mount):

@@ -6,7 +6,10 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
@@ -17,14 +20,15 @@ from neounify.serve.events import (
     PromptRead,
     ServiceEvent,
     TextPiece,
-    TokenLogProb,
     ToolCallPiece,
 )
 from neounify.serve.http.chat_schema import ChatBody
+from neounify.serve.http.choice import Choice
 from neounify.serve.http.context import Context
 from neounify.serve.http.facts import facts_of
 from neounify.serve.http.log_probs import of_chat
 from neounify.serve.http.pictures import to_data_url, write_picture
+from neounify.serve.http.rendering import json_response, off_loop
 from neounify.serve.http.sse import DONE, sse
 from neounify.serve.http.usage import text_usage
 
@@ -45,7 +49,7 @@ class ChatAnswer:
             "model": context.settings.model_name,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> JSONResponse:
         """The `chat.completion`."""
         choices = [_Choice() for _ in self._requests]
         async with aclosing(self._events()) as events:
@@ -54,6 +58,10 @@ class ChatAnswer:
                     choices[index].content.add_image(event.index, await self._url(event))
                 else:
                     choices[index].add(event)
+        size = sum(choice.size for choice in choices)
+        return await json_response(partial(self._whole, choices), size)
+
+    def _whole(self, choices: Sequence[_Choice]) -> dict[str, Any]:
         return self._head | {
             "object": "chat.completion",
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
@@ -79,7 +87,11 @@ class ChatAnswer:
                 if isinstance(event, Finished):
                     yield self._chunk(index, {}, finish_reason=choice.finish_reason)
                     continue
-                *deltas, last = await self._deltas(choice, event)
+                if isinstance(event, Preview | Painted):
+                    url = await self._url(event)
+                    yield await off_loop(partial(self._image_chunk, index, event, url), len(url))
+                    continue
+                *deltas, last = self._deltas(choice, event)
                 for delta in deltas:
                     yield self._chunk(index, delta)
                 yield self._chunk(index, last, self._log_probs(event))
@@ -117,31 +129,31 @@ class ChatAnswer:
             return None
         return of_chat(event.log_probs)
 
-    async def _deltas(self, choice: _Choice, event: ServiceEvent) -> list[dict[str, Any]]:
+    def _deltas(self, choice: _Choice, event: TextPiece | ToolCallPiece) -> list[dict[str, Any]]:
         if isinstance(event, TextPiece):
             return [{"reasoning_content" if event.thought else "content": event.text}]
-        if isinstance(event, ToolCallPiece):
-            place, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
-            begun = call | {"function": {"name": event.name, "arguments": ""}}
-            arguments = {"function": {"arguments": event.arguments}}
-            return [{"tool_calls": [place | begun]}, {"tool_calls": [place | arguments]}]
-        assert isinstance(event, Preview | Painted)
-        image = _image(await self._url(event), event.index)
-        if isinstance(event, Painted):
-            if self._form == "markdown":
-                return [{"content": _markdown(image)}]
-            return [{"images": [image]}]
-        return [{"image_preview": image | {"step": event.step, "steps": event.steps}}]
+        place, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
+        begun = call | {"function": {"name": event.name, "arguments": ""}}
+        arguments = {"function": {"arguments": event.arguments}}
+        return [{"tool_calls": [place | begun]}, {"tool_calls": [place | arguments]}]
+
+    def _image_chunk(self, index: int, event: Preview | Painted, url: str) -> bytes:
+        image = _image(url, event.index)
+        if isinstance(event, Preview):
+            progress = {"step": event.step, "steps": event.steps}
+            return self._chunk(index, {"image_preview": image | progress})
+        if self._form == "markdown":
+            return self._chunk(index, {"content": _markdown(image)})
+        return self._chunk(index, {"images": [image]})
 
     async def _url(self, event: Preview | Painted) -> str:
         [request] = self._requests
         if isinstance(request, ChatRequest):
             raise RuntimeError("the engines painted in a text answer")
-        facts = facts_of(request, event, self._context.settings.model_name)
-        file = await write_picture(
-            self._context.hooks, event.pixels, self._body.output_format, facts
-        )
-        return to_data_url(file, self._body.output_format)
+        facts = facts_of(request, event, self._context.settings)
+        format = self._body.output_format
+        form = partial(to_data_url, format=format)
+        return await write_picture(self._context.hooks, event.pixels, format, facts, form)
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"}
@@ -166,46 +178,41 @@ class ChatAnswer:
         return sse(chunk)
 
 
-class _Choice:
+class _Choice(Choice):
     """One answer so far."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.content = _Content()
         self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
-        self.log_probs: list[TokenLogProb] = []
-        self._finished: Finished | None = None
 
     def add(self, event: ServiceEvent) -> None:
         """Take in an event, images apart."""
-        self.count(event)
+        super().add(event)
         if isinstance(event, TextPiece) and event.thought:
             self.reasoning += event.text
         elif isinstance(event, TextPiece):
             self.content.add_text(event.text)
-        if isinstance(event, TextPiece | ToolCallPiece):
-            self.log_probs += event.log_probs
 
     def count(self, event: ServiceEvent) -> None:
-        """Take in what later parts of a stream depend on."""
+        super().count(event)
         if isinstance(event, ToolCallPiece):
             function = {"name": event.name, "arguments": event.arguments}
             call_id = f"call_{secrets.token_hex(12)}"
             self.calls.append({"id": call_id, "type": "function", "function": function})
-        elif isinstance(event, Finished):
-            self._finished = event
+
+    @property
+    def size(self) -> int:
+        """About the bytes of the answer as JSON."""
+        calls = sum(len(call["function"]["arguments"]) for call in self.calls)
+        return super().size + self.content.size + len(self.reasoning) + calls
 
     @property
     def finish_reason(self) -> str:
         """Why the answer ended."""
-        reason = self.finish().finish_reason
+        reason = self.finished.finish_reason
         return "tool_calls" if self.calls and reason == "stop" else reason
-
-    def finish(self) -> Finished:
-        """The last event of the answer."""
-        if self._finished is None:
-            raise RuntimeError("the engines ended an answer without Finished")
-        return self._finished
 
 
 class _Content:
@@ -225,6 +232,11 @@ class _Content:
     def add_image(self, index: int, url: str) -> None:
         self._parts.append({"type": "image_url", "image_url": {"url": url}})
         self._images.append(_image(url, index) | {"text_offset": len(self._text)})
+
+    @property
+    def size(self) -> int:
+        """Characters of the text and of the images' URLs."""
+        return len(self._text) + sum(len(image["image_url"]["url"]) for image in self._images)
 
     def message(self, form: str) -> dict[str, Any]:
         """`content`, and what goes with it, as parts, string or markdown."""
@@ -249,5 +261,5 @@ def _markdown(image: dict[str, Any]) -> str:
 
 def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
     """Of answers to one prompt."""
-    finished = [choice.finish() for choice in choices]
+    finished = [choice.finished for choice in choices]
     return text_usage(finished, finished[:1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
@@ -11,12 +11,14 @@ from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.chat_turns import Turn, read_turns
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.rendering import off_loop
 from neounify.serve.http.text_options import (
     check_text_only,
     for_each_answer,
     logprobs_of,
     tools_of,
 )
+from neounify.text.tools import ToolUse
 
 DEFAULT_TOKENS = 512
 
@@ -33,13 +35,25 @@ async def read_chat(
     turns = await read_turns(body, context)
     images = [image for turn in turns for image in turn.images]
     tools = tools_of(body)
-    texts = [turn.text for turn in turns] + [tool.definition() for tool in tools.offered]
-    texts += [call.arguments for turn in turns for call in turn.tool_calls]
-    texts += filter(None, (body.negative_prompt,))
-    await context.check_prompt("\n".join(texts), images)
+    await context.check_prompt(_texts(body, turns, tools), images)
     if body.paints:
         check_text_only(body)
-        return [_interleave_request(body, turns, context)]
+        return [await off_loop(lambda: _interleave_request(body, turns, context), body.text_size)]
+    return await off_loop(lambda: _chat_requests(body, turns, tools, context), body.text_size)
+
+
+def _texts(body: ChatBody, turns: Sequence[Turn], tools: ToolUse) -> Iterator[str]:
+    """All that the caller wrote, one by one."""
+    yield from (turn.text for turn in turns)
+    yield from (tool.definition() for tool in tools.offered)
+    yield from (call.arguments for turn in turns for call in turn.tool_calls)
+    if body.negative_prompt:
+        yield body.negative_prompt
+
+
+def _chat_requests(
+    body: ChatBody, turns: Sequence[Turn], tools: ToolUse, context: Context
+) -> Sequence[ChatRequest]:
     messages, images = read_conversation([turn.for_pipeline() for turn in turns], ())
     request = ChatRequest(
         messages=messages,

@@ -28,4 +28,4 @@ async def chat_completions(body: ChatBody, context: Shared) -> Response:
     answer = ChatAnswer(body, requests, context)
     if body.stream:
         return await start_stream(answer.chunks())
-    return JSONResponse(await answer.whole())
+    return await answer.whole()

@@ -53,6 +53,13 @@ class ChatMessage(BaseModel):
     )
 
     @property
+    def text_size(self) -> int:
+        """Characters of the content, images in text included."""
+        if isinstance(self.content, list):
+            return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+        return len(self.content or "")
+
+    @property
     def parts(self) -> list[TextPart | ImagePart]:
         """The content as parts, whichever way it was written."""
         if isinstance(self.content, str):
@@ -163,6 +170,11 @@ class ChatBody(TextFields, PaintingFields):
         "beside it in `images`, as parts with images in their places, or as a string with the "
         "images inside as Markdown. Extension.",
     )
+
+    @property
+    def text_size(self) -> int:
+        """Characters of all messages."""
+        return sum(message.text_size for message in self.messages)
 
     @property
     def thinks(self) -> bool:

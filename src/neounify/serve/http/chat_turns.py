@@ -13,6 +13,7 @@ from neounify.serve.http.chat_schema import ChatBody, ChatMessage
 from neounify.serve.http.context import Context
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.pictures import RequestImages
+from neounify.serve.http.rendering import off_loop
 from neounify.text.message import IMAGE_MARK
 from neounify.text.tools import ToolCall
 
@@ -46,7 +47,10 @@ class Turn:
 
 async def read_turns(body: ChatBody, context: Context) -> list[Turn]:
     """The turns. Raises ApiError for images out of place, and for those that cannot be read."""
-    parts = [_parts(message, place) for place, message in enumerate(body.messages)]
+    parts = await off_loop(
+        lambda: [_parts(message, place) for place, message in enumerate(body.messages)],
+        body.text_size,
+    )
     count = sum(isinstance(part, ImagePart) for own in parts for part in own)
     images = context.input_images(count, "messages")
     turns = []

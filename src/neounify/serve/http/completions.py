@@ -16,9 +16,11 @@ from neounify.pipeline.chatting import CompletionRequest
 from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb
 from neounify.serve.http.answer_schema import EVENTS, Completion
 from neounify.serve.http.body import BoundedRoute
+from neounify.serve.http.choice import Choice
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import bad_request
 from neounify.serve.http.log_probs import of_completion
+from neounify.serve.http.rendering import json_response
 from neounify.serve.http.sse import DONE, sse, start_stream
 from neounify.serve.http.text_fields import Alternatives, Text, TextFields
 from neounify.serve.http.text_options import for_each_answer
@@ -74,7 +76,7 @@ async def completions(body: CompletionBody, context: Shared) -> Response:
     answer = _CompletionAnswer(body, await _read(body, context), context)
     if body.stream:
         return await start_stream(answer.chunks())
-    return JSONResponse(await answer.whole())
+    return await answer.whole()
 
 
 async def _read(body: CompletionBody, context: Context) -> list[Sequence[CompletionRequest]]:
@@ -92,7 +94,7 @@ async def _read(body: CompletionBody, context: Context) -> list[Sequence[Complet
     context.check_n(body.n)
     if answers > most:
         raise bad_request(f"prompt: {answers} answers are over this server's {most}", "prompt")
-    await context.check_prompt("\n".join(p for p in prompts if isinstance(p, str)), ())
+    await context.check_prompt((p for p in prompts if isinstance(p, str)), ())
     asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     tokens = context.check_tokens(asked, "max_tokens")
     sampling = body.sampling(seed=body.seed, logprobs=body.logprobs)
@@ -126,18 +128,21 @@ class _CompletionAnswer:
             "model": context.settings.model_name,
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> JSONResponse:
         """The `text_completion`."""
         async with aclosing(self._events()) as events:
             async for index, event in events:
                 self._choices[index].add(event)
+        return await json_response(self._whole, sum(choice.size for choice in self._choices))
+
+    def _whole(self) -> dict[str, Any]:
         choices = [
             self._choice(
                 index,
                 choice.text,
                 choice.log_probs,
                 offset=0,
-                finish_reason=choice.finish().finish_reason,
+                finish_reason=choice.finished.finish_reason,
             )
             for index, choice in enumerate(self._choices)
         ]
@@ -187,28 +192,23 @@ class _CompletionAnswer:
         return sse(self._head | {"choices": choices} | usage)
 
     def _usage(self) -> dict[str, Any]:
-        finished = [choice.finish() for choice in self._choices]
+        finished = [choice.finished for choice in self._choices]
         return text_usage(finished, finished[:: self._body.n])
 
 
-class _Choice:
+class _Choice(Choice):
     """One continuation so far."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.text = ""
-        self.log_probs: list[TokenLogProb] = []
-        self._finished: Finished | None = None
 
     def add(self, event: ServiceEvent) -> None:
-        """Take in an event."""
+        super().add(event)
         if isinstance(event, TextPiece):
             self.text += event.text
-            self.log_probs += event.log_probs
-        elif isinstance(event, Finished):
-            self._finished = event
 
-    def finish(self) -> Finished:
-        """The last event of the continuation."""
-        if self._finished is None:
-            raise RuntimeError("the engines ended an answer without Finished")
-        return self._finished
+    @property
+    def size(self) -> int:
+        """About the bytes of the continuation as JSON."""
+        return super().size + len(self.text)

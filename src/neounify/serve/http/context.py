@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -109,12 +109,19 @@ class Context:
             raise bad_request(f"{field}: {count} is over this server's {most}", field)
         return count
 
-    async def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
-        """Raises ApiError for too much text, Refused for what the operator does not want."""
-        most = self.settings.limits.prompt_chars
-        if len(text) > most:
-            raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
-        await asyncio.to_thread(self.hooks.check_prompt, text, images)
+    async def check_prompt(self, texts: Iterable[str], images: Sequence[PIL.Image.Image]) -> None:
+        """Raises ApiError for too much text, Refused for what the operator does not want.
+
+        `texts` are gone through in a thread.
+        """
+
+        def check() -> None:
+            text, most = "\n".join(texts), self.settings.limits.prompt_chars
+            if len(text) > most:
+                raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
+            self.hooks.check_prompt(text, images)
+
+        await asyncio.to_thread(check)
 
     def sampling(self, fields: PaintingFields, *, editing: bool, steps: int | None) -> Sampling:
         """How to paint. Raises RequestError for values out of range, ApiError over limits."""

@@ -25,7 +25,8 @@ class HttpHooks(Protocol):
     ) -> bytes:
         """The file of a painted image or of a preview, checked and marked as its owner wants.
 
-        `facts` say how it was made: model, task, seed, steps and so on, but not the prompt.
+        `facts` say how it was made: model, task, seed, steps and so on; prompts only where
+        `HttpSettings.metadata_prompts` wants them.
         Raises Refused for an image that may not leave the server.
         """
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import Finished, Painted, Preview, TextPiece
 from neounify.serve.http.context import Context
 from neounify.serve.http.facts import facts_of
 from neounify.serve.http.image_schema import ImageBody
-from neounify.serve.http.pictures import to_base64, write_picture
-from neounify.serve.http.sse import sse
+from neounify.serve.http.pictures import Form, to_base64, write_picture
+from neounify.serve.http.rendering import json_response, sse_of
 
 
 class ImagesAnswer:
@@ -34,27 +35,29 @@ class ImagesAnswer:
             "size": f"{first.width}x{first.height}",
         }
 
-    async def whole(self, http: Request) -> dict[str, Any]:
+    async def whole(self, http: Request) -> JSONResponse:
         """OpenAI's images response."""
-        files: dict[int, bytes] = {}
+        images: dict[int, dict[str, Any]] = {}
         async with aclosing(self._events()) as events:
             async for number, event in events:
                 if isinstance(event, Painted):
-                    files[number] = await self._write(number, event)
-        if len(files) != len(self._requests):
+                    images[number] = await self._image(number, event, http)
+        if len(images) != len(self._requests):
             raise RuntimeError("the engines ended without painting every image")
-        return {
+        content = {
             "created": int(time.time()),
-            "data": [self._entry(n, files[n], http) for n in sorted(files)],
+            "data": [images[number] | self._own(number) for number in sorted(images)],
             **self._about,
             "usage": self._usage(),
         }
+        size = sum(len(image.get("b64_json", "")) for image in images.values())
+        return await json_response(lambda: content, size)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """OpenAI's events of partial and completed images."""
         kind = "image_edit" if self._requests[0].images else "image_generation"
         partial: Counter[int] = Counter()
-        painted: dict[int, bytes] = {}
+        painted: dict[int, str] = {}
         async with aclosing(self._events()) as events:
             async for number, event in events:
                 if isinstance(event, Preview):
@@ -64,13 +67,14 @@ class ImagesAnswer:
                         "steps": event.steps,
                     }
                     partial[number] += 1
-                    file = await self._write(number, event)
-                    yield self._event(f"{kind}.partial_image", number, file, fields)
+                    image = await self._write(number, event, to_base64)
+                    yield await self._event(f"{kind}.partial_image", number, image, fields)
                 elif isinstance(event, Painted):
-                    painted[number] = await self._write(number, event)
+                    painted[number] = await self._write(number, event, to_base64)
                 elif isinstance(event, Finished):
                     usage = {"usage": self._usage_of([event])}
-                    yield self._event(f"{kind}.completed", number, painted.pop(number), usage)
+                    image = painted.pop(number)
+                    yield await self._event(f"{kind}.completed", number, image, usage)
 
     async def _events(
         self,
@@ -86,31 +90,33 @@ class ImagesAnswer:
                 if isinstance(event, Preview | Painted | Finished):
                     yield number, event
 
-    async def _write(self, number: int, event: Preview | Painted) -> bytes:
-        context = self._context
-        facts = facts_of(self._requests[number], event, context.settings.model_name)
-        return await write_picture(context.hooks, event.pixels, self._body.output_format, facts)
+    async def _write(
+        self, number: int, event: Preview | Painted, form: Callable[[bytes], Form]
+    ) -> Form:
+        context, format = self._context, self._body.output_format
+        facts = facts_of(self._requests[number], event, context.settings)
+        return await write_picture(context.hooks, event.pixels, format, facts, form)
 
-    def _entry(self, number: int, file: bytes, http: Request) -> dict[str, Any]:
-        entry: dict[str, Any] = self._own(number)
+    async def _image(self, number: int, event: Painted, http: Request) -> dict[str, Any]:
         if self._body.response_format == "b64_json":
-            return {"b64_json": to_base64(file)} | entry
+            return {"b64_json": await self._write(number, event, to_base64)}
         context, suffix = self._context, self._body.output_format
+        file = await self._write(number, event, bytes)
         name = context.results.put(file, f"image/{suffix}", suffix)
         base = context.settings.public_url or str(http.base_url)
-        return {"url": f"{base.rstrip('/')}/v1/results/{name}"} | entry
+        return {"url": f"{base.rstrip('/')}/v1/results/{name}"}
 
-    def _event(self, kind: str, number: int, file: bytes, fields: dict[str, Any]) -> bytes:
+    async def _event(self, kind: str, number: int, image: str, fields: dict[str, Any]) -> bytes:
         data = {
             "type": kind,
-            "b64_json": to_base64(file),
+            "b64_json": image,
             "created_at": int(time.time()),
             **self._about,
             "index": number,
             **self._own(number),
             **fields,
         }
-        return sse(data, kind)
+        return await sse_of(lambda: data, len(image), kind)
 
     def _own(self, number: int) -> dict[str, Any]:
         thought = self._thoughts[number]

@@ -31,7 +31,7 @@ async def read_paint(
     if not body.prompt.strip():
         raise bad_request("prompt: a text is needed", "prompt", "invalid_prompt")
     texts = (body.prompt, body.negative_prompt)
-    await context.check_prompt("\n".join(filter(None, texts)), images)
+    await context.check_prompt(filter(None, texts), images)
     width, height = context.size(body, images[0] if images else None)
     steps = body.steps_of(context.service.config.sampling.steps)
     sampling = context.sampling(body, editing=bool(images), steps=steps)

@@ -66,11 +66,7 @@ async def _paint(
     body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
 ) -> Response:
     answer = ImagesAnswer(body, requests, context)
-    response = (
-        await start_stream(answer.chunks())
-        if body.stream
-        else JSONResponse(await answer.whole(http))
-    )
+    response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)
     advice = size_advice(context.service.config, requests[0].width, requests[0].height)
     if advice is not None:
         response.headers["Neounify-Warning"] = advice

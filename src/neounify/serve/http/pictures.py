@@ -7,6 +7,7 @@ import base64
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import PIL.Image
 from jaxtyping import Float
@@ -30,6 +31,8 @@ _RESULT_URL = re.compile(
 )
 
 
+Form = TypeVar("Form")
+
 _LARGE_BYTES = 8 * 2**20
 """Decoded and encoded images above this are given back to the system when they are freed."""
 
@@ -41,11 +44,20 @@ class ImageDecoder:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._executor = self._start()
 
     async def run(self, work: Callable[[], PIL.Image.Image]) -> PIL.Image.Image:
-        """The result of `work`; it is not begun when nobody waits for it any more."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """The result of `work`, which is not begun after the caller was cancelled."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def close(self) -> None:
+        """End the thread; images that wait for it are not decoded. `run` starts another one."""
+        executor, self._executor = self._executor, self._start()
+        executor.shutdown(wait=False, cancel_futures=True)
+
+    @staticmethod
+    def _start() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="decode")
 
 
 class RequestImages:
@@ -124,11 +136,18 @@ def to_data_url(data: bytes, format: Format) -> str:
 
 
 async def write_picture(
-    hooks: HttpHooks, pixels: Float[Tensor, "3 h w"], format: Format, facts: Mapping[str, str]
-) -> bytes:
-    """The file of what the model painted, made off the event loop. Raises what the hook raises."""
+    hooks: HttpHooks,
+    pixels: Float[Tensor, "3 h w"],
+    format: Format,
+    facts: Mapping[str, str],
+    form: Callable[[bytes], Form],
+) -> Form:
+    """The file of a painted image, as `form` makes it of its bytes, all off the event loop.
 
-    def write() -> bytes:
-        return hooks.encode_image(to_pil(pixels[None])[0], format, facts)
+    Raises what the hook raises.
+    """
+
+    def write() -> Form:
+        return form(hooks.encode_image(to_pil(pixels[None])[0], format, facts))
 
     return await asyncio.to_thread(write)

@@ -76,7 +76,8 @@ class HttpSettings:
     `result_seconds`, `result_bytes` of them at most. Images are fetched from `remote_hosts` only
     ("host" or "host:port"; none: no image URL but data URLs is read), `remote_bytes` and
     `remote_seconds` at most.
-    `colour_profiles` is that of `read_image`.
+    `colour_profiles` is that of `read_image`; `metadata_prompts` writes prompts and negative
+    prompts into the metadata of images.
     `public_url` is what result URLs begin with where a proxy hides the server's own address.
     `allowed_hosts` are the names in Host headers that are answered (none: all; IP addresses
     always), `cors_origins` the origins whose pages may use the API ("*": all).
@@ -96,6 +97,7 @@ class HttpSettings:
     remote_seconds: float = 10.0
     public_url: str | None = None
     colour_profiles: bool = True
+    metadata_prompts: bool = False
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
 
