@@ -259,6 +259,14 @@ class SafetyOptions:
             "--watermark", help="An invisible mark in every picture.", rich_help_panel=SAFETY
         ),
     ] = False
+    metadata_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--metadata-prompts",
+            help="Write prompts and negative prompts into the metadata of images.",
+            rich_help_panel=SAFETY,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def serve_model(
     hooks = _make_hooks(safety)
     settings = running.RunSettings(
         serve=_serve_settings(model, engines),
-        http=_http_settings(model, listen, access),
+        http=_http_settings(model, listen, access, safety),
         host=listen.host,
         port=listen.port,
         page=listen.page,
@@ -171,7 +171,7 @@ def _engine_threads() -> int:
 
 
 def _http_settings(
-    model: ServeModelOptions, listen: ListenOptions, access: AccessOptions
+    model: ServeModelOptions, listen: ListenOptions, access: AccessOptions, safety: SafetyOptions
 ) -> HttpSettings:
     from neounify.serve.http.browsers import default_hosts, parse_origin
     from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
@@ -193,6 +193,7 @@ def _http_settings(
         remote_hosts=tuple(access.allow_images_from or ()),
         public_url=listen.public_url,
         colour_profiles=model.colour_profiles,
+        metadata_prompts=safety.metadata_prompts,
         allowed_hosts=hosts,
         cors_origins=tuple(map(parse_origin, listen.cors_origin or ())),
     )

@@ -9,10 +9,12 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY
 from neounify.pipeline.request import PaintRequest
-from neounify.serve.http import create_app
+from neounify.provenance.metadata import read_provenance
+from neounify.serve.http import HttpSettings, create_app
 from support.http_server import openai_client, picture, png
 from support.scripted_service import Scripted, colour_of
 
@@ -180,6 +182,28 @@ def test_a_seed_is_reported_where_none_was_given(client: openai.OpenAI, service:
     answer = client.images.generate(prompt="a boat")
     assert answer.data is not None
     assert answer.data[0].seed == painted(service).seed  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("are_written", [False, True])
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_prompts_are_metadata_only_where_the_operator_wants_them(
+    are_written: bool, kind: str
+) -> None:
+    client = TestClient(create_app(Scripted(), HttpSettings(metadata_prompts=are_written)))
+    long = '"<&☃>' * 1000
+    for negative, text in (("blurry", "blurry"), (long, long[:4000])):
+        body = {"prompt": long, "negative_prompt": negative, "output_format": kind, "seed": 3}
+        answer = client.post("/v1/images/generations", json=body)
+        assert answer.status_code == 200, answer.text
+        file = base64.b64decode(answer.json()["data"][0]["b64_json"])
+        metadata = read_provenance(file)
+        assert metadata["seed"] == 3
+        assert metadata.get("prompt") == (long[:4000] if are_written else None)
+        assert metadata["negative_prompt"] == (text if are_written else "given")
+    answer = client.post("/v1/images/generations", json={"prompt": "x"})
+    assert "negative_prompt" not in read_provenance(
+        base64.b64decode(answer.json()["data"][0]["b64_json"])
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

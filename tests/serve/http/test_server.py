@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -10,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from neounify.errors import ConfigError
 from neounify.serve.http import HttpSettings, Limits, create_app
+from support.http_server import data_url, png
 from support.scripted_service import Scripted
 
 
@@ -77,6 +80,44 @@ def test_a_page_of_static_files_leaves_the_api_alone(tmp_path: Path) -> None:
     missing = client.get("/nothing.html")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
     assert client.post("/").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code"),
+    [
+        ("bytes=0-3", 206, None),
+        ("pages=1-2", 400, "invalid_range"),
+        ("bytes=x-y", 400, "invalid_range"),
+        ("bytes=100-", 416, "range_not_satisfiable"),
+    ],
+)
+def test_ranges_of_the_pages_files(tmp_path: Path, asked: str, status: int, code: Any) -> None:
+    (tmp_path / "index.html").write_text("<p>Hello")
+    client = TestClient(create_app(Scripted(), page=tmp_path))
+    response = client.get("/", headers={"range": asked})
+    assert response.status_code == status
+    if code is None:
+        assert response.text == "<p>H"
+    else:
+        assert response.json()["error"]["code"] == code
+    if status == 416:
+        assert response.headers["content-range"] == "bytes */8"
+
+
+def test_the_decoders_thread_ends_with_the_server() -> None:
+    def decoding() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+
+    before = decoding()
+    app = create_app(Scripted())
+    parts = [{"type": "image_url", "image_url": {"url": data_url(png())}}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    for _ in range(2):  # an app may be started again
+        with TestClient(app) as client:
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            [thread] = [thread for thread in decoding() if thread not in before]
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_settings_are_checked() -> None:

@@ -102,6 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _events(self, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
         if prompt == "silence":
             return itertools.repeat(b": nothing yet\n\n")
+        if prompt == "cut at once":
+            return iter(())
         if prompt == "cut":
             return itertools.islice(self._answer(body, prompt), 2)
         return self._answer(body, prompt)

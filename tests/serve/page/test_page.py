@@ -273,16 +273,32 @@ def test_a_painting_stopped_on_its_way_keeps_its_preview(browser: Browser, url: 
     journeys.assert_painted(browser, "#paint", 2)
 
 
+@pytest.mark.parametrize("prompt", ["cut", "cut at once"])
 @pytest.mark.parametrize("mode", ["chat", "paint", "story"])
 def test_a_connection_that_breaks_is_said_and_can_be_tried_again(
-    browser: Browser, url: str, mode: str
+    browser: Browser, url: str, script: Script, shoot: Shoot, mode: str, prompt: str
 ) -> None:
     journeys.open_page(browser, url, mode)
-    journeys.enter(browser, f"#{mode}-input", "cut" + Keys.ENTER)
+    journeys.enter(browser, f"#{mode}-input", prompt + Keys.ENTER)
     journeys.wait(browser, lambda: journeys.find(browser, f"#{mode} .notice").is_displayed())
     assert "connection to the server was lost" in journeys.text_of(browser, f"#{mode} .notice")
     assert journeys.find(browser, f"#{mode} .notice button").text == "Try again"
-    assert journeys.text_of(browser, f"#{mode} .answer .status") == "Did not get to its end."
+    status = journeys.text_of(browser, f"#{mode} .answer .status")
+    assert "connection to the server was lost" in status
+    shoot(f"broken-{mode}-{prompt.replace(' ', '-')}")
+    again = "Do it again" if mode == "chat" else "Try again"
+    journeys.click_text(browser, f"#{mode} .answer button", again)
+    journeys.wait(browser, lambda: len(script.asked) == 2)
+    (first, second) = (body for _, body in script.asked)
+    assert first == second
+
+
+def test_a_half_painted_image_stays_when_the_connection_breaks(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "paint")
+    journeys.enter(browser, "#paint-input", "cut" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, "#paint .notice").is_displayed())
+    assert len(journeys.find_all(browser, "#paint .card .tile img")) == 1
+    assert journeys.text_of(browser, "#paint .tile figcaption") == "Not finished (step 10 of 20)"
 
 
 def test_a_server_that_restarts_says_when_to_come_back(browser: Browser, url: str) -> None:

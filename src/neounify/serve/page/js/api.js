@@ -4,15 +4,22 @@ import { readEvents } from "./sse.js";
 import { apiKey } from "./store.js";
 
 export class ApiError extends Error {
-  /** `retryAfter` in seconds, where the server said when to come back. */
-  constructor(message, { status = 0, retryAfter = null } = {}) {
+  /**
+   * `retryAfter` in seconds, where the server said when to come back; `begun` where the answer
+   * had begun, so that the request was not refused but broke off.
+   */
+  constructor(message, { status = 0, retryAfter = null, begun = false } = {}) {
     super(message);
     this.status = status;
     this.retryAfter = retryAfter;
+    this.begun = begun;
   }
 }
 
-export const BROKEN_OFF = "The answer broke off: the connection to the server was lost.";
+export function brokenOff() {
+  const message = "The answer broke off: the connection to the server was lost.";
+  return new ApiError(message, { begun: true });
+}
 
 /** Where the server says nothing itself. */
 const PLAIN_WORDS = {
@@ -84,12 +91,12 @@ export async function* stream(path, body, signal) {
       const content = JSON.parse(data);
       if (event === "error" || content.error) {
         const { message, code, retry_after: retryAfter = null } = content.error ?? content;
-        throw new ApiError(describe(Number(code) || 500, message), { retryAfter });
+        throw new ApiError(describe(Number(code) || 500, message), { retryAfter, begun: true });
       }
       yield content;
     }
   } catch (error) {
     if (error instanceof ApiError || error.name === "AbortError") throw error;
-    throw new ApiError(BROKEN_OFF);
+    throw brokenOff();
   }
 }

@@ -60,10 +60,10 @@ export class Chat {
       this.keep(request, answer);
     } catch (error) {
       const stopped = error.name === "AbortError";
-      answer.end(stopped ? "Stopped." : "Did not get to its end.");
+      answer.end(stopped ? "Stopped." : error.message);
       if (!answer.element.isConnected) throw error;
       if (answer.started) this.keep(request, answer);
-      else if (stopped) this.offerAgain(request, answer);
+      else if (stopped || error.begun) this.offerAgain(request, answer);
       else this.withdraw([asked, answer.element], written);
       throw error;
     }

@@ -47,7 +47,8 @@ export class Tile {
   stop(named) {
     if (this.element.dataset.state === "finished") return;
     this.element.dataset.state = "stopped";
-    this.caption.replaceChildren(named ? "Not finished" : "");
+    const reached = this.image ? ` (${this.words.textContent.toLowerCase()})` : "";
+    this.caption.replaceChildren(named || this.image ? `Not finished${reached}` : "");
     if (!this.image && !named) this.element.hidden = true;
   }
 

@@ -9,7 +9,7 @@
  * `plan` is what was thought before that picture; `seed` paints that picture alone.
  */
 
-import { ApiError, BROKEN_OFF, stream } from "./api.js";
+import { brokenOff, stream } from "./api.js";
 import { toFile } from "./files.js";
 
 const PREVIEWS = 3;
@@ -35,7 +35,7 @@ async function* converse(request, signal) {
     if (chunk === null) ended = true;
     else for (const choice of chunk.choices ?? []) yield* readDelta(choice.delta ?? {});
   }
-  if (!ended) throw new ApiError(BROKEN_OFF);
+  if (!ended) throw brokenOff();
 }
 
 /** The server continues a conversation in text; with pictures it answers one message. */
@@ -82,7 +82,7 @@ async function* pictures(path, body, count = 1, signal) {
       yield { type: "picture", index, url, seed, plan };
     }
   }
-  if (finished < count) throw new ApiError(BROKEN_OFF);
+  if (finished < count) throw brokenOff();
 }
 
 /** The request for one picture of several: what its own seed paints. */

@@ -36,12 +36,13 @@ export class Studio {
       answer.end();
     } catch (error) {
       const stopped = error.name === "AbortError";
-      answer.end(stopped ? "Stopped." : "Did not get to its end.");
-      if (stopped || answer.started) {
+      answer.end(stopped ? "Stopped." : error.message);
+      if (stopped || answer.started || error.begun) {
         const again = () => this.deeds.again(request);
-        answer.offer(button("Do it again", again, { class: "small-button" }));
+        const label = stopped ? "Do it again" : "Try again";
+        answer.offer(button(label, again, { class: "small-button" }));
       } else {
-        card.remove(); // the notice below the button says why, and offers the way to try again
+        card.remove(); // refused: the notice below the button says why, and offers to try again
       }
       throw error;
     }
