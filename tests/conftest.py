@@ -1,9 +1,14 @@
-"""Fixtures shared by all tests."""
+"""Settings, hooks and fixtures shared by all tests."""
 
+import os
 import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+
+# Workers of pytest-xdist share the cores: one thread each, and each process that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
@@ -13,6 +18,12 @@ from jaxtyping import install_import_hook
 install_import_hook("neounify.model", "beartype.beartype")
 
 from support.golden import checkpoint  # noqa: E402
+from support.skips import (  # noqa: E402
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+)
+
+__all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
 
 # A shell that runs the tests in the background hands down an ignored SIGINT, and so would they.
 signal.signal(signal.SIGINT, signal.default_int_handler)

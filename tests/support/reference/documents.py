@@ -1,0 +1,99 @@
+"""The input: documents of spans, the tokens they make, and which of them see which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from support.reference.pieces import Array
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text tokens."""
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Clean:
+    """An image to look at: normalised pixels [3, H, W]. `image` names what it shows."""
+
+    pixels: Array
+    image: str
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """A noisy image [3, H, W] at time t; `noise` is σ / σ_max. `image` names what it shows."""
+
+    pixels: Array
+    image: str
+    t: float
+    noise: float
+
+
+Span: TypeAlias = Text | Clean | Noisy
+Document: TypeAlias = Sequence[Span]
+
+
+@dataclass(frozen=True)
+class Token:
+    """Where one token stands and which block of pixels, if any, it belongs to."""
+
+    document: int
+    order: int
+    gen: bool
+    block: int | None
+    """The index of its image span in the document; None for text."""
+    position: tuple[int, int, int]
+
+
+def tokens_of(documents: Iterable[Document], side: int) -> list[list[Token]]:
+    """Lay out every document: order, stream, block and (t, h, w) of each token."""
+    return [_tokens_of_one(number, document, side) for number, document in enumerate(documents)]
+
+
+def _tokens_of_one(number: int, document: Document, side: int) -> list[Token]:
+    tokens: list[Token] = []
+    time = 0
+    time_of_image: dict[str, int] = {}
+    for index, span in enumerate(document):
+        if isinstance(span, Text):
+            for _ in span.ids:
+                tokens.append(Token(number, len(tokens), False, None, (time, 0, 0)))
+                time += 1
+            continue
+        if span.image not in time_of_image:  # the first showing takes the next index ...
+            time_of_image[span.image] = time
+            time += 1
+        at = time_of_image[span.image]  # ... and every other showing stands at the same place
+        rows, columns = span.pixels.shape[1] // side, span.pixels.shape[2] // side
+        for row in range(rows):
+            for column in range(columns):
+                gen = isinstance(span, Noisy)
+                tokens.append(Token(number, len(tokens), gen, index, (at, row, column)))
+    return tokens
+
+
+def sees(query: Token, key: Token) -> bool:
+    """Say whether the query may attend to the key."""
+    if query.document != key.document:
+        return False
+    if key.gen:
+        return query.gen and query.block == key.block
+    if key.order <= query.order:
+        return True
+    return not query.gen and key.block is not None and query.block == key.block
+
+
+def mask_of(queries: Sequence[Token], keys: Sequence[Token]) -> Array:
+    """Give the boolean [queries, keys] table of `sees`."""
+    mask = np.zeros((len(queries), len(keys)), dtype=bool)
+    for i, query in enumerate(queries):
+        for j, key in enumerate(keys):
+            mask[i, j] = sees(query, key)
+    return mask
