@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from benchmarks.experiments.bench import Bench, open_model, outcomes
@@ -19,7 +18,7 @@ from benchmarks.experiments.report import circumstances, table, write
 from neounify.config import FlowConfig
 from neounify.errors import ConfigError
 from neounify.flow.noise import noise_scale
-from neounify.model import NeoUnify
+from neounify.model.meta import meta_model
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench import (
     Outcome,
@@ -122,10 +121,9 @@ def with_fixed_noise(pipe: Pipeline, side: int) -> Pipeline:
         raise ConfigError("this checkpoint's noise is fixed: there is nothing to compare")
     sigma = _sigma(flow, side, pipe.config.token_size)
     fixed = replace(flow, noise_scale_mode="fixed", noise_scale=sigma)
-    with torch.device("meta"):
-        other = NeoUnify(pipe.config.replace(flow=fixed))
+    other = meta_model(pipe.config.replace(flow=fixed))
     other.load_state_dict(model.state_dict(), assign=True)
-    other.requires_grad_(False).eval()
+    other.eval()
     return Pipeline(other, pipe.tokenizer, system_message=pipe.engine.system_message)
 
 

@@ -19,6 +19,7 @@ from neounify.checkpoint.source import Source
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
+from neounify.model.meta import meta_model
 
 Memory: TypeAlias = Literal["all", "stream"]
 
@@ -109,12 +110,6 @@ def load_checkpoint(
     if memory == "stream":
         residency = StreamResidency(model, sources)
     return Loaded(model.eval(), residency, checkpoint)
-
-
-def meta_model(config: ModelConfig) -> NeoUnify:
-    """The model without values: shapes only, no memory, no gradients."""
-    with torch.device("meta"):
-        return NeoUnify(config).requires_grad_(False)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

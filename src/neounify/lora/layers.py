@@ -19,6 +19,7 @@ from torch.nn.functional import dropout, linear
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.config import LoraConfig
+from neounify.model.meta import without_values
 from neounify.model.neo import NeoUnify
 
 HALVES = (".lora_A", ".lora_B")
@@ -34,7 +35,8 @@ class LoraLinear(nn.Linear):
     def __init__(
         self, base: nn.Linear, config: LoraConfig, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        with without_values():
+            super().__init__(base.in_features, base.out_features, bias=False)
         self.weight, self.bias = base.weight, base.bias
         self.train(base.training)
         self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
@@ -53,7 +55,8 @@ class LoraLinear(nn.Linear):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain, frozen layer with W + scale · B A, in float32 at least, cast once."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        with without_values():
+            plain = nn.Linear(self.in_features, self.out_features, bias=False)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight = self.weight.to(dtype).addmm(
             self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scale

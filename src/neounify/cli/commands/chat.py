@@ -15,6 +15,7 @@ from neounify.cli.options import (
     ModelOptions,
     ReportOptions,
 )
+from neounify.runtime import lasting_imports
 
 
 def chat(
@@ -60,7 +61,8 @@ def chat(
       neounify chat --input questions.jsonl --output answers
     """
     resolve_model(model.model)
-    from neounify.cli.chat_commands import answer, answer_batch, converse
+    with lasting_imports():
+        from neounify.cli.chat_commands import answer, answer_batch, converse
 
     if batch.input is not None:
         answer_batch(question, image or (), output, model, options, batch, report)

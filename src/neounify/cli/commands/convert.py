@@ -9,6 +9,7 @@ import typer
 
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, WeightOptions
+from neounify.runtime import lasting_imports
 
 
 def convert(
@@ -50,7 +51,8 @@ def convert(
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
     folder = resolve_model(model, "MODEL")
-    from neounify.cli.converting import convert_lora_files, convert_model
+    with lasting_imports():
+        from neounify.cli.converting import convert_lora_files, convert_model
 
     if lora_form is not None:
         convert_lora_files(folder, out, weights, lora_form, overwrite.overwrite, report)

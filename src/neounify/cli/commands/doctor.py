@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neounify.cli.options import DeviceOptions, ReportOptions
+from neounify.runtime import lasting_imports
 
 
 def doctor(
@@ -30,6 +31,7 @@ def doctor(
     \b
       neounify doctor recipes/scenes.toml
     """
-    from neounify.cli.doctoring import run_doctor
+    with lasting_imports():
+        from neounify.cli.doctoring import run_doctor
 
     run_doctor(recipe, stage, seconds, place.device, report)

@@ -16,6 +16,7 @@ from neounify.cli.options import (
     PictureOutputOptions,
     ReportOptions,
 )
+from neounify.runtime import lasting_imports
 
 
 def edit(
@@ -48,7 +49,8 @@ def edit(
       neounify edit --input edits.jsonl --output pictures
     """
     resolve_model(model.model)
-    from neounify.cli.picture_commands import paint_batch, paint_orders
+    with lasting_imports():
+        from neounify.cli.picture_commands import paint_batch, paint_orders
 
     prompts = None if prompt is None else [prompt]
     if batch.input is not None:

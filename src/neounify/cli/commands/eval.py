@@ -14,6 +14,7 @@ from neounify.cli.errors import CliError, UsageError, WriteError
 from neounify.cli.models import resolve_model
 from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
 from neounify.lock import is_empty, locked_folder
+from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,11 +110,12 @@ def evaluate(
       neounify eval --model FOLDER --quick --tasks paint,vqa
     """
     resolve_model(model.model)
-    from neounify.cli.checks import check_model, check_writable
-    from neounify.cli.display import Display
-    from neounify.cli.session import open_session
-    from neounify.pipeline.request import make_sampling
-    from neounify.scenes.bench import PipelineSubject
+    with lasting_imports():
+        from neounify.cli.checks import check_model, check_writable
+        from neounify.cli.display import Display
+        from neounify.cli.session import open_session
+        from neounify.pipeline.request import make_sampling
+        from neounify.scenes.bench import PipelineSubject
 
     if options.output.exists() and not options.output.is_dir():
         raise CliError(f"{options.output} is a file; a report is saved as a folder")

@@ -14,6 +14,7 @@ from neounify.cli.options import (
     PictureOutputOptions,
     ReportOptions,
 )
+from neounify.runtime import lasting_imports
 
 
 def generate(
@@ -41,7 +42,8 @@ def generate(
       neounify generate --input prompts.jsonl --output pictures
     """
     resolve_model(model.model)
-    from neounify.cli.picture_commands import paint_batch, paint_orders
+    with lasting_imports():
+        from neounify.cli.picture_commands import paint_batch, paint_orders
 
     if batch.input is not None:
         paint_batch(prompts, (), model, options, output, batch, report)

@@ -9,6 +9,7 @@ import typer
 
 from neounify.cli.models import resolve_model
 from neounify.cli.options import ReportOptions
+from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
     from neounify.cli.display import Display
@@ -35,7 +36,8 @@ def inspect(
       neounify inspect FOLDER
       neounify inspect outputs/a-red-boat_s0_1.png
     """
-    from neounify.cli.inspecting import inspect_model, inspect_picture
+    with lasting_imports():
+        from neounify.cli.inspecting import inspect_model, inspect_picture
 
     if model is not None and not model.is_dir():
         inspect_picture(model, _display(report))

@@ -12,6 +12,7 @@ from neounify.cli.serve_options import (
     SafetyOptions,
     ServeModelOptions,
 )
+from neounify.runtime import lasting_imports
 
 
 def serve(
@@ -34,6 +35,7 @@ def serve(
       neounify serve --model FOLDER --mode separate --port 8080 --api-keys keys.txt
     """
     resolve_model(model.model)
-    from neounify.cli.serving import serve_model
+    with lasting_imports():
+        from neounify.cli.serving import serve_model
 
     serve_model(model, listen, engines, access, safety, replicas, report)

@@ -15,6 +15,7 @@ from neounify.cli.options import (
     StoryOptions,
     StoryOutputOptions,
 )
+from neounify.runtime import lasting_imports
 
 
 def story(
@@ -45,6 +46,7 @@ def story(
       neounify story "Tell the story of this boat" --image boat.png --max-images 4
     """
     resolve_model(model.model)
-    from neounify.cli.storytelling import tell_story
+    with lasting_imports():
+        from neounify.cli.storytelling import tell_story
 
     tell_story(prompt, image or (), model, options, output, report)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neounify.cli.options import OverwriteOptions, ReportOptions
+from neounify.runtime import lasting_imports
 
 
 def toy(
@@ -25,6 +26,7 @@ def toy(
       neounify toy my-toy
       neounify generate "a red boat" --model my-toy
     """
-    from neounify.cli.converting import make_toy
+    with lasting_imports():
+        from neounify.cli.converting import make_toy
 
     make_toy(folder, seed, overwrite.overwrite, report)

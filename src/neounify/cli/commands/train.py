@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions
+from neounify.runtime import lasting_imports
 
 
 def train(
@@ -53,7 +54,8 @@ def train(
       neounify train recipes/scenes.toml --resume auto
       neounify train recipes/scenes.toml --export my-model
     """
-    from neounify.cli.training import export_newest, run_training
+    with lasting_imports():
+        from neounify.cli.training import export_newest, run_training
 
     if export is not None:
         export_newest(recipe, out, export, report)
