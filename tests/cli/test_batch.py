@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.cli.batch.lines import MAX_LINE_BYTES, BadLine, Line, count_lines, read_lines
-from neounify.cli.batch.results import Results
-from neounify.cli.options import ChatOptions, EditOptions, GenerateOptions
+from neounify.cli.batch import Results
+from neounify.cli.batch_lines import MAX_LINE_BYTES, BadLine, Line, count_lines, read_lines
+from neounify.cli.task_options import ChatOptions, EditOptions, GenerateOptions
 from neounify.pipeline import Pipeline
 
 SMALL = ("--size", "64x32", "--steps", "2", "--device", "cpu")
@@ -137,7 +137,7 @@ def test_one_line_does_not_take_its_batch_along(
     ran = run(*GENERATE, "--batch-size", 4)
     assert ran.code == 1
     assert calls == [4, 1, 1, 1, 1, 1]
-    assert "line 3: unforeseen: ZeroDivisionError: inside" in ran.err
+    assert "line 3: unexpected error: ZeroDivisionError: inside" in ran.err
     assert sorted(r["line"] for r in records() if r["status"] == "done") == [1, 2, 4, 5]
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_ends_the_batch(
     def save(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("neounify.cli.batch.tasks.save_picture", save)
+    monkeypatch.setattr("neounify.cli.records.save_image", save)
     write({"prompt": "a"})
     ran = run(*GENERATE)
     assert ran.code == 1
@@ -166,7 +166,7 @@ def test_edits_read_pictures_beside_the_file(run: Callable[..., Any], picture: P
     ran = run("edit", "--input", "jobs.jsonl", "--output", "out", *SMALL)
     assert ran.code == 1
     lines = ran.err.splitlines()
-    assert lines[0] == "3 lines of jobs.jsonl cannot be done, the first is line 2"
+    assert lines[0] == "3 lines of jobs.jsonl cannot be processed, the first is line 2"
     named = [line.split(":")[0] for line in lines if line.startswith("line")]
     assert named == ["line 2", "line 3", "line 4"]
     assert pngs() == ["0001-bluer_s0_1.png"]
@@ -203,7 +203,7 @@ def test_a_batch_can_be_stopped_and_resumed(run: Callable[..., Any], toy: Path) 
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.decode().splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert error.decode().splitlines()[-1] == "interrupted; run the same command again to resume"
     assert pngs() == ["0001-boat-0_s0_1.png"]
     assert not list(Path("out").glob(".*"))
     write({"prompt": "boat 0", "steps": 1}, {"prompt": "boat 1", "steps": 1})

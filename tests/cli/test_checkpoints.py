@@ -108,10 +108,10 @@ def test_inspect_says_what_a_thing_is_not(run_bare: Callable[..., Any], name: st
 def test_a_model_is_named_as_it_was_given(
     run_bare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "error: --model nowhere is not there" in run_bare("chat", "a", "-m", "nowhere").err
-    assert "error: MODEL nowhere is not there" in run_bare("convert", "nowhere", "out").err
+    assert "error: --model nowhere does not exist" in run_bare("chat", "a", "-m", "nowhere").err
+    assert "error: MODEL nowhere does not exist" in run_bare("convert", "nowhere", "out").err
     monkeypatch.setenv("NEOUNIFY_MODEL", "nowhere")
-    assert "error: NEOUNIFY_MODEL nowhere is not there" in run_bare("chat", "a").err
+    assert "error: NEOUNIFY_MODEL nowhere does not exist" in run_bare("chat", "a").err
 
 
 def test_inspect_names_the_trained_sizes(run_bare: Callable[..., Any], toy: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import neounify.cli.session
+import neounify.pipeline
 from neounify.bundled import bundled_model
-from neounify.cli.conversation import asks_about_image
+from neounify.cli.chat_loop import asks_about_image
 from neounify.lock import is_empty, locked_folder
 
 Run = Callable[..., Any]
@@ -27,7 +27,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(neounify.cli.session, "load", load)
+    monkeypatch.setattr(neounify.pipeline, "load", load)
 
 
 CORES = f"100000: this machine has {os.cpu_count()} core"
@@ -120,7 +120,7 @@ def test_the_folder_of_a_run_is_no_lora_but_holds_one(run: Run) -> None:
 @pytest.mark.parametrize(
     ("command", "lines", "words"),
     [
-        ("generate", ["", "  "], "it holds no lines"),
+        ("generate", ["", "  "], "it has no lines"),
         ("generate", ["not json", '{"prompt": ""}'], "line 1: the line is not JSON"),
         ("generate", ['{"prompt": "a", "steps": 0}'], "line 1: steps"),
         ("generate", ['{"prompt": "a", "size": "63x63"}'], "line 1: size 63x63"),
@@ -136,7 +136,7 @@ def test_a_file_without_one_usable_line(
     Path("jobs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     ran = run(command, "--input", "jobs.jsonl")
     assert ran.code == 1
-    assert ran.err.startswith("error: --input jobs.jsonl: nothing can be done")
+    assert ran.err.startswith("error: --input jobs.jsonl: no line can be processed")
     assert words in ran.err
 
 
@@ -147,7 +147,7 @@ def test_a_batch_that_is_done_stays_done(run: Run, picture: Path) -> None:
     picture.unlink()
     ran = run(*first)
     assert ran.code == 0
-    assert "1 were done before" in ran.out
+    assert "1 done in an earlier run" in ran.out
 
 
 @pytest.mark.parametrize("size", ["96x96", "128x64"])

@@ -87,7 +87,7 @@ def test_nothing_is_overwritten_unasked(run: Callable[..., Any], tmp_path: Path)
         (("--cases", "0"), 2, "--cases"),
         (("--steps", "0"), 1, "steps must be from 1"),
         (("--guidance", "nan"), 1, "guidance"),
-        (("--model", "elsewhere"), 1, "is not there"),
+        (("--model", "elsewhere"), 1, "does not exist"),
     ],
 )
 def test_one_clear_error(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neounify.cli.converting import parse_bytes
+from neounify.cli.commands.convert import parse_bytes
 from neounify.cli.errors import UsageError
 from neounify.cli.files import slug, write_new, write_whole
 from neounify.cli.models import parse_loras

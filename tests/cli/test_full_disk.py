@@ -62,7 +62,7 @@ def test_the_second_of_three_images(run: Run, full_after: Callable[[int], None])
     assert ran.code == 1
     assert "error: outputs/two_s0_1.png could not be written: No space left on device" in ran.err
     assert "1 of 3 images are saved, outputs/one_s0_1.png last" in ran.err
-    assert r'prompts that are left: "[two]" "the \"third\""' in ran.err
+    assert r'remaining prompts: "[two]" "the \"third\""' in ran.err
     assert "saved outputs/one_s0_1.png" in ran.out
     assert left_over(Path("outputs")) == ["one_s0_1.json", "one_s0_1.png"]
 
@@ -83,7 +83,7 @@ def test_a_real_limit(run: Run, command: str) -> None:
         ran = run(command, "--input", "jobs.jsonl", *options)
     assert ran.code == 1
     assert "could not be written: File too large" in ran.err
-    assert "the same command goes on from here" in ran.err
+    assert "run the same command again to resume" in ran.err
     assert not [name for name in left_over(Path("outputs")) if name.endswith(".part")]
 
 
@@ -98,7 +98,7 @@ def test_a_batch_goes_on_where_it_stopped(run: Run, full_after: Callable[[int], 
     assert "1 lines were done in this run" in ran.err
     full_after(10**6)
     ran = run(*command)
-    assert "2 done, 1 were done before" in ran.out
+    assert "2 done, 1 done in an earlier run" in ran.out
 
 
 def test_a_story(
@@ -112,7 +112,7 @@ def test_a_story(
     ran = run("story", "A boat", *SMALL)
     assert ran.code == 1
     assert "a-boat_s0/story.html could not be written: No space left on device" in ran.err
-    assert "What was saved before is in outputs/a-boat_s0" in ran.err
+    assert "Earlier parts are saved in outputs/a-boat_s0" in ran.err
 
 
 def test_scores_are_shown_even_if_the_report_is_lost(

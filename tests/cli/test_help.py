@@ -83,7 +83,7 @@ def test_without_a_model_commands_use_the_one_of_the_package(
 def test_a_model_folder_that_is_not_there(run_bare: Callable[..., Any]) -> None:
     ran = run_bare("generate", "a boat", "--model", "nowhere")
     assert ran.code == 1
-    assert "--model nowhere is not there" in ran.err
+    assert "--model nowhere does not exist" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_model_folder_that_is_not_there(run_bare: Callable[..., Any]) -> None:
         (("generate", "a", "--interval", "half"), "LO,HI"),
         (("generate", "a", "--image-guidance", "2"), "No such option"),
         (("generate", "a", "--output", "x.jpg"), ".png"),
-        (("generate", "a", "b", "--output", "x.png"), "one file for 2 pictures"),
+        (("generate", "a", "b", "--output", "x.png"), "one file for 2 images"),
         (("generate", "a", "--input", "jobs.jsonl"), "not both"),
         (("edit", "bluer"), "--image"),
         (("story", "a", "--output", "x.html"), "folder"),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.cli.record import read_record
+from neounify.cli.records import read_record
 from neounify.pipeline import Pipeline
 
 SMALL = ("--size", "64x32", "--steps", "2")
@@ -124,7 +124,7 @@ def test_a_named_file_is_honoured_exactly(run: Callable[..., Any]) -> None:
     assert Path("deep/x.json").is_file()
     ran = run("generate", "boat", *SMALL, "-o", "deep/x.png")
     assert ran.code == 1
-    assert "already there" in ran.err
+    assert "already exists" in ran.err
     assert run("generate", "boat", *SMALL, "-o", "deep/x.png", "--overwrite").code == 0
     Path("deep/y.json").write_text("mine", encoding="utf-8")
     assert run("generate", "boat", *SMALL, "-o", "deep/y.png").code == 1
@@ -200,7 +200,7 @@ def test_an_output_folder_that_cannot_be_made(run: Callable[..., Any]) -> None:
     Path("file").write_text("", encoding="utf-8")
     ran = run("generate", "boat", *SMALL, "-o", "file/inside")
     assert ran.code == 1
-    assert "cannot be made" in ran.err
+    assert "cannot be created" in ran.err
 
 
 def test_memory_by_stream_paints_the_same(run: Callable[..., Any]) -> None:

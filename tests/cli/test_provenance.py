@@ -37,10 +37,10 @@ def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, picture: Path)
         f"  source_type: {GENERATED}",
         "  seed: 5",
         "  note: a\ufffd[31mb",
-        "  invisible mark: neounify:9",
+        "  invisible watermark: neounify:9",
         "picture.png",
         "  no metadata about its origin",
-        "  invisible mark: none",
+        "  invisible watermark: none",
     ]
 
 
@@ -66,8 +66,8 @@ def test_without_the_library_the_metadata_is_still_shown(
     ran = run_bare("provenance", marked.name)
     assert ran.code == 0
     assert "seed: 5" in ran.out
-    assert "invisible mark" not in ran.out
-    assert "not looking for marks" in ran.err
+    assert "invisible watermark" not in ran.out
+    assert "watermarks are not read" in ran.err
     assert "mark" not in run_bare("provenance", marked.name, "--json").json["files"][0]
 
 

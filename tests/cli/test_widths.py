@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from cli.test_help import COMMANDS
 from neounify.cli.app import app
-from neounify.cli.command import with_options
-from neounify.cli.help import Command
+from neounify.cli.command import Command, with_options
 
 Run = Callable[..., Any]
 WIDTHS = (40, 80, 200)
@@ -140,6 +139,6 @@ def test_eval_on_a_narrow_terminal(run: Run) -> None:
     ran = run("eval", "--tasks", "caption", "--cases", 1)
     assert ran.code == 0
     assert "…" not in ran.out
-    assert "right, % (95 % interval)" in ran.out
+    assert "correct, % (95 % interval)" in ran.out
     assert "held out" in ran.out
     assert all(len(line) <= 40 for line in ran.out.splitlines() if not line.startswith("  cap"))

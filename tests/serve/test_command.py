@@ -154,7 +154,7 @@ def _children(pid: int) -> list[int]:
     [
         (("--mode", "twice"), "--mode twice is unknown; known: colocate, separate"),
         (("--generation-threads", "1"), "need --mode separate"),
-        (("--model", "nowhere"), "is not there"),
+        (("--model", "nowhere"), "does not exist"),
         (("--api-keys", "nowhere.txt"), "--api-keys nowhere.txt: no such file"),
         (("--hook", "nonsense"), "does not name a hook"),
         (("--word-list", "nowhere.txt"), "nowhere.txt"),

@@ -1,4 +1,4 @@
-"""The commands, gathered."""
+"""The Typer app with all commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import neounify
-from neounify.cli.command import with_options
+from neounify.cli.command import Command, Group, with_options
 from neounify.cli.commands.chat import chat
 from neounify.cli.commands.convert import convert
 from neounify.cli.commands.doctor import doctor
@@ -20,7 +20,6 @@ from neounify.cli.commands.serve import serve
 from neounify.cli.commands.story import story
 from neounify.cli.commands.toy import toy
 from neounify.cli.commands.train import train
-from neounify.cli.help import Command, Group
 
 app = typer.Typer(
     cls=Group,
@@ -33,20 +32,20 @@ app = typer.Typer(
 
 
 _HELP = """\
-One model that reads, writes, looks and paints.
+One model that understands and generates text and images.
 
-The commands use the small model of the package, which knows a world of flat shapes, or the one \
-named by --model or by the environment variable NEOUNIFY_MODEL: a folder with a SenseNova-U1 \
-checkpoint (config.json, *.safetensors, tokenizer files).
+The commands use the bundled model, trained on a synthetic world of flat shapes, or the \
+SenseNova-U1 checkpoint named by --model or by the environment variable NEOUNIFY_MODEL: a folder \
+with config.json, *.safetensors and tokenizer files.
 
 \b
   neounify generate "a red circle left of a blue star"
-  neounify chat "How many objects are there?" --image picture.png
+  neounify chat "How many objects are there?" --image shapes.png
 """
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"neounify {neounify.__version__}")
         raise typer.Exit
 
@@ -58,7 +57,7 @@ def about(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """One model that reads, writes, looks and paints."""
+    """One model that understands and generates text and images."""
 
 
 for command in (

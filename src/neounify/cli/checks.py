@@ -1,9 +1,8 @@
-"""Checks of a request that need no weights, made before a model is loaded."""
+"""Checks of a request before the model is loaded: everything that needs no weights."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,21 +14,19 @@ from neounify.checkpoint.load import Memory, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
-from neounify.cli.command import explain_os_error
 from neounify.cli.display import Display
 from neounify.cli.errors import CliError, UsageError
-from neounify.cli.files import make_folder
 from neounify.cli.models import parse_loras, resolve_model
-from neounify.cli.options import (
+from neounify.cli.options import ModelOptions
+from neounify.cli.serve_options import ServeModelOptions
+from neounify.cli.task_options import (
     ChatOptions,
     EditOptions,
     GenerateOptions,
     ImageGuidanceOptions,
-    ModelOptions,
-    SamplingOptions,
+    ImageOptions,
     StoryOptions,
 )
-from neounify.cli.serve_options import ServeModelOptions
 from neounify.config import ModelConfig
 from neounify.decode import SamplingSettings
 from neounify.errors import PromptError, RequestError
@@ -49,7 +46,7 @@ Images = Sequence[PIL.Image.Image]
 
 
 def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
-    """The model's config, once every option about the model is found usable.
+    """The model's config, after checking every option about the model.
 
     Raises the errors of loading for a folder without a config, a dtype, device, memory or LoRA
     that cannot be used; whether LoRA tensors fit is known only with the model.
@@ -95,20 +92,20 @@ def check_loras(texts: list[str] | None) -> None:
         if path.is_file():
             MappedFile(path)
         elif not (path / PEFT_WEIGHTS).is_file():
-            below = path / "adapter"  # where a run of training puts it
+            below = path / "adapter"  # where a training run saves it
             hint = f"; {below} does" if (below / PEFT_WEIGHTS).is_file() else ""
             raise CliError(f"--lora {path}: the folder holds no {PEFT_WEIGHTS}{hint}")
 
 
 def check_prompt(prompt: str, images: int) -> None:
-    """PromptError for a prompt that says nothing, is no text or marks more images than given."""
+    """PromptError for a prompt that is empty, is no text or has more <image> marks than images."""
     text = place_images(prompt, images, numbered=True)
     Message("user", text)
     if not text.strip():
-        raise PromptError("the prompt is empty; write what you want, in quotes")
+        raise PromptError("the prompt is empty; describe what you want, in quotes")
 
 
-def check_painting(
+def check_image(
     prompt: str, options: GenerateOptions, config: ModelConfig, images: Images = ()
 ) -> None:
     """Check one image request. Raises the errors that generating it would raise."""
@@ -161,38 +158,19 @@ def check_story(
     _check_system(options.system)
 
 
-def resolve_sampling(options: SamplingOptions, config: ModelConfig) -> Sampling:
-    """The settings with the model's own defaults filled in, checked. Raises RequestError."""
+def resolve_sampling(options: ImageOptions, config: ModelConfig) -> Sampling:
+    """The sampling settings with the checkpoint's defaults resolved. Raises RequestError."""
     given = _chosen(options.arguments(), _SAMPLING)
     return make_sampling(config, editing=isinstance(options, ImageGuidanceOptions), **given)
 
 
 def note_size(
-    options: SamplingOptions, config: ModelConfig, display: Display, images: Images = ()
+    options: ImageOptions, config: ModelConfig, display: Display, images: Images = ()
 ) -> None:
-    """A line on stderr where the size is none that the model was trained at."""
+    """A line on stderr for a size the model was not trained at."""
     size = output_size(config, *options.dimensions(), *images[:1])
     if advice := size_advice(config, *size):
         display.note(f"warning: {advice}")
-
-
-def writable_folder(folder: Path) -> Path:
-    """The folder, made if need be. CliError if files cannot be created in it."""
-    check_writable(folder)
-    make_folder(folder)
-    return folder
-
-
-def check_writable(folder: Path) -> None:
-    """CliError if the folder, or the nearest one above that exists, takes no files."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        reason = error.strerror or explain_os_error(error)
-        what = "cannot be written to" if nearest == folder else "cannot be made"
-        raise CliError(f"{folder} {what}: {reason}") from error
 
 
 def _chosen(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -1,27 +1,38 @@
-"""What all commands share: groups of options as dataclasses, errors as one clear line."""
+"""Commands of Typer: option groups as dataclasses, errors as one line, help for any width.
+
+Typer reads help as rich markup, which drops text in brackets, and lays options out as a table,
+which a narrow terminal cuts. Here every text is escaped, and below `MIN_OPTION_TABLE` columns each
+option stands above its description.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import shutil
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, get_type_hints
+from copy import copy
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
+from typer.models import ParameterInfo
 
-from neounify.cli.errors import UsageError
-from neounify.cli.help import escaped
+from neounify.cli.errors import UsageError, explain
 from neounify.errors import NeounifyError, SizeWarning
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""The exit code after Ctrl-C, as of shells."""
+MIN_OPTION_TABLE = 100
+"""Columns of a table of options, with names as long as --colour-profiles."""
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn every dataclass parameter into one option per field, so that each is written once.
+    """Turn every dataclass parameter of a command into one option per field.
 
     Fields are annotated as Typer wants its parameters. Errors of the command end it with
     a line on stderr and an exit code: 1 for errors, 2 for wrong usage, 130 for Ctrl-C.
@@ -35,16 +46,16 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
             parameters += _parameters(hints[name])
         else:
             keyword = inspect.Parameter.KEYWORD_ONLY
-            annotation = escaped(hints[name])
+            annotation = _escaped(hints[name])
             parameters.append(parameter.replace(annotation=annotation, kind=keyword))
 
     def run(**values: Any) -> None:
         debug = values.get("debug", False)
         for name, group in groups.items():
-            own = {field.name: values.pop(field.name) for field in dataclasses.fields(group)}
-            values[name] = group(**own)
+            names = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{option: values.pop(option) for option in names})
         with reported(debug=debug), warnings.catch_warnings():
-            # Commands say it themselves, before the model is loaded.
+            # The commands warn about sizes before the model is loaded.
             warnings.simplefilter("ignore", SizeWarning)
             function(**values)
 
@@ -71,7 +82,7 @@ def _parameters(group: type[Any]) -> list[inspect.Parameter]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=escaped(hints[field.name]),
+            annotation=_escaped(hints[field.name]),
         )
         for field in dataclasses.fields(group)
     ]
@@ -79,7 +90,7 @@ def _parameters(group: type[Any]) -> list[inspect.Parameter]:
 
 @contextmanager
 def reported(*, debug: bool) -> Iterator[None]:
-    """Errors that a user can understand become one message; others, and all with `debug`, pass."""
+    """Print expected errors as one message; unexpected ones, and all with `debug`, propagate."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -95,25 +106,85 @@ def reported(*, debug: bool) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
 
-def explain_os_error(error: OSError) -> str:
-    """The file and what is wrong with it, in the system's words."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return reason if error.filename is None else f"{error.filename}: {reason}"
+class Command(TyperCommand):
+    """A command whose help fits any width."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if _columns() >= MIN_OPTION_TABLE:
+            super().format_help(ctx, formatter)
+        else:
+            formatter.write(_stacked(self, ctx))
 
 
-def explain(error: Exception) -> str | None:
-    """What to tell the user; None for an error nobody foresaw."""
-    text = str(error)
-    if isinstance(error, NeounifyError):
-        return text
-    if isinstance(error, OSError):
-        return explain_os_error(error)
-    if isinstance(error, MemoryError) or any(
-        words in text.lower() for words in ("out of memory", "can't allocate memory")
-    ):
-        first = text.splitlines()[0] if text else "out of memory"
-        return (
-            f"{first}\nWhat needs less memory: --memory stream, --dtype bfloat16, "
-            "a smaller --size, fewer pictures at once."
-        )
-    return None
+class Group(TyperGroup):
+    """A group of commands whose help fits any width."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if _columns() >= MIN_OPTION_TABLE:
+            super().format_help(ctx, formatter)
+            return
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        records = [(name, item.get_short_help_str(10**6)) for name, item in commands if item]
+        formatter.write(_stacked(self, ctx) + _section("Commands", records))
+
+
+def _escaped(annotation: Any) -> Any:
+    """A parameter's annotation with its help text escaped for markup."""
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    kind, *notes = get_args(annotation)
+    arguments = (kind, *(_escaped_note(note) for note in notes))
+    return Annotated[arguments]
+
+
+def _escaped_note(note: Any) -> Any:
+    if not isinstance(note, ParameterInfo) or not note.help:
+        return note
+    note = copy(note)
+    note.help = escape(note.help)
+    return note
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _stacked(command: Any, ctx: Any) -> str:
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is not None:
+            usual = "Options" if param.param_type_name == "option" else "Arguments"
+            panel = getattr(param, "rich_help_panel", None) or usual
+            panels.setdefault(panel, []).append(record)
+    sections = (_section(name, records) for name, records in panels.items())
+    return "".join((f"{_wrapped(ctx.get_usage())}\n", _about(command.help or ""), *sections))
+
+
+def _about(text: str) -> str:
+    paragraphs = []
+    for paragraph in map(_plain, text.split("\n\n")):
+        if paragraph.startswith("\b"):  # an example keeps its line breaks
+            paragraphs.append(paragraph.removeprefix("\b").strip("\n"))
+        else:
+            paragraphs.append(_wrapped(paragraph))
+    return "".join(f"\n{paragraph}\n" for paragraph in paragraphs)
+
+
+def _section(name: str, records: Iterable[tuple[str, str]]) -> str:
+    lines = [f"\n{name}:\n"]
+    for names, text in records:
+        lines += [f"{_wrapped(_plain(names), 2)}\n", f"{_wrapped(_plain(text), 6)}\n"]
+    return "".join(lines)
+
+
+def _wrapped(text: str, indent: int = 0) -> str:
+    space = " " * indent
+    width = max(20, _columns() - 1)
+    return textwrap.fill(
+        " ".join(text.split()), width, initial_indent=space, subsequent_indent=space
+    )
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\[", "[")

@@ -1,4 +1,4 @@
-"""What a command shows: results on stdout, notes and progress on stderr."""
+"""Output of a command: results on stdout, notes and progress on stderr."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from neounify.cli.help import MIN_TABLE_WIDTH
+MIN_TABLE_WIDTH = 76
+"""Columns of the tables of results."""
 
 Tick = Callable[[int], None]
-"""Called with how much is done by now."""
+"""Called with the number of units done so far."""
 
 FIRST_LINE, NEXT_LINES = 10.0, 30.0
-"""Seconds of work until stderr gets a line of progress where it is no terminal, and between two."""
+"""Seconds before the first progress line, and between lines, where stderr is no terminal."""
 
 
 class _Pace(ProgressColumn):
-    """How long one step takes, and how long the rest will."""
+    """Time per step and estimated time left."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
@@ -44,7 +45,7 @@ class _Pace(ProgressColumn):
 
 @dataclass
 class _Work:
-    """One piece of work under way."""
+    """One running task."""
 
     label: str
     total: int | None
@@ -62,7 +63,7 @@ class _Work:
 
 
 class _ProgressLines:
-    """Writes a line about the work under way every now and then, from a thread of its own."""
+    """Periodic progress lines about running tasks, written by a thread."""
 
     def __init__(self) -> None:
         self._under_way: list[_Work] = []
@@ -97,9 +98,9 @@ class _ProgressLines:
 
 
 class Display:
-    """Where a command's output goes. `quiet` leaves out progress and notes.
+    """Output of a command. `quiet` leaves out progress and notes.
 
-    With `json`, stdout gets nothing but what `emit` is given.
+    With `json`, stdout gets nothing but the document passed to `emit`.
     """
 
     def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
@@ -116,17 +117,17 @@ class Display:
             typer.echo(text)
 
     def result(self, text: str, path: object) -> None:
-        """A finished file: a sentence for a reader, the bare path when quiet."""
+        """A saved file: a sentence, or the bare path when quiet."""
         if not self.json:
             typer.echo(str(path) if self.quiet else text)
 
     def note(self, text: str) -> None:
-        """Something to know beside the result, on stderr."""
+        """A note beside the result, on stderr."""
         if not self.quiet:
             typer.echo(text, err=True)
 
     def emit(self, document: dict[str, Any]) -> None:
-        """The machine-readable result: one line of JSON, only when it was asked for."""
+        """The machine-readable result: one line of JSON, only with --json."""
         if self.json:
             typer.echo(json.dumps(document, ensure_ascii=False))
 
@@ -138,15 +139,15 @@ class Display:
             self._in_line = not piece.endswith("\n") if piece else self._in_line
 
     def end_line(self) -> None:
-        """End a line of streamed text, if there is one: a bar would be drawn over it."""
+        """End the current line of streamed text, before a bar is drawn over it."""
         if self._in_line:
             self.write("\n")
 
     @contextmanager
     def bar(self, label: str, total: int | None = None, unit: str = "step") -> Iterator[Tick]:
-        """A progress bar, under the ones already shown; with no total, just the time that runs.
+        """A progress bar, below those already shown; without a total, the elapsed time.
 
-        Without a terminal, work that takes long gets a line every now and then instead.
+        Where stderr is no terminal, long work gets a line from time to time instead.
         """
         if self.quiet:
             yield lambda done: None
@@ -174,7 +175,7 @@ class Display:
             _Pace(table_column=Column(no_wrap=True)),
             console=self._console,
             transient=True,
-            # Else what goes to a redirected stdout would end up on the terminal.
+            # Otherwise a redirected stdout would end up on the terminal.
             redirect_stdout=False,
             redirect_stderr=False,
         )
@@ -183,8 +184,18 @@ class Display:
 
 
 def printable(text: str) -> str:
-    """Text without control characters: a model may write some, which would garble a screen."""
+    """Text without control characters, which a model may write and which garble a terminal."""
     return "".join(c if c in "\n\t" or (c.isprintable() or c.isspace()) else "\ufffd" for c in text)
+
+
+def human_bytes(count: int) -> str:
+    """1234567 -> '1.2 MB'."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def is_narrow(console: Console) -> bool:

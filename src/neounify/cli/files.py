@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, under names that take nobody's place."""
+"""Output files and folders: names, checks before long work, atomic writes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import itertools
 import os
 import re
 import secrets
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neounify.cli.errors import CliError, WriteError
+from neounify.cli.errors import CliError, WriteError, explain_os_error
+from neounify.lock import is_empty
 
 MAX_SLUG_CHARACTERS = 48
 MAX_SLUG_BYTES = 120
 
 
 def slug(text: str) -> str:
-    """A short file name from a prompt: its words, in small letters, joined by hyphens."""
+    """A short file name from a prompt: its words in lower case, joined by hyphens."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).casefold())
     name = ""
     for word in words:
@@ -39,22 +41,51 @@ def candidates(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder, made if need be. Raises CliError."""
+    """The folder, created if need be. Raises CliError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CliError(f"{folder} cannot be made: {error.strerror or error}") from error
+        raise CliError(f"{folder} cannot be created: {error.strerror or error}") from error
     return folder
 
 
+def writable_folder(folder: Path) -> Path:
+    """The folder, created if need be. CliError if files cannot be created in it."""
+    check_writable(folder)
+    return make_folder(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """CliError if files cannot be created in the folder, or in its nearest existing parent."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or explain_os_error(error)
+        action = "written to" if nearest == folder else "created"
+        raise CliError(f"{folder} cannot be {action}: {reason}") from error
+
+
+def check_new_folder(folder: Path, what: str, *, overwrite: bool) -> None:
+    """CliError for a path that is a file, or a folder that holds files unless `overwrite`.
+
+    `what` is saved there: "a model".
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CliError(f"{folder} is a file; {what} is saved as a folder")
+    if folder.is_dir() and not is_empty(folder) and not overwrite:
+        raise CliError(f"{folder} is not empty; choose another folder, or add --overwrite")
+
+
 def write_whole(path: Path, data: bytes) -> None:
-    """Write or replace a file, all or nothing. Raises WriteError."""
+    """Write or replace a file atomically. Raises WriteError."""
     with _aside(path, data) as ready:
         ready.replace(path)
 
 
 def write_new(path: Path, data: bytes) -> bool:
-    """Write a file, all or nothing, unless one is there; whether it was written.
+    """Write a file atomically unless it exists; whether it was written.
 
     Raises WriteError.
     """

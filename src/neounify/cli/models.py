@@ -1,28 +1,37 @@
-"""Which model a command uses."""
+"""The model of a command: which folder, which LoRAs, and loading it."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from neounify.bundled import bundled_model
 from neounify.cli.errors import CliError, UsageError
+from neounify.runtime import keep_freed_memory
+
+if TYPE_CHECKING:
+    from neounify.cli.display import Display
+    from neounify.cli.options import ModelOptions
+    from neounify.pipeline import Pipeline
 
 VARIABLE = "NEOUNIFY_MODEL"
 
 
 def resolve_model(option: Path | None, name: str = "--model") -> Path:
-    """The folder of the model to use: the one asked for, else the one that comes with the package.
+    """The folder of the model: the one asked for, else the bundled one.
 
-    `name` is what the user gave it as; the default of the option is the environment variable
+    `name` is the option or argument it was given as; its default is the environment variable
     NEOUNIFY_MODEL. Raises CliError.
     """
     if option is None:
         return bundled_model()
     if not option.is_dir():
         given = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
-        kind = "is not a folder" if option.exists() else "is not there"
-        default = "" if given == "MODEL" else " (by default the bundled model is used)"
+        kind = "is not a folder" if option.exists() else "does not exist"
+        default = "" if given == "MODEL" else " (without it, the bundled model is used)"
         raise CliError(
             f"{given} {option} {kind}; a model is a folder with config.json, *.safetensors and "
             f"tokenizer files{default}"
@@ -45,3 +54,63 @@ def _parse_lora(text: str) -> tuple[Path, float]:
         if Path(file).exists():
             raise UsageError(f"--lora {text}: the strength {strength!r} is no number") from None
         return Path(text), 1.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline, and the files it was loaded from."""
+
+    pipe: Pipeline
+    folder: Path
+    loras: tuple[tuple[Path, float], ...] = ()
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The model's entry in a record: names of files without their folders."""
+        model = self.pipe.model
+        changed = {} if self.pipe.colour_profiles else {"colour_profiles": False}
+        return {
+            "folder": self.folder.resolve().name,
+            "fingerprint": self.pipe.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "lora": [{"file": file.name, "strength": strength} for file, strength in self.loras],
+            **changed,
+        }
+
+
+def open_model(options: ModelOptions, display: Display) -> LoadedModel:
+    """Load the model with a progress bar. Raises the errors of loading."""
+    import torch
+
+    from neounify.checkpoint import CheckpointFolder, choose_dtype, resolve_device
+    from neounify.pipeline import load
+
+    folder = resolve_model(options.model)
+    loras = parse_loras(options.lora)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    name = folder.resolve().name
+    device = resolve_device(options.device or default_device())
+    choice = choose_dtype(options.dtype, CheckpointFolder.open(folder), device.type)
+    with display.bar(f"loading {name}"):
+        pipe = load(
+            folder,
+            dtype=choice.dtype,
+            device=device,
+            lora=loras or None,
+            memory=options.memory,  # type: ignore[arg-type]
+            colour_profiles=options.colour_profiles,
+        )
+    display.note(f"{name} in {choice}")
+    model = LoadedModel(pipe, folder, tuple(loras))
+    _ = model.description  # hashes the files now: an unreadable one must not cost an image
+    return model
+
+
+def default_device() -> str:
+    """A GPU if there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

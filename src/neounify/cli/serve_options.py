@@ -1,4 +1,4 @@
-"""The options of `neounify serve`, in groups."""
+"""Options of `neounify serve`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel)
         str,
         typer.Option(
             metavar="colocate|separate",
-            help="Both engines in one process, or each in one of its own.",
+            help="Both engines in one process, or each in a separate one.",
             rich_help_panel=MODEL,
         ),
     ] = "colocate"
@@ -30,7 +30,7 @@ class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel)
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --mode separate: where to paint. Default: as --device.",
+            help="With --mode separate: where to generate images. Default: as --device.",
             rich_help_panel=MODEL,
         ),
     ] = None
@@ -39,7 +39,7 @@ class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel)
         typer.Option(
             min=1,
             metavar="N",
-            help="With --mode separate: CPU threads that paint. Default: as --threads.",
+            help="With --mode separate: CPU threads of image generation. Default: as --threads.",
             rich_help_panel=MODEL,
         ),
     ] = None
@@ -53,20 +53,20 @@ class ListenOptions:
         str,
         typer.Option(
             metavar="ADDRESS",
-            help="0.0.0.0 lets other machines in; then ask for keys.",
+            help="Address to bind to. 0.0.0.0 accepts other machines; use --api-keys then.",
             rich_help_panel=LISTEN,
         ),
     ] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", rich_help_panel=LISTEN)] = 8000
     page: Annotated[
         bool,
-        typer.Option("--page/--no-page", help="The page at /.", rich_help_panel=LISTEN),
+        typer.Option("--page/--no-page", help="The web UI at /.", rich_help_panel=LISTEN),
     ] = True
     name: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The model's name in the API. Default: that of its folder.",
+            help="Name of the model in the API. Default: its folder's name.",
             rich_help_panel=LISTEN,
         ),
     ] = None
@@ -74,7 +74,7 @@ class ListenOptions:
         str | None,
         typer.Option(
             metavar="URL",
-            help="What URLs of results begin with, behind a proxy.",
+            help="Base of result URLs, behind a proxy.",
             rich_help_panel=LISTEN,
         ),
     ] = None
@@ -82,8 +82,8 @@ class ListenOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A name this server is reached by, besides localhost, this machine's own and IP "
-            "addresses; may be repeated, * is any. Requests for other names get 421. Default "
+            help="Host name of this server, besides localhost, the machine's name and IP "
+            "addresses. May be repeated, * is any. Requests to other names get 421. Default "
             "with --api-keys: any.",
             rich_help_panel=LISTEN,
         ),
@@ -92,7 +92,7 @@ class ListenOptions:
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="Let pages of this origin, such as http://localhost:3000, use the API; may be "
+            help="Origin whose pages may use the API, such as http://localhost:3000. May be "
             "repeated, * is any. Default: none.",
             rich_help_panel=LISTEN,
         ),
@@ -102,7 +102,7 @@ class ListenOptions:
         typer.Option(
             min=1,
             metavar="S",
-            help="On SIGTERM, how long requests under way may go on.",
+            help="Time for running requests to finish after SIGTERM.",
             rich_help_panel=LISTEN,
         ),
     ] = 60
@@ -110,14 +110,14 @@ class ListenOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How much the engines do at once."""
+    """Capacity and time limits of the engines."""
 
     cache_tokens: Annotated[
         int,
         typer.Option(
             min=64,
             metavar="N",
-            help="Room of the key-value cache, in tokens of all requests together.",
+            help="Size of the KV cache, in tokens of all requests together.",
             rich_help_panel=ENGINES,
         ),
     ] = 32_768
@@ -126,7 +126,7 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Tokens of prompts that are read per step.",
+            help="Maximum number of prompt tokens per prefill step.",
             rich_help_panel=ENGINES,
         ),
     ] = 512
@@ -135,7 +135,8 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Image tokens that share a denoising step; less lets text through sooner.",
+            help="Maximum number of image tokens per denoising step; fewer lower the latency of "
+            "text.",
             rich_help_panel=ENGINES,
         ),
     ] = 1024
@@ -144,7 +145,7 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Requests under way at once; more are told to come back (429).",
+            help="Maximum number of concurrent requests; further requests get 429.",
             rich_help_panel=ENGINES,
         ),
     ] = 128
@@ -153,7 +154,7 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Tokens of all images under way at once; more are told to come back.",
+            help="Maximum number of tokens of all images in progress; further requests get 429.",
             rich_help_panel=ENGINES,
         ),
     ] = 65_536
@@ -162,8 +163,8 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Tokens of one image. Default: four times those of the model's default size, "
-            "at least 1024.",
+            help="Maximum number of tokens of one image. Default: four times those of the "
+            "model's default size, at least 1024.",
             rich_help_panel=ENGINES,
         ),
     ] = None
@@ -172,7 +173,7 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="S",
-            help="An engine that is longer in one step is started again.",
+            help="An engine is restarted when one step takes longer.",
             rich_help_panel=ENGINES,
         ),
     ] = 600.0
@@ -181,7 +182,8 @@ class EngineOptions:
         typer.Option(
             min=2,
             metavar="S",
-            help="With --mode separate: a process that gives no sign for so long is started again.",
+            help="With --mode separate: an engine process without a heartbeat for this long is "
+            "restarted.",
             rich_help_panel=ENGINES,
         ),
     ] = 20.0
@@ -189,45 +191,48 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AccessOptions:
-    """Who may ask, and for how much."""
+    """API keys and limits of requests."""
 
     api_keys: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Lines of name:key; only they are answered. Also: NEOUNIFY_API_KEYS with the "
-            "entries themselves.",
+            help="File with one name:key per line; other requests get 401. Alternatively, the "
+            "entries in NEOUNIFY_API_KEYS.",
             rich_help_panel=ACCESS,
         ),
     ] = None
     requests_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Of each key.", rich_help_panel=ACCESS),
+        typer.Option(min=1, metavar="N", help="Rate limit of each key.", rich_help_panel=ACCESS),
     ] = None
     concurrent: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Requests at once of each key.", rich_help_panel=ACCESS
+            min=1, metavar="N", help="Concurrent requests of each key.", rich_help_panel=ACCESS
         ),
     ] = None
     deadline: Annotated[
         float,
-        typer.Option(
-            min=1, metavar="S", help="Seconds a request may take.", rich_help_panel=ACCESS
-        ),
+        typer.Option(min=1, metavar="S", help="Time limit of a request.", rich_help_panel=ACCESS),
     ] = 600.0
     max_steps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of one image.", rich_help_panel=ACCESS)
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Maximum denoising steps of an image.", rich_help_panel=ACCESS
+        ),
     ] = 200
     max_body_mb: Annotated[
         int,
-        typer.Option(min=1, metavar="MIB", help="Of one request.", rich_help_panel=ACCESS),
+        typer.Option(
+            min=1, metavar="MIB", help="Maximum size of a request body.", rich_help_panel=ACCESS
+        ),
     ] = 64
     allow_images_from: Annotated[
         list[str] | None,
         typer.Option(
             metavar="HOST[:PORT]",
-            help="Fetch image URLs from this host; may be repeated. Default: data URLs only.",
+            help="Fetch image URLs from this host. May be repeated. Default: data URLs only.",
             rich_help_panel=ACCESS,
         ),
     ] = None
@@ -235,13 +240,13 @@ class AccessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyOptions:
-    """What is refused, and how pictures are marked."""
+    """Checks of prompts and images, and what images carry."""
 
     word_list: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Refuse prompts with these words or phrases, one a line.",
+            help="Refuse prompts that contain these words or phrases, one per line.",
             rich_help_panel=SAFETY,
         ),
     ] = None
@@ -249,14 +254,14 @@ class SafetyOptions:
         list[str] | None,
         typer.Option(
             metavar="MODULE:NAME",
-            help="Your own check of prompts and images; may be repeated.",
+            help="Custom check of prompts and images. May be repeated.",
             rich_help_panel=SAFETY,
         ),
     ] = None
     watermark: Annotated[
         bool,
         typer.Option(
-            "--watermark", help="An invisible mark in every picture.", rich_help_panel=SAFETY
+            "--watermark", help="Add an invisible watermark to every image.", rich_help_panel=SAFETY
         ),
     ] = False
     metadata_prompts: Annotated[
@@ -271,14 +276,14 @@ class SafetyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaOptions:
-    """How many copies of the server answer, and where."""
+    """Replicas of the server, by Ray Serve."""
 
     replicas: Annotated[
         int,
         typer.Option(
             min=1,
             metavar="N",
-            help="Copies of the model behind one address, by Ray Serve.",
+            help="Replicas of the server behind one address, by Ray Serve.",
             rich_help_panel=REPLICAS,
         ),
     ] = 1
@@ -287,7 +292,7 @@ class ReplicaOptions:
         typer.Option(
             min=0,
             metavar="X",
-            help="Cores set aside for each. Default: as --threads, else 1.",
+            help="CPU cores reserved for each replica. Default: as --threads, else 1.",
             rich_help_panel=REPLICAS,
         ),
     ] = None
@@ -296,7 +301,7 @@ class ReplicaOptions:
         typer.Option(
             min=0,
             metavar="X",
-            help="GPUs set aside for each. Default: as many as its devices.",
+            help="GPUs reserved for each replica. Default: one per device it uses.",
             rich_help_panel=REPLICAS,
         ),
     ] = None
@@ -304,7 +309,7 @@ class ReplicaOptions:
         str | None,
         typer.Option(
             metavar="auto|HOST:PORT",
-            help="Run them on this Ray cluster. Default: on this machine.",
+            help="Ray cluster to run on. Default: this machine.",
             rich_help_panel=REPLICAS,
         ),
     ] = None

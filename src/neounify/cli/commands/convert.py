@@ -1,15 +1,22 @@
-"""`neounify convert`."""
+"""`neounify convert`: a checkpoint or a LoRA in another form."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from neounify.cli.models import resolve_model
+from neounify.cli.display import Display, human_bytes
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.files import check_new_folder
+from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, WeightOptions
 from neounify.runtime import lasting_imports
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
@@ -21,7 +28,7 @@ def convert(
         str,
         typer.Option(
             metavar="SIZE",
-            help="Largest weight file, as 5GB or 500MB.",
+            help="Maximum size of a weight file, such as 5GB or 500MB.",
             rich_help_panel=FILES,
         ),
     ] = "5GB",
@@ -29,21 +36,21 @@ def convert(
         str | None,
         typer.Option(
             metavar="peft|published",
-            help="Write the --lora alone in this form instead of a model: PEFT's folder, or one "
-            "file as the published models have it.",
+            help="Write only the --lora, in this format: peft, a folder of PEFT's, or published, "
+            "one file in the format of the published models.",
             rich_help_panel=FILES,
         ),
     ] = None,
     overwrite: OverwriteOptions,
     report: ReportOptions,
 ) -> None:
-    """Write a model anew: in another number format, with LoRA merged, in other file sizes.
+    """Convert a checkpoint: another number format, LoRA merged, other file sizes.
 
-    OUT has the published layout and can be used wherever MODEL can. All weights are looked
-    through; damaged ones (NaN) are refused.
+    OUT has the published layout and can be used wherever MODEL can. All weights are checked;
+    damaged ones (NaN) are refused.
 
-    With --lora-form, OUT is the LoRA, written anew for the model MODEL: of files of any other
-    form, and of several in one.
+    With --lora-form, OUT is the LoRA alone, for the model MODEL; files of any other format, and
+    several files, become one.
 
     \b
       neounify convert FOLDER smaller --dtype bfloat16
@@ -51,10 +58,93 @@ def convert(
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
     folder = resolve_model(model, "MODEL")
-    with lasting_imports():
-        from neounify.cli.converting import convert_lora_files, convert_model
-
+    display = Display(quiet=report.quiet, json=report.json)
     if lora_form is not None:
-        convert_lora_files(folder, out, weights, lora_form, overwrite.overwrite, report)
-        return
-    convert_model(folder, out, weights, max_shard_size, overwrite.overwrite, report)
+        _convert_loras(folder, out, weights, lora_form, overwrite.overwrite, display)
+    else:
+        _convert_model(folder, out, weights, max_shard_size, overwrite.overwrite, display)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from "5GB", "500MB", "1000". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"size {text!r} is not a number of bytes, such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def print_saved(folder: Path, display: Display) -> None:
+    """Print what a saved checkpoint holds."""
+    from neounify.checkpoint import CheckpointFolder, summarise
+    from neounify.checkpoint.reader import files_ending
+
+    checkpoint = CheckpointFolder.open(folder)
+    files = [file.name for file in files_ending(folder, ".safetensors")]
+    total = summarise(checkpoint).total
+    display.result(
+        f"saved {folder}  ({total.parameters:,} parameters, {total.dtype}, "
+        f"{human_bytes(total.bytes)} in {len(files)} weight file{'s' * (len(files) != 1)})",
+        folder,
+    )
+    display.emit(
+        {
+            "folder": str(folder),
+            "fingerprint": checkpoint.fingerprint(),
+            "files": files,
+            "total": asdict(total),
+        }
+    )
+
+
+def _convert_model(
+    model: Path,
+    out: Path,
+    weights: WeightOptions,
+    max_shard_size: str,
+    overwrite: bool,
+    display: Display,
+) -> None:
+    with lasting_imports():
+        from neounify.pipeline import load
+
+    shard = parse_bytes(max_shard_size)
+    if out.resolve() == model.resolve():
+        raise CliError(f"{out} is the model itself; write to another folder")
+    check_new_folder(out, "a model", overwrite=overwrite)
+    loras = parse_loras(weights.lora)
+    with display.bar(f"reading {model.resolve().name}"):
+        pipe = load(model, dtype=weights.dtype or "stored", lora=loras or None, verify=True)
+    with display.bar(f"writing {out.name}"):
+        pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
+    print_saved(out, display)
+
+
+def _convert_loras(
+    model: Path,
+    out: Path,
+    weights: WeightOptions,
+    form: str,
+    overwrite: bool,
+    display: Display,
+) -> None:
+    with lasting_imports():
+        from neounify.checkpoint import CheckpointFolder, expected_shapes
+        from neounify.checkpoint.lora_save import LoraForm, convert_lora
+
+    if form not in get_args(LoraForm):
+        raise UsageError(f"--lora-form {form} is unknown; known: {', '.join(get_args(LoraForm))}")
+    loras = parse_loras(weights.lora)
+    if not loras:
+        raise UsageError("--lora-form needs --lora FILE, the LoRA to convert")
+    if weights.dtype is not None:
+        raise UsageError("--dtype applies to models; a LoRA keeps its number format")
+    written = convert_lora(
+        loras,
+        expected_shapes(CheckpointFolder.open(model).config),
+        out,
+        form,  # type: ignore[arg-type]
+        base=model.resolve().name,
+        overwrite=overwrite,
+    )
+    display.result(f"saved {out}  (LoRA, {form} format)", out)
+    display.emit({"lora": str(written), "form": form})

@@ -1,21 +1,29 @@
-"""`neounify doctor`."""
+"""`neounify doctor`: checks of a training stage before a long run."""
 
 from __future__ import annotations
 
+import math
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from neounify.cli.display import Display
+from neounify.cli.errors import UsageError
+from neounify.cli.models import default_device
 from neounify.cli.options import DeviceOptions, ReportOptions
-from neounify.runtime import lasting_imports
+from neounify.runtime import keep_freed_memory, lasting_imports
+
+MARKS = {True: "ok  ", False: "BAD ", None: "note"}
 
 
 def doctor(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML file of the run.")],
     *,
     stage: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which stage; the first by default.")
+        str | None, typer.Option(metavar="NAME", help="Stage to check. Default: the first.")
     ] = None,
     seconds: Annotated[
         float, typer.Option(metavar="S", help="Time for overfitting samples.", min=1)
@@ -23,15 +31,46 @@ def doctor(
     place: DeviceOptions,
     report: ReportOptions,
 ) -> None:
-    """Check a fine-tune before it costs days: data, gradients, freezing, losses, images.
+    """Check a training stage before a long run: data, gradients, freezing, losses, images.
 
-    Overfits one sample of every task and says in plain words what is wrong. Ends with status 1 if
-    something is. What would need more time than --seconds gets no verdict.
+    Overfits one sample of every task and says what is wrong and how to fix it. Exit code 1 if
+    something is. A check that needs more time than --seconds gets no verdict.
 
     \b
       neounify doctor recipes/scenes.toml
     """
     with lasting_imports():
-        from neounify.cli.doctoring import run_doctor
+        from neounify.checkpoint.load import resolve_device
+        from neounify.train.doctor import NO_TIME, Finding, examine
+        from neounify.train.recipe import read_recipe
+        from neounify.train.setup import build_source, starting_model
 
-    run_doctor(recipe, stage, seconds, place.device, report)
+    parsed = read_recipe(recipe)
+    stages = {item.name: item for item in parsed.stages}
+    if stage is not None and stage not in stages:
+        raise UsageError(f"no stage {stage}; the recipe has {', '.join(stages)}")
+    chosen = parsed.stages[0] if stage is None else stages[stage]
+    if not math.isfinite(seconds):
+        raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
+    display = Display(quiet=report.quiet, json=report.json)
+    device = resolve_device(place.device or default_device())
+    source = build_source(chosen.data, 0)  # unreadable data is reported before a model is loaded
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        start = starting_model(parsed, device, Path(folder))
+    findings: list[Finding] = []
+    for finding in examine(start, chosen, seconds, source=source):
+        findings.append(finding)
+        display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
+        if finding.advice:
+            display.say(f"     {finding.advice}")
+    wrong = [finding.name for finding in findings if finding.good is False]
+    undecided = [finding.name for finding in findings if finding.advice.startswith(NO_TIME)]
+    display.emit({"stage": chosen.name, "findings": [asdict(f) for f in findings]})
+    if wrong:
+        display.say(f"\nnot healthy: {', '.join(wrong)}")
+        raise typer.Exit(1)
+    if undecided:
+        display.say(f"\nno problem found; {NO_TIME}: {', '.join(undecided)}")
+        return
+    display.say("\nhealthy")

@@ -1,4 +1,4 @@
-"""`neounify edit`."""
+"""`neounify edit`: images from input images and an instruction."""
 
 from __future__ import annotations
 
@@ -7,53 +7,50 @@ from typing import Annotated
 
 import typer
 
+from neounify.cli.commands.generate import generate_batch, generate_prompts
 from neounify.cli.models import resolve_model
 from neounify.cli.options import (
     FILES,
     BatchOptions,
-    EditOptions,
+    ImageOutputOptions,
     ModelOptions,
-    PictureOutputOptions,
     ReportOptions,
 )
-from neounify.runtime import lasting_imports
+from neounify.cli.task_options import EditOptions
 
 
 def edit(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What to change, in quotes.")
+        str | None, typer.Argument(metavar="PROMPT", help="The instruction, in quotes.")
     ] = None,
     *,
     image: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A picture to start from. May be repeated; `<image>` in the prompt marks "
-            "where each belongs.",
+            help="Input image. May be repeated; `<image>` in the prompt marks the position of "
+            "each.",
             rich_help_panel=FILES,
         ),
     ] = None,
     model: ModelOptions,
     options: EditOptions,
-    output: PictureOutputOptions,
+    output: ImageOutputOptions,
     batch: BatchOptions,
     report: ReportOptions,
 ) -> None:
-    """Paint a new picture from one or more pictures and an instruction.
+    """Edit one or more images by an instruction.
 
-    Without a size, the new picture has the shape of the first one.
+    Without a size, the new image has the aspect ratio of the first input image.
 
     \b
       neounify edit "make the sky green" --image lake.png --model FOLDER
       neounify edit "put <image> into the style of <image>" --image cat.png --image oil.png
-      neounify edit --input edits.jsonl --output pictures
+      neounify edit --input edits.jsonl --output images
     """
     resolve_model(model.model)
-    with lasting_imports():
-        from neounify.cli.picture_commands import paint_batch, paint_orders
-
     prompts = None if prompt is None else [prompt]
     if batch.input is not None:
-        paint_batch(prompts, image or (), model, options, output, batch, report)
+        generate_batch(prompts, image or (), model, options, output, batch, report)
     else:
-        paint_orders(prompts, image or (), model, options, output, batch, report)
+        generate_prompts(prompts, image or (), model, options, output, batch, report)

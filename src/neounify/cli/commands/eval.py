@@ -1,4 +1,4 @@
-"""`neounify eval`."""
+"""`neounify eval`: SceneBench scores of a model."""
 
 from __future__ import annotations
 
@@ -9,42 +9,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neounify.cli.command import explain_os_error
-from neounify.cli.errors import CliError, UsageError, WriteError
-from neounify.cli.models import resolve_model
-from neounify.cli.options import FILES, PAINTING, ModelOptions, OverwriteOptions, ReportOptions
-from neounify.lock import is_empty, locked_folder
+from neounify.cli.display import Display, is_narrow
+from neounify.cli.errors import UsageError, WriteError, explain_os_error
+from neounify.cli.files import check_new_folder, check_writable
+from neounify.cli.models import LoadedModel, open_model, resolve_model
+from neounify.cli.options import FILES, IMAGES, ModelOptions, OverwriteOptions, ReportOptions
+from neounify.lock import locked_folder
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from neounify.cli.display import Display
-    from neounify.cli.session import Session
     from neounify.scenes.bench import BenchConfig, Outcome, PipelineSubject, Report
 
 CASES, QUICK_CASES = 200, 32
 _FILE_WIDTH = 120
-_HEAD = "right, % (95 % interval)"
+_HEAD = "correct, % (95 % interval)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What to measure, how to sample, and where the report goes."""
+    """What to measure, how to sample, and the folder of the report."""
 
     world: Annotated[
         str,
-        typer.Option(
-            metavar="easy|default|wide|hard", help="World of scenes the cases are drawn from."
-        ),
+        typer.Option(metavar="easy|default|wide|hard", help="Synthetic world of the scenes."),
     ] = "default"
     tasks: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            help="Some of paint, vqa, caption, edit, story, reconstruction, with commas between "
-            "them. Default: all.",
+            help="Comma-separated list of paint, vqa, caption, edit, story, reconstruction. "
+            "Default: all.",
             show_default=False,
         ),
     ] = "paint,vqa,caption,edit,story,reconstruction"
@@ -56,23 +53,26 @@ class EvalOptions:
         bool, typer.Option("--quick", help=f"Only {QUICK_CASES} cases per category.")
     ] = False
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=PAINTING)
+        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=IMAGES)
     ] = None
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="G", help="How strongly the prompt pulls.", rich_help_panel=PAINTING),
+        typer.Option(metavar="G", help="Classifier-free guidance scale.", rich_help_panel=IMAGES),
     ] = None
     think: Annotated[
         bool,
         typer.Option(
             "--think",
-            help="Let the model think before it paints and edits.",
-            rich_help_panel=PAINTING,
+            help="Let the model write a thought before it generates and edits.",
+            rich_help_panel=IMAGES,
         ),
     ] = False
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the cases and the noise.", min=0)] = 0
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed of cases and noise.", min=0)
+    ] = 0
     batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Cases at once; changes nothing but speed.", min=1)
+        int,
+        typer.Option(metavar="N", help="Cases per batch; affects only speed and memory.", min=1),
     ] = 64
     output: Annotated[
         Path,
@@ -81,14 +81,14 @@ class EvalOptions:
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder for report and pictures.",
+            help="Folder of the report and its images.",
             rich_help_panel=FILES,
         ),
     ] = Path("out/eval")
 
     @property
     def number(self) -> int:
-        """Cases per category: as asked for, else by --quick."""
+        """Cases per category."""
         return self.cases or (QUICK_CASES if self.quick else CASES)
 
 
@@ -99,11 +99,11 @@ def evaluate(
     overwrite: OverwriteOptions,
     report: ReportOptions,
 ) -> None:
-    """Measure a model with SceneBench: every claim is checked by a program.
+    """Evaluate a model with SceneBench; every answer and image is checked by a program.
 
-    Painting in nine categories, questions, captions, edits, stories and reconstruction, with
-    95 % intervals and the share on combinations that training never showed. Ctrl-C keeps what is
-    finished.
+    Image generation in nine categories, questions, captions, edits, stories and reconstruction,
+    with 95 % intervals and separate scores for combinations held out of training. Ctrl-C keeps the
+    finished categories.
 
     \b
       neounify eval --model FOLDER
@@ -111,24 +111,20 @@ def evaluate(
     """
     resolve_model(model.model)
     with lasting_imports():
-        from neounify.cli.checks import check_model, check_writable
-        from neounify.cli.display import Display
-        from neounify.cli.session import open_session
+        from neounify.cli.checks import check_model
         from neounify.pipeline.request import make_sampling
         from neounify.scenes.bench import PipelineSubject
 
-    if options.output.exists() and not options.output.is_dir():
-        raise CliError(f"{options.output} is a file; a report is saved as a folder")
+    check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
     model_config = check_model(model)
     config = _config(options, model_config.token_size)
     make_sampling(model_config, editing=True, steps=options.steps, guidance=options.guidance)
     check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
     with locked_folder(options.output):
-        _check_free(options.output, overwrite.overwrite)
-        session = open_session(model, display)
-        subject = PipelineSubject(session.pipe, steps=options.steps, guidance=options.guidance)
-        about = _about(options, config, session, subject)
+        loaded = open_model(model, display)
+        subject = PipelineSubject(loaded.pipe, steps=options.steps, guidance=options.guidance)
+        about = _about(options, config, loaded, subject)
         _measure(subject, config, about, options.output, display)
 
 
@@ -151,11 +147,6 @@ def _config(options: EvalOptions, token_size: int) -> BenchConfig:
         raise UsageError(str(error)) from error
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if not is_empty(folder) and not overwrite:
-        raise CliError(f"{folder} is not empty; choose another --output, or add --overwrite")
-
-
 def _measure(
     subject: PipelineSubject,
     config: BenchConfig,
@@ -163,7 +154,7 @@ def _measure(
     folder: Path,
     display: Display,
 ) -> None:
-    """Measure category by category; what is finished is reported even if the rest fails."""
+    """Measure category by category; finished ones are reported even if the rest fails."""
     from neounify.scenes.bench import names
     from neounify.scenes.bench.runners import plan
 
@@ -195,9 +186,9 @@ def _report(
     from neounify.scenes.bench import write_folder
     from neounify.scenes.bench.run import surroundings, to_report
 
-    found = to_report(outcomes, about | surroundings(started))
+    result = to_report(outcomes, about | surroundings(started))
     try:
-        write_folder(found, outcomes, folder)
+        write_folder(result, outcomes, folder)
     except OSError as error:
         raise WriteError(
             f"the report in {folder} could not be written: {explain_os_error(error)}\n"
@@ -206,12 +197,12 @@ def _report(
         ) from error
     finally:
         if not display.quiet and not display.json:
-            _show(found)
-        display.emit(found.to_json())
+            _show(result)
+        display.emit(result.to_json())
 
 
 def _about(
-    options: EvalOptions, config: BenchConfig, session: Session, subject: PipelineSubject
+    options: EvalOptions, config: BenchConfig, model: LoadedModel, subject: PipelineSubject
 ) -> dict[str, Any]:
     return {
         "world": options.world,
@@ -221,31 +212,29 @@ def _about(
         "batch_size": config.batch_size,
         "think": config.think,
         "sampling": subject.sampling,
-        "model": session.description,
+        "model": model.description,
     }
 
 
 def _show(report: Report) -> None:
-    """The rates and the measures on stdout; attributes are in the files."""
+    """Print rates and measures; attributes are in the files only."""
     from rich.console import Console
 
-    from neounify.cli.display import is_narrow
-
-    # A file or a pipe has no width that cells would have to be folded to.
+    # A file or a pipe has no width to fold cells to.
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
     narrow = is_narrow(console)
     if narrow:
-        typer.echo(f"category (n)\n  {_HEAD}\n  seen in training, held out from it")
+        typer.echo(f"category (n)\n  {_HEAD}\n  seen in training, held out of it")
         for score in report.scores:
             rates = f"seen {score.seen or '-'}, held out {score.held_out or '-'}"
             typer.echo(f"{score.category} ({score.strict.number})\n  {score.strict}\n  {rates}")
     else:
         console.print(_table(report))
     _show_forms(report, console, narrow=narrow)
-    for category, found in report.measures.items():
-        told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        console.print(f"  {category}: {told}", markup=False)
+    for category, measures in report.measures.items():
+        values = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        console.print(f"  {category}: {values}", markup=False)
 
 
 def _show_forms(report: Report, console: Console, *, narrow: bool) -> None:

@@ -1,51 +1,280 @@
-"""`neounify generate`."""
+"""`neounify generate`: images from prompts of the command line or of a JSONL file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neounify.cli.models import resolve_model
+from neounify.cli.batch import (
+    Batch,
+    Outcome,
+    Results,
+    check_lines,
+    finish,
+    job_hash,
+    settings_key,
+)
+from neounify.cli.batch_lines import Line
+from neounify.cli.display import Display, printable
+from neounify.cli.errors import UsageError, WriteError
+from neounify.cli.files import slug, writable_folder
+from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import (
     BatchOptions,
-    GenerateOptions,
+    ImageOutputOptions,
     ModelOptions,
-    PictureOutputOptions,
     ReportOptions,
 )
+from neounify.cli.task_options import EditOptions, GenerateOptions
+from neounify.lock import locked_folder
 from neounify.runtime import lasting_imports
+
+if TYPE_CHECKING:
+    from neounify.cli.images import ImageJob
+    from neounify.cli.records import RecordedImage
+
+OTHER_SUFFIXES = (
+    *(".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".avif", ".heic", ".json"),
+)
+"""Endings of --output, besides .png, that name a file and not a folder."""
 
 
 def generate(
     prompts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PROMPT", help="What to paint, in quotes. Several prompts give several images."
+            metavar="PROMPT",
+            help="Description of the image, in quotes. Several prompts give several images.",
         ),
     ] = None,
     *,
     model: ModelOptions,
     options: GenerateOptions,
-    output: PictureOutputOptions,
+    output: ImageOutputOptions,
     batch: BatchOptions,
     report: ReportOptions,
 ) -> None:
-    """Paint pictures from words.
+    """Generate images from prompts.
 
-    The picture is saved as a PNG in the folder `outputs`, with everything needed to paint
-    it again inside the file and beside it as JSON.
+    Images are saved as PNG in the folder `outputs`. Everything needed to generate one again is
+    inside the file and beside it as JSON.
 
     \b
       neounify generate "a red boat on a calm lake" --model FOLDER
       neounify generate "a cat" "a dog" --size 1024x768 --seed 7 --count 4
-      neounify generate --input prompts.jsonl --output pictures
+      neounify generate --input prompts.jsonl --output images
     """
     resolve_model(model.model)
-    with lasting_imports():
-        from neounify.cli.picture_commands import paint_batch, paint_orders
-
     if batch.input is not None:
-        paint_batch(prompts, (), model, options, output, batch, report)
+        generate_batch(prompts, (), model, options, output, batch, report)
     else:
-        paint_orders(prompts, (), model, options, output, batch, report)
+        generate_prompts(prompts, (), model, options, output, batch, report)
+
+
+def generate_prompts(
+    prompts: list[str] | None,
+    images: Sequence[Path],
+    model: ModelOptions,
+    options: GenerateOptions,
+    output: ImageOutputOptions,
+    batch: BatchOptions,
+    report: ReportOptions,
+) -> None:
+    """Generate or edit for the prompts of the command line, and print where the images are."""
+    with lasting_imports():
+        from neounify.cli.checks import check_image, check_model, note_size
+        from neounify.cli.images import ImageJob, generate_images
+        from neounify.cli.records import check_free, save_image
+        from neounify.pipeline.messages import read_pictures
+
+    if not prompts:
+        raise UsageError("give a PROMPT in quotes, or --input FILE.jsonl")
+    editing = isinstance(options, EditOptions)
+    if editing and not images:
+        raise UsageError("give --image FILE, the image to edit (`generate` needs none)")
+    exact = _exact_file(output, len(prompts) * options.count)
+    config = check_model(model)
+    inputs = read_pictures(images, colour_profiles=model.colour_profiles)
+    for prompt in prompts:
+        check_image(prompt, options, config, inputs)
+    if exact is not None and not output.overwrite:
+        check_free(exact)
+    folder = writable_folder(output.output if exact is None else exact.parent)
+    display = Display(quiet=report.quiet, json=report.json)
+    note_size(options, config, display, inputs)
+    if len(prompts) > 1 and not any(" " in prompt for prompt in prompts):
+        display.note(f"{len(prompts)} prompts, one image each; one prompt needs quotes around it")
+    loaded = open_model(model, display)
+    jobs = [ImageJob(prompt=p, options=options, images=tuple(images)) for p in prompts]
+    size = 1 if editing else batch.batch_size
+    files: list[dict[str, object]] = []
+    start_time = time.perf_counter()
+    for start in range(0, len(jobs), size):
+        chunk = jobs[start : start + size]
+        results = generate_images(loaded, chunk, display, previews=output.previews)
+        for job, result in _each(chunk, results):
+            wanted = exact or folder / _name(job, result)
+            try:
+                path = save_image(result, wanted, overwrite=output.overwrite)
+            except WriteError as error:
+                raise WriteError(f"{error}\n{_what_is_left(files, jobs)}") from error
+            files.append(_entry(path, result))
+            _print_saved(display, path, result)
+    display.say(f"done in {time.perf_counter() - start_time:.1f} s")
+    display.emit({"task": jobs[0].task, "files": files})
+
+
+def generate_batch(
+    prompts: list[str] | None,
+    images: Sequence[Path],
+    model: ModelOptions,
+    options: GenerateOptions,
+    output: ImageOutputOptions,
+    batch: BatchOptions,
+    report: ReportOptions,
+) -> None:
+    """Generate or edit for every line of a JSONL file that no earlier run has finished."""
+    with lasting_imports():
+        from neounify.cli.checks import (
+            check_image,
+            check_jobs_file,
+            check_model,
+            note_size,
+            resolve_sampling,
+        )
+        from neounify.pipeline.messages import read_pictures
+
+    assert batch.input is not None
+    if prompts or images:
+        raise UsageError("give prompts and images on the command line or with --input, not both")
+    check_jobs_file(batch.input)
+    if output.output.suffix.lower() in (".png", *OTHER_SUFFIXES):
+        raise UsageError(f"--output {output.output} names one file; --input needs a folder")
+    config = check_model(model)
+    resolve_sampling(options, config)
+    editing = isinstance(options, EditOptions)
+    folder = writable_folder(output.output)
+    display = Display(quiet=report.quiet, json=report.json)
+
+    def check(line: Line[GenerateOptions]) -> None:
+        check_image(line.prompt, line.options, config, read_pictures(line.paths))
+
+    with locked_folder(folder):
+        results = Results(folder)
+        check_lines(batch.input, options, check, display, results, images=editing)
+        if not editing:
+            note_size(options, config, display)
+        task = ImageLines(open_model(model, display), display, output)
+        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        finish(runner.run(batch.input, options, images=editing), results, display)
+
+
+class ImageLines:
+    """The batch task of `generate` and `edit`: images with their records, saved in a folder."""
+
+    def __init__(self, model: LoadedModel, display: Display, output: ImageOutputOptions) -> None:
+        self._model, self._display, self._output = model, display, output
+
+    def job(self, line: Line[GenerateOptions]) -> str:
+        return job_hash(line, self._model)
+
+    def group(self, line: Line[GenerateOptions]) -> Hashable:
+        # Edits, the lines with images, are generated one at a time.
+        return line.number if line.paths else settings_key(line.options)
+
+    def do(self, lines: Sequence[Line[GenerateOptions]]) -> list[Outcome]:
+        from neounify.cli.images import ImageJob, generate_images
+
+        jobs = [
+            ImageJob(prompt=n.prompt, options=n.options, images=n.paths, job=self.job(n))
+            for n in lines
+        ]
+        results = generate_images(self._model, jobs, self._display, previews=self._output.previews)
+        return [self._save(line, images) for line, images in zip(lines, results, strict=True)]
+
+    def _save(self, line: Line[GenerateOptions], images: Sequence[RecordedImage]) -> Outcome:
+        from neounify.cli.images import settings_record
+        from neounify.cli.records import save_image, sheet_path
+
+        folder = self._output.output
+        stem = f"{line.number:04d}-{slug(line.prompt)}" if line.id is None else slug(str(line.id))
+        files: list[str] = []
+        for image in images:
+            wanted = folder / f"{stem}_s{line.options.seed}_{image.record['index']}.png"
+            path = save_image(image, wanted, overwrite=self._output.overwrite)
+            files.append(path.name)
+            if image.sheet is not None:
+                files.append(sheet_path(path).name)
+        return {
+            "files": files,
+            "seed": line.options.seed,
+            "size": images[0].record["size"],
+            "settings": settings_record(line.options, self._model.pipe.config),
+        }
+
+
+def _exact_file(output: ImageOutputOptions, images: int) -> Path | None:
+    """The one file that --output names, or None when it is a folder."""
+    path = output.output
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix not in (".png", *OTHER_SUFFIXES):
+        return None
+    if suffix != ".png":
+        raise UsageError(f"--output {path}: images are saved as .png, or into a folder")
+    if images > 1:
+        raise UsageError(f"--output {path} names one file for {images} images; name a folder")
+    return path
+
+
+def _what_is_left(files: Sequence[dict[str, object]], jobs: Sequence[ImageJob]) -> str:
+    """Which images were saved before a file could not be written, and how to resume."""
+    count = jobs[0].options.count
+    if not files:
+        return "No image was saved. Free some space or choose another --output, and start again."
+    prompts = [job.prompt for job in jobs[len(files) // count :]]
+    left = " ".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts)
+    return (
+        f"{len(files)} of {len(jobs) * count} images are saved, {files[-1]['file']} last. Free "
+        "some space or choose another --output, and run the command again with the remaining "
+        f"prompts: {left}"
+    )
+
+
+def _name(job: ImageJob, result: RecordedImage) -> str:
+    return f"{slug(job.prompt)}_s{job.options.seed}_{result.record['index']}.png"
+
+
+def _each(
+    jobs: Sequence[ImageJob], results: Sequence[Sequence[RecordedImage]]
+) -> Iterator[tuple[ImageJob, RecordedImage]]:
+    for job, images in zip(jobs, results, strict=True):
+        for image in images:
+            yield job, image
+
+
+def _entry(path: Path, result: RecordedImage) -> dict[str, object]:
+    from neounify.cli.records import sheet_path
+
+    entry: dict[str, object] = {"file": str(path), "record": result.record}
+    if result.sheet is not None:
+        entry["previews"] = str(sheet_path(path))
+    return entry
+
+
+def _print_saved(display: Display, path: Path, result: RecordedImage) -> None:
+    from neounify.cli.records import sheet_path
+
+    record = result.record
+    if record["index"] == 1 and "thought" in record:
+        display.say(f"thought: {printable(record['thought'])}")
+    width, height = record["size"]
+    facts = f"{width}x{height}, seed {record['seed']}, {record['settings']['steps']} steps"
+    display.result(f"saved {path}  ({facts})", path)
+    if result.sheet is not None:
+        display.say(f"saved {sheet_path(path)}  (the image after each step)")

@@ -1,4 +1,4 @@
-"""`neounify provenance`."""
+"""`neounify provenance`: origin metadata and watermarks of image files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neounify.cli.display import Display, printable
+from neounify.cli.errors import explain_os_error
 from neounify.cli.options import ReportOptions
+from neounify.errors import ImageError
 
 if TYPE_CHECKING:
     from neounify.provenance.watermark import Marker
@@ -19,19 +22,16 @@ def provenance(
     *,
     report: ReportOptions,
 ) -> None:
-    """Show what images say of their origin, and whether they carry an invisible mark.
+    """Show the origin metadata of images, and whether they carry an invisible watermark.
 
-    Anybody can write or remove such metadata, and a mark can be washed out: what is found is a
-    hint, what is not found proves nothing. A file that cannot be read is named, the others are
-    shown, and the exit code is 1. Looking for marks needs the extra `watermark`; without it, a
-    line says how to install it.
+    Metadata can be written and removed by anyone, and a watermark can be lost: a result is a hint,
+    and no result proves nothing. Unreadable files are reported on stderr and give exit code 1.
+    Reading watermarks needs the extra `watermark`; without it, a line says how to install it.
 
     \b
       neounify provenance outputs/a-red-boat_s0_1.png
       neounify provenance *.jpg --json
     """
-    from neounify.cli.display import Display
-
     display = Display(quiet=report.quiet, json=report.json)
     marker = _marker(display)
     entries = []
@@ -53,14 +53,12 @@ def _marker(display: Any) -> Marker | None:
     try:
         return Marker()
     except MarkError as error:
-        display.note(f"not looking for marks: {error}")
+        display.note(f"watermarks are not read: {error}")
         return None
 
 
 def _look(path: Path, marker: Marker | None) -> dict[str, Any]:
-    """What one file says, or under `error` why it cannot be read."""
-    from neounify.cli.command import explain_os_error
-    from neounify.errors import ImageError
+    """Metadata and watermark of one file, or under `error` why it cannot be read."""
     from neounify.image.io import read_image
     from neounify.provenance.metadata import read_provenance
 
@@ -81,7 +79,6 @@ def _look(path: Path, marker: Marker | None) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
-    from neounify.errors import ImageError
     from neounify.image.io import MAX_FILE_BYTES
 
     if path.exists() and not path.is_file():
@@ -94,16 +91,14 @@ def _read(path: Path) -> bytes:
 
 
 def _lines(entry: dict[str, Any]) -> list[str]:
-    from neounify.cli.display import printable
-
     lines = [printable(entry["file"])]
-    lines += [printable(f"  {name}: {_said(value)}") for name, value in entry["metadata"].items()]
+    lines += [printable(f"  {name}: {_text(value)}") for name, value in entry["metadata"].items()]
     if not entry["metadata"]:
         lines.append("  no metadata about its origin")
     if "mark" in entry:
-        lines.append(f"  invisible mark: {entry['mark'] or 'none'}")
+        lines.append(f"  invisible watermark: {entry['mark'] or 'none'}")
     return lines
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,8 +1,16 @@
-"""`neounify serve`."""
+"""`neounify serve`: the HTTP server, its engines and its replicas."""
 
 from __future__ import annotations
 
-from neounify.cli.models import resolve_model
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError, UsageError
+from neounify.cli.models import default_device, parse_loras, resolve_model
 from neounify.cli.options import ReportOptions
 from neounify.cli.serve_options import (
     AccessOptions,
@@ -12,7 +20,17 @@ from neounify.cli.serve_options import (
     SafetyOptions,
     ServeModelOptions,
 )
-from neounify.runtime import lasting_imports
+from neounify.extras import missing_extra
+from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
+
+if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
+    from neounify.serve.build import ServeSettings
+    from neounify.serve.http import HttpSettings
+    from neounify.serve.http.hooks import HttpHooks
+    from neounify.serve.run import RunSettings
+
+KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
+MAX_KEYS_BYTES = 2**20
 
 
 def serve(
@@ -25,10 +43,10 @@ def serve(
     replicas: ReplicaOptions,
     report: ReportOptions,
 ) -> None:
-    """Serve a model: an OpenAI-compatible API, and a page for the browser.
+    """Serve a model behind an OpenAI-compatible API, with a web UI.
 
-    Many requests are answered at once; text does not wait behind images. Without --model the
-    small model of the package is served.
+    Requests are batched continuously; image generation never blocks text. Without --model the
+    bundled model is served.
 
     \b
       neounify serve
@@ -36,6 +54,178 @@ def serve(
     """
     resolve_model(model.model)
     with lasting_imports():
-        from neounify.cli.serving import serve_model
+        from neounify.cli.checks import check_device, check_model, check_threads
 
-    serve_model(model, listen, engines, access, safety, replicas, report)
+    try:
+        with lasting_imports():
+            import neounify.serve.run as running
+            from neounify.serve.build import serving_dtype
+    except ImportError as error:
+        raise CliError(missing_extra("servers", "serve", error)) from error
+    check_model(model)
+    check_device(model.generation_device)
+    if replicas.ray_address is None:  # machines of a cluster may have more cores than this one
+        check_threads(model.threads)
+        check_threads(model.generation_threads, "--generation-threads")
+    hooks = _make_hooks(safety)
+    settings = running.RunSettings(
+        serve=_serve_settings(model, engines),
+        http=_http_settings(model, listen, access, safety),
+        host=listen.host,
+        port=listen.port,
+        page=listen.page,
+        drain_seconds=listen.drain_seconds,
+        log_level="warning" if report.quiet else "info",
+    )
+    display = Display(quiet=report.quiet, json=report.json)
+    share_one_arena()
+    keep_freed_memory()
+    if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
+        display.note(f"{listen.host}:{listen.port} accepts requests of any client: no --api-keys")
+    choice = serving_dtype(settings.serve)
+    display.note(f"loading {settings.serve.folder.resolve().name} in {choice}")
+    address = f"http://{listen.host}:{listen.port}"
+    started = partial(_announce, display, address, listen.page)
+    if replicas.replicas == 1 and replicas.ray_address is None:
+        running.run(settings, hooks, started)
+    else:
+        del hooks  # each replica builds its own
+        _run_replicas(settings, replicas, partial(_make_hooks, safety), started)
+
+
+def _run_replicas(
+    settings: RunSettings,
+    options: ReplicaOptions,
+    make_hooks: Callable[[], HttpHooks],
+    started: Callable[[], None],
+) -> None:
+    from neounify.serve import replicas
+
+    serve = settings.serve
+    devices = {serve.device, serve.generation_device or serve.device}
+    gpus = sum(device.startswith("cuda") for device in devices)
+    wanted = replicas.ReplicaSettings(
+        count=options.replicas,
+        cpus=_given(options.replica_cpus, serve.threads or 1),
+        gpus=_given(options.replica_gpus, gpus),
+        address=options.ray_address,
+    )
+    try:
+        replicas.run(settings, wanted, make_hooks, started)
+    except ImportError as error:
+        raise CliError(missing_extra("replicas", "ray", error)) from error
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _make_hooks(safety: SafetyOptions) -> HttpHooks:
+    from neounify.provenance.watermark import Marker
+    from neounify.serve.http.hooks import MarkingHooks
+    from neounify.serve.safety.loading import make_hooks
+
+    return MarkingHooks(
+        make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None
+    )
+
+
+def _announce(display: Display, address: str, page: bool) -> None:
+    if page:
+        display.say(f"web UI {address}, API {address}/v1, API documentation {address}/docs")
+    else:
+        display.say(f"API {address}/v1, API documentation {address}/docs")
+
+
+def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSettings:
+    import torch
+
+    from neounify.serve.build import Mode, ServeSettings
+    from neounify.serve.generation import GenerationSettings
+    from neounify.serve.hosts import WatchSettings
+    from neounify.serve.process import EngineSettings
+    from neounify.serve.service import ServiceLimits
+    from neounify.serve.understanding import UnderstandingSettings
+
+    if model.mode not in get_args(Mode):
+        raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")
+    if model.mode == "colocate":
+        if model.generation_device is not None or model.generation_threads is not None:
+            raise UsageError("--generation-device and --generation-threads need --mode separate")
+        torch.set_num_threads(model.threads or _engine_threads())
+    return ServeSettings(
+        folder=resolve_model(model.model),
+        mode=model.mode,  # type: ignore[arg-type]
+        dtype=model.dtype,
+        device=model.device or default_device(),
+        generation_device=model.generation_device,
+        threads=model.threads,
+        generation_threads=model.generation_threads,
+        lora=tuple(parse_loras(model.lora)),
+        engines=EngineSettings(
+            understanding=UnderstandingSettings(
+                cache_tokens=engines.cache_tokens, prefill_tokens=engines.prefill_tokens
+            ),
+            generation=GenerationSettings(step_tokens=engines.step_tokens),
+        ),
+        limits=ServiceLimits(
+            requests=engines.requests,
+            image_tokens=engines.image_tokens,
+            max_image_tokens=engines.max_image_tokens,
+        ),
+        watch=WatchSettings(step=engines.step_seconds, silence=engines.silence_seconds),
+    )
+
+
+def _engine_threads() -> int:
+    """All cores but one, which is left to HTTP."""
+    return max(1, (os.cpu_count() or 1) - 1)
+
+
+def _http_settings(
+    model: ServeModelOptions, listen: ListenOptions, access: AccessOptions, safety: SafetyOptions
+) -> HttpSettings:
+    from neounify.serve.http.browsers import default_hosts, parse_origin
+    from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
+
+    keys = _read_keys(access.api_keys)
+    hosts = tuple(listen.allowed_host or ())
+    if hosts or not keys:
+        hosts += default_hosts(listen.host)
+    return HttpSettings(
+        model_name=listen.name or resolve_model(model.model).resolve().name,
+        keys=keys,
+        requests_per_minute=access.requests_per_minute,
+        concurrent=access.concurrent,
+        limits=Limits(
+            deadline=access.deadline,
+            steps=access.max_steps,
+            body_bytes=access.max_body_mb * MEBIBYTE,
+        ),
+        remote_hosts=tuple(access.allow_images_from or ()),
+        public_url=listen.public_url,
+        colour_profiles=model.colour_profiles,
+        metadata_prompts=safety.metadata_prompts,
+        allowed_hosts=hosts,
+        cors_origins=tuple(map(parse_origin, listen.cors_origin or ())),
+    )
+
+
+def _read_keys(file: Path | None) -> dict[str, str]:
+    from neounify.serve.http.settings import parse_keys
+
+    text = os.environ.get(KEYS_VARIABLE, "")
+    if file is not None:
+        if not file.is_file():
+            raise CliError(
+                f"--api-keys {file}: {'not a file' if file.exists() else 'no such file'}"
+            )
+        if (size := file.stat().st_size) > MAX_KEYS_BYTES:
+            raise CliError(f"--api-keys {file}: {size} bytes, at most {MAX_KEYS_BYTES} are read")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CliError(f"--api-keys {file} is not UTF-8 text") from error
+        if not parse_keys(text):
+            raise CliError(f"--api-keys {file} holds no key; write one name:key per line")
+    return parse_keys(text)

@@ -1,14 +1,21 @@
-"""`neounify train`."""
+"""`neounify train`: run the stages of a recipe, or export a saved state."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neounify.cli.display import Display
+from neounify.cli.errors import CliError
+from neounify.cli.models import default_device
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions
-from neounify.runtime import lasting_imports
+from neounify.lock import locked_folder
+from neounify.runtime import keep_freed_memory, lasting_imports
+
+if TYPE_CHECKING:
+    from neounify.train.recipe import Recipe
 
 
 def train(
@@ -18,7 +25,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the run; out/NAME of the recipe by default.",
+            help="Folder of the run. Default: out/NAME of the recipe.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -26,27 +33,27 @@ def train(
         str | None,
         typer.Option(
             metavar="auto|DIR",
-            help="Go on from the newest saved state of the run's folder, or from one you name.",
+            help="Resume from the newest saved state of the run's folder, or from the one named.",
         ),
     ] = None,
     stages: Annotated[
         list[str] | None,
-        typer.Option("--stage", metavar="NAME", help="Train only this stage; may be repeated."),
+        typer.Option("--stage", metavar="NAME", help="Train only this stage. May be repeated."),
     ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Train nothing: write the newest state as a bfloat16 checkpoint into DIR.",
+            help="Do not train: write the newest state as a bfloat16 checkpoint into DIR.",
             rich_help_panel=FILES,
         ),
     ] = None,
     place: ThreadOptions,
     report: ReportOptions,
 ) -> None:
-    """Train or fine-tune a model as a recipe says: one command runs all its stages, or one.
+    """Train or fine-tune a model by a recipe: all its stages, or some of them.
 
-    The folder fills with log.jsonl, TensorBoard files, pictures of progress, resumable states,
+    The folder of the run holds log.jsonl, TensorBoard files, sample images, resumable states,
     and model/, a checkpoint in the published layout.
 
     \b
@@ -55,9 +62,93 @@ def train(
       neounify train recipes/scenes.toml --export my-model
     """
     with lasting_imports():
-        from neounify.cli.training import export_newest, run_training
+        from neounify.cli.checks import check_threads
+        from neounify.train.recipe import read_recipe
 
+    check_threads(place.threads)
+    parsed = read_recipe(recipe)
+    folder = out or Path("out") / parsed.name
+    display = Display(quiet=report.quiet, json=report.json)
     if export is not None:
-        export_newest(recipe, out, export, report)
+        _export_newest(parsed, folder, export, display)
         return
-    run_training(recipe, out, resume, stages or [], place, report)
+    with locked_folder(folder):
+        _train(parsed, folder, resume, stages or [], place, display)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    resume: str | None,
+    stages: list[str],
+    place: ThreadOptions,
+    display: Display,
+) -> None:
+    with lasting_imports():
+        import torch
+        from rich.console import Console
+
+        from neounify.checkpoint.load import resolve_device
+        from neounify.train.log import Log
+        from neounify.train.loop import Trainer
+        from neounify.train.preview import Painter
+        from neounify.train.setup import StageSources, starting_model
+        from neounify.train.stages import Progress, stages_to_run
+
+    state = _state(folder, resume, display)
+    device = resolve_device(place.device or default_device())
+    # Unknown stages and unreadable data are reported before a model is loaded.
+    numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
+    sources = StageSources(recipe)
+    for number in numbers:
+        sources.of(recipe.stages[number])
+    if place.threads is not None:
+        torch.set_num_threads(place.threads)
+    keep_freed_memory()
+    log = Log(folder, Console(stderr=True, quiet=display.quiet))
+    start = starting_model(recipe, device, folder)
+    trainer = Trainer(recipe, start, folder, log, Painter(recipe, folder, sources), sources)
+    if state is not None:
+        trainer.resume(state)
+        display.note(f"resuming from {state}")
+    try:
+        trainer.run(only=stages)
+    except KeyboardInterrupt:
+        display.note(f"stopped; run the same command with --resume auto to resume from {folder}")
+        raise
+    display.result(f"saved {folder / 'model'}", folder / "model")
+
+
+def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display) -> None:
+    """Write the newest saved state of a run as a checkpoint. Raises CliError."""
+    import torch
+    from rich.console import Console
+
+    from neounify.train.log import Log
+    from neounify.train.loop import Trainer
+    from neounify.train.setup import starting_model
+    from neounify.train.state import newest_whole_state
+
+    state = newest_whole_state(folder / "states", display.note)
+    if state is None:
+        raise CliError(f"{folder} holds no saved state yet")
+    start = starting_model(recipe, torch.device("cpu"), folder)
+    log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
+    Trainer(recipe, start, folder, log).export_state(state, target, torch.bfloat16)
+    display.result(f"saved {target} from {state.name}", target)
+
+
+def _state(folder: Path, resume: str | None, display: Display) -> Path | None:
+    """The state to resume from. CliError for a new run in the folder of another."""
+    from neounify.train.state import newest_whole_state, saved_states
+
+    if resume is None:
+        if saved_states(folder / "states"):
+            raise CliError(
+                f"{folder} already holds a run; continue it with --resume auto, or choose another "
+                "--out"
+            )
+        return None
+    if resume == "auto":
+        return newest_whole_state(folder / "states", display.note)
+    return Path(resume)

@@ -1,4 +1,4 @@
-"""The record every painted PNG carries, and the same beside it as JSON."""
+"""Saved images: a PNG with its generation record inside, and the same record beside it as JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from neounify.provenance.metadata import CHUNK, encode_image
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A painted image, its record, and the sheet of its previews if one was wanted."""
+class RecordedImage:
+    """A generated image, its record, and its contact sheet of previews if one was asked for."""
 
     image: Image.Image
     record: dict[str, Any]
@@ -26,17 +26,17 @@ class Picture:
 
 
 def to_png(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
-    """A lossless PNG that says a model made it, the record in its text chunk `neounify`."""
+    """A PNG with provenance metadata and the record in its text chunk `neounify`."""
     return encode_image(image, "png", record or {})
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a PNG that this package painted. Raises CliError for any other file."""
-    wanted = "give the folder of a model, or a PNG that neounify generated"
+    """The record of a PNG that neounify generated. Raises CliError for any other file."""
+    advice = "give the folder of a model, or a PNG that neounify generated"
     if not path.exists():
-        raise CliError(f"{path} is not there; {wanted}")
+        raise CliError(f"{path} is not an existing file or folder; {advice}")
     if not path.is_file():
-        raise CliError(f"{path} is neither a file nor a folder; {wanted}")
+        raise CliError(f"{path} is neither a file nor a folder; {advice}")
     try:
         text = read_metadata(path, (CHUNK,)).get(CHUNK)
     except ImageError as error:
@@ -44,7 +44,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(text, str):
         raise CliError(
             f"{path} has no record: neounify did not generate it as a PNG, or another program "
-            "saved it; `neounify provenance` shows what images of all kinds say"
+            "saved it; `neounify provenance` shows the metadata of any image"
         )
     try:
         record = json.loads(text)
@@ -55,38 +55,38 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def save_picture(picture: Picture, wanted: Path, *, overwrite: bool) -> Path:
-    """Save a PNG and its JSON; where the name is taken, under the next free one.
+def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
+    """Save a PNG and its JSON, under the next free name where `wanted` is taken.
 
-    A name counts as free when what is there is the same job of a batch, cut off last time.
+    A name also counts as free when it holds the same job of a batch that was interrupted.
     """
-    text = (json.dumps(picture.record, ensure_ascii=False, indent=2) + "\n").encode()
+    text = (json.dumps(result.record, ensure_ascii=False, indent=2) + "\n").encode()
     for path in candidates(wanted):
         beside = path.with_suffix(".json")
-        if overwrite or _is_same_job(beside, picture.record):
+        if overwrite or _is_same_job(beside, result.record):
             write_whole(beside, text)
         elif path.exists() or not write_new(beside, text):
             continue
         try:
-            write_whole(path, to_png(picture.image, picture.record))
+            write_whole(path, to_png(result.image, result.record))
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        if picture.sheet is not None:
-            write_whole(sheet_path(path), to_png(picture.sheet))
+        if result.sheet is not None:
+            write_whole(sheet_path(path), to_png(result.sheet))
         return path
     raise AssertionError("names never run out")
 
 
 def check_free(path: Path) -> None:
-    """CliError when saving a picture under exactly this name would replace something."""
+    """CliError when saving an image under exactly this name would replace a file."""
     for taken in (path, path.with_suffix(".json")):
         if taken.exists():
-            raise CliError(f"{taken} is already there; choose another name, or add --overwrite")
+            raise CliError(f"{taken} already exists; choose another name, or add --overwrite")
 
 
 def sheet_path(path: Path) -> Path:
-    """Where the previews of a picture go."""
+    """The path of an image's contact sheet."""
     return path.with_name(f"{path.stem}.previews.png")
 
 
@@ -94,8 +94,8 @@ def _is_same_job(beside: Path, record: dict[str, Any]) -> bool:
     if "job" not in record:
         return False
     try:
-        there = json.loads(beside.read_bytes())
+        existing = json.loads(beside.read_bytes())
     except (OSError, ValueError):
         return False
-    same = ("job", "index")
-    return isinstance(there, dict) and all(there.get(k) == record.get(k) for k in same)
+    keys = ("job", "index")
+    return isinstance(existing, dict) and all(existing.get(k) == record.get(k) for k in keys)

@@ -1,4 +1,4 @@
-"""A JSONL file of jobs: bounded, every line either a job or a reason why not."""
+"""Reading a JSONL file of prompts, with bounds: every line is a job or the reason it is none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from neounify.cli.errors import CliError
-from neounify.cli.options import ChatOptions, GenerateOptions
+from neounify.cli.task_options import ChatOptions, GenerateOptions
 
 MAX_LINE_BYTES = 2**20
 
@@ -22,7 +22,7 @@ Options_co = TypeVar("Options_co", bound=GenerateOptions | ChatOptions, covarian
 
 @dataclass(frozen=True)
 class Line(Generic[Options_co]):
-    """One line's job. `images` are as written; `paths` lead to them."""
+    """The job of one line. `images` are as written, `paths` relative to the file's folder."""
 
     number: int
     id: str | int | None
@@ -34,7 +34,7 @@ class Line(Generic[Options_co]):
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no job, and why."""
+    """A line that cannot be processed, and why."""
 
     number: int
     reason: str
@@ -42,7 +42,7 @@ class BadLine:
 
 
 def count_lines(path: Path) -> int:
-    """How many lines of the file hold something."""
+    """The number of lines that are not blank."""
     return sum(1 for _ in _raw_lines(path))
 
 
@@ -51,7 +51,7 @@ def read_lines(path: Path, defaults: Options, *, images: bool) -> Iterator[Line[
 
     A line without a seed gets the default seed plus its line number - 1, so that a line's
     result does not depend on how often the batch was interrupted. `images` says whether
-    lines may name pictures; relative paths start at the file's folder.
+    lines may name images; relative paths start at the file's folder.
     """
     for number, raw in _raw_lines(path):
         identity: str | int | None = None
@@ -92,12 +92,12 @@ def _parse(raw: bytes | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CliError(f"the line is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise CliError('the line is not a JSON object, as {"prompt": "a red boat"}')
+        raise CliError('the line is not a JSON object such as {"prompt": "a red boat"}')
     return document
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _identity(document: dict[str, Any]) -> str | int | None:
@@ -141,8 +141,8 @@ def _override(defaults: Options, fields: dict[str, Any], *, images: bool) -> Opt
     known = {field.name for field in dataclasses.fields(type(defaults))}
     for name in fields:
         if name not in known:
-            own = ["prompt", "id", *(["images"] if images else []), *sorted(known)]
-            raise CliError(f"unknown field {_short(name)}; known are {', '.join(own)}")
+            names = ["prompt", "id", *(["images"] if images else []), *sorted(known)]
+            raise CliError(f"unknown field {_short(name)}; known are {', '.join(names)}")
     values: dict[str, Any] = {}
     for name, value in fields.items():
         plain = _plain(name, value)
@@ -152,7 +152,7 @@ def _override(defaults: Options, fields: dict[str, Any], *, images: bool) -> Opt
             values[name] = float(plain) if float in _kinds(hints[name]) else plain
     sizes = {"size", "width", "height"}
     if values.keys() & sizes:
-        # A line's size replaces the command line's, in whichever way either is written.
+        # A line's size replaces the command line's, however either is written.
         values = dict.fromkeys(known & sizes) | values
     return dataclasses.replace(defaults, **values)
 

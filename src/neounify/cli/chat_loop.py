@@ -1,4 +1,4 @@
-"""A conversation at the terminal: what was said is remembered, answers stream, Ctrl-C stops one."""
+"""Interactive chat at the terminal: keeps its history, streams answers, Ctrl-C stops one."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import PIL.Image
 from neounify.bundled import bundled_model
 from neounify.cli.display import Display
 from neounify.cli.files import candidates, make_folder, write_new
-from neounify.cli.options import ChatOptions
-from neounify.cli.session import Session
+from neounify.cli.models import LoadedModel
+from neounify.cli.task_options import ChatOptions
 from neounify.errors import Cancelled, NeounifyError
 from neounify.image import read_image
 from neounify.text import place_images
 
 HELP = """\
-Type a question and press Enter. Besides:
-  /image FILE   show the model a picture, together with your next question
-  /clear        forget what was said
-  /save [FILE]  save the conversation as JSON
-  /exit         leave (Ctrl-D too)
+Type a question and press Enter. Commands:
+  /image FILE   add an image to the next question
+  /clear        clear the history
+  /save [FILE]  save the chat as JSON
+  /exit         leave (also Ctrl-D)
 Ctrl-C stops an answer."""
 
 
-NO_IMAGE = "(no image is given, so none is seen: --image FILE, or /image FILE, shows one)"
+NO_IMAGE = "(no image is given: add one with --image FILE, or with /image FILE in a chat)"
 
 # Words for images and for looking, in the languages of the published models.
 _ABOUT_IMAGES = re.compile(
@@ -45,36 +45,37 @@ _ABOUT_IMAGES = re.compile(
 def asks_about_image(question: str, model: Path | None) -> bool:
     """Whether a question without an image probably means one.
 
-    The bundled model has nothing else to talk about; of others, what the words say.
+    Always for the bundled model, which answers about images only; for others, by the words.
     """
     bundled = model is None or model.resolve() == bundled_model().resolve()
     return bundled or _ABOUT_IMAGES.search(question) is not None
 
 
-class Conversation:
-    """The turns so far and the loop that adds to them.
+class ChatLoop:
+    """The history of a chat and the loop that adds to it.
 
-    `_messages` mark each of `_pictures` with `<image>`; `_pending` wait for the next question.
+    `_messages` mark each of `_images` with `<image>`; `_pending` images belong to the next
+    question.
     """
 
     def __init__(
-        self, session: Session, options: ChatOptions, display: Display, folder: Path
+        self, model: LoadedModel, options: ChatOptions, display: Display, folder: Path
     ) -> None:
-        self._session, self._options, self._display = session, options, display
+        self._model, self._options, self._display = model, options, display
         self._folder = folder
         self._messages: list[dict[str, str]] = []
-        self._pictures: list[tuple[Path, PIL.Image.Image]] = []
+        self._images: list[tuple[Path, PIL.Image.Image]] = []
         self._pending: list[tuple[Path, PIL.Image.Image]] = []
 
-    def show(self, path: Path, picture: PIL.Image.Image) -> None:
-        """Keep a picture for the next question."""
-        self._pending.append((path, picture))
+    def add_image(self, path: Path, image: PIL.Image.Image) -> None:
+        """Keep an image for the next question."""
+        self._pending.append((path, image))
 
     def run(self) -> None:
         """Read lines until /exit or the end of the input."""
         self._enable_line_editing()
         self._display.note(
-            f"Talking to {self._session.folder.resolve().name}. /help for help, /exit to leave."
+            f"Chatting with {self._model.folder.resolve().name}. /help for help, /exit to leave."
         )
         while True:
             try:
@@ -96,14 +97,14 @@ class Conversation:
 
     def _react(self, line: str) -> None:
         name, _, rest = line.partition(" ")
-        commands = {"/image": self._image, "/clear": self._clear, "/save": self._save}
+        commands = {"/image": self._read_image, "/clear": self._clear, "/save": self._save}
         try:
             if name in commands:
                 commands[name](rest.strip())
             elif name == "/help":
                 self._display.note(HELP)
             elif name.startswith("/"):
-                self._display.note(f"{name} is no command; /help lists them")
+                self._display.note(f"{name} is no command; see /help")
             else:
                 self._answer(line)
         except (NeounifyError, OSError) as error:
@@ -112,15 +113,15 @@ class Conversation:
     def _answer(self, question: str) -> None:
         text = place_images(question, len(self._pending), numbered=False)
         messages = [*self._messages, {"role": "user", "content": text}]
-        pictures = [*self._pictures, *self._pending]
-        if not pictures and not self._messages and asks_about_image(question, self._session.folder):
+        images = [*self._images, *self._pending]
+        if not images and not self._messages and asks_about_image(question, self._model.folder):
             self._display.note(NO_IMAGE)
         pieces: list[str] = []
         with stoppable() as cancel:
             try:
-                stream = self._session.pipe.chat(
+                stream = self._model.pipe.chat(
                     messages,
-                    [picture for _, picture in pictures],
+                    [image for _, image in images],
                     stream=True,
                     cancel=cancel,
                     **self._options.arguments(),
@@ -132,17 +133,17 @@ class Conversation:
                 self._display.write(" (stopped)")
         self._display.write("\n")
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
-        self._pictures, self._pending = pictures, []
+        self._images, self._pending = images, []
 
-    def _image(self, name: str) -> None:
+    def _read_image(self, name: str) -> None:
         path = Path(name.strip("'\"")).expanduser()
-        picture = read_image(path, colour_profiles=self._session.pipe.colour_profiles)
-        self.show(path, picture)
-        self._display.note(f"({picture.width}x{picture.height}; now ask about it)")
+        image = read_image(path, colour_profiles=self._model.pipe.colour_profiles)
+        self.add_image(path, image)
+        self._display.note(f"({image.width}x{image.height}; now ask about it)")
 
     def _clear(self, _: str) -> None:
-        self._messages, self._pictures, self._pending = [], [], []
-        self._display.note("(forgotten)")
+        self._messages, self._images, self._pending = [], [], []
+        self._display.note("(history cleared)")
 
     def _save(self, name: str) -> None:
         wanted = Path(name).expanduser() if name else make_folder(self._folder) / "chat.json"
@@ -153,12 +154,12 @@ class Conversation:
                 return
 
     def _document(self) -> dict[str, Any]:
-        """The conversation as JSON: `messages` and `images` as `Pipeline.chat` takes them."""
+        """The chat as JSON: `messages` and `images` as `Pipeline.chat` takes them."""
         return {
-            "model": self._session.description,
+            "model": self._model.description,
             "settings": self._options.arguments(),
             "messages": self._messages,
-            "images": [str(path) for path, _ in self._pictures],
+            "images": [str(path) for path, _ in self._images],
         }
 
     def _enable_line_editing(self) -> None:

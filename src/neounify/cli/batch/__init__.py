@@ -1,1 +1,0 @@
-"""Batches from a JSONL file: lines read and checked, done together, resumed."""

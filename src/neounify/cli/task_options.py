@@ -1,0 +1,362 @@
+"""Options of the tasks: image generation, text generation, and both together.
+
+A field is an option of the command line and a field of a line of a JSONL batch. None leaves the
+value to the checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from neounify.cli.errors import UsageError
+from neounify.cli.options import IMAGES, TEXT
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How an image is generated."""
+
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            help="Width and height in pixels, as 1024x768.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="With --height, instead of --size.", rich_help_panel=IMAGES
+        ),
+    ] = None
+    height: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="With --width, instead of --size.", rich_help_panel=IMAGES
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Denoising steps: more are slower and give finer images.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="Classifier-free guidance scale; 0 to 1 is none, and twice as fast.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What guidance steers away from; needs --guidance above 1.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LO,HI",
+            help="Guide only for t in this range; 0 is pure noise, 1 the image. Default: 0,1.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|global|channel|cfg_zero_star",
+            help="Rescaling of strong guidance. Default: none.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            help="Timestep shift: above 1, more of the steps are spent at high noise.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            metavar="euler|ab2",
+            help="euler, as published, or ab2: second order, needs fewer steps. Default: euler.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    t_eps: Annotated[
+        float | None,
+        typer.Option(
+            "--t-eps",
+            metavar="E",
+            help="Smallest 1 - t a velocity is divided by. Default: 0.02, or less where the last "
+            "step is shorter.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Random seed: same seed, same image.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = 0
+    think: Annotated[
+        bool,
+        typer.Option(
+            "--think",
+            help="Let the model write a thought first.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = False
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="System message. Default: the checkpoint's.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's image calls, without the seed.
+
+        Raises UsageError for a size or an interval that cannot be read.
+        """
+        width, height = self.dimensions()
+        values = {
+            "width": width,
+            "height": height,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "negative_prompt": self.negative_prompt,
+            "guidance_interval": None if self.interval is None else parse_interval(self.interval),
+            "guidance_norm": self.norm,
+            "shift": self.shift,
+            "solver": self.solver,
+            "t_eps": self.t_eps,
+            "system": self.system,
+            "think": self.think,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def dimensions(self) -> tuple[int | None, int | None]:
+        """(width, height) in pixels, from --size or from --width and --height."""
+        if self.size is None:
+            return self.width, self.height
+        if self.width is not None or self.height is not None:
+            raise UsageError("give --size, or --width and --height, not both")
+        return parse_size(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ImageOptions):
+    """Image generation from a prompt."""
+
+    count: Annotated[
+        int,
+        typer.Option(
+            "--count",
+            "-n",
+            metavar="N",
+            help="Different images per prompt.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = 1
+    max_think_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Maximum length of the thought, with --think.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | {"images_per_prompt": self.count}
+        if self.max_think_tokens is not None:
+            values["max_think_tokens"] = self.max_think_tokens
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGuidanceOptions(ImageOptions):
+    """Guidance by input images."""
+
+    image_guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="Guidance scale of the input images; 1 is none.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    published_interval: Annotated[
+        bool,
+        typer.Option(
+            "--published-interval",
+            help="As in the published code: an --interval that starts at 0 never ends.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | {"published_interval": self.published_interval}
+        if self.image_guidance is not None:
+            values["image_guidance"] = self.image_guidance
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(ImageGuidanceOptions, GenerateOptions):
+    """Image editing: generation from input images and an instruction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How text is generated."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Maximum length of the answer, in tokens.", rich_help_panel=TEXT
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="Sampling temperature; 0 is greedy.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Nucleus sampling: sample from the most likely tokens with this total "
+            "probability.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Sample from the K most likely tokens only.", rich_help_panel=TEXT
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Drop tokens with less than this fraction of the most likely token's "
+            "probability. Default: 0, none.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Above 1, tokens that already occurred become less likely.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+
+    def text_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's text calls."""
+        values = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(TextOptions):
+    """How a question is answered."""
+
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End the answer before this text. May be repeated.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Random seed, for a --temperature above 0. Default: a new one each time.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None
+    think: Annotated[
+        bool,
+        typer.Option("--think", help="Let the model write a thought first.", rich_help_panel=TEXT),
+    ] = False
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System message.", rich_help_panel=TEXT),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's chat calls."""
+        values = self.text_arguments() | {"think": self.think}
+        others = {"stop": self.stop, "seed": self.seed, "system": self.system}
+        return values | {name: value for name, value in others.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryOptions(ImageGuidanceOptions, TextOptions):
+    """Options of interleaved answers."""
+
+    max_images: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Maximum number of images; the text continues after the last one. Default: 10.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | self.text_arguments()
+        if self.max_images is not None:
+            values["max_images"] = self.max_images
+        return values
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from "1024x768". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(low, high) from "0.1,0.9". Raises UsageError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"interval {text!r} is not LO,HI, such as 0.1,0.9") from None
+    return low, high
