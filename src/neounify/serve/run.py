@@ -19,7 +19,7 @@ from neounify.serve.build import ServeSettings, build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.connections import server_config
-from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.http.media import HttpHooks
 from neounify.serve.service import Service
 
 

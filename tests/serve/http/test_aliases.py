@@ -15,9 +15,9 @@ from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.request import PaintRequest, size_of_shape
 from neounify.serve.http import create_app
-from neounify.serve.http.aliases import ALIASES, WRAPPED
 from neounify.serve.http.chat_schema import ChatBody
-from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.fields import ALIASES, WRAPPED
+from neounify.serve.http.image_request import ImageBody
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
 

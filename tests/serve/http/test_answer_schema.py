@@ -9,7 +9,9 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
 from neounify.serve.http import create_app
-from neounify.serve.http.answer_schema import ChatCompletion, Health, Images, ModelCard, ModelList
+from neounify.serve.http.app import Health, ModelCard, ModelList
+from neounify.serve.http.chat_schema import ChatCompletion
+from neounify.serve.http.images import Images
 from support.scripted_service import Scripted
 
 CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"

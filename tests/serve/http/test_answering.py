@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from neounify.serve.events import ServiceEvent, TextPiece
-from neounify.serve.http.answering import merge
+from neounify.serve.http.streaming import merge
 
 closed: list[str] = []
 

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
 from neounify.serve.http import HttpSettings, create_app
-from neounify.serve.http.browsers import default_hosts, parse_origin
+from neounify.serve.http.middleware import default_hosts, parse_origin
 from support.http_server import openai_client
 from support.scripted_service import Scripted
 

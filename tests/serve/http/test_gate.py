@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from neounify.errors import ConfigError
 from neounify.serve.events import Finished, ServiceEvent, ServiceRequest, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app, parse_keys
-from neounify.serve.http.accounts import TokenBucket
+from neounify.serve.http.settings import TokenBucket
 from support.http_server import openai_client, running, wait_until
 from support.scripted_service import Scripted
 

@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError
 from neounify.pipeline.chatting import ChatRequest
-from neounify.serve.http import HttpSettings, create_app, remote
-from neounify.serve.http.remote import ImageFetcher, is_public
+from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http.image_urls import ImageFetcher, is_public
 from support.http_server import png
 from support.scripted_service import Scripted
 
@@ -188,7 +188,7 @@ def test_private_addresses_of_named_hosts_are_refused(monkeypatch: pytest.Monkey
 
 
 def test_the_server_fetches_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.ImageFetcher, "_address", lambda *_: to_address())
+    monkeypatch.setattr(ImageFetcher, "_address", lambda *_: to_address())
     service = Scripted()
     with neighbour() as (port, _):
         url = f"http://{HOST}:{port}/picture.png"

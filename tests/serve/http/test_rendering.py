@@ -20,8 +20,8 @@ from neounify.serve.events import (
     TextPiece,
     TokenLogProb,
 )
-from neounify.serve.http import chat_turns, create_app, rendering, sse
-from neounify.serve.http.rendering import INLINE_BYTES
+from neounify.serve.http import chat_request, create_app, streaming
+from neounify.serve.http.streaming import INLINE_BYTES
 from support.scripted_service import Scripted
 
 CHAT, COMPLETIONS, IMAGES = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"
@@ -33,7 +33,7 @@ NOISE: Any = {"modalities": ["text", "image"]}
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     """(on the event loop, bytes) of every piece of JSON that is written."""
     pieces: list[tuple[bool, int]] = []
-    render, sse_event = JSONResponse.render, sse.sse
+    render, sse_event = JSONResponse.render, streaming.sse
 
     def noted(data: bytes) -> bytes:
         pieces.append((threading.current_thread() in Answers.loops, len(data)))
@@ -46,8 +46,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
         return noted(sse_event(*args))
 
     monkeypatch.setattr(JSONResponse, "render", rendered)
-    monkeypatch.setattr(rendering, "sse", event)
-    monkeypatch.setattr("neounify.serve.http.chat_answer.sse", event)
+    monkeypatch.setattr(streaming, "sse", event)
+    monkeypatch.setattr("neounify.serve.http.chat.sse", event)
     return pieces
 
 
@@ -106,13 +106,13 @@ def test_long_messages_are_searched_for_images_in_a_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: list[threading.Thread] = []
-    parts = chat_turns._parts
+    parts = chat_request._parts
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread())
         return parts(*args)
 
-    monkeypatch.setattr(chat_turns, "_parts", noted)
+    monkeypatch.setattr(chat_request, "_parts", noted)
     service = Answers()
     client = TestClient(create_app(service))
     for text, on_loop in (("Hi", True), ("word " * 18_000, False)):

@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 
 from neounify.errors import RequestError
 from neounify.serve.http import HttpSettings, create_app
-from neounify.serve.http.results import ResultStore
+from neounify.serve.http.media import ResultStore
 from support.scripted_service import Scripted
 
 

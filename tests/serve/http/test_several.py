@@ -16,7 +16,7 @@ from neounify.model.layout import Text
 from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
-from neounify.serve.http.answering import answers_in_groups
+from neounify.serve.http.streaming import answers_in_groups
 from neounify.serve.service import Service, ServiceLimits
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END

@@ -11,8 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.serve.events import EngineDied, Finished, TextPiece
-from neounify.serve.http import create_app, sse
-from neounify.serve.http.sse import ALIVE, start_stream
+from neounify.serve.http import create_app, streaming
+from neounify.serve.http.streaming import ALIVE, start_stream
 from support.scripted_service import Script, Scripted
 
 BODY = {"messages": [{"role": "user", "content": "x"}], "stream": True}
@@ -20,7 +20,7 @@ BODY = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 
 @pytest.fixture(autouse=True)
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(streaming, "SILENCE_SECONDS", 0.05)
 
 
 def ask(script: Script) -> tuple[int, str]:

@@ -26,7 +26,7 @@ from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
     from neounify.serve.build import ServeSettings
     from neounify.serve.http import HttpSettings
-    from neounify.serve.http.hooks import HttpHooks
+    from neounify.serve.http.media import HttpHooks
     from neounify.serve.run import RunSettings
 
 KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
@@ -122,7 +122,7 @@ def _given(value: float | None, default: float) -> float:
 
 def _make_hooks(safety: SafetyOptions) -> HttpHooks:
     from neounify.provenance.watermark import Marker
-    from neounify.serve.http.hooks import MarkingHooks
+    from neounify.serve.http.media import MarkingHooks
     from neounify.serve.safety.loading import make_hooks
 
     return MarkingHooks(
@@ -185,7 +185,7 @@ def _engine_threads() -> int:
 def _http_settings(
     model: ServeModelOptions, listen: ListenOptions, access: AccessOptions, safety: SafetyOptions
 ) -> HttpSettings:
-    from neounify.serve.http.browsers import default_hosts, parse_origin
+    from neounify.serve.http.middleware import default_hosts, parse_origin
     from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
 
     keys = _read_keys(access.api_keys)

@@ -1,7 +1,7 @@
 """The HTTP layer: OpenAI's routes over anything that is `Answering`."""
 
 from neounify.serve.http.app import create_app
-from neounify.serve.http.hooks import HttpHooks, MarkingHooks
+from neounify.serve.http.media import HttpHooks, MarkingHooks
 from neounify.serve.http.settings import HttpSettings, Limits, parse_keys
 
 __all__ = [

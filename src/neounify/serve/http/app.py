@@ -1,38 +1,41 @@
-"""The server as one ASGI app, put together from its parts."""
+"""The server as one ASGI app: routes, middleware, the web page, and what describes the server."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import hashlib
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from html import escape
 from pathlib import Path
+from typing import Any, Literal
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, Response
-from prometheus_client import CollectorRegistry
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from neounify.pipeline.trained_sizes import trained_sizes
 from neounify.serve.events import Answering
-from neounify.serve.http import chat_routes, completions, image_routes
-from neounify.serve.http.accounts import Accounts
-from neounify.serve.http.browsers import PAGE_HEADERS, BrowserGuard
-from neounify.serve.http.context import Context
-from neounify.serve.http.docs_page import DOCS_HEADERS, docs_page
-from neounify.serve.http.errors import ApiError, ErrorBody
-from neounify.serve.http.gate import API, Gate
-from neounify.serve.http.handlers import add_handlers
-from neounify.serve.http.hooks import HttpHooks, MarkingHooks
-from neounify.serve.http.info_routes import info_router
-from neounify.serve.http.metrics import HttpMetrics
-from neounify.serve.http.pictures import ImageDecoder
-from neounify.serve.http.remote import ImageFetcher
-from neounify.serve.http.results import ResultStore
-from neounify.serve.http.settings import HttpSettings
+from neounify.serve.http import chat, completions, images
+from neounify.serve.http.context import Context, HttpMetrics, Shared
+from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
+from neounify.serve.http.image_urls import ImageFetcher
+from neounify.serve.http.media import HttpHooks, ImageDecoder, MarkingHooks, ResultStore
+from neounify.serve.http.middleware import API, PAGE_HEADERS, BrowserGuard, Gate
+from neounify.serve.http.settings import Accounts, HttpSettings
+from neounify.serve.http.streaming import AnswerModel
 
+_Responses = dict[int | str, dict[str, Any]]
+"""By status, as FastAPI wants them."""
 DESCRIPTION = (
     "Chat about text and pictures, paint, edit, and answer in text and images. The routes are "
     "OpenAI's; fields called extensions are this server's own."
@@ -95,7 +98,7 @@ def create_app(
     )
     _add_middleware(app, settings, metrics)
     add_handlers(app)
-    routers = (chat_routes.router, completions.router, image_routes.router)
+    routers = (chat.router, completions.router, images.router)
     for router in (*routers, info_router(ready, states)):
         app.include_router(router)
 
@@ -162,3 +165,209 @@ class _Page(Mount):
         if f"{scope.get('path', '')}/".startswith(API):
             return Match.NONE, {}
         return super().matches(scope)
+
+
+class ModelCard(AnswerModel):
+    """The model that is served; `neounify` has its own settings and this server's limits."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    neounify: dict[str, Any]
+
+
+class ModelList(AnswerModel):
+    """All models, of which there is one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(AnswerModel):
+    """Whether the process lives and takes requests.
+
+    `engines` by name: "ready", "starting", "failing" for one that dies again and again and is still
+    being tried, or "stopped".
+    """
+
+    live: bool
+    ready: bool
+    engines: dict[str, str] = Field(default_factory=dict)
+
+
+def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str]]) -> APIRouter:
+    """The routes; `ready` says whether requests would be taken, `states` how the engines are."""
+    router = APIRouter(tags=["server"])
+
+    @router.get("/v1/models", summary="List the model that is served", response_model=ModelList)
+    async def models(context: Shared) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(context)]}
+
+    @router.get(
+        "/v1/models/{name:path}",
+        summary="Describe the model that is served",
+        response_model=ModelCard,
+    )
+    async def model(name: str, context: Shared) -> dict[str, Any]:
+        context.check_model(name)
+        return _model(context)
+
+    @router.get("/health/live", summary="Is the process alive?")
+    async def live() -> dict[Literal["live"], bool]:
+        return {"live": True}
+
+    health_of: dict[int | str, dict[str, Any]] = {
+        status: {"model": Health} for status in (200, 503)
+    }
+
+    @router.get(
+        "/health/ready",
+        summary="Does it take requests?",
+        response_class=JSONResponse,
+        responses=health_of,
+    )
+    @router.get("/health", summary="Both", response_class=JSONResponse, responses=health_of)
+    async def health() -> Response:
+        is_ready = ready()
+        found: dict[str, Any] = {"live": True, "ready": is_ready}
+        if engines := states():
+            found["engines"] = dict(engines)
+        headers = None if is_ready else {"Retry-After": str(math.ceil(RETRY_SECONDS))}
+        return JSONResponse(found, 200 if is_ready else 503, headers)
+
+    @router.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}},
+    )
+    async def metrics(context: Shared) -> Response:
+        text = await asyncio.to_thread(generate_latest, context.metrics.registry)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return router
+
+
+def _model(context: Context) -> dict[str, Any]:
+    """OpenAI's model object, and under `neounify` what a client needs for its settings."""
+    config, limits = context.service.config, context.settings.limits
+    own = config.sampling
+    sizes, pixels = trained_sizes(own)
+    return {
+        "id": context.settings.model_name,
+        "object": "model",
+        "created": context.started,
+        "owned_by": "neounify",
+        "neounify": {
+            "token_side": config.token_size,
+            "image_size": "x".join(map(str, own.image_size)),
+            "trained_sizes": [f"{width}x{height}" for width, height in sizes],
+            "trained_pixels": pixels,
+            "steps": own.steps,
+            "guidance": own.guidance,
+            "image_guidance": own.image_guidance,
+            "shift": own.shift,
+            "limits": {
+                "prompt_chars": limits.prompt_chars,
+                "images": limits.images,
+                "output_pixels": limits.output_pixels,
+                "steps": limits.steps,
+                "n": limits.n,
+                "answer_images": limits.answer_images,
+                "tokens": limits.tokens,
+            },
+        },
+    }
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;width:100%;font-size:.9rem}"
+    "td,th{border-bottom:1px solid #8884;padding:.25rem .5rem;text-align:left;vertical-align:top}"
+    "code{font-size:.95em}:root{color-scheme:light dark}"
+    # On a phone a table's columns would be wider than the screen: cells go below each other.
+    "@media(max-width:40rem){table,tbody,tr,td{display:block}tr:has(th),td:empty{display:none}"
+    "tr{border-bottom:1px solid #8884}td{border:0;padding:.1rem 0}"
+    "h2,h3,p,td{overflow-wrap:anywhere}}"
+)
+
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+DOCS_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+"""Headers of the page: nothing but its own style."""
+
+
+def docs_page(api: Mapping[str, Any]) -> str:
+    """The whole page; it loads nothing from anywhere."""
+    title = escape(api["info"]["title"])
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width">'
+        f"<style>{_STYLE}</style><h1>{title}</h1><p>{escape(api['info']['description'])}</p>"
+        '<p>For programs: <a href="openapi.json">openapi.json</a></p>'
+        + "".join(_operations(api))
+        + "<h2>Types</h2>"
+        + "".join(_types(api))
+        + "</html>"
+    )
+
+
+def _operations(api: Mapping[str, Any]) -> Iterator[str]:
+    for path, methods in api["paths"].items():
+        for method, operation in methods.items():
+            yield f"<h2><code>{method.upper()} {escape(path)}</code></h2>"
+            yield f"<p>{escape(operation.get('summary', ''))}. "
+            yield f"{escape(operation.get('description', ''))}</p>"
+            contents = operation.get("requestBody", {}).get("content", {})
+            for media_type, content in contents.items():
+                yield f"<p>Body: <code>{escape(media_type)}</code></p>"
+                yield _fields(_resolve(content["schema"], api))
+            for media_type, content in operation["responses"]["200"]["content"].items():
+                kind = _type(content.get("schema", {"type": ""}))
+                yield f"<p>Answer: <code>{escape(media_type)}</code> {escape(kind)}</p>"
+
+
+def _types(api: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that bodies and answers are made of, but the bodies themselves."""
+    for name, schema in api["components"]["schemas"].items():
+        if not name.endswith("Body"):
+            yield f"<h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p>"
+            yield _fields(schema)
+
+
+def _fields(schema: Mapping[str, Any]) -> str:
+    required = schema.get("required", ())
+    rows = (
+        f"<tr><td><code>{escape(name)}</code><td>{escape(_type(field))}"
+        f"<td>{_default(name, field, required)}<td>{escape(field.get('description', ''))}"
+        for name, field in schema.get("properties", {}).items()
+    )
+    return f"<table><tr><th>field<th>type<th>default<th>meaning{''.join(rows)}</table>"
+
+
+def _default(name: str, field: Mapping[str, Any], required: list[str]) -> str:
+    if name in required:
+        return "required"
+    default = field.get("default")
+    return "" if default is None else f"<code>{escape(str(default))}</code>"
+
+
+def _type(field: Mapping[str, Any]) -> str:
+    if "enum" in field:
+        return " | ".join(map(str, field["enum"]))
+    if "$ref" in field:
+        return str(field["$ref"]).rsplit("/", 1)[-1]
+    if "anyOf" in field:
+        kinds = (_type(f) for f in field["anyOf"])
+        return " | ".join(k for k in kinds if k != "null")
+    kind = str(field.get("type", "any"))
+    return f"list of {_type(field['items'])}" if kind == "array" and "items" in field else kind
+
+
+def _resolve(schema: Mapping[str, Any], api: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = schema.get("$ref", "").rsplit("/", 1)[-1]
+    found: Mapping[str, Any] = api["components"]["schemas"][name] if name else schema
+    return found

@@ -1,24 +1,149 @@
-"""From the body of a chat completion to what the engines answer."""
+"""Chat bodies turned into requests to the service: images decoded, options checked."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
 
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.messages import read_conversation, read_request
-from neounify.serve.http.chat_schema import ChatBody
-from neounify.serve.http.chat_turns import Turn, read_turns
+from neounify.serve.http.chat_schema import ChatBody, ChatMessage, ImagePart, NamedTool, TextPart
 from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.rendering import off_loop
-from neounify.serve.http.text_options import (
-    check_text_only,
-    for_each_answer,
-    logprobs_of,
-    tools_of,
-)
-from neounify.text.tools import ToolUse
+from neounify.serve.http.media import RequestImages
+from neounify.serve.http.streaming import off_loop
+from neounify.serve.http.text_answers import for_each_answer
+from neounify.text.message import IMAGE_MARK
+from neounify.text.tools import Tool, ToolCall, ToolUse
+
+_HOLD_IMAGES = ("user", "assistant")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: texts and images in their order."""
+
+    role: str
+    pieces: list[str | PIL.Image.Image]
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The text with a mark in each image's place."""
+        return "".join(p if isinstance(p, str) else IMAGE_MARK for p in self.pieces)
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        return [p for p in self.pieces if isinstance(p, PIL.Image.Image)]
+
+    def for_pipeline(self) -> dict[str, Any]:
+        parts = [
+            {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
+            for p in self.pieces
+        ]
+        return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
+
+
+async def read_turns(body: ChatBody, context: Context) -> list[Turn]:
+    """The turns. Raises ApiError for images out of place, and for those that cannot be read."""
+    parts = await off_loop(
+        lambda: [_parts(message, place) for place, message in enumerate(body.messages)],
+        body.text_size,
+    )
+    count = sum(isinstance(part, ImagePart) for own in parts for part in own)
+    images = context.input_images(count, "messages")
+    turns = []
+    for place, (message, own) in enumerate(zip(body.messages, parts, strict=True)):
+        with blame(f"messages.{place}.content"):
+            pieces = [await _read_part(part, images) for part in own]
+        role = "system" if message.role == "developer" else message.role
+        calls = [call.function for call in message.tool_calls or ()]
+        turns.append(
+            Turn(
+                role,
+                _in_lines(pieces) if role == "user" else pieces,
+                tuple(ToolCall(call.name, call.arguments) for call in calls),
+            )
+        )
+    return turns
+
+
+def _parts(message: ChatMessage, place: int) -> list[TextPart | ImagePart]:
+    """The parts of a message. Raises ApiError for images in a role that holds none."""
+    parts = message.parts
+    if message.role not in _HOLD_IMAGES and any(isinstance(p, ImagePart) for p in parts):
+        what = "result of a tool" if message.role == "tool" else f"{message.role} message"
+        raise bad_request(
+            f"messages.{place}.content: a {what} is text; put images into user messages",
+            f"messages.{place}.content",
+        )
+    if message.images and message.role != "assistant":
+        raise bad_request(
+            f"messages.{place}.images: is for earlier answers; put images of a {message.role} "
+            "message into its content",
+            f"messages.{place}.images",
+        )
+    return parts
+
+
+def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image]:
+    """Images in front of a message each end their line, as in the prompts models learn from."""
+    leading = list(itertools.takewhile(lambda p: not isinstance(p, str), pieces))
+    rest = pieces[len(leading) :]
+    if not rest:
+        return pieces
+    return [piece for image in leading for piece in (image, "\n")] + rest
+
+
+async def _read_part(part: TextPart | ImagePart, images: RequestImages) -> str | PIL.Image.Image:
+    if isinstance(part, TextPart):
+        return part.text
+    return await images.read_url(part.image_url.url)
+
+
+def tools_of(body: ChatBody) -> ToolUse:
+    """Which tools may and must be called. Raises ApiError and PromptError for what cannot be."""
+    named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
+    with blame("tools"):
+        tools = tuple(
+            Tool(
+                name=tool.function.name,
+                description=tool.function.description or "",
+                parameters=tool.function.parameters,
+            )
+            for tool in body.tools
+        )
+    return ToolUse(
+        tools=tools,
+        choice="required" if isinstance(body.tool_choice, NamedTool) else body.tool_choice,
+        name=None if named is None else named.function.name,
+        parallel=body.parallel_tool_calls,
+    )
+
+
+def logprobs_of(body: ChatBody) -> int | None:
+    """How many alternatives are reported with every token; None: not even its own."""
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+    return body.top_logprobs if body.logprobs else None
+
+
+def check_text_only(body: ChatBody) -> None:
+    """Raises ApiError for what answers with images do not have."""
+    for name, asked in (
+        ("n", body.n > 1),
+        ("tools", bool(body.tools)),
+        ("response_format", body.response_format.type != "text"),
+        ("logprobs", body.logprobs),
+    ):
+        if asked:
+            raise bad_request(f"{name}: not supported for answers with images", name, "unsupported")
+
 
 DEFAULT_TOKENS = 512
 

@@ -1,22 +1,125 @@
-"""The body of a chat completion: OpenAI's fields, and ours."""
+"""Bodies and answers of chat completions: OpenAI's fields, and ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
-from neounify.serve.http.chat_parts import (
-    AnswerImage,
-    ImagePart,
-    Part,
-    TextPart,
-    answer_parts,
-    text_part,
-)
 from neounify.serve.http.fields import PaintingFields
-from neounify.serve.http.text_fields import Text, TextFields, TokenCount
+from neounify.serve.http.streaming import AnswerModel
+from neounify.serve.http.text_answers import Text, TextFields, TextUsage, TokenCount, TopLogProb
+
+# An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay
+# text, as fetching them is nothing that an answer asks for. Space behind a URL is part of it: two
+# repetitions of space in a row would take quadratic time.
+_MARKDOWN_IMAGE = re.compile(
+    r"!\[[^\[\]]{0,300}\]\(\s*(data:image/[^()]*|[^\s()]{0,500}/v1/results/[\w.-]{20,80}\s*)\)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+class TextPart(BaseModel):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class InputImageUrl(BaseModel):
+    """A data URL, a result of this server, or a URL of a host that the operator allows."""
+
+    url: str
+
+
+class ImagePart(BaseModel):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: InputImageUrl
+
+
+class AnswerImage(BaseModel):
+    """An image beside the text of an earlier answer, as this server gives it."""
+
+    image_url: InputImageUrl
+    text_offset: Annotated[int, Field(ge=0)] | None = None
+
+
+def _canonical(part: Any) -> Any:
+    """The part as OpenAI's chat has it, from the Responses API's and from other clients'."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind in ("input_text", "output_text"):
+        return {"type": "text", "text": part.get("text")}
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    if kind in ("image_url", "input_image", "image"):
+        url = next((part[key] for key in ("image_url", "image", "url") if key in part), None)
+        if url is None and part.get("file_id") is not None:
+            raise ValueError("file_id: this server keeps no files; send the image as a data URL")
+        return {"type": "image_url", "image_url": url if isinstance(url, dict) else {"url": url}}
+    return part
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValidator(_canonical)]
+
+
+def text_part(text: str) -> TextPart:
+    """A piece of text, however long."""
+    return TextPart.model_construct(type="text", text=text)
+
+
+def image_part(url: str) -> ImagePart:
+    """An image by its URL."""
+    return ImagePart(type="image_url", image_url=InputImageUrl(url=url))
+
+
+def answer_parts(
+    content: Sequence[TextPart | ImagePart], images: Sequence[AnswerImage]
+) -> list[TextPart | ImagePart]:
+    """The parts of an earlier answer, in each form in which it was given.
+
+    Images beside a single text stand at their offsets, else behind it; images written in Markdown
+    where they are written. A content that holds images of its own needs no others.
+    """
+    parts = list(content)
+    if not any(isinstance(part, ImagePart) for part in parts):
+        parts = _with_images("".join(p.text for p in parts if isinstance(p, TextPart)), images)
+    return [piece for part in parts for piece in _unwritten(part)]
+
+
+def _with_images(text: str, images: Sequence[AnswerImage]) -> list[TextPart | ImagePart]:
+    parts: list[TextPart | ImagePart] = []
+    begin = 0
+    for image in sorted(images, key=lambda image: _offset(image, text)):
+        end = _offset(image, text)
+        parts += [text_part(text[begin:end]), image_part(image.image_url.url)]
+        begin = end
+    return [*parts, text_part(text[begin:])]
+
+
+def _offset(image: AnswerImage, text: str) -> int:
+    return len(text) if image.text_offset is None else min(image.text_offset, len(text))
+
+
+def _unwritten(part: TextPart | ImagePart) -> Iterator[TextPart | ImagePart]:
+    """A part with its images in Markdown apart from its text."""
+    if isinstance(part, ImagePart):
+        yield part
+        return
+    texts = _MARKDOWN_IMAGE.split(part.text)
+    for place, piece in enumerate(texts):
+        if place % 2:
+            yield image_part(piece)
+        elif piece:
+            yield text_part(piece)
+
 
 Modality = Literal["text", "image"]
 Content = Annotated[str, Field(max_length=64 * 2**20)]
@@ -187,3 +290,93 @@ class ChatBody(TextFields, PaintingFields):
     def paints(self) -> bool:
         """Whether the answer may hold images."""
         return "image" in self.modalities
+
+
+class ImageUrl(AnswerModel):
+    """A picture as a data URL."""
+
+    url: str
+
+
+class ChatImage(AnswerModel):
+    """A painted picture of an answer."""
+
+    type: Literal["image_url"]
+    index: int
+    image_url: ImageUrl
+    text_offset: int = Field(description="Characters of the text that come before it.")
+
+
+class TextContent(AnswerModel):
+    """A piece of text between pictures."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageContent(AnswerModel):
+    """A picture between pieces of text."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class CalledFunction(AnswerModel):
+    """The function that the model calls; `arguments` are JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(AnswerModel):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(AnswerModel):
+    """The answer; `content` is a list of parts where `content_format` asked for it."""
+
+    role: Literal["assistant"]
+    content: str | list[TextContent | ImageContent] | None = Field(
+        description="Null where there is nothing but calls."
+    )
+    refusal: None
+    tool_calls: list[AnswerToolCall] | None = None
+    images: list[ChatImage] | None = None
+    reasoning_content: str | None = Field(None, description="The thought before the answer.")
+
+
+class ChatLogProb(TopLogProb):
+    """A token of the answer, with the natural logarithm of its probability."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class ChatLogProbs(AnswerModel):
+    """The tokens of the answer."""
+
+    content: list[ChatLogProb]
+    refusal: None
+
+
+class ChatChoice(AnswerModel):
+    """One of the `n` answers."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: ChatLogProbs | None
+
+
+class ChatCompletion(AnswerModel):
+    """An answer as a whole."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TextUsage

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -14,17 +14,27 @@ from pydantic import Field
 
 from neounify.pipeline.chatting import CompletionRequest
 from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb
-from neounify.serve.http.answer_schema import EVENTS, Completion
-from neounify.serve.http.body import BoundedRoute
-from neounify.serve.http.choice import Choice
+from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import bad_request
-from neounify.serve.http.log_probs import of_completion
-from neounify.serve.http.rendering import json_response
-from neounify.serve.http.sse import DONE, sse, start_stream
-from neounify.serve.http.text_fields import Alternatives, Text, TextFields
-from neounify.serve.http.text_options import for_each_answer
-from neounify.serve.http.usage import text_usage
+from neounify.serve.http.streaming import (
+    DONE,
+    EVENTS,
+    AnswerModel,
+    json_response,
+    sse,
+    start_stream,
+)
+from neounify.serve.http.text_answers import (
+    Alternatives,
+    Choice,
+    Text,
+    TextFields,
+    TextUsage,
+    for_each_answer,
+    of_completion,
+    text_usage,
+)
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
@@ -63,6 +73,35 @@ class CompletionBody(TextFields):
         if isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
+
+
+class CompletionLogProbs(AnswerModel):
+    """Tokens of a text, the logarithms of their probabilities, and the likeliest in each place."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(AnswerModel):
+    """One continuation; those of the first prompt come first."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: CompletionLogProbs | None
+
+
+class Completion(AnswerModel):
+    """Texts that continue prompts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: TextUsage
 
 
 @router.post(

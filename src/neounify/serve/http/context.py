@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""Shared state of the routes of one server: the service, settings, metrics, limits of a request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import PIL.Image
 from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neounify.pipeline.request import (
     Sampling,
@@ -20,15 +21,44 @@ from neounify.pipeline.request import (
     size_of_shape,
 )
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
-from neounify.serve.http.answering import answer, answers_in_groups
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import AnsweredFields, PaintingFields
-from neounify.serve.http.hooks import HttpHooks
-from neounify.serve.http.metrics import HttpMetrics
-from neounify.serve.http.pictures import ImageDecoder, RequestImages
-from neounify.serve.http.remote import ImageFetcher
-from neounify.serve.http.results import ResultStore
+from neounify.serve.http.image_urls import ImageFetcher
+from neounify.serve.http.media import HttpHooks, ImageDecoder, RequestImages, ResultStore
 from neounify.serve.http.settings import HttpSettings
+from neounify.serve.http.streaming import answer, answers_in_groups
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class HttpMetrics:
+    """The metrics of one server; engines add collectors of their own to the same `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "neounify_http_requests",
+            "HTTP requests by route and status; 499 when the client went away.",
+            ("method", "route", "status"),
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "neounify_http_in_flight", "HTTP requests being read or answered.", registry=registry
+        )
+        self.first_token = Histogram(
+            "neounify_time_to_first_token_seconds",
+            "From a request's hand-over to the engines to its first text, preview or image.",
+            ("task",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.total = Histogram(
+            "neounify_http_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,75 @@
-"""From the fields of an image request to what the engines answer."""
+"""Bodies of image generation and editing, turned into requests to the service."""
 
 from __future__ import annotations
 
-import PIL.Image
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
+import PIL.Image
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+
+from neounify.errors import ImageError
 from neounify.pipeline.request import PaintRequest
+from neounify.serve.http.connections import check_json_type
 from neounify.serve.http.context import Context, new_seed
-from neounify.serve.http.errors import bad_request
-from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.fields import MOST_TEXT, PaintingFields
+from neounify.serve.http.media import RequestImages
+from neounify.serve.http.settings import MEBIBYTE
+
+Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
+
+STEPS_OF_QUALITY: Mapping[str, float] = {
+    "low": 0.25,
+    "medium": 0.5,
+    "high": 1.0,
+    "auto": 1.0,
+    "standard": 1.0,
+    "hd": 1.0,
+}
+"""The share of the checkpoint's own steps."""
+
+
+class ImageBody(PaintingFields):
+    """What to paint; the input pictures of an edit come beside it."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        ("input_fidelity", "moderation", "output_compression", "safety_identifier", "style", "user")
+    )
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "background": ("auto", "opaque"),
+        "complexity": (),
+        "enable_safety_checker": (True,),
+        "frame_count": (),
+        "frame_duration_ms": (),
+        "mask": (),
+        "markup": (),
+        "num_frames": (1,),
+        "prompt_extend": (False,),
+        "strength": (1,),
+        "svg": (),
+        "watermark": (False,),
+    }
+
+    model: str = Field("", max_length=200)
+    prompt: Annotated[str, Field(max_length=MOST_TEXT)]
+    n: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Image i has seed + i and is what that seed paints alone."
+    )
+    quality: Quality = Field(
+        "auto", description="low: a quarter of the checkpoint's steps; medium: half; else all."
+    )
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+
+    def steps_of(self, own: int) -> int:
+        """The steps asked for, of a checkpoint that takes `own` steps by itself."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(STEPS_OF_QUALITY[self.quality] * own))
 
 
 async def read_paint(
@@ -49,3 +111,129 @@ async def read_paint(
         )
         for number in range(body.n)
     ]
+
+
+_MAX_FIELDS = 64
+_IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
+
+
+async def read_edit(
+    request: Request, context: Context
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    """The fields and the images, in order. Raises ApiError, RequestValidationError."""
+    kind = request.headers.get("content-type")
+    if (kind or "").partition(";")[0].strip().lower() == "multipart/form-data":
+        return await _read_form(request, context)
+    check_json_type(
+        kind,
+        "send an edit as multipart/form-data with files, or as application/json with URLs of "
+        "images",
+    )
+    return await _read_json(await request.json(), context)
+
+
+async def _read_form(
+    request: Request, context: Context
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    limits = context.settings.limits
+    async with request.form(
+        max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
+    ) as form:
+        body = _fields(form)
+        items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
+        images = _input_images(len(items), context)
+        pictures = []
+        for item in items:
+            with blame("image"):
+                if isinstance(item, UploadFile):
+                    pictures.append(await images.read(await item.read()))
+                else:
+                    pictures.append(await images.read_url(item))
+    return body, tuple(pictures)
+
+
+async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    if not isinstance(value, dict):
+        raise bad_request("The body must be a JSON object.")
+    names = [name for name in _IMAGE_FIELDS if value.get(name) is not None]
+    if len(names) > 1:
+        raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
+    body = _validated({n: v for n, v in value.items() if n not in _IMAGE_FIELDS})
+    [name] = names or ["images"]
+    given = value.get(name)
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    images = _input_images(len(items), context)
+    pictures = []
+    for place, item in enumerate(items):
+        with blame(f"{name}.{place}" if isinstance(given, list) else name):
+            pictures.append(await images.read_url(_url_of(item)))
+    return body, tuple(pictures)
+
+
+def _input_images(count: int, context: Context) -> RequestImages:
+    if not count:
+        raise bad_request(
+            "image: at least one is needed: a file in a form, or in JSON "
+            '"images": [{"image_url": "data:image/png;base64,…"}]',
+            "image",
+        )
+    return context.input_images(count, "image")
+
+
+def _url_of(item: Any) -> str:
+    """The URL in an entry of `images`: alone, or in the objects that clients write."""
+    for key in ("image_url", "url"):
+        if isinstance(item, dict) and item.get(key) is not None:
+            item = item[key]
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict) and item.get("file_id") is not None:
+        raise ImageError("file_id: this server keeps no files; send the image as a data URL")
+    raise ImageError("an image is a URL, or an object with image_url")
+
+
+def edit_body_schema() -> dict[str, Any]:
+    """Both kinds of body for OpenAPI, which FastAPI does not see."""
+    file = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
+    form = _schema("EditForm", "image", file, "The images to edit, in order; also as `image[]`.")
+    url = {"type": "string", "description": "A data URL, or a URL that this server may fetch."}
+    entry = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    text = "The images to edit, in order; also as `image`, a URL or several."
+    json = _schema("EditBody", "images", entry, text)
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": json}}
+    return {"required": True, "content": content}
+
+
+def _schema(title: str, name: str, item: dict[str, Any], description: str) -> dict[str, Any]:
+    schema = ImageBody.model_json_schema()
+    images = {"description": description, "type": "array", "items": item, "minItems": 1}
+    schema["properties"] |= {name: images}
+    schema["required"] = [*schema["required"], name]
+    schema["title"] = title
+    return schema
+
+
+def _fields(form: FormData) -> ImageBody:
+    """Every field but the pictures. A name that ends in [] is a list."""
+    fields: dict[str, Any] = {}
+    for name in form:
+        values = form.getlist(name)
+        if name in _IMAGE_FIELDS:
+            continue
+        if name.endswith("[]"):
+            fields[name[:-2]] = values
+        elif len(values) > 1:
+            raise bad_request(f"{name[:80]}: given {len(values)} times", name[:80])
+        else:
+            fields[name] = values[0]
+    return _validated(fields)
+
+
+def _validated(fields: dict[str, Any]) -> ImageBody:
+    try:
+        return ImageBody.model_validate(fields)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise RequestValidationError(
+            [e | {"loc": ("body", *e["loc"])} for e in found], body=fields
+        ) from error

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
-from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.http.media import HttpHooks
 from neounify.serve.replicas.replica import Replica
 from neounify.serve.replicas.settings import ReplicaError, ReplicaSettings
 from neounify.serve.run import RunSettings

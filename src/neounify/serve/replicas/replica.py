@@ -15,7 +15,7 @@ from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_o
 from neounify.serve.build import build_service
 from neounify.serve.collector import EngineCollector
 from neounify.serve.http import create_app
-from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.http.media import HttpHooks
 from neounify.serve.run import RunSettings, page_folder
 
 HEADER = "x-neounify-replica"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from neounify.serve.address import bound
-from neounify.serve.http.hooks import HttpHooks
+from neounify.serve.http.media import HttpHooks
 from neounify.serve.replicas.settings import ReplicaSettings
 from neounify.serve.run import RunSettings
 

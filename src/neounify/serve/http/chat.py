@@ -1,4 +1,4 @@
-"""From the engines' events to chat completions, whole or in chunks."""
+"""POST /v1/chat/completions: events of the service as completions, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from starlette.responses import JSONResponse
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
 
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
@@ -22,15 +23,13 @@ from neounify.serve.events import (
     TextPiece,
     ToolCallPiece,
 )
-from neounify.serve.http.chat_schema import ChatBody
-from neounify.serve.http.choice import Choice
-from neounify.serve.http.context import Context
-from neounify.serve.http.facts import facts_of
-from neounify.serve.http.log_probs import of_chat
-from neounify.serve.http.pictures import to_data_url, write_picture
-from neounify.serve.http.rendering import json_response, off_loop
-from neounify.serve.http.sse import DONE, sse
-from neounify.serve.http.usage import text_usage
+from neounify.serve.http.chat_request import read_chat
+from neounify.serve.http.chat_schema import ChatBody, ChatCompletion
+from neounify.serve.http.connections import BoundedRoute
+from neounify.serve.http.context import Context, Shared
+from neounify.serve.http.media import facts_of, to_data_url, write_picture
+from neounify.serve.http.streaming import DONE, EVENTS, json_response, off_loop, sse, start_stream
+from neounify.serve.http.text_answers import Choice, of_chat, text_usage
 
 
 class ChatAnswer:
@@ -263,3 +262,21 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
     """Of answers to one prompt."""
     finished = [choice.finished for choice in choices]
     return text_usage(finished, finished[:1])
+
+
+router = APIRouter(tags=["chat"], route_class=BoundedRoute)
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Continue a conversation, in text or in text and images",
+    response_class=JSONResponse,
+    responses={200: {"model": ChatCompletion, "content": EVENTS}},
+)
+async def chat_completions(body: ChatBody, context: Shared) -> Response:
+    """Text and pictures in; text, or with `modalities: ["text", "image"]` both, out."""
+    requests = await read_chat(body, context)
+    answer = ChatAnswer(body, requests, context)
+    if body.stream:
+        return await start_stream(answer.chunks())
+    return await answer.whole()

@@ -1,4 +1,4 @@
-"""From the engines' events to painted images: in one answer, or as events while they come."""
+"""POST /v1/images/generations and /v1/images/edits; GET /v1/results/NAME."""
 
 from __future__ import annotations
 
@@ -6,18 +6,52 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from neounify.pipeline.request import PaintRequest
+from neounify.pipeline.trained_sizes import size_advice
 from neounify.serve.events import Finished, Painted, Preview, TextPiece
-from neounify.serve.http.context import Context
-from neounify.serve.http.facts import facts_of
-from neounify.serve.http.image_schema import ImageBody
-from neounify.serve.http.pictures import Form, to_base64, write_picture
-from neounify.serve.http.rendering import json_response, sse_of
+from neounify.serve.http.connections import BoundedRoute
+from neounify.serve.http.context import Context, Shared
+from neounify.serve.http.errors import ApiError
+from neounify.serve.http.image_request import ImageBody, edit_body_schema, read_edit, read_paint
+from neounify.serve.http.media import Form, facts_of, to_base64, write_picture
+from neounify.serve.http.streaming import EVENTS, AnswerModel, json_response, sse_of, start_stream
+
+
+class PaintedImage(AnswerModel):
+    """One image: its file in base64, or where to fetch it for a limited time."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    reasoning_content: str | None = None
+
+
+class ImageUsage(AnswerModel):
+    """Tokens of the prompt, which counts once, and of all images."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: dict[Literal["cached_tokens", "image_tokens", "text_tokens"], int]
+    output_tokens_details: dict[Literal["image_tokens", "text_tokens"], int]
+
+
+class Images(AnswerModel):
+    """Painted images."""
+
+    created: int
+    data: list[PaintedImage]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: str
+    size: str
+    usage: ImageUsage
 
 
 class ImagesAnswer:
@@ -142,3 +176,58 @@ class ImagesAnswer:
             "output_tokens_details": {"image_tokens": images, "text_tokens": text},
             "total_tokens": prompt + images + text,
         }
+
+
+router = APIRouter(tags=["images"], route_class=BoundedRoute)
+_IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EVENTS}}
+
+
+@router.post(
+    "/v1/images/generations",
+    summary="Paint images of a prompt",
+    response_class=JSONResponse,
+    responses=_IMAGES,
+)
+async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
+    """In one answer, or with `stream` as events with partial images."""
+    return await _paint(body, await read_paint(body, (), context), request, context)
+
+
+@router.post(
+    "/v1/images/edits",
+    summary="Paint an image from pictures and an instruction",
+    response_class=JSONResponse,
+    responses=_IMAGES,
+    openapi_extra={"requestBody": edit_body_schema()},
+)
+async def edits(request: Request, context: Shared) -> Response:
+    """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
+    body, images = await read_edit(request, context)
+    return await _paint(body, await read_paint(body, images, context), request, context)
+
+
+@router.get(
+    "/v1/results/{name}",
+    summary="Fetch an image",
+    response_class=Response,
+    responses={200: {"content": {"image/*": {}}, "description": "The image's file"}},
+)
+async def results(name: str, context: Shared) -> Response:
+    """An image that was painted with `response_format: "url"`; its name is the permission."""
+    result = context.results.get(name)
+    if result is None:
+        raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
+    seconds = context.results.seconds_left(result)
+    headers = {"Cache-Control": f"private, max-age={seconds}"}
+    return Response(result.data, media_type=result.media_type, headers=headers)
+
+
+async def _paint(
+    body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
+) -> Response:
+    answer = ImagesAnswer(body, requests, context)
+    response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)
+    advice = size_advice(context.service.config, requests[0].width, requests[0].height)
+    if advice is not None:
+        response.headers["Neounify-Warning"] = advice
+    return response
