@@ -111,7 +111,7 @@ def _run(
 
 
 def _module(source: str) -> Any:
-    """The module of a file, by its path: pytest's names of test modules hold only in its process."""
+    """The module of a file; pytest's own names of test modules hold only in its process."""
     name = f"_ranks_{Path(source).stem}"
     spec = importlib.util.spec_from_file_location(name, source)
     assert spec is not None
