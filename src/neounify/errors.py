@@ -1,5 +1,7 @@
 """The errors raised on purpose; each message says what is wrong and what would be right."""
 
+from __future__ import annotations
+
 
 class NeounifyError(Exception):
     """Base of all errors raised on purpose; a command line prints it without a traceback."""
@@ -17,11 +19,19 @@ class TokenizerError(NeounifyError, ValueError):
     """Tokenizer files are missing, damaged or lack a token the model needs."""
 
 
-class ImageError(NeounifyError, ValueError):
-    """A picture cannot be read, is too large, or has a size that is not allowed."""
+class InputError(NeounifyError, ValueError):
+    """What a caller gave cannot be used; `param` names the parameter at fault, if it is one."""
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
-class PromptError(NeounifyError, ValueError):
+class ImageError(InputError):
+    """An image cannot be read, is too large, or has a size that is not allowed."""
+
+
+class PromptError(InputError):
     """A prompt or a message list cannot be turned into model input."""
 
 
@@ -29,8 +39,8 @@ class ContextFullError(PromptError):
     """The next tokens of a sequence would stand beyond the model's context."""
 
 
-class RequestError(NeounifyError, ValueError):
-    """A sampling parameter is out of its range."""
+class RequestError(InputError):
+    """A parameter of a request is out of its range, or unknown."""
 
 
 class Cancelled(NeounifyError):

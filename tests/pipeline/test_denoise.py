@@ -13,11 +13,11 @@ from neounify.cache import SequenceCache
 from neounify.config.presets import TINY
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import velocity
+from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import make_solver
 from neounify.model import NeoUnify
 from neounify.pipeline.denoise import PaintJob, make_job
-from neounify.pipeline.request import Sampling
 
 
 def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJob:
@@ -73,7 +73,7 @@ def test_the_standing_first_step_of_zero_star_is_not_extrapolated() -> None:
     [(80, 1.0), (400, 1.0), (400, 3.0), (8, 3.0), (1000, 1e-3), (2, 1e-3), (1000, 1e3)],
 )
 def test_the_last_step_ends_in_the_clean_prediction(steps: int, shift: float) -> None:
-    job = _started(Sampling(steps=steps, shift=shift, guidance=Guidance(text=1.0)))
+    job = _started(ResolvedSampling(steps=steps, shift=shift, guidance=Guidance(text=1.0)))
     clean = torch.full_like(job.z, 0.25)
     while not job.done:
         job.move({"cond": clean})
@@ -82,7 +82,7 @@ def test_the_last_step_ends_in_the_clean_prediction(steps: int, shift: float) ->
 
 def test_a_given_t_eps_clamps_as_published() -> None:
     """80 steps without a shift: the last 1 - t is 0.0125, and 62.5 % of the way is gone."""
-    job = _started(Sampling(steps=80, shift=1.0, guidance=Guidance(text=1.0), t_eps=0.02))
+    job = _started(ResolvedSampling(steps=80, shift=1.0, guidance=Guidance(text=1.0), t_eps=0.02))
     for _ in range(79):
         job.move({"cond": torch.ones_like(job.z)})
     before, t = job.z, timesteps(80, 1.0)[79].item()
@@ -93,7 +93,7 @@ def test_a_given_t_eps_clamps_as_published() -> None:
     assert float((job.z - before).mean() / (1 - before).mean()) == pytest.approx(0.625, abs=1e-3)
 
 
-def _started(sampling: Sampling) -> PaintJob:
+def _started(sampling: ResolvedSampling) -> PaintJob:
     model = NeoUnify(TINY).eval()
     cache = SequenceCache(TINY, 1, dtype=torch.float32, device=torch.device("cpu"))
     noise: Tensor = torch.randn(

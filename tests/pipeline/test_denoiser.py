@@ -9,18 +9,19 @@ import pytest
 import torch
 
 import neounify
+from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.neo import Hidden
 from neounify.pipeline import denoiser
 from neounify.pipeline.denoise import PaintJob
 from neounify.pipeline.denoiser import Denoiser
 from neounify.pipeline.painting import branch_prompt
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 
 
 def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object) -> PaintJob:
     engine = pipe.engine
-    sampling = make_sampling(pipe.config, editing=False, steps=steps, **options)  # type: ignore[arg-type]
+    sampling = ImageSampling(steps=steps, **options).resolve(pipe.config, editing=False)  # type: ignore[arg-type]
     request = PaintRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
     branches = sampling.guidance.branches()
     read = engine.read([branch_prompt(engine, request, b) for b in branches], [[]] * len(branches))

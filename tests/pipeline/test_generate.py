@@ -182,6 +182,12 @@ def test_bad_arguments(
         pipe.generate("a boat", **{"width": 64, "height": 64, "steps": 1} | arguments)
 
 
+@pytest.mark.parametrize("name", ["image_guidance", "published_interval", "stpes"])
+def test_names_that_are_no_arguments(pipe: neounify.Pipeline, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        pipe.generate("a boat", **{name: 1})  # type: ignore[call-overload]
+
+
 def test_bad_prompts(pipe: neounify.Pipeline) -> None:
     for prompt in ("", "   ", "a <image> without one", "nul \0"):
         with pytest.raises(PromptError):

@@ -9,8 +9,8 @@ import torch
 
 import neounify
 from neounify.errors import ContextFullError, RequestError
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart, interleaving
-from neounify.pipeline.request import make_sampling
 from neounify.text.template import TextSegment
 from support.scripted_sampler import script_sampler
 
@@ -109,7 +109,7 @@ def test_the_answer_ends_where_the_context_does(
     request = interleaving.InterleaveRequest(
         prompt="tell",
         sizes=[(64, 32)],
-        sampling=make_sampling(pipe.config, editing=True),
+        sampling=ImageSampling().resolve(pipe.config, editing=True),
     )
     prompt = interleaving.turn_prompt(pipe.engine, request, "cond")
     used = sum(len(s.ids) for s in prompt.segments if isinstance(s, TextSegment))

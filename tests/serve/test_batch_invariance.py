@@ -14,9 +14,10 @@ import torch
 
 import neounify
 from neounify.bundled import bundled_model
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.service import Service
@@ -31,14 +32,14 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.06}
 
 
 def _image(pipe: neounify.Pipeline, prompt: str, seed: int, *, think: bool = False) -> PaintRequest:
-    sampling = make_sampling(pipe.config, editing=False, steps=10 + seed)
+    sampling = ImageSampling(steps=10 + seed).resolve(pipe.config, editing=False)
     return PaintRequest(
         prompt=prompt, width=64, height=64, sampling=sampling, seed=seed, think=think
     )
 
 
 def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
-    sampling = make_sampling(pipe.config, editing=True, steps=10)
+    sampling = ImageSampling(steps=10).resolve(pipe.config, editing=True)
     return InterleaveRequest(
         prompt=STORY, sizes=[(64, 64)], sampling=sampling, max_images=2, max_new_tokens=60, seed=3
     )

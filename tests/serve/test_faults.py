@@ -13,9 +13,10 @@ import pytest
 
 import neounify
 from neounify.errors import ImageError, PromptError, RequestError
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import CompletionRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, Draining, EngineDied, Overloaded
 from neounify.serve.generation import GenerationEngine
@@ -28,7 +29,7 @@ from support.serving import collect, same_image, serve
 
 
 def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> PaintRequest:
-    sampling = make_sampling(pipe.config, editing=False, steps=steps)
+    sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
     options: dict[str, Any] = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
     return PaintRequest(**(options | values))
 

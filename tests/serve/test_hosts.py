@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import neounify
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import make_chat_request
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import EngineDied
 from neounify.serve.generation import GenerationEngine
@@ -30,7 +31,7 @@ from support.serving import collect, same_image, serve
 
 
 def painting(pipe: neounify.Pipeline, steps: int) -> PaintRequest:
-    sampling = make_sampling(pipe.config, editing=False, steps=steps)
+    sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
     return PaintRequest(prompt="a boat", width=64, height=64, sampling=sampling)
 
 

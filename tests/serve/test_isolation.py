@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import neounify
-from neounify.pipeline.request import make_sampling
+from neounify.flow.sampling import ImageSampling
 from neounify.serve.events import OutOfMemory
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import (
@@ -185,7 +185,7 @@ def painting(
     config = pipe.config
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
     prefix = transport.pack({"keys": torch.zeros(shape), "values": torch.zeros(shape)})
-    sampling = make_sampling(config, editing=False, steps=2, guidance=1.0)
+    sampling = ImageSampling(steps=2, guidance=1.0).resolve(config, editing=False)
     parcel = transport.pack({"noise": noise})
     return Paint(call, parcel, GRID, sampling, {"cond": Prefix(prefix, 3)}, previews)
 
@@ -236,7 +236,7 @@ def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify
     transport = LocalTransport()
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     order = painting(pipe, 1, transport, noise_of(pipe, 1))
-    sampling = make_sampling(pipe.config, editing=False, steps=2)
+    sampling = ImageSampling(steps=2).resolve(pipe.config, editing=False)
     early = Paint(1, order.noise, GRID, sampling, {**order.prefixes, "uncond": "uncond"}, 0)
     engine.submit(early)
     assert failure(answers(engine)[1]) == "EngineDied"

@@ -15,10 +15,11 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
+from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
@@ -53,7 +54,7 @@ def pipe() -> neounify.Pipeline:
 @pytest.fixture(scope="module")
 def requests(pipe: neounify.Pipeline) -> dict[str, ServiceRequest]:
     def painting(**values: Any) -> PaintRequest:
-        sampling = make_sampling(pipe.config, editing="images" in values, steps=3)
+        sampling = ImageSampling(steps=3).resolve(pipe.config, editing="images" in values)
         return PaintRequest(prompt="a boat", width=64, height=64, sampling=sampling, **values)
 
     return {
@@ -72,7 +73,7 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
         options: dict[str, Any] = {"max_images": 1, "max_new_tokens": 4, "seed": 2}
         parts = pipe.interleave(prompt, [PICTURE], **options, width=64, height=64, steps=2)
         if any(isinstance(part, ImagePart) for part in parts):
-            sampling = make_sampling(pipe.config, editing=True, steps=2)
+            sampling = ImageSampling(steps=2).resolve(pipe.config, editing=True)
             return InterleaveRequest(
                 prompt=prompt, sizes=[(64, 64)], sampling=sampling, images=[PICTURE], **options
             )

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import neounify
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import ThreadHost
@@ -51,7 +52,9 @@ async def until_painting(service: Service, tasks: Sequence[asyncio.Task[Any]]) -
 
 def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipeline) -> None:
     """Two edits fill the cache with their prompts; a chat begins and ends while they paint."""
-    sampling = make_sampling(pipe.config, editing=True, steps=600, guidance=3, image_guidance=2)
+    sampling = ImageSampling(steps=600, guidance=3, image_guidance=2).resolve(
+        pipe.config, editing=True
+    )
     edits = [
         PaintRequest(
             prompt="x" * 60, width=64, height=64, sampling=sampling, images=(PICTURE,), seed=seed
@@ -89,7 +92,7 @@ def test_answers_do_not_depend_on_room(
         return opens if best % 16 == 0 else best
 
     script_sampler(monkeypatch, opens_images)
-    sampling = make_sampling(pipe.config, editing=True, steps=2)
+    sampling = ImageSampling(steps=2).resolve(pipe.config, editing=True)
     requests: list[ServiceRequest] = [
         InterleaveRequest(
             prompt=f"Tell {n}", sizes=[(128, 96)], sampling=sampling, max_new_tokens=40, seed=n
@@ -126,7 +129,7 @@ def test_a_story_that_outgrows_the_cache_ends_there(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script_sampler(monkeypatch, lambda logits: pipe.engine.token("<img>"))
-    sampling = make_sampling(pipe.config, editing=True, steps=2)
+    sampling = ImageSampling(steps=2).resolve(pipe.config, editing=True)
     story = InterleaveRequest(
         prompt="Tell", sizes=[(256, 256)], sampling=sampling, max_new_tokens=16
     )

@@ -18,11 +18,12 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
+from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
 from neounify.pipeline.messages import read_request
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
@@ -42,7 +43,7 @@ def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> 
     options: dict[str, Any] = {
         "width": 128,
         "height": 96,
-        "sampling": make_sampling(pipe.config, editing=bool(values.get("images")), steps=6),
+        "sampling": ImageSampling(steps=6).resolve(pipe.config, editing=bool(values.get("images"))),
     }
     return PaintRequest(prompt=prompt, **(options | values))
 
@@ -122,12 +123,16 @@ def test_long_prompts_are_read_in_pieces(pipe: neounify.Pipeline) -> None:
 
 
 def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.Pipeline) -> None:
-    editing = make_sampling(pipe.config, editing=True, steps=5, guidance=3, image_guidance=2)
+    editing = ImageSampling(steps=5, guidance=3, image_guidance=2).resolve(
+        pipe.config, editing=True
+    )
     requests = [
         painting(pipe, seed=3),
         painting(pipe, "two", width=64, height=64, count=2),
         painting(pipe, "thoughtful", think=True, max_think_tokens=8),
-        painting(pipe, "unguided", sampling=make_sampling(pipe.config, editing=False, guidance=1)),
+        painting(
+            pipe, "unguided", sampling=ImageSampling(guidance=1).resolve(pipe.config, editing=False)
+        ),
         painting(pipe, "change", images=(PICTURE,), sampling=editing),
         painting(pipe, "both", images=(PICTURE, OTHER)),
         *[painting(pipe, f"boat {n}", seed=n) for n in range(10)],
@@ -174,7 +179,9 @@ def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None
 
 
 def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
-    editing = make_sampling(pipe.config, editing=True, steps=4, guidance=3, image_guidance=2)
+    editing = ImageSampling(steps=4, guidance=3, image_guidance=2).resolve(
+        pipe.config, editing=True
+    )
     requests = [
         painting(pipe, seed=3, negative_prompt="blurry"),
         painting(pipe, seed=3),
@@ -240,7 +247,7 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
     return InterleaveRequest(
         prompt="Tell",
         sizes=[(64, 64), (96, 64)],
-        sampling=make_sampling(pipe.config, editing=True, steps=3),
+        sampling=ImageSampling(steps=3).resolve(pipe.config, editing=True),
         images=[OTHER],
         max_images=2,
         max_new_tokens=24,
@@ -296,7 +303,9 @@ def test_stories_alternate_as_in_the_pipeline(
 ) -> None:
     _open_images(pipe, monkeypatch)
     plain = _story(pipe)
-    sampling = make_sampling(pipe.config, editing=True, steps=3, guidance=3, image_guidance=2)
+    sampling = ImageSampling(steps=3, guidance=3, image_guidance=2).resolve(
+        pipe.config, editing=True
+    )
     negative = dataclasses.replace(plain, sampling=sampling, negative_prompt="blurry")
     steered: dict[str, Any] = {"guidance": 3, "image_guidance": 2, "negative_prompt": "blurry"}
     for story, options in ((plain, {}), (negative, steered)):

@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.decode.sampling import SamplingSettings
-from neounify.pipeline.request import make_sampling
+from neounify.flow.sampling import ImageSampling
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import (
     Cancel,
@@ -39,7 +39,7 @@ def paint(pipe: neounify.Pipeline, call: int, grid: tuple[int, int], steps: int)
     keys, values = (torch.randn(shape, generator=random) for _ in range(2))
     noise = torch.randn(1, grid[0] * grid[1], 3 * config.token_size**2, generator=random)
     prefix = Prefix(LocalParcel({"keys": keys, "values": values}), 3)
-    sampling = make_sampling(config, editing=False, steps=steps, guidance=1.0)
+    sampling = ImageSampling(steps=steps, guidance=1.0).resolve(config, editing=False)
     return Paint(call, LocalParcel({"noise": noise}), grid, sampling, {"cond": prefix}, 0)
 
 

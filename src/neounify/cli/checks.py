@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,15 +31,15 @@ from neounify.cli.task_options import (
 from neounify.config import ModelConfig
 from neounify.decode import SamplingSettings
 from neounify.errors import PromptError, RequestError
+from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, Sampling, make_sampling, output_size
-from neounify.pipeline.request import SamplingOptions as SamplingKeywords
+from neounify.pipeline.request import PaintRequest, output_size
 from neounify.pipeline.trained_sizes import size_advice
 from neounify.text.message import Message
 from neounify.text.template import place_images
 
-_SAMPLING = SamplingKeywords.__annotations__.keys()
+_SAMPLING = tuple(field.name for field in fields(ImageSampling))
 _TEXT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _COMMON = ("system", "negative_prompt")
 
@@ -158,10 +159,10 @@ def check_story(
     _check_system(options.system)
 
 
-def resolve_sampling(options: ImageOptions, config: ModelConfig) -> Sampling:
+def resolve_sampling(options: ImageOptions, config: ModelConfig) -> ResolvedSampling:
     """The sampling settings with the checkpoint's defaults resolved. Raises RequestError."""
     given = _chosen(options.arguments(), _SAMPLING)
-    return make_sampling(config, editing=isinstance(options, ImageGuidanceOptions), **given)
+    return ImageSampling(**given).resolve(config, editing=isinstance(options, ImageGuidanceOptions))
 
 
 def note_size(

@@ -14,6 +14,13 @@ import typer
 
 from neounify.cli.errors import UsageError
 from neounify.cli.options import IMAGES, TEXT
+from neounify.flow.sampling import ImageSampling, knob_doc
+
+
+def _knob(name: str, metavar: str | None, *flags: str) -> Any:
+    """The option of one field of ImageSampling, described by the sentence of the field."""
+    help = knob_doc(ImageSampling, name)
+    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=IMAGES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +47,8 @@ class ImageOptions:
             metavar="PIXELS", help="With --width, instead of --size.", rich_help_panel=IMAGES
         ),
     ] = None
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Denoising steps: more are slower and give finer images.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="G",
-            help="Classifier-free guidance scale; 0 to 1 is none, and twice as fast.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
+    steps: Annotated[int | None, _knob("steps", "N")] = None
+    guidance: Annotated[float | None, _knob("guidance", "G")] = None
     negative_prompt: Annotated[
         str | None,
         typer.Option(
@@ -64,48 +57,11 @@ class ImageOptions:
             rich_help_panel=IMAGES,
         ),
     ] = None
-    interval: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LO,HI",
-            help="Guide only for t in this range; 0 is pure noise, 1 the image. Default: 0,1.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            metavar="none|global|channel|cfg_zero_star",
-            help="Rescaling of strong guidance. Default: none.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    shift: Annotated[
-        float | None,
-        typer.Option(
-            metavar="S",
-            help="Timestep shift: above 1, more of the steps are spent at high noise.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            metavar="euler|ab2",
-            help="euler, as published, or ab2: second order, needs fewer steps. Default: euler.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    t_eps: Annotated[
-        float | None,
-        typer.Option(
-            "--t-eps",
-            metavar="E",
-            help="Smallest 1 - t a velocity is divided by. Default: 0.02, or less where the last "
-            "step is shorter.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
+    interval: Annotated[str | None, _knob("guidance_interval", "LO,HI")] = None
+    norm: Annotated[str | None, _knob("guidance_norm", "none|global|channel|cfg_zero_star")] = None
+    shift: Annotated[float | None, _knob("shift", "S")] = None
+    solver: Annotated[str | None, _knob("solver", "euler|ab2")] = None
+    t_eps: Annotated[float | None, _knob("t_eps", "E", "--t-eps")] = None
     seed: Annotated[
         int,
         typer.Option(
@@ -196,21 +152,9 @@ class GenerateOptions(ImageOptions):
 class ImageGuidanceOptions(ImageOptions):
     """Guidance by input images."""
 
-    image_guidance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="M",
-            help="Guidance scale of the input images; 1 is none.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
+    image_guidance: Annotated[float | None, _knob("image_guidance", "M")] = None
     published_interval: Annotated[
-        bool,
-        typer.Option(
-            "--published-interval",
-            help="As in the published code: an --interval that starts at 0 never ends.",
-            rich_help_panel=IMAGES,
-        ),
+        bool, _knob("published_interval", None, "--published-interval")
     ] = False
 
     def arguments(self) -> dict[str, Any]:

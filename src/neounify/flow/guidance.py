@@ -4,17 +4,19 @@ Velocities are those of single images, [tokens, 3·C²]. v_c sees the whole prom
 v_i only its images, v_u nothing.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 from neounify.errors import RequestError
 
+if TYPE_CHECKING:  # `flow.sampling` is read by command lines, which do not wait for torch.
+    from torch import Tensor
+
 Branch = Literal["cond", "image", "uncond"]
 Norm = Literal["none", "global", "channel", "cfg_zero_star"]
-Velocities = dict[Branch, Tensor]
+Velocities = dict[Branch, "Tensor"]
 EPS = 1e-8
 
 
@@ -42,16 +44,22 @@ class Guidance:
     def __post_init__(self) -> None:
         low, high = self.interval
         if not 0 <= low <= high <= 1:
-            raise RequestError(f"guidance_interval {self.interval} must be 0 <= low <= high <= 1")
+            raise RequestError(
+                f"guidance_interval {self.interval} must be 0 <= low <= high <= 1",
+                param="guidance_interval",
+            )
         if self.norm not in get_args(Norm):
             raise RequestError(
-                f"guidance_norm {self.norm!r} is unknown; known: {', '.join(get_args(Norm))}"
+                f"guidance_norm {self.norm!r} is unknown; known: {', '.join(get_args(Norm))}",
+                param="guidance_norm",
             )
         if self.editing and self.norm == "cfg_zero_star":
-            raise RequestError("guidance_norm 'cfg_zero_star' is for text-to-image only")
+            raise RequestError(
+                "guidance_norm 'cfg_zero_star' is for text-to-image only", param="guidance_norm"
+            )
         for name, value in (("guidance", self.text), ("image_guidance", self.image)):
             if not 0 <= value < float("inf"):
-                raise RequestError(f"{name} must be a number from 0 up, got {value}")
+                raise RequestError(f"{name} must be a number from 0 up, got {value}", param=name)
 
     def branches(self) -> tuple[Branch, ...]:
         """The prefixes a guided step needs, the conditional one first."""
@@ -85,7 +93,7 @@ class Guidance:
         """The guided velocity of one image from those of its branches."""
         cond = v["cond"]
         if self.zeroes(first_step=first_step):
-            return torch.zeros_like(cond)
+            return cond.new_zeros(cond.shape)
         if self.norm == "cfg_zero_star":
             uncond = v["uncond"] * _projection(cond, v["uncond"])
             return uncond + self.text * (cond - uncond)

@@ -4,11 +4,14 @@ Each is stepped from outside (`step`), so that requests with different schedules
 can share the evaluations of v.
 """
 
-from typing import Literal, Protocol, get_args
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from neounify.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SolverName = Literal["euler", "ab2"]
 
@@ -64,8 +67,14 @@ SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {
 }
 
 
+def check_solver(name: str) -> None:
+    """Raise RequestError for an unknown name."""
+    if name not in get_args(SolverName):
+        known = ", ".join(SOLVERS)
+        raise RequestError(f"solver {name!r} is unknown; known: {known}", param="solver")
+
+
 def make_solver(name: str) -> Solver:
     """A fresh solver; RequestError for an unknown name."""
-    if name not in get_args(SolverName):
-        raise RequestError(f"solver {name!r} is unknown; known: {', '.join(SOLVERS)}")
+    check_solver(name)
     return SOLVERS[name]()  # type: ignore[index]

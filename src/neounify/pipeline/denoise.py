@@ -12,10 +12,11 @@ from torch import Tensor
 from neounify.cache import SequenceCache
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import clean_from_velocity, velocity
+from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.solvers import Solver, make_solver
 from neounify.image.patches import unpatchify
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.request import Sampling, image_noise_scale
+from neounify.pipeline.request import image_noise_scale
 
 
 @dataclass(eq=False)
@@ -87,7 +88,7 @@ def make_job(
     noise: Float[Tensor, "n ccc"],
     grid: tuple[int, int],
     prefixes: dict[Branch, SequenceCache],
-    sampling: Sampling,
+    sampling: ResolvedSampling,
 ) -> PaintJob:
     """An image to be painted behind its prefixes, from scaled noise."""
     return PaintJob(

@@ -14,13 +14,13 @@ from neounify.checkpoint.residency import Residency
 from neounify.decode import Generation, ModelInput, decode, forward_und
 from neounify.errors import Cancelled, ContextFullError, PromptError, not_finite
 from neounify.flow.guidance import Branch
+from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.denoise import PaintJob, make_job
 from neounify.pipeline.denoiser import Denoiser
 from neounify.pipeline.front import Front
 from neounify.pipeline.grouping import groups
-from neounify.pipeline.request import Sampling
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
 from neounify.text.template import ImageSegment, Prompt
 from neounify.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ class Engine(Front):
         noise: Tensor,
         grid: tuple[int, int],
         prefixes: dict[Branch, SequenceCache],
-        sampling: Sampling,
+        sampling: ResolvedSampling,
     ) -> PaintJob:
         """An image to be painted behind its prefixes, from scaled noise [tokens, 3·C²]."""
         return make_job(self.model, noise, grid, prefixes, sampling)

@@ -18,18 +18,14 @@ from neounify.decode.sampling import SamplingSettings, SamplingState
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
+from neounify.flow.sampling import ResolvedSampling
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.painting import edit_images
-from neounify.pipeline.request import (
-    Sampling,
-    check_negative_prompt,
-    check_seed,
-    image_noise_scale,
-)
+from neounify.pipeline.request import check_negative_prompt, check_seed, image_noise_scale
 from neounify.pipeline.results import (
     ImagePart,
     InterleavePart,
@@ -61,7 +57,7 @@ class InterleaveRequest:
 
     prompt: str
     sizes: Sequence[tuple[int, int]]
-    sampling: Sampling
+    sampling: ResolvedSampling
     images: Sequence[PIL.Image.Image] = ()
     max_images: int = 10
     max_new_tokens: int = 2048

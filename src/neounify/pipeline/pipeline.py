@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -15,8 +16,7 @@ from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
 from neounify.decode.sampling import SamplingSettings
 from neounify.errors import RequestError
-from neounify.flow.guidance import Norm
-from neounify.flow.solvers import SolverName
+from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling
 from neounify.image.io import Source
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.chatting import (
@@ -33,8 +33,6 @@ from neounify.pipeline.painting import Callback, paint, to_result
 from neounify.pipeline.request import (
     MAX_THINK_TOKENS,
     PaintRequest,
-    SamplingOptions,
-    make_sampling,
     output_size,
     output_sizes,
     per_prompt,
@@ -175,71 +173,59 @@ class Pipeline:
         *,
         width: int | None = None,
         height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_norm: Norm = "none",
-        shift: float | None = None,
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
         negative_prompt: str | Sequence[str] = "",
         think: bool = False,
         max_think_tokens: int = MAX_THINK_TOKENS,
-        solver: SolverName = "euler",
-        t_eps: float | None = None,
         system: str | None = None,
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
+        **sampling: Unpack[GenerateKnobs],
     ) -> PaintResult:
-        """Paint one prompt or a batch of different ones.
+        """Generate images of one prompt or of a batch of different ones.
 
         `width` and `height` are in pixels, multiples of the token side; a size the model was not
-        trained at is a SizeWarning, here and in all calls that generate images. `seed` is one for
-        all prompts or one per prompt; an image depends only on its prompt and seed. `noise`
-        [prompts · images_per_prompt, 3, H, W], already times σ, replaces the draw.
-        `negative_prompt`, one for all or one per prompt, is what guidance steers away from.
-        `guidance` (0 to 1: none) acts for t inside `guidance_interval`, with `guidance_norm` none,
-        global, channel or cfg_zero_star; `shift` bends the time schedule towards noise; `t_eps` is
-        the smallest 1 - t a velocity is divided by (default: 0.02, or the last step's 1 - t where
-        that is smaller). With `think` the model first writes a plan. `system` None is the
-        checkpoint's own message. `callback` is called after every step.
+        trained at is a SizeWarning, here and in all calls that generate images. `seed`, one for
+        all prompts or one per prompt, is below 2^64; an image depends only on its prompt and seed.
+        `noise` [prompts · images_per_prompt, 3, H, W], already times σ, replaces the draw.
+        `negative_prompt`, one for all or one per prompt, is what guidance steers away from. With
+        `think` the model first writes a plan. `system` None is the checkpoint's own message.
+        `callback` is called after every step.
+
+        The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's own value:
+        `steps`; `guidance` (0 to 1: none), which acts for t inside `guidance_interval` (0 to 1),
+        with `guidance_norm` none, global, channel or cfg_zero_star; `shift`; `solver` euler or
+        ab2; `t_eps`. TypeError for names that are unknown, or that only edits have.
         """
+        if unknown := sorted(sampling.keys() - GenerateKnobs.__annotations__.keys()):
+            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
-            raise RequestError("the list of prompts is empty")
-        sampling = make_sampling(
-            self.config,
-            editing=False,
-            steps=steps,
-            shift=shift,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            guidance_norm=guidance_norm,
-            solver=solver,
-            t_eps=t_eps,
-        )
+            raise RequestError("the list of prompts is empty", param="prompt")
         size = output_size(self.config, width, height)
         warn_untrained(self.config, *size)
-        seeds = per_prompt(seed, len(prompts), "seed")
-        noises = split_noise(noise, len(prompts))
-        negatives = per_prompt(negative_prompt, len(prompts), "negative_prompt")
-        each = zip(prompts, seeds, noises, negatives, strict=True)
+        request = PaintRequest(
+            prompt=prompts[0],
+            width=size[0],
+            height=size[1],
+            sampling=ImageSampling(**sampling).resolve(self.config, editing=False),
+            count=images_per_prompt,
+            think=think,
+            max_think_tokens=max_think_tokens,
+            system=system,
+        )
+        each = zip(
+            prompts,
+            per_prompt(seed, len(prompts), "seed"),
+            split_noise(noise, len(prompts)),
+            per_prompt(negative_prompt, len(prompts), "negative_prompt"),
+            strict=True,
+        )
         requests = [
-            PaintRequest(
-                prompt=text,
-                width=size[0],
-                height=size[1],
-                sampling=sampling,
-                seed=own_seed,
-                noise=own_noise,
-                count=images_per_prompt,
-                think=think,
-                max_think_tokens=max_think_tokens,
-                system=system,
-                negative_prompt=negative,
-            )
-            for text, own_seed, own_noise, negative in each
+            replace(request, prompt=text, seed=one_seed, noise=one_noise, negative_prompt=negative)
+            for text, one_seed, one_noise, negative in each
         ]
         return self._paint(requests, callback, cancel)
 
@@ -259,7 +245,7 @@ class Pipeline:
         system: str | None = None,
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **sampling: Unpack[EditKnobs],
     ) -> PaintResult:
         """Paint a new image from one or more pictures and an instruction.
 
@@ -279,7 +265,7 @@ class Pipeline:
             prompt=prompt,
             width=size[0],
             height=size[1],
-            sampling=make_sampling(self.config, editing=True, **sampling),
+            sampling=ImageSampling(**sampling).resolve(self.config, editing=True),
             images=tuple(pictures),
             seed=seed,
             noise=noise,
@@ -310,7 +296,7 @@ class Pipeline:
         think: bool = False,
         system: str = "",
         cancel: threading.Event | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **sampling: Unpack[EditKnobs],
     ) -> Iterator[InterleavePart]:
         """Answer with text and images by turns; an iterator of parts.
 
@@ -334,7 +320,7 @@ class Pipeline:
             prompt=text,
             history=history,
             sizes=sizes,
-            sampling=make_sampling(self.config, editing=True, **sampling),
+            sampling=ImageSampling(**sampling).resolve(self.config, editing=True),
             images=pictures,
             negative_prompt=negative_prompt,
             max_images=max_images,

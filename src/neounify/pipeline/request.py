@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import PIL.Image
 import torch
@@ -14,101 +14,16 @@ from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.errors import ImageError, PromptError, RequestError
-from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.noise import initial_noise, noise_scale
-from neounify.flow.path import sampling_t_eps
-from neounify.flow.schedule import timesteps
-from neounify.flow.solvers import SolverName, make_solver
+from neounify.flow.sampling import ResolvedSampling
 from neounify.image.patches import patchify
 from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size
 from neounify.text.template import check_negative
 
 T = TypeVar("T", int, str)
 
-MAX_STEPS = 1000
-MAX_SHIFT = 1000
-"""Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
 MAX_IMAGES_PER_PROMPT = 64
 MAX_THINK_TOKENS = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How an image is sampled. Raises RequestError for values out of range.
-
-    `steps` denoising steps; `shift` S of the time schedule; `t_eps` the smallest 1 - t a
-    velocity is divided by, None for `flow.path.sampling_t_eps`.
-    """
-
-    steps: int
-    shift: float
-    guidance: Guidance = field(default_factory=Guidance)
-    solver: SolverName = "euler"
-    t_eps: float | None = None
-
-    def __post_init__(self) -> None:
-        make_solver(self.solver)
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise RequestError(f"steps must be from 1 to {MAX_STEPS}, got {self.steps}")
-        if not 1 / MAX_SHIFT <= self.shift <= MAX_SHIFT:
-            raise RequestError(
-                f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, 1 is none, got {self.shift}"
-            )
-        if self.t_eps is not None and not 0 < self.t_eps <= 1:
-            raise RequestError(f"t_eps must be above 0 and at most 1, got {self.t_eps}")
-
-    def times(self) -> list[float]:
-        return timesteps(self.steps, self.shift).tolist()
-
-    def effective_t_eps(self) -> float:
-        """`t_eps`, or the default for these times."""
-        return sampling_t_eps(self.times()[-2]) if self.t_eps is None else self.t_eps
-
-
-class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of `make_sampling`, which every painting call takes."""
-
-    steps: int | None
-    shift: float | None
-    guidance: float | None
-    image_guidance: float | None
-    guidance_interval: tuple[float, float]
-    published_interval: bool
-    guidance_norm: Norm
-    solver: SolverName
-    t_eps: float | None
-
-
-def make_sampling(
-    config: ModelConfig,
-    *,
-    editing: bool,
-    steps: int | None = None,
-    shift: float | None = None,
-    guidance: float | None = None,
-    image_guidance: float | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    published_interval: bool = False,
-    guidance_norm: Norm = "none",
-    solver: SolverName = "euler",
-    t_eps: float | None = None,
-) -> Sampling:
-    """The settings a caller asked for; None stands for the checkpoint's own default."""
-    own = config.sampling
-    return Sampling(
-        steps=own.steps if steps is None else steps,
-        shift=own.shift if shift is None else shift,
-        guidance=Guidance(
-            text=own.guidance if guidance is None else guidance,
-            image=own.image_guidance if image_guidance is None else image_guidance,
-            interval=guidance_interval,
-            norm=guidance_norm,
-            editing=editing,
-            published_interval=published_interval,
-        ),
-        solver=solver,
-        t_eps=t_eps,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +38,7 @@ class PaintRequest:
     prompt: str
     width: int
     height: int
-    sampling: Sampling
+    sampling: ResolvedSampling
     images: tuple[PIL.Image.Image, ...] = ()
     seed: int = 0
     noise: Float[Tensor, "count 3 height width"] | None = None
@@ -167,7 +82,7 @@ def image_noise_scale(grid: tuple[int, int], config: ModelConfig) -> float:
     return noise_scale(grid[0] * grid[1], config.flow)
 
 
-def check_negative_prompt(text: str, sampling: Sampling) -> None:
+def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
     """RequestError unless the text is a negative prompt that guidance can steer away from."""
     if not isinstance(text, str):
         raise RequestError(f"negative_prompt must be text, not {type(text).__name__}")

@@ -18,7 +18,7 @@ from neounify.decode.sampler import LogProbs
 from neounify.decode.sampling import SamplingSettings
 from neounify.errors import NeounifyError
 from neounify.flow.guidance import Branch
-from neounify.pipeline.request import Sampling
+from neounify.flow.sampling import ResolvedSampling
 from neounify.serve.events import OutOfMemory
 from neounify.serve.transport import Parcel, free
 
@@ -139,7 +139,7 @@ class Paint:
     call: int
     noise: Parcel
     grid: tuple[int, int]
-    sampling: Sampling
+    sampling: ResolvedSampling
     prefixes: Mapping[Branch, Prefix | str]
     previews: int
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from neounify import errors
 from neounify.decode.sampling import SamplingSettings
 from neounify.flow.guidance import Branch
-from neounify.pipeline.request import Sampling
+from neounify.flow.sampling import ResolvedSampling
 from neounify.serve.events import DeadlineExceeded, EngineDied, OutOfMemory, ParcelGone
 from neounify.serve.link import Call, EngineLink, answer_or_raise
 from neounify.serve.messages import (
@@ -193,7 +193,7 @@ class Session:
         self,
         noise: Tensor,
         grid: tuple[int, int],
-        sampling: Sampling,
+        sampling: ResolvedSampling,
         prefixes: Mapping[Branch, Prefix | str],
         previews: int,
     ) -> AsyncIterator[tuple[Seen | Done, Tensor]]:

@@ -146,6 +146,7 @@ def test_bad_chat_fields(fields: dict[str, Any], param: str) -> None:
         ({"guidance": -1}, "guidance"),
         ({"guidance_interval": [0.9, 0.1]}, "guidance_interval"),
         ({"shift": 0}, "shift"),
+        ({"t_eps": 0}, "t_eps"),
         ({"solver": "rk4"}, "solver"),
         ({"partial_images": 4}, "partial_images"),
         ({"response_format": "url", "stream": True}, "response_format"),

@@ -86,6 +86,7 @@ def test_every_extension_arrives(client: openai.OpenAI, service: Scripted) -> No
             "guidance_norm": "global",
             "guidance_interval": [0.1, 0.9],
             "solver": "ab2",
+            "t_eps": 0.01,
             "think": True,
         },
     )
@@ -94,6 +95,8 @@ def test_every_extension_arrives(client: openai.OpenAI, service: Scripted) -> No
     assert (guidance.text, guidance.image, guidance.norm) == (3.5, 1.5, "global")
     assert guidance.interval == (0.1, 0.9)
     assert (request.sampling.shift, request.sampling.solver) == (2.0, "ab2")
+    assert request.sampling.t_eps == 0.01
+    assert not guidance.published_interval
     assert request.think
     assert (request.width, request.height) == TINY.sampling.image_size
 
@@ -148,13 +151,19 @@ def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
     answer = client.images.edit(
         prompt="Make it blue.",
         image=("in.png", png("red", (64, 32))),
-        extra_body={"image_guidance": 1.5, "guidance_interval": [0.0, 0.5], "seed": 4},
+        extra_body={
+            "image_guidance": 1.5,
+            "guidance_interval": [0.0, 0.5],
+            "published_interval": True,
+            "seed": 4,
+        },
     )
     request = painted(service)
     assert [i.getpixel((0, 0)) for i in request.images] == [(255, 0, 0)]
     assert request.sampling.guidance.editing
     assert request.sampling.guidance.image == 1.5
     assert request.sampling.guidance.interval == (0.0, 0.5)
+    assert request.sampling.guidance.published_interval
     assert request.width > request.height
     assert answer.data is not None
     assert answer.data[0].b64_json is not None

@@ -112,13 +112,15 @@ def evaluate(
     resolve_model(model.model)
     with lasting_imports():
         from neounify.cli.checks import check_model
-        from neounify.pipeline.request import make_sampling
+        from neounify.flow.sampling import ImageSampling
         from neounify.scenes.bench import PipelineSubject
 
     check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
     model_config = check_model(model)
     config = _config(options, model_config.token_size)
-    make_sampling(model_config, editing=True, steps=options.steps, guidance=options.guidance)
+    ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
+        model_config, editing=True
+    )
     check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
     with locked_folder(options.output):

@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, Pipeline
 from neounify.pipeline.painting import paint, to_result
-from neounify.pipeline.request import PaintRequest, make_sampling
+from neounify.pipeline.request import PaintRequest
 from neounify.scenes.bench.category import Pixels
 
 MAX_ANSWER_TOKENS = 96
@@ -70,7 +71,9 @@ class PipelineSubject:
     ) -> None:
         self._pipe, self._steps, self._guidance = pipe, steps, guidance
         self._sampling = {
-            editing: make_sampling(pipe.config, editing=editing, steps=steps, guidance=guidance)
+            editing: ImageSampling(steps=steps, guidance=guidance).resolve(
+                pipe.config, editing=editing
+            )
             for editing in (False, True)
         }
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from functools import partial
 from typing import Annotated
 
@@ -13,13 +14,8 @@ import PIL.Image
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from neounify.pipeline.request import (
-    Sampling,
-    SamplingOptions,
-    make_sampling,
-    output_size,
-    size_of_shape,
-)
+from neounify.flow.sampling import ImageSampling, ResolvedSampling
+from neounify.pipeline.request import output_size, size_of_shape
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import AnsweredFields, PaintingFields
@@ -153,18 +149,13 @@ class Context:
 
         await asyncio.to_thread(check)
 
-    def sampling(self, fields: PaintingFields, *, editing: bool, steps: int | None) -> Sampling:
+    def sampling(
+        self, fields: PaintingFields, *, editing: bool, steps: int | None
+    ) -> ResolvedSampling:
         """How to paint. Raises RequestError for values out of range, ApiError over limits."""
-        options: SamplingOptions = {
-            "steps": steps,
-            "shift": fields.shift,
-            "guidance": fields.guidance,
-            "image_guidance": fields.image_guidance,
-            "guidance_interval": fields.guidance_interval,
-            "guidance_norm": fields.guidance_norm,
-            "solver": fields.solver,
-        }
-        sampling = make_sampling(self.service.config, editing=editing, **options)
+        names = [field.name for field in dataclass_fields(ImageSampling)]
+        wanted = ImageSampling(**{name: getattr(fields, name) for name in names} | {"steps": steps})
+        sampling = wanted.resolve(self.service.config, editing=editing)
         most = self.settings.limits.steps
         if sampling.steps > most:
             raise bad_request(f"steps: {sampling.steps} is over this server's {most}", "steps")

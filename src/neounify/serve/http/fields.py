@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from neounify.flow.guidance import Norm
+from neounify.flow.sampling import ImageSampling, knob_doc
 from neounify.flow.solvers import SolverName
 from neounify.provenance.metadata import Format
 from neounify.serve.http.errors import ApiError, bad_request
@@ -222,6 +223,11 @@ def _pair(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _doc(knob: str) -> str:
+    """The sentence of a field of ImageSampling."""
+    return f"{knob_doc(ImageSampling, knob)} Extension."
+
+
 class Fields(BaseModel):
     """A request body. A null is as good as nothing; unknown fields are refused.
 
@@ -278,7 +284,10 @@ class AnsweredFields(Fields):
 
 
 class PaintingFields(AnsweredFields):
-    """How images are painted; where nothing is said, as the checkpoint's own settings say."""
+    """How images are generated; fields that are left out have the checkpoint's own values.
+
+    All fields of `flow.sampling.ImageSampling` under their own names, which a test checks.
+    """
 
     size: SizeText = Field(
         "auto",
@@ -292,23 +301,17 @@ class PaintingFields(AnsweredFields):
     negative_prompt: Annotated[str, Field(max_length=MOST_TEXT)] = Field(
         "", description="What guidance steers away from. Extension."
     )
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description="Denoising steps. Extension."
-    )
-    guidance: Number | None = Field(
-        None, description="Pull towards the prompt, 0 to 1 is none. Extension."
-    )
-    image_guidance: Number | None = Field(
-        None, description="Pull towards the input images of an edit, 1 is none. Extension."
-    )
-    shift: Number | None = Field(
-        None, description="Bends the schedule towards noise, 1 is none. Extension."
-    )
-    guidance_norm: Norm = Field("none", description="Rescaling of guided steps. Extension.")
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(None, description=_doc("steps"))
+    guidance: Number | None = Field(None, description=_doc("guidance"))
+    image_guidance: Number | None = Field(None, description=_doc("image_guidance"))
     guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
-        (0.0, 1.0), description="The range of t in which guidance acts. Extension."
+        (0.0, 1.0), description=_doc("guidance_interval")
     )
-    solver: SolverName = Field("euler", description="Solver of the flow. Extension.")
+    guidance_norm: Norm = Field("none", description=_doc("guidance_norm"))
+    published_interval: bool = Field(False, description=_doc("published_interval"))
+    shift: Number | None = Field(None, description=_doc("shift"))
+    solver: SolverName = Field("euler", description=_doc("solver"))
+    t_eps: Number | None = Field(None, description=_doc("t_eps"))
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="Previews of each image while it is painted; with `stream` only."

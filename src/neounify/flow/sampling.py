@@ -1,0 +1,179 @@
+"""ImageSampling: the knobs of image sampling, as a request names them and as they are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TypedDict
+
+from neounify.config import CheckpointDefaults, ModelConfig
+from neounify.errors import RequestError
+from neounify.flow.guidance import Guidance, Norm
+from neounify.flow.solvers import SolverName, check_solver
+
+MAX_STEPS = 1000
+MAX_SHIFT = 1000
+"""Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
+
+
+def _doc(sentence: str) -> dict[str, str]:
+    return {"doc": sentence}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSampling:
+    """How a request wants its images sampled. Raises RequestError for values out of range.
+
+    None stands for the checkpoint's own value (`config.sampling`), for `t_eps` for the one that
+    fits the times. `resolve` gives the values that are used. A field here has an option of the
+    command line and a field of the HTTP API, described by the same sentence (`knob_doc`).
+    """
+
+    steps: int | None = field(
+        default=None,
+        metadata=_doc(f"Denoising steps, 1 to {MAX_STEPS}: more are slower and give finer images."),
+    )
+    shift: float | None = field(
+        default=None,
+        metadata=_doc(
+            "Timestep shift: above 1, more of the steps are spent at high noise; 1 is none."
+        ),
+    )
+    guidance: float | None = field(
+        default=None,
+        metadata=_doc("Classifier-free guidance scale; 0 to 1 is none, and twice as fast."),
+    )
+    image_guidance: float | None = field(
+        default=None,
+        metadata=_doc("Guidance scale of the input images of an edit; 1 is none."),
+    )
+    guidance_interval: tuple[float, float] = field(
+        default=(0.0, 1.0),
+        metadata=_doc(
+            "Range of times t in which guidance acts; 0 is pure noise, 1 the image. Default: 0, 1."
+        ),
+    )
+    guidance_norm: Norm = field(
+        default="none",
+        metadata=_doc(
+            "Rescaling of strong guidance: none, global, channel or cfg_zero_star. Default: none."
+        ),
+    )
+    published_interval: bool = field(
+        default=False,
+        metadata=_doc(
+            "As in the published code: a guidance interval of an edit from 0 never ends."
+        ),
+    )
+    solver: SolverName = field(
+        default="euler",
+        metadata=_doc(
+            "ODE solver: euler, as published, or ab2: second order, needs fewer steps. "
+            "Default: euler."
+        ),
+    )
+    t_eps: float | None = field(
+        default=None,
+        metadata=_doc(
+            "Smallest 1 - t by which a velocity is divided, above 0 and at most 1. Default: "
+            "0.02, or less where the last step is shorter."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        self._resolve(CheckpointDefaults(), editing=False)
+
+    def resolve(self, config: ModelConfig, *, editing: bool) -> ResolvedSampling:
+        """The values to sample with: those named here, else the checkpoint's.
+
+        `editing`: whether there are input images, whose guidance follows another formula. Raises
+        RequestError for what edits do not have.
+        """
+        return self._resolve(config.sampling, editing=editing)
+
+    def _resolve(self, defaults: CheckpointDefaults, *, editing: bool) -> ResolvedSampling:
+        def chosen(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        return ResolvedSampling(
+            steps=defaults.steps if self.steps is None else self.steps,
+            shift=chosen(self.shift, defaults.shift),
+            guidance=Guidance(
+                text=chosen(self.guidance, defaults.guidance),
+                image=chosen(self.image_guidance, defaults.image_guidance),
+                interval=self.guidance_interval,
+                norm=self.guidance_norm,
+                editing=editing,
+                published_interval=self.published_interval,
+            ),
+            solver=self.solver,
+            t_eps=self.t_eps,
+        )
+
+
+class GenerateKnobs(TypedDict, total=False):
+    """The fields of ImageSampling that images without input images have, as keyword arguments."""
+
+    steps: int | None
+    shift: float | None
+    guidance: float | None
+    guidance_interval: tuple[float, float]
+    guidance_norm: Norm
+    solver: SolverName
+    t_eps: float | None
+
+
+class EditKnobs(GenerateKnobs, total=False):
+    """All fields of ImageSampling as keyword arguments, as edits and interleaved answers take."""
+
+    image_guidance: float | None
+    published_interval: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSampling:
+    """How an image is sampled, every value known. Raises RequestError for values out of range."""
+
+    steps: int
+    """Denoising steps, 1 to MAX_STEPS."""
+    shift: float
+    """S of the time schedule, 1 / MAX_SHIFT to MAX_SHIFT."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Classifier-free guidance: scales, interval and rescaling."""
+    solver: SolverName = "euler"
+    """ODE solver."""
+    t_eps: float | None = None
+    """The smallest 1 - t by which a velocity is divided; None: `flow.path.sampling_t_eps`."""
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if not 1 <= self.steps <= MAX_STEPS or self.steps % 1:
+            raise RequestError(
+                f"steps must be from 1 to {MAX_STEPS}, got {self.steps}", param="steps"
+            )
+        if not 1 / MAX_SHIFT <= self.shift <= MAX_SHIFT:
+            raise RequestError(
+                f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, 1 is none, got {self.shift}",
+                param="shift",
+            )
+        if self.t_eps is not None and not 0 < self.t_eps <= 1:
+            raise RequestError(
+                f"t_eps must be above 0 and at most 1, got {self.t_eps}", param="t_eps"
+            )
+
+    def times(self) -> list[float]:
+        """`steps` + 1 times from 0 (noise) to 1 (data)."""
+        from neounify.flow.schedule import timesteps  # takes torch, which reading fields does not
+
+        return timesteps(self.steps, self.shift).tolist()
+
+    def effective_t_eps(self) -> float:
+        """`t_eps`, or the default for these times."""
+        from neounify.flow.path import sampling_t_eps
+
+        return sampling_t_eps(self.times()[-2]) if self.t_eps is None else self.t_eps
+
+
+def knob_doc(config: type, name: str) -> str:
+    """The sentence that describes one field of a sampling config."""
+    docs = {knob.name: knob.metadata["doc"] for knob in fields(config)}
+    return str(docs[name])

@@ -1,0 +1,132 @@
+"""Knobs of image sampling: one field each, offered by Python, command line and HTTP alike."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from neounify.cli.app import app
+from neounify.config.presets import SCENES, TINY
+from neounify.errors import RequestError
+from neounify.flow.sampling import (
+    EditKnobs,
+    GenerateKnobs,
+    ImageSampling,
+    ResolvedSampling,
+    knob_doc,
+)
+from neounify.serve.http.chat_schema import ChatBody
+from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.image_schema import ImageBody
+
+KNOBS = [field.name for field in fields(ImageSampling)]
+EDIT_ONLY = {"image_guidance", "published_interval"}
+OPTIONS = {"guidance_interval": "interval", "guidance_norm": "norm"}
+"""Names of the command line that are shorter than the field's."""
+
+OUT_OF_RANGE: dict[str, Any] = {
+    "steps": 0,
+    "shift": 0.0,
+    "guidance": -1.0,
+    "image_guidance": float("nan"),
+    "guidance_interval": (0.5, 0.2),
+    "guidance_norm": "loud",
+    "solver": "magic",
+    "t_eps": 0.0,
+}
+OTHER: dict[str, Any] = {
+    "steps": 7,
+    "shift": 2.5,
+    "guidance": 1.5,
+    "image_guidance": 1.25,
+    "guidance_interval": (0.1, 0.9),
+    "guidance_norm": "global",
+    "published_interval": True,
+    "solver": "ab2",
+    "t_eps": 0.01,
+}
+
+
+def _options(command: str) -> dict[str, Any]:
+    return {option.name: option for option in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_every_knob_is_offered_everywhere(name: str) -> None:
+    doc = knob_doc(ImageSampling, name)
+    default = getattr(ImageSampling(), name)
+    for body in (ImageBody, ChatBody):
+        field = body.model_fields[name]
+        assert field.description == f"{doc} Extension."
+        assert field.default == default
+    for command in ("generate", "edit", "story"):
+        if command == "generate" and name in EDIT_ONLY:
+            continue
+        option = _options(command)[OPTIONS.get(name, name)]
+        assert option.help == doc
+        assert not option.default  # not given: the field's own default
+
+
+def test_keyword_arguments_are_the_fields() -> None:
+    assert set(EditKnobs.__annotations__) | set(GenerateKnobs.__annotations__) == set(KNOBS)
+    assert set(KNOBS) - set(GenerateKnobs.__annotations__) == EDIT_ONLY
+    assert OUT_OF_RANGE.keys() | {"published_interval"} == OTHER.keys() == set(KNOBS)
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE.items())
+def test_a_value_out_of_range_names_its_field(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"^{name}\b") as refused:
+        ImageSampling(**{name: value})
+    assert refused.value.param == name
+
+
+@pytest.mark.parametrize("editing", [False, True])
+def test_none_stands_for_the_checkpoints_own(editing: bool) -> None:
+    for config in (TINY, SCENES):
+        own = config.sampling
+        resolved = ImageSampling().resolve(config, editing=editing)
+        assert (resolved.steps, resolved.shift) == (own.steps, own.shift)
+        guidance = resolved.guidance
+        assert (guidance.text, guidance.image) == (own.guidance, own.image_guidance)
+        assert guidance.editing is editing
+
+
+@pytest.mark.parametrize(("name", "value"), OTHER.items())
+def test_what_is_named_is_used(name: str, value: Any) -> None:
+    def flat(sampling: ResolvedSampling) -> dict[str, Any]:
+        guidance = sampling.guidance
+        return {
+            "steps": sampling.steps,
+            "shift": sampling.shift,
+            "guidance": guidance.text,
+            "image_guidance": guidance.image,
+            "guidance_interval": guidance.interval,
+            "guidance_norm": guidance.norm,
+            "published_interval": guidance.published_interval,
+            "solver": sampling.solver,
+            "t_eps": sampling.t_eps,
+        }
+
+    plain = flat(ImageSampling().resolve(TINY, editing=True))
+    named = flat(ImageSampling(**{name: value}).resolve(TINY, editing=True))
+    assert named == plain | {name: value}
+    assert plain[name] != value
+
+
+def test_edits_have_no_cfg_zero_star() -> None:
+    sampling = ImageSampling(guidance_norm="cfg_zero_star")
+    assert sampling.resolve(TINY, editing=False).guidance.norm == "cfg_zero_star"
+    with pytest.raises(RequestError, match="for text-to-image only"):
+        sampling.resolve(TINY, editing=True)
+
+
+def test_half_a_step_is_none() -> None:
+    with pytest.raises(RequestError, match=r"steps must be from 1 to 1000, got 8\.5"):
+        ImageSampling(steps=8.5)  # type: ignore[arg-type]
+
+
+def test_the_fields_of_http_are_all_of_the_class() -> None:
+    assert set(KNOBS) <= set(PaintingFields.model_fields)
