@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class NeounifyError(Exception):
     """Base of all errors raised on purpose; a command line prints it without a traceback."""
@@ -25,6 +28,16 @@ class InputError(NeounifyError, ValueError):
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+@contextmanager
+def naming_param(param: str) -> Iterator[None]:
+    """Name the parameter of InputErrors raised inside the block that name none themselves."""
+    try:
+        yield
+    except InputError as error:
+        error.param = error.param or param
+        raise
 
 
 class ImageError(InputError):

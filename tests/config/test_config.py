@@ -86,7 +86,7 @@ def test_every_field_has_a_sentence() -> None:
 def test_the_old_name_still_works_for_a_version() -> None:
     import neounify.config
 
-    with pytest.warns(DeprecationWarning, match="SamplingConfig is now called CheckpointDefaults"):
+    with pytest.warns(DeprecationWarning, match="use neounify.config.CheckpointDefaults"):
         assert neounify.config.SamplingConfig is CheckpointDefaults
 
 

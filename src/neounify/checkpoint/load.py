@@ -84,7 +84,9 @@ def load_checkpoint(
     Raises CheckpointError, ConfigError, or RequestError for an unknown dtype, device or memory.
     """
     if memory not in get_args(Memory):
-        raise RequestError(f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}")
+        raise RequestError(
+            f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
+        )
     # An opened folder is opened again: each model has mappings of its own, so that what one
     # writes to its weights neither shows in another nor is lost when another drops its pages.
     path = folder.path if isinstance(folder, CheckpointFolder) else folder

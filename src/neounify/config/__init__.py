@@ -5,12 +5,10 @@ Foreign files become a ModelConfig at the edge, in `checkpoint/config_json.py`.
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 from neounify.config.flow import FlowConfig, NoiseScaleMode
 from neounify.config.model import ImageHead, MlpConfig, ModelConfig
 from neounify.config.sampling import CheckpointDefaults
+from neounify.deprecation import moved
 
 __all__ = [
     "CheckpointDefaults",
@@ -21,14 +19,4 @@ __all__ = [
     "NoiseScaleMode",
 ]
 
-_RENAMED = {"SamplingConfig": "CheckpointDefaults"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _RENAMED:
-        better = _RENAMED[name]
-        warnings.warn(
-            f"neounify.config.{name} is now called {better}", DeprecationWarning, stacklevel=2
-        )
-        return globals()[better]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = moved(__name__, __name__, {"SamplingConfig": "CheckpointDefaults"})

@@ -69,7 +69,7 @@ class SamplingSettings:
             ("logprobs", count is None or 0 <= count <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         ):
             if not ok:
-                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}")
+                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}", param=name)
 
 
 class SamplingState:

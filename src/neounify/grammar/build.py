@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neounify.errors import RequestError
+from neounify.errors import RequestError, naming_param
 from neounify.grammar.constraint import Grammar
 from neounify.grammar.schema import check_schema
 from neounify.grammar.vocabulary import Vocabulary
@@ -28,9 +28,10 @@ def json_grammar(
 ) -> Grammar:
     """An answer that is JSON by `schema`, or a call of one of `tools`.
 
-    `what` begins the message of the RequestError for a schema that cannot be followed.
+    `what` names the parameter in the RequestError for a schema that cannot be followed.
     """
-    lark = f"answer: %json {_checked(vocabulary, schema, what)}\n"
+    with naming_param(what):
+        lark = f"answer: %json {_checked(vocabulary, schema, what)}\n"
     body = "answer"
     if tools:
         body = "answer | calls"
@@ -66,7 +67,8 @@ def _calls(vocabulary: Vocabulary, tools: Sequence[Tool], *, parallel: bool) -> 
     for number, tool in enumerate(tools):
         head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
         rules.append(f'call_{number}: {head} arguments_{number} "}}"')
-        schema = _checked(vocabulary, tool.schema, f"tools: the parameters of {tool.name!r}")
+        with naming_param("tools"):
+            schema = _checked(vocabulary, tool.schema, f"tools: the parameters of {tool.name!r}")
         rules.append(f"arguments_{number}: %json {schema}")
     return "\n".join(rules) + "\n"
 

@@ -128,7 +128,8 @@ def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
         names = ", ".join(f"{w}x{h}" for w, h in sizes)
         raise ImageError(
             f"size {_short(width)}x{_short(height)}: both sides must be multiples of {multiple} "
-            f"from {multiple} to {max_side}; nearest: {names}"
+            f"from {multiple} to {max_side}; nearest: {names}",
+            param="size",
         )
 
 

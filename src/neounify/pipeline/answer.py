@@ -13,7 +13,9 @@ MAX_STOP_STRINGS = 16
 def check_stop(stop: Sequence[str]) -> None:
     """RequestError for too many stop strings, or one that is empty or no string."""
     if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
-        raise RequestError(f"stop must be at most {MAX_STOP_STRINGS} non-empty strings")
+        raise RequestError(
+            f"stop must be at most {MAX_STOP_STRINGS} non-empty strings", param="stop"
+        )
 
 
 class AnswerText:

@@ -45,18 +45,23 @@ class ChatRequest:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise RequestError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+                param="max_new_tokens",
+            )
         check_stop(self.stop)
         if self.response_format is not None and self.tool_use.forced:
             raise RequestError(
-                "response_format: the answer must be a call of a tool, so it has no other format"
+                "response_format: the answer must be a call of a tool, so it has no other format",
+                param="response_format",
             )
         constrained = self.response_format is not None or bool(self.tool_use.forced)
         if constrained and continues_answer(self.messages):
             name = "tool_choice" if self.tool_use.forced else "response_format"
             raise RequestError(
                 f"{name}: an answer that the last message begins cannot be held to a form; "
-                "leave that message out"
+                "leave that message out",
+                param=name,
             )
 
 
@@ -75,9 +80,14 @@ class CompletionRequest:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
-            raise RequestError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+            raise RequestError(
+                f"max_new_tokens must be at least 0, got {self.max_new_tokens}",
+                param="max_new_tokens",
+            )
         if not self.prompt:
-            raise PromptError("prompt: there is nothing to continue, the prompt is empty")
+            raise PromptError(
+                "prompt: there is nothing to continue, the prompt is empty", param="prompt"
+            )
         check_stop(self.stop)
 
     def ids(self, front: Front) -> tuple[int, ...]:
@@ -90,7 +100,7 @@ class CompletionRequest:
         last = front.tokenizer.vocab_size - 1
         for token in self.prompt:
             if not 0 <= token <= last:
-                raise PromptError(f"prompt: token ids are 0 to {last}, got {token}")
+                raise PromptError(f"prompt: token ids are 0 to {last}, got {token}", param="prompt")
         return tuple(self.prompt)
 
 

@@ -71,9 +71,15 @@ class InterleaveRequest:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         if not 0 <= self.max_images <= MAX_IMAGES:
-            raise RequestError(f"max_images must be from 0 to {MAX_IMAGES}, got {self.max_images}")
+            raise RequestError(
+                f"max_images must be from 0 to {MAX_IMAGES}, got {self.max_images}",
+                param="max_images",
+            )
         if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+            raise RequestError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+                param="max_new_tokens",
+            )
         check_negative_prompt(self.negative_prompt, self.sampling)
 
     @property

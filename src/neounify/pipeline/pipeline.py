@@ -158,7 +158,9 @@ class Pipeline:
         """Answer conversations of any lengths together, each as `chat` would alone."""
         pictures = [()] * len(prompts) if images is None else list(images)
         if len(pictures) != len(prompts):
-            raise RequestError(f"{len(pictures)} lists of images for {len(prompts)} prompts")
+            raise RequestError(
+                f"{len(pictures)} lists of images for {len(prompts)} prompts", param="images"
+            )
         if not prompts:
             return []
         requests = [
@@ -258,7 +260,9 @@ class Pipeline:
         """
         pictures = read_pictures(images, colour_profiles=self.colour_profiles)
         if not pictures:
-            raise RequestError("edit needs at least one image; generate paints without")
+            raise RequestError(
+                "edit needs at least one image; generate paints without", param="images"
+            )
         size = output_size(self.config, width, height, pictures[0])
         warn_untrained(self.config, *size)
         request = PaintRequest(

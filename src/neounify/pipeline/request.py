@@ -51,16 +51,24 @@ class PaintRequest:
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
             raise RequestError(
-                f"images_per_prompt must be from 1 to {MAX_IMAGES_PER_PROMPT}, got {self.count}"
+                f"images_per_prompt must be from 1 to {MAX_IMAGES_PER_PROMPT}, got {self.count}",
+                param="images_per_prompt",
             )
         check_seed(self.seed)
         expected = (self.count, 3, self.height, self.width)
         if self.noise is not None and tuple(self.noise.shape) != expected:
-            raise RequestError(f"noise must be {expected}, got {tuple(self.noise.shape)}")
+            raise RequestError(
+                f"noise must be {expected}, got {tuple(self.noise.shape)}", param="noise"
+            )
         if self.noise is not None and not torch.isfinite(self.noise).all():
-            raise RequestError("noise must be finite, it holds NaN or infinite values")
+            raise RequestError(
+                "noise must be finite, it holds NaN or infinite values", param="noise"
+            )
         if self.max_think_tokens < 1:
-            raise RequestError(f"max_think_tokens must be at least 1, got {self.max_think_tokens}")
+            raise RequestError(
+                f"max_think_tokens must be at least 1, got {self.max_think_tokens}",
+                param="max_think_tokens",
+            )
         check_negative_prompt(self.negative_prompt, self.sampling)
 
     def grid(self, config: ModelConfig) -> tuple[int, int]:
@@ -85,25 +93,28 @@ def image_noise_scale(grid: tuple[int, int], config: ModelConfig) -> float:
 def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
     """RequestError unless the text is a negative prompt that guidance can steer away from."""
     if not isinstance(text, str):
-        raise RequestError(f"negative_prompt must be text, not {type(text).__name__}")
+        raise RequestError(
+            f"negative_prompt must be text, not {type(text).__name__}", param="negative_prompt"
+        )
     try:
         check_negative(text)
     except PromptError as error:
-        raise RequestError(f"negative_prompt: {error}") from error
+        raise RequestError(f"negative_prompt: {error}", param="negative_prompt") from error
     guidance = sampling.guidance
     if text.strip() and guidance.branches() == ("cond",):
         used = f"guidance is {guidance.text:g}"
         if guidance.editing:
             used += f" and image_guidance {guidance.image:g}"
         raise RequestError(
-            f"negative_prompt: {used}, so nothing is steered away from; set guidance above 1"
+            f"negative_prompt: {used}, so nothing is steered away from; set guidance above 1",
+            param="negative_prompt",
         )
 
 
 def check_seed(seed: int) -> None:
     """RequestError unless torch's generators take the seed."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}")
+        raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}", param="seed")
 
 
 def max_image_tokens(config: ModelConfig) -> int:
@@ -136,7 +147,8 @@ def check_image_tokens(
     rows, columns = (min(maximum, max(1, int(n // side * scale))) for n in (height, width))
     raise ImageError(
         f"an image of {width}x{height} has {tokens:,} tokens, {who} {maximum:,} at most; "
-        f"the largest of this shape is {columns * side}x{rows * side}"
+        f"the largest of this shape is {columns * side}x{rows * side}",
+        param="size",
     )
 
 
@@ -153,7 +165,7 @@ def output_size(
     model, RequestError when only one side is given.
     """
     if (width is None) != (height is None):
-        raise RequestError("give both width and height, or neither")
+        raise RequestError("give both width and height, or neither", param="size")
     if width is not None and height is not None:
         limit = config.max_grid * config.token_size
         check_size(width, height, config.token_size, limit)
@@ -220,7 +232,7 @@ def output_sizes(
     widths = list(width) if isinstance(width, Sequence) else [width]
     heights = list(height) if isinstance(height, Sequence) else [height]
     if not widths or len(widths) != len(heights):
-        raise RequestError(f"{len(widths)} widths for {len(heights)} heights")
+        raise RequestError(f"{len(widths)} widths for {len(heights)} heights", param="size")
     return [output_size(config, w, h, reference) for w, h in zip(widths, heights, strict=True)]
 
 
@@ -231,7 +243,8 @@ def split_noise(noise: Tensor | None, prompts: int) -> list[Tensor | None]:
     if noise.ndim != 4 or noise.shape[0] % prompts or not noise.shape[0]:
         raise RequestError(
             f"noise must be [prompts · images_per_prompt, 3, H, W] for {prompts} prompts, "
-            f"got {tuple(noise.shape)}"
+            f"got {tuple(noise.shape)}",
+            param="noise",
         )
     return list(noise.chunk(prompts))
 
@@ -240,6 +253,6 @@ def per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
     """One value for every prompt, or a list with as many values as prompts."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != count:
-            raise RequestError(f"{len(value)} values of {name} for {count} prompts")
+            raise RequestError(f"{len(value)} values of {name} for {count} prompts", param=name)
         return list(value)
     return [value] * count

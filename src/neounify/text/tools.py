@@ -94,13 +94,20 @@ class ToolUse:
         names = [tool.name for tool in self.tools]
         for name in names:
             if names.count(name) > 1:
-                raise PromptError(f"tools: two tools are called {name!r}")
+                raise PromptError(f"tools: two tools are called {name!r}", param="tools")
         if self.choice not in ("auto", "none", "required"):
-            raise PromptError(f"tool_choice: must be auto, none or required, got {self.choice!r}")
+            raise PromptError(
+                f"tool_choice: must be auto, none or required, got {self.choice!r}",
+                param="tool_choice",
+            )
         if self.choice == "required" and not self.tools:
-            raise PromptError("tool_choice: a call is required, but there are no tools")
+            raise PromptError(
+                "tool_choice: a call is required, but there are no tools", param="tool_choice"
+            )
         if self.name is not None and (self.choice != "required" or self.name not in names):
-            raise PromptError(f"tool_choice: there is no tool called {self.name!r}")
+            raise PromptError(
+                f"tool_choice: there is no tool called {self.name!r}", param="tool_choice"
+            )
 
     @property
     def offered(self) -> tuple[Tool, ...]:
@@ -147,11 +154,12 @@ def read_tool(value: Tool | Mapping[str, Any]) -> Tool:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(
             "tools: a tool is {'type': 'function', 'function': {'name': …, 'parameters': …}}, "
-            f"got {str(value)[:80]}"
+            f"got {str(value)[:80]}",
+            param="tools",
         )
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise PromptError("tools: the parameters of a function are a JSON schema")
+        raise PromptError("tools: the parameters of a function are a JSON schema", param="tools")
     description = function.get("description")
     return Tool(
         name=function["name"],

@@ -147,6 +147,14 @@ def test_several_images_are_streamed_side_by_side(client: openai.OpenAI) -> None
         assert picture(event.b64_json).getpixel((0, 0)) == colour_of(event.seed)
 
 
+def test_the_last_seed_is_followed_by_the_first(client: openai.OpenAI) -> None:
+    """As in chat: docs/serving-api.md names the rule once for both."""
+    answer = client.images.generate(prompt="a boat", n=3, extra_body={"seed": 2**64 - 2})
+    assert answer.data is not None
+    seeds = [image.seed for image in answer.data]  # type: ignore[attr-defined]
+    assert seeds == [2**64 - 2, 2**64 - 1, 0]
+
+
 def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
     answer = client.images.edit(
         prompt="Make it blue.",

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from neounify.errors import ImageError, NeounifyError, PromptError, RequestError
+from neounify.errors import ImageError, InputError, NeounifyError, PromptError, RequestError
 from neounify.serve.events import (
     DeadlineExceeded,
     Draining,
@@ -34,6 +34,14 @@ INVALID = "invalid_request_error"
 # or a word.
 _PATH = re.compile(r"(?<![\w.:/-])(?!/v1/)(?:[A-Za-z]:[\\/]|/)[\w.@+~-]+(?:[\\/][\w.@+~-]+)+")
 _ADDRESS = re.compile(r"\s*(?:object )?at 0x[0-9a-fA-F]+")
+
+PYTHON_NAMES: Mapping[str, str] = {
+    "images_per_prompt": "n",
+    "max_new_tokens": "max_tokens",
+    "width": "size",
+    "height": "size",
+}
+"""By the name of a parameter in Python, the field of the API, where they differ."""
 
 MAX_MESSAGE, MAX_PARAM = 1000, 200
 """Characters of an error's message and of the name of a field: callers write parts of both."""
@@ -164,11 +172,17 @@ def to_api_error(error: BaseException) -> ApiError:
                 answer.status,
                 str(error) if answer.message is None else answer.message,
                 kind=answer.kind,
-                param=_named_field(error),
+                param=param_of(error),
                 code=answer.code,
                 retry_after=_retry_after(error),
             )
     return INTERNAL
+
+
+def param_of(error: BaseException) -> str | None:
+    """The field at fault, under the API's own name."""
+    param = error.param if isinstance(error, InputError) else None
+    return None if param is None else PYTHON_NAMES.get(param, param)
 
 
 @contextmanager
@@ -176,7 +190,7 @@ def blame(param: str) -> Iterator[None]:
     """Name the field whose value turns out to be wrong inside the block."""
     try:
         yield
-    except (ImageError, PromptError, RequestError) as error:
+    except InputError as error:
         answer = to_api_error(error)
         answer.param = param
         raise answer from error
@@ -202,42 +216,6 @@ def _retry_after(error: BaseException) -> float | None:
         return error.retry_after
     unavailable = isinstance(error, EngineDied | OutOfMemory | ParcelGone | Draining)
     return RETRY_SECONDS if unavailable else None
-
-
-def _named_field(error: BaseException) -> str | None:
-    """The pipeline's messages begin with the name of the value that is out of range."""
-    if not isinstance(error, RequestError | ImageError | PromptError):
-        return None
-    name = re.match(r"[a-z][a-z0-9_]*(?=[ :])", str(error))
-    return name[0] if name and name[0] in _FIELDS else None
-
-
-_FIELDS = frozenset(
-    (
-        "guidance",
-        "guidance_interval",
-        "guidance_norm",
-        "image_guidance",
-        "logprobs",
-        "max_images",
-        "min_p",
-        "negative_prompt",
-        "prompt",
-        "repetition_penalty",
-        "response_format",
-        "seed",
-        "shift",
-        "size",
-        "solver",
-        "steps",
-        "stop",
-        "temperature",
-        "tool_choice",
-        "tools",
-        "top_k",
-        "top_p",
-    )
-)
 
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}

@@ -11,9 +11,19 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, knob_doc
@@ -85,6 +95,9 @@ WRAPPED: Mapping[str, Mapping[str, Unfold]] = {
 }
 """Objects around fields: by the object's name and the key inside, what they are here."""
 
+SIDES = "width and height"
+"""The name under which both sides are one value of `size`."""
+_SIDE = re.compile(r"[1-9][0-9]{0,5}(\.0{1,20})?")
 _SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX*×]\s*([0-9]{1,6})\s*")
 
 
@@ -129,7 +142,7 @@ def to_own_names(body: Mapping[str, Any], known: Collection[str]) -> dict[str, A
     own: dict[str, Any] = {}
     given: dict[str, str] = {}
     for name, value in _with_size(_unfolded(body), known):
-        field = name if name in known else ALIASES.get(name, name)
+        field = name if name in known else "size" if name == SIDES else ALIASES.get(name, name)
         field = field if field in known else name
         read = VALUES.get(field)
         value = value if read is None or value is None else read(value)
@@ -184,20 +197,29 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
 def _with_size(
     fields: Iterator[tuple[str, Any]], known: Collection[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The fields with `width` and `height`, where both are given, as one `size`."""
-    sides: dict[str, Any] = {}
+    """The fields with `width` and `height` joined to one size, under the name SIDES."""
+    sides: dict[str, int] = {}
     for name, value in fields:
         if name not in ("width", "height") or "size" not in known:
             yield name, value
         elif value is not None:
-            if name in sides and sides[name] != value:
-                raise _disagree(name, sides[name], f"extra_body.{name}", value, "size")
-            sides[name] = value
+            side = _side(name, value)
+            if sides.setdefault(name, side) != side:
+                raise _disagree(name, sides[name], f"extra_body.{name}", side, "size")
     if len(sides) == 1:
         [name] = sides
         raise bad_request(f"{name}: give both width and height, or size", name)
     if sides:
-        yield "size", f"{sides['width']}x{sides['height']}"
+        yield SIDES, f"{sides['width']}x{sides['height']}"
+
+
+def _side(name: str, value: Any) -> int:
+    """A side in pixels, as JSON or as a form writes it; 64.0 is as good as 64."""
+    text = str(value)
+    if isinstance(value, bool) or not _SIDE.fullmatch(text):
+        message = f"{name}: must be a whole number of pixels from 1 to 999999, got {text[:40]}"
+        raise bad_request(message, name, "invalid_value")
+    return int(text.partition(".")[0])
 
 
 def _disagree(first: str, one: Any, second: str, other: Any, field: str) -> ApiError:
@@ -214,8 +236,34 @@ MOST_TEXT = 4_000_000
 
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
-SizeText = Annotated[str, Field(pattern=r"^(auto|[124][kK]|[0-9]{1,6}x[0-9]{1,6})$")]
-Ratio = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,3}:[1-9][0-9]{0,3}$")]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Check of a text: errors say the `rule` in words, where pydantic would show the pattern."""
+
+    pattern: str
+    rule: str
+
+    def __call__(self, value: str) -> str:
+        if re.fullmatch(self.pattern, value) is None:
+            shown = {"rule": self.rule, "value": repr(value[:40])}
+            raise PydanticCustomError("form", "must be {rule}, got {value}", shown)
+        return value
+
+    @property
+    def schema(self) -> WithJsonSchema:
+        """The pattern for OpenAPI."""
+        return WithJsonSchema({"type": "string", "pattern": f"^{self.pattern}$"})
+
+
+_SIZE_TEXT = _Form(
+    r"(auto|[124][kK]|[0-9]{1,6}x[0-9]{1,6})",
+    "WIDTHxHEIGHT in pixels, such as 512x512, or auto, 1K, 2K or 4K",
+)
+_RATIO = _Form(r"[1-9][0-9]{0,3}:[1-9][0-9]{0,3}", "WIDTH:HEIGHT, such as 16:9")
+SizeText = Annotated[str, AfterValidator(_SIZE_TEXT), _SIZE_TEXT.schema]
+Ratio = Annotated[str, AfterValidator(_RATIO), _RATIO.schema]
 
 
 def _pair(value: Any) -> Any:
@@ -231,7 +279,7 @@ def _doc(knob: str) -> str:
 class Fields(BaseModel):
     """A request body. A null is as good as nothing; unknown fields are refused.
 
-    Other servers' names are read as our own (`aliases.py`). `without_effect` names fields of
+    Other servers' names are read as our own (ALIASES). `without_effect` names fields of
     OpenAI's that change no answer here and are let pass; `only` those that ask for something
     this server does not do, with the values that ask for nothing.
     """

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.connections import check_json_type
-from neounify.serve.http.context import Context, new_seed
+from neounify.serve.http.context import Context, new_seed, seeds_of
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.fields import MOST_TEXT, PaintingFields
 from neounify.serve.http.media import RequestImages
@@ -97,7 +97,6 @@ async def read_paint(
     width, height = context.size(body, images[0] if images else None)
     steps = body.steps_of(context.service.config.sampling.steps)
     sampling = context.sampling(body, editing=bool(images), steps=steps)
-    seed = new_seed(body.seed)
     return [
         PaintRequest(
             prompt=body.prompt,
@@ -105,11 +104,11 @@ async def read_paint(
             height=height,
             sampling=sampling,
             images=images,
-            seed=seed + number,
+            seed=seed,
             think=bool(body.think),
             negative_prompt=body.negative_prompt,
         )
-        for number in range(body.n)
+        for seed in seeds_of(new_seed(body.seed), body.n)
     ]
 
 

@@ -59,7 +59,8 @@ class ResultStore:
         if len(data) > self._max_bytes:
             raise RequestError(
                 f"response_format url: the image has {len(data)} bytes, the server keeps "
-                f"{self._max_bytes} at most; use b64_json"
+                f"{self._max_bytes} at most; use b64_json",
+                param="response_format",
             )
         name = f"{secrets.token_urlsafe(32)}.{suffix}"
         self._results[name] = StoredResult(data, media_type, self._clock() + self._seconds)

@@ -95,7 +95,6 @@ class TextFields(AnsweredFields):
 
 
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
-SEEDS = 2**64
 _LOG_PROB_BYTES = 60
 """About what one token takes in JSON."""
 
@@ -132,20 +131,13 @@ class Choice:
 
 
 def for_each_answer(request: Request, n: int) -> Sequence[Request]:
-    """The requests of `n` answers; the first has the seed that was given, each next one more."""
+    """The requests of `n` answers, each with its own seed; without one all draw anew."""
     seed = request.sampling.seed
     if seed is None:
         return [request] * n
     return [
-        replace(request, sampling=replace(request.sampling, seed=_moved(seed, number)))
-        for number in range(n)
+        replace(request, sampling=replace(request.sampling, seed=one)) for one in seeds_of(seed, n)
     ]
-
-
-def _moved(seed: int, by: int) -> int:
-    """A seed further on, within the range that seeds have."""
-    moved = seed + by
-    return moved - SEEDS if moved >= SEEDS else moved
 
 
 LEAST = -9999.0
