@@ -185,7 +185,7 @@ def test_bad_arguments(
 @pytest.mark.parametrize("name", ["image_guidance", "published_interval", "stpes"])
 def test_names_that_are_no_arguments(pipe: neounify.Pipeline, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        pipe.generate("a boat", **{name: 1})  # type: ignore[call-overload]
+        pipe.generate("a boat", **{name: 1})  # type: ignore[arg-type]
 
 
 def test_bad_prompts(pipe: neounify.Pipeline) -> None:

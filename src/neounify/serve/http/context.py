@@ -57,10 +57,6 @@ class HttpMetrics:
         )
 
 
-SEEDS = 2**64
-"""Seeds are below it."""
-
-
 @dataclass(frozen=True)
 class Context:
     """One server: the engines behind it, and what the operator decided."""
@@ -200,11 +196,6 @@ class Context:
 def new_seed(given: int | None) -> int:
     """The caller's seed, or a new one that is reported with the answer."""
     return secrets.randbelow(2**32) if given is None else given
-
-
-def seeds_of(seed: int, n: int) -> list[int]:
-    """The seeds of `n` answers: the given one, then each next; 2^64 - 1 is followed by 0."""
-    return [seed + i if seed + i < SEEDS else seed + i - SEEDS for i in range(n)]
 
 
 def _of_request(request: Request) -> Context:

@@ -234,7 +234,9 @@ def _disagree(first: str, one: Any, second: str, other: Any, field: str) -> ApiE
 MOST_TEXT = 4_000_000
 """Characters of one string, data URLs apart, whatever the operator's limits say."""
 
-Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+SEEDS = 2**64
+"""Seeds are below it."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 
 
@@ -274,6 +276,11 @@ def _pair(value: Any) -> Any:
 def _doc(knob: str) -> str:
     """The sentence of a field of ImageSampling."""
     return f"{knob_doc(ImageSampling, knob)} Extension."
+
+
+def seeds_of(seed: int, n: int) -> list[int]:
+    """The seeds of `n` answers: the given one, then each next; 2^64 - 1 is followed by 0."""
+    return [seed + i if seed + i < SEEDS else seed + i - SEEDS for i in range(n)]
 
 
 class Fields(BaseModel):

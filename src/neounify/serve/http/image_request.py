@@ -14,9 +14,9 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.connections import check_json_type
-from neounify.serve.http.context import Context, new_seed, seeds_of
+from neounify.serve.http.context import Context, new_seed
 from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.fields import MOST_TEXT, PaintingFields
+from neounify.serve.http.fields import MOST_TEXT, PaintingFields, seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.settings import MEBIBYTE
 

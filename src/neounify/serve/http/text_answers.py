@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from neounify.decode.sampling import MAX_LOGPROBS, SamplingSettings
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb, ToolCallPiece
-from neounify.serve.http.fields import MOST_TEXT, AnsweredFields, Number
+from neounify.serve.http.fields import MOST_TEXT, AnsweredFields, Number, seeds_of
 from neounify.serve.http.streaming import AnswerModel
 
 Text = Annotated[str, Field(max_length=MOST_TEXT)]
