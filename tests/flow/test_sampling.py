@@ -20,7 +20,7 @@ from neounify.flow.sampling import (
 )
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import PaintingFields
-from neounify.serve.http.image_schema import ImageBody
+from neounify.serve.http.image_request import ImageBody
 
 KNOBS = [field.name for field in fields(ImageSampling)]
 EDIT_ONLY = {"image_guidance", "published_interval"}
