@@ -75,7 +75,7 @@ def sample_to_gradient() -> set[str]:
     from neounify.data.encode import Encoder
     from neounify.data.loader import LoaderConfig, load_packs
     from neounify.data.sources import JsonlSource
-    from neounify.train.loss import Counts, Objective, loss_of
+    from neounify.train.loss import Counts, LossConfig, loss_of
 
     pipe = neounify.load(bundled_model(), dtype="float32")
     model = pipe.model.train().requires_grad_(True)
@@ -97,10 +97,10 @@ def sample_to_gradient() -> set[str]:
         source = JsonlSource(file)
 
         def work() -> None:
-            packs = load_packs(source, encoder, LoaderConfig(budget=512, workers=0))
+            packs = load_packs(source, encoder, LoaderConfig(tokens_per_pack=512, workers=0))
             pack = next(iter(packs)).pack
             noise = torch.Generator().manual_seed(0)
-            loss_of(model, pack, Objective(), Counts.of([pack]), noise).backward()
+            loss_of(model, pack, LossConfig(), Counts.of([pack]), noise).backward()
 
         return _entered(work)
 

@@ -20,8 +20,9 @@ from neounify.data.sample import DataError
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import recipe_from_table
-from neounify.train.setup import build_encoder, build_source, starting_model
+from neounify.train.setup import build_mixture, build_setup
 from neounify.train.state import saved_states
+from neounify.train.supervised import build_encoder
 
 ALONE = {
     "understanding": {"vqa": 0.6, "caption": 0.3, "text": 0.1},
@@ -108,11 +109,11 @@ def recipes(training: Training, world: str, seed: int) -> dict[str, dict[str, An
     tables = {
         kind: _table(training, kind, seed, training.steps, [own]) for kind, own in data.items()
     }
-    budgets = {kind: _budget(table, training.per_step) for kind, table in tables.items()}
+    sizes = {kind: _tokens_per_pack(table, training.per_step) for kind, table in tables.items()}
     tables[JOINT] = _table(training, JOINT, seed, 2 * training.steps, list(data.values()))
-    budgets[JOINT] = round(sum(budgets.values()) / len(budgets))
+    sizes[JOINT] = round(sum(sizes.values()) / len(sizes))
     for kind, table in tables.items():
-        table["stages"][0]["budget"] = budgets[kind]
+        table["stages"][0]["tokens_per_pack"] = sizes[kind]
     return tables
 
 
@@ -128,13 +129,13 @@ def train(kind: str, table: dict[str, Any], root: Path) -> Trained:
     recipe = recipe_from_table(table)
     torch.compiler.reset()  # else the code of earlier runs counts towards the most torch keeps
     log = Log(folder, Console(stderr=True), tensorboard=False)
-    start = starting_model(recipe, torch.device("cpu"), folder)
-    trainer = Trainer(recipe, start, folder, log)
+    setup = build_setup(recipe, torch.device("cpu"), folder)
+    trainer = Trainer(recipe, setup, folder, log)
     states = saved_states(trainer.states)
     if states:
         trainer.resume(states[-1])
     trainer.run()
-    counts = _counts(trainer, recipe.stages[0].noise_draws)
+    counts = _counts(trainer, recipe.stages[0].method.noise_draws)
     record.write_text(json.dumps(counts, indent=1) + "\n")
     shutil.rmtree(trainer.states)
     return Trained(kind, table["seed"], folder, counts, table, False)
@@ -157,7 +158,7 @@ def _table(
             {
                 "name": kind,
                 "steps": steps,
-                "noise_draws": training.noise_draws,
+                "method": {"noise_draws": training.noise_draws},
                 "precision": training.precision,
                 "compile": training.compile,
                 "ema": 0.999,
@@ -180,13 +181,14 @@ def _table(
     }
 
 
-def _budget(table: Mapping[str, Any], per_step: int) -> int:
+def _tokens_per_pack(table: Mapping[str, Any], per_step: int) -> int:
     """Tokens of `per_step` samples on average, at least those of the longest one."""
     recipe = recipe_from_table(table)
     with tempfile.TemporaryDirectory() as folder:
-        start = starting_model(recipe, torch.device("cpu"), Path(folder))
-    encode = build_encoder(recipe.stages[0], start)
-    source = build_source(recipe.stages[0].data, recipe.seed)
+        setup = build_setup(recipe, torch.device("cpu"), Path(folder))
+    stage = recipe.stages[0]
+    encode = build_encoder(stage, setup, stage.method)
+    source = build_mixture(stage.data, recipe.seed)
     lengths = [
         encode(source[index], np.random.default_rng((recipe.seed, 0, index))).length
         for index in range(MEASURED)

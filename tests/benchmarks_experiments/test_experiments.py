@@ -113,7 +113,7 @@ def test_recipes_differ_in_their_data_and_steps_alone() -> None:
     assert stages["understanding"]["data"] + stages["generation"]["data"] == stages[JOINT]["data"]
     assert [stages[kind]["steps"] for kind in KINDS] == [3, 3, 6]
     for stage in stages.values():
-        for name in ("name", "steps", "budget", "data"):
+        for name in ("name", "steps", "tokens_per_pack", "data"):
             del stage[name]
         stage["schedule"]["warmup"] = 0
     assert stages["understanding"] == stages["generation"] == stages[JOINT]

@@ -54,7 +54,7 @@ def test_the_page_runs_as_it_stands(here: Path) -> None:
 
 
 def write_recipe(folder: Path, data: Path, **stage: object) -> Path:
-    given = {"steps": 6, "budget": 128, "log_every": 2, "save_every": 2, **stage}
+    given = {"steps": 6, "tokens_per_pack": 128, "log_every": 2, "save_every": 2, **stage}
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
     recipe = folder / "r.toml"
     recipe.write_text(
@@ -110,7 +110,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(here: Path) -> Non
     [
         (json.dumps([text_record("q")]), "one JSON array"),
         ("\n".join(json.dumps({"messages": []}) for _ in range(20)), '"messages"'),
-        (json.dumps(text_record("word " * 300)), "Raise budget to at least"),
+        (json.dumps(text_record("word " * 300)), "Raise tokens_per_pack to at least"),
     ],
 )
 def test_data_that_is_all_wrong_ends_at_once_in_one_line(
@@ -128,9 +128,14 @@ def test_data_that_is_all_wrong_ends_at_once_in_one_line(
 def test_images_larger_than_a_pack_are_told_with_both_ways_out(here: Path) -> None:
     (here / "a.png").write_bytes(png(256, 256))
     data = write_lines(here / "d.jsonl", [text_record("x", "<image>", image="a.png")])
-    result = neounify("train", str(write_recipe(here, data, budget=40)), "--out", "run")
+    result = neounify("train", str(write_recipe(here, data, tokens_per_pack=40)), "--out", "run")
     assert result.exit_code == 1
-    for words in ("256x256 pixels has 256", "budget 40", "Raise budget", "target_pixels"):
+    for words in (
+        "256x256 pixels has 256",
+        "tokens_per_pack 40",
+        "Raise tokens_per_pack",
+        "target_pixels",
+    ):
         assert words in result.stderr
 
 

@@ -12,14 +12,14 @@ import pytest
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.loader import Loaded, LoaderConfig, Position, check_sources, load_packs
+from neounify.data.loader import LoadedPack, LoaderConfig, Position, check_sources, load_packs
 from neounify.data.sample import DataError, Sample
 from neounify.data.sources import JsonlSource, Mixture, Source
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
+from neounify.train.progress import Tally
 from neounify.train.recipe import DataRecipe
-from neounify.train.setup import build_source
-from neounify.train.tally import Tally
+from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
@@ -28,7 +28,7 @@ ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
 def lines(folder: Path, count: int = 3) -> Source:
     records = [text_record(f"question {n}", id=f"s{n}") for n in range(count)]
     write_lines(folder / "d.jsonl", records)
-    return build_source([DataRecipe(kind="jsonl", path=str(folder / "d.jsonl"))], 0)
+    return build_mixture([DataRecipe(kind="jsonl", path=str(folder / "d.jsonl"))], 0)
 
 
 def shard(folder: Path) -> Source:
@@ -36,10 +36,10 @@ def shard(folder: Path) -> Source:
     for n in range(3):
         members |= {f"s{n}.png": png(64, 64, n), f"s{n}.txt": b"noise"}
     write_tar(folder / "d.tar", members)
-    return build_source([DataRecipe(kind="shards", path=str(folder / "d.tar"))], 0)
+    return build_mixture([DataRecipe(kind="shards", path=str(folder / "d.tar"))], 0)
 
 
-def samples(loaded: list[Loaded]) -> list[str]:
+def samples(loaded: list[LoadedPack]) -> list[str]:
     return [name for item in loaded for name in item.pack.samples]
 
 
@@ -48,7 +48,7 @@ def samples(loaded: list[Loaded]) -> list[str]:
 def test_data_smaller_than_one_filling_goes_round(
     tmp_path: Path, make: type[Source], workers: int
 ) -> None:
-    config = LoaderConfig(budget=256, workers=workers)
+    config = LoaderConfig(tokens_per_pack=256, workers=workers)
     loaded = list(islice(load_packs(make(tmp_path), ENCODER, config), 40))  # type: ignore[call-arg]
     drawn = Counter(samples(loaded))
     assert len(drawn) == 3
@@ -69,7 +69,7 @@ def test_ranks_and_workers_share_an_epoch_out(tmp_path: Path) -> None:
     source = lines(tmp_path, 8)
     drawn: Counter[str] = Counter()
     for rank in range(2):
-        config = LoaderConfig(budget=64, workers=0, rank=rank, ranks=2)
+        config = LoaderConfig(tokens_per_pack=64, workers=0, rank=rank, ranks=2)
         drawn.update(samples(list(islice(load_packs(source, ENCODER, config), 200))))
     assert len(drawn) == 8
 
@@ -78,7 +78,7 @@ def test_ranks_and_workers_share_an_epoch_out(tmp_path: Path) -> None:
 def test_resuming_in_any_epoch_is_exact(tmp_path: Path, workers: int) -> None:
     write_lines(tmp_path / "d.jsonl", ["{broken", *(text_record(f"q{n}") for n in range(4))])
     source = JsonlSource(tmp_path / "d.jsonl")
-    config = LoaderConfig(budget=100, workers=workers, seed=5)
+    config = LoaderConfig(tokens_per_pack=100, workers=workers, seed=5)
     whole = list(islice(load_packs(source, ENCODER, config), 36))
     for stop in (1, 5, 23):
         position = Position.from_json(whole[stop - 1].position.to_json())
@@ -93,7 +93,9 @@ def test_resuming_in_any_epoch_is_exact(tmp_path: Path, workers: int) -> None:
 def test_a_damaged_sample_is_new_once_and_then_counted(tmp_path: Path) -> None:
     write_lines(tmp_path / "d.jsonl", [text_record("a"), "{broken", text_record("b")])
     mixture = Mixture([(JsonlSource(tmp_path / "d.jsonl"), 1.0)], 0)
-    loaded = list(islice(load_packs(mixture, ENCODER, LoaderConfig(budget=64, workers=0)), 40))
+    loaded = list(
+        islice(load_packs(mixture, ENCODER, LoaderConfig(tokens_per_pack=64, workers=0)), 40)
+    )
     tally = Tally(mixture)
     new = [one for item in loaded for one in tally.add([item])]
     assert [one.message.count("d.jsonl, line 2") for one in new] == [1]
@@ -107,7 +109,7 @@ def test_a_damaged_sample_is_new_once_and_then_counted(tmp_path: Path) -> None:
 
 def test_an_endless_source_keeps_its_order() -> None:
     scenes = SceneDataset(0, scene_config("easy"))
-    mixture = build_source([DataRecipe(world="easy")], 9)
+    mixture = build_mixture([DataRecipe(world="easy")], 9)
     assert [mixture[n].id for n in (0, 1, 1500)] == [scenes[n].id for n in (0, 1, 1500)]
 
 
@@ -124,7 +126,7 @@ class _Faulty:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unexpected_error_of_one_sample_is_named_and_skipped(workers: int) -> None:
-    packs = load_packs(_Faulty(), ENCODER, LoaderConfig(budget=512, workers=workers))
+    packs = load_packs(_Faulty(), ENCODER, LoaderConfig(tokens_per_pack=512, workers=workers))
     messages = [one.message for item in islice(packs, 3) for one in item.skipped]
     assert messages == ["sample 5: KeyError: 'colour'"]
 
@@ -132,7 +134,7 @@ def test_an_unexpected_error_of_one_sample_is_named_and_skipped(workers: int) ->
 def test_a_worker_that_is_killed_ends_loading_with_one_message() -> None:
     source = SceneDataset(0, scene_config("easy"), {"text": 1.0})
     before = set(active_children())
-    packs = load_packs(source, ENCODER, LoaderConfig(budget=128, workers=1, prefetch=1))
+    packs = load_packs(source, ENCODER, LoaderConfig(tokens_per_pack=128, workers=1, prefetch=1))
     next(packs)
     (worker,) = set(active_children()) - before
     worker.kill()
@@ -150,8 +152,8 @@ def test_a_source_without_a_usable_sample_is_an_error(tmp_path: Path) -> None:
         DataRecipe(kind="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("good", "bad")
     ]
     with pytest.raises(DataError, match=r"bad\.jsonl: cannot use any of 50 of 70 .*none\.png"):
-        check_sources(build_source(recipes, 0), ENCODER)
-    check_sources(build_source(recipes[:1], 0), ENCODER)
+        check_sources(build_mixture(recipes, 0), ENCODER)
+    check_sources(build_mixture(recipes[:1], 0), ENCODER)
 
 
 def test_one_usable_sample_among_the_first_is_enough(tmp_path: Path) -> None:
@@ -171,5 +173,5 @@ def test_what_is_longer_than_a_pack_is_told_with_both_ways_out(tmp_path: Path) -
         mixture = Mixture([(JsonlSource(tmp_path / "d.jsonl"), 1.0)], 0)
         with pytest.raises(DataError, match=setting) as raised:
             check_sources(mixture, short)
-        for part in ("budget 200", "Raise budget to at least", "line 1"):
+        for part in ("tokens_per_pack 200", "Raise tokens_per_pack to at least", "line 1"):
             assert part in str(raised.value)

@@ -15,7 +15,7 @@ from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlSource
 from neounify.train.recipe import DataRecipe
-from neounify.train.setup import build_source
+from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 ONE = text_record("q")
@@ -24,7 +24,7 @@ LINE = json.dumps(ONE) + "\n"
 
 def message(kind: str, path: Path | str) -> str:
     with pytest.raises(DataError) as raised:
-        build_source([DataRecipe(kind=kind, path=str(path))], 0)  # type: ignore[arg-type]
+        build_mixture([DataRecipe(kind=kind, path=str(path))], 0)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -178,7 +178,7 @@ def test_names_that_mean_the_same(tmp_path: Path) -> None:
 def test_fields_that_need_not_be_read_are_named_in_the_recipe(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [{**ONE, "source": "web", "width": 3}])
     recipe = DataRecipe(kind="jsonl", path=str(path), ignore=("source", "width"))
-    assert build_source([recipe], 0)[0].task == "text"
+    assert build_mixture([recipe], 0)[0].task == "text"
 
 
 def test_images_of_another_folder(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_images_of_another_folder(tmp_path: Path) -> None:
     outside = ["../secret/b.png", str(tmp_path / "secret/b.png"), "link.png", "folder/b.png"]
     path = write_lines(tmp_path / "data/x.jsonl", [paint_record("x", n) for n in names + outside])
     recipe = DataRecipe(kind="jsonl", path=str(path), images=str(tmp_path / "images"))
-    (source,) = build_source([recipe], 0).sources
+    (source,) = build_mixture([recipe], 0).sources
     for n in range(len(names)):
         assert source[n].images[0].pixels().shape == (32, 32, 3)
     for n in range(len(names), len(names + outside)):
@@ -200,7 +200,7 @@ def test_images_of_another_folder(tmp_path: Path) -> None:
             source[n]
     gone = DataRecipe(kind="jsonl", path=str(path), images=str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"folder of images .* is not there"):
-        build_source([gone], 0)
+        build_mixture([gone], 0)
 
 
 META = json.dumps({"caption": "a red wall", "url": "u", "key": "0", "status": "success"}).encode()

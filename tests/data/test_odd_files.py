@@ -23,7 +23,7 @@ from neounify.data.sources import JsonlSource, Mixture
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.recipe import DataRecipe
-from neounify.train.setup import build_source
+from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
 BAD_NAME = b"caf\xe9.png".decode("utf-8", "surrogateescape")
@@ -35,7 +35,7 @@ def test_names_that_are_not_utf8_are_no_reason_to_stop(tmp_path: Path) -> None:
     good = {"a.png": png(64, 64), "a.txt": b"noise"}
     mixture = Mixture([(ShardSource([write_tar(tmp_path / "d.tar", members | good)]), 1.0)], 0)
     encoder = Encoder(config=SCENES, tokenizer=byte_tokenizer())
-    loaded = next(load_packs(mixture, encoder, LoaderConfig(budget=100, workers=0)))
+    loaded = next(load_packs(mixture, encoder, LoaderConfig(tokens_per_pack=100, workers=0)))
     messages = [skipped.message for skipped in loaded.skipped]
     assert messages
     log = Log(tmp_path / "run", Console(file=io.StringIO()), tensorboard=False)
@@ -118,7 +118,7 @@ def test_folders_give_their_visible_files_only(tmp_path: Path) -> None:
     assert JsonlSource(tmp_path).files == [tmp_path / "a.jsonl"]
     write_tar(tmp_path / "a.TAR", {"a.png": png(), "a.txt": b"x"})
     write_tar(tmp_path / ".b.tar", {"a.png": png(), "a.txt": b"x"})
-    assert build_source([DataRecipe(kind="shards", path=str(tmp_path))], 0).sources[0].size == 1
+    assert build_mixture([DataRecipe(kind="shards", path=str(tmp_path))], 0).sources[0].size == 1
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         JsonlSource(tmp_path)
@@ -136,7 +136,7 @@ def test_a_pointer_of_git_lfs_is_recognised(tmp_path: Path) -> None:
 )
 def test_patterns_that_name_no_shard(tmp_path: Path, pattern: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        build_source([DataRecipe(kind="shards", path=str(tmp_path / pattern))], 0)
+        build_mixture([DataRecipe(kind="shards", path=str(tmp_path / pattern))], 0)
 
 
 def test_an_image_of_its_own_name_is_painted_not_its_companion(tmp_path: Path) -> None:

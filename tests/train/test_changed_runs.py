@@ -84,7 +84,8 @@ def test_settings_that_reorder_parameters_keep_each_its_own_moments(tmp_path: Pa
     resumed.resume(state)
     seen: dict[str, torch.Tensor] = {}
 
-    def look(_: Any, optimizers: Any, *rest: Any) -> None:
+    def look(running: Any, *rest: Any) -> None:
+        (optimizers,) = running.optimizers
         member = optimizers.members[0]
         names = optimizers.names()[0]
         parameters = [p for group in member.param_groups for p in group["params"]]
@@ -149,9 +150,9 @@ def test_freezing_beside_adapters_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("budget", 2**60),
+        ("tokens_per_pack", 2**60),
         ("packs_per_step", 2**60),
-        ("noise_draws", 2**60),
+        ("method", {"noise_draws": 2**60}),
         ("lora", {"rank": 2**60}),
     ],
 )
@@ -196,13 +197,13 @@ def test_no_state_is_saved_while_steps_are_not_finite(
     step = run._step
 
     def spoilt(*args: Any) -> Any:
-        rate, norm = step(*args)
-        return rate, norm * (float("nan") if run.progress.step >= 3 else 1)
+        rate, norm, taken = step(*args)
+        return rate, norm, taken and run.progress.step < 3
 
     monkeypatch.setattr(run, "_step", spoilt)
     said: list[str] = []
     monkeypatch.setattr(run.log, "warn", said.append)
-    made = run.recipe.stages[0].most_nonfinite
+    made = run.recipe.stages[0].max_nonfinite
     assert made > 6
     run.run()
     names = [path.name for path in saved_states(tmp_path / "states")]

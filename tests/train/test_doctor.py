@@ -10,10 +10,10 @@ import torch
 
 from neounify.train.doctor import NO_TIME, Finding, examine
 from neounify.train.recipe import Recipe, recipe_from_table
-from neounify.train.setup import Start, starting_model
+from neounify.train.setup import TrainSetup, build_setup
 
 
-def case(folder: Path, **stage: Any) -> tuple[Recipe, Start]:
+def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
     changes = {
         "hidden_size": 32,
         "num_layers": 1,
@@ -39,10 +39,10 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, Start]:
             ],
         }
     )
-    return recipe, starting_model(recipe, torch.device("cpu"), folder)
+    return recipe, build_setup(recipe, torch.device("cpu"), folder)
 
 
-def findings(recipe: Recipe, start: Start, steps: int) -> dict[str, Finding]:
+def findings(recipe: Recipe, start: TrainSetup, steps: int) -> dict[str, Finding]:
     """Bounded by steps, not by time: a busy machine must not change what is found."""
     return {f.name: f for f in examine(start, recipe.stages[0], 1e9, steps)}
 
@@ -120,6 +120,6 @@ def test_some_damaged_samples_are_a_note(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
-    found = findings(*case(tmp_path, budget=3), steps=1)
+    found = findings(*case(tmp_path, tokens_per_pack=3), steps=1)
     assert found["data SceneDataset"].good is False
-    assert "budget 3" in found["data SceneDataset"].what
+    assert "tokens_per_pack 3" in found["data SceneDataset"].what

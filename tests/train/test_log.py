@@ -22,8 +22,9 @@ from neounify.model.moe import SparseMlp
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
-from neounify.train.loss import Counts, Objective, loss_of
+from neounify.train.loss import Counts, LossConfig, loss_of
 from neounify.train.model import freeze, new_model
+from neounify.train.progress import Progress
 from neounify.train.recipe import StageRecipe
 from neounify.train.speed import (
     Meter,
@@ -35,7 +36,6 @@ from neounify.train.speed import (
     und_pairs,
     weights,
 )
-from neounify.train.stages import Progress
 
 CPU = torch.device("cpu")
 STAGE = StageRecipe(name="a-stage", steps=10)
@@ -63,15 +63,16 @@ def packed() -> Pack:
 def run(console: Console, folder: Path) -> str:
     """What two steps and a report put on a console."""
     log, progress, pack = Log(folder, console, tensorboard=False), Progress(), packed()
+    operations = StepOperations(made()).of(pack)
     with log.live():
-        log.stage(STAGE, progress, Meter(made(), "float32", progress))
+        log.stage(STAGE, progress, Meter(torch.device("cpu"), "float32", progress))
         for _ in range(2):
             progress.step += 1
             progress.stage_step += 1
             progress.tokens += pack.length
             progress.images += len(pack.targets)
             progress.seconds += 2.0
-            log.step(progress, STAGE, [pack])
+            log.step(progress, STAGE, operations)
         log.report(progress, STAGE, {"text/loss": 0.5}, 1e-3, 1.0)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -88,7 +89,7 @@ def test_operations_are_those_torch_counts(head: str, frozen: tuple[str, ...]) -
     freeze(model, frozen)
     with FlopCounterMode(display=False) as counter:
         generator = torch.Generator().manual_seed(0)
-        loss_of(model, pack, Objective(), Counts.of([pack]), generator).backward()
+        loss_of(model, pack, LossConfig(), Counts.of([pack]), generator).backward()
     count = StepOperations(model)
     und, gen = (attention(model.config, p(pack.layout)) for p in (und_pairs, gen_pairs))
     attended = und * (1 + 2 * count.und.flows) + gen * (1 + 2 * count.gen.flows)

@@ -22,7 +22,7 @@ from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.model import new_model
 from neounify.train.recipe import recipe_from_table
-from neounify.train.setup import starting_model
+from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
 
 CONFIG = SCENES.replace(
@@ -157,7 +157,7 @@ def test_a_stage_trains_adapters_and_resumes_exactly(tmp_path: Path) -> None:
                 {
                     "name": "tune",
                     "steps": 6,
-                    "budget": 600,
+                    "tokens_per_pack": 600,
                     "save_every": 2,
                     "ema": 0.5,
                     "lora": {"rank": 2},
@@ -169,7 +169,7 @@ def test_a_stage_trains_adapters_and_resumes_exactly(tmp_path: Path) -> None:
 
     def trainer(folder: Path) -> Trainer:
         log = Log(folder, Console(quiet=True), tensorboard=False)
-        return Trainer(made, starting_model(made, torch.device("cpu"), folder), folder, log)
+        return Trainer(made, build_setup(made, torch.device("cpu"), folder), folder, log)
 
     trainer(tmp_path / "whole").run()
     trainer(tmp_path / "cut").run(stop_after=3)

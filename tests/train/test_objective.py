@@ -17,7 +17,7 @@ from neounify.flow.noise import noise_scale
 from neounify.image.patches import patchify
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
-from neounify.train.loss import Counts, Metrics, Objective, add_noise, loss_of
+from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
 from neounify.train.model import checkpoint_layers, freeze, new_model
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
@@ -35,7 +35,7 @@ def generator() -> torch.Generator:
 
 def test_noise_is_the_path_between_noise_and_picture() -> None:
     pack = one_pack()
-    noised = add_noise(pack, CONFIG, Objective(), generator())
+    noised = add_noise(pack, CONFIG, LossConfig(), generator())
     sigma = noise_scale(16, CONFIG.flow, cap=False)
     assert noised.noise_scale.tolist() == pytest.approx([sigma] * len(pack.targets))
     picture = torch.tensor(pack.targets[3]).permute(2, 0, 1).float() / 127.5 - 1
@@ -48,18 +48,18 @@ def test_noise_is_the_path_between_noise_and_picture() -> None:
 
 
 def test_times_are_logit_normal_and_shifted() -> None:
-    t = Objective().draw_t(20_000, generator())
+    t = LossConfig().draw_t(20_000, generator())
     logit = torch.log(t / (1 - t))
     assert abs(logit.mean().item() + 0.8) < 0.02
     assert abs(logit.std().item() - 0.8) < 0.02
-    shifted = Objective(time_shift=3.0).draw_t(20_000, generator())
+    shifted = LossConfig(time_shift=3.0).draw_t(20_000, generator())
     torch.testing.assert_close((1 - shifted) / shifted, 3 * (1 - t) / t, rtol=1e-3, atol=1e-3)
 
 
 def test_the_loss_is_its_formula() -> None:
     pack = one_pack()
     model = new_model(CONFIG, 0)
-    objective = Objective(text_weight=0.3, image_weight=0.7, task_weights={"vqa": 2.0})
+    objective = LossConfig(text_weight=0.3, image_weight=0.7, task_weights={"vqa": 2.0})
     counts = Counts.of([pack])
     found = loss_of(model, pack, objective, counts, generator())
 
@@ -85,7 +85,7 @@ def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (2**26, CONFIG.vocab_size * 7):
         monkeypatch.setattr(objective_module, "LOGITS_AT_ONCE", size)
         model.zero_grad()
-        loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+        loss_of(model, pack, LossConfig(), Counts.of([pack]), generator()).backward()
         assert model.lm_head.weight.grad is not None
         grads.append(model.lm_head.weight.grad.clone())
     torch.testing.assert_close(grads[0], grads[1])
@@ -94,18 +94,20 @@ def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_packs_make_the_gradient_of_one() -> None:
     packs = [
         item.pack
-        for item in islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=900, workers=0)), 2)
+        for item in islice(
+            load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=900, workers=0)), 2
+        )
     ]
     model = new_model(CONFIG, 0)
     counts = Counts.of(packs)
     for pack in packs:
-        loss_of(model, pack, Objective(image_weight=0), counts, generator()).backward()
+        loss_of(model, pack, LossConfig(image_weight=0), counts, generator()).backward()
     assert model.lm_head.weight.grad is not None
     together = model.lm_head.weight.grad.clone()
     model.zero_grad()
     share = [len(pack.label_ids) / counts.labels for pack in packs]
     for pack, part in zip(packs, share, strict=True):
-        loss = loss_of(model, pack, Objective(image_weight=0), Counts.of([pack]), generator())
+        loss = loss_of(model, pack, LossConfig(image_weight=0), Counts.of([pack]), generator())
         (loss * part).backward()
     torch.testing.assert_close(model.lm_head.weight.grad, together)
 
@@ -113,9 +115,9 @@ def test_two_packs_make_the_gradient_of_one() -> None:
 def test_metrics_are_means_by_task_and_time() -> None:
     pack = one_pack()
     metrics = Metrics()
-    loss_of(new_model(CONFIG, 0), pack, Objective(), Counts.of([pack]), generator(), metrics)
+    loss_of(new_model(CONFIG, 0), pack, LossConfig(), Counts.of([pack]), generator(), metrics)
     report = metrics.report()
-    noised = add_noise(pack, CONFIG, Objective(), generator())
+    noised = add_noise(pack, CONFIG, LossConfig(), generator())
     bins = {f"{int(t * 5) / 5:.1f}" for t in noised.t.tolist()}
     assert {n[7:10] for n in report if n.startswith("image/t0")} == bins
     assert 0 <= report["text/accuracy"] <= 1
@@ -127,7 +129,7 @@ def test_a_frozen_stream_gets_no_gradient(frozen: str) -> None:
     model = new_model(CONFIG, 0)
     freeze(model, (frozen,))
     pack = one_pack()
-    loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+    loss_of(model, pack, LossConfig(), Counts.of([pack]), generator()).backward()
     for stream in ("und", "gen"):
         layer = getattr(model.layers[0], stream)
         grads = [p.grad is not None for p in layer.parameters()]
@@ -141,7 +143,7 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
     for wanted in (False, True, False):
         checkpoint_layers(model, wanted)
         model.zero_grad()
-        loss_of(model, pack, Objective(), Counts.of([pack]), generator()).backward()
+        loss_of(model, pack, LossConfig(), Counts.of([pack]), generator()).backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for other in found[1:]:
         assert found[0].keys() == other.keys()

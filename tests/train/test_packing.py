@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.loader import Loaded, LoaderConfig, Position, load_packs
+from neounify.data.loader import LoadedPack, LoaderConfig, Position, load_packs
 from neounify.data.packing import first_fit, make_pack
 from neounify.data.sample import DataError, Sample
 from neounify.scenes.world import SceneDataset, scene_config
@@ -65,27 +65,31 @@ def test_a_pack_is_its_documents_side_by_side() -> None:
 
 
 def test_packs_are_at_least_97_percent_full() -> None:
-    packs = list(islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 60))
+    packs = list(
+        islice(load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=1024, workers=0)), 60)
+    )
     assert sum(p.pack.length for p in packs) / (60 * 1024) > 0.97
 
 
 def test_every_sample_comes_exactly_once() -> None:
-    loads = islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 50)
+    loads = islice(load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=1024, workers=0)), 50)
     found = [int(s.split("-")[-1]) for item in loads for s in item.pack.samples]
     assert len(set(found)) == len(found)
     # What is missing waits in the packs of the last window, none of an earlier one.
     missing = set(range(max(found))) - set(found)
-    later = islice(load_packs(SOURCE, ENCODER, LoaderConfig(budget=1024, workers=0)), 50, 100)
+    later = islice(
+        load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=1024, workers=0)), 50, 100
+    )
     assert missing <= {int(s.split("-")[-1]) for item in later for s in item.pack.samples}
 
 
-def _signature(item: Loaded) -> tuple[object, ...]:
+def _signature(item: LoadedPack) -> tuple[object, ...]:
     return (tuple(item.pack.samples), item.pack.ids.tolist(), item.pack.label_rows.tolist())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_position_resumes_exactly(workers: int) -> None:
-    config = LoaderConfig(budget=512, workers=workers, seed=3)
+    config = LoaderConfig(tokens_per_pack=512, workers=workers, seed=3)
     whole = list(islice(load_packs(SOURCE, ENCODER, config), 45))
     for stop in (1, 7, 33):
         position = Position.from_json(whole[stop - 1].position.to_json())
@@ -96,7 +100,7 @@ def test_a_position_resumes_exactly(workers: int) -> None:
 def test_ranks_share_the_samples_out() -> None:
     seen = []
     for rank in range(2):
-        config = LoaderConfig(budget=512, workers=0, rank=rank, ranks=2)
+        config = LoaderConfig(tokens_per_pack=512, workers=0, rank=rank, ranks=2)
         packs = islice(load_packs(SOURCE, ENCODER, config), 10)
         seen.append({int(s.split("-")[-1]) for item in packs for s in item.pack.samples})
     assert {n % 2 for n in seen[0]} == {0}
@@ -119,7 +123,9 @@ class _Damaged:
 
 def test_damaged_samples_are_skipped_and_listed() -> None:
     packs = list(
-        islice(load_packs(_Damaged(every=3), ENCODER, LoaderConfig(budget=512, workers=0)), 10)
+        islice(
+            load_packs(_Damaged(every=3), ENCODER, LoaderConfig(tokens_per_pack=512, workers=0)), 10
+        )
     )
     listed = [one.message for item in packs for one in item.skipped]
     assert "sample 3: broken 3" in listed
@@ -130,13 +136,13 @@ def test_damaged_samples_are_skipped_and_listed() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_yields_nothing_is_an_error(workers: int) -> None:
-    config = LoaderConfig(budget=512, workers=workers)
+    config = LoaderConfig(tokens_per_pack=512, workers=workers)
     with pytest.raises(DataError, match="cannot be used"):
         next(load_packs(_Damaged(every=1), ENCODER, config))
 
 
 def test_a_sample_over_the_budget_is_counted_as_damaged() -> None:
-    config = LoaderConfig(budget=90, workers=0)
+    config = LoaderConfig(tokens_per_pack=90, workers=0)
     packs = list(islice(load_packs(SOURCE, ENCODER, config), 40))
     assert any("a pack 90" in one.message for item in packs for one in item.skipped)
 
@@ -151,7 +157,11 @@ def test_damaged_positions_are_refused(record: object) -> None:
 
 def test_another_number_of_workers_is_refused() -> None:
     with pytest.raises(DataError, match="same number"):
-        next(load_packs(SOURCE, ENCODER, LoaderConfig(budget=512, workers=2), Position.start(1)))
+        next(
+            load_packs(
+                SOURCE, ENCODER, LoaderConfig(tokens_per_pack=512, workers=2), Position.start(1)
+            )
+        )
 
 
 ORPHANS = """
@@ -165,7 +175,7 @@ from neounify.text import byte_tokenizer
 if __name__ == "__main__":
     encoder = Encoder(config=SCENES, tokenizer=byte_tokenizer())
     source = SceneDataset(0, scene_config("easy"), {"text": 1})
-    packs = load_packs(source, encoder, LoaderConfig(budget=512, workers=1))
+    packs = load_packs(source, encoder, LoaderConfig(tokens_per_pack=512, workers=1))
     next(packs)
     print("reading", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

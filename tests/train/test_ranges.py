@@ -19,7 +19,7 @@ from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.lora.config import LoraConfig
 from neounify.text import byte_tokenizer
-from neounify.train.loss import Objective
+from neounify.train.loss import LossConfig
 from neounify.train.optim import OptimizerConfig, Schedule
 from neounify.train.recipe import (
     DataRecipe,
@@ -29,18 +29,20 @@ from neounify.train.recipe import (
     TokenizerRecipe,
     recipe_from_table,
 )
-from neounify.train.setup import starting_model
+from neounify.train.setup import build_setup
+from neounify.train.supervised import SupervisedConfig
 
 SETTINGS = (
     DataRecipe,
     GuidanceDropout,
     LoraConfig,
     ModelRecipe,
-    Objective,
+    LossConfig,
     OptimizerConfig,
     Recipe,
     Schedule,
     StageRecipe,
+    SupervisedConfig,
     TokenizerRecipe,
 )
 NEEDED: dict[type, dict[str, Any]] = {
@@ -134,9 +136,9 @@ def stage(**values: Any) -> dict[str, Any]:
         (stage(freeze=["und", "gen", "shared"]), "leaves nothing to train"),
         (stage(optimizer={"lr_scale": {"gne": 2.0}}), "unknown name 'gne'; did you mean 'gen'"),
         (stage(optimizer={"lr_scale": {"gen": -2.0}}), r"lr_scale\.gen: must be at least 0"),
-        (stage(objective={"task_weights": {"vqq": 3.0}}), "did you mean 'vqa'"),
-        (stage(objective={"text_weight": 0, "image_weight": 0}), "nothing to learn"),
-        (stage(dropout={"text": 0.6, "all": 0.6}), "must be at most 1"),
+        (stage(method={"loss": {"task_weights": {"vqq": 3.0}}}), "did you mean 'vqa'"),
+        (stage(method={"loss": {"text_weight": 0, "image_weight": 0}}), "nothing to learn"),
+        (stage(method={"guidance_dropout": {"text": 0.6, "all": 0.6}}), "must be at most 1"),
         (stage(schedule={"name": "cosin"}), "schedule.name: .*'cosine'.* got 'cosin'"),
         (stage(lora={"layers": [3, 2]}), "first below stop"),
         (stage(data=[{"world": "esay"}]), "world: unknown name 'esay'; did you mean 'easy'"),
@@ -177,14 +179,14 @@ def test_changes_of_a_model_are_checked(
 ) -> None:
     table = {"name": "a", "model": {"preset": "scenes", "changes": changes}, **stage()}
     with pytest.raises(ConfigError, match=message):
-        starting_model(recipe_from_table(table), torch.device("cpu"), tmp_path)
+        build_setup(recipe_from_table(table), torch.device("cpu"), tmp_path)
 
 
 def test_parts_of_a_config_can_be_changed(tmp_path: Path) -> None:
     changes = {"num_layers": 1, "flow": {"noise_scale": 2}, "sampling": {"image_size": [32, 64]}}
     model = {"preset": "scenes", "changes": changes, "tokenizer": {"samples": 50}}
     recipe = recipe_from_table({"name": "a", "model": model, **stage()})
-    config = starting_model(recipe, torch.device("cpu"), tmp_path).model.config
+    config = build_setup(recipe, torch.device("cpu"), tmp_path).model.config
     assert (config.flow.noise_scale, config.sampling.image_size) == (2.0, (32, 64))
     assert config.flow.noise_scale_mode == SCENES.flow.noise_scale_mode
     assert is_dataclass(config.flow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from rich.console import Console
 from torch import Tensor
 
 from neounify.checkpoint.names import stream_of
+from neounify.errors import ConfigError
 from neounify.pipeline import load
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.recipe import Recipe, TokenizerRecipe, read_recipe
-from neounify.train.setup import Start, starting_model
+from neounify.train.recipe import Recipe, TokenizerRecipe, read_recipe, recipe_from_table
+from neounify.train.setup import TrainSetup, build_setup
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -36,17 +38,17 @@ TINY = {
 def cut(recipe: Recipe) -> Recipe:
     """The same stages with two steps each, for a tiny model."""
     model = replace(recipe.model, changes=TINY, tokenizer=TokenizerRecipe(samples=50))
-    stages = tuple(replace(s, steps=2, budget=600) for s in recipe.stages)
+    stages = tuple(replace(s, steps=2, tokens_per_pack=600) for s in recipe.stages)
     return replace(recipe, model=model, stages=stages, workers=0)
 
 
-def train(recipe: Recipe, start: Start, folder: Path) -> None:
+def train(recipe: Recipe, setup: TrainSetup, folder: Path) -> None:
     log = Log(folder, Console(quiet=True), tensorboard=False)
-    Trainer(recipe, start, folder, log).run()
+    Trainer(recipe, setup, folder, log).run()
 
 
-def weights(start: Start) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in start.model.named_parameters()}
+def weights(setup: TrainSetup) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in setup.model.named_parameters()}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -63,13 +65,14 @@ def test_the_published_stages_are_all_there(name: str) -> None:
     assert [stage.name for stage in recipe.stages] == STAGES
     for stage, trained in zip(recipe.stages, TRAINED, strict=True):
         assert {"und", "gen", "shared"} - set(stage.freeze) == trained
-        assert (stage.objective.text_weight, stage.objective.image_weight) == (0.1, 1.0)
-        assert (stage.dropout.text, stage.dropout.all) == (0.1, 0.1)
+        assert (stage.method.loss.text_weight, stage.method.loss.image_weight) == (0.1, 1.0)
+        dropout = stage.method.guidance_dropout
+        assert (dropout.text, dropout.all) == (0.1, 0.1)
 
 
 def test_the_miniature_runs_all_its_stages(tmp_path: Path) -> None:
     recipe = cut(read_recipe(FOLDER / "miniature.toml"))
-    train(recipe, starting_model(recipe, torch.device("cpu"), tmp_path), tmp_path)
+    train(recipe, build_setup(recipe, torch.device("cpu"), tmp_path), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["stage_step"]) for line in lines] == [(s, 2) for s in STAGES]
     assert load(tmp_path / "model").model.config.hidden_size == TINY["hidden_size"]
@@ -77,10 +80,63 @@ def test_the_miniature_runs_all_its_stages(tmp_path: Path) -> None:
 
 def test_each_stage_moves_what_it_trains_and_not_a_bit_else(tmp_path: Path) -> None:
     recipe = cut(read_recipe(FOLDER / "miniature.toml"))
-    start = starting_model(recipe, torch.device("cpu"), tmp_path)
+    setup = build_setup(recipe, torch.device("cpu"), tmp_path)
     for stage, trained in zip(recipe.stages, TRAINED, strict=True):
-        before = weights(start)
-        train(replace(recipe, stages=(stage,)), start, tmp_path / stage.name)
-        after = weights(start)
+        before = weights(setup)
+        train(replace(recipe, stages=(stage,)), setup, tmp_path / stage.name)
+        after = weights(setup)
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert moved == {name for name in before if stream_of(name) in trained}, stage.name
+
+
+OLD: dict[str, Any] = {
+    "budget": 700,
+    "most_nonfinite": 4,
+    "noise_draws": 2,
+    "dropout": {"text": 0.2},
+}
+NEW: dict[str, Any] = {
+    "tokens_per_pack": 700,
+    "max_nonfinite": 4,
+    "method": {"noise_draws": 2, "guidance_dropout": {"text": 0.2}, "loss": {"t_std": 0.5}},
+}
+
+
+def test_field_names_of_earlier_versions_are_deprecated() -> None:
+    table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
+    stage = {"name": "a", "steps": 1, "objective": {"text_weight": 0.5}}
+    old = {**table, "defaults": {**OLD, "objective": {"t_std": 0.5}}, "stages": [stage]}
+    loss: dict[str, Any] = {"kind": "supervised", "loss": {"text_weight": 0.5}}
+    new = {**table, "defaults": NEW, "stages": [{"name": "a", "steps": 1, "method": loss}]}
+    with pytest.warns(DeprecationWarning, match="is deprecated, use") as warned:
+        read = recipe_from_table(old)
+    assert read == recipe_from_table(new)
+    assert read.stages[0].method.loss.t_std == 0.5
+    said = [str(warning.message) for warning in warned]
+    assert "defaults: budget is deprecated, use tokens_per_pack" in said
+    assert "stages.0: objective is deprecated, use method.loss" in said
+    assert len(said) == 6
+
+
+def test_an_old_name_beside_its_new_one_is_refused() -> None:
+    table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
+    stage = {"name": "a", "steps": 1, "budget": 5, "tokens_per_pack": 6}
+    with pytest.raises(ConfigError, match="budget is the old name of tokens_per_pack"):
+        recipe_from_table({**table, "stages": [stage]})
+    stage = {"name": "a", "steps": 1, "noise_draws": 5, "method": "supervised"}
+    with pytest.raises(ConfigError, match=r"stages\.0\.method: must be a table"):
+        recipe_from_table({**table, "stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"kind": "dreaming"}, r"method\.kind: Input should be 'supervised', got 'dreaming'"),
+        ({"noise_draws": 0}, r"method\.noise_draws: must be within \[1, 65536\], got 0"),
+        ({"loss": {"beta": 1}}, r"method\.loss\.beta is not a field"),
+    ],
+)
+def test_wrong_method_tables_are_refused(method: dict[str, Any], said: str) -> None:
+    table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
+    with pytest.raises(ConfigError, match=said):
+        recipe_from_table({**table, "stages": [{"name": "a", "steps": 1, "method": method}]})

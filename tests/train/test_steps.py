@@ -16,14 +16,14 @@ from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
 from neounify.model.stream import Stream
 from neounify.pipeline import Pipeline
-from neounify.train import loop
+from neounify.train import supervised
 from neounify.train.log import REPORTS, DivergenceWatch, Log
 from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.loss import Metrics
+from neounify.train.method import DROPOUT, Step, pack_seed, seeded
+from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.seeds import DROPOUT, pack_seed, seeded
-from neounify.train.setup import starting_model
-from neounify.train.stages import Progress
+from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
 from train.test_trainer import recipe, trainer
 
@@ -34,7 +34,7 @@ def loud(folder: Path, made: Recipe, evaluate: Any = None) -> tuple[Trainer, io.
     """A trainer and what it prints."""
     console = Console(file=io.StringIO(), width=400)
     log = Log(folder, console, tensorboard=False)
-    start = starting_model(made, CPU, folder)
+    start = build_setup(made, CPU, folder)
     assert isinstance(console.file, io.StringIO)
     return Trainer(made, start, folder, log, evaluate), console.file
 
@@ -91,9 +91,9 @@ def test_dropout_differs_from_step_to_step(tmp_path: Path) -> None:
     run = adapted(tmp_path)
     stage = run.recipe.stages[0]
     drawn = []
-    for step in range(3):
-        run.progress.step = step
-        with run._dropout(stage, 0):
+    for number in range(3):
+        step = Step(number=number, stage_step=0, batches=(), seed=0)
+        with run._dropout(stage, step):
             drawn.append(torch.rand(1).item())
     assert len(set(drawn)) == 3
 
@@ -107,14 +107,14 @@ def test_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Pa
 
     made = recipe(stages=stages(lora={"rank": 2, "dropout": 0.5}, sample_every=2))
     run, _ = loud(tmp_path, made, evaluate)
-    original = loop.loss_of
+    original = supervised.loss_of
 
     def watched(model: Any, *args: Any) -> Any:
         assert all(m.training for m in model.modules() if isinstance(m, LoraLinear))
         return original(model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "loss_of", watched)
+        patch.setattr(supervised, "loss_of", watched)
         run.run()
     assert modes == [False, False]
 
@@ -135,7 +135,7 @@ def test_compiling_ends_with_the_stage_that_wants_it(
 ) -> None:
     compiled: list[bool] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    original = loop.load_packs
+    original = supervised.load_packs
 
     def packs(*args: Any) -> Iterator[Any]:
         streams = [m for m in run.model.modules() if isinstance(m, Stream)]
@@ -143,7 +143,7 @@ def test_compiling_ends_with_the_stage_that_wants_it(
         compiled.append(any("project" in m.__dict__ or "finish" in m.__dict__ for m in streams))
         return original(*args)
 
-    monkeypatch.setattr(loop, "load_packs", packs)
+    monkeypatch.setattr(supervised, "load_packs", packs)
     three = [{"name": n, "steps": 1, "compile": n != "b"} for n in "abc"]
     run = trainer(tmp_path, recipe(stages=three))
     run.run()
@@ -153,7 +153,7 @@ def test_compiling_ends_with_the_stage_that_wants_it(
 def test_a_skipped_step_leaves_no_trace_in_the_sums(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop.loss_of
+    original = supervised.loss_of
     calls = 0
 
     def sometimes_infinite(*args: Any) -> Any:
@@ -165,7 +165,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_sums(
             return loss * float("inf")
         return loss
 
-    monkeypatch.setattr(loop, "loss_of", sometimes_infinite)
+    monkeypatch.setattr(supervised, "loss_of", sometimes_infinite)
     run, _ = loud(tmp_path, recipe(stages=stages(steps=6, log_every=3)))
     run.run()
 
@@ -229,7 +229,7 @@ def test_a_run_that_diverges_says_so(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_not_finite_name_the_settings(tmp_path: Path) -> None:
-    run = trainer(tmp_path, recipe(stages=stages(most_nonfinite=2)))
+    run = trainer(tmp_path, recipe(stages=stages(max_nonfinite=2)))
     with torch.no_grad():
         run.model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(TrainingStopped, match=r"optimizer\.learning_rate .*clip .*warmup"):

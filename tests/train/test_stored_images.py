@@ -12,7 +12,7 @@ from PIL import Image
 
 from neounify.data.sources import Source
 from neounify.train.recipe import DataRecipe
-from neounify.train.setup import build_source
+from neounify.train.setup import build_mixture
 from support.colour_profiles import DISPLAY_P3, rgb_profile
 
 RECORD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}]}
@@ -26,7 +26,7 @@ def photo() -> bytes:
 
 
 def source(path: Path, kind: str, **fields: object) -> Source:
-    return build_source([DataRecipe(kind=kind, path=str(path), **fields)], 0)  # type: ignore[arg-type]
+    return build_mixture([DataRecipe(kind=kind, path=str(path), **fields)], 0)  # type: ignore[arg-type]
 
 
 def write(folder: Path, kind: str) -> Path:

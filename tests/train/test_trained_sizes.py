@@ -11,7 +11,7 @@ import torch
 from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.config.presets import SCENES
 from neounify.train.recipe import Recipe, recipe_from_table
-from neounify.train.setup import starting_model, with_trained_sizes
+from neounify.train.setup import build_setup, with_trained_sizes
 
 JSONL = {"kind": "jsonl", "path": "data.jsonl"}
 UNRECORDED = SCENES.replace(
@@ -59,7 +59,7 @@ def test_stages_and_what_the_checkpoint_had_add_up() -> None:
 
 
 def test_a_model_in_training_carries_them(tmp_path: Path) -> None:
-    start = starting_model(
+    start = build_setup(
         recipe({"data": [{"kind": "scenes"}]}), torch.device("cpu"), tmp_path / "run"
     )
     assert start.model.config.sampling.trained_sizes == ((64, 64),)

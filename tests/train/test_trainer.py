@@ -20,7 +20,7 @@ from neounify.pipeline import load
 from neounify.train.log import Log
 from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.recipe import Recipe, read_recipe, recipe_from_table
-from neounify.train.setup import starting_model
+from neounify.train.setup import build_setup
 from neounify.train.state import save_state, saved_states
 
 TINY = {
@@ -39,7 +39,7 @@ def recipe(**changes: Any) -> Recipe:
         "workers": 0,
         "model": {"preset": "scenes", "changes": TINY, "tokenizer": {"samples": 50}},
         "defaults": {
-            "budget": 600,
+            "tokens_per_pack": 600,
             "log_every": 1,
             "save_every": 4,
             "ema": 0.9,
@@ -61,7 +61,7 @@ def data(**source: Any) -> dict[str, Any]:
 def trainer(folder: Path, made: Recipe | None = None) -> Trainer:
     made = made or recipe()
     log = Log(folder, Console(quiet=True), tensorboard=False)
-    return Trainer(made, starting_model(made, torch.device("cpu"), folder), folder, log)
+    return Trainer(made, build_setup(made, torch.device("cpu"), folder), folder, log)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -181,7 +181,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 
 def test_steps_that_are_not_finite_are_skipped_listed_and_end_the_run(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "a", "steps": 9, "most_nonfinite": 3}])
+    made = recipe(stages=[{"name": "a", "steps": 9, "max_nonfinite": 3}])
     run = trainer(tmp_path, made)
     with torch.no_grad():
         run.model.lm_head.weight[0, 0] = float("nan")

@@ -286,7 +286,8 @@ class _Writer:
         if limit is not None and self._tokens > limit:
             raise DataError(
                 f"the sample has at least {self._tokens:,} tokens ({what}), more than a pack "
-                f"holds (budget {limit:,}). Raise budget to at least {self._tokens:,}, or {remedy}"
+                f"holds (tokens_per_pack {limit:,}). Raise tokens_per_pack to at least "
+                f"{self._tokens:,}, or {remedy}"
             )
 
     def _write(self, ids: list[int], learn: bool) -> None:

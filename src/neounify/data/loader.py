@@ -164,7 +164,7 @@ class Position:
 
 
 @dataclass(eq=False)
-class Loaded:
+class LoadedPack:
     """A pack, the position after it, and the damaged samples met on the way.
 
     `used` counts the pack's samples by the number of their source in the mixture.
@@ -178,9 +178,9 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """`budget`: tokens of a pack. Rank r of `ranks` sees samples r, r + ranks, … only."""
+    """Rank r of `ranks` sees samples r, r + ranks, … only."""
 
-    budget: int
+    tokens_per_pack: int
     seed: int = 0
     workers: int = 1
     prefetch: int = 4
@@ -190,7 +190,7 @@ class LoaderConfig:
 
 def load_packs(
     source: Source, encoder: Encoder, config: LoaderConfig, position: Position | None = None
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedPack]:
     """Packs from `position` on, without end. With workers = 0 they are made in this process.
 
     A source that is no Mixture is made one, so that finite data starts again in another order.
@@ -228,7 +228,7 @@ def load_packs(
             raise DataError(item)
         workers[turn] = item.place
         turn = (turn + 1) % count
-        yield Loaded(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
+        yield LoadedPack(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
 
 
 def _worker_failed(error: Exception) -> NoReturn:
@@ -313,7 +313,7 @@ class _Packs(IterableDataset[Any]):
         """Fill some packs; the emptiest is carried over to the next window."""
         stride = self.config.ranks * max(1, self.config.workers)
         offset = self.config.rank * max(1, self.config.workers) + worker
-        wanted = WINDOW_PACKS * self.config.budget
+        wanted = WINDOW_PACKS * self.config.tokens_per_pack
         found: list[_Drawn] = []
         tokens, number = 0, place.next
         carried = iter(place.carried)
@@ -327,7 +327,7 @@ class _Packs(IterableDataset[Any]):
                 found.append(drawn)
                 tokens += drawn.encoded.length
         lengths = [item.encoded.length for item in found]
-        bins = first_fit(lengths, self.config.budget)
+        bins = first_fit(lengths, self.config.tokens_per_pack)
         loads = [sum(lengths[item] for item in items) for items in bins]
         emptiest = loads.index(min(loads))
         left = tuple(found[item].index for item in bins.pop(emptiest)) if len(bins) > 1 else ()
@@ -357,6 +357,8 @@ class _Packs(IterableDataset[Any]):
     def _encode(self, index: int) -> Encoded:
         rng = np.random.default_rng((self.config.seed, 0, index))
         encoded = self.encoder(self.source[index], rng)
-        if encoded.length > self.config.budget:
-            raise DataError(f"the sample has {encoded.length} tokens, a pack {self.config.budget}")
+        if encoded.length > self.config.tokens_per_pack:
+            raise DataError(
+                f"the sample has {encoded.length} tokens, a pack {self.config.tokens_per_pack}"
+            )
         return encoded

@@ -1,4 +1,4 @@
-"""Many documents in one sequence: first-fit into packs of a token budget."""
+"""Packing of many documents into sequences of bounded length, first-fit decreasing."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from neounify.data.sample import TASKS
 from neounify.model.layout import Layout
 
 
-def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into bins of at most `budget`, the longest first; the bins hold item numbers.
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into bins of at most `capacity`, the longest first; the bins hold item numbers.
 
     First-fit decreasing: at most 11/9 of the fewest bins (Johnson, 1973). Documents of like
     length end up together, which also keeps padded attention short. ValueError for an item
-    over the budget.
+    over the capacity.
     """
-    if max(lengths, default=0) > budget:
-        raise ValueError(f"an item of {max(lengths)} tokens does not fit a pack of {budget}")
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"an item of {max(lengths)} tokens does not fit a pack of {capacity}")
     bins: list[list[int]] = []
     free: list[int] = []
     shortest = min(lengths, default=0)
@@ -36,7 +36,7 @@ def first_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             place = len(bins)
             bins.append([])
-            free.append(budget)
+            free.append(capacity)
         bins[place].append(item)
         free[place] -= lengths[item]
     return bins

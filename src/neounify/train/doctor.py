@@ -26,11 +26,12 @@ from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench.similarity import psnr, seam_ratio
 from neounify.train.loss import T_INTERVALS, Counts, Metrics, loss_of
+from neounify.train.method import seeded
 from neounify.train.model import freeze
-from neounify.train.optim import Optimizers
+from neounify.train.optim import OptimizerSet
 from neounify.train.recipe import StageRecipe
-from neounify.train.seeds import seeded
-from neounify.train.setup import Start, build_encoder, build_source
+from neounify.train.setup import TrainSetup, build_mixture
+from neounify.train.supervised import build_encoder
 
 SAMPLES = 400
 """Samples of all sources together that are looked through for one of every task."""
@@ -75,7 +76,7 @@ class Overfit:
 
 
 def examine(
-    start: Start,
+    setup: TrainSetup,
     stage: StageRecipe,
     seconds: float = 100,
     steps: int = MAX_STEPS,
@@ -86,28 +87,30 @@ def examine(
     Overfitting ends after `seconds` or `steps`, or sooner when all tasks are learnt. `source` is
     the stage's data if that is built already.
     """
-    model = start.model
+    model = setup.model
     if stage.lora is None:
         freeze(model, stage.freeze)
     else:
         add_lora(model, stage.lora)
     samples: dict[str, Sample] = {}
-    yield from _data(source or build_source(stage.data, 0), build_encoder(stage, start), samples)
+    yield from _data(
+        source or build_mixture(stage.data, 0), build_encoder(stage, setup, stage.method), samples
+    )
     if not samples:
         return
     encoder = replace(
-        build_encoder(stage, start),
+        build_encoder(stage, setup, stage.method),
         dropout=GuidanceDropout(text=0.0, all=0.0),
         noise_draws=4,
         max_tokens=None,  # four noisy copies may well be more than a pack of the stage
     )
     documents = [encoder(s, np.random.default_rng(0)) for s in samples.values()]
     pack = make_pack(documents)
-    yield from _gradients(start, stage, pack)
-    overfit = _overfit(start, stage, pack, seconds, steps)
+    yield from _gradients(setup, stage, pack)
+    overfit = _overfit(setup, stage, pack, seconds, steps)
     yield from _learning(overfit, stage)
     yield from _times(overfit)
-    yield from _pictures(start, samples, documents, overfit)
+    yield from _pictures(setup, samples, documents, overfit)
 
 
 def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Iterator[Finding]:
@@ -132,10 +135,10 @@ def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Ite
     )
 
 
-def _gradients(start: Start, stage: StageRecipe, pack: Pack) -> Iterator[Finding]:
-    model = start.model
+def _gradients(setup: TrainSetup, stage: StageRecipe, pack: Pack) -> Iterator[Finding]:
+    model = setup.model
     model.zero_grad(set_to_none=True)
-    _loss(start, stage, pack, 0).backward()
+    _loss(setup, stage, pack, 0).backward()
     named = list(model.named_parameters())
     dead = [n for n, p in named if p.requires_grad and (p.grad is None or not p.grad.any())]
     bad = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
@@ -169,19 +172,20 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
 
 
 def _overfit(
-    start: Start, stage: StageRecipe, pack: Pack, seconds: float, max_steps: int
+    setup: TrainSetup, stage: StageRecipe, pack: Pack, seconds: float, max_steps: int
 ) -> Overfit:
     """Learn one pack until all of it is learnt, or time or steps are up."""
-    optimizers = Optimizers(start.model, stage.optimizer)
-    optimizers.set_factor(1.0)
-    trained = [p for p in start.model.parameters() if p.requires_grad]
+    optimizers = OptimizerSet(
+        dict(setup.model.named_parameters()), stage.optimizer, clip=stage.clip
+    )
+    optimizers.set_rate(0)
     began = time.monotonic()
-    first, recent = Metrics(start.model.device), Metrics(start.model.device)
+    first, recent = Metrics(setup.model.device), Metrics(setup.model.device)
     for step in count(1):
         metrics = first if step <= 5 else recent
-        with seeded(start.model.device, step):
-            _loss(start, stage, pack, step, metrics).backward()
-        torch.nn.utils.clip_grad_norm_(trained, stage.clip)
+        with seeded(setup.model.device, step):
+            _loss(setup, stage, pack, step, metrics).backward()
+        optimizers.clip_gradients()
         optimizers.step()
         optimizers.zero_grad()
         taken = time.monotonic() - began
@@ -192,16 +196,16 @@ def _overfit(
             if ended or learnt:
                 enough = learnt or step >= min(max_steps, ENOUGH_STEPS)
                 return Overfit(before, last, step, taken, enough)
-            recent = Metrics(start.model.device)
+            recent = Metrics(setup.model.device)
     raise AssertionError  # the loop above ends by returning
 
 
 def _loss(
-    start: Start, stage: StageRecipe, pack: Pack, seed: int, metrics: Metrics | None = None
+    setup: TrainSetup, stage: StageRecipe, pack: Pack, seed: int, metrics: Metrics | None = None
 ) -> Tensor:
-    generator = torch.Generator(start.model.device).manual_seed(seed)
+    generator = torch.Generator(setup.model.device).manual_seed(seed)
     counts = Counts.of([pack])
-    return loss_of(start.model, pack, stage.objective, counts, generator, metrics)
+    return loss_of(setup.model, pack, stage.method.loss, counts, generator, metrics)
 
 
 def _tasks(report: dict[str, float]) -> list[str]:
@@ -267,15 +271,15 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
 
 
 def _pictures(
-    start: Start, samples: dict[str, Sample], documents: list[Encoded], overfit: Overfit
+    setup: TrainSetup, samples: dict[str, Sample], documents: list[Encoded], overfit: Overfit
 ) -> Iterator[Finding]:
     """Paint the learnt prompt again: is it that image, sharp and without a grid?"""
     known = {d.task: d for d in documents}
     if "t2i" not in known or not known["t2i"].targets:
         return
     target = known["t2i"].targets[0]
-    start.model.eval()
-    pipe = Pipeline(start.model, start.tokenizer, system_message=start.system_message)
+    setup.model.eval()
+    pipe = Pipeline(setup.model, setup.tokenizer, system_message=setup.system_message)
     height, width = target.shape[:2]
     prompt = samples["t2i"].text("user")
     painted = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]
@@ -294,7 +298,7 @@ def _pictures(
         f"the learnt prompt paints the learnt image at {likeness:.1f} dB",
         advice,
     )
-    yield from _seams(target, pixels, start.model.config.token_size, like, overfit)
+    yield from _seams(target, pixels, setup.model.config.token_size, like, overfit)
 
 
 def _seams(

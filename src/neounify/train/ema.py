@@ -1,4 +1,4 @@
-"""A running mean of the weights, which is what gets evaluated and exported."""
+"""EMA of the weights, used for evaluation and export."""
 
 from __future__ import annotations
 
@@ -41,11 +41,19 @@ class Ema:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """The mean in the model, the trained weights back afterwards."""
-        kept = {name: p.detach().clone() for name, p in self._live.items()}
+        trained = {name: p.detach().clone() for name, p in self._live.items()}
         for name, p in self._live.items():
             p.copy_(self.mean[name])
         try:
             yield
         finally:
             for name, p in self._live.items():
-                p.copy_(kept[name])
+                p.copy_(trained[name])
+
+
+@torch.no_grad()
+def load_ema(model: nn.Module, mean: Mapping[str, Tensor]) -> None:
+    """Copy an EMA into a model; parameters that it does not hold stay."""
+    for name, parameter in model.named_parameters():
+        if name in mean:
+            parameter.copy_(mean[name])

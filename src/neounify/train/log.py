@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
-from neounify.data.packing import Pack
 from neounify.train.speed import Meter
 
 if TYPE_CHECKING:
+    from neounify.train.progress import Progress
     from neounify.train.recipe import StageRecipe
-    from neounify.train.stages import Progress
 
 
 from collections import deque
@@ -100,9 +99,9 @@ class Log:
                 stage.name, total=stage.steps, completed=progress.stage_step, pace=""
             )
 
-    def step(self, progress: Progress, stage: StageRecipe, packs: Sequence[Pack]) -> None:
-        """After every step."""
-        self._meter.add(packs)
+    def step(self, progress: Progress, stage: StageRecipe, operations: float) -> None:
+        """After every step, with the operations it computed."""
+        self._meter.add(operations)
         if self._bar is not None:
             left = _clock(self._meter.seconds_left(progress, stage.steps))
             pace = f"{self._meter.tokens_per_second(progress):,.0f} tokens/s, {left} left"

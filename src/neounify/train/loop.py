@@ -1,12 +1,12 @@
-"""The training loop: take packs, step, log, save. One loop for every stage and model."""
+"""Training loop: draw batches, step, log, save. One loop for every stage, model and method."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,81 +16,95 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.finite import all_finite
-from neounify.data.loader import Loaded, LoaderConfig, Position, check_sources, load_packs
-from neounify.data.sources import FileSource, Mixture
+from neounify.data.sources import FileSource
 from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.compile import compile_streams
 from neounify.pipeline import Pipeline
-from neounify.train.ema import Ema
+from neounify.train.ema import Ema, load_ema
 from neounify.train.log import DivergenceWatch, Log, settings_against_divergence
-from neounify.train.loss import Counts, Metrics, loss_of
+from neounify.train.method import DROPOUT, Batch, Method, MethodConfig, StageContext, Step, seeded
 from neounify.train.model import checkpoint_layers, freeze
-from neounify.train.optim import Optimizers
+from neounify.train.optim import OptimizerSet, all_names, load_optimizers
+from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.seeds import DROPOUT, pack_seed, seeded
-from neounify.train.setup import StageSources, Start, build_encoder
+from neounify.train.setup import StageSources, TrainSetup
 from neounify.train.speed import Meter
-from neounify.train.stages import Progress, stages_to_run
 from neounify.train.state import (
     flatten_optimizer,
     load_state,
+    method_state,
     prune_states,
     save_state,
     unflatten_optimizer,
 )
-from neounify.train.tally import Tally
 
 
 class TrainingStopped(NeounifyError):
-    """Training cannot go on: too many steps in a row were not finite."""
+    """Training cannot continue: too many steps in a row were not finite."""
 
 
 Evaluate = Callable[[Pipeline, Progress], dict[str, float]]
 
 
+@dataclass(eq=False)
+class _Running:
+    """One stage while it is trained."""
+
+    stage: StageRecipe
+    method: Method
+    optimizers: Sequence[OptimizerSet]
+    of_model: Sequence[OptimizerSet]
+    """Those that train the model itself, whose steps the EMA follows."""
+    ema: Ema
+    tally: Tally
+    watch: DivergenceWatch
+    nonfinite_in_a_row: int = 0
+
+
 class Trainer:
     """One run of a recipe in a folder.
 
-    `evaluate` is called with the averaged model every `sample_every` steps; what it returns
-    is logged.
+    `evaluate` is called with the EMA in the model every `sample_every` steps; its results are
+    logged. `method` trains all stages in place of what their recipes name.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        start: Start,
+        setup: TrainSetup,
         folder: Path,
         log: Log,
         evaluate: Evaluate | None = None,
         sources: StageSources | None = None,
+        method: MethodConfig | None = None,
     ) -> None:
-        self.recipe, self.start, self.folder = recipe, start, folder
-        self.model = start.model
-        self.log, self.evaluate = log, evaluate
+        self.recipe, self.setup, self.folder = recipe, setup, folder
+        self.model = setup.model
+        self.log, self.evaluate, self.method = log, evaluate, method
         self.sources = sources or StageSources(recipe)
         self.progress = Progress()
-        self._counted: Any = None
-        self._position: Position | None = None
+        self._tally_record: Any = None
+        self._position: Any = None
         self._resumed: Path | None = None
         self._compiled = False
-        self._adapted = False
+        self._has_adapters = False
 
     @property
     def states(self) -> Path:
         return self.folder / "states"
 
     def resume(self, state: Path) -> None:
-        """Go on from a saved state of the same recipe. Raises CheckpointError."""
+        """Continue from a saved state of the same recipe. Raises CheckpointError."""
         tensors, facts = load_state(state)
         if facts.get("config") != _plain(write_config(self.model.config)):
             raise CheckpointError(f"{state} is the state of another model than the recipe's")
         try:
             self.progress = Progress(**facts["progress"])
-            self._adapt(self.recipe.stages[self.progress.stage])
-            self._position = facts["position"] and Position.from_json(facts["position"])
-            self._counted = facts.get("sources")
+            self._add_adapters(self.recipe.stages[self.progress.stage])
+            self._position = facts["position"]
+            self._tally_record = facts.get("sources")
             self.model.load_state_dict(tensors["model"])
         except (KeyError, TypeError, RuntimeError, IndexError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -104,175 +118,190 @@ class Trainer:
     def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
         """Train all stages that are left, or those of them that `only` names.
 
-        `stop_after` ends earlier, after that many steps. The data of all these stages is looked at
+        `stop_after` ends earlier, after that many steps. The data of all these stages is checked
         first. Raises ConfigError when the stages before the named ones are not trained, and
         DataError when a source holds nothing usable.
         """
         numbers = stages_to_run(self.recipe, self.progress, only)
         for number in numbers:
             stage = self.recipe.stages[number]
-            check_sources(self.sources.of(stage), build_encoder(stage, self.start))
+            self._method_config(stage).check_data(self._context(stage))
         self.log.rewind(self.progress.step)
         with self.log.live():
             for number in numbers:
                 stage = self.recipe.stages[number]
                 if number != self.progress.stage:
                     self.progress.stage, self.progress.stage_step = number, 0
-                    self._position = self._counted = None
-                ended = self._run_stage(stage, stop_after)
-                if not ended:
+                    self._position = self._tally_record = None
+                if not self._run_stage(stage, stop_after):
                     return
 
+    # --- a stage ---
+
     def _run_stage(self, stage: StageRecipe, stop_after: int | None) -> bool:
-        self._adapt(stage)
+        """Train one stage; False when `stop_after` ended it."""
+        running = self._begin(stage)
+        batches = running.method.batches(self._position)
+        clock = time.monotonic()
+        while self.progress.stage_step < stage.steps:
+            if stop_after is not None and self.progress.step >= stop_after:
+                self._save(running)
+                return False
+            rate, norm, drawn = self._next_step(running, batches)
+            p = self.progress
+            p.seconds += time.monotonic() - clock
+            self.log.step(p, stage, sum(batch.operations for batch in drawn))
+            last = p.stage_step == stage.steps
+            if p.stage_step % stage.log_every == 0 or last:
+                means = running.method.report()
+                self.log.report(p, stage, means, rate, float(norm), running.tally.by_source())
+                if warning := running.watch.look(p.stage_step, means, stage):
+                    self.log.warn(warning)
+            # Weights that give no finite loss must not take the place of earlier ones.
+            if last or (p.stage_step % stage.save_every == 0 and not running.nonfinite_in_a_row):
+                self._save(running)
+            if p.stage_step % stage.sample_every == 0 or last:
+                self._evaluate(running.ema)
+            clock = time.monotonic()
+        self._finish(running)
+        return True
+
+    def _begin(self, stage: StageRecipe) -> _Running:
+        """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
+        self._add_adapters(stage)
         if stage.lora is None:
             freeze(self.model, stage.freeze)
-        optimizers = Optimizers(self.model, stage.optimizer)
+        context = self._context(stage)
+        method = self._method_config(stage).build(context)
+        tally = Tally(context.mixture)
+        tally.load(self._tally_record)
+        optimizers = method.optimizers()
+        of_model = [one for one in optimizers if one.trains(self.model)]
         ema = Ema(self.model, stage.ema)
+        running = _Running(stage, method, optimizers, of_model, ema, tally, DivergenceWatch())
         if self._resumed is not None:
-            self._restore(optimizers, ema, self._resumed)
+            self._restore(running, self._resumed)
             self._resumed = None
         if stage.compile != self._compiled:
             compile_streams(self.model, stage.compile)
             self._compiled = stage.compile
         checkpoint_layers(self.model, stage.checkpoint_activations)
-        metrics = Metrics(self.model.device)
-        mixture = self.sources.of(stage)
-        tally, watch = Tally(mixture), DivergenceWatch()
-        tally.load(self._counted)
-        packs = self._packs(stage, mixture)
-        self.log.stage(stage, self.progress, Meter(self.model, stage.precision, self.progress))
-        self.log.damaged(d for s in mixture.sources if isinstance(s, FileSource) for d in s.damage)
-        in_a_row = 0
-        clock = time.monotonic()
-        while self.progress.stage_step < stage.steps:
-            if stop_after is not None and self.progress.step >= stop_after:
-                self._save(stage, optimizers, ema, tally)
-                return False
-            loaded = list(islice(packs, stage.packs_per_step))
-            rate, norm = self._step(stage, optimizers, loaded, metrics)
-            p = self.progress
-            if torch.isfinite(norm):
-                ema.update()
-                in_a_row = 0
-            else:
-                in_a_row += 1
-                self._nonfinite(loaded, in_a_row, stage)
-            self._count(loaded, tally)
-            p.seconds += time.monotonic() - clock
-            clock = time.monotonic()
-            self.log.step(p, stage, [item.pack for item in loaded])
-            if p.stage_step % stage.log_every == 0 or p.stage_step == stage.steps:
-                means = metrics.report()
-                self.log.report(p, stage, means, rate, float(norm), tally.by_source())
-                if warning := watch.look(p.stage_step, means, stage):
-                    self.log.warn(warning)
-                metrics = Metrics(self.model.device)
-            # Weights that give no finite loss must not take the place of earlier ones.
-            due = p.stage_step % stage.save_every == 0 and not in_a_row
-            if due or p.stage_step == stage.steps:
-                self._save(stage, optimizers, ema, tally)
-            if p.stage_step % stage.sample_every == 0 or p.stage_step == stage.steps:
-                self._evaluate(ema)
-            clock = time.monotonic()
-        if in_a_row:
+        meter = Meter(self.model.device, stage.precision, self.progress)
+        self.log.stage(stage, self.progress, meter)
+        sources = context.mixture.sources
+        self.log.damaged(d for s in sources if isinstance(s, FileSource) for d in s.damage)
+        return running
+
+    def _finish(self, running: _Running) -> None:
+        """Log, adopt the EMA, merge adapters and export at the end of a stage."""
+        stage = running.stage
+        if running.nonfinite_in_a_row:
             self.log.warn(
-                f"the last {in_a_row} steps were not finite: the model is likely damaged. "
-                f"{settings_against_divergence(stage)}"
+                f"the last {running.nonfinite_in_a_row} steps were not finite: the model is likely "
+                f"damaged. {settings_against_divergence(stage)}"
             )
-        self.log.sources(tally.summary())
-        self._adopt(ema)
+        self.log.sources(running.tally.summary())
+        load_ema(self.model, running.ema.mean)
         if stage.lora is not None:
             base = str(self.recipe.model.checkpoint or "")
             save_lora(self.model, stage.lora, self.folder / "adapter", base)
             merge_lora(self.model)
-            self._adapted = False
+            self._has_adapters = False
         self.export(self.folder / "model")
-        return True
 
-    def _adapt(self, stage: StageRecipe) -> None:
-        """Put a stage's adapters on, once."""
-        if stage.lora is not None and not self._adapted:
+    def _method_config(self, stage: StageRecipe) -> MethodConfig:
+        return self.method or stage.method
+
+    def _context(self, stage: StageRecipe) -> StageContext:
+        return StageContext(
+            recipe=self.recipe, stage=stage, setup=self.setup, mixture=self.sources.of(stage)
+        )
+
+    def _add_adapters(self, stage: StageRecipe) -> None:
+        """Add a stage's adapters, once."""
+        if stage.lora is not None and not self._has_adapters:
             add_lora(self.model, stage.lora, self.recipe.seed)
-            self._adapted = True
+            self._has_adapters = True
 
-    def _adopt(self, ema: Ema) -> None:
-        """The next stage starts from the averaged weights, which are what was exported."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in ema.mean:
-                    parameter.copy_(ema.mean[name])
+    # --- a step ---
 
-    def _step(
-        self, stage: StageRecipe, optimizers: Optimizers, loaded: list[Loaded], metrics: Metrics
-    ) -> tuple[float, Tensor]:
-        """One optimizer step; (learning rate, gradient norm).
-
-        When the norm is not finite, the weights and `metrics` are as before.
-        """
+    def _next_step(
+        self, running: _Running, batches: Iterator[Batch]
+    ) -> tuple[float, Tensor, Sequence[Batch]]:
+        """Draw the batches of a step, take or skip it, count it; (rate, norm, batches)."""
         p = self.progress
-        rate = optimizers.set_factor(stage.schedule.at(p.stage_step, stage.steps))
-        counts = Counts.of([item.pack for item in loaded])
-        device = self.model.device
-        sums = Metrics(device)
-        for number, item in enumerate(loaded):
-            noise = torch.Generator(device)
-            noise.manual_seed(pack_seed(self.recipe.seed, p.step, number))
-            autocast = torch.autocast(
-                device.type, dtype=torch.bfloat16, enabled=stage.precision == "bfloat16"
-            )
-            with self._dropout(stage, number):
-                with autocast:
-                    loss = loss_of(self.model, item.pack, stage.objective, counts, noise, sums)
+        drawn = list(islice(batches, running.stage.packs_per_step))
+        step = Step(number=p.step, stage_step=p.stage_step, batches=drawn, seed=self.recipe.seed)
+        rate, norm, taken = self._step(running, step)
+        running.method.end_step(step, taken)
+        running.nonfinite_in_a_row = 0 if taken else running.nonfinite_in_a_row + 1
+        if not taken:
+            self._nonfinite(drawn, running)
+        self._count(drawn, running.tally)
+        return rate, norm, drawn
+
+    def _step(self, running: _Running, step: Step) -> tuple[float, Tensor, bool]:
+        """One optimizer step; (learning rate, gradient norm, whether it was taken).
+
+        When the norm is not finite, weights, optimizers and EMA are as before.
+        """
+        stage = running.stage
+        active = [one for one in running.optimizers if one.active(step.stage_step)]
+        rates = [one.set_rate(step.stage_step) for one in active]
+        device = self.model.device.type
+        bfloat16 = stage.precision == "bfloat16"
+        for index, batch in enumerate(step.batches):
+            current = replace(step, index=index)
+            with self._dropout(stage, current):
+                with torch.autocast(device, dtype=torch.bfloat16, enabled=bfloat16):
+                    loss = running.method.loss(batch, current)
                 if loss.requires_grad:
                     loss.backward()
-        trained = [q for q in self.model.parameters() if q.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip)
-        if torch.isfinite(norm):
-            optimizers.step()
-            metrics.merge(sums)
-        optimizers.zero_grad()
-        return rate, norm
+        norms = [one.clip_gradients() for one in active]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        taken = bool(torch.isfinite(norm))
+        if taken:
+            for one in active:
+                one.step()
+            if any(one in running.of_model for one in active):
+                running.ema.update()
+        for one in running.optimizers:
+            one.zero_grad()
+        return rates[0], norm, taken
 
-    def _dropout(self, stage: StageRecipe, pack: int) -> AbstractContextManager[None]:
-        """Dropout of adapters draws from torch's global generators: seeded for one pack."""
+    def _dropout(self, stage: StageRecipe, step: Step) -> AbstractContextManager[None]:
+        """Dropout of adapters draws from torch's global generators: seeded for one batch."""
         if stage.lora is None or not stage.lora.dropout:
             return nullcontext()
-        step = self.progress.step
-        return seeded(self.model.device, pack_seed(self.recipe.seed, step, pack, DROPOUT))
+        return seeded(self.model.device, step.batch_seed(DROPOUT))
 
-    def _count(self, loaded: list[Loaded], tally: Tally) -> None:
+    def _count(self, batches: Sequence[Batch], tally: Tally) -> None:
         p = self.progress
         p.step += 1
         p.stage_step += 1
-        for item in loaded:
-            p.samples += len(item.pack.samples)
-            p.images += len(item.pack.targets)
-            p.tokens += item.pack.length
-            p.damaged += len(item.skipped)
-        new = tally.add(loaded)
+        for batch in batches:
+            p.samples += len(batch.samples)
+            p.images += batch.images
+            p.tokens += batch.tokens
+            p.damaged += len(batch.skipped)
+        new = tally.add(batches)
         p.damaged_samples += len(new)
         self.log.damaged(skipped.message for skipped in new)
-        self._position = loaded[-1].position
+        self._position = batches[-1].position
 
-    def _nonfinite(self, loaded: list[Loaded], in_a_row: int, stage: StageRecipe) -> None:
-        p = self.progress
+    def _nonfinite(self, batches: Sequence[Batch], running: _Running) -> None:
+        p, stage = self.progress, running.stage
         p.nonfinite += 1
-        samples = [name for item in loaded for name in item.pack.samples]
-        self.log.nonfinite(p, samples)
-        if in_a_row >= stage.most_nonfinite:
+        self.log.nonfinite(p, [sample for batch in batches for sample in batch.samples])
+        if running.nonfinite_in_a_row >= stage.max_nonfinite:
             raise TrainingStopped(
-                f"training diverges: {in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (most_nonfinite {stage.most_nonfinite}). "
+                f"training diverges: {running.nonfinite_in_a_row} steps in a row had a loss or "
+                f"gradient that is not finite (max_nonfinite {stage.max_nonfinite}). "
                 f"{settings_against_divergence(stage)} The samples of each of these steps are "
                 f"listed in {self.log.nonfinite_file}"
             )
 
-    def _packs(self, stage: StageRecipe, mixture: Mixture) -> Iterator[Loaded]:
-        config = LoaderConfig(
-            budget=stage.budget, seed=self.recipe.seed, workers=self.recipe.workers
-        )
-        return load_packs(mixture, build_encoder(stage, self.start), config, self._position)
+    # --- states ---
 
     def _check_finite(self, stage: StageRecipe) -> None:
         """Raise TrainingStopped for weights that are NaN or infinite: no state holds them."""
@@ -284,38 +313,49 @@ class Trainer:
                     f"are unchanged. {settings_against_divergence(stage)}"
                 )
 
-    def _save(self, stage: StageRecipe, optimizers: Optimizers, ema: Ema, tally: Tally) -> None:
-        self._check_finite(stage)
-        position = self._position.to_json() if self._position else None
+    def _save(self, running: _Running) -> None:
+        self._check_finite(running.stage)
+        method = running.method.state()
         facts = {
             "recipe": self.recipe.name,
-            "stage": stage.name,
+            "stage": running.stage.name,
             "progress": asdict(self.progress),
-            "position": position,
-            "ema_updates": ema.updates,
-            "sources": tally.to_json(),
-            "optimizer_parameters": optimizers.names(),
+            "position": self._position,
+            "ema_updates": running.ema.updates,
+            "sources": running.tally.to_json(),
+            "optimizer_parameters": all_names(running.optimizers),
+            "method": {
+                "kind": self._method_config(running.stage).kind,
+                "facts": dict(method.facts),
+            },
             "config": write_config(self.model.config),
         }
         tensors = {
             "model": dict(self.model.state_dict()),
-            "ema": ema.mean,
-            "optimizer": flatten_optimizer(optimizers.state()),
+            "ema": running.ema.mean,
+            "optimizer": flatten_optimizer([s for o in running.optimizers for s in o.state()]),
+            "method": method.tensors,
         }
         save_state(self.states, self.progress.step, tensors, facts)
         prune_states(self.states, self.recipe.keep, self.progress.step)
 
-    def _restore(self, optimizers: Optimizers, ema: Ema, state: Path) -> None:
+    def _restore(self, running: _Running, state: Path) -> None:
         tensors, facts = load_state(state)
-        optimizers.load_state(
-            unflatten_optimizer(tensors["optimizer"]), facts.get("optimizer_parameters")
+        kind = self._method_config(running.stage).kind
+        running.method.load(method_state(state, kind, tensors, facts))
+        load_optimizers(
+            running.optimizers,
+            unflatten_optimizer(tensors["optimizer"]),
+            facts.get("optimizer_parameters"),
         )
         try:
-            ema.load(tensors["ema"], int(facts["ema_updates"]))
+            running.ema.load(tensors["ema"], int(facts["ema_updates"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
-                f"{state} does not fit this run: its mean lacks {error}"
+                f"{state} does not fit this run: its EMA lacks {error}"
             ) from error
+
+    # --- evaluation and export ---
 
     def _evaluate(self, ema: Ema) -> None:
         if self.evaluate is None:
@@ -324,25 +364,22 @@ class Trainer:
         self.model.eval()
         try:
             with ema.in_place():
-                found = self.evaluate(self._pipeline(), self.progress)
+                scores = self.evaluate(self._pipeline(), self.progress)
         except NeounifyError as error:
             self.log.warn(f"step {self.progress.step:,}: no evaluation: {error}")
         else:
-            self.log.evaluation(self.progress, found)
+            self.log.evaluation(self.progress, scores)
         finally:
             self.model.train(training)
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self.model, self.start.tokenizer, system_message=self.start.system_message)
+        return Pipeline(self.model, self.setup.tokenizer, system_message=self.setup.system_message)
 
     def export_state(self, state: Path, folder: Path, dtype: torch.dtype) -> None:
-        """Write the averaged weights of a saved state as a checkpoint of the published layout."""
+        """Write the EMA of a saved state as a checkpoint of the published layout."""
         self.resume(state)
         tensors, _ = load_state(state)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in tensors["ema"]:
-                    parameter.copy_(tensors["ema"][name])
+        load_ema(self.model, tensors["ema"])
         merge_lora(self.model)
         self.model.to(dtype)
         self.export(folder)

@@ -37,7 +37,7 @@ LOGITS_AT_ONCE = 2**26
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class Objective:
+class LossConfig:
     """Weights of the losses and the distribution of t.
 
     t is logit-normal, 1 / (1 + exp(-(t_mean + t_std · n))), then shifted by `time_shift`.
@@ -95,15 +95,15 @@ class Noised:
 
 
 def add_noise(
-    pack: Pack, config: ModelConfig, objective: Objective, generator: torch.Generator
+    pack: Pack, model_config: ModelConfig, config: LossConfig, generator: torch.Generator
 ) -> Noised:
     """Draw t and noise for every target of a pack, on the generator's device."""
     device = generator.device
     grids = pack.layout.noise_grids
     lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
-    clean = _tokens(pack.targets, config.token_size, device)
-    t = objective.draw_t(len(grids), generator)
-    sigma = torch.tensor([noise_scale(r * c, config.flow, cap=False) for r, c in grids])
+    clean = _tokens(pack.targets, model_config.token_size, device)
+    t = config.draw_t(len(grids), generator)
+    sigma = torch.tensor([noise_scale(r * c, model_config.flow, cap=False) for r, c in grids])
     sigma = sigma.to(device)
     noise = torch.randn(clean.shape, generator=generator, device=device)
     per_token = [x.repeat_interleave(lengths).unsqueeze(1) for x in (t, sigma)]
@@ -113,20 +113,20 @@ def add_noise(
 def loss_of(
     model: NeoUnify,
     pack: Pack,
-    objective: Objective,
+    config: LossConfig,
     counts: Counts,
     generator: torch.Generator,
     metrics: Metrics | None = None,
 ) -> Tensor:
     """The share of one pack in the loss of its step; a scalar to call backward on."""
-    noised = add_noise(pack, model.config, objective, generator) if pack.targets else None
+    noised = add_noise(pack, model.config, config, generator) if pack.targets else None
     und, gen = _hidden(model, pack, noised)
     loss = torch.zeros((), device=model.device)
     if len(pack.label_ids):
-        loss = loss + _text_loss(model, pack, objective, und, metrics) / counts.labels
+        loss = loss + _text_loss(model, pack, config, und, metrics) / counts.labels
     if noised is not None:
         prediction = model.clean_prediction(gen, pack.layout.noise_grids)
-        loss = loss + _image_loss(model, pack, objective, noised, prediction, metrics) / max(
+        loss = loss + _image_loss(model, pack, config, noised, prediction, metrics) / max(
             1, counts.tokens
         )
     return loss
@@ -145,7 +145,7 @@ def _hidden(model: NeoUnify, pack: Pack, noised: Noised | None) -> tuple[Tensor,
 
 
 def _text_loss(
-    model: NeoUnify, pack: Pack, objective: Objective, und: Tensor, metrics: Metrics | None
+    model: NeoUnify, pack: Pack, config: LossConfig, und: Tensor, metrics: Metrics | None
 ) -> Tensor:
     rows, ids = pack.label_rows.to(und.device), pack.label_ids.to(und.device)
     tasks = pack.label_tasks.to(und.device)
@@ -159,7 +159,7 @@ def _text_loss(
     losses = torch.cat([loss for loss, _ in found])
     if metrics is not None:
         metrics.add_text(tasks, losses.detach(), torch.cat([right for _, right in found]))
-    return objective.text_weight * (losses * objective.weights(tasks)).sum()
+    return config.text_weight * (losses * config.weights(tasks)).sum()
 
 
 def _token_losses(model: NeoUnify, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def _token_losses(model: NeoUnify, states: Tensor, ids: Tensor) -> tuple[Tensor,
 def _image_loss(
     model: NeoUnify,
     pack: Pack,
-    objective: Objective,
+    config: LossConfig,
     noised: Noised,
     prediction: Tensor,
     metrics: Metrics | None,
@@ -185,8 +185,8 @@ def _image_loss(
         remaining = torch.clamp(1 - t.squeeze(1), min=eps)
         clean_error = per_token.detach() * remaining.square()
         metrics.add_image(tasks, noised.t, noised.lengths, per_token.detach(), clean_error)
-    weights = objective.weights(tasks).repeat_interleave(noised.lengths)
-    return objective.image_weight * (per_token * weights).sum()
+    weights = config.weights(tasks).repeat_interleave(noised.lengths)
+    return config.image_weight * (per_token * weights).sum()
 
 
 def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:

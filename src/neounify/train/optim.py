@@ -1,15 +1,16 @@
-"""AdamW and Muon over groups of parameters, and how the learning rate moves."""
+"""Optimizer sets: AdamW and Muon over groups of parameters, with schedule, clipping and state."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from neounify.checkpoint.names import LABELS, part_of, stream_of
@@ -53,7 +54,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Schedule:
-    """Linear warm-up from 0, then the learning rate's share by `name` down to `final`.
+    """Linear warm-up from 0, then the learning rate's factor by `name` down to `final`.
 
     `linear` and `cosine` fall over the last `decay` share of the steps after the warm-up.
     """
@@ -75,21 +76,52 @@ class Schedule:
         shape = 0.5 * (1 + math.cos(math.pi * done)) if self.name == "cosine" else 1 - done
         return self.final + (1 - self.final) * shape
 
+    def over(self, steps: int) -> Callable[[int], float]:
+        """The factor as a function of the step, for a stage of so many steps."""
+        return partial(self.at, steps=steps)
 
-_KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
+
+_STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
 }
-"""What an optimizer keeps of each parameter."""
+"""The state of an optimizer for each parameter."""
 
 
-class Optimizers:
-    """One or two of torch's optimizers as one."""
+def constant(_: int) -> float:
+    """The schedule of a constant learning rate."""
+    return 1.0
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.config = config
+
+def every_step(_: int) -> bool:
+    """The turns of an optimizer that moves in every step."""
+    return True
+
+
+class OptimizerSet:
+    """AdamW and Muon over some parameters, which move together.
+
+    `parameters` by name; frozen ones are left out. Their gradients are clipped to a norm of `clip`.
+    `schedule` gives the factor of the learning rate and `active` whether the set moves, both by
+    the step of the stage. `prefix` keeps the names of a second model apart in a saved state.
+    Raises ConfigError for an `lr_scale` of parameters that are not there, ValueError where all
+    are frozen.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        config: OptimizerConfig,
+        *,
+        clip: float = 1.0,
+        schedule: Callable[[int], float] = constant,
+        active: Callable[[int], bool] = every_step,
+        prefix: str = "",
+    ) -> None:
+        self.config, self.clip, self.schedule, self.active = config, clip, schedule, active
+        self.parameters = [p for p in parameters.values() if p.requires_grad]
         self.members: list[torch.optim.Optimizer] = []
-        groups = _groups(model, config)
+        groups = _groups(parameters, config, prefix)
         adam = [g for kind, g in groups if kind == "adamw"]
         muon = [g for kind, g in groups if kind == "muon"]
         if adam:
@@ -110,11 +142,23 @@ class Optimizers:
         if not self.members:
             raise ValueError("every parameter is frozen: there is nothing to train")
 
-    def set_factor(self, factor: float) -> float:
-        """Scale all learning rates by the schedule's factor; the resulting base rate."""
-        for group in self._all_groups():
-            group["lr"] = self.config.learning_rate * group["scale"] * factor
+    def set_rate(self, step: int) -> float:
+        """Set the learning rates of a step of the stage; the resulting base rate."""
+        factor = self.schedule(step)
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = self.config.learning_rate * group["scale"] * factor
         return self.config.learning_rate * factor
+
+    def trains(self, model: nn.Module) -> bool:
+        """Whether parameters of a model are among its own."""
+        inside = {id(parameter) for parameter in model.parameters()}
+        return any(id(parameter) in inside for parameter in self.parameters)
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients to the norm `clip`; their norm before, a scalar."""
+        with_gradient = [p for p in self.parameters if p.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
 
     def step(self) -> None:
         for member in self.members:
@@ -125,65 +169,72 @@ class Optimizers:
             member.zero_grad(set_to_none=True)
 
     def state(self) -> list[dict[str, Any]]:
+        """The state dictionary of each member."""
         return [member.state_dict() for member in self.members]
 
     def names(self) -> list[list[str]]:
-        """The parameters of each optimizer, in the order in which its state numbers them."""
+        """Parameter names of each member, in the order in which its state numbers them."""
         return [[n for group in m.param_groups for n in group["names"]] for m in self.members]
 
-    def load_state(
-        self, saved: Sequence[Mapping[int, Mapping[str, Any]]], names: Any = None
-    ) -> None:
-        """Take over what each optimizer kept of its parameters, by their `names` at that time.
-
-        A change of settings may have put parameters in another order since. Without names, as in
-        states of earlier versions, the order must be the same. Raises CheckpointError when other
-        parameters were trained, or by another optimizer; torch would compute with their states.
-        """
-        before = _checked_names(names) or self.names()
-        if changed := sorted(set(chain(*before)) ^ set(chain(*self.names()))):
-            raise CheckpointError(
-                f"the state is of a run that trained other parameters ({len(changed)} differ, "
-                f"{changed[0]} first): give freeze and lora the values they had, or start anew"
-            )
-        try:
-            kept = {
-                before[member][place]: values
-                for member, places in enumerate(saved)
-                for place, values in places.items()
-            }
-        except IndexError as error:
-            raise CheckpointError(
-                "the state is of another optimizer or other parameters"
-            ) from error
-        for member, mine in zip(self.members, self.names(), strict=True):
+    def load_state(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore the state of each parameter, by name. Raises CheckpointError."""
+        for member, names in zip(self.members, self.names(), strict=True):
             parameters = [p for group in member.param_groups for p in group["params"]]
-            for name, parameter in zip(mine, parameters, strict=True):
-                _check_kept(name, parameter, kept.get(name), _KEPT[type(member)])
-            state = {n: dict(kept[name]) for n, name in enumerate(mine) if name in kept}
+            for name, parameter in zip(names, parameters, strict=True):
+                _check_state(name, parameter, states.get(name), _STATE_KEYS[type(member)])
+            state = {n: dict(states[name]) for n, name in enumerate(names) if name in states}
             member.load_state_dict({**member.state_dict(), "state": state})
 
-    def _all_groups(self) -> Iterator[dict[str, Any]]:
-        for member in self.members:
-            yield from member.param_groups
+
+def all_names(sets: Sequence[OptimizerSet]) -> list[list[str]]:
+    """Parameter names of all members of all sets, in the order of a saved state."""
+    return [names for one in sets for names in one.names()]
+
+
+def load_optimizers(
+    sets: Sequence[OptimizerSet], saved: Sequence[Mapping[int, Mapping[str, Any]]], names: Any
+) -> None:
+    """Restore optimizers from a saved state, by the `names` its parameters had (`all_names`).
+
+    Settings that changed since may have put parameters in another order. Without names, as in
+    states of earlier versions, the order must be the same. Raises CheckpointError when other
+    parameters were trained, or by another optimizer.
+    """
+    now = all_names(sets)
+    before = _checked_names(names) or now
+    if changed := sorted(set(chain(*before)) ^ set(chain(*now))):
+        raise CheckpointError(
+            f"the state is of a run that trained other parameters ({len(changed)} differ, "
+            f"{changed[0]} first): give freeze and lora the values they had, or start anew"
+        )
+    try:
+        states = {
+            before[member][number]: values
+            for member, numbers in enumerate(saved)
+            for number, values in numbers.items()
+        }
+    except IndexError as error:
+        raise CheckpointError("the state is of another optimizer or other parameters") from error
+    for one in sets:
+        one.load_state(states)
 
 
 def _checked_names(names: Any) -> list[list[str]]:
-    """`Optimizers.names` out of a state's JSON; empty where it has none."""
+    """`all_names` from a state's JSON; empty where it has none."""
     if not isinstance(names, list) or not all(isinstance(row, list) for row in names):
         return []
     return [[str(name) for name in row] for row in names]
 
 
-def _check_kept(
+def _check_state(
     name: str, parameter: Parameter, values: Mapping[str, Any] | None, keys: set[str]
 ) -> None:
-    """Raise CheckpointError for values that cannot be what an optimizer kept of a parameter."""
+    """Raise CheckpointError for values that cannot be the optimizer's state of a parameter."""
     if values is None:  # it never had a gradient
         return
     if set(values) != keys:
         raise CheckpointError(
-            f"the state is of another optimizer: of {name} it keeps {sorted(values)}, needed are "
+            f"the state is of another optimizer: for {name} it holds {sorted(values)}, needed are "
             f"{sorted(keys)}. Give optimizer.name the value it had, or start anew"
         )
     for key, value in values.items():
@@ -194,43 +245,45 @@ def _check_kept(
             )
 
 
-def _groups(model: nn.Module, config: OptimizerConfig) -> list[tuple[str, dict[str, Any]]]:
+def _groups(
+    parameters: Mapping[str, Parameter], config: OptimizerConfig, prefix: str
+) -> list[tuple[str, dict[str, Any]]]:
     """(optimizer, group) pairs; a group shares learning rate and weight decay.
 
-    Raises ConfigError for a name in `lr_scale` that no parameter of this model has.
+    Raises ConfigError for a name in `lr_scale` that no parameter has.
     """
-    names = [weight_name(name) for name, _ in model.named_parameters()]
-    present = {label for name in names for label in (stream_of(name), part_of(name))}
-    if absent := sorted(set(config.lr_scale or {}) - present):
+    scales = config.lr_scale or {}
+    present = {label for name in parameters for label in _labels(name)}
+    if absent := sorted(set(scales) - present):
         raise ConfigError(
             f"lr_scale: this model has no {', '.join(absent)}; it has {sorted(present)}"
         )
-    collected: dict[tuple[str, float, float], list[tuple[str, Parameter]]] = {}
-    for name, parameter in model.named_parameters():
+    groups: dict[tuple[str, float, float], list[tuple[str, Parameter]]] = {}
+    for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
         inner = name.startswith("layers.") and parameter.ndim == 2
         kind = "muon" if config.name == "muon" and inner else "adamw"
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        key = (kind, _scale(name, config.lr_scale or {}), decay)
-        collected.setdefault(key, []).append((name, parameter))
+        scale = math.prod([scales.get(label, 1.0) for label in _labels(name)], start=1.0)
+        groups.setdefault((kind, scale, decay), []).append((name, parameter))
     return [
         (
             kind,
             {
-                "params": [parameter for _, parameter in found],
-                "names": [name for name, _ in found],
+                "params": [parameter for _, parameter in named],
+                "names": [prefix + name for name, _ in named],
                 "scale": scale,
                 "weight_decay": decay,
             },
         )
-        for (kind, scale, decay), found in collected.items()
+        for (kind, scale, decay), named in groups.items()
     ]
 
 
-def _scale(name: str, scales: Mapping[str, float]) -> float:
-    base = weight_name(name)
-    found = 1.0
-    for key in (stream_of(base), part_of(base)):
-        found *= scales.get(key, 1.0)
-    return found
+def _labels(name: str) -> tuple[str, ...]:
+    """Stream and part of a parameter; none for parameters of other modules than the model."""
+    try:
+        return stream_of(weight_name(name)), part_of(weight_name(name))
+    except KeyError:
+        return ()

@@ -10,9 +10,9 @@ import numpy as np
 from neounify.data.sample import DataError, Sample
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench.report import contact_sheet
+from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe
 from neounify.train.setup import StageSources
-from neounify.train.stages import Progress
 
 PICTURES = 16
 STEPS = 30

@@ -4,23 +4,25 @@
     [model]
     preset = "scenes"            # or: checkpoint = "folder"
     [defaults]                   # what all stages share
-    budget = 4096
+    tokens_per_pack = 4096
     [[stages]]
     name = "joint"
     steps = 10000
+    method = { kind = "supervised", noise_draws = 2 }
     [[stages.data]]
     kind = "scenes"
     [stages.optimizer]
     learning_rate = 1e-3
 
 A stage's own values go before the defaults, table by table. Every field is known and checked;
-an unknown one is an error.
+an unknown one is an error. Field names of earlier versions work with a DeprecationWarning.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
@@ -42,7 +44,6 @@ from neounify.config.ranges import (
     check_names,
     check_weights,
 )
-from neounify.data.encode import GuidanceDropout
 from neounify.data.record import TASK_ALIASES
 from neounify.data.sample import TASKS
 from neounify.errors import ConfigError
@@ -50,8 +51,8 @@ from neounify.lora.layers import LoraConfig
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.build import BYTE_VOCAB_SIZE
-from neounify.train.loss import Objective
 from neounify.train.optim import OptimizerConfig, Schedule
+from neounify.train.supervised import SupervisedConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,9 +61,21 @@ else:
 
 MAX_RECIPE_BYTES = 2**18
 MAX_WORKERS = 1024
-MAX_BUDGET = 2**24
-MAX_COUNT = 2**16
+MAX_TOKENS_PER_PACK = 2**24
+MAX_PACKS_PER_STEP = 2**16
 MAX_NAME_CHARS = 200
+
+RENAMED = {
+    "budget": ("tokens_per_pack",),
+    "most_nonfinite": ("max_nonfinite",),
+    "objective": ("method", "loss"),
+    "dropout": ("method", "guidance_dropout"),
+    "noise_draws": ("method", "noise_draws"),
+}
+"""Fields of a stage under the names of earlier versions, and where they are now."""
+
+MethodConfig = SupervisedConfig
+"""The tagged union of the methods, by `kind`; supervised training is the only one so far."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -140,12 +153,12 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StageRecipe:
-    """One stage. A step is `packs_per_step` packs of `budget` tokens each.
+    """One stage of training by a method. A step is `packs_per_step` packs of `tokens_per_pack`.
 
     `freeze` names streams ("und", "gen", and "shared": token embedding and lm head) or parts of
-    the model (checkpoint/names.py). `target_pixels` and `input_pixels` bound the area of images to
-    paint and to look at, by default as the checkpoint does; `target_buckets` are (width, height)
-    pairs to crop targets to.
+    the model (checkpoint/names.py). `target_pixels` and `input_pixels` bound the area of target
+    and input images, by default as the checkpoint does; `target_buckets` are (width, height) pairs
+    to crop targets to.
     """
 
     name: str
@@ -154,14 +167,12 @@ class StageRecipe:
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""
-    budget: Annotated[int, AfterValidator(Range(1, MAX_BUDGET))] = 4096
-    packs_per_step: Annotated[int, AfterValidator(Range(1, MAX_COUNT))] = 1
-    noise_draws: Annotated[int, AfterValidator(Range(1, MAX_COUNT))] = 1
+    method: MethodConfig = field(default_factory=SupervisedConfig)
+    tokens_per_pack: Annotated[int, AfterValidator(Range(1, MAX_TOKENS_PER_PACK))] = 4096
+    packs_per_step: Annotated[int, AfterValidator(Range(1, MAX_PACKS_PER_STEP))] = 1
     target_pixels: AreaBounds | None = None
     target_buckets: tuple[tuple[Count, Count], ...] = ()
     input_pixels: AreaBounds | None = None
-    dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
-    objective: Objective = field(default_factory=Objective)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Schedule = field(default_factory=Schedule)
     clip: Positive = 1.0
@@ -170,7 +181,8 @@ class StageRecipe:
     checkpoint_activations: bool = False
     """Keep only what enters each layer and compute the rest again backward: less memory."""
     compile: bool = False
-    most_nonfinite: Count = 10
+    max_nonfinite: Count = 10
+    """Steps in a row without a finite loss and gradient after which training stops."""
     log_every: Count = 20
     save_every: Count = 500
     sample_every: Count = 1000
@@ -248,8 +260,10 @@ def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
     stages = values.get("stages", [])
     if not isinstance(defaults, dict) or not isinstance(stages, list):
         raise ConfigError("[defaults] must be a table and [[stages]] a list of tables")
+    defaults = _renamed(defaults, "defaults")
     values["stages"] = [
-        _merged(defaults, stage) if isinstance(stage, dict) else stage for stage in stages
+        _merged(defaults, _renamed(stage, f"stages.{number}")) if isinstance(stage, dict) else stage
+        for number, stage in enumerate(stages)
     ]
     try:
         # As JSON, so that strict validation takes lists for tuples but no text for numbers.
@@ -258,13 +272,41 @@ def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
         raise ConfigError("; ".join(_explain(item) for item in error.errors()[:5])) from error
 
 
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(base)
-    for key, value in own.items():
-        before = found.get(key)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        found[key] = _merged(before, value) if both else value  # type: ignore[arg-type]
-    return found
+def _renamed(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A stage's table with names of earlier versions replaced. Raises ConfigError for both."""
+    values = dict(table)
+    for old, (name, *inner) in RENAMED.items():
+        if old not in values:
+            continue
+        new = ".".join((name, *inner))
+        value = values.pop(old)
+        holder, key = values, name
+        if inner:
+            if not isinstance(values.get(name, {}), dict):
+                raise ConfigError(f"{where}.{name}: must be a table, got {values[name]!r:.60}")
+            holder, key = dict(values.get(name, {})), inner[0]
+            values[name] = holder
+        if key in holder:
+            raise ConfigError(f"{where}: {old} is the old name of {new}; give {new} alone")
+        holder[key] = value
+        warnings.warn(f"{where}: {old} is deprecated, use {new}", DeprecationWarning, stacklevel=3)
+    return values
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, table by table; tables of another kind are replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict) and _same_kind(before, value):
+            merged[key] = _merged(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _same_kind(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return "kind" not in one or "kind" not in other or one["kind"] == other["kind"]
 
 
 def _explain(item: Any) -> str:

@@ -16,7 +16,6 @@ import torch
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
-from neounify.data.encode import Encoder
 from neounify.data.formats import files_below, foreign_folder
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
@@ -36,15 +35,15 @@ TOKENIZER_SEED = 2**31
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """A model as training finds it, in float32, with what goes beside it into a checkpoint."""
+class TrainSetup:
+    """A float32 model to train, with the tokenizer and system message of its checkpoint."""
 
     model: NeoUnify
     tokenizer: Tokenizer
     system_message: str
 
 
-def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
+def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetup:
     """The checkpoint or the fresh model a recipe starts from. Raises the errors of `load`.
 
     A tokenizer that was learnt is kept in the run's `folder`: the data it was learnt from may
@@ -55,7 +54,7 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
         model = _changed(pipe.model, source, recipe.seed)
         model.config = with_trained_sizes(model.config, recipe)
-        return Start(model.train(), pipe.tokenizer, pipe.engine.system_message)
+        return TrainSetup(model.train(), pipe.tokenizer, pipe.engine.system_message)
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
     kept = folder / "tokenizer"
     if kept.is_dir():
@@ -67,10 +66,10 @@ def starting_model(recipe: Recipe, device: torch.device, folder: Path) -> Start:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
-    return Start(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
+    return TrainSetup(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
 
 
-def build_source(data: Sequence[DataRecipe], seed: int) -> Mixture:
+def build_mixture(data: Sequence[DataRecipe], seed: int) -> Mixture:
     """The mixture of a stage's sources, which never ends. Raises DataError."""
     return Mixture([(_source(item), item.weight) for item in data], seed)
 
@@ -94,20 +93,6 @@ class StageSources:
         source = _source(data)
         self._built.append((alike, source))
         return source
-
-
-def build_encoder(stage: StageRecipe, start: Start) -> Encoder:
-    return Encoder(
-        config=start.model.config,
-        tokenizer=start.tokenizer,
-        system_message=start.system_message,
-        dropout=stage.dropout,
-        noise_draws=stage.noise_draws,
-        target_pixels=stage.target_pixels,
-        target_buckets=stage.target_buckets,
-        input_pixels=stage.input_pixels,
-        max_tokens=stage.budget,
-    )
 
 
 def _source(data: DataRecipe) -> Source:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.patch_embed import PatchEmbed
 
 if TYPE_CHECKING:
-    from neounify.train.stages import Progress
+    from neounify.train.progress import Progress
 
 MATMUL_SECONDS = 0.2
 """How long the machine's rate is measured, after one call to warm up."""
@@ -172,17 +172,16 @@ def peak_memory(device: torch.device) -> int:
 class Meter:
     """The speed of one stage, read at every report; seconds are those of `Progress`."""
 
-    def __init__(self, model: NeoUnify, precision: str, progress: Progress) -> None:
+    def __init__(self, device: torch.device, precision: str, progress: Progress) -> None:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        self.device = model.device
+        self.device = device
         self.rate = matmul_rate(self.device, dtype)
-        self._count = StepOperations(model)
         self._first = self._last = replace(progress)
         self._operations = 0.0
 
-    def add(self, packs: Sequence[Pack]) -> None:
-        """What a step has computed."""
-        self._operations += sum(self._count.of(pack) for pack in packs)
+    def add(self, operations: float) -> None:
+        """Count the operations of a step."""
+        self._operations += operations
 
     def tokens_per_second(self, progress: Progress) -> float:
         """Since the last reading."""

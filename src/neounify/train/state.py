@@ -1,8 +1,8 @@
 """Training state on disk: written aside and moved into place, so that a kill loses nothing.
 
-A state is a folder `step-00001000` with three safetensors files (weights, their running mean,
-optimizer states) and state.json with the rest, and size and SHA-256 of the other files. No pickle
-anywhere.
+A state is a folder `step-00001000` with safetensors files (weights, EMA, optimizer states, and
+tensors of the method where it has any) and state.json with the rest, and size and SHA-256 of the
+other files. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neounify.errors import CheckpointError
+from neounify.train.method import MethodState
 
 NAME = re.compile(r"step-(\d{8,})")
 FILES = ("model", "ema", "optimizer")
+METHOD_FILE = "method"
+"""The tensors of the method, where it has any."""
 REQUIRED = ("progress", "position", "ema_updates", "config")
 
 
@@ -41,7 +44,7 @@ def save_state(
     try:
         _remove_leftovers(folder)
         aside.mkdir(parents=True)
-        for name in FILES:
+        for name in _present(tensors):
             save_file(
                 {k: v.contiguous() for k, v in tensors[name].items()}, aside / f"{name}.safetensors"
             )
@@ -60,6 +63,11 @@ def save_state(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _present(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """Names of the files that some tensors are saved as."""
+    return (*FILES, METHOD_FILE) if tensors.get(METHOD_FILE) else FILES
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -117,7 +125,7 @@ def check_state(path: Path) -> None:
     or not what was written."""
     facts = _facts(path)
     recorded = facts.get("files")
-    for name in FILES:
+    for name in _recorded(facts):
         file = path / f"{name}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
@@ -139,7 +147,7 @@ def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     """(tensors by file, facts) of one state. Raises CheckpointError."""
     facts = _facts(path)
     try:
-        return {name: load_file(path / f"{name}.safetensors") for name in FILES}, facts
+        return {name: load_file(path / f"{name}.safetensors") for name in _recorded(facts)}, facts
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
 
@@ -158,10 +166,35 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the tensor files that a state has."""
+    files = facts.get("files")
+    has_method = isinstance(files, dict) and f"{METHOD_FILE}.safetensors" in files
+    return (*FILES, METHOD_FILE) if has_method else FILES
+
+
+def method_state(
+    path: Path, kind: str, tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+) -> MethodState:
+    """The part of a loaded state that belongs to its method.
+
+    States of earlier versions are of supervised training. Raises CheckpointError for a state of
+    another method than `kind`.
+    """
+    record = facts.get("method", {"kind": "supervised", "facts": {}})
+    if not isinstance(record, dict) or not isinstance(record.get("facts"), dict):
+        raise CheckpointError(f"the training state {path} is damaged: method is {record!r:.80}")
+    if record.get("kind") != kind:
+        raise CheckpointError(
+            f"{path} is a state of the method {record.get('kind')!r:.80}, the stage has {kind!r}: "
+            "give method.kind the value it had, or start anew"
+        )
+    return MethodState(tensors=tensors.get(METHOD_FILE, {}), facts=record["facts"])
+
+
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a state."""
-    files = [folder / f"{name}.safetensors" for name in FILES]
-    return {file.name: _fingerprint(file) for file in files}
+    """Size and SHA-256 of every tensor file of a state."""
+    return {file.name: _fingerprint(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

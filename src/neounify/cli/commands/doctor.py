@@ -43,7 +43,7 @@ def doctor(
         from neounify.checkpoint.load import resolve_device
         from neounify.train.doctor import NO_TIME, Finding, examine
         from neounify.train.recipe import read_recipe
-        from neounify.train.setup import build_source, starting_model
+        from neounify.train.setup import build_mixture, build_setup
 
     parsed = read_recipe(recipe)
     stages = {item.name: item for item in parsed.stages}
@@ -54,10 +54,10 @@ def doctor(
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
     display = Display(quiet=report.quiet, json=report.json)
     device = resolve_device(place.device or default_device())
-    source = build_source(chosen.data, 0)  # unreadable data is reported before a model is loaded
+    source = build_mixture(chosen.data, 0)  # unreadable data is reported before a model is loaded
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        start = starting_model(parsed, device, Path(folder))
+        start = build_setup(parsed, device, Path(folder))
     findings: list[Finding] = []
     for finding in examine(start, chosen, seconds, source=source):
         findings.append(finding)

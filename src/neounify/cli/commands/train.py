@@ -92,8 +92,8 @@ def _train(
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
         from neounify.train.preview import Painter
-        from neounify.train.setup import StageSources, starting_model
-        from neounify.train.stages import Progress, stages_to_run
+        from neounify.train.progress import Progress, stages_to_run
+        from neounify.train.setup import StageSources, build_setup
 
     state = _state(folder, resume, display)
     device = resolve_device(place.device or default_device())
@@ -106,7 +106,7 @@ def _train(
         torch.set_num_threads(place.threads)
     keep_freed_memory()
     log = Log(folder, Console(stderr=True, quiet=display.quiet))
-    start = starting_model(recipe, device, folder)
+    start = build_setup(recipe, device, folder)
     trainer = Trainer(recipe, start, folder, log, Painter(recipe, folder, sources), sources)
     if state is not None:
         trainer.resume(state)
@@ -126,13 +126,13 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
 
     from neounify.train.log import Log
     from neounify.train.loop import Trainer
-    from neounify.train.setup import starting_model
+    from neounify.train.setup import build_setup
     from neounify.train.state import newest_whole_state
 
     state = newest_whole_state(folder / "states", display.note)
     if state is None:
         raise CliError(f"{folder} holds no saved state yet")
-    start = starting_model(recipe, torch.device("cpu"), folder)
+    start = build_setup(recipe, torch.device("cpu"), folder)
     log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
     Trainer(recipe, start, folder, log).export_state(state, target, torch.bfloat16)
     display.result(f"saved {target} from {state.name}", target)

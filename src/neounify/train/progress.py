@@ -1,14 +1,70 @@
-"""Counts of used and damaged samples per data source of a stage."""
+"""Progress of a run: counters, the stages that are left, and samples used per data source."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from neounify.data.loader import Loaded, Skipped
+from neounify.data.loader import LoadedPack, Skipped
 from neounify.data.sources import FileSource, Mixture, source_name
+from neounify.errors import ConfigError
+from neounify.train.method import Batch
+from neounify.train.recipe import Recipe
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts all stages, `stage_step` the current one.
+
+    `damaged` counts how often a damaged sample was skipped, `damaged_samples` how many different
+    ones there were in each stage.
+    """
+
+    stage: int = 0
+    stage_step: int = 0
+    step: int = 0
+    samples: int = 0
+    images: int = 0
+    tokens: int = 0
+    damaged: int = 0
+    damaged_samples: int = 0
+    nonfinite: int = 0
+    seconds: float = 0.0
+
+
+def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> range:
+    """Numbers of the stages to go through, the one the run stands in first.
+
+    All that are left, or up to the last that `only` names. A run that starts from a checkpoint may
+    begin with any stage, as if the checkpoint had been through those before; any other needs the
+    stages before, and ConfigError says which.
+    """
+    stages = recipe.stages
+    if not only:
+        return range(progress.stage, len(stages))
+    names = [stage.name for stage in stages]
+    if unknown := set(only) - set(names):
+        raise ConfigError(f"no stage {', '.join(sorted(unknown))}; the recipe has {names}")
+    wanted = sorted(names.index(name) for name in only)
+    first, last = wanted[0], wanted[-1]
+    here = stages[progress.stage]
+    finished = progress.stage_step >= here.steps
+    if left_out := [name for name in names[first : last + 1] if name not in only]:
+        raise ConfigError(f"between the stages named, {', '.join(left_out)} is left out")
+    if last < progress.stage:
+        raise ConfigError(f"{names[last]} is trained already; the run stands in {here.name}")
+    if not progress.step and recipe.model.checkpoint is not None:
+        return range(first, last + 1)
+    if first > progress.stage + finished:
+        raise ConfigError(
+            f"{names[first]} starts from what {names[first - 1]} leaves, and the run has "
+            f"{progress.stage_step} of {here.steps} steps of {here.name}. Train that first "
+            "(then --resume auto), or name a checkpoint to start from (model.checkpoint)"
+        )
+    return range(progress.stage, last + 1)
 
 
 class Tally:
@@ -24,12 +80,12 @@ class Tally:
         self.skipped: Counter[int] = Counter()
         self.damaged: list[set[int]] = [set() for _ in range(count)]
 
-    def add(self, loaded: Sequence[Loaded]) -> list[Skipped]:
-        """Count packs in; the damaged samples among them that were not met before."""
+    def add(self, batches: Sequence[Batch | LoadedPack]) -> list[Skipped]:
+        """Count batches; the damaged samples among them that were not met before."""
         new = []
-        for item in loaded:
-            self.used.update(item.used)
-            for skipped in item.skipped:
+        for batch in batches:
+            self.used.update(batch.used)
+            for skipped in batch.skipped:
                 self.skipped[skipped.source] += 1
                 if skipped.number not in self.damaged[skipped.source]:
                     self.damaged[skipped.source].add(skipped.number)
