@@ -21,7 +21,7 @@ from neounify.decode import (
 )
 from neounify.errors import CheckpointError
 from neounify.model import Document, Layout, NeoUnify, Text
-from support.models import random_config, random_model
+from support.models import batch_of, random_config, random_model
 
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9], [3, 3, 3, 3, 3, 3, 3, 3]]
 
@@ -65,7 +65,7 @@ def _by_full_forwards(prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens without any cache: the whole text again for every token."""
     ids = list(prompt)
     for _ in range(count):
-        logits, _ = _model()(Layout([Document((Text(len(ids)),))]), torch.tensor(ids))
+        logits, _ = _model()(batch_of(Layout([Document((Text(len(ids)),))]), torch.tensor(ids)))
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt) :]
 

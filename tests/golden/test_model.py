@@ -26,12 +26,14 @@ from neounify.decode import (
 from neounify.flow.path import velocity
 from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
-from neounify.model.layout import Document, grid_places
+from neounify.model.layout import Document, grid_patches
 from neounify.model.moe import SparseMlp
+from neounify.model.parts import GEN, UND
 from neounify.model.rope import rotate_patches
 from support import reference
+from support.attention import plan
 from support.golden import load_fixture, needs_golden
-from support.models import assert_close, facts_of, one_thread, weights_of
+from support.models import assert_close, batch_of, facts_of, one_thread, weights_of
 from support.scripted_sampler import script_sampler
 
 __all__ = ["one_thread"]  # a fixture
@@ -65,7 +67,7 @@ def _cache(model: NeoUnify) -> SequenceCache:
 
 def _token_order(rows: int, columns: int) -> Tensor:
     """Where the patches of every token stand in a row-major list of patches, [tokens, M·M]."""
-    places = grid_places([(rows // MERGE, columns // MERGE)], MERGE)
+    places = grid_patches(((rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
     return places[..., 0] * columns + places[..., 1]
 
 
@@ -84,7 +86,7 @@ def test_patch_embedding_stage_by_stage(
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
     rotated = rotate_patches(features, row, column, embed.theta)
     assert_close(rotated, recorded[f"{image}.{stream}.rope"], TOLERANCE)
-    places = grid_places([(rows // MERGE, columns // MERGE)], MERGE)
+    places = grid_patches(((rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
     tokens = embed(pixels[_token_order(rows, columns)], places)
     assert_close(tokens, recorded[f"{image}.{stream}.out"], TOLERANCE)
 
@@ -166,8 +168,8 @@ def _recorded_prompt(name: str, group: str) -> tuple[dict[str, Tensor], Prompt]:
 
 
 def _mask(layout: Layout) -> Tensor:
-    mask = torch.zeros(layout.und_length, layout.und_length, dtype=torch.uint8)
-    for block in layout.und_blocks:
+    mask = torch.zeros(layout["und"].length, layout["und"].length, dtype=torch.uint8)
+    for block in layout["und"].blocks:
         for row in range(block.start, block.stop):
             mask[row, : row + 1 if block.causal else block.visible] = 1
     return mask
@@ -178,15 +180,14 @@ def _mask(layout: Layout) -> Tensor:
 def test_prefill(name: str, group: str, model: NeoUnify) -> None:
     recorded, prompt = _recorded_prompt(name, group)
     layout = prompt.layout()
-    assert torch.equal(layout.und_positions.T, recorded["indexes"])
+    assert torch.equal(layout["und"].positions.T, recorded["indexes"])
     assert torch.equal(_mask(layout), recorded["mask"])
     embedded = model.embed_und(layout, torch.tensor(prompt.ids), prompt.images)
     assert_close(embedded, recorded["inputs_embeds"][0], TOLERANCE)
-    hidden = model.backbone(layout, embedded).und
-    assert hidden is not None
+    hidden = model.backbone(layout, {UND: embedded}, plan(layout))[UND]
     assert_close(hidden, recorded["last_hidden"][0], TOLERANCE)
     assert_close(model.logits(hidden), recorded["logits"][0], TOLERANCE)
-    logits, _ = model(layout, torch.tensor(prompt.ids), prompt.images)
+    logits, _ = model(batch_of(layout, torch.tensor(prompt.ids), prompt.images))
     assert_close(logits, recorded["logits"][0], TOLERANCE)
 
 
@@ -258,15 +259,14 @@ def test_velocity(name: str, prefix: str, model: NeoUnify) -> None:
     ids = recorded[f"input_ids_{prefix}"][0].tolist()
     forward_und(model, [ModelInput(cache, (Text(len(ids)),), ids)])
     layout = Layout([cache.document(Noise(3, 2))])
-    assert torch.equal(layout.gen_positions.T, recorded[f"indexes_{prefix}"])
+    assert torch.equal(layout["gen"].positions.T, recorded[f"indexes_{prefix}"])
     z = recorded["z"][0]
     assert torch.equal(patchify(recorded["noise"], 32)[0], z)
     for t in (0.0, 0.3, 0.97, 0.99):
         scale = torch.tensor([facts["noise_scale"]])
         embedded = model.embed_noisy([(3, 2)], z, torch.tensor([t]), scale)
         assert_close(embedded, recorded[f"t{t}.input_embeds"][0], TOLERANCE)
-        hidden = model.backbone(layout, None, embedded, [cache]).gen
-        assert hidden is not None
+        hidden = model.backbone(layout, {GEN: embedded}, plan(layout, [cache]))[GEN]
         assert_close(hidden, recorded[f"t{t}.{prefix}.hidden"][0], TOLERANCE)
         clean = model.clean_prediction(hidden, layout.noise_grids)
         assert_close(clean, recorded[f"t{t}.{prefix}.x_pred"][0], TOLERANCE)
@@ -281,12 +281,14 @@ def test_the_mixed_forward_gives_the_recorded_clean_image(name: str, model: NeoU
     prompts = [recorded[f"input_ids_{prefix}"][0] for prefix in ("cond", "uncond")]
     layout = Layout(Document((Text(len(ids)), Noise(3, 2))) for ids in prompts)
     _, clean = model(
-        layout,
-        torch.cat(prompts),
-        (),
-        recorded["z"][0].repeat(2, 1),
-        torch.tensor([0.3, 0.97]),
-        torch.full((2,), facts["noise_scale"]),
+        batch_of(
+            layout,
+            torch.cat(prompts),
+            (),
+            recorded["z"][0].repeat(2, 1),
+            torch.tensor([0.3, 0.97]),
+            torch.full((2,), facts["noise_scale"]),
+        )
     )
     wanted = recorded["t0.3.cond.x_pred"][0], recorded["t0.97.uncond.x_pred"][0]
     assert_close(clean, torch.cat(wanted), TOLERANCE)

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from neounify.attention import BACKENDS, blocks
 from neounify.cache import SequenceCache
 from neounify.config import MlpConfig, ModelConfig
 from neounify.decode import ModelInput, forward_und
-from neounify.model import Layout, NeoUnify, Noise, attention
+from neounify.model import Layout, NeoUnify, Noise
+from neounify.model.parts import GEN
 from support import reference
+from support.attention import plan
 from support.models import (
     Maker,
     assert_close,
@@ -125,7 +128,7 @@ def test_sequences_fed_together_equal_each_alone() -> None:
 def test_long_text_behind_a_cache_is_cut_into_chunks(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "CAUSAL_CHUNK", chunk)
+    monkeypatch.setattr(blocks, "CAUSAL_CHUNK", chunk)
     config, model, maker = _setup(3)
     document = [maker.text(2), *maker.clean((3, 2)), maker.text(3), maker.text(8)]
     (answer,) = reference.forward([document], weights_of(model), facts_of(config))
@@ -164,10 +167,10 @@ def test_denoising_over_a_prefix_equals_the_mixed_forward(head: str) -> None:
                 forward_und(model, [_input_of(cache, [span], config)])
                 continue
             layout = Layout([cache.document(*spans_of([span], config))])
-            hidden = model.backbone(layout, None, _tokens_of_noise(span, model), [cache])
-            assert hidden.und is None
-            assert hidden.gen is not None
-            actual = model.clean_prediction(hidden.gen, layout.noise_grids)
+            noise = {GEN: _tokens_of_noise(span, model)}
+            hidden = model.backbone(layout, noise, plan(layout, [cache]))
+            assert set(hidden) == {GEN}
+            actual = model.clean_prediction(hidden[GEN], layout.noise_grids)
             image = next(clean)
             packed = pack([[Noisy(image, "x", 0.5, 0.5)]], config, torch.float64)
             assert packed.z is not None
@@ -175,7 +178,8 @@ def test_denoising_over_a_prefix_equals_the_mixed_forward(head: str) -> None:
     assert next(clean, None) is None
 
 
-def test_denoising_only_reads_and_many_blocks_share_a_cache() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_denoising_only_reads_and_many_blocks_share_a_cache(backend: str) -> None:
     config, model, maker = _setup(5)
     spans = [maker.text(3), *maker.clean((2, 2)), maker.text(1)]
     cache, other = _cache(config, 50), _cache(config)
@@ -187,13 +191,12 @@ def test_denoising_only_reads_and_many_blocks_share_a_cache() -> None:
     grids = [spans_of([span], config) for span in noisy]
     layout = Layout(c.document(*grid) for c, grid in zip(caches, grids, strict=True))
     embedded = [_tokens_of_noise(span, model) for span in noisy]
-    together = model.backbone(layout, None, torch.cat(embedded), caches).gen
-    assert together is not None
+    attend = plan(layout, caches, backend)
+    together = model.backbone(layout, {GEN: torch.cat(embedded)}, attend)[GEN]
     alone = []
     for c, grid, x in zip(caches, grids, embedded, strict=True):
-        gen = model.backbone(Layout([c.document(*grid)]), None, x, [c]).gen
-        assert gen is not None
-        alone.append(gen)
+        own = Layout([c.document(*grid)])
+        alone.append(model.backbone(own, {GEN: x}, plan(own, [c], backend))[GEN])
     assert_close(together, torch.cat(alone), 1e-6)
     assert (cache.length, cache.next_t) == before[2:]
     np.testing.assert_array_equal(cache.keys.numpy(), before[0].numpy())  # NaN equals NaN here
@@ -207,7 +210,7 @@ def test_a_painted_image_goes_back_to_where_its_noise_stood() -> None:
     noise = Layout([cache.document(Noise(2, 3))])
     image = _input_of(cache, maker.clean((2, 3)), config)
     clean = Layout([cache.document(*image.spans)])
-    assert torch.equal(noise.gen_positions, clean.und_positions)
+    assert torch.equal(noise["gen"].positions, clean["und"].positions)
     forward_und(model, [image])
     assert cache.document(Noise(1, 1)).start_t == 4
 

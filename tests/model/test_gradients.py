@@ -11,7 +11,9 @@ from torch import Tensor
 from neounify.checkpoint import stream_of
 from neounify.config import FlowConfig, MlpConfig, ModelConfig
 from neounify.model import NeoUnify
+from neounify.model.parts import UND
 from support import reference
+from support.attention import plan
 from support.models import Maker, Packed, exact, pack, random_config, random_model
 
 LAYERS = 2
@@ -93,14 +95,11 @@ def test_a_loss_on_noise_without_a_prefix_leaves_und_alone() -> None:
 
 def test_no_gradient_crosses_from_one_document_to_another() -> None:
     _, model, packed = _setup()
-    und, gen = packed.embedded(model)
-    assert gen is not None
-    und, gen = und.detach().requires_grad_(), gen.detach().requires_grad_()
-    hidden = model.backbone(packed.layout, und, gen)
-    assert hidden.und is not None
-    start, stop = packed.layout.und_ranges[1]
+    embedded = {n: x.detach().requires_grad_() for n, x in model.embed(packed.batch()).items()}
+    hidden = model.backbone(packed.layout, embedded, plan(packed.layout))
+    start, stop = packed.layout["und"].ranges[1]
     grad_und, grad_gen = torch.autograd.grad(
-        hidden.und[start:stop].square().sum(), [und, gen], allow_unused=True
+        hidden[UND][start:stop].square().sum(), list(embedded.values()), allow_unused=True
     )
     rows = grad_und.abs().amax(dim=1) > 0
     assert rows.nonzero().flatten().tolist() == list(range(start, stop))

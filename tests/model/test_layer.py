@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from neounify.attention import blocks
 from neounify.config import ModelConfig
-from neounify.model import Layout, NeoUnify, attention
-from neounify.model.attention import shared_attention
+from neounify.model import Layout, NeoUnify
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.rope import Rotation, attention_rotation
 from support import reference
+from support.attention import plan
 from support.models import (
     Maker,
     assert_close,
@@ -42,11 +43,11 @@ def _run(
     model: NeoUnify, layout: Layout, und: Tensor | None, gen: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The model's first layer, without embeddings, final norms and heads."""
-    attend = partial(shared_attention, layout=layout, caches=None, layer=0)
-    und_rotation = None if und is None else _rotation(layout.und_positions, model.config)
-    gen_rotation = None if gen is None else _rotation(layout.gen_positions, model.config)
-    after_und, after_gen = model.layers[0](und, gen, und_rotation, gen_rotation, attend)
-    return after_und, after_gen
+    streams: tuple[tuple[StreamName, Tensor | None], ...] = ((UND, und), (GEN, gen))
+    hidden = {name: x for name, x in streams if x is not None}
+    rotations = {name: _rotation(layout[name].positions, model.config) for name in hidden}
+    after = model.layers[0](hidden, rotations, plan(layout))
+    return after.get(UND), after.get(GEN)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -84,7 +85,7 @@ def test_one_layer_equals_the_reference(seed: int) -> None:
 def test_a_token_matters_to_another_iff_the_rule_says_so(
     chunk: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "CAUSAL_CHUNK", chunk)
+    monkeypatch.setattr(blocks, "CAUSAL_CHUNK", chunk)
     rng = random.Random(seed)
     config = random_config(rng, num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=2)
     documents = Maker(rng, config).showcase()
@@ -152,8 +153,8 @@ def test_a_stream_runs_without_the_other(stream: str) -> None:
     model = random_model(config, 5, torch.float64)
     if stream == "und":
         layout = pack(maker.showcase(), config, torch.float64).layout
-        und = torch.randn(layout.und_length, config.hidden_size, dtype=torch.float64)
-        gen = torch.randn(layout.gen_length, config.hidden_size, dtype=torch.float64)
+        und = torch.randn(layout["und"].length, config.hidden_size, dtype=torch.float64)
+        gen = torch.randn(layout["gen"].length, config.hidden_size, dtype=torch.float64)
         both, _ = _run(model, layout, und, gen)
         alone, nothing = _run(model, layout, und, None)
         assert both is not None
@@ -163,7 +164,7 @@ def test_a_stream_runs_without_the_other(stream: str) -> None:
         return
     documents = [maker.noisy((2, 3)), maker.noisy((1, 1))]
     layout = pack(documents, config, torch.float64).layout
-    gen = torch.randn(layout.gen_length, config.hidden_size, dtype=torch.float64)
+    gen = torch.randn(layout["gen"].length, config.hidden_size, dtype=torch.float64)
     with exact():
         nothing, alone = _run(model, layout, None, gen)
     assert nothing is None

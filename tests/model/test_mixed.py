@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from neounify.attention import blocks
 from neounify.config import FlowConfig, MlpConfig, ModelConfig
-from neounify.model import NeoUnify, attention
+from neounify.model import NeoUnify
 from support.models import Maker, assert_close, exact, expected, pack, random_config, random_model
 
 SPARSE = {
@@ -96,7 +97,7 @@ def test_packed_equals_each_document_alone(kind: str) -> None:
 def test_the_order_of_documents_does_not_matter() -> None:
     config, model, maker = _model("sparse", torch.float64)
     documents = maker.showcase()
-    lengths = [pack([d], config, torch.float64).layout.und_length for d in documents]
+    lengths = [pack([d], config, torch.float64).layout["und"].length for d in documents]
     with exact():
         forwards, _ = pack(documents, config, torch.float64).run(model)
         backwards, _ = pack(documents[::-1], config, torch.float64).run(model)
@@ -105,7 +106,7 @@ def test_the_order_of_documents_does_not_matter() -> None:
 
 
 def test_long_text_behind_an_image_is_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CAUSAL_CHUNK", 3)
+    monkeypatch.setattr(blocks, "CAUSAL_CHUNK", 3)
     config, model, maker = _model("dense-flow", torch.float64)
     documents = [
         [maker.text(2), *maker.clean((2, 2)), maker.text(length), *maker.noisy((1, 2))]

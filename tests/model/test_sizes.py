@@ -13,7 +13,7 @@ from neounify.checkpoint import expected_shapes, stream_of
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS, U1_8B, U1_A3B
 from neounify.model import Document, Image, Layout, Noise, Text
-from support.models import Maker, pack, random_config, random_model
+from support.models import Maker, batch_of, pack, random_config, random_model
 
 
 def _parameters(config: ModelConfig) -> Counter[str]:
@@ -62,7 +62,7 @@ def test_a_wrong_number_of_token_ids_is_refused(given: int, wanted: int) -> None
     model = random_model(random_config(random.Random(0)), 0)
     layout = Layout([Document((Text(wanted),))])
     with pytest.raises(ValueError, match=rf"{given} ids .* the layout: {wanted} ids"):
-        model(layout, torch.zeros(given, dtype=torch.int64))
+        model(batch_of(layout, torch.zeros(given, dtype=torch.int64)))
 
 
 def test_an_image_of_another_size_is_refused() -> None:
@@ -70,7 +70,11 @@ def test_an_image_of_another_size_is_refused() -> None:
     model, side = random_model(config, 0), config.token_size
     layout = Layout([Document((Text(1), Image(2, 2)))])
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2\)"):
-        model(layout, torch.zeros(1, dtype=torch.int64), [torch.zeros(3, 2 * side, 3 * side)])
+        model(
+            batch_of(
+                layout, torch.zeros(1, dtype=torch.int64), [torch.zeros(3, 2 * side, 3 * side)]
+            )
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5])
@@ -81,7 +85,7 @@ def test_a_wrong_number_of_noisy_rows_fails(rows: int) -> None:
     z = torch.zeros(rows, 3 * config.token_size**2)
     one = torch.ones(1)
     with pytest.raises((ValueError, RuntimeError, TypeError)):  # TypeError: a checked shape
-        model(layout, torch.zeros(1, dtype=torch.int64), (), z, one, one)
+        model(batch_of(layout, torch.zeros(1, dtype=torch.int64), (), z, one, one))
 
 
 def _silent_mismatches() -> dict[str, tuple[Layout, int, list[tuple[int, int]]]]:
@@ -100,7 +104,7 @@ def test_images_that_do_not_fit_the_layout_are_refused(case: str) -> None:
     layout, ids, grids = _silent_mismatches()[case]
     images = [torch.zeros(3, rows * side, columns * side) for rows, columns in grids]
     with pytest.raises(ValueError):  # noqa: PT011
-        model(layout, torch.zeros(ids, dtype=torch.int64), images)
+        model(batch_of(layout, torch.zeros(ids, dtype=torch.int64), images))
 
 
 @pytest.mark.parametrize("given", [0, 1, 2])
@@ -110,4 +114,4 @@ def test_noise_without_its_numbers_is_refused(given: int) -> None:
     layout = Layout([Document((Text(1), Noise(1, 1)))])
     numbers = (torch.zeros(1, 3 * config.token_size**2), torch.ones(1), torch.ones(1))[:given]
     with pytest.raises(ValueError):  # noqa: PT011
-        model(layout, torch.zeros(1, dtype=torch.int64), (), *numbers)
+        model(batch_of(layout, torch.zeros(1, dtype=torch.int64), (), *numbers))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import neounify
+from neounify.attention import prefix
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
-from neounify.model.neo import Hidden
+from neounify.model.parts import StreamName
 from neounify.pipeline import denoiser
 from neounify.pipeline.denoise import PaintJob
 from neounify.pipeline.denoiser import Denoiser
@@ -56,9 +57,9 @@ def test_company_changes_nothing(
     """However many of the jobs are read side by side."""
     seen = [j.longest for j in jobs(pipe)]
     assert min(seen) < max(seen) <= 512
-    monkeypatch.setattr(denoiser, "SHORT", 1)
+    monkeypatch.setattr(prefix, "MAX_LENGTH", 1)
     alone = [painted(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
-    monkeypatch.setattr(denoiser, "SHORT", {"none": 1, "some": min(seen), "all": 512}[share])
+    monkeypatch.setattr(prefix, "MAX_LENGTH", {"none": 1, "some": min(seen), "all": 512}[share])
     together = painted(Denoiser(pipe.model), jobs(pipe), late=2)
     for expected, found in zip(alone, together, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -69,7 +70,7 @@ def test_company_changes_nothing(
 def test_an_image_that_is_not_finite_fails_alone(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, short: int, norm: str
 ) -> None:
-    monkeypatch.setattr(denoiser, "SHORT", short)
+    monkeypatch.setattr(prefix, "MAX_LENGTH", short)
 
     def three() -> list[PaintJob]:
         return [job(pipe, text, 64, 3, guidance_norm=norm) for text in ("a", "boat", "a cat")]
@@ -92,7 +93,9 @@ def test_little_memory_means_more_calls(
     calls: list[int] = []
     layer_by_layer = pipe.model.layer_by_layer
 
-    def counted(layout: Layout, *rest: Any) -> Generator[None, None, Hidden]:
+    def counted(
+        layout: Layout, *rest: Any
+    ) -> Generator[None, None, dict[StreamName, torch.Tensor]]:
         calls.append(len(layout.documents))
         return layer_by_layer(layout, *rest)
 

@@ -81,12 +81,12 @@ class PromptPositions:
         class Recording(Layout):
             def __init__(self, documents: Iterable[Document]) -> None:
                 super().__init__(documents)
-                for start, stop in self.und_ranges:
-                    recorder.seen.append(self.und_positions[start:stop].T)
+                for start, stop in self["und"].ranges:
+                    recorder.seen.append(self["und"].positions[start:stop].T)
 
         # By its path: the package exports the function `forward` under the module's name.
         monkeypatch.setattr(sys.modules["neounify.decode.forward"], "Layout", Recording)
 
 
 def _positions(job: PaintJob, branch: Any) -> Tensor:
-    return Layout([job.prefixes[branch].document(Noise(*job.grid))]).gen_positions.T
+    return Layout([job.prefixes[branch].document(Noise(*job.grid))])["gen"].positions.T

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
-from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
+from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
 from neounify.model.rope import frequencies
 from support import reference
+from support.attention import plan
 from support.reference import Array, Clean, Facts, Noisy, Token
 
 # --- models --------------------------------------------------------------------------------------
@@ -243,17 +244,32 @@ class Packed:
     noise_scale: Tensor | None
 
     def run(self, model: NeoUnify) -> tuple[Tensor, Tensor | None]:
-        logits, clean = model(
-            self.layout, self.token_ids, self.images, self.z, self.t, self.noise_scale
-        )
+        logits, clean = model(self.batch())
         return logits, clean
 
-    def embedded(self, model: NeoUnify) -> tuple[Tensor, Tensor | None]:
-        """What enters the first layer, per stream."""
-        und = model.embed_und(self.layout, self.token_ids, self.images)
-        if self.z is None or self.t is None or self.noise_scale is None:
-            return und, None
-        return und, model.embed_noisy(self.layout.noise_grids, self.z, self.t, self.noise_scale)
+    def batch(self) -> ModelBatch:
+        noise = (self.z, self.t, self.noise_scale)
+        return batch_of(self.layout, self.token_ids, self.images, *noise)
+
+
+def batch_of(
+    layout: Layout,
+    ids: Tensor,
+    images: Sequence[Tensor] = (),
+    z: Tensor | None = None,
+    t: Tensor | None = None,
+    noise_scale: Tensor | None = None,
+) -> ModelBatch:
+    """Input of the mixed forward, with a plan of its attention."""
+    return ModelBatch(
+        layout=layout,
+        attend=plan(layout),
+        ids=ids,
+        images=images,
+        z=z,
+        t=t,
+        noise_scale=noise_scale,
+    )
 
 
 def spans_of(document: reference.Document, config: ModelConfig) -> tuple[Span, ...]:

@@ -19,6 +19,7 @@ from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
 from neounify.train.model import checkpoint_layers, freeze, new_model
+from support.models import batch_of
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)
 ENCODER = Encoder(config=CONFIG, tokenizer=byte_tokenizer(vocab_size=264), noise_draws=2)
@@ -66,7 +67,8 @@ def test_the_loss_is_its_formula() -> None:
     noised = add_noise(pack, CONFIG, objective, generator())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = [((torch.tensor(i).float() / 255 - mean) / std).permute(2, 0, 1) for i in pack.images]
-    logits, clean = model(pack.layout, pack.ids, images, noised.z, noised.t, noised.noise_scale)
+    noise = (noised.z, noised.t, noised.noise_scale)
+    logits, clean = model(batch_of(pack.layout, pack.ids, images, *noise))
     assert clean is not None
     text = torch.nn.functional.cross_entropy(
         logits[pack.label_rows], pack.label_ids, reduction="none"

@@ -55,7 +55,7 @@ def test_a_pack_is_its_documents_side_by_side() -> None:
     assert pack.ids.tolist() == [i for d in documents for i in d.ids]
     first = 0
     rows = []
-    for d, (start, stop) in zip(documents, pack.layout.und_ranges, strict=True):
+    for d, (start, stop) in zip(documents, pack.layout["und"].ranges, strict=True):
         assert (start, stop) == (first, first + d.document.und_length())
         rows += [first + row for row in d.label_rows]
         first = stop

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,13 @@ class SequenceCache:
 
     `length` tokens are complete; the next token stands at t = `next_t`. The model
     writes behind `length`; `advance` makes what was written part of the sequence.
-    A denoising step only reads, so many steps may share one cache.
+    A denoising step only reads, so many steps may share one cache. While several caches are
+    decoded together, `keys` and `values` are row `row` of a `batch`.
     """
 
     GROWTH = 256
+    batch: CacheBatch | None = None
+    row: int = 0
 
     def __init__(
         self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device
@@ -52,6 +57,7 @@ class SequenceCache:
         capacity = max(needed, self.capacity + max(self.GROWTH, self.capacity // 4))
         self.keys = self._grown(self.keys, capacity)
         self.values = self._grown(self.values, capacity)
+        self.batch = None
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
         layers, heads, _, d = old.shape
@@ -78,3 +84,39 @@ class SequenceCache:
         copy = SequenceCache.holding(keys, values, self.next_t)
         copy.length = self.length
         return copy
+
+
+class CacheBatch:
+    """One memory of several caches, [layers, rows, kv_heads, capacity, d].
+
+    Zero where nothing was written: a weight of 0 times NaN would be NaN.
+    """
+
+    ROOM = 64
+    """Tokens of room at least behind the longest sequence of a new batch."""
+
+    def __init__(self, caches: Sequence[SequenceCache], capacity: int) -> None:
+        """Move caches into a new memory."""
+        layers, heads, _, d = caches[0].keys.shape
+        self.keys = caches[0].keys.new_zeros(layers, len(caches), heads, capacity, d)
+        self.values = torch.zeros_like(self.keys)
+        for row, cache in enumerate(caches):
+            self.keys[:, row, :, : cache.length] = cache.keys[:, :, : cache.length]
+            self.values[:, row, :, : cache.length] = cache.values[:, :, : cache.length]
+            cache.keys, cache.values = self.keys[:, row], self.values[:, row]
+            cache.batch, cache.row = self, row
+
+    @classmethod
+    def of(cls, caches: Sequence[SequenceCache], extra: int) -> CacheBatch:
+        """The batch of these caches, with room for `extra` more tokens in each.
+
+        A new one where they are in none, have no room, or would be few among the rows of ended
+        sequences.
+        """
+        batch, longest = caches[0].batch, max(cache.length for cache in caches) + extra
+        same = batch is not None and all(cache.batch is batch for cache in caches)
+        if batch is not None and same:
+            rows, capacity = batch.keys.shape[1], batch.keys.shape[3]
+            if longest <= capacity and 2 * len(caches) > rows:
+                return batch
+        return cls(caches, longest + max(cls.ROOM, longest // 4))

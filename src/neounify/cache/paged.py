@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from neounify.cache.block_allocator import BlockAllocator
 from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hash, block_hashes
-from neounify.cache.protocol import Cache
 from neounify.config import ModelConfig
 from neounify.model.layout import Document, Span
-
-
-class Padded(NamedTuple):
-    """Keys and values of several sequences side by side, and a mask of what is real."""
-
-    k: Float[Tensor, "b kv n d"]
-    v: Float[Tensor, "b kv n d"]
-    mask: Bool[Tensor, "b n"]
 
 
 class PagedKVCache:
@@ -193,46 +183,3 @@ class PagedSequence:
         """Compare the hashes with the keys. Raises ValueError."""
         if self._hashes != block_hashes(self.token_keys[: self.length], self.pool.block_size):
             raise ValueError("a sequence's blocks have wrong hashes")
-
-
-class PagedBatch:
-    """Sequences of one pool that take one token each: one gather serves all of them."""
-
-    def __init__(self, sequences: Sequence[PagedSequence]) -> None:
-        self._pool = sequences[0].pool
-        device = self._pool.keys.device
-        lengths = [sequence.length + 1 for sequence in sequences]
-        longest = max(lengths)
-        ends = [s.slot_mapping[n - 1 : n] for s, n in zip(sequences, lengths, strict=True)]
-        self._ends = torch.cat(ends)
-        # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
-        padded = torch.full((len(lengths), longest), self._pool.zero_slot, device=device)
-        for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            padded[row, :length] = sequence.slot_mapping[:length]
-        self._slots = padded.flatten()
-        self._mask = torch.arange(longest, device=device) < torch.tensor(
-            lengths, device=device
-        ).unsqueeze(1)
-
-    def write_tokens(
-        self, layer: int, k: Float[Tensor, "b kv d"], v: Float[Tensor, "b kv d"]
-    ) -> None:
-        """One new token of every sequence."""
-        self._pool.keys[layer].index_copy_(0, self._ends, k)
-        self._pool.values[layer].index_copy_(0, self._ends, v)
-
-    def padded(self, layer: int) -> Padded:
-        """Everything the new tokens see, themselves included."""
-        k, v = (
-            x[layer].index_select(0, self._slots).unflatten(0, self._mask.shape).transpose(1, 2)
-            for x in (self._pool.keys, self._pool.values)
-        )
-        return Padded(k, v, self._mask)
-
-
-def together(caches: Sequence[Cache]) -> Sequence[Cache] | PagedBatch:
-    """Caches as one batch where they are of one pool, else as they are."""
-    paged = [cache for cache in caches if isinstance(cache, PagedSequence)]
-    if len(paged) < 2 or len(paged) < len(caches) or len({id(c.pool) for c in paged}) > 1:
-        return caches
-    return PagedBatch(paged)

@@ -1,4 +1,4 @@
-"""What feeding and writing need of a sequence's cache."""
+"""Interface of the cache of one sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Cache(Protocol):
         """New spans that continue this sequence."""
 
     def reserve(self, extra: int) -> None:
-        """Make sure of room for `extra` more tokens."""
+        """Make room for `extra` more tokens."""
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Put the keys and values [N, kv_heads, d] of new tokens behind the others."""

@@ -103,6 +103,10 @@ class ModelConfig:
         """Numbers in an image token: channels · token_size²."""
         return self.channels * self.token_size**2
 
+    def mlp(self, stream: Literal["und", "gen"]) -> MlpConfig:
+        """MLPs of a stream."""
+        return self.und_mlp if stream == "und" else self.gen_mlp
+
     @property
     def is_sparse(self) -> bool:
         return self.und_mlp.num_experts > 0

@@ -65,7 +65,7 @@ class Pack:
     @property
     def length(self) -> int:
         """Tokens of both streams."""
-        return self.layout.und_length + self.layout.gen_length
+        return self.layout["und"].length + self.layout["gen"].length
 
 
 def make_pack(documents: Sequence[Encoded]) -> Pack:

@@ -1,6 +1,6 @@
 """The network: one implementation for inference and training, single-device, without state."""
 
 from neounify.model.layout import Document, Image, Layout, Noise, Span, Text
-from neounify.model.neo import Hidden, NeoUnify
+from neounify.model.neo import ModelBatch, NeoUnify
 
-__all__ = ["Document", "Hidden", "Image", "Layout", "NeoUnify", "Noise", "Span", "Text"]
+__all__ = ["Document", "Image", "Layout", "ModelBatch", "NeoUnify", "Noise", "Span", "Text"]

@@ -1,21 +1,23 @@
-"""Where every token of a packed batch stands: stream, position, and whom it sees.
+"""Packed batches: the stream, position and visible keys of every token.
 
 A batch is a sequence of documents, a document a sequence of spans. Tokens of all
-documents are packed into one row axis per stream. Nothing inside the layers asks
-what a token is; this object has decided it.
+documents are packed into one row axis per stream. Nothing inside the layers branches on
+the kind of a token; the layout has decided it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
+from typing import ClassVar
 
+import numpy as np
 import torch
+from jaxtyping import Int, Int64
 from torch import Tensor
 
-from neounify.model.block import Block
-from neounify.model.padding import Padding, make_padding
+from neounify.model.parts import GEN, STREAMS, UND, StreamName
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Text:
     """`length` text tokens: causal, one step of t each."""
 
     length: int
+    stream: ClassVar[StreamName] = UND
+
+    @property
+    def steps(self) -> int:
+        """Steps of t."""
+        return self.length
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,9 @@ class _Grid:
 class Image(_Grid):
     """A clean image of rows × columns tokens: bidirectional inside, one step of t in all."""
 
+    stream: ClassVar[StreamName] = UND
+    steps: ClassVar[int] = 1
+
 
 class Noise(_Grid):
     """A noisy image block in the generation stream. It stands at the t of the next image.
@@ -45,6 +56,9 @@ class Noise(_Grid):
     Nothing but itself sees it and it takes no step of t, so a clean copy that
     follows it has the same positions.
     """
+
+    stream: ClassVar[StreamName] = GEN
+    steps: ClassVar[int] = 0
 
 
 Span = Text | Image | Noise
@@ -61,136 +75,176 @@ class Document:
     @property
     def end_t(self) -> int:
         """The t of the token that would come next."""
-        return self.start_t + sum(_steps(span) for span in self.spans)
+        return self.start_t + sum(span.steps for span in self.spans)
 
     def und_length(self) -> int:
-        return sum(span.length for span in self.spans if not isinstance(span, Noise))
+        return sum(span.length for span in self.spans if span.stream == UND)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive queries of one stream and document that see the same keys.
+
+    They see the first `visible` context tokens of their document (cached ones included) and, in a
+    stream that is not context, all of their own block. A causal block ends at `visible`; its
+    queries see only up to themselves.
+    """
+
+    document: int
+    start: int
+    stop: int
+    visible: int
+    causal: bool
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+class StreamRows:
+    """The rows of one stream: `blocks` cover them in order, `ranges` are those of each document.
+
+    `spans` pairs every span with its t.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.blocks: list[Block] = []
+        self.ranges: list[tuple[int, int]] = []
+        self.spans: list[tuple[Span, int]] = []
+        self._positions: dict[torch.device, Tensor] = {}
+
+    @property
+    def positions(self) -> Int64[Tensor, "n 3"]:
+        """(t, h, w) of every row, on the CPU."""
+        return self.positions_on(torch.device("cpu"))
+
+    def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
+        """(t, h, w) of every row, made once per device."""
+        return _kept(self._positions, device, self._make_positions)
+
+    def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
+        positions = np.zeros((self.length, 3), dtype=np.int64)
+        start = 0
+        for span, t in self.spans:
+            rows = positions[start : start + span.length]
+            if isinstance(span, Text):
+                rows[:, 0] = np.arange(t, t + span.length)
+            else:
+                rows[:, 0] = t
+                rows[:, 1:] = _cells(span.rows, span.columns)
+            start += span.length
+        return positions
 
 
 class Layout:
-    """The packed tokens of some documents.
+    """The packed tokens of some documents; `layout[stream]` are the rows of one stream.
 
-    `und_positions` [U, 3] and `gen_positions` [G, 3] hold (t, h, w); `und_blocks`
-    and `gen_blocks` cover the rows of each stream in order; `und_ranges` gives each
-    document's rows in the understanding stream; `image_grids` and `noise_grids`
-    are the (rows, columns) of all clean and all noisy images, in packed order.
+    `image_grids` and `noise_grids` are the (rows, columns) of all clean and all noisy images, in
+    packed order, `text_length` the number of text tokens.
     """
 
     def __init__(self, documents: Iterable[Document]) -> None:
         self.documents = tuple(documents)
-        self.und_blocks: list[Block] = []
-        self.gen_blocks: list[Block] = []
-        self.und_ranges: list[tuple[int, int]] = []
-        self._und_spans: list[tuple[Text | Image, int]] = []
-        self._gen_spans: list[tuple[Noise, int]] = []
-        self.und_length = self.gen_length = 0
-        self._paddings: dict[torch.device, Padding | None] = {}
+        self._streams = {name: StreamRows() for name in STREAMS}
+        self.text_length = 0
+        self.image_grids: list[tuple[int, int]] = []
+        self.noise_grids: list[tuple[int, int]] = []
+        self._und_order: dict[torch.device, Tensor] = {}
         for number, document in enumerate(self.documents):
             self._add(number, document)
 
+    def __getitem__(self, stream: StreamName) -> StreamRows:
+        return self._streams[stream]
+
+    @property
+    def lengths(self) -> dict[StreamName, int]:
+        """Rows of every stream that has some."""
+        return {name: rows.length for name, rows in self._streams.items() if rows.length}
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every document is one text token."""
+        return all(document.spans == (Text(1),) for document in self.documents)
+
     def _add(self, number: int, document: Document) -> None:
-        first = self.und_length
-        t = document.start_t
+        firsts = {name: rows.length for name, rows in self._streams.items()}
+        seen, t = document.past, document.start_t
         for span in document.spans:
-            seen = document.past + self.und_length - first
-            if isinstance(span, Noise):
-                stop = self.gen_length + span.length
-                self.gen_blocks.append(Block(number, self.gen_length, stop, seen, causal=False))
-                self._gen_spans.append((span, t))
-                self.gen_length = stop
-            elif span.length:
-                stop = self.und_length + span.length
-                causal = isinstance(span, Text)
-                visible = seen + span.length
-                self.und_blocks.append(Block(number, self.und_length, stop, visible, causal))
-                self._und_spans.append((span, t))
-                self.und_length = stop
-            t += _steps(span)
-        self.und_ranges.append((first, self.und_length))
-
-    @property
-    def text_length(self) -> int:
-        """Text tokens of all documents."""
-        return sum(s.length for s, _ in self._und_spans if isinstance(s, Text))
-
-    @property
-    def image_grids(self) -> list[tuple[int, int]]:
-        return [(s.rows, s.columns) for s, _ in self._und_spans if isinstance(s, Image)]
-
-    @property
-    def noise_grids(self) -> list[tuple[int, int]]:
-        return [(s.rows, s.columns) for s, _ in self._gen_spans]
-
-    @cached_property
-    def und_positions(self) -> Tensor:
-        return _positions(self._und_spans)
-
-    @cached_property
-    def gen_positions(self) -> Tensor:
-        return _positions(self._gen_spans)
-
-    @cached_property
-    def und_order(self) -> Tensor | None:
-        """Rows of cat([text tokens, image tokens]) in packed order; None where that is the order.
-
-        [U] int64.
-        """
-        if self.text_length in (0, self.und_length):
-            return None
-        text, image, pieces = 0, self.text_length, []
-        for span, _ in self._und_spans:
+            rows, start = self._streams[span.stream], self._streams[span.stream].length
+            causal = isinstance(span, Text)
+            if STREAMS[span.stream].context:
+                seen += span.length
+            if span.length or not causal:
+                stop = start + span.length
+                rows.blocks.append(Block(number, start, stop, seen, causal))
+                rows.spans.append((span, t))
+                rows.length = stop
             if isinstance(span, Text):
-                pieces.append(range(text, text + span.length))
+                self.text_length += span.length
+            elif span.stream == GEN:
+                self.noise_grids.append((span.rows, span.columns))
+            else:
+                self.image_grids.append((span.rows, span.columns))
+            t += span.steps
+        for name, rows in self._streams.items():
+            rows.ranges.append((firsts[name], rows.length))
+
+    def und_order_on(self, device: torch.device) -> Int64[Tensor, " u"] | None:
+        """Rows of cat([text tokens, image tokens]) in packed order, made once per device.
+
+        None where that is the packed order.
+        """
+        if self.text_length in (0, self[UND].length):
+            return None
+        return _kept(self._und_order, device, self._make_und_order)
+
+    def _make_und_order(self) -> Int64[np.ndarray, " u"]:
+        text, image, pieces = 0, self.text_length, []
+        for span, _ in self[UND].spans:
+            if isinstance(span, Text):
+                pieces.append(np.arange(text, text + span.length))
                 text += span.length
             else:
-                pieces.append(range(image, image + span.length))
+                pieces.append(np.arange(image, image + span.length))
                 image += span.length
-        # Made in inference mode, the kept tensor could not serve a training call later.
-        with torch.inference_mode(False):
-            return torch.tensor([row for piece in pieces for row in piece])
-
-    def padding(self, device: torch.device) -> Padding | None:
-        """The documents side by side, on a device; None where they are few, long or uneven."""
-        if device not in self._paddings:
-            # Made in inference mode, the kept tensors could not serve a training call later.
-            with torch.inference_mode(False):
-                made = make_padding(self.und_ranges, self.und_blocks, self.gen_blocks)
-                self._paddings[device] = made if made is None else made.to(device)
-        return self._paddings[device]
+        return np.concatenate(pieces)
 
     def last_rows(self) -> list[int]:
         """The row of each document's last understanding token."""
-        return [stop - 1 for _, stop in self.und_ranges]
+        return [stop - 1 for _, stop in self[UND].ranges]
 
 
-def grid_places(grids: Sequence[tuple[int, int]], merge: int) -> Tensor:
-    """(row, column) in patch units of the merge × merge patches of every token, [N, M·M, 2]."""
-    inner = torch.cartesian_prod(torch.arange(merge), torch.arange(merge)).view(1, merge**2, 2)
-    tokens = [_grid(rows, columns) for rows, columns in grids]
-    return torch.cat(tokens).unsqueeze(1) * merge + inner
+@lru_cache(maxsize=64)
+def grid_patches(
+    grids: tuple[tuple[int, int], ...], merge: int, device: torch.device
+) -> Int64[Tensor, "n mm 2"]:
+    """(row, column) in patch units of the merge × merge patches of every token of some images."""
+    tokens = np.concatenate([_cells(rows, columns) for rows, columns in grids])
+    return _tensor(tokens[:, None] * merge + _cells(merge, merge), device)
 
 
-def _steps(span: Span) -> int:
-    if isinstance(span, Text):
-        return span.length
-    return 1 if isinstance(span, Image) else 0
+@lru_cache(maxsize=64)
+def grid_owners(grids: tuple[tuple[int, int], ...], device: torch.device) -> Int64[Tensor, " n"]:
+    """The number of the image that each token belongs to."""
+    lengths = [rows * columns for rows, columns in grids]
+    return _tensor(np.repeat(np.arange(len(grids)), lengths), device)
 
 
-def _grid(rows: int, columns: int) -> Tensor:
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2)
+def _cells(rows: int, columns: int) -> Int[np.ndarray, "n 2"]:
+    """(row, column) of every cell of a grid, row by row."""
+    return np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
 
 
-def _positions(spans: Sequence[tuple[Span, int]]) -> Tensor:
-    if not spans:
-        return torch.zeros(0, 3, dtype=torch.int64)
-    return torch.cat([_span_positions(span, t) for span, t in spans])
+def _kept(
+    tensors: dict[torch.device, Tensor], device: torch.device, make: Callable[[], np.ndarray]
+) -> Tensor:
+    if device not in tensors:
+        tensors[device] = _tensor(make(), device)
+    return tensors[device]
 
 
-def _span_positions(span: Span, t: int) -> Tensor:
-    positions = torch.zeros(span.length, 3, dtype=torch.int64)
-    if isinstance(span, Text):
-        positions[:, 0] = torch.arange(t, t + span.length)
-    else:
-        positions[:, 0] = t
-        positions[:, 1:] = _grid(span.rows, span.columns)
-    return positions
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    # Made in inference mode, a kept tensor could not serve a training call later.
+    with torch.inference_mode(False):
+        return torch.from_numpy(values).to(device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,22 +12,43 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
-from neounify.model.attention import shared_attention
 from neounify.model.image_head import FlowHead, PixelHead
-from neounify.model.key_values import Caches
-from neounify.model.layout import Layout, grid_places
+from neounify.model.layout import Layout, grid_owners, grid_patches
 from neounify.model.norm import RMSNorm
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.patch_embed import PatchEmbed, token_patches
 from neounify.model.rope import Rotation, attention_rotation
 from neounify.model.scalar_embed import ScalarEmbed
-from neounify.model.stream import Layer
+from neounify.model.stream import Attend, Layer
+
+Logits = Callable[[Tensor], Tensor]
+Score = Callable[[Logits, Tensor], Any]
 
 
-class Hidden(NamedTuple):
-    """Last hidden states after each stream's final norm; None for a stream not in the call."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ModelBatch:
+    """Input of one call of both streams without caches, as in training.
 
-    und: Tensor | None
-    gen: Tensor | None
+    `ids` of all text tokens and `images`, ImageNet-normalised pixels, as for `embed_und`; `z`, `t`
+    and `noise_scale` as for `embed_noisy`, None without noisy images. `logit_rows` are the
+    understanding rows whose logits are computed, None for all.
+    """
+
+    layout: Layout
+    attend: Attend
+    ids: Int[Tensor, " n"]
+    images: Sequence[Float[Tensor, "3 _height _width"]] = ()
+    z: Float[Tensor, "g ccc"] | None = None
+    t: Float[Tensor, " j"] | None = None
+    noise_scale: Float[Tensor, " j"] | None = None
+    logit_rows: Int[Tensor, " rows"] | None = None
+
+
+class ModelOutput(NamedTuple):
+    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, 3·C²]."""
+
+    text: Any
+    clean: Tensor | None
 
 
 class NeoUnify(nn.Module):
@@ -80,8 +101,8 @@ class NeoUnify(nn.Module):
         if images:
             parts.append(self.embed_clean(images))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        order = layout.und_order
-        return x if order is None else x[order.to(x.device)]
+        order = layout.und_order_on(x.device)
+        return x if order is None else x.index_select(0, order)
 
     def embed_clean(
         self, images: Sequence[Float[Tensor, "3 _height _width"]]
@@ -90,8 +111,8 @@ class NeoUnify(nn.Module):
         c = self.config
         grids = [self.token_grid(image) for image in images]
         patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
-        places = grid_places(grids, c.merge).to(patches.device)
-        return self.und_patch(patches.to(self.dtype), places)
+        cells = grid_patches(tuple(grids), c.merge, patches.device)
+        return self.und_patch(patches.to(self.dtype), cells)
 
     def embed_noisy(
         self,
@@ -107,65 +128,49 @@ class NeoUnify(nn.Module):
         """
         c = self.config
         m, p = c.merge, c.patch_size
-        lengths = torch.tensor([rows * columns for rows, columns in grids], device=z.device)
-        per_image = t.shape == noise_scale.shape == lengths.shape
-        if not grids or not per_image or z.shape[0] != sum(lengths.tolist()):
+        count = sum(rows * columns for rows, columns in grids)
+        if not grids or not t.shape == noise_scale.shape == (len(grids),) or z.shape[0] != count:
             raise ValueError(
                 f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
                 f"{tuple(noise_scale.shape)} do not fit images of {list(grids)} tokens"
             )
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
         patches = z.view(-1, m, p, m, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, 3 * p * p)
-        x = self.gen_patch(patches.to(self.dtype), grid_places(grids, m).to(z.device))
+        x = self.gen_patch(patches.to(self.dtype), grid_patches(tuple(grids), m, z.device))
         condition = self.timestep_embedder(t)
         if c.flow.noise_scale_embedding:
             relative = noise_scale / c.flow.noise_scale_max
             condition = condition + self.noise_scale_embedder(relative)
-        return x + condition.repeat_interleave(lengths, dim=0)
+        return x + condition.index_select(0, grid_owners(tuple(grids), z.device))
 
     def backbone(
-        self,
-        layout: Layout,
-        und: Float[Tensor, "u d"] | None,
-        gen: Float[Tensor, "g d"] | None = None,
-        caches: Caches | None = None,
-    ) -> Hidden:
-        """All layers and the final norms. Caches, if given, are those of the layout's documents."""
-        work = self.layer_by_layer(layout, und, gen, caches)
+        self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
+    ) -> dict[StreamName, Float[Tensor, "_n d"]]:
+        """All layers and the final norms, from the embeddings of the streams in the call.
+
+        `attend` is an attention plan of the layout and its caches (`neounify.attention`).
+        """
+        work = self.layer_by_layer(layout, hidden, attend)
         while True:
             try:
                 next(work)
             except StopIteration as end:
-                hidden: Hidden = end.value
-                return hidden
+                last: dict[StreamName, Tensor] = end.value
+                return last
 
     def layer_by_layer(
-        self,
-        layout: Layout,
-        und: Float[Tensor, "u d"] | None,
-        gen: Float[Tensor, "g d"] | None = None,
-        caches: Caches | None = None,
-    ) -> Generator[None, None, Hidden]:
-        """What `backbone` computes, with a pause after each layer but the last."""
-        rows = tuple(0 if x is None else x.shape[0] for x in (und, gen))
-        if rows != (layout.und_length, layout.gen_length):
-            raise ValueError(
-                f"{rows} rows of the two streams, "
-                f"the layout has {(layout.und_length, layout.gen_length)}"
-            )
-        if caches is None and any(document.past for document in layout.documents):
-            raise ValueError("documents that continue a cached prefix need their caches")
-        und_rotation = None if und is None else self._rotation(layout.und_positions, und)
-        gen_rotation = None if gen is None else self._rotation(layout.gen_positions, gen)
+        self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
+    ) -> Generator[None, None, dict[StreamName, Float[Tensor, "_n d"]]]:
+        """The same as `backbone`, with a pause after each layer but the last."""
+        rows = {name: x.shape[0] for name, x in hidden.items()}
+        if rows != layout.lengths:
+            raise ValueError(f"{rows} rows of the streams, the layout has {layout.lengths}")
+        rotations = {name: self._rotation(layout, name, x) for name, x in hidden.items()}
         for number, layer in enumerate(self.layers):
             if number:
                 yield
-            attend = partial(shared_attention, layout=layout, caches=caches, layer=number)
-            und, gen = layer(und, gen, und_rotation, gen_rotation, attend)
-        return Hidden(
-            None if und is None else self.und_norm(und),
-            None if gen is None else self.gen_norm(gen),
-        )
+            hidden = layer(hidden, rotations, attend)
+        return {name: self.get_submodule(f"{name}_norm")(x) for name, x in hidden.items()}
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
         """Next-token scores."""
@@ -179,33 +184,34 @@ class NeoUnify(nn.Module):
         """The predicted clean image x̂: one row per token, pixels as (row, column, channel)."""
         return self.image_head(hidden, grids)
 
-    def forward(
-        self,
-        layout: Layout,
-        token_ids: Int[Tensor, " n"],
-        images: Sequence[Float[Tensor, "3 _height _width"]] = (),
-        z: Float[Tensor, "g ccc"] | None = None,
-        t: Float[Tensor, " j"] | None = None,
-        noise_scale: Float[Tensor, " j"] | None = None,
-    ) -> tuple[Float[Tensor, "u vocab"], Float[Tensor, "g ccc"] | None]:
-        """Logits of all understanding rows and x̂ of all noisy tokens, in one call.
+    def forward(self, batch: ModelBatch, score: Score | None = None) -> ModelOutput:
+        """Both streams of many packed documents in one call; differentiable.
 
-        Und and gen tokens of many packed documents in one call; differentiable.
+        `score` computes what is wanted of the text, for instance losses in pieces, from the
+        function that turns states [n, D] into logits and the states of `logit_rows`; without it,
+        the output holds their logits.
         """
-        und = self.embed_und(layout, token_ids, images)
-        gen = None
+        hidden = self.backbone(batch.layout, self.embed(batch), batch.attend)
+        states = hidden[UND]
+        if batch.logit_rows is not None:
+            states = states.index_select(0, batch.logit_rows)
+        text = self.logits(states) if score is None else score(self.logits, states)
+        if GEN not in hidden:
+            return ModelOutput(text, None)
+        return ModelOutput(text, self.clean_prediction(hidden[GEN], batch.layout.noise_grids))
+
+    def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
+        """What enters the first layer, for each stream."""
+        layout = batch.layout
+        embedded = {UND: self.embed_und(layout, batch.ids, batch.images)}
+        z, t, noise_scale = batch.z, batch.t, batch.noise_scale
         if z is not None and t is not None and noise_scale is not None:
-            gen = self.embed_noisy(layout.noise_grids, z, t, noise_scale)
-        elif layout.noise_grids or (z, t, noise_scale) != (None, None, None):
+            embedded[GEN] = self.embed_noisy(layout.noise_grids, z, t, noise_scale)
+        elif layout.noise_grids or any(x is not None for x in (z, t, noise_scale)):
             raise ValueError(
                 f"{len(layout.noise_grids)} noisy images need z, t and noise_scale, all of them"
             )
-        hidden = self.backbone(layout, und, gen)
-        assert hidden.und is not None
-        prediction = None
-        if hidden.gen is not None:
-            prediction = self.clean_prediction(hidden.gen, layout.noise_grids)
-        return self.logits(hidden.und), prediction
+        return embedded
 
     def token_grid(self, image: Float[Tensor, "3 _height _width"]) -> tuple[int, int]:
         """Token rows and columns of an image; ValueError when a side is no multiple of C."""
@@ -215,10 +221,10 @@ class NeoUnify(nn.Module):
             raise ValueError(f"image sides {tuple(image.shape[1:])} must be multiples of {side}")
         return rows, columns
 
-    def _rotation(self, positions: Tensor, x: Tensor) -> Rotation:
+    def _rotation(self, layout: Layout, stream: StreamName, x: Tensor) -> Rotation:
         c = self.config
         return attention_rotation(
-            positions.to(x.device),
+            layout[stream].positions_on(x.device),
             c.head_dim,
             theta=c.rope_theta,
             theta_hw=c.rope_theta_hw,

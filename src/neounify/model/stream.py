@@ -1,19 +1,33 @@
 """One stream's share of a layer, and the layer that joins two of them in attention."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from neounify.config import MlpConfig, ModelConfig
-from neounify.model.attention import Projected
 from neounify.model.mlp import SwiGLU
 from neounify.model.moe import SparseMlp
 from neounify.model.norm import RMSNorm, normalise
+from neounify.model.parts import STREAMS, StreamName
 from neounify.model.rope import Rotation, rotate
 
-Attend = Callable[[Projected | None, Projected | None], tuple[Tensor | None, Tensor | None]]
+
+class Projected(NamedTuple):
+    """Queries [N, heads, d], keys and values [N, kv_heads, d] of one stream, rotated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+Attend = Callable[[int, Mapping[StreamName, Projected]], Mapping[StreamName, Tensor]]
+"""Joint attention of one layer, given by its number: what the queries [N, heads, d] of each stream
+gather from the values they see. Planned once per call of the model (`neounify.attention`)."""
 
 
 class Stream(nn.Module):
@@ -66,30 +80,23 @@ class Stream(nn.Module):
         return x + self.mlp(self.post_norm(x))
 
 
-class Layer(nn.Module):
-    """Two streams, one attention. Either stream may be absent from a call."""
+class Layer(nn.ModuleDict):
+    """One module per stream, joined by one attention. A call may leave streams out."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.und = Stream(config, config.und_mlp, layer)
-        self.gen = Stream(config, config.gen_mlp, layer)
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__({name: Stream(config, config.mlp(name), number) for name in STREAMS})
+        self.number = number
+
+    def __getitem__(self, name: str) -> Stream:
+        return cast(Stream, self._modules[name])
 
     def forward(
         self,
-        und: Float[Tensor, "u size"] | None,
-        gen: Float[Tensor, "g size"] | None,
-        und_rotation: Rotation | None,
-        gen_rotation: Rotation | None,
+        hidden: Mapping[StreamName, Tensor],
+        rotations: Mapping[StreamName, Rotation],
         attend: Attend,
-    ) -> tuple[Float[Tensor, "u size"] | None, Float[Tensor, "g size"] | None]:
-        und_qkv = gen_qkv = None
-        if und is not None and und_rotation is not None:
-            und_qkv = self.und.project(und, und_rotation)
-        if gen is not None and gen_rotation is not None:
-            gen_qkv = self.gen.project(gen, gen_rotation)
-        und_seen, gen_seen = attend(und_qkv, gen_qkv)
-        if und is not None and und_seen is not None:
-            und = self.und.finish(und, und_seen)
-        if gen is not None and gen_seen is not None:
-            gen = self.gen.finish(gen, gen_seen)
-        return und, gen
+    ) -> dict[StreamName, Tensor]:
+        """Hidden states [N, size] of each stream in, the next ones out."""
+        projected = {name: self[name].project(x, rotations[name]) for name, x in hidden.items()}
+        attended = attend(self.number, projected)
+        return {name: self[name].finish(x, attended[name]) for name, x in hidden.items()}

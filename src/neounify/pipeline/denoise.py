@@ -61,8 +61,8 @@ class PaintJob:
 
     @property
     def longest(self) -> int:
-        """Tokens that are seen behind the longest prefix, the image's included."""
-        return self.z.shape[0] + max(cache.length for cache in self.prefixes.values())
+        """Tokens that the next step sees behind its longest prefix, the image's included."""
+        return self.z.shape[0] + max(self.prefixes[b].length for b in self.branches())
 
     def branches(self) -> tuple[Branch, ...]:
         """The prefixes the next step looks at."""

@@ -7,18 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from neounify.cache.prefixes import PrefixBatch
+from neounify.attention import AttentionBackend, prefix, select_for
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import GEN
 from neounify.pipeline.denoise import PaintJob
 from neounify.pipeline.grouping import groups
 
 MAX_ROWS = 32_768
 """Image tokens per model call; more jobs than that take turns within a step."""
-SHORT = 512
-"""An image that sees at most so many tokens is read side by side with others; measured in
-docs/log.md."""
 MOST_BYTES = 2**31
 """Memory of prefixes copied side by side, at most; up to twice as much for very unequal images."""
 
@@ -34,9 +32,10 @@ class Denoiser:
 
     def __init__(self, model: NeoUnify) -> None:
         self.model = model
+        self.backend = select_for(model)
         c = model.config
         token_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        self._most_short = min(MAX_ROWS, MOST_BYTES // token_bytes) // SHORT
+        self._most_short = min(MAX_ROWS, MOST_BYTES // token_bytes) // prefix.MAX_LENGTH
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
     def step(self, jobs: Sequence[PaintJob]) -> None:
@@ -50,9 +49,9 @@ class Denoiser:
         Given up in between, it has moved some jobs by their step and the others not at all.
         """
         calls: dict[tuple[Run, ...], _Call] = {}
-        for group, short in self._grouped(jobs):
+        for group in self._grouped(jobs):
             runs = tuple((job, branch) for job in group for branch in job.branches())
-            calls[runs] = self._calls.get(runs) or _Call(runs, side_by_side=short)
+            calls[runs] = self._calls.get(runs) or _Call(runs, self.backend)
             yield from self._move(group, calls[runs])
         self._calls = calls
 
@@ -60,17 +59,15 @@ class Denoiser:
         """Let go of what was kept."""
         self._calls = {}
 
-    def _grouped(self, jobs: Sequence[PaintJob]) -> Iterator[tuple[list[PaintJob], bool]]:
-        """Jobs that share a call of the model, and whether they are short.
+    def _grouped(self, jobs: Sequence[PaintJob]) -> Iterator[list[PaintJob]]:
+        """Jobs that share a call of the model: short ones apart from long ones.
 
         That depends on a job alone, so that it computes the same in any company.
         """
-        short = [job for job in jobs if job.longest <= SHORT]
-        for group in groups(short, lambda job: len(job.branches()), self._most_short):
-            yield group, True
-        long = [job for job in jobs if job.longest > SHORT]
-        for group in groups(long, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS):
-            yield group, False
+        short = [job for job in jobs if job.longest <= prefix.MAX_LENGTH]
+        yield from groups(short, lambda job: len(job.branches()), self._most_short)
+        long = [job for job in jobs if job.longest > prefix.MAX_LENGTH]
+        yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS)
 
     def _move(self, jobs: Sequence[PaintJob], call: _Call) -> Iterator[None]:
         model = self.model
@@ -85,8 +82,7 @@ class Denoiser:
         # The noisy image is the same behind every prefix, so it is embedded once per job.
         by_job = dict(zip(jobs, embedded, strict=True))
         x = torch.cat([by_job[job] for job, _ in call.runs])
-        hidden = (yield from model.layer_by_layer(call.layout, None, x, call.caches)).gen
-        assert hidden is not None
+        hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
         yield
         clean = model.clean_prediction(hidden, call.layout.noise_grids).float().split(call.lengths)
         predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
@@ -99,11 +95,11 @@ class Denoiser:
 class _Call:
     """How runs stand in a call of the model, the same in every step."""
 
-    def __init__(self, runs: tuple[Run, ...], *, side_by_side: bool) -> None:
+    def __init__(self, runs: tuple[Run, ...], backend: AttentionBackend) -> None:
         self.runs = runs
         self.lengths = [job.z.shape[0] for job, _ in runs]
         caches = [job.prefixes[branch] for job, branch in runs]
         self.layout = Layout(
             cache.document(Noise(*job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
         )
-        self.caches = PrefixBatch(caches, self.lengths) if side_by_side else caches
+        self.attend = backend.plan(self.layout, caches)

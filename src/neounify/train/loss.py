@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from pydantic.dataclasses import dataclass as settings
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from neounify.attention import select_for
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_weights
 from neounify.data.encode import Pixels
@@ -30,7 +32,7 @@ from neounify.flow.path import noisy, velocity
 from neounify.flow.schedule import shift_time
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
-from neounify.model.neo import NeoUnify
+from neounify.model.neo import Logits, ModelBatch, NeoUnify
 
 LOGITS_AT_ONCE = 2**26
 """Scores held at a time; the rest of the text waits its turn and is computed again backward."""
@@ -79,7 +81,7 @@ class Counts:
     def of(packs: Sequence[Pack]) -> Counts:
         return Counts(
             sum(len(pack.label_ids) for pack in packs),
-            sum(pack.layout.gen_length for pack in packs),
+            sum(pack.layout["gen"].length for pack in packs),
         )
 
 
@@ -119,52 +121,49 @@ def loss_of(
     metrics: Metrics | None = None,
 ) -> Tensor:
     """The share of one pack in the loss of its step; a scalar to call backward on."""
+    device = model.device
     noised = add_noise(pack, model.config, config, generator) if pack.targets else None
-    und, gen = _hidden(model, pack, noised)
-    loss = torch.zeros((), device=model.device)
+    batch = ModelBatch(
+        layout=pack.layout,
+        attend=select_for(model).plan(pack.layout),
+        ids=pack.ids.to(device),
+        images=_und_images(pack.images, device),
+        z=None if noised is None else noised.z,
+        t=None if noised is None else noised.t,
+        noise_scale=None if noised is None else noised.noise_scale,
+        logit_rows=pack.label_rows.to(device),
+    )
+    score = partial(_token_losses, ids=pack.label_ids.to(device), vocab=model.config.vocab_size)
+    (losses, correct), clean = model(batch, score)
+    loss = torch.zeros((), device=device)
     if len(pack.label_ids):
-        loss = loss + _text_loss(model, pack, config, und, metrics) / counts.labels
+        tasks = pack.label_tasks.to(device)
+        if metrics is not None:
+            metrics.add_text(tasks, losses.detach(), correct)
+        text = (losses * config.weights(tasks)).sum()
+        loss = loss + config.text_weight * text / counts.labels
     if noised is not None:
-        prediction = model.clean_prediction(gen, pack.layout.noise_grids)
-        loss = loss + _image_loss(model, pack, config, noised, prediction, metrics) / max(
+        loss = loss + _image_loss(model, pack, config, noised, clean, metrics) / max(
             1, counts.tokens
         )
     return loss
 
 
-def _hidden(model: NeoUnify, pack: Pack, noised: Noised | None) -> tuple[Tensor, Tensor]:
-    device = model.device
-    images = _und_images(pack.images, device)
-    und = model.embed_und(pack.layout, pack.ids.to(device), images)
-    gen = None
-    if noised is not None:
-        gen = model.embed_noisy(pack.layout.noise_grids, noised.z, noised.t, noised.noise_scale)
-    hidden = model.backbone(pack.layout, und, gen)
-    assert hidden.und is not None
-    return hidden.und, hidden.und if hidden.gen is None else hidden.gen
+def _token_losses(
+    logits: Logits, states: Float[Tensor, "n d"], ids: Int[Tensor, " n"], vocab: int
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """Cross-entropy of each label, and whether it is the likeliest token."""
 
+    def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits(states).float()
+        return cross_entropy(scores, ids, reduction="none"), scores.detach().argmax(-1) == ids
 
-def _text_loss(
-    model: NeoUnify, pack: Pack, config: LossConfig, und: Tensor, metrics: Metrics | None
-) -> Tensor:
-    rows, ids = pack.label_rows.to(und.device), pack.label_ids.to(und.device)
-    tasks = pack.label_tasks.to(und.device)
-    states = und[rows]
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    size = max(1, LOGITS_AT_ONCE // vocab)
     pieces = list(zip(states.split(size), ids.split(size), strict=True))
     if len(pieces) == 1:
-        found = [_token_losses(model, states, ids)]
-    else:
-        found = [checkpoint(_token_losses, model, s, i, use_reentrant=False) for s, i in pieces]
-    losses = torch.cat([loss for loss, _ in found])
-    if metrics is not None:
-        metrics.add_text(tasks, losses.detach(), torch.cat([right for _, right in found]))
-    return config.text_weight * (losses * config.weights(tasks)).sum()
-
-
-def _token_losses(model: NeoUnify, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model.logits(states).float()
-    return cross_entropy(logits, ids, reduction="none"), logits.detach().argmax(-1) == ids
+        return score(states, ids)
+    results = [checkpoint(score, s, i, use_reentrant=False) for s, i in pieces]
+    return torch.cat([loss for loss, _ in results]), torch.cat([ok for _, ok in results])
 
 
 def _image_loss(

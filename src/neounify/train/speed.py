@@ -23,9 +23,8 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.packing import Pack
-from neounify.model.block import Block
 from neounify.model.image_head import PixelHead
-from neounify.model.layout import Layout
+from neounify.model.layout import Block, Layout
 from neounify.model.moe import SparseMlp
 from neounify.model.neo import NeoUnify
 from neounify.model.patch_embed import PatchEmbed
@@ -71,12 +70,12 @@ def attention(config: ModelConfig, pairs: int) -> int:
 
 def und_pairs(layout: Layout) -> int:
     """(query, key) pairs of the understanding stream: in text, no key behind the query counts."""
-    return sum(_pairs(block) for block in layout.und_blocks)
+    return sum(_pairs(block) for block in layout["und"].blocks)
 
 
 def gen_pairs(layout: Layout) -> int:
     """(query, key) pairs of the noisy tokens: the prefix they see, and their own image."""
-    return sum(block.length * (block.visible + block.length) for block in layout.gen_blocks)
+    return sum(block.length * (block.visible + block.length) for block in layout["gen"].blocks)
 
 
 def _pairs(block: Block) -> int:
@@ -116,7 +115,7 @@ class StepOperations:
 
     def of(self, pack: Pack) -> float:
         layout = pack.layout
-        und, gen = layout.und_length, layout.gen_length
+        und, gen = layout["und"].length, layout["gen"].length
         return (
             self.und.operations(und, attention(self.config, und_pairs(layout)))
             + self.gen.operations(gen, attention(self.config, gen_pairs(layout)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neounify.model import attention
+from neounify.attention.plan import masked_attention
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
@@ -19,7 +19,7 @@ def test_rounded_scores_stay_within_a_bound(dtype: torch.dtype, bound: float) ->
     q, k, v = draw(8, 40, 2.0), draw(4, 120), draw(4, 120)
     mask = torch.rand(8, 1, 40, 120, generator=generator) < 0.8
     mask[..., 0] = True
-    got = attention._masked_attention(q, k, v, mask)
+    got = masked_attention(q, k, v, mask)
     wide_k, wide_v = (x.double().repeat_interleave(2, dim=1) for x in (k, v))
     scores = (q.double() @ wide_k.transpose(-1, -2)) / 8
     assert 9 < scores.abs().max() < 13

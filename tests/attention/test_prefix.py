@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from neounify.attention import AttentionPlan, prefix
+from neounify.attention.prefix import PrefixAttention
 from neounify.cache import SequenceCache
-from neounify.cache.prefixes import PrefixBatch
 from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Noise, Text
+from neounify.model.parts import GEN
+from support.attention import plan
 from support.models import random_config
 
 CPU = torch.device("cpu")
@@ -35,10 +38,8 @@ def caches(model: NeoUnify) -> list[SequenceCache]:
     return [*made, made[0]]
 
 
-def hidden(model: NeoUnify, layout: Layout, noise: Tensor, caches: object) -> Tensor:
-    found = model.backbone(layout, None, noise, caches).gen  # type: ignore[arg-type]
-    assert found is not None
-    return found
+def hidden(model: NeoUnify, layout: Layout, noise: Tensor, attend: AttentionPlan) -> Tensor:
+    return model.backbone(layout, {GEN: noise}, attend)[GEN]
 
 
 def test_a_batch_computes_what_each_does_alone(
@@ -46,18 +47,22 @@ def test_a_batch_computes_what_each_does_alone(
 ) -> None:
     layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=True))
     lengths = [rows * columns for rows, columns in GRIDS]
-    batch = PrefixBatch(caches, lengths)
+    attend = PrefixAttention(caches, lengths)
     kept = [cache.keys.clone() for cache in caches]
     for _ in range(2):  # the second step must find nothing of the first
         noise = torch.randn(sum(lengths), model.config.hidden_size)
-        together = hidden(model, layout, noise, batch).split(lengths)
-        torch.testing.assert_close(torch.cat(together), hidden(model, layout, noise, caches))
+        together = hidden(model, layout, noise, attend).split(lengths)
+        torch.testing.assert_close(
+            torch.cat(together), hidden(model, layout, noise, plan(layout, caches, "blocks"))
+        )
         for own, found, cache, grid in zip(
             noise.split(lengths), together, caches, GRIDS, strict=True
         ):
             alone = Layout([cache.document(Noise(*grid))])
-            torch.testing.assert_close(found, hidden(model, alone, own, [cache]))
-            single = PrefixBatch([cache], [own.shape[0]])
+            torch.testing.assert_close(
+                found, hidden(model, alone, own, plan(alone, [cache], "blocks"))
+            )
+            single = PrefixAttention([cache], [own.shape[0]])
             torch.testing.assert_close(found, hidden(model, alone, own, single))
     for cache, before in zip(caches, kept, strict=True):
         assert torch.equal(cache.keys[:, :, : cache.length], before[:, :, : cache.length])
@@ -71,13 +76,13 @@ def test_nan_in_one_prefix_or_image_reaches_no_other(
     lengths = [rows * columns for rows, columns in GRIDS[:3]]
     layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=False))
     noise = torch.randn(sum(lengths), model.config.hidden_size)
-    expected = hidden(model, layout, noise, PrefixBatch(caches, lengths)).split(lengths)
+    expected = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
     bad = noise.clone()
     bad.split(lengths)[broken].fill_(float("nan"))
-    found = hidden(model, layout, bad, PrefixBatch(caches, lengths)).split(lengths)
+    found = hidden(model, layout, bad, PrefixAttention(caches, lengths)).split(lengths)
     caches[broken].keys.fill_(float("nan"))
     caches[broken].values.fill_(float("nan"))
-    behind = hidden(model, layout, noise, PrefixBatch(caches, lengths)).split(lengths)
+    behind = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
     for place in range(3):
         for own in (found[place], behind[place]):
             if place == broken:
@@ -94,15 +99,23 @@ def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
         cache.keys, cache.values = cache.keys.bfloat16(), cache.values.bfloat16()
     layout = Layout(c.document(Noise(2, 3)) for c in caches)
     noise = torch.randn(24, model.config.hidden_size).bfloat16()
-    together = hidden(half, layout, noise, PrefixBatch(caches, [6] * 4))
+    together = hidden(half, layout, noise, PrefixAttention(caches, [6] * 4))
     for number, cache in enumerate(caches):
         own = noise[6 * number : 6 * number + 6]
-        alone = hidden(half, Layout([cache.document(Noise(2, 3))]), own, PrefixBatch([cache], [6]))
+        layout = Layout([cache.document(Noise(2, 3))])
+        alone = hidden(half, layout, own, PrefixAttention([cache], [6]))
         torch.testing.assert_close(together[6 * number : 6 * number + 6], alone, atol=0.05, rtol=0)
 
 
-def test_text_does_not_fit_in(model: NeoUnify, caches: list[SequenceCache]) -> None:
-    batch = PrefixBatch(caches[:1], [1])
-    layout = Layout([caches[0].document(Text(1))])
-    with pytest.raises(ValueError, match="generation stream"):
-        model.backbone(layout, torch.zeros(1, model.config.hidden_size), None, batch)
+def test_what_it_does_not_serve(
+    caches: list[SequenceCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text, two images of one document, an image that sees too much, and no caches."""
+    cache = caches[0]
+    for spans in ((Text(1),), (Text(1), Noise(1, 1)), (Noise(1, 1), Noise(1, 1))):
+        assert PrefixAttention.plan(Layout([cache.document(*spans)]), [cache], CPU) is None
+    image = Layout([cache.document(Noise(2, 3))])
+    assert PrefixAttention.plan(image, None, CPU) is None
+    for longest, served in ((13, True), (12, False)):
+        monkeypatch.setattr(prefix, "MAX_LENGTH", longest)
+        assert (PrefixAttention.plan(image, [cache], CPU) is not None) == served

@@ -1,0 +1,119 @@
+"""Block by block of the layout: the reference, for any layout and any caches.
+
+Inside a block every query sees the same keys, or the same keys up to itself, so no L × L mask is
+ever built and memory grows linearly with the length of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from neounify.attention.plan import Caches
+from neounify.model.layout import Block, Layout
+from neounify.model.parts import STREAMS, UND, StreamName
+from neounify.model.stream import Projected
+
+CAUSAL_CHUNK = 256
+"""Queries of a causal block that share one mask; measured, see docs/log.md."""
+
+
+class BlockAttention:
+    """One product per block."""
+
+    def __init__(self, layout: Layout, caches: Caches) -> None:
+        self._blocks = {name: layout[name].blocks for name in STREAMS}
+        self._ranges = layout[UND].ranges
+        self._caches = caches
+        for cache, (start, stop) in zip(caches or (), self._ranges, strict=caches is not None):
+            cache.reserve(stop - start)
+
+    @classmethod
+    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> BlockAttention:
+        return cls(layout, caches)
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        context = streams.get(UND)
+        if context is not None and self._caches is not None:
+            for cache, (start, stop) in zip(self._caches, self._ranges, strict=True):
+                if stop > start:
+                    cache.write(layer, context.k[start:stop], context.v[start:stop])
+        attended = {}
+        for name, x in streams.items():
+            attend = _attend_context if STREAMS[name].context else _attend_apart
+            blocks = self._blocks[name]
+            attended[name] = _join([attend(x, b, *self._keys(layer, b, streams)) for b in blocks])
+        return attended
+
+    def _keys(
+        self, layer: int, block: Block, streams: Mapping[StreamName, Projected]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, visible, d] of the context that a block sees."""
+        if self._caches is not None:
+            return self._caches[block.document].read(layer, block.visible)
+        start = self._ranges[block.document][0]
+        visible = block.visible if UND in streams else 0
+        x = streams.get(UND) or next(iter(streams.values()))
+        rows = slice(start, start + visible)
+        return x.k[rows].transpose(0, 1), x.v[rows].transpose(0, 1)
+
+
+def _join(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _attend_apart(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
+    """A block of a stream that is not context: it sees the context and itself."""
+    rows = slice(block.start, block.stop)
+    k = torch.cat([k, x.k[rows].transpose(0, 1)], dim=1)
+    v = torch.cat([v, x.v[rows].transpose(0, 1)], dim=1)
+    return _attend(x.q[rows], k, v)
+
+
+def _attend_context(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
+    q = x.q[block.start : block.stop]
+    return _attend_causal(q, k, v) if block.causal else _attend(q, k, v)
+
+
+def _attend_causal(
+    q: Float[Tensor, "n heads d"], k: Float[Tensor, "kv m d"], v: Float[Tensor, "kv m d"]
+) -> Float[Tensor, "n heads d"]:
+    """The last n of m tokens look at themselves and at what came before."""
+    length, before = q.shape[0], k.shape[1] - q.shape[0]
+    if length == 1:
+        return _attend(q, k, v)
+    if before == 0:
+        return _attend(q, k, v, is_causal=True)
+    chunks = []
+    for start in range(0, length, CAUSAL_CHUNK):
+        stop = min(start + CAUSAL_CHUNK, length)
+        seen = before + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device)
+        mask = mask.tril(before + start)
+        chunks.append(_attend(q[start:stop], k[:, :seen], v[:, :seen], mask=mask))
+    return _join(chunks)
+
+
+def _attend(
+    q: Float[Tensor, "n heads d"],
+    k: Float[Tensor, "kv m d"],
+    v: Float[Tensor, "kv m d"],
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "n heads d"]:
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != k.shape[0],
+    )
+    return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,33 @@
+"""Names of the streams and parts of the model, and how each stream takes part in attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+StreamName: TypeAlias = Literal["und", "gen"]
+
+UND: StreamName = "und"
+"""The understanding stream: text and clean images."""
+GEN: StreamName = "gen"
+"""The generation stream: noisy images."""
+
+
+@dataclass(frozen=True)
+class StreamRule:
+    """Who sees the tokens of a stream.
+
+    Those of a `context` stream are seen by what follows them in their document, in every stream,
+    and their keys and values are cached. Those of any other stream are seen by their own block
+    alone and never cached.
+    """
+
+    context: bool
+
+
+STREAMS: Mapping[StreamName, StreamRule] = {
+    UND: StreamRule(context=True),
+    GEN: StreamRule(context=False),
+}
+"""Every stream of the model, in the order of their tokens in a padded document. One is context."""
