@@ -9,7 +9,7 @@ from contextlib import aclosing
 import pytest
 
 from neounify.serve.events import ServiceEvent, TextPiece
-from neounify.serve.http.streaming import merge
+from neounify.serve.http.streaming import merge_streams
 
 closed: list[str] = []
 
@@ -33,7 +33,7 @@ def nothing_closed() -> None:
 def test_events_come_as_they_are_ready() -> None:
     async def main() -> list[int]:
         sources = [source("a", 0.0, 0.2), source("b", 0.1)]
-        return [number async for number, _ in merge(sources)]
+        return [number async for number, _ in merge_streams(sources)]
 
     assert asyncio.run(main()) == [0, 1, 0]
     assert sorted(closed) == ["a", "b"]
@@ -41,7 +41,7 @@ def test_events_come_as_they_are_ready() -> None:
 
 def test_an_error_closes_all() -> None:
     async def main() -> None:
-        async for _ in merge([source("a", 60.0), source("b", 0.0, ValueError("no"))]):
+        async for _ in merge_streams([source("a", 60.0), source("b", 0.0, ValueError("no"))]):
             pass
 
     with pytest.raises(ValueError, match="no"):
@@ -51,7 +51,7 @@ def test_an_error_closes_all() -> None:
 
 def test_leaving_closes_all() -> None:
     async def main() -> None:
-        async with aclosing(merge([source("a", 60.0), source("b", 0.0, 60.0)])) as events:
+        async with aclosing(merge_streams([source("a", 60.0), source("b", 0.0, 60.0)])) as events:
             await anext(events)
         assert sorted(closed) == ["a", "b"]
 

@@ -30,15 +30,15 @@ from neounify.serve.http.context import Context, HttpMetrics, Shared
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
 from neounify.serve.http.image_urls import ImageFetcher
 from neounify.serve.http.media import HttpHooks, ImageDecoder, MarkingHooks, ResultStore
-from neounify.serve.http.middleware import API, PAGE_HEADERS, BrowserGuard, Gate
+from neounify.serve.http.middleware import API, PAGE_HEADERS, BrowserMiddleware, LimitMiddleware
 from neounify.serve.http.settings import Accounts, HttpSettings
 from neounify.serve.http.streaming import AnswerModel
 
 _Responses = dict[int | str, dict[str, Any]]
 """By status, as FastAPI wants them."""
 DESCRIPTION = (
-    "Chat about text and pictures, paint, edit, and answer in text and images. The routes are "
-    "OpenAI's; fields called extensions are this server's own."
+    "Chat about text and images, image generation and editing, and interleaved answers of text and "
+    "images. The routes are OpenAI's; fields called extensions are this server's own."
 )
 
 _RANGE_ERRORS = {
@@ -46,6 +46,24 @@ _RANGE_ERRORS = {
     416: ("The file has none of the bytes that Range asks for.", "range_not_satisfiable"),
 }
 """By Starlette's status, the message and the code of ours."""
+
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;width:100%;font-size:.9rem}"
+    "td,th{border-bottom:1px solid #8884;padding:.25rem .5rem;text-align:left;vertical-align:top}"
+    "code{font-size:.95em}:root{color-scheme:light dark}"
+    # On a phone a table's columns would be wider than the screen: cells go below each other.
+    "@media(max-width:40rem){table,tbody,tr,td{display:block}tr:has(th),td:empty{display:none}"
+    "tr{border-bottom:1px solid #8884}td{border:0;padding:.1rem 0}"
+    "h2,h3,p,td{overflow-wrap:anywhere}}"
+)
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+DOCS_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+"""Headers of the page: nothing but its own style."""
 
 
 def create_app(
@@ -58,11 +76,11 @@ def create_app(
     states: Callable[[], Mapping[str, str]] = dict,
     page: Path | None = None,
 ) -> FastAPI:
-    """The app that answers by `service`.
+    """The ASGI app over `service`.
 
-    `hooks` check prompts and mark images; `registry` may hold collectors of the engines, ours
-    are added to it; /health asks `ready`, and `states` how the engines are by name; `page` is a
-    folder of static files for `/`.
+    `hooks` check prompts and write images; `registry` may hold collectors of the engines, and gets
+    those of HTTP; /health asks `ready`, and `states` for the state of each engine by name; `page`
+    is a folder of static files for `/`.
     """
     settings = settings or HttpSettings()
     metrics = HttpMetrics(registry or CollectorRegistry())
@@ -112,13 +130,13 @@ def create_app(
 
 
 def _add_middleware(app: FastAPI, settings: HttpSettings, metrics: HttpMetrics) -> None:
-    """From the inside out: the guard, added last, sees a request first."""
+    """Adds middleware from the inside out: BrowserMiddleware, added last, sees a request first."""
     accounts = Accounts(
         settings.keys,
         requests_per_minute=settings.requests_per_minute,
         concurrent=settings.concurrent,
     )
-    app.add_middleware(Gate, accounts=accounts, limits=settings.limits, metrics=metrics)
+    app.add_middleware(LimitMiddleware, accounts=accounts, limits=settings.limits, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -128,11 +146,13 @@ def _add_middleware(app: FastAPI, settings: HttpSettings, metrics: HttpMetrics) 
             expose_headers=("Retry-After",),
             max_age=600,
         )
-    app.add_middleware(BrowserGuard, hosts=settings.allowed_hosts, origins=settings.cors_origins)
+    app.add_middleware(
+        BrowserMiddleware, hosts=settings.allowed_hosts, origins=settings.cors_origins
+    )
 
 
 class _PageFiles(StaticFiles):
-    """The files of the page, with headers that let it load nothing from elsewhere."""
+    """Static files of the web page, with headers that forbid loading anything from elsewhere."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -159,7 +179,7 @@ class _PageFiles(StaticFiles):
 
 
 class _Page(Mount):
-    """The static files; paths of the API are not its business, so that 405 stays 405."""
+    """The route of the static files, without the API's paths, so that 405 stays 405."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         if f"{scope.get('path', '')}/".startswith(API):
@@ -168,7 +188,7 @@ class _Page(Mount):
 
 
 class ModelCard(AnswerModel):
-    """The model that is served; `neounify` has its own settings and this server's limits."""
+    """The served model; `neounify` has its sampling defaults and this server's limits."""
 
     id: str
     object: Literal["model"]
@@ -185,10 +205,10 @@ class ModelList(AnswerModel):
 
 
 class Health(AnswerModel):
-    """Whether the process lives and takes requests.
+    """Whether the process runs and takes requests.
 
-    `engines` by name: "ready", "starting", "failing" for one that dies again and again and is still
-    being tried, or "stopped".
+    `engines` by name: "ready", "starting", "failing" (crashed several times, still restarted) or
+    "stopped".
     """
 
     live: bool
@@ -197,7 +217,7 @@ class Health(AnswerModel):
 
 
 def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str]]) -> APIRouter:
-    """The routes; `ready` says whether requests would be taken, `states` how the engines are."""
+    """Routes that describe the server; `ready` says whether requests are taken."""
     router = APIRouter(tags=["server"])
 
     @router.get("/v1/models", summary="List the model that is served", response_model=ModelList)
@@ -230,11 +250,11 @@ def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str
     @router.get("/health", summary="Both", response_class=JSONResponse, responses=health_of)
     async def health() -> Response:
         is_ready = ready()
-        found: dict[str, Any] = {"live": True, "ready": is_ready}
+        content: dict[str, Any] = {"live": True, "ready": is_ready}
         if engines := states():
-            found["engines"] = dict(engines)
+            content["engines"] = dict(engines)
         headers = None if is_ready else {"Retry-After": str(math.ceil(RETRY_SECONDS))}
-        return JSONResponse(found, 200 if is_ready else 503, headers)
+        return JSONResponse(content, 200 if is_ready else 503, headers)
 
     @router.get(
         "/metrics",
@@ -252,8 +272,8 @@ def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str
 def _model(context: Context) -> dict[str, Any]:
     """OpenAI's model object, and under `neounify` what a client needs for its settings."""
     config, limits = context.service.config, context.settings.limits
-    own = config.sampling
-    sizes, pixels = trained_sizes(own)
+    sampling = config.sampling
+    sizes, pixels = trained_sizes(sampling)
     return {
         "id": context.settings.model_name,
         "object": "model",
@@ -261,13 +281,13 @@ def _model(context: Context) -> dict[str, Any]:
         "owned_by": "neounify",
         "neounify": {
             "token_side": config.token_size,
-            "image_size": "x".join(map(str, own.image_size)),
+            "image_size": "x".join(map(str, sampling.image_size)),
             "trained_sizes": [f"{width}x{height}" for width, height in sizes],
             "trained_pixels": pixels,
-            "steps": own.steps,
-            "guidance": own.guidance,
-            "image_guidance": own.image_guidance,
-            "shift": own.shift,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "image_guidance": sampling.image_guidance,
+            "shift": sampling.shift,
             "limits": {
                 "prompt_chars": limits.prompt_chars,
                 "images": limits.images,
@@ -281,27 +301,8 @@ def _model(context: Context) -> dict[str, Any]:
     }
 
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;width:100%;font-size:.9rem}"
-    "td,th{border-bottom:1px solid #8884;padding:.25rem .5rem;text-align:left;vertical-align:top}"
-    "code{font-size:.95em}:root{color-scheme:light dark}"
-    # On a phone a table's columns would be wider than the screen: cells go below each other.
-    "@media(max-width:40rem){table,tbody,tr,td{display:block}tr:has(th),td:empty{display:none}"
-    "tr{border-bottom:1px solid #8884}td{border:0;padding:.1rem 0}"
-    "h2,h3,p,td{overflow-wrap:anywhere}}"
-)
-
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
-DOCS_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-}
-"""Headers of the page: nothing but its own style."""
-
-
 def docs_page(api: Mapping[str, Any]) -> str:
-    """The whole page; it loads nothing from anywhere."""
+    """The HTML page at /docs, from the OpenAPI description; it loads no other files."""
     title = escape(api["info"]["title"])
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
@@ -331,7 +332,7 @@ def _operations(api: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _types(api: Mapping[str, Any]) -> Iterator[str]:
-    """Everything that bodies and answers are made of, but the bodies themselves."""
+    """The schemas of which bodies and answers consist, without the bodies themselves."""
     for name, schema in api["components"]["schemas"].items():
         if not name.endswith("Body"):
             yield f"<h3>{escape(name)}</h3><p>{escape(schema.get('description', ''))}</p>"
@@ -369,5 +370,5 @@ def _type(field: Mapping[str, Any]) -> str:
 
 def _resolve(schema: Mapping[str, Any], api: Mapping[str, Any]) -> Mapping[str, Any]:
     name = schema.get("$ref", "").rsplit("/", 1)[-1]
-    found: Mapping[str, Any] = api["components"]["schemas"][name] if name else schema
-    return found
+    resolved: Mapping[str, Any] = api["components"]["schemas"][name] if name else schema
+    return resolved

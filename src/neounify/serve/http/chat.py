@@ -27,9 +27,11 @@ from neounify.serve.http.chat_request import read_chat
 from neounify.serve.http.chat_schema import ChatBody, ChatCompletion
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
-from neounify.serve.http.media import facts_of, to_data_url, write_picture
+from neounify.serve.http.media import encode_result, image_metadata, to_data_url
 from neounify.serve.http.streaming import DONE, EVENTS, json_response, off_loop, sse, start_stream
 from neounify.serve.http.text_answers import Choice, of_chat, text_usage
+
+router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 
 class ChatAnswer:
@@ -149,10 +151,10 @@ class ChatAnswer:
         [request] = self._requests
         if isinstance(request, ChatRequest):
             raise RuntimeError("the engines painted in a text answer")
-        facts = facts_of(request, event, self._context.settings)
+        metadata = image_metadata(request, event, self._context.settings)
         format = self._body.output_format
         form = partial(to_data_url, format=format)
-        return await write_picture(self._context.hooks, event.pixels, format, facts, form)
+        return await encode_result(self._context.hooks, event.pixels, format, metadata, form)
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"}
@@ -262,9 +264,6 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
     """Of answers to one prompt."""
     finished = [choice.finished for choice in choices]
     return text_usage(finished, finished[:1])
-
-
-router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 
 @router.post(

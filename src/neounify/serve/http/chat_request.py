@@ -13,7 +13,7 @@ from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.messages import read_conversation, read_request
 from neounify.serve.http.chat_schema import ChatBody, ChatMessage, ImagePart, NamedTool, TextPart
-from neounify.serve.http.context import Context, new_seed
+from neounify.serve.http.context import Context, seed_or_random
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.streaming import off_loop
@@ -22,6 +22,9 @@ from neounify.text.message import IMAGE_MARK
 from neounify.text.tools import Tool, ToolCall, ToolUse
 
 _HOLD_IMAGES = ("user", "assistant")
+
+
+DEFAULT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,6 @@ def check_text_only(body: ChatBody) -> None:
             raise bad_request(f"{name}: not supported for answers with images", name, "unsupported")
 
 
-DEFAULT_TOKENS = 512
-
-
 async def read_chat(
     body: ChatBody, context: Context
 ) -> Sequence[ChatRequest] | Sequence[InterleaveRequest]:
@@ -205,7 +205,7 @@ def _interleave_request(body: ChatBody, turns: list[Turn], context: Context) -> 
     with blame("messages"):
         text, history, images = read_request([turn.for_pipeline() for turn in turns], ())
     shown = turns[-1].images
-    seed = new_seed(body.seed)
+    seed = seed_or_random(body.seed)
     most = context.settings.limits.answer_images
     if body.max_images is not None and body.max_images > most:
         raise bad_request(f"max_images: at most {most} on this server", "max_images")

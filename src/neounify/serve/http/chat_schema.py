@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.streaming import AnswerModel
 from neounify.serve.http.text_answers import Text, TextFields, TextUsage, TokenCount, TopLogProb
 
@@ -19,6 +19,12 @@ _MARKDOWN_IMAGE = re.compile(
     r"!\[[^\[\]]{0,300}\]\(\s*(data:image/[^()]*|[^\s()]{0,500}/v1/results/[\w.-]{20,80}\s*)\)",
     re.ASCII | re.IGNORECASE,
 )
+
+
+Modality = Literal["text", "image"]
+Content = Annotated[str, Field(max_length=64 * 2**20)]
+"""Text that may hold images in data URLs; without them it is bounded by the server's limits."""
+Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class TextPart(BaseModel):
@@ -119,12 +125,6 @@ def _unwritten(part: TextPart | ImagePart) -> Iterator[TextPart | ImagePart]:
             yield image_part(piece)
         elif piece:
             yield text_part(piece)
-
-
-Modality = Literal["text", "image"]
-Content = Annotated[str, Field(max_length=64 * 2**20)]
-"""Text that may hold images in data URLs; without them it is bounded by the server's limits."""
-Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class EarlierFunction(BaseModel):
@@ -230,7 +230,7 @@ def _text_only() -> list[Modality]:
     return ["text"]
 
 
-class ChatBody(TextFields, PaintingFields):
+class ChatBody(TextFields, ImageFields):
     """A conversation to continue."""
 
     without_effect: ClassVar[frozenset[str]] = TextFields.without_effect | {

@@ -29,15 +29,27 @@ from neounify.serve.http.middleware import HEADERS
 from neounify.serve.http.settings import HttpSettings, Limits
 
 MAX_CHUNKS, MIN_CHUNK_BYTES = 5000, 256
-"""Chunks of one body at most, and bytes that further ones hold on average at least: each costs as
+"""Maximum chunks of one body, and minimum bytes per further chunk on average: each chunk takes as
 much time as kilobytes of a larger one."""
 _LENGTH = re.compile(rb"^content-length[ \t]*:([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 2.0
 
 
+_BOM = b"\xef\xbb\xbf"
+_STRUCTURE = (b",", b":", b"[", b"{")
+_LARGE_BYTES = 8 * 2**20
+"""Bodies above this return their memory to the system at once."""
+_LONG_STRING = 2**20
+"""Bytes of a string above which it must be ASCII without escapes."""
+_MAX_BACKSLASHES = 1000
+"""How far back from a quote backslashes are counted, so that many of them cost little."""
+_INLINE_BYTES = 64 * 1024
+"""Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
+
+
 def server_config(app: ASGIApp, settings: HttpSettings, **options: Any) -> uvicorn.Config:
-    """uvicorn's settings for an app; `options` are its own, such as host and port."""
+    """uvicorn's config of an app with limits; `options` are uvicorn's, such as host and port."""
     protocol: Any = partial(BoundedProtocol, settings=settings)
     return uvicorn.Config(
         app,
@@ -50,7 +62,7 @@ def server_config(app: ASGIApp, settings: HttpSettings, **options: Any) -> uvico
 
 
 class _Parser(h11.Connection):
-    """h11's parser, but strict about repeated lengths and bodies in countless chunks."""
+    """h11's parser, strict about repeated lengths and bodies in countless chunks."""
 
     _chunks, _bytes = 0, 0
 
@@ -59,7 +71,7 @@ class _Parser(h11.Connection):
         if self.their_state is h11.IDLE:
             head = self.trailing_data[0].partition(b"\r\n\r\n")[0]
             lengths = b",".join(_LENGTH.findall(head))
-            if b"," in lengths:  # h11 takes them for one where they are equal
+            if b"," in lengths:  # h11 accepts repeated equal ones
                 raise h11.RemoteProtocolError("more than one Content-Length")
         event = super().next_event()
         if isinstance(event, h11.Request):
@@ -73,7 +85,7 @@ class _Parser(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol; see ConnectionLimits for what is bounded."""
+    """uvicorn's HTTP/1.1 protocol within ConnectionLimits."""
 
     def __init__(self, *, settings: HttpSettings, **options: Any) -> None:
         super().__init__(**options)
@@ -101,13 +113,13 @@ class BoundedProtocol(H11Protocol):
         self._tick()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends the watch as well."""
+        """Ends the timer as well."""
         if self._watch is not None:
             self._watch.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Times the head of a request, from its first byte on a connection that was idle."""
+        """Starts the time of a request's head with its first byte on an idle connection."""
         if self.transport.is_closing():
             return
         if self._is_idle() and self._awaits_head_since is None:
@@ -117,7 +129,7 @@ class BoundedProtocol(H11Protocol):
             self._awaits_head_since = None
 
     def on_response_complete(self) -> None:
-        """The next head, of which a part may have arrived, is timed anew."""
+        """Starts the time of the next head, of which a part may have arrived."""
         self._awaits_head_since = None
         super().on_response_complete()
         # uvicorn starts its idle timer although the next head has begun, and would close on it.
@@ -136,11 +148,11 @@ class BoundedProtocol(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """In the shape of all other errors."""
+        """Answers in the form of all other errors."""
         self._refuse(bad_request("The request is not valid HTTP/1.1.", code="invalid_http"))
 
     def _is_idle(self) -> bool:
-        """Whether no request is being read or answered."""
+        """Whether neither a request is read nor one answered."""
         return self.conn.their_state is h11.IDLE
 
     def _tick(self) -> None:
@@ -178,18 +190,6 @@ def _over(since: float | None, seconds: float, now: float) -> bool:
     return since is not None and now - since > seconds
 
 
-_BOM = b"\xef\xbb\xbf"
-_STRUCTURE = (b",", b":", b"[", b"{")
-_LARGE_BYTES = 8 * 2**20
-"""Bodies above this leave their memory to the system at once."""
-_LONG_STRING = 2**20
-"""Bytes of a string above which it must be ASCII without escapes."""
-_MAX_BACKSLASHES = 1000
-"""How far back from a quote backslashes are counted, so that many of them cost little."""
-_INLINE_BYTES = 64 * 1024
-"""Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
-
-
 class BoundedRequest(Request):
     """A request whose JSON is counted before it is parsed, and whose bytes are not kept."""
 
@@ -206,15 +206,15 @@ class BoundedRequest(Request):
 
 
 class _JsonRequest(BoundedRequest):
-    """For routes with a body parameter."""
+    """BoundedRequest for routes with a body parameter."""
 
     async def body(self) -> bytes:
-        """Not the body: FastAPI only asks whether there is one, and would keep it."""
+        """A placeholder: FastAPI only asks whether there is a body, and would keep it."""
         return b"JSON"
 
 
 class BoundedRoute(APIRoute):
-    """A route whose JSON body is read by BoundedRequest, whatever its declared content type."""
+    """Route whose JSON body is read by BoundedRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -235,7 +235,7 @@ class BoundedRoute(APIRoute):
 def check_json_type(
     content_type: str | None, advice: str = "send Content-Type: application/json"
 ) -> None:
-    """Raises ApiError 415 for a content type that is not JSON; a missing one is taken for it."""
+    """Raises ApiError 415 for a content type other than JSON; none counts as JSON."""
     kind = (content_type or "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (
         kind.startswith("application/") and kind.endswith("+json")
@@ -250,15 +250,15 @@ def check_json_type(
 def parse_json(chunks: list[bytes], limits: Limits) -> Any:
     """The value of a JSON text in UTF-8. Raises ApiError 400.
 
-    `chunks` is emptied, and what they took is given back: nothing but the value is held.
+    `chunks` is emptied and its memory freed: only the value is kept.
     """
-    # Joined once: what grows piece by piece is moved again and again, and leaves gaps.
+    # Joined once: a buffer that grows piece by piece is copied each time, and leaves gaps.
     data = b"".join(chunks)
     chunks.clear()
     try:
         return _parsed(data, limits)
     except ApiError as error:
-        raise error.with_traceback(None) from None  # whose frames hold the data
+        raise error.with_traceback(None) from None  # the traceback's frames hold the data
     finally:
         if len(data) > _LARGE_BYTES:
             del data
@@ -269,7 +269,7 @@ def _parsed(data: bytes, limits: Limits) -> Any:
     data = data.removeprefix(_BOM)
     if not data or data.isspace():
         raise bad_request("The body is empty; send a JSON object.")
-    # Signs inside strings count too, but of those only as many as the text may be long.
+    # Characters inside strings count too, but text is limited to `prompt_chars` of them.
     if sum(map(data.count, _STRUCTURE)) > limits.prompt_chars + 3 * limits.json_values:
         raise _too_many(limits)
     if len(data) > _LARGE_BYTES:
@@ -283,9 +283,9 @@ def _parsed(data: bytes, limits: Limits) -> Any:
 
 
 def _check_long_strings(data: bytes, limits: Limits) -> None:
-    """Refuse long strings that are more than ASCII: one such character makes all take four bytes.
+    """Raises ApiError 400 for long strings that are not ASCII.
 
-    Raises ApiError 400.
+    One such character makes every character of a string take four bytes.
     """
     if data.count(b'"') > limits.prompt_chars + 4 * limits.json_values:
         raise _too_many(limits)
@@ -295,7 +295,7 @@ def _check_long_strings(data: bytes, limits: Limits) -> None:
         while stop >= 0 and _is_escaped(data, stop):
             stop = data.find(b'"', stop + 1)
         if stop < 0:
-            return  # not JSON, as the parser will say
+            return  # not JSON; the parser raises the error
         if stop - start > _LONG_STRING and (
             data.find(b"\\", start, stop) >= 0 or not data[start:stop].isascii()
         ):

@@ -18,7 +18,7 @@ from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline.request import output_size, size_of_shape
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import ApiError, bad_request, blame
-from neounify.serve.http.fields import AnsweredFields, PaintingFields
+from neounify.serve.http.fields import ImageFields, RequestFields
 from neounify.serve.http.image_urls import ImageFetcher
 from neounify.serve.http.media import HttpHooks, ImageDecoder, RequestImages, ResultStore
 from neounify.serve.http.settings import HttpSettings
@@ -28,7 +28,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 
 class HttpMetrics:
-    """The metrics of one server; engines add collectors of their own to the same `registry`."""
+    """Prometheus metrics of HTTP; those of the engines are collectors in the same `registry`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -59,7 +59,7 @@ class HttpMetrics:
 
 @dataclass(frozen=True)
 class Context:
-    """One server: the engines behind it, and what the operator decided."""
+    """One server: its service, settings, and what its routes share."""
 
     service: Answering
     settings: HttpSettings
@@ -69,23 +69,23 @@ class Context:
     fetcher: ImageFetcher
     decoder: ImageDecoder
     started: int
-    """Unix time in seconds."""
+    """Start of the server, Unix time in seconds."""
 
     def answer(
-        self, request: ServiceRequest, fields: AnsweredFields
+        self, request: ServiceRequest, fields: RequestFields
     ) -> AsyncGenerator[ServiceEvent]:
-        """The events of one request, within the caller's deadline and the server's own."""
-        most = self.settings.limits.deadline
+        """The events of one request, within its own deadline and the server's."""
+        max_seconds = self.settings.limits.deadline
         return answer(
             self.service,
             request,
-            previews=fields.partial_images if isinstance(fields, PaintingFields) else 0,
-            deadline=most if fields.deadline is None else min(fields.deadline, most),
+            previews=fields.partial_images if isinstance(fields, ImageFields) else 0,
+            deadline=min(fields.deadline or max_seconds, max_seconds),
             first_token=self.metrics.first_token,
         )
 
     def answers(
-        self, groups: Sequence[Sequence[ServiceRequest]], fields: AnsweredFields
+        self, groups: Sequence[Sequence[ServiceRequest]], fields: RequestFields
     ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
         """(number of the request, event) of several requests; those of a group have one prompt.
 
@@ -101,68 +101,70 @@ class Context:
         )
 
     def input_images(self, count: int, field: str) -> RequestImages:
-        """Reads the `count` images of one request. Raises ApiError for too many."""
-        most = self.settings.limits.images
-        if count > most:
-            raise bad_request(f"{count} images in one request; at most {most} are read", field)
-        own = self.service.config.sampling
-        read = max(own.chat_max_pixels, own.edit_max_pixels)
-        # The more there are, the nearer to what the model reads of each.
-        keep = read * max(1, min(4, 8 // max(1, count)))
+        """The reader of the `count` images of one request. Raises ApiError for too many."""
+        max_count = self.settings.limits.images
+        if count > max_count:
+            raise bad_request(f"{count} images in one request; at most {max_count} are read", field)
+        sampling = self.service.config.sampling
+        max_pixels = max(sampling.chat_max_pixels, sampling.edit_max_pixels)
+        # Up to four times the area that the model reads, less the more images there are.
+        keep = max_pixels * max(1, min(4, 8 // max(1, count)))
         return RequestImages(self.decoder, self.fetcher, self.results, self.settings, keep)
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 for any model but the one that is served."""
-        own = self.settings.model_name
-        if name not in (None, "", own):
+        """Raises ApiError 404 for any model but the served one."""
+        served = self.settings.model_name
+        if name not in (None, "", served):
             raise ApiError(
                 404,
-                f"The model {name[:80]!r} is not served here; this is {own!r}.",
+                f"The model {name[:80]!r} is not served here; this is {served!r}.",
                 param="model",
                 code="model_not_found",
             )
 
     def check_n(self, n: int) -> None:
         """Raises ApiError for more answers than this server gives to one request."""
-        most = self.settings.limits.n
-        if n > most:
-            raise bad_request(f"n: {n} is over this server's {most}", "n")
+        max_n = self.settings.limits.n
+        if n > max_n:
+            raise bad_request(f"n: {n} is over this server's {max_n}", "n")
 
     def check_tokens(self, count: int, field: str) -> int:
-        """The number of tokens asked for. Raises ApiError for more than this server writes."""
-        most = self.settings.limits.tokens
-        if count > most:
-            raise bad_request(f"{field}: {count} is over this server's {most}", field)
+        """`count`, a number of tokens to generate. Raises ApiError above the server's limit."""
+        max_tokens = self.settings.limits.tokens
+        if count > max_tokens:
+            raise bad_request(f"{field}: {count} is over this server's {max_tokens}", field)
         return count
 
     async def check_prompt(self, texts: Iterable[str], images: Sequence[PIL.Image.Image]) -> None:
-        """Raises ApiError for too much text, Refused for what the operator does not want.
+        """Raises ApiError for too much text, Refused where a hook refuses it.
 
-        `texts` are gone through in a thread.
+        `texts` are iterated in a thread.
         """
 
         def check() -> None:
-            text, most = "\n".join(texts), self.settings.limits.prompt_chars
-            if len(text) > most:
-                raise bad_request(f"The text has {len(text)} characters; at most {most} are read.")
+            text, max_chars = "\n".join(texts), self.settings.limits.prompt_chars
+            if len(text) > max_chars:
+                raise bad_request(
+                    f"The text has {len(text)} characters; at most {max_chars} are read."
+                )
             self.hooks.check_prompt(text, images)
 
         await asyncio.to_thread(check)
 
     def sampling(
-        self, fields: PaintingFields, *, editing: bool, steps: int | None
+        self, fields: ImageFields, *, editing: bool, steps: int | None
     ) -> ResolvedSampling:
-        """How to paint. Raises RequestError for values out of range, ApiError over limits."""
+        """Sampling of images. Raises RequestError for values out of range, ApiError over limits."""
         names = [field.name for field in dataclass_fields(ImageSampling)]
         wanted = ImageSampling(**{name: getattr(fields, name) for name in names} | {"steps": steps})
         sampling = wanted.resolve(self.service.config, editing=editing)
-        most = self.settings.limits.steps
-        if sampling.steps > most:
-            raise bad_request(f"steps: {sampling.steps} is over this server's {most}", "steps")
+        max_steps = self.settings.limits.steps
+        if sampling.steps > max_steps:
+            raise bad_request(f"steps: {sampling.steps} is over this server's {max_steps}", "steps")
         return sampling
 
-    def _asked_size(
-        self, fields: PaintingFields, reference: PIL.Image.Image | None
+    def _requested_size(
+        self, fields: ImageFields, reference: PIL.Image.Image | None
     ) -> tuple[int, int]:
         config, ratio = self.service.config, fields.ratio
         if fields.width_height is not None:
@@ -181,21 +183,25 @@ class Context:
             ratio = config.sampling.image_size if reference is None else reference.size
         return size_of_shape(config, ratio, fields.pixels)
 
-    def size(self, fields: PaintingFields, reference: PIL.Image.Image | None) -> tuple[int, int]:
-        """(width, height) to paint. Raises ImageError for no legal size, ApiError over limits."""
-        width, height = self._asked_size(fields, reference)
-        most = self.settings.limits.output_pixels
-        if width * height > most:
+    def size(self, fields: ImageFields, reference: PIL.Image.Image | None) -> tuple[int, int]:
+        """(width, height) of an image, by default in the shape of `reference`.
+
+        Raises ImageError for a size that the model cannot have, ApiError over limits.
+        """
+        width, height = self._requested_size(fields, reference)
+        max_pixels = self.settings.limits.output_pixels
+        if width * height > max_pixels:
             raise bad_request(
-                f"size: {width}x{height} is {width * height} pixels, over this server's {most}",
+                f"size: {width}x{height} is {width * height} pixels, "
+                f"over this server's {max_pixels}",
                 "size",
             )
         return width, height
 
 
-def new_seed(given: int | None) -> int:
-    """The caller's seed, or a new one that is reported with the answer."""
-    return secrets.randbelow(2**32) if given is None else given
+def seed_or_random(seed: int | None) -> int:
+    """The caller's seed, or a random one, which is reported with the answer."""
+    return secrets.randbelow(2**32) if seed is None else seed
 
 
 def _of_request(request: Request) -> Context:
@@ -205,4 +211,4 @@ def _of_request(request: Request) -> Context:
 
 
 Shared = Annotated[Context, Depends(_of_request)]
-"""The context as an argument of a route."""
+"""The Context as an argument of a route."""

@@ -44,16 +44,19 @@ PYTHON_NAMES: Mapping[str, str] = {
 """By the name of a parameter in Python, the field of the API, where they differ."""
 
 MAX_MESSAGE, MAX_PARAM = 1000, 200
-"""Characters of an error's message and of the name of a field: callers write parts of both."""
+"""Maximum characters of an error's message and of a field's name; both may hold callers' text."""
 
 RETRY_SECONDS = 2.0
-"""How soon a caller may try again while an engine is being started, in seconds."""
+"""Retry-After while an engine is being started, in seconds."""
+
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_UNROUTED = "Not Found"
 
 
 class ApiError(HTTPException):
-    """An answer that is an error; `param` names the field at fault, `retry_after` is in seconds.
+    """An error answer; `param` is the field at fault, `retry_after` is in seconds.
 
-    An HTTPException, because FastAPI turns all others that come up while it reads a body into 400.
+    An HTTPException, because FastAPI turns all other errors while it reads a body into 400.
     """
 
     def __init__(
@@ -71,24 +74,24 @@ class ApiError(HTTPException):
         self.param, self.code, self.retry_after = param, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the answer."""
         message = sanitise(shorten(self.detail, MAX_MESSAGE))
         param = None if self.param is None else shorten(self.param, MAX_PARAM)
         error = ErrorDetail(message=message, type=self.kind, param=param, code=self.code)
         return ErrorBody(error=error).model_dump()
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
-        """The whole answer."""
-        own = dict(headers or {})
+        """The response, with `headers` besides its own."""
+        all_headers = dict(headers or {})
         if self.retry_after is not None:
-            own["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+            all_headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.status_code == 401:
-            own["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status_code, own)
+            all_headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status_code, all_headers)
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` is the field at fault, `code` a word for programs."""
+    """Description of an error; `param` is the field at fault, `code` is for programs."""
 
     message: str
     type: str
@@ -97,13 +100,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is an error."""
+    """Body of every error answer."""
 
     error: ErrorDetail
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the caller can mend it."""
+    """An ApiError 400: the request has to be changed."""
     return ApiError(400, message, param=param, code=code)
 
 
@@ -115,7 +118,7 @@ class _Answer:
     message: str | None = None
 
 
-# `message` None: the error's own, which was written for the caller.
+# `message` None: the error's own, where it is written for callers.
 _KNOWN: dict[type[NeounifyError], _Answer] = {
     PromptError: _Answer(400, INVALID, "invalid_prompt"),
     ImageError: _Answer(400, INVALID, "invalid_image"),
@@ -163,7 +166,7 @@ INTERNAL = ApiError(
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """The answer for an error of any kind; what was not meant for callers becomes a plain 500."""
+    """The ApiError for any error; a plain 500 where its message is not meant for callers."""
     if isinstance(error, ApiError):
         return error
     for kind, answer in _KNOWN.items():
@@ -187,7 +190,7 @@ def param_of(error: BaseException) -> str | None:
 
 @contextmanager
 def blame(param: str) -> Iterator[None]:
-    """Name the field whose value turns out to be wrong inside the block."""
+    """Context whose errors about images, prompts and values name the field `param`."""
     try:
         yield
     except InputError as error:
@@ -196,13 +199,13 @@ def blame(param: str) -> Iterator[None]:
         raise answer from error
 
 
-def shorten(text: str, most: int) -> str:
-    """The text, or its beginning and end when it is longer than `most` characters.
+def shorten(text: str, max_chars: int) -> str:
+    """The text, or its beginning and end when it is longer than `max_chars`.
 
-    What cannot be written as UTF-8 (halves of surrogate pairs) is replaced.
+    Halves of surrogate pairs, which are not UTF-8, are replaced.
     """
-    if len(text) > most:
-        text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+    if len(text) > max_chars:
+        text = f"{text[: max_chars * 2 // 3]} … {text[-(max_chars // 3) :]}"
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -218,12 +221,8 @@ def _retry_after(error: BaseException) -> float | None:
     return RETRY_SECONDS if unavailable else None
 
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-_UNROUTED = "Not Found"
-
-
 def add_handlers(app: FastAPI) -> None:
-    """Have the app answer with our errors only."""
+    """Register the handlers by which all errors of the app are answered in OpenAI's form."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(NeounifyError, _ours)
@@ -233,7 +232,7 @@ def add_handlers(app: FastAPI) -> None:
 async def _ours(_: Request, error: Exception) -> Response:
     answer = to_api_error(error)
     if answer is INTERNAL:
-        raise error  # to the server's log; the outermost handler answers
+        raise error  # logged by the server and answered by the outermost handler
     return answer.response()
 
 
@@ -260,7 +259,7 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 def _with_implied(allowed: str) -> str:
-    """An Allow header with the methods that every route takes besides its own."""
+    """An Allow header with HEAD and OPTIONS, which routes take besides their own methods."""
     methods = [method.strip() for method in allowed.split(",") if method.strip()]
     implied = (*(["HEAD"] if "GET" in methods else ()), "OPTIONS")
     return ", ".join(dict.fromkeys((*methods, *implied)))
@@ -279,7 +278,7 @@ def _listed(app: FastAPI) -> str:
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    # Of a union every branch complains; the one that got furthest was meant.
+    # Every branch of a union reports errors; the deepest is of the branch that was meant.
     worst: dict[str, Any] = max(error.errors(), key=lambda e: len(e["loc"]))
     param = _param(worst["loc"][1:], error.body, missing=worst["type"] == "missing")
     text = "this field is not known" if worst["type"] == "extra_forbidden" else worst["msg"]

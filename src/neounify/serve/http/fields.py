@@ -55,16 +55,27 @@ ALIASES: Mapping[str, str] = {
     "max_output_tokens": "max_tokens",
     "repeat_penalty": "repetition_penalty",
 }
-"""By the other name, the field it is here. `width` with `height` is `size` too."""
+"""Our field by another server's name. `width` with `height` is `size` too."""
 
 INSTEAD: Mapping[str, str] = {
     "frequency_penalty": "repetition_penalty",
     "presence_penalty": "repetition_penalty",
     "prompt_extend": "think",
 }
-"""By a name that is known but not supported, the field that comes closest."""
+"""The closest field of ours by a name that is not supported."""
 
 Unfold = Callable[[Any], tuple[str, Any]]
+
+SIDES = "width and height"
+"""The name under which both sides are one value of `size`."""
+_SIDE = re.compile(r"[1-9][0-9]{0,5}(\.0{1,20})?")
+_SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX*×]\s*([0-9]{1,6})\s*")
+MAX_TEXT = 4_000_000
+"""Maximum characters of one string, data URLs apart, whatever the operator's limits are."""
+SEEDS = 2**64
+"""Seeds are below it."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 
 
 def _as(name: str) -> Unfold:
@@ -72,7 +83,7 @@ def _as(name: str) -> Unfold:
 
 
 def _thinking_type(value: Any) -> tuple[str, Any]:
-    """The switch of DeepSeek's and GLM's APIs; "auto" leaves it to the server."""
+    """The field `thinking.type` of DeepSeek's and GLM's APIs; "auto" leaves it to the server."""
     known = {"enabled": True, "disabled": False, "auto": None}
     if not isinstance(value, str) or value not in known:
         raise bad_request("thinking.type: enabled, disabled or auto", "thinking.type")
@@ -93,23 +104,18 @@ WRAPPED: Mapping[str, Mapping[str, Unfold]] = {
     "thinking": {"type": _thinking_type},
     "image_config": {"aspect_ratio": _as("aspect_ratio"), "image_size": _as("size")},
 }
-"""Objects around fields: by the object's name and the key inside, what they are here."""
-
-SIDES = "width and height"
-"""The name under which both sides are one value of `size`."""
-_SIDE = re.compile(r"[1-9][0-9]{0,5}(\.0{1,20})?")
-_SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX*×]\s*([0-9]{1,6})\s*")
+"""Our fields and values by the name of a wrapping object and the key inside it."""
 
 
 def _unless(*off: object) -> Callable[[Any], Any]:
-    """None for a value that means "not set", as a number or as a form writes it."""
+    """A function that turns values that mean "not set" into None, in JSON and in forms."""
     return lambda value: None if value in off or value in map(str, off) else value
 
 
 def _stops(value: Any) -> Any:
-    """Without the empty strings, which would stop an answer before it begins."""
+    """Stop strings without empty ones, which would stop an answer before it begins."""
     if isinstance(value, list):
-        return [one for one in value if one != ""] or None
+        return [stop for stop in value if stop != ""] or None
     return value or None
 
 
@@ -130,17 +136,17 @@ VALUES: Mapping[str, Callable[[Any], Any]] = {
     "aspect_ratio": _unless("", "auto"),
     "output_format": lambda value: "jpeg" if value == "jpg" else value,
 }
-"""By field, how values of other servers are read; None is as good as an absent field."""
+"""How values of other servers are read, by field; None means absent."""
 
 
-def to_own_names(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The body under our own names; names that are not known stay as they are.
+def to_our_names(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The body with our names of fields; unknown names stay as they are.
 
-    `known` are the fields of the body. Raises ApiError where two names of one field are given
-    with different values, and for what an unfolded object should not hold.
+    `known` are the fields of the body. Raises ApiError for different values under two names of one
+    field, and for unknown keys of an unfolded object.
     """
-    own: dict[str, Any] = {}
-    given: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    written_as: dict[str, str] = {}
     for name, value in _with_size(_unfolded(body), known):
         field = name if name in known else "size" if name == SIDES else ALIASES.get(name, name)
         field = field if field in known else name
@@ -148,29 +154,29 @@ def to_own_names(body: Mapping[str, Any], known: Collection[str]) -> dict[str, A
         value = value if read is None or value is None else read(value)
         if value is None:
             continue
-        if field in own and own[field] != value:
-            raise _disagree(given[field], own[field], name, value, field)
-        own[field] = value
-        given.setdefault(field, name)
-    return own
+        if field in fields and fields[field] != value:
+            raise _disagree(written_as[field], fields[field], name, value, field)
+        fields[field] = value
+        written_as.setdefault(field, name)
+    return fields
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """ "; did you mean …?" with our own name, or nothing."""
-    names = {one: one for one in known}
-    names |= {alias: own for alias, own in ALIASES.items() if own in known}
+    """ "; did you mean …?" with the field of ours whose name or alias is closest, or ""."""
+    names = {field: field for field in known}
+    names |= {alias: field for alias, field in ALIASES.items() if field in known}
     close = difflib.get_close_matches(name[:80], names, n=1, cutoff=0.75)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def instead_of(name: str, known: Collection[str]) -> str:
-    """ "; did you mean …?" with the field that comes closest to an unsupported one, or nothing."""
-    own = INSTEAD.get(name)
-    return f"; did you mean {own!r}?" if own in known else ""
+    """ "; did you mean …?" with the field of ours closest to an unsupported one, or ""."""
+    field = INSTEAD.get(name)
+    return f"; did you mean {field!r}?" if field in known else ""
 
 
 def _unfolded(body: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of the fields; `extra_body` is what OpenAI's client spreads over a body."""
+    """(name, value) of the fields, those of wrapping objects and of `extra_body` included."""
     for name, value in body.items():
         if name == "extra_body" and not inside:
             if value is not None:
@@ -231,15 +237,6 @@ def _disagree(first: str, one: Any, second: str, other: Any, field: str) -> ApiE
     )
 
 
-MOST_TEXT = 4_000_000
-"""Characters of one string, data URLs apart, whatever the operator's limits say."""
-
-SEEDS = 2**64
-"""Seeds are below it."""
-Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
-
-
 @dataclass(frozen=True)
 class _Form:
     """Check of a text: errors say the `rule` in words, where pydantic would show the pattern."""
@@ -269,7 +266,7 @@ Ratio = Annotated[str, AfterValidator(_RATIO), _RATIO.schema]
 
 
 def _pair(value: Any) -> Any:
-    """A form holds two numbers as "0.1,0.9"."""
+    """A pair of numbers, which forms write as "0.1,0.9"."""
     return value.split(",") if isinstance(value, str) else value
 
 
@@ -284,11 +281,10 @@ def seeds_of(seed: int, n: int) -> list[int]:
 
 
 class Fields(BaseModel):
-    """A request body. A null is as good as nothing; unknown fields are refused.
+    """Request body: null means absent, unknown fields are refused, aliases are read.
 
-    Other servers' names are read as our own (ALIASES). `without_effect` names fields of
-    OpenAI's that change no answer here and are let pass; `only` those that ask for something
-    this server does not do, with the values that ask for nothing.
+    `without_effect` names fields of OpenAI's that are accepted and change no answer; `only` names
+    unsupported ones, with the values that ask for nothing and so are accepted.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -303,7 +299,7 @@ class Fields(BaseModel):
             return body
         known = cls.model_fields
         kept: dict[str, Any] = {}
-        for name, value in to_own_names(body, known).items():
+        for name, value in to_our_names(body, known).items():
             if name in known:
                 kept[name] = value
             elif name in cls.only:
@@ -329,8 +325,8 @@ def _unsupported(name: str, values: tuple[Any, ...], known: Collection[str]) -> 
     return bad_request(f"{name}: {rule}{instead_of(name, known)}", name, "unsupported")
 
 
-class AnsweredFields(Fields):
-    """What every request may say of how it is answered."""
+class RequestFields(Fields):
+    """Fields of every request."""
 
     seed: Seed | None = Field(None, description="The same seed gives the same answer.")
     deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
@@ -338,8 +334,8 @@ class AnsweredFields(Fields):
     )
 
 
-class PaintingFields(AnsweredFields):
-    """How images are generated; fields that are left out have the checkpoint's own values.
+class ImageFields(RequestFields):
+    """Fields of image generation; absent ones take the checkpoint's defaults.
 
     All fields of `flow.sampling.ImageSampling` under their own names, which a test checks.
     """
@@ -353,7 +349,7 @@ class PaintingFields(AnsweredFields):
     aspect_ratio: Ratio | None = Field(
         None, description="WIDTH:HEIGHT, for a size that leaves the shape open. Extension."
     )
-    negative_prompt: Annotated[str, Field(max_length=MOST_TEXT)] = Field(
+    negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = Field(
         "", description="What guidance steers away from. Extension."
     )
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(None, description=_doc("steps"))
@@ -369,24 +365,24 @@ class PaintingFields(AnsweredFields):
     t_eps: Number | None = Field(None, description=_doc("t_eps"))
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
-        0, description="Previews of each image while it is painted; with `stream` only."
+        0, description="Previews of each image on its way; with `stream` only."
     )
     output_format: Format = "png"
 
     @property
     def width_height(self) -> tuple[int, int] | None:
-        """(width, height) in pixels; None where the shape is left open."""
+        """(width, height) in pixels; None where `size` does not fix the shape."""
         width, x, height = self.size.partition("x")
         return (int(width), int(height)) if x else None
 
     @property
     def pixels(self) -> int | None:
-        """The area that a size such as '2K' names, in pixels."""
+        """The area of a size such as '2K', in pixels."""
         return (1024 * int(self.size[0])) ** 2 if self.size[-1] in "kK" else None
 
     @property
     def ratio(self) -> tuple[int, int] | None:
-        """(width, height) of the shape asked for."""
+        """(width, height) of `aspect_ratio`."""
         if self.aspect_ratio is None:
             return None
         width, _, height = self.aspect_ratio.partition(":")

@@ -14,9 +14,9 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.connections import check_json_type
-from neounify.serve.http.context import Context, new_seed
+from neounify.serve.http.context import Context, seed_or_random
 from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.fields import MOST_TEXT, PaintingFields, seeds_of
+from neounify.serve.http.fields import MAX_TEXT, ImageFields, seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.settings import MEBIBYTE
 
@@ -33,7 +33,11 @@ STEPS_OF_QUALITY: Mapping[str, float] = {
 """The share of the checkpoint's own steps."""
 
 
-class ImageBody(PaintingFields):
+_MAX_FIELDS = 64
+_IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
+
+
+class ImageBody(ImageFields):
     """What to paint; the input pictures of an edit come beside it."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
@@ -55,7 +59,7 @@ class ImageBody(PaintingFields):
     }
 
     model: str = Field("", max_length=200)
-    prompt: Annotated[str, Field(max_length=MOST_TEXT)]
+    prompt: Annotated[str, Field(max_length=MAX_TEXT)]
     n: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="Image i has seed + i and is what that seed paints alone."
     )
@@ -72,7 +76,7 @@ class ImageBody(PaintingFields):
         return max(1, round(STEPS_OF_QUALITY[self.quality] * own))
 
 
-async def read_paint(
+async def read_image_requests(
     body: ImageBody, images: tuple[PIL.Image.Image, ...], context: Context
 ) -> list[PaintRequest]:
     """One request per image, with seeds in turn.
@@ -108,12 +112,8 @@ async def read_paint(
             think=bool(body.think),
             negative_prompt=body.negative_prompt,
         )
-        for seed in seeds_of(new_seed(body.seed), body.n)
+        for seed in seeds_of(seed_or_random(body.seed), body.n)
     ]
-
-
-_MAX_FIELDS = 64
-_IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
 
 
 async def read_edit(

@@ -24,7 +24,7 @@ from neounify.errors import ImageError
 from neounify.serve.waiting import within
 
 MAX_ESCAPED = 4 * 2**20
-"""Characters of a URL up to which any of them may be written as percent signs."""
+"""Maximum characters of a URL in which every character may be percent-encoded."""
 
 _MAX_HEAD = 300
 _PIECE = 2**18
@@ -47,8 +47,17 @@ _SPACE = b" \t\r\n\v\f"
 _RULE = "image_url must be 'data:image/png;base64,…' or another image type"
 
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""(host, port) -> its IP addresses."""
+MAX_REDIRECTS = 3
+_PORTS = {"http": 80, "https": 443}
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_CHUNK = 64 * 1024
+
+
 def is_data_url(url: str) -> bool:
-    """Whether a URL holds its content itself."""
+    """Whether `url` is a data URL."""
     return url.lstrip()[:5].lower() == "data:"
 
 
@@ -56,8 +65,8 @@ def data_url_bytes(url: str) -> bytes:
     """The file inside a data URL.
 
     Upper case, a missing media type, missing padding, the URL-safe alphabet, white space and
-    percent signs are all read; so is content that is not base64, up to MAX_ESCAPED characters.
-    Raises ImageError for what cannot be read and for a media type that is no image's.
+    percent-encoding are all read; so is content that is not base64, up to MAX_ESCAPED characters.
+    Raises ImageError for invalid URLs and for media types other than images.
     """
     url = url.strip()
     start = url.find(",", 0, _MAX_HEAD) + 1
@@ -77,7 +86,7 @@ def data_url_bytes(url: str) -> bytes:
 
 
 def _from_base64(url: str, start: int) -> bytes:
-    """Decoded piece by piece: copies of the whole text would take several times its memory."""
+    """The decoded content; piece by piece, as copies of all would take several times the memory."""
     file: list[bytes] = []
     rest, count, ended = b"", 0, False
     for piece in _pieces(url, start):
@@ -99,11 +108,11 @@ def _from_base64(url: str, start: int) -> bytes:
 
 
 def _pieces(url: str, start: int) -> Iterator[bytes]:
-    """The content behind `start`, percent signs resolved."""
+    """The content from `start` on, percent-decoded."""
     while start < len(url):
         piece = url[start : start + _PIECE]
         cut = piece.find("%", len(piece) - 2)
-        if cut > 0 and start + len(piece) < len(url):  # the two digits belong to it
+        if cut > 0 and start + len(piece) < len(url):  # its two digits are in the next piece
             piece = piece[:cut]
         start += len(piece)
         try:
@@ -118,24 +127,14 @@ def _pieces(url: str, start: int) -> Iterator[bytes]:
 def _unquoted(data: bytes, length: int) -> bytes:
     if length <= MAX_ESCAPED:
         return unquote_to_bytes(data)
-    for escaped, character in _ESCAPED_SIGNS:  # the general way takes seconds for megabytes
+    for escaped, character in _ESCAPED_SIGNS:  # unquoting megabytes takes seconds
         data = data.replace(escaped, character)
     return data
 
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""(host, port) -> its addresses."""
-
-MAX_REDIRECTS = 3
-_PORTS = {"http": 80, "https": 443}
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_CHUNK = 64 * 1024
-
-
 @dataclass(frozen=True)
 class _Target:
-    """One URL, taken apart and allowed."""
+    """The parts of a URL whose host is allowed."""
 
     secure: bool
     host: str
@@ -144,7 +143,7 @@ class _Target:
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is out in the open, whatever way its IPv4 part is wrapped."""
+    """Whether an address is public, also as IPv4 mapped into IPv6."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -155,14 +154,14 @@ def is_public(address: Address) -> bool:
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """All addresses of a host."""
+    """All IP addresses of a host."""
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    entries = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 class ImageFetcher:
-    """Fetches from `hosts` ("host": the usual ports, or "host:port") and nowhere else."""
+    """HTTP client that fetches from `hosts` only ("host": the default ports, or "host:port")."""
 
     def __init__(
         self,
@@ -178,7 +177,7 @@ class ImageFetcher:
         self._resolve, self._allowed = resolve, allowed
 
     async def fetch(self, url: str) -> bytes:
-        """The body behind a URL. Raises ImageError when it may not or cannot be had."""
+        """The body at `url`. Raises ImageError if it is not allowed or fails."""
         try:
             return await within(self._follow(url), self._seconds)
         except TimeoutError:
@@ -206,7 +205,7 @@ class ImageFetcher:
         return _Target(parts.scheme == "https", host, port, path)
 
     async def _get(self, target: _Target) -> tuple[bytes, str | None]:
-        """(body, where a redirect points to)."""
+        """(body, location of a redirect or None)."""
         address = await self._address(target)
         tls = ssl.create_default_context() if target.secure else None
         name = target.host if target.secure else None
@@ -221,10 +220,10 @@ class ImageFetcher:
             writer.close()
 
     async def _address(self, target: _Target) -> str:
-        found = await self._resolve(target.host, target.port)
-        if not found or not all(self._allowed(ipaddress.ip_address(a)) for a in found):
+        addresses = await self._resolve(target.host, target.port)
+        if not addresses or not all(self._allowed(ipaddress.ip_address(a)) for a in addresses):
             raise ImageError("the host of the image URL has an address that is not public")
-        return found[0]
+        return addresses[0]
 
     async def _read(
         self, connection: h11.Connection, reader: asyncio.StreamReader

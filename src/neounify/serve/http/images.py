@@ -18,12 +18,19 @@ from neounify.serve.events import Finished, Painted, Preview, TextPiece
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import ApiError
-from neounify.serve.http.image_request import ImageBody, edit_body_schema, read_edit, read_paint
-from neounify.serve.http.media import Form, facts_of, to_base64, write_picture
+from neounify.serve.http.image_request import (
+    ImageBody,
+    edit_body_schema,
+    read_edit,
+    read_image_requests,
+)
+from neounify.serve.http.media import Form, encode_result, image_metadata, to_base64
 from neounify.serve.http.streaming import EVENTS, AnswerModel, json_response, sse_of, start_stream
 
+router = APIRouter(tags=["images"], route_class=BoundedRoute)
 
-class PaintedImage(AnswerModel):
+
+class GeneratedImage(AnswerModel):
     """One image: its file in base64, or where to fetch it for a limited time."""
 
     b64_json: str | None = None
@@ -46,7 +53,7 @@ class Images(AnswerModel):
     """Painted images."""
 
     created: int
-    data: list[PaintedImage]
+    data: list[GeneratedImage]
     background: Literal["opaque"]
     output_format: Literal["png", "jpeg", "webp"]
     quality: str
@@ -128,8 +135,8 @@ class ImagesAnswer:
         self, number: int, event: Preview | Painted, form: Callable[[bytes], Form]
     ) -> Form:
         context, format = self._context, self._body.output_format
-        facts = facts_of(self._requests[number], event, context.settings)
-        return await write_picture(context.hooks, event.pixels, format, facts, form)
+        metadata = image_metadata(self._requests[number], event, context.settings)
+        return await encode_result(context.hooks, event.pixels, format, metadata, form)
 
     async def _image(self, number: int, event: Painted, http: Request) -> dict[str, Any]:
         if self._body.response_format == "b64_json":
@@ -178,7 +185,6 @@ class ImagesAnswer:
         }
 
 
-router = APIRouter(tags=["images"], route_class=BoundedRoute)
 _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EVENTS}}
 
 
@@ -190,7 +196,7 @@ _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EV
 )
 async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
     """In one answer, or with `stream` as events with partial images."""
-    return await _paint(body, await read_paint(body, (), context), request, context)
+    return await _paint(body, await read_image_requests(body, (), context), request, context)
 
 
 @router.post(
@@ -203,7 +209,7 @@ async def generations(body: ImageBody, request: Request, context: Shared) -> Res
 async def edits(request: Request, context: Shared) -> Response:
     """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
     body, images = await read_edit(request, context)
-    return await _paint(body, await read_paint(body, images, context), request, context)
+    return await _paint(body, await read_image_requests(body, images, context), request, context)
 
 
 @router.get(

@@ -35,9 +35,20 @@ if TYPE_CHECKING:
     from neounify.provenance.watermark import Marker
 
 
+MAX_PROMPT = 4000
+"""Maximum characters of a prompt in metadata, so that two of them fit into a JPEG's."""
+# The unguessable name is the permission to fetch it: the host before it does not matter.
+_RESULT_URL = re.compile(
+    r"(?:https?://[^/?#\s]+(?:/[^?#\s]*)?)?/v1/results/([\w.-]{20,80})", re.ASCII
+)
+Form = TypeVar("Form")
+_LARGE_BYTES = 8 * 2**20
+"""Memory of decoded and encoded images above this is returned to the system when it is freed."""
+
+
 @dataclass(frozen=True)
 class StoredResult:
-    """A file, and when it goes, in seconds of the store's clock."""
+    """A file, and when it expires, in seconds of the store's clock."""
 
     data: bytes
     media_type: str
@@ -45,7 +56,7 @@ class StoredResult:
 
 
 class ResultStore:
-    """Keeps files for `seconds`, the newest `max_bytes` of them at most."""
+    """Short-lived results behind unguessable URLs: files for `seconds`, the newest `max_bytes`."""
 
     def __init__(
         self, max_bytes: int, seconds: float, clock: Callable[[], float] = time.monotonic
@@ -55,7 +66,7 @@ class ResultStore:
         self._bytes = 0
 
     def put(self, data: bytes, media_type: str, suffix: str) -> str:
-        """Keep a file; its name, `TOKEN.suffix`. RequestError when it is larger than the store."""
+        """Keep a file. Its name, `TOKEN.suffix`. Raises RequestError if it exceeds the store."""
         if len(data) > self._max_bytes:
             raise RequestError(
                 f"response_format url: the image has {len(data)} bytes, the server keeps "
@@ -71,17 +82,17 @@ class ResultStore:
         return name
 
     def get(self, name: str) -> StoredResult | None:
-        """The file of that name, unless it is gone."""
+        """The file of that name; None after it expired or made room for newer ones."""
         self._drop_expired()
         return self._results.get(name)
 
     def seconds_left(self, result: StoredResult) -> int:
-        """How long it will be kept, in whole seconds."""
+        """Whole seconds until the file expires."""
         return max(0, int(result.expires - self._clock()))
 
     def _drop_expired(self) -> None:
         now = self._clock()
-        # In order of arrival, and all are kept equally long.
+        # They are in order of arrival, and all are kept equally long.
         while self._results and next(iter(self._results.values())).expires <= now:
             self._drop(next(iter(self._results)))
 
@@ -89,17 +100,17 @@ class ResultStore:
         self._bytes -= len(self._results.pop(name).data)
 
 
-MAX_PROMPT = 4000
-"""Characters of a prompt that are written: two of them fit into a JPEG's metadata."""
-
-
-def facts_of(
+def image_metadata(
     request: PaintRequest | InterleaveRequest, event: Preview | Painted, settings: HttpSettings
 ) -> dict[str, str]:
-    """The facts of one image of a request; `preview` only where it is not finished."""
+    """Provenance metadata of one image of a request; `preview` only for previews.
+
+    Without the text of prompts unless the operator wants it (`metadata_prompts`): an image is
+    passed on more freely than the words it was asked for with.
+    """
     sampling = request.sampling
     height, width = event.pixels.shape[-2:]
-    facts = {
+    metadata = {
         "generator": "neounify",
         "model": settings.model_name,
         "task": task_of(request),
@@ -114,31 +125,19 @@ def facts_of(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if settings.metadata_prompts:
-        facts["prompt"] = request.prompt[:MAX_PROMPT]
+        metadata["prompt"] = request.prompt[:MAX_PROMPT]
     if request.negative_prompt:
         negative = request.negative_prompt[:MAX_PROMPT]
-        facts["negative_prompt"] = negative if settings.metadata_prompts else "given"
+        metadata["negative_prompt"] = negative if settings.metadata_prompts else "given"
     if isinstance(event, Preview):
-        facts["preview"] = f"{event.step}/{event.steps}"
-    return facts
-
-
-# Whoever has the name, which cannot be guessed, may fetch it: the host before it does not matter.
-_RESULT_URL = re.compile(
-    r"(?:https?://[^/?#\s]+(?:/[^?#\s]*)?)?/v1/results/([\w.-]{20,80})", re.ASCII
-)
-
-
-Form = TypeVar("Form")
-
-_LARGE_BYTES = 8 * 2**20
-"""Decoded and encoded images above this are given back to the system when they are freed."""
+        metadata["preview"] = f"{event.step}/{event.steps}"
+    return metadata
 
 
 class ImageDecoder:
-    """The thread in which all images of a process are decoded, one after the other.
+    """A thread that decodes all images of a server, one after the other.
 
-    So the memory of decoding is that of one image, however many requests come.
+    So the memory of decoding is that of one image, whatever the number of requests.
     """
 
     def __init__(self) -> None:
@@ -159,7 +158,7 @@ class ImageDecoder:
 
 
 class RequestImages:
-    """The input images of one request, within the limits of one request."""
+    """Reader of the input images of one request, within the limits of one request."""
 
     def __init__(
         self,
@@ -214,29 +213,28 @@ class RequestImages:
         finally:
             if self._budget.last_bytes > _LARGE_BYTES:
                 return_freed_memory()
-        # A new one: the other holds the file, through the frames it passed.
+        # A new error: the frames of the caught one's traceback hold the file.
         raise ImageError(problem)
 
 
 class HttpHooks(Protocol):
-    """Called from worker threads, several at a time."""
+    """Checks of prompts, and the writer of images; called from several worker threads at a time."""
 
     def check_prompt(self, text: str, images: Sequence[PIL.Image.Image]) -> None:
-        """Raise Refused unless this may be answered; `text` is all that the caller wrote."""
+        """Raises Refused for prompts that may not be answered; `text` is all of a request."""
 
     def encode_image(
-        self, image: PIL.Image.Image, format: Format, facts: Mapping[str, str]
+        self, image: PIL.Image.Image, format: Format, metadata: Mapping[str, str]
     ) -> bytes:
-        """The file of a painted image or of a preview, checked and marked as its owner wants.
+        """The file of a generated image or preview, checked and marked.
 
-        `facts` say how it was made: model, task, seed, steps and so on; prompts only where
-        `HttpSettings.metadata_prompts` wants them.
-        Raises Refused for an image that may not leave the server.
+        `metadata` says how it was made: model, task, seed, steps and so on; prompts only with
+        `HttpSettings.metadata_prompts`. Raises Refused for an image that may not leave the server.
         """
 
 
 class MarkingHooks:
-    """Pictures leave with their provenance, and with an invisible mark if there is a marker."""
+    """HttpHooks that write provenance metadata, and an invisible mark if there is a marker."""
 
     def __init__(self, hooks: Hooks | None = None, marker: Marker | None = None) -> None:
         self._hooks, self._marker = hooks or Hooks(), marker
@@ -246,17 +244,17 @@ class MarkingHooks:
         self._hooks.check_prompt(text, images)
 
     def encode_image(
-        self, image: PIL.Image.Image, format: Format, facts: Mapping[str, str]
+        self, image: PIL.Image.Image, format: Format, metadata: Mapping[str, str]
     ) -> bytes:
-        """Raises Refused for a picture that may not leave."""
+        """Raises Refused for an image that may not leave the server."""
         self._hooks.check_image(image)
-        return encode_image(self._marker.mark(image) if self._marker else image, format, facts)
+        return encode_image(self._marker.mark(image) if self._marker else image, format, metadata)
 
 
 def result_name(url: str) -> str | None:
     """The name of a result in a URL such as this server gives; None for other URLs."""
-    found = _RESULT_URL.fullmatch(url.strip())
-    return found[1] if found else None
+    match = _RESULT_URL.fullmatch(url.strip())
+    return match[1] if match else None
 
 
 def to_base64(data: bytes) -> str:
@@ -264,23 +262,23 @@ def to_base64(data: bytes) -> str:
 
 
 def to_data_url(data: bytes, format: Format) -> str:
-    """A file as a URL that holds it."""
+    """The data URL of an image file."""
     return f"data:image/{format};base64,{to_base64(data)}"
 
 
-async def write_picture(
+async def encode_result(
     hooks: HttpHooks,
     pixels: Float[Tensor, "3 h w"],
     format: Format,
-    facts: Mapping[str, str],
+    metadata: Mapping[str, str],
     form: Callable[[bytes], Form],
 ) -> Form:
-    """The file of a painted image, as `form` makes it of its bytes, all off the event loop.
+    """`form` of the file of a generated image, encoded by `hooks` in a thread.
 
-    Raises what the hook raises.
+    `pixels` are in about [-1, 1]. Raises the hooks' errors.
     """
 
     def write() -> Form:
-        return form(hooks.encode_image(to_pil(pixels[None])[0], format, facts))
+        return form(hooks.encode_image(to_pil(pixels[None])[0], format, metadata))
 
     return await asyncio.to_thread(write)

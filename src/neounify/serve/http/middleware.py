@@ -31,16 +31,42 @@ from neounify.serve.waiting import within
 API = "/v1/"
 RESULTS = "/v1/results/"
 CLIENT_GONE = 499
-"""The status that is counted, and never sent, when the caller hung up."""
+"""Status in metrics, never sent, of a request whose client disconnected."""
 METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-"""Methods that metrics name; clients may send any word."""
+"""Methods that metrics name; clients may send any other word."""
 LARGE_BODY = 64 * 1024
-"""Bytes of a body from which on memory may be given back after its request."""
+"""Bytes of a body above which freed memory is returned to the system after its request."""
 _log = logging.getLogger(__name__)
 
 
-class Gate:
-    """ASGI middleware. Keys, rates and `in_flight` concern the paths of the API only."""
+ANY = "*"
+CLOSED_CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+"""Content-Security-Policy of answers other than pages."""
+HEADERS = {
+    "Content-Security-Policy": CLOSED_CSP,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Security headers of answers that do not set them."""
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Headers of the page's files."""
+_HOST = re.compile(r"(?:\[([^\[\]]*:[^\[\]]*)\]|([^:@\[\]/]+))(?::[0-9]*)?")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_HEALTH = "/health"
+
+
+class LimitMiddleware:
+    """ASGI middleware: limits, API keys, metrics, and the end of requests at a disconnect.
+
+    Keys, rates and `in_flight` concern the paths of the API only.
+    """
 
     def __init__(
         self, app: ASGIApp, *, accounts: Accounts, limits: Limits, metrics: HttpMetrics
@@ -57,7 +83,7 @@ class Gate:
             return
         started = time.perf_counter()
         method = scope["method"]
-        answer = _Answer(send, without_body=method == "HEAD")
+        answer = _Sender(send, without_body=method == "HEAD")
         scope = _routed(scope)
         with self._metrics.in_flight.track_inprogress():
             try:
@@ -74,7 +100,7 @@ class Gate:
                 seconds = time.perf_counter() - started
                 self._count(method, scope, answer.status or CLIENT_GONE, seconds)
 
-    async def _pass(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _pass(self, scope: Scope, receive: Receive, answer: _Sender) -> None:
         with ExitStack() as stack:
             try:
                 self._admit(scope, stack)
@@ -87,7 +113,7 @@ class Gate:
             stack.callback(body.forget)
             with suppress(ClientDisconnect):
                 await _until_gone(self._app, scope, body, answer.send)
-            if body.cut_off:  # whatever was made of what had arrived
+            if body.cut_off:  # whatever the app answered to the part that had arrived
                 answer.status = CLIENT_GONE
             large = body.bytes >= LARGE_BODY
         if large and self._memory.is_due:
@@ -102,7 +128,7 @@ class Gate:
         if self._in_flight >= self._limits.in_flight:
             raise ApiError(
                 429,
-                "The server is at its limit of requests; try again soon.",
+                f"The server answers {self._in_flight} requests, its limit; try again soon.",
                 kind="rate_limit_error",
                 code="overloaded",
                 retry_after=1.0,
@@ -122,7 +148,7 @@ class Gate:
 
 
 def _routed(scope: Scope) -> Scope:
-    """The scope as routes know it: HEAD as GET, no slash at the end of the API's paths."""
+    """The scope for routing: HEAD as GET, no slash at the end of the API's paths."""
     scope = dict(scope)
     if scope["method"] == "HEAD":
         scope["method"] = "GET"
@@ -132,7 +158,7 @@ def _routed(scope: Scope) -> Scope:
 
 
 def _check_head(scope: Scope, headers: Headers, limits: Limits) -> None:
-    """Raises ApiError for a head that is too large or that says two things about the body."""
+    """Raises ApiError for a head that is too large or ambiguous about the body's length."""
     raw = scope["headers"]
     target = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
     size = target + sum(len(name) + len(value) for name, value in raw)
@@ -153,8 +179,8 @@ def _check_head(scope: Scope, headers: Headers, limits: Limits) -> None:
         raise _too_large(limits)
 
 
-class _Answer:
-    """The way out; remembers the status that was sent."""
+class _Sender:
+    """The ASGI `send` of one request; keeps the status that was sent."""
 
     def __init__(self, send: Send, *, without_body: bool) -> None:
         self._send, self._without_body = send, without_body
@@ -169,14 +195,14 @@ class _Answer:
 
 
 class _Uploads:
-    """The bytes of all bodies under way."""
+    """Counter of the bytes of all bodies in flight."""
 
     def __init__(self, limits: Limits) -> None:
         self._max_bytes = max(limits.uploads_bytes, limits.body_bytes)
         self._bytes = 0
 
     def add(self, count: int) -> None:
-        """Raises ApiError 429 when that is too much for now."""
+        """Raises ApiError 429 above the limit."""
         if self._bytes + count > self._max_bytes:
             raise ApiError(
                 429,
@@ -193,19 +219,19 @@ class _Uploads:
 
 
 class _Body:
-    """The way in: the body within its limits of bytes and time, then word of the caller's end."""
+    """The ASGI `receive` of one request: its body within limits, then the disconnect."""
 
     def __init__(self, receive: Receive, limits: Limits, uploads: _Uploads) -> None:
         self._receive, self._limits, self._uploads = receive, limits, uploads
         self.bytes = 0
         self.cut_off = False
-        """Whether the caller hung up before the end of the body."""
+        """Whether the client disconnected before the end of the body."""
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self._complete = asyncio.Event()
         self._gone = asyncio.Event()
 
     def forget(self) -> None:
-        """The body no longer takes memory."""
+        """Stop counting the body's bytes."""
         self._uploads.remove(self.bytes)
         self.bytes = 0
 
@@ -235,7 +261,7 @@ class _Body:
         return message
 
     async def until_gone(self) -> None:
-        """Return when the caller has hung up after sending the whole body."""
+        """Return when the client has disconnected after sending the whole body."""
         await self._complete.wait()
         while not self._gone.is_set():
             message = await self._receive()
@@ -244,14 +270,14 @@ class _Body:
 
 
 async def _until_gone(app: ASGIApp, scope: Scope, body: _Body, send: Send) -> None:
-    """Run the app, and cancel it as soon as nobody waits for its answer any more."""
+    """Run the app, and cancel it when the client disconnects."""
     work = asyncio.ensure_future(app(scope, body.receive, send))
     watch = asyncio.ensure_future(body.until_gone())
     try:
         await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
     finally:
         watch.cancel()
-        work.cancel()  # nothing happens when it is done
+        work.cancel()  # without effect on finished work
         await asyncio.gather(work, watch, return_exceptions=True)
     if not work.cancelled():
         work.result()
@@ -269,37 +295,14 @@ def _too_large(limits: Limits) -> ApiError:
     )
 
 
-ANY = "*"
-CLOSED_CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-"""Content-Security-Policy of answers that are no pages."""
-HEADERS = {
-    "Content-Security-Policy": CLOSED_CSP,
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-}
-"""Headers of answers that say nothing else."""
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
-    "connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-"""Headers of the page's files."""
-_HOST = re.compile(r"(?:\[([^\[\]]*:[^\[\]]*)\]|([^:@\[\]/]+))(?::[0-9]*)?")
-_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-_HEALTH = "/health"
-
-
 def default_hosts(bind: str) -> tuple[str, ...]:
-    """Names that a server bound to `bind` is reached by without a name service of others."""
+    """Host names of a server bound to `bind` that need no name server of others."""
     machine = socket.gethostname().lower()
     return tuple(dict.fromkeys(("localhost", machine, f"{machine}.local", bind.lower())))
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers send it: "*" or scheme://host[:port]. Raises ConfigError."""
+    """The origin `text` as browsers send it: "*" or scheme://host[:port]. Raises ConfigError."""
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -314,11 +317,11 @@ def parse_origin(text: str) -> str:
     return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
 
 
-class BrowserGuard:
-    """ASGI middleware. `hosts` are the names that are answered, empty: all.
+class BrowserMiddleware:
+    """ASGI middleware: Host names, cross-site requests, security headers of answers.
 
-    IP addresses are always answered, as no site can claim one for a name of its own. Headers that
-    an answer has already are left as they are.
+    `hosts` are the accepted names, empty: all. IP addresses are always accepted, as no site can
+    claim one for a name of its own. Headers that an answer has already are kept.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str], origins: Sequence[str]) -> None:
@@ -349,11 +352,11 @@ class BrowserGuard:
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
-        if host and not path.startswith(_HEALTH) and not self._answers(host):
+        if host and not path.startswith(_HEALTH) and not self._is_allowed(host):
             raise ApiError(
                 421,
-                f"This server is not known as {host[:100]!r}. If it should be, start it with "
-                "--allowed-host NAME.",
+                f"This server does not answer to the host {host[:100]!r}. If it should, start it "
+                "with --allowed-host NAME.",
                 code="unknown_host",
             )
         if scope["method"] in _SAFE_METHODS or headers.get("sec-fetch-site") != "cross-site":
@@ -367,7 +370,7 @@ class BrowserGuard:
                 code="origin_not_allowed",
             )
 
-    def _answers(self, host: str) -> bool:
+    def _is_allowed(self, host: str) -> bool:
         if not self._hosts:
             return True
         name = _host_name(host)
@@ -375,9 +378,9 @@ class BrowserGuard:
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without port and final dot; empty for what is no such header."""
-    found = _HOST.fullmatch(host)
-    return (found[1] or found[2]).removesuffix(".").lower() if found else ""
+    """The name in a Host header, without port and final dot; empty for an invalid header."""
+    match = _HOST.fullmatch(host)
+    return (match[1] or match[2]).removesuffix(".").lower() if match else ""
 
 
 def _is_address(name: str) -> bool:

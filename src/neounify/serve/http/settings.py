@@ -15,17 +15,20 @@ from neounify.serve.http.errors import ApiError
 MEBIBYTE = 1024 * 1024
 
 
+EVERYBODY = "everybody"
+"""The name of the only account of a server without keys."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Upper bounds of one request, and of all of them together.
 
     `body_bytes` and `body_seconds` bound the upload, `body_idle_seconds` a pause in it,
-    `uploads_bytes` the bodies of all requests that are under way; `json_values` and `json_depth`
-    what a JSON body holds, `header_bytes` and `headers` its head. `images`, `image_pixels` and
-    `images_pixels` (of one, of all of a request) bound the pictures that come in, `decode_bytes`
-    the memory that decoding one takes; `output_pixels` and `steps` those that are painted;
-    `in_flight` is how many requests are read or answered at a time.
-    Raises ConfigError for values below 1.
+    `uploads_bytes` the bodies of all requests in flight; `json_values` and `json_depth` a JSON
+    body, `header_bytes` and `headers` its head. `images`, `image_pixels` and `images_pixels` (of
+    one, of all of a request) bound input images, `decode_bytes` the memory of decoding one;
+    `output_pixels` and `steps` generated ones; `in_flight` the requests that are read or answered
+    at a time. Raises ConfigError for values below 1.
     """
 
     in_flight: int = 256
@@ -55,11 +58,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """Upper bounds of connections, in seconds where not said otherwise.
+    """Upper bounds of connections: their number `count`, and times in seconds.
 
-    `count` are open at a time. A request's head arrives within `head`, the next request on the
-    same connection begins within `idle`, and a client that reads nothing of an answer that waits
-    is given up after `write`. Raises ConfigError for values below 1.
+    A request's head arrives within `head`, the next request on the same connection begins within
+    `idle`, and a connection whose client does not read a waiting answer is closed after `write`.
+    Raises ConfigError for values below 1.
     """
 
     count: int = 512
@@ -73,19 +76,18 @@ class ConnectionLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """How the API is offered.
+    """Settings of the API.
 
-    `keys` are the API keys by the name of their owner; without any, no key is asked for and
-    all callers share one account. `requests_per_minute` and `concurrent` bound each account
-    (None: not at all). Results behind URLs, where `result_urls` allows them, are kept for
-    `result_seconds`, `result_bytes` of them at most. Images are fetched from `remote_hosts` only
-    ("host" or "host:port"; none: no image URL but data URLs is read), `remote_bytes` and
-    `remote_seconds` at most.
+    `keys` are the API keys by the name of their owner; without any, no key is required and all
+    callers share one account. `requests_per_minute` and `concurrent` limit each account (None: no
+    limit). Results behind URLs, where `result_urls` allows them, are kept for `result_seconds`,
+    at most `result_bytes` of them. Images are fetched from `remote_hosts` only ("host" or
+    "host:port"; none: only data URLs are read), at most `remote_bytes` in `remote_seconds`.
     `colour_profiles` is that of `read_image`; `metadata_prompts` writes prompts and negative
     prompts into the metadata of images.
-    `public_url` is what result URLs begin with where a proxy hides the server's own address.
-    `allowed_hosts` are the names in Host headers that are answered (none: all; IP addresses
-    always), `cors_origins` the origins whose pages may use the API ("*": all).
+    `public_url` is the base of result URLs where a proxy hides the server's own address.
+    `allowed_hosts` are the accepted names in Host headers (none: all; IP addresses always),
+    `cors_origins` the origins whose pages may use the API ("*": all).
     """
 
     model_name: str = "neounify"
@@ -145,23 +147,19 @@ def _at_least_one(values: Mapping[str, float]) -> None:
             raise ConfigError(f"{name} must be at least 1, got {value}")
 
 
-EVERYBODY = "everybody"
-"""The account of a server without keys."""
-
-
 class TokenBucket:
-    """`per_minute` requests a minute on average, all of them at once at most."""
+    """Token bucket: `per_minute` requests a minute on average, as many in one burst."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._size, self._clock = float(per_minute), clock
         self._rate = per_minute / 60
-        self._tokens, self._seen = self._size, clock()
+        self._tokens, self._updated = self._size, clock()
 
     def take(self) -> float:
         """Take one request: 0 when it is allowed, else the seconds until the next one is."""
         now = self._clock()
-        self._tokens = min(self._size, self._tokens + (now - self._seen) * self._rate)
-        self._seen = now
+        self._tokens = min(self._size, self._tokens + (now - self._updated) * self._rate)
+        self._updated = now
         if self._tokens < 1:
             return (1 - self._tokens) / self._rate
         self._tokens -= 1
@@ -169,7 +167,7 @@ class TokenBucket:
 
 
 class Account:
-    """The use of one key."""
+    """Requests of one API key: their rate, and how many are in flight."""
 
     def __init__(self, bucket: TokenBucket | None, concurrent: int | None) -> None:
         self._bucket, self._concurrent = bucket, concurrent
@@ -177,7 +175,7 @@ class Account:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """One request, from its start to its end. Raises ApiError 429 over the limits."""
+        """Context of one request, from its start to its end. Raises ApiError 429 over a limit."""
         if self._concurrent is not None and self._running >= self._concurrent:
             raise _too_many(
                 f"This key may run {self._concurrent} requests at a time; wait for one to end.",
@@ -198,7 +196,7 @@ class Account:
 
 
 class Accounts:
-    """The accounts of all keys; keys are compared by their digests in constant time."""
+    """Accounts by API key; keys are compared by their digests in constant time."""
 
     def __init__(
         self,
@@ -217,7 +215,7 @@ class Accounts:
         self._accounts = {name: account() for name in keys or (EVERYBODY,)}
 
     def find(self, authorization: str | None) -> Account:
-        """The account that an Authorization header belongs to. Raises ApiError 401 without one."""
+        """The account of an Authorization header. Raises ApiError 401 for no or a wrong key."""
         if not self._digests:
             return self._accounts[EVERYBODY]
         scheme, _, key = (authorization or "").partition(" ")
@@ -225,9 +223,9 @@ class Accounts:
             raise _unauthorised(
                 "No API key was given; send it as 'Authorization: Bearer KEY'.", "missing_api_key"
             )
-        given = _digest(key.strip())
-        # All are compared, so that the time does not tell which one came near.
-        names = [n for n, known in self._digests.items() if hmac.compare_digest(known, given)]
+        digest = _digest(key.strip())
+        # All are compared, so that the time reveals nothing about any of them.
+        names = [n for n, known in self._digests.items() if hmac.compare_digest(known, digest)]
         if not names:
             raise _unauthorised("The API key is not known here.", "invalid_api_key")
         return self._accounts[names[0]]

@@ -29,8 +29,23 @@ from neounify.serve.waiting import within
 Item = TypeVar("Item")
 
 
-class Pump(Generic[Item]):
-    """Runs sources, each at most two items ahead; whoever makes one closes it."""
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+"""The media type of an answer with `stream`, for the API's description."""
+DONE = b"data: [DONE]\n\n"
+ALIVE = b": working\n\n"
+"""A comment, which clients pass over; proxies close connections that stay silent."""
+SILENCE_SECONDS = 15.0
+_log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+INLINE_BYTES = 64 * 1024
+"""Bodies up to this are made on the event loop."""
+
+
+class MergedStreams(Generic[Item]):
+    """Several async iterators run as tasks, each at most two items ahead, their items in order.
+
+    To be closed with `aclose`.
+    """
 
     def __init__(self, sources: Sequence[AsyncIterator[Item]]) -> None:
         self._queue: asyncio.Queue[tuple[int, Item] | Exception | None] = asyncio.Queue(1)
@@ -43,12 +58,12 @@ class Pump(Generic[Item]):
         Raises what a source raised; that ends them all.
         """
         while self._open:
-            found = await self._queue.get()
-            if isinstance(found, Exception):
+            item = await self._queue.get()
+            if isinstance(item, Exception):
                 self._open = 0
-                raise found
-            if found is not None:
-                return found
+                raise item
+            if item is not None:
+                return item
             self._open -= 1
         return None
 
@@ -65,19 +80,10 @@ class Pump(Generic[Item]):
                     await stack.enter_async_context(aclosing(source))
                 async for item in source:
                     await self._queue.put((number, item))
-        except Exception as error:  # handed over to whoever reads the queue
+        except Exception as error:  # raised again by `next`
             await self._queue.put(error)
         else:
             await self._queue.put(None)
-
-
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
-"""The media type of an answer with `stream`, for the API's description."""
-DONE = b"data: [DONE]\n\n"
-ALIVE = b": working\n\n"
-"""A comment, which clients pass over; proxies close connections that stay silent."""
-SILENCE_SECONDS = 15.0
-_log = logging.getLogger(__name__)
 
 
 def sse(data: Mapping[str, Any], event: str | None = None) -> bytes:
@@ -93,11 +99,11 @@ class AnswerModel(BaseModel):
 
 
 class EventStream(Response):
-    """Sends what `chunks` gives, and closes it when it ends, fails or nobody listens."""
+    """Response that sends `chunks`, and closes them at their end, an error or a disconnect."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes | None, chunks: Pump[bytes]) -> None:
+    def __init__(self, first: bytes | None, chunks: MergedStreams[bytes]) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -111,7 +117,7 @@ class EventStream(Response):
             chunk = self._first
             while chunk is not None:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                # Sending to somebody who has left does not wait, and the watch needs its turn.
+                # Sending to a closed connection does not wait, and the watch needs its turn.
                 await asyncio.sleep(0)
                 chunk = await self._next()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -127,8 +133,11 @@ class EventStream(Response):
 
 
 async def start_stream(source: AsyncGenerator[bytes]) -> EventStream:
-    """Wait a while for the first chunk, so that what fails before it gets a status of its own."""
-    chunks = Pump([source])
+    """The response of `source`, after its first chunk or SILENCE_SECONDS.
+
+    So errors before the first chunk are raised here and get their HTTP status.
+    """
+    chunks = MergedStreams([source])
     try:
         first = await _next_within(chunks)
     except BaseException:
@@ -137,19 +146,13 @@ async def start_stream(source: AsyncGenerator[bytes]) -> EventStream:
     return EventStream(first, chunks)
 
 
-async def _next_within(chunks: Pump[bytes]) -> bytes | None:
-    """The next chunk, or a comment after a time of silence; None at the end."""
+async def _next_within(chunks: MergedStreams[bytes]) -> bytes | None:
+    """The next chunk, or a comment after SILENCE_SECONDS; None at the end."""
     try:
-        found = await within(chunks.next(), SILENCE_SECONDS)
+        item = await within(chunks.next(), SILENCE_SECONDS)
     except TimeoutError:
         return ALIVE
-    return None if found is None else found[1]
-
-
-Result = TypeVar("Result")
-
-INLINE_BYTES = 64 * 1024
-"""Bodies up to this are made on the event loop."""
+    return None if item is None else item[1]
 
 
 async def off_loop(work: Callable[[], Result], size: int) -> Result:
@@ -170,7 +173,7 @@ async def sse_of(
 
 
 def task_of(request: ServiceRequest) -> str:
-    """The label of its kind in metrics and facts."""
+    """The name of the request's task in metrics and image metadata."""
     if isinstance(request, ChatRequest):
         return "chat"
     if isinstance(request, CompletionRequest):
@@ -188,17 +191,20 @@ async def answer(
     deadline: float,
     first_token: Histogram,
 ) -> AsyncGenerator[ServiceEvent]:
-    """The events of one request; closing this closes the engine's own iterator at once."""
+    """The events of one request; closing this closes the service's iterator at once.
+
+    `previews` is how many previews of each image are wanted, `deadline` in seconds from now.
+    """
     started = time.perf_counter()
-    seen = False
+    is_measured = False
     async with AsyncExitStack() as stack:
         events = service.answer(request, previews=previews, deadline=deadline)
         if isinstance(events, AsyncGenerator):
             await stack.enter_async_context(aclosing(events))
         async for event in events:
-            if not seen and not isinstance(event, PromptRead | Finished):
+            if not is_measured and not isinstance(event, PromptRead | Finished):
                 first_token.labels(task_of(request)).observe(time.perf_counter() - started)
-                seen = True
+                is_measured = True
             yield event
 
 
@@ -207,47 +213,47 @@ async def answers_in_groups(
 ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
     """(number of the answer, event) of answers to several prompts, several to each.
 
-    The answers of a group have one prompt: the first reads it, the others begin once it has been
-    read, so that they find it in the cache. One answer's error ends them all.
+    The answers of a group have one prompt: the first prefills it, the others begin after that and
+    find it in the KV cache. An error of one answer ends them all.
     """
     sources: list[AsyncGenerator[ServiceEvent]] = []
     for first, *others in groups:
-        read = asyncio.Event()
-        sources.append(_telling(first, read))
-        sources += [_after(other, read) for other in others]
+        prefilled = asyncio.Event()
+        sources.append(_first_of_group(first, prefilled))
+        sources += [_after(prefilled, other) for other in others]
     if len(sources) == 1:
         async with aclosing(sources[0]) as events:
             async for event in events:
                 yield 0, event
         return
-    async with aclosing(merge(sources)) as merged:
+    async with aclosing(merge_streams(sources)) as merged:
         async for item in merged:
             yield item
 
 
-async def _telling(
-    answer: Callable[[], AsyncGenerator[ServiceEvent]], read: asyncio.Event
+async def _first_of_group(
+    answer: Callable[[], AsyncGenerator[ServiceEvent]], prefilled: asyncio.Event
 ) -> AsyncGenerator[ServiceEvent]:
     async with aclosing(answer()) as events:
         async for event in events:
             if isinstance(event, PromptRead | Finished):
-                read.set()
+                prefilled.set()
             yield event
 
 
 async def _after(
-    answer: Callable[[], AsyncGenerator[ServiceEvent]], read: asyncio.Event
+    prefilled: asyncio.Event, answer: Callable[[], AsyncGenerator[ServiceEvent]]
 ) -> AsyncGenerator[ServiceEvent]:
-    await read.wait()
+    await prefilled.wait()
     async with aclosing(answer()) as events:
         async for event in events:
             yield event
 
 
-async def merge(
+async def merge_streams(
     sources: Sequence[AsyncIterator[ServiceEvent]],
 ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
-    """(number of the source, event) as they come; one source's error ends and closes them all."""
-    async with aclosing(Pump(sources)) as pump:
-        while (item := await pump.next()) is not None:
+    """(number of the source, event) as they come; an error of one source ends them all."""
+    async with aclosing(MergedStreams(sources)) as merged:
+        while (item := await merged.next()) is not None:
             yield item

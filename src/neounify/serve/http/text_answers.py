@@ -11,13 +11,19 @@ from pydantic import BaseModel, Field
 from neounify.decode.sampling import MAX_LOGPROBS, SamplingSettings
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb, ToolCallPiece
-from neounify.serve.http.fields import MOST_TEXT, AnsweredFields, Number, seeds_of
+from neounify.serve.http.fields import MAX_TEXT, Number, RequestFields, seeds_of
 from neounify.serve.http.streaming import AnswerModel
 
-Text = Annotated[str, Field(max_length=MOST_TEXT)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Alternatives = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Stop = Annotated[str, Field(max_length=1000)]
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
+_LOG_PROB_BYTES = 60
+"""About what one token takes in JSON."""
+LEAST = -9999.0
+"""What stands for the logarithm of a probability of 0, which is no number of JSON."""
 
 
 class StreamOptions(BaseModel):
@@ -26,7 +32,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class TextFields(AnsweredFields):
+class TextFields(RequestFields):
     """The fields of chat and of completions alike."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
@@ -94,11 +100,6 @@ class TextFields(AnsweredFields):
         )
 
 
-Request = TypeVar("Request", ChatRequest, CompletionRequest)
-_LOG_PROB_BYTES = 60
-"""About what one token takes in JSON."""
-
-
 class Choice:
     """One of the answers to a request, as far as it has come."""
 
@@ -138,10 +139,6 @@ def for_each_answer(request: Request, n: int) -> Sequence[Request]:
     return [
         replace(request, sampling=replace(request.sampling, seed=one)) for one in seeds_of(seed, n)
     ]
-
-
-LEAST = -9999.0
-"""What stands for the logarithm of a probability of 0, which is no number of JSON."""
 
 
 def of_chat(tokens: Iterable[TokenLogProb]) -> dict[str, Any]:
