@@ -16,8 +16,8 @@ errors          exceptions and warnings
 deprecation     old names that go on working
 extras          optional dependencies
 machine         the name of the processor
-files           atomic writes and bounded reads
-lock            a folder that one process writes to
+files           bounded reads, atomic writes, folders with one writer
+terminal        progress bars
 runtime         settings of the whole process
 bundled         the folder of the model that comes with the package
 config          what a model and a request consist of
@@ -44,7 +44,7 @@ serve           the service, its engines' processes, HTTP
 cli             the command line
 __main__        `python -m neounify`
 """
-COMING = {"files", "attention", "engine", "tasks"}
+COMING = {"attention", "engine", "tasks"}
 """In the order already, and not yet in the tree."""
 
 EXCUSED = {

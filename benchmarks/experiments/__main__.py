@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.experiments import forms, joint, noise, thinking
 from neounify.errors import NeounifyError
-from neounify.lock import locked_folder
+from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory
 
 EXPERIMENTS = {"joint": joint, "thinking": thinking, "noise": noise, "forms": forms}

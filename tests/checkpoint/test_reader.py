@@ -103,7 +103,7 @@ def test_no_config(small: Path) -> None:
         ("{", "not valid JSON"),
         ("[1]", "must hold a JSON object, found list"),
         ("[" * 100_000, "not valid JSON"),
-        (" " * (4 * 2**20) + "{}", "larger than the 4194304 bytes"),
+        (" " * (4 * 2**20) + "{}", "larger than 4194304 bytes"),
     ],
 )
 def test_unreadable_config(small: Path, text: str, message: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import neounify.pipeline
 from neounify.bundled import bundled_model
 from neounify.cli.chat_loop import asks_about_image
-from neounify.lock import is_empty, locked_folder
+from neounify.files import is_empty, locked_folder
 
 Run = Callable[..., Any]
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -84,7 +84,7 @@ def test_a_real_limit(run: Run, command: str) -> None:
     assert ran.code == 1
     assert "could not be written: File too large" in ran.err
     assert "run the same command again to resume" in ran.err
-    assert not [name for name in left_over(Path("outputs")) if name.endswith(".part")]
+    assert not [name for name in left_over(Path("outputs")) if name.endswith(".saving")]
 
 
 def test_a_batch_goes_on_where_it_stopped(run: Run, full_after: Callable[[int], None]) -> None:
@@ -118,10 +118,10 @@ def test_a_story(
 def test_scores_are_shown_even_if_the_report_is_lost(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write_text(path: Path, *_: object, **__: object) -> int:
+    def write_bytes(path: Path, _: bytes) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     ran = run("eval", "--tasks", "caption", "--cases", 1)
     assert ran.code == 1
     assert "report.json: No space left on device" in ran.err

@@ -139,7 +139,7 @@ def test_the_line_says_what_the_log_does(tmp_path: Path) -> None:
     line = run(Console(file=io.StringIO(), width=400), tmp_path).splitlines()[-1]
     for piece in ("2/10", "text 0.5000", "tokens/s", "images/s", "% of matmul", "GiB"):
         assert piece in line
-    assert line.endswith("0:00:16 left")
+    assert line.endswith("0:16 left")
 
 
 def test_a_terminal_shows_a_bar_and_gets_its_cursor_back(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from neounify.checkpoint.lora import LoraSpec, LoraUpdate, read_loras
 from neounify.checkpoint.lora_file import LoraPair
 from neounify.checkpoint.lora_names import module_name
 from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
-from neounify.checkpoint.save import write_json, write_shard, written_aside
+from neounify.checkpoint.save import atomic_checkpoint, write_shard
 from neounify.errors import CheckpointError
+from neounify.files import atomic_file, check_absent, check_empty, is_empty, write_json
 
 LoraForm: TypeAlias = Literal["peft", "published"]
 
@@ -55,7 +55,7 @@ def write_lora(
     document = (config or fitting_config(pairs)).document(
         list(map(module_name, pairs)), base or None
     )
-    with written_aside(path) as aside:
+    with atomic_checkpoint(path) as aside:
         write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
         write_json(aside / PEFT_CONFIG, document)
     return path
@@ -99,8 +99,8 @@ def _write_published(
 ) -> Path:
     if path.is_dir() or path.suffix.lower() != SUFFIX:
         raise CheckpointError(f"{path}: a LoRA of the published form is one file, NAME{SUFFIX}")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} is there already; choose another name, or overwrite it")
+    if not overwrite:
+        check_absent(path, CheckpointError, "choose another name, or overwrite it")
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         module = module_name(name)
@@ -108,15 +108,12 @@ def _write_published(
         tensors[f"{module}.lora_down.weight"] = down
         tensors[f"{module}.lora_up.weight"] = up
         tensors[f"{module}.alpha"] = torch.tensor(pair.scale * pair.rank)
-    aside = path.with_name(f".{secrets.token_hex(8)}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_shard(aside, tensors, list(tensors))
-        aside.replace(path)
+        with atomic_file(path) as aside:
+            write_shard(aside, tensors, list(tensors))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be saved: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
@@ -136,9 +133,8 @@ def _shaped(pair: LoraPair, weight: torch.Size) -> tuple[Tensor, Tensor]:
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; an adapter is saved as a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    check_empty(folder, "an adapter", CheckpointError, overwrite=True)
+    if not folder.exists() or is_empty(folder):
         return
     if not (folder / PEFT_CONFIG).is_file():
         raise CheckpointError(f"{folder} is not empty and holds no adapter; choose another folder")

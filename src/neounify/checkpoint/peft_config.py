@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from neounify.checkpoint.reader import read_json
+from neounify.checkpoint.reader import read_document
 from neounify.errors import CheckpointError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -131,7 +131,7 @@ class PeftConfig:
         file = folder / PEFT_CONFIG
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; PEFT's adapters need it for their scale")
-        return PeftConfig.parse(read_json(file, MAX_CONFIG_BYTES), str(file))
+        return PeftConfig.parse(read_document(file, MAX_CONFIG_BYTES), str(file))
 
     @staticmethod
     def parse(document: dict[str, Any], file: str) -> PeftConfig:

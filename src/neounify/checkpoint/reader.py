@@ -21,6 +21,7 @@ from neounify.checkpoint.mapped import DTYPE_NAMES, MappedFile, TensorInfo
 from neounify.checkpoint.names import from_published, to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError
+from neounify.files import read_json
 
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
@@ -64,7 +65,7 @@ class CheckpointFolder:
                 f"{folder} {kind}; expected a folder with config.json and *.safetensors"
             )
         folder = folder.resolve()
-        document = read_json(_inside(folder, "config.json"), MAX_CONFIG_BYTES)
+        document = read_document(_inside(folder, "config.json"), MAX_CONFIG_BYTES)
         return cls(folder, document, _open_files(folder))
 
     def file_of(self, name: str) -> MappedFile:
@@ -151,24 +152,11 @@ class CheckpointFolder:
         return config.replace(flow_head_width=first.shape[0])
 
 
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """A JSON object from an untrusted file of at most `limit` bytes, else CheckpointError."""
+def read_document(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint folder. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a checkpoint folder needs it")
-    try:
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > limit:
-        raise CheckpointError(f"{path} is larger than the {limit} bytes allowed")
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(document).__name__}")
-    return document
+    return read_json(path, limit, CheckpointError)
 
 
 def files_ending(folder: Path, ending: str) -> list[Path]:
@@ -224,7 +212,7 @@ def _open_files(folder: Path) -> list[MappedFile]:
 
 
 def _open_shards(folder: Path, index: Path) -> list[MappedFile]:
-    weight_map = read_json(_inside(folder, index.name), MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_document(_inside(folder, index.name), MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be an object, tensor name → file name")
     for name, shard in weight_map.items():

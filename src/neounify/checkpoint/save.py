@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +20,7 @@ from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, RequestError
+from neounify.files import atomic_folder, check_empty, write_json
 from neounify.model import NeoUnify
 
 SINGLE_FILE = "model.safetensors"
@@ -60,13 +58,8 @@ def save_model(
     config = config or model.config
     tensors = _published_tensors(model, config)
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; a checkpoint is saved as a folder")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{target} is not empty; choose another folder, or overwrite it explicitly"
-        )
-    with written_aside(target) as aside:
+    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
+    with atomic_checkpoint(target) as aside:
         write_json(aside / "config.json", _document(config, tensors))
         _write_weights(aside, tensors, max_shard_bytes)
         if tokenizer is not None:
@@ -141,10 +134,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) ->
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
     for name, text in texts.items():
         if Path(name).name != name or (folder / name).exists():
@@ -153,41 +142,12 @@ def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target` that takes its place when the block ends without an error."""
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.saving")
+def atomic_checkpoint(target: Path) -> Iterator[Path]:
+    """`atomic_folder` with CheckpointError for what cannot be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        _sync(*aside.rglob("*"), aside)
-        _swap(aside, target)
-        _sync(target.parent)
+        with atomic_folder(target) as aside:
+            yield aside
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target} could not be saved: {error}; what was there before is unchanged"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _swap(aside: Path, target: Path) -> None:
-    old = aside.with_suffix(".old")
-    if target.exists():
-        target.rename(old)
-    try:
-        aside.rename(target)
-    except BaseException:
-        with suppress(OSError):
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

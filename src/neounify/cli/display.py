@@ -13,9 +13,11 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
+
+from neounify.terminal import duration, progress_bar
 
 MIN_TABLE_WIDTH = 76
 """Columns of the tables of results."""
@@ -32,14 +34,14 @@ class _Pace(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         if task.total is None:
-            return Text(_clock(task.elapsed or 0), style="progress.elapsed")
+            return Text(duration(task.elapsed or 0), style="progress.elapsed")
         unit, speed = task.fields["unit"], task.speed
         if not speed:
             return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}s")
         left = (task.total - task.completed) / speed
         return Text(
             f"{task.completed:.0f}/{task.total:.0f} {unit}s, {1 / speed:.2f} s/{unit}, "
-            f"{_clock(left)} left"
+            f"{duration(left)} left"
         )
 
 
@@ -56,9 +58,9 @@ class _Work:
     def __str__(self) -> str:
         passed = time.monotonic() - self.begun
         if self.total is None or not self.done:
-            return f"{self.label}: {_clock(passed)} so far"
+            return f"{self.label}: {duration(passed)} so far"
         pace = passed / self.done
-        left = _clock(pace * (self.total - self.done))
+        left = duration(pace * (self.total - self.done))
         return f"{self.label}: {self.done} of {self.total} {self.unit}s, {left} left"
 
 
@@ -168,16 +170,9 @@ class Display:
                 self._progress = None
 
     def _start(self) -> Progress:
-        bars = () if is_narrow(self._console) else (BarColumn(),)
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            *bars,
-            _Pace(table_column=Column(no_wrap=True)),
-            console=self._console,
-            transient=True,
-            # Otherwise a redirected stdout would end up on the terminal.
-            redirect_stdout=False,
-            redirect_stderr=False,
+        pace = _Pace(table_column=Column(no_wrap=True))
+        self._progress = progress_bar(
+            self._console, pace, bar=not is_narrow(self._console), redirect_stderr=False
         )
         self._progress.start()
         return self._progress
@@ -201,9 +196,3 @@ def human_bytes(count: int) -> str:
 def is_narrow(console: Console) -> bool:
     """Whether a table of several columns would be cut on this terminal."""
     return console.is_terminal and console.width < MIN_TABLE_WIDTH
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

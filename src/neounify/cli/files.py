@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import secrets
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from neounify import files
 from neounify.cli.errors import CliError, WriteError, explain_os_error
-from neounify.lock import is_empty
 
 MAX_SLUG_CHARACTERS = 48
 MAX_SLUG_BYTES = 120
@@ -72,16 +69,16 @@ def check_new_folder(folder: Path, what: str, *, overwrite: bool) -> None:
 
     `what` is saved there: "a model".
     """
-    if folder.exists() and not folder.is_dir():
-        raise CliError(f"{folder} is a file; {what} is saved as a folder")
-    if folder.is_dir() and not is_empty(folder) and not overwrite:
-        raise CliError(f"{folder} is not empty; choose another folder, or add --overwrite")
+    hint = "choose another folder, or add --overwrite"
+    files.check_empty(folder, what, CliError, overwrite=overwrite, hint=hint)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file atomically. Raises WriteError."""
-    with _aside(path, data) as ready:
-        ready.replace(path)
+    try:
+        files.write_bytes(path, data)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def write_new(path: Path, data: bytes) -> bool:
@@ -89,16 +86,10 @@ def write_new(path: Path, data: bytes) -> bool:
 
     Raises WriteError.
     """
-    with _aside(path, data) as ready:
-        try:
-            os.link(ready, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            if path.exists():
-                return False
-            ready.replace(path)
-    return True
+    try:
+        return files.write_new(path, data)
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -113,15 +104,3 @@ def append_line(path: Path, line: bytes) -> None:
 def write_error(path: Path, error: OSError) -> WriteError:
     """The error for a file that could not be written."""
     return WriteError(f"{path} could not be written: {error.strerror or error}")
-
-
-@contextmanager
-def _aside(path: Path, data: bytes) -> Iterator[Path]:
-    aside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        aside.write_bytes(data)
-        yield aside
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        aside.unlink(missing_ok=True)

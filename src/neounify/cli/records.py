@@ -12,6 +12,7 @@ from PIL import Image
 from neounify.cli.errors import CliError
 from neounify.cli.files import candidates, write_new, write_whole
 from neounify.errors import ImageError
+from neounify.files import check_absent
 from neounify.image.io import read_metadata
 from neounify.provenance.metadata import CHUNK, encode_image
 
@@ -81,8 +82,7 @@ def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
 def check_free(path: Path) -> None:
     """CliError when saving an image under exactly this name would replace a file."""
     for taken in (path, path.with_suffix(".json")):
-        if taken.exists():
-            raise CliError(f"{taken} already exists; choose another name, or add --overwrite")
+        check_absent(taken, CliError, "choose another name, or add --overwrite")
 
 
 def sheet_path(path: Path) -> Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import secrets
 import tarfile
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -28,6 +27,7 @@ from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, 
 from neounify.data.record import parse_json, sample_from_record, sample_to_record
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.data.sources import map_pictures, read_picture
+from neounify.files import atomic_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
@@ -150,14 +150,9 @@ class ShardSource:
 
 def write_shard(samples: Iterable[Sample], path: Path) -> None:
     """Write samples, whose pictures have been read, as one shard; all or nothing."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with tarfile.open(aside, "w") as archive:
-            for number, sample in enumerate(samples):
-                _write(archive, f"{number:08d}", sample)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_file(path) as aside, tarfile.open(aside, "w") as archive:
+        for number, sample in enumerate(samples):
+            _write(archive, f"{number:08d}", sample)
 
 
 def _write(archive: tarfile.TarFile, key: str, sample: Sample) -> None:

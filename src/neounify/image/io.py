@@ -16,6 +16,7 @@ from typing import IO, Any
 from PIL import Image, ImageFile
 
 from neounify.errors import ImageError
+from neounify.files import read_bytes
 from neounify.image.budget import DecodeBudget, MeteredFile
 from neounify.image.colour import MAX_PROFILE_BYTES, to_srgb
 from neounify.image.heif import check_avif, isobmff_format, open_heif
@@ -159,12 +160,9 @@ def _read_path(source: str | PathLike[str]) -> tuple[str, bytes]:
             raise ImageError(f"{path}: no such file")
         if not path.is_file():
             raise ImageError(f"{path}: not a file")
-        with path.open("rb") as file:
-            return str(path), file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        if isinstance(error, ImageError):
-            raise
         raise ImageError(f"{str(path)!r}: cannot be read ({error})") from error
+    return str(path), read_bytes(path, MAX_FILE_BYTES, ImageError)
 
 
 def _read_stream(source: Any) -> bytes:

@@ -12,6 +12,7 @@ from neounify.checkpoint.load import Memory, load_checkpoint
 from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
+from neounify.files import read_text
 from neounify.model.compile import compile_streams
 from neounify.pipeline.front import Front
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
@@ -88,9 +89,4 @@ def _system_message(folder: Path) -> str | None:
     file = folder / SYSTEM_MESSAGE_FILE
     if not file.is_file():
         return None
-    if file.stat().st_size > MAX_SYSTEM_MESSAGE_BYTES:
-        raise CheckpointError(f"{file} is larger than {MAX_SYSTEM_MESSAGE_BYTES} bytes")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file} is not UTF-8 text: {error}") from error
+    return read_text(file, MAX_SYSTEM_MESSAGE_BYTES, CheckpointError)

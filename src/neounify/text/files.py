@@ -5,11 +5,11 @@ vocab.json and merges.txt gets the same description built here, so both layouts
 go through one path and give the same ids.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from neounify.errors import TokenizerError
+from neounify.files import parse_json_object, read_bytes
 from neounify.text.special import CONTROL, REQUIRED
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -52,7 +52,11 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """
     if not folder.is_dir():
         raise TokenizerError(f"{folder}: no such folder; {USABLE_FOLDER}")
-    return {name: _read_bounded(folder / name) for name in FILE_NAMES if (folder / name).is_file()}
+    return {
+        name: read_bytes(folder / name, MAX_FILE_BYTES, TokenizerError)
+        for name in FILE_NAMES
+        if (folder / name).is_file()
+    }
 
 
 def describe(files: dict[str, bytes], folder: Path) -> tuple[dict[str, Any], str]:
@@ -190,24 +194,7 @@ def parse_object(files: dict[str, bytes], name: str, folder: Path) -> dict[str, 
     """
     if name not in files:
         return {}
-    try:
-        value = json.loads(files[name].decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{folder / name}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{folder / name}: must hold a JSON object, not {_kind(value)}")
-    return value
-
-
-def _read_bounded(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-    return data
+    return parse_json_object(files[name], folder / name, TokenizerError)
 
 
 def _parse_merges(data: bytes, path: Path) -> list[list[str]]:

@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from neounify.files import write_bytes
+from neounify.terminal import duration, progress_bar
 from neounify.train.speed import Meter
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ class Log:
             with suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        aside = self.file.with_suffix(".new")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        aside.replace(self.file)
+        write_bytes(self.file, "".join(line + "\n" for line in kept).encode())
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -70,7 +69,8 @@ class Log:
         if self.console.quiet or not self.console.is_terminal:
             yield
             return
-        with _bar(self.console) as self._bar:
+        columns = (MofNCompleteColumn(), TextColumn("{task.fields[pace]}", markup=False))
+        with progress_bar(self.console, *columns) as self._bar:
             try:
                 yield
             finally:
@@ -103,7 +103,7 @@ class Log:
         """After every step, with the operations it computed."""
         self._meter.add(operations)
         if self._bar is not None:
-            left = _clock(self._meter.seconds_left(progress, stage.steps))
+            left = duration(self._meter.seconds_left(progress, stage.steps))
             pace = f"{self._meter.tokens_per_second(progress):,.0f} tokens/s, {left} left"
             self._bar.update(self._task, completed=progress.stage_step, pace=pace)
 
@@ -140,7 +140,7 @@ class Log:
             f"{100 * speed['matmul_share']:.0f} % of matmul  "
             f"{speed['peak_memory_gb']:.1f} GiB  "
             + (f"{damaged:,} damaged samples skipped  " if damaged else "")
-            + f"{_clock(left)} left",
+            + f"{duration(left)} left",
             highlight=False,
             soft_wrap=True,
         )
@@ -215,26 +215,9 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(folder / "tensorboard")
 
 
-def _bar(console: Console) -> Bar:
-    return Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}", markup=False),
-        console=console,
-        transient=True,
-        # Else what goes to a redirected stdout would end up on the terminal.
-        redirect_stdout=False,
-    )
-
-
 def _losses(metrics: dict[str, float]) -> str:
     names = (("text", "text/loss"), ("image", "image/loss"), ("clean", "image/clean"))
     return "".join(f"{short} {metrics[name]:.4f}  " for short, name in names if name in metrics)
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 LOSSES = ("text/loss", "image/loss")

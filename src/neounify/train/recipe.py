@@ -47,6 +47,7 @@ from neounify.config.ranges import (
 from neounify.data.record import TASK_ALIASES
 from neounify.data.sample import TASKS
 from neounify.errors import ConfigError
+from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
@@ -234,14 +235,8 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Raises ConfigError that names the file and the field."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_RECIPE_BYTES + 1)
-        if len(content) > MAX_RECIPE_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes")
-        table = tomllib.loads(content.decode("utf-8-sig"))  # some editors write a mark in front
-    except OSError as error:
-        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path, MAX_RECIPE_BYTES, ConfigError))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fnmatch import fnmatch
@@ -21,6 +19,7 @@ from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlSource, Mixture, Source
 from neounify.errors import CheckpointError, ConfigError
+from neounify.files import atomic_folder
 from neounify.image.sizes import fit_size
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
@@ -212,15 +211,11 @@ def _kind(value: Any) -> str:
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Written aside and moved into place: a run killed meanwhile must find none, not a half."""
-    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.saving")
     try:
-        aside.mkdir(parents=True)
-        tokenizer.save(aside)
-        aside.rename(folder)
+        with atomic_folder(folder) as aside:
+            tokenizer.save(aside)
     except OSError as error:
         raise CheckpointError(f"the tokenizer {folder} could not be saved: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

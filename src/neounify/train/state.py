@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neounify.errors import CheckpointError
+from neounify.files import atomic_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -40,40 +39,24 @@ def save_state(
     Raises CheckpointError when the disk is full or not writable; earlier states stay.
     """
     target = folder / f"step-{step:08d}"
-    aside = folder / f".{target.name}.{secrets.token_hex(4)}.saving"
     try:
-        _remove_leftovers(folder)
-        aside.mkdir(parents=True)
-        for name in _present(tensors):
-            save_file(
-                {k: v.contiguous() for k, v in tensors[name].items()}, aside / f"{name}.safetensors"
-            )
-        facts = {**facts, "files": _fingerprints(aside)}
-        (aside / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        _sync(folder)
+        remove_leftovers(folder, "step-*")
+        with atomic_folder(target) as aside:
+            for name in _present(tensors):
+                stored = {k: v.contiguous() for k, v in tensors[name].items()}
+                save_file(stored, aside / f"{name}.safetensors")
+            facts = {**facts, "files": _fingerprints(aside)}
+            write_json(aside / "state.json", facts, indent=1)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the training state {target} could not be saved: {error}; earlier ones are unchanged"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
 def _present(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
     """Names of the files that some tensors are saved as."""
     return (*FILES, METHOD_FILE) if tensors.get(METHOD_FILE) else FILES
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what runs that were killed while they saved have left: gigabytes each."""
-    for path in folder.glob(".step-*.saving") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune_states(folder: Path, keep: int, step: int) -> None:
@@ -230,11 +213,3 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor]) -> list[dict[int, dict[st
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

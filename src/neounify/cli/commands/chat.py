@@ -24,7 +24,7 @@ from neounify.cli.files import writable_folder
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import FILES, BatchOptions, ModelOptions, ReportOptions
 from neounify.cli.task_options import ChatOptions
-from neounify.lock import locked_folder
+from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
 

@@ -14,7 +14,7 @@ from neounify.cli.errors import UsageError, WriteError, explain_os_error
 from neounify.cli.files import check_new_folder, check_writable
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import FILES, IMAGES, ModelOptions, OverwriteOptions, ReportOptions
-from neounify.lock import locked_folder
+from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:

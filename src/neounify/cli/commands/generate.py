@@ -31,7 +31,7 @@ from neounify.cli.options import (
     ReportOptions,
 )
 from neounify.cli.task_options import EditOptions, GenerateOptions
-from neounify.lock import locked_folder
+from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:

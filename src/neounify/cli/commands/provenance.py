@@ -12,6 +12,7 @@ from neounify.cli.display import Display, printable
 from neounify.cli.errors import explain_os_error
 from neounify.cli.options import ReportOptions
 from neounify.errors import ImageError
+from neounify.files import read_bytes
 
 if TYPE_CHECKING:
     from neounify.provenance.watermark import Marker
@@ -83,11 +84,7 @@ def _read(path: Path) -> bytes:
 
     if path.exists() and not path.is_file():
         raise ImageError("not a file")
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"larger than {MAX_FILE_BYTES} bytes")
-    return data
+    return read_bytes(path, MAX_FILE_BYTES, ImageError)
 
 
 def _lines(entry: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from neounify.cli.serve_options import (
     ServeModelOptions,
 )
 from neounify.extras import missing_extra
+from neounify.files import read_text
 from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
 
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
@@ -220,12 +221,7 @@ def _read_keys(file: Path | None) -> dict[str, str]:
             raise CliError(
                 f"--api-keys {file}: {'not a file' if file.exists() else 'no such file'}"
             )
-        if (size := file.stat().st_size) > MAX_KEYS_BYTES:
-            raise CliError(f"--api-keys {file}: {size} bytes, at most {MAX_KEYS_BYTES} are read")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise CliError(f"--api-keys {file} is not UTF-8 text") from error
+        text = read_text(file, MAX_KEYS_BYTES, CliError)
         if not parse_keys(text):
             raise CliError(f"--api-keys {file} holds no key; write one name:key per line")
     return parse_keys(text)

@@ -11,7 +11,7 @@ from neounify.cli.display import Display
 from neounify.cli.errors import CliError
 from neounify.cli.models import default_device
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions
-from neounify.lock import locked_folder
+from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from neounify.files import write_bytes, write_json
 from neounify.scenes.bench.category import Example, Outcome, Pixels
 from neounify.scenes.bench.checks import Verdict
 from neounify.scenes.bench.plan import RELATION_YES_NO, TASKS
@@ -29,8 +29,8 @@ def write_folder(report: Report, outcomes: Sequence[Outcome], folder: Path) -> l
     for name in _sheet_names():
         (folder / name).unlink(missing_ok=True)
     as_json, as_text = folder / "report.json", folder / "report.md"
-    as_json.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-    as_text.write_text(report.to_markdown(), encoding="utf-8")
+    write_json(as_json, report.to_json(), indent=1)
+    write_bytes(as_text, report.to_markdown().encode())
     return [as_json, as_text, *(path for o in outcomes for path in _write_sheets(o, folder))]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from neounify.errors import NeounifyError
+from neounify.files import read_text
 from neounify.serve.safety.hooks import Refused
 
 MAX_LIST_BYTES = 1024 * 1024
@@ -49,7 +50,8 @@ class WordList:
 
         Raises WordListError.
         """
-        lines = (line.strip() for line in _read_text(path).splitlines())
+        text = read_text(path, MAX_LIST_BYTES, WordListError)
+        lines = (line.strip() for line in text.splitlines())
         phrases = [line for line in lines if line and not line.startswith("#")]
         if not phrases:
             raise WordListError(f"the word list {path.name} holds no words")
@@ -99,18 +101,3 @@ def _is_invisible(character: str) -> bool:
 def _bare(text: str) -> str:
     """Letters and digits only: spaces and signs between Chinese characters hide nothing."""
     return _SYMBOL.sub("", text)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_LIST_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise WordListError(f"the word list {path} cannot be read: {reason}") from error
-    if len(data) > MAX_LIST_BYTES:
-        raise WordListError(f"the word list {path} is larger than {MAX_LIST_BYTES} bytes")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise WordListError(f"the word list {path} is not UTF-8 ({error.reason})") from error
