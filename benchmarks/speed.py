@@ -12,14 +12,8 @@ from benchmarks import counting
 from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
-from neounify.decode import (
-    Generation,
-    ModelInput,
-    SamplingSettings,
-    SamplingState,
-    decode,
-    forward_und,
-)
+from neounify.config import TextSampling
+from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
@@ -130,7 +124,7 @@ def _tokens_per_second(model: NeoUnify, batch: int) -> float:
     for _ in range(3):
         read = [read_text(model, 64, room=DECODED + 8) for _ in range(batch)]
         generations = [
-            Generation(cache, SamplingState(SamplingSettings()), frozenset(), DECODED + 8)
+            Generation(cache, SamplingState(TextSampling()), frozenset(), DECODED + 8)
             for cache, _ in read
         ]
         steps = decode(model, generations, torch.cat([state for _, state in read]))

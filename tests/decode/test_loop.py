@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from neounify.cache import Cache, SequenceCache
-from neounify.decode import (
-    Generation,
-    ModelInput,
-    SamplingSettings,
-    SamplingState,
-    decode,
-    forward_und,
-)
+from neounify.config import TextSampling
+from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
 from neounify.errors import CheckpointError
 from neounify.model import Document, Layout, NeoUnify, Text
 from support.models import batch_of, random_config, random_model
@@ -40,10 +34,10 @@ def _generation(
     prompt: Sequence[int],
     limit: int,
     stop: Sequence[int] = (),
-    settings: SamplingSettings | None = None,
+    settings: TextSampling | None = None,
     cache: Cache | None = None,
 ) -> Generation:
-    sampling = SamplingState(settings or SamplingSettings(), prompt)
+    sampling = SamplingState(settings or TextSampling(), prompt)
     return Generation(cache or _cache(), sampling, frozenset(stop), limit)
 
 
@@ -80,7 +74,7 @@ def test_greedy_equals_full_forwards() -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_batch_writes_what_each_writes_alone(sampled: bool) -> None:
     settings = [
-        SamplingSettings(temperature=float(sampled), seed=seed, repetition_penalty=1 + 0.2 * seed)
+        TextSampling(temperature=float(sampled), seed=seed, repetition_penalty=1 + 0.2 * seed)
         for seed in range(len(PROMPTS))
     ]
     limits = [9, 4, 1, 12]
@@ -186,7 +180,7 @@ def test_stop_from_outside() -> None:
 
 def test_a_penalty_counts_the_prompt_and_what_was_written_but_no_stop_token() -> None:
     free = _by_full_forwards(PROMPTS[0], 12)
-    settings = SamplingSettings(repetition_penalty=1.0001)
+    settings = TextSampling(repetition_penalty=1.0001)
     generation = _generation(PROMPTS[0], 12, free[6:7], settings=settings)
     _write([generation], PROMPTS[0])
     seen = generation.sampling.seen(_model().config.vocab_size, _model().device)
@@ -194,7 +188,7 @@ def test_a_penalty_counts_the_prompt_and_what_was_written_but_no_stop_token() ->
 
 
 def test_logprobs_come_with_every_token() -> None:
-    generation = _generation(PROMPTS[0], 5, settings=SamplingSettings(logprobs=2))
+    generation = _generation(PROMPTS[0], 5, settings=TextSampling(logprobs=2))
     _write([generation], PROMPTS[0])
     assert len(generation.logprobs) == 5
     best = [found.top[0] for found in generation.logprobs]

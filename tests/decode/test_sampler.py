@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neounify.decode import SamplingSettings, SamplingState, sample, sampler
+from neounify.config import TextSampling
+from neounify.decode import SamplingState, sample, sampler
 from neounify.decode.sampler import draw, probabilities
 from neounify.errors import CheckpointError, RequestError
 
@@ -26,14 +27,14 @@ def _logits(seed: int, size: int = VOCAB) -> Tensor:
 
 
 def _state(context: Sequence[int] = (), **values: Any) -> SamplingState:
-    return SamplingState(SamplingSettings(**values), context)
+    return SamplingState(TextSampling(**values), context)
 
 
 def _one(logits: Tensor, state: SamplingState) -> int:
     return sample(logits[None], [state])[0].token
 
 
-def _plain_probabilities(logits: Sequence[float], settings: SamplingSettings) -> list[float]:
+def _plain_probabilities(logits: Sequence[float], settings: TextSampling) -> list[float]:
     """Softmax at the temperature; the k likeliest; the fewest that hold top_p; those above min_p.
 
     Of equal ones the first count as likelier.
@@ -52,18 +53,18 @@ def _plain_probabilities(logits: Sequence[float], settings: SamplingSettings) ->
     return [powers[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
 
 
-def _on_an_edge(logits: Sequence[float], settings: SamplingSettings) -> bool:
+def _on_an_edge(logits: Sequence[float], settings: TextSampling) -> bool:
     """Whether rounding decides about a token."""
     kept = set()
     for way in (1 - 1e-5, 1 + 1e-5):
         top_p, min_p = min(1.0, settings.top_p * way), min(1.0, settings.min_p * way)
-        nudged = SamplingSettings(**{**vars(settings), "top_p": top_p, "min_p": min_p})
+        nudged = TextSampling(**{**vars(settings), "top_p": top_p, "min_p": min_p})
         kept.add(tuple(x > 1e-9 for x in _plain_probabilities(logits, nudged)))
     return len(kept) > 1
 
 
 SETTINGS = st.builds(
-    SamplingSettings,
+    TextSampling,
     temperature=st.floats(0.1, 3),
     top_k=st.integers(0, VOCAB + 3),
     top_p=st.one_of(st.just(1.0), st.floats(0.02, 1)),
@@ -73,7 +74,7 @@ SETTINGS = st.builds(
 
 @pytest.mark.parametrize("first", [1, 2, 256])
 @given(st.lists(st.tuples(st.integers(0, 10_000), SETTINGS), min_size=1, max_size=6))
-def test_probabilities(first: int, rows: list[tuple[int, SamplingSettings]]) -> None:
+def test_probabilities(first: int, rows: list[tuple[int, TextSampling]]) -> None:
     """Whatever other rows there are, and however few candidates are looked at first."""
     rows = [(n, s) for n, s in rows if not _on_an_edge(_logits(n).tolist(), s)]
     if not rows:
@@ -94,7 +95,7 @@ def test_probabilities(first: int, rows: list[tuple[int, SamplingSettings]]) -> 
 def test_of_equal_tokens_the_first_stay(seed: int, top_k: int, top_p: float) -> None:
     rng = random.Random(seed)
     logits = [float(rng.choice([0, 0, 1, 2])) for _ in range(VOCAB)]
-    settings = SamplingSettings(temperature=1.0, top_k=top_k, top_p=top_p)
+    settings = TextSampling(temperature=1.0, top_k=top_k, top_p=top_p)
     if _on_an_edge(logits, settings):
         return
     wanted = [x > 0 for x in _plain_probabilities(logits, settings)]
@@ -185,7 +186,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 def test_draws_are_those_of_a_plain_inverse_distribution() -> None:
     """One uniform number of the seed's generator per token, over tokens in order of their id."""
-    settings = SamplingSettings(temperature=0.8, top_k=40, top_p=0.9, seed=11)
+    settings = TextSampling(temperature=0.8, top_k=40, top_p=0.9, seed=11)
     state, generator = SamplingState(settings), torch.Generator().manual_seed(11)
     for step in range(50):
         logits = _logits(step, 300)
@@ -238,14 +239,14 @@ def test_a_request_draws_the_same_in_any_company() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        SamplingSettings(temperature=1.0, seed=0),
-        SamplingSettings(temperature=0.7, top_k=6, seed=1),
-        SamplingSettings(temperature=1.5, top_p=0.8, seed=2),
-        SamplingSettings(temperature=1.0, repetition_penalty=1.5, seed=3),
-        SamplingSettings(temperature=1.0, min_p=0.1, seed=4),
+        TextSampling(temperature=1.0, seed=0),
+        TextSampling(temperature=0.7, top_k=6, seed=1),
+        TextSampling(temperature=1.5, top_p=0.8, seed=2),
+        TextSampling(temperature=1.0, repetition_penalty=1.5, seed=3),
+        TextSampling(temperature=1.0, min_p=0.1, seed=4),
     ],
 )
-def test_the_frequencies_of_draws(settings: SamplingSettings) -> None:
+def test_the_frequencies_of_draws(settings: TextSampling) -> None:
     """Chi-square of 4000 draws stays where all but one in a million would be."""
     logits, context, count = _logits(9), [0, 3, 4], 4000
     scores = _penalised(logits.tolist(), context, settings.repetition_penalty)
@@ -392,4 +393,4 @@ def test_log_probabilities_are_the_models_own() -> None:
 )
 def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        SamplingSettings(**values)
+        TextSampling(**values)

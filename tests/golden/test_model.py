@@ -15,14 +15,8 @@ from torch.nn.functional import gelu, linear
 
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
-from neounify.decode import (
-    Generation,
-    ModelInput,
-    SamplingSettings,
-    SamplingState,
-    decode,
-    forward_und,
-)
+from neounify.config import TextSampling
+from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
 from neounify.flow.path import velocity
 from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
@@ -218,7 +212,7 @@ def test_greedy_tokens(
         return int(logits.argmax())
 
     script_sampler(monkeypatch, choose)
-    sampling = SamplingState(SamplingSettings())
+    sampling = SamplingState(TextSampling())
     generation = Generation(cache, sampling, frozenset(), recorded["greedy_ids"].shape[1])
     for _ in decode(model, [generation], forward_und(model, [prompt.model_input(cache)])):
         pass

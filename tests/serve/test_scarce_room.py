@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import neounify
 from neounify.cache import PagedKVCache
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import TextSampling
 from neounify.serve.messages import (
     Close,
     Export,
@@ -89,7 +89,7 @@ class Life:
                 parts = (*parts, image(self.seed % 3, 2, 3), text(rng, 5))
             return Open(self.call, {cond: parts, other: (text(rng, 9),)}, {cond: 40, other: 12})
         if kind == "write":
-            sampling = SamplingSettings(
+            sampling = TextSampling(
                 temperature=rng.choice([0.0, 1.0]), seed=self.seed, repetition_penalty=1.2
             )
             most = 12 if self.left else 20
@@ -229,7 +229,7 @@ def test_what_grows_beyond_the_cache_ends(pipe: neounify.Pipeline) -> None:
     engine.submit(Extend(2, {name: (TextPart((1,) * 46),)}))
     assert isinstance(engine.replies[-1].answer, Failed)
     assert engine.replies[-1].answer.kind == "ContextFullError"
-    engine.submit(Write(3, name, SamplingSettings(), frozenset(), 1000))
+    engine.submit(Write(3, name, TextSampling(), frozenset(), 1000))
     for _ in range(60):
         engine.step()
     written = engine.replies[-1].answer

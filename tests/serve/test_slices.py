@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import neounify
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import TextSampling
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import (
@@ -145,7 +145,7 @@ def test_the_next_token_is_one_slice_away(
 
         monkeypatch.setattr(layer, "forward", counted)
     name = (1, "cond")
-    then = Write(2, name, SamplingSettings(), frozenset(), 20)
+    then = Write(2, name, TextSampling(), frozenset(), 20)
     orders: list[Order] = [
         Open(1, {name: (TextPart((1, 2, 3)),)}, {name: 20}, then),
         paint(pipe, 3, LARGE, 30),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import neounify
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import TextSampling
 from neounify.serve.generation import GenerationEngine, GenerationSettings
 from neounify.serve.messages import Open, Order, Reply, Report, TextPart, Write
 from neounify.serve.transport import LocalTransport
@@ -55,7 +55,7 @@ def steps_beside(pipe: neounify.Pipeline, then: Write | None) -> list[bool]:
 
 
 def test_denoising_steps_are_short_beside_text(pipe: neounify.Pipeline) -> None:
-    then = Write(1, NAME, SamplingSettings(), frozenset(), 2)
+    then = Write(1, NAME, TextSampling(), frozenset(), 2)
     assert steps_beside(pipe, then) == [True] * 4
 
 

@@ -28,8 +28,7 @@ from neounify.cli.task_options import (
     ImageOptions,
     StoryOptions,
 )
-from neounify.config import ModelConfig
-from neounify.decode import SamplingSettings
+from neounify.config import ModelConfig, TextSampling
 from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline.chatting import make_chat_request
@@ -153,7 +152,7 @@ def check_story(
         sampling=resolve_sampling(options, config),
         images=images,
         seed=options.seed,
-        text=SamplingSettings(seed=options.seed, **_chosen(values, _TEXT)),
+        text=TextSampling(seed=options.seed, **_chosen(values, _TEXT)),
         **_chosen(values, ("max_images", "max_new_tokens", *_COMMON)),
     )
     _check_system(options.system)

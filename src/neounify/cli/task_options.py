@@ -14,13 +14,21 @@ import typer
 
 from neounify.cli.errors import UsageError
 from neounify.cli.options import IMAGES, TEXT
-from neounify.flow.sampling import ImageSampling, knob_doc
+from neounify.config import TextSampling
+from neounify.config.knobs import knob_doc
+from neounify.flow.sampling import ImageSampling
 
 
 def _knob(name: str, metavar: str | None, *flags: str) -> Any:
     """The option of one field of ImageSampling, described by the sentence of the field."""
     help = knob_doc(ImageSampling, name)
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=IMAGES)
+
+
+def _text_knob(name: str, metavar: str, *flags: str) -> Any:
+    """The option of one field of TextSampling, described by the sentence of the field."""
+    help = knob_doc(TextSampling, name)
+    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,46 +187,11 @@ class TextOptions:
             metavar="N", help="Maximum length of the answer, in tokens.", rich_help_panel=TEXT
         ),
     ] = None
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="T",
-            help="Sampling temperature; 0 is greedy.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Nucleus sampling: sample from the most likely tokens with this total "
-            "probability.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Sample from the K most likely tokens only.", rich_help_panel=TEXT
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Drop tokens with less than this fraction of the most likely token's "
-            "probability. Default: 0, none.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Above 1, tokens that already occurred become less likely.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None
+    temperature: Annotated[float | None, _text_knob("temperature", "T")] = None
+    top_p: Annotated[float | None, _text_knob("top_p", "P")] = None
+    top_k: Annotated[int | None, _text_knob("top_k", "K")] = None
+    min_p: Annotated[float | None, _text_knob("min_p", "P")] = None
+    repetition_penalty: Annotated[float | None, _text_knob("repetition_penalty", "R")] = None
 
     def text_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's text calls."""

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from neounify.config.flow import FlowConfig, NoiseScaleMode
 from neounify.config.model import ImageHead, MlpConfig, ModelConfig
-from neounify.config.sampling import CheckpointDefaults
+from neounify.config.sampling import CheckpointDefaults, Constraint, ConstraintFactory, TextSampling
 from neounify.deprecation import moved
 
 __all__ = [
     "CheckpointDefaults",
+    "Constraint",
+    "ConstraintFactory",
     "FlowConfig",
     "ImageHead",
     "MlpConfig",
     "ModelConfig",
     "NoiseScaleMode",
+    "TextSampling",
 ]
 
 __getattr__ = moved(__name__, __name__, {"SamplingConfig": "CheckpointDefaults"})

@@ -1,10 +1,19 @@
-"""CheckpointDefaults: what a checkpoint is sampled with where a request names nothing else."""
+"""CheckpointDefaults, for requests that name no values, and TextSampling, the knobs of text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from neounify.config.checks import require
+from neounify.config.knobs import doc
+from neounify.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_LOGPROBS = 20
+"""Alternatives whose log-probability may be asked for with every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +83,96 @@ class CheckpointDefaults:
             f"sampling.trained_sizes {self.trained_sizes} must be (width, height) pairs, "
             f"multiples of {token_size}",
         )
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in one sequence, for instance by a grammar; holds its state."""
+
+    def mask(self) -> Tensor:
+        """The tokens allowed next: bool [≤ vocab], or int32 [≤ vocab / 32] with one bit per token.
+
+        Bit n % 32 of word n // 32 stands for token n. Tokens beyond its end are not allowed.
+        """
+
+    def accept(self, token: int) -> None:
+        """Take in a token that was chosen. A token that ends the sequence is not passed."""
+
+
+class ConstraintFactory(Protocol):
+    """Plain data that a constraint is made from, so that it can travel to another process."""
+
+    def start(self) -> Constraint:
+        """A constraint at its beginning. Raises RequestError."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise RequestError unless torch's generators take the seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}", param="seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling:
+    """How tokens are drawn. Raises RequestError for values out of range.
+
+    The filters apply in the order of the fields; a field here has an option of the command line
+    and a field of the HTTP API, described by the same sentence (`knob_doc`).
+    """
+
+    repetition_penalty: float = field(
+        default=1.0,
+        metadata=doc(
+            "Above 1, tokens already in the context become less likely: positive logits are "
+            "divided by it, negative ones multiplied. Above 0; 1 is none."
+        ),
+    )
+    temperature: float = field(
+        default=0.0,
+        metadata=doc("Sampling temperature, 0 to 100; 0 takes the most likely token (greedy)."),
+    )
+    top_k: int = field(
+        default=0, metadata=doc("Sample from the k most likely tokens only; 0: all of them.")
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata=doc(
+            "Sample from the smallest set of most likely tokens that together have this "
+            "probability; above 0, 1: all."
+        ),
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata=doc(
+            "Sample from tokens at least this fraction as likely as the most likely one; 0: all, "
+            "at most 1."
+        ),
+    )
+    seed: int | None = field(
+        default=None, metadata=doc("Random seed, below 2^64; None: another one each time.")
+    )
+    logprobs: int | None = field(
+        default=None,
+        metadata=doc(
+            f"Report each token's log-probability and that of so many most likely alternatives, 0 "
+            f"to {MAX_LOGPROBS}, before any of the above. None: nothing."
+        ),
+    )
+    constraint: ConstraintFactory | None = field(
+        default=None, metadata=doc("Which tokens are allowed at all, for instance by a grammar.")
+    )
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            check_seed(self.seed)
+        count = self.logprobs
+        for name, ok, rule in (
+            ("temperature", 0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or a positive number"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, 1 is none"),
+            ("logprobs", count is None or 0 <= count <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        ):
+            if not ok:
+                value = getattr(self, name)
+                raise RequestError(f"{name} must be {rule}, got {value}", param=name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from neounify.config import CheckpointDefaults, ModelConfig
+from neounify.config.knobs import doc
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.solvers import SolverName, check_solver
@@ -15,65 +16,59 @@ MAX_SHIFT = 1000
 """Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
 
 
-def _doc(sentence: str) -> dict[str, str]:
-    return {"doc": sentence}
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageSampling:
     """How a request wants its images sampled. Raises RequestError for values out of range.
 
     None stands for the checkpoint's own value (`config.sampling`), for `t_eps` for the one that
     fits the times. `resolve` gives the values that are used. A field here has an option of the
-    command line and a field of the HTTP API, described by the same sentence (`knob_doc`).
+    command line and a field of the HTTP API, described by the same sentence (`config.knobs`).
     """
 
     steps: int | None = field(
         default=None,
-        metadata=_doc(f"Denoising steps, 1 to {MAX_STEPS}: more are slower and give finer images."),
+        metadata=doc(f"Denoising steps, 1 to {MAX_STEPS}: more are slower and give finer images."),
     )
     shift: float | None = field(
         default=None,
-        metadata=_doc(
+        metadata=doc(
             "Timestep shift: above 1, more of the steps are spent at high noise; 1 is none."
         ),
     )
     guidance: float | None = field(
         default=None,
-        metadata=_doc("Classifier-free guidance scale; 0 to 1 is none, and twice as fast."),
+        metadata=doc("Classifier-free guidance scale; 0 to 1 is none, and twice as fast."),
     )
     image_guidance: float | None = field(
         default=None,
-        metadata=_doc("Guidance scale of the input images of an edit; 1 is none."),
+        metadata=doc("Guidance scale of the input images of an edit; 1 is none."),
     )
     guidance_interval: tuple[float, float] = field(
         default=(0.0, 1.0),
-        metadata=_doc(
+        metadata=doc(
             "Range of times t in which guidance acts; 0 is pure noise, 1 the image. Default: 0, 1."
         ),
     )
     guidance_norm: Norm = field(
         default="none",
-        metadata=_doc(
+        metadata=doc(
             "Rescaling of strong guidance: none, global, channel or cfg_zero_star. Default: none."
         ),
     )
     published_interval: bool = field(
         default=False,
-        metadata=_doc(
-            "As in the published code: a guidance interval of an edit from 0 never ends."
-        ),
+        metadata=doc("As in the published code: a guidance interval of an edit from 0 never ends."),
     )
     solver: SolverName = field(
         default="euler",
-        metadata=_doc(
+        metadata=doc(
             "ODE solver: euler, as published, or ab2: second order, needs fewer steps. "
             "Default: euler."
         ),
     )
     t_eps: float | None = field(
         default=None,
-        metadata=_doc(
+        metadata=doc(
             "Smallest 1 - t by which a velocity is divided, above 0 and at most 1. Default: "
             "0.02, or less where the last step is shorter."
         ),
@@ -171,9 +166,3 @@ class ResolvedSampling:
         from neounify.flow.path import sampling_t_eps
 
         return sampling_t_eps(self.times()[-2]) if self.t_eps is None else self.t_eps
-
-
-def knob_doc(config: type, name: str) -> str:
-    """The sentence that describes one field of a sampling config."""
-    docs = {knob.name: knob.metadata["doc"] for knob in fields(config)}
-    return str(docs[name])

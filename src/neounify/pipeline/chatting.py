@@ -10,8 +10,9 @@ from typing import Any, Literal, TypedDict
 import PIL.Image
 import torch
 
+from neounify.config import TextSampling
 from neounify.decode.loop import Generation
-from neounify.decode.sampling import SamplingSettings, SamplingState
+from neounify.decode.sampling import SamplingState
 from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
 from neounify.pipeline.answer import AnswerText, check_stop
@@ -39,7 +40,7 @@ class ChatRequest:
     think: bool = False
     max_new_tokens: int = 512
     stop: Sequence[str] = ()
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: TextSampling = field(default_factory=TextSampling)
     tool_use: ToolUse = field(default_factory=ToolUse)
     response_format: Mapping[str, Any] | None = None
 
@@ -76,7 +77,7 @@ class CompletionRequest:
     max_new_tokens: int = 16
     stop: Sequence[str] = ()
     echo: bool = False
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: TextSampling = field(default_factory=TextSampling)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -152,7 +153,7 @@ def make_chat_request(
         think=think,
         max_new_tokens=max_new_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        sampling=SamplingSettings(
+        sampling=TextSampling(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -177,7 +178,7 @@ def prompt_of(front: Front, request: ChatRequest) -> Prompt:
     )
 
 
-def constrained(front: Front, request: ChatRequest) -> SamplingSettings:
+def constrained(front: Front, request: ChatRequest) -> TextSampling:
     """How to draw the answer: by its schema, or as calls of tools, where that is asked for.
 
     Raises RequestError for a schema that cannot be followed.

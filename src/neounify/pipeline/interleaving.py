@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.cache import SequenceCache
-from neounify.config import ModelConfig
+from neounify.config import ModelConfig, TextSampling
+from neounify.config.sampling import check_seed
 from neounify.decode.loop import Generation
-from neounify.decode.sampling import SamplingSettings, SamplingState
+from neounify.decode.sampling import SamplingState
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
@@ -25,7 +26,7 @@ from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.front import Front
 from neounify.pipeline.painting import edit_images
-from neounify.pipeline.request import check_negative_prompt, check_seed, image_noise_scale
+from neounify.pipeline.request import check_negative_prompt, image_noise_scale
 from neounify.pipeline.results import (
     ImagePart,
     InterleavePart,
@@ -64,7 +65,7 @@ class InterleaveRequest:
     seed: int = 0
     think: bool = False
     system: str = ""
-    text: SamplingSettings = field(default_factory=SamplingSettings)
+    text: TextSampling = field(default_factory=TextSampling)
     history: Sequence[Message] = ()
     negative_prompt: str = ""
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from neounify.cache import SequenceCache
+from neounify.config import TextSampling
 from neounify.decode.loop import Generation
-from neounify.decode.sampling import SamplingSettings, SamplingState
+from neounify.decode.sampling import SamplingState
 from neounify.flow.guidance import Branch
 from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine, Prefix
@@ -130,7 +131,7 @@ def think(
     generations = [
         Generation(
             p.cache,
-            SamplingState(SamplingSettings()),
+            SamplingState(TextSampling()),
             frozenset((close, end)),
             r.max_think_tokens,
         )

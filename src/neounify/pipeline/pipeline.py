@@ -13,8 +13,7 @@ from typing_extensions import Unpack
 
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
-from neounify.config import ModelConfig
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import ModelConfig, TextSampling
 from neounify.errors import RequestError
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling
 from neounify.image.io import Source
@@ -332,7 +331,7 @@ class Pipeline:
             seed=seed,
             think=think,
             system=system,
-            text=SamplingSettings(
+            text=TextSampling(
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,

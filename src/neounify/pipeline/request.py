@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
+from neounify.config.sampling import check_seed
 from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
@@ -109,12 +110,6 @@ def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
             f"negative_prompt: {used}, so nothing is steered away from; set guidance above 1",
             param="negative_prompt",
         )
-
-
-def check_seed(seed: int) -> None:
-    """RequestError unless torch's generators take the seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise RequestError(f"seed must be a whole number below 2^64, got {seed!r}", param="seed")
 
 
 def max_image_tokens(config: ModelConfig) -> int:

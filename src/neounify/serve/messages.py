@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
+from neounify.config import TextSampling
 from neounify.decode.sampler import LogProbs
-from neounify.decode.sampling import SamplingSettings
 from neounify.errors import NeounifyError
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
@@ -67,7 +67,7 @@ class Write:
 
     call: int
     sequence: SequenceName
-    sampling: SamplingSettings
+    sampling: TextSampling
     stop_ids: frozenset[int]
     max_new_tokens: int
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import TextSampling
 from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
 from neounify.pipeline.answer import AnswerText
@@ -111,9 +111,7 @@ async def chat(session: Session, front: Front, request: ChatRequest, previews: i
         yield event
 
 
-def _prepare_chat(
-    front: Front, request: ChatRequest
-) -> tuple[SamplingSettings, Prompt, list[Tensor]]:
+def _prepare_chat(front: Front, request: ChatRequest) -> tuple[TextSampling, Prompt, list[Tensor]]:
     sampling = constrained(front, request)
     return sampling, prompt_of(front, request), chat_images(front, request)
 
@@ -143,7 +141,7 @@ async def _write(
     session: Session,
     parts: Sequence[PromptPart],
     text: AnswerEvents,
-    sampling: SamplingSettings,
+    sampling: TextSampling,
     stops: frozenset[int],
     most: int,
 ) -> Events:
@@ -287,7 +285,7 @@ async def _think(session: Session, front: Front, request: PaintRequest, usage: _
     close = front.token(THINK_CLOSE)
     stops = frozenset((close, front.token(IM_END)))
     text = AnswerEvents(front, front.tokenizer.stream, thinking=True)
-    async for answer in session.write("cond", SamplingSettings(), stops, request.max_think_tokens):
+    async for answer in session.write("cond", TextSampling(), stops, request.max_think_tokens):
         if isinstance(answer, Token):
             usage.written += 1
             usage.thought += 1

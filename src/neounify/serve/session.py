@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neounify import errors
-from neounify.decode.sampling import SamplingSettings
+from neounify.config import TextSampling
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.serve.events import DeadlineExceeded, EngineDied, OutOfMemory, ParcelGone
@@ -125,7 +125,7 @@ class Session:
         self,
         name: str,
         prompt: Sequence[PromptPart],
-        sampling: SamplingSettings,
+        sampling: TextSampling,
         stop_ids: frozenset[int],
         most: int,
     ) -> AsyncGenerator[Opened | Token | Written]:
@@ -146,7 +146,7 @@ class Session:
             self._close_call(writing)
 
     async def write(
-        self, name: str, sampling: SamplingSettings, stop_ids: frozenset[int], most: int
+        self, name: str, sampling: TextSampling, stop_ids: frozenset[int], most: int
     ) -> AsyncGenerator[Token | Written]:
         """Tokens as they are written, then how it ended."""
         link = self.links.understanding

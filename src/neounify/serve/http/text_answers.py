@@ -8,7 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from neounify.decode.sampling import MAX_LOGPROBS, SamplingSettings
+from neounify.config import TextSampling
+from neounify.config.knobs import knob_doc
+from neounify.config.sampling import MAX_LOGPROBS
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb, ToolCallPiece
 from neounify.serve.http.fields import MAX_TEXT, Number, RequestFields, seeds_of
@@ -30,6 +32,10 @@ class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
     include_usage: bool = False
+
+
+def _doc(knob: str) -> str:
+    return knob_doc(TextSampling, knob)
 
 
 class TextFields(RequestFields):
@@ -70,15 +76,13 @@ class TextFields(RequestFields):
     )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    temperature: Number = Field(0.0, description="0 takes the likeliest token.")
-    top_p: Number = 1.0
+    temperature: Number = Field(0.0, description=_doc("temperature"))
+    top_p: Number = Field(1.0, description=_doc("top_p"))
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(
-        0, description="0: all tokens. Extension."
+        0, description=f"{_doc('top_k')} Extension."
     )
-    min_p: Number = Field(
-        0.0, description="Drops tokens less than that fraction as likely as the best. Extension."
-    )
-    repetition_penalty: Number = Field(1.0, description="1 is none. Extension.")
+    min_p: Number = Field(0.0, description=f"{_doc('min_p')} Extension.")
+    repetition_penalty: Number = Field(1.0, description=f"{_doc('repetition_penalty')} Extension.")
     max_tokens: TokenCount | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] = Field(default_factory=list)
 
@@ -87,9 +91,9 @@ class TextFields(RequestFields):
         """The strings that end the answer."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def sampling(self, *, seed: int | None, logprobs: int | None = None) -> SamplingSettings:
+    def sampling(self, *, seed: int | None, logprobs: int | None = None) -> TextSampling:
         """How tokens are drawn. Raises RequestError for values out of range."""
-        return SamplingSettings(
+        return TextSampling(
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,

@@ -9,6 +9,8 @@ import pytest
 from typer.main import get_command
 
 from neounify.cli.app import app
+from neounify.config import TextSampling
+from neounify.config.knobs import knob_doc
 from neounify.config.presets import SCENES, TINY
 from neounify.errors import RequestError
 from neounify.flow.sampling import (
@@ -16,10 +18,11 @@ from neounify.flow.sampling import (
     GenerateKnobs,
     ImageSampling,
     ResolvedSampling,
-    knob_doc,
 )
+from neounify.pipeline.chatting import ChatOptions
 from neounify.serve.http.chat_schema import ChatBody
-from neounify.serve.http.fields import PaintingFields
+from neounify.serve.http.completions import CompletionBody
+from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.image_request import ImageBody
 
 KNOBS = [field.name for field in fields(ImageSampling)]
@@ -129,4 +132,45 @@ def test_half_a_step_is_none() -> None:
 
 
 def test_the_fields_of_http_are_all_of_the_class() -> None:
-    assert set(KNOBS) <= set(PaintingFields.model_fields)
+    assert set(KNOBS) <= set(ImageFields.model_fields)
+
+
+# --- text ---
+
+TEXT = [knob.name for knob in fields(TextSampling)]
+NOT_OPTIONS = {"logprobs", "constraint"}
+"""Values of programs: a command line prints text, and a schema is a file of its own."""
+TEXT_OUT_OF_RANGE: dict[str, Any] = {
+    "repetition_penalty": 0.0,
+    "temperature": -1.0,
+    "top_k": -1,
+    "top_p": 0.0,
+    "min_p": 1.5,
+    "seed": 2**64,
+    "logprobs": 21,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TEXT if name != "constraint"])
+def test_every_knob_of_text_is_offered_everywhere(name: str) -> None:
+    doc = knob_doc(TextSampling, name)
+    for body in (ChatBody, CompletionBody):
+        field = body.model_fields[name]
+        if name not in ("seed", "logprobs"):  # of the whole answer, and OpenAI's own
+            assert (field.description or "").removesuffix(" Extension.") == doc
+            assert field.default == getattr(TextSampling(), name)
+    assert name in NOT_OPTIONS | ChatOptions.__annotations__.keys()
+    for command in ("chat", "story"):
+        if name in NOT_OPTIONS:
+            continue
+        option = _options(command)[name]
+        assert name == "seed" or option.help == doc
+        assert not option.default
+
+
+@pytest.mark.parametrize(("name", "value"), TEXT_OUT_OF_RANGE.items())
+def test_a_value_of_text_out_of_range_names_its_field(name: str, value: Any) -> None:
+    assert TEXT_OUT_OF_RANGE.keys() | {"constraint"} == set(TEXT)
+    with pytest.raises(RequestError, match=rf"^{name} must be .* got {value}") as refused:
+        TextSampling(**{name: value})
+    assert refused.value.param == name
