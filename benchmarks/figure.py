@@ -23,7 +23,7 @@ class Figure:
 def table(figures: list[Figure]) -> str:
     """Markdown."""
     lines = [
-        "| figure | dtype | mode | value | share of the machine | aim | |",
+        "| figure | dtype | mode | value | share of the machine | target | |",
         "|---|---|---|---|---|---|---|",
     ]
     for f in figures:

@@ -76,7 +76,7 @@ def _by_stream(folder: Path) -> Iterator[Figure]:
         result = _in_fresh_process("paint", str(folder), memory)
         peaks[memory] = result["peak"]
         yield Figure(
-            name=f"painting 256² with memory={memory!r}, peak memory",
+            name=f"generating 256² with memory={memory!r}, peak memory",
             dtype="float32",
             mode="",
             value=result["peak"] / GB,

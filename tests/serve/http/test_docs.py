@@ -36,7 +36,7 @@ def test_the_examples_run(
 def test_every_route_and_field_is_named() -> None:
     routes = create_app(Scripted()).openapi()["paths"]
     assert len(routes) >= 9
-    table = PAGE[: PAGE.index("Where the server has keys")]
+    table = PAGE[: PAGE.index("If the server has keys")]
     for route in routes:
         assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in table
     bodies = (ChatBody, CompletionBody, ImageBody)
