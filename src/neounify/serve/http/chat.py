@@ -35,7 +35,7 @@ router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 
 class ChatAnswer:
-    """The answers to one body under way: one, or `n` of them to the same messages."""
+    """The answer to one body in progress: one choice, or `n` of them to the same messages."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class ChatAnswer:
 
     @property
     def _form(self) -> str:
-        return self._body.content_format if self._body.paints else "string"
+        return self._body.content_format if self._body.wants_images else "string"
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
@@ -123,7 +123,7 @@ class ChatAnswer:
         }
 
     def _log_probs(self, event: ServiceEvent) -> dict[str, Any] | None:
-        """Those of a chunk; a thought has none."""
+        """The `logprobs` of a chunk; None for thoughts."""
         if not self._body.logprobs or not isinstance(event, TextPiece | ToolCallPiece):
             return None
         if isinstance(event, TextPiece) and event.thought:
@@ -133,10 +133,10 @@ class ChatAnswer:
     def _deltas(self, choice: _Choice, event: TextPiece | ToolCallPiece) -> list[dict[str, Any]]:
         if isinstance(event, TextPiece):
             return [{"reasoning_content" if event.thought else "content": event.text}]
-        place, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
-        begun = call | {"function": {"name": event.name, "arguments": ""}}
+        index, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
+        head = call | {"function": {"name": event.name, "arguments": ""}}
         arguments = {"function": {"arguments": event.arguments}}
-        return [{"tool_calls": [place | begun]}, {"tool_calls": [place | arguments]}]
+        return [{"tool_calls": [index | head]}, {"tool_calls": [index | arguments]}]
 
     def _image_chunk(self, index: int, event: Preview | Painted, url: str) -> bytes:
         image = _image(url, event.index)
@@ -150,7 +150,7 @@ class ChatAnswer:
     async def _url(self, event: Preview | Painted) -> str:
         [request] = self._requests
         if isinstance(request, ChatRequest):
-            raise RuntimeError("the engines painted in a text answer")
+            raise RuntimeError("an answer in text alone came with an image")
         metadata = image_metadata(request, event, self._context.settings)
         format = self._body.output_format
         form = partial(to_data_url, format=format)
@@ -180,7 +180,7 @@ class ChatAnswer:
 
 
 class _Choice(Choice):
-    """One answer so far."""
+    """One choice in progress."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _Choice(Choice):
 
 
 class _Content:
-    """Text and images in the order in which they came."""
+    """Text and images of an answer in their order."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Any]] = []
@@ -240,7 +240,7 @@ class _Content:
         return len(self._text) + sum(len(image["image_url"]["url"]) for image in self._images)
 
     def message(self, form: str) -> dict[str, Any]:
-        """`content`, and what goes with it, as parts, string or markdown."""
+        """The fields `content` and `images` of a message, as parts, string or markdown."""
         if form == "parts":
             return {"content": self._parts}
         if form == "markdown":
@@ -261,7 +261,7 @@ def _markdown(image: dict[str, Any]) -> str:
 
 
 def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
-    """Of answers to one prompt."""
+    """The usage of answers to one prompt."""
     finished = [choice.finished for choice in choices]
     return text_usage(finished, finished[:1])
 
@@ -273,7 +273,7 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
     responses={200: {"model": ChatCompletion, "content": EVENTS}},
 )
 async def chat_completions(body: ChatBody, context: Shared) -> Response:
-    """Text and pictures in; text, or with `modalities: ["text", "image"]` both, out."""
+    """Text and images in; text, or with `modalities: ["text", "image"]` both, out."""
     requests = await read_chat(body, context)
     answer = ChatAnswer(body, requests, context)
     if body.stream:

@@ -12,7 +12,13 @@ import PIL.Image
 from neounify.pipeline.chatting import ChatRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.messages import read_conversation, read_request
-from neounify.serve.http.chat_schema import ChatBody, ChatMessage, ImagePart, NamedTool, TextPart
+from neounify.serve.http.chat_schema import (
+    ChatBody,
+    ChatImagePart,
+    ChatMessage,
+    ChatTextPart,
+    NamedTool,
+)
 from neounify.serve.http.context import Context, seed_or_random
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.media import RequestImages
@@ -22,14 +28,13 @@ from neounify.text.message import IMAGE_MARK
 from neounify.text.tools import Tool, ToolCall, ToolUse
 
 _HOLD_IMAGES = ("user", "assistant")
-
-
 DEFAULT_TOKENS = 512
+"""`max_tokens` where a body has none."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: texts and images in their order."""
+    """A message of a conversation: its texts and decoded images in their order."""
 
     role: str
     pieces: list[str | PIL.Image.Image]
@@ -37,7 +42,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The text with a mark in each image's place."""
+        """The text with IMAGE_MARK in the place of each image."""
         return "".join(p if isinstance(p, str) else IMAGE_MARK for p in self.pieces)
 
     @property
@@ -53,17 +58,17 @@ class Turn:
 
 
 async def read_turns(body: ChatBody, context: Context) -> list[Turn]:
-    """The turns. Raises ApiError for images out of place, and for those that cannot be read."""
-    parts = await off_loop(
-        lambda: [_parts(message, place) for place, message in enumerate(body.messages)],
+    """The messages of a body. Raises ApiError for images that are misplaced or unreadable."""
+    parts_of_messages = await off_loop(
+        lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
         body.text_size,
     )
-    count = sum(isinstance(part, ImagePart) for own in parts for part in own)
+    count = sum(isinstance(part, ChatImagePart) for parts in parts_of_messages for part in parts)
     images = context.input_images(count, "messages")
     turns = []
-    for place, (message, own) in enumerate(zip(body.messages, parts, strict=True)):
-        with blame(f"messages.{place}.content"):
-            pieces = [await _read_part(part, images) for part in own]
+    for index, (message, parts) in enumerate(zip(body.messages, parts_of_messages, strict=True)):
+        with blame(f"messages.{index}.content"):
+            pieces = [await _read_part(part, images) for part in parts]
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         turns.append(
@@ -76,26 +81,26 @@ async def read_turns(body: ChatBody, context: Context) -> list[Turn]:
     return turns
 
 
-def _parts(message: ChatMessage, place: int) -> list[TextPart | ImagePart]:
+def _parts(message: ChatMessage, index: int) -> list[ChatTextPart | ChatImagePart]:
     """The parts of a message. Raises ApiError for images in a role that holds none."""
     parts = message.parts
-    if message.role not in _HOLD_IMAGES and any(isinstance(p, ImagePart) for p in parts):
+    if message.role not in _HOLD_IMAGES and any(isinstance(p, ChatImagePart) for p in parts):
         what = "result of a tool" if message.role == "tool" else f"{message.role} message"
         raise bad_request(
-            f"messages.{place}.content: a {what} is text; put images into user messages",
-            f"messages.{place}.content",
+            f"messages.{index}.content: a {what} is text; put images into user messages",
+            f"messages.{index}.content",
         )
     if message.images and message.role != "assistant":
         raise bad_request(
-            f"messages.{place}.images: is for earlier answers; put images of a {message.role} "
+            f"messages.{index}.images: is for earlier answers; put images of a {message.role} "
             "message into its content",
-            f"messages.{place}.images",
+            f"messages.{index}.images",
         )
     return parts
 
 
 def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image]:
-    """Images in front of a message each end their line, as in the prompts models learn from."""
+    """The pieces with a line break after each leading image, as in the prompts of training."""
     leading = list(itertools.takewhile(lambda p: not isinstance(p, str), pieces))
     rest = pieces[len(leading) :]
     if not rest:
@@ -103,14 +108,16 @@ def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image
     return [piece for image in leading for piece in (image, "\n")] + rest
 
 
-async def _read_part(part: TextPart | ImagePart, images: RequestImages) -> str | PIL.Image.Image:
-    if isinstance(part, TextPart):
+async def _read_part(
+    part: ChatTextPart | ChatImagePart, images: RequestImages
+) -> str | PIL.Image.Image:
+    if isinstance(part, ChatTextPart):
         return part.text
     return await images.read_url(part.image_url.url)
 
 
 def tools_of(body: ChatBody) -> ToolUse:
-    """Which tools may and must be called. Raises ApiError and PromptError for what cannot be."""
+    """The tools of a body, and which must be called. Raises ApiError and PromptError."""
     named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
     with blame("tools"):
         tools = tuple(
@@ -130,14 +137,14 @@ def tools_of(body: ChatBody) -> ToolUse:
 
 
 def logprobs_of(body: ChatBody) -> int | None:
-    """How many alternatives are reported with every token; None: not even its own."""
+    """Number of alternatives reported with every token; None for no log-probabilities at all."""
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
     return body.top_logprobs if body.logprobs else None
 
 
 def check_text_only(body: ChatBody) -> None:
-    """Raises ApiError for what answers with images do not have."""
+    """Raises ApiError for fields that answers with images do not support."""
     for name, asked in (
         ("n", body.n > 1),
         ("tools", bool(body.tools)),
@@ -161,14 +168,14 @@ async def read_chat(
     images = [image for turn in turns for image in turn.images]
     tools = tools_of(body)
     await context.check_prompt(_texts(body, turns, tools), images)
-    if body.paints:
+    if body.wants_images:
         check_text_only(body)
         return [await off_loop(lambda: _interleave_request(body, turns, context), body.text_size)]
     return await off_loop(lambda: _chat_requests(body, turns, tools, context), body.text_size)
 
 
 def _texts(body: ChatBody, turns: Sequence[Turn], tools: ToolUse) -> Iterator[str]:
-    """All that the caller wrote, one by one."""
+    """Every text in a body, for content checks."""
     yield from (turn.text for turn in turns)
     yield from (tool.definition() for tool in tools.offered)
     yield from (call.arguments for turn in turns for call in turn.tool_calls)
@@ -204,18 +211,20 @@ def _interleave_request(body: ChatBody, turns: list[Turn], context: Context) -> 
     system = turns.pop(0).text if turns[0].role == "system" else ""
     with blame("messages"):
         text, history, images = read_request([turn.for_pipeline() for turn in turns], ())
-    shown = turns[-1].images
+    references = turns[-1].images
     seed = seed_or_random(body.seed)
-    most = context.settings.limits.answer_images
-    if body.max_images is not None and body.max_images > most:
-        raise bad_request(f"max_images: at most {most} on this server", "max_images")
+    max_images = context.settings.limits.answer_images
+    if body.max_images is not None and body.max_images > max_images:
+        raise bad_request(
+            f"max_images: {body.max_images} is over this server's {max_images}", "max_images"
+        )
     return InterleaveRequest(
         prompt=text,
         history=history,
-        sizes=[context.size(body, shown[0] if shown else None)],
+        sizes=[context.size(body, references[0] if references else None)],
         sampling=context.sampling(body, editing=True, steps=body.steps),
         images=images,
-        max_images=most if body.max_images is None else body.max_images,
+        max_images=max_images if body.max_images is None else body.max_images,
         max_new_tokens=_max_tokens(body, context),
         seed=seed,
         negative_prompt=body.negative_prompt,

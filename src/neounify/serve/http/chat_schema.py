@@ -27,7 +27,7 @@ Content = Annotated[str, Field(max_length=64 * 2**20)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 
 
-class TextPart(BaseModel):
+class ChatTextPart(BaseModel):
     """A piece of text."""
 
     type: Literal["text"]
@@ -40,7 +40,7 @@ class InputImageUrl(BaseModel):
     url: str
 
 
-class ImagePart(BaseModel):
+class ChatImagePart(BaseModel):
     """An image."""
 
     type: Literal["image_url"]
@@ -73,35 +73,37 @@ def _canonical(part: Any) -> Any:
     return part
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValidator(_canonical)]
+Part = Annotated[
+    ChatTextPart | ChatImagePart, Field(discriminator="type"), BeforeValidator(_canonical)
+]
 
 
-def text_part(text: str) -> TextPart:
+def text_part(text: str) -> ChatTextPart:
     """A piece of text, however long."""
-    return TextPart.model_construct(type="text", text=text)
+    return ChatTextPart.model_construct(type="text", text=text)
 
 
-def image_part(url: str) -> ImagePart:
+def image_part(url: str) -> ChatImagePart:
     """An image by its URL."""
-    return ImagePart(type="image_url", image_url=InputImageUrl(url=url))
+    return ChatImagePart(type="image_url", image_url=InputImageUrl(url=url))
 
 
 def answer_parts(
-    content: Sequence[TextPart | ImagePart], images: Sequence[AnswerImage]
-) -> list[TextPart | ImagePart]:
-    """The parts of an earlier answer, in each form in which it was given.
+    content: Sequence[ChatTextPart | ChatImagePart], images: Sequence[AnswerImage]
+) -> list[ChatTextPart | ChatImagePart]:
+    """The parts of an earlier answer, from each form in which this server returns them.
 
     Images beside a single text stand at their offsets, else behind it; images written in Markdown
-    where they are written. A content that holds images of its own needs no others.
+    where they are written. Images in the content itself exclude others.
     """
     parts = list(content)
-    if not any(isinstance(part, ImagePart) for part in parts):
-        parts = _with_images("".join(p.text for p in parts if isinstance(p, TextPart)), images)
+    if not any(isinstance(part, ChatImagePart) for part in parts):
+        parts = _with_images("".join(p.text for p in parts if isinstance(p, ChatTextPart)), images)
     return [piece for part in parts for piece in _unwritten(part)]
 
 
-def _with_images(text: str, images: Sequence[AnswerImage]) -> list[TextPart | ImagePart]:
-    parts: list[TextPart | ImagePart] = []
+def _with_images(text: str, images: Sequence[AnswerImage]) -> list[ChatTextPart | ChatImagePart]:
+    parts: list[ChatTextPart | ChatImagePart] = []
     begin = 0
     for image in sorted(images, key=lambda image: _offset(image, text)):
         end = _offset(image, text)
@@ -114,9 +116,9 @@ def _offset(image: AnswerImage, text: str) -> int:
     return len(text) if image.text_offset is None else min(image.text_offset, len(text))
 
 
-def _unwritten(part: TextPart | ImagePart) -> Iterator[TextPart | ImagePart]:
+def _unwritten(part: ChatTextPart | ChatImagePart) -> Iterator[ChatTextPart | ChatImagePart]:
     """A part with its images in Markdown apart from its text."""
-    if isinstance(part, ImagePart):
+    if isinstance(part, ChatImagePart):
         yield part
         return
     texts = _MARKDOWN_IMAGE.split(part.text)
@@ -134,8 +136,8 @@ class EarlierFunction(BaseModel):
     arguments: Text = "{}"
 
 
-class ToolCall(BaseModel):
-    """A call that an assistant's message made."""
+class EarlierToolCall(BaseModel):
+    """A tool call of an earlier answer."""
 
     type: Literal["function"] = "function"
     function: EarlierFunction
@@ -149,7 +151,7 @@ class ChatMessage(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | Annotated[list[Part], Field(max_length=1000)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[EarlierToolCall], Field(max_length=128)] | None = None
 
     images: Annotated[list[AnswerImage], Field(max_length=1000)] | None = Field(
         None, description="Of an earlier answer, as this server gives them. Extension."
@@ -159,14 +161,14 @@ class ChatMessage(BaseModel):
     def text_size(self) -> int:
         """Characters of the content, images in text included."""
         if isinstance(self.content, list):
-            return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
+            return sum(len(part.text) for part in self.content if isinstance(part, ChatTextPart))
         return len(self.content or "")
 
     @property
-    def parts(self) -> list[TextPart | ImagePart]:
+    def parts(self) -> list[ChatTextPart | ChatImagePart]:
         """The content as parts, whichever way it was written."""
         if isinstance(self.content, str):
-            parts: list[TextPart | ImagePart] = [text_part(self.content)]
+            parts: list[ChatTextPart | ChatImagePart] = [text_part(self.content)]
         else:
             parts = self.content or []
         return answer_parts(parts, self.images or ()) if self.role == "assistant" else parts
@@ -181,7 +183,7 @@ class Function(BaseModel):
     strict: bool | None = None
 
 
-class Tool(BaseModel):
+class ChatTool(BaseModel):
     """A tool, of which there is one kind."""
 
     type: Literal["function"]
@@ -250,7 +252,7 @@ class ChatBody(TextFields, ImageFields):
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    tools: Annotated[list[Tool], Field(max_length=128)] = Field(default_factory=list)
+    tools: Annotated[list[ChatTool], Field(max_length=128)] = Field(default_factory=list)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = Field(
         True, description="Whether a forced answer may hold several calls."
@@ -265,7 +267,7 @@ class ChatBody(TextFields, ImageFields):
     include_reasoning: bool = Field(True, description="Return the thought too. Extension.")
     modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
     max_images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="Images of an interleaved answer at most. Extension."
+        None, description="Maximum images of an interleaved answer. Extension."
     )
     content_format: Literal["parts", "string", "markdown"] = Field(
         "string",
@@ -281,25 +283,25 @@ class ChatBody(TextFields, ImageFields):
 
     @property
     def thinks(self) -> bool:
-        """Whether a thought is wanted."""
+        """Whether the model is to think first."""
         if self.think is not None:
             return self.think
         return self.reasoning_effort not in ("none", "minimal")
 
     @property
-    def paints(self) -> bool:
-        """Whether the answer may hold images."""
+    def wants_images(self) -> bool:
+        """Whether the answer may contain images."""
         return "image" in self.modalities
 
 
 class ImageUrl(AnswerModel):
-    """A picture as a data URL."""
+    """An image as a data URL."""
 
     url: str
 
 
 class ChatImage(AnswerModel):
-    """A painted picture of an answer."""
+    """A generated image of an answer."""
 
     type: Literal["image_url"]
     index: int
@@ -307,15 +309,15 @@ class ChatImage(AnswerModel):
     text_offset: int = Field(description="Characters of the text that come before it.")
 
 
-class TextContent(AnswerModel):
-    """A piece of text between pictures."""
+class AnswerTextPart(AnswerModel):
+    """Text between images."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageContent(AnswerModel):
-    """A picture between pieces of text."""
+class AnswerImagePart(AnswerModel):
+    """An image between pieces of text."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -340,7 +342,7 @@ class AnswerMessage(AnswerModel):
     """The answer; `content` is a list of parts where `content_format` asked for it."""
 
     role: Literal["assistant"]
-    content: str | list[TextContent | ImageContent] | None = Field(
+    content: str | list[AnswerTextPart | AnswerImagePart] | None = Field(
         description="Null where there is nothing but calls."
     )
     refusal: None

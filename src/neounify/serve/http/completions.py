@@ -38,7 +38,7 @@ from neounify.serve.http.text_answers import (
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
-"""A list of prompts may ask for that many times the answers that one prompt may have."""
+"""Maximum answers to a list of prompts, as a multiple of the maximum `n` of one prompt."""
 
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=1_000_000)
@@ -123,25 +123,27 @@ async def _read(body: CompletionBody, context: Context) -> list[Sequence[Complet
     context.check_model(body.model)
     if body.echo and body.logprobs is not None:
         raise bad_request(
-            "echo: with logprobs it is not supported, a prompt's own are not computed",
+            "echo: not supported together with logprobs, as those of the prompt are not computed",
             "echo",
             "unsupported",
         )
     prompts = body.prompts
     answers = len(prompts) * body.n
-    most = context.settings.limits.n * ANSWERS_PER_N
+    max_answers = context.settings.limits.n * ANSWERS_PER_N
     context.check_n(body.n)
-    if answers > most:
-        raise bad_request(f"prompt: {answers} answers are over this server's {most}", "prompt")
+    if answers > max_answers:
+        raise bad_request(
+            f"prompt: {answers} answers are over this server's {max_answers}", "prompt"
+        )
     await context.check_prompt((p for p in prompts if isinstance(p, str)), ())
-    asked = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    tokens = context.check_tokens(asked, "max_tokens")
+    max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    context.check_tokens(max_tokens, "max_tokens")
     sampling = body.sampling(seed=body.seed, logprobs=body.logprobs)
     return [
         for_each_answer(
             CompletionRequest(
                 prompt=prompt,
-                max_new_tokens=tokens,
+                max_new_tokens=max_tokens,
                 stop=body.stops,
                 echo=body.echo,
                 sampling=sampling,
@@ -153,7 +155,7 @@ async def _read(body: CompletionBody, context: Context) -> list[Sequence[Complet
 
 
 class _CompletionAnswer:
-    """The continuations of one body under way; those of the first prompt come first."""
+    """The continuations of one body in progress; those of the first prompt come first."""
 
     def __init__(
         self, body: CompletionBody, groups: list[Sequence[CompletionRequest]], context: Context
@@ -218,12 +220,12 @@ class _CompletionAnswer:
         offset: int,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        asked = self._body.logprobs is not None
+        has_logprobs = self._body.logprobs is not None
         return {
             "index": index,
             "text": text,
             "finish_reason": finish_reason,
-            "logprobs": of_completion(log_probs, offset) if asked else None,
+            "logprobs": of_completion(log_probs, offset) if has_logprobs else None,
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
@@ -236,7 +238,7 @@ class _CompletionAnswer:
 
 
 class _Choice(Choice):
-    """One continuation so far."""
+    """One continuation in progress."""
 
     def __init__(self) -> None:
         super().__init__()

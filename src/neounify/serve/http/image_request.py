@@ -30,15 +30,13 @@ STEPS_OF_QUALITY: Mapping[str, float] = {
     "standard": 1.0,
     "hd": 1.0,
 }
-"""The share of the checkpoint's own steps."""
-
-
+"""The share of the checkpoint's default steps."""
 _MAX_FIELDS = 64
 _IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
 
 
 class ImageBody(ImageFields):
-    """What to paint; the input pictures of an edit come beside it."""
+    """Fields of image generation and editing, without the input images of an edit."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         ("input_fidelity", "moderation", "output_compression", "safety_identifier", "style", "user")
@@ -61,7 +59,7 @@ class ImageBody(ImageFields):
     model: str = Field("", max_length=200)
     prompt: Annotated[str, Field(max_length=MAX_TEXT)]
     n: Annotated[int, Field(ge=1, le=64)] = Field(
-        1, description="Image i has seed + i and is what that seed paints alone."
+        1, description="Image i has seed + i and equals the single image of that seed."
     )
     quality: Quality = Field(
         "auto", description="low: a quarter of the checkpoint's steps; medium: half; else all."
@@ -69,20 +67,20 @@ class ImageBody(ImageFields):
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
 
-    def steps_of(self, own: int) -> int:
-        """The steps asked for, of a checkpoint that takes `own` steps by itself."""
+    def steps_of(self, default: int) -> int:
+        """The number of steps, for a checkpoint with `default` steps."""
         if self.steps is not None:
             return self.steps
-        return max(1, round(STEPS_OF_QUALITY[self.quality] * own))
+        return max(1, round(STEPS_OF_QUALITY[self.quality] * default))
 
 
 async def read_image_requests(
     body: ImageBody, images: tuple[PIL.Image.Image, ...], context: Context
 ) -> list[PaintRequest]:
-    """One request per image, with seeds in turn.
+    """One request per image, with consecutive seeds.
 
-    Not one request of several images, since those share one draw of noise: image i would
-    then depend on how many there are, and could not be painted again by its own seed.
+    Not one request of several images, since those share one draw of noise: image i would then
+    depend on their number, and its seed alone could not reproduce it.
 
     Raises ApiError, PromptError, ImageError, RequestError and Refused.
     """
@@ -140,15 +138,15 @@ async def _read_form(
     ) as form:
         body = _fields(form)
         items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
-        images = _input_images(len(items), context)
-        pictures = []
+        reader = _input_images(len(items), context)
+        images = []
         for item in items:
             with blame("image"):
                 if isinstance(item, UploadFile):
-                    pictures.append(await images.read(await item.read()))
+                    images.append(await reader.read(await item.read()))
                 else:
-                    pictures.append(await images.read_url(item))
-    return body, tuple(pictures)
+                    images.append(await reader.read_url(item))
+    return body, tuple(images)
 
 
 async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
@@ -159,14 +157,16 @@ async def _read_json(value: Any, context: Context) -> tuple[ImageBody, tuple[PIL
         raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
     body = _validated({n: v for n, v in value.items() if n not in _IMAGE_FIELDS})
     [name] = names or ["images"]
-    given = value.get(name)
-    items = given if isinstance(given, list) else [] if given is None else [given]
-    images = _input_images(len(items), context)
-    pictures = []
-    for place, item in enumerate(items):
-        with blame(f"{name}.{place}" if isinstance(given, list) else name):
-            pictures.append(await images.read_url(_url_of(item)))
-    return body, tuple(pictures)
+    entries = value.get(name)
+    items: list[Any] = [] if entries is None else [entries]
+    if isinstance(entries, list):
+        items = entries
+    reader = _input_images(len(items), context)
+    images = []
+    for index, item in enumerate(items):
+        with blame(name if items is not entries else f"{name}.{index}"):
+            images.append(await reader.read_url(_url_of(item)))
+    return body, tuple(images)
 
 
 def _input_images(count: int, context: Context) -> RequestImages:
@@ -180,7 +180,7 @@ def _input_images(count: int, context: Context) -> RequestImages:
 
 
 def _url_of(item: Any) -> str:
-    """The URL in an entry of `images`: alone, or in the objects that clients write."""
+    """The URL in an entry of `images`: a string, or one in the objects that clients write."""
     for key in ("image_url", "url"):
         if isinstance(item, dict) and item.get(key) is not None:
             item = item[key]
@@ -192,7 +192,7 @@ def _url_of(item: Any) -> str:
 
 
 def edit_body_schema() -> dict[str, Any]:
-    """Both kinds of body for OpenAPI, which FastAPI does not see."""
+    """Both media types of an edit's body for OpenAPI, as the route declares none."""
     file = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
     form = _schema("EditForm", "image", file, "The images to edit, in order; also as `image[]`.")
     url = {"type": "string", "description": "A data URL, or a URL that this server may fetch."}
@@ -213,7 +213,7 @@ def _schema(title: str, name: str, item: dict[str, Any], description: str) -> di
 
 
 def _fields(form: FormData) -> ImageBody:
-    """Every field but the pictures. A name that ends in [] is a list."""
+    """The fields of a form without its images. A name that ends in [] is a list."""
     fields: dict[str, Any] = {}
     for name in form:
         values = form.getlist(name)
@@ -232,7 +232,7 @@ def _validated(fields: dict[str, Any]) -> ImageBody:
     try:
         return ImageBody.model_validate(fields)
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         raise RequestValidationError(
-            [e | {"loc": ("body", *e["loc"])} for e in found], body=fields
+            [e | {"loc": ("body", *e["loc"])} for e in errors], body=fields
         ) from error

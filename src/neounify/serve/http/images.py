@@ -31,7 +31,7 @@ router = APIRouter(tags=["images"], route_class=BoundedRoute)
 
 
 class GeneratedImage(AnswerModel):
-    """One image: its file in base64, or where to fetch it for a limited time."""
+    """One image: its file in base64, or a URL that is valid for a limited time."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -50,7 +50,7 @@ class ImageUsage(AnswerModel):
 
 
 class Images(AnswerModel):
-    """Painted images."""
+    """Generated images."""
 
     created: int
     data: list[GeneratedImage]
@@ -62,7 +62,7 @@ class Images(AnswerModel):
 
 
 class ImagesAnswer:
-    """The images of one HTTP request, each a request of its own to the engines."""
+    """The images of one HTTP request in progress; each is one request to the service."""
 
     def __init__(self, body: ImageBody, requests: Sequence[PaintRequest], context: Context) -> None:
         self._body, self._requests, self._context = body, requests, context
@@ -84,10 +84,10 @@ class ImagesAnswer:
                 if isinstance(event, Painted):
                     images[number] = await self._image(number, event, http)
         if len(images) != len(self._requests):
-            raise RuntimeError("the engines ended without painting every image")
+            raise RuntimeError(f"{len(self._requests)} images were due, {len(images)} came")
         content = {
             "created": int(time.time()),
-            "data": [images[number] | self._own(number) for number in sorted(images)],
+            "data": [images[number] | self._seed_and_thought(number) for number in sorted(images)],
             **self._about,
             "usage": self._usage(),
         }
@@ -98,7 +98,7 @@ class ImagesAnswer:
         """OpenAI's events of partial and completed images."""
         kind = "image_edit" if self._requests[0].images else "image_generation"
         partial: Counter[int] = Counter()
-        painted: dict[int, str] = {}
+        finished: dict[int, str] = {}
         async with aclosing(self._events()) as events:
             async for number, event in events:
                 if isinstance(event, Preview):
@@ -111,10 +111,10 @@ class ImagesAnswer:
                     image = await self._write(number, event, to_base64)
                     yield await self._event(f"{kind}.partial_image", number, image, fields)
                 elif isinstance(event, Painted):
-                    painted[number] = await self._write(number, event, to_base64)
+                    finished[number] = await self._write(number, event, to_base64)
                 elif isinstance(event, Finished):
                     usage = {"usage": self._usage_of([event])}
-                    image = painted.pop(number)
+                    image = finished.pop(number)
                     yield await self._event(f"{kind}.completed", number, image, usage)
 
     async def _events(
@@ -154,12 +154,12 @@ class ImagesAnswer:
             "created_at": int(time.time()),
             **self._about,
             "index": number,
-            **self._own(number),
+            **self._seed_and_thought(number),
             **fields,
         }
         return await sse_of(lambda: data, len(image), kind)
 
-    def _own(self, number: int) -> dict[str, Any]:
+    def _seed_and_thought(self, number: int) -> dict[str, Any]:
         thought = self._thoughts[number]
         seed = {"seed": self._requests[number].seed}
         return seed | ({"reasoning_content": thought} if thought else {})
@@ -168,16 +168,16 @@ class ImagesAnswer:
         return self._usage_of(self._finished)
 
     def _usage_of(self, finished: Sequence[Finished]) -> dict[str, Any]:
-        """The prompt counts once, as it is the same for all images."""
-        prompt, shown = finished[0].prompt_tokens, finished[0].prompt_image_tokens
+        """OpenAI's usage. The prompt counts once, as it is the same for all images."""
+        prompt, prompt_images = finished[0].prompt_tokens, finished[0].prompt_image_tokens
         images = sum(f.image_tokens for f in finished)
         text = sum(f.completion_tokens for f in finished)
         return {
             "input_tokens": prompt,
             "input_tokens_details": {
                 "cached_tokens": finished[0].cached_tokens,
-                "image_tokens": shown,
-                "text_tokens": prompt - shown,
+                "image_tokens": prompt_images,
+                "text_tokens": prompt - prompt_images,
             },
             "output_tokens": images + text,
             "output_tokens_details": {"image_tokens": images, "text_tokens": text},
@@ -190,18 +190,18 @@ _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EV
 
 @router.post(
     "/v1/images/generations",
-    summary="Paint images of a prompt",
+    summary="Generate images from a prompt",
     response_class=JSONResponse,
     responses=_IMAGES,
 )
 async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
     """In one answer, or with `stream` as events with partial images."""
-    return await _paint(body, await read_image_requests(body, (), context), request, context)
+    return await _generate(body, await read_image_requests(body, (), context), request, context)
 
 
 @router.post(
     "/v1/images/edits",
-    summary="Paint an image from pictures and an instruction",
+    summary="Edit images by an instruction",
     response_class=JSONResponse,
     responses=_IMAGES,
     openapi_extra={"requestBody": edit_body_schema()},
@@ -209,7 +209,7 @@ async def generations(body: ImageBody, request: Request, context: Shared) -> Res
 async def edits(request: Request, context: Shared) -> Response:
     """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
     body, images = await read_edit(request, context)
-    return await _paint(body, await read_image_requests(body, images, context), request, context)
+    return await _generate(body, await read_image_requests(body, images, context), request, context)
 
 
 @router.get(
@@ -219,7 +219,7 @@ async def edits(request: Request, context: Shared) -> Response:
     responses={200: {"content": {"image/*": {}}, "description": "The image's file"}},
 )
 async def results(name: str, context: Shared) -> Response:
-    """An image that was painted with `response_format: "url"`; its name is the permission."""
+    """An image that was generated with `response_format: "url"`; its name is the permission."""
     result = context.results.get(name)
     if result is None:
         raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
@@ -228,7 +228,7 @@ async def results(name: str, context: Shared) -> Response:
     return Response(result.data, media_type=result.media_type, headers=headers)
 
 
-async def _paint(
+async def _generate(
     body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
 ) -> Response:
     answer = ImagesAnswer(body, requests, context)

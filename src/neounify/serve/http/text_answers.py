@@ -25,11 +25,11 @@ Request = TypeVar("Request", ChatRequest, CompletionRequest)
 _LOG_PROB_BYTES = 60
 """About what one token takes in JSON."""
 LEAST = -9999.0
-"""What stands for the logarithm of a probability of 0, which is no number of JSON."""
+"""The logarithm of a probability of 0, as JSON has no infinity."""
 
 
 class StreamOptions(BaseModel):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
@@ -39,7 +39,7 @@ def _doc(knob: str) -> str:
 
 
 class TextFields(RequestFields):
-    """The fields of chat and of completions alike."""
+    """Fields that chat and completions share."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset(
         (
@@ -92,7 +92,7 @@ class TextFields(RequestFields):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, *, seed: int | None, logprobs: int | None = None) -> TextSampling:
-        """How tokens are drawn. Raises RequestError for values out of range."""
+        """Settings of the token sampler. Raises RequestError for values out of range."""
         return TextSampling(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -105,14 +105,14 @@ class TextFields(RequestFields):
 
 
 class Choice:
-    """One of the answers to a request, as far as it has come."""
+    """One of the answers to a request in progress."""
 
     def __init__(self) -> None:
         self.log_probs: list[TokenLogProb] = []
         self._finished: Finished | None = None
 
     def count(self, event: ServiceEvent) -> None:
-        """Take in what the rest of a stream depends on."""
+        """Take in the part of an event that the rest of a stream depends on."""
         if isinstance(event, Finished):
             self._finished = event
 
@@ -136,12 +136,13 @@ class Choice:
 
 
 def for_each_answer(request: Request, n: int) -> Sequence[Request]:
-    """The requests of `n` answers, each with its own seed; without one all draw anew."""
+    """The requests of `n` answers with consecutive seeds; without a seed all are random."""
     seed = request.sampling.seed
     if seed is None:
         return [request] * n
     return [
-        replace(request, sampling=replace(request.sampling, seed=one)) for one in seeds_of(seed, n)
+        replace(request, sampling=replace(request.sampling, seed=answer_seed))
+        for answer_seed in seeds_of(seed, n)
     ]
 
 
@@ -160,9 +161,9 @@ def of_chat(tokens: Iterable[TokenLogProb]) -> dict[str, Any]:
 def of_completion(tokens: Iterable[TokenLogProb], offset: int) -> dict[str, Any]:
     """The `logprobs` of a choice of a text completion; its text begins at `offset` characters.
 
-    The token that was chosen is among the alternatives, as it always is in OpenAI's answers.
+    The sampled token is among the alternatives, as in OpenAI's answers.
     """
-    found: dict[str, Any] = {
+    logprobs: dict[str, Any] = {
         "tokens": [],
         "token_logprobs": [],
         "top_logprobs": [],
@@ -171,12 +172,12 @@ def of_completion(tokens: Iterable[TokenLogProb], offset: int) -> dict[str, Any]
     for token in tokens:
         name, value = _name(token.token), max(token.log_prob, LEAST)
         top = {_name(other): max(value, LEAST) for other, value in token.top}
-        found["tokens"].append(name)
-        found["token_logprobs"].append(value)
-        found["top_logprobs"].append({name: value} | top)
-        found["text_offset"].append(offset)
+        logprobs["tokens"].append(name)
+        logprobs["token_logprobs"].append(value)
+        logprobs["top_logprobs"].append({name: value} | top)
+        logprobs["text_offset"].append(offset)
         offset += len(_text(token.token))
-    return found
+    return logprobs
 
 
 def _entry(token: bytes, log_prob: float) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _entry(token: bytes, log_prob: float) -> dict[str, Any]:
 
 
 def _name(token: bytes) -> str:
-    """The text of a token; one that is no whole characters by its bytes, so that names differ."""
+    """The text of a token; its bytes where it is no whole characters, so that names differ."""
     try:
         return token.decode("utf-8")
     except UnicodeDecodeError:
@@ -196,16 +197,16 @@ def _text(token: bytes) -> str:
 
 
 def text_usage(answers: Sequence[Finished], prompts: Sequence[Finished]) -> dict[str, Any]:
-    """Tokens of all `answers`; a prompt with several counts once, as in one of `prompts`.
+    """OpenAI's usage of all `answers`; `prompts` has one answer per prompt, which counts once.
 
-    Tokens of painted images are not in the totals.
+    Tokens of generated images are not in the totals.
     """
-    read = sum(answer.prompt_tokens for answer in prompts)
-    written = sum(answer.completion_tokens for answer in answers)
+    prompt_tokens = sum(answer.prompt_tokens for answer in prompts)
+    completion_tokens = sum(answer.completion_tokens for answer in answers)
     return {
-        "prompt_tokens": read,
-        "completion_tokens": written,
-        "total_tokens": read + written,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {
             "audio_tokens": 0,
             "cached_tokens": sum(answer.cached_tokens for answer in prompts),
@@ -222,7 +223,7 @@ def text_usage(answers: Sequence[Finished], prompts: Sequence[Finished]) -> dict
 
 
 class TopLogProb(AnswerModel):
-    """A token that might have stood in the place of another."""
+    """A token that could have been sampled, with the natural logarithm of its probability."""
 
     token: str
     logprob: float
@@ -230,7 +231,7 @@ class TopLogProb(AnswerModel):
 
 
 class PromptTokens(AnswerModel):
-    """Of the prompt's tokens: those known from earlier requests, and those of images."""
+    """Tokens of the prompt: those cached from earlier requests, and those of images."""
 
     audio_tokens: Literal[0]
     cached_tokens: int
@@ -238,7 +239,7 @@ class PromptTokens(AnswerModel):
 
 
 class CompletionTokens(AnswerModel):
-    """Of the answer's tokens: those of a thought; beside them those of painted images."""
+    """Tokens of the answer: those of a thought; besides, those of generated images."""
 
     accepted_prediction_tokens: Literal[0]
     audio_tokens: Literal[0]
@@ -248,7 +249,7 @@ class CompletionTokens(AnswerModel):
 
 
 class TextUsage(AnswerModel):
-    """Tokens of text, and of the images that were read; painted images are not in the totals."""
+    """Tokens of text and of input images; generated images are not in the totals."""
 
     prompt_tokens: int
     completion_tokens: int
