@@ -14,11 +14,11 @@ from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
 from neounify.config import TextSampling
 from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
+from neounify.engine.denoise import PaintJob
+from neounify.engine.denoiser import Denoiser
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
-from neounify.pipeline.denoise import PaintJob
-from neounify.pipeline.denoiser import Denoiser
 
 PREFIXES = (64, 13)
 """Tokens of the conditional and the empty prefix of a painted image."""

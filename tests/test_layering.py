@@ -44,7 +44,7 @@ serve           the service, its engines' processes, HTTP
 cli             the command line
 __main__        `python -m neounify`
 """
-COMING = {"attention", "engine", "tasks"}
+COMING: set[str] = set()
 """In the order already, and not yet in the tree."""
 
 EXCUSED = {

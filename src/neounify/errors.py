@@ -70,3 +70,19 @@ def not_finite() -> CheckpointError:
 
 class SizeWarning(UserWarning):
     """An image is asked for at a size that the model was not trained to generate."""
+
+
+class ServiceError(NeounifyError):
+    """A request that was fine could not be served."""
+
+
+class EngineDied(ServiceError):
+    """The process that worked on the request ended; it is being started again."""
+
+
+class OutOfMemory(ServiceError):
+    """There is no memory left for the request at the moment; others go on."""
+
+
+class TensorsGone(ServiceError):
+    """Tensors of the request were lost on their way between the engines."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import neounify
 from neounify.image.io import read_image
-from neounify.pipeline import ImagePart, TextPart, front, interleaving
+from neounify.pipeline import ImagePart, TextPart, interleaving
 from neounify.pipeline.painting import edit_images
+from neounify.tasks import processor
 from support.golden import load_fixture, needs_golden
 from support.golden_steps import (
     NAMES,
@@ -103,12 +104,12 @@ def test_editing_with_rounded_pixels(
 ) -> None:
     recorded, info = load_fixture(name, "it2i")
     pipe = pipeline(golden_checkpoint(name))
-    prepare = front.prepare_image
+    prepare = processor.prepare_image
 
     def rounded(*arguments: Any, **options: Any) -> Tensor:
         return prepare(*arguments, **options).bfloat16().float()
 
-    monkeypatch.setattr(front, "prepare_image", rounded)
+    monkeypatch.setattr(processor, "prepare_image", rounded)
     for case, parameters in edit_cases(info, rounded=True):
         group = case.split(".")[0]
         images = [picture(image) for image in info["images"][group]]

@@ -220,7 +220,7 @@ def test_hostile_profiles_are_harmless(
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
     from neounify.data.sources import read_picture
-    from neounify.pipeline.messages import read_conversation, read_pictures
+    from neounify.tasks.conversation import read_conversation, read_pictures
 
     path = tmp_path / "photo.PNG"
     path.write_bytes(file_bytes(Image.new("RGB", (4, 4), COLOURS[0]), icc_profile=P3))

@@ -10,9 +10,9 @@ import torch
 
 import neounify
 from neounify.errors import Cancelled, PromptError, RequestError
-from neounify.pipeline.answer import AnswerText
 from neounify.pipeline.chatting import ChatRequest, chat_images
-from neounify.pipeline.messages import read_conversation
+from neounify.tasks.answer import AnswerText
+from neounify.tasks.conversation import read_conversation
 from neounify.text import Message, Tokenizer, chat_prompt
 
 

@@ -17,10 +17,10 @@ from neounify.bundled import bundled_model
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.service import Service
+from neounify.tasks.requests import PaintRequest
 from support.serving import Collected, collect, serve
 
 STORY = (

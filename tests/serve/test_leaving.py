@@ -19,11 +19,11 @@ from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
 from neounify.serve.service import Service
+from neounify.tasks.requests import PaintRequest
 from neounify.text import byte_tokenizer
 from support.leaving import (
     at_rest,

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
+from neounify.engine.messages import Done, Exported, Order, Prefix, Reply, Seen
+from neounify.errors import EngineDied, OutOfMemory
 from neounify.serve import link as links
-from neounify.serve.events import EngineDied, OutOfMemory
 from neounify.serve.hosts import Deliver, Died
 from neounify.serve.link import EngineLink
-from neounify.serve.messages import Done, Exported, Order, Prefix, Reply, Seen
 from neounify.serve.shared_memory import folder
-from neounify.serve.transport import SharedTransport, free
+from neounify.serve.transport import SharedTransport
 
 PIXELS = torch.zeros(3, 8, 8)
 
@@ -120,7 +120,7 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
             waiting.cancel()
             await asyncio.wait((waiting,))
             if not waiting.cancelled():
-                free(waiting.result().answer.pixels)  # type: ignore[union-attr]
+                waiting.result().answer.pixels.free()  # type: ignore[union-attr]
             link.close_call(call)
         await link.stop()
 

@@ -18,18 +18,18 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
+from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.chatting import ChatRequest, make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
-from neounify.pipeline.messages import read_request
-from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.process import EngineSettings
-from neounify.serve.understanding import UnderstandingSettings
+from neounify.tasks.conversation import read_request
+from neounify.tasks.requests import PaintRequest
 from neounify.text.template import TextSegment
 from support.scripted_sampler import script_sampler
 from support.serving import Collected, collect, same_image, serve

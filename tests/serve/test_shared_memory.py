@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from neounify.errors import OutOfMemory
 from neounify.serve import shared_memory
-from neounify.serve.events import OutOfMemory
 from neounify.serve.shared_memory import (
     SharedSpace,
     folder,
@@ -23,7 +23,7 @@ from neounify.serve.shared_memory import (
     remove_after_end,
     remove_pieces,
 )
-from neounify.serve.transport import SharedParcel, SharedTransport, free
+from neounify.serve.transport import SharedTensors, SharedTransport
 
 MEGABYTE = torch.zeros(2**18)
 KILLED = """
@@ -107,18 +107,18 @@ def test_an_engine_waits_for_the_end_of_a_server_that_is_being_killed() -> None:
 def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:
     transport = SharedTransport()
     told, *untold = (transport.pack({"pixels": MEGABYTE}) for _ in range(3))
-    assert isinstance(told, SharedParcel)
+    assert isinstance(told, SharedTensors)
     try:
         assert transport.made == 3
         assert remove_pieces(transport.prefix, after=1) == len(untold)
         assert pieces(transport.prefix) == {told.memory}
     finally:
-        free(told)
+        told.free()
 
 
 def test_pieces_are_for_their_owner_only() -> None:
     transport = SharedTransport()
     parcel = transport.pack({"pixels": MEGABYTE})
-    assert isinstance(parcel, SharedParcel)
+    assert isinstance(parcel, SharedTensors)
     assert (folder() / parcel.memory).stat().st_mode & 0o077 == 0
-    free(parcel)
+    parcel.free()

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neounify.serve.events import ParcelGone
+from neounify.engine.tensors import LocalTransport, Transport
+from neounify.errors import TensorsGone
 from neounify.serve.shared_memory import folder
-from neounify.serve.transport import (
-    LocalTransport,
-    SharedParcel,
-    SharedTransport,
-    Transport,
-    free,
-)
+from neounify.serve.transport import SharedTensors, SharedTransport
 
 TENSORS = {
     "keys": torch.randn(2, 3, 5),
@@ -42,10 +37,10 @@ def test_tensors_arrive_as_they_were(transport: Transport) -> None:
 def test_a_freed_parcel_is_gone_and_may_be_freed_again() -> None:
     transport = SharedTransport()
     parcel = transport.pack(TENSORS)
-    assert isinstance(parcel, SharedParcel)
+    assert isinstance(parcel, SharedTensors)
     assert pieces(transport) == {parcel.memory}
-    free(parcel)
-    free(parcel)
+    parcel.free()
+    parcel.free()
     assert not pieces(transport)
-    with pytest.raises(ParcelGone, match="keys"):
+    with pytest.raises(TensorsGone, match="keys"):
         transport.take(parcel)

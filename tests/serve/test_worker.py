@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import neounify
 from neounify.config import TextSampling
-from neounify.serve.generation import GenerationEngine, GenerationSettings
-from neounify.serve.messages import Open, Order, Reply, Report, TextPart, Write
-from neounify.serve.transport import LocalTransport
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import Open, Order, Reply, Report, TextPart, Write
+from neounify.engine.tensors import LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.serve.worker import Worker
 
 NAME = (1, "cond")

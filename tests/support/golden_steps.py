@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import neounify
+from neounify.engine.denoise import PaintJob
 from neounify.flow.path import velocity
 from neounify.model import Document, Layout, Noise
-from neounify.pipeline.denoise import PaintJob
 from support.golden import golden_path
 
 NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead")

@@ -13,7 +13,6 @@ from neounify.config.presets import TINY
 from neounify.image.pixels import to_gen_pixels
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import (
     Finished,
     Painted,
@@ -23,6 +22,7 @@ from neounify.serve.events import (
     ServiceRequest,
     TextPiece,
 )
+from neounify.tasks.requests import PaintRequest
 
 Script = Callable[[ServiceRequest, int], Iterable[ServiceEvent | float | Exception]]
 """(request, previews) -> events to give, seconds to wait, an error to end with."""

@@ -33,8 +33,8 @@ from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, output_size
 from neounify.pipeline.trained_sizes import size_advice
+from neounify.tasks.requests import PaintRequest, output_size
 from neounify.text.message import Message
 from neounify.text.template import place_images
 

@@ -15,11 +15,11 @@ from neounify.decode.loop import Generation
 from neounify.decode.sampling import SamplingState
 from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
-from neounify.pipeline.answer import AnswerText, check_stop
 from neounify.pipeline.engine import Engine
-from neounify.pipeline.front import Front
-from neounify.pipeline.messages import Conversation, read_conversation
 from neounify.pipeline.results import ChatResult
+from neounify.tasks.answer import AnswerText, check_stop
+from neounify.tasks.conversation import Conversation, read_conversation
+from neounify.tasks.processor import Front
 from neounify.text.message import Message
 from neounify.text.special import IM_END
 from neounify.text.template import Prompt, chat_prompt, continues_answer

@@ -12,15 +12,16 @@ from torch import Tensor
 from neounify.cache import Cache, SequenceCache
 from neounify.checkpoint.residency import Residency
 from neounify.decode import Generation, ModelInput, decode, forward_und
-from neounify.errors import Cancelled, ContextFullError, PromptError, not_finite
+from neounify.engine.denoise import PaintJob, make_job
+from neounify.engine.denoiser import Denoiser
+from neounify.engine.grouping import groups
+from neounify.engine.sequences import check_context
+from neounify.errors import Cancelled, PromptError, not_finite
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Image, Span, Text
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.denoise import PaintJob, make_job
-from neounify.pipeline.denoiser import Denoiser
-from neounify.pipeline.front import Front
-from neounify.pipeline.grouping import groups
+from neounify.tasks.processor import Front
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
 from neounify.text.template import ImageSegment, Prompt
 from neounify.text.tokenizer import Tokenizer
@@ -168,14 +169,6 @@ class Engine(Front):
         if length > limit:
             raise PromptError(f"the prompt is {length} positions long, the model reads {limit}")
         return cache, ModelInput(cache, tuple(spans), ids, used)
-
-
-def check_context(end: int, limit: int) -> None:
-    """ContextFullError unless a sequence that ends at position `end` fits the context."""
-    if end > limit:
-        raise ContextFullError(
-            f"the sequence would be {end} positions long, the model reads {limit}"
-        )
 
 
 def check_cancel(cancel: threading.Event | None) -> None:

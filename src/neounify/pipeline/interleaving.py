@@ -16,17 +16,15 @@ from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
 from neounify.decode.loop import Generation
 from neounify.decode.sampling import SamplingState
+from neounify.engine.denoise import PaintJob, to_pixels
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
-from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine
-from neounify.pipeline.front import Front
 from neounify.pipeline.painting import edit_images
-from neounify.pipeline.request import check_negative_prompt, image_noise_scale
 from neounify.pipeline.results import (
     ImagePart,
     InterleavePart,
@@ -34,6 +32,8 @@ from neounify.pipeline.results import (
     PreviewPart,
     TextPart,
 )
+from neounify.tasks.processor import Front
+from neounify.tasks.requests import check_negative_prompt, image_noise_scale
 from neounify.text.message import Message
 from neounify.text.special import IM_END, IMAGE_OPEN
 from neounify.text.stream import TextStream

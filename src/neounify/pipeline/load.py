@@ -14,8 +14,8 @@ from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
 from neounify.files import read_text
 from neounify.model.compile import compile_streams
-from neounify.pipeline.front import Front
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
+from neounify.tasks.processor import Front
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 

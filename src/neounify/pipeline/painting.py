@@ -14,12 +14,12 @@ from neounify.cache import SequenceCache
 from neounify.config import TextSampling
 from neounify.decode.loop import Generation
 from neounify.decode.sampling import SamplingState
+from neounify.engine.denoise import PaintJob, to_pixels
 from neounify.flow.guidance import Branch
-from neounify.pipeline.denoise import PaintJob, to_pixels
 from neounify.pipeline.engine import Engine, Prefix
-from neounify.pipeline.front import Front
-from neounify.pipeline.request import PaintRequest
 from neounify.pipeline.results import PaintProgress, PaintResult
+from neounify.tasks.processor import Front
+from neounify.tasks.requests import PaintRequest
 from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.template import (
     Prompt,

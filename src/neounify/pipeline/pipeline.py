@@ -27,9 +27,11 @@ from neounify.pipeline.chatting import (
 )
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.interleaving import InterleaveRequest, interleave
-from neounify.pipeline.messages import Conversation, read_pictures, read_request
 from neounify.pipeline.painting import Callback, paint, to_result
-from neounify.pipeline.request import (
+from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
+from neounify.pipeline.trained_sizes import warn_untrained
+from neounify.tasks.conversation import Conversation, read_pictures, read_request
+from neounify.tasks.requests import (
     MAX_THINK_TOKENS,
     PaintRequest,
     output_size,
@@ -37,8 +39,6 @@ from neounify.pipeline.request import (
     per_prompt,
     split_noise,
 )
-from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
-from neounify.pipeline.trained_sizes import warn_untrained
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from neounify.decode.sampler import LogProbs
-from neounify.pipeline.answer import AnswerText
-from neounify.pipeline.front import Front
+from neounify.engine.messages import Token
 from neounify.serve.events import TextPiece, TokenLogProb, ToolCallPiece
-from neounify.serve.messages import Token
+from neounify.tasks.answer import AnswerText
+from neounify.tasks.processor import Front
 from neounify.text.special import THINK_CLOSE, THINK_OPEN
 from neounify.text.stream import TextStream
 from neounify.text.tools import ToolCall, ToolCallReader

@@ -11,8 +11,8 @@ import torch
 
 from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
+from neounify.engine.tensors import LocalTransport
 from neounify.pipeline import Pipeline, load
-from neounify.pipeline.front import Front
 from neounify.pipeline.load import load_front
 from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
 from neounify.serve.link import EngineLink
@@ -20,7 +20,8 @@ from neounify.serve.process import EngineSettings, ProcessSettings, Role
 from neounify.serve.service import Service, ServiceLimits
 from neounify.serve.session import Links
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
-from neounify.serve.transport import LocalTransport, SharedTransport
+from neounify.serve.transport import SharedTransport
+from neounify.tasks.processor import Front
 
 log = logging.getLogger("neounify.serve")
 

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.errors import NeounifyError
+from neounify.errors import ServiceError
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
+from neounify.tasks.requests import PaintRequest
 
 ServiceRequest = ChatRequest | CompletionRequest | PaintRequest | InterleaveRequest
 
@@ -95,10 +95,6 @@ class Finished:
 ServiceEvent = PromptRead | TextPiece | ToolCallPiece | Preview | Painted | Finished
 
 
-class ServiceError(NeounifyError):
-    """A request that was fine could not be served."""
-
-
 class Overloaded(ServiceError):
     """More requests than the limits allow; try again after `retry_after` seconds."""
 
@@ -109,18 +105,6 @@ class Overloaded(ServiceError):
 
 class DeadlineExceeded(ServiceError):
     """The request ran out of the time it was given."""
-
-
-class EngineDied(ServiceError):
-    """The process that worked on the request ended; it is being started again."""
-
-
-class OutOfMemory(ServiceError):
-    """There is no memory left for the request at the moment; others go on."""
-
-
-class ParcelGone(ServiceError):
-    """Tensors of the request were lost on their way between the engines."""
 
 
 class Draining(ServiceError):

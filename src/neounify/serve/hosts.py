@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Protocol
 
+from neounify.engine.generation import GenerationEngine
+from neounify.engine.messages import Order, Reply, Report, failed
+from neounify.engine.tensors import LocalTransport
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
-from neounify.serve.generation import GenerationEngine
-from neounify.serve.messages import Order, Reply, Report, failed
 from neounify.serve.process import (
     Batch,
     Beat,
@@ -25,8 +27,6 @@ from neounify.serve.process import (
     run_process,
 )
 from neounify.serve.shared_memory import PREFIX, remove_pieces
-from neounify.serve.transport import LocalTransport
-from neounify.serve.understanding import UnderstandingEngine
 from neounify.serve.worker import Worker, receive_orders
 
 log = logging.getLogger("neounify.serve")

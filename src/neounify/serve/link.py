@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from neounify.serve.events import EngineDied, ServiceError
+from neounify.engine.messages import Answer, Failed, Order, Reply, Report, discard
+from neounify.errors import EngineDied, ServiceError
 from neounify.serve.hosts import Host
-from neounify.serve.messages import Answer, Failed, Order, Reply, Report, discard
 from neounify.serve.waiting import within
 
 log = logging.getLogger("neounify.serve")

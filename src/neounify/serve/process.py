@@ -14,13 +14,13 @@ from typing import Literal
 
 import torch
 
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import Order, Reply, Report
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.pipeline import load
 from neounify.runtime import freeze_objects, keep_freed_memory
-from neounify.serve.generation import GenerationEngine, GenerationSettings
-from neounify.serve.messages import Order, Reply, Report
 from neounify.serve.shared_memory import remove_after_end
 from neounify.serve.transport import SharedTransport
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.serve.worker import Worker, receive_orders
 
 Role = Literal["und", "gen"]

@@ -15,32 +15,7 @@ import torch
 from torch import Tensor
 
 from neounify.config import TextSampling
-from neounify.errors import ContextFullError
-from neounify.flow.guidance import Branch
-from neounify.pipeline.answer import AnswerText
-from neounify.pipeline.chatting import (
-    ChatRequest,
-    CompletionRequest,
-    answer_text,
-    call_reader,
-    chat_images,
-    constrained,
-    prompt_of,
-)
-from neounify.pipeline.front import Front
-from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_again, turn_prompt
-from neounify.pipeline.painting import branch_prompt, edit_images
-from neounify.pipeline.request import PaintRequest
-from neounify.serve.answer_events import AnswerEvents
-from neounify.serve.events import (
-    Finished,
-    Painted,
-    Preview,
-    PromptRead,
-    ServiceEvent,
-    TextPiece,
-)
-from neounify.serve.messages import (
+from neounify.engine.messages import (
     Done,
     Opened,
     PicturePart,
@@ -50,7 +25,32 @@ from neounify.serve.messages import (
     Token,
     Written,
 )
+from neounify.errors import ContextFullError
+from neounify.flow.guidance import Branch
+from neounify.pipeline.chatting import (
+    ChatRequest,
+    CompletionRequest,
+    answer_text,
+    call_reader,
+    chat_images,
+    constrained,
+    prompt_of,
+)
+from neounify.pipeline.interleaving import InterleaveRequest, draw_noise, seen_again, turn_prompt
+from neounify.pipeline.painting import branch_prompt, edit_images
+from neounify.serve.answer_events import AnswerEvents
+from neounify.serve.events import (
+    Finished,
+    Painted,
+    Preview,
+    PromptRead,
+    ServiceEvent,
+    TextPiece,
+)
 from neounify.serve.session import Session
+from neounify.tasks.answer import AnswerText
+from neounify.tasks.processor import Front
+from neounify.tasks.requests import PaintRequest
 from neounify.text.special import END_OF_TEXT, IM_END, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE
 from neounify.text.template import Prompt, after_think_ids
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neounify.config import ModelConfig
+from neounify.engine.messages import Prefix, TextPart
 from neounify.errors import RequestError
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
-from neounify.pipeline.front import Front
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest, check_image_tokens, image_tokens
 from neounify.serve import programs
 from neounify.serve.events import (
     Draining,
@@ -26,8 +25,9 @@ from neounify.serve.events import (
     ServiceRequest,
 )
 from neounify.serve.link import EngineLink, State
-from neounify.serve.messages import Prefix, TextPart
 from neounify.serve.session import Links, Session
+from neounify.tasks.processor import Front
+from neounify.tasks.requests import PaintRequest, check_image_tokens, image_tokens
 from neounify.text.template import Prompt, TextSegment, paint_prompt, unconditional_prompt
 
 

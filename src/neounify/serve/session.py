@@ -21,11 +21,7 @@ from torch import Tensor
 
 from neounify import errors
 from neounify.config import TextSampling
-from neounify.flow.guidance import Branch
-from neounify.flow.sampling import ResolvedSampling
-from neounify.serve.events import DeadlineExceeded, EngineDied, OutOfMemory, ParcelGone
-from neounify.serve.link import Call, EngineLink, answer_or_raise
-from neounify.serve.messages import (
+from neounify.engine.messages import (
     Answer,
     Cancel,
     Close,
@@ -51,8 +47,13 @@ from neounify.serve.messages import (
     Written,
     parcels_of,
 )
+from neounify.engine.tensors import TensorRef, Transport
+from neounify.errors import EngineDied, OutOfMemory, TensorsGone
+from neounify.flow.guidance import Branch
+from neounify.flow.sampling import ResolvedSampling
+from neounify.serve.events import DeadlineExceeded
+from neounify.serve.link import Call, EngineLink, answer_or_raise
 from neounify.serve.shared_memory import SharedSpace
-from neounify.serve.transport import Parcel, Transport, free
 from neounify.text.template import ImageSegment, Prompt
 
 A = TypeVar("A", bound=Answer)
@@ -67,7 +68,7 @@ ERRORS: dict[str, type[Exception]] = {
         errors.ImageError,
         EngineDied,
         OutOfMemory,
-        ParcelGone,
+        TensorsGone,
     )
 }
 
@@ -110,7 +111,7 @@ class Session:
         self._preparing = preparing
         self._closed = False
         self._sequences: list[SequenceName] = []
-        self._parcels: dict[int, Parcel] = {}
+        self._parcels: dict[int, TensorRef] = {}
         self._calls: dict[Call, EngineLink] = {}
         self._paints: set[Call] = set()
 
@@ -212,7 +213,7 @@ class Session:
         self._paints.discard(call)
         self._close_call(call)
 
-    async def pack(self, **tensors: Tensor) -> Parcel:
+    async def pack(self, **tensors: Tensor) -> TensorRef:
         """A parcel that is freed with the session, if nobody has taken it. Raises OutOfMemory."""
         transport = self.links.transport
         if not transport.copies:
@@ -224,8 +225,8 @@ class Session:
         packing.add_done_callback(self._hold_packed)
         return await asyncio.shield(packing)
 
-    async def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
-        """The tensors of a parcel that came with an answer. Raises ParcelGone."""
+    async def take(self, parcel: TensorRef) -> Mapping[str, Tensor]:
+        """The tensors of a parcel that came with an answer. Raises TensorsGone."""
         take = self.links.transport.take
         copies = self.links.transport.copies
         tensors = await asyncio.to_thread(take, parcel) if copies else take(parcel)
@@ -257,7 +258,7 @@ class Session:
         for call in list(self._calls):
             self._close_call(call)
         for parcel in self._parcels.values():
-            free(parcel)
+            parcel.free()
 
     def _open_call(self, link: EngineLink) -> Call:
         call = link.open_call(preparing=self._preparing)
@@ -269,14 +270,14 @@ class Session:
         if link is not None:
             link.close_call(call)
 
-    def _hold_packed(self, packing: asyncio.Future[Parcel]) -> None:
+    def _hold_packed(self, packing: asyncio.Future[TensorRef]) -> None:
         if not packing.cancelled() and packing.exception() is None:
             self._hold(packing.result())
 
-    def _hold(self, parcel: Parcel) -> None:
+    def _hold(self, parcel: TensorRef) -> None:
         """Free a parcel with the session, which may have ended already."""
         if self._closed:
-            free(parcel)
+            parcel.free()
         else:
             self._parcels[id(parcel)] = parcel
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from neounify.serve.events import OutOfMemory
+from neounify.errors import OutOfMemory
 
 PREFIX = "psm_neounify_"
 """Of all names. Python's own pieces begin with "psm_" too, and tools look for that."""

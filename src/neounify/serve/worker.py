@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from neounify.serve.generation import GenerationEngine
-from neounify.serve.messages import Cancel, Keep, Order, Paint, Reply, Report
-from neounify.serve.understanding import UnderstandingEngine
+from neounify.engine.generation import GenerationEngine
+from neounify.engine.messages import Cancel, Keep, Order, Paint, Reply, Report
+from neounify.engine.understanding import UnderstandingEngine
 
 MOST_YIELDED = 4
 """Denoising lets prompts that wait for a first token go first, that many steps in a row."""

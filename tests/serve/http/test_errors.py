@@ -10,11 +10,17 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL.Image import Image
 
-from neounify.errors import CheckpointError, ImageError, InputError, PromptError, RequestError
+from neounify.errors import (
+    CheckpointError,
+    EngineDied,
+    ImageError,
+    InputError,
+    PromptError,
+    RequestError,
+)
 from neounify.serve.events import (
     DeadlineExceeded,
     Draining,
-    EngineDied,
     Overloaded,
     ServiceEvent,
     ServiceRequest,

@@ -12,9 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY
-from neounify.pipeline.request import PaintRequest
 from neounify.provenance.metadata import read_provenance
 from neounify.serve.http import HttpSettings, create_app
+from neounify.tasks.requests import PaintRequest
 from support.http_server import openai_client, picture, png
 from support.scripted_service import Scripted, colour_of
 

@@ -10,7 +10,6 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse
 
-from neounify.pipeline.request import PaintRequest
 from neounify.serve.events import (
     Finished,
     Painted,
@@ -22,6 +21,7 @@ from neounify.serve.events import (
 )
 from neounify.serve.http import chat_request, create_app, streaming
 from neounify.serve.http.streaming import INLINE_BYTES
+from neounify.tasks.requests import PaintRequest
 from support.scripted_service import Scripted
 
 CHAT, COMPLETIONS, IMAGES = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"

@@ -10,7 +10,8 @@ from collections.abc import AsyncGenerator
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.serve.events import EngineDied, Finished, TextPiece
+from neounify.errors import EngineDied
+from neounify.serve.events import Finished, TextPiece
 from neounify.serve.http import create_app, streaming
 from neounify.serve.http.streaming import ALIVE, start_stream
 from support.scripted_service import Script, Scripted

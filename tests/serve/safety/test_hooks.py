@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from neounify.serve.events import ServiceError
+from neounify.errors import ServiceError
 from neounify.serve.safety.hooks import Hooks, Refused, SafetyHook
 from neounify.serve.safety.loading import HookError, load_hook, make_hooks
 from neounify.serve.safety.wordlist import MAX_LIST_BYTES, WordList, WordListError

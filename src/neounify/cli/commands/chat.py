@@ -91,7 +91,7 @@ def _answer(
     with lasting_imports():
         from neounify.cli.chat_loop import NO_IMAGE, asks_about_image
         from neounify.cli.checks import check_chat, check_model
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     check_model(model)
     inputs = read_pictures(images, colour_profiles=model.colour_profiles)
@@ -134,7 +134,7 @@ def _answer_batch(
     """Answer every line of a JSONL file that no earlier run has answered."""
     with lasting_imports():
         from neounify.cli.checks import check_chat, check_chat_options, check_jobs_file, check_model
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     assert batch.input is not None
     if question is not None or images:
@@ -167,7 +167,7 @@ def _interactive(
     with lasting_imports():
         from neounify.cli.chat_loop import ChatLoop
         from neounify.cli.checks import check_chat_options, check_model
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     if report.json:
         raise UsageError("--json needs QUESTION or --input; interactive chat has no JSON output")

@@ -91,7 +91,7 @@ def generate_prompts(
         from neounify.cli.checks import check_image, check_model, note_size
         from neounify.cli.images import ImageJob, generate_images
         from neounify.cli.records import check_free, save_image
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     if not prompts:
         raise UsageError("give a PROMPT in quotes, or --input FILE.jsonl")
@@ -148,7 +148,7 @@ def generate_batch(
             note_size,
             resolve_sampling,
         )
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     assert batch.input is not None
     if prompts or images:

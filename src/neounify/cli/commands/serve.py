@@ -141,12 +141,12 @@ def _announce(display: Display, address: str, page: bool) -> None:
 def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSettings:
     import torch
 
+    from neounify.engine.generation import GenerationSettings
+    from neounify.engine.understanding import UnderstandingSettings
     from neounify.serve.build import Mode, ServeSettings
-    from neounify.serve.generation import GenerationSettings
     from neounify.serve.hosts import WatchSettings
     from neounify.serve.process import EngineSettings
     from neounify.serve.service import ServiceLimits
-    from neounify.serve.understanding import UnderstandingSettings
 
     if model.mode not in get_args(Mode):
         raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")

@@ -91,7 +91,7 @@ def _generate_story(
     """Stream the text to stdout, save images as they are finished, and print the folder."""
     with lasting_imports():
         from neounify.cli.checks import check_model, check_story, note_size
-        from neounify.pipeline.messages import read_pictures
+        from neounify.tasks.conversation import read_pictures
 
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output} names a file; a story is saved as a folder")

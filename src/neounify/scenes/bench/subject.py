@@ -12,8 +12,8 @@ from PIL import Image
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, Pipeline
 from neounify.pipeline.painting import paint, to_result
-from neounify.pipeline.request import PaintRequest
 from neounify.scenes.bench.category import Pixels
+from neounify.tasks.requests import PaintRequest
 
 MAX_ANSWER_TOKENS = 96
 MAX_STORY_TOKENS = 400

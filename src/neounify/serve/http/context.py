@@ -15,7 +15,6 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.pipeline.request import output_size, size_of_shape
 from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import ImageFields, RequestFields
@@ -23,6 +22,7 @@ from neounify.serve.http.image_urls import ImageFetcher
 from neounify.serve.http.media import HttpHooks, ImageDecoder, RequestImages, ResultStore
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.http.streaming import answer, answers_in_groups
+from neounify.tasks.requests import output_size, size_of_shape
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

@@ -17,15 +17,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from neounify.errors import ImageError, InputError, NeounifyError, PromptError, RequestError
-from neounify.serve.events import (
-    DeadlineExceeded,
-    Draining,
+from neounify.errors import (
     EngineDied,
+    ImageError,
+    InputError,
+    NeounifyError,
     OutOfMemory,
-    Overloaded,
-    ParcelGone,
+    PromptError,
+    RequestError,
+    TensorsGone,
 )
+from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
 from neounify.serve.safety.hooks import Refused
 
 INVALID = "invalid_request_error"
@@ -143,7 +145,7 @@ _KNOWN: dict[type[NeounifyError], _Answer] = {
         "out_of_memory",
         "The server has no memory left for this request at the moment; try again.",
     ),
-    ParcelGone: _Answer(
+    TensorsGone: _Answer(
         503,
         "server_error",
         "request_lost",
@@ -217,7 +219,7 @@ def sanitise(message: str) -> str:
 def _retry_after(error: BaseException) -> float | None:
     if isinstance(error, Overloaded):
         return error.retry_after
-    unavailable = isinstance(error, EngineDied | OutOfMemory | ParcelGone | Draining)
+    unavailable = isinstance(error, EngineDied | OutOfMemory | TensorsGone | Draining)
     return RETRY_SECONDS if unavailable else None
 
 

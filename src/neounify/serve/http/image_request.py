@@ -12,13 +12,13 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from neounify.errors import ImageError
-from neounify.pipeline.request import PaintRequest
 from neounify.serve.http.connections import check_json_type
 from neounify.serve.http.context import Context, seed_or_random
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.fields import MAX_TEXT, ImageFields, seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.settings import MEBIBYTE
+from neounify.tasks.requests import PaintRequest
 
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 

@@ -22,7 +22,6 @@ from neounify.image.budget import DecodeBudget
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
 from neounify.provenance.metadata import Format, encode_image
 from neounify.runtime import return_freed_memory
 from neounify.serve.events import Painted, Preview
@@ -30,6 +29,7 @@ from neounify.serve.http.image_urls import ImageFetcher, data_url_bytes, is_data
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.http.streaming import task_of
 from neounify.serve.safety.hooks import Hooks
+from neounify.tasks.requests import PaintRequest
 
 if TYPE_CHECKING:
     from neounify.provenance.watermark import Marker

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
-from neounify.serve.events import ServiceError
+from neounify.errors import ServiceError
 
 
 class Refused(ServiceError):

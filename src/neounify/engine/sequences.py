@@ -11,8 +11,7 @@ from neounify.cache import PagedSequence
 from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hashes, image_keys, text_keys
 from neounify.decode.forward import ModelInput
 from neounify.decode.loop import Writing
-from neounify.model.layout import Image, Text
-from neounify.serve.messages import (
+from neounify.engine.messages import (
     Extended,
     Opened,
     PicturePart,
@@ -21,7 +20,9 @@ from neounify.serve.messages import (
     SequenceName,
     Write,
 )
-from neounify.serve.transport import LocalParcel, free
+from neounify.engine.tensors import LocalTensors
+from neounify.errors import ContextFullError
+from neounify.model.layout import Image, Text
 
 
 @dataclass
@@ -89,7 +90,7 @@ class ServedSequence:
             self.cache.expect(keys)
         for part in parts:
             if isinstance(part, PicturePart):
-                assert isinstance(part.pixels, LocalParcel)
+                assert isinstance(part.pixels, LocalTensors)
                 self.pieces.append(Piece(image=part.pixels.tensors["pixels"], grid=part.grid))
             elif part.ids:
                 self._append_text(part.ids)
@@ -176,7 +177,7 @@ class Exporting:
     def free(self) -> None:
         """Give back the copies that were made."""
         for prefix in self.done.values():
-            free(prefix.parcel)
+            prefix.parcel.free()
 
 
 def token_keys_of(parts: Sequence[PromptPart], t: int) -> list[TokenKey]:
@@ -200,3 +201,11 @@ def tokens_of(parts: Sequence[PromptPart]) -> int:
 def positions_of(parts: Sequence[PromptPart]) -> int:
     """Positions that parts take; an image takes one."""
     return sum(1 if isinstance(part, PicturePart) else part.tokens for part in parts)
+
+
+def check_context(end: int, limit: int) -> None:
+    """ContextFullError unless a sequence that ends at position `end` fits the context."""
+    if end > limit:
+        raise ContextFullError(
+            f"the sequence would be {end} positions long, the model reads {limit}"
+        )

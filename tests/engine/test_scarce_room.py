@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import neounify
 from neounify.cache import PagedKVCache
 from neounify.config import TextSampling
-from neounify.serve.messages import (
+from neounify.engine.messages import (
     Close,
     Export,
     Exported,
@@ -33,10 +33,10 @@ from neounify.serve.messages import (
     Write,
     Written,
 )
-from neounify.serve.room import MAX_PASSED, Room
-from neounify.serve.sequences import ServedSequence
-from neounify.serve.transport import LocalParcel, LocalTransport
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.room import MAX_PASSED, Room
+from neounify.engine.sequences import ServedSequence
+from neounify.engine.tensors import LocalTensors, LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 
 BLOCK = 4
 SMALL, LARGE = 96, 4096
@@ -53,7 +53,7 @@ def engine_with(pipe: neounify.Pipeline, tokens: int) -> UnderstandingEngine:
 def image(seed: int, rows: int, columns: int) -> PicturePart:
     """32 pixels a token, as the miniature reads them."""
     pixels = torch.randn(3, 32 * rows, 32 * columns, generator=torch.Generator().manual_seed(seed))
-    parcel = LocalParcel({"pixels": pixels})
+    parcel = LocalTensors({"pixels": pixels})
     return PicturePart(parcel, b"%d %d %d" % (seed, rows, columns), (rows, columns))
 
 
@@ -96,7 +96,7 @@ class Life:
             return Write(self.call, cond, sampling, frozenset((self.seed % 7,)), most)
         if kind == "extend":
             more = image(self.seed % 5, 1, 2)
-            again = PicturePart(LocalParcel(dict(more.pixels.tensors)), more.digest, more.grid)  # type: ignore[union-attr]
+            again = PicturePart(LocalTensors(dict(more.pixels.tensors)), more.digest, more.grid)  # type: ignore[union-attr]
             return Extend(self.call, {cond: (more, text(rng, 4)), other: (again,)})
         if kind == "export":
             return Export(self.call, (cond, other))
@@ -114,7 +114,7 @@ class Life:
                 self.said.append(-1 - (reply.answer.stopped_by or 0))
             case Exported():
                 for prefix in reply.answer.prefixes:
-                    assert isinstance(prefix.parcel, LocalParcel)
+                    assert isinstance(prefix.parcel, LocalTensors)
                     self.copies += prefix.parcel.tensors.values()
             case Failed():
                 raise AssertionError(reply.answer.message)

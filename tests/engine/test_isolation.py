@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 import neounify
-from neounify.flow.sampling import ImageSampling
-from neounify.serve.events import OutOfMemory
-from neounify.serve.generation import GenerationEngine, GenerationSettings
-from neounify.serve.messages import (
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import (
     Answer,
     Close,
     Done,
@@ -30,9 +28,12 @@ from neounify.serve.messages import (
     TextPart,
     parcels_of,
 )
+from neounify.engine.tensors import LocalTransport, TensorRef
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.errors import OutOfMemory
+from neounify.flow.sampling import ImageSampling
 from neounify.serve.shared_memory import folder
-from neounify.serve.transport import LocalTransport, Parcel, SharedTransport, free
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.serve.transport import SharedTransport
 
 GRID = (2, 2)
 
@@ -43,11 +44,11 @@ class Failing(LocalTransport):
     def __init__(self, **fails: Mapping[int, Exception]) -> None:
         self.fails, self.done = fails, {"pack": 0, "take": 0}
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> Parcel:
+    def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
         self._count("pack")
         return super().pack(tensors)
 
-    def take(self, parcel: Parcel) -> Mapping[str, Tensor]:
+    def take(self, parcel: TensorRef) -> Mapping[str, Tensor]:
         self._count("take")
         return super().take(parcel)
 
@@ -108,19 +109,19 @@ def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipe
     first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
     part = gone.prompts[(3, "cond")][1]
     assert isinstance(part, PicturePart)
-    free(part.pixels)
+    part.pixels.free()
     for order in (first, waiting, gone):
         engine.submit(order)
     part = waiting.prompts[(2, "cond")][1]
     assert isinstance(part, PicturePart)
-    free(part.pixels)
+    part.pixels.free()
     for _ in range(3):
         engine.step()
     engine.submit(Close(((1, "cond"),)))
     found = answers(engine)
     assert isinstance(found[1][0], Opened)
     assert isinstance(found[2][0], Opened)
-    assert failure(found[3]) == "ParcelGone"
+    assert failure(found[3]) == "TensorsGone"
     engine.submit(Close(((2, "cond"),)))
     engine.check()
     assert engine.pool.allocator.in_use == 0
@@ -210,7 +211,7 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     assert engine.gauges()["gen_images"] == 0
     for answer in (*found[1], *found[2]):
         for parcel in parcels_of(answer):
-            free(parcel)
+            parcel.free()
     assert not list(folder().glob(f"{transport.prefix}*"))
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.config.presets import TINY
+from neounify.engine.denoise import PaintJob, make_job
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import velocity
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import make_solver
 from neounify.model import NeoUnify
-from neounify.pipeline.denoise import PaintJob, make_job
 
 
 def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJob:

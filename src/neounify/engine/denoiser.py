@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from neounify.attention import AttentionBackend, prefix, select_for
+from neounify.engine.denoise import PaintJob
+from neounify.engine.grouping import groups
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
-from neounify.pipeline.denoise import PaintJob
-from neounify.pipeline.grouping import groups
 
 MAX_ROWS = 32_768
 """Image tokens per model call; more jobs than that take turns within a step."""

@@ -10,14 +10,14 @@ import torch
 
 import neounify
 from neounify.attention import prefix
+from neounify.engine import denoiser
+from neounify.engine.denoise import PaintJob
+from neounify.engine.denoiser import Denoiser
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.parts import StreamName
-from neounify.pipeline import denoiser
-from neounify.pipeline.denoise import PaintJob
-from neounify.pipeline.denoiser import Denoiser
 from neounify.pipeline.painting import branch_prompt
-from neounify.pipeline.request import PaintRequest
+from neounify.tasks.requests import PaintRequest
 
 
 def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object) -> PaintJob:

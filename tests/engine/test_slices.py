@@ -10,9 +10,8 @@ import torch
 
 import neounify
 from neounify.config import TextSampling
-from neounify.flow.sampling import ImageSampling
-from neounify.serve.generation import GenerationEngine, GenerationSettings
-from neounify.serve.messages import (
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import (
     Cancel,
     Done,
     Open,
@@ -25,8 +24,9 @@ from neounify.serve.messages import (
     Token,
     Write,
 )
-from neounify.serve.transport import LocalParcel, LocalTransport
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.tensors import LocalTensors, LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.flow.sampling import ImageSampling
 from neounify.serve.worker import Worker
 
 SMALL, LARGE = (2, 2), (6, 6)
@@ -38,9 +38,9 @@ def paint(pipe: neounify.Pipeline, call: int, grid: tuple[int, int], steps: int)
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
     keys, values = (torch.randn(shape, generator=random) for _ in range(2))
     noise = torch.randn(1, grid[0] * grid[1], 3 * config.token_size**2, generator=random)
-    prefix = Prefix(LocalParcel({"keys": keys, "values": values}), 3)
+    prefix = Prefix(LocalTensors({"keys": keys, "values": values}), 3)
     sampling = ImageSampling(steps=steps, guidance=1.0).resolve(config, editing=False)
-    return Paint(call, LocalParcel({"noise": noise}), grid, sampling, {"cond": prefix}, 0)
+    return Paint(call, LocalTensors({"noise": noise}), grid, sampling, {"cond": prefix}, 0)
 
 
 def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
@@ -55,7 +55,7 @@ def results(engine: GenerationEngine) -> dict[int, torch.Tensor]:
     found = {}
     for reply in engine.replies:
         assert isinstance(reply.answer, Done)
-        assert isinstance(reply.answer.pixels, LocalParcel)
+        assert isinstance(reply.answer.pixels, LocalTensors)
         found[reply.call] = reply.answer.pixels.tensors["pixels"]
     return found
 

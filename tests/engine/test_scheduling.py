@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neounify.serve.scheduling import Waiting, choose, preview_steps
+from neounify.engine.scheduling import Waiting, choose, preview_steps
 
 
 def test_what_finishes_soonest_goes_first() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from neounify.cache import PagedKVCache
-from neounify.serve.sequences import ServedSequence
+from neounify.engine.sequences import ServedSequence
 
 HEADROOM = 64
 """Tokens a sequence that will write should have room for when it enters, so that it does not have

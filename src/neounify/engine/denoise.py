@@ -11,12 +11,12 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.flow.guidance import Branch, Guidance
+from neounify.flow.noise import noise_scale
 from neounify.flow.path import clean_from_velocity, velocity
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.solvers import Solver, make_solver
 from neounify.image.patches import unpatchify
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.request import image_noise_scale
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ def make_job(
         prefixes=prefixes,
         guidance=sampling.guidance,
         times=sampling.times(),
-        noise_scale=image_noise_scale(grid, model.config),
+        noise_scale=noise_scale(grid[0] * grid[1], model.config.flow),
         t_eps=sampling.effective_t_eps(),
         solver=make_solver(sampling.solver),
     )

@@ -21,11 +21,7 @@ from neounify.decode.forward import forward_und
 from neounify.decode.loop import Writing, choose_tokens
 from neounify.decode.sampler import Choice
 from neounify.decode.sampling import SamplingState
-from neounify.errors import ContextFullError, NeounifyError, PromptError, RequestError, not_finite
-from neounify.model.neo import NeoUnify
-from neounify.pipeline.engine import check_context
-from neounify.serve.events import EngineDied
-from neounify.serve.messages import (
+from neounify.engine.messages import (
     Close,
     Export,
     Exported,
@@ -41,16 +37,26 @@ from neounify.serve.messages import (
     Written,
     failed,
 )
-from neounify.serve.room import Room
-from neounify.serve.sequences import (
+from neounify.engine.room import Room
+from neounify.engine.sequences import (
     Exporting,
     Piece,
     Reading,
     ServedSequence,
+    check_context,
     positions_of,
     tokens_of,
 )
-from neounify.serve.transport import LocalParcel, Transport
+from neounify.engine.tensors import LocalTensors, Transport
+from neounify.errors import (
+    ContextFullError,
+    EngineDied,
+    NeounifyError,
+    PromptError,
+    RequestError,
+    not_finite,
+)
+from neounify.model.neo import NeoUnify
 
 Prompts = Mapping[SequenceName, tuple[PromptPart, ...]]
 
@@ -178,10 +184,10 @@ class UnderstandingEngine:
             )
 
     def _taken(self, prompts: Prompts) -> Prompts:
-        """The prompts with their images out of shared memory. Raises ParcelGone."""
+        """The prompts with their images out of shared memory. Raises TensorsGone."""
         return {
             name: tuple(
-                replace(part, pixels=LocalParcel(dict(self.transport.take(part.pixels))))
+                replace(part, pixels=LocalTensors(dict(self.transport.take(part.pixels))))
                 if isinstance(part, PicturePart)
                 else part
                 for part in parts

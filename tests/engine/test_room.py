@@ -12,16 +12,16 @@ import pytest
 import torch
 
 import neounify
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.pipeline.request import PaintRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import ThreadHost
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import Service
-from neounify.serve.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.tasks.requests import PaintRequest
 from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.errors import not_finite
+from neounify.engine.denoise import PaintJob, make_job, to_pixels
+from neounify.engine.denoiser import Denoiser
+from neounify.engine.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
+from neounify.engine.scheduling import Waiting, choose, preview_steps
+from neounify.engine.tensors import TensorRef, Transport
+from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.denoise import PaintJob, make_job, to_pixels
-from neounify.pipeline.denoiser import Denoiser
-from neounify.serve.events import EngineDied
-from neounify.serve.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
-from neounify.serve.scheduling import Waiting, choose, preview_steps
-from neounify.serve.transport import Parcel, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +223,7 @@ class GenerationEngine:
             self._drop(image.call)
         self.replies.append(Reply(image.call, done, last))
 
-    def _pack(self, job: PaintJob, tokens: torch.Tensor) -> Parcel:
+    def _pack(self, job: PaintJob, tokens: torch.Tensor) -> TensorRef:
         pixels = to_pixels([tokens], job.grid, self.model.config.token_size)[0]
         return self.transport.pack({"pixels": pixels})
 

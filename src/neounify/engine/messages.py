@@ -16,11 +16,10 @@ import torch
 
 from neounify.config import TextSampling
 from neounify.decode.sampler import LogProbs
-from neounify.errors import NeounifyError
+from neounify.engine.tensors import TensorRef
+from neounify.errors import NeounifyError, OutOfMemory
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
-from neounify.serve.events import OutOfMemory
-from neounify.serve.transport import Parcel, free
 
 log = logging.getLogger("neounify.serve")
 
@@ -43,7 +42,7 @@ class TextPart:
 class PicturePart:
     """A clean image, normalised: the parcel holds `pixels` [3, height, width]."""
 
-    pixels: Parcel
+    pixels: TensorRef
     digest: bytes
     grid: tuple[int, int]
 
@@ -116,7 +115,7 @@ class Close:
 class Prefix:
     """What an image is painted behind: `keys`, `values` [layers, kv_heads, length, d]."""
 
-    parcel: Parcel
+    parcel: TensorRef
     next_t: int
 
 
@@ -137,7 +136,7 @@ class Paint:
     """
 
     call: int
-    noise: Parcel
+    noise: TensorRef
     grid: tuple[int, int]
     sampling: ResolvedSampling
     prefixes: Mapping[Branch, Prefix | str]
@@ -206,7 +205,7 @@ class Seen:
     index: int
     step: int
     steps: int
-    pixels: Parcel
+    pixels: TensorRef
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ class Done:
     """Image `index` is finished; the parcel holds `pixels` [3, height, width]."""
 
     index: int
-    pixels: Parcel
+    pixels: TensorRef
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def failed(call: int, error: Exception) -> Reply:
     return Reply(call, Failed(type(error).__name__, str(error)), True)
 
 
-def parcels_of(answer: Answer) -> tuple[Parcel, ...]:
+def parcels_of(answer: Answer) -> tuple[TensorRef, ...]:
     """What an answer brings, and its receiver has to take or free."""
     if isinstance(answer, Exported):
         return tuple(prefix.parcel for prefix in answer.prefixes)
@@ -256,7 +255,7 @@ def parcels_of(answer: Answer) -> tuple[Parcel, ...]:
 def discard(reply: Reply) -> None:
     """Free what a reply brings that nobody waits for any more."""
     for parcel in parcels_of(reply.answer):
-        free(parcel)
+        parcel.free()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neounify.pipeline.grouping import groups
+from neounify.engine.grouping import groups
 
 
 @given(st.lists(st.integers(0, 20)), st.integers(1, 30))

@@ -1,0 +1,1 @@
+"""The two loops over the model: text for many sequences, denoising for many images."""
