@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint replicas bench parity count clean
 
-demo: $(READY)  ## paint, ask, edit and tell a story with the bundled model
+demo: $(READY)  ## text to image, questions, an edit and a story with the bundled model
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## all tests

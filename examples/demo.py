@@ -1,4 +1,4 @@
-"""Paint, ask, edit and tell a story with the model of the package; all of it on one page."""
+"""Text to image, questions, an edit and a story with the bundled model, on one HTML page."""
 
 from __future__ import annotations
 
@@ -34,36 +34,35 @@ def main() -> None:
     started = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     pipe = neounify.load(bundled_model(), dtype="float32")
-    painted = pipe.generate(list(PROMPTS), seed=7)
-    entries = [Entry(p, [i]) for p, i in zip(PROMPTS, painted.images, strict=True)]
+    result = pipe.generate(list(PROMPTS), seed=7)
+    entries = [Entry(p, [i]) for p, i in zip(PROMPTS, result.images, strict=True)]
     for entry in entries:
-        print(f"painted   {entry.asked}")
+        print(f"generated  {entry.prompt}")
 
     for entry in entries[2:4]:
         for question in (*QUESTIONS, DETAIL):
-            answer = pipe.chat(question, images=entry.pictures).text
-            entry.said.append(f"{question} {answer}")
-            print(f"asked     {question} -> {answer}")
+            answer = pipe.chat(question, images=entry.images).text
+            entry.texts.append(f"{question} {answer}")
+            print(f"asked      {question} -> {answer}")
 
-    wanted = "Turn the square red."
-    edited = pipe.edit(wanted, entries[2].pictures[0], seed=3)
-    entries.append(Entry(wanted, [entries[2].pictures[0], edited.images[0]]))
-    print(f"edited    {wanted}")
+    instruction = "Turn the square red."
+    edited = pipe.edit(instruction, entries[2].images[0], seed=3)
+    entries.append(Entry(instruction, [entries[2].images[0], edited.images[0]]))
+    print(f"edited     {instruction}")
 
     story = Entry(STORY, [])
     for part in pipe.interleave(STORY, seed=1, max_images=3):
         if isinstance(part, ImagePart):
-            story.pictures.append(part.image)
+            story.images.append(part.image)
         elif isinstance(part, TextPart):
-            story.said.append(part.text)
-    story.said = ["".join(story.said).strip()]
+            story.texts.append(part.text)
+    story.texts = ["".join(story.texts).strip()]
     entries.append(story)
-    print("told      " + story.said[0].replace("\n", "\n          "))
+    print("story      " + story.texts[0].replace("\n", "\n           "))
 
-    pictures = [(picture, entry.asked) for entry in entries for picture in entry.pictures]
-    sheet = contact_sheet(
-        [np.asarray(p) for p, _ in pictures], [t for _, t in pictures], [True] * len(pictures)
-    )
+    images = [np.asarray(image) for entry in entries for image in entry.images]
+    prompts = [entry.prompt for entry in entries for _ in entry.images]
+    sheet = contact_sheet(images, prompts, [True] * len(images))
     sheet.save(OUT / "demo.png")
     write_page(entries, OUT / "demo.html")
     print(f"\n{OUT}/demo.html and {OUT}/demo.png, after {time.monotonic() - started:.1f} s")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of pictures and words."""
+"""A self-contained HTML page of images and texts."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ p { color: #555; margin: .2rem 0; white-space: pre-line }
 
 @dataclass
 class Entry:
-    """What was asked, the pictures that came, and what was said."""
+    """A prompt, its images, and the model's texts."""
 
-    asked: str
-    pictures: list[Image.Image]
-    said: list[str] = field(default_factory=list)
+    prompt: str
+    images: list[Image.Image]
+    texts: list[str] = field(default_factory=list)
 
 
 def write_page(entries: list[Entry], path: Path) -> None:
-    """Write the page; the pictures are inside it."""
+    """Write the page with the images embedded."""
     body = "\n".join(_figure(entry) for entry in entries)
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>neounify</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-        f"<h1>Painted, read and edited by one small model</h1><main>{body}</main></html>\n",
+        f"<h1>Images, answers and edits of one small model</h1><main>{body}</main></html>\n",
         encoding="utf-8",
     )
 
 
 def _figure(entry: Entry) -> str:
-    pictures = "".join(_picture(picture, entry.asked) for picture in entry.pictures)
-    said = "".join(f"<p>{html.escape(text)}</p>" for text in entry.said)
-    return f"<figure>{pictures}<figcaption>{html.escape(entry.asked)}{said}</figcaption></figure>"
+    images = "".join(_img(image, entry.prompt) for image in entry.images)
+    texts = "".join(f"<p>{html.escape(text)}</p>" for text in entry.texts)
+    return f"<figure>{images}<figcaption>{html.escape(entry.prompt)}{texts}</figcaption></figure>"
 
 
-def _picture(picture: Image.Image, text: str) -> str:
+def _img(image: Image.Image, text: str) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'

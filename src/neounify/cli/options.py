@@ -82,8 +82,7 @@ class ThreadOptions(DeviceOptions):
         typer.Option(
             min=1,
             metavar="N",
-            help="CPU threads. Default: all cores; a server in one process leaves one core to "
-            "HTTP.",
+            help="CPU threads. Default: all cores; `serve` in one process leaves one for HTTP.",
             rich_help_panel=MODEL,
         ),
     ] = None

@@ -39,7 +39,7 @@ class ImageOptions:
         str | None,
         typer.Option(
             metavar="WxH",
-            help="Width and height in pixels, as 1024x768.",
+            help="Width and height in pixels, such as 1024x768.",
             rich_help_panel=IMAGES,
         ),
     ] = None
@@ -136,7 +136,7 @@ class GenerateOptions(ImageOptions):
             "--count",
             "-n",
             metavar="N",
-            help="Different images per prompt.",
+            help="Images per prompt.",
             rich_help_panel=IMAGES,
         ),
     ] = 1

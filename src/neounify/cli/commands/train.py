@@ -51,7 +51,7 @@ def train(
     place: ThreadOptions,
     report: ReportOptions,
 ) -> None:
-    """Train or fine-tune a model by a recipe: all its stages, or some of them.
+    """Train or fine-tune a model with a recipe: all of its stages, or some.
 
     The folder of the run holds log.jsonl, TensorBoard files, sample images, resumable states,
     and model/, a checkpoint in the published layout.
