@@ -19,6 +19,7 @@ from neounify.engine.denoiser import Denoiser
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
+from neounify.model.layout import Grid
 
 PREFIXES = (64, 13)
 """Tokens of the conditional and the empty prefix of a painted image."""
@@ -69,11 +70,11 @@ def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
     first: tuple[float, int] | None = None
     denoiser = Denoiser(model)
     for side in SIZES:
-        grid = (side // 32, side // 32)
-        tokens = grid[0] * grid[1]
+        grid = Grid(side // 32, side // 32)
+        tokens = grid.length
         noise = torch.randn(tokens, 3 * 32**2)
 
-        def step(noise: torch.Tensor = noise, grid: tuple[int, int] = grid) -> None:
+        def step(noise: torch.Tensor = noise, grid: Grid = grid) -> None:
             job = PaintJob(
                 z=noise,
                 grid=grid,

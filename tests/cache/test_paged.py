@@ -41,7 +41,7 @@ def give(model: NeoUnify, cache: Cache, ids: list[int], image: Tensor | None = N
     spans: tuple[Text | Image, ...] = (Text(len(ids)),)
     images: tuple[Tensor, ...] = ()
     if image is not None:
-        spans, images = (Image(*model.token_grid(image)), *spans), (image,)
+        spans, images = (Image.of(model.token_grid(image)), *spans), (image,)
     return forward_und(model, [ModelInput(cache, spans, ids, images)])[0]
 
 

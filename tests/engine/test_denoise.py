@@ -18,12 +18,13 @@ from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.schedule import timesteps
 from neounify.flow.solvers import make_solver
 from neounify.model import NeoUnify
+from neounify.model.layout import Grid
 
 
 def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJob:
     return PaintJob(
         z=torch.zeros(1, 1, dtype=torch.float64),
-        grid=(1, 1),
+        grid=Grid(1, 1),
         prefixes={},
         guidance=guidance,
         times=times,
@@ -99,4 +100,4 @@ def _started(sampling: ResolvedSampling) -> PaintJob:
     noise: Tensor = torch.randn(
         1, 3 * TINY.token_size**2, generator=torch.Generator().manual_seed(0)
     )
-    return make_job(model, noise, (1, 1), {"cond": cache}, sampling)
+    return make_job(model, noise, Grid(1, 1), {"cond": cache}, sampling)

@@ -32,10 +32,11 @@ from neounify.engine.tensors import LocalTransport, TensorRef
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import OutOfMemory
 from neounify.flow.sampling import ImageSampling
+from neounify.model.layout import Grid
 from neounify.serve.shared_memory import folder
 from neounify.serve.transport import SharedTransport
 
-GRID = (2, 2)
+GRID = Grid(2, 2)
 
 
 class Failing(LocalTransport):
@@ -192,7 +193,7 @@ def painting(
 
 
 def noise_of(pipe: neounify.Pipeline, count: int) -> Tensor:
-    return torch.randn(count, GRID[0] * GRID[1], 3 * pipe.config.token_size**2)
+    return torch.randn(count, GRID.length, pipe.config.token_width)
 
 
 @pytest.mark.parametrize("broken", [(0,), (1,), (0, 1), (0, 1, 2)])

@@ -37,6 +37,7 @@ from neounify.engine.room import MAX_PASSED, Room
 from neounify.engine.sequences import ServedSequence
 from neounify.engine.tensors import LocalTensors, LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.model.layout import Grid
 
 BLOCK = 4
 SMALL, LARGE = 96, 4096
@@ -54,7 +55,7 @@ def image(seed: int, rows: int, columns: int) -> PicturePart:
     """32 pixels a token, as the miniature reads them."""
     pixels = torch.randn(3, 32 * rows, 32 * columns, generator=torch.Generator().manual_seed(seed))
     parcel = LocalTensors({"pixels": pixels})
-    return PicturePart(parcel, b"%d %d %d" % (seed, rows, columns), (rows, columns))
+    return PicturePart(parcel, b"%d %d %d" % (seed, rows, columns), Grid(rows, columns))
 
 
 def text(rng: random.Random, most: int) -> TextPart:

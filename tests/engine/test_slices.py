@@ -27,17 +27,18 @@ from neounify.engine.messages import (
 from neounify.engine.tensors import LocalTensors, LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
+from neounify.model.layout import Grid
 from neounify.serve.worker import Worker
 
-SMALL, LARGE = (2, 2), (6, 6)
+SMALL, LARGE = Grid(2, 2), Grid(6, 6)
 
 
-def paint(pipe: neounify.Pipeline, call: int, grid: tuple[int, int], steps: int) -> Paint:
+def paint(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> Paint:
     config = pipe.config
     random = torch.Generator().manual_seed(call)
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
     keys, values = (torch.randn(shape, generator=random) for _ in range(2))
-    noise = torch.randn(1, grid[0] * grid[1], 3 * config.token_size**2, generator=random)
+    noise = torch.randn(1, grid.length, config.token_width, generator=random)
     prefix = Prefix(LocalTensors({"keys": keys, "values": values}), 3)
     sampling = ImageSampling(steps=steps, guidance=1.0).resolve(config, editing=False)
     return Paint(call, LocalTensors({"noise": noise}), grid, sampling, {"cond": prefix}, 0)

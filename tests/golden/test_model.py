@@ -20,7 +20,7 @@ from neounify.decode import Generation, ModelInput, SamplingState, decode, forwa
 from neounify.flow.path import velocity
 from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
-from neounify.model.layout import Document, grid_patches
+from neounify.model.layout import Document, Grid, grid_patches
 from neounify.model.moe import SparseMlp
 from neounify.model.parts import GEN, UND
 from neounify.model.rope import rotate_patches
@@ -61,7 +61,7 @@ def _cache(model: NeoUnify) -> SequenceCache:
 
 def _token_order(rows: int, columns: int) -> Tensor:
     """Where the patches of every token stand in a row-major list of patches, [tokens, M·M]."""
-    places = grid_patches(((rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
+    places = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
     return places[..., 0] * columns + places[..., 1]
 
 
@@ -80,7 +80,7 @@ def test_patch_embedding_stage_by_stage(
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
     rotated = rotate_patches(features, row, column, embed.theta)
     assert_close(rotated, recorded[f"{image}.{stream}.rope"], TOLERANCE)
-    places = grid_patches(((rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
+    places = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
     tokens = embed(pixels[_token_order(rows, columns)], places)
     assert_close(tokens, recorded[f"{image}.{stream}.out"], TOLERANCE)
 
@@ -107,7 +107,7 @@ def test_cutting_pictures(name: str, model: NeoUnify) -> None:
     t, scale = torch.tensor([0.3, 0.6]), torch.tensor([1.0, 2.0])
     extra = model.timestep_embedder(t)
     extra += model.noise_scale_embedder(scale / model.config.flow.noise_scale_max)
-    tokens = model.embed_noisy([(3, 2), (3, 2)], z.flatten(0, 1), t, scale)
+    tokens = model.embed_noisy([Grid(3, 2), Grid(3, 2)], z.flatten(0, 1), t, scale)
     tokens = tokens.view(2, 6, -1) - extra[:, None]
     assert_close(tokens, recorded["image.gen.out"], TOLERANCE)
 
@@ -138,11 +138,11 @@ def _prompt(recorded: dict[str, Tensor], images: Sequence[Tensor] = ()) -> Promp
     """Cut the recorded ids into text and images; ids between images are text."""
     ids = recorded["input_ids"][0].tolist()
     spans: list[Span] = []
-    grids = [(i.shape[1] // (PATCH * MERGE), i.shape[2] // (PATCH * MERGE)) for i in images]
+    grids = [Grid.of_pixels(i.shape[1], i.shape[2], PATCH * MERGE) for i in images]
     start = 0
     while start < len(ids):
         if ids[start] == IMAGE_TOKEN:
-            spans.append(Image(*grids.pop(0)))
+            spans.append(Image.of(grids.pop(0)))
             start += spans[-1].length
             continue
         stop = ids.index(IMAGE_TOKEN, start) if IMAGE_TOKEN in ids[start:] else len(ids)
@@ -258,7 +258,7 @@ def test_velocity(name: str, prefix: str, model: NeoUnify) -> None:
     assert torch.equal(patchify(recorded["noise"], 32)[0], z)
     for t in (0.0, 0.3, 0.97, 0.99):
         scale = torch.tensor([facts["noise_scale"]])
-        embedded = model.embed_noisy([(3, 2)], z, torch.tensor([t]), scale)
+        embedded = model.embed_noisy([Grid(3, 2)], z, torch.tensor([t]), scale)
         assert_close(embedded, recorded[f"t{t}.input_embeds"][0], TOLERANCE)
         hidden = model.backbone(layout, {GEN: embedded}, plan(layout, [cache]))[GEN]
         assert_close(hidden, recorded[f"t{t}.{prefix}.hidden"][0], TOLERANCE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neounify.model import Document, Image, Layout, Noise, Text
-from neounify.model.layout import grid_patches
+from neounify.model.layout import Grid, grid_patches
 from support import reference
 from support.models import Maker, by_stream, pack, random_config
 
@@ -104,14 +104,14 @@ def test_order_puts_text_and_images_into_their_rows() -> None:
     order = layout.und_order_on(CPU)
     assert order is not None
     assert [mixed[row] for row in order] == ["a", "b", "I", "J", "c", "K", "L", "d"]
-    assert layout.image_grids == [(1, 2), (2, 1)]
-    assert layout.noise_grids == [(1, 1)]
+    assert layout.image_grids == [Grid(1, 2), Grid(2, 1)]
+    assert layout.noise_grids == [Grid(1, 1)]
     assert Layout([Document((Text(4), Noise(1, 1)))]).und_order_on(CPU) is None
     assert Layout([Document((Image(2, 2),))]).und_order_on(CPU) is None
 
 
 def test_places_of_patches_inside_tokens() -> None:
-    places = grid_patches(((1, 2), (2, 1)), 2, CPU)
+    places = grid_patches((Grid(1, 2), Grid(2, 1)), 2, CPU)
     assert places.shape == (4, 4, 2)
     assert places[0].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert places[1].tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.layout import Grid
 from neounify.model.norm import RMSNorm
 from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
 from neounify.model.scalar_embed import ScalarEmbed, sinusoids
@@ -123,16 +124,17 @@ def test_rotation_of_patches() -> None:
     assert_close(actual, reference.rotate_patches(x, facts_of(config)).reshape(15, 12), 1e-13)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_patch_embeddings(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "channels"), [*((s, 3) for s in range(6)), (0, 1), (1, 4)])
+def test_patch_embeddings(seed: int, channels: int) -> None:
     """Several images of different sizes in one call, both streams."""
     rng = random.Random(seed)
-    config = random_config(rng, patch_size=rng.choice([4, 8]), merge=1 + seed % 3)
+    sides = {"patch_size": rng.choice([4, 8]), "merge": 1 + seed % 3}
+    config = random_config(rng, **sides, channels=channels)
     model = random_model(config, seed, torch.float64)
     weights, facts, side = weights_of(model), facts_of(config), config.token_size
     numbers = np.random.default_rng(seed)
-    grids = [(2, 3), (1, 1), (3, 1)]
-    images = [numbers.normal(size=(3, rows * side, columns * side)) for rows, columns in grids]
+    grids = [Grid(2, 3), Grid(1, 1), Grid(3, 1)]
+    images = [numbers.normal(size=(channels, g.rows * side, g.columns * side)) for g in grids]
     with exact():
         und = model.embed_clean([torch.from_numpy(image) for image in images])
         z = torch.from_numpy(np.concatenate([to_tokens(image, config) for image in images]))
@@ -168,21 +170,24 @@ def test_scalar_embedding() -> None:
         assert_close(embed(values), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("channels", [3, 1, 4])
 @pytest.mark.parametrize("head", ["flow", "pixel"])
-def test_image_heads(head: str) -> None:
+def test_image_heads(head: str, channels: int) -> None:
     """Several images, some of one size beside each other, as rows of (row, column, channel)."""
     rng = random.Random(3)
-    config = random_config(rng, image_head=head, patch_size=4, merge=2)
+    config = random_config(rng, image_head=head, patch_size=4, merge=2, channels=channels)
     model = random_model(config, 0, torch.float64)
     assert isinstance(model.image_head, PixelHead if head == "pixel" else FlowHead)
     weights, side = weights_of(model), config.token_size
-    grids = [(2, 3), (2, 3), (3, 2), (1, 1), (2, 3)]
+    grids = [Grid(2, 3), Grid(2, 3), Grid(3, 2), Grid(1, 1), Grid(2, 3)]
     hidden = torch.randn(25, config.hidden_size, dtype=torch.float64)
     wanted = []
-    for (rows, columns), x in zip(grids, hidden.split([6, 6, 6, 1, 6]), strict=True):
+    for grid, x in zip(grids, hidden.split([6, 6, 6, 1, 6]), strict=True):
         if head == "pixel":
-            image = reference.pixel_head(x.numpy(), rows, columns, weights, (2, 2, side // 4))
+            image = reference.pixel_head(
+                x.numpy(), grid.rows, grid.columns, weights, (2, 2, side // 4)
+            )
         else:
-            image = reference.flow_head(x.numpy(), rows, columns, weights, side)
+            image = reference.flow_head(x.numpy(), grid.rows, grid.columns, weights, side)
         wanted.append(to_tokens(image, config))
     assert_close(model.clean_prediction(hidden, grids), np.concatenate(wanted), 1e-12)

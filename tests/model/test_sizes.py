@@ -69,7 +69,7 @@ def test_an_image_of_another_size_is_refused() -> None:
     config = random_config(random.Random(0))
     model, side = random_model(config, 0), config.token_size
     layout = Layout([Document((Text(1), Image(2, 2)))])
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 2\)"):
+    with pytest.raises(ValueError, match=r"images of 2x3 tokens do not fit .* images of 2x2"):
         model(
             batch_of(
                 layout, torch.zeros(1, dtype=torch.int64), [torch.zeros(3, 2 * side, 3 * side)]

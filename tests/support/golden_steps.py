@@ -89,4 +89,4 @@ class PromptPositions:
 
 
 def _positions(job: PaintJob, branch: Any) -> Tensor:
-    return Layout([job.prefixes[branch].document(Noise(*job.grid))])["gen"].positions.T
+    return Layout([job.prefixes[branch].document(Noise.of(job.grid))])["gen"].positions.T

@@ -23,7 +23,7 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
 from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
 from neounify.image.sizes import fit_size
-from neounify.model.layout import Document, Image, Noise, Span, Text
+from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
 from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tokenizer import Tokenizer
 
@@ -332,20 +332,19 @@ class _Writer:
             self._special(IMAGE_CLOSE, learn=False)
 
     def _noise(self, pixels: Pixels) -> None:
-        rows, columns = self._grid(pixels)
+        block = Noise.of(self._grid(pixels))
         for _ in range(self.encoder.noise_draws):
-            self.spans.append(Noise(rows, columns))
+            self.spans.append(block)
             self.targets.append(pixels)
 
     def _clean(self, pixels: Pixels) -> None:
-        image = Image(*self._grid(pixels))
+        image = Image.of(self._grid(pixels))
         self.spans.append(image)
         self.images.append(pixels)
         self._row += image.length
 
-    def _grid(self, pixels: Pixels) -> tuple[int, int]:
-        side = self.encoder.config.token_size
-        return pixels.shape[0] // side, pixels.shape[1] // side
+    def _grid(self, pixels: Pixels) -> Grid:
+        return Grid.of_pixels(pixels.shape[0], pixels.shape[1], self.encoder.config.token_size)
 
     def _sized_target(self, part: ImagePart, *, copies: int) -> Pixels:
         """A target in its size for training; it will stand in the document `copies` times."""

@@ -16,6 +16,7 @@ from neounify.flow.path import clean_from_velocity, velocity
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.solvers import Solver, make_solver
 from neounify.image.patches import unpatchify
+from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
 
 
@@ -28,7 +29,7 @@ class PaintJob:
     """
 
     z: Tensor
-    grid: tuple[int, int]
+    grid: Grid
     prefixes: dict[Branch, SequenceCache]
     guidance: Guidance
     times: Sequence[float]
@@ -86,7 +87,7 @@ class PaintJob:
 def make_job(
     model: NeoUnify,
     noise: Float[Tensor, "n ccc"],
-    grid: tuple[int, int],
+    grid: Grid,
     prefixes: dict[Branch, SequenceCache],
     sampling: ResolvedSampling,
 ) -> PaintJob:
@@ -97,14 +98,14 @@ def make_job(
         prefixes=prefixes,
         guidance=sampling.guidance,
         times=sampling.times(),
-        noise_scale=noise_scale(grid[0] * grid[1], model.config.flow),
+        noise_scale=noise_scale(grid.length, model.config.flow),
         t_eps=sampling.effective_t_eps(),
         solver=make_solver(sampling.solver),
     )
 
 
 def to_pixels(
-    tokens: Sequence[Float[Tensor, "n ccc"]], grid: tuple[int, int], token_size: int
+    tokens: Sequence[Float[Tensor, "n ccc"]], grid: Grid, token_size: int
 ) -> Float[Tensor, "b 3 h w"]:
     """Images of one size from their tokens, on the CPU."""
-    return unpatchify(torch.stack(list(tokens)), *grid, token_size).cpu()
+    return unpatchify(torch.stack(list(tokens)), grid.rows, grid.columns, token_size).cpu()

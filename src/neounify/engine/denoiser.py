@@ -100,6 +100,6 @@ class _Call:
         self.lengths = [job.z.shape[0] for job, _ in runs]
         caches = [job.prefixes[branch] for job, branch in runs]
         self.layout = Layout(
-            cache.document(Noise(*job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
+            cache.document(Noise.of(job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
         )
         self.attend = backend.plan(self.layout, caches)

@@ -20,6 +20,7 @@ from neounify.engine.tensors import TensorRef
 from neounify.errors import NeounifyError, OutOfMemory
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
+from neounify.model.layout import Grid
 
 log = logging.getLogger("neounify.serve")
 
@@ -44,11 +45,11 @@ class PicturePart:
 
     pixels: TensorRef
     digest: bytes
-    grid: tuple[int, int]
+    grid: Grid
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.grid.length
 
 
 PromptPart = TextPart | PicturePart
@@ -137,7 +138,7 @@ class Paint:
 
     call: int
     noise: TensorRef
-    grid: tuple[int, int]
+    grid: Grid
     sampling: ResolvedSampling
     prefixes: Mapping[Branch, Prefix | str]
     previews: int

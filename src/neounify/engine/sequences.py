@@ -22,7 +22,7 @@ from neounify.engine.messages import (
 )
 from neounify.engine.tensors import LocalTensors
 from neounify.errors import ContextFullError
-from neounify.model.layout import Image, Text
+from neounify.model.layout import Grid, Image, Text
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Piece:
 
     ids: list[int] = field(default_factory=list)
     image: Tensor | None = None
-    grid: tuple[int, int] = (0, 0)
+    grid: Grid | None = None
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] if self.image is not None else len(self.ids)
+        return len(self.ids) if self.grid is None else self.grid.length
 
 
 @dataclass(eq=False)
@@ -133,7 +133,7 @@ class ServedSequence:
         assert self.cache is not None
         return ModelInput(
             self.cache,
-            tuple(Text(len(p.ids)) if p.image is None else Image(*p.grid) for p in pieces),
+            tuple(Text(len(p.ids)) if p.grid is None else Image.of(p.grid) for p in pieces),
             [token for piece in pieces for token in piece.ids],
             [piece.image for piece in pieces if piece.image is not None],
         )

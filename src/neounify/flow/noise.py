@@ -26,6 +26,6 @@ def noise_scale(num_tokens: int, flow: FlowConfig, *, cap: bool = True) -> float
 
 def initial_noise(
     shape: Sequence[int], scale: float, generator: torch.Generator
-) -> Float[Tensor, "b 3 h w"]:
-    """One draw of [B, 3, H, W] from a CPU generator, times σ; float32."""
+) -> Float[Tensor, "b c h w"]:
+    """One draw of [B, C, H, W] from a CPU generator, times σ; float32."""
     return torch.randn(tuple(shape), generator=generator) * scale

@@ -51,7 +51,7 @@ def normalise_und(
     Raises:
         ValueError: the third dimension from the end is not 3 channels.
     """
-    if x.ndim < 3 or x.shape[-3] != 3:
+    if x.ndim < 3 or x.shape[-3] != len(MEAN):
         raise ValueError(f"pixels must be [..., 3, height, width], got {tuple(x.shape)}")
     mean = torch.tensor(MEAN, dtype=x.dtype, device=x.device)[:, None, None]
     std = torch.tensor(STD, dtype=x.dtype, device=x.device)[:, None, None]
@@ -66,7 +66,7 @@ def to_pil(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     Raises:
         ValueError: the shape is not [batch, 3, height, width].
     """
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
+    if pixels.ndim != 4 or pixels.shape[1] != len(MEAN):
         raise ValueError(f"pixels must be [batch, 3, height, width], got {tuple(pixels.shape)}")
     unit = (pixels.detach().float() + 1) / 2
     levels = (unit.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -14,8 +14,7 @@ from torch.nn.functional import gelu, pixel_shuffle
 
 from neounify.config import ModelConfig
 from neounify.image.patches import patchify
-
-Grid = tuple[int, int]
+from neounify.model.layout import Grid
 
 
 class FlowHead(nn.Module):
@@ -24,12 +23,12 @@ class FlowHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.linear1 = nn.Linear(config.hidden_size, config.flow_head_width)
-        self.linear2 = nn.Linear(config.flow_head_width, 3 * config.token_size**2)
+        self.linear2 = nn.Linear(config.flow_head_width, config.token_width)
 
     def forward(
         self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
     ) -> Float[Tensor, "n ccc"]:
-        """`grids` (token rows and columns of each image) is not needed: tokens stand alone."""
+        """`grids` of the images is not needed: tokens stand alone."""
         return self.linear2(gelu(self.linear1(hidden)))
 
 
@@ -40,26 +39,30 @@ class PixelHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.token_size = config.token_size
+        self.token_size, self.channels = config.token_size, config.channels
         self.last_shuffle = config.token_size // 4  # two shuffles by 2 come before it
         self.conv1 = nn.Conv2d(config.hidden_size // 4, self.WIDTH, 3, padding=1)
-        self.conv2 = nn.Conv2d(self.WIDTH // 4, 3 * self.last_shuffle**2, 3, padding=1)
+        self.conv2 = nn.Conv2d(
+            self.WIDTH // 4, config.channels * self.last_shuffle**2, 3, padding=1
+        )
 
     def forward(
         self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
     ) -> Float[Tensor, "n ccc"]:
-        """`grids` are the token rows and columns of each image, in the order of `hidden`."""
+        """`grids` are those of the images, in the order of `hidden`."""
         pieces = []
         start = 0
-        for (rows, columns), same in groupby(grids):
+        for grid, same in groupby(grids):
             count = len(list(same))
-            stop = start + count * rows * columns
-            maps = hidden[start:stop].view(count, rows, columns, -1).permute(0, 3, 1, 2)
-            pieces.append(patchify(self._decode(maps), self.token_size).flatten(0, 1))
+            stop = start + count * grid.length
+            maps = hidden[start:stop].view(count, grid.rows, grid.columns, -1).permute(0, 3, 1, 2)
+            pieces.append(
+                patchify(self._decode(maps), self.token_size, self.channels).flatten(0, 1)
+            )
             start = stop
         return torch.cat(pieces)
 
-    def _decode(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b 3 H W"]:
+    def _decode(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
         x = gelu(self.conv1(pixel_shuffle(maps, 2)))
         x = self.conv2(pixel_shuffle(x, 2))
         return pixel_shuffle(x, self.last_shuffle)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
+
+G = TypeVar("G", bound="Grid")
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,42 @@ class Text:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
+    """Token rows and columns of an image."""
+
     rows: int
     columns: int
 
     @property
     def length(self) -> int:
+        """Tokens."""
         return self.rows * self.columns
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
 
-class Image(_Grid):
+    @classmethod
+    def of(cls: type[G], grid: Grid) -> G:
+        """The same rows and columns as an object of this class."""
+        return cls(grid.rows, grid.columns)
+
+    @classmethod
+    def of_pixels(cls: type[G], height: int, width: int, token_size: int) -> G:
+        """The grid of an image in pixels; ValueError when a side is no multiple of C."""
+        grid = cls(height // token_size, width // token_size)
+        if (grid.rows * token_size, grid.columns * token_size) != (height, width):
+            raise ValueError(f"image sides {(height, width)} must be multiples of {token_size}")
+        return grid
+
+
+class Image(Grid):
     """A clean image of rows × columns tokens: bidirectional inside, one step of t in all."""
 
     stream: ClassVar[StreamName] = UND
     steps: ClassVar[int] = 1
 
 
-class Noise(_Grid):
+class Noise(Grid):
     """A noisy image block in the generation stream. It stands at the t of the next image.
 
     Nothing but itself sees it and it takes no step of t, so a clean copy that
@@ -132,7 +153,7 @@ class StreamRows:
                 rows[:, 0] = np.arange(t, t + span.length)
             else:
                 rows[:, 0] = t
-                rows[:, 1:] = _cells(span.rows, span.columns)
+                rows[:, 1:] = _cells(span)
             start += span.length
         return positions
 
@@ -148,8 +169,8 @@ class Layout:
         self.documents = tuple(documents)
         self._streams = {name: StreamRows() for name in STREAMS}
         self.text_length = 0
-        self.image_grids: list[tuple[int, int]] = []
-        self.noise_grids: list[tuple[int, int]] = []
+        self.image_grids: list[Grid] = []
+        self.noise_grids: list[Grid] = []
         self._und_order: dict[torch.device, Tensor] = {}
         for number, document in enumerate(self.documents):
             self._add(number, document)
@@ -183,9 +204,9 @@ class Layout:
             if isinstance(span, Text):
                 self.text_length += span.length
             elif span.stream == GEN:
-                self.noise_grids.append((span.rows, span.columns))
+                self.noise_grids.append(Grid.of(span))
             else:
-                self.image_grids.append((span.rows, span.columns))
+                self.image_grids.append(Grid.of(span))
             t += span.steps
         for name, rows in self._streams.items():
             rows.ranges.append((firsts[name], rows.length))
@@ -217,23 +238,23 @@ class Layout:
 
 @lru_cache(maxsize=64)
 def grid_patches(
-    grids: tuple[tuple[int, int], ...], merge: int, device: torch.device
+    grids: tuple[Grid, ...], merge: int, device: torch.device
 ) -> Int64[Tensor, "n mm 2"]:
     """(row, column) in patch units of the merge × merge patches of every token of some images."""
-    tokens = np.concatenate([_cells(rows, columns) for rows, columns in grids])
-    return _tensor(tokens[:, None] * merge + _cells(merge, merge), device)
+    tokens = np.concatenate([_cells(grid) for grid in grids])
+    return _tensor(tokens[:, None] * merge + _cells(Grid(merge, merge)), device)
 
 
 @lru_cache(maxsize=64)
-def grid_owners(grids: tuple[tuple[int, int], ...], device: torch.device) -> Int64[Tensor, " n"]:
+def grid_owners(grids: tuple[Grid, ...], device: torch.device) -> Int64[Tensor, " n"]:
     """The number of the image that each token belongs to."""
-    lengths = [rows * columns for rows, columns in grids]
+    lengths = [grid.length for grid in grids]
     return _tensor(np.repeat(np.arange(len(grids)), lengths), device)
 
 
-def _cells(rows: int, columns: int) -> Int[np.ndarray, "n 2"]:
+def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
     """(row, column) of every cell of a grid, row by row."""
-    return np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
+    return np.stack(np.divmod(np.arange(grid.length), grid.columns), axis=1)
 
 
 def _kept(

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
 from neounify.model.image_head import FlowHead, PixelHead
-from neounify.model.layout import Layout, grid_owners, grid_patches
+from neounify.model.layout import Grid, Layout, grid_owners, grid_patches
 from neounify.model.norm import RMSNorm
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.patch_embed import PatchEmbed, token_patches
@@ -37,7 +37,7 @@ class ModelBatch:
     layout: Layout
     attend: Attend
     ids: Int[Tensor, " n"]
-    images: Sequence[Float[Tensor, "3 _height _width"]] = ()
+    images: Sequence[Float[Tensor, "c _height _width"]] = ()
     z: Float[Tensor, "g ccc"] | None = None
     t: Float[Tensor, " j"] | None = None
     noise_scale: Float[Tensor, " j"] | None = None
@@ -45,7 +45,7 @@ class ModelBatch:
 
 
 class ModelOutput(NamedTuple):
-    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, 3·C²]."""
+    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, C²·channels]."""
 
     text: Any
     clean: Tensor | None
@@ -88,14 +88,14 @@ class NeoUnify(nn.Module):
         self,
         layout: Layout,
         token_ids: Int[Tensor, " n"],
-        images: Sequence[Float[Tensor, "3 _height _width"]] = (),
+        images: Sequence[Float[Tensor, "c _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
         """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
         grids = [self.token_grid(image) for image in images]
         if grids != layout.image_grids or token_ids.shape[0] != layout.text_length:
             raise ValueError(
-                f"{token_ids.shape[0]} ids and images of {grids} tokens do not fit the layout: "
-                f"{layout.text_length} ids and {layout.image_grids}"
+                f"{token_ids.shape[0]} ids and images of {_sizes(grids)} tokens do not fit the "
+                f"layout: {layout.text_length} ids and images of {_sizes(layout.image_grids)}"
             )
         parts = [self.embed_tokens(token_ids)] if token_ids.numel() else []
         if images:
@@ -105,7 +105,7 @@ class NeoUnify(nn.Module):
         return x if order is None else x.index_select(0, order)
 
     def embed_clean(
-        self, images: Sequence[Float[Tensor, "3 _height _width"]]
+        self, images: Sequence[Float[Tensor, "c _height _width"]]
     ) -> Float[Tensor, "n d"]:
         """The understanding stream's embedding of clean images, all tokens in a row."""
         c = self.config
@@ -116,7 +116,7 @@ class NeoUnify(nn.Module):
 
     def embed_noisy(
         self,
-        grids: Sequence[tuple[int, int]],
+        grids: Sequence[Grid],
         z: Float[Tensor, "g ccc"],
         t: Float[Tensor, " j"],
         noise_scale: Float[Tensor, " j"],
@@ -124,18 +124,19 @@ class NeoUnify(nn.Module):
         """The generation stream's embedding of noisy images.
 
         `z` holds one row per token, pixels in order (row, column, channel); `t` in
-        [0, 1] and `noise_scale` (σ) are per image, `grids` its token rows and columns.
+        [0, 1] and `noise_scale` (σ) are per image, as are `grids`.
         """
         c = self.config
         m, p = c.merge, c.patch_size
-        count = sum(rows * columns for rows, columns in grids)
+        count = sum(grid.length for grid in grids)
         if not grids or not t.shape == noise_scale.shape == (len(grids),) or z.shape[0] != count:
             raise ValueError(
                 f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
-                f"{tuple(noise_scale.shape)} do not fit images of {list(grids)} tokens"
+                f"{tuple(noise_scale.shape)} do not fit images of {_sizes(grids)} tokens"
             )
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
-        patches = z.view(-1, m, p, m, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, 3 * p * p)
+        squares = z.view(-1, m, p, m, p, c.channels)
+        patches = squares.permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, c.channels * p * p)
         x = self.gen_patch(patches.to(self.dtype), grid_patches(tuple(grids), m, z.device))
         condition = self.timestep_embedder(t)
         if c.flow.noise_scale_embedding:
@@ -179,7 +180,7 @@ class NeoUnify(nn.Module):
         return self.lm_head(hidden)
 
     def clean_prediction(
-        self, hidden: Float[Tensor, "g d"], grids: Sequence[tuple[int, int]]
+        self, hidden: Float[Tensor, "g d"], grids: Sequence[Grid]
     ) -> Float[Tensor, "g ccc"]:
         """The predicted clean image x̂: one row per token, pixels as (row, column, channel)."""
         return self.image_head(hidden, grids)
@@ -213,13 +214,10 @@ class NeoUnify(nn.Module):
             )
         return embedded
 
-    def token_grid(self, image: Float[Tensor, "3 _height _width"]) -> tuple[int, int]:
+    def token_grid(self, image: Float[Tensor, "c _height _width"]) -> Grid:
         """Token rows and columns of an image; ValueError when a side is no multiple of C."""
-        side = self.config.token_size
-        rows, columns = image.shape[1] // side, image.shape[2] // side
-        if (rows * side, columns * side) != tuple(image.shape[1:]):
-            raise ValueError(f"image sides {tuple(image.shape[1:])} must be multiples of {side}")
-        return rows, columns
+        _, height, width = image.shape
+        return Grid.of_pixels(height, width, self.config.token_size)
 
     def _rotation(self, layout: Layout, stream: StreamName, x: Tensor) -> Rotation:
         c = self.config
@@ -230,3 +228,7 @@ class NeoUnify(nn.Module):
             theta_hw=c.rope_theta_hw,
             dtype=x.dtype,
         )
+
+
+def _sizes(grids: Sequence[Grid]) -> str:
+    return ", ".join(map(str, grids)) or "no"

@@ -18,7 +18,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, patch, merge = config.vision_hidden_size, config.patch_size, config.merge
-        self.patch = nn.Conv2d(3, hidden, patch, stride=patch)
+        self.patch = nn.Conv2d(config.channels, hidden, patch, stride=patch)
         self.merge = nn.Conv2d(hidden, config.hidden_size, merge, stride=merge)
         self.theta = config.rope_theta_vision
 
@@ -39,11 +39,13 @@ class PatchEmbed(nn.Module):
 
 
 def token_patches(
-    image: Float[Tensor, "3 height width"], patch: int, merge: int
+    image: Float[Tensor, "c height width"], patch: int, merge: int
 ) -> Float[Tensor, "n mm cpp"]:
     """Cut one image into tokens of merge × merge patches, pixels as (channel, row, column)."""
-    _, height, width = image.shape
+    channels, height, width = image.shape
     side = patch * merge
     rows, columns = height // side, width // side
-    cut = image.view(3, rows, merge, patch, columns, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-    return cut.reshape(rows * columns, merge**2, 3 * patch**2)
+    cut = image.view(channels, rows, merge, patch, columns, merge, patch).permute(
+        1, 4, 2, 5, 0, 3, 6
+    )
+    return cut.reshape(rows * columns, merge**2, channels * patch**2)

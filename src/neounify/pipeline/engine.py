@@ -19,7 +19,7 @@ from neounify.engine.sequences import check_context
 from neounify.errors import Cancelled, PromptError, not_finite
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
-from neounify.model.layout import Image, Span, Text
+from neounify.model.layout import Grid, Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.tasks.processor import Front
 from neounify.text.special import IMAGE_CLOSE, IMAGE_OPEN
@@ -89,7 +89,7 @@ class Engine(Front):
         """
         spans: tuple[Span, ...] = (Text(len(ids)),)
         if image is not None:
-            spans = (Image(*self.model.token_grid(image)), *spans)
+            spans = (Image.of(self.model.token_grid(image)), *spans)
         check_context(cache.document(*spans).end_t, self.config.max_positions)
         with self.residency.use("und"):
             images = () if image is None else (image,)
@@ -135,7 +135,7 @@ class Engine(Front):
     def job(
         self,
         noise: Tensor,
-        grid: tuple[int, int],
+        grid: Grid,
         prefixes: dict[Branch, SequenceCache],
         sampling: ResolvedSampling,
     ) -> PaintJob:
@@ -159,7 +159,7 @@ class Engine(Front):
         for segment in prompt.segments:
             if isinstance(segment, ImageSegment):
                 used.append(images[segment.image])
-                spans.append(Image(*self.model.token_grid(used[-1])))
+                spans.append(Image.of(self.model.token_grid(used[-1])))
             elif segment.ids:
                 spans.append(Text(len(segment.ids)))
                 ids += segment.ids

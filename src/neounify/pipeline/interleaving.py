@@ -23,6 +23,7 @@ from neounify.flow.noise import initial_noise
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
+from neounify.model.layout import Grid
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.painting import edit_images
 from neounify.pipeline.results import (
@@ -118,8 +119,9 @@ def draw_noise(
     config: ModelConfig, width: int, height: int, generator: torch.Generator
 ) -> Float[Tensor, "n ccc"]:
     """The next image's scaled noise as tokens: one draw of a call's generator."""
-    scale = image_noise_scale((height // config.token_size, width // config.token_size), config)
-    return patchify(initial_noise((1, 3, height, width), scale, generator), config.token_size)[0]
+    scale = image_noise_scale(Grid.of_pixels(height, width, config.token_size), config)
+    noise = initial_noise((1, config.channels, height, width), scale, generator)
+    return patchify(noise, config.token_size, config.channels)[0]
 
 
 def seen_again(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
@@ -194,6 +196,6 @@ class _Interleaving:
 
     def _job(self, width: int, height: int) -> PaintJob:
         config = self.engine.config
-        grid = (height // config.token_size, width // config.token_size)
+        grid = Grid.of_pixels(height, width, config.token_size)
         noise = draw_noise(config, width, height, self.noise)
         return self.engine.job(noise, grid, self.prefixes, self.request.sampling)

@@ -106,7 +106,7 @@ def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: Serv
     Keys and values of a full cache, and noise and result of all images, in float32.
     """
     cached = config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype.itemsize
-    painted = 3 * config.token_size**2 * torch.float32.itemsize * 2
+    painted = config.token_width * torch.float32.itemsize * 2
     tokens = settings.engines.understanding.cache_tokens
     return tokens * cached + settings.limits.image_tokens * painted
 

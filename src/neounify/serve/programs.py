@@ -27,6 +27,7 @@ from neounify.engine.messages import (
 )
 from neounify.errors import ContextFullError
 from neounify.flow.guidance import Branch
+from neounify.model.layout import Grid
 from neounify.pipeline.chatting import (
     ChatRequest,
     CompletionRequest,
@@ -181,7 +182,7 @@ async def paint(session: Session, front: Front, request: PaintRequest, previews:
     grid = request.grid(front.config)
     async for seen, pixels in session.paint(noise, grid, request.sampling, prefixes, previews):
         if isinstance(seen, Done):
-            usage.painted += grid[0] * grid[1]
+            usage.painted += grid.length
             yield Painted(seen.index, pixels)
         else:
             yield Preview(seen.index, seen.step, seen.steps, pixels)
@@ -229,7 +230,7 @@ async def interleave(
             session.leave(branch for branch in _own(request) if branch != "cond")
             seeing = ["cond"]
         noise = await asyncio.to_thread(draw_noise, front.config, *size, generator)
-        grid = (size[1] // side, size[0] // side)
+        grid = Grid.of_pixels(size[1], size[0], side)
         finished: Tensor | None = None
         async for seen, pixels in session.paint(
             noise[None], grid, request.sampling, prefixes, previews
@@ -240,7 +241,7 @@ async def interleave(
                 yield Preview(index, seen.step, seen.steps, pixels)
         assert finished is not None
         yield Painted(index, finished)
-        usage.painted += grid[0] * grid[1]
+        usage.painted += grid.length
         again = await asyncio.to_thread(seen_again, finished, front.dtype)
         shown: dict[str, tuple[PromptPart, ...]] = {
             branch: (await session.picture(again, side), TextPart((front.token(IMAGE_CLOSE),)))

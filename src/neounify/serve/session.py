@@ -51,6 +51,7 @@ from neounify.engine.tensors import TensorRef, Transport
 from neounify.errors import EngineDied, OutOfMemory, TensorsGone
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
+from neounify.model.layout import Grid
 from neounify.serve.events import DeadlineExceeded
 from neounify.serve.link import Call, EngineLink, answer_or_raise
 from neounify.serve.shared_memory import SharedSpace
@@ -193,7 +194,7 @@ class Session:
     async def paint(
         self,
         noise: Tensor,
-        grid: tuple[int, int],
+        grid: Grid,
         sampling: ResolvedSampling,
         prefixes: Mapping[Branch, Prefix | str],
         previews: int,
@@ -244,7 +245,7 @@ class Session:
 
     async def picture(self, pixels: Tensor, side: int) -> PicturePart:
         """A prepared image [3, height, width] as the engine reads it."""
-        grid = (pixels.shape[1] // side, pixels.shape[2] // side)
+        grid = Grid.of_pixels(pixels.shape[1], pixels.shape[2], side)
         digest = await asyncio.to_thread(_digest, pixels)
         return PicturePart(await self.pack(pixels=pixels), digest, grid)
 

@@ -17,8 +17,9 @@ from neounify.config.sampling import check_seed
 from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.patches import patchify
+from neounify.image.patches import RGB, patchify
 from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size
+from neounify.model.layout import Grid
 from neounify.text.template import check_negative
 
 T = TypeVar("T", int, str)
@@ -56,7 +57,7 @@ class PaintRequest:
                 param="images_per_prompt",
             )
         check_seed(self.seed)
-        expected = (self.count, 3, self.height, self.width)
+        expected = (self.count, RGB, self.height, self.width)
         if self.noise is not None and tuple(self.noise.shape) != expected:
             raise RequestError(
                 f"noise must be {expected}, got {tuple(self.noise.shape)}", param="noise"
@@ -72,23 +73,23 @@ class PaintRequest:
             )
         check_negative_prompt(self.negative_prompt, self.sampling)
 
-    def grid(self, config: ModelConfig) -> tuple[int, int]:
+    def grid(self, config: ModelConfig) -> Grid:
         """Token rows and columns."""
-        return self.height // config.token_size, self.width // config.token_size
+        return Grid.of_pixels(self.height, self.width, config.token_size)
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
         """The scaled noise the images are painted from, as tokens."""
         noise = self.noise
         if noise is None:
-            shape = (self.count, 3, self.height, self.width)
+            shape = (self.count, config.channels, self.height, self.width)
             generator = torch.Generator().manual_seed(self.seed)
             noise = initial_noise(shape, image_noise_scale(self.grid(config), config), generator)
-        return patchify(noise.float(), config.token_size)
+        return patchify(noise.float(), config.token_size, config.channels)
 
 
-def image_noise_scale(grid: tuple[int, int], config: ModelConfig) -> float:
+def image_noise_scale(grid: Grid, config: ModelConfig) -> float:
     """σ at which an image of this grid is sampled."""
-    return noise_scale(grid[0] * grid[1], config.flow)
+    return noise_scale(grid.length, config.flow)
 
 
 def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:

@@ -102,10 +102,10 @@ def add_noise(
     """Draw t and noise for every target of a pack, on the generator's device."""
     device = generator.device
     grids = pack.layout.noise_grids
-    lengths = torch.tensor([rows * columns for rows, columns in grids], device=device)
+    lengths = torch.tensor([grid.length for grid in grids], device=device)
     clean = _tokens(pack.targets, model_config.token_size, device)
     t = config.draw_t(len(grids), generator)
-    sigma = torch.tensor([noise_scale(r * c, model_config.flow, cap=False) for r, c in grids])
+    sigma = torch.tensor([noise_scale(grid.length, model_config.flow, cap=False) for grid in grids])
     sigma = sigma.to(device)
     noise = torch.randn(clean.shape, generator=generator, device=device)
     per_token = [x.repeat_interleave(lengths).unsqueeze(1) for x in (t, sigma)]

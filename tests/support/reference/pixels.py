@@ -13,9 +13,9 @@ PERIOD = 10000.0
 
 
 def patches_of(pixels: Array, patch: int) -> Array:
-    """Cut [3, H, W] into [rows, columns, 3, P, P]."""
-    _, height, width = pixels.shape
-    grid = np.zeros((height // patch, width // patch, 3, patch, patch))
+    """Cut [C, H, W] into [rows, columns, C, P, P]."""
+    channels, height, width = pixels.shape
+    grid = np.zeros((height // patch, width // patch, channels, patch, patch))
     for row in range(height // patch):
         for column in range(width // patch):
             top, left = row * patch, column * patch
@@ -85,15 +85,17 @@ def scalar_embed(value: float, weights: Weights, name: str) -> Array:
 
 def flow_head(hidden: Array, rows: int, columns: int, weights: Weights, side: int) -> Array:
     """Each token's vector is its pixel block in order (row, column, channel)."""
-    out = np.zeros((3, rows * side, columns * side))
+    channels = weights["fm_modules.fm_head.2.bias"].shape[0] // side**2
+    out = np.zeros((channels, rows * side, columns * side))
     for token, vector in enumerate(hidden):
         inner = gelu(linear(vector, weights, "fm_modules.fm_head.0"))
         values = linear(inner, weights, "fm_modules.fm_head.2")
         top, left = token // columns * side, token % columns * side
         for y in range(side):
             for x in range(side):
-                for channel in range(3):
-                    out[channel, top + y, left + x] = values[(y * side + x) * 3 + channel]
+                for channel in range(channels):
+                    place = (y * side + x) * channels + channel
+                    out[channel, top + y, left + x] = values[place]
     return out
 
 
