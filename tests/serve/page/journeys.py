@@ -28,7 +28,7 @@ STORY = (
     "background. Draw a blue star in the bottom right."
 )
 
-# Keeps what every picture of the page showed, in order: (state of its tile, hash of its URL).
+# Keeps what every image of the page showed, in order: (state of its tile, hash of its URL).
 _WATCH = """
 window.shown = [];
 new MutationObserver((changes) => {
@@ -53,7 +53,7 @@ def open_page(browser: WebDriver, base_url: str, mode: str) -> None:
 
 
 def answer(browser: WebDriver, base_url: str) -> str:
-    """Chat: an example's question about a picture, answered; gives the answer."""
+    """Chat: an example's question about an image, answered; gives the answer."""
     open_page(browser, base_url, "chat")
     click_text(browser, "#chat .example", "How many squares are there?")
     wait(browser, lambda: find(browser, "#chat .attached img").is_displayed())
@@ -73,101 +73,101 @@ def follow_up(browser: WebDriver, question: str) -> None:
     wait_until_done(browser, "#chat")
 
 
-def painting(browser: WebDriver, base_url: str) -> list[str]:
-    """Paint: at least two different previews before the picture; gives the previews' URLs."""
-    open_page(browser, base_url, "paint")
-    enter(browser, "#paint-input", "a red circle")
-    click(browser, "#paint .primary")
-    wait(browser, lambda: bool(find_all(browser, "#paint [data-state=painting] img")))
-    assert "Step" in text_of(browser, "#paint figcaption")
-    wait_until_done(browser, "#paint")
-    assert_painted(browser, "#paint", 1)
+def generating(browser: WebDriver, base_url: str) -> list[str]:
+    """Generate: at least two different previews before the image; gives the previews' URLs."""
+    open_page(browser, base_url, "generate")
+    enter(browser, "#generate-input", "a red circle")
+    click(browser, "#generate .primary")
+    wait(browser, lambda: bool(find_all(browser, "#generate [data-state=generating] img")))
+    assert "Step" in text_of(browser, "#generate figcaption")
+    wait_until_done(browser, "#generate")
+    assert_finished(browser, "#generate", 1)
     shown: list[tuple[str, str]] = browser.execute_script("return window.shown")
-    final = find(browser, "#paint .tile img").get_attribute("src")
-    previews = list(dict.fromkeys(url for state, url in shown if state == "painting"))
+    final = find(browser, "#generate .tile img").get_attribute("src")
+    previews = list(dict.fromkeys(url for state, url in shown if state == "generating"))
     assert len(previews) >= 2, f"{len(previews)} previews"
     assert final not in previews
     return previews
 
 
 def again(browser: WebDriver, base_url: str) -> str:
-    """Paint, and do it again from the gallery: the same seed, the same picture; gives the seed."""
-    open_page(browser, base_url, "paint")
-    enter(browser, "#paint-input", "a red circle")
-    click(browser, "#paint .primary")
-    wait_until_done(browser, "#paint")
+    """Generate, and once more from the gallery: the same seed, the same image; gives the seed."""
+    open_page(browser, base_url, "generate")
+    enter(browser, "#generate-input", "a red circle")
+    click(browser, "#generate .primary")
+    wait_until_done(browser, "#generate")
     open_gallery(browser)
-    click_text(browser, "#viewer button", "Do it again")
-    wait_for(browser, "#paint .card", 2)
-    wait_until_done(browser, "#paint")
-    assert_painted(browser, "#paint", 2)
-    seeds = [element.text for element in find_all(browser, "#paint .card .seed")]
-    urls = [element.get_attribute("src") for element in find_all(browser, "#paint .tile img")]
+    click_text(browser, "#viewer button", "Regenerate")
+    wait_for(browser, "#generate .card", 2)
+    wait_until_done(browser, "#generate")
+    assert_finished(browser, "#generate", 2)
+    seeds = [element.text for element in find_all(browser, "#generate .card .seed")]
+    urls = [element.get_attribute("src") for element in find_all(browser, "#generate .tile img")]
     assert seeds[0] == seeds[1]
-    assert_same_picture(*urls)
+    assert_same_image(*urls)
     return seeds[0].removeprefix("Seed ")
 
 
 def editing(browser: WebDriver, base_url: str) -> None:
-    """Edit: an example's picture changed, and the result taken as the next one to change."""
+    """Edit: an example's image changed, and the result taken as the next one to change."""
     open_page(browser, base_url, "edit")
     click_text(browser, "#edit .example", "Turn the square red.")
     wait(browser, lambda: find(browser, "#edit .attached img").is_displayed())
     click(browser, "#edit .primary")
     wait_until_done(browser, "#edit")
-    assert_painted(browser, "#edit", 1)
+    assert_finished(browser, "#edit", 1)
     click_text(browser, "#edit .tile button", "Edit this")
     painted = find(browser, "#edit .tile img").get_attribute("src")
     assert find(browser, "#edit .attached img").get_attribute("src") == painted
 
 
-def upload(browser: WebDriver, base_url: str, picture: Path) -> None:
-    """Edit: a picture from a file, taken out again."""
+def upload(browser: WebDriver, base_url: str, image: Path) -> None:
+    """Edit: an image from a file, taken out again."""
     open_page(browser, base_url, "edit")
-    find(browser, "#edit input[type=file]").send_keys(str(picture))
+    find(browser, "#edit input[type=file]").send_keys(str(image))
     wait(browser, lambda: bool(find_all(browser, "#edit .attached img")))
     click(browser, "#edit .remove")
     assert not find_all(browser, "#edit .attached img")
 
 
 def story(browser: WebDriver, base_url: str) -> None:
-    """Story: text and two pictures, in turn."""
+    """Story: text and two images, in turn."""
     open_page(browser, base_url, "story")
     enter(browser, "#setting-max_images", "2")
     enter(browser, "#story-input", STORY)
     click(browser, "#story .primary")
     wait_until_done(browser, "#story")
-    assert_painted(browser, "#story", 2)
+    assert_finished(browser, "#story", 2)
     assert text_of(browser, "#story .answer .text").strip()
 
 
 def variations(browser: WebDriver, base_url: str) -> None:
-    """Paint: three pictures at once; the last one alone, by its own seed, is the same again."""
-    open_page(browser, base_url, "paint")
+    """Generate: three images at once; the last one alone, by its own seed, is the same again."""
+    open_page(browser, base_url, "generate")
     enter(browser, "#setting-n", "3")
     enter(browser, "#setting-seed", "40")
-    enter(browser, "#paint-input", "two purple crosses")
-    click(browser, "#paint .primary")
-    wait_until_done(browser, "#paint")
-    assert_painted(browser, "#paint", 3)
-    last = find_all(browser, "#paint .tile")[2]
+    enter(browser, "#generate-input", "two purple crosses")
+    click(browser, "#generate .primary")
+    wait_until_done(browser, "#generate")
+    assert_finished(browser, "#generate", 3)
+    last = find_all(browser, "#generate .tile")[2]
     url = last.find_element(By.TAG_NAME, "img").get_attribute("src")
-    next(b for b in last.find_elements(By.TAG_NAME, "button") if b.text == "Do it again").click()
-    wait_until_done(browser, "#paint")
-    assert_painted(browser, "#paint", 4)
-    assert text_of(browser, "#paint .card .seed") == "Seed 42"
-    assert_same_picture(find(browser, "#paint .tile img").get_attribute("src"), url)
+    next(b for b in last.find_elements(By.TAG_NAME, "button") if b.text == "Regenerate").click()
+    wait_until_done(browser, "#generate")
+    assert_finished(browser, "#generate", 4)
+    assert text_of(browser, "#generate .card .seed") == "Seed 42"
+    assert_same_image(find(browser, "#generate .tile img").get_attribute("src"), url)
 
 
 def refusal(browser: WebDriver, base_url: str) -> str:
-    """Paint: a size that no model takes; gives the words that say so, near the button."""
-    open_page(browser, base_url, "paint")
+    """Generate: a size that no model takes; gives the words that say so, near the button."""
+    open_page(browser, base_url, "generate")
     enter(browser, "#setting-size", "63x63")
-    enter(browser, "#paint-input", "a red circle")
-    click(browser, "#paint .primary")
-    wait(browser, lambda: find(browser, "#paint .notice").is_displayed())
-    assert not find_all(browser, "#paint .card")
-    words = text_of(browser, "#paint .notice p")
+    enter(browser, "#generate-input", "a red circle")
+    click(browser, "#generate .primary")
+    wait(browser, lambda: find(browser, "#generate .notice").is_displayed())
+    assert not find_all(browser, "#generate .card")
+    words = text_of(browser, "#generate .notice p")
     assert "63" in words
     return words
 
@@ -182,23 +182,23 @@ def stop(browser: WebDriver, base_url: str, prompt: str = "Go on for long.") -> 
     assert text_of(browser, "#chat .answer .status") == "Stopped."
 
 
-def assert_painted(browser: WebDriver, panel: str, count: int) -> None:
-    """So many finished pictures in that panel, decoded and not empty."""
+def assert_finished(browser: WebDriver, panel: str, count: int) -> None:
+    """So many finished images in that panel, decoded and not empty."""
     tiles = find_all(browser, f"{panel} .tile[data-state=finished] img")
     assert len(tiles) == count
     wait(browser, lambda: all(tile.get_property("naturalWidth") for tile in tiles))
 
 
-def assert_same_picture(url: str | None, other: str | None) -> None:
+def assert_same_image(url: str | None, other: str | None) -> None:
     """Equal but for the rounding of a batch of another size."""
-    first, second = read_picture(url), read_picture(other)
+    first, second = read_image(url), read_image(other)
     assert first.shape == second.shape
     furthest = np.abs(first - second).max()
     assert furthest <= 2, f"a pixel is {furthest} of 255 off"
 
 
-def read_picture(url: str | None) -> NDArray[np.int16]:
-    """The colours of the picture in a data URL."""
+def read_image(url: str | None) -> NDArray[np.int16]:
+    """The colours of the image in a data URL."""
     assert url is not None
     content = base64.b64decode(url.partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), dtype=np.int16)
@@ -213,7 +213,7 @@ def assert_fits(browser: WebDriver) -> None:
 
 
 def open_gallery(browser: WebDriver) -> None:
-    """The newest picture of the gallery, in its viewer."""
+    """The newest image of the gallery, in its viewer."""
     opener = find(browser, "[popovertarget=gallery]")
     if opener.is_displayed():
         opener.click()

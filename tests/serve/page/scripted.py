@@ -110,9 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
         if self.path == "/v1/images/generations":
-            return _pictures("image_generation", body, prompt)
+            return _images("image_generation", body, prompt)
         if self.path == "/v1/images/edits":
-            return _pictures("image_edit", body, prompt)
+            return _images("image_edit", body, prompt)
         return _chat(body, prompt)
 
     def _stream(self, events: Iterator[bytes]) -> None:
@@ -189,15 +189,15 @@ def _sse(data: object, event: str | None = None) -> bytes:
 
 
 def _chat(body: dict[str, Any], prompt: str) -> Iterator[bytes]:
-    with_pictures = "image" in body.get("modalities", [])
+    with_images = "image" in body.get("modalities", [])
     if body.get("think"):
         yield from map(
             _delta, _words("The question is about what can be seen.", "reasoning_content")
         )
-    for index in range(2 if with_pictures else 0):
-        yield from map(_delta, _words(f"Picture {index + 1}: a circle on white. "))
+    for index in range(2 if with_images else 0):
+        yield from map(_delta, _words(f"Image {index + 1}: a circle on white. "))
         yield from map(_delta, _painted(index, int(body["seed"]), body.get("partial_images", 0)))
-    said = "The end." if with_pictures else "There are two shapes: <b>a triangle</b> and a square."
+    said = "The end." if with_images else "There are two shapes: <b>a triangle</b> and a square."
     said = "word " * 400 if prompt == "Go on for long." else said
     yield from map(_delta, _words(said))
     if prompt == "fail":
@@ -213,10 +213,10 @@ def _words(text: str, name: str = "content") -> Iterator[dict[str, Any]]:
 
 def _painted(index: int, seed: int, previews: int) -> Iterator[dict[str, Any]]:
     for step in (5, 10, 15)[:previews]:
-        url = f"data:image/png;base64,{_picture(seed + index, step / STEPS)}"
+        url = f"data:image/png;base64,{_image(seed + index, step / STEPS)}"
         preview = {"index": index, "image_url": {"url": url}, "step": step, "steps": STEPS}
         yield {"image_preview": preview}
-    url = f"data:image/png;base64,{_picture(seed + index, 1.0)}"
+    url = f"data:image/png;base64,{_image(seed + index, 1.0)}"
     yield {"images": [{"index": index, "image_url": {"url": url}}]}
 
 
@@ -224,8 +224,8 @@ def _delta(delta: dict[str, Any]) -> bytes:
     return _sse({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
 
 
-def _pictures(kind: str, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
-    """All pictures side by side, as an engine paints them; each event says whose it is."""
+def _images(kind: str, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
+    """All images side by side, as an engine generates them; each event has its index."""
     count, seed = int(body.get("n", 1)), int(body["seed"])
     thought = {"reasoning_content": f"A plan for {prompt}."} if body.get("think") else {}
     for step in (5, 10, 15, STEPS):
@@ -233,7 +233,7 @@ def _pictures(kind: str, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
         for index in range(count):
             event = {
                 "type": name,
-                "b64_json": _picture(seed + index, step / STEPS),
+                "b64_json": _image(seed + index, step / STEPS),
                 "output_format": "png",
                 "index": index,
                 "seed": seed + index,
@@ -243,14 +243,14 @@ def _pictures(kind: str, body: dict[str, Any], prompt: str) -> Iterator[bytes]:
             yield _sse(event | (partial if step < STEPS else {}), name)
 
 
-def _picture(seed: int, clear: float) -> str:
+def _image(seed: int, clear: float) -> str:
     """A shape whose colour and place follow from the seed, in as much noise as is left."""
-    picture = Image.new("RGB", (256, 256), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (256, 256), "white")
+    draw = ImageDraw.Draw(image)
     colours = ((214, 39, 40), (44, 160, 44), (31, 99, 210), (250, 210, 40))
     x, y = (16, 136)[seed % 2], (16, 136)[seed // 2 % 2]
     draw.ellipse((x, y, x + 100, y + 100), fill=colours[seed // 4 % 4])
     noise = Image.effect_noise((64, 64), 90).convert("RGB")
     file = io.BytesIO()
-    Image.blend(noise, picture.resize((64, 64)), clear).save(file, "png")
+    Image.blend(noise, image.resize((64, 64)), clear).save(file, "png")
     return base64.b64encode(file.getvalue()).decode()

@@ -25,11 +25,11 @@ return arguments[0] === there || arguments[0].contains(there);
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
 def test_scrolled_far_everything_is_in_reach(browser: Browser, url: str, width: int) -> None:
     set_device(browser, width, 640)
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     for count in (1, 2):
-        journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
-        journeys.wait_for(browser, "#paint .card", count)
-        journeys.wait_until_done(browser, "#paint")
+        journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
+        journeys.wait_for(browser, "#generate .card", count)
+        journeys.wait_until_done(browser, "#generate")
     browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     narrow = width < 960
     wanted = ("#tab-chat", "#tab-story") + (
@@ -44,8 +44,8 @@ def test_scrolled_far_everything_is_in_reach(browser: Browser, url: str, width: 
 
 def test_a_row_of_examples_shows_that_it_goes_on(browser: Browser, url: str) -> None:
     set_device(browser, 320, 640)
-    journeys.open_page(browser, url, "paint")
-    first, second = journeys.find_all(browser, "#paint .example")[:2]
+    journeys.open_page(browser, url, "generate")
+    first, second = journeys.find_all(browser, "#generate .example")[:2]
     assert first.rect["x"] + first.rect["width"] < 320 - 8
     assert second.rect["x"] < 320 - 8
 
@@ -77,7 +77,7 @@ def test_it_fits_and_looks_right(
     journeys.assert_fits(browser)
     shoot(f"{name}-chat")
     for mode, journey in (
-        ("paint", journeys.variations),
+        ("generate", journeys.variations),
         ("edit", journeys.editing),
         ("story", journeys.story),
         ("error", journeys.refusal),
@@ -89,7 +89,16 @@ def test_it_fits_and_looks_right(
         journeys.click(browser, "[popovertarget=settings]")
         journeys.assert_fits(browser)
         shoot(f"{name}-settings")
-    journeys.painting(browser, url)
+    journeys.generating(browser, url)
     journeys.open_gallery(browser)
     journeys.assert_fits(browser)
     shoot(f"{name}-viewer")
+
+
+@pytest.mark.parametrize("width", [320, 375])
+def test_labels_of_tabs_stay_on_one_line(browser: Browser, url: str, width: int) -> None:
+    set_device(browser, width, 640)
+    journeys.open_page(browser, url, "generate")
+    heights = [tab.rect["height"] for tab in journeys.find_all(browser, "[role=tab]")]
+    assert max(heights) < 50
+    journeys.assert_fits(browser)

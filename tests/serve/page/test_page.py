@@ -18,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 from serve.page import journeys
 from serve.page.scripted import KEY, PAGE, Script
 
-PREVIEW = "#paint [data-state=painting] img"
+PREVIEW = "#generate [data-state=generating] img"
 Shoot = Callable[[str], None]
 Browser = WebDriver
 
@@ -46,48 +46,48 @@ def test_a_thought_is_folded(browser: Browser, url: str, shoot: Shoot) -> None:
     shoot("chat-thought")
 
 
-def test_pictures_in_an_answer_of_the_chat(browser: Browser, url: str, script: Script) -> None:
+def test_images_in_an_answer_of_the_chat(browser: Browser, url: str, script: Script) -> None:
     journeys.open_page(browser, url, "chat")
     journeys.follow_up(browser, "Hello")
     journeys.click(browser, "#setting-modalities")
     journeys.follow_up(browser, "Draw a circle.")
-    journeys.assert_painted(browser, "#chat", 2)
+    journeys.assert_finished(browser, "#chat", 2)
     body = script.bodies("/v1/chat/completions")[-1]
     assert body["modalities"] == ["text", "image"]
     assert len(body["messages"]) == 1
 
 
-def test_previews_come_before_the_picture(
+def test_previews_come_before_the_image(
     browser: Browser, url: str, script: Script, shoot: Shoot
 ) -> None:
-    journeys.painting(browser, url)
-    shoot("paint")
+    journeys.generating(browser, url)
+    shoot("generate")
     [body] = script.bodies("/v1/images/generations")
     assert body["prompt"] == "a red circle"
     assert body["partial_images"] == 3
     assert set(body) == {"prompt", "seed", "stream", "partial_images", "response_format"}
 
 
-def test_a_picture_on_its_way(browser: Browser, url: str, shoot: Shoot) -> None:
-    journeys.open_page(browser, url, "paint")
+def test_an_image_on_its_way(browser: Browser, url: str, shoot: Shoot) -> None:
+    journeys.open_page(browser, url, "generate")
     journeys.enter(browser, "#setting-n", "2")
     journeys.click(browser, "#setting-think")
-    journeys.enter(browser, "#paint-input", "a red circle")
-    journeys.click(browser, "#paint .primary")
+    journeys.enter(browser, "#generate-input", "a red circle")
+    journeys.click(browser, "#generate .primary")
     journeys.wait_for(browser, PREVIEW, 2)
-    shoot("paint-preview")
-    journeys.wait_until_done(browser, "#paint")
-    journeys.click(browser, "#paint .tile .thought summary")
-    assert "A plan for a red circle." in journeys.text_of(browser, "#paint .tile .thought")
+    shoot("generate-preview")
+    journeys.wait_until_done(browser, "#generate")
+    journeys.click(browser, "#generate .tile .thought summary")
+    assert "A plan for a red circle." in journeys.text_of(browser, "#generate .tile .thought")
 
 
 def test_settings_that_are_entered_are_sent(browser: Browser, url: str, script: Script) -> None:
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     given = {"n": 2, "size": "96x64", "steps": 8, "guidance": 1.5, "shift": 2, "seed": 7}
     for name, value in given.items():
         journeys.enter(browser, f"#setting-{name}", str(value))
-    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
-    journeys.wait_until_done(browser, "#paint")
+    journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
+    journeys.wait_until_done(browser, "#generate")
     [body] = script.bodies("/v1/images/generations")
     assert given.items() <= body.items()
     browser.refresh()
@@ -105,20 +105,20 @@ def test_a_new_conversation_forgets_the_old_one(browser: Browser, url: str, scri
     assert len(script.bodies("/v1/chat/completions")[-1]["messages"]) == 1
 
 
-def test_a_picture_can_be_downloaded(browser: Browser, url: str, tmp_path: Path) -> None:
+def test_an_image_can_be_downloaded(browser: Browser, url: str, tmp_path: Path) -> None:
     where = {"behavior": "allow", "downloadPath": str(tmp_path)}
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", where)
-    journeys.painting(browser, url)
-    seed = journeys.text_of(browser, "#paint .seed").removeprefix("Seed ")
-    journeys.click(browser, "#paint .tile button")
-    file = tmp_path / f"neounify-paint-seed-{seed}-1.png"
+    journeys.generating(browser, url)
+    seed = journeys.text_of(browser, "#generate .seed").removeprefix("Seed ")
+    journeys.click(browser, "#generate .tile button")
+    file = tmp_path / f"neounify-generate-seed-{seed}-1.png"
     journeys.wait(browser, file.exists)
-    with Image.open(file) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(file) as image:
+        assert image.size == (64, 64)
 
 
 def test_the_dice_keeps_a_seed(browser: Browser, url: str) -> None:
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     journeys.click(browser, ".dice")
     first = journeys.find(browser, "#setting-seed").get_property("value")
     journeys.click(browser, ".dice")
@@ -128,13 +128,13 @@ def test_the_dice_keeps_a_seed(browser: Browser, url: str) -> None:
 
 
 def test_nonsense_is_not_sent(browser: Browser, url: str, script: Script) -> None:
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     journeys.enter(browser, "#setting-steps", "0")
-    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+    journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
     assert not script.asked
     journeys.open_page(browser, url, "edit")
     journeys.enter(browser, "#edit-input", "Turn it red." + Keys.ENTER)
-    assert "Add the picture" in journeys.text_of(browser, "#edit .notice")
+    assert "Add the image" in journeys.text_of(browser, "#edit .notice")
 
 
 def test_again_is_the_same_request(browser: Browser, url: str, script: Script) -> None:
@@ -144,17 +144,15 @@ def test_again_is_the_same_request(browser: Browser, url: str, script: Script) -
     assert str(first["seed"]) == seed
 
 
-def test_each_of_several_pictures_has_its_seed(browser: Browser, url: str, shoot: Shoot) -> None:
+def test_each_of_several_images_has_its_seed(browser: Browser, url: str, shoot: Shoot) -> None:
     journeys.variations(browser, url)
-    shoot("paint-several")
+    shoot("generate-several")
     journeys.open_gallery(browser)
     assert "42" in journeys.text_of(browser, "#viewer dl")
     shoot("gallery")
 
 
-def test_an_edit_sends_the_pictures(
-    browser: Browser, url: str, script: Script, shoot: Shoot
-) -> None:
+def test_an_edit_sends_the_images(browser: Browser, url: str, script: Script, shoot: Shoot) -> None:
     journeys.editing(browser, url)
     shoot("edit")
     [body] = script.bodies("/v1/images/edits")
@@ -167,7 +165,7 @@ def test_a_file_can_be_added_and_removed(browser: Browser, url: str) -> None:
     journeys.upload(browser, url, Path(str(PAGE / "example.png")).resolve())
 
 
-def test_pictures_can_be_dropped_and_pasted(browser: Browser, url: str) -> None:
+def test_images_can_be_dropped_and_pasted(browser: Browser, url: str) -> None:
     journeys.open_page(browser, url, "edit")
     browser.execute_async_script(_HAND_OVER, "drop", "dataTransfer")
     journeys.wait_for(browser, "#edit .attached img", 1)
@@ -196,10 +194,10 @@ def test_a_story(browser: Browser, url: str, script: Script, shoot: Shoot) -> No
     assert body["max_images"] == 2
     assert body["partial_images"] == 3
     kinds = [
-        "text" if "text" in str(part.get_attribute("class")) else "picture"
+        "text" if "text" in str(part.get_attribute("class")) else "image"
         for part in journeys.find_all(browser, "#story .answer-body > *")
     ]
-    assert kinds == ["text", "picture", "text", "picture", "text"]
+    assert kinds == ["text", "image", "text", "image", "text"]
 
 
 def test_an_error_is_said_near_the_button(browser: Browser, url: str, shoot: Shoot) -> None:
@@ -231,7 +229,7 @@ def test_stop_ends_the_request(browser: Browser, url: str, script: Script) -> No
     assert script.broken_off.wait(10)
 
 
-@pytest.mark.parametrize("mode", ["chat", "paint", "story"])
+@pytest.mark.parametrize("mode", ["chat", "generate", "story"])
 def test_what_is_stopped_before_it_began_stays_and_can_be_done_again(
     browser: Browser, url: str, script: Script, shoot: Shoot, mode: str
 ) -> None:
@@ -250,7 +248,7 @@ def test_what_is_stopped_before_it_began_stays_and_can_be_done_again(
     assert "Waiting" not in journeys.text_of(browser, f"#{mode} .answer")
     assert "silence" in journeys.text_of(browser, f"#{mode}")
     shoot(f"stopped-{mode}")
-    journeys.click_text(browser, f"#{mode} .answer button", "Do it again")
+    journeys.click_text(browser, f"#{mode} .answer button", "Regenerate")
     journeys.wait_for(browser, f"#{mode} .answer", 2)
     journeys.click(browser, f"#{mode} .stop")
     journeys.wait_until_done(browser, f"#{mode}")
@@ -258,23 +256,23 @@ def test_what_is_stopped_before_it_began_stays_and_can_be_done_again(
     assert first == second
 
 
-def test_a_painting_stopped_on_its_way_keeps_its_preview(browser: Browser, url: str) -> None:
-    journeys.open_page(browser, url, "paint")
+def test_a_generation_stopped_on_its_way_keeps_its_preview(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "generate")
     journeys.enter(browser, "#setting-n", "2")
-    journeys.enter(browser, "#paint-input", "a red circle" + Keys.ENTER)
+    journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
     journeys.wait_for(browser, PREVIEW, 2)
-    journeys.click(browser, "#paint .stop")
-    journeys.wait_until_done(browser, "#paint")
-    assert len(journeys.find_all(browser, "#paint .tile img")) == 2
-    assert journeys.text_of(browser, "#paint .answer .status") == "Stopped."
-    journeys.click_text(browser, "#paint .answer button", "Do it again")
-    journeys.wait_for(browser, "#paint .card", 2)
-    journeys.wait_until_done(browser, "#paint")
-    journeys.assert_painted(browser, "#paint", 2)
+    journeys.click(browser, "#generate .stop")
+    journeys.wait_until_done(browser, "#generate")
+    assert len(journeys.find_all(browser, "#generate .tile img")) == 2
+    assert journeys.text_of(browser, "#generate .answer .status") == "Stopped."
+    journeys.click_text(browser, "#generate .answer button", "Regenerate")
+    journeys.wait_for(browser, "#generate .card", 2)
+    journeys.wait_until_done(browser, "#generate")
+    journeys.assert_finished(browser, "#generate", 2)
 
 
 @pytest.mark.parametrize("prompt", ["cut", "cut at once"])
-@pytest.mark.parametrize("mode", ["chat", "paint", "story"])
+@pytest.mark.parametrize("mode", ["chat", "generate", "story"])
 def test_a_connection_that_breaks_is_said_and_can_be_tried_again(
     browser: Browser, url: str, script: Script, shoot: Shoot, mode: str, prompt: str
 ) -> None:
@@ -286,32 +284,32 @@ def test_a_connection_that_breaks_is_said_and_can_be_tried_again(
     status = journeys.text_of(browser, f"#{mode} .answer .status")
     assert "connection to the server was lost" in status
     shoot(f"broken-{mode}-{prompt.replace(' ', '-')}")
-    again = "Do it again" if mode == "chat" else "Try again"
+    again = "Regenerate" if mode == "chat" else "Try again"
     journeys.click_text(browser, f"#{mode} .answer button", again)
     journeys.wait(browser, lambda: len(script.asked) == 2)
     (first, second) = (body for _, body in script.asked)
     assert first == second
 
 
-def test_a_half_painted_image_stays_when_the_connection_breaks(browser: Browser, url: str) -> None:
-    journeys.open_page(browser, url, "paint")
-    journeys.enter(browser, "#paint-input", "cut" + Keys.ENTER)
-    journeys.wait(browser, lambda: journeys.find(browser, "#paint .notice").is_displayed())
-    assert len(journeys.find_all(browser, "#paint .card .tile img")) == 1
-    assert journeys.text_of(browser, "#paint .tile figcaption") == "Not finished (step 10 of 20)"
+def test_a_half_finished_image_stays_when_the_connection_breaks(browser: Browser, url: str) -> None:
+    journeys.open_page(browser, url, "generate")
+    journeys.enter(browser, "#generate-input", "cut" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, "#generate .notice").is_displayed())
+    assert len(journeys.find_all(browser, "#generate .card .tile img")) == 1
+    assert journeys.text_of(browser, "#generate .tile figcaption") == "Not finished (step 10 of 20)"
 
 
 def test_a_server_that_restarts_says_when_to_come_back(browser: Browser, url: str) -> None:
-    journeys.open_page(browser, url, "paint")
-    journeys.enter(browser, "#paint-input", "down" + Keys.ENTER)
-    journeys.wait(browser, lambda: journeys.find(browser, "#paint .notice").is_displayed())
-    assert "The engine starts again." in journeys.text_of(browser, "#paint .notice")
-    assert "Try again in" in journeys.text_of(browser, "#paint .countdown")
-    assert not journeys.find_all(browser, "#paint .card")
+    journeys.open_page(browser, url, "generate")
+    journeys.enter(browser, "#generate-input", "down" + Keys.ENTER)
+    journeys.wait(browser, lambda: journeys.find(browser, "#generate .notice").is_displayed())
+    assert "The engine starts again." in journeys.text_of(browser, "#generate .notice")
+    assert "Try again in" in journeys.text_of(browser, "#generate .countdown")
+    assert not journeys.find_all(browser, "#generate .card")
 
 
 def test_the_size_field_offers_what_the_model_was_trained_at(browser: Browser, url: str) -> None:
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     offered = "#trained-sizes option"
     journeys.wait_for(browser, offered, 2)
     values = [e.get_attribute("value") for e in journeys.find_all(browser, offered)]
@@ -330,13 +328,20 @@ def test_the_size_field_offers_what_the_model_was_trained_at(browser: Browser, u
     assert not hint.is_displayed()
 
 
+def test_an_earlier_address_of_a_tab_leads_to_it(browser: Browser, url: str) -> None:
+    browser.get("about:blank")
+    browser.get(f"{url}/#paint")
+    journeys.wait(browser, lambda: journeys.find(browser, "#generate-input").is_displayed())
+    assert browser.current_url == f"{url}/#generate"
+
+
 def test_back_returns_to_the_tab_before(browser: Browser, url: str) -> None:
     journeys.open_page(browser, url, "chat")
     journeys.follow_up(browser, "Hello")
-    journeys.click(browser, "#tab-paint")
+    journeys.click(browser, "#tab-generate")
     journeys.click(browser, "#tab-edit")
     browser.back()
-    journeys.wait(browser, lambda: journeys.find(browser, "#paint-input").is_displayed())
+    journeys.wait(browser, lambda: journeys.find(browser, "#generate-input").is_displayed())
     browser.back()
     journeys.wait(browser, lambda: journeys.find(browser, "#chat-input").is_displayed())
     assert journeys.find_all(browser, "#chat .answer")
@@ -344,7 +349,7 @@ def test_back_returns_to_the_tab_before(browser: Browser, url: str) -> None:
 
 def test_a_key_is_sent_and_forgotten(browser: Browser, url: str, script: Script) -> None:
     script.wants_key = True
-    journeys.open_page(browser, url, "paint")
+    journeys.open_page(browser, url, "generate")
     journeys.wait(browser, lambda: "API key" in journeys.text_of(browser, "#model"))
     journeys.enter(browser, "#api-key", KEY + Keys.TAB)
     journeys.wait(browser, lambda: journeys.text_of(browser, "#model") == "scenes")
@@ -356,8 +361,8 @@ def test_the_keyboard_is_enough(browser: Browser, url: str) -> None:
     journeys.open_page(browser, url, "chat")
     tab = journeys.find(browser, "#tab-chat")
     tab.send_keys(Keys.ARROW_RIGHT)
-    assert browser.switch_to.active_element.get_attribute("id") == "tab-paint"
-    assert journeys.find(browser, "#paint-input").is_displayed()
+    assert browser.switch_to.active_element.get_attribute("id") == "tab-generate"
+    assert journeys.find(browser, "#generate-input").is_displayed()
     browser.switch_to.active_element.send_keys(Keys.END)
     assert browser.switch_to.active_element.get_attribute("id") == "tab-story"
 

@@ -28,7 +28,7 @@ def url(started_browser: WebDriver) -> Iterator[str]:
     "journey",
     [
         journeys.answer,
-        journeys.painting,
+        journeys.generating,
         journeys.again,
         journeys.variations,
         journeys.editing,

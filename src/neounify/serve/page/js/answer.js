@@ -1,18 +1,18 @@
-/** An answer as it comes: thoughts folded, text and pictures in their order. */
+/** A streamed answer: folded thoughts, text and images in their order. */
 
 import { h } from "./dom.js";
-import { Tile, pictureActions } from "./picture.js";
+import { Tile, imageActions } from "./image.js";
 import { alone } from "./requests.js";
 
 export class Answer {
-  /** `deeds` are the actions of finished pictures; `expected` pictures get their places at once. */
-  constructor(record, deeds, expected = 0) {
+  /** `actions` are those of finished images; `expected` images get their places at once. */
+  constructor(record, actions, expected = 0) {
     this.record = record;
-    this.deeds = deeds;
+    this.actions = actions;
     this.tiles = new Map();
     this.parts = [];
     this.started = false;
-    // Places for pictures say themselves that they wait.
+    // Places of images have a status of their own.
     const waits = { class: "status", hidden: expected > 0 };
     this.status = h("p", waits, "Waiting for the server");
     this.body = h("div", { class: "answer-body" });
@@ -25,10 +25,10 @@ export class Answer {
     this.status.hidden = true;
     if (event.type === "text") this.addText(event);
     if (event.type === "preview") this.tile(event.index).preview(event);
-    if (event.type === "picture") this.addPicture(event);
+    if (event.type === "image") this.addImage(event);
   }
 
-  /** The answer has come to its end, or was cut off; `words` say how if it was. */
+  /** End the answer; `words` is the status of one that was cut off. */
   end(words = "") {
     this.element.removeAttribute("aria-busy");
     for (const tile of this.tiles.values()) tile.stop(this.tiles.size > 1);
@@ -39,17 +39,17 @@ export class Answer {
     this.status.hidden = !this.status.textContent;
   }
 
-  /** Below a finished or stopped answer: what can be done with it. */
+  /** Add buttons below a finished or stopped answer. */
   offer(...elements) {
     this.element.append(h("div", { class: "after" }, ...elements));
   }
 
-  /** As a message of the conversation: text alone as a string, with pictures as parts. */
+  /** As a message of the conversation: text alone as a string, with images as parts. */
   message() {
     const said = this.parts.filter((part) => part.type !== "thought");
-    const hasPictures = said.some((part) => part.type === "image_url");
+    const hasImages = said.some((part) => part.type === "image_url");
     const text = said.map((part) => part.text).join("");
-    return { role: "assistant", content: hasPictures ? said : text };
+    return { role: "assistant", content: hasImages ? said : text };
   }
 
   addText({ text, thought }) {
@@ -76,14 +76,14 @@ export class Answer {
     return block;
   }
 
-  addPicture({ index, url, seed, plan }) {
-    const picture = { record: alone(this.record, seed), index, url };
-    this.tile(index).finish(url, pictureActions(picture, this.deeds), plan);
+  addImage({ index, url, seed, plan }) {
+    const image = { record: alone(this.record, seed), index, url };
+    this.tile(index).finish(url, imageActions(image, this.actions), plan);
     this.parts.push({ type: "image_url", image_url: { url } });
-    this.deeds.keep(picture);
+    this.actions.keep(image);
   }
 
-  /** The place of picture `index`; pictures that follow each other stand in one row. */
+  /** The place of image `index`; images that follow each other stand in one row. */
   tile(index) {
     if (!this.tiles.has(index)) {
       const tile = new Tile(this.record, index);

@@ -21,17 +21,17 @@ export function brokenOff() {
   return new ApiError(message, { begun: true });
 }
 
-/** Where the server says nothing itself. */
+/** Messages for errors without one of the server. */
 const PLAIN_WORDS = {
   403: "The server does not allow this.",
-  404: "The server does not know this.",
-  408: "The server gave up: this took longer than it allows.",
-  413: "That is more than the server takes. Fewer or smaller pictures may help.",
+  404: "The server does not have this.",
+  408: "The request took too long to arrive.",
+  413: "The request is too large. Send fewer or smaller images.",
   429: "The server is busy.",
   503: "The server cannot answer right now.",
-  504: "The server gave up: this took longer than it allows.",
+  504: "The request ran out of time.",
 };
-const KEY_WANTED = "The server wants a valid API key. It can be entered under Settings.";
+const KEY_WANTED = "The server requires a valid API key. Enter it under Settings.";
 
 /** GET without a body, else POST: FormData as multipart, anything else as JSON. */
 async function call(path, { body, signal } = {}) {

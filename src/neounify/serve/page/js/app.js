@@ -1,4 +1,4 @@
-/** The page put together. */
+/** The page: its modes, settings, gallery and files. */
 
 import { getModels } from "./api.js";
 import { Chat } from "./chat.js";
@@ -11,8 +11,8 @@ import { Tabs } from "./tabs.js";
 const find = (id) => document.getElementById(id);
 
 const settings = new Settings(find("settings"), showModel);
-const deeds = {
-  keep: (picture) => gallery.add(picture),
+const actions = {
+  keep: (image) => gallery.add(image),
   again(request) {
     goTo(request.kind);
     modes.get(request.kind).start(request);
@@ -22,11 +22,11 @@ const deeds = {
     modes.get("edit").composer.fill("", [url]);
   },
 };
-const gallery = new Gallery(find("gallery"), find("viewer"), settings, deeds);
+const gallery = new Gallery(find("gallery"), find("viewer"), settings, actions);
 const modes = new Map(
   MODES.map((mode) => {
     const Kind = mode.id === "chat" ? Chat : Studio;
-    return [mode.id, new Kind(find(mode.id), mode, settings, deeds)];
+    return [mode.id, new Kind(find(mode.id), mode, settings, actions)];
   }),
 );
 const tabs = new Tabs(document.querySelector("[role=tablist]"), (id) => settings.show(id));

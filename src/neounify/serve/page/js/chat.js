@@ -1,4 +1,4 @@
-/** Chat: a conversation that goes on; the answers come as they are written. */
+/** Chat: a conversation with streamed answers. */
 
 import { Answer } from "./answer.js";
 import { Composer } from "./composer.js";
@@ -9,20 +9,20 @@ import { perform, userMessage } from "./requests.js";
 const NEAR = 160;
 
 export class Chat {
-  constructor(panel, mode, settings, deeds) {
-    this.deeds = deeds;
+  constructor(panel, mode, settings, actions) {
+    this.actions = actions;
     this.messages = [];
-    this.composer = new Composer(mode, (text, pictures) => {
+    this.composer = new Composer(mode, (text, images) => {
       if (!settings.check()) return;
-      const messages = [...this.messages, userMessage(text, pictures)];
+      const messages = [...this.messages, userMessage(text, images)];
       this.start(mode.request(text, messages, settings.options()));
     });
     this.log = h("div", { class: "log", role: "log", "aria-label": "Conversation" });
     this.welcome = h(
       "div",
       { class: "welcome" },
-      h("p", {}, "Ask something, with pictures if you like."),
-      makeExamples(mode.id, (text, pictures) => this.composer.fill(text, pictures)),
+      h("p", {}, "Ask a question, with or without images."),
+      makeExamples(mode.id, (text, images) => this.composer.fill(text, images)),
     );
     this.fresh = button("New conversation", () => this.clear(), { class: "quiet", hidden: true });
     panel.classList.add("chat");
@@ -38,16 +38,16 @@ export class Chat {
     this.composer.fill("");
   }
 
-  /** Also the way to do it again: the request holds its whole conversation. */
+  /** Run a request, new or again: it holds its whole conversation. */
   start(request) {
     return this.composer.run((signal) => this.work(request, signal));
   }
 
   async work(request, signal) {
     const { composer } = this;
-    const answer = new Answer(request, this.deeds);
+    const answer = new Answer(request, this.actions);
     const asked = showQuestion(request.messages.at(-1));
-    const written = [composer.input.value, composer.pictures];
+    const written = [composer.input.value, composer.images];
     composer.fill("");
     this.append(asked, answer.element);
     try {
@@ -77,11 +77,11 @@ export class Chat {
   }
 
   /** Take back a question that got no answer at all: it can be sent once more. */
-  withdraw(elements, [text, pictures]) {
+  withdraw(elements, [text, images]) {
     for (const element of elements) element.remove();
     this.welcome.hidden = this.log.childElementCount > 0;
     this.fresh.hidden = !this.welcome.hidden;
-    if (!this.composer.input.value) this.composer.fill(text, pictures);
+    if (!this.composer.input.value) this.composer.fill(text, images);
   }
 
   keep(request, answer) {
@@ -90,7 +90,7 @@ export class Chat {
   }
 
   offerAgain(request, answer) {
-    const again = button("Do it again", () => this.deeds.again(request), { class: "small-button" });
+    const again = button("Regenerate", () => this.actions.again(request), { class: "small-button" });
     answer.offer(again, h("span", { class: "seed" }, `Seed ${request.options.seed}`));
     if (this.isAtEnd()) this.scrollToEnd();
   }
@@ -105,16 +105,16 @@ export class Chat {
 }
 
 function showGiven(part, i) {
-  return h("img", { src: part.image_url.url, alt: `Picture ${i + 1}` });
+  return h("img", { src: part.image_url.url, alt: `Image ${i + 1}` });
 }
 
 function showQuestion(message) {
-  const pictures = message.content.filter((part) => part.type === "image_url");
+  const images = message.content.filter((part) => part.type === "image_url");
   const text = message.content.find((part) => part.type === "text")?.text ?? "";
   return h(
     "div",
     { class: "question" },
-    pictures.length ? h("div", { class: "given" }, ...pictures.map(showGiven)) : null,
+    images.length ? h("div", { class: "given" }, ...images.map(showGiven)) : null,
     text ? h("div", { class: "text" }, text) : null,
   );
 }

@@ -1,22 +1,22 @@
-/** Where one writes, adds pictures, sends and stops. Every mode has one. */
+/** Input of a mode: text, images, and buttons to send and stop. */
 
 import { button, h } from "./dom.js";
-import { pictureFiles, readPicture } from "./files.js";
+import { imageFiles, readImage } from "./files.js";
 import { Notice } from "./notice.js";
 
 export class Composer {
   /**
-   * `mode` gives the words: id, label, placeholder, action, examples, takesPictures.
-   * `onSubmit(text, pictures, signal)` does the work; aborting the signal stops it.
+   * `mode` has id, label, placeholder, action and takesImages.
+   * `onSubmit(text, images, signal)` does the work; aborting the signal stops it.
    */
   constructor(mode, onSubmit) {
     this.mode = mode;
     this.onSubmit = onSubmit;
-    this.pictures = [];
+    this.images = [];
     this.controller = null;
     this.notice = new Notice();
     this.input = this.makeInput();
-    this.strip = h("ul", { class: "attached", "aria-label": "Pictures to send", hidden: true });
+    this.strip = h("ul", { class: "attached", "aria-label": "Images to send", hidden: true });
     this.send = h("button", { type: "submit", class: "primary" }, mode.action);
     this.halt = button("Stop", () => this.controller?.abort(), { class: "stop", hidden: true });
     this.element = h(
@@ -34,39 +34,39 @@ export class Composer {
     return this.controller !== null;
   }
 
-  fill(text, pictures = []) {
+  fill(text, images = []) {
     this.input.value = text;
-    this.setPictures(pictures);
+    this.setImages(images);
     this.notice.clear();
     this.input.focus();
   }
 
-  setPictures(urls) {
-    this.pictures = [...urls];
-    this.strip.replaceChildren(...this.pictures.map((url, i) => this.attached(url, i)));
-    this.strip.hidden = this.pictures.length === 0;
+  setImages(urls) {
+    this.images = [...urls];
+    this.strip.replaceChildren(...this.images.map((url, i) => this.attached(url, i)));
+    this.strip.hidden = this.images.length === 0;
   }
 
   async addFiles(files) {
-    if (!this.mode.takesPictures) {
-      this.notice.say("Painting takes words only. Pictures can be changed under Edit.");
+    if (!this.mode.takesImages) {
+      this.notice.say("Generation takes a prompt only. Images can be changed under Edit.");
       return;
     }
-    const images = pictureFiles(files);
-    if (images.length < files.length) this.notice.say("Only pictures can be added.");
+    const images = imageFiles(files);
+    if (images.length < files.length) this.notice.say("Only images can be added.");
     for (const file of images) {
       try {
-        this.setPictures([...this.pictures, await readPicture(file)]);
+        this.setImages([...this.images, await readImage(file)]);
       } catch {
-        this.notice.say(`${file.name} cannot be read as a picture.`);
+        this.notice.say(`${file.name} cannot be read as an image.`);
       }
     }
   }
 
-  /** Run a piece of work as if it had been sent from here: it can be stopped, it may fail. */
+  /** Run `work(signal)` as the request in progress: it can be stopped, and its errors are shown. */
   async run(work) {
     if (this.busy) {
-      this.notice.say("One thing at a time: wait for what is under way, or stop it.");
+      this.notice.say("A request is in progress: wait for it, or stop it.");
       return;
     }
     this.controller = new AbortController();
@@ -85,10 +85,10 @@ export class Composer {
   submit(event) {
     event.preventDefault();
     const text = this.input.value.trim();
-    const lacking = this.mode.lacking(text, this.pictures);
+    const lacking = this.mode.lacking(text, this.images);
     if (this.busy) return;
     if (lacking) this.notice.say(lacking);
-    else this.onSubmit(text, this.pictures);
+    else this.onSubmit(text, this.images);
   }
 
   showBusy() {
@@ -111,23 +111,23 @@ export class Composer {
   }
 
   pickers() {
-    if (!this.mode.takesPictures) return [];
+    if (!this.mode.takesImages) return [];
     const file = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
-    file.setAttribute("aria-label", "Pictures");
+    file.setAttribute("aria-label", "Images");
     file.addEventListener("change", async () => {
       await this.addFiles([...file.files]);
       file.value = "";
     });
-    return [file, button("Add pictures", () => file.click(), { class: "quiet" })];
+    return [file, button("Add images", () => file.click(), { class: "quiet" })];
   }
 
   attached(url, i) {
-    const remove = () => this.setPictures(this.pictures.filter((_, other) => other !== i));
-    const label = `Remove picture ${i + 1}`;
+    const remove = () => this.setImages(this.images.filter((_, other) => other !== i));
+    const label = `Remove image ${i + 1}`;
     return h(
       "li",
       {},
-      h("img", { src: url, alt: `Picture ${i + 1}` }),
+      h("img", { src: url, alt: `Image ${i + 1}` }),
       button("×", remove, { class: "remove", "aria-label": label, title: label }),
     );
   }

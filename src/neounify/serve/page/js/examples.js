@@ -1,26 +1,26 @@
-/** Things to try. They fit the world of shapes that the bundled model knows. */
+/** Example prompts for the scenes of shapes that the bundled model was trained on. */
 
 import { button, h } from "./dom.js";
-import { readPicture } from "./files.js";
+import { readImage } from "./files.js";
 
-const PICTURE = "example.png";
+const IMAGE = "example.png";
 
 const EXAMPLES = {
   chat: [
-    { text: "How many squares are there?", picture: true },
-    { text: "What colour is the square?", picture: true },
-    { text: "Describe the picture in detail.", picture: true },
+    { text: "How many squares are there?", image: true },
+    { text: "What colour is the square?", image: true },
+    { text: "Describe the picture in detail.", image: true },
   ],
-  paint: [
+  generate: [
     { text: "a large blue star on a black background" },
     { text: "a green triangle left of a yellow square" },
     { text: "two purple crosses" },
     { text: "top left: a pink star, bottom right: a small orange circle" },
   ],
   edit: [
-    { text: "Turn the square red.", picture: true },
-    { text: "Remove the triangle.", picture: true },
-    { text: "Turn the background black.", picture: true },
+    { text: "Turn the square red.", image: true },
+    { text: "Remove the triangle.", image: true },
+    { text: "Turn the background black.", image: true },
   ],
   story: [
     {
@@ -33,24 +33,24 @@ const EXAMPLES = {
   ],
 };
 
-/** Buttons that fill the composer; `fill(text, pictures)`. */
+/** Buttons that fill the composer; `fill(text, images)`. */
 export function makeExamples(kind, fill) {
-  const buttons = EXAMPLES[kind].map(({ text, label, picture }) =>
-    button(label ?? text, async () => fill(text, picture ? [await examplePicture()] : []), {
+  const buttons = EXAMPLES[kind].map(({ text, label, image }) =>
+    button(label ?? text, async () => fill(text, image ? [await exampleImage()] : []), {
       class: "example",
     }),
   );
   return h(
     "div",
     { class: "examples", role: "group", "aria-label": "Examples" },
-    EXAMPLES[kind].some((example) => example.picture)
-      ? h("img", { src: PICTURE, alt: "Example picture: a green triangle and a yellow square" })
+    EXAMPLES[kind].some((example) => example.image)
+      ? h("img", { src: IMAGE, alt: "Example image: a green triangle and a yellow square" })
       : null,
     ...buttons,
   );
 }
 
-async function examplePicture() {
-  const response = await fetch(PICTURE);
-  return readPicture(await response.blob());
+async function exampleImage() {
+  const response = await fetch(IMAGE);
+  return readImage(await response.blob());
 }

@@ -1,26 +1,26 @@
 /**
- * Every setting there is: its name in the API, its label, and the modes it belongs to.
+ * All settings: name in the API, label, and the modes they belong to.
  *
- * `help` says what it does, `own` and `limit` are its names in the server's description of the
- * model: the model's own value, and the most the server takes.
+ * `help` is its tooltip; `own` and `limit` are the names of the model's default and of the server's
+ * maximum in the description of the model.
  */
 
-const PICTURES = ["paint", "edit", "story"];
+const IMAGES = ["generate", "edit", "story"];
 const WORDS = ["chat", "story"];
 
 export const FIELDS = [
   {
     name: "n",
-    label: "Pictures",
-    help: "How many pictures to paint; picture i has seed + i",
+    label: "Images",
+    help: "Number of images; image i has seed + i",
     limit: "n",
-    kinds: ["paint", "edit"],
+    kinds: ["generate", "edit"],
     input: { type: "number", min: 1, max: 10, step: 1, placeholder: 1 },
   },
   {
     name: "max_images",
-    label: "Pictures at most",
-    help: "More pictures than this are not painted",
+    label: "Max images",
+    help: "Maximum number of images in the answer",
     limit: "answer_images",
     kinds: ["story"],
     input: { type: "number", min: 1, max: 10, step: 1 },
@@ -30,7 +30,7 @@ export const FIELDS = [
     label: "Size",
     help: "Width x height in pixels, like 64x64, or auto",
     own: "image_size",
-    kinds: PICTURES,
+    kinds: IMAGES,
     input: { type: "text", pattern: "auto|\\d+x\\d+" },
   },
   {
@@ -39,21 +39,21 @@ export const FIELDS = [
     help: "More steps take longer",
     own: "steps",
     limit: "steps",
-    kinds: PICTURES,
+    kinds: IMAGES,
     input: { type: "number", min: 1, max: 1000, step: 1 },
   },
   {
     name: "guidance",
     label: "Guidance",
-    help: "How strongly the words pull; 1 is none",
+    help: "Strength of the prompt (classifier-free guidance); 1 is none",
     own: "guidance",
-    kinds: PICTURES,
+    kinds: IMAGES,
     input: { type: "number", min: 0, max: 100, step: "any" },
   },
   {
     name: "image_guidance",
     label: "Image guidance",
-    help: "How strongly the given pictures pull; 1 is none",
+    help: "Strength of the input images; 1 is none",
     own: "image_guidance",
     kinds: ["edit", "story"],
     input: { type: "number", min: 0, max: 100, step: "any" },
@@ -61,29 +61,29 @@ export const FIELDS = [
   {
     name: "shift",
     label: "Shift",
-    help: "Above 1, more steps go into the noise",
+    help: "Above 1, more steps at high noise",
     own: "shift",
-    kinds: PICTURES,
+    kinds: IMAGES,
     input: { type: "number", min: 0.01, max: 1000, step: "any" },
   },
   {
     name: "temperature",
     label: "Temperature",
-    help: "0 takes the likeliest word",
+    help: "0 always takes the likeliest token",
     kinds: WORDS,
     input: { type: "number", min: 0, max: 2, step: "any" },
   },
   {
     name: "top_p",
     label: "Top p",
-    help: "Below 1, unlikely words are left out",
+    help: "Nucleus sampling: below 1, unlikely tokens are left out",
     kinds: WORDS,
     input: { type: "number", min: 0.01, max: 1, step: "any" },
   },
   {
     name: "max_tokens",
-    label: "Tokens at most",
-    help: "Where the answer is cut off",
+    label: "Max tokens",
+    help: "Maximum length of the answer",
     limit: "tokens",
     kinds: WORDS,
     input: { type: "number", min: 1, step: 1 },
@@ -91,21 +91,21 @@ export const FIELDS = [
   {
     name: "seed",
     label: "Seed",
-    help: "The same seed paints the same picture",
-    kinds: ["chat", "paint", "edit", "story"],
+    help: "The same seed gives the same answer",
+    kinds: ["chat", "generate", "edit", "story"],
     input: { type: "number", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
   },
   {
     name: "think",
     label: "Think first",
     help: "Plan before answering",
-    kinds: ["chat", "paint", "edit", "story"],
+    kinds: ["chat", "generate", "edit", "story"],
     input: { type: "checkbox" },
   },
   {
     name: "modalities",
-    label: "May answer with pictures",
-    help: "Such an answer looks at the last message only",
+    label: "Answer with images",
+    help: "Uses the last message only",
     kinds: ["chat"],
     input: { type: "checkbox" },
   },

@@ -1,11 +1,11 @@
-/** Pictures as data URLs: from files, to files. */
+/** Images as data URLs: from files, to files. */
 
-export function pictureFiles(files) {
+export function imageFiles(files) {
   return [...files].filter((file) => file.type.startsWith("image/"));
 }
 
 /** A data URL; rejects for what the browser cannot show. */
-export async function readPicture(file) {
+export async function readImage(file) {
   const url = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);

@@ -1,21 +1,21 @@
-/** The pictures of this session, each with what it was made from. */
+/** The images of this session, each with its request. */
 
 import { button, h } from "./dom.js";
-import { pictureActions } from "./picture.js";
+import { imageActions } from "./image.js";
 
-const MODES = { chat: "Chat", paint: "Paint", edit: "Edit", story: "Story" };
+const MODES = { chat: "Chat", generate: "Generate", edit: "Edit", story: "Story" };
 
 export class Gallery {
-  constructor(section, viewer, settings, deeds) {
+  constructor(section, viewer, settings, actions) {
     this.section = section;
     this.viewer = viewer;
     this.settings = settings;
-    this.deeds = deeds;
+    this.actions = actions;
     this.list = h("ul", { class: "thumbs" });
     this.empty = h(
       "p",
       { class: "hint" },
-      "Pictures appear here as they are made, and stay until this page is closed or reloaded.",
+      "Generated images appear here, and stay until this page is closed or reloaded.",
     );
     section.append(
       h(
@@ -32,21 +32,21 @@ export class Gallery {
     });
   }
 
-  add(picture) {
-    const { prompt, options } = picture.record;
+  add(image) {
+    const { prompt, options } = image.record;
     this.empty.hidden = true;
     const label = `${prompt}, seed ${options.seed}`;
     const props = { type: "button", "aria-label": label, title: label };
-    const thumb = h("button", { ...props, on: { click: () => this.open(picture) } });
-    thumb.append(h("img", { src: picture.url, alt: "" }));
+    const thumb = h("button", { ...props, on: { click: () => this.open(image) } });
+    thumb.append(h("img", { src: image.url, alt: "" }));
     this.list.prepend(h("li", {}, thumb));
   }
 
-  open(picture) {
-    const { record, url } = picture;
-    const actions = pictureActions(picture, {
-      again: (again) => this.leave(() => this.deeds.again(again)),
-      edit: (edited) => this.leave(() => this.deeds.edit(edited)),
+  open(image) {
+    const { record, url } = image;
+    const actions = imageActions(image, {
+      again: (again) => this.leave(() => this.actions.again(again)),
+      edit: (edited) => this.leave(() => this.actions.edit(edited)),
     });
     const close = button("Close", () => this.viewer.close(), { class: "quiet small-button" });
     this.viewer.replaceChildren(
@@ -55,16 +55,16 @@ export class Gallery {
         "div",
         { class: "facts" },
         h("header", {}, h("p", { class: "prompt" }, record.prompt), close),
-        makeFacts([["Made by", MODES[record.kind]], ...this.settings.facts(record)]),
+        makeFacts([["Mode", MODES[record.kind]], ...this.settings.facts(record)]),
         h("div", { class: "buttons" }, ...actions),
       ),
     );
     this.viewer.showModal();
   }
 
-  leave(deed) {
+  leave(action) {
     this.viewer.close();
-    deed();
+    action();
   }
 }
 

@@ -1,11 +1,11 @@
-/** The four modes: their words, and how what was entered becomes a request. */
+/** The four modes: their labels, and the request made of an input. */
 
-function painting(kind) {
+function imageRequest(kind) {
   return (prompt, sources, options) => ({ kind, prompt, sources, options });
 }
 
-/** Pictures in an answer are asked for as a modality. */
-function withPictures(options) {
+/** Images in an answer are asked for as a modality. */
+function withImages(options) {
   return { ...options, modalities: ["text", "image"] };
 }
 
@@ -15,41 +15,41 @@ export const MODES = [
     label: "Your message",
     placeholder: "How many squares are there?",
     action: "Send",
-    takesPictures: true,
-    lacking: (text, pictures) => (text || pictures.length ? "" : "Write something first."),
+    takesImages: true,
+    lacking: (text, images) => (text || images.length ? "" : "Write a message first."),
     request(prompt, messages, { modalities, ...options }) {
-      const chosen = modalities ? withPictures(options) : options;
+      const chosen = modalities ? withImages(options) : options;
       return { kind: "chat", prompt, messages, options: chosen };
     },
   },
   {
-    id: "paint",
-    label: "What to paint",
+    id: "generate",
+    label: "Prompt",
     placeholder: "a red circle",
-    action: "Paint",
-    takesPictures: false,
-    lacking: (text) => (text ? "" : "Write what to paint first."),
-    request: painting("paint"),
+    action: "Generate",
+    takesImages: false,
+    lacking: (text) => (text ? "" : "Write a prompt first."),
+    request: imageRequest("generate"),
   },
   {
     id: "edit",
-    label: "What to change",
+    label: "Instruction",
     placeholder: "Turn the square red.",
     action: "Edit",
-    takesPictures: true,
-    lacking(text, pictures) {
-      if (!pictures.length) return "Add the picture to change first.";
-      return text ? "" : "Write what to change first.";
+    takesImages: true,
+    lacking(text, images) {
+      if (!images.length) return "Add the image to change first.";
+      return text ? "" : "Write an instruction first.";
     },
-    request: painting("edit"),
+    request: imageRequest("edit"),
   },
   {
     id: "story",
-    label: "What to tell",
+    label: "Prompt",
     placeholder: "Tell a story in two pictures.",
-    action: "Tell",
-    takesPictures: true,
-    lacking: (text) => (text ? "" : "Write what to tell first."),
-    request: (prompt, sources, options) => painting("story")(prompt, sources, withPictures(options)),
+    action: "Generate",
+    takesImages: true,
+    lacking: (text) => (text ? "" : "Write a prompt first."),
+    request: (prompt, sources, options) => imageRequest("story")(prompt, sources, withImages(options)),
   },
 ];

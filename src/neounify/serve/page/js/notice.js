@@ -1,8 +1,8 @@
-/** What went wrong, near the action, with a way to try again. */
+/** Error messages near the action, with a button to try again. */
 
 import { button, h } from "./dom.js";
 
-/** Refusals that the same request would meet again. */
+/** Statuses that the same request would get again. */
 const IN_VAIN = new Set([400, 403, 404, 413, 422]);
 
 export class Notice {

@@ -1,12 +1,12 @@
 /**
- * What is asked of the server, and what comes back, the same for every mode.
+ * Requests to the server and the events of their answers, in one form for every mode.
  *
  * A request is {kind, options} with `messages` (chat) or `prompt` and `sources` (the others);
  * it holds all that is needed to send it again. `perform` gives these events:
  *   {type: "text", text, thought}
  *   {type: "preview", index, step, steps, url, plan}
- *   {type: "picture", index, url, seed, plan}
- * `plan` is what was thought before that picture; `seed` paints that picture alone.
+ *   {type: "image", index, url, seed, plan}
+ * `plan` is the thought before that image; `seed` reproduces that image alone.
  */
 
 import { brokenOff, stream } from "./api.js";
@@ -16,13 +16,13 @@ const PREVIEWS = 3;
 const STREAMED = { stream: true, partial_images: PREVIEWS, response_format: "b64_json" };
 
 export function perform(request, signal) {
-  if (request.kind === "paint") return paint(request, signal);
+  if (request.kind === "generate") return generate(request, signal);
   if (request.kind === "edit") return edit(request, signal);
   return converse(request, signal);
 }
 
-export function userMessage(text, pictures) {
-  const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+export function userMessage(text, images) {
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
   if (text) parts.push({ type: "text", text });
   return { role: "user", content: parts };
 }
@@ -38,7 +38,7 @@ async function* converse(request, signal) {
   if (!ended) throw brokenOff();
 }
 
-/** The server continues a conversation in text; with pictures it answers one message. */
+/** The server continues a conversation in text; with images it answers one message. */
 function messagesOf({ messages, prompt, sources, options }) {
   if (!messages) return [userMessage(prompt, sources)];
   return options.modalities ? messages.slice(-1) : messages;
@@ -52,24 +52,24 @@ function* readDelta(delta) {
     yield { type: "preview", index, step, steps, url: image.url };
   }
   for (const image of delta.images ?? []) {
-    yield { type: "picture", index: image.index, url: image.image_url.url };
+    yield { type: "image", index: image.index, url: image.image_url.url };
   }
 }
 
-function paint(request, signal) {
+function generate(request, signal) {
   const body = { ...request.options, prompt: request.prompt, ...STREAMED };
-  return pictures("/v1/images/generations", body, request.options.n, signal);
+  return images("/v1/images/generations", body, request.options.n, signal);
 }
 
 function edit(request, signal) {
   const form = new FormData();
   const fields = { ...request.options, prompt: request.prompt, ...STREAMED };
   for (const [name, value] of Object.entries(fields)) form.append(name, String(value));
-  request.sources.forEach((url, i) => form.append("image[]", toFile(url, `picture-${i + 1}`)));
-  return pictures("/v1/images/edits", form, request.options.n, signal);
+  request.sources.forEach((url, i) => form.append("image[]", toFile(url, `image-${i + 1}`)));
+  return images("/v1/images/edits", form, request.options.n, signal);
 }
 
-async function* pictures(path, body, count = 1, signal) {
+async function* images(path, body, count = 1, signal) {
   let finished = 0;
   for await (const event of stream(path, body, signal)) {
     if (event === null) break;
@@ -79,13 +79,13 @@ async function* pictures(path, body, count = 1, signal) {
       yield { type: "preview", index, step, steps, url, plan };
     } else if (event.type.endsWith(".completed")) {
       finished += 1;
-      yield { type: "picture", index, url, seed, plan };
+      yield { type: "image", index, url, seed, plan };
     }
   }
   if (finished < count) throw brokenOff();
 }
 
-/** The request for one picture of several: what its own seed paints. */
+/** The request for one image of several: reproduced by its seed. */
 export function alone(request, seed) {
   if (seed === undefined) return request;
   const { n, ...options } = request.options;

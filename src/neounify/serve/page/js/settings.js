@@ -38,7 +38,7 @@ export class Settings {
         button("Reset", () => this.reset(), { class: "quiet" }),
         button("Close", () => section.hidePopover(), { class: "quiet sheet-close" }),
       ),
-      h("p", { class: "hint" }, "Empty means the model's own choice."),
+      h("p", { class: "hint" }, "Empty fields take the model's defaults."),
       this.form,
       makeKeyRow(onKey),
     );
@@ -54,7 +54,7 @@ export class Settings {
     this.showSizeHint();
   }
 
-  /** Show the model's own values where nothing is entered, and hold to the server's limits. */
+  /** Show the model's defaults in empty fields, and set the server's limits. */
   describe({ limits = {}, ...model }) {
     this.trained = { sizes: model.trained_sizes ?? [], pixels: model.trained_pixels ?? null };
     this.sizes.replaceChildren(...this.trained.sizes.map((size) => h("option", { value: size })));
@@ -69,7 +69,7 @@ export class Settings {
     }
   }
 
-  /** False, with the field at fault shown, while something entered makes no sense. */
+  /** Whether all values are valid; if not, the field at fault is shown. */
   check() {
     if (this.form.checkValidity()) return true;
     if (getComputedStyle(this.section).display === "none") this.section.showPopover();
@@ -105,7 +105,7 @@ export class Settings {
     }
     const caption = h("label", { for: control.id, title: help }, label);
     if (name !== "seed") return h("div", { class: "row" }, caption, control);
-    control.placeholder = "a new one each time";
+    control.placeholder = "random";
     const joined = h("div", { class: "joined" }, control, this.dice());
     return h("div", { class: "row wide" }, caption, joined);
   }
@@ -115,7 +115,7 @@ export class Settings {
       this.inputs.get("seed").value = randomSeed();
       this.save();
     };
-    const label = "Draw a seed and keep it";
+    const label = "Draw a random seed and keep it";
     const props = { class: "dice", "aria-label": label, title: label };
     return button(h("span", { class: "die", "aria-hidden": "true" }), draw, props);
   }
@@ -176,7 +176,7 @@ function makeKeyRow(onKey) {
     id: "api-key",
     type: "password",
     autocomplete: "off",
-    placeholder: "if the server wants one",
+    placeholder: "if the server requires one",
     value: apiKey.get(),
   });
   input.addEventListener("change", () => {

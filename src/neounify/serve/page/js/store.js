@@ -1,4 +1,4 @@
-/** What outlives a reload of this tab, and nothing more: sessionStorage. */
+/** Values that survive a reload of the tab: sessionStorage. */
 
 function stored(name) {
   return {
@@ -13,7 +13,7 @@ function stored(name) {
       try {
         sessionStorage.setItem(name, value);
       } catch {
-        // Storage may be switched off; then nothing outlives a reload.
+        // Storage may be disabled; then values are lost at a reload.
       }
     },
   };

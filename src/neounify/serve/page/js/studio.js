@@ -1,4 +1,4 @@
-/** Paint, Edit and Story: one request, one card of results; the newest stands on top. */
+/** Generate, Edit and Story: a card of results per request, the newest on top. */
 
 import { Answer } from "./answer.js";
 import { Composer } from "./composer.js";
@@ -7,28 +7,28 @@ import { makeExamples } from "./examples.js";
 import { perform } from "./requests.js";
 
 export class Studio {
-  constructor(panel, mode, settings, deeds) {
+  constructor(panel, mode, settings, actions) {
     this.mode = mode;
-    this.deeds = deeds;
+    this.actions = actions;
     this.composer = new Composer(mode, (prompt, sources) => {
       if (settings.check()) this.start(mode.request(prompt, sources, settings.options()));
     });
     this.results = h("div", { class: "results", "aria-live": "polite" });
     panel.append(
       this.composer.element,
-      makeExamples(mode.id, (text, pictures) => this.composer.fill(text, pictures)),
+      makeExamples(mode.id, (text, images) => this.composer.fill(text, images)),
       this.results,
     );
   }
 
-  /** Also the way to do it again: a request holds all it needs. */
+  /** Run a request, new or again: it holds all it needs. */
   start(request) {
     return this.composer.run((signal) => this.work(request, signal));
   }
 
   async work(request, signal) {
     const expected = request.kind === "story" ? 0 : (request.options.n ?? 1);
-    const answer = new Answer(request, this.deeds, expected);
+    const answer = new Answer(request, this.actions, expected);
     const card = makeCard(request, answer);
     this.results.prepend(card);
     try {
@@ -38,8 +38,8 @@ export class Studio {
       const stopped = error.name === "AbortError";
       answer.end(stopped ? "Stopped." : error.message);
       if (stopped || answer.started || error.begun) {
-        const again = () => this.deeds.again(request);
-        const label = stopped ? "Do it again" : "Try again";
+        const again = () => this.actions.again(request);
+        const label = stopped ? "Regenerate" : "Try again";
         answer.offer(button(label, again, { class: "small-button" }));
       } else {
         card.remove(); // refused: the notice below the button says why, and offers to try again
@@ -51,7 +51,7 @@ export class Studio {
 
 function makeCard(request, answer) {
   const sources = request.sources.map((url, i) =>
-    h("img", { src: url, alt: `Picture ${i + 1} that was given`, class: "source" }),
+    h("img", { src: url, alt: `Image ${i + 1} of the input`, class: "source" }),
   );
   return h(
     "article",

@@ -1,3 +1,6 @@
+/** Panels by earlier addresses. */
+const RENAMED = { paint: "generate" };
+
 /** Tabs that the arrow keys move through; the address keeps the chosen one. */
 export class Tabs {
   /** `onChange(id)` is called with the panel that is shown. */
@@ -34,7 +37,8 @@ export class Tabs {
   }
 
   showAddressed() {
-    const wanted = location.hash.slice(1);
+    const address = location.hash.slice(1);
+    const wanted = RENAMED[address] ?? address;
     const ids = this.tabs.map(panelOf);
     this.show(ids.includes(wanted) ? wanted : ids[0]);
   }

@@ -1,4 +1,4 @@
-/** One picture of an answer, from the first preview to the finished thing. */
+/** One image of an answer, from the first preview to the finished thing. */
 
 import { button, h } from "./dom.js";
 import { download } from "./files.js";
@@ -8,7 +8,7 @@ export class Tile {
     this.record = record;
     this.index = index;
     this.image = null;
-    this.progress = h("progress", { max: 1, "aria-label": "Progress of the picture" });
+    this.progress = h("progress", { max: 1, "aria-label": "Progress of the image" });
     this.words = h("span", {}, "Waiting for its turn");
     this.frame = h("div", { class: "frame" });
     this.caption = h("figcaption", {}, this.progress, this.words);
@@ -29,21 +29,21 @@ export class Tile {
   }
 
   preview({ step, steps, url, plan }) {
-    this.element.dataset.state = "painting";
+    this.element.dataset.state = "generating";
     this.show(url, `Preview of: ${this.record.prompt}`, plan);
     this.progress.max = steps;
     this.progress.value = step;
     this.words.textContent = `Step ${step} of ${steps}`;
   }
 
-  /** `actions` are buttons for the finished picture. */
+  /** `actions` are buttons for the finished image. */
   finish(url, actions, plan) {
     this.element.dataset.state = "finished";
     this.show(url, this.record.prompt, plan);
     this.caption.replaceChildren(...actions);
   }
 
-  /** No more will come; `named` says so at this picture, where it is one of several. */
+  /** No more will come; `named` says so at this image, where it is one of several. */
   stop(named) {
     if (this.element.dataset.state === "finished") return;
     this.element.dataset.state = "stopped";
@@ -61,12 +61,12 @@ export class Tile {
   }
 }
 
-/** The buttons of a finished picture; `deeds` has `again(record)` and `edit(url)`. */
-export function pictureActions({ record, index, url }, deeds) {
+/** The buttons of a finished image; `actions` has `again(record)` and `edit(url)`. */
+export function imageActions({ record, index, url }, actions) {
   const stem = `neounify-${record.kind}-seed-${record.options.seed}-${index + 1}`;
   return [
     button("Download", () => download(url, stem), { class: "small-button" }),
-    button("Do it again", () => deeds.again(record), { class: "small-button" }),
-    button("Edit this", () => deeds.edit(url), { class: "small-button" }),
+    button("Regenerate", () => actions.again(record), { class: "small-button" }),
+    button("Edit this", () => actions.edit(url), { class: "small-button" }),
   ];
 }
