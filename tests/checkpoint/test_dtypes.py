@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from neounify.checkpoint import CheckpointFolder, choose_dtype, dtypes, load_model, stored_dtype
+from neounify.checkpoint import (
+    CheckpointFolder,
+    choose_dtype,
+    dtypes,
+    load_checkpoint,
+    load_model,
+    stored_dtype,
+)
 from neounify.checkpoint.dtypes import memory_bytes, multiplies
 from neounify.errors import RequestError
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
@@ -104,6 +112,15 @@ def test_a_dtype_that_is_asked_for_is_taken(tmp_path: Path) -> None:
     assert str(choose_dtype("float16", checkpoint, "cpu")) == "float16 (as asked for)"
     with pytest.raises(RequestError, match=r"known are auto, stored, float32"):
         choose_dtype("float12", checkpoint, "cpu")
+
+
+def test_a_choice_keeps_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = _folder(tmp_path, torch.float32, torch.float32, torch.float32)
+    choice = choose_dtype(None, checkpoint, "cpu")
+    assert choose_dtype(pickle.loads(pickle.dumps(choice)), checkpoint, "cuda") == choice
+    caplog.set_level(logging.INFO, "neounify")
+    assert load_checkpoint(checkpoint, dtype=choice).dtype == choice
+    assert "loading model in float32 (as stored)" in caplog.text
 
 
 def test_memory_is_no_more_than_the_control_group_allows(

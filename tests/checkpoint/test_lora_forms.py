@@ -200,7 +200,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     path, _ = FORMS["published"](tmp_path / "x", pairs())
     shapes = expected_shapes(SMALL)
     out = convert_lora(path, shapes, tmp_path / "a.safetensors", "published")
-    with pytest.raises(CheckpointError, match="there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         convert_lora(path, shapes, out, "published")
     convert_lora(path, shapes, out, "published", overwrite=True)
     for wrong in (tmp_path, tmp_path / "folder"):

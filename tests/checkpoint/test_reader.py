@@ -293,7 +293,7 @@ def test_fingerprint_tells_checkpoints_apart(small: Path) -> None:
 
 
 def test_fingerprint_is_that_of_the_files_not_of_the_model_in_memory(small: Path) -> None:
-    model, _, folder = load_checkpoint(small)
+    model, _, folder, _ = load_checkpoint(small)
     before = folder.fingerprint()
     model.lm_head.weight.zero_()
     assert not folder.tensor("language_model.lm_head.weight").any()

@@ -39,7 +39,7 @@ def assert_equal_in(stream: str, model: NeoUnify, expected: dict[str, Tensor]) -
 def cast(small: Path) -> tuple[NeoUnify, StreamResidency, dict[str, Tensor]]:
     """A model whose streams are rebuilt on entry, its residency and its right values."""
     expected = load_checkpoint(small, dtype="bfloat16").model.state_dict()
-    model, residency, _ = load_checkpoint(small, dtype="bfloat16", memory="stream")
+    model, residency, *_ = load_checkpoint(small, dtype="bfloat16", memory="stream")
     assert isinstance(residency, StreamResidency)
     return model, residency, expected
 
@@ -48,7 +48,7 @@ Cast = tuple[NeoUnify, StreamResidency, dict[str, Tensor]]
 
 
 def test_memory_all_does_nothing(small: Path) -> None:
-    model, residency, _ = load_checkpoint(small, dtype="bfloat16")
+    model, residency, *_ = load_checkpoint(small, dtype="bfloat16")
     assert isinstance(residency, NullResidency)
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     with residency.use("und"), residency.use("gen"):
@@ -149,7 +149,7 @@ def test_weights_that_cannot_be_rebuilt(tmp_path: Path) -> None:
     name = "language_model.model.layers.1.mlp.up_proj.weight"
     weights[name][-1, -1] = float("nan")
     folder = write_checkpoint(tmp_path / "nan", SMALL, weights)
-    model, residency, _ = load_checkpoint(folder, dtype="bfloat16", memory="stream")
+    model, residency, *_ = load_checkpoint(folder, dtype="bfloat16", memory="stream")
     for _ in range(2):
         with pytest.raises(CheckpointError, match=f"'{name}' holds NaN"), residency.use("und"):
             raise AssertionError("must not get here")
@@ -171,7 +171,7 @@ def test_lora_is_merged_again_on_entry(small: Path, tmp_path: Path, dtype: str) 
     assert not torch.equal(
         expected["layers.0.gen.q_proj.weight"], plain["layers.0.gen.q_proj.weight"]
     )
-    model, residency, _ = load_checkpoint(small, dtype=dtype, lora=lora, memory="stream")
+    model, residency, *_ = load_checkpoint(small, dtype=dtype, lora=lora, memory="stream")
     for stream in ("und", "gen", "und", "gen"):
         with residency.use(stream):
             assert_equal_in(stream, model, expected)
@@ -185,7 +185,7 @@ def test_mapped_streams_leave_resident_memory(
     weights = random_weights(WIDE, getattr(torch, dtype))
     folder = write_checkpoint(tmp_path / "wide", WIDE, weights)
     del weights
-    model, residency, _ = load_checkpoint(folder, dtype=dtype, memory="stream")
+    model, residency, *_ = load_checkpoint(folder, dtype=dtype, memory="stream")
     und, gen, shared = (stream_bytes(model, stream) for stream in ("und", "gen", "shared"))
     assert und + gen > 0.9 * (und + gen + shared) > 45e6
     start = memory_status("RssFile")
@@ -211,7 +211,7 @@ def test_mapped_streams_leave_resident_memory(
 
 def test_mapped_parameters_are_right_after_dropping_and_never_lose_changes(small: Path) -> None:
     expected = load_checkpoint(small).model.state_dict()
-    model, residency, _ = load_checkpoint(small, memory="stream")
+    model, residency, *_ = load_checkpoint(small, memory="stream")
     with residency.use("und"):
         model.embed_tokens.weight.mul_(2)
         model.und_patch.patch.weight.mul_(2)
@@ -232,6 +232,6 @@ def test_mapped_parameters_do_not_keep_a_copy(small: Path, monkeypatch: pytest.M
         raise AssertionError("a mapped tensor needs no reading")
 
     monkeypatch.setattr(Source, "read", refuse)
-    _, residency, _ = load_checkpoint(small, memory="stream")
+    _, residency, *_ = load_checkpoint(small, memory="stream")
     with residency.use("und"), residency.use("gen"):
         pass

@@ -236,7 +236,7 @@ def test_extra_files_that_cannot_be_added(small: Path, tmp_path: Path, extra: st
 
 
 def test_weights_that_are_not_in_memory_are_not_saved(small: Path, tmp_path: Path) -> None:
-    model, residency, _ = load_checkpoint(small, dtype="bfloat16", memory="stream")
+    model, residency, *_ = load_checkpoint(small, dtype="bfloat16", memory="stream")
     with pytest.raises(CheckpointError, match="weights are not in memory"):
         save_model(model, tmp_path / "saved")
     with residency.use("und"), residency.use("gen"):

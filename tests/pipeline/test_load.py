@@ -1,18 +1,22 @@
 """Loading: dtypes, memory by stream, a saved pipeline comes back the same."""
 
 import copy
+import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import neounify
+from neounify.checkpoint import CheckpointFolder
 from neounify.config.presets import TINY
 from neounify.errors import CheckpointError, RequestError, TokenizerError
 from neounify.model import NeoUnify
+from neounify.serve.build import ServeSettings, build_service
 from neounify.text import byte_tokenizer
 
 
@@ -114,3 +118,42 @@ assert torch.allclose(paint(), paint(compile=True), atol=1e-4)
 def test_compiled_paints_the_same(folder: Path) -> None:
     # In a process of its own: the shape checks of the tests cannot be compiled.
     subprocess.run([sys.executable, "-c", COMPARE, str(folder)], check=True)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of all checkpoints that are opened from now on."""
+    paths: list[Path] = []
+    read = CheckpointFolder.open
+
+    def counting(path: Any) -> CheckpointFolder:
+        paths.append(Path(path))
+        return read(path)
+
+    monkeypatch.setattr(CheckpointFolder, "open", counting)
+    return paths
+
+
+def test_a_checkpoint_is_opened_once_to_choose_its_dtype_and_load(
+    folder: Path, opened: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "neounify")
+    pipe = neounify.load(folder)
+    assert opened == [folder]
+    assert str(pipe.loaded_dtype) == "float32 (as stored)"
+    assert "loading model in float32 (as stored)" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["colocate", "separate"])
+def test_a_service_opens_its_checkpoint_once(
+    folder: Path, opened: list[Path], mode: Literal["colocate", "separate"]
+) -> None:
+    service = build_service(ServeSettings(folder=folder, mode=mode, threads=1))
+    assert opened == [folder]
+    assert service.front.dtype == torch.float32
+
+
+def test_a_pipeline_of_a_model_in_memory_has_no_reason_for_its_dtype(
+    pipe: neounify.Pipeline,
+) -> None:
+    assert pipe.loaded_dtype is None

@@ -1,7 +1,7 @@
 """Checkpoint folders of the published layout: opened, checked, loaded, saved, summarised."""
 
 from neounify.checkpoint.config_json import read_config, write_config
-from neounify.checkpoint.dtypes import DtypeChoice, choose_dtype, stored_dtype
+from neounify.checkpoint.dtypes import Dtype, DtypeChoice, choose_dtype, stored_dtype
 from neounify.checkpoint.load import (
     Loaded,
     expected_shapes,
@@ -19,6 +19,7 @@ from neounify.checkpoint.summary import Summary, SummaryRow, summarise, summaris
 
 __all__ = [
     "CheckpointFolder",
+    "Dtype",
     "DtypeChoice",
     "Loaded",
     "LoraSpec",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -25,7 +25,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class DtypeChoice(NamedTuple):
-    """A dtype and the reason for it, in a few words."""
+    """A dtype and the reason for it, in a few words. It is picklable, and chosen only once."""
 
     dtype: torch.dtype
     reason: str
@@ -34,17 +34,22 @@ class DtypeChoice(NamedTuple):
         return f"{_name(self.dtype)} ({self.reason})"
 
 
-def choose_dtype(
-    dtype: str | torch.dtype | None, checkpoint: CheckpointFolder, device_type: str
-) -> DtypeChoice:
+Dtype: TypeAlias = str | torch.dtype | DtypeChoice | None
+"""A dtype to load in: a name or torch dtype, "stored", an earlier choice, or None for "auto"."""
+
+
+def choose_dtype(dtype: Dtype, checkpoint: CheckpointFolder, device_type: str) -> DtypeChoice:
     """The dtype to load a checkpoint in, on a device of a type such as "cpu" or "cuda".
 
-    A name or a torch dtype is taken as it is; "stored" is `stored_dtype`. None or "auto" is the
-    stored dtype too, but for half precision on a CPU that multiplies it slowly: then it is
-    float32, which is exact, unless the weights would take more than half of the memory.
+    A name, a torch dtype and an earlier choice are taken as they are; "stored" is `stored_dtype`.
+    None or "auto" is the stored dtype too, but for half precision on a CPU that multiplies it
+    slowly: then it is float32, which is exact, unless the weights would take more than half of the
+    memory.
     The choice follows from the machine alone, not from a timing, so it is always the same.
     Raises RequestError for an unknown dtype.
     """
+    if isinstance(dtype, DtypeChoice):
+        return dtype
     if dtype is not None and dtype not in ("auto", "stored"):
         resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if resolved is None or resolved not in DTYPES.values():

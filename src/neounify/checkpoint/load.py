@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from neounify.checkpoint.dtypes import choose_dtype
+from neounify.checkpoint.dtypes import Dtype, DtypeChoice, choose_dtype
 from neounify.checkpoint.lora import LoraSpec, read_loras
 from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
@@ -27,17 +27,18 @@ log = logging.getLogger("neounify")
 
 
 class Loaded(NamedTuple):
-    """A model, what keeps its weights in memory, and the folder it came from."""
+    """A model, what keeps its weights in memory, the folder it came from, and its dtype."""
 
     model: NeoUnify
     residency: Residency
     checkpoint: CheckpointFolder
+    dtype: DtypeChoice
 
 
 def load_model(
     folder: str | os.PathLike[str] | CheckpointFolder,
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
@@ -57,7 +58,7 @@ def load_model(
 def load_checkpoint(
     folder: str | os.PathLike[str] | CheckpointFolder,
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
@@ -111,7 +112,7 @@ def load_checkpoint(
     residency: Residency = NullResidency()
     if memory == "stream":
         residency = StreamResidency(model, sources)
-    return Loaded(model.eval(), residency, checkpoint)
+    return Loaded(model.eval(), residency, checkpoint, choice)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

@@ -45,8 +45,8 @@ _COMMON = ("system", "negative_prompt")
 Images = Sequence[PIL.Image.Image]
 
 
-def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
-    """The model's config, after checking every option about the model.
+def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
+    """The opened checkpoint, after checking every option about the model.
 
     Raises the errors of loading for a folder without a config, a dtype, device, memory or LoRA
     that cannot be used; whether LoRA tensors fit is known only with the model.
@@ -60,7 +60,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> ModelConfig:
             known = ", ".join(get_args(Memory))
             raise RequestError(f"memory {options.memory!r} is unknown; known are {known}")
     check_loras(options.lora)
-    return checkpoint.config
+    return checkpoint
 
 
 def check_device(name: str | None) -> None:

@@ -83,7 +83,7 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
     """Load the model with a progress bar. Raises the errors of loading."""
     import torch
 
-    from neounify.checkpoint import CheckpointFolder, choose_dtype, resolve_device
+    from neounify.checkpoint import resolve_device
     from neounify.pipeline import load
 
     folder = resolve_model(options.model)
@@ -93,17 +93,16 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
     keep_freed_memory()
     name = folder.resolve().name
     device = resolve_device(options.device or default_device())
-    choice = choose_dtype(options.dtype, CheckpointFolder.open(folder), device.type)
     with display.bar(f"loading {name}"):
         pipe = load(
             folder,
-            dtype=choice.dtype,
+            dtype=options.dtype,
             device=device,
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
             colour_profiles=options.colour_profiles,
         )
-    display.note(f"{name} in {choice}")
+    display.note(f"{name} in {pipe.loaded_dtype}")
     model = LoadedModel(pipe, folder, tuple(loras))
     _ = model.description  # hashes the files now: an unreadable one must not cost an image
     return model

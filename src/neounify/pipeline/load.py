@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from neounify.checkpoint.dtypes import Dtype
 from neounify.checkpoint.load import Memory, load_checkpoint
 from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
@@ -25,7 +26,7 @@ MAX_SYSTEM_MESSAGE_BYTES = 2**20
 def load(
     folder: str | os.PathLike[str],
     *,
-    dtype: str | torch.dtype | None = None,
+    dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
@@ -36,8 +37,9 @@ def load(
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
-    `dtype` is "float32", "bfloat16" or "float16", or "stored"; None is the stored one too, but
-    float32 on a CPU that is slow in half precision. Tensors stored in the dtype that is used are
+    `dtype` is "float32", "bfloat16" or "float16", or "stored"; None or "auto" is the stored one
+    too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
+    why. Tensors stored in the dtype that is used are
     memory-mapped, not copied. `lora` merges one or several LoRAs, files of any form (docs/lora.md)
     or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
     resident, for models that fill the memory; `verify` looks through all weights for NaN first.
@@ -67,16 +69,15 @@ def load(
         system_message=_system_message(path),
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
+        loaded_dtype=loaded.dtype,
         colour_profiles=colour_profiles,
     )
 
 
-def load_front(folder: str | os.PathLike[str], dtype: torch.dtype) -> Front:
+def load_front(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Front:
     """What prepares requests for a checkpoint's model, without its weights. Errors as `load`."""
-    path = Path(folder)
-    tokenizer = Tokenizer.from_folder(path)
-    checkpoint = CheckpointFolder.open(path)
-    message = _system_message(path)
+    tokenizer = Tokenizer.from_folder(checkpoint.path)
+    message = _system_message(checkpoint.path)
     return Front(
         checkpoint.config,
         tokenizer,

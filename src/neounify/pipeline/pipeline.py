@@ -11,6 +11,7 @@ from typing import Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
+from neounify.checkpoint.dtypes import DtypeChoice
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
@@ -64,6 +65,7 @@ class Pipeline:
         residency: Residency | None = None,
         fingerprint: Callable[[], str] | None = None,
         colour_profiles: bool = True,
+        loaded_dtype: DtypeChoice | None = None,
     ) -> None:
         """`system_message` is what painting tells the model first; None is the package's own.
 
@@ -78,6 +80,8 @@ class Pipeline:
         message = default_system_message() if system_message is None else system_message
         self._engine = Engine(model, tokenizer, residency or NullResidency(), message)
         self._fingerprint = fingerprint
+        self.loaded_dtype = loaded_dtype
+        """The dtype of the weights and the reason for it; None for a model that was not loaded."""
         self.colour_profiles = colour_profiles
 
     @property

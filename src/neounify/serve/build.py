@@ -38,7 +38,7 @@ class ServeSettings:
 
     folder: Path
     mode: Mode = "colocate"
-    dtype: str | None = None
+    dtype: str | DtypeChoice | None = None
     device: str = "cpu"
     generation_device: str | None = None
     threads: int | None = None
@@ -51,12 +51,11 @@ class ServeSettings:
 
 def build_service(settings: ServeSettings) -> Service:
     """A service to `start`. Raises the errors of `load`."""
-    dtype = serving_dtype(settings).dtype
     if settings.mode == "separate":
-        return _separate(settings, dtype)
+        return _separate(settings)
     pipe = load(
         settings.folder,
-        dtype=dtype,
+        dtype=settings.dtype,
         device=settings.device,
         lora=settings.lora or None,
     )
@@ -75,20 +74,22 @@ def colocated(
     return Service(pipe.engine, Links(link, link, LocalTransport()), limits or ServiceLimits())
 
 
-def serving_dtype(settings: ServeSettings) -> DtypeChoice:
+def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> DtypeChoice:
     """The dtype of both engines, which hand keys and values to each other: one for all.
 
-    Devices are not touched: that is for the engines' processes. Raises CheckpointError, or
-    RequestError for an unknown dtype.
+    Devices are not touched: that is for the engines' processes. Raises RequestError for an unknown
+    dtype.
     """
     devices = (settings.device, settings.generation_device or settings.device)
     types = [device.partition(":")[0] for device in devices]
     accelerator = next((kind for kind in types if kind != "cpu"), "cpu")
-    return choose_dtype(settings.dtype, CheckpointFolder.open(settings.folder), accelerator)
+    return choose_dtype(settings.dtype, checkpoint, accelerator)
 
 
-def _separate(settings: ServeSettings, dtype: torch.dtype) -> Service:
-    front = load_front(settings.folder, dtype)
+def _separate(settings: ServeSettings) -> Service:
+    checkpoint = CheckpointFolder.open(settings.folder)
+    dtype = serving_dtype(settings, checkpoint)
+    front = load_front(checkpoint, dtype.dtype)
     _check_shared_memory(front, settings)
     space = SharedSpace()
     links = Links(
@@ -124,7 +125,7 @@ def _check_shared_memory(front: Front, settings: ServeSettings) -> None:
 
 
 def _process(
-    role: Role, settings: ServeSettings, dtype: torch.dtype, space: SharedSpace
+    role: Role, settings: ServeSettings, dtype: DtypeChoice, space: SharedSpace
 ) -> ProcessHost:
     paints = role == "gen"
     return ProcessHost(

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from neounify.checkpoint import Dtype
 from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import Order, Reply, Report
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -45,7 +46,7 @@ class ProcessSettings:
 
     role: Role
     folder: Path
-    dtype: torch.dtype
+    dtype: Dtype
     device: str
     threads: int | None
     lora: tuple[tuple[Path, float], ...] = ()

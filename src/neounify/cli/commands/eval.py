@@ -116,7 +116,7 @@ def evaluate(
         from neounify.scenes.bench import PipelineSubject
 
     check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
-    model_config = check_model(model)
+    model_config = check_model(model).config
     config = _config(options, model_config.token_size)
     ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
         model_config, editing=True

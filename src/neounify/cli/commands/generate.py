@@ -99,7 +99,7 @@ def generate_prompts(
     if editing and not images:
         raise UsageError("give --image FILE, the image to edit (`generate` needs none)")
     exact = _exact_file(output, len(prompts) * options.count)
-    config = check_model(model)
+    config = check_model(model).config
     inputs = read_pictures(images, colour_profiles=model.colour_profiles)
     for prompt in prompts:
         check_image(prompt, options, config, inputs)
@@ -156,7 +156,7 @@ def generate_batch(
     check_jobs_file(batch.input)
     if output.output.suffix.lower() in (".png", *OTHER_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
-    config = check_model(model)
+    config = check_model(model).config
     resolve_sampling(options, config)
     editing = isinstance(options, EditOptions)
     folder = writable_folder(output.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -63,7 +64,7 @@ def serve(
             from neounify.serve.build import serving_dtype
     except ImportError as error:
         raise CliError(missing_extra("servers", "serve", error)) from error
-    check_model(model)
+    checkpoint = check_model(model)
     check_device(model.generation_device)
     if replicas.ray_address is None:  # machines of a cluster may have more cores than this one
         check_threads(model.threads)
@@ -83,12 +84,13 @@ def serve(
     keep_freed_memory()
     if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
         display.note(f"{listen.host}:{listen.port} accepts requests of any client: no --api-keys")
-    choice = serving_dtype(settings.serve)
+    choice = serving_dtype(settings.serve, checkpoint)
     display.note(f"loading {settings.serve.folder.resolve().name} in {choice}")
     address = f"http://{listen.host}:{listen.port}"
     started = partial(_announce, display, address, listen.page)
     if replicas.replicas == 1 and replicas.ray_address is None:
-        running.run(settings, hooks, started)
+        chosen = replace(settings, serve=replace(settings.serve, dtype=choice))
+        running.run(chosen, hooks, started)
     else:
         del hooks  # each replica builds its own
         _run_replicas(settings, replicas, partial(_make_hooks, safety), started)

@@ -95,7 +95,7 @@ def _generate_story(
 
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output} names a file; a story is saved as a folder")
-    config = check_model(model)
+    config = check_model(model).config
     inputs = read_pictures(images, colour_profiles=model.colour_profiles)
     check_story(prompt, options, config, inputs)
     check_writable(output.output)
