@@ -14,7 +14,7 @@ from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoadedPack, LoaderConfig, Position, check_sources, load_packs
 from neounify.data.sample import DataError, Sample
-from neounify.data.sources import JsonlSource, Mixture, Source
+from neounify.data.sources import JsonlSource, Mixture, SampleSource
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.progress import Tally
@@ -25,13 +25,13 @@ from support.own_data import paint_record, png, text_record, write_lines, write_
 ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
 
 
-def lines(folder: Path, count: int = 3) -> Source:
+def lines(folder: Path, count: int = 3) -> SampleSource:
     records = [text_record(f"question {n}", id=f"s{n}") for n in range(count)]
     write_lines(folder / "d.jsonl", records)
     return build_mixture([DataRecipe(kind="jsonl", path=str(folder / "d.jsonl"))], 0)
 
 
-def shard(folder: Path) -> Source:
+def shard(folder: Path) -> SampleSource:
     members: dict[str, bytes] = {}
     for n in range(3):
         members |= {f"s{n}.png": png(64, 64, n), f"s{n}.txt": b"noise"}
@@ -46,7 +46,7 @@ def samples(loaded: list[LoadedPack]) -> list[str]:
 @pytest.mark.parametrize("make", [lines, shard])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_data_smaller_than_one_filling_goes_round(
-    tmp_path: Path, make: type[Source], workers: int
+    tmp_path: Path, make: type[SampleSource], workers: int
 ) -> None:
     config = LoaderConfig(tokens_per_pack=256, workers=workers)
     loaded = list(islice(load_packs(make(tmp_path), ENCODER, config), 40))  # type: ignore[call-arg]

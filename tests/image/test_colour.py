@@ -219,7 +219,7 @@ def test_hostile_profiles_are_harmless(
 
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
-    from neounify.data.sources import read_picture
+    from neounify.data.sources import read_sample_image
     from neounify.tasks.conversation import read_conversation, read_pictures
 
     path = tmp_path / "photo.PNG"
@@ -231,7 +231,7 @@ def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
             *read_pictures(path, colour_profiles=profiles),
             *read_pictures([path], colour_profiles=profiles),
             *read_conversation([message], [], colour_profiles=profiles)[1],
-            read_picture(path, "photo", colour_profiles=profiles),
+            read_sample_image(path, "photo", colour_profiles=profiles),
         ]
         assert [image.getpixel((0, 0)) for image in images] == [wanted] * 4
     assert wanted == COLOURS[0]

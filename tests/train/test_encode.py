@@ -7,7 +7,7 @@ import pytest
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
-from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
+from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.model import Image, Noise, Text
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import (
@@ -41,10 +41,10 @@ def model(*parts: str | np.ndarray) -> Turn:
     return Turn("assistant", tuple(_part(p, "target", loss=True) for p in parts))
 
 
-def _part(part: str | np.ndarray, role: str, *, loss: bool) -> TextPart | ImagePart:
+def _part(part: str | np.ndarray, role: str, *, loss: bool) -> SampleText | SampleImage:
     if isinstance(part, str):
-        return TextPart(part, loss)
-    return ImagePart(part, role)  # type: ignore[arg-type]
+        return SampleText(part, loss)
+    return SampleImage(part, role)  # type: ignore[arg-type]
 
 
 def flat(prompt: Prompt) -> list[int]:
@@ -91,7 +91,7 @@ def test_answers_are_learnt_with_their_end() -> None:
     wanted = chat_prompt(TOKENIZER, [Message("user", "<image>\nWhat colour?")])
     assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
     assert learnt(found) == "red<|im_end|>"
-    # The rows count the picture's tokens too.
+    # The rows count the image's tokens too.
     assert found.label_rows[0] == len(flat(wanted)) - 1 + GRID
     assert list(found.label_rows) == list(range(found.label_rows[0], found.label_rows[-1] + 1))
 
@@ -105,7 +105,7 @@ def test_a_conversation_learns_every_answer() -> None:
     assert learnt(found) == "1<|im_end|>2<|im_end|>"
 
 
-def test_stories_learn_text_marks_and_end_and_show_every_picture_again() -> None:
+def test_stories_learn_text_marks_and_end_and_show_every_image_again() -> None:
     found = encode("interleave", user("Tell."), model("first\n", RED, "\nthen\n", BLUE))
     wanted = interleave_prompt(TOKENIZER, "Tell.", system="", think=False)
     assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
@@ -136,7 +136,7 @@ def test_dropout_of_everything_leaves_the_unconditional_prompt(task: str) -> Non
     assert found.targets[0] is BLUE
 
 
-def test_dropout_of_text_leaves_the_pictures() -> None:
+def test_dropout_of_text_leaves_the_images() -> None:
     encoder = Encoder(
         config=SCENES, tokenizer=TOKENIZER, dropout=GuidanceDropout(text=1.0, all=0.0)
     )
@@ -159,7 +159,7 @@ def test_dropout_comes_as_often_as_asked() -> None:
     assert abs(drops.count("all") / 20_000 - 0.1) < 0.01
 
 
-def test_pictures_are_sized_for_the_model() -> None:
+def test_images_are_sized_for_the_model() -> None:
     odd = np.zeros((50, 90, 3), np.uint8)
     found = encode("edit", user(odd, "\nx"), model(odd))
     for pixels in (*found.images, *found.targets):

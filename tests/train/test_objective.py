@@ -34,14 +34,14 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def test_noise_is_the_path_between_noise_and_picture() -> None:
+def test_noised_targets_lie_between_noise_and_image() -> None:
     pack = one_pack()
     noised = add_noise(pack, CONFIG, LossConfig(), generator())
     sigma = noise_scale(16, CONFIG.flow, cap=False)
     assert noised.noise_scale.tolist() == pytest.approx([sigma] * len(pack.targets))
-    picture = torch.tensor(pack.targets[3]).permute(2, 0, 1).float() / 127.5 - 1
+    target = torch.tensor(pack.targets[3]).permute(2, 0, 1).float() / 127.5 - 1
     rows = slice(3 * 16, 4 * 16)
-    torch.testing.assert_close(noised.clean[rows], patchify(picture[None], 16)[0])
+    torch.testing.assert_close(noised.clean[rows], patchify(target[None], 16)[0])
     t = noised.t[3]
     noise = (noised.z[rows] - t * noised.clean[rows]) / ((1 - t) * sigma)
     assert abs(noise.std().item() - 1) < 0.05

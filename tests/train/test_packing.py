@@ -198,10 +198,10 @@ def test_workers_of_a_killed_trainer_end_too(tmp_path: Path) -> None:
     raise AssertionError(f"still there: {left.stdout.decode()}")
 
 
-def test_a_picture_with_several_draws_of_noise_is_sent_once() -> None:
+def test_a_image_with_several_draws_of_noise_is_sent_once() -> None:
     encoder = replace(ENCODER, noise_draws=3)
     pack = make_pack([encoder(PAINTINGS[n], np.random.default_rng(n)) for n in range(12)])
     assert len(pack.targets) == 36
     sent = pickle.loads(pickle.dumps(pack))
-    assert len({id(picture) for picture in sent.targets}) == 12
+    assert len({id(image) for image in sent.targets}) == 12
     assert all(map(np.array_equal, sent.targets, pack.targets))

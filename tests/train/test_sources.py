@@ -16,9 +16,9 @@ from PIL import Image
 
 from neounify.data.encode import crop_to, nearest_bucket
 from neounify.data.record import write_sample
-from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
+from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.data.shards import ShardSource, write_shard
-from neounify.data.sources import BLOCK, JsonlSource, Mixture, Source
+from neounify.data.sources import BLOCK, JsonlSource, Mixture, SampleSource
 from neounify.image import TRAINING_BUCKETS
 from neounify.scenes.world import SceneDataset, scene_config
 
@@ -36,12 +36,12 @@ def shape(sample: Sample) -> object:
 def _parts(turn: Turn) -> list[object]:
     """Parts, text that touches joined, as the published schema joins it."""
     found: list[object] = []
-    for touching, parts in groupby(turn.parts, key=lambda part: isinstance(part, TextPart)):
+    for touching, parts in groupby(turn.parts, key=lambda part: isinstance(part, SampleText)):
         if touching:
-            texts = [p for p in parts if isinstance(p, TextPart)]
+            texts = [p for p in parts if isinstance(p, SampleText)]
             found.append(("".join(p.text for p in texts), texts[0].loss))
         else:
-            found += [(p.role, p.pixels().tolist()) for p in parts if isinstance(p, ImagePart)]
+            found += [(p.role, p.pixels().tolist()) for p in parts if isinstance(p, SampleImage)]
     return found
 
 
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_json_lines_come_back_as_written(folder: Path) -> None:
     source = JsonlSource(folder)
-    assert isinstance(source, Source)
+    assert isinstance(source, SampleSource)
     assert source.size == 12
     for n in (5, *reversed(range(12))):
         assert shape(source[n]) == shape(SAMPLES[n])
@@ -67,7 +67,7 @@ def test_shards_come_back_as_written(tmp_path: Path) -> None:
     write_shard(SAMPLES[:7], tmp_path / "a.tar")
     write_shard(SAMPLES[7:], tmp_path / "b.tar")
     source = ShardSource([tmp_path / "a.tar", tmp_path / "b.tar"])
-    assert isinstance(source, Source)
+    assert isinstance(source, SampleSource)
     assert source.size == 12
     assert [shape(source[n]) for n in range(12)] == [shape(s) for s in SAMPLES]
     assert source.damage == []
@@ -174,7 +174,7 @@ def test_data_without_lines_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no \.jsonl file"):
         JsonlSource(tmp_path)
     (tmp_path / "e.jsonl").write_text("\n \n")
-    with pytest.raises(DataError, match="no line"):
+    with pytest.raises(DataError, match="holds no samples"):
         JsonlSource(tmp_path)
 
 
@@ -184,8 +184,8 @@ class _Counted:
 
     def __getitem__(self, index: int) -> Sample:
         turns = (
-            Turn("user", (TextPart("x"),)),
-            Turn("assistant", (TextPart(str(index), loss=True),)),
+            Turn("user", (SampleText("x"),)),
+            Turn("assistant", (SampleText(str(index), loss=True),)),
         )
         return Sample("text", turns)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from neounify.data.sources import Source
+from neounify.data.sources import SampleSource
 from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_mixture
 from support.colour_profiles import DISPLAY_P3, rgb_profile
@@ -25,7 +25,7 @@ def photo() -> bytes:
     return file.getvalue()
 
 
-def source(path: Path, kind: str, **fields: object) -> Source:
+def source(path: Path, kind: str, **fields: object) -> SampleSource:
     return build_mixture([DataRecipe(kind=kind, path=str(path), **fields)], 0)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
-from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
+from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.image.sizes import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
 from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
@@ -42,18 +42,18 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
 
 
 def crop_to(image: PilImage.Image, size: tuple[int, int]) -> PilImage.Image:
-    """Scale a picture to cover `size` = (width, height), bicubic, and cut the middle out."""
+    """Scale an image to cover `size` = (width, height), bicubic, and crop the centre."""
     width, height = size
     scale = max(width / image.width, height / image.height)
-    # The part of the original that will be seen, as a box of real numbers.
+    # The visible part of the original, in its pixels.
     box_width, box_height = width / scale, height / scale
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     box = (left, top, left + box_width, top + box_height)
     return image.resize(size, PilImage.Resampling.BICUBIC, box=box)
 
 
-PAINTING_TASKS = ("t2i", "t2i_think", "edit", "edit_think")
-"""Tasks whose answer is one picture; inference opens it, so `<img>` is not learnt."""
+GENERATION_TASKS = ("t2i", "t2i_think", "edit", "edit_think")
+"""Tasks whose answer is one image; inference inserts `<img>` itself, so it carries no loss."""
 
 Drop = Literal["none", "text", "all"]
 Pixels = NDArray[np.uint8]
@@ -63,7 +63,7 @@ _THINK_MARKS = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class GuidanceDropout:
-    """Chances that a painting sample loses its text, or its text and pictures, for guidance."""
+    """Probabilities that a generation sample loses its text, or text and images, for guidance."""
 
     text: Fraction = 0.1
     all: Fraction = 0.1
@@ -87,7 +87,7 @@ class Encoded:
     """One document. U counts its understanding rows.
 
     `ids` are its text tokens; `label_rows` (0..U-1) and `label_ids` say which rows must predict
-    which token; `images` the clean pictures and `targets` one picture per noisy block, uint8
+    which token; `images` the clean images and `targets` one image per noisy block, uint8
     [height, width, 3].
     """
 
@@ -110,12 +110,12 @@ class Encoded:
 class Encoder:
     """How samples become documents for one model.
 
-    `noise_draws` noisy copies of every target share the document that leads to them: the
+    `noise_draws` noisy copies of every target share the document before them: the
     understanding stream never sees noise, so further draws cost the generation stream only.
     `target_buckets` are (width, height) pairs to crop targets to; without any, targets keep their
     shape within `target_pixels` = (least, greatest) area. `input_pixels` bounds the area of input
-    images in the same way. Both are the checkpoint's own bounds where None. A document of more
-    than `max_tokens` tokens is refused before its images are resized.
+    images in the same way. None stands for the checkpoint's bounds. A document of more than
+    `max_tokens` tokens is refused before its images are resized.
 
     Raises DataError for buckets that are not multiples of the model's token.
     """
@@ -135,17 +135,17 @@ class Encoder:
         for width, height in self.target_buckets:
             if width < side or height < side or width % side or height % side:
                 raise DataError(
-                    f"target_buckets: {width}x{height} is not made of tokens; both sides must be "
-                    f"multiples of {side} pixels"
+                    f"target_buckets: both sides must be multiples of {side} pixels (one token), "
+                    f"got {width}x{height}"
                 )
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Encoded:
         """Encode one sample; `rng` draws the guidance dropout. Raises DataError."""
         drop = self.dropout.draw(rng)
-        paints = any(part.role == "target" for part in sample.images)
+        has_target = any(part.role == "target" for part in sample.images)
         writer = _Writer(self, sample)
-        if paints and drop != "none":
-            writer.without_text(pictures=drop == "text")
+        if has_target and drop != "none":
+            writer.without_text(images=drop == "text")
         else:
             for turn in sample.turns:
                 writer.turn(turn)
@@ -153,7 +153,7 @@ class Encoder:
 
 
 class _Writer:
-    """Collects spans, ids and labels while the pieces of a sample go by."""
+    """Builds the spans, ids and labels of one document from the parts of its sample."""
 
     def __init__(self, encoder: Encoder, sample: Sample) -> None:
         self.encoder, self.sample = encoder, sample
@@ -164,26 +164,26 @@ class _Writer:
         self.images: list[Pixels] = []
         self.targets: list[Pixels] = []
         self._plain = ""
-        self._learn = False
+        self._loss = False
         self._row = 0
         self._tokens = 0
-        self._given_thought = False
-        if sample.turns[0].role != "system" and sample.task in PAINTING_TASKS:
+        self._opens_thought = False
+        if sample.turns[0].role != "system" and sample.task in GENERATION_TASKS:
             self._system(encoder.system_message)
 
     # --- turns ---
 
     def turn(self, turn: Turn) -> None:
         if turn.role == "system":
-            self._system("".join(p.text for p in turn.parts if isinstance(p, TextPart)))
+            self._system("".join(p.text for p in turn.parts if isinstance(p, SampleText)))
         elif turn.role == "user":
             self._open("user")
             for part in turn.parts:
-                if isinstance(part, TextPart):
-                    self._text(part.text, learn=False)
+                if isinstance(part, SampleText):
+                    self._text(part.text, loss=False)
                 else:
                     self._input(part)
-            self._close(learn=False)
+            self._close(loss=False)
         else:
             self._answer(turn)
 
@@ -191,53 +191,53 @@ class _Writer:
         self._open("assistant")
         self._flush()
         first = turn.parts[0] if turn.parts else None
-        thinks = isinstance(first, TextPart) and first.text.startswith(THINK_OPEN)
-        paints = any(isinstance(part, ImagePart) for part in turn.parts)
-        if paints and not thinks:
+        thinks = isinstance(first, SampleText) and first.text.startswith(THINK_OPEN)
+        has_image = any(isinstance(part, SampleImage) for part in turn.parts)
+        if has_image and not thinks:
             self._no_thought()
-        self._given_thought = thinks and self.sample.task in PAINTING_TASKS
+        self._opens_thought = thinks and self.sample.task in GENERATION_TASKS
         for part in turn.parts:
-            if isinstance(part, TextPart):
+            if isinstance(part, SampleText):
                 self._answer_text(part)
             else:
                 self._target(part)
-        if self.sample.task not in PAINTING_TASKS:
-            self._close(learn=any(part.loss for part in turn.parts))
+        if self.sample.task not in GENERATION_TASKS:
+            self._close(loss=any(part.loss for part in turn.parts))
 
-    def _answer_text(self, part: TextPart) -> None:
-        """Text of an answer: thought marks become their tokens; what inference adds is given."""
+    def _answer_text(self, part: SampleText) -> None:
+        """Text of an answer, thought marks as tokens; what inference inserts carries no loss."""
         for piece in _THINK_MARKS.split(part.text):
-            given = self._given_thought
+            inserted = self._opens_thought
             if piece == THINK_OPEN:
-                self._special(piece, learn=part.loss and not given)
+                self._special(piece, loss=part.loss and not inserted)
             elif piece == THINK_CLOSE:
-                self._special(piece, learn=part.loss)
-            elif given and piece.startswith("\n") and self._after(THINK_OPEN):
-                self._text("\n", learn=False)
-                self._text(piece[1:], learn=part.loss)
+                self._special(piece, loss=part.loss)
+            elif inserted and piece.startswith("\n") and self._after(THINK_OPEN):
+                self._text("\n", loss=False)
+                self._text(piece[1:], loss=part.loss)
             else:
-                forced = given and self._after(THINK_CLOSE)
-                self._text(piece, learn=part.loss and not forced)
+                forced = inserted and self._after(THINK_CLOSE)
+                self._text(piece, loss=part.loss and not forced)
 
     def _after(self, name: str) -> bool:
         return not self._plain and bool(self.ids) and self.ids[-1] == self.tokenizer.id(name)
 
-    def without_text(self, *, pictures: bool) -> None:
-        """The prefix of guidance: the input pictures alone, or nothing, then `<img>`."""
+    def without_text(self, *, images: bool) -> None:
+        """The prefix of guidance: the input images alone, or nothing, then `<img>`."""
         self.spans, self.ids, self.labels, self._plain = [], [], [], ""
         self._row = self._tokens = 0
         inputs = [part for part in self.sample.images if part.role == "input"]
         targets = [part for part in self.sample.images if part.role == "target"]
         self._open("user")
-        for part in inputs if pictures else ():
+        for part in inputs if images else ():
             self._input(part)
-        self._close(learn=False)
+        self._close(loss=False)
         self._open("assistant")
-        if pictures:
+        if images:
             for part in targets:
-                self._target(part, learn=False)
+                self._target(part, loss=False)
         else:
-            self._special(IMAGE_OPEN, learn=False)
+            self._special(IMAGE_OPEN, loss=False)
             for part in targets:
                 self._noise(self._sized_target(part, copies=self.encoder.noise_draws))
 
@@ -246,41 +246,41 @@ class _Writer:
     def _system(self, text: str) -> None:
         if text:
             self._open("system")
-            self._text(text, learn=False)
-            self._close(learn=False)
+            self._text(text, loss=False)
+            self._close(loss=False)
 
     def _open(self, role: str) -> None:
-        self._special(IM_START, learn=False)
-        self._text(f"{role}\n", learn=False)
+        self._special(IM_START, loss=False)
+        self._text(f"{role}\n", loss=False)
 
-    def _close(self, *, learn: bool) -> None:
-        self._special(IM_END, learn=learn)
-        self._text("\n", learn=False)
+    def _close(self, *, loss: bool) -> None:
+        self._special(IM_END, loss=loss)
+        self._text("\n", loss=False)
 
     def _no_thought(self) -> None:
         for name in (THINK_OPEN, THINK_CLOSE):
-            self._special(name, learn=False)
-            self._text("\n\n", learn=False)
+            self._special(name, loss=False)
+            self._text("\n\n", loss=False)
         self._flush()
 
-    def _text(self, text: str, *, learn: bool) -> None:
-        if learn != self._learn:
+    def _text(self, text: str, *, loss: bool) -> None:
+        if loss != self._loss:
             self._flush()
-            self._learn = learn
+            self._loss = loss
         self._plain += text
 
-    def _special(self, name: str, *, learn: bool) -> None:
+    def _special(self, name: str, *, loss: bool) -> None:
         self._flush()
-        self._write([self.tokenizer.id(name)], learn)
+        self._write([self.tokenizer.id(name)], loss)
 
     def _flush(self) -> None:
         if self._plain:
             ids = self.tokenizer.encode(self._plain)
             self._plain = ""
-            self._write(ids, self._learn)
+            self._write(ids, self._loss)
 
     def _reserve(self, tokens: int, what: str, remedy: str) -> None:
-        """Count tokens in; DataError when the document no longer fits a pack."""
+        """Count tokens; DataError when the document no longer fits a pack."""
         self._tokens += tokens
         limit = self.encoder.max_tokens
         if limit is not None and self._tokens > limit:
@@ -290,12 +290,12 @@ class _Writer:
                 f"{self._tokens:,}, or {remedy}"
             )
 
-    def _write(self, ids: list[int], learn: bool) -> None:
+    def _write(self, ids: list[int], loss: bool) -> None:
         self._reserve(len(ids), "of text and images", "split the record")
-        if learn:
+        if loss:
             if self._row == 0:
                 raise DataError("the first token of a document cannot be predicted")
-            self.labels += [(self._row - 1 + place, token) for place, token in enumerate(ids)]
+            self.labels += [(self._row - 1 + n, token) for n, token in enumerate(ids)]
         self.ids += ids
         self._row += len(ids)
         last = self.spans[-1] if self.spans else None
@@ -304,8 +304,8 @@ class _Writer:
         else:
             self.spans.append(Text(len(ids)))
 
-    def _input(self, part: ImagePart) -> None:
-        self._special(IMAGE_OPEN, learn=False)
+    def _input(self, part: SampleImage) -> None:
+        self._special(IMAGE_OPEN, loss=False)
         sampling = self.encoder.config.sampling
         if self.encoder.input_pixels is not None:
             bounds = self.encoder.input_pixels
@@ -317,19 +317,19 @@ class _Writer:
         size = self._fit(pixels, bounds)
         self._reserve_image(size, 1, "input_pixels")
         self._clean(_resized(pixels, size))
-        self._special(IMAGE_CLOSE, learn=False)
+        self._special(IMAGE_CLOSE, loss=False)
 
-    def _target(self, part: ImagePart, *, learn: bool | None = None) -> None:
-        """A painted image: noisy blocks, and its clean copy for what comes after it."""
-        writes = self.sample.task not in PAINTING_TASKS
+    def _target(self, part: SampleImage, *, loss: bool | None = None) -> None:
+        """A target image: noisy blocks, and a clean copy for what follows."""
+        continues = self.sample.task not in GENERATION_TASKS
         if not part.loss:
-            raise DataError("a picture in an answer must be a target")
-        self._special(IMAGE_OPEN, learn=writes if learn is None else learn)
-        pixels = self._sized_target(part, copies=self.encoder.noise_draws + writes)
+            raise DataError("an image in an answer must be a target")
+        self._special(IMAGE_OPEN, loss=continues if loss is None else loss)
+        pixels = self._sized_target(part, copies=self.encoder.noise_draws + continues)
         self._noise(pixels)
-        if writes:
+        if continues:
             self._clean(pixels)
-            self._special(IMAGE_CLOSE, learn=False)
+            self._special(IMAGE_CLOSE, loss=False)
 
     def _noise(self, pixels: Pixels) -> None:
         block = Noise.of(self._grid(pixels))
@@ -346,8 +346,8 @@ class _Writer:
     def _grid(self, pixels: Pixels) -> Grid:
         return Grid.of_pixels(pixels.shape[0], pixels.shape[1], self.encoder.config.token_size)
 
-    def _sized_target(self, part: ImagePart, *, copies: int) -> Pixels:
-        """A target in its size for training; it will stand in the document `copies` times."""
+    def _sized_target(self, part: SampleImage, *, copies: int) -> Pixels:
+        """A target in its size for training; the document holds it `copies` times."""
         pixels, encoder = part.pixels(), self.encoder
         if encoder.target_buckets:
             bucket = nearest_bucket(pixels.shape[1], pixels.shape[0], encoder.target_buckets)
@@ -362,7 +362,7 @@ class _Writer:
         return _resized(pixels, size)
 
     def _reserve_image(self, size: tuple[int, int], copies: int, setting: str) -> None:
-        """Count an image of `size` = (height, width) pixels in, before it is resized."""
+        """Count the tokens of an image of `size` = (height, width) pixels, before it is resized."""
         height, width = size
         tokens = height * width // self.encoder.config.token_size**2
         times = f" {copies} times (noise_draws {self.encoder.noise_draws})" if copies > 1 else ""
@@ -383,7 +383,7 @@ class _Writer:
         )
 
     def finish(self) -> Encoded:
-        # Nothing is learnt from what stands behind the last label or noisy block.
+        # Text after the last label or noisy block has no effect on the loss.
         self._plain = ""
         document = Document(tuple(self.spans))
         limit = self.encoder.config.max_positions

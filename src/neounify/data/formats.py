@@ -1,4 +1,4 @@
-"""Forms of data that other tools write: recognised, so that one line says what to do with them."""
+"""Data formats of other tools: recognised, with a message on how to convert them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 HEAD_BYTES = 4096
-"""Bytes at the start of a file by which it is recognised."""
+"""Bytes at the start of a file that are read to recognise it."""
 MAX_LISTED = 10_000
-"""Files of a folder that are looked at to recognise what it is."""
+"""Files of a folder that are read to recognise it."""
 MAX_NAMED = 6
-"""How many of many names a message lists."""
+"""Names that a message lists at most."""
 
 _IMAGES = "png jpg jpeg jfif webp gif bmp tif tiff ppm avif heic heif"
 IMAGE_ENDINGS = frozenset(f".{ending}" for ending in _IMAGES.split())
@@ -47,7 +47,7 @@ _TABLE = f"is a table (CSV or TSV); write JSON lines, each {RECORD}"
 
 
 def foreign_file(path: Path) -> str | None:
-    """What a file is and what to do, if it is of a known form other than JSON lines or a tar."""
+    """Name and conversion of a file of a known format other than JSON lines or tar; else None."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     for magic, what in _MAGIC:
@@ -62,8 +62,8 @@ def foreign_file(path: Path) -> str | None:
 
 def foreign_lines(path: Path) -> str | None:
     """As `foreign_file`, for a file that should hold JSON lines."""
-    if found := foreign_file(path):
-        return found
+    if format_of_file := foreign_file(path):
+        return format_of_file
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     if is_tar(head):
@@ -88,9 +88,8 @@ def foreign_lines(path: Path) -> str | None:
 def files_below(folder: Path, ending: str) -> list[Path]:
     """Files of an ending, in any case, below a folder in order of their names.
 
-    Hidden files and folders are left out: copies of editors and notebooks, and what macOS stores
-    beside each file. So is what cannot be read as a file, such as a pipe; links to what is not
-    there are kept, for the reader to complain of.
+    Hidden files and folders are left out: copies of editors and notebooks, and resource files of
+    macOS. So are pipes and devices; broken links are listed, so that reading reports them.
     """
     return sorted(
         f for f in folder.rglob("*") if f.suffix.lower() == ending and _is_data(f, folder)
@@ -108,7 +107,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def foreign_folder(path: Path) -> str:
-    """What a folder without any .jsonl file holds, and what to do."""
+    """Content of a folder without any .jsonl file, and how to use it."""
     endings: dict[str, int] = {}
     for file in islice(path.rglob("*"), MAX_LISTED):
         if not _is_data(file, path):
@@ -148,19 +147,19 @@ def foreign_folder(path: Path) -> str:
 
 
 def foreign_record(record: Mapping[str, Any]) -> str:
-    """What a record without "conversations" is, and what is read instead."""
+    """Format of a record without "conversations", and the format that is read."""
     keys = record.keys()
     if "messages" in keys:
         who = "ms-swift" if "images" in keys else "Hugging Face and OpenAI"
         return f'a record with "messages" as {who} write it; what is read is {RECORD}'
     if "file_name" in keys:
         return (
-            "metadata of a Hugging Face image folder; to learn to generate images, write "
+            "metadata of a Hugging Face image folder; to train image generation, write "
             f"{GENERATION_RECORD}"
         )
     if "prompt" in keys and "image" in keys:
         return (
-            'a record with "prompt" and "image" (DiffSynth); to learn to generate images, write '
+            'a record with "prompt" and "image" (DiffSynth); to train image generation, write '
             f"{GENERATION_RECORD}"
         )
     if "url" in keys and ("caption" in keys or "key" in keys):

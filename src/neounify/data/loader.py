@@ -24,9 +24,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout
 from neounify.data.packing import Pack, first_fit, make_pack
 from neounify.data.sample import DataError, Sample
-from neounify.data.sources import Mixture, Source, sample_place, source_name
+from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
 
+WINDOW_PACKS = 16
+"""Packs that are filled together; more fill better and wait longer."""
+MAX_SKIPPED_IN_A_ROW = 1000
+"""After that many damaged samples of one source without a good one, loading ends."""
 MAX_MESSAGE_CHARS = 600
 MAX_PROBED = 50
 """Samples of a source that are tried before it counts as one of which nothing can be used."""
@@ -34,39 +38,283 @@ MAX_PROBED = 50
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that cannot be used: source in the mixture, number in the source, place and why."""
+    """A sample that cannot be used: source in the mixture, number in it, location and reason."""
 
     source: int
     number: int
     message: str
 
 
+def skipped_sample(mixture: Mixture, source: int, number: int, error: Exception) -> Skipped:
+    """The report on one sample, with its location once."""
+    location = sample_location(mixture.sources[source], number)
+    text = str(error) if isinstance(error, NeounifyError) else f"{type(error).__name__}: {error}"
+    return Skipped(
+        source, number, _line(text if text.startswith(location) else f"{location}: {text}")
+    )
+
+
+def _line(text: str) -> str:
+    """One printable line of bounded length: file names may be long, hold control characters, or
+    not be UTF-8."""
+    plain = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
+    )
+    return plain if len(plain) <= MAX_MESSAGE_CHARS else plain[: MAX_MESSAGE_CHARS - 1] + "…"
+
+
+@dataclass(frozen=True)
+class WorkerPosition:
+    """Position of one worker: its next sample, those carried over, packs yielded of this window."""
+
+    next: int
+    carried: tuple[int, ...] = ()
+    yielded: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Position of a loader: that of every worker, and which worker is next."""
+
+    workers: tuple[WorkerPosition, ...]
+    turn: int = 0
+
+    @staticmethod
+    def start(workers: int) -> Position:
+        return Position(tuple(WorkerPosition(next=0) for _ in range(max(1, workers))))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "turn": self.turn,
+            "workers": [[w.next, list(w.carried), w.yielded] for w in self.workers],
+        }
+
+    @staticmethod
+    def from_json(record: Any) -> Position:
+        """Raises DataError for what `to_json` cannot have written."""
+        try:
+            workers = tuple(
+                WorkerPosition(int(first), tuple(int(i) for i in carried), int(yielded))
+                for first, carried, yielded in record["workers"]
+            )
+            turn = int(record["turn"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a loader position is damaged: {error!r}") from error
+        if not workers or not 0 <= turn < len(workers):
+            raise DataError(f"a loader position has {len(workers)} workers and turn {turn}")
+        return Position(workers, turn)
+
+
+@dataclass(eq=False)
+class LoadedPack:
+    """A pack, the position after it, and the damaged samples skipped for it.
+
+    `used` counts the pack's samples by the number of their source in the mixture.
+    """
+
+    pack: Pack
+    position: Position
+    skipped: list[Skipped] = field(default_factory=list)
+    used: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Rank r of `ranks` sees samples r, r + ranks, … only."""
+
+    tokens_per_pack: int
+    seed: int = 0
+    workers: int = 1
+    prefetch: int = 4
+    rank: int = 0
+    ranks: int = 1
+
+
+def load_packs(
+    source: SampleSource, encoder: Encoder, config: LoaderConfig, position: Position | None = None
+) -> Iterator[LoadedPack]:
+    """Endless packs from `position` on. With workers = 0 they are built in this process.
+
+    Any other source is wrapped in a Mixture, so that finite data repeats in another order.
+    Raises DataError when the position is of another number of workers, when a source yields
+    nothing but damaged samples, or when a worker process fails.
+    """
+    count = max(1, config.workers)
+    position = position or Position.start(config.workers)
+    if len(position.workers) != count:
+        raise DataError(
+            f"the position is of {len(position.workers)} workers, the loader has {count}; "
+            "resume with the same number"
+        )
+    mixture = source if isinstance(source, Mixture) else Mixture([(source, 1.0)], config.seed)
+    packs = _Packs(mixture, encoder, config, position)
+    if config.workers == 0:
+        items = iter(packs)
+    else:
+        packs.lifeline, _ours = Pipe(duplex=False)
+        loader = DataLoader(
+            packs,
+            batch_size=None,
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch,
+            multiprocessing_context="forkserver",
+        )
+        items = iter(loader)
+    workers, turn = list(position.workers), position.turn
+    while True:
+        try:
+            item = next(items)
+        except (RuntimeError, OSError) as error:
+            _worker_failed(error)
+        if isinstance(item, str):
+            raise DataError(item)
+        workers[turn] = item.position
+        turn = (turn + 1) % count
+        yield LoadedPack(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
+
+
+def _worker_failed(error: Exception) -> NoReturn:
+    """Raise one message for a worker that died or could not start; torch's has many lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = lines[-1] if lines else type(error).__name__
+    raise DataError(
+        f"a process that loads data has failed: {why}. If the system ended it for want of "
+        "memory, use fewer workers (workers in the recipe); workers = 0 loads in the main process"
+    ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """Message of a worker: a pack, its position after it, the samples skipped and used."""
+
+    pack: Pack
+    position: WorkerPosition
+    skipped: list[Skipped]
+    used: Counter[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """An encoded draw: its index in the mixture, and the number of its source."""
+
+    index: int
+    source: int
+    encoded: Encoded
+
+
+def _end_with(lifeline: Connection) -> None:
+    """End this process when the trainer that reads its packs has died and closed its pipe end.
+
+    torch checks the parent process only, which is the fork server and outlives the trainer.
+    """
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(1)
+
+
+class _Packs(IterableDataset[Any]):
+    """The packs of one worker, which takes every (ranks · workers)-th sample."""
+
+    def __init__(
+        self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
+    ) -> None:
+        self.source, self.encoder, self.config, self.position = source, encoder, config, position
+        self.lifeline: Connection | None = None
+        self._in_a_row: Counter[int] = Counter()
+
+    def __iter__(self) -> Iterator[_Item | str]:
+        info = get_worker_info()
+        if self.lifeline is not None:
+            threading.Thread(target=_end_with, args=(self.lifeline,), daemon=True).start()
+        # torch reads from its workers in turn, starting at the first: number them accordingly.
+        worker = 0 if info is None else (info.id + self.position.turn) % info.num_workers
+        position = self.position.workers[worker]
+        while True:
+            skipped: list[Skipped] = []
+            try:
+                window, after = self._window(worker, position, skipped)
+            except Exception as error:
+                # Raised in a worker, torch would wrap it with a traceback.
+                known = isinstance(error, DataError)
+                yield str(error) if known else f"loading failed: {type(error).__name__}: {error}"
+                return
+            if position.yielded:
+                skipped = []  # yielded with the first pack of the window, before the resume
+            for number in range(position.yielded, len(window)):
+                last = number + 1 == len(window)
+                following = after if last else replace(position, yielded=number + 1)
+                pack = make_pack([item.encoded for item in window[number]])
+                yield _Item(
+                    pack, following, skipped, Counter(item.source for item in window[number])
+                )
+                skipped = []
+            position = after
+
+    def _window(
+        self, worker: int, position: WorkerPosition, skipped: list[Skipped]
+    ) -> tuple[list[list[_Drawn]], WorkerPosition]:
+        """Fill some packs; the emptiest is carried over to the next window."""
+        stride = self.config.ranks * max(1, self.config.workers)
+        offset = self.config.rank * max(1, self.config.workers) + worker
+        capacity = WINDOW_PACKS * self.config.tokens_per_pack
+        items: list[_Drawn] = []
+        tokens, number = 0, position.next
+        carried = iter(position.carried)
+        while tokens < capacity:
+            index = next(carried, None)
+            if index is None:
+                index = number * stride + offset
+                number += 1
+            drawn = self._draw(index, skipped)
+            if drawn is not None:
+                items.append(drawn)
+                tokens += drawn.encoded.length
+        lengths = [item.encoded.length for item in items]
+        bins = first_fit(lengths, self.config.tokens_per_pack)
+        loads = [sum(lengths[n] for n in numbers) for numbers in bins]
+        emptiest = loads.index(min(loads))
+        left = tuple(items[n].index for n in bins.pop(emptiest)) if len(bins) > 1 else ()
+        rng = np.random.default_rng((self.config.seed, 1, offset, position.next))
+        order = rng.permutation(len(bins))
+        window = [[items[n] for n in bins[which]] for which in order]
+        return window, WorkerPosition(number, left)
+
+    def _draw(self, index: int, skipped: list[Skipped]) -> _Drawn | None:
+        """One encoded draw; None and an entry in `skipped` when its sample cannot be used."""
+        source, number = self.source.describe(index)
+        try:
+            encoded = self._encode(index)
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            item = skipped_sample(self.source, source, number, error)
+            skipped.append(item)
+            self._in_a_row[source] += 1
+            if self._in_a_row[source] >= MAX_SKIPPED_IN_A_ROW:
+                raise DataError(
+                    f"{source_name(self.source.sources[source])}: {self._in_a_row[source]} samples "
+                    f"in a row cannot be used, the last one: {item.message}"
+                ) from error
+            return None
+        self._in_a_row[source] = 0
+        return _Drawn(index, source, encoded)
+
+    def _encode(self, index: int) -> Encoded:
+        rng = np.random.default_rng((self.config.seed, 0, index))
+        encoded = self.encoder(self.source[index], rng)
+        if encoded.length > self.config.tokens_per_pack:
+            raise DataError(
+                f"the sample has {encoded.length} tokens, a pack {self.config.tokens_per_pack}"
+            )
+        return encoded
+
+
 @dataclass(frozen=True)
 class Probe:
-    """What a look at some samples of a source gave: the usable ones, and why others are not."""
+    """Result of trying some samples of a source: the usable ones, and why others are not."""
 
     name: str
     size: int | None
     usable: list[Sample]
     skipped: list[Skipped]
-
-
-def skipped_sample(mixture: Mixture, source: int, number: int, error: Exception) -> Skipped:
-    """The report on one sample; the place is named once."""
-    place = sample_place(mixture.sources[source], number)
-    text = str(error) if isinstance(error, NeounifyError) else f"{type(error).__name__}: {error}"
-    return Skipped(source, number, _line(text if text.startswith(place) else f"{place}: {text}"))
-
-
-def _line(text: str) -> str:
-    """One line of bounded length, however long and odd the names of files in it are.
-
-    Names that are not UTF-8 hold characters that no file of text can, others control characters.
-    """
-    plain = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())
-    )
-    return plain if len(plain) <= MAX_MESSAGE_CHARS else plain[: MAX_MESSAGE_CHARS - 1] + "…"
 
 
 def probe_sources(
@@ -101,264 +349,15 @@ def check_sources(mixture: Mixture, encoder: Encoder) -> None:
 
 
 def nothing_usable(probe: Probe) -> str:
-    """What to say of a source without a usable sample."""
+    """The error message for a source without a usable sample."""
     tried = len(probe.skipped)
     of = "" if probe.size in (None, tried) else f" of {probe.size:,}"
-    which = "its only sample" if tried == 1 and not of else f"any of {tried}{of} samples looked at"
+    which = "its only sample" if tried == 1 and not of else f"any of {tried}{of} samples tried"
     return f"{probe.name}: cannot use {which}. {probe.skipped[0].message}"
 
 
-def _spread(source: Source, samples: int) -> list[int]:
+def _spread(source: SampleSource, samples: int) -> list[int]:
     if source.size is None:
         return list(range(samples))
     count = min(samples, source.size)
-    return [place * source.size // count for place in range(count)]
-
-
-WINDOW_PACKS = 16
-"""Packs that are filled together; more fill better and wait longer."""
-MAX_SKIPPED_IN_A_ROW = 1000
-"""After that many damaged samples of one source without a good one, loading ends."""
-
-
-@dataclass(frozen=True)
-class WorkerPosition:
-    """Where one worker stands: its next sample, those carried over, packs given of this window."""
-
-    next: int
-    carried: tuple[int, ...] = ()
-    given: int = 0
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a loader stands: every worker's place, and whose pack is next."""
-
-    workers: tuple[WorkerPosition, ...]
-    turn: int = 0
-
-    @staticmethod
-    def start(workers: int) -> Position:
-        return Position(tuple(WorkerPosition(next=0) for _ in range(max(1, workers))))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "turn": self.turn,
-            "workers": [[w.next, list(w.carried), w.given] for w in self.workers],
-        }
-
-    @staticmethod
-    def from_json(record: Any) -> Position:
-        """Raises DataError for what `to_json` cannot have written."""
-        try:
-            workers = tuple(
-                WorkerPosition(int(first), tuple(int(i) for i in carried), int(given))
-                for first, carried, given in record["workers"]
-            )
-            turn = int(record["turn"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"a loader position is damaged: {error!r}") from error
-        if not workers or not 0 <= turn < len(workers):
-            raise DataError(f"a loader position has {len(workers)} workers and turn {turn}")
-        return Position(workers, turn)
-
-
-@dataclass(eq=False)
-class LoadedPack:
-    """A pack, the position after it, and the damaged samples met on the way.
-
-    `used` counts the pack's samples by the number of their source in the mixture.
-    """
-
-    pack: Pack
-    position: Position
-    skipped: list[Skipped] = field(default_factory=list)
-    used: Counter[int] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """Rank r of `ranks` sees samples r, r + ranks, … only."""
-
-    tokens_per_pack: int
-    seed: int = 0
-    workers: int = 1
-    prefetch: int = 4
-    rank: int = 0
-    ranks: int = 1
-
-
-def load_packs(
-    source: Source, encoder: Encoder, config: LoaderConfig, position: Position | None = None
-) -> Iterator[LoadedPack]:
-    """Packs from `position` on, without end. With workers = 0 they are made in this process.
-
-    A source that is no Mixture is made one, so that finite data starts again in another order.
-    Raises DataError when the position is of another number of workers, when a source yields
-    nothing but damaged samples, or when a worker process fails.
-    """
-    count = max(1, config.workers)
-    position = position or Position.start(config.workers)
-    if len(position.workers) != count:
-        raise DataError(
-            f"the position is of {len(position.workers)} workers, the loader has {count}; "
-            "resume with the same number"
-        )
-    mixture = source if isinstance(source, Mixture) else Mixture([(source, 1.0)], config.seed)
-    packs = _Packs(mixture, encoder, config, position)
-    if config.workers == 0:
-        items = iter(packs)
-    else:
-        packs.lifeline, _ours = Pipe(duplex=False)
-        loader = DataLoader(
-            packs,
-            batch_size=None,
-            num_workers=config.workers,
-            prefetch_factor=config.prefetch,
-            multiprocessing_context="forkserver",
-        )
-        items = iter(loader)
-    workers, turn = list(position.workers), position.turn
-    while True:
-        try:
-            item = next(items)
-        except (RuntimeError, OSError) as error:
-            _worker_failed(error)
-        if isinstance(item, str):
-            raise DataError(item)
-        workers[turn] = item.place
-        turn = (turn + 1) % count
-        yield LoadedPack(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
-
-
-def _worker_failed(error: Exception) -> NoReturn:
-    """A worker that ended, or could not start, as one message: the library's own has many lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = lines[-1] if lines else type(error).__name__
-    raise DataError(
-        f"a process that loads data has failed: {why}. If the system ended it for want of "
-        "memory, use fewer workers (workers in the recipe); workers = 0 loads in the main process"
-    ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """What a worker sends: a pack, the worker's position after it, what was skipped and used."""
-
-    pack: Pack
-    place: WorkerPosition
-    skipped: list[Skipped]
-    used: Counter[int]
-
-
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    """An encoded draw: its index in the mixture, and the number of its source."""
-
-    index: int
-    source: int
-    encoded: Encoded
-
-
-def _end_with(lifeline: Connection) -> None:
-    """End this process when the one that reads its packs is gone and its end of the line closed.
-
-    The library looks at the parent, which is the fork server, and that lives as long as its
-    children: workers of a trainer that was killed would stay for good.
-    """
-    with suppress(EOFError, OSError):
-        lifeline.recv()
-    os._exit(1)
-
-
-class _Packs(IterableDataset[Any]):
-    """The packs of one worker, which takes every (ranks · workers)-th sample."""
-
-    def __init__(
-        self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
-    ) -> None:
-        self.source, self.encoder, self.config, self.position = source, encoder, config, position
-        self.lifeline: Connection | None = None
-        self._in_a_row: Counter[int] = Counter()
-
-    def __iter__(self) -> Iterator[_Item | str]:
-        info = get_worker_info()
-        if self.lifeline is not None:
-            threading.Thread(target=_end_with, args=(self.lifeline,), daemon=True).start()
-        # The library asks its workers in turn from the first; the one whose turn it is comes first.
-        worker = 0 if info is None else (info.id + self.position.turn) % info.num_workers
-        place = self.position.workers[worker]
-        while True:
-            skipped: list[Skipped] = []
-            try:
-                window, after = self._window(worker, place, skipped)
-            except Exception as error:
-                # Raised in a worker it would come out as the library's own error, with a traceback.
-                known = isinstance(error, DataError)
-                yield str(error) if known else f"loading failed: {type(error).__name__}: {error}"
-                return
-            if place.given:
-                skipped = []  # they came with the first pack of the window, before the resume
-            for number in range(place.given, len(window)):
-                last = number + 1 == len(window)
-                here = after if last else replace(place, given=number + 1)
-                pack = make_pack([item.encoded for item in window[number]])
-                yield _Item(pack, here, skipped, Counter(item.source for item in window[number]))
-                skipped = []
-            place = after
-
-    def _window(
-        self, worker: int, place: WorkerPosition, skipped: list[Skipped]
-    ) -> tuple[list[list[_Drawn]], WorkerPosition]:
-        """Fill some packs; the emptiest is carried over to the next window."""
-        stride = self.config.ranks * max(1, self.config.workers)
-        offset = self.config.rank * max(1, self.config.workers) + worker
-        wanted = WINDOW_PACKS * self.config.tokens_per_pack
-        found: list[_Drawn] = []
-        tokens, number = 0, place.next
-        carried = iter(place.carried)
-        while tokens < wanted:
-            index = next(carried, None)
-            if index is None:
-                index = number * stride + offset
-                number += 1
-            drawn = self._draw(index, skipped)
-            if drawn is not None:
-                found.append(drawn)
-                tokens += drawn.encoded.length
-        lengths = [item.encoded.length for item in found]
-        bins = first_fit(lengths, self.config.tokens_per_pack)
-        loads = [sum(lengths[item] for item in items) for items in bins]
-        emptiest = loads.index(min(loads))
-        left = tuple(found[item].index for item in bins.pop(emptiest)) if len(bins) > 1 else ()
-        rng = np.random.default_rng((self.config.seed, 1, offset, place.next))
-        order = rng.permutation(len(bins))
-        window = [[found[item] for item in bins[n]] for n in order]
-        return window, WorkerPosition(number, left)
-
-    def _draw(self, index: int, skipped: list[Skipped]) -> _Drawn | None:
-        """One encoded draw; None and an entry in `skipped` when its sample cannot be used."""
-        source, number = self.source.describe(index)
-        try:
-            encoded = self._encode(index)
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            item = skipped_sample(self.source, source, number, error)
-            skipped.append(item)
-            self._in_a_row[source] += 1
-            if self._in_a_row[source] >= MAX_SKIPPED_IN_A_ROW:
-                raise DataError(
-                    f"{source_name(self.source.sources[source])}: {self._in_a_row[source]} samples "
-                    f"in a row cannot be used, the last one: {item.message}"
-                ) from error
-            return None
-        self._in_a_row[source] = 0
-        return _Drawn(index, source, encoded)
-
-    def _encode(self, index: int) -> Encoded:
-        rng = np.random.default_rng((self.config.seed, 0, index))
-        encoded = self.encoder(self.source[index], rng)
-        if encoded.length > self.config.tokens_per_pack:
-            raise DataError(
-                f"the sample has {encoded.length} tokens, a pack {self.config.tokens_per_pack}"
-            )
-        return encoded
+    return [number * source.size // count for number in range(count)]

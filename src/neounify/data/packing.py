@@ -30,15 +30,15 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         while first_open < len(bins) and free[first_open] < shortest:
             first_open += 1
-        for place in range(first_open, len(bins)):
-            if lengths[item] <= free[place]:
+        for number in range(first_open, len(bins)):
+            if lengths[item] <= free[number]:
                 break
         else:
-            place = len(bins)
+            number = len(bins)
             bins.append([])
             free.append(capacity)
-        bins[place].append(item)
-        free[place] -= lengths[item]
+        bins[number].append(item)
+        free[number] -= lengths[item]
     return bins
 
 
@@ -48,8 +48,8 @@ class Pack:
 
     N text tokens, L labels, I clean and J noisy images; U understanding rows.
     `label_rows` index the understanding rows; `label_tasks` [L] and `target_tasks` [J] are
-    places in `TASKS`. Pictures are arrays uint8 [height, width, 3] and not tensors: the library
-    sends each tensor between processes as an open file, and there can be hundreds.
+    indices in `TASKS`. Images are arrays uint8 [height, width, 3] and not tensors: torch sends each
+    tensor between processes as an open file, and there can be hundreds.
     """
 
     layout: Layout

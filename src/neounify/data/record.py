@@ -25,10 +25,10 @@ from neounify.data.formats import foreign_record
 from neounify.data.sample import (
     SPEAKER_OF,
     DataError,
-    ImagePart,
     Part,
     Sample,
-    TextPart,
+    SampleImage,
+    SampleText,
     Turn,
 )
 from neounify.text import IMAGE_MARK, Role
@@ -70,7 +70,7 @@ def checked_record(record: Any, ignored: Collection[str] = ()) -> dict[str, Any]
 def _unknown(key: Any) -> str:
     name = str(key)[:40]
     if name in MEDIA:
-        return f'the field "{name}": only images and text can be learnt from'
+        return f'the field "{name}": only images and text can be trained on'
     close = get_close_matches(name, FIELDS, n=1)
     hint = f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(FIELDS)}"
     return f'unknown field "{name}"{hint} (fields not to be read: ignore = [...] in the recipe)'
@@ -110,7 +110,7 @@ MAX_ID_CHARS = 200
 MAX_IMAGES = 1000
 """Images of one record; each is read before the tokens of a sample are counted."""
 
-# Names that published data files use for what is one of our tasks.
+# Task names of published data files.
 TASK_ALIASES = {
     "mm_t2i": "t2i",
     "it2i": "edit",
@@ -123,9 +123,9 @@ TASK_ALIASES = {
 
 
 def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, Any]:
-    """The sample in the published schema; `image_paths`: one per picture, in order."""
+    """The sample in the published schema; `image_paths`: one per image, in order."""
     if len(image_paths) != len(sample.images):
-        raise DataError(f"{len(sample.images)} pictures, but {len(image_paths)} paths")
+        raise DataError(f"{len(sample.images)} images, but {len(image_paths)} paths")
     record: dict[str, Any] = {
         "conversations": [
             {"from": SPEAKER_OF[turn.role], "value": turn.value} for turn in sample.turns
@@ -145,9 +145,9 @@ def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, An
 
 
 def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:
-    """Write the pictures to `folder` as PNG, named `stem`-0.png, …, and return the record.
+    """Write the images to `folder` as PNG, named `stem`-0.png, …, and return the record.
 
-    Paths in the record are relative to `folder`; pictures that are files already keep theirs.
+    Paths in the record are relative to `folder`; images that are files already keep theirs.
     """
     paths = []
     for number, part in enumerate(sample.images):
@@ -163,9 +163,9 @@ def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:
 def sample_from_record(
     record: Any, folder: Path, task: str | None = None, ignored: Collection[str] = ()
 ) -> Sample:
-    """Read one JSON object of the published schema; pictures stay paths below `folder`.
+    """Read one JSON object of the published schema; images stay paths below `folder`.
 
-    `task` overrides the record's own "task"; where neither is given it follows from the parts.
+    `task` overrides the record's own "task"; without either, it is inferred from the parts.
     Fields named in `ignored` are not read; other unknown ones raise DataError.
     """
     record = checked_record(record, ignored)
@@ -179,20 +179,20 @@ def sample_from_record(
     if marks < len(paths):
         values = _with_leading_marks(values, len(paths) - marks)
     elif marks > len(paths):
-        raise DataError(f"{marks} {IMAGE_MARK} marks, but {len(paths)} pictures")
+        raise DataError(f"{marks} {IMAGE_MARK} marks, but {len(paths)} images")
     remaining = iter(folder / path for path in paths)
     turns = tuple(
         _read_turn(role, value, remaining, None if flags is None else flags[index])
         for index, (role, value) in enumerate(values)
     )
-    named = task or record.get("task")
-    if named is None:
-        named = _infer_task(turns)
-    if not isinstance(named, str):
-        raise DataError(f'"task" is {named!r:.80}, not a string')
+    chosen = task or record.get("task")
+    if chosen is None:
+        chosen = _infer_task(turns)
+    if not isinstance(chosen, str):
+        raise DataError(f'"task" is {chosen!r:.80}, not a string')
     identity = record.get("id")
     name = "" if identity is None else str(identity)[:MAX_ID_CHARS]
-    return Sample(TASK_ALIASES.get(named, named), turns, name)
+    return Sample(TASK_ALIASES.get(chosen, chosen), turns, name)
 
 
 def parse_json(content: bytes) -> Any:
@@ -209,13 +209,15 @@ def parse_json(content: bytes) -> Any:
 
 
 def _segment_flags(turn: Turn) -> list[bool]:
-    """Loss flags of a turn once text parts that touch are joined, as the schema joins them."""
+    """Loss flags of a turn with adjacent text parts joined, as the schema joins them."""
     flags: list[bool] = []
     previous: Part | None = None
     for part in turn.parts:
-        if isinstance(previous, TextPart) and isinstance(part, TextPart):
+        if isinstance(previous, SampleText) and isinstance(part, SampleText):
             if previous.loss != part.loss:
-                raise DataError("text parts that touch differ in their loss; JSONL cannot say so")
+                raise DataError(
+                    "adjacent text parts differ in their loss, which JSONL cannot express"
+                )
         else:
             flags.append(part.loss)
         previous = part
@@ -250,12 +252,12 @@ def _speaker_and_value(entry: Any) -> tuple[Role, str]:
 
 
 def _with_leading_marks(values: list[tuple[Role, str]], missing: int) -> list[tuple[Role, str]]:
-    """Pictures without a mark are put in front of the first user turn, as at inference."""
+    """Put images without a mark in front of the first user turn, as at inference."""
     for index, (role, value) in enumerate(values):
         if role == "user":
             marked = (role, f"{IMAGE_MARK}\n" * missing + value)
             return [*values[:index], marked, *values[index + 1 :]]
-    raise DataError(f"{missing} pictures have no {IMAGE_MARK} mark and there is no human turn")
+    raise DataError(f"{missing} images have no {IMAGE_MARK} mark and there is no human turn")
 
 
 def _read_turn(role: Role, value: str, paths: Any, flags: Any) -> Turn:
@@ -267,20 +269,20 @@ def _read_turn(role: Role, value: str, paths: Any, flags: Any) -> Turn:
     parts: list[Part] = []
     for segment, loss in zip(segments, flags, strict=True):
         if segment == IMAGE_MARK:
-            parts.append(ImagePart(next(paths), "target" if loss else "input"))
+            parts.append(SampleImage(next(paths), "target" if loss else "input"))
         else:
-            parts.append(TextPart(segment, loss))
+            parts.append(SampleText(segment, loss))
     return Turn(role, tuple(parts))
 
 
 def _infer_task(turns: Sequence[Turn]) -> str:
-    shown = any(isinstance(p, ImagePart) for t in turns if t.role == "user" for p in t.parts)
+    shown = any(isinstance(p, SampleImage) for t in turns if t.role == "user" for p in t.parts)
     answer = [part for turn in turns if turn.role == "assistant" for part in turn.parts]
-    painted = sum(isinstance(part, ImagePart) for part in answer)
-    written = "".join(part.text for part in answer if isinstance(part, TextPart)).strip()
-    if not painted:
+    targets = sum(isinstance(part, SampleImage) for part in answer)
+    written = "".join(part.text for part in answer if isinstance(part, SampleText)).strip()
+    if not targets:
         return "vqa" if shown else "text"
     thought = written.startswith("<think>") and written.endswith("</think>")
-    if painted > 1 or (written and not thought):
+    if targets > 1 or (written and not thought):
         return "interleave"
     return ("edit" if shown else "t2i") + ("_think" if thought else "")

@@ -6,7 +6,7 @@ buffer, cannot be resumed exactly, and that is what training here promises.
 
 The files of a sample share the name up to the first dot: `KEY.json` with a record of the published
 schema, or an image with its caption (`KEY.jpg` with `KEY.txt`, `KEY.caption`, or a `KEY.json` that
-holds a "caption"), to be painted for it. "image" of a record names files of the shard: siblings by
+holds a "caption") that is its target. "image" of a record names files of the shard: siblings by
 their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their path in the shard.
 """
 
@@ -25,8 +25,8 @@ from PIL import Image
 
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
 from neounify.data.record import parse_json, sample_from_record, sample_to_record
-from neounify.data.sample import DataError, ImagePart, Sample, TextPart, Turn
-from neounify.data.sources import map_pictures, read_picture
+from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
+from neounify.data.sources import map_images, read_sample_image
 from neounify.files import atomic_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -34,7 +34,7 @@ MAX_TEXT_BYTES = 16 * 2**20
 """Size of a record or caption."""
 
 Member = tuple[int, int]
-"""Where the content of a file lies in its shard: offset and size in bytes."""
+"""Offset and size in bytes of a file's content in its shard."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class _Entry:
 
     @property
     def is_sample(self) -> bool:
-        """Whether anything but images is there."""
+        """Whether it has files other than images."""
         return not all(_is_image(ending) for ending in self.members)
 
 
 class ShardSource:
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    `task` overrides the records' own; an image with a caption is always to be painted. Fields of
+    `task` overrides that of records; an image with a caption is always a target. Fields of
     records in `ignored` are not read; `colour_profiles` is that of `read_image`. Raises DataError
     when the shards hold no sample at all.
     """
@@ -89,12 +89,12 @@ class ShardSource:
     def _add(self, path: Path) -> None:
         entries = _index(path, self.damage)
         if any("json" in entry.members for entry in entries):
-            # Images on their own are there for records to name, by their path in the shard.
+            # Images without a record may be named by records, by their path in the shard.
             alone = [entry for entry in entries if not entry.is_sample]
             self._images[path] = {
-                (entry.key, ending): place
+                (entry.key, ending): member
                 for entry in alone
-                for ending, place in entry.members.items()
+                for ending, member in entry.members.items()
             }
             entries = [entry for entry in entries if entry.is_sample]
         self._entries += entries
@@ -103,8 +103,8 @@ class ShardSource:
     def size(self) -> int:
         return len(self._entries)
 
-    def place(self, index: int) -> str:
-        """The shard and key of a sample."""
+    def location(self, index: int) -> str:
+        """Shard and key of a sample."""
         entry = self._entries[index]
         return f"{entry.shard.name}, {entry.key}"
 
@@ -114,7 +114,7 @@ class ShardSource:
         try:
             return self._read(entry)
         except (OSError, ValueError, RecursionError, OverflowError) as error:
-            raise DataError(f"{self.place(index)}: {error}") from error
+            raise DataError(f"{self.location(index)}: {error}") from error
 
     def _read(self, entry: _Entry) -> Sample:
         record = parse_json(_bytes(entry, "json")) if "json" in entry.members else None
@@ -124,11 +124,11 @@ class ShardSource:
             sample = sample_from_record(record, Path(), self.task, self.ignored)
 
         def read(path: Path) -> Image.Image:
-            name, place = self._find_image(entry, path)
-            content = _content(entry.shard, name, place)
-            return read_picture(content, name, colour_profiles=self.colour_profiles)
+            name, member = self._find_image(entry, path)
+            content = _content(entry.shard, name, member)
+            return read_sample_image(content, name, colour_profiles=self.colour_profiles)
 
-        sample = map_pictures(sample, read)
+        sample = map_images(sample, read)
         return replace(sample, id=sample.id or f"{entry.shard.stem}-{entry.key}")
 
     def _find_image(self, entry: _Entry, path: Path) -> tuple[str, Member]:
@@ -149,14 +149,14 @@ class ShardSource:
 
 
 def write_shard(samples: Iterable[Sample], path: Path) -> None:
-    """Write samples, whose pictures have been read, as one shard; all or nothing."""
+    """Write samples, with their images read, as one shard; the file appears whole or not at all."""
     with atomic_file(path) as aside, tarfile.open(aside, "w") as archive:
         for number, sample in enumerate(samples):
             _write(archive, f"{number:08d}", sample)
 
 
 def _write(archive: tarfile.TarFile, key: str, sample: Sample) -> None:
-    names = [f"{key}.{place}.png" for place in range(len(sample.images))]
+    names = [f"{key}.{number}.png" for number in range(len(sample.images))]
     record = json.dumps(sample_to_record(sample, names), ensure_ascii=False)
     _add(archive, f"{key}.json", record.encode())
     for name, part in zip(names, sample.images, strict=True):
@@ -172,8 +172,8 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _index(path: Path, damage: list[str]) -> list[_Entry]:
-    """The samples of one shard; what comes before a break is kept."""
-    found: dict[str, dict[str, Member]] = {}
+    """The samples of one shard; those before a damaged header are kept."""
+    members_of: dict[str, dict[str, Member]] = {}
     try:
         if not path.is_file():
             raise OSError("not a file")
@@ -183,11 +183,11 @@ def _index(path: Path, damage: list[str]) -> list[_Entry]:
                 if not member.isreg() or member.issparse() or name.name.startswith("."):
                     continue
                 key, ending = _split(name)
-                found.setdefault(key, {})[ending] = (member.offset_data, member.size)
+                members_of.setdefault(key, {})[ending] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         # The last two: tarfile does not check all numbers of a damaged header.
         damage.append(f"{path.name}: {_why(path, error)}")
-    return [_Entry(path, key, members) for key, members in found.items()]
+    return [_Entry(path, key, members) for key, members in members_of.items()]
 
 
 def _split(name: PurePosixPath) -> tuple[str, str]:
@@ -197,7 +197,7 @@ def _split(name: PurePosixPath) -> tuple[str, str]:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """What is wrong with a shard that cannot be read to its end."""
+    """The reason why a shard cannot be read to its end."""
     what = None
     with suppress(OSError):
         what = foreign_file(path)
@@ -211,12 +211,12 @@ def _is_image(ending: str) -> bool:
 
 
 def _is_metadata(record: Any) -> bool:
-    """Whether JSON beside an image describes it, and is no record to learn from."""
+    """Whether JSON beside an image is metadata of it, and not a record."""
     return isinstance(record, dict) and not {"conversations", "messages"} & record.keys()
 
 
 def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
-    """An image to be painted for its caption: a text file, or else "caption" of its JSON."""
+    """An image as the target of its caption: a text file, or else "caption" of its JSON."""
     image = entry.image
     text = next((e for e in CAPTION_ENDINGS if e[1:] in entry.members), None)
     caption = metadata.get("caption") if isinstance(metadata, dict) else None
@@ -236,8 +236,8 @@ def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
     assert isinstance(caption, str)
     if not caption.strip():
         raise DataError("the caption is empty")
-    answer = Turn("assistant", (ImagePart(Path(image), "target"),))
-    return Sample("t2i", (Turn("user", (TextPart(caption.strip()),)), answer))
+    answer = Turn("assistant", (SampleImage(Path(image), "target"),))
+    return Sample("t2i", (Turn("user", (SampleText(caption.strip()),)), answer))
 
 
 def _bytes(entry: _Entry, ending: str) -> bytes:
@@ -248,8 +248,8 @@ def _bytes(entry: _Entry, ending: str) -> bytes:
     return _content(entry.shard, ending, entry.members[ending])
 
 
-def _content(shard: Path, name: str, place: Member) -> bytes:
-    offset, size = place
+def _content(shard: Path, name: str, member: Member) -> bytes:
+    offset, size = member
     if not 0 <= size <= MAX_MEMBER_BYTES:
         raise DataError(f"{name} has {size} bytes; up to {MAX_MEMBER_BYTES} are read")
     with shard.open("rb") as stream:

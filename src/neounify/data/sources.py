@@ -1,4 +1,4 @@
-"""Sources of samples by number: the protocol, mixtures, JSON lines with their images."""
+"""Sample sources: the protocol, mixtures by weight, JSON lines and their images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 
 from neounify.data.formats import files_below, foreign_folder, foreign_lines
 from neounify.data.record import parse_json, sample_from_record
-from neounify.data.sample import DataError, ImagePart, Part, Sample, Turn
+from neounify.data.sample import DataError, Part, Sample, SampleImage, Turn
 from neounify.errors import ImageError
 from neounify.image import read_image
 from neounify.image.io import MAX_DECODED_PIXELS
 
 
 @runtime_checkable
-class Source(Protocol):
+class SampleSource(Protocol):
     """Samples by number, so that a position is one integer and resuming is exact.
 
     `size` is the number of samples; None for a source without end. An index always gives the
@@ -35,25 +35,25 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class FileSource(Source, Protocol):
-    """Samples of files. `damage` lists what could not be indexed, one message each."""
+class FileSource(SampleSource, Protocol):
+    """Samples of files. `damage` lists files that could not be indexed, one message each."""
 
     name: str
     damage: list[str]
 
-    def place(self, index: int) -> str:
-        """Where a sample stands, such as "train.jsonl, line 7"."""
+    def location(self, index: int) -> str:
+        """Location of a sample, such as "train.jsonl, line 7"."""
         ...
 
 
-def source_name(source: Source) -> str:
+def source_name(source: SampleSource) -> str:
     """The name of a source for messages."""
     return source.name if isinstance(source, FileSource) else type(source).__name__
 
 
-def sample_place(source: Source, index: int) -> str:
-    """Where a sample of a source stands, for messages."""
-    return source.place(index) if isinstance(source, FileSource) else f"sample {index}"
+def sample_location(source: SampleSource, index: int) -> str:
+    """Location of a sample, for messages."""
+    return source.location(index) if isinstance(source, FileSource) else f"sample {index}"
 
 
 BLOCK = 1024
@@ -64,13 +64,13 @@ class Mixture:
     """Draws come in blocks of `BLOCK`; each holds every source as often as its weight says.
 
     The n-th draw of a finite source is sample permutation(epoch)[n mod size]: every epoch takes
-    each sample once, in an order of its own. Draws of a source without end are its samples in
-    order. Raises DataError for wrong weights.
+    each sample once, in a new order. Draws of an endless source are its samples in order.
+    Raises DataError for wrong weights.
     """
 
     size = None
 
-    def __init__(self, parts: Sequence[tuple[Source, float]], seed: int) -> None:
+    def __init__(self, parts: Sequence[tuple[SampleSource, float]], seed: int) -> None:
         weights = [weight for _, weight in parts]
         if not parts or not all(0 < weight < float("inf") for weight in weights):
             raise DataError(f"a mixture needs sources with weights above 0, got {weights}")
@@ -90,15 +90,15 @@ class Mixture:
         """(source, sample in it) that a draw takes."""
         if index < 0:
             raise DataError(f"sample {index}: a mixture has no last sample")
-        block, place = divmod(index, BLOCK)
+        block, offset = divmod(index, BLOCK)
         order = self._order(block)
-        source = int(order[place])
-        nth = block * self.counts[source] + int((order[:place] == source).sum())
+        source = int(order[offset])
+        nth = block * self.counts[source] + int((order[:offset] == source).sum())
         size = self.sources[source].size
         if size is None:
             return source, nth
-        epoch, place = divmod(nth, size)
-        return source, int(self._epochs(source, epoch)[place])
+        epoch, offset = divmod(nth, size)
+        return source, int(self._epochs(source, epoch)[offset])
 
     def _block(self, block: int) -> NDArray[np.int64]:
         rng = np.random.default_rng((self.seed, 0, block))
@@ -122,8 +122,8 @@ def _shares(weights: Sequence[float]) -> list[int]:
     """Draws of a block per source: at least 1, the rest by largest remainder."""
     exact = np.array(weights) / sum(weights) * (BLOCK - len(weights)) + 1
     counts = np.floor(exact).astype(int)
-    for place in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
-        counts[place] += 1
+    for source in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+        counts[source] += 1
     return [int(count) for count in counts]
 
 
@@ -131,23 +131,23 @@ MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
 """Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
 
 
-def with_pictures(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
+def read_images(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
     """The sample with its files read as RGB. Raises DataError that names the file."""
 
     def read(path: Path) -> Image.Image:
-        return read_picture(_inside(path, root), path.name, colour_profiles=colour_profiles)
+        return read_sample_image(_inside(path, root), path.name, colour_profiles=colour_profiles)
 
-    return map_pictures(sample, read)
+    return map_images(sample, read)
 
 
-def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
-    """The sample with the pictures that are still paths exchanged for what `read` makes of them."""
+def map_images(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
+    """The sample with images that are paths replaced by `read(path)`."""
 
     pixels = 0
 
     def mapped(part: Part) -> Part:
         nonlocal pixels
-        if not isinstance(part, ImagePart) or not isinstance(part.image, Path):
+        if not isinstance(part, SampleImage) or not isinstance(part.image, Path):
             return part
         image = read(part.image)
         pixels += image.width * image.height
@@ -156,13 +156,15 @@ def map_pictures(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
                 f"the images of the sample have more than {MAX_SAMPLE_PIXELS:,} pixels together; "
                 "make them smaller, or split the record"
             )
-        return ImagePart(image, part.role)
+        return SampleImage(image, part.role)
 
     turns = (Turn(turn.role, tuple(mapped(part) for part in turn.parts)) for turn in sample.turns)
     return replace(sample, turns=tuple(turns))
 
 
-def read_picture(source: Path | bytes, name: str, *, colour_profiles: bool = True) -> Image.Image:
+def read_sample_image(
+    source: Path | bytes, name: str, *, colour_profiles: bool = True
+) -> Image.Image:
     """Read a file or its bytes; DataError that names it once."""
     try:
         return read_image(source, colour_profiles=colour_profiles)
@@ -199,9 +201,9 @@ MAX_LINE_BYTES = 16 * 2**20
 class JsonlSource:
     """One .jsonl file, or all below a folder in order of their names.
 
-    Only the places of the lines are kept in memory. Paths of images are relative to `root`, by
-    default each file's folder, and must stay below it, links followed. `task` overrides the
-    records' own; fields of records in `ignored` are not read; `colour_profiles` is that of
+    Only the offsets of the lines are kept in memory. Paths of images are relative to `root`, by
+    default each file's folder, and must stay below it, links followed. `task` overrides that of
+    records; fields of records in `ignored` are not read; `colour_profiles` is that of
     `read_image`. Raises DataError when there is nothing to read, or the files are of another form
     than JSON lines.
     """
@@ -222,36 +224,36 @@ class JsonlSource:
         self.colour_profiles = colour_profiles
         self.name = path.name or str(path)
         self.damage: list[str] = []
-        places = [_places(file) for file in self.files]
-        self._places = np.concatenate(places) if places else np.zeros((0, 3), np.int64)
-        numbers = [np.full(len(found), n) for n, found in enumerate(places)]
+        lines = [_lines(file) for file in self.files]
+        self._lines = np.concatenate(lines) if lines else np.zeros((0, 3), np.int64)
+        numbers = [np.full(len(of_file), n) for n, of_file in enumerate(lines)]
         self._file_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-        if not len(self._places):
-            raise DataError(f"the data {path} holds no line to learn from")
+        if not len(self._lines):
+            raise DataError(f"the data {path} holds no samples")
 
     @property
     def size(self) -> int:
-        return len(self._places)
+        return len(self._lines)
 
-    def place(self, index: int) -> str:
-        """The file and line of a sample."""
-        return f"{self.files[self._file_of[index]].name}, line {self._places[index][2]}"
+    def location(self, index: int) -> str:
+        """File and line of a sample."""
+        return f"{self.files[self._file_of[index]].name}, line {self._lines[index][2]}"
 
     def __getitem__(self, index: int) -> Sample:
         """Read one line and its images. Raises DataError that names the line."""
         file = self.files[self._file_of[index]]
-        start, length, number = (int(value) for value in self._places[index])
-        where = self.place(index)
+        start, length, number = (int(value) for value in self._lines[index])
+        where = self.location(index)
         if length > MAX_LINE_BYTES:
             raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
         try:
-            # Opened anew each time: worker processes must not share a place in the file.
+            # Opened each time: worker processes must not share a file offset.
             with file.open("rb") as stream:
                 stream.seek(start)
                 record = parse_json(stream.read(length))
             root = self.root or file.parent
             sample = sample_from_record(record, root, self.task, self.ignored)
-            sample = with_pictures(sample, root, colour_profiles=self.colour_profiles)
+            sample = read_images(sample, root, colour_profiles=self.colour_profiles)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
         return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")
@@ -277,9 +279,9 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _places(file: Path) -> np.ndarray:
+def _lines(file: Path) -> np.ndarray:
     """(first byte, bytes, line number from 1) of every line that is not blank, [n, 3]."""
-    found = []
+    lines = []
     start = 0
     with file.open("rb") as stream:
         number = 1
@@ -290,8 +292,8 @@ def _places(file: Path) -> np.ndarray:
             blank = blank and not piece.strip()
             if piece.endswith(b"\n"):
                 if not blank:
-                    found.append((start, length, number))
+                    lines.append((start, length, number))
                 start, length, blank, number = start + length, 0, True, number + 1
         if length and not blank:
-            found.append((start, length, number))
-    return np.array(found, np.int64).reshape(-1, 3)
+            lines.append((start, length, number))
+    return np.array(lines, np.int64).reshape(-1, 3)

@@ -17,7 +17,7 @@ from neounify.config.ranges import check_names
 from neounify.data.formats import files_below, foreign_folder
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
-from neounify.data.sources import JsonlSource, Mixture, Source
+from neounify.data.sources import JsonlSource, Mixture, SampleSource
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
 from neounify.image.sizes import fit_size
@@ -78,13 +78,13 @@ class StageSources:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._built: list[tuple[DataRecipe, Source]] = []
+        self._built: list[tuple[DataRecipe, SampleSource]] = []
 
     def of(self, stage: StageRecipe) -> Mixture:
         """The mixture of one stage. Raises DataError."""
         return Mixture([(self._source(d), d.weight) for d in stage.data], self.recipe.seed)
 
-    def _source(self, data: DataRecipe) -> Source:
+    def _source(self, data: DataRecipe) -> SampleSource:
         alike = replace(data, weight=1.0)
         for built, source in self._built:
             if built == alike:
@@ -94,7 +94,7 @@ class StageSources:
         return source
 
 
-def _source(data: DataRecipe) -> Source:
+def _source(data: DataRecipe) -> SampleSource:
     if data.kind == "scenes":
         return SceneDataset(
             data.seed,

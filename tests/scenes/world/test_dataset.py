@@ -10,8 +10,8 @@ import pytest
 from neounify.data import (
     TASKS,
     DataError,
-    ImagePart,
     Sample,
+    SampleImage,
     sample_from_record,
     write_sample,
 )
@@ -51,8 +51,8 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
         assert 1 <= len(answers) <= (MOST_QUESTIONS if sample.task == "vqa" else 1)
         asked = [p for turn in questions for p in turn.parts]
         answered = [p for turn in answers for p in turn.parts]
-        shown = [p for p in asked if isinstance(p, ImagePart)]
-        painted = [p for p in answered if isinstance(p, ImagePart)]
+        shown = [p for p in asked if isinstance(p, SampleImage)]
+        painted = [p for p in answered if isinstance(p, SampleImage)]
         assert len(shown) == (1 if sample.task in ("vqa", "caption", "edit", "edit_think") else 0)
         if sample.task == "interleave":
             assert 2 <= len(painted) <= 4

@@ -11,10 +11,10 @@ from PIL import Image
 
 from neounify.data import (
     DataError,
-    ImagePart,
     Part,
     Sample,
-    TextPart,
+    SampleImage,
+    SampleText,
     Turn,
     sample_from_record,
     sample_to_record,
@@ -30,11 +30,11 @@ def make(
 ) -> Sample:
     turns = [Turn("user", tuple(user)), Turn("assistant", tuple(assistant))]
     if system:
-        turns.insert(0, Turn("system", (TextPart(system),)))
+        turns.insert(0, Turn("system", (SampleText(system),)))
     return Sample(task, tuple(turns))
 
 
-def path_of(part: ImagePart) -> Path:
+def path_of(part: SampleImage) -> Path:
     assert isinstance(part.image, Path)
     return part.image
 
@@ -42,8 +42,8 @@ def path_of(part: ImagePart) -> Path:
 def edit_sample() -> Sample:
     return make(
         "edit_think",
-        [ImagePart(PIXELS, "input"), TextPart("\nMake it red.")],
-        [TextPart("<think>\nred\n</think>\n\n", loss=True), ImagePart(PIXELS, "target")],
+        [SampleImage(PIXELS, "input"), SampleText("\nMake it red.")],
+        [SampleText("<think>\nred\n</think>\n\n", loss=True), SampleImage(PIXELS, "target")],
         system="Paint.",
     )
 
@@ -69,7 +69,7 @@ def test_a_sample_written_and_read_is_the_same(tmp_path: Path) -> None:
 
 
 def test_pil_pictures_are_written_too(tmp_path: Path) -> None:
-    sample = make("t2i", [TextPart("a")], [ImagePart(Image.fromarray(PIXELS), "target")])
+    sample = make("t2i", [SampleText("a")], [SampleImage(Image.fromarray(PIXELS), "target")])
     write_sample(sample, tmp_path, "b")
     assert (np.asarray(Image.open(tmp_path / "b-0.png")) == PIXELS).all()
 
@@ -86,12 +86,12 @@ def test_pictures_that_are_files_keep_their_paths(tmp_path: Path) -> None:
 def test_loss_flags_that_differ_from_the_rule_survive(tmp_path: Path) -> None:
     sample = make(
         "interleave",
-        [TextPart("go")],
+        [SampleText("go")],
         [
-            ImagePart(PIXELS, "input"),
-            TextPart("no loss"),
-            ImagePart(PIXELS, "target"),
-            TextPart("x", True),
+            SampleImage(PIXELS, "input"),
+            SampleText("no loss"),
+            SampleImage(PIXELS, "target"),
+            SampleText("x", True),
         ],
     )
     record = write_sample(sample, tmp_path, "d")
@@ -158,9 +158,9 @@ GOOD: dict[str, Any] = {
         ({**GOOD, "task": 3}, "task"),
         ({**GOOD, "loss": [True]}, "loss"),
         ({**GOOD, "loss": [[False], [True, True]]}, "booleans"),
-        ({**GOOD, "loss": [[False], [False]]}, "nothing to learn"),
-        ({**GOOD, "conversations": GOOD["conversations"][:1], "image": []}, "by turns"),
-        ({"conversations": GOOD["conversations"][::-1], "image": ["a.png"]}, "by turns"),
+        ({**GOOD, "loss": [[False], [False]]}, "nothing to train on"),
+        ({**GOOD, "conversations": GOOD["conversations"][:1], "image": []}, "alternating"),
+        ({"conversations": GOOD["conversations"][::-1], "image": ["a.png"]}, "alternating"),
     ],
 )
 def test_broken_records_are_one_clear_error(tmp_path: Path, record: Any, message: str) -> None:
@@ -170,33 +170,33 @@ def test_broken_records_are_one_clear_error(tmp_path: Path, record: Any, message
 
 def test_parts_that_make_no_sense_are_errors() -> None:
     with pytest.raises(DataError, match="empty"):
-        TextPart("")
+        SampleText("")
     with pytest.raises(DataError, match="<image>"):
-        TextPart("see <image>")
+        SampleText("see <image>")
     with pytest.raises(DataError, match="role"):
-        ImagePart(PIXELS, "output")  # type: ignore[arg-type]
+        SampleImage(PIXELS, "output")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="float32"):
-        ImagePart(PIXELS.astype(np.float32), "input")
+        SampleImage(PIXELS.astype(np.float32), "input")
     with pytest.raises(DataError, match="uint8"):
-        ImagePart(PIXELS[..., 0], "input")
+        SampleImage(PIXELS[..., 0], "input")
     with pytest.raises(DataError, match="str"):
-        ImagePart("a.png", "input")  # type: ignore[arg-type]
+        SampleImage("a.png", "input")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="RGBA"):
-        ImagePart(Image.new("RGBA", (4, 4)), "input")
+        SampleImage(Image.new("RGBA", (4, 4)), "input")
     with pytest.raises(DataError, match="not been read"):
-        ImagePart(Path("a.png"), "input").pixels()
+        SampleImage(Path("a.png"), "input").pixels()
     with pytest.raises(DataError, match="user turn"):
-        Turn("user", (TextPart("a", loss=True),))
+        Turn("user", (SampleText("a", loss=True),))
     with pytest.raises(DataError, match="role"):
         Turn("narrator", ())  # type: ignore[arg-type]
 
 
-def test_paths_must_match_the_pictures() -> None:
-    with pytest.raises(DataError, match="2 pictures"):
+def test_paths_must_match_the_images() -> None:
+    with pytest.raises(DataError, match="2 images"):
         sample_to_record(edit_sample(), ["one.png"])
 
 
-def test_touching_texts_with_different_losses_cannot_be_written() -> None:
-    sample = make("text", [TextPart("a")], [TextPart("b"), TextPart("c", loss=True)])
-    with pytest.raises(DataError, match="touch"):
+def test_adjacent_texts_with_different_losses_cannot_be_written() -> None:
+    sample = make("text", [SampleText("a")], [SampleText("b"), SampleText("c", loss=True)])
+    with pytest.raises(DataError, match="adjacent text parts"):
         sample_to_record(sample, [])

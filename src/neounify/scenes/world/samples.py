@@ -16,10 +16,10 @@ from neounify.data.sample import (
     THINK_CLOSE,
     THINK_OPEN,
     DataError,
-    ImagePart,
     Part,
     Sample,
-    TextPart,
+    SampleImage,
+    SampleText,
     Turn,
 )
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
@@ -139,22 +139,22 @@ def _turns(user: tuple[Part, ...], assistant: tuple[Part, ...]) -> Turns:
     return Turn("user", user), Turn("assistant", assistant)
 
 
-def _thought(text: str) -> TextPart:
-    return TextPart(f"{THINK_OPEN}{text}{THINK_CLOSE}", loss=True)
+def _thought(text: str) -> SampleText:
+    return SampleText(f"{THINK_OPEN}{text}{THINK_CLOSE}", loss=True)
 
 
-def _painted(scene: Scene, config: SceneConfig) -> ImagePart:
-    return ImagePart(render(scene, config), "target")
+def _painted(scene: Scene, config: SceneConfig) -> SampleImage:
+    return SampleImage(render(scene, config), "target")
 
 
 def _shown(scene: Scene, config: SceneConfig) -> tuple[Part, ...]:
-    return ImagePart(render(scene, config), "input"), TextPart("\n")
+    return SampleImage(render(scene, config), "input"), SampleText("\n")
 
 
 def _t2i(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
     scene = sample_scene(rng, config, split=split)
     prompt = caption(facts_of(scene, config, draw_style(rng), rng), rng, language)
-    return _turns((TextPart(prompt),), (_painted(scene, config),))
+    return _turns((SampleText(prompt),), (_painted(scene, config),))
 
 
 def _t2i_think(
@@ -163,7 +163,7 @@ def _t2i_think(
     scene = sample_scene(rng, config, split=split)
     prompt = caption(facts_of(scene, config, draw_style(rng), rng), rng, language)
     thought = _thought(layout_text(scene, config, language))
-    return _turns((TextPart(prompt),), (thought, _painted(scene, config)))
+    return _turns((SampleText(prompt),), (thought, _painted(scene, config)))
 
 
 def _vqa(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
@@ -172,7 +172,9 @@ def _vqa(rng: np.random.Generator, config: SceneConfig, language: Language, spli
     turns: list[Turn] = []
     for question in ask_several(scene, config, rng, count, language, split):
         shown = () if turns else _shown(scene, config)
-        turns += _turns((*shown, TextPart(question.text)), (TextPart(question.answer, loss=True),))
+        turns += _turns(
+            (*shown, SampleText(question.text)), (SampleText(question.answer, loss=True),)
+        )
     return tuple(turns)
 
 
@@ -184,18 +186,18 @@ def _caption(
     request = pick(rng, CAPTION_REQUESTS[language][detail])
     answer = caption(facts_of(scene, config, CAPTION_STYLES[detail]), language=language)
     image, newline = _shown(scene, config)
-    return _turns((image, newline, TextPart(request)), (TextPart(answer, loss=True),))
+    return _turns((image, newline, SampleText(request)), (SampleText(answer, loss=True),))
 
 
 def _edit(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
     if chance(rng, KEEP_SHARE):
         scene = sample_scene(rng, config, split=split)
         image, newline = _shown(scene, config)
-        request = TextPart(pick(rng, KEEP_REQUESTS[language]))
+        request = SampleText(pick(rng, KEEP_REQUESTS[language]))
         return _turns((image, newline, request), (_painted(scene, config),))
     edit = sample_edit(rng, config, None, language, split)
     image, newline = _shown(edit.source, config)
-    return _turns((image, newline, TextPart(edit.instruction)), (_painted(edit.target, config),))
+    return _turns((image, newline, SampleText(edit.instruction)), (_painted(edit.target, config),))
 
 
 def _edit_think(
@@ -205,7 +207,7 @@ def _edit_think(
     image, newline = _shown(edit.source, config)
     thought = _thought(edit_thought(edit, config, language))
     return _turns(
-        (image, newline, TextPart(edit.instruction)), (thought, _painted(edit.target, config))
+        (image, newline, SampleText(edit.instruction)), (thought, _painted(edit.target, config))
     )
 
 
@@ -216,8 +218,8 @@ def _interleave(
     answer: list[Part] = []
     for number, step in enumerate(story.steps):
         text = step.text + "\n" if number == 0 else f"\n{step.text}\n"
-        answer += [TextPart(text, loss=True), _painted(step.scene, config)]
-    return _turns((TextPart(story.request),), tuple(answer))
+        answer += [SampleText(text, loss=True), _painted(step.scene, config)]
+    return _turns((SampleText(story.request),), tuple(answer))
 
 
 def _text(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
@@ -228,8 +230,8 @@ def _text(rng: np.random.Generator, config: SceneConfig, language: Language, spl
     lead = "一张图片：" if language == "zh" else "A picture: "
     stop = "" if described.endswith(".") else ("。" if language == "zh" else ".")
     return _turns(
-        (TextPart(f"{lead}{described}{stop}\n{question.text}"),),
-        (TextPart(question.answer, loss=True),),
+        (SampleText(f"{lead}{described}{stop}\n{question.text}"),),
+        (SampleText(question.answer, loss=True),),
     )
 
 
