@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint replicas bench parity count clean
+.PHONY: demo test slow lint replicas bench parity count clean
 
 demo: $(READY)  ## text to image, questions, an edit and a story with the bundled model
 	$(BIN)/python examples/demo.py
 
-test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests but slow ones and those in a browser, on all cores
+	$(BIN)/python -m pytest -n auto --dist worksteal --max-worker-restart 0
+
+slow: $(READY)  ## the slow tests, one after the other: some measure the machine
+	$(BIN)/python -m pytest -m slow
 
 replicas: $(READY)  ## the tests of several replicas, with Ray in an environment of its own
 	$(PYTHON) -m venv .venv-ray

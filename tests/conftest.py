@@ -22,8 +22,13 @@ from support.skips import (  # noqa: E402
     pytest_collection_modifyitems,
     pytest_terminal_summary,
 )
+from support.workers import pytest_xdist_auto_num_workers  # noqa: E402
 
-__all__ = ["pytest_collection_modifyitems", "pytest_terminal_summary"]
+__all__ = [
+    "pytest_collection_modifyitems",
+    "pytest_terminal_summary",
+    "pytest_xdist_auto_num_workers",
+]
 
 # A shell that runs the tests in the background hands down an ignored SIGINT, and so would they.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.workers import pytest_xdist_auto_num_workers
+
 EXAMPLE = """
 import pytest
 
@@ -27,7 +29,7 @@ def test_passes(): ...
 
 def run_pytest(folder: Path, *arguments: str) -> list[str]:
     """The lines that pytest writes about the tests in a folder."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.skips", *arguments, str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.skips", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow: x\n")
@@ -56,3 +58,20 @@ def test_slow_tests_run_when_asked_for(tmp_path: Path) -> None:
     lines = run_pytest(tmp_path, "-m", "slow")
     assert not any(line.startswith("skipped ") for line in lines)
     assert any("1 passed" in line for line in lines)
+    lines = run_pytest(tmp_path, "test_example.py")
+    assert any("2 passed" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("quota", "memory", "workers"),
+    [("max 100000", 64, 8), ("250000 100000", 64, 3), ("max 100000", 8, 2), ("0 100000", 1, 1)],
+)
+def test_workers_for_cores_quota_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, memory: int, workers: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory * 2**30 // 4096}
+    monkeypatch.setattr("support.workers.QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert pytest_xdist_auto_num_workers() == workers

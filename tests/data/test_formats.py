@@ -38,7 +38,7 @@ def message(kind: str, path: Path | str) -> str:
         (json.dumps(ONE, indent=2), "over several lines"),
         (LINE.encode("utf-16"), "iconv -f UTF-16"),
         (LINE.encode("utf-16-le"), "iconv -f UTF-16"),
-        (gzip.compress(LINE.encode()), "gunzip"),
+        (gzip.compress(LINE.encode(), mtime=0), "gunzip"),
         (bz2.compress(LINE.encode()), "bunzip2"),
         (lzma.compress(LINE.encode()), "unxz"),
         (b"\x28\xb5\x2f\xfd....", "unzstd"),

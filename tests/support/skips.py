@@ -1,4 +1,4 @@
-"""Pytest hooks that skip slow tests unless asked for, and say at the end what was skipped and why.
+"""Pytest hooks that leave some tests out unless asked for, and say at the end what was skipped.
 
 Loaded by `conftest.py`, or with `-p support.skips`. Works the same under pytest-xdist, whose
 workers send their reports to the process that writes the summary.
@@ -12,16 +12,23 @@ from typing import Any
 
 import pytest
 
-SLOW = "slow: `.ci/run` runs them, and so does `pytest -m slow`"
+LEFT_OUT = {
+    "slow": "slow: `.ci/run` runs them, and so does `pytest -m slow`",
+    "browser": "in a browser: `.ci/run` runs them, and so does `scripts/browser-tests`",
+}
+"""By marker, why its tests do not run with all others."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked slow, unless an expression after -m speaks of them."""
-    if "slow" in config.option.markexpr:
+    """Skip what is left out, unless a file is named or an expression after -m asks for it."""
+    if any(argument.partition("::")[0].endswith(".py") for argument in config.args):
         return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason=SLOW))
+    for marker, reason in LEFT_OUT.items():
+        if marker in config.option.markexpr:
+            continue
+        for item in items:
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -27,9 +27,12 @@ MAX_DELAY = 1.0
 ATTEMPTS = 3
 _TICKS = os.sysconf("SC_CLK_TCK")
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="reads /proc as Linux has it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="reads /proc as Linux has it"
+    ),
+]
 
 
 class Server:

@@ -14,6 +14,8 @@ from serve.page.device import set_device
 Shoot = Callable[[str], None]
 Browser = WebDriver
 
+pytestmark = pytest.mark.browser
+
 
 _REACHED = """
 const box = arguments[0].getBoundingClientRect();

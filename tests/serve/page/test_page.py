@@ -22,6 +22,8 @@ PREVIEW = "#generate [data-state=generating] img"
 Shoot = Callable[[str], None]
 Browser = WebDriver
 
+pytestmark = pytest.mark.browser
+
 
 def test_an_answer_is_text_and_nothing_else(
     browser: Browser, url: str, script: Script, shoot: Shoot

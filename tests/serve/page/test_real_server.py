@@ -13,6 +13,8 @@ from serve.page import journeys
 from serve.page.device import set_device
 from support.serving_command import served
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def url(started_browser: WebDriver) -> Iterator[str]:
