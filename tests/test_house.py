@@ -13,7 +13,7 @@ FOLDERS = ("src", "tests", "benchmarks", "examples", "scripts")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 70
 
 LONG_FILES: dict[str, int] = {}
-LONG_FUNCTIONS: dict[str, int] = {"src/neounify/pipeline/pipeline.py: generate": 73}
+LONG_FUNCTIONS: dict[str, int] = {}
 """Longer than the rule, and by how many lines in all: these shrink, and no new one is added."""
 
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

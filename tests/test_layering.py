@@ -60,11 +60,8 @@ def packages() -> list[str]:
 def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
     """(line, module, whether it runs on import) for every import of our modules in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
+    later = {
+        id(node) for holder in ast.walk(tree) if _is_later(holder) for node in ast.walk(holder)
     }
     for node in ast.walk(tree):
         names: list[str] = []
@@ -76,7 +73,14 @@ def imports(path: Path) -> Iterator[tuple[int, str, bool]]:
         for name in names:
             if name.partition(".")[0] == "neounify":
                 assert isinstance(node, ast.stmt)
-                yield node.lineno, _module(name), id(node) not in inside
+                yield node.lineno, _module(name), id(node) not in later
+
+
+def _is_later(node: ast.AST) -> bool:
+    """Whether what stands in it does not run when the file is imported."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
 def _module(name: str) -> str:
@@ -142,10 +146,12 @@ def test_an_import_is_found_wherever_it_stands(tmp_path: Path) -> None:
     file.write_text(
         "import os\nimport neounify\nfrom neounify.errors import NeounifyError\n"
         "def f():\n    from neounify.model import Layout\n    import neounify.serve.http\n"
+        "if TYPE_CHECKING:\n    import neounify.cli\n"
     )
     assert sorted(imports(file)) == [
         (2, "neounify", True),
         (3, "neounify.errors", True),
         (5, "neounify.model", False),
         (6, "neounify.serve.http", False),
+        (8, "neounify.cli", False),
     ]
