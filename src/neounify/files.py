@@ -17,7 +17,7 @@ from neounify.errors import NeounifyError
 if sys.platform != "win32":
     import fcntl
 
-LOCK_FILE = ".neounify.files"
+LOCK_FILE = ".neounify.lock"
 ASIDE_SUFFIX = ".saving"
 """Ending of hidden files and folders that are being written; a killed process leaves them."""
 REPLACED_SUFFIX = ".replaced"

@@ -1,0 +1,40 @@
+"""Default options of `neounify serve` equal the defaults of the configs they fill."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from neounify.cli.commands import serve
+from neounify.cli.serve_options import (
+    AccessOptions,
+    EngineOptions,
+    ListenOptions,
+    SafetyOptions,
+    ServeModelOptions,
+)
+from neounify.serve.build import ServeSettings
+from neounify.serve.http import HttpSettings
+from neounify.serve.run import RunSettings
+
+
+@pytest.mark.parametrize("mode", ["colocate", "separate"])
+def test_engines(toy: Path, mode: str) -> None:
+    model = ServeModelOptions(model=toy, mode=mode, device="cpu")
+    default = ServeSettings(folder=toy, mode=mode)  # type: ignore[arg-type]
+    assert serve._serve_settings(model, EngineOptions()) == default
+
+
+def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(serve.KEYS_VARIABLE, raising=False)
+    options = ListenOptions(name="toy")
+    settings = serve._http_settings(
+        ServeModelOptions(model=toy), options, AccessOptions(), SafetyOptions()
+    )
+    hosts = settings.allowed_hosts
+    assert settings == dataclasses.replace(HttpSettings(), model_name="toy", allowed_hosts=hosts)
+    run = RunSettings(serve=ServeSettings(folder=toy))
+    assert (options.host, options.port, options.page) == (run.host, run.port, run.page)
+    assert options.drain_seconds == run.drain_seconds
