@@ -18,9 +18,9 @@ extras          optional dependencies
 machine         the name of the processor
 files           bounded reads, atomic writes, folders with one writer
 terminal        progress bars
-runtime         settings of the whole process
 bundled         the folder of the model that comes with the package
 config          what a model and a request consist of
+runtime         settings of the whole process, limits of a model on a device
 text            tokenizer, messages, prompts
 image           untrusted images, sizes, patches
 grammar         constrained decoding

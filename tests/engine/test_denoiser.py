@@ -10,13 +10,13 @@ import torch
 
 import neounify
 from neounify.attention import prefix
-from neounify.engine import denoiser
 from neounify.engine.denoise import PaintJob
 from neounify.engine.denoiser import Denoiser
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.parts import StreamName
 from neounify.pipeline.painting import branch_prompt
+from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.requests import PaintRequest
 
 
@@ -88,8 +88,7 @@ def test_little_memory_means_more_calls(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = painted(Denoiser(pipe.model), jobs(pipe))
-    monkeypatch.setattr(denoiser, "MOST_BYTES", 1)
-    stepper = Denoiser(pipe.model)
+    stepper = Denoiser(pipe.model, ExecutionPlan(prefix_rows=1))
     calls: list[int] = []
     layer_by_layer = pipe.model.layer_by_layer
 

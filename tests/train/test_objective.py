@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import neounify.train.loss as objective_module
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
 from neounify.data.packing import Pack, make_pack
 from neounify.flow.noise import noise_scale
 from neounify.image.patches import patchify
+from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
@@ -85,7 +85,7 @@ def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model(CONFIG, 0)
     grads = []
     for size in (2**26, CONFIG.vocab_size * 7):
-        monkeypatch.setattr(objective_module, "LOGITS_AT_ONCE", size)
+        monkeypatch.setattr(plan, "LOGITS", size)
         model.zero_grad()
         loss_of(model, pack, LossConfig(), Counts.of([pack]), generator()).backward()
         assert model.lm_head.weight.grad is not None

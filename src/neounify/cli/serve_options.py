@@ -113,33 +113,33 @@ class EngineOptions:
     """Capacity and time limits of the engines."""
 
     cache_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=64,
             metavar="N",
-            help="Size of the KV cache, in tokens of all requests together.",
+            help="Size of the KV cache, in tokens of all requests together. Default: 32,768.",
             rich_help_panel=ENGINES,
         ),
-    ] = 32_768
+    ] = None
     prefill_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Maximum number of prompt tokens per prefill step.",
+            help="Maximum number of prompt tokens per prefill step. Default: 512.",
             rich_help_panel=ENGINES,
         ),
-    ] = 512
+    ] = None
     step_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             metavar="N",
             help="Maximum number of image tokens per denoising step; fewer lower the latency of "
-            "text.",
+            "text. Default: 1024.",
             rich_help_panel=ENGINES,
         ),
-    ] = 1024
+    ] = None
     requests: Annotated[
         int,
         typer.Option(

@@ -107,6 +107,10 @@ class ModelConfig:
         """MLPs of a stream."""
         return self.und_mlp if stream == "und" else self.gen_mlp
 
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values in all layers, at `itemsize` bytes a number."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
     @property
     def is_sparse(self) -> bool:
         return self.und_mlp.num_experts > 0

@@ -14,11 +14,7 @@ from neounify.flow.guidance import Branch
 from neounify.model.layout import Layout, Noise
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
-
-MAX_ROWS = 32_768
-"""Image tokens per model call; more jobs than that take turns within a step."""
-MOST_BYTES = 2**31
-"""Memory of prefixes copied side by side, at most; up to twice as much for very unequal images."""
+from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 Run = tuple[PaintJob, Branch]
 """A job behind one of its prefixes."""
@@ -30,12 +26,10 @@ class Denoiser:
     What a step had to prepare is kept for the next one, which mostly moves the same jobs.
     """
 
-    def __init__(self, model: NeoUnify) -> None:
+    def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
         self.model = model
+        self.plan = plan or plan_execution(model.config, model.device, model.dtype)
         self.backend = select_for(model)
-        c = model.config
-        token_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * model.dtype.itemsize
-        self._most_short = min(MAX_ROWS, MOST_BYTES // token_bytes) // prefix.MAX_LENGTH
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
     def step(self, jobs: Sequence[PaintJob]) -> None:
@@ -65,9 +59,11 @@ class Denoiser:
         That depends on a job alone, so that it computes the same in any company.
         """
         short = [job for job in jobs if job.longest <= prefix.MAX_LENGTH]
-        yield from groups(short, lambda job: len(job.branches()), self._most_short)
+        max_runs = self.plan.prefix_rows // prefix.MAX_LENGTH
+        yield from groups(short, lambda job: len(job.branches()), max_runs)
         long = [job for job in jobs if job.longest > prefix.MAX_LENGTH]
-        yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), MAX_ROWS)
+        rows = self.plan.denoise_rows
+        yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), rows)
 
     def _move(self, jobs: Sequence[PaintJob], call: _Call) -> Iterator[None]:
         model = self.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,21 +17,26 @@ from neounify.engine.scheduling import Waiting, choose, preview_steps
 from neounify.engine.tensors import TensorRef, Transport
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
+from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """`step_tokens`: image tokens of a step, over all guidance branches, at most.
+    """`step_tokens`: image tokens of a step, over all guidance branches; None: the plan's.
 
     `most_missed`: an image left out of that many steps in a row goes first. A step that takes
     longer than `slice_seconds`, `beside_text_seconds` while text is being written in the same
     process, is interrupted between two layers of the model for what else there is to do.
     """
 
-    step_tokens: int = 1024
+    step_tokens: int | None = None
     most_missed: int = 4
     beside_text_seconds: float = 0.011
     slice_seconds: float = 0.05
+
+    def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
+        """The plan with the limits that are set here."""
+        return replace(plan, denoise_step_rows=self.step_tokens or plan.denoise_step_rows)
 
 
 @dataclass(eq=False)
@@ -66,7 +71,8 @@ class GenerationEngine:
         self.model, self.settings, self.transport = model, settings, transport
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
-        self._denoiser = Denoiser(model)
+        self.plan = settings.adjust(plan_execution(model.config, model.device, model.dtype))
+        self._denoiser = Denoiser(model, self.plan)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
         self._left: dict[int, int] = {}
@@ -107,7 +113,7 @@ class GenerationEngine:
         have does not hold up the others: its step and those of the others alternate. Raises
         what concerns all images; what fails for one is the answer to its call.
         """
-        most = self._short_step() if beside_text else self.settings.step_tokens
+        most = self._short_step() if beside_text else self.plan.denoise_step_rows
         self._begin(most)
         if not self._under_way:
             return
@@ -126,7 +132,7 @@ class GenerationEngine:
         for image in self._images:
             image.waiting.rows = image.job.z.shape[0] * len(image.job.branches())
             image.waiting.steps_left = image.job.steps - image.job.steps_done
-        limit = self.settings.step_tokens
+        limit = self.plan.denoise_step_rows
         free = [
             image
             for image in self._images
@@ -173,9 +179,9 @@ class GenerationEngine:
     def _short_step(self) -> int:
         """Image tokens of a step of the wanted length, by what recent steps took."""
         if not self._row_seconds:
-            return self.settings.step_tokens
+            return self.plan.denoise_step_rows
         fitting = int(self.settings.beside_text_seconds / self._row_seconds)
-        return min(self.settings.step_tokens, max(1, fitting))
+        return min(self.plan.denoise_step_rows, max(1, fitting))
 
     def _start(self, order: Paint) -> None:
         prefixes = {branch: self._prefix(prefix) for branch, prefix in order.prefixes.items()}

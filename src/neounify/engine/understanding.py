@@ -57,17 +57,29 @@ from neounify.errors import (
     not_finite,
 )
 from neounify.model.neo import NeoUnify
+from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 Prompts = Mapping[SequenceName, tuple[PromptPart, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingSettings:
-    """`cache_tokens`: room for all sequences together; `prefill_tokens`: read per step at most."""
+    """Size of the KV cache of all sequences, and prompt tokens per step; None: the plan's."""
 
-    cache_tokens: int = 32_768
-    block_size: int = 16
-    prefill_tokens: int = 512
+    cache_tokens: int | None = None
+    block_size: int | None = None
+    prefill_tokens: int | None = None
+
+    def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
+        """The plan with the limits that are set here."""
+        size = self.block_size or plan.kv_block_size
+        tokens = self.cache_tokens or plan.kv_blocks * plan.kv_block_size
+        return replace(
+            plan,
+            kv_blocks=max(1, tokens // size),
+            kv_block_size=size,
+            prefill_step_rows=self.prefill_tokens or plan.prefill_step_rows,
+        )
 
 
 class UnderstandingEngine:
@@ -77,10 +89,11 @@ class UnderstandingEngine:
         self, model: NeoUnify, settings: UnderstandingSettings, transport: Transport
     ) -> None:
         self.model, self.settings, self.transport = model, settings, transport
+        self.plan = settings.adjust(plan_execution(model.config, model.device, model.dtype))
         self.pool = PagedKVCache(
             model.config,
-            max(1, settings.cache_tokens // settings.block_size),
-            settings.block_size,
+            self.plan.kv_blocks,
+            self.plan.kv_block_size,
             dtype=model.dtype,
             device=model.device,
         )
@@ -235,7 +248,7 @@ class UnderstandingEngine:
         self._waiting = sum(s.cache is None and s.error is None for s in lacking)
 
     def _read_some(self) -> None:
-        left = self.settings.prefill_tokens
+        left = self.plan.prefill_step_rows
         found: list[tuple[ServedSequence, list[Piece]]] = []
         wanted = self._wanted()
         for sequence in sorted(wanted, key=lambda s: s.order):
@@ -253,7 +266,7 @@ class UnderstandingEngine:
                 left -= tokens
         if not found:
             return
-        self.counters["und_read_tokens"] += self.settings.prefill_tokens - left
+        self.counters["und_read_tokens"] += self.plan.prefill_step_rows - left
         states = forward_und(self.model, [s.model_input(pieces) for s, pieces in found])
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):

@@ -14,6 +14,7 @@ from neounify.config import ModelConfig
 from neounify.engine.tensors import LocalTransport
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_front
+from neounify.runtime.plan import plan_execution
 from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings, Role
@@ -106,10 +107,11 @@ def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: Serv
 
     Keys and values of a full cache, and noise and result of all images, in float32.
     """
-    cached = config.num_layers * config.num_kv_heads * config.head_dim * 2 * dtype.itemsize
+    cached = config.kv_bytes(dtype.itemsize)
     painted = config.token_width * torch.float32.itemsize * 2
-    tokens = settings.engines.understanding.cache_tokens
-    return tokens * cached + settings.limits.image_tokens * painted
+    plan = plan_execution(config, torch.device(settings.device), dtype)
+    plan = settings.engines.understanding.adjust(plan)
+    return plan.kv_blocks * plan.kv_block_size * cached + settings.limits.image_tokens * painted
 
 
 def _check_shared_memory(front: Front, settings: ServeSettings) -> None:

@@ -33,9 +33,7 @@ from neounify.flow.schedule import shift_time
 from neounify.image.patches import patchify
 from neounify.image.pixels import normalise_und
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
-
-LOGITS_AT_ONCE = 2**26
-"""Scores held at a time; the rest of the text waits its turn and is computed again backward."""
+from neounify.runtime.plan import plan_execution
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -133,7 +131,8 @@ def loss_of(
         noise_scale=None if noised is None else noised.noise_scale,
         logit_rows=pack.label_rows.to(device),
     )
-    score = partial(_token_losses, ids=pack.label_ids.to(device), vocab=model.config.vocab_size)
+    rows = plan_execution(model.config, device, model.dtype).logits_rows
+    score = partial(_token_losses, ids=pack.label_ids.to(device), rows=rows)
     (losses, correct), clean = model(batch, score)
     loss = torch.zeros((), device=device)
     if len(pack.label_ids):
@@ -150,16 +149,18 @@ def loss_of(
 
 
 def _token_losses(
-    logits: Logits, states: Float[Tensor, "n d"], ids: Int[Tensor, " n"], vocab: int
+    logits: Logits, states: Float[Tensor, "n d"], ids: Int[Tensor, " n"], rows: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Cross-entropy of each label, and whether it is the likeliest token."""
+    """Cross-entropy of each label, and whether it is the most likely token.
+
+    Logits of `rows` labels are in memory at a time.
+    """
 
     def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits(states).float()
         return cross_entropy(scores, ids, reduction="none"), scores.detach().argmax(-1) == ids
 
-    size = max(1, LOGITS_AT_ONCE // vocab)
-    pieces = list(zip(states.split(size), ids.split(size), strict=True))
+    pieces = list(zip(states.split(rows), ids.split(rows), strict=True))
     if len(pieces) == 1:
         return score(states, ids)
     results = [checkpoint(score, s, i, use_reentrant=False) for s, i in pieces]

@@ -6,8 +6,8 @@ import mmap
 
 import pytest
 
-from neounify import runtime
-from neounify.runtime import MemoryReturner
+from neounify.runtime import process as runtime
+from neounify.runtime.process import MemoryReturner
 
 
 def test_memory_goes_back_only_after_growth_and_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
