@@ -20,7 +20,7 @@ from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import ThreadHost
 from neounify.serve.process import EngineSettings
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.tasks.requests import PaintRequest
 from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
@@ -35,14 +35,14 @@ def room_of(tokens: int) -> EngineSettings:
     )
 
 
-def engine_of(service: Service) -> UnderstandingEngine:
+def engine_of(service: EngineService) -> UnderstandingEngine:
     host = service.links.understanding.host
     assert isinstance(host, ThreadHost)
     assert host.understanding is not None
     return host.understanding
 
 
-async def until_painting(service: Service, tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def until_painting(service: EngineService, tasks: Sequence[asyncio.Task[Any]]) -> None:
     while service.gauges().get("gen_images", 0) < len(tasks):
         for task in tasks:
             if task.done():
@@ -64,7 +64,7 @@ def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipel
 
     request = make_chat_request("y" * 350, [], max_new_tokens=40)
 
-    async def work(service: Service) -> Any:
+    async def work(service: EngineService) -> Any:
         painting = [asyncio.ensure_future(collect(service, edit)) for edit in edits]
         await until_painting(service, painting)
         chat = await collect(service, request)
@@ -105,7 +105,7 @@ def test_answers_do_not_depend_on_room(
     requests += [make_chat_request("y" * (40 * n), [], max_new_tokens=60) for n in range(1, 5)]
     assert all(r.max_images == 10 for r in requests if isinstance(r, InterleaveRequest))
 
-    async def work(service: Service) -> tuple[list[Any], float]:
+    async def work(service: EngineService) -> tuple[list[Any], float]:
         answers = await asyncio.gather(*(collect(service, r) for r in requests))
         await asyncio.sleep(1.1)
         engine_of(service).check()

@@ -19,7 +19,7 @@ from neounify.pipeline.chatting import make_chat_request
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.tasks.requests import PaintRequest
 from support.serving import Collected, collect, serve
 
@@ -60,7 +60,7 @@ def test_images_beside_other_requests_are_those_alone(dtype: str) -> None:
     ]
     alone = [serve(colocated(pipe), partial(collect, request=request)) for request in targets]
 
-    async def crowd(service: Service) -> list[Collected]:
+    async def crowd(service: EngineService) -> list[Collected]:
         return await asyncio.gather(*(collect(service, r) for r in [*targets, *others]))
 
     beside = serve(colocated(pipe), crowd)[: len(targets)]

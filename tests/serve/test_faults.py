@@ -23,7 +23,7 @@ from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
 from neounify.serve.hosts import ProcessHost, ThreadHost
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings
-from neounify.serve.service import Service, ServiceLimits
+from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.requests import PaintRequest
 from support.serving import collect, same_image, serve
 
@@ -38,18 +38,18 @@ def chatting(text: str = "Hello", tokens: int = 8) -> Any:
     return make_chat_request(text, [], max_new_tokens=tokens)
 
 
-def engine_of(service: Service) -> UnderstandingEngine:
+def engine_of(service: EngineService) -> UnderstandingEngine:
     host = service.links.understanding.host
     assert isinstance(host, ThreadHost)
     assert host.understanding is not None
     return host.understanding
 
 
-def ready(service: Service) -> bool:
+def ready(service: EngineService) -> bool:
     return service.ready
 
 
-async def settled(service: Service) -> dict[str, float]:
+async def settled(service: EngineService) -> dict[str, float]:
     """The gauges once the engines have nothing left to do."""
     for _ in range(200):
         await asyncio.sleep(0.02)
@@ -60,7 +60,7 @@ async def settled(service: Service) -> dict[str, float]:
 
 
 def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline) -> None:
-    async def work(service: Service) -> tuple[list[Any], Any]:
+    async def work(service: EngineService) -> tuple[list[Any], Any]:
         tasks = [asyncio.ensure_future(collect(service, chatting())) for _ in range(6)]
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         return answers, await collect(service, chatting())
@@ -73,7 +73,7 @@ def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline
 
 
 def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
-    async def work(service: Service) -> list[Any]:
+    async def work(service: EngineService) -> list[Any]:
         requests = [painting(pipe, 3, count=3), painting(pipe, 3)]
         return await asyncio.gather(
             *(collect(service, r) for r in requests), return_exceptions=True
@@ -102,7 +102,7 @@ def test_images_that_are_too_large_are_an_error_at_once(
     request = painting(pipe, 3, count=2, width=size[0], height=size[1])
     story = InterleaveRequest(prompt="Tell", sizes=[(64, 64), size], sampling=request.sampling)
 
-    async def work(service: Service) -> dict[str, float]:
+    async def work(service: EngineService) -> dict[str, float]:
         with pytest.raises((ImageError, RequestError), match=message):
             await collect(service, request)
         if "images have" not in message:
@@ -117,7 +117,7 @@ def test_images_that_are_too_large_are_an_error_at_once(
 def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline) -> None:
     small = EngineSettings(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
 
-    async def work(service: Service) -> Any:
+    async def work(service: EngineService) -> Any:
         answers = await asyncio.gather(*(collect(service, chatting()) for _ in range(9)))
         await settled(service)
         engine_of(service).check()
@@ -139,7 +139,7 @@ def test_what_can_never_fit_is_an_error_at_once(pipe: neounify.Pipeline) -> None
 def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: str) -> None:
     request = chatting(tokens=4000) if kind == "chat" else painting(pipe, 900)
 
-    async def work(service: Service) -> dict[str, float]:
+    async def work(service: EngineService) -> dict[str, float]:
         events = service.answer(request)
         if kind == "chat":
             await anext(events)
@@ -162,7 +162,7 @@ def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: s
 
 
 def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         for request in (chatting(tokens=4000), painting(pipe, 900)):
             with pytest.raises(DeadlineExceeded):
                 await collect(service, request, deadline=0.3)
@@ -172,7 +172,7 @@ def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
 
 
 def test_closed_doors_let_what_was_begun_finish(pipe: neounify.Pipeline) -> None:
-    async def work(service: Service) -> Any:
+    async def work(service: EngineService) -> Any:
         task = asyncio.ensure_future(collect(service, painting(pipe, 12)))
         await asyncio.sleep(0.05)
         service.close_doors()
@@ -186,7 +186,7 @@ def test_closed_doors_let_what_was_begun_finish(pipe: neounify.Pipeline) -> None
 def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
     question = "What do you see in this long and winding question of mine?"
 
-    async def work(service: Service) -> tuple[Any, Any, Any]:
+    async def work(service: EngineService) -> tuple[Any, Any, Any]:
         first = await collect(service, chatting(question))
         turn = [
             {"role": "user", "content": question},
@@ -206,7 +206,7 @@ def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
 
 
 def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         links = service.links
         service.links = replace(links, generation=EngineLink("generation", links.generation.host))
         try:
@@ -235,7 +235,7 @@ def test_an_engine_that_fails_is_started_again(
 
     monkeypatch.setattr(GenerationEngine, "step", fails_once)
 
-    async def work(service: Service) -> Any:
+    async def work(service: EngineService) -> Any:
         with pytest.raises(EngineDied):
             await collect(service, painting(pipe, 3))
         for _ in range(100):
@@ -258,7 +258,7 @@ def test_a_killed_process_costs_only_its_own_requests(
         assert link.host.pid is not None
         os.kill(link.host.pid, signal.SIGKILL)
 
-    async def work(service: Service) -> Any:
+    async def work(service: EngineService) -> Any:
         # Whoever is killed must still be at work then, on a machine of any speed.
         steps, tokens = 1000, 50 if victim == "gen" else 6000
         image = asyncio.ensure_future(collect(service, painting(pipe, steps)))

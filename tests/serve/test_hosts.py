@@ -24,7 +24,7 @@ from neounify.serve.hosts import ProcessHost, WatchSettings
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.tasks.requests import PaintRequest
 from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve
@@ -48,7 +48,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def ready(service: Service) -> None:
+async def ready(service: EngineService) -> None:
     await until(lambda: service.ready)
 
 
@@ -74,7 +74,7 @@ def test_a_thread_that_dies_is_started_again_and_leaves_none_behind(
             raise SystemExit("whatever it is")
         step(self, **how)
 
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         threads, gauges = engine_threads(), await at_rest(service)
         for _ in range(3):
             deaths[0] = 1
@@ -104,7 +104,7 @@ def test_a_step_without_end_in_a_thread_is_told_and_survived(
             stuck.wait(60)
         step(self, **how)
 
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         threads = engine_threads()
         await unavailable(collect(service, painting(pipe, 3)))
         await until(lambda: service.counters()["restarts"] > 1)  # it cannot begin beside the other
@@ -188,7 +188,7 @@ def test_a_machine_without_threads_starts_the_engines_later(
             raise RuntimeError("can't start new thread")
         start(self)
 
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         await unavailable(collect(service, painting(pipe, 3)))
         await ready(service)
         assert service.counters()["restarts"] == 3
@@ -211,7 +211,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
     """SIGKILL and SIGSTOP in turn, each with requests of every kind under way."""
     kills = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)
 
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         paints = victim == "generation"
         link = getattr(service.links, victim)
         gauges = await at_rest(service)
@@ -263,7 +263,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
 def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, folder: Path) -> None:
     """Its heartbeat goes on, and says how long the step has been taking."""
 
-    async def work(service: Service) -> None:
+    async def work(service: EngineService) -> None:
         await unavailable(collect(service, painting(pipe, 1000)))
         await ready(service)
         assert service.links.generation.restarts >= 1

@@ -22,7 +22,7 @@ from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.tasks.requests import PaintRequest
 from neounify.text import byte_tokenizer
 from support.leaving import (
@@ -83,7 +83,7 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
 @pytest.fixture(scope="module")
 def services(
     pipe: neounify.Pipeline, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Callable[[], Service]]:
+) -> dict[str, Callable[[], EngineService]]:
     folder = tmp_path_factory.mktemp("painting") / "tiny"
     pipe.save(folder)
     separate = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
@@ -91,7 +91,7 @@ def services(
 
 
 @asynccontextmanager
-async def undisturbed(service: Service) -> AsyncIterator[Service]:
+async def undisturbed(service: EngineService) -> AsyncIterator[EngineService]:
     """A service that has to be afterwards as it was before, none of its engines started again."""
     await service.start()
     try:
@@ -108,7 +108,7 @@ async def undisturbed(service: Service) -> AsyncIterator[Service]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_callers_leave_at_every_await(
-    requests: dict[str, ServiceRequest], services: dict[str, Callable[[], Service]], mode: str
+    requests: dict[str, ServiceRequest], services: dict[str, Callable[[], EngineService]], mode: str
 ) -> None:
     async def work() -> dict[str, int]:
         left = dict.fromkeys(KINDS, 0)
@@ -136,14 +136,14 @@ def test_callers_leave_at_every_await(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_callers_leave_at_random_moments_under_load(
-    requests: dict[str, ServiceRequest], services: dict[str, Callable[[], Service]], mode: str
+    requests: dict[str, ServiceRequest], services: dict[str, Callable[[], EngineService]], mode: str
 ) -> None:
     chance = random.Random(0)
 
-    async def stays(service: Service, kind: str) -> None:
+    async def stays(service: EngineService, kind: str) -> None:
         assert (await collect(service, requests[kind], previews=PREVIEWS)).finished is not None
 
-    async def leaves(service: Service, kind: str, events: int) -> None:
+    async def leaves(service: EngineService, kind: str, events: int) -> None:
         await asyncio.sleep(chance.uniform(0, 1))
         seen = 0
         async with aclosing(service.answer(requests[kind], previews=PREVIEWS)) as answer:
@@ -152,14 +152,14 @@ def test_callers_leave_at_random_moments_under_load(
                 if seen > events:
                     return
 
-    async def cancelled(service: Service, kind: str) -> None:
+    async def cancelled(service: EngineService, kind: str) -> None:
         await asyncio.sleep(chance.uniform(0, 1))
         task = asyncio.ensure_future(stays(service, kind))
         await asyncio.sleep(chance.uniform(0, 0.5))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    async def runs_late(service: Service, kind: str) -> None:
+    async def runs_late(service: EngineService, kind: str) -> None:
         with suppress(DeadlineExceeded):
             await collect(service, requests[kind], previews=PREVIEWS, deadline=chance.random())
 

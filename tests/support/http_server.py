@@ -19,7 +19,7 @@ from PIL import Image
 
 from neounify.serve.http import create_app
 from neounify.serve.http.connections import server_config
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def running(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def serving(service: Service, **options: Any) -> Iterator[OpenAI]:
+def serving(service: EngineService, **options: Any) -> Iterator[OpenAI]:
     """OpenAI's client of a service with engines, started and stopped here."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = create_app(service, **options)

@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.serve.hosts import ThreadHost
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.serve.shared_memory import LOCK, folder
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ async def leave(work: Awaitable[Any], number: int, when: When) -> bool:
     return task.cancelled()
 
 
-def pieces_of(service: Service) -> set[str]:
+def pieces_of(service: EngineService) -> set[str]:
     """Its pieces of shared memory, without the lock that it holds while it runs."""
     space = service.links.space
     if space is None:
@@ -92,7 +92,7 @@ def pieces_of(service: Service) -> set[str]:
     return {path.name for path in folder().glob(f"{space.prefix}*") if path.suffix != LOCK}
 
 
-async def at_rest(service: Service, like: dict[str, float] | None = None) -> dict[str, float]:
+async def at_rest(service: EngineService, like: dict[str, float] | None = None) -> dict[str, float]:
     """The gauges when nothing is under way and they are as in `like`; fails if they never are."""
     gauges: dict[str, float] = {}
     for _ in range(1500):
@@ -106,7 +106,7 @@ async def at_rest(service: Service, like: dict[str, float] | None = None) -> dic
     raise AssertionError(f"the gauges are {gauges} and not those of a server at rest, {like}")
 
 
-def check_books(service: Service) -> None:
+def check_books(service: EngineService) -> None:
     """Whether the cache's books are right, where they are in this process."""
     host = service.links.understanding.host
     if isinstance(host, ThreadHost):
@@ -114,7 +114,7 @@ def check_books(service: Service) -> None:
         host.understanding.check()
 
 
-def calls_open(service: Service) -> int:
+def calls_open(service: EngineService) -> int:
     return sum(len(link._calls) for link in service.links.all)
 
 

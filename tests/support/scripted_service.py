@@ -75,7 +75,7 @@ def _painting(image: torch.Tensor, index: int, previews: int) -> list[ServiceEve
 
 
 class Scripted:
-    """An `Answering` for tests."""
+    """A `Service` for tests."""
 
     def __init__(self, script: Script = plain, config: ModelConfig = TINY) -> None:
         self._script, self._config = script, config

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neounify.serve.events import Finished, Painted, Preview, ServiceRequest, TextPiece
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Collected:
     finished: Finished | None = None
 
 
-async def collect(service: Service, request: ServiceRequest, **options: object) -> Collected:
+async def collect(service: EngineService, request: ServiceRequest, **options: object) -> Collected:
     found = Collected()
     async for event in service.answer(request, **options):  # type: ignore[arg-type]
         found.order.append(type(event).__name__)
@@ -49,7 +49,7 @@ async def collect(service: Service, request: ServiceRequest, **options: object) 
 
 
 @asynccontextmanager
-async def running(service: Service) -> AsyncIterator[Service]:
+async def running(service: EngineService) -> AsyncIterator[EngineService]:
     await service.start()
     try:
         yield service
@@ -57,7 +57,7 @@ async def running(service: Service) -> AsyncIterator[Service]:
         await service.stop()
 
 
-def serve(service: Service, work: Callable[[Service], Awaitable[T]]) -> T:
+def serve(service: EngineService, work: Callable[[EngineService], Awaitable[T]]) -> T:
     """Run `work` against a started service."""
 
     async def main() -> T:

@@ -18,7 +18,7 @@ from neounify.runtime.plan import plan_execution
 from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings, Role
-from neounify.serve.service import Service, ServiceLimits
+from neounify.serve.service import EngineService, ServiceLimits
 from neounify.serve.session import Links
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
 from neounify.serve.transport import SharedTransport
@@ -50,7 +50,7 @@ class ServeSettings:
     watch: WatchSettings = field(default_factory=WatchSettings)
 
 
-def build_service(settings: ServeSettings) -> Service:
+def build_service(settings: ServeSettings) -> EngineService:
     """A service to `start`. Raises the errors of `load`."""
     if settings.mode == "separate":
         return _separate(settings)
@@ -68,11 +68,13 @@ def colocated(
     engines: EngineSettings | None = None,
     limits: ServiceLimits | None = None,
     watch: WatchSettings | None = None,
-) -> Service:
+) -> EngineService:
     """A service around a loaded model, both engines in one thread of this process."""
     host = ThreadHost(pipe.model, engines or EngineSettings(), watch)
     link = EngineLink("model", host)
-    return Service(pipe.engine, Links(link, link, LocalTransport()), limits or ServiceLimits())
+    return EngineService(
+        pipe.engine, Links(link, link, LocalTransport()), limits or ServiceLimits()
+    )
 
 
 def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> DtypeChoice:
@@ -87,7 +89,7 @@ def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> Dtyp
     return choose_dtype(settings.dtype, checkpoint, accelerator)
 
 
-def _separate(settings: ServeSettings) -> Service:
+def _separate(settings: ServeSettings) -> EngineService:
     checkpoint = CheckpointFolder.open(settings.folder)
     dtype = serving_dtype(settings, checkpoint)
     front = load_front(checkpoint, dtype.dtype)
@@ -99,7 +101,7 @@ def _separate(settings: ServeSettings) -> Service:
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
-    return Service(front, links, settings.limits)
+    return EngineService(front, links, settings.limits)
 
 
 def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: ServeSettings) -> int:

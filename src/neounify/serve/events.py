@@ -1,6 +1,6 @@
 """What a request in service gives back, and what may go wrong: the contract of engines and HTTP.
 
-`Answering` is all that the HTTP layer knows of the engines, and all that they know of it.
+The HTTP layer and the engines depend on each other only through the protocol `Service`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Draining(ServiceError):
     """The service is shutting down and takes no new requests."""
 
 
-class Answering(Protocol):
+class Service(Protocol):
     """A service that answers many requests at once."""
 
     @property

@@ -20,7 +20,7 @@ from neounify.serve.collector import EngineCollector
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.connections import server_config
 from neounify.serve.http.media import HttpHooks
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def page_folder() -> Path:
     return Path(str(resources.files("neounify.serve") / "page"))
 
 
-async def _serve(server: _Server, service: Service, sockets: list[socket.socket]) -> None:
+async def _serve(server: _Server, service: EngineService, sockets: list[socket.socket]) -> None:
     # uvicorn raises the signal that ended it once more; by then all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -99,7 +99,7 @@ class _Server(uvicorn.Server):
     """Stops taking requests at the first signal, and tells when it listens."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, started: Callable[[], None]
+        self, config: uvicorn.Config, service: EngineService, started: Callable[[], None]
     ) -> None:
         super().__init__(config)
         self._service, self._tell = service, started

@@ -50,8 +50,8 @@ class ServiceLimits:
         return max(1024, 4 * image_tokens(config, *config.sampling.image_size))
 
 
-class Service:
-    """Answers requests on two engines; see `events.Answering`."""
+class EngineService:
+    """Answers requests on two engines; see `events.Service`."""
 
     def __init__(self, front: Front, links: Links, limits: ServiceLimits) -> None:
         self.front, self.links, self.limits = front, links, limits
@@ -102,7 +102,7 @@ class Service:
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
     ) -> AsyncGenerator[ServiceEvent]:
-        """See `events.Answering.answer`."""
+        """See `events.Service.answer`."""
         tokens = self._admit(request)
         start = time.monotonic()
         end = None if deadline is None else start + deadline
@@ -118,7 +118,7 @@ class Service:
             session.close()
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
-        """See `events.Answering.check_together`."""
+        """See `events.Service.check_together`."""
         if len(requests) > self.limits.requests:
             raise RequestError(
                 f"{len(requests)} answers are asked for at once, this server works on "

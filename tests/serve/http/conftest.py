@@ -13,7 +13,7 @@ from neounify.bundled import bundled_model
 from neounify.config.presets import TINY
 from neounify.model import NeoUnify
 from neounify.serve.build import colocated
-from neounify.serve.service import Service
+from neounify.serve.service import EngineService
 from neounify.text import byte_tokenizer
 from support.http_server import serving
 
@@ -24,12 +24,12 @@ def bundled() -> neounify.Pipeline:
 
 
 @pytest.fixture(scope="session")
-def bundled_service(bundled: neounify.Pipeline) -> Service:
+def bundled_service(bundled: neounify.Pipeline) -> EngineService:
     return colocated(bundled)
 
 
 @pytest.fixture(scope="session")
-def bundled_client(bundled_service: Service) -> Iterator[openai.OpenAI]:
+def bundled_client(bundled_service: EngineService) -> Iterator[openai.OpenAI]:
     with serving(bundled_service) as client:
         yield client
 

@@ -17,7 +17,7 @@ from neounify.serve.build import colocated
 from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.streaming import answers_in_groups
-from neounify.serve.service import Service, ServiceLimits
+from neounify.serve.service import EngineService, ServiceLimits
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
 from support.http_server import openai_client, serving
@@ -31,12 +31,12 @@ BYTES = byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def service(tiny: neounify.Pipeline) -> Service:
+def service(tiny: neounify.Pipeline) -> EngineService:
     return colocated(tiny)
 
 
 @pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
+def client(service: EngineService) -> Iterator[openai.OpenAI]:
     with serving(service) as client:
         yield client
 
@@ -62,7 +62,7 @@ def test_each_answer_is_what_its_seed_gives_alone(
     assert answer.usage.completion_tokens == sum(len(one.token_ids) for one in alone)
 
 
-def test_the_prompt_is_read_once(client: openai.OpenAI, service: Service) -> None:
+def test_the_prompt_is_read_once(client: openai.OpenAI, service: EngineService) -> None:
     messages: Any = [{"role": "user", "content": "Never seen before. " * 20}]
     before = client.with_options().chat.completions.create(model=MODEL, messages=ASK, max_tokens=1)
     assert before.usage is not None

@@ -1,4 +1,4 @@
-"""The HTTP layer: OpenAI's routes over anything that is `Answering`."""
+"""The HTTP layer: OpenAI's routes over any `Service` (`serve/events.py`)."""
 
 from neounify.serve.http.app import create_app
 from neounify.serve.http.media import HttpHooks, MarkingHooks

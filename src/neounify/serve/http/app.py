@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from neounify.pipeline.trained_sizes import trained_sizes
-from neounify.serve.events import Answering
+from neounify.serve.events import Service
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http.context import Context, HttpMetrics, Shared
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
@@ -67,7 +67,7 @@ DOCS_HEADERS = {
 
 
 def create_app(
-    service: Answering,
+    service: Service,
     settings: HttpSettings | None = None,
     *,
     hooks: HttpHooks | None = None,

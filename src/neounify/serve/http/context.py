@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.serve.events import Answering, ServiceEvent, ServiceRequest
+from neounify.serve.events import Service, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import ImageFields, RequestFields
 from neounify.serve.http.image_urls import ImageFetcher
@@ -61,7 +61,7 @@ class HttpMetrics:
 class Context:
     """One server: its service, settings, and what its routes share."""
 
-    service: Answering
+    service: Service
     settings: HttpSettings
     hooks: HttpHooks
     metrics: HttpMetrics

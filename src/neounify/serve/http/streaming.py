@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve.events import Answering, Finished, PromptRead, ServiceEvent, ServiceRequest
+from neounify.serve.events import Finished, PromptRead, Service, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import INTERNAL, to_api_error
 from neounify.serve.waiting import within
 
@@ -184,7 +184,7 @@ def task_of(request: ServiceRequest) -> str:
 
 
 async def answer(
-    service: Answering,
+    service: Service,
     request: ServiceRequest,
     *,
     previews: int,
