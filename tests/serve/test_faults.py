@@ -87,8 +87,8 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
 @pytest.mark.parametrize(
     ("size", "limits", "message"),
     [
-        ((1056, 1024), ServiceLimits(), r"has 1,056 tokens, this server paints 1,024 at most"),
-        ((96, 96), ServiceLimits(max_image_tokens=8), "has 9 tokens, this server paints 8 at most"),
+        ((1056, 1024), ServiceLimits(), r"1,056 tokens, this server generates 1,024 at most"),
+        ((96, 96), ServiceLimits(max_image_tokens=8), "9 tokens, this server generates 8 at most"),
         (
             (96, 96),
             ServiceLimits(image_tokens=17),

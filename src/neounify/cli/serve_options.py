@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from neounify.cli.options import MODEL, ColourOptions, NamedModel, ThreadOptions, WeightOptions
+from neounify.runtime.plan import ExecutionPlan
 
 LISTEN, ENGINES, ACCESS, SAFETY = "Listening", "Engines", "Access", "Safety"
 REPLICAS = "Replicas"
@@ -117,7 +118,8 @@ class EngineOptions:
         typer.Option(
             min=64,
             metavar="N",
-            help="Size of the KV cache, in tokens of all requests together. Default: 32,768.",
+            help="Size of the KV cache, in tokens of all requests together. Default: "
+            f"{ExecutionPlan.kv_blocks * ExecutionPlan.kv_block_size:,}.",
             rich_help_panel=ENGINES,
         ),
     ] = None
@@ -126,7 +128,8 @@ class EngineOptions:
         typer.Option(
             min=1,
             metavar="N",
-            help="Maximum number of prompt tokens per prefill step. Default: 512.",
+            help="Maximum number of prompt tokens per prefill step. Default: "
+            f"{ExecutionPlan.prefill_step_rows}.",
             rich_help_panel=ENGINES,
         ),
     ] = None
@@ -136,7 +139,7 @@ class EngineOptions:
             min=1,
             metavar="N",
             help="Maximum number of image tokens per denoising step; fewer lower the latency of "
-            "text. Default: 1024.",
+            f"text. Default: {ExecutionPlan.denoise_step_rows}.",
             rich_help_panel=ENGINES,
         ),
     ] = None

@@ -24,7 +24,7 @@ class FlowConfig:
     noise_scale_max: float = 8.0
     """Upper bound of σ in sampling; training does not apply it."""
     noise_scale_embedding: bool = True
-    """Whether the model is given σ beside t."""
+    """Whether σ is embedded beside t."""
     t_eps_training: float = 0.05
     """The smallest 1 - t by which training divides a velocity."""
 

@@ -20,7 +20,7 @@ MAX_LOGPROBS = 20
 class CheckpointDefaults:
     """Sizes and sampling values of a checkpoint; the defaults are the published models'.
 
-    Areas are in pixels, sizes are (width, height) in pixels. A checkpoint may carry its own values
+    Areas are in pixels, sizes are (width, height) in pixels. A checkpoint may carry other values
     in the section `"neounify": {"sampling": {...}}` of its config.json. Raises ConfigError.
     """
 
@@ -86,7 +86,7 @@ class CheckpointDefaults:
 
 
 class Constraint(Protocol):
-    """Which tokens may come next in one sequence, for instance by a grammar; holds its state."""
+    """Which tokens may come next in one sequence, for instance by a grammar; with state."""
 
     def mask(self) -> Tensor:
         """The tokens allowed next: bool [≤ vocab], or int32 [≤ vocab / 32] with one bit per token.
@@ -99,7 +99,7 @@ class Constraint(Protocol):
 
 
 class ConstraintFactory(Protocol):
-    """Plain data that a constraint is made from, so that it can travel to another process."""
+    """Plain data to build a constraint from, picklable for another process."""
 
     def start(self) -> Constraint:
         """A constraint at its beginning. Raises RequestError."""

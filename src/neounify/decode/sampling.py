@@ -12,10 +12,10 @@ from neounify.config import TextSampling
 
 
 class SamplingState:
-    """What one sequence draws with: a random state of its own, and the tokens it has seen.
+    """Random state of one sequence, and the tokens in its context.
 
-    `context` are the ids it begins with. With its own random state a request draws the same alone
-    and in any company.
+    `context` are the ids it begins with. With a random state per sequence, the tokens sampled do
+    not depend on what else is in the batch.
     """
 
     def __init__(self, settings: TextSampling, context: Sequence[int] = ()) -> None:

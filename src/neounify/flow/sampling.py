@@ -20,7 +20,7 @@ MAX_SHIFT = 1000
 class ImageSampling:
     """How a request wants its images sampled. Raises RequestError for values out of range.
 
-    None stands for the checkpoint's own value (`config.sampling`), for `t_eps` for the one that
+    None stands for the checkpoint's default (`config.sampling`); for `t_eps`, for the value that
     fits the times. `resolve` gives the values that are used. A field here has an option of the
     command line and a field of the HTTP API, described by the same sentence (`config.knobs`).
     """

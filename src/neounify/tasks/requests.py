@@ -1,4 +1,4 @@
-"""One painting request, validated: what to paint, how large, and how to sample it."""
+"""Image requests, checked: prompt, size in pixels, seed and sampling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MAX_THINK_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class PaintRequest:
-    """Paint `count` images of one prompt; with input `images` it is an edit.
+    """`count` images of one prompt; with input `images` it is an edit.
 
     `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
     `system` None means the checkpoint's own message, "" none at all. `negative_prompt` is
@@ -78,7 +78,7 @@ class PaintRequest:
         return Grid.of_pixels(self.height, self.width, config.token_size)
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
-        """The scaled noise the images are painted from, as tokens."""
+        """The scaled noise the images are denoised from, as tokens."""
         noise = self.noise
         if noise is None:
             shape = (self.count, config.channels, self.height, self.width)
@@ -134,11 +134,11 @@ def check_image_tokens(
 
     The message gives the tokens, the limit and the largest size of the same shape.
     """
-    own, tokens = max_image_tokens(config), image_tokens(config, width, height)
-    maximum = own if limit is None else min(own, limit)
+    largest, tokens = max_image_tokens(config), image_tokens(config, width, height)
+    maximum = largest if limit is None else min(largest, limit)
     if tokens <= maximum:
         return
-    who = "this model's context holds" if maximum == own else "this server paints"
+    who = "this model's context holds" if maximum == largest else "this server generates"
     side, scale = config.token_size, math.sqrt(maximum / tokens)
     rows, columns = (min(maximum, max(1, int(n // side * scale))) for n in (height, width))
     raise ImageError(
@@ -154,7 +154,7 @@ def output_size(
     height: int | None,
     reference: PIL.Image.Image | None = None,
 ) -> tuple[int, int]:
-    """(width, height) to paint: as asked, else like the reference picture, else the default.
+    """(width, height) in pixels: as asked, else like the reference image, else the default.
 
     A reference gives its aspect ratio at the area of the model's default size.
     Raises ImageError for sizes that are not multiples of the token side or too large for the
@@ -184,15 +184,15 @@ def output_size(
 def size_of_shape(
     config: ModelConfig, ratio: tuple[int, int], pixels: int | None = None
 ) -> tuple[int, int]:
-    """(width, height) nearest to a shape, at `pixels` or the model's own area, if that is less.
+    """(width, height) nearest to a shape, at `pixels` or the default area, whichever is less.
 
     One of the sizes that the checkpoint was trained at, where they are recorded, or of the
     published buckets at their area; else both sides are fitted. `ratio` is (width, height) of
     any size. Raises ImageError for a ratio over 200.
     """
     sampling = config.sampling
-    own = math.prod(sampling.image_size)
-    area = own if pixels is None else min(pixels, own)
+    default_area = math.prod(sampling.image_size)
+    area = default_area if pixels is None else min(pixels, default_area)
     width, height = ratio
     sizes = sampling.trained_sizes
     if not sizes and (area, config.token_size) == (math.prod(TRAINING_BUCKETS[0]), 32):
@@ -224,7 +224,7 @@ def output_sizes(
     height: int | Sequence[int] | None,
     reference: PIL.Image.Image | None,
 ) -> list[tuple[int, int]]:
-    """The sizes of several images in turn; numbers stand for lists of one."""
+    """Sizes of several images in turn; a number stands for a list of one."""
     widths = list(width) if isinstance(width, Sequence) else [width]
     heights = list(height) if isinstance(height, Sequence) else [height]
     if not widths or len(widths) != len(heights):
