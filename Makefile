@@ -15,7 +15,7 @@ test: $(READY)  ## all tests but slow ones and those in a browser, on all cores
 slow: $(READY)  ## the slow tests, one after the other: some measure the machine
 	$(BIN)/python -m pytest -m slow
 
-replicas: $(READY)  ## the tests of several replicas, with Ray in an environment of its own
+replicas: $(READY)  ## the tests of several replicas, with Ray in a separate environment
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,ray]'
 	.venv-ray/bin/python -m pytest tests/serve/test_replicas.py

@@ -17,13 +17,13 @@ STEPS = 40
 
 
 def figures(dtype: torch.dtype) -> Iterator[Figure]:
-    """Guided painting at 40 steps, and a question about the painted picture."""
+    """Guided image generation at 40 steps, and a question about the image."""
     with _one_thread():
         pipe = neounify.load(bundled_model(), dtype=dtype)
-        picture = pipe.generate("a red circle above a blue square", steps=STEPS).images[0]
+        image = pipe.generate("a red circle above a blue square", steps=STEPS).images[0]
         for name, call, aim in (
             ("an image at 40 steps", lambda: pipe.generate("a green star", steps=STEPS), PAINT_AIM),
-            ("an answer", lambda: pipe.chat("What colour is the circle?", [picture]), ANSWER_AIM),
+            ("an answer", lambda: pipe.chat("What colour is the circle?", [image]), ANSWER_AIM),
         ):
             seconds = median_seconds(call)
             yield Figure(

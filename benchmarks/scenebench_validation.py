@@ -25,8 +25,8 @@ from neounify.scenes.world.scene import SceneConfig
 
 
 def speeds(config: SceneConfig, number: int) -> dict[str, float]:
-    """Scenes drawn and rendered, samples made, pictures perceived; each per second of CPU time."""
-    # Scenes that were not painted before, so that jittered worlds find no mask in the cache.
+    """Scenes drawn and rendered, samples built, images perceived; each per second of CPU time."""
+    # Scenes not rendered before, so that jittered worlds find no mask in the cache.
     scenes = [sample_scene(sample_rng(10**6, index), config) for index in range(number)]
     dataset = SceneDataset(0, config)
 
@@ -38,12 +38,12 @@ def speeds(config: SceneConfig, number: int) -> dict[str, float]:
 
     drawn = rate(lambda i: sample_scene(sample_rng(1, i), config), number)
     rendered = rate(lambda i: render(scenes[i], config), number)
-    pictures = [render(scene, config) for scene in scenes]
+    images = [render(scene, config) for scene in scenes]
     return {
         "scenes drawn per s": drawn,
         "scenes rendered per s": rendered,
-        "samples made per s": rate(lambda i: dataset[i], number),
-        "pictures perceived per s": rate(lambda i: perceive(pictures[i], config), number),
+        "samples built per s": rate(lambda i: dataset[i], number),
+        "images perceived per s": rate(lambda i: perceive(images[i], config), number),
     }
 
 

@@ -22,7 +22,7 @@ from neounify.model import Image, NeoUnify, Text
 from neounify.model.layout import Grid
 
 PREFIXES = (64, 13)
-"""Tokens of the conditional and the empty prefix of a painted image."""
+"""Tokens of the conditional and the unconditional prefix of an image."""
 DECODED = 40
 SIZES = (256, 512, 1024)
 Make = Callable[..., Figure]

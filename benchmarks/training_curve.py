@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_curve RUN_FOLDER [MORE_FOLDERS] --output docs/curve.png
 
-Later runs go on where the one before them ended.
+Later runs continue the one before them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from neounify.train.loss import T_INTERVALS
 
-ACCURACIES = {"vqa": "answers", "caption": "captions", "t2i_think": "thoughts before painting"}
+ACCURACIES = {"vqa": "answers", "caption": "captions", "t2i_think": "thoughts before images"}
 SMOOTHED = 25
 """Reports that are averaged, where a stage has many more of them than the eye can tell apart."""
 FAINT = 0.25
 LOGARITHMIC = 4
 """A loss that falls by more than this factor is drawn on a logarithmic axis."""
 NAMED_SHARE = 0.02
-"""Of all samples, what a stage must have for its name to fit into the picture."""
+"""Share of all samples that a stage must have for its name to fit into the chart."""
 NATS = "cross entropy, nats per token"
 SQUARES = "‖v̂ − v‖², mean over pixels"
 
@@ -91,7 +91,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(stages: Sequence[Stage], output: Path) -> None:
-    """Four panels over the samples seen, as one picture."""
+    """Four panels over the samples seen, as one chart."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
     text, image, accuracy, by_t = axes.flat
@@ -192,7 +192,7 @@ def _name_stages(axis: Axes, stages: Sequence[Stage]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw how training went.")
     parser.add_argument("folders", nargs="+", type=Path, help="folders of runs, in their order")
-    parser.add_argument("--output", type=Path, required=True, help="the picture, .png or .svg")
+    parser.add_argument("--output", type=Path, required=True, help="the chart, .png or .svg")
     arguments = parser.parse_args()
     draw(read_runs(arguments.folders), arguments.output)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/watermark.py --marked 200 --unmarked 1000
 
-Prints the tables of docs/safety.md. Scenes are those of the bundled model's world; smooth pictures
-are sums of random waves in three colours, the nearest to photographs that can be made from nothing.
+Prints the tables of docs/safety.md. Scenes are those of the bundled model's world; smooth images
+are sums of random waves in three colours, the nearest to photographs that can be synthesised.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def survival(kind: str, side: int, number: int) -> str:
 
 
 def imagined(kind: str, side: int, number: int) -> str:
-    """A row: in how many unmarked pictures a mark is found, and the most fields that agree."""
+    """A row: images without a watermark in which one is found, and the most blocks that agree."""
     marker = Marker()
     most = [
         int(agreeing(marker.fields(KINDS[kind](10**6 + index, side))).max())
@@ -112,16 +112,16 @@ def psnr(before: Image.Image, after: Image.Image) -> float:
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--marked", type=int, default=200, help="marked pictures of a row")
-    parser.add_argument("--unmarked", type=int, default=1000, help="unmarked pictures of a row")
+    parser.add_argument("--marked", type=int, default=200, help="watermarked images per row")
+    parser.add_argument("--unmarked", type=int, default=1000, help="images without one per row")
     options = parser.parse_args()
-    print(f"{options.marked} marked pictures a row; of {FIELDS} fields {MIN_AGREEING} must agree")
-    print(f"| pictures | side | PSNR, dB (least) | processor ms to mark | {' | '.join(TRIALS)} |")
+    print(f"{options.marked} images per row; {MIN_AGREEING} of {FIELDS} blocks must agree")
+    print(f"| images | side | PSNR, dB (least) | CPU ms to write | {' | '.join(TRIALS)} |")
     print("|---" * (4 + len(TRIALS)) + "|")
     for kind in KINDS:
         for side in SIDES:
             print(survival(kind, side, options.marked), flush=True)
-    print("\n| unmarked | side | pictures | marks found | most fields |\n|---|---|---|---|---|")
+    print("\n| without watermark | side | images | found | most blocks |\n|---|---|---|---|---|")
     for kind in KINDS:
         for side in SIDES:
             print(imagined(kind, side, options.unmarked), flush=True)

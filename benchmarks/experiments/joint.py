@@ -42,7 +42,7 @@ class Measured:
     run: Trained
     scores: Mapping[str, Score]
     about: Mapping[str, Any]
-    """Fingerprint of the weights, and how pictures were sampled."""
+    """Fingerprint of the weights, and the sampling settings of images."""
 
     def to_json(self) -> dict[str, Any]:
         """Run and scores as plain data."""
@@ -50,7 +50,7 @@ class Measured:
         return {**self.run.to_json(), **self.about, "scores": scores}
 
     def rates(self) -> dict[str, Rate]:
-        """Strict rates by category; questions and painting also in all."""
+        """Strict rates by category; questions and images also in all."""
         found = {name: score.strict for name, score in self.scores.items()}
         for task in ("vqa", "paint"):
             own = [rate for name, rate in found.items() if name.startswith(f"{task}/")]

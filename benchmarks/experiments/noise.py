@@ -1,4 +1,4 @@
-"""Noise that grows with the picture against noise as at the trained size, at other sizes."""
+"""Noise scaled with the image size against noise of the trained size, at other sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from neounify.scenes.bench import (
 )
 from neounify.scenes.world import scene_config
 
-TITLE = "noise scaled with the size of the picture against fixed noise, at sizes beyond training"
+TITLE = "noise scaled with the image size against fixed noise, at sizes beyond training"
 CATEGORIES = ("paint/single_object", "paint/colours")
 SHOWN = 6
 """Prompts of a category on the sheet, at most."""
@@ -36,7 +36,7 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Sized:
-    """One category at one side in pixels, painted from scaled and from fixed noise."""
+    """One category at one side in pixels, from scaled and from fixed noise."""
 
     category: str
     side: int
@@ -135,7 +135,7 @@ def compare(
     *,
     token_size: int,
 ) -> list[Sized]:
-    """Paint every category at every side with both; the world of each side judges its pictures."""
+    """Generate every category at every side with both; the world of each side checks its images."""
     found = []
     for side in sides:
         world = replace(scene_config(bench.world), side=side)

@@ -15,7 +15,7 @@ def add_options(parser: argparse.ArgumentParser, *, world: str, cases: int) -> N
     parser.add_argument("--world", default=world, help=f"world of scenes; default: {world}")
     parser.add_argument("--cases", type=int, default=cases, help=f"per category; default: {cases}")
     parser.add_argument("--steps", type=int, help="denoising steps; default: the checkpoint's")
-    parser.add_argument("--guidance", type=float, help="of painting; default: the checkpoint's")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of cases and noise; default: 0")
     parser.add_argument("--batch-size", type=int, default=64, help="cases at once; default: 64")
 

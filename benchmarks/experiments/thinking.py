@@ -1,4 +1,4 @@
-"""Thinking before painting against painting at once: the same prompts and the same noise."""
+"""Images with and without a thought first: the same prompts and the same noise."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from benchmarks.experiments.report import circumstances, table, write
 from neounify.scenes.bench import Example, PipelineSubject, Rate, Subject
 from neounify.scenes.world import scene_config
 
-TITLE = "thinking before painting against painting at once, on paired cases"
+TITLE = "images with and without a thought first, on paired cases"
 CATEGORIES = ("paint/position", "paint/attribution", "paint/two_object", "paint/counting")
 
 
 @dataclass(frozen=True)
 class Thought:
-    """The cases of one category, each painted with and without a thought before."""
+    """The cases of one category, each with and without a thought first."""
 
     category: str
     paired: Paired
@@ -106,7 +106,7 @@ def markdown(found: Sequence[Thought]) -> str:
         [t.category, t.paired.number, t.paired.first, t.paired.second, *t.paired.cells()]
         for t in found
     ]
-    split_head = ["category", "right thoughts, % (95 %)", "painted right after a right thought"]
+    split_head = ["category", "correct thoughts, % (95 %)", "image correct after a correct thought"]
     split_head += ["the same cases without", "after a wrong thought", "the same cases without"]
     split = [[t.category, t.thoughts, *_both(t.after_right), *_both(t.after_wrong)] for t in found]
     return f"{table(head, rows)}\n{table(split_head, split)}"

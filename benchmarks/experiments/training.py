@@ -41,7 +41,7 @@ class Training:
     """How the models are trained.
 
     `samples` of each kind; `per_step` samples in every step of every run; `changes` of the preset's
-    config; a tokenizer learnt from `tokenizer_samples`; `compile` pays from some thousand samples
+    config; a tokenizer trained on `tokenizer_samples`; `compile` pays from some thousand samples
     on; `workers` processes load data. Raises DataError for values out of range.
     """
 
@@ -120,7 +120,7 @@ def recipes(training: Training, world: str, seed: int) -> dict[str, dict[str, An
 def train(kind: str, table: dict[str, Any], root: Path) -> Trained:
     """Train as a table says, or take the run of the same table that is finished in `root`.
 
-    A run that was stopped goes on from its last state. Raises what the trainer raises.
+    An interrupted run resumes from its last state. Raises the errors of the trainer.
     """
     folder = root / f"{table['name']}-{_fingerprint(table)}"
     record = folder / "finished.json"
@@ -197,12 +197,12 @@ def _tokens_per_pack(table: Mapping[str, Any], per_step: int) -> int:
 
 
 def _counts(trainer: Trainer, noise_draws: int) -> dict[str, float]:
-    """Every sample of generation has one picture to paint, `noise_draws` times; no other has."""
+    """Only samples of generation have a target image, `noise_draws` times."""
     progress = trainer.progress
-    painted = progress.images // noise_draws
+    targets = progress.images // noise_draws
     return {
-        "understanding_samples": progress.samples - painted,
-        "generation_samples": painted,
+        "understanding_samples": progress.samples - targets,
+        "generation_samples": targets,
         "steps": progress.step,
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),

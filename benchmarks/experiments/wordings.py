@@ -1,4 +1,4 @@
-"""Other forms of the prompts, instructions and questions that a model of the scenes learnt from."""
+"""Other wordings of the prompts, instructions and questions in the training data of the scenes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def same(text: str, rng: np.random.Generator) -> str:
 
 
 def prefixed(prefix: str, suffix: str = "") -> Wording:
-    """Words in front and behind; what followed a full stop goes on after it."""
+    """Words before and after; text behind a full stop stays behind it."""
 
     def change(text: str, rng: np.random.Generator) -> str:
         return f"{prefix}{text.rstrip('.')}{suffix}"

@@ -56,7 +56,7 @@ def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_title("80 % chat, 20 % painting")
+    axis.set_title("80 % chat, 20 % image generation")
     axis.set_xlabel("clients at once")
     axis.set_ylabel("seconds")
     axis.grid(alpha=0.25)

@@ -21,7 +21,7 @@ PAINTERS = 4
 IMAGE_SHARE = 2
 """Series of images alone have so many times fewer requests."""
 ALL_GROUPS = ("mix", "text", "images", "steady")
-ALONE, BESIDE = "chats at a fixed rate", "the same chats beside painting"
+ALONE, BESIDE = "chats at a fixed rate", "the same chats beside images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +76,18 @@ def _closed_series(settings: LoadSettings) -> Iterable[tuple[str, int, list[Call
 
 
 def _steady(settings: LoadSettings, painters: int) -> Drive:
-    """Chats by the clock, the same ones at the same times whatever else is painted."""
+    """Open-loop chats, the same ones at the same times whatever else is generated."""
 
     async def drive(port: int) -> list[Outcome]:
         images = map(paint, itertools.count())
-        async with going_on(port, images, clients=painters) as painted:
+        async with going_on(port, images, clients=painters) as images_beside:
             chats = await open_loop(
                 port,
                 map(chat, itertools.count()),
                 rate=settings.rate,
                 seconds=settings.steady_seconds,
             )
-        return [*chats, *painted]
+        return [*chats, *images_beside]
 
     return drive
 
@@ -147,14 +147,14 @@ def _growth(
     if times[0] is None or times[1] is None:
         return None
     growth = times[1].p95 / times[0].p95
-    painted = beside.kinds["paint"].image_rate
+    image_rate = beside.kinds["paint"].image_rate
     return Figure(
-        name=f"p95 time to first text of {settings.rate:g} chats a second, beside painting",
+        name=f"p95 time to first text of {settings.rate:g} chats a second, beside image generation",
         dtype=options.dtype,
         mode=options.mode,
         value=growth,
         unit="×",
         aim=f"below {GROWTH_AIM:g} ×",
         met=growth < GROWTH_AIM,
-        note=f"{times[1].p95:.3f} s against {times[0].p95:.3f} s, {painted:.2f} images/s beside",
+        note=f"{times[1].p95:.3f} s against {times[0].p95:.3f} s, {image_rate:.2f} images/s beside",
     )

@@ -1,4 +1,4 @@
-"""`neounify serve` as a process of its own, for as long as a block runs."""
+"""`neounify serve` as a separate process, for the duration of a block."""
 
 from __future__ import annotations
 

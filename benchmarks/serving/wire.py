@@ -1,4 +1,4 @@
-"""HTTP as a client sees it: one exchange on a connection of its own, over loopback.
+"""HTTP as a client sees it: one exchange per connection, over loopback.
 
 A connection for each exchange, so that hanging up is nothing but closing it, and so that the
 load costs the machine, which the server shares, as little as possible.

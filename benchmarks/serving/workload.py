@@ -30,9 +30,9 @@ EDITS = "/v1/images/edits"
 QUESTION = "Describe everything in the picture."
 MOST_TOKENS = 128
 PAINT_EVERY = 5
-"""One request in so many paints: 20 %."""
+"""One request in so many generates an image: 20 %."""
 TEXT_ONLY_EVERY = 4
-"""One chat in so many comes without a picture."""
+"""One chat in so many has no image."""
 WARM_UP = 1_000_000
 """Numbers from here on are those of requests that do not count."""
 
@@ -50,12 +50,12 @@ class Call:
 
 
 def chat(number: int, *, stream: bool = True) -> Call:
-    """A question about a picture of a scene, or now and then a text without one."""
+    """A question about the image of a scene, or every now and then a text without one."""
     scene = _scene(number)
     content: Any = _sentence(scene)
     if number % TEXT_ONLY_EVERY:
-        picture = {"type": "image_url", "image_url": {"url": _data_url(scene)}}
-        content = [picture, {"type": "text", "text": QUESTION}]
+        image = {"type": "image_url", "image_url": {"url": _data_url(scene)}}
+        content = [image, {"type": "text", "text": QUESTION}]
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": MOST_TOKENS,
@@ -72,7 +72,7 @@ def paint(number: int, **fields: Any) -> Call:
 
 
 def edit(number: int, **fields: Any) -> Call:
-    """The picture of a scene to change."""
+    """The image of a scene to edit."""
     body = {
         "prompt": "Remove the largest shape.",
         "images": [{"image_url": _data_url(_scene(number))}],
@@ -95,7 +95,7 @@ def story(number: int, **fields: Any) -> Call:
 
 
 def mixed(number: int) -> Call:
-    """80 % chat, 20 % painting."""
+    """80 % chat, 20 % image generation."""
     return paint(number) if number % PAINT_EVERY == PAINT_EVERY - 1 else chat(number)
 
 

@@ -26,7 +26,7 @@ LEAVERS, ROUNDS = 500, 10
 
 
 def scenarios(leavers: int = LEAVERS, rounds: int = ROUNDS) -> Mapping[str, Scenario]:
-    """All of them by name; each starts a server of its own."""
+    """All of them by name; each starts a separate server."""
     return SINGLE | {
         "leavers": partial(many_leave, leavers),
         "kills": partial(many_signals, signal.SIGKILL, rounds),

@@ -41,7 +41,7 @@ def _ending(outcome: Outcome) -> str:
 
 
 def is_refusal(outcome: Outcome, status: int) -> bool:
-    """Whether a request was refused with that status and told when to come back, in seconds."""
+    """Whether a request was refused with that status and a Retry-After in seconds."""
     after = outcome.retry_after or ""
     return outcome.status == status and after.isdecimal() and int(after) >= 1
 

@@ -26,11 +26,11 @@ UNDERSTANDING, GENERATION = 0, 1
 """Places in the order in which the server starts its engines."""
 LONG = {"steps": 200, "size": "128x128"}
 BEFORE_SECONDS, AFTER_SECONDS = 0.5, 10.0
-"""Of load before the kill, and at most once all is ready again, until somebody was answered."""
+"""Seconds of load before the kill, and at most until the first answer after the restart."""
 
 
 async def generation_killed(options: ServerOptions, log: Path) -> list[Check]:
-    """Images under way fail with 503, text goes on as if nothing had happened."""
+    """Running images fail with 503, text continues undisturbed."""
     scenario = "generation process killed"
     async with running_server(options, log) as server:
         await warm_up(server.port)
@@ -52,7 +52,7 @@ async def generation_killed(options: ServerOptions, log: Path) -> list[Check]:
         ),
         Check(
             scenario=scenario,
-            what="chats go on, also while the engine is down",
+            what="chats continue, also while the engine is down",
             passed=killed.among(chats) > 0 and all(o.ok for o in chats),
             seen=f"{tally(chats)}; {killed.among(chats)} began while it was down",
         ),
@@ -61,7 +61,7 @@ async def generation_killed(options: ServerOptions, log: Path) -> list[Check]:
 
 
 async def understanding_killed(options: ServerOptions, log: Path) -> list[Check]:
-    """Text under way fails with 503, images that are being painted are finished."""
+    """Running text fails with 503, running images are finished."""
     scenario = "understanding process killed"
     async with running_server(options, log) as server:
         await warm_up(server.port)
@@ -86,7 +86,7 @@ async def understanding_killed(options: ServerOptions, log: Path) -> list[Check]
         ),
         Check(
             scenario=scenario,
-            what="images that are being painted are finished",
+            what="running images are finished",
             passed=len(images) == PAINTINGS and all(o.ok for o in images),
             seen=tally(images),
         ),
@@ -110,7 +110,7 @@ class _Killed:
 
 
 async def _under_load(server: Server, victim: int) -> tuple[_Killed, list[Outcome], list[Outcome]]:
-    """Kill an engine while images are painted and chats come and go.
+    """Kill an engine while images are generated and chats come and go.
 
     Gives what happened, and the outcomes of the chats and of the images.
     """
@@ -136,10 +136,10 @@ def _by_turns(number: int) -> Call:
 
 
 async def _all_painting(server: Server) -> None:
-    async def painting() -> bool:
+    async def generating() -> bool:
         return (await server.metrics()).get("gen_images", 0) >= PAINTINGS
 
-    if not await until(painting, 60.0):
+    if not await until(generating, 60.0):
         raise RuntimeError("the images did not come under way")
 
 
@@ -154,7 +154,7 @@ async def _not(answer: object) -> bool:
 def _recovered(scenario: str, killed: _Killed, later: Outcome, restarts: float) -> Check:
     return Check(
         scenario=scenario,
-        what="it is started again, once, and paints",
+        what="it is restarted, once, and generates images",
         passed=later.ok and restarts == 1,
         seen=f"ready after {killed.ready - killed.at:.1f} s, {restarts:.0f} restart, "
         f"then {tally([later])}",

@@ -19,7 +19,7 @@ STEPS, PREVIEWS, SIZE = 40, 3, "512x512"
 """An image whose steps take far longer than hanging up."""
 MOST_STEPS = 2
 """The step under way when the preview arrives here, and one that may begin before word of the
-caller's end has made its way through the server."""
+disconnect has reached the engines."""
 CHATS = 8
 TRIED = 16
 """Chats of which the one with the longest answer is taken."""

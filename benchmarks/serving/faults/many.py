@@ -188,7 +188,7 @@ def _kinds(first: int = 0) -> Iterator[Call]:
 
 
 def _kind(number: int) -> Call:
-    """Requests of all kinds by turns."""
+    """Requests of all kinds, interleaved."""
     small = {"steps": 6, "size": "64x64"}
     match number % 5:
         case 0:
