@@ -1,5 +1,6 @@
 """Settings, hooks and fixtures shared by all tests."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -32,6 +33,8 @@ __all__ = [
 
 # A shell that runs the tests in the background hands down an ignored SIGINT, and so would they.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Processes that tests start by fork server, such as those that load data, import nothing anew.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "neounify.data.loader"])
 # A busy machine is no failure; pytest-timeout still stops a test that hangs.
 settings.register_profile("neounify", deadline=None)
 settings.load_profile("neounify")

@@ -31,6 +31,7 @@ def neounify(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(here: Path) -> None:
     names: dict[str, object] = {}
     commands = 0

@@ -249,6 +249,7 @@ def test_an_engine_that_fails_is_started_again(
     same_image(answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["gen", "und"])
 def test_a_killed_process_costs_only_its_own_requests(
     pipe: neounify.Pipeline, folder: Path, victim: str

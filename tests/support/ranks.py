@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
 
 
 class RankError(AssertionError):
