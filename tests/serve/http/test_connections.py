@@ -11,7 +11,7 @@ import pytest
 from neounify.serve.events import ServiceEvent, ServiceRequest, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.settings import ConnectionLimits
-from serve.http.test_gate import connected
+from serve.http.test_middleware import connected
 from support.http_server import running, wait_until
 from support.scripted_service import Scripted
 

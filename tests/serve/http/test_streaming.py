@@ -1,15 +1,20 @@
-"""Large answers and requests are worked on in threads, small ones on the event loop."""
+"""Streams of answers: merged, silent, failing, left; and large ones rendered in threads."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 import pytest
 from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse
 
+from neounify.errors import EngineDied
 from neounify.serve.events import (
     Finished,
     Painted,
@@ -20,9 +25,127 @@ from neounify.serve.events import (
     TokenLogProb,
 )
 from neounify.serve.http import chat_request, create_app, streaming
-from neounify.serve.http.streaming import INLINE_BYTES
+from neounify.serve.http.streaming import ALIVE, INLINE_BYTES, merge_streams, start_stream
 from neounify.tasks.requests import PaintRequest
-from support.scripted_service import Scripted
+from support.scripted_service import Script, Scripted
+
+closed: list[str] = []
+
+
+async def source(name: str, *items: float | Exception) -> AsyncGenerator[ServiceEvent]:
+    try:
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            await asyncio.sleep(item)
+            yield TextPiece(name)
+    finally:
+        closed.append(name)
+
+
+@pytest.fixture(autouse=True)
+def nothing_closed() -> None:
+    closed.clear()
+
+
+def test_events_come_as_they_are_ready() -> None:
+    async def main() -> list[int]:
+        sources = [source("a", 0.0, 0.2), source("b", 0.1)]
+        return [number async for number, _ in merge_streams(sources)]
+
+    assert asyncio.run(main()) == [0, 1, 0]
+    assert sorted(closed) == ["a", "b"]
+
+
+def test_an_error_closes_all() -> None:
+    async def main() -> None:
+        async for _ in merge_streams([source("a", 60.0), source("b", 0.0, ValueError("no"))]):
+            pass
+
+    with pytest.raises(ValueError, match="no"):
+        asyncio.run(asyncio.wait_for(main(), 20))
+    assert sorted(closed) == ["a", "b"]
+
+
+def test_leaving_closes_all() -> None:
+    async def main() -> None:
+        async with aclosing(merge_streams([source("a", 60.0), source("b", 0.0, 60.0)])) as events:
+            await anext(events)
+        assert sorted(closed) == ["a", "b"]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+BODY = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+
+
+@pytest.fixture(autouse=True)
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SILENCE_SECONDS", 0.05)
+
+
+def ask(script: Script) -> tuple[int, str]:
+    response = TestClient(create_app(Scripted(script))).post("/v1/chat/completions", json=BODY)
+    return response.status_code, response.text
+
+
+def said(text: str) -> str:
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+
+
+def test_comments_while_nothing_comes() -> None:
+    status, text = ask(
+        lambda *_: [0.14, TextPiece("a"), 0.14, TextPiece("b"), Finished("stop", 1, 2, 0)]
+    )
+    assert status == 200
+    assert text.startswith(ALIVE.decode())
+    assert text.count(ALIVE.decode()) >= 4
+    assert said(text) == "ab"
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_no_comments_where_something_comes() -> None:
+    _, text = ask(lambda *_: [TextPiece("a"), Finished("stop", 1, 1, 0)])
+    assert ALIVE.decode() not in text
+
+
+def test_an_error_has_its_status_until_the_first_comment() -> None:
+    assert ask(lambda *_: [EngineDied("Gone.")])[0] == 503
+    status, text = ask(lambda *_: [0.14, EngineDied("Gone.")])
+    assert status == 200
+    assert "event: error" in text
+    assert "engine_restarting" in text
+
+
+def test_closing_ends_a_generator_that_waits() -> None:
+    ended: list[float] = []
+
+    async def slow() -> AsyncGenerator[bytes]:
+        try:
+            yield b"first"
+            await asyncio.sleep(60)
+        finally:
+            ended.append(time.monotonic())
+
+    async def leave() -> None:
+        stream = await start_stream(slow())
+        began = asyncio.Event()
+
+        async def send(message: object) -> None:
+            began.set()
+
+        async def receive() -> dict[str, str]:
+            return {"type": "http.disconnect"}
+
+        sending = asyncio.ensure_future(stream({"type": "http"}, receive, send))
+        await began.wait()
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        assert ended
+
+    asyncio.run(asyncio.wait_for(leave(), 5))
+
 
 CHAT, COMPLETIONS, IMAGES = "/v1/chat/completions", "/v1/completions", "/v1/images/generations"
 TURNS: Any = [{"role": "user", "content": "Hello?"}]
