@@ -25,7 +25,7 @@ def random_ids(model: NeoUnify, length: int) -> list[int]:
 
 
 def new_cache(model: NeoUnify, capacity: int) -> SequenceCache:
-    return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+    return SequenceCache(model.config, capacity, dtype=model.compute_dtype, device=model.device)
 
 
 def read_text(model: NeoUnify, length: int, room: int = 64) -> tuple[SequenceCache, torch.Tensor]:

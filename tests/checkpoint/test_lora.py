@@ -102,7 +102,7 @@ def test_several_files_each_with_its_strength(small: Path, tmp_path: Path) -> No
     ]
     for lora, expected in cases:
         model = load_model(small, lora=lora, lora_strength=3.0)
-        actual = model.state_dict()["layers.1.gen.q_proj.weight"].double()
+        actual = model.state_dict()["layers.1.gen.qkv.q_proj.weight"].double()
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 

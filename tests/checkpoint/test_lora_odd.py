@@ -17,7 +17,7 @@ from neounify.errors import CheckpointError, NeounifyError, RequestError
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
 TARGET = "language_model.model.layers.1.self_attn.q_proj"
-OURS = "layers.1.und.q_proj.weight"
+OURS = "layers.1.und.qkv.q_proj.weight"
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from neounify.checkpoint import expected_shapes, from_published, part_of, stream_of, to_published
+from neounify.checkpoint.names import current_name
 from neounify.config import ModelConfig
+from neounify.config.presets import TINY
 from support.golden import golden_path, needs_golden
 
 GOLDEN_NAMES = ("tiny-dense", "tiny-moe", "tiny-pixelhead", "bench-dense")
@@ -16,21 +18,23 @@ PAIRS = {
     "lm_head.weight": "language_model.lm_head.weight",
     "und_norm.weight": "language_model.model.norm.weight",
     "gen_norm.weight": "language_model.model.norm_mot_gen.weight",
-    "layers.0.und.input_norm.weight": "language_model.model.layers.0.input_layernorm.weight",
-    "layers.10.gen.post_norm.weight": (
+    "layers.0.und.qkv.input_norm.weight": "language_model.model.layers.0.input_layernorm.weight",
+    "layers.10.gen.out.post_norm.weight": (
         "language_model.model.layers.10.post_attention_layernorm_mot_gen.weight"
     ),
-    "layers.3.gen.q_proj.weight": "language_model.model.layers.3.self_attn.q_proj_mot_gen.weight",
-    "layers.3.und.o_proj.bias": "language_model.model.layers.3.self_attn.o_proj.bias",
-    "layers.3.und.k_norm.weight": "language_model.model.layers.3.self_attn.k_norm.weight",
-    "layers.3.gen.k_norm_hw.weight": (
+    "layers.3.gen.qkv.q_proj.weight": (
+        "language_model.model.layers.3.self_attn.q_proj_mot_gen.weight"
+    ),
+    "layers.3.und.out.o_proj.bias": "language_model.model.layers.3.self_attn.o_proj.bias",
+    "layers.3.und.qkv.k_norm.weight": "language_model.model.layers.3.self_attn.k_norm.weight",
+    "layers.3.gen.qkv.k_norm_hw.weight": (
         "language_model.model.layers.3.self_attn.k_norm_hw_mot_gen.weight"
     ),
-    "layers.1.gen.mlp.gate_proj.weight": (
+    "layers.1.gen.out.mlp.gate_proj.weight": (
         "language_model.model.layers.1.mlp_mot_gen.gate_proj.weight"
     ),
-    "layers.1.gen.mlp.router.weight": "language_model.model.layers.1.mlp_mot_gen.gate.weight",
-    "layers.1.und.mlp.experts.12.down_proj.weight": (
+    "layers.1.gen.out.mlp.router.weight": "language_model.model.layers.1.mlp_mot_gen.gate.weight",
+    "layers.1.und.out.mlp.experts.12.down_proj.weight": (
         "language_model.model.layers.1.mlp.experts.12.down_proj.weight"
     ),
     "und_patch.patch.bias": "vision_model.embeddings.patch_embedding.bias",
@@ -104,12 +108,12 @@ def test_an_unknown_name_of_ours_is_a_key_error(function: Callable[[str], str]) 
 @pytest.mark.parametrize(
     ("name", "stream", "part"),
     [
-        ("layers.0.gen.q_proj.weight", "gen", "attention"),
-        ("layers.0.und.q_norm_hw.weight", "und", "norm"),
+        ("layers.0.gen.qkv.q_proj.weight", "gen", "attention"),
+        ("layers.0.und.qkv.q_norm_hw.weight", "und", "norm"),
         ("gen_norm.weight", "gen", "norm"),
-        ("layers.0.und.mlp.up_proj.weight", "und", "mlp"),
-        ("layers.0.gen.mlp.router.weight", "gen", "router"),
-        ("layers.0.gen.mlp.experts.1.up_proj.weight", "gen", "experts"),
+        ("layers.0.und.out.mlp.up_proj.weight", "und", "mlp"),
+        ("layers.0.gen.out.mlp.router.weight", "gen", "router"),
+        ("layers.0.gen.out.mlp.experts.1.up_proj.weight", "gen", "experts"),
         ("und_patch.patch.weight", "und", "patch embedding"),
         ("gen_patch.patch.weight", "gen", "patch embedding"),
         ("timestep_embedder.linear1.bias", "gen", "timestep"),
@@ -121,3 +125,11 @@ def test_an_unknown_name_of_ours_is_a_key_error(function: Callable[[str], str]) 
 )
 def test_streams_and_parts(name: str, stream: str, part: str) -> None:
     assert (stream_of(name), part_of(name)) == (stream, part)
+
+
+def test_names_of_earlier_versions() -> None:
+    """Streams had no halves; names of now stay."""
+    for name in expected_shapes(TINY):
+        old = name.replace(".qkv.", ".").replace(".out.", ".")
+        assert current_name(old) == current_name(name) == name
+    assert current_name("layers.0.und.q_proj.lora_A") == "layers.0.und.qkv.q_proj.lora_A"

@@ -219,7 +219,7 @@ def test_a_linked_folder_and_a_download_caches_links_are_followed(
 
 def test_misfits_are_listed_exactly(tmp_path: Path) -> None:
     weights = random_weights(SMALL)
-    q_proj = to_published("layers.0.und.q_proj.weight")
+    q_proj = to_published("layers.0.und.qkv.q_proj.weight")
     del weights["language_model.model.norm.weight"]
     weights[q_proj] = torch.zeros(3, 32)
     weights["stray"] = torch.zeros(1)

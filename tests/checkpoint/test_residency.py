@@ -85,9 +85,9 @@ def test_both_streams_can_be_in_use(cast: Cast) -> None:
 def test_a_stream_that_is_entered_again_is_not_rebuilt(cast: Cast) -> None:
     model, residency, _ = cast
     with residency.use("und"):
-        address = model.get_parameter("layers.0.und.q_proj.weight").data_ptr()
+        address = model.get_parameter("layers.0.und.qkv.q_proj.weight").data_ptr()
     with residency.use("und"):
-        assert model.get_parameter("layers.0.und.q_proj.weight").data_ptr() == address
+        assert model.get_parameter("layers.0.und.qkv.q_proj.weight").data_ptr() == address
 
 
 def test_an_exception_inside_leaves_the_stream(cast: Cast) -> None:
@@ -104,7 +104,7 @@ def test_parameters_written_to_are_kept(cast: Cast) -> None:
         model.und_norm.weight.fill_(3)
     with residency.use("gen"):
         assert (model.und_norm.weight == 3).all()
-        assert model.get_parameter("layers.0.und.q_proj.weight").numel() == 0
+        assert model.get_parameter("layers.0.und.qkv.q_proj.weight").numel() == 0
     with residency.use("und"):
         assert (model.und_norm.weight == 3).all()
         assert torch.equal(
@@ -169,13 +169,13 @@ def test_lora_is_merged_again_on_entry(small: Path, tmp_path: Path, dtype: str) 
     expected = load_checkpoint(small, dtype=dtype, lora=lora).model.state_dict()
     plain = load_checkpoint(small, dtype=dtype).model.state_dict()
     assert not torch.equal(
-        expected["layers.0.gen.q_proj.weight"], plain["layers.0.gen.q_proj.weight"]
+        expected["layers.0.gen.qkv.q_proj.weight"], plain["layers.0.gen.qkv.q_proj.weight"]
     )
     model, residency, *_ = load_checkpoint(small, dtype=dtype, lora=lora, memory="stream")
     for stream in ("und", "gen", "und", "gen"):
         with residency.use(stream):
             assert_equal_in(stream, model, expected)
-    assert model.get_parameter("layers.1.und.mlp.down_proj.weight").numel() == 0
+    assert model.get_parameter("layers.1.und.out.mlp.down_proj.weight").numel() == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,13 +215,13 @@ def test_mapped_parameters_are_right_after_dropping_and_never_lose_changes(small
     with residency.use("und"):
         model.embed_tokens.weight.mul_(2)
         model.und_patch.patch.weight.mul_(2)
-        model.get_parameter("layers.1.und.k_proj.weight").data = torch.ones(16, 32)
+        model.get_parameter("layers.1.und.qkv.k_proj.weight").data = torch.ones(16, 32)
     for stream in ("gen", "und"):
         with residency.use(stream):
             pass
     changed = ("embed_tokens.weight", "und_patch.patch.weight")
     for name, tensor in model.state_dict().items():
-        if name == "layers.1.und.k_proj.weight":
+        if name == "layers.1.und.qkv.k_proj.weight":
             assert (tensor == 1).all()
         else:
             assert torch.equal(tensor, expected[name] * (2 if name in changed else 1)), name

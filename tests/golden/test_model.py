@@ -292,6 +292,6 @@ def test_the_mixed_forward_gives_the_recorded_clean_image(name: str, model: NeoU
 @pytest.mark.parametrize("stream", ["und", "gen"])
 def test_sparse_block(name: str, stream: str, model: NeoUnify) -> None:
     recorded, _ = load_fixture(name, "moe_block")
-    block = model.get_submodule(f"layers.1.{stream}.mlp")
+    block = model.get_submodule(f"layers.1.{stream}.out.mlp")
     assert isinstance(block, SparseMlp)
     assert_close(block(recorded["x"][0]), recorded[f"{stream}.out"][0], TOLERANCE)

@@ -19,11 +19,11 @@ from support.models import one_thread, random_model  # noqa: F401
     [
         (
             {"streams": ("und",), "modules": ("q_proj",)},
-            ["layers.0.und.q_proj", "layers.1.und.q_proj"],
+            ["layers.0.und.qkv.q_proj", "layers.1.und.qkv.q_proj"],
         ),
         (
             {"modules": ("v_proj",), "layers": (1, 2)},
-            ["layers.1.und.v_proj", "layers.1.gen.v_proj"],
+            ["layers.1.und.qkv.v_proj", "layers.1.gen.qkv.v_proj"],
         ),
         (
             {"modules": ("image head", "lm_head"), "layers": (0, 1)},
@@ -90,6 +90,8 @@ def test_the_seed_decides() -> None:
     for model, seed in ((first, 1), (second, 1), (other, 2)):
         add_lora(model, LoraConfig(), seed)
     assert torch.equal(torch.random.get_rng_state(), state)
-    values = [model.state_dict()["layers.0.und.q_proj.lora_A"] for model in (first, second, other)]
+    values = [
+        model.state_dict()["layers.0.und.qkv.q_proj.lora_A"] for model in (first, second, other)
+    ]
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])

@@ -130,7 +130,7 @@ from neounify.model import compile as ours
 
 real = torch.compile
 torch.compile = lambda f, dynamic: real(f, dynamic=dynamic, backend="eager")
-ours.FEWEST_ROWS = 1
+ours.MIN_ROWS = 1
 wanted = outputs(adapted())
 before, after = adapted(), random_model(SMALL, 0)
 ours.compile_streams(before)
@@ -165,7 +165,7 @@ def test_memory_by_stream(tmp_path: Path, dtype: str) -> None:
     fill(loaded.model)
     x = torch.randn(3, 32, dtype=getattr(torch, dtype))
     wanted = adapted().to(x.dtype)
-    name = "layers.0.{}.q_proj"
+    name = "layers.0.{}.qkv.q_proj"
     for stream in ("und", "gen", "und"):
         with loaded.residency.use(stream):
             actual = loaded.model.get_submodule(name.format(stream))(x)
@@ -173,8 +173,8 @@ def test_memory_by_stream(tmp_path: Path, dtype: str) -> None:
     if dtype == "float32":
         merge_lora(loaded.model)
         with loaded.residency.use("gen"), loaded.residency.use("und"):
-            merged = loaded.model.get_submodule("layers.0.und.q_proj")(x)
-        torch.testing.assert_close(merged, wanted.get_submodule("layers.0.und.q_proj")(x))
+            merged = loaded.model.get_submodule("layers.0.und.qkv.q_proj")(x)
+        torch.testing.assert_close(merged, wanted.get_submodule("layers.0.und.qkv.q_proj")(x))
     else:
         with pytest.raises(CheckpointError, match="not in memory"):
             merge_lora(loaded.model)

@@ -75,7 +75,7 @@ def test_a_loss_on_images_reaches_gen_and_through_the_prefix_und() -> None:
         name
         for name, _ in model.named_parameters()
         if not name.startswith(("lm_head", "und_norm"))
-        and (not name.startswith(last) or name.removeprefix(last).split(".")[0] in taken)
+        and (not name.startswith(last) or name.removeprefix(f"{last}qkv.").split(".")[0] in taken)
     }
     assert _reached(model, clean.square().sum()) == wanted
 

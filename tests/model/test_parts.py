@@ -11,9 +11,9 @@ import torch
 
 from neounify.model.image_head import FlowHead, PixelHead
 from neounify.model.layout import Grid
-from neounify.model.norm import RMSNorm
 from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
 from neounify.model.scalar_embed import ScalarEmbed, sinusoids
+from neounify.model.stream import RMSNorm
 from support import reference
 from support.models import (
     assert_close,
@@ -167,7 +167,7 @@ def test_scalar_embedding() -> None:
     }
     wanted = np.stack([reference.scalar_embed(v, weights, "x") for v in values.tolist()])
     with exact():
-        assert_close(embed(values), wanted, 1e-12)
+        assert_close(embed(values, torch.float64), wanted, 1e-12)
 
 
 @pytest.mark.parametrize("channels", [3, 1, 4])

@@ -91,8 +91,8 @@ def test_nan_weights_are_found_at_work_or_by_looking(
     pipe: neounify.Pipeline, tmp_path: Path
 ) -> None:
     for name, call in (
-        ("layers.1.und.mlp.up_proj.weight", lambda p: p.chat("hi", max_new_tokens=1)),
-        ("layers.1.gen.mlp.up_proj.weight", paint),
+        ("layers.1.und.out.mlp.up_proj.weight", lambda p: p.chat("hi", max_new_tokens=1)),
+        ("layers.1.gen.out.mlp.up_proj.weight", paint),
     ):
         model = copy.deepcopy(pipe.model)
         with torch.no_grad():

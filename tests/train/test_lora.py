@@ -61,7 +61,7 @@ def test_fresh_adapters_change_nothing_at_all() -> None:
 
 def test_an_adapter_computes_its_formula() -> None:
     model = filled()
-    layer = model.get_submodule("layers.0.und.q_proj")
+    layer = model.get_submodule("layers.0.und.qkv.q_proj")
     assert isinstance(layer, LoraLinear)
     x = torch.randn(4, 32)
     wanted = x @ (layer.weight + 5.0 / 3 * layer.lora_B @ layer.lora_A).T
@@ -88,7 +88,7 @@ def test_the_pipeline_loads_what_was_saved(tmp_path: Path, rslora: bool) -> None
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value)
     half = load(tmp_path / "base", lora=(tmp_path / "adapter", 0.5)).model.state_dict()
-    name = "layers.0.gen.q_proj.weight"
+    name = "layers.0.gen.qkv.q_proj.weight"
     base = new_model(CONFIG, 0).state_dict()[name]
     torch.testing.assert_close(half[name] - base, (ours[name] - base) / 2)
 
@@ -109,7 +109,7 @@ def test_the_file_is_as_peft_writes_it(tmp_path: Path) -> None:
 def test_streams_and_modules_are_chosen() -> None:
     model = new_model(CONFIG, 0)
     names = add_lora(model, LoraConfig(rank=2, streams=("gen",), modules=("v_proj",)))
-    assert names == ["layers.0.gen.v_proj", "layers.1.gen.v_proj"]
+    assert names == ["layers.0.gen.qkv.v_proj", "layers.1.gen.qkv.v_proj"]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"{n}.{half}" for n in names for half in ("lora_A", "lora_B")}
     with pytest.raises(ConfigError, match="no layer"):

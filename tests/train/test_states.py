@@ -113,3 +113,21 @@ def test_damaged_states_that_lie_ahead_do_not_count_as_kept(states: Path) -> Non
     prune_states(states, 1, 3)
     assert [p.name for p in saved_states(states)] == ["step-00000003"]
     check_state(states / "step-00000003")
+
+
+def test_states_of_earlier_versions_get_the_names_of_now(tmp_path: Path) -> None:
+    """Streams had no halves: layers.0.und.q_proj is layers.0.und.qkv.q_proj now."""
+    names = ["layers.0.und.q_proj.weight", "layers.1.gen.mlp.up_proj.weight", "und_norm.weight"]
+    tensors = {name: torch.ones(2) for name in names}
+    facts = {**FACTS, "optimizer_parameters": [names[:1], names[1:]]}
+    optimizer = {"0.0.exp_avg": torch.ones(2)}
+    files = {"model": tensors, "ema": tensors, "optimizer": optimizer}
+    loaded, facts = load_state(save_state(tmp_path, 1, files, facts))
+    now = [
+        "layers.0.und.qkv.q_proj.weight",
+        "layers.1.gen.out.mlp.up_proj.weight",
+        "und_norm.weight",
+    ]
+    assert sorted(loaded["model"]) == sorted(loaded["ema"]) == sorted(now)
+    assert loaded["optimizer"].keys() == optimizer.keys()
+    assert facts["optimizer_parameters"] == [now[:1], now[1:]]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
-from neounify.model.stream import Stream
+from neounify.model.stream import OutputMlp, QKVProjection
 from neounify.pipeline import Pipeline
 from neounify.train import supervised
 from neounify.train.log import REPORTS, DivergenceWatch, Log
@@ -138,9 +138,9 @@ def test_compiling_ends_with_the_stage_that_wants_it(
     original = supervised.load_packs
 
     def packs(*args: Any) -> Iterator[Any]:
-        streams = [m for m in run.model.modules() if isinstance(m, Stream)]
-        compiled.append(all("project" in m.__dict__ and "finish" in m.__dict__ for m in streams))
-        compiled.append(any("project" in m.__dict__ or "finish" in m.__dict__ for m in streams))
+        halves = (QKVProjection, OutputMlp)
+        patched = ["forward" in m.__dict__ for m in run.model.modules() if isinstance(m, halves)]
+        compiled.extend([all(patched), any(patched)])
         return original(*args)
 
     monkeypatch.setattr(supervised, "load_packs", packs)

@@ -70,4 +70,4 @@ def select(
 
 def select_for(model: NeoUnify, name: str = "auto") -> AttentionBackend:
     """The backend of a model, see `select`."""
-    return select(model.device, model.dtype, model.config.head_dim, name)
+    return select(model.device, model.compute_dtype, model.config.head_dim, name)

@@ -109,6 +109,9 @@ def load_checkpoint(
             keep = memory == "all" or stream_of(name) == "shared"
             tensor = _first_values(source, choice.dtype, target_device, keep=keep, verify=verify)
             _assign(model, name, tensor)
+    model.compute_dtype = choice.dtype
+    if memory == "all" and target_device.type != "cpu":
+        model.stack_experts()
     residency: Residency = NullResidency()
     if memory == "stream":
         residency = StreamResidency(model, sources)

@@ -17,11 +17,17 @@ Field: TypeAlias = tuple[tuple[str, str], ...]
 NUMBERS = ("layer", "expert")
 FIELDS: dict[str, Field] = {
     "stream": (("und", ""), ("gen", "_mot_gen")),
-    "qkvo": tuple((f"{x}_proj", f"{x}_proj") for x in "qkvo"),
+    "qkvo": (
+        *((f"qkv.{x}_proj", f"{x}_proj") for x in "qkv"),
+        ("out.o_proj", "o_proj"),
+    ),
     "qk": (("q", "q"), ("k", "k")),
     "half": (("", ""), ("_hw", "_hw")),
     "mlp": tuple((f"{x}_proj", f"{x}_proj") for x in ("gate", "up", "down")),
-    "norm": (("input_norm", "input_layernorm"), ("post_norm", "post_attention_layernorm")),
+    "norm": (
+        ("qkv.input_norm", "input_layernorm"),
+        ("out.post_norm", "post_attention_layernorm"),
+    ),
     "vision": (("und", "vision_model"), ("gen", "fm_modules.vision_model_mot_gen")),
     "conv": (("patch", "patch_embedding"), ("merge", "dense_embedding")),
     "linear": (("linear1", "0"), ("linear2", "2")),
@@ -57,7 +63,7 @@ _TEXT_LAYER = f"{_TEXT}.layers.{{layer}}"
 
 RULES = (
     Rule(
-        f"{_LAYER}.mlp.experts.{{expert}}.{{mlp}}.weight",
+        f"{_LAYER}.out.mlp.experts.{{expert}}.{{mlp}}.weight",
         f"{_TEXT_LAYER}.mlp{{stream}}.experts.{{expert}}.{{mlp}}.weight",
         "experts",
     ),
@@ -67,14 +73,14 @@ RULES = (
         "attention",
     ),
     Rule(
-        f"{_LAYER}.{{qk}}_norm{{half}}.weight",
+        f"{_LAYER}.qkv.{{qk}}_norm{{half}}.weight",
         f"{_TEXT_LAYER}.self_attn.{{qk}}_norm{{half}}{{stream}}.weight",
         "norm",
     ),
     Rule(f"{_LAYER}.{{norm}}.weight", f"{_TEXT_LAYER}.{{norm}}{{stream}}.weight", "norm"),
-    Rule(f"{_LAYER}.mlp.{{mlp}}.weight", f"{_TEXT_LAYER}.mlp{{stream}}.{{mlp}}.weight", "mlp"),
+    Rule(f"{_LAYER}.out.mlp.{{mlp}}.weight", f"{_TEXT_LAYER}.mlp{{stream}}.{{mlp}}.weight", "mlp"),
     Rule(
-        f"{_LAYER}.mlp.router.weight",
+        f"{_LAYER}.out.mlp.router.weight",
         f"{_TEXT_LAYER}.mlp{{stream}}.gate.weight",
         "router",
     ),
@@ -121,6 +127,22 @@ def from_published(name: str) -> str | None:
             values = match.groupdict()
             return rule.ours.format(**{k: _translate(k, v, 1) for k, v in values.items()})
     return None
+
+
+_HALVES = (
+    (
+        re.compile(r"(layers\.\d+\.(?:und|gen))\.(?=input_norm\.|[qkv]_proj\.|[qk]_norm)"),
+        r"\1.qkv.",
+    ),
+    (re.compile(r"(layers\.\d+\.(?:und|gen))\.(?=o_proj\.|post_norm\.|mlp\.)"), r"\1.out."),
+)
+
+
+def current_name(name: str) -> str:
+    """A tensor name of this package as it is now; states of earlier versions lack the halves."""
+    for pattern, current in _HALVES:
+        name = pattern.sub(current, name)
+    return name
 
 
 def stream_of(name: str) -> StreamName:

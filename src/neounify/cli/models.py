@@ -72,7 +72,7 @@ class LoadedModel:
         return {
             "folder": self.folder.resolve().name,
             "fingerprint": self.pipe.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(model.compute_dtype).removeprefix("torch."),
             "device": str(model.device),
             "lora": [{"file": file.name, "strength": strength} for file, strength in self.loras],
             **changed,

@@ -28,7 +28,7 @@ class Denoiser:
 
     def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
         self.model = model
-        self.plan = plan or plan_execution(model.config, model.device, model.dtype)
+        self.plan = plan or plan_execution(model.config, model.device, model.compute_dtype)
         self.backend = select_for(model)
         self._calls: dict[tuple[Run, ...], _Call] = {}
 

@@ -71,7 +71,7 @@ class GenerationEngine:
         self.model, self.settings, self.transport = model, settings, transport
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
-        self.plan = settings.adjust(plan_execution(model.config, model.device, model.dtype))
+        self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
         self._denoiser = Denoiser(model, self.plan)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []

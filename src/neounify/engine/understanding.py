@@ -89,12 +89,12 @@ class UnderstandingEngine:
         self, model: NeoUnify, settings: UnderstandingSettings, transport: Transport
     ) -> None:
         self.model, self.settings, self.transport = model, settings, transport
-        self.plan = settings.adjust(plan_execution(model.config, model.device, model.dtype))
+        self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
         self.pool = PagedKVCache(
             model.config,
             self.plan.kv_blocks,
             self.plan.kv_block_size,
-            dtype=model.dtype,
+            dtype=model.compute_dtype,
             device=model.device,
         )
         self.room = Room(self.pool)

@@ -14,12 +14,12 @@ from torch.nn.functional import linear
 from neounify.config import ModelConfig
 from neounify.model.image_head import FlowHead, PixelHead
 from neounify.model.layout import Grid, Layout, grid_owners, grid_patches
-from neounify.model.norm import RMSNorm
+from neounify.model.moe import SparseMlp
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.patch_embed import PatchEmbed, token_patches
 from neounify.model.rope import Rotation, attention_rotation
 from neounify.model.scalar_embed import ScalarEmbed
-from neounify.model.stream import Attend, Layer
+from neounify.model.stream import Attend, Layer, RMSNorm
 
 Logits = Callable[[Tensor], Tensor]
 Score = Callable[[Logits, Tensor], Any]
@@ -56,12 +56,14 @@ class NeoUnify(nn.Module):
 
     Legend: U, G rows of the understanding and generation stream; D hidden size; C token
     side in pixels, M merge side and P patch side (C = M·P); I clean, J noisy images.
-    Single device, no state: caches are arguments.
+    Single device, no state: caches are arguments. `compute_dtype` is that of activations and
+    caches; weights may be stored in another one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compute_dtype = torch.get_default_dtype()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.und_patch = PatchEmbed(config)
@@ -80,9 +82,11 @@ class NeoUnify(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeoUnify:
+        super()._apply(fn, recurse)
+        # A cast of the weights is a cast of what is computed with them.
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
 
     def embed_und(
         self,
@@ -97,7 +101,9 @@ class NeoUnify(nn.Module):
                 f"{token_ids.shape[0]} ids and images of {_sizes(grids)} tokens do not fit the "
                 f"layout: {layout.text_length} ids and images of {_sizes(layout.image_grids)}"
             )
-        parts = [self.embed_tokens(token_ids)] if token_ids.numel() else []
+        parts = []
+        if token_ids.numel():
+            parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
         if images:
             parts.append(self.embed_clean(images))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -112,7 +118,7 @@ class NeoUnify(nn.Module):
         grids = [self.token_grid(image) for image in images]
         patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
         cells = grid_patches(tuple(grids), c.merge, patches.device)
-        return self.und_patch(patches.to(self.dtype), cells)
+        return self.und_patch(patches.to(self.compute_dtype), cells)
 
     def embed_noisy(
         self,
@@ -137,11 +143,11 @@ class NeoUnify(nn.Module):
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
         squares = z.view(-1, m, p, m, p, c.channels)
         patches = squares.permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, c.channels * p * p)
-        x = self.gen_patch(patches.to(self.dtype), grid_patches(tuple(grids), m, z.device))
-        condition = self.timestep_embedder(t)
+        x = self.gen_patch(patches.to(self.compute_dtype), grid_patches(tuple(grids), m, z.device))
+        condition = self.timestep_embedder(t, self.compute_dtype)
         if c.flow.noise_scale_embedding:
             relative = noise_scale / c.flow.noise_scale_max
-            condition = condition + self.noise_scale_embedder(relative)
+            condition = condition + self.noise_scale_embedder(relative, self.compute_dtype)
         return x + condition.index_select(0, grid_owners(tuple(grids), z.device))
 
     def backbone(
@@ -218,6 +224,12 @@ class NeoUnify(nn.Module):
         """Token rows and columns of an image; ValueError when a side is no multiple of C."""
         _, height, width = image.shape
         return Grid.of_pixels(height, width, self.config.token_size)
+
+    def stack_experts(self) -> None:
+        """Let the experts of every sparse MLP run in grouped products, see `SparseMlp.stack`."""
+        for module in self.modules():
+            if isinstance(module, SparseMlp):
+                module.stack()
 
     def _rotation(self, layout: Layout, stream: StreamName, x: Tensor) -> Rotation:
         c = self.config

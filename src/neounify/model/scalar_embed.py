@@ -26,6 +26,9 @@ class ScalarEmbed(nn.Module):
         self.linear1 = nn.Linear(NUM_FEATURES, size)
         self.linear2 = nn.Linear(size, size)
 
-    def forward(self, values: Float[Tensor, " n"]) -> Float[Tensor, "n size"]:
-        features = sinusoids(values).to(self.linear1.weight.dtype)
+    def forward(
+        self, values: Float[Tensor, " n"], dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "n size"]:
+        """Embeddings in `dtype`, that of the model's activations."""
+        features = sinusoids(values).to(dtype)
         return self.linear2(silu(self.linear1(features)))

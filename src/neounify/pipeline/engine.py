@@ -55,13 +55,13 @@ class Engine(Front):
         residency: Residency,
         system_message: str,
     ) -> None:
-        super().__init__(model.config, tokenizer, system_message, model.dtype)
+        super().__init__(model.config, tokenizer, system_message, model.compute_dtype)
         self.model = model
         self.residency = residency
 
     def new_cache(self, capacity: int) -> SequenceCache:
         model = self.model
-        return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+        return SequenceCache(model.config, capacity, dtype=model.compute_dtype, device=model.device)
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Prompt], images: Sequence[Sequence[Tensor]]) -> list[Prefix]:

@@ -131,7 +131,7 @@ def loss_of(
         noise_scale=None if noised is None else noised.noise_scale,
         logit_rows=pack.label_rows.to(device),
     )
-    rows = plan_execution(model.config, device, model.dtype).logits_rows
+    rows = plan_execution(model.config, device, model.compute_dtype).logits_rows
     score = partial(_token_losses, ids=pack.label_ids.to(device), rows=rows)
     (losses, correct), clean = model(batch, score)
     loss = torch.zeros((), device=device)

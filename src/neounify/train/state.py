@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neounify.checkpoint.names import current_name
 from neounify.errors import CheckpointError
 from neounify.files import atomic_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
@@ -130,9 +131,28 @@ def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     """(tensors by file, facts) of one state. Raises CheckpointError."""
     facts = _facts(path)
     try:
-        return {name: load_file(path / f"{name}.safetensors") for name in _recorded(facts)}, facts
+        files = {name: load_file(path / f"{name}.safetensors") for name in _recorded(facts)}
+        return {n: _current_names(tensors) for n, tensors in files.items()}, _current_facts(facts)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
+
+
+def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {current_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _current_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts with the parameter names of this version."""
+    members = facts.get("optimizer_parameters")
+    if not isinstance(members, list):
+        return facts
+    names = [
+        [current_name(n) if isinstance(n, str) else n for n in member]
+        if isinstance(member, list)
+        else member
+        for member in members
+    ]
+    return {**facts, "optimizer_parameters": names}
 
 
 def _facts(path: Path) -> dict[str, Any]:

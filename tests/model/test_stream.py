@@ -1,0 +1,154 @@
+"""Halves of a stream as modules: hooks, replaced linears, shares of heads, joined norms."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neounify.config import MlpConfig
+from neounify.model import Document, Layout, NeoUnify, Text
+from neounify.model.moe import SparseMlp
+from neounify.model.parts import STREAMS
+from neounify.model.stream import OutputMlp, QKVProjection
+from support.models import Maker, Packed, pack, random_config, random_model
+
+
+def _setup(**fixed: object) -> tuple[NeoUnify, Packed]:
+    rng = random.Random(0)
+    config = random_config(rng, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, **fixed)
+    maker = Maker(rng, config)
+    packed = pack([[maker.text(3), *maker.noisy((1, 2))]], config, torch.float64)
+    return random_model(config, 0, torch.float64), packed
+
+
+def test_every_module_with_weights_is_called() -> None:
+    """So that hooks of sharding and of quantisation reach it; embeddings and heads included."""
+    model, packed = _setup(und_mlp=MlpConfig(width=8), gen_mlp=MlpConfig(width=8))
+    called: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    packed.run(model)
+    halves = {f"layers.{n}.{s}.{half}" for n in (0, 1) for s in STREAMS for half in ("qkv", "out")}
+    assert halves <= called
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert linears <= called
+
+
+def test_a_linear_may_be_replaced() -> None:
+    class Doubled(nn.Module):
+        """No weight of the usual kind."""
+
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.halved = nn.Parameter(linear.weight / 2)
+            self.bias = linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.halved + self.halved, self.bias)
+
+    model, packed = _setup()
+    expected = packed.run(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            model.set_submodule(name, Doubled(module))
+    for actual, wanted in zip(packed.run(model), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_a_rank_may_hold_half_of_the_heads() -> None:
+    """Two shares of the projections, each with its own heads, give all of them together."""
+    model, _ = _setup()
+    config = model.config
+    half = model.get_submodule("layers.0.und.qkv")
+    assert isinstance(half, QKVProjection)
+    layout = Layout([Document((Text(5),))])
+    x = torch.randn(5, config.hidden_size, dtype=torch.float64)
+    rotation = model._rotation(layout, "und", x)
+    whole = half(x, rotation)
+    shares = []
+    for rank in range(2):
+        share = QKVProjection(config).double().requires_grad_(False)
+        share.load_state_dict(half.state_dict())
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = share.get_submodule(name)
+            for kind, values in list(linear.named_parameters()):
+                setattr(linear, kind, nn.Parameter(values.chunk(2)[rank], requires_grad=False))
+        shares.append(share(x, rotation))
+    for both, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(list(parts), dim=1), both)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "parameter", "load"])
+def test_joined_norms_follow_their_weights(how: str) -> None:
+    model, packed = _setup()
+    packed.run(model)
+    name = "layers.1.gen.qkv.k_norm_hw"
+    norm = model.get_submodule(name)
+    new = norm.get_parameter("weight").detach() * 3
+    if how == "in place":
+        norm.get_parameter("weight").copy_(new)
+    elif how == "data":
+        norm.get_parameter("weight").data = new
+    elif how == "parameter":
+        norm.register_parameter("weight", nn.Parameter(new, requires_grad=False))
+    else:
+        model.load_state_dict({**model.state_dict(), f"{name}.weight": new})
+    fresh = NeoUnify(model.config).double().requires_grad_(False)
+    fresh.load_state_dict(model.state_dict())
+    for actual, wanted in zip(packed.run(model), packed.run(fresh), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=0, rtol=0)
+
+
+def test_trained_norms_get_gradients() -> None:
+    model, packed = _setup()
+    packed.run(model)
+    model.requires_grad_(True)
+    logits, clean = packed.run(model)
+    (logits.sum() + clean.sum()).backward()  # type: ignore[union-attr]
+    for stream in STREAMS:
+        gradient = model.get_parameter(f"layers.0.{stream}.qkv.q_norm_hw.weight").grad
+        assert gradient is not None
+        assert gradient.any()
+
+
+def test_compute_dtype_follows_casts() -> None:
+    model, packed = _setup()
+    assert model.compute_dtype == torch.float64
+    assert model.bfloat16().compute_dtype == torch.bfloat16
+    assert model.to("cpu").compute_dtype == torch.bfloat16
+    model.float()
+    logits, _ = packed.run(model)
+    assert model.compute_dtype == logits.dtype == torch.float32
+
+
+def test_stacked_experts_compute_the_same() -> None:
+    config = MlpConfig(
+        width=8, num_experts=6, experts_per_token=2, expert_width=8, sparse=(True, False)
+    )
+    model, packed = _setup(und_mlp=config, gen_mlp=config, hidden_size=16)
+    model.float()
+    expected = packed.run(model)
+    model.stack_experts()
+    sparse = [m for m in model.modules() if isinstance(m, SparseMlp)]
+    assert sparse
+    assert all(m._is_stacked() for m in sparse)
+    for actual, wanted in zip(packed.run(model), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    first = sparse[0].experts[0].get_submodule("up_proj")
+    first.get_parameter("weight").data = first.get_parameter("weight").clone()
+    assert not sparse[0]._is_stacked()
+    packed.run(model)
+
+
+def test_output_of_a_stream() -> None:
+    """x + o(attended), then x + mlp(norm(x))."""
+    model, _ = _setup(und_mlp=MlpConfig(width=8), gen_mlp=MlpConfig(width=8))
+    out = model.get_submodule("layers.0.gen.out")
+    assert isinstance(out, OutputMlp)
+    x = torch.randn(3, model.config.hidden_size, dtype=torch.float64)
+    attended = torch.randn(3, 4, 8, dtype=torch.float64)
+    between = x + out.o_proj(attended.reshape(3, 32))
+    torch.testing.assert_close(out(x, attended), between + out.mlp(out.post_norm(between)))
