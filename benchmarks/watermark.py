@@ -18,7 +18,7 @@ from PIL import Image
 
 from neounify.provenance.payload import FIELDS, MIN_AGREEING, agreeing
 from neounify.provenance.watermark import Marker
-from neounify.scenes.world import render_image, sample_rng, sample_scene, scene_config
+from neounify.scenes.world import render, sample_rng, sample_scene, scene_config
 
 SIDES = (64, 128, 512)
 NUMBER = 9
@@ -27,7 +27,7 @@ PRESET = scene_config("default")
 
 def scene(number: int, side: int) -> Image.Image:
     """A scene of the bundled model's world."""
-    return render_image(sample_scene(sample_rng(number), PRESET), PRESET, side)
+    return Image.fromarray(render(sample_scene(sample_rng(number), PRESET), PRESET, side))
 
 
 def smooth(number: int, side: int) -> Image.Image:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal
 
+from PIL import Image
+
 from neounify.scenes.world import (
     FULL_STYLE,
     PRESETS,
     Scene,
     caption,
     facts_of,
-    render_image,
+    render,
     sample_rng,
     sample_scene,
 )
@@ -114,5 +116,5 @@ def _sentence(scene: Scene) -> str:
 
 def _data_url(scene: Scene) -> str:
     file = BytesIO()
-    render_image(scene, _WORLD).save(file, "PNG")
+    Image.fromarray(render(scene, _WORLD)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

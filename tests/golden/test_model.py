@@ -18,7 +18,7 @@ from neounify.checkpoint import load_model
 from neounify.config import TextSampling
 from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
 from neounify.flow.path import velocity
-from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
+from neounify.image.patches import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, Grid, grid_patches
 from neounify.model.moe import SparseMlp
@@ -28,6 +28,7 @@ from support import reference
 from support.attention import plan
 from support.golden import load_fixture, needs_golden
 from support.models import assert_close, batch_of, facts_of, one_thread, weights_of
+from support.patches import from_patches, to_patches
 from support.scripted_sampler import script_sampler
 
 __all__ = ["one_thread"]  # a fixture

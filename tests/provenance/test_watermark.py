@@ -18,7 +18,7 @@ from neounify.provenance.payload import (
     write_fields,
 )
 from neounify.provenance.watermark import Marker, MarkError
-from neounify.scenes.world import render_image, sample_rng, sample_scene, scene_config
+from neounify.scenes.world import render, sample_rng, sample_scene, scene_config
 
 # Its own library wants libGL.so.1, which a bare machine may lack.
 pytest.importorskip("imwatermark", exc_type=ImportError)
@@ -27,7 +27,7 @@ PRESET = scene_config("default")
 
 
 def scene(number: int, side: int) -> Image.Image:
-    return render_image(sample_scene(sample_rng(number), PRESET), PRESET, side)
+    return Image.fromarray(render(sample_scene(sample_rng(number), PRESET), PRESET, side))
 
 
 def jpeg(image: Image.Image) -> Image.Image:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from neounify.config import ModelConfig
 from neounify.config.presets import TINY
-from neounify.image.pixels import to_gen_pixels
 from neounify.pipeline.chatting import ChatRequest, CompletionRequest
 from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.events import (
@@ -23,6 +22,7 @@ from neounify.serve.events import (
     TextPiece,
 )
 from neounify.tasks.requests import PaintRequest
+from support.patches import to_gen_pixels
 
 Script = Callable[[ServiceRequest, int], Iterable[ServiceEvent | float | Exception]]
 """(request, previews) -> events to give, seconds to wait, an error to end with."""

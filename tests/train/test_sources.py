@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from neounify.data.encode import crop_to, nearest_bucket
-from neounify.data.record import write_sample
 from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
-from neounify.data.shards import ShardSource, write_shard
+from neounify.data.shards import ShardSource
 from neounify.data.sources import BLOCK, JsonlSource, Mixture, SampleSource
 from neounify.image import TRAINING_BUCKETS
 from neounify.scenes.world import SceneDataset, scene_config
+from support.samples import write_sample, write_shard
 
 SCENES = SceneDataset(0, scene_config("default"))
 GOOD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}

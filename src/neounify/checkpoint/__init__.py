@@ -15,7 +15,7 @@ from neounify.checkpoint.names import from_published, part_of, stream_of, to_pub
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
 from neounify.checkpoint.save import save_model
-from neounify.checkpoint.summary import Summary, SummaryRow, summarise, summarise_config
+from neounify.checkpoint.summary import Summary, SummaryRow, summarise
 
 __all__ = [
     "CheckpointFolder",
@@ -42,7 +42,6 @@ __all__ = [
     "stored_dtype",
     "stream_of",
     "summarise",
-    "summarise_config",
     "to_published",
     "write_config",
 ]

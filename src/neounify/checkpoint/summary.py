@@ -1,20 +1,12 @@
-"""What a checkpoint holds, per stream, part and dtype."""
+"""Summary of a checkpoint: tensors, parameters and bytes per stream, part and dtype."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import torch
-
-from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import from_published, part_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
-from neounify.config import ModelConfig
-
-Entry: TypeAlias = tuple[str | None, int, torch.dtype]
 
 STREAMS = ("und", "gen", "shared", "unknown")
 
@@ -54,28 +46,17 @@ class Summary:
 
 
 def summarise(checkpoint: CheckpointFolder) -> Summary:
-    """What a checkpoint folder holds; reads headers only."""
-    return _summary(
-        (from_published(name), info.numel, info.dtype) for name, info in checkpoint.tensors.items()
-    )
-
-
-def summarise_config(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Summary:
-    """What a checkpoint of this model would hold with all weights in `dtype`."""
-    shapes = expected_shapes(config)
-    return _summary((name, math.prod(shape), dtype) for name, shape in shapes.items())
-
-
-def _summary(entries: Iterable[Entry]) -> Summary:
+    """Tensors, parameters and bytes of a checkpoint folder; reads headers only."""
     sums: dict[tuple[int, str, str], list[int]] = {}
-    for name, count, dtype in entries:
+    for published, info in checkpoint.tensors.items():
+        name = from_published(published)
         stream = "unknown" if name is None else stream_of(name)
         part = "unknown" if name is None else part_of(name)
-        key = (STREAMS.index(stream), part, str(dtype).removeprefix("torch."))
+        key = (STREAMS.index(stream), part, str(info.dtype).removeprefix("torch."))
         row = sums.setdefault(key, [0, 0, 0])
         row[0] += 1
-        row[1] += count
-        row[2] += count * dtype.itemsize
+        row[1] += info.numel
+        row[2] += info.numel * info.dtype.itemsize
     return Summary(
         tuple(
             SummaryRow(STREAMS[stream], part, dtype, *sums[stream, part, dtype])

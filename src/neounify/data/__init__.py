@@ -1,6 +1,6 @@
 """Training data: the sample type that every source yields, and the sources."""
 
-from neounify.data.record import sample_from_record, sample_to_record, write_sample
+from neounify.data.record import sample_from_record, sample_to_record
 from neounify.data.sample import TASKS, DataError, Part, Sample, SampleImage, SampleText, Turn
 
 __all__ = [
@@ -13,5 +13,4 @@ __all__ = [
     "Turn",
     "sample_from_record",
     "sample_to_record",
-    "write_sample",
 ]

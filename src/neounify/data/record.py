@@ -19,8 +19,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from neounify.data.formats import foreign_record
 from neounify.data.sample import (
     SPEAKER_OF,
@@ -142,22 +140,6 @@ def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, An
     if flags != default:
         record["loss"] = flags
     return record
-
-
-def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:
-    """Write the images to `folder` as PNG, named `stem`-0.png, …, and return the record.
-
-    Paths in the record are relative to `folder`; images that are files already keep theirs.
-    """
-    paths = []
-    for number, part in enumerate(sample.images):
-        if isinstance(part.image, Path):
-            paths.append(part.image.as_posix())
-            continue
-        name = f"{stem}-{number}.png"
-        Image.fromarray(part.pixels()).save(folder / name)
-        paths.append(name)
-    return sample_to_record(sample, paths)
 
 
 def sample_from_record(

@@ -12,10 +12,8 @@ their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their
 
 from __future__ import annotations
 
-import io
-import json
 import tarfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,10 +22,9 @@ from typing import Any
 from PIL import Image
 
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
-from neounify.data.record import parse_json, sample_from_record, sample_to_record
+from neounify.data.record import parse_json, sample_from_record
 from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
 from neounify.data.sources import map_images, read_sample_image
-from neounify.files import atomic_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
@@ -146,29 +143,6 @@ class ShardSource:
             f"the image {str(path)!r} is not in the shard; name a file that shares the key, such "
             f"as {entry.key}.0.png, or one by its path in the shard (siblings here: {siblings})"
         )
-
-
-def write_shard(samples: Iterable[Sample], path: Path) -> None:
-    """Write samples, with their images read, as one shard; the file appears whole or not at all."""
-    with atomic_file(path) as aside, tarfile.open(aside, "w") as archive:
-        for number, sample in enumerate(samples):
-            _write(archive, f"{number:08d}", sample)
-
-
-def _write(archive: tarfile.TarFile, key: str, sample: Sample) -> None:
-    names = [f"{key}.{number}.png" for number in range(len(sample.images))]
-    record = json.dumps(sample_to_record(sample, names), ensure_ascii=False)
-    _add(archive, f"{key}.json", record.encode())
-    for name, part in zip(names, sample.images, strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(part.pixels()).save(buffer, "PNG")
-        _add(archive, name, buffer.getvalue())
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
 
 
 def _index(path: Path, damage: list[str]) -> list[_Entry]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from neounify.errors import RequestError, naming_param
 from neounify.grammar.constraint import Grammar
@@ -14,8 +13,6 @@ from neounify.text.tools import CALL_CLOSE, CALL_OPEN, Tool
 
 MAX_CALLS = 16
 """Calls that a forced answer may hold."""
-
-JSON_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def json_grammar(

@@ -2,13 +2,12 @@
 
 from neounify.image.io import MAX_DECODED_PIXELS, MAX_FILE_BYTES, Source, read_image
 from neounify.image.modes import to_rgb
-from neounify.image.patches import from_patches, patchify, to_patches, unpatchify
+from neounify.image.patches import patchify, unpatchify
 from neounify.image.pixels import (
     MEAN,
     STD,
     normalise_und,
     prepare_image,
-    to_gen_pixels,
     to_pil,
     to_und_pixels,
 )
@@ -30,14 +29,11 @@ __all__ = [
     "Source",
     "check_size",
     "fit_size",
-    "from_patches",
     "nearest_legal_sizes",
     "normalise_und",
     "patchify",
     "prepare_image",
     "read_image",
-    "to_gen_pixels",
-    "to_patches",
     "to_pil",
     "to_rgb",
     "to_und_pixels",

@@ -28,19 +28,6 @@ def to_und_pixels(
     return normalise_und(_to_unit(image)).to(dtype)
 
 
-def to_gen_pixels(
-    image: Image.Image, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "3 height width"]:
-    """Turn an RGB picture into the range of the generation stream: 2x - 1, in [-1, 1].
-
-    Computed in float32, then cast to `dtype`.
-
-    Raises:
-        ValueError: the picture is not RGB.
-    """
-    return (_to_unit(image) * 2 - 1).to(dtype)
-
-
 def normalise_und(
     x: Float[Tensor, "*batch 3 height width"],
 ) -> Float[Tensor, "*batch 3 height width"]:

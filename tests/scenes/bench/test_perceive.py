@@ -15,7 +15,6 @@ from neounify.scenes.world import (
     Scene,
     SceneObject,
     render,
-    render_image,
     sample_rng,
     sample_scene,
 )
@@ -86,7 +85,7 @@ def test_true_renders_are_seen(name: str) -> None:
 def test_larger_pictures_are_seen_too(side: int) -> None:
     for index in range(20):
         scene = sample_scene(sample_rng(22, index), HARD, split="any")
-        assert agrees(scene, perceive(render_image(scene, HARD, side), HARD))
+        assert agrees(scene, perceive(Image.fromarray(render(scene, HARD, side)), HARD))
 
 
 def test_places_are_measured() -> None:
@@ -125,7 +124,7 @@ def test_specks_are_clutter_not_objects() -> None:
 @pytest.mark.parametrize(("stretch", "known"), [(1.12, True), (1.7, False)])
 def test_stretched_shapes_are_known_up_to_a_point(shape: str, stretch: float, known: bool) -> None:
     scene = Scene("white", (SceneObject(shape, "red", "large", (1, 1)),))
-    wide = render_image(scene, DEFAULT, 256).resize((round(256 * stretch), 256))
+    wide = Image.fromarray(render(scene, DEFAULT, 256)).resize((round(256 * stretch), 256))
     left = (wide.width - 256) // 2
     picture = wide.crop((left, 0, left + 256, 256)).resize((64, 64), Image.Resampling.BOX)
     (seen,) = perceive(picture, DEFAULT).objects

@@ -13,13 +13,13 @@ from neounify.data import (
     Sample,
     SampleImage,
     sample_from_record,
-    write_sample,
 )
 from neounify.scenes.bench import perceive
 from neounify.scenes.bench.prompts import names_held_out
 from neounify.scenes.world import PRESETS, SceneDataset, parse_caption, parse_layout
 from neounify.scenes.world.samples import MOST_QUESTIONS
 from neounify.scenes.world.scene import HELD_OUT_PAIRS
+from support.samples import write_sample
 
 DEFAULT = PRESETS["wide"]
 

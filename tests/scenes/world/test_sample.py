@@ -18,9 +18,9 @@ from neounify.data import (
     Turn,
     sample_from_record,
     sample_to_record,
-    write_sample,
 )
 from neounify.errors import NeounifyError
+from support.samples import write_sample
 
 PIXELS = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 

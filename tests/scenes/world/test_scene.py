@@ -15,7 +15,6 @@ from neounify.scenes.world.draw import pick_weighted
 from neounify.scenes.world.names import (
     COLOURS,
     MIN_CONTRAST,
-    MIN_NAME_DISTANCE,
     PLACES,
     cell_of_place,
     colour_distance,
@@ -35,7 +34,7 @@ DEFAULT = PRESETS["wide"]
 
 def test_colour_names_lie_apart() -> None:
     for a, b in combinations(COLOURS, 2):
-        assert colour_distance(COLOURS[a], COLOURS[b]) >= MIN_NAME_DISTANCE, (a, b)
+        assert colour_distance(COLOURS[a], COLOURS[b]) >= 75, (a, b)
 
 
 def test_place_names_and_cells_are_inverse() -> None:

@@ -16,10 +16,10 @@ from neounify.scenes.world.facts import (
     facts_of,
 )
 from neounify.scenes.world.language import caption, layout_text, parse_layout
-from neounify.scenes.world.names import COLOURS, PLACES, RELATIONS, SHAPES, SIZES
+from neounify.scenes.world.names import COLOURS, PLACES, SHAPES, SIZES
 from neounify.scenes.world.parse import parse_caption
 from neounify.scenes.world.questions import QUESTION_KINDS, Question, ask, check_answer
-from neounify.scenes.world.render import render, render_image
+from neounify.scenes.world.render import render
 from neounify.scenes.world.samples import TASK_WEIGHTS, SceneDataset
 from neounify.scenes.world.scene import (
     PRESETS,
@@ -39,7 +39,6 @@ __all__ = [
     "PLACES",
     "PRESETS",
     "QUESTION_KINDS",
-    "RELATIONS",
     "SHAPES",
     "SIZES",
     "TASK_WEIGHTS",
@@ -66,7 +65,6 @@ __all__ = [
     "parse_caption",
     "parse_layout",
     "render",
-    "render_image",
     "sample_edit",
     "sample_rng",
     "sample_scene",

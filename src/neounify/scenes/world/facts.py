@@ -15,7 +15,7 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import pick
-from neounify.scenes.world.names import OPPOSITE, place_name, relations_between
+from neounify.scenes.world.names import place_name, relations_between
 from neounify.scenes.world.scene import Scene, SceneConfig, SceneObject
 
 
@@ -65,22 +65,6 @@ class SceneFacts:
     def count(self) -> int:
         """How many objects are claimed in all."""
         return sum(fact.count for fact in self.objects)
-
-    def canonical(self) -> SceneFacts:
-        """Equal for texts that claim the same, whatever their word order."""
-        order = sorted(range(len(self.objects)), key=lambda i: _sort_key(self.objects[i]))
-        rank = {old: new for new, old in enumerate(order)}
-        relations = set()
-        for r in self.relations:
-            subject, relation, other = rank[r.subject], r.relation, rank[r.object]
-            if relation in ("right of", "below"):
-                subject, relation, other = other, OPPOSITE[relation], subject
-            relations.add((subject, relation, other))
-        return SceneFacts(
-            tuple(self.objects[i] for i in order),
-            tuple(RelationFact(*r) for r in sorted(relations)),
-            self.background,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +175,4 @@ def _fact_with(placed: SceneObject, config: SceneConfig, attributes: Collection[
         colour=placed.colour if "colour" in attributes else None,
         size=placed.size if "size" in attributes else None,
         place=place_name(placed.cell, config.grid) if "place" in attributes else None,
-    )
-
-
-def _sort_key(fact: ObjectFact) -> tuple[str, ...]:
-    return (
-        fact.place or "",
-        fact.shape or "",
-        fact.colour or "",
-        fact.size or "",
-        str(fact.count),
     )

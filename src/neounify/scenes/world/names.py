@@ -1,7 +1,7 @@
 """The closed vocabulary of the world of scenes: colours, shapes, sizes, relations and places.
 
 Every other module speaks these canonical names; `lexicon` maps them to and from English and
-Chinese words. Colours lie at least `MIN_NAME_DISTANCE` apart in RGB, so that a colour painted a
+Chinese words. Colours lie at least 75 levels apart in RGB, so that a colour painted a
 little off still has one nearest name.
 """
 
@@ -30,11 +30,8 @@ COLOURS: dict[str, RGB] = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star", "diamond", "ring")
 SIZES = ("small", "large")
-RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-MIN_NAME_DISTANCE = 75.0
-"""Least RGB distance (of 255 per channel) between two colour names; a test holds it."""
 MIN_CONTRAST = 90.0
 """Least RGB distance between an object and the background it lies on."""
 

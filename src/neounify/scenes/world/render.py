@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.names import COLOURS
@@ -130,8 +129,3 @@ def object_mask(config: SceneConfig, placed: SceneObject, side: int) -> tuple[in
     radius = config.radius(placed.size) * side
     mask_of = _cached_mask if radius <= _CACHED_RADIUS else _mask
     return mask_of(placed.shape, x * side, y * side, radius, side)
-
-
-def render_image(scene: Scene, config: SceneConfig, side: int | None = None) -> Image.Image:
-    """Paint a scene as a PIL image."""
-    return Image.fromarray(render(scene, config, side))
