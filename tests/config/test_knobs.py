@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from neounify.cli import task_options as cli
 from neounify.cli.app import app
+from neounify.cli.checks import resolve_sampling
+from neounify.cli.task_options import EditOptions
 from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.config.presets import SCENES, TINY
@@ -19,11 +23,13 @@ from neounify.flow.sampling import (
     ImageSampling,
     ResolvedSampling,
 )
-from neounify.pipeline.chatting import ChatOptions
+from neounify.pipeline.chatting import ChatOptions, make_chat_request
+from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.image_request import ImageBody
+from support.scripted_service import Scripted
 
 KNOBS = [field.name for field in fields(ImageSampling)]
 EDIT_ONLY = {"image_guidance", "published_interval"}
@@ -135,6 +141,20 @@ def test_the_fields_of_http_are_all_of_the_class() -> None:
     assert set(KNOBS) <= set(ImageFields.model_fields)
 
 
+@pytest.mark.parametrize(("name", "value"), OTHER.items())
+def test_every_option_and_field_arrives(name: str, value: Any) -> None:
+    """Not only offered: what is written there is what images are sampled with."""
+    wanted = ImageSampling(**{name: value}).resolve(TINY, editing=True)
+    written = "0.1,0.9" if name == "guidance_interval" else value
+    options = EditOptions(**{OPTIONS.get(name, name): written})
+    assert resolve_sampling(options, TINY) == wanted
+    form = {name: written if isinstance(written, str) else json.dumps(written)}
+    for body in (form, {name: list(value) if isinstance(value, tuple) else value}):
+        fields = ImageBody.model_validate({"prompt": "a boat", **body})
+        context = create_app(Scripted()).state.context
+        assert context.sampling(fields, editing=True, steps=fields.steps) == wanted
+
+
 # --- text ---
 
 TEXT = [knob.name for knob in fields(TextSampling)]
@@ -174,3 +194,22 @@ def test_a_value_of_text_out_of_range_names_its_field(name: str, value: Any) -> 
     with pytest.raises(RequestError, match=rf"^{name} must be .* got {value}") as refused:
         TextSampling(**{name: value})
     assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {
+        "repetition_penalty": 1.5,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.25,
+        "seed": 7,
+    }.items(),
+)
+def test_every_option_and_field_of_text_arrives(name: str, value: Any) -> None:
+    wanted = TextSampling(**{name: value})
+    given = cli.ChatOptions(**{name: value}).arguments()
+    assert make_chat_request("Hello?", (), **given).sampling == wanted
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": ""}], name: value})
+    assert body.sampling(seed=body.seed) == wanted
