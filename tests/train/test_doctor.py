@@ -34,7 +34,7 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
                     "optimizer": {"name": "muon", "learning_rate": 5e-3},
                     **stage,
                 },
-                # A fresh model learns its tokenizer from scenes, whatever the first stage trains.
+                # Scenes for the tokenizer, whatever the first stage trains.
                 {"name": "b", "steps": 1, "data": [{"world": "easy"}]},
             ],
         }
@@ -51,9 +51,9 @@ def test_a_healthy_stage_learns_every_task(tmp_path: Path) -> None:
     found = findings(*case(tmp_path), steps=200)
     assert found["gradients"].good
     assert found["freezing"].good
-    learnt = {n: f.good for n, f in found.items() if n.endswith(")")}
-    assert len(learnt) == 11
-    assert sum(bool(good) for good in learnt.values()) >= 9, learnt
+    learned = {n: f.good for n, f in found.items() if n.endswith(")")}
+    assert len(learned) == 11
+    assert sum(bool(good) for good in learned.values()) >= 9, learned
 
 
 def test_what_gets_no_gradient_is_named(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_there_was_no_time_for_gets_no_verdict(tmp_path: Path) -> None:
     found = list(examine(start, recipe.stages[0], seconds=0.0))
     undecided = [f for f in found if f.advice.startswith(NO_TIME)]
     assert {f.good for f in undecided} == {None}
-    assert {"caption (text)", "painting"} <= {f.name for f in undecided}
+    assert {"caption (text)", "generation"} <= {f.name for f in undecided}
     assert all("a verdict takes 300 (--seconds" in f.advice for f in undecided)
     assert not [f.name for f in found if f.good is False]
 

@@ -52,7 +52,7 @@ def flat(prompt: Prompt) -> list[int]:
     return prompt.ids([0] * prompt.n_images, context_id=-1)
 
 
-def learnt(encoded: Encoded) -> str:
+def trained_text(encoded: Encoded) -> str:
     return TOKENIZER.decode(encoded.label_ids, skip_special=False)
 
 
@@ -66,14 +66,14 @@ def test_text_to_image_is_the_painting_prompt() -> None:
     assert found.images == ()
 
 
-def test_thoughts_are_learnt_up_to_their_closing_mark_and_no_further() -> None:
+def test_thoughts_are_trained_up_to_their_closing_mark_and_no_further() -> None:
     found = encode(
         "t2i_think", user("a red circle"), model("<think>\nred circle\n</think>\n\n", RED)
     )
     wanted = paint_prompt(TOKENIZER, "a red circle", system="Paint well.", think=True)
     thought = [*TOKENIZER.encode("red circle\n"), TOKENIZER.id("</think>")]
     assert list(found.ids) == [*flat(wanted), *thought, *after_think_ids(TOKENIZER)]
-    assert learnt(found) == "red circle\n</think>"
+    assert trained_text(found) == "red circle\n</think>"
     assert found.label_rows[0] == len(flat(wanted)) - 1
 
 
@@ -86,11 +86,11 @@ def test_edits_show_the_source_and_end_with_the_noisy_target() -> None:
     assert found.targets[0] is BLUE
 
 
-def test_answers_are_learnt_with_their_end() -> None:
+def test_answers_are_trained_with_their_end() -> None:
     found = encode("vqa", user(RED, "\nWhat colour?"), model("red"))
     wanted = chat_prompt(TOKENIZER, [Message("user", "<image>\nWhat colour?")])
     assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert learnt(found) == "red<|im_end|>"
+    assert trained_text(found) == "red<|im_end|>"
     # The rows count the image's tokens too.
     assert found.label_rows[0] == len(flat(wanted)) - 1 + GRID
     assert list(found.label_rows) == list(range(found.label_rows[0], found.label_rows[-1] + 1))
@@ -102,14 +102,14 @@ def test_a_conversation_learns_every_answer() -> None:
         TOKENIZER, [Message("user", "one?"), Message("assistant", "1"), Message("user", "two?")]
     )
     assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert learnt(found) == "1<|im_end|>2<|im_end|>"
+    assert trained_text(found) == "1<|im_end|>2<|im_end|>"
 
 
 def test_stories_learn_text_marks_and_end_and_show_every_image_again() -> None:
     found = encode("interleave", user("Tell."), model("first\n", RED, "\nthen\n", BLUE))
     wanted = interleave_prompt(TOKENIZER, "Tell.", system="", think=False)
     assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert learnt(found) == "first\n<img>\nthen\n<img><|im_end|>"
+    assert trained_text(found) == "first\n<img>\nthen\n<img><|im_end|>"
     kinds = [type(s) for s in found.document.spans]
     assert kinds == [Text, Noise, Image, Text, Noise, Image, Text]
     assert [i is j for i, j in zip(found.images, found.targets, strict=True)] == [True, True]
@@ -149,7 +149,9 @@ def test_reading_tasks_are_never_dropped() -> None:
     encoder = Encoder(
         config=SCENES, tokenizer=TOKENIZER, dropout=GuidanceDropout(text=0.5, all=0.5)
     )
-    assert learnt(encode("vqa", user(RED, "\nx"), model("y"), encoder=encoder)) == "y<|im_end|>"
+    assert (
+        trained_text(encode("vqa", user(RED, "\nx"), model("y"), encoder=encoder)) == "y<|im_end|>"
+    )
 
 
 def test_dropout_comes_as_often_as_asked() -> None:

@@ -137,7 +137,7 @@ def stage(**values: Any) -> dict[str, Any]:
         (stage(optimizer={"lr_scale": {"gne": 2.0}}), "unknown name 'gne'; did you mean 'gen'"),
         (stage(optimizer={"lr_scale": {"gen": -2.0}}), r"lr_scale\.gen: must be at least 0"),
         (stage(method={"loss": {"task_weights": {"vqq": 3.0}}}), "did you mean 'vqa'"),
-        (stage(method={"loss": {"text_weight": 0, "image_weight": 0}}), "nothing to learn"),
+        (stage(method={"loss": {"text_weight": 0, "image_weight": 0}}), "nothing to train"),
         (stage(method={"guidance_dropout": {"text": 0.6, "all": 0.6}}), "must be at most 1"),
         (stage(schedule={"name": "cosin"}), "schedule.name: .*'cosine'.* got 'cosin'"),
         (stage(lora={"layers": [3, 2]}), "first below stop"),

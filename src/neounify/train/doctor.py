@@ -1,9 +1,9 @@
-"""Checks of a training stage before a long run.
+"""Checks of a training stage before a long run: what cannot overfit one batch will not train.
 
-One sample per task is overfitted, with the stage's own optimizer, in about two minutes. That shows
-a source without a usable sample, a stream without gradient, a frozen part that moves, a loss that
-does not fall, images that are noise, blurred, or a grid. What needs more steps than there was time
-for gets no verdict.
+One sample per task is overfitted, with the stage's optimizer, in about two minutes. That reveals a
+source without a usable sample, a stream without gradient, a frozen part that changes, a loss that
+does not fall, images that are noise, blurred, or show the token grid. A check that needs more steps
+than there was time for gives no verdict.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from neounify.train.setup import TrainSetup, build_mixture
 from neounify.train.supervised import build_encoder
 
 SAMPLES = 400
-"""Samples of all sources together that are looked through for one of every task."""
+"""Samples of all sources together that are searched for one of every task."""
 MIN_PER_SOURCE = 50
-"""Samples that are looked at of each source, however many there are."""
+"""Samples that are tried of each source, however many sources there are."""
 MAX_STEPS = 1000
 ENOUGH_STEPS = 300
-"""Steps after which a sample that is not learnt counts as one that cannot be."""
-LIKE = 15.0
-"""PSNR in dB above which a painted image counts as the one that was learnt."""
-LEARNT = 0.5
-"""Share of its first loss that a task must fall below to count as learning."""
-UNLEARNT = 0.05
+"""Steps after which a sample that is not overfitted counts as one that cannot be."""
+MIN_PSNR = 15.0
+"""PSNR in dB above which a generated image counts as its overfitted target."""
+LOSS_SHARE = 0.5
+"""Share of its first loss that a task must fall below to count as training."""
+MAX_CLEAN_ERROR = 0.05
 """Mean square error of clean images (values -1 to 1) above which they are not judged."""
-SEAM = 1.5
-"""Steps at token borders over steps elsewhere that the eye sees as a grid."""
+MAX_SEAM_RATIO = 1.5
+"""Pixel differences at token borders over those elsewhere above which a grid is visible."""
 NO_TIME = "not enough time to tell"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`good` None: no verdict, or a remark. `advice` says in plain words what to do about it."""
+    """Result of one check. `good` None: no verdict, or a remark; `advice`: what to change."""
 
     name: str
     good: bool | None
@@ -63,9 +63,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Overfit:
-    """What overfitting one pack gave: metrics of its first and its last steps.
+    """Result of overfitting one pack: metrics of its first and its last steps.
 
-    `conclusive`: all tasks were learnt, or there were enough steps to say that some cannot be.
+    `conclusive`: all tasks were overfitted, or there were enough steps to say that some cannot be.
     """
 
     first: dict[str, float]
@@ -82,10 +82,10 @@ def examine(
     steps: int = MAX_STEPS,
     source: Mixture | None = None,
 ) -> Iterator[Finding]:
-    """Look at a stage; findings as they come. The model's weights are changed.
+    """Check a stage; yields findings as they come. The model's weights are changed.
 
-    Overfitting ends after `seconds` or `steps`, or sooner when all tasks are learnt. `source` is
-    the stage's data if that is built already.
+    Overfitting ends after `seconds` or `steps`, or sooner when all tasks are overfitted. `source`
+    is the stage's data if it is built already.
     """
     model = setup.model
     if stage.lora is None:
@@ -108,14 +108,14 @@ def examine(
     pack = make_pack(documents)
     yield from _gradients(setup, stage, pack)
     overfit = _overfit(setup, stage, pack, seconds, steps)
-    yield from _learning(overfit, stage)
+    yield from _losses(overfit, stage)
     yield from _times(overfit)
-    yield from _pictures(setup, samples, documents, overfit)
+    yield from _generation(setup, samples, documents, overfit)
 
 
 def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Iterator[Finding]:
-    """Look at every source; one sample of each task goes into `samples`."""
-    damaged = looked_at = 0
+    """Try every source; the first sample of each task goes into `samples`."""
+    damaged = tried = 0
     remarks = []
     each = max(MIN_PER_SOURCE, SAMPLES // len(mixture.sources))
     for probe in probe_sources(mixture, encoder, each):
@@ -126,11 +126,11 @@ def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Ite
         elif probe.skipped:
             remarks.append(f"{probe.name}: {probe.skipped[0].message}")
         damaged += len(probe.skipped)
-        looked_at += len(probe.skipped) + len(probe.usable)
+        tried += len(probe.skipped) + len(probe.usable)
     yield Finding(
         "data",
         False if not samples else None if damaged else True,
-        f"tasks {', '.join(samples) or 'none'}; {damaged} damaged of {looked_at} samples",
+        f"tasks {', '.join(samples) or 'none'}; {damaged} damaged of {tried} samples",
         "; ".join(remarks[:3]),
     )
 
@@ -165,8 +165,8 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
         return f"NaN or infinite: {_some(bad)}; look for damaged weights, or train in float32"
     if dead:
         return (
-            f"nothing reaches {_some(dead)}: no task of the data uses them, or too much is frozen "
-            "(mixed data with images to read and to generate reaches everything)"
+            f"no gradient reaches {_some(dead)}: the data has no task for them, or too much is "
+            "frozen (data with input images and with image targets reaches everything)"
         )
     return ""
 
@@ -174,7 +174,7 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
 def _overfit(
     setup: TrainSetup, stage: StageRecipe, pack: Pack, seconds: float, max_steps: int
 ) -> Overfit:
-    """Learn one pack until all of it is learnt, or time or steps are up."""
+    """Train on one pack until every task is overfitted, or time or steps are used up."""
     optimizers = OptimizerSet(
         dict(setup.model.named_parameters()), stage.optimizer, clip=stage.clip
     )
@@ -188,14 +188,14 @@ def _overfit(
         optimizers.clip_gradients()
         optimizers.step()
         optimizers.zero_grad()
-        taken = time.monotonic() - began
-        ended = taken > seconds or step >= max_steps
+        elapsed = time.monotonic() - began
+        ended = elapsed > seconds or step >= max_steps
         if ended or step % 20 == 0:
             before, last = first.report(), recent.report()
-            learnt = _all_learnt(before, last, LEARNT / 10)
-            if ended or learnt:
-                enough = learnt or step >= min(max_steps, ENOUGH_STEPS)
-                return Overfit(before, last, step, taken, enough)
+            done = _all_below(before, last, LOSS_SHARE / 10)
+            if ended or done:
+                conclusive = done or step >= min(max_steps, ENOUGH_STEPS)
+                return Overfit(before, last, step, elapsed, conclusive)
             recent = Metrics(setup.model.device)
     raise AssertionError  # the loop above ends by returning
 
@@ -212,20 +212,21 @@ def _tasks(report: dict[str, float]) -> list[str]:
     return [name for name in report if name.count("/") == 2 and name.endswith("/loss")]
 
 
-def _all_learnt(first: dict[str, float], last: dict[str, float], share: float) -> bool:
+def _all_below(first: dict[str, float], last: dict[str, float], share: float) -> bool:
+    """Whether every task's last loss is below a share of its first."""
     return all(last.get(name, 9e9) < share * first[name] for name in _tasks(first))
 
 
-def _learning(overfit: Overfit, stage: StageRecipe) -> Iterator[Finding]:
+def _losses(overfit: Overfit, stage: StageRecipe) -> Iterator[Finding]:
     for name in _tasks(overfit.first):
         before = overfit.first[name]
         after = overfit.last.get(name, before)
         kind, task, _ = name.split("/")
-        good: bool | None = after < LEARNT * before or after < 0.01
+        good: bool | None = after < LOSS_SHARE * before or after < 0.01
         advice = ""
         if not good and overfit.conclusive:
             advice = (
-                f"one sample could not be learnt in {overfit.steps} steps: raise the learning "
+                f"one sample could not be overfitted in {overfit.steps} steps: raise the learning "
                 f"rate ({stage.optimizer.learning_rate:g}), or unfreeze what this task needs"
             )
         elif not good:
@@ -234,7 +235,7 @@ def _learning(overfit: Overfit, stage: StageRecipe) -> Iterator[Finding]:
 
 
 def _no_time(overfit: Overfit) -> str:
-    """What to say where there is no verdict: the time that a verdict needs."""
+    """Advice where there is no verdict: the time that a verdict needs."""
     needed = overfit.seconds * ENOUGH_STEPS / overfit.steps
     return (
         f"{NO_TIME}: {overfit.steps} steps in {overfit.seconds:.0f} s, a verdict takes "
@@ -252,8 +253,8 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
     known = [error for error in errors if error is not None]
     if len(known) < 2:
         return
-    if min(known) > UNLEARNT:
-        yield Finding("error by t", None, "the images are not learnt far enough to tell")
+    if min(known) > MAX_CLEAN_ERROR:
+        yield Finding("error by t", None, "the images are not overfitted enough to tell")
         return
     good = known[-1] <= known[0] or max(known) < 0.005
     yield Finding(
@@ -270,10 +271,10 @@ def _times(overfit: Overfit) -> Iterator[Finding]:
     )
 
 
-def _pictures(
+def _generation(
     setup: TrainSetup, samples: dict[str, Sample], documents: list[Encoded], overfit: Overfit
 ) -> Iterator[Finding]:
-    """Paint the learnt prompt again: is it that image, sharp and without a grid?"""
+    """Generate the overfitted prompt: is it the target, sharp and without a grid?"""
     known = {d.task: d for d in documents}
     if "t2i" not in known or not known["t2i"].targets:
         return
@@ -282,34 +283,34 @@ def _pictures(
     pipe = Pipeline(setup.model, setup.tokenizer, system_message=setup.system_message)
     height, width = target.shape[:2]
     prompt = samples["t2i"].text("user")
-    painted = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]
-    pixels = np.asarray(painted)
-    likeness = psnr(target, pixels)
-    learnt = overfit.last.get("image/clean", 1.0) < UNLEARNT
-    like = likeness > LIKE
+    image = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]
+    pixels = np.asarray(image)
+    decibels = psnr(target, pixels)
+    overfitted = overfit.last.get("image/clean", 1.0) < MAX_CLEAN_ERROR
+    like = decibels > MIN_PSNR
     advice = ""
     if not like and overfit.conclusive:
         advice = "noise or blur: see the losses above; more time (--seconds) may be enough"
     elif not like:
         advice = _no_time(overfit)
     yield Finding(
-        "painting",
-        like if like or (learnt and overfit.conclusive) else None,
-        f"the learnt prompt paints the learnt image at {likeness:.1f} dB",
+        "generation",
+        like if like or (overfitted and overfit.conclusive) else None,
+        f"the overfitted prompt gives its target at {decibels:.1f} dB PSNR",
         advice,
     )
     yield from _seams(target, pixels, setup.model.config.token_size, like, overfit)
 
 
 def _seams(
-    target: Pixels, painted: Pixels, token: int, like: bool, overfit: Overfit
+    target: Pixels, image: Pixels, token: int, like: bool, overfit: Overfit
 ) -> Iterator[Finding]:
-    """The painted image must not show more of the token grid than the image it was learnt from."""
+    """The generated image must not show more of the token grid than its target."""
     try:
-        seams, own = seam_ratio(painted, token), seam_ratio(target, token)
+        seams, target_seams = seam_ratio(image, token), seam_ratio(target, token)
     except DataError:
         return
-    good = seams < SEAM * max(1.0, own)
+    good = seams < MAX_SEAM_RATIO * max(1.0, target_seams)
     judged = good or (like and overfit.conclusive)
     advice = ""
     if not good:
@@ -318,7 +319,8 @@ def _seams(
     yield Finding(
         "seams",
         good if judged else None,
-        f"steps at token borders are {seams:.2f} times those elsewhere ({own:.2f} in the data)",
+        f"differences at token borders are {seams:.2f} times those elsewhere "
+        f"({target_seams:.2f} in the data)",
         advice,
     )
 

@@ -36,7 +36,7 @@ MAX_SHOWN = 10
 class Log:
     """Writes log.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
 
-    After a resume at some step, later lines of log.jsonl are dropped: each step stands once.
+    A resume at some step drops later lines of log.jsonl, so that each step is there once.
     """
 
     def __init__(self, folder: Path, console: Console | None = None, *, tensorboard: bool = True):
@@ -53,19 +53,19 @@ class Log:
         self._shown = 0
 
     def rewind(self, step: int) -> None:
-        """Forget lines of steps after `step`."""
+        """Drop lines of steps after `step`."""
         if not self.file.is_file():
             return
-        kept = []
+        lines = []
         for line in self.file.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        write_bytes(self.file, "".join(line + "\n" for line in kept).encode())
+                    lines.append(line)
+        write_bytes(self.file, "".join(line + "\n" for line in lines).encode())
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """A bar under the lines while a run lasts, on a terminal that is not to be quiet."""
+        """Show a progress bar below the lines during a run, on a terminal that is not quiet."""
         if self.console.quiet or not self.console.is_terminal:
             yield
             return
@@ -77,7 +77,7 @@ class Log:
                 self._bar = None
 
     def stage(self, stage: StageRecipe, progress: Progress, meter: Meter) -> None:
-        """A stage begins, or goes on."""
+        """Print the start of a stage, or its continuation."""
         self._meter = meter
         frozen = f", frozen: {', '.join(stage.freeze)}" if stage.freeze else ""
         self.console.print(
@@ -145,14 +145,14 @@ class Log:
             soft_wrap=True,
         )
 
-    def evaluation(self, progress: Progress, found: dict[str, float]) -> None:
-        self._write("evaluation", {**asdict(progress), **found})
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
-        if scores:
-            self.console.print(f"[bold]evaluation[/] {scores}", highlight=False, soft_wrap=True)
+    def evaluation(self, progress: Progress, scores: dict[str, float]) -> None:
+        self._write("evaluation", {**asdict(progress), **scores})
+        line = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        if line:
+            self.console.print(f"[bold]evaluation[/] {line}", highlight=False, soft_wrap=True)
 
     def damaged(self, messages: Iterable[str]) -> None:
-        """List damaged samples that were not listed before; the first ones in the terminal too."""
+        """Append new damaged samples to skipped.txt; print the first ones of the run."""
         new = [message for message in messages if message not in self._listed]
         if not new:
             return
@@ -161,22 +161,22 @@ class Log:
         with self.skipped_file.open("a", encoding="utf-8", errors="replace") as file:
             file.writelines(message + "\n" for message in new)
         for message in new[: MAX_SHOWN - self._shown]:
-            self._say(f"skipped {message}", "yellow")
+            self._print(f"skipped {message}", "yellow")
         if self._shown < MAX_SHOWN <= self._shown + len(new):
-            self._say(f"further damaged samples are counted, and listed in {self.skipped_file}")
+            self._print(f"further damaged samples are counted, and listed in {self.skipped_file}")
         self._shown = min(MAX_SHOWN, self._shown + len(new))
 
     def warn(self, message: str) -> None:
-        """Say something that the user should act on."""
-        self._say(message, "bold yellow")
+        """Print something that the user should act on."""
+        self._print(message, "bold yellow")
 
     def sources(self, lines: Iterable[str]) -> None:
-        """At the end of a stage: what its sources of data gave."""
+        """Print the usable share of each data source at the end of a stage."""
         for line in lines:
-            self._say(f"data {line}")
+            self._print(f"data {line}")
 
-    def _say(self, text: str, style: str | None = None) -> None:
-        # Texts of files may hold brackets, which are no markup.
+    def _print(self, text: str, style: str | None = None) -> None:
+        # Messages may hold brackets that are not markup.
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def nonfinite(self, progress: Progress, samples: Sequence[str]) -> None:
@@ -187,7 +187,7 @@ class Log:
         )
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        # NaN and infinities are no JSON.
+        # JSON has no NaN and no infinities.
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
@@ -250,12 +250,12 @@ class _Level:
 
 @dataclass
 class DivergenceWatch:
-    """Follows the losses of the reports of one stage; a warning once per rise."""
+    """Watches the losses reported in one stage; one warning per rise."""
 
     levels: dict[str, _Level] = field(default_factory=dict)
 
     def look(self, step: int, metrics: Mapping[str, float], stage: StageRecipe) -> str | None:
-        """What to say after the report of a step; None as long as all is well."""
+        """A warning after the report of a step; None while no loss diverges."""
         for name in LOSSES:
             if name not in metrics:
                 continue
@@ -276,7 +276,7 @@ def _warning(kind: str, level: _Level, stage: StageRecipe) -> str:
 
 
 def settings_against_divergence(stage: StageRecipe) -> str:
-    """The settings that calm a stage, with their values."""
+    """Advice: the settings that make a stage more stable, with their values."""
     precision = ', use precision = "float32"' if stage.precision != "float32" else ""
     return (
         f"Lower optimizer.learning_rate ({stage.optimizer.learning_rate:g}) or clip "

@@ -35,6 +35,12 @@ from neounify.image.pixels import normalise_und
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
 from neounify.runtime.plan import plan_execution
 
+T_INTERVALS = 5
+"""Equal intervals of t over [0, 1] for which the image loss is reported."""
+
+_TEXT = ("loss", "correct", "count")
+_IMAGE = ("loss", "clean", "count")
+
 
 @settings(frozen=True, kw_only=True, config=STRICT)
 class LossConfig:
@@ -53,7 +59,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not self.text_weight and not self.image_weight:
-            raise ValueError("text_weight and image_weight are both 0: there is nothing to learn")
+            raise ValueError("text_weight and image_weight are both 0: there is nothing to train")
         check_weights("task_weights", self.task_weights, TASKS)
 
     def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " j"]:
@@ -62,15 +68,15 @@ class LossConfig:
         return shift_time(torch.sigmoid(self.t_mean + self.t_std * normal), self.time_shift)
 
     def weights(self, tasks: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The weight of each label or picture by its task."""
-        given = self.task_weights or {}
-        table = torch.tensor([given.get(task, 1.0) for task in TASKS], device=tasks.device)
+        """The weight of each label or image by its task."""
+        weights = self.task_weights or {}
+        table = torch.tensor([weights.get(task, 1.0) for task in TASKS], device=tasks.device)
         return table[tasks]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Labels and noisy tokens of a whole step: what the sums of its packs are divided by."""
+    """Labels and noisy tokens of a whole step, the denominators of its losses."""
 
     labels: int
     tokens: int
@@ -190,15 +196,15 @@ def _image_loss(
 
 
 def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
-    """Clean pictures for the understanding stream, [3, height, width] each."""
-    found: list[Tensor] = []
+    """Clean images for the understanding stream, [3, height, width] each."""
+    tensors: list[Tensor] = []
     for stack in _stacks(images, device):
-        found += normalise_und(stack.float() / 255).unbind()
-    return found
+        tensors += normalise_und(stack.float() / 255).unbind()
+    return tensors
 
 
 def _tokens(images: Sequence[Pixels], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
-    """Target pictures as token rows in [-1, 1]."""
+    """Target images as token rows in [-1, 1]."""
     stacks = (stack.float() / 127.5 - 1 for stack in _stacks(images, device))
     return torch.cat([patchify(stack, side).flatten(0, 1) for stack in stacks])
 
@@ -206,16 +212,9 @@ def _tokens(images: Sequence[Pixels], side: int, device: torch.device) -> Float[
 def _stacks(
     images: Sequence[Pixels], device: torch.device
 ) -> Iterator[UInt8[Tensor, "_n 3 _height _width"]]:
-    """Pictures in order, those of one size in a row as one tensor."""
+    """Images in order, consecutive ones of one size as one tensor."""
     for _, same in groupby(images, key=lambda image: image.shape):
         yield torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)
-
-
-T_INTERVALS = 5
-"""Equal intervals of t over [0, 1] for which the image loss is reported."""
-
-_TEXT = ("loss", "right", "count")
-_IMAGE = ("loss", "clean", "count")
 
 
 class Metrics:
@@ -227,9 +226,9 @@ class Metrics:
             len(TASKS), T_INTERVALS, len(_IMAGE), dtype=torch.float64, device=device
         )
 
-    def add_text(self, tasks: Tensor, losses: Tensor, right: Tensor) -> None:
-        """Per label: its task, its cross entropy, whether the likeliest token was right."""
-        values = torch.stack([losses, right, torch.ones_like(losses)], dim=1)
+    def add_text(self, tasks: Tensor, losses: Tensor, correct: Tensor) -> None:
+        """Per label: its task, its cross entropy, whether the likeliest token was correct."""
+        values = torch.stack([losses, correct, torch.ones_like(losses)], dim=1)
         self.text.index_add_(0, tasks, values.double())
 
     def add_image(
@@ -237,12 +236,12 @@ class Metrics:
     ) -> None:
         """Per image: task, t and token count; per token: velocity loss and clean-image error."""
         interval = (t * T_INTERVALS).long().clamp(0, T_INTERVALS - 1)
-        place = (tasks * T_INTERVALS + interval).repeat_interleave(lengths)
+        index = (tasks * T_INTERVALS + interval).repeat_interleave(lengths)
         values = torch.stack([losses, clean, torch.ones_like(losses)], dim=1)
-        self.image.flatten(0, 1).index_add_(0, place, values.double())
+        self.image.flatten(0, 1).index_add_(0, index, values.double())
 
     def merge(self, other: Metrics) -> None:
-        """Add the sums of another stretch."""
+        """Add other sums."""
         self.text += other.text
         self.image += other.image
 
@@ -252,23 +251,23 @@ class Metrics:
         `image/clean` is the mean square error of x̂ in [-1, 1]. Names without data are missing.
         """
         text, image = self.text.cpu(), self.image.cpu()
-        found: dict[str, float] = {}
-        _put(found, "text/loss", text.sum(0), 0)
-        _put(found, "text/accuracy", text.sum(0), 1)
-        _put(found, "image/loss", image.sum((0, 1)), 0)
-        _put(found, "image/clean", image.sum((0, 1)), 1)
+        means: dict[str, float] = {}
+        _put(means, "text/loss", text.sum(0), 0)
+        _put(means, "text/accuracy", text.sum(0), 1)
+        _put(means, "image/loss", image.sum((0, 1)), 0)
+        _put(means, "image/clean", image.sum((0, 1)), 1)
         for number, task in enumerate(TASKS):
-            _put(found, f"text/{task}/loss", text[number], 0)
-            _put(found, f"text/{task}/accuracy", text[number], 1)
-            _put(found, f"image/{task}/loss", image[number].sum(0), 0)
+            _put(means, f"text/{task}/loss", text[number], 0)
+            _put(means, f"text/{task}/accuracy", text[number], 1)
+            _put(means, f"image/{task}/loss", image[number].sum(0), 0)
         for interval in range(T_INTERVALS):
             low, high = interval / T_INTERVALS, (interval + 1) / T_INTERVALS
-            _put(found, f"image/t{low:.1f}-{high:.1f}", image[:, interval].sum(0), 0)
-            _put(found, f"image/clean/t{low:.1f}-{high:.1f}", image[:, interval].sum(0), 1)
-        return found
+            _put(means, f"image/t{low:.1f}-{high:.1f}", image[:, interval].sum(0), 0)
+            _put(means, f"image/clean/t{low:.1f}-{high:.1f}", image[:, interval].sum(0), 1)
+        return means
 
 
-def _put(found: dict[str, float], name: str, sums: Tensor, which: int) -> None:
+def _put(means: dict[str, float], name: str, sums: Tensor, which: int) -> None:
     count = float(sums[2])
     if count:
-        found[name] = float(sums[which]) / count
+        means[name] = float(sums[which]) / count

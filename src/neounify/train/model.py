@@ -17,7 +17,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
-"""What writes into the residual stream: scaled by 1/√(2 · layers), as in GPT-2."""
+"""Weights that write into the residual stream: scaled by 1/√(2 · layers), as in GPT-2."""
 
 
 def new_model(config: ModelConfig, seed: int) -> NeoUnify:
@@ -45,20 +45,20 @@ def _fill(name: str, parameter: nn.Parameter, config: ModelConfig) -> None:
     nn.init.normal_(parameter, std=std)
 
 
-def checkpoint_layers(model: NeoUnify, wanted: bool) -> None:
-    """Let every layer keep its input only and compute its inside again in the backward pass.
+def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:
+    """Let every layer store its input only and recompute the rest in the backward pass.
 
-    About a third more computing for a memory that grows with one layer's activations instead of
-    all layers' (Chen et al. 2016). `wanted` False puts the plain layers back.
+    A third more computation; memory holds one layer's activations instead of all layers'
+    (Chen et al. 2016). `enabled` False restores the plain layers.
     """
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.__dict__.pop("forward", None)
-        if wanted:
-            layer.forward = partial(_again, layer.forward)  # type: ignore[method-assign]
+        if enabled:
+            layer.forward = partial(_checkpointed, layer.forward)  # type: ignore[method-assign]
 
 
-def _again(forward: Any, *inputs: Any) -> Any:
+def _checkpointed(forward: Any, *inputs: Any) -> Any:
     return checkpoint(forward, *inputs, use_reentrant=False)
 
 

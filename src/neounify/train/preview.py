@@ -1,4 +1,4 @@
-"""A look at a model in training: the same prompts painted every time, as one picture."""
+"""Periodic sample grid from fixed prompts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe
 from neounify.train.setup import StageSources
 
-PICTURES = 16
+MAX_PROMPTS = 16
 STEPS = 30
 
 
-class Painter:
-    """Paints the recipe's prompts, or those of its first samples, into samples/step-….png."""
+class SampleGrid:
+    """Generates the recipe's prompts, or those of its first samples, as samples/step-….png."""
 
     def __init__(self, recipe: Recipe, folder: Path, sources: StageSources | None = None) -> None:
         self.recipe, self.folder = recipe, folder / "samples"
@@ -29,19 +29,19 @@ class Painter:
         prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
         if not prompts:
             return {}
-        painted = pipe.generate(prompts, seed=list(range(len(prompts))), steps=STEPS)
-        pictures = [np.asarray(image) for image in painted.images]
+        generated = pipe.generate(prompts, seed=list(range(len(prompts))), steps=STEPS)
+        images = [np.asarray(image) for image in generated.images]
         self.folder.mkdir(parents=True, exist_ok=True)
-        sheet = contact_sheet(pictures, prompts, [True] * len(prompts), columns=8)
+        sheet = contact_sheet(images, prompts, [True] * len(prompts), columns=8)
         sheet.save(self.folder / f"step-{progress.step:08d}.png")
         return {}
 
     def _prompts(self, stage: int) -> list[str]:
-        """User texts of the first painting samples of the stage's data."""
+        """User texts of the first text-to-image samples of the stage's data."""
         source = self.sources.of(self.recipe.stages[stage])
         samples: list[Sample] = []
         for index in range(200):
             with suppress(DataError):  # the loader counts damaged samples
                 samples.append(source[index])
-        wanted = [sample.text("user") for sample in samples if sample.task == "t2i"]
-        return wanted[:PICTURES]
+        prompts = [sample.text("user") for sample in samples if sample.task == "t2i"]
+        return prompts[:MAX_PROMPTS]

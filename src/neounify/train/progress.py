@@ -17,7 +17,7 @@ from neounify.train.recipe import Recipe
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` counts all stages, `stage_step` the current one.
+    """Counters of a run. `step` counts all stages, `stage_step` the current one.
 
     `damaged` counts how often a damaged sample was skipped, `damaged_samples` how many different
     ones there were in each stage.
@@ -36,11 +36,11 @@ class Progress:
 
 
 def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> range:
-    """Numbers of the stages to go through, the one the run stands in first.
+    """Numbers of the stages to train, the current one first.
 
     All that are left, or up to the last that `only` names. A run that starts from a checkpoint may
-    begin with any stage, as if the checkpoint had been through those before; any other needs the
-    stages before, and ConfigError says which.
+    begin with any stage; any other run needs the stages before. Raises ConfigError for a stage that
+    is unknown, trained already, or needs others first.
     """
     stages = recipe.stages
     if not only:
@@ -48,20 +48,20 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
     names = [stage.name for stage in stages]
     if unknown := set(only) - set(names):
         raise ConfigError(f"no stage {', '.join(sorted(unknown))}; the recipe has {names}")
-    wanted = sorted(names.index(name) for name in only)
-    first, last = wanted[0], wanted[-1]
-    here = stages[progress.stage]
-    finished = progress.stage_step >= here.steps
+    numbers = sorted(names.index(name) for name in only)
+    first, last = numbers[0], numbers[-1]
+    current = stages[progress.stage]
+    finished = progress.stage_step >= current.steps
     if left_out := [name for name in names[first : last + 1] if name not in only]:
         raise ConfigError(f"between the stages named, {', '.join(left_out)} is left out")
     if last < progress.stage:
-        raise ConfigError(f"{names[last]} is trained already; the run stands in {here.name}")
+        raise ConfigError(f"{names[last]} is trained already; the run is in {current.name}")
     if not progress.step and recipe.model.checkpoint is not None:
         return range(first, last + 1)
     if first > progress.stage + finished:
         raise ConfigError(
-            f"{names[first]} starts from what {names[first - 1]} leaves, and the run has "
-            f"{progress.stage_step} of {here.steps} steps of {here.name}. Train that first "
+            f"{names[first]} starts from the result of {names[first - 1]}, and the run has "
+            f"{progress.stage_step} of {current.steps} steps of {current.name}. Train that first "
             "(then --resume auto), or name a checkpoint to start from (model.checkpoint)"
         )
     return range(progress.stage, last + 1)
@@ -81,7 +81,7 @@ class Tally:
         self.damaged: list[set[int]] = [set() for _ in range(count)]
 
     def add(self, batches: Sequence[Batch | LoadedPack]) -> list[Skipped]:
-        """Count batches; the damaged samples among them that were not met before."""
+        """Count batches; the damaged samples among them that are new."""
         new = []
         for batch in batches:
             self.used.update(batch.used)
@@ -101,18 +101,18 @@ class Tally:
         return {name: count for name, count in counts.items() if count}
 
     def summary(self) -> list[str]:
-        """A line per source of files: which share of the samples met so far could be used."""
+        """A line per source of files: the usable share of the samples drawn so far."""
         lines = []
         for number, source in enumerate(self.mixture.sources):
             if not isinstance(source, FileSource):
                 continue
             drawn, damaged = self.used[number] + self.skipped[number], len(self.damaged[number])
             size = source.size or drawn
-            met = max(damaged, min(size, drawn))
-            share = 100 * (met - damaged) / met if met else 100.0
+            seen = max(damaged, min(size, drawn))
+            share = 100 * (seen - damaged) / seen if seen else 100.0
             epochs = f", {drawn / size:.1f} epochs" if size else ""
             lines.append(
-                f"{source.name}: {met - damaged:,} of {met:,} samples usable ({share:.0f} %)"
+                f"{source.name}: {seen - damaged:,} of {seen:,} samples usable ({share:.0f} %)"
                 + (f", {damaged:,} listed in skipped.txt" if damaged else "")
                 + epochs
             )
@@ -129,10 +129,10 @@ class Tally:
         ]
 
     def load(self, record: Any) -> None:
-        """Take over what `to_json` wrote; nothing from what is absent or of other sources."""
+        """Restore `to_json`; a record that is absent or of other sources is ignored."""
         if not isinstance(record, list) or len(record) != len(self.damaged):
             return
-        with suppress(KeyError, TypeError, ValueError):  # only counts, on which nothing depends
+        with suppress(KeyError, TypeError, ValueError):  # counts only: nothing else depends on them
             for number, item in enumerate(record):
                 self.used[number] = int(item["used"])
                 self.skipped[number] = int(item["skipped"])

@@ -1,4 +1,4 @@
-"""A training run as data: a TOML file that names the model, its data and its stages.
+"""Recipe: a training run as a TOML file with its model, data and stages.
 
     name = "scenes"
     [model]
@@ -14,8 +14,8 @@
     [stages.optimizer]
     learning_rate = 1e-3
 
-A stage's own values go before the defaults, table by table. Every field is known and checked;
-an unknown one is an error. Field names of earlier versions work with a DeprecationWarning.
+A stage's values take precedence over the defaults, table by table. An unknown field is an
+error. Field names of earlier versions work with a DeprecationWarning.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ MethodConfig = SupervisedConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenizerRecipe:
-    """A byte-level tokenizer of at most `vocab_size` ids, learnt from `samples` samples."""
+    """A byte-level tokenizer of at most `vocab_size` ids, trained on `samples` samples."""
 
     vocab_size: Annotated[int, AfterValidator(Range(BYTE_VOCAB_SIZE))] = 512
     samples: Count = 4000
@@ -89,11 +89,11 @@ class TokenizerRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelRecipe:
-    """Where the weights come from: a checkpoint folder, or a preset with fresh weights.
+    """Source of the weights: a checkpoint folder, or a preset with fresh weights.
 
     `changes` replace fields of the config; of a checkpoint, what they add or reshape starts from
     fresh weights (a pixel head in place of the flow head). `tokenizer` and `system_message` are
-    for fresh models; a checkpoint brings its own.
+    for fresh models; a checkpoint contains them.
     """
 
     preset: str | None = None
@@ -180,7 +180,7 @@ class StageRecipe:
     ema: BelowOne = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False
-    """Keep only what enters each layer and compute the rest again backward: less memory."""
+    """Store only the input of each layer and recompute the rest in the backward pass."""
     compile: bool = False
     max_nonfinite: Count = 10
     """Steps in a row without a finite loss and gradient after which training stops."""
@@ -215,12 +215,12 @@ class Recipe:
     workers: Annotated[int, AfterValidator(Range(0, MAX_WORKERS))] = 1
     keep: Count = 2
     prompts: tuple[str, ...] = ()
-    """What is painted for the pictures of progress; captions of the first samples by default."""
+    """Prompts of the periodic sample grid; by default those of the first samples."""
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"a recipe needs stages with names of their own, got {names}")
+            raise ValueError(f"a recipe needs stages with different names, got {names}")
         if (self.model.preset is None) == (self.model.checkpoint is None):
             raise ValueError("the model needs either a preset or a checkpoint")
         parts = Path(self.name).parts

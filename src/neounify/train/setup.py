@@ -30,7 +30,7 @@ from neounify.train.model import new_model
 from neounify.train.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
 
 TOKENIZER_SEED = 2**31
-"""Samples a tokenizer is learnt from have a seed that no training run uses."""
+"""Seed of the samples that a tokenizer is trained on; no training run uses it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,7 @@ class TrainSetup:
 def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetup:
     """The checkpoint or the fresh model a recipe starts from. Raises the errors of `load`.
 
-    A tokenizer that was learnt is kept in the run's `folder`: the data it was learnt from may
-    change until the run is resumed.
+    A new tokenizer is saved in the run's `folder`: its training data may change before a resume.
     """
     source = recipe.model
     if source.checkpoint is not None:
@@ -55,12 +54,12 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
         model.config = with_trained_sizes(model.config, recipe)
         return TrainSetup(model.train(), pipe.tokenizer, pipe.engine.system_message)
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
-    kept = folder / "tokenizer"
-    if kept.is_dir():
-        tokenizer = Tokenizer.from_folder(kept)
+    saved = folder / "tokenizer"
+    if saved.is_dir():
+        tokenizer = Tokenizer.from_folder(saved)
     else:
         tokenizer = _tokenizer(recipe)
-        _save_tokenizer(tokenizer, kept)
+        _save_tokenizer(tokenizer, saved)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
@@ -131,17 +130,17 @@ def _shards(pattern: str) -> list[Path]:
     try:
         if path.is_file():
             return [path]
-        found = files_below(path, ".tar") if path.is_dir() else _matching(path)
+        shards = files_below(path, ".tar") if path.is_dir() else _matching(path)
     except (OSError, ValueError) as error:  # ValueError: "**" beside other characters
         raise DataError(
             f"the data {pattern[:200]!r} cannot be looked for: {error}"[:500]
         ) from error
-    if not found:
+    if not shards:
         what = foreign_folder(path) if path.is_dir() else "is not there"
         if "{" in path.name:
             what += "; braces are not expanded, write * (it stands for any characters of a name)"
         raise DataError(f"the data {pattern} {what}")
-    return sorted(found)
+    return sorted(shards)
 
 
 def _matching(pattern: Path) -> list[Path]:
@@ -219,17 +218,17 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
-    wanted = recipe.model.tokenizer
+    settings = recipe.model.tokenizer
     scenes = [item for stage in recipe.stages for item in stage.data if item.kind == "scenes"]
     if not scenes:
         raise ConfigError(
-            "a fresh model learns its tokenizer from synthetic scenes, and no stage has data of "
-            'kind "scenes"'
+            "the tokenizer of a fresh model is trained on synthetic scenes, but no stage has data "
+            'of kind "scenes"'
         )
     first = scenes[0]
     world = SceneDataset(TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese)
-    texts = [world[n].text() for n in range(wanted.samples)]
-    return byte_tokenizer(texts, wanted.vocab_size)
+    texts = [world[n].text() for n in range(settings.samples)]
+    return byte_tokenizer(texts, settings.vocab_size)
 
 
 _GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}
@@ -248,11 +247,11 @@ def with_trained_sizes(config: ModelConfig, recipe: Recipe) -> ModelConfig:
         ranges.append(sampling.trained_pixels)
     for stage in recipe.stages:
         for data in stage.data:
-            found = _sizes_of(stage, data, config)
-            if isinstance(found, list):
-                sizes += found
+            of_data = _sizes_of(stage, data, config)
+            if isinstance(of_data, list):
+                sizes += of_data
             else:
-                ranges.append(found)
+                ranges.append(of_data)
     sampling = dataclasses.replace(
         sampling,
         trained_sizes=tuple(dict.fromkeys(sizes)),
@@ -268,8 +267,8 @@ def _sizes_of(stage: StageRecipe, data: DataRecipe, config: ModelConfig) -> list
         return []
     if stage.target_buckets:
         return list(stage.target_buckets)
-    own = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)
-    low, high = stage.target_pixels or own
+    default = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)
+    low, high = stage.target_pixels or default
     if data.kind != "scenes":
         return low, high
     side = data.side or scene_config(data.world).side

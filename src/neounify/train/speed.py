@@ -1,4 +1,4 @@
-"""How fast training is against what the machine can do, and how much memory it takes.
+"""Training speed relative to the machine's matmul rate, and peak memory.
 
 Operations are those the mathematics needs, a multiply-add counting as two:
 
@@ -47,10 +47,10 @@ def weights(module: nn.Module) -> int:
         patches = module.merge.weight[0, 0].numel()
         return patches * module.patch.weight.numel() + module.merge.weight.numel()
     if isinstance(module, PixelHead):
-        # Each pixel shuffle by 2 before a convolution makes four places of one.
+        # Each pixel shuffle by 2 before a convolution makes four positions of one.
         return 4 * module.conv1.weight.numel() + 16 * module.conv2.weight.numel()
-    own = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
-    return own + sum(weights(child) for child in module.children())
+    direct = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+    return direct + sum(weights(child) for child in module.children())
 
 
 def und_weights(model: NeoUnify) -> int:
@@ -163,8 +163,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the process on a CPU, of torch's tensors on an accelerator, at most so far."""
     if device.type in ("cpu", "mps"):
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
     return torch.accelerator.max_memory_allocated(device)
 
 
@@ -187,7 +187,7 @@ class Meter:
         return (progress.tokens - self._last.tokens) / self._seconds(progress)
 
     def seconds_left(self, progress: Progress, steps: int) -> float:
-        """Until the stage has made all its `steps`, at the pace it had so far."""
+        """Until the end of the stage, at its average pace so far."""
         done = progress.step - self._first.step
         pace = (progress.seconds - self._first.seconds) / max(1, done)
         return (steps - progress.stage_step) * pace
@@ -195,7 +195,7 @@ class Meter:
     def read(self, progress: Progress) -> dict[str, float]:
         """Means since the last reading, by name; the next reading starts here."""
         seconds = self._seconds(progress)
-        found = {
+        means = {
             "tokens_per_second": self.tokens_per_second(progress),
             "images_per_second": (progress.images - self._last.images) / seconds,
             "operations_per_second": self._operations / seconds,
@@ -203,7 +203,7 @@ class Meter:
             "peak_memory_gb": peak_memory(self.device) / 2**30,
         }
         self._last, self._operations = replace(progress), 0.0
-        return found
+        return means
 
     def _seconds(self, progress: Progress) -> float:
         return max(1e-9, progress.seconds - self._last.seconds)

@@ -64,7 +64,7 @@ def prune_states(folder: Path, keep: int, step: int) -> None:
     """Remove all but the newest `keep` states up to `step`.
 
     Later ones are damaged states that a resume passed over; they are replaced when their step
-    comes again, and must not count among those that are kept.
+    comes again, and must not count among the `keep`.
     """
     reached = [path for path in saved_states(folder) if _step(path) <= step]
     for path in reached[: -max(1, keep)]:
@@ -72,11 +72,11 @@ def prune_states(folder: Path, keep: int, step: int) -> None:
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The states of a folder, oldest first; what a disk has lost since does not show here."""
+    """The states of a folder, oldest first; not checked for damage."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
+    states = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
+    return sorted(states, key=_step)
 
 
 def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path | None:
@@ -220,15 +220,15 @@ def flatten_optimizer(states: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def unflatten_optimizer(tensors: Mapping[str, Tensor]) -> list[dict[int, dict[str, Tensor]]]:
-    """What `flatten_optimizer` took: of each member, by number of the parameter and by key."""
-    found: dict[int, dict[int, dict[str, Tensor]]] = {}
+    """The inverse of `flatten_optimizer`: for each member, by number of the parameter and key."""
+    members: dict[int, dict[int, dict[str, Tensor]]] = {}
     for name, value in tensors.items():
         try:
             member, parameter, key = name.split(".", 2)
-            found.setdefault(int(member), {}).setdefault(int(parameter), {})[key] = value
+            members.setdefault(int(member), {}).setdefault(int(parameter), {})[key] = value
         except ValueError as error:
             raise CheckpointError(f"{name!r} is not of an optimizer's state") from error
-    return [found.get(member, {}) for member in range(max(found, default=-1) + 1)]
+    return [members.get(member, {}) for member in range(max(members, default=-1) + 1)]
 
 
 def _step(path: Path) -> int:

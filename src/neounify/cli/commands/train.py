@@ -91,7 +91,7 @@ def _train(
         from neounify.checkpoint.load import resolve_device
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
-        from neounify.train.preview import Painter
+        from neounify.train.preview import SampleGrid
         from neounify.train.progress import Progress, stages_to_run
         from neounify.train.setup import StageSources, build_setup
 
@@ -106,8 +106,8 @@ def _train(
         torch.set_num_threads(place.threads)
     keep_freed_memory()
     log = Log(folder, Console(stderr=True, quiet=display.quiet))
-    start = build_setup(recipe, device, folder)
-    trainer = Trainer(recipe, start, folder, log, Painter(recipe, folder, sources), sources)
+    setup = build_setup(recipe, device, folder)
+    trainer = Trainer(recipe, setup, folder, log, SampleGrid(recipe, folder, sources), sources)
     if state is not None:
         trainer.resume(state)
         display.note(f"resuming from {state}")
@@ -132,9 +132,9 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
     state = newest_whole_state(folder / "states", display.note)
     if state is None:
         raise CliError(f"{folder} holds no saved state yet")
-    start = build_setup(recipe, torch.device("cpu"), folder)
+    setup = build_setup(recipe, torch.device("cpu"), folder)
     log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
-    Trainer(recipe, start, folder, log).export_state(state, target, torch.bfloat16)
+    Trainer(recipe, setup, folder, log).export_state(state, target, torch.bfloat16)
     display.result(f"saved {target} from {state.name}", target)
 
 
