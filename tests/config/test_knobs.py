@@ -145,7 +145,7 @@ def test_the_fields_of_http_are_all_of_the_class() -> None:
 def test_every_option_and_field_arrives(name: str, value: Any) -> None:
     """Not only offered: what is written there is what images are sampled with."""
     wanted = ImageSampling(**{name: value}).resolve(TINY, editing=True)
-    written = "0.1,0.9" if name == "guidance_interval" else value
+    written: Any = "0.1,0.9" if name == "guidance_interval" else value
     options = EditOptions(**{OPTIONS.get(name, name): written})
     assert resolve_sampling(options, TINY) == wanted
     form = {name: written if isinstance(written, str) else json.dumps(written)}
