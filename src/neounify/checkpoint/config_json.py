@@ -13,6 +13,7 @@ from typing import Any
 
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.errors import ConfigError
+from neounify.image.patches import RGB
 
 ARCHITECTURES = ("qwen3", "qwen3_moe")
 
@@ -113,7 +114,7 @@ class _Reader:
             (self.llm, "hidden_act", ("silu",)),
             (self.llm, "rope_scaling", (None,)),
             (self.llm, "use_sliding_window", (False,)),
-            (self.vision, "num_channels", (3,)),
+            (self.vision, "num_channels", (RGB,)),
             (self.top, "concat_time_token_num", (0,)),
         ):
             value = section.get(key, allowed[0])
@@ -264,7 +265,9 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
         t_eps=c.flow.t_eps_training,
     )
     _overlay(
-        document.setdefault("vision_config", {"model_type": "neo_vision", "num_channels": 3}),
+        document.setdefault(
+            "vision_config", {"model_type": "neo_vision", "num_channels": c.channels}
+        ),
         patch_size=c.patch_size,
         hidden_size=c.vision_hidden_size,
         llm_hidden_size=c.hidden_size,
