@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ from neounify.serve.http.image_request import ImageBody
 from support.scripted_service import Scripted
 
 KNOBS = [field.name for field in fields(ImageSampling)]
+TEXT = [knob.name for knob in fields(TextSampling)]
+DOCS = Path(__file__).parents[2] / "docs"
 EDIT_ONLY = {"image_guidance", "published_interval"}
 OPTIONS = {"guidance_interval": "interval", "guidance_norm": "norm"}
 """Names of the command line that are shorter than the field's."""
@@ -77,6 +80,13 @@ def test_every_knob_is_offered_everywhere(name: str) -> None:
         option = _options(command)[OPTIONS.get(name, name)]
         assert option.help == doc
         assert not option.default  # not given: the field's own default
+
+
+def test_every_knob_is_documented() -> None:
+    for page in ("tasks.md", "serving-api.md"):
+        text = (DOCS / page).read_text()
+        for name in {*KNOBS, *TEXT} - {"constraint"}:
+            assert f"`{name}`" in text, (page, name)
 
 
 def test_keyword_arguments_are_the_fields() -> None:
@@ -157,7 +167,6 @@ def test_every_option_and_field_arrives(name: str, value: Any) -> None:
 
 # --- text ---
 
-TEXT = [knob.name for knob in fields(TextSampling)]
 NOT_OPTIONS = {"logprobs", "constraint"}
 """Values of programs: a command line prints text, and a schema is a file of its own."""
 TEXT_OUT_OF_RANGE: dict[str, Any] = {
