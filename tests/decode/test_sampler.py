@@ -72,16 +72,15 @@ SETTINGS = st.builds(
 )
 
 
-@pytest.mark.parametrize("first", [1, 2, 256])
+@pytest.mark.parametrize("ranked", [0, 3, 1024])
 @given(st.lists(st.tuples(st.integers(0, 10_000), SETTINGS), min_size=1, max_size=6))
-def test_probabilities(first: int, rows: list[tuple[int, TextSampling]]) -> None:
-    """Whatever other rows there are, and however few candidates are looked at first."""
+def test_probabilities(ranked: int, rows: list[tuple[int, TextSampling]]) -> None:
+    """Whatever other rows there are, and whether tokens are ranked or counted by their bits."""
     rows = [(n, s) for n, s in rows if not _on_an_edge(_logits(n).tolist(), s)]
     if not rows:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "FIRST_CANDIDATES", first)
-        patch.setattr(sampler, "GROWTH", 2)
+        patch.setattr(sampler, "MAX_RANKED", ranked)
         logits = torch.stack([_logits(n) for n, _ in rows])
         actual = probabilities(logits, [SamplingState(s) for _, s in rows])
     for (n, settings), found in zip(rows, actual, strict=True):
@@ -91,15 +90,18 @@ def test_probabilities(first: int, rows: list[tuple[int, TextSampling]]) -> None
         assert [x > 1e-9 * total for x in found.tolist()] == [x > 1e-9 for x in wanted]
 
 
+@pytest.mark.parametrize("ranked", [0, 1024])
 @given(st.integers(0, 1000), st.integers(1, 11), st.floats(0.05, 0.999))
-def test_of_equal_tokens_the_first_stay(seed: int, top_k: int, top_p: float) -> None:
+def test_of_equal_tokens_the_first_stay(ranked: int, seed: int, top_k: int, top_p: float) -> None:
     rng = random.Random(seed)
     logits = [float(rng.choice([0, 0, 1, 2])) for _ in range(VOCAB)]
     settings = TextSampling(temperature=1.0, top_k=top_k, top_p=top_p)
     if _on_an_edge(logits, settings):
         return
     wanted = [x > 0 for x in _plain_probabilities(logits, settings)]
-    found = probabilities(torch.tensor([logits]), [SamplingState(settings)])[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "MAX_RANKED", ranked)
+        found = probabilities(torch.tensor([logits]), [SamplingState(settings)])[0]
     assert [x > 0 for x in found.tolist()] == wanted
 
 
