@@ -19,13 +19,13 @@ from neounify.config.knobs import knob_doc
 from neounify.flow.sampling import ImageSampling
 
 
-def _knob(name: str, metavar: str | None, *flags: str) -> Any:
+def image_knob(name: str, metavar: str | None, *flags: str) -> Any:
     """The option of one field of ImageSampling, described by the sentence of the field."""
     help = knob_doc(ImageSampling, name)
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=IMAGES)
 
 
-def _text_knob(name: str, metavar: str, *flags: str) -> Any:
+def text_knob(name: str, metavar: str, *flags: str) -> Any:
     """The option of one field of TextSampling, described by the sentence of the field."""
     help = knob_doc(TextSampling, name)
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=TEXT)
@@ -55,8 +55,8 @@ class ImageOptions:
             metavar="PIXELS", help="With --width, instead of --size.", rich_help_panel=IMAGES
         ),
     ] = None
-    steps: Annotated[int | None, _knob("steps", "N")] = None
-    guidance: Annotated[float | None, _knob("guidance", "G")] = None
+    steps: Annotated[int | None, image_knob("steps", "N")] = None
+    guidance: Annotated[float | None, image_knob("guidance", "G")] = None
     negative_prompt: Annotated[
         str | None,
         typer.Option(
@@ -65,11 +65,13 @@ class ImageOptions:
             rich_help_panel=IMAGES,
         ),
     ] = None
-    interval: Annotated[str | None, _knob("guidance_interval", "LO,HI")] = None
-    norm: Annotated[str | None, _knob("guidance_norm", "none|global|channel|cfg_zero_star")] = None
-    shift: Annotated[float | None, _knob("shift", "S")] = None
-    solver: Annotated[str | None, _knob("solver", "euler|ab2")] = None
-    t_eps: Annotated[float | None, _knob("t_eps", "E", "--t-eps")] = None
+    interval: Annotated[str | None, image_knob("guidance_interval", "LO,HI")] = None
+    norm: Annotated[
+        str | None, image_knob("guidance_norm", "none|global|channel|cfg_zero_star")
+    ] = None
+    shift: Annotated[float | None, image_knob("shift", "S")] = None
+    solver: Annotated[str | None, image_knob("solver", "euler|ab2")] = None
+    t_eps: Annotated[float | None, image_knob("t_eps", "E", "--t-eps")] = None
     seed: Annotated[
         int,
         typer.Option(
@@ -160,9 +162,9 @@ class GenerateOptions(ImageOptions):
 class ImageGuidanceOptions(ImageOptions):
     """Guidance by input images."""
 
-    image_guidance: Annotated[float | None, _knob("image_guidance", "M")] = None
+    image_guidance: Annotated[float | None, image_knob("image_guidance", "M")] = None
     published_interval: Annotated[
-        bool, _knob("published_interval", None, "--published-interval")
+        bool, image_knob("published_interval", None, "--published-interval")
     ] = False
 
     def arguments(self) -> dict[str, Any]:
@@ -187,11 +189,11 @@ class TextOptions:
             metavar="N", help="Maximum length of the answer, in tokens.", rich_help_panel=TEXT
         ),
     ] = None
-    temperature: Annotated[float | None, _text_knob("temperature", "T")] = None
-    top_p: Annotated[float | None, _text_knob("top_p", "P")] = None
-    top_k: Annotated[int | None, _text_knob("top_k", "K")] = None
-    min_p: Annotated[float | None, _text_knob("min_p", "P")] = None
-    repetition_penalty: Annotated[float | None, _text_knob("repetition_penalty", "R")] = None
+    temperature: Annotated[float | None, text_knob("temperature", "T")] = None
+    top_p: Annotated[float | None, text_knob("top_p", "P")] = None
+    top_k: Annotated[int | None, text_knob("top_k", "K")] = None
+    min_p: Annotated[float | None, text_knob("min_p", "P")] = None
+    repetition_penalty: Annotated[float | None, text_knob("repetition_penalty", "R")] = None
 
     def text_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's text calls."""

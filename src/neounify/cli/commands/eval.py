@@ -14,6 +14,7 @@ from neounify.cli.errors import UsageError, WriteError, explain_os_error
 from neounify.cli.files import check_new_folder, check_writable
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import FILES, IMAGES, ModelOptions, OverwriteOptions, ReportOptions
+from neounify.cli.task_options import image_knob
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
@@ -52,13 +53,8 @@ class EvalOptions:
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Only {QUICK_CASES} cases per category.")
     ] = False
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Denoising steps.", rich_help_panel=IMAGES)
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="G", help="Classifier-free guidance scale.", rich_help_panel=IMAGES),
-    ] = None
+    steps: Annotated[int | None, image_knob("steps", "N")] = None
+    guidance: Annotated[float | None, image_knob("guidance", "G")] = None
     think: Annotated[
         bool,
         typer.Option(
