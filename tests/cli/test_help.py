@@ -157,3 +157,25 @@ def test_extras_are_installed_from_a_clone(
         assert "install 'neounify" not in text, file
         for found in re.findall(r"pip install .*'\.\[(\w+)\]'", text):
             assert install_command(found) in text, file
+
+
+@pytest.mark.parametrize("columns", ["70", "120"])
+def test_without_arguments_the_help_is_shown(
+    run_bare: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    ran = run_bare()
+    assert ran.code == 2
+    assert all(command in ran.out + ran.err for command in COMMANDS)
+
+
+def test_a_command_imports_no_other_command() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from neounify.cli.app import app\n"
+        "CliRunner().invoke(app, ['doctor', '--help'])\n"
+        "names = [n for n in sys.modules if n.startswith('neounify.cli.commands.')]\n"
+        "assert names == ['neounify.cli.commands.doctor'], names\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -7,22 +7,26 @@ from typing import Annotated
 import typer
 
 import neounify
-from neounify.cli.command import Command, Group, with_options
-from neounify.cli.commands.chat import chat
-from neounify.cli.commands.convert import convert
-from neounify.cli.commands.doctor import doctor
-from neounify.cli.commands.edit import edit
-from neounify.cli.commands.eval import evaluate
-from neounify.cli.commands.generate import generate
-from neounify.cli.commands.inspect import inspect
-from neounify.cli.commands.provenance import provenance
-from neounify.cli.commands.serve import serve
-from neounify.cli.commands.story import story
-from neounify.cli.commands.toy import toy
-from neounify.cli.commands.train import train
+from neounify.cli.command import Group
+
+COMMANDS = {
+    "generate": "generate",
+    "edit": "edit",
+    "chat": "chat",
+    "story": "story",
+    "serve": "serve",
+    "inspect": "inspect",
+    "provenance": "provenance",
+    "convert": "convert",
+    "train": "train",
+    "doctor": "doctor",
+    "toy": "toy",
+    "eval": "evaluate",
+}
+"""The function of every command, in the module of `commands/` that has the command's name."""
 
 app = typer.Typer(
-    cls=Group,
+    cls=Group.of(COMMANDS),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,20 +62,3 @@ def about(
     ] = False,
 ) -> None:
     """One model that understands and generates text and images."""
-
-
-for command in (
-    generate,
-    edit,
-    chat,
-    story,
-    serve,
-    inspect,
-    provenance,
-    convert,
-    train,
-    doctor,
-    toy,
-):
-    app.command(cls=Command)(with_options(command))
-app.command("eval", cls=Command)(with_options(evaluate))

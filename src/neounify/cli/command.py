@@ -12,10 +12,11 @@ import inspect
 import shutil
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
@@ -63,6 +64,17 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     vars(run)["__signature__"] = inspect.Signature(parameters)
     return run
+
+
+def _command(name: str, function: Callable[..., None]) -> Any:
+    single = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    single.command(name, cls=Command)(with_options(function))
+    return typer.main.get_command(single)
 
 
 def _help(function: Callable[..., None]) -> str:
@@ -113,11 +125,29 @@ class Command(TyperCommand):
         if _columns() >= MIN_OPTION_TABLE:
             super().format_help(ctx, formatter)
         else:
-            formatter.write(_stacked(self, ctx))
+            typer.echo(_stacked(self, ctx), nl=False)
 
 
 class Group(TyperGroup):
-    """A group of commands whose help fits any width."""
+    """A group of commands whose modules are imported on use, with help for any width."""
+
+    functions: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def of(cls, functions: Mapping[str, str]) -> type[Group]:
+        """The group of these functions by command, in modules of `commands/` named as these."""
+        return type("Group", (cls,), {"functions": functions})
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.functions)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.functions:
+            return None
+        if cmd_name not in self.commands:
+            module = import_module(f"neounify.cli.commands.{cmd_name}")
+            self.commands[cmd_name] = _command(cmd_name, getattr(module, self.functions[cmd_name]))
+        return self.commands[cmd_name]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         if _columns() >= MIN_OPTION_TABLE:
@@ -125,7 +155,8 @@ class Group(TyperGroup):
             return
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         records = [(name, item.get_short_help_str(10**6)) for name, item in commands if item]
-        formatter.write(_stacked(self, ctx) + _section("Commands", records))
+        # Printed at once, as Typer does: text in the formatter is not shown without arguments.
+        typer.echo(_stacked(self, ctx) + _section("Commands", records), nl=False)
 
 
 def _escaped(annotation: Any) -> Any:
