@@ -21,6 +21,7 @@ from neounify.train.log import REPORTS, DivergenceWatch, Log
 from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.loss import Metrics
 from neounify.train.method import DROPOUT, Step, pack_seed, seeded
+from neounify.train.optim import OptimizerConfig, OptimizerSet
 from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import build_setup
@@ -28,6 +29,7 @@ from neounify.train.state import saved_states
 from train.test_trainer import recipe, trainer
 
 CPU = torch.device("cpu")
+STREAMS = ("und", "gen")
 
 
 def loud(folder: Path, made: Recipe, evaluate: Any = None) -> tuple[Trainer, io.StringIO]:
@@ -260,3 +262,39 @@ def test_a_rate_for_what_the_model_does_not_have_is_refused(tmp_path: Path) -> N
     run = trainer(tmp_path, recipe(stages=stages(optimizer=sparse)))
     with pytest.raises(ConfigError, match="this model has no experts"):
         run.run()
+
+
+ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "q_norm_hw", "k_norm", "k_norm_hw"]
+
+
+def test_gradient_norms_are_summed_in_the_order_of_saved_runs(tmp_path: Path) -> None:
+    """Another order changes the last bit of a norm, and so a resumed run."""
+    model = trainer(tmp_path).model
+    names = {id(p): n.split(".") for n, p in model.named_parameters()}
+    optimizers = OptimizerSet(dict(model.named_parameters()), OptimizerConfig())
+    assert len(optimizers.parameters) == len(names)
+    for number in range(model.config.num_layers):
+        for stream in ("und", "gen"):
+            parts = [names[id(p)] for p in optimizers.parameters]
+            inner = [n[4] for n in parts if n[:3] == ["layers", str(number), stream]]
+            rest = ["post_norm", "mlp", "mlp", "mlp"]
+            assert inner == ["input_norm", *ORDER, *rest]
+
+
+def test_dropout_of_adapters_is_drawn_in_the_order_of_saved_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = adapted(tmp_path, packs_per_step=1)
+    called: list[str] = []
+    original = LoraLinear.forward
+
+    def noted(layer: LoraLinear, x: torch.Tensor) -> torch.Tensor:
+        called.extend(n for n, m in run.model.named_modules() if m is layer)
+        return original(layer, x)
+
+    monkeypatch.setattr(LoraLinear, "forward", noted)
+    run.run(stop_after=1)
+    first = [name.removeprefix("layers.0.") for name in called if name.startswith("layers.0.")]
+    qkv, out = ["v_proj", "q_proj", "k_proj"], ["o_proj", "gate_proj", "up_proj", "down_proj"]
+    expected = [f"{stream}.{name}" for names in (qkv, out) for stream in STREAMS for name in names]
+    assert [f"{n.split('.')[0]}.{n.split('.')[-1]}" for n in first] == expected

@@ -80,7 +80,9 @@ class QKVProjection(nn.Module):
 
     def forward(self, x: Float[Tensor, "n size"], rotation: Rotation) -> Projected:
         x, d = self.input_norm(x), self.head_dim
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # In this order dropout of adapters is drawn and gradients of x are summed: a saved run
+        # continues to the same bits.
+        v, q, k = self.v_proj(x), self.q_proj(x), self.k_proj(x)
         counts = [q.shape[-1] // d, k.shape[-1] // d]
         # Queries and keys go together: for a single token the number of operators counts.
         heads = torch.cat([q, k], dim=-1).view(-1, sum(counts), d)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -119,7 +119,8 @@ class OptimizerSet:
         prefix: str = "",
     ) -> None:
         self.config, self.clip, self.schedule, self.active = config, clip, schedule, active
-        self.parameters = [p for p in parameters.values() if p.requires_grad]
+        ordered = (parameters[name] for name in _norm_order(parameters))
+        self.parameters = [p for p in ordered if p.requires_grad]
         self.members: list[torch.optim.Optimizer] = []
         groups = _groups(parameters, config, prefix)
         adam = [g for kind, g in groups if kind == "adamw"]
@@ -287,3 +288,23 @@ def _labels(name: str) -> tuple[str, ...]:
         return stream_of(weight_name(name)), part_of(weight_name(name))
     except KeyError:
         return ()
+
+
+_FIRST_OF_STREAM = ("qkv.input_norm", "qkv.q_proj", "qkv.k_proj", "qkv.v_proj", "out.o_proj")
+
+
+def _norm_order(names: Iterable[str]) -> list[str]:
+    """Names in the order in which the gradient norm is summed, which decides its last bit.
+
+    Saved runs had a stream's output projection before the norms of its heads; they continue to the
+    same bits.
+    """
+    streams: dict[str, int] = {}
+
+    def key(name: str) -> tuple[int, bool]:
+        parts = name.split(".")
+        stream = ".".join(parts[:3]) if parts[0] == "layers" else name
+        later = ".".join(parts[3:5]) not in _FIRST_OF_STREAM
+        return streams.setdefault(stream, len(streams)), later
+
+    return sorted(names, key=key)
