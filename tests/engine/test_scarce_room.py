@@ -98,7 +98,8 @@ class Life:
             return Write(self.call, cond, sampling, frozenset((self.seed % 7,)), most)
         if kind == "extend":
             more = image(self.seed % 5, 1, 2)
-            again = PicturePart(LocalTensors(dict(more.pixels.tensors)), more.digest, more.grid)  # type: ignore[union-attr]
+            assert isinstance(more.pixels, LocalTensors)
+            again = PicturePart(LocalTensors(dict(more.pixels.tensors)), more.digest, more.grid)
             return Extend(self.call, {cond: (more, text(rng, 4)), other: (again,)})
         if kind == "export":
             return Export(self.call, (cond, other))
