@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.embed import ScalarEmbed, sinusoids
+from neounify.model.heads import FlowHead, PixelHead
 from neounify.model.layout import Grid
 from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
-from neounify.model.scalar_embed import ScalarEmbed, sinusoids
 from neounify.model.stream import RMSNorm
 from support import reference
 from support.models import (

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from neounify.cache.protocol import Cache
+from neounify.cache.contiguous import Cache
 from neounify.model.layout import Layout
 from neounify.model.parts import StreamName
 from neounify.model.stream import Projected

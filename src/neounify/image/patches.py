@@ -1,5 +1,6 @@
 """Tokens of the generation stream: square pieces of images, row by row, channel last."""
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,11 +23,10 @@ def patchify(
         raise ValueError(
             f"images must be [batch, {channels}, height, width], got {tuple(images.shape)}"
         )
-    batch, _, height, width = images.shape
+    height, width = images.shape[2:]
     if size < 1 or height % size or width % size:
         raise ValueError(f"sides {height} and {width} must be multiples of the size {size}")
-    squares = images.reshape(batch, channels, height // size, size, width // size, size)
-    return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
 
 
 def unpatchify(
@@ -43,5 +43,4 @@ def unpatchify(
             f"a grid of {h} x {w} tokens of side {size} needs "
             f"[batch, {h * w}, {width}], got {tuple(tokens.shape)}"
         )
-    squares = tokens.reshape(-1, h, w, size, size, channels)
-    return squares.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, h * size, w * size)
+    return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=size, q=size)

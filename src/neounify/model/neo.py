@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from neounify.config import ModelConfig
-from neounify.model.image_head import FlowHead, PixelHead
+from neounify.model.embed import PatchEmbed, ScalarEmbed, token_patches
+from neounify.model.heads import FlowHead, PixelHead
 from neounify.model.layout import Grid, Layout, grid_owners, grid_patches
 from neounify.model.moe import SparseMlp
 from neounify.model.parts import GEN, UND, StreamName
-from neounify.model.patch_embed import PatchEmbed, token_patches
 from neounify.model.rope import Rotation, attention_rotation
-from neounify.model.scalar_embed import ScalarEmbed
 from neounify.model.stream import Attend, Layer, RMSNorm
 
 Logits = Callable[[Tensor], Tensor]
@@ -141,8 +141,8 @@ class NeoUnify(nn.Module):
                 f"{tuple(noise_scale.shape)} do not fit images of {_sizes(grids)} tokens"
             )
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
-        squares = z.view(-1, m, p, m, p, c.channels)
-        patches = squares.permute(0, 1, 3, 5, 2, 4).reshape(-1, m * m, c.channels * p * p)
+        cut = "n (m1 p1 m2 p2 c) -> n (m1 m2) (c p1 p2)"
+        patches = rearrange(z, cut, m1=m, m2=m, p1=p, p2=p, c=c.channels)
         x = self.gen_patch(patches.to(self.compute_dtype), grid_patches(tuple(grids), m, z.device))
         condition = self.timestep_embedder(t, self.compute_dtype)
         if c.flow.noise_scale_embedding:

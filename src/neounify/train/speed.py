@@ -23,11 +23,11 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.packing import Pack
-from neounify.model.image_head import PixelHead
+from neounify.model.embed import PatchEmbed
+from neounify.model.heads import PixelHead
 from neounify.model.layout import Block, Layout
 from neounify.model.moe import SparseMlp
 from neounify.model.neo import NeoUnify
-from neounify.model.patch_embed import PatchEmbed
 
 if TYPE_CHECKING:
     from neounify.train.progress import Progress

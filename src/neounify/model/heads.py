@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pixel_shuffle
@@ -55,7 +56,9 @@ class PixelHead(nn.Module):
         for grid, same in groupby(grids):
             count = len(list(same))
             stop = start + count * grid.length
-            maps = hidden[start:stop].view(count, grid.rows, grid.columns, -1).permute(0, 3, 1, 2)
+            maps = rearrange(
+                hidden[start:stop], "(b h w) d -> b d h w", h=grid.rows, w=grid.columns
+            )
             pieces.append(
                 patchify(self._decode(maps), self.token_size, self.channels).flatten(0, 1)
             )
