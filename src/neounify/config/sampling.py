@@ -117,6 +117,9 @@ class TextSampling:
 
     The filters apply in the order of the fields; a field here has an option of the command line
     and a field of the HTTP API, described by the same sentence (`knob_doc`).
+
+    Sources: top_p, Holtzman et al. 2020; min_p, Nguyen et al. 2024; repetition_penalty, Keskar et
+    al. 2019.
     """
 
     repetition_penalty: float = field(

@@ -23,6 +23,9 @@ class ImageSampling:
     None stands for the checkpoint's default (`config.sampling`); for `t_eps`, for the value that
     fits the times. `resolve` gives the values that are used. A field here has an option of the
     command line and a field of the HTTP API, described by the same sentence (`config.knobs`).
+
+    Sources: guidance, Ho and Salimans 2022; with a scale for input images, Brooks et al. 2023; its
+    interval, Kynkäänniemi et al. 2024; cfg_zero_star, Fan et al. 2025; shift, Esser et al. 2024.
     """
 
     steps: int | None = field(

@@ -22,7 +22,8 @@ LOGITS = 2**26
 class ExecutionPlan:
     """Limits of one model on one device, measured on two CPU cores (docs/log.md).
 
-    Rows are tokens of a packed call of the model. Raises ConfigError for limits below 1.
+    Rows are tokens of a packed call of the model. Thresholds between ways to attend stand with
+    those ways (`neounify.attention`). Raises ConfigError for limits below 1.
     """
 
     device: str = "cpu"
