@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from typer.main import get_command
 
@@ -63,7 +64,9 @@ OTHER: dict[str, Any] = {
 
 
 def _options(command: str) -> dict[str, Any]:
-    return {option.name: option for option in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    group: Any = get_command(app)
+    loaded = group.get_command(click.Context(group), command)
+    return {option.name: option for option in loaded.params}
 
 
 @pytest.mark.parametrize("name", KNOBS)
