@@ -153,3 +153,12 @@ def test_a_time_that_is_no_time_is_refused(here: Path) -> None:
     data = write_lines(here / "d.jsonl", [text_record("q")])
     result = neounify("doctor", str(write_recipe(here, data)), "--seconds", "nan")
     assert result.exit_code == 2
+
+
+def test_old_field_names_of_a_recipe_are_noted(here: Path) -> None:
+    data = write_lines(here / "d.jsonl", [text_record("a")])
+    recipe = write_recipe(here, data, noise_draws=2, most_nonfinite=3)
+    result = neounify("doctor", str(recipe), "--stage", "none")
+    assert result.exit_code == 2
+    assert "stages.0: noise_draws is deprecated, use method.noise_draws" in result.stderr
+    assert "stages.0: most_nonfinite is deprecated, use max_nonfinite" in result.stderr

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,15 @@ class Display:
         """A note beside the result, on stderr."""
         if not self.quiet:
             typer.echo(text, err=True)
+
+    @contextmanager
+    def deprecations(self) -> Iterator[None]:
+        """Write deprecation warnings as notes, which Python hides from users by default."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DeprecationWarning)
+            yield
+        for warning in caught:
+            self.note(str(warning.message))
 
     def emit(self, document: dict[str, Any]) -> None:
         """The machine-readable result: one line of JSON, only with --json."""

@@ -108,7 +108,7 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """How samples become documents for one model.
+    """Encoder of samples as documents for one model.
 
     `noise_draws` noisy copies of every target share the document before them: the
     understanding stream never sees noise, so further draws cost the generation stream only.

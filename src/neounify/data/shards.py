@@ -146,7 +146,7 @@ class ShardSource:
 
 
 def _index(path: Path, damage: list[str]) -> list[_Entry]:
-    """The samples of one shard; those before a damaged header are kept."""
+    """The samples of one shard; those before a damaged header can be read."""
     members_of: dict[str, dict[str, Member]] = {}
     try:
         if not path.is_file():

@@ -111,7 +111,7 @@ class Trainer:
             more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
             raise CheckpointError(
                 f"{state} does not fit this run: {' '.join(lines[:2])}{more}. Give the recipe the "
-                "settings it had (stages, model, lora), or start anew"
+                "settings it had (stages, model, lora), or start a new run"
             ) from error
         self._resumed = state
 

@@ -4,7 +4,7 @@ The loop (`loop.py`) keeps the position, accumulation, clipping, the skip of ste
 finite, the EMA, saved states and the log. A method brings batches, their loss and optimizers.
 Supervised training (`supervised.py`) is one. Reinforcement learning yields its rollouts as batches
 and keeps reference models in its state; distillation returns one optimizer set per model, with
-rates, clipping and turns of their own; a method may shard its models before it makes optimizers.
+separate rates, clipping and turns; a method may shard its models before it builds optimizers.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Step:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageContext:
-    """What a method is built from, at the start of its stage: trained weights and adapters are
-    in the model, frozen parameters need no gradient."""
+    """Inputs of a method at the start of its stage. The model holds the weights of the stage
+    before and the stage's adapters; frozen parameters need no gradient."""
 
     recipe: Recipe
     stage: StageRecipe
@@ -97,7 +97,7 @@ class StageContext:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MethodState:
-    """A method's own part of a saved state, beside model, EMA and optimizers.
+    """The method's part of a saved state, beside model, EMA and optimizers.
 
     `tensors` by name; `facts` is a JSON object.
     """
@@ -135,7 +135,7 @@ class Method(Protocol):
         return {}
 
     def state(self) -> MethodState:
-        """What a resume needs beyond model, EMA, optimizers and position."""
+        """State for a resume, beside model, EMA, optimizers and position."""
         return MethodState()
 
     def load(self, state: MethodState) -> None:

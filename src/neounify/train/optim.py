@@ -206,7 +206,7 @@ def load_optimizers(
     if changed := sorted(set(chain(*before)) ^ set(chain(*now))):
         raise CheckpointError(
             f"the state is of a run that trained other parameters ({len(changed)} differ, "
-            f"{changed[0]} first): give freeze and lora the values they had, or start anew"
+            f"{changed[0]} first): give freeze and lora the values they had, or start a new run"
         )
     try:
         states = {
@@ -236,7 +236,7 @@ def _check_state(
     if set(values) != keys:
         raise CheckpointError(
             f"the state is of another optimizer: for {name} it holds {sorted(values)}, needed are "
-            f"{sorted(keys)}. Give optimizer.name the value it had, or start anew"
+            f"{sorted(keys)}. Give optimizer.name the value it had, or start a new run"
         )
     for key, value in values.items():
         if key != "step" and value.shape != parameter.shape:

@@ -138,7 +138,7 @@ def _shards(pattern: str) -> list[Path]:
     if not shards:
         what = foreign_folder(path) if path.is_dir() else "is not there"
         if "{" in path.name:
-            what += "; braces are not expanded, write * (it stands for any characters of a name)"
+            what += "; braces are not expanded, write * (it matches any characters of a name)"
         raise DataError(f"the data {pattern} {what}")
     return sorted(shards)
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from neounify.train.progress import Progress
 
 MATMUL_SECONDS = 0.2
-"""How long the machine's rate is measured, after one call to warm up."""
+"""Seconds of measuring the machine's rate, after one warm-up call."""
 
 
 def weights(module: nn.Module) -> int:
@@ -85,7 +85,7 @@ def _pairs(block: Block) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """Matrices that rows pass: the share of them that is trained, and whether gradients go on."""
+    """Matrices that rows pass, their trained share, and whether gradients flow through them."""
 
     weights: int
     trained: float
@@ -131,7 +131,7 @@ def _part(module: nn.Module, flows: bool) -> _Part:
 
 
 def _share(modules: Iterable[nn.Module]) -> float:
-    """How much of the parameters is trained, 0 to 1."""
+    """The trained share of the parameters, 0 to 1."""
     parameters = [p for module in modules for p in module.parameters()]
     return sum(p.numel() for p in parameters if p.requires_grad) / sum(
         p.numel() for p in parameters

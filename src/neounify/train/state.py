@@ -99,7 +99,7 @@ def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path
     if not states:
         return None
     raise CheckpointError(
-        f"all {len(states)} states in {folder} are damaged, so there is none to go on from: "
+        f"all {len(states)} states in {folder} are damaged, so there is none to resume from: "
         + "; ".join(damage)
     )
 
@@ -190,7 +190,7 @@ def method_state(
     if record.get("kind") != kind:
         raise CheckpointError(
             f"{path} is a state of the method {record.get('kind')!r:.80}, the stage has {kind!r}: "
-            "give method.kind the value it had, or start anew"
+            "give method.kind the value it had, or start a new run"
         )
     return MethodState(tensors=tensors.get(METHOD_FILE, {}), facts=record["facts"])
 

@@ -45,21 +45,22 @@ def doctor(
         from neounify.train.recipe import read_recipe
         from neounify.train.setup import build_mixture, build_setup
 
-    parsed = read_recipe(recipe)
+    display = Display(quiet=report.quiet, json=report.json)
+    with display.deprecations():
+        parsed = read_recipe(recipe)
     stages = {item.name: item for item in parsed.stages}
     if stage is not None and stage not in stages:
         raise UsageError(f"no stage {stage}; the recipe has {', '.join(stages)}")
     chosen = parsed.stages[0] if stage is None else stages[stage]
     if not math.isfinite(seconds):
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
-    display = Display(quiet=report.quiet, json=report.json)
     device = resolve_device(place.device or default_device())
     source = build_mixture(chosen.data, 0)  # unreadable data is reported before a model is loaded
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        start = build_setup(parsed, device, Path(folder))
+        setup = build_setup(parsed, device, Path(folder))
     findings: list[Finding] = []
-    for finding in examine(start, chosen, seconds, source=source):
+    for finding in examine(setup, chosen, seconds, source=source):
         findings.append(finding)
         display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
         if finding.advice:

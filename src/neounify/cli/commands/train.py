@@ -66,9 +66,10 @@ def train(
         from neounify.train.recipe import read_recipe
 
     check_threads(place.threads)
-    parsed = read_recipe(recipe)
-    folder = out or Path("out") / parsed.name
     display = Display(quiet=report.quiet, json=report.json)
+    with display.deprecations():
+        parsed = read_recipe(recipe)
+    folder = out or Path("out") / parsed.name
     if export is not None:
         _export_newest(parsed, folder, export, display)
         return
