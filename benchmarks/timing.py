@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from neounify.machine import processor_name
+from neounify.runtime.process import processor_name
 
 WARM_UPS = 2
 RUNS = 7

@@ -16,8 +16,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from neounify.provenance.payload import FIELDS, MIN_AGREEING, agreeing
-from neounify.provenance.watermark import Marker
+from neounify.provenance.watermark import FIELDS, MIN_AGREEING, Marker, agreeing
 from neounify.scenes.world import render, sample_rng, sample_scene, scene_config
 
 SIDES = (64, 128, 512)

@@ -10,8 +10,8 @@ from demo_page import Entry, write_page
 
 import neounify
 from neounify.bundled import bundled_model
+from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import ImagePart, TextPart
-from neounify.scenes.bench import contact_sheet
 
 OUT = Path("out/demo")
 PROMPTS = (

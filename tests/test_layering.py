@@ -14,8 +14,6 @@ SOURCE = Path(__file__).parents[1] / "src" / "neounify"
 ORDER = """
 errors          exceptions and warnings
 deprecation     old names that go on working
-extras          optional dependencies
-machine         the name of the processor
 files           bounded reads, atomic writes, folders with one writer
 terminal        progress bars
 bundled         the folder of the model that comes with the package
@@ -37,8 +35,8 @@ tasks           one program per task, without I/O
 pipeline        the public Python API
 neounify        the names that `import neounify` gives
 data            samples, sources, packing, loading
+evaluate        similarity of images, rates with confidence intervals
 scenes          synthetic scenes and SceneBench
-evaluate        runners and metrics
 train           recipes and the trainer
 serve           the service, its engines' processes, HTTP
 cli             the command line
@@ -48,7 +46,7 @@ COMING: set[str] = set()
 """In the order already, and not yet in the tree."""
 
 EXCUSED = {
-    ("provenance/xmp.py", "neounify"): "reads nothing but the version",
+    ("provenance/metadata.py", "neounify"): "reads nothing but the version",
 }
 """Imports down the list, by importing file and imported package: why each is right."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neounify.checkpoint import expected_shapes, from_published, load_model
-from neounify.checkpoint.lora_names import ModuleNames, module_name
+from neounify.checkpoint.lora_file import ModuleNames, module_name
 from neounify.checkpoint.lora_save import LoraForm, convert_lora
 from neounify.checkpoint.peft_config import Patterns
 from neounify.errors import CheckpointError

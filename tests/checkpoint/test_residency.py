@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint, stream_of
-from neounify.checkpoint.source import Source
+from neounify.checkpoint.stored import Source
 from neounify.config import MlpConfig
 from neounify.errors import CheckpointError
 from neounify.model import NeoUnify

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import neounify
-from neounify.extras import install_command
+from neounify.errors import install_command
 
 if sys.version_info >= (3, 11):
     import tomllib

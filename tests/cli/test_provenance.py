@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.provenance.metadata import encode_image
+from neounify.provenance.metadata import GENERATED, encode_image
 from neounify.provenance.watermark import Marker
-from neounify.provenance.xmp import GENERATED
 
 Run = Callable[..., Any]
 

@@ -18,7 +18,7 @@ from neounify.checkpoint import load_model
 from neounify.config import TextSampling
 from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
 from neounify.flow.path import velocity
-from neounify.image.patches import patchify, unpatchify
+from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, Grid, grid_patches
 from neounify.model.moe import SparseMlp

@@ -15,11 +15,12 @@ from PIL.PngImagePlugin import PngInfo
 import neounify
 from neounify.errors import ImageError
 from neounify.provenance.metadata import (
+    GENERATED,
     Format,
     encode_image,
+    read_packet,
     read_provenance,
 )
-from neounify.provenance.xmp import GENERATED, read_packet
 
 FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
 BASE = {"made_by": f"neounify {neounify.__version__}", "source_type": GENERATED}

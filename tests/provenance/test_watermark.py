@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from neounify.errors import ImageError
-from neounify.provenance.payload import (
+from neounify.provenance.watermark import (
     FIELDS,
     MAX_NUMBER,
     MIN_AGREEING,
+    Marker,
+    MarkError,
     read_fields,
     write_fields,
 )
-from neounify.provenance.watermark import Marker, MarkError
 from neounify.scenes.world import render, sample_rng, sample_scene, scene_config
 
 # Its own library wants libGL.so.1, which a bare machine may lack.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neounify import machine
+from neounify.runtime import process
 
 MEASURE = """
 import resource, torch
@@ -35,7 +35,7 @@ def test_kept_memory_needs_no_new_pages() -> None:
 
 
 def test_the_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
-    assert machine.processor_name() == (platform.processor() or platform.machine())
+    monkeypatch.setattr(process, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert process.processor_name() == (platform.processor() or platform.machine())
     (tmp_path / "cpuinfo").write_text("flags\t: a b\nmodel name\t: Some CPU 9: fast \n")
-    assert machine.processor_name() == "Some CPU 9: fast"
+    assert process.processor_name() == "Some CPU 9: fast"

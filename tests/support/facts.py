@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from neounify.scenes.world.facts import ObjectFact, RelationFact, SceneFacts
-from neounify.scenes.world.names import OPPOSITE
+from neounify.scenes.world.lexicon import OPPOSITE
 
 
 def canonical(facts: SceneFacts) -> SceneFacts:

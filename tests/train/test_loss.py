@@ -13,7 +13,7 @@ from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
 from neounify.data.packing import Pack, make_pack
 from neounify.flow.noise import noise_scale
-from neounify.image.patches import patchify
+from neounify.image.pixels import patchify
 from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer

@@ -12,10 +12,9 @@ from neounify.checkpoint.load import (
 from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.mapped import MappedFile, TensorInfo
 from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
-from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.reader import CheckpointFolder, Summary, SummaryRow, summarise
 from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
 from neounify.checkpoint.save import save_model
-from neounify.checkpoint.summary import Summary, SummaryRow, summarise
 
 __all__ = [
     "CheckpointFolder",

@@ -13,7 +13,7 @@ from typing import Any
 
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.errors import ConfigError
-from neounify.image.patches import RGB
+from neounify.image.pixels import RGB
 
 ARCHITECTURES = ("qwen3", "qwen3_moe")
 

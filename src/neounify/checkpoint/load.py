@@ -15,7 +15,7 @@ from neounify.checkpoint.lora import LoraSpec, read_loras
 from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
-from neounify.checkpoint.source import Source
+from neounify.checkpoint.stored import Source
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify

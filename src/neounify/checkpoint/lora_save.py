@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from neounify.checkpoint.lora import LoraSpec, LoraUpdate, read_loras
-from neounify.checkpoint.lora_file import LoraPair
-from neounify.checkpoint.lora_names import module_name
+from neounify.checkpoint.lora_file import LoraPair, module_name
 from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
 from neounify.checkpoint.save import atomic_checkpoint, write_shard
 from neounify.errors import CheckpointError

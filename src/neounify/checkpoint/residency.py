@@ -17,7 +17,7 @@ from torch import nn
 
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.names import stream_of
-from neounify.checkpoint.source import Source
+from neounify.checkpoint.stored import Source
 
 Stream: TypeAlias = Literal["und", "gen"]
 OTHER: dict[Stream, Stream] = {"und": "gen", "gen": "und"}

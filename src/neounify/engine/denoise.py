@@ -15,7 +15,7 @@ from neounify.flow.noise import noise_scale
 from neounify.flow.path import clean_from_velocity, velocity
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.solvers import Solver, make_solver
-from neounify.image.patches import unpatchify
+from neounify.image.pixels import unpatchify
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
 

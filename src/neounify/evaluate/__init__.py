@@ -1,1 +1,1 @@
-"""Evaluation: tasks, metrics and reports."""
+"""Evaluation of any model on any data: similarity of images, rates with confidence intervals."""

@@ -4,8 +4,7 @@ llguidance computes which tokens may come next; this package bounds the schemas 
 makes constraints of them. Needs the extra `grammar` (the extra `serve` has it too).
 """
 
-from neounify.grammar.build import calls_grammar, json_grammar
-from neounify.grammar.constraint import Grammar
+from neounify.grammar.build import Grammar, calls_grammar, json_grammar
 from neounify.grammar.schema import check_schema
 from neounify.grammar.vocabulary import Vocabulary
 

@@ -10,8 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from neounify.errors import RequestError
-from neounify.extras import missing_extra
+from neounify.errors import RequestError, missing_extra
 from neounify.text.special import IM_END
 from neounify.text.tokenizer import Tokenizer
 

@@ -1,15 +1,16 @@
 """Images: reading, sizes, pixel values, patches."""
 
+from neounify.image.colour import to_rgb
 from neounify.image.io import MAX_DECODED_PIXELS, MAX_FILE_BYTES, Source, read_image
-from neounify.image.modes import to_rgb
-from neounify.image.patches import patchify, unpatchify
 from neounify.image.pixels import (
     MEAN,
     STD,
     normalise_und,
+    patchify,
     prepare_image,
     to_pil,
     to_und_pixels,
+    unpatchify,
 )
 from neounify.image.sizes import (
     MAX_ASPECT_RATIO,

@@ -18,10 +18,8 @@ from PIL import Image, ImageFile
 from neounify.errors import ImageError
 from neounify.files import read_bytes
 from neounify.image.budget import DecodeBudget, MeteredFile
-from neounify.image.colour import MAX_PROFILE_BYTES, to_srgb
-from neounify.image.heif import check_avif, isobmff_format, open_heif
-from neounify.image.modes import to_rgb
-from neounify.image.png import SIGNATURE, essential_png
+from neounify.image.colour import MAX_PROFILE_BYTES, to_rgb, to_srgb
+from neounify.image.formats import SIGNATURE, check_avif, essential_png, isobmff_format, open_heif
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is always read, by PIL's names; AVIF and HEIC are where there is a decoder (heif.py)."""

@@ -1,7 +1,10 @@
-"""Pixels: between pictures and the two value ranges that the model's streams live in."""
+"""Pixels: between RGB images, the value ranges of the streams, and tokens (square pieces)."""
+
+from __future__ import annotations
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -95,3 +98,45 @@ def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
         raise ValueError(f"the picture must be RGB, not {image.mode}; read_image converts it")
     levels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return levels.permute(2, 0, 1).contiguous().float() / 255
+
+
+RGB = 3
+"""Channels of the images that files hold."""
+
+
+def patchify(
+    images: Float[Tensor, "batch c height width"], size: int, channels: int = RGB
+) -> Float[Tensor, "batch tokens values"]:
+    """Cut images into tokens of `size` x `size` pixels, inside in order (row, column, channel).
+
+    Returns:
+        [batch, h·w, size²·channels] where h = height / size, w = width / size.
+
+    Raises:
+        ValueError: not so many channels, or a side is no multiple of `size`.
+    """
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"images must be [batch, {channels}, height, width], got {tuple(images.shape)}"
+        )
+    height, width = images.shape[2:]
+    if size < 1 or height % size or width % size:
+        raise ValueError(f"sides {height} and {width} must be multiples of the size {size}")
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
+
+
+def unpatchify(
+    tokens: Float[Tensor, "batch tokens values"], h: int, w: int, size: int, channels: int = RGB
+) -> Float[Tensor, "batch c height width"]:
+    """Undo `patchify` for a grid of `h` rows and `w` columns of tokens.
+
+    Raises:
+        ValueError: the shape is not [batch, h·w, size²·channels].
+    """
+    width = channels * size * size
+    if tokens.ndim != 3 or tokens.shape[1:] != (h * w, width):
+        raise ValueError(
+            f"a grid of {h} x {w} tokens of side {size} needs "
+            f"[batch, {h * w}, {width}], got {tuple(tokens.shape)}"
+        )
+    return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=size, q=size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pixel_shuffle
 
 from neounify.config import ModelConfig
-from neounify.image.patches import patchify
+from neounify.image.pixels import patchify
 from neounify.model.layout import Grid
 
 

@@ -21,8 +21,7 @@ from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.noise import initial_noise
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.patches import patchify
-from neounify.image.pixels import normalise_und
+from neounify.image.pixels import normalise_und, patchify
 from neounify.model.layout import Grid
 from neounify.pipeline.engine import Engine
 from neounify.pipeline.painting import edit_images
@@ -37,7 +36,6 @@ from neounify.tasks.processor import Front
 from neounify.tasks.requests import check_negative_prompt, image_noise_scale
 from neounify.text.message import Message
 from neounify.text.special import IM_END, IMAGE_OPEN
-from neounify.text.stream import TextStream
 from neounify.text.template import (
     Prompt,
     images_only_prompt,
@@ -45,6 +43,7 @@ from neounify.text.template import (
     place_images,
     unconditional_prompt,
 )
+from neounify.text.tokenizer import TextStream
 
 MAX_IMAGES = 100
 

@@ -1,5 +1,4 @@
-"""Provenance of generated images: metadata in the file, and an invisible watermark in the pixels.
+"""Provenance of generated images.
 
-`metadata` writes and reads facts, `xmp` the packet that all formats share, `watermark` marks
-pixels with a number, `payload` is the coding of that number.
+`metadata` writes and reads facts in image files (XMP, text chunks); `watermark` marks pixels.
 """

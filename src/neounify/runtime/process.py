@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import resource
 import sys
 import time
@@ -131,3 +132,15 @@ def return_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(trim(0))
+
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def processor_name() -> str:
+    """The processor's name as the system says it."""
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -10,7 +10,7 @@ from neounify.serve.events import TextPiece, TokenLogProb, ToolCallPiece
 from neounify.tasks.answer import AnswerText
 from neounify.tasks.processor import Front
 from neounify.text.special import THINK_CLOSE, THINK_OPEN
-from neounify.text.stream import TextStream
+from neounify.text.tokenizer import TextStream
 from neounify.text.tools import ToolCall, ToolCallReader
 
 Pieces = list[TextPiece | ToolCallPiece]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neounify.errors import RequestError
-from neounify.text.stream import TextStream
+from neounify.text.tokenizer import TextStream
 
 MAX_STOP_STRINGS = 16
 

@@ -17,7 +17,7 @@ from neounify.config.sampling import check_seed
 from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.patches import RGB, patchify
+from neounify.image.pixels import RGB, patchify
 from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size
 from neounify.model.layout import Grid
 from neounify.text.template import check_negative

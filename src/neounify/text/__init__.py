@@ -1,8 +1,6 @@
 """Text: special tokens by name, the tokenizer, and the prompts of every task."""
 
-from neounify.text.build import BYTE_VOCAB_SIZE, byte_tokenizer
 from neounify.text.message import IMAGE_MARK, Message, Role
-from neounify.text.stream import TextStream
 from neounify.text.template import (
     ImageSegment,
     Prompt,
@@ -17,7 +15,7 @@ from neounify.text.template import (
     place_images,
     unconditional_prompt,
 )
-from neounify.text.tokenizer import Tokenizer
+from neounify.text.tokenizer import BYTE_VOCAB_SIZE, TextStream, Tokenizer, byte_tokenizer
 from neounify.text.tools import Tool, ToolCall
 
 __all__ = [

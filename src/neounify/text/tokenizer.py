@@ -1,8 +1,11 @@
 """The tokenizer: text to ids and back, special tokens by name."""
 
+from __future__ import annotations
+
+import codecs
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import index
 from os import PathLike
@@ -10,12 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from neounify.errors import NeounifyError, PromptError, TokenizerError
-from neounify.text.byte_level import token_bytes
-from neounify.text.files import USABLE_FOLDER, describe, read_files, settle
-from neounify.text.special import END_OF_TEXT, IM_END, REQUIRED
-from neounify.text.stream import TextStream
+from neounify.text.files import (
+    SPLIT_PATTERN,
+    USABLE_FOLDER,
+    added_token,
+    byte_level_description,
+    describe,
+    read_files,
+    settle,
+)
+from neounify.text.special import (
+    CONTROL,
+    END_OF_TEXT,
+    IM_END,
+    REQUIRED,
+    byte_of_character,
+    token_bytes,
+)
 
 
 class Tokenizer:
@@ -54,7 +71,7 @@ class Tokenizer:
         self._files = dict(files) if files is not None else _own_files(description)
 
     @classmethod
-    def from_folder(cls, path: str | PathLike[str]) -> "Tokenizer":
+    def from_folder(cls, path: str | PathLike[str]) -> Tokenizer:
         """Load tokenizer.json, or vocab.json + merges.txt with the added tokens beside them.
 
         Raises:
@@ -67,7 +84,7 @@ class Tokenizer:
         return cls(description, origin=origin, files=files)
 
     @classmethod
-    def from_library(cls, library: tokenizers.Tokenizer) -> "Tokenizer":
+    def from_library(cls, library: tokenizers.Tokenizer) -> Tokenizer:
         """Wrap a copy of an object of the tokenizers library; later changes to it do not count.
 
         Raises:
@@ -229,3 +246,79 @@ def _own_files(description: dict[str, Any]) -> dict[str, bytes]:
 
 def _json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+class TextStream:
+    """Turns ids into text one at a time; all pieces together equal one decode of all ids.
+
+    A character may be spread over several byte-level tokens: its bytes are held back
+    until it is complete. Special tokens and unknown ids give no text. The library's own
+    stream is not used: it never gives back an incomplete tail, and holds whole words back
+    behind a byte that no later token can complete.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        """Make a stream over `bytes_of`, which gives the raw bytes of an id (empty: no text)."""
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def put(self, token_id: int) -> str:
+        """Add one id; return the text that is complete now, often a word, sometimes ''."""
+        return self._decoder.decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        """End the text; return what stands for an incomplete character, normally ''."""
+        return self._decoder.decode(b"", final=True)
+
+
+_ADDED = (END_OF_TEXT, *REQUIRED)
+
+BYTE_VOCAB_SIZE = 256 + len(_ADDED)
+"""Ids of a tokenizer without merges: one per byte, then the special tokens."""
+
+
+def byte_tokenizer(merges_from: Sequence[str] = (), vocab_size: int = BYTE_VOCAB_SIZE) -> Tokenizer:
+    """Build a byte-level BPE tokenizer with every required token and `<|endoftext|>`.
+
+    Ids are contiguous: the 256 bytes, the merges, the special tokens.
+
+    Args:
+        merges_from: texts to learn merges from; without any, a token is a byte.
+        vocab_size: upper bound on the number of ids, at least BYTE_VOCAB_SIZE; fewer where
+            the texts hold fewer pairs.
+
+    Raises:
+        ValueError: `vocab_size` is below BYTE_VOCAB_SIZE.
+    """
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be at least {BYTE_VOCAB_SIZE}, got {vocab_size}")
+    merges = _learn_merges(merges_from, vocab_size - BYTE_VOCAB_SIZE)
+    tokens = [*sorted(byte_of_character()), *("".join(pair) for pair in merges)]
+    added = [
+        added_token(name, len(tokens) + place, special=name in CONTROL)
+        for place, name in enumerate(_ADDED)
+    ]
+    vocab = {token: place for place, token in enumerate(tokens)}
+    description = byte_level_description(vocab, merges, added)
+    return Tokenizer(description, origin="a byte tokenizer")
+
+
+def _learn_merges(texts: Sequence[str], limit: int) -> list[list[str]]:
+    """Learn at most `limit` merges; texts are cut into words as the tokenizer will cut them."""
+    if limit == 0 or not texts:
+        return []
+    library = tokenizers.Tokenizer(models.BPE())
+    library.normalizer = normalizers.NFC()
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + limit,
+        initial_alphabet=list(byte_of_character()),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    return [list(pair) for pair in json.loads(library.to_str())["model"]["merges"]]

@@ -20,11 +20,12 @@ from torch import Tensor
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
 from neounify.data.loader import nothing_usable, probe_sources
 from neounify.data.packing import Pack, make_pack
-from neounify.data.sample import DataError, Sample
+from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
+from neounify.errors import ImageError
+from neounify.evaluate.similarity import psnr, seam_ratio
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
-from neounify.scenes.bench.similarity import psnr, seam_ratio
 from neounify.train.loss import T_INTERVALS, Counts, Metrics, loss_of
 from neounify.train.method import seeded
 from neounify.train.model import freeze
@@ -308,7 +309,7 @@ def _seams(
     """The generated image must not show more of the token grid than its target."""
     try:
         seams, target_seams = seam_ratio(image, token), seam_ratio(target, token)
-    except DataError:
+    except ImageError:
         return
     good = seams < MAX_SEAM_RATIO * max(1.0, target_seams)
     judged = good or (like and overfit.conclusive)

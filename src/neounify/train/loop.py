@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
-from neounify.checkpoint.finite import all_finite
+from neounify.checkpoint.mapped import all_finite
 from neounify.data.sources import FileSource
 from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora

@@ -30,8 +30,7 @@ from neounify.data.sample import TASKS
 from neounify.flow.noise import noise_scale
 from neounify.flow.path import noisy, velocity
 from neounify.flow.schedule import shift_time
-from neounify.image.patches import patchify
-from neounify.image.pixels import normalise_und
+from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
 from neounify.runtime.plan import plan_execution
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from neounify.data.sample import DataError, Sample
+from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import Pipeline
-from neounify.scenes.bench.report import contact_sheet
 from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe
 from neounify.train.setup import StageSources

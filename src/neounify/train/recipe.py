@@ -51,7 +51,7 @@ from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
-from neounify.text.build import BYTE_VOCAB_SIZE
+from neounify.text.tokenizer import BYTE_VOCAB_SIZE
 from neounify.train.optim import OptimizerConfig, Schedule
 from neounify.train.supervised import SupervisedConfig
 

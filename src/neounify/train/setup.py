@@ -24,8 +24,7 @@ from neounify.image.sizes import fit_size
 from neounify.model.neo import NeoUnify
 from neounify.pipeline import load
 from neounify.scenes.world import SceneDataset, scene_config
-from neounify.text.build import byte_tokenizer
-from neounify.text.tokenizer import Tokenizer
+from neounify.text.tokenizer import Tokenizer, byte_tokenizer
 from neounify.train.model import new_model
 from neounify.train.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from neounify.data.sample import DataError
 from neounify.scenes.bench import Percept, perceive
-from neounify.scenes.bench.components import label_components
+from neounify.scenes.bench.perceive import label_components
 from neounify.scenes.world import (
     PRESETS,
     SHAPES,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from neounify.data.sample import DataError
+from neounify.errors import ImageError, RequestError
 from neounify.scenes.bench import (
     Rate,
     Report,
@@ -33,7 +34,7 @@ def test_wilson_intervals_are_those_of_the_tables(
 
 def test_wilson_needs_a_rate() -> None:
     for successes, trials in ((1, 0), (3, 2), (-1, 4)):
-        with pytest.raises(DataError):
+        with pytest.raises(RequestError):
             wilson_interval(successes, trials)
 
 
@@ -84,5 +85,5 @@ def test_the_sheet_frames_right_and_wrong() -> None:
     assert tuple(sheet[12, 12]) == (30, 150, 60)
     assert tuple(sheet[12, 12 + 64 + 8 + 10]) == (205, 45, 45)
     assert tuple(sheet[40, 40]) == (77, 77, 77)
-    with pytest.raises(DataError, match="3 pictures"):
+    with pytest.raises(ImageError, match="3 images"):
         contact_sheet(pictures, ["one"], [True])

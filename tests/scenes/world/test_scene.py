@@ -12,7 +12,7 @@ import pytest
 from neounify.data.sample import DataError
 from neounify.scenes.world import PRESETS, Scene, SceneObject, is_held_out, sample_rng, sample_scene
 from neounify.scenes.world.draw import pick_weighted
-from neounify.scenes.world.names import (
+from neounify.scenes.world.lexicon import (
     COLOURS,
     MIN_CONTRAST,
     PLACES,

@@ -21,7 +21,7 @@ from neounify.cli.serve_options import (
     SafetyOptions,
     ServeModelOptions,
 )
-from neounify.extras import missing_extra
+from neounify.errors import missing_extra
 from neounify.files import read_text
 from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
 

@@ -1,11 +1,14 @@
-"""SceneBench: unified models measured on the world of scenes, every claim checked by a program.
+"""SceneBench: unified models measured on synthetic scenes, every claim checked by a program.
 
-`prompts` says what is asked, `perceive` sees what was painted, `checks` gives verdicts,
-`similarity` measures pixels, `report` counts with confidence intervals, `run` does all of it with
-a model, `folder` writes it down, and `validation` asks whether the checker itself is right.
+`prompts` draws the cases, `perceive` finds the objects of an image, `checks` gives verdicts,
+`category` and `report` count them with confidence intervals, `runners` and `run` ask a model
+(`subject`), and `validation` measures the checker itself.
 """
 
-from neounify.scenes.bench.category import Category, Example, Outcome
+from neounify.evaluate.rates import Rate, wilson_interval
+from neounify.evaluate.similarity import psnr, seam_ratio, ssim
+from neounify.image.contact_sheet import contact_sheet
+from neounify.scenes.bench.category import Category, Example, Outcome, Score, score
 from neounify.scenes.bench.checks import (
     EditVerdict,
     Verdict,
@@ -17,7 +20,6 @@ from neounify.scenes.bench.checks import (
     check_thought,
     check_vqa,
 )
-from neounify.scenes.bench.folder import write_folder
 from neounify.scenes.bench.perceive import Percept, SeenObject, perceive
 from neounify.scenes.bench.plan import TASKS, BenchConfig, names
 from neounify.scenes.bench.prompts import (
@@ -36,16 +38,8 @@ from neounify.scenes.bench.prompts import (
     vqa_cases,
 )
 from neounify.scenes.bench.reconstruction import CopyCase, copy_cases
-from neounify.scenes.bench.report import (
-    Rate,
-    Report,
-    Score,
-    contact_sheet,
-    score,
-    wilson_interval,
-)
+from neounify.scenes.bench.report import Report, write_folder
 from neounify.scenes.bench.run import Findings, measure, quick_scores, run_scenebench
-from neounify.scenes.bench.similarity import psnr, seam_ratio, ssim
 from neounify.scenes.bench.subject import Painting, PipelineSubject, Subject, as_subject
 
 __all__ = [

@@ -2,19 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from neounify.data.sample import DataError
+from neounify.evaluate.rates import Rate
 from neounify.scenes.bench.checks import Verdict
-from neounify.scenes.bench.report import Score, score
 
 Pixels = NDArray[np.uint8]
 
 THOUGHT_RIGHT = "thought_right"
 """The measure that says how many thoughts list a scene that fits what was asked, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One category: strict, on held-out cases alone (None if it has none), and by attribute.
+
+    `forms` splits the strict rate by the form of what was asked, where a category has several.
+    """
+
+    category: str
+    strict: Rate
+    held_out: Rate | None
+    attributes: Mapping[str, Rate]
+    forms: Mapping[str, Rate] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Rate | None:
+        """Strict, on the cases that are not held out; None if all are."""
+        if self.held_out is None:
+            return self.strict
+        number = self.strict.number - self.held_out.number
+        return Rate(self.strict.correct - self.held_out.correct, number) if number else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The score as plain data."""
+        return {
+            "category": self.category,
+            "strict": self.strict.to_json(),
+            "seen": self.seen.to_json() if self.seen else None,
+            "held_out": self.held_out.to_json() if self.held_out else None,
+            "attributes": {name: rate.to_json() for name, rate in self.attributes.items()},
+            "forms": {name: rate.to_json() for name, rate in self.forms.items()},
+        }
+
+
+def score(
+    category: str,
+    verdicts: Sequence[Verdict],
+    held_out: Sequence[bool],
+    forms: Sequence[str] = (),
+) -> Score:
+    """Count the verdicts of a category; `held_out` marks the cases that training never shows.
+
+    `forms` gives each case's form; empty where the category has but one.
+    """
+    if not verdicts or len(verdicts) != len(held_out) or len(forms) not in (0, len(verdicts)):
+        raise DataError(
+            f"{category}: {len(verdicts)} verdicts for {len(held_out)} cases, {len(forms)} forms"
+        )
+    names = list(dict.fromkeys(name for v in verdicts for name in v.attributes))
+    held = [v.correct for v, is_held in zip(verdicts, held_out, strict=True) if is_held]
+    attributes = {}
+    for name in names:
+        asked = [v.attributes[name] for v in verdicts if name in v.attributes]
+        attributes[name] = Rate(sum(asked), len(asked))
+    return Score(
+        category,
+        Rate(sum(v.correct for v in verdicts), len(verdicts)),
+        Rate(sum(held), len(held)) if held else None,
+        attributes,
+        _by_form(verdicts, forms),
+    )
+
+
+def _by_form(verdicts: Sequence[Verdict], forms: Sequence[str]) -> dict[str, Rate]:
+    by_form: dict[str, list[bool]] = {form: [] for form in sorted(set(forms))}
+    for form, verdict in zip(forms, verdicts, strict=False):
+        by_form[form].append(verdict.correct)
+    return {form: Rate(sum(held), len(held)) for form, held in by_form.items()}
 
 
 @dataclass(frozen=True)

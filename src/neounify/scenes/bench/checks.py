@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.data.sample import DataError
+from neounify.evaluate.similarity import psnr
 from neounify.scenes.bench.perceive import Percept, SeenObject, as_array, perceive
-from neounify.scenes.bench.similarity import psnr
-from neounify.scenes.world.edits import SceneEdit
+from neounify.scenes.world.edits import SceneEdit, Story
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, ObjectFact, SceneFacts, facts_of
 from neounify.scenes.world.language import parse_layout
-from neounify.scenes.world.names import COLOURS, place_name
+from neounify.scenes.world.lexicon import COLOURS, place_name
 from neounify.scenes.world.parse import parse_caption
 from neounify.scenes.world.questions import Question, check_answer
 from neounify.scenes.world.render import object_mask
 from neounify.scenes.world.scene import MAX_OBJECTS, Scene, SceneConfig
-from neounify.scenes.world.stories import Story
 
 Picture = NDArray[np.uint8] | Image.Image
 

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.data.sample import DataError
-from neounify.scenes.bench.components import label_components
-from neounify.scenes.world.names import COLOURS, SHAPES, Cell, place_name
+from neounify.scenes.world.lexicon import COLOURS, SHAPES, Cell, place_name
 from neounify.scenes.world.render import coverage, signed_distance
 from neounify.scenes.world.scene import SceneConfig
 
@@ -320,3 +319,44 @@ def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _rgb(colour: Floats) -> tuple[float, float, float]:
     r, g, b = (round(float(c), 1) for c in colour)
     return r, g, b
+
+
+def label_components(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int32], int]:
+    """Label the 8-connected parts of a mask: labels [h, w], 0 outside, and how many there are.
+
+    Labels run from 1 in reading order of each part's first pixel.
+    """
+    height, width = mask.shape
+    padded = np.zeros((height, width + 1), np.int8)
+    padded[:, :width] = mask
+    steps = np.diff(padded.ravel(), prepend=np.int8(0))
+    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    rows = starts // (width + 1)
+    first, last = (starts % (width + 1)).tolist(), ((ends - 1) % (width + 1)).tolist()
+    parent = list(range(len(first)))
+
+    def root(run: int) -> int:
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    bounds = np.searchsorted(rows, np.arange(height + 1)).tolist()
+    for row in range(1, height):
+        above, above_end = bounds[row - 1], bounds[row]
+        here, here_end = bounds[row], bounds[row + 1]
+        while above < above_end and here < here_end:
+            if first[above] <= last[here] + 1 and first[here] <= last[above] + 1:
+                a, b = root(above), root(here)
+                parent[max(a, b)] = min(a, b)
+            if last[above] < last[here]:
+                above += 1
+            else:
+                here += 1
+
+    labels = np.zeros((height, width), np.int32)
+    number: dict[int, int] = {}
+    for run, row in enumerate(rows.tolist()):
+        label = number.setdefault(root(run), len(number) + 1)
+        labels[row, first[run] : last[run] + 1] = label
+    return labels, len(number)

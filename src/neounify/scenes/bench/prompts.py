@@ -24,11 +24,10 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import chance, pick, sample_rng
-from neounify.scenes.world.edits import EDIT_KINDS, SceneEdit, sample_edit
+from neounify.scenes.world.edits import EDIT_KINDS, SceneEdit, Story, sample_edit, sample_story
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, SceneFacts, facts_of
 from neounify.scenes.world.language import caption
-from neounify.scenes.world.lexicon import Language
-from neounify.scenes.world.names import OPPOSITE, cell_of_place, relations_between
+from neounify.scenes.world.lexicon import OPPOSITE, Language, cell_of_place, relations_between
 from neounify.scenes.world.questions import (
     QUESTION_KINDS,
     Question,
@@ -48,7 +47,6 @@ from neounify.scenes.world.scene import (
     is_held_out,
     sample_scene,
 )
-from neounify.scenes.world.stories import Story, sample_story
 
 CATEGORIES = (
     *("single_object", "two_object", "counting", "colours", "position", "attribution"),

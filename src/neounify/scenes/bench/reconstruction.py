@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from neounify.evaluate.similarity import psnr, ssim
 from neounify.scenes.bench.category import Example, Pixels
 from neounify.scenes.bench.checks import Verdict
 from neounify.scenes.bench.prompts import is_held_out_turn
-from neounify.scenes.bench.similarity import psnr, ssim
 from neounify.scenes.world.draw import sample_rng
 from neounify.scenes.world.edits import KEEP_REQUESTS
 from neounify.scenes.world.lexicon import Language

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import neounify
-from neounify.machine import processor_name
 from neounify.pipeline import Pipeline
+from neounify.runtime.process import processor_name
 from neounify.scenes.bench.category import Example, Outcome, Pixels
 from neounify.scenes.bench.plan import TASKS, BenchConfig, names
 from neounify.scenes.bench.report import Report

@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from neounify.data.sample import DataError
+from neounify.errors import ImageError
+from neounify.evaluate.similarity import seam_ratio
 from neounify.scenes.bench.category import Category, Example, Pixels
 from neounify.scenes.bench.checks import (
     LEAST_EDIT_PSNR,
@@ -50,7 +51,6 @@ from neounify.scenes.bench.reconstruction import (
     copy_cases,
     likeness,
 )
-from neounify.scenes.bench.similarity import seam_ratio
 from neounify.scenes.bench.subject import Painting, Subject
 from neounify.scenes.world.facts import FULL_STYLE, SceneFacts, facts_of
 from neounify.scenes.world.render import render
@@ -234,7 +234,7 @@ def _seams(examples: Sequence[Example], token_size: int) -> dict[str, float]:
     """The mean seam ratio of the pictures that have a smooth place to see seams at."""
     found = []
     for example in examples:
-        with suppress(DataError):
+        with suppress(ImageError):
             if example.picture is not None:
                 found.append(seam_ratio(example.picture, token_size))
     return {"seam_ratio": float(np.mean(found))} if found else {}

@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from neounify.data.sample import DataError
+from neounify.evaluate.rates import Rate
 from neounify.scenes.bench.checks import check_caption, check_edit, check_picture
 from neounify.scenes.bench.prompts import PaintCase, categories, draw_paint_case
-from neounify.scenes.bench.report import Rate
 from neounify.scenes.world.draw import pick, sample_rng, shuffled
 from neounify.scenes.world.edits import edit_scene, sample_edit
 from neounify.scenes.world.facts import FULL_STYLE, ObjectFact, SceneFacts, facts_of
 from neounify.scenes.world.language import caption
-from neounify.scenes.world.lexicon import LANGUAGES
-from neounify.scenes.world.names import COLOURS, SHAPES, stands_out
+from neounify.scenes.world.lexicon import COLOURS, LANGUAGES, SHAPES, stands_out
 from neounify.scenes.world.questions import Question, ask, check_answer
 from neounify.scenes.world.render import object_mask, render
 from neounify.scenes.world.scene import Scene, SceneConfig, sample_scene, visible_colours

@@ -6,7 +6,16 @@ samples. Nothing is downloaded and nothing is stored.
 """
 
 from neounify.scenes.world.draw import sample_rng
-from neounify.scenes.world.edits import EDIT_KINDS, SceneEdit, edit_scene, edit_thought, sample_edit
+from neounify.scenes.world.edits import (
+    EDIT_KINDS,
+    SceneEdit,
+    Story,
+    StoryStep,
+    edit_scene,
+    edit_thought,
+    sample_edit,
+    sample_story,
+)
 from neounify.scenes.world.facts import (
     FULL_STYLE,
     CaptionStyle,
@@ -16,7 +25,7 @@ from neounify.scenes.world.facts import (
     facts_of,
 )
 from neounify.scenes.world.language import caption, layout_text, parse_layout
-from neounify.scenes.world.names import COLOURS, PLACES, SHAPES, SIZES
+from neounify.scenes.world.lexicon import COLOURS, PLACES, SHAPES, SIZES
 from neounify.scenes.world.parse import parse_caption
 from neounify.scenes.world.questions import QUESTION_KINDS, Question, ask, check_answer
 from neounify.scenes.world.render import render
@@ -30,7 +39,6 @@ from neounify.scenes.world.scene import (
     sample_scene,
     scene_config,
 )
-from neounify.scenes.world.stories import Story, StoryStep, sample_story
 
 __all__ = [
     "COLOURS",

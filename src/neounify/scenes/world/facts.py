@@ -15,7 +15,7 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import pick
-from neounify.scenes.world.names import place_name, relations_between
+from neounify.scenes.world.lexicon import place_name, relations_between
 from neounify.scenes.world.scene import Scene, SceneConfig, SceneObject
 
 

@@ -20,14 +20,16 @@ from neounify.data.sample import DataError
 from neounify.scenes.world.draw import chance, pick, shuffled
 from neounify.scenes.world.facts import ObjectFact, RelationFact, SceneFacts
 from neounify.scenes.world.lexicon import (
+    OPPOSITE,
     Language,
+    cell_of_place,
     number_word,
+    place_name,
     plural,
     relation_words,
     tokens,
     word,
 )
-from neounify.scenes.world.names import OPPOSITE, cell_of_place, place_name
 from neounify.scenes.world.scene import Scene, SceneConfig, SceneObject
 
 

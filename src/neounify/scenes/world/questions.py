@@ -18,14 +18,16 @@ from neounify.scenes.world.facts import ObjectFact, matching, reference
 from neounify.scenes.world.language import definite, noun
 from neounify.scenes.world.lexicon import (
     LANGUAGES,
+    OPPOSITE,
     Language,
     TokenKind,
     number_word,
     phrases,
+    place_name,
     plural,
+    relations_between,
     word,
 )
-from neounify.scenes.world.names import OPPOSITE, place_name, relations_between
 from neounify.scenes.world.scene import HELD_OUT_PAIRS, Scene, SceneConfig, Split, visible_colours
 
 QuestionKind = Literal[

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neounify.data.sample import DataError
-from neounify.scenes.world.names import COLOURS
+from neounify.scenes.world.lexicon import COLOURS
 from neounify.scenes.world.scene import EXTENT, Scene, SceneConfig, SceneObject
 
 Floats = NDArray[np.float32]

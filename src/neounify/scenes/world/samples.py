@@ -23,14 +23,13 @@ from neounify.data.sample import (
     Turn,
 )
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
-from neounify.scenes.world.edits import KEEP_REQUESTS, edit_thought, sample_edit
+from neounify.scenes.world.edits import KEEP_REQUESTS, edit_thought, sample_edit, sample_story
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.scenes.world.language import caption, layout_text
 from neounify.scenes.world.lexicon import LANGUAGES, Language
 from neounify.scenes.world.questions import ask, ask_several
 from neounify.scenes.world.render import render
 from neounify.scenes.world.scene import Scene, SceneConfig, Split, sample_scene
-from neounify.scenes.world.stories import sample_story
 
 TASK_WEIGHTS: dict[str, float] = {
     "t2i": 0.35,

@@ -22,7 +22,7 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import chance, pick, pick_weighted, shuffled
-from neounify.scenes.world.names import (
+from neounify.scenes.world.lexicon import (
     COLOURS,
     MAX_GRID,
     OPPOSITE,

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.finite import all_finite
 from neounify.checkpoint.lora import LoraUpdate
-from neounify.checkpoint.mapped import MappedFile, TensorInfo
+from neounify.checkpoint.mapped import MappedFile, TensorInfo, all_finite
 from neounify.errors import CheckpointError
 
 CHUNK_ELEMENTS = 2**21

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from neounify.data.sample import DataError
+from neounify.errors import ImageError
 from neounify.scenes.bench import psnr, seam_ratio, ssim
 from neounify.scenes.world import PRESETS, render, sample_rng, sample_scene
 
@@ -38,7 +38,7 @@ def test_psnr_looks_at_the_mask_alone() -> None:
     mask[16:] = True
     assert psnr(flat(100), other, mask) == 100.0
     assert psnr(flat(100), other) < 15
-    with pytest.raises(DataError, match="no pixel"):
+    with pytest.raises(ImageError, match="no pixel"):
         psnr(flat(1), flat(1), np.zeros((32, 32), bool))
 
 
@@ -75,9 +75,9 @@ def test_ssim_is_one_for_equals_symmetric_and_falls_with_noise() -> None:
 
 def test_pictures_of_two_sizes_cannot_be_compared() -> None:
     for measure in (psnr, ssim):
-        with pytest.raises(DataError, match="one size"):
+        with pytest.raises(ImageError, match="one size"):
             measure(flat(0), flat(0, 16))
-    with pytest.raises(DataError, match="11×11"):
+    with pytest.raises(ImageError, match="11×11"):
         ssim(flat(0, 8), flat(0, 8))
 
 
@@ -106,5 +106,5 @@ def test_steps_elsewhere_are_no_seams() -> None:
 
 
 def test_tokens_of_a_few_pixels_are_refused() -> None:
-    with pytest.raises(DataError, match="token"):
+    with pytest.raises(ImageError, match="token"):
         seam_ratio(flat(0), 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from neounify.data.sample import DataError
+from neounify.errors import ImageError
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -25,7 +25,7 @@ def psnr(a: Pixels, b: Pixels, mask: NDArray[np.bool_] | None = None) -> float:
     squares = (a.astype(np.float64) - b.astype(np.float64)) ** 2
     if mask is not None:
         if not mask.any():
-            raise DataError("no pixel is left to compare")
+            raise ImageError("no pixel is left to compare")
         squares = squares[mask]
     error = float(squares.mean())
     return MAX_PSNR if error == 0 else min(MAX_PSNR, float(10 * np.log10(255**2 / error)))
@@ -39,7 +39,7 @@ def ssim(a: Pixels, b: Pixels) -> float:
     """
     _check_pair(a, b)
     if min(a.shape[:2]) < 11:
-        raise DataError(f"SSIM needs at least 11×11 pixels, not {a.shape[1]}×{a.shape[0]}")
+        raise ImageError(f"SSIM needs at least 11×11 pixels, not {a.shape[1]}×{a.shape[0]}")
     x, y = a.astype(np.float64), b.astype(np.float64)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_x, mean_y = _gaussian(x), _gaussian(y)
@@ -64,7 +64,7 @@ def seam_ratio(picture: Pixels, token: int = 16) -> float:
         token: side of a token in pixels, at least 4.
     """
     if token < 4:
-        raise DataError(f"a token of {token} pixels is too small to tell borders from the rest")
+        raise ImageError(f"a token of {token} pixels is too small to tell borders from the rest")
     across: list[Floats] = []
     elsewhere: list[Floats] = []
     for axis in (0, 1):
@@ -80,7 +80,7 @@ def seam_ratio(picture: Pixels, token: int = 16) -> float:
         elsewhere.append(inner[:, ~border][smooth[:, ~border]])
     at_borders, other = np.concatenate(across), np.concatenate(elsewhere)
     if not len(at_borders) or not len(other):
-        raise DataError("the picture has no smooth place at which seams could be seen")
+        raise ImageError("the picture has no smooth place at which seams could be seen")
     return (_mean_of_lower(at_borders) + 0.5) / (_mean_of_lower(other) + 0.5)
 
 
@@ -107,7 +107,7 @@ def _gaussian(channels: Floats) -> Floats:
 
 def _check_pair(a: Pixels, b: Pixels) -> None:
     if a.shape != b.shape or a.ndim != 3 or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise DataError(
+        raise ImageError(
             f"two uint8 pictures of one size are compared, not {a.dtype} {list(a.shape)}"
             f" and {b.dtype} {list(b.shape)}"
         )

@@ -12,7 +12,7 @@ from PIL import Image, features
 from image.test_io import file_bytes
 from neounify.errors import ImageError
 from neounify.image import read_image
-from neounify.image.heif import isobmff_format
+from neounify.image.formats import isobmff_format
 from support.colour_profiles import DISPLAY_P3, rgb_profile
 
 needs_avif = pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
