@@ -1,4 +1,4 @@
-"""Several copies of the server behind one address, on one machine or on many, by Ray Serve."""
+"""Replicas of the server behind one address, on one or many machines, by Ray Serve."""
 
 from neounify.serve.replicas.running import run
 from neounify.serve.replicas.settings import ReplicaError, ReplicaSettings

@@ -1,4 +1,4 @@
-"""What Ray is told: the cluster, the replicas and their address."""
+"""Ray cluster and Ray Serve deployment of the replicas."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from neounify.serve.run import RunSettings
 
 NAME = "neounify"
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Ray's store of objects, which requests do not pass through."""
+"""Size of Ray's object store, which requests do not pass through."""
 SPARE_REQUESTS = 64
-"""Questions about health and metrics, and requests that the replica itself refuses."""
+"""Ongoing requests beyond `in_flight`: of health and metrics, and those that a replica refuses."""
 ATTEMPTS = 2
 HEALTH_SECONDS = 2.0
 
 
 @contextmanager
 def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
-    """Ray, by the cluster that was named or by one that lives as long as this. ReplicaError."""
-    own, level = replicas.address is None, logging.getLevelName(log_level.upper())
+    """Context of a connection to Ray: the named cluster, or one for this context.
+
+    Raises ReplicaError.
+    """
+    is_local, level = replicas.address is None, logging.getLevelName(log_level.upper())
     try:
-        if own:
+        if is_local:
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -44,7 +47,7 @@ def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
     except ConnectionError as error:
         raise ReplicaError(f"no Ray cluster answers at {replicas.address}: {error}") from error
     finally:
-        if own and ray.is_initialized():
+        if is_local and ray.is_initialized():
             serve.shutdown()
         ray.shutdown()
 
@@ -55,7 +58,7 @@ def deployed(
     replicas: ReplicaSettings,
     make_hooks: Callable[[], HttpHooks] | None,
 ) -> Iterator[None]:
-    """Replicas that answer. The end waits for the requests under way. Raises ReplicaError."""
+    """Context of running replicas; its end waits for requests in flight. Raises ReplicaError."""
     logs = LoggingConfig(
         log_level=settings.log_level.upper(), enable_access_log=settings.log_level == "info"
     )
@@ -87,7 +90,7 @@ def _deployment(settings: RunSettings, replicas: ReplicaSettings) -> serve.Deplo
         name="replica",
         num_replicas=replicas.count,
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
-        # Beyond `in_flight` a replica answers 429 by itself, so it must hear of the request.
+        # Beyond `in_flight` a replica itself answers 429, so it must receive the request.
         max_ongoing_requests=in_flight + SPARE_REQUESTS,
         max_queued_requests=in_flight,
         graceful_shutdown_timeout_s=settings.drain_seconds,
@@ -98,12 +101,12 @@ def _deployment(settings: RunSettings, replicas: ReplicaSettings) -> serve.Deplo
 
 
 def _check_room(replicas: ReplicaSettings) -> None:
-    """Raises ReplicaError for what Ray would wait for in vain."""
-    there = ray.cluster_resources()
+    """Raises ReplicaError for resources that the cluster lacks; Ray would wait for them forever."""
+    resources = ray.cluster_resources()
     for name, each in (("CPU", replicas.cpus), ("GPU", replicas.gpus)):
-        needed, found = replicas.count * each, there.get(name, 0.0)
-        if needed > found:
+        needed, available = replicas.count * each, resources.get(name, 0.0)
+        if needed > available:
             raise ReplicaError(
                 f"{replicas.count} replicas with {each:g} {name} each need {needed:g}; this "
-                f"machine has {found:g}. Less than 1 each is possible, such as 0.5"
+                f"machine has {available:g}. Less than 1 each is possible, such as 0.5"
             )

@@ -1,4 +1,4 @@
-"""One replica: the service and its app in a process that Ray starts, watches and replaces."""
+"""Replica: service and app in a process that Ray starts, checks and replaces."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from neounify.serve.http.media import HttpHooks
 from neounify.serve.run import RunSettings, page_folder
 
 HEADER = "x-neounify-replica"
-"""Names the replica that gave an answer."""
+"""The header with the name of the replica that answered."""
 
 
 class Unready(RuntimeError):
-    """The engines do not answer; Ray replaces a replica that says so three times in a row."""
+    """The engines do not answer; after three in a row Ray replaces the replica."""
 
 
 @serve.ingress()
 class Replica:
-    """What Ray calls; the names of the methods are Ray's."""
+    """Ray Serve deployment class; the names of the methods are Ray's."""
 
     def __init__(self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None) -> None:
         keep_freed_memory()
@@ -50,7 +50,7 @@ class Replica:
         process.labels(name, str(os.getpid())).set(1)
         app = create_app(
             self._service,
-            # A result's URL would be asked of another replica than the one that has it.
+            # A result's URL could be requested from a replica that does not have it.
             replace(self._settings.http, result_urls=False),
             hooks=self._hooks,
             registry=registry,
@@ -71,7 +71,7 @@ class Replica:
 
 
 class Signed:
-    """ASGI middleware that names the replica in every answer."""
+    """ASGI middleware that adds the replica's name to every answer."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Replicas from start to end: prepare, start, wait for a signal, let work finish."""
+"""Replicas from start to end: prepare, start, wait for a signal, drain."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def run(
     make_hooks: Callable[[], HttpHooks] | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then take no new requests and let those under way finish.
+    """Serve until SIGTERM or SIGINT, then refuse new requests and finish those in flight.
 
     `make_hooks` is called once in each replica. Raises ImportError without Ray, and ReplicaError
     when the replicas do not start, AddressError when the address is taken.
     """
     if replicas.address is None:
         with bound(settings.host, settings.port):
-            pass  # Ray would say it late, and in many lines
+            pass  # Ray reports a taken address late, and in many lines
         os.environ.update(_private_ray())
     # Ray reads the environment when it is imported.
     from neounify.serve.replicas.deployment import connected, deployed
@@ -43,14 +43,14 @@ def run(
 
 
 def _private_ray() -> dict[str, str]:
-    """The environment of a Ray that only this machine sees, and that reports to nobody.
+    """Environment variables of a Ray on loopback without usage reports.
 
-    One port of each replica listens everywhere all the same. It asks for the token, which is new
-    every time and stands in no file.
+    One port of each replica listens on all interfaces nevertheless. It requires the token, which is
+    random each time and written to no file.
     """
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's name for staying on loopback, on Linux too.
+        # Ray's name for the option that it stays on loopback, on Linux too.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -1,4 +1,4 @@
-"""How many replicas there are, and what each may use."""
+"""Settings of replicas: their number and resources."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class ReplicaError(NeounifyError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSettings:
-    """`count` replicas, with `cpus` cores and `gpus` graphics cards set aside for each.
+    """`count` replicas, with `cpus` cores and `gpus` GPUs reserved for each.
 
-    `address` is that of a Ray cluster which runs already, "auto" for the one of this machine;
-    without one, Ray runs on this machine for as long as the server does. Raises ConfigError for
-    less than one replica, and for less than no cores or cards.
+    `address` is that of a running Ray cluster, "auto" for the one of this machine; without one,
+    Ray is started on this machine and stopped with the server. Raises ConfigError for less than one
+    replica, and for negative numbers of cores or GPUs.
     """
 
     count: int = 2
@@ -27,6 +27,8 @@ class ReplicaSettings:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ConfigError(f"there must be at least 1 replica, got {self.count}")
+            raise ConfigError(f"count must be at least 1, got {self.count}")
         if self.cpus < 0 or self.gpus < 0:
-            raise ConfigError(f"a replica cannot have {self.cpus:g} cores and {self.gpus:g} GPUs")
+            raise ConfigError(
+                f"cpus and gpus must be at least 0, got {self.cpus:g} and {self.gpus:g}"
+            )
