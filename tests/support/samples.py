@@ -11,8 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from neounify.data.record import sample_to_record
-from neounify.data.sample import Sample
+from neounify.data.sample import Sample, sample_to_record
 
 
 def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:

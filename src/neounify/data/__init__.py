@@ -1,7 +1,16 @@
 """Training data: the sample type that every source yields, and the sources."""
 
-from neounify.data.record import sample_from_record, sample_to_record
-from neounify.data.sample import TASKS, DataError, Part, Sample, SampleImage, SampleText, Turn
+from neounify.data.sample import (
+    TASKS,
+    DataError,
+    Part,
+    Sample,
+    SampleImage,
+    SampleText,
+    Turn,
+    sample_from_record,
+    sample_to_record,
+)
 
 __all__ = [
     "TASKS",

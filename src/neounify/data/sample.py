@@ -1,21 +1,34 @@
-"""Multimodal training samples: turns of text and image parts, each with its loss flag.
+"""Training samples, and the published JSON schema of their records.
 
-Every source of data yields a `Sample`: synthetic scenes, JSON lines, tar shards.
+A `Sample` is what every source of data yields: turns of text and image parts, each with its loss
+flag. A thought is literal text of the assistant turn, `<think>\\n…\\n</think>\\n\\n`; the empty
+thought before an answer without one belongs to the chat template and is not part of a sample.
 
-A thought is literal text of the assistant turn, `<think>\\n…\\n</think>\\n\\n`; the empty thought
-before an answer without one belongs to the chat template and is not part of a sample.
+    {"conversations": [{"from": "human", "value": "<image>\\nMake it red."},
+                       {"from": "gpt", "value": "<image>"}],
+     "image": ["source.png", "target.png"]}
+
+is a record: `<image>` marks stand for the paths in order. An image in a human turn is an input, one
+in a gpt turn is a target. Only gpt turns carry a text loss. "images" is another name for "image";
+"system" is the text of a system turn. Two further keys are optional: "task", and "loss" (per turn,
+per part) where it differs from that rule. Other fields are refused.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from neounify.data.formats import foreign_record
 from neounify.errors import NeounifyError
 from neounify.text import IMAGE_MARK, Role
 
@@ -25,6 +38,34 @@ TASKS = ("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave
 ImageLike = Image.Image | NDArray[np.uint8] | Path
 
 SPEAKER_OF: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
+
+
+FIELDS = ("conversations", "image", "images", "system", "task", "loss", "id")
+TURN_FIELDS = ("from", "value")
+MEDIA = ("video", "videos", "audio", "audios")
+
+ROLE_OF: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+MAX_ID_CHARS = 200
+MAX_IMAGES = 1000
+"""Images of one record; each is read before the tokens of a sample are counted."""
+
+# Task names of published data files.
+TASK_ALIASES = {
+    "mm_t2i": "t2i",
+    "it2i": "edit",
+    "mm_it2i": "edit",
+    "interleave_gen": "interleave",
+    "mm_interleave_gen": "interleave",
+    "mm_interleaved": "vqa",
+    "multimodal": "vqa",
+}
 
 
 class DataError(NeounifyError, ValueError):
@@ -132,3 +173,213 @@ class Sample:
         """The text of all turns, or of one role's, with `<image>` in place of each image."""
         chosen = [turn for turn in self.turns if role in (None, turn.role)]
         return "\n".join(turn.value for turn in chosen)
+
+
+def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, Any]:
+    """The sample in the published schema; `image_paths`: one per image, in order."""
+    if len(image_paths) != len(sample.images):
+        raise DataError(f"{len(sample.images)} images, but {len(image_paths)} paths")
+    record: dict[str, Any] = {
+        "conversations": [
+            {"from": SPEAKER_OF[turn.role], "value": turn.value} for turn in sample.turns
+        ],
+        "image": list(image_paths),
+        "task": sample.task,
+    }
+    if sample.id:
+        record["id"] = sample.id
+    flags = [_segment_flags(turn) for turn in sample.turns]
+    default = [
+        [turn.role == "assistant"] * len(row) for turn, row in zip(sample.turns, flags, strict=True)
+    ]
+    if flags != default:
+        record["loss"] = flags
+    return record
+
+
+def sample_from_record(
+    record: Any, folder: Path, task: str | None = None, ignored: Collection[str] = ()
+) -> Sample:
+    """Read one JSON object of the published schema; images stay paths below `folder`.
+
+    `task` overrides the record's own "task"; without either, it is inferred from the parts.
+    Fields named in `ignored` are not read; other unknown ones raise DataError.
+    """
+    record = checked_record(record, ignored)
+    conversations = record["conversations"]
+    paths = _image_paths(record.get("image"))
+    flags = record.get("loss")
+    if flags is not None and (not isinstance(flags, list) or len(flags) != len(conversations)):
+        raise DataError('"loss" must be a list with one list of flags per turn')
+    values = [_speaker_and_value(entry) for entry in conversations]
+    marks = sum(value.count(IMAGE_MARK) for _, value in values)
+    if marks < len(paths):
+        values = _with_leading_marks(values, len(paths) - marks)
+    elif marks > len(paths):
+        raise DataError(f"{marks} {IMAGE_MARK} marks, but {len(paths)} images")
+    remaining = iter(folder / path for path in paths)
+    turns = tuple(
+        _read_turn(role, value, remaining, None if flags is None else flags[index])
+        for index, (role, value) in enumerate(values)
+    )
+    chosen = task or record.get("task")
+    if chosen is None:
+        chosen = _infer_task(turns)
+    if not isinstance(chosen, str):
+        raise DataError(f'"task" is {chosen!r:.80}, not a string')
+    identity = record.get("id")
+    name = "" if identity is None else str(identity)[:MAX_ID_CHARS]
+    return Sample(TASK_ALIASES.get(chosen, chosen), turns, name)
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON in UTF-8, with or without a mark in front. Raises DataError for any other text."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start}); convert it "
+            "(iconv -t UTF-8, with -f and what it is in now)"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from error
+
+
+def checked_record(record: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
+    """A record of known fields: `images` is `image`, a `system` text is the first turn.
+
+    Fields in `ignored`, and unknown ones without a value, are left out. Raises DataError for any
+    other field, and for a record of another form.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"a record is a JSON {type(record).__name__}, not an object")
+    fields = {key: value for key, value in record.items() if key not in ignored}
+    conversations = fields.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        if "conversations" in fields:
+            raise DataError('"conversations" must be a list of turns that is not empty')
+        raise DataError(foreign_record(fields))
+    for key, value in list(fields.items()):
+        if key not in FIELDS:
+            if value not in (None, "", [], {}):
+                raise DataError(_unknown(key))
+            del fields[key]
+    _merge_images(fields)
+    _merge_system(fields, conversations)
+    for turn in conversations:
+        if isinstance(turn, Mapping) and (extra := set(turn) - set(TURN_FIELDS) - set(ignored)):
+            raise DataError(
+                f'a turn has the unknown field "{min(extra, key=str)}"; it has "from" and "value"'
+            )
+    return fields
+
+
+def _unknown(key: Any) -> str:
+    name = str(key)[:40]
+    if name in MEDIA:
+        return f'the field "{name}": only images and text can be trained on'
+    close = get_close_matches(name, FIELDS, n=1)
+    hint = f'; did you mean "{close[0]}"?' if close else f"; known are {', '.join(FIELDS)}"
+    return f'unknown field "{name}"{hint} (fields not to be read: ignore = [...] in the recipe)'
+
+
+def _merge_images(fields: dict[str, Any]) -> None:
+    images = fields.pop("images", None)
+    if images is None:
+        return
+    if fields.get("image") not in (None, images):
+        raise DataError('a record has both "image" and "images"; give one of them')
+    fields["image"] = images
+
+
+def _merge_system(fields: dict[str, Any], conversations: list[Any]) -> None:
+    system = fields.pop("system", None)
+    if not system:
+        return
+    if not isinstance(system, str):
+        raise DataError(f'"system" is {type(system).__name__}, not text')
+    if isinstance(conversations[0], Mapping) and conversations[0].get("from") == "system":
+        raise DataError('a record has "system" and a system turn; give one of them')
+    fields["conversations"] = [{"from": "system", "value": system}, *conversations]
+    if isinstance(fields.get("loss"), list):
+        fields["loss"] = [[False], *fields["loss"]]
+
+
+def _segment_flags(turn: Turn) -> list[bool]:
+    """Loss flags of a turn with adjacent text parts joined, as the schema joins them."""
+    flags: list[bool] = []
+    previous: Part | None = None
+    for part in turn.parts:
+        if isinstance(previous, SampleText) and isinstance(part, SampleText):
+            if previous.loss != part.loss:
+                raise DataError(
+                    "adjacent text parts differ in their loss, which JSONL cannot express"
+                )
+        else:
+            flags.append(part.loss)
+        previous = part
+    return flags
+
+
+def _image_paths(value: Any) -> list[str]:
+    if value is None:
+        return []
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise DataError('"image" must be a path or a list of paths, none of them empty')
+    if len(paths) > MAX_IMAGES:
+        raise DataError(f"a record names {len(paths):,} images, at most {MAX_IMAGES:,} are read")
+    for path in paths:
+        if path.startswith("data:"):
+            raise DataError(
+                f"{path[:40]!r}… is an image as text (a data URL); write it to a file and name that"
+            )
+        if "://" in path:
+            raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
+    return paths
+
+
+def _speaker_and_value(entry: Any) -> tuple[Role, str]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("value"), str):
+        raise DataError('each of "conversations" needs a "from" and a text "value"')
+    speaker = entry.get("from")
+    if not isinstance(speaker, str) or speaker not in ROLE_OF:
+        raise DataError(f'"from" is {speaker!r:.80}; known are {", ".join(ROLE_OF)}')
+    return ROLE_OF[speaker], entry["value"]
+
+
+def _with_leading_marks(values: list[tuple[Role, str]], missing: int) -> list[tuple[Role, str]]:
+    """Put images without a mark in front of the first user turn, as at inference."""
+    for index, (role, value) in enumerate(values):
+        if role == "user":
+            marked = (role, f"{IMAGE_MARK}\n" * missing + value)
+            return [*values[:index], marked, *values[index + 1 :]]
+    raise DataError(f"{missing} images have no {IMAGE_MARK} mark and there is no human turn")
+
+
+def _read_turn(role: Role, value: str, paths: Any, flags: Any) -> Turn:
+    segments = [s for s in re.split(f"({re.escape(IMAGE_MARK)})", value) if s]
+    if flags is None:
+        flags = [role == "assistant"] * len(segments)
+    if not isinstance(flags, list) or [type(flag) for flag in flags] != [bool] * len(segments):
+        raise DataError(f'"loss" of a turn must be {len(segments)} booleans, one per part')
+    parts: list[Part] = []
+    for segment, loss in zip(segments, flags, strict=True):
+        if segment == IMAGE_MARK:
+            parts.append(SampleImage(next(paths), "target" if loss else "input"))
+        else:
+            parts.append(SampleText(segment, loss))
+    return Turn(role, tuple(parts))
+
+
+def _infer_task(turns: Sequence[Turn]) -> str:
+    shown = any(isinstance(p, SampleImage) for t in turns if t.role == "user" for p in t.parts)
+    answer = [part for turn in turns if turn.role == "assistant" for part in turn.parts]
+    targets = sum(isinstance(part, SampleImage) for part in answer)
+    written = "".join(part.text for part in answer if isinstance(part, SampleText)).strip()
+    if not targets:
+        return "vqa" if shown else "text"
+    thought = written.startswith("<think>") and written.endswith("</think>")
+    if targets > 1 or (written and not thought):
+        return "interleave"
+    return ("edit" if shown else "t2i") + ("_think" if thought else "")

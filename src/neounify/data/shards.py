@@ -22,8 +22,15 @@ from typing import Any
 from PIL import Image
 
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
-from neounify.data.record import parse_json, sample_from_record
-from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
+from neounify.data.sample import (
+    DataError,
+    Sample,
+    SampleImage,
+    SampleText,
+    Turn,
+    parse_json,
+    sample_from_record,
+)
 from neounify.data.sources import map_images, read_sample_image
 
 MAX_MEMBER_BYTES = 256 * 2**20

@@ -13,8 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.data.formats import files_below, foreign_folder, foreign_lines
-from neounify.data.record import parse_json, sample_from_record
-from neounify.data.sample import DataError, Part, Sample, SampleImage, Turn
+from neounify.data.sample import (
+    DataError,
+    Part,
+    Sample,
+    SampleImage,
+    Turn,
+    parse_json,
+    sample_from_record,
+)
 from neounify.errors import ImageError
 from neounify.image import read_image
 from neounify.image.io import MAX_DECODED_PIXELS

@@ -44,8 +44,7 @@ from neounify.config.ranges import (
     check_names,
     check_weights,
 )
-from neounify.data.record import TASK_ALIASES
-from neounify.data.sample import TASKS
+from neounify.data.sample import TASK_ALIASES, TASKS
 from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
