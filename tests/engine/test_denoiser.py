@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import neounify
-from neounify.attention import prefix
+from neounify.attention import BACKENDS, prefix
 from neounify.engine.denoise import PaintJob
 from neounify.engine.denoiser import Denoiser
+from neounify.errors import ConfigError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.parts import StreamName
@@ -136,3 +137,18 @@ def test_a_step_given_up_between_layers_has_moved_nothing(pipe: neounify.Pipelin
     again = jobs(pipe)[:1]
     Denoiser(pipe.model).step(again)
     assert torch.equal(started[0].z, again[0].z)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["auto", *BACKENDS])
+def test_any_attention_backend_denoises_alike(pipe: neounify.Pipeline, name: str) -> None:
+    expected, named = jobs(pipe)[:2], jobs(pipe)[:2]
+    Denoiser(pipe.model).step(expected)
+    Denoiser(pipe.model, ExecutionPlan(attention=name)).step(named)
+    for a, b in zip(expected, named, strict=True):
+        torch.testing.assert_close(b.z, a.z, atol=1e-5, rtol=0)
+
+
+def test_an_unknown_attention_backend_is_refused(pipe: neounify.Pipeline) -> None:
+    with pytest.raises(ConfigError, match="'flush' is unknown"):
+        Denoiser(pipe.model, ExecutionPlan(attention="flush"))

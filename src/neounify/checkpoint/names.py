@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias, cast
+from typing import TypeAlias, cast
 
-StreamName: TypeAlias = Literal["und", "gen", "shared"]
+from neounify.model.parts import PartName, WeightStream
+
 Field: TypeAlias = tuple[tuple[str, str], ...]
 
 NUMBERS = ("layer", "expert")
@@ -46,8 +47,8 @@ class Rule:
 
     ours: str
     published: str
-    part: str
-    stream: StreamName | None = None
+    part: PartName
+    stream: WeightStream | None = None
 
     @cached_property
     def ours_pattern(self) -> re.Pattern[str]:
@@ -108,10 +109,6 @@ RULES = (
 )
 
 
-LABELS = ("und", "gen", "shared", *dict.fromkeys(rule.part for rule in RULES))
-"""Names of streams and of parts, by which settings choose parameters."""
-
-
 def to_published(name: str) -> str:
     """The published spelling of one of this package's tensor names; KeyError for another name."""
     rule, values = _match_ours(name)
@@ -145,14 +142,14 @@ def current_name(name: str) -> str:
     return name
 
 
-def stream_of(name: str) -> StreamName:
+def stream_of(name: str) -> WeightStream:
     """Which stream a tensor (our name) belongs to; KeyError for an unknown name."""
     rule, values = _match_ours(name)
     stream = rule.stream or values.get("stream") or values["vision"]
-    return cast(StreamName, stream)
+    return cast(WeightStream, stream)
 
 
-def part_of(name: str) -> str:
+def part_of(name: str) -> PartName:
     """Which part of the model a tensor (our name) is, such as "attention" or "router"."""
     return _match_ours(name)[0].part
 

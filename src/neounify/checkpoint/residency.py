@@ -1,7 +1,7 @@
-"""Which stream's weights are in memory: prefill needs only one stream, denoising the other.
+"""Weights in memory by stream: prefill needs only one stream, denoising the other.
 
-`memory="all"` keeps everything (NullResidency). `memory="stream"` drops the weights of a
-stream nobody uses as soon as the other stream is used, and brings them back from the mapped
+`memory="all"` keeps everything (NullResidency). `memory="stream"` drops the weights of an
+unused stream as soon as another one is used, and brings them back from the mapped
 files when it is used again. No host copy is kept.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,15 +18,13 @@ from torch import nn
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.names import stream_of
 from neounify.checkpoint.stored import Source
-
-Stream: TypeAlias = Literal["und", "gen"]
-OTHER: dict[Stream, Stream] = {"und": "gen", "gen": "und"}
+from neounify.model.parts import STREAMS, StreamName
 
 
 class Residency(Protocol):
     """Says when a stream's weights are needed."""
 
-    def use(self, stream: Stream) -> AbstractContextManager[None]:
+    def use(self, stream: StreamName) -> AbstractContextManager[None]:
         """A context in which the weights of `stream`, and the shared ones, are there.
 
         Any number of threads may be inside, for either stream, and a thread may be inside both.
@@ -36,7 +34,7 @@ class Residency(Protocol):
 class NullResidency:
     """Everything is always in memory."""
 
-    def use(self, stream: Stream) -> AbstractContextManager[None]:
+    def use(self, stream: StreamName) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -57,8 +55,8 @@ class StreamResidency:
 
     def __init__(self, model: nn.Module, sources: Mapping[str, Source]) -> None:
         self._lock = threading.Lock()
-        self._users: dict[Stream, int] = {"und": 0, "gen": 0}
-        self._weights: dict[Stream, list[_Weight]] = {"und": [], "gen": []}
+        self._users: dict[StreamName, int] = dict.fromkeys(STREAMS, 0)
+        self._weights: dict[StreamName, list[_Weight]] = {name: [] for name in STREAMS}
         parameters = dict(model.named_parameters())
         for name, source in sources.items():
             stream = stream_of(name)
@@ -66,7 +64,7 @@ class StreamResidency:
                 self._weights[stream].append(_make_weight(parameters[name], source))
 
     @contextmanager
-    def use(self, stream: Stream) -> Iterator[None]:
+    def use(self, stream: StreamName) -> Iterator[None]:
         """See Residency. Entering raises CheckpointError when weights cannot be rebuilt."""
         self._enter(stream)
         try:
@@ -74,22 +72,22 @@ class StreamResidency:
         finally:
             self._leave(stream)
 
-    def _enter(self, stream: Stream) -> None:
-        other = OTHER[stream]
+    def _enter(self, stream: StreamName) -> None:
         with self._lock:
-            if not self._users[other]:
-                self._drop(other)
+            for other, users in self._users.items():
+                if other != stream and not users:
+                    self._drop(other)
             if not self._users[stream]:
                 self._fill(stream)
             self._users[stream] += 1
 
-    def _leave(self, stream: Stream) -> None:
+    def _leave(self, stream: StreamName) -> None:
         with self._lock:
             self._users[stream] -= 1
-            if not self._users[stream] and self._users[OTHER[stream]]:
+            if not self._users[stream] and any(self._users.values()):
                 self._drop(stream)
 
-    def _fill(self, stream: Stream) -> None:
+    def _fill(self, stream: StreamName) -> None:
         try:
             # A caller's inference mode would make tensors that the parameters cannot take over.
             with torch.inference_mode(False), torch.no_grad():
@@ -99,7 +97,7 @@ class StreamResidency:
             self._drop(stream)
             raise
 
-    def _drop(self, stream: Stream) -> None:
+    def _drop(self, stream: StreamName) -> None:
         pages: dict[MappedFile, list[tuple[int, int]]] = {}
         with torch.inference_mode(False), torch.no_grad():
             for weight in self._weights[stream]:

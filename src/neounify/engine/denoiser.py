@@ -29,7 +29,7 @@ class Denoiser:
     def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
         self.model = model
         self.plan = plan or plan_execution(model.config, model.device, model.compute_dtype)
-        self.backend = select_for(model)
+        self.backend = select_for(model, self.plan.attention)
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
     def step(self, jobs: Sequence[PaintJob]) -> None:

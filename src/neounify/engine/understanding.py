@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from neounify.attention import select_for
 from neounify.cache import PagedKVCache
 from neounify.decode.forward import forward_und
 from neounify.decode.loop import Writing, choose_tokens
@@ -90,6 +91,7 @@ class UnderstandingEngine:
     ) -> None:
         self.model, self.settings, self.transport = model, settings, transport
         self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
+        self.backend = select_for(model, self.plan.attention)
         self.pool = PagedKVCache(
             model.config,
             self.plan.kv_blocks,
@@ -267,7 +269,8 @@ class UnderstandingEngine:
         if not found:
             return
         self.counters["und_read_tokens"] += self.plan.prefill_step_rows - left
-        states = forward_und(self.model, [s.model_input(pieces) for s, pieces in found])
+        inputs = [s.model_input(pieces) for s, pieces in found]
+        states = forward_und(self.model, inputs, self.backend)
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):
             sequence.take_state(state, finite=fine)
@@ -314,9 +317,8 @@ class UnderstandingEngine:
             return
         for sequence, token in going_on:
             sequence.append_token(token)
-        states = forward_und(
-            self.model, [s.model_input([Piece(ids=[token])]) for s, token in going_on]
-        )
+        inputs = [s.model_input([Piece(ids=[token])]) for s, token in going_on]
+        states = forward_und(self.model, inputs, self.backend)
         for (sequence, _), state in zip(going_on, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from neounify.checkpoint.lora_file import MAX_RANK
 from neounify.config.ranges import STRICT, BelowOne, Positive, Range
+from neounify.model.parts import STREAMS, StreamName
 
-Stream: TypeAlias = Literal["und", "gen"]
-
-STREAMS: tuple[Stream, ...] = ("und", "gen")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 """Of dense MLPs and of experts alike."""
@@ -26,7 +24,7 @@ class LoraConfig:
     `modules` chooses by the last part of a module's name (q_proj, k_proj, v_proj, o_proj,
     gate_proj, up_proj, down_proj, router, linear1, linear2, lm_head) or by the part of the model
     it is (attention, mlp, experts, router, timestep, noise scale, image head, lm head: see
-    checkpoint/names.py), among those of `streams`; lm_head belongs to neither stream.
+    model/parts.py), among those of `streams`; lm_head belongs to neither stream.
     `layers` = (first, stop) narrows the choice inside the layers; None takes all of them.
     `rslora` scales by alpha / √rank instead of alpha / rank. Raises ValueError.
     """
@@ -35,7 +33,7 @@ class LoraConfig:
     alpha: Positive = 32.0
     dropout: BelowOne = 0.0
     rslora: bool = False
-    streams: tuple[Stream, ...] = STREAMS
+    streams: tuple[StreamName, ...] = tuple(STREAMS)
     modules: tuple[str, ...] = (*ATTENTION, *MLP)
     layers: tuple[int, int] | None = None
 

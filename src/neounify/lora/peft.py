@@ -15,9 +15,10 @@ from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.peft_config import PeftConfig
 from neounify.checkpoint.reader import listed
 from neounify.errors import CheckpointError, ConfigError
-from neounify.lora.config import STREAMS, LoraConfig
+from neounify.lora.config import LoraConfig
 from neounify.lora.layers import LoraLinear, lora_layers, trainable_only_lora
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import STREAMS
 
 
 def save_lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 StreamName: TypeAlias = Literal["und", "gen"]
 
@@ -31,3 +31,21 @@ STREAMS: Mapping[StreamName, StreamRule] = {
     GEN: StreamRule(context=False),
 }
 """Every stream of the model, in the order of their tokens in a padded document. One is context."""
+
+WeightStream: TypeAlias = StreamName | Literal["shared"]
+"""The stream that weights belong to; those of token embedding and text head are "shared"."""
+PartName: TypeAlias = Literal[
+    "experts",
+    "attention",
+    "norm",
+    "mlp",
+    "router",
+    "embedding",
+    "lm head",
+    "patch embedding",
+    "timestep",
+    "noise scale",
+    "image head",
+]
+LABELS: tuple[str, ...] = (*STREAMS, "shared", *get_args(PartName))
+"""Names of streams and of parts, by which settings choose parameters."""

@@ -28,6 +28,8 @@ class ExecutionPlan:
 
     device: str = "cpu"
     """Where the model computes, as "cpu" or "cuda:0"."""
+    attention: str = "auto"
+    """Name of the attention backend (`neounify.attention.BACKENDS`), "auto" for the best one."""
     kv_blocks: int = 2048
     """Blocks of the paged KV cache, which all requests of a server share."""
     kv_block_size: int = 16
@@ -49,7 +51,7 @@ class ExecutionPlan:
     def __post_init__(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            if field.name != "device":
+            if field.name not in ("device", "attention"):
                 require(value >= 1, f"{field.name} must be at least 1, got {value}")
 
 

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from neounify.checkpoint.names import LABELS, part_of, stream_of
+from neounify.checkpoint.names import part_of, stream_of
 from neounify.config.ranges import (
     STRICT,
     AboveZero,
@@ -26,6 +26,7 @@ from neounify.config.ranges import (
 )
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
+from neounify.model.parts import LABELS
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
@@ -37,7 +38,7 @@ class OptimizerConfig:
 
     Muon's updates are scaled to AdamW's size (Moonlight, arXiv 2502.16982), so one learning
     rate serves both. Weight decay acts on matrices only. `lr_scale` multiplies the rate of a
-    stream ("und", "gen") or a part ("image head", …; see checkpoint/names.py).
+    stream ("und", "gen") or a part ("image head", …; see model/parts.py).
     """
 
     name: OptimizerName = "adamw"

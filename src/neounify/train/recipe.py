@@ -31,7 +31,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from neounify.checkpoint.names import LABELS
 from neounify.config.ranges import (
     STRICT,
     AreaBounds,
@@ -48,6 +47,7 @@ from neounify.data.sample import TASK_ALIASES, TASKS
 from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
+from neounify.model.parts import LABELS
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.tokenizer import BYTE_VOCAB_SIZE
