@@ -128,6 +128,7 @@ def test_training_out_of_range_is_an_error() -> None:
 # --- joint ---
 
 
+@pytest.mark.slow
 def test_joint_trains_measures_and_takes_finished_runs_again(tmp_path: Path) -> None:
     joint.experiment(TRAINING, BENCH, 2, tmp_path)
     first = read(tmp_path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from benchmarks.serving.__main__ import main
 
 
+@pytest.mark.slow
 def test_a_small_load_is_reported(tmp_path: Path) -> None:
     arguments = "load --only mix --clients 2 --many 2 --requests 5 --seconds 120 --threads 1"
     assert main([*arguments.split(), "--output", str(tmp_path)]) == 0

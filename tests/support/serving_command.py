@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 START_SECONDS = 120
+PORTS = range(20_000, 32_768)
+"""Below those that systems give to outgoing connections, of which other tests make many."""
 
 
 def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    """A port that nobody listens at, for a server that is started in a moment."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as held, suppress(OSError):
+            held.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from neounify.train.doctor import NO_TIME, Finding, examine
@@ -47,6 +48,7 @@ def findings(recipe: Recipe, start: TrainSetup, steps: int) -> dict[str, Finding
     return {f.name: f for f in examine(start, recipe.stages[0], 1e9, steps)}
 
 
+@pytest.mark.slow
 def test_a_healthy_stage_learns_every_task(tmp_path: Path) -> None:
     found = findings(*case(tmp_path), steps=200)
     assert found["gradients"].good

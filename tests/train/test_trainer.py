@@ -173,6 +173,7 @@ def test_a_stage_trains_only_what_is_not_frozen(tmp_path: Path) -> None:
     assert not any(".gen." in n or "image_head" in n for n in changed)
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path: Path) -> None:
     made = recipe(stages=[{"name": "a", "steps": 150, "packs_per_step": 1}])
     trainer(tmp_path, made).run()
