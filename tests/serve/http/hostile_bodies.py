@@ -11,7 +11,7 @@ from serve.http.hostile_images import large_files, png, saved, small_files
 from support.http_server import png as plain_png
 
 Sent = tuple[str, str, bytes]
-CHAT, EDITS, PAINT = "/v1/chat/completions", "/v1/images/edits", "/v1/images/generations"
+CHAT, EDITS, GENERATIONS = "/v1/chat/completions", "/v1/images/edits", "/v1/images/generations"
 JSON = "application/json"
 _BOUNDARY = "xxBOUNDARYxx"
 _FORM = f"multipart/form-data; boundary={_BOUNDARY}"
@@ -154,17 +154,23 @@ def _small_texts() -> Iterator[tuple[str, Sent]]:
     yield (
         "a negative prompt of 900k",
         (
-            PAINT,
+            GENERATIONS,
             JSON,
             json.dumps({"prompt": "x", "steps": 1, "negative_prompt": "y " * 450 * K}).encode(),
         ),
     )
     yield (
-        "100k words to paint",
-        (PAINT, JSON, json.dumps({"prompt": "red circle " * 9 * K, "steps": 1}).encode()),
+        "a prompt of 100k words",
+        (GENERATIONS, JSON, json.dumps({"prompt": "red circle " * 9 * K, "steps": 1}).encode()),
     )
-    yield "2048 pixels a side", (PAINT, JSON, b'{"prompt": "x", "steps": 1, "size": "2048x2048"}')
-    yield "a sliver to paint", (PAINT, JSON, b'{"prompt": "x", "steps": 1, "size": "999999x32"}')
+    yield (
+        "2048 pixels a side",
+        (GENERATIONS, JSON, b'{"prompt": "x", "steps": 1, "size": "2048x2048"}'),
+    )
+    yield (
+        "a sliver of an image",
+        (GENERATIONS, JSON, b'{"prompt": "x", "steps": 1, "size": "999999x32"}'),
+    )
 
 
 def _small_forms() -> Iterator[tuple[str, Sent]]:

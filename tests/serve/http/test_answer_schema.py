@@ -14,7 +14,7 @@ from neounify.serve.http.chat_schema import ChatCompletion
 from neounify.serve.http.images import Images
 from support.scripted_service import Scripted
 
-CHAT, PAINT = "/v1/chat/completions", "/v1/images/generations"
+CHAT, GENERATIONS = "/v1/chat/completions", "/v1/images/generations"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 STORY = HELLO | {"modalities": ["text", "image"], "size": "64x64"}
 STAR = {"prompt": "a star", "size": "64x64"}
@@ -32,8 +32,8 @@ def client() -> TestClient:
         (CHAT, HELLO | {"think": True}, ChatCompletion),
         (CHAT, STORY | {"content_format": "parts"}, ChatCompletion),
         (CHAT, STORY | {"content_format": "string"}, ChatCompletion),
-        (PAINT, STAR | {"n": 2}, Images),
-        (PAINT, STAR | {"think": True, "response_format": "url"}, Images),
+        (GENERATIONS, STAR | {"n": 2}, Images),
+        (GENERATIONS, STAR | {"think": True, "response_format": "url"}, Images),
     ],
 )
 def test_posts(

@@ -1,4 +1,4 @@
-"""Files that are no pictures, or hardly: the caller's fault, never the server's."""
+"""Invalid and damaged image files: status 400, never 500."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN.keys() - {"sliver"}))
-def test_broken_pictures_are_refused(client: TestClient, name: str) -> None:
+def test_broken_images_are_refused(client: TestClient, name: str) -> None:
     response = client.post(
         "/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", BROKEN[name])}
     )
@@ -67,7 +67,7 @@ def test_broken_pictures_are_refused(client: TestClient, name: str) -> None:
     assert response.json()["error"]["param"] == "messages.0.content"
 
 
-def test_a_sliver_has_no_size_to_be_painted_at(client: TestClient) -> None:
+def test_a_sliver_has_no_size_for_an_answer(client: TestClient) -> None:
     response = client.post(
         "/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", BROKEN["sliver"])}
     )
@@ -113,7 +113,7 @@ def test_damaged_files_never_break_the_server(client: TestClient, kind: str) -> 
         base64.b64encode(PNG).decode(),
     ],
 )
-def test_urls_that_hold_no_picture(client: TestClient, url: str) -> None:
+def test_urls_that_hold_no_image(client: TestClient, url: str) -> None:
     content = [{"type": "image_url", "image_url": {"url": url}}]
     response = client.post(
         "/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]}
@@ -122,7 +122,7 @@ def test_urls_that_hold_no_picture(client: TestClient, url: str) -> None:
     assert response.json()["error"]["code"] == "invalid_image"
 
 
-def test_forms_without_a_picture(client: TestClient) -> None:
+def test_forms_without_a_image(client: TestClient) -> None:
     route = "/v1/images/edits"
     for response in (
         client.post(route, json={"prompt": "x"}),

@@ -89,9 +89,7 @@ def test_every_sampling_field_arrives(client: openai.OpenAI, service: Scripted) 
     assert (request.max_new_tokens, request.stop) == (9, ("c",))
 
 
-def test_pictures_and_earlier_turns_arrive_in_order(
-    client: openai.OpenAI, service: Scripted
-) -> None:
+def test_images_and_earlier_turns_arrive_in_order(client: openai.OpenAI, service: Scripted) -> None:
     turns: Any = [
         {"role": "developer", "content": "Be brief."},
         *user(text("What is "), image(png("red")), text("?")),
@@ -167,9 +165,9 @@ def test_an_answer_with_images_as_parts(client: openai.OpenAI, service: Scripted
     parts: Any = answer.choices[0].message.content
     assert [p["type"] for p in parts] == ["text", "image_url", "text", "image_url"]
     assert [p["text"] for p in parts[::2]] == ["Once upon a time", " and then"]
-    painted = picture(parts[1]["image_url"]["url"])
-    assert painted.size == (64, 32)
-    assert painted.getpixel((5, 5)) == colour_of(2)
+    generated = picture(parts[1]["image_url"]["url"])
+    assert generated.size == (64, 32)
+    assert generated.getpixel((5, 5)) == colour_of(2)
     request = service.last
     assert isinstance(request, InterleaveRequest)
     assert (request.prompt, request.system, len(request.images)) == ("Go <image>", "Rhyme.", 1)

@@ -145,14 +145,14 @@ def test_a_result_of_the_server_is_an_image_of_the_next_request(
 ) -> None:
     body = {"prompt": "x", "seed": 4, "response_format": "url"}
     url = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
-    painted = client.get(url).content
+    generated = client.get(url).content
     for given in (
         url,
         url.replace("testserver", "elsewhere.example"),
         url[len("http://testserver") :],
     ):
         assert client.post(EDIT, json={"prompt": "x", "image": given}).status_code == 200
-        client.post(EDIT, json={"prompt": "x", "image": data_url(painted)})
+        client.post(EDIT, json={"prompt": "x", "image": data_url(generated)})
         once, again = service.requests[-2:]
         assert isinstance(once, PaintRequest)
         assert isinstance(again, PaintRequest)
@@ -177,11 +177,11 @@ def openai_sdk() -> Iterator[openai.OpenAI]:
 
 
 def test_usage_is_whole(openai_sdk: openai.OpenAI) -> None:
-    painted = openai_sdk.images.generate(prompt="x", n=2, size="64x64").usage
+    generated = openai_sdk.images.generate(prompt="x", n=2, size="64x64").usage
     edited = openai_sdk.images.edit(prompt="x", image=("a.png", RED)).usage
-    assert painted is not None
+    assert generated is not None
     assert edited is not None
-    for usage, shown, images in ((painted, 0, 2), (edited, 12, 1)):
+    for usage, shown, images in ((generated, 0, 2), (edited, 12, 1)):
         assert usage.input_tokens_details.image_tokens == shown
         assert usage.input_tokens_details.text_tokens == usage.input_tokens - shown == 20
         assert usage.output_tokens == 16 * images

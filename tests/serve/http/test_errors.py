@@ -33,7 +33,7 @@ from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
-PAINT = "/v1/images/generations"
+GENERATIONS = "/v1/images/generations"
 
 
 def asking(**fields: Any) -> dict[str, Any]:
@@ -174,12 +174,12 @@ def test_bad_chat_fields(fields: dict[str, Any], param: str) -> None:
     ],
 )
 def test_bad_image_fields(fields: dict[str, Any], param: str) -> None:
-    response = client_of().post(PAINT, json={"prompt": "a boat"} | fields)
+    response = client_of().post(GENERATIONS, json={"prompt": "a boat"} | fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
 
 
-def test_limits_of_pictures_and_text() -> None:
+def test_limits_of_images_and_text() -> None:
     client = client_of(limits=Limits(images=1, image_pixels=100, prompt_chars=10))
     url = {"type": "image_url", "image_url": {"url": data_url(png(size=(5, 5)))}}
     for content, param in (
@@ -219,13 +219,13 @@ def test_hooks_may_refuse_prompts_and_images() -> None:
 
     service = Scripted()
     client = TestClient(create_app(service, hooks=Strict()))
-    response = client.post(PAINT, json={"prompt": "bad"})
+    response = client.post(GENERATIONS, json={"prompt": "bad"})
     assert (response.status_code, response.json()["error"]["code"]) == (
         400,
         "content_policy_violation",
     )
     assert not service.requests
-    assert client.post(PAINT, json={"prompt": "good"}).status_code == 400
+    assert client.post(GENERATIONS, json={"prompt": "good"}).status_code == 400
     assert client.post(CHAT, json=asking()).status_code == 200
     assert service.open == 0
 

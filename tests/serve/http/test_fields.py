@@ -21,7 +21,7 @@ from neounify.tasks.requests import PaintRequest, size_of_shape
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
 
-CHAT, PAINT, EDIT = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
+CHAT, GENERATIONS, EDIT = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
 DOCS = Path(__file__).parents[3] / "docs" / "serving-api.md"
 
 
@@ -36,15 +36,15 @@ class Served:
         body = {"messages": [{"role": "user", "content": "Hello?"}]} | fields
         return self.client.post(CHAT, json=body)
 
-    def paint(self, **fields: Any) -> Any:
-        return self.client.post(PAINT, json={"prompt": "a boat"} | fields)
+    def generate(self, **fields: Any) -> Any:
+        return self.client.post(GENERATIONS, json={"prompt": "a boat"} | fields)
 
     def edit(self, **fields: Any) -> Any:
         files = {"image": ("a.png", png())}
         return self.client.post(EDIT, data={"prompt": "redder"} | fields, files=files)
 
-    def painted(self, **fields: Any) -> PaintRequest:
-        return self.last(PaintRequest, self.paint(**fields))
+    def generated(self, **fields: Any) -> PaintRequest:
+        return self.last(PaintRequest, self.generate(**fields))
 
     def edited(self, **fields: Any) -> PaintRequest:
         return self.last(PaintRequest, self.edit(**fields))
@@ -88,7 +88,7 @@ def test_image_routes(served: Served, fields: dict[str, Any], of: str, value: An
     flat = not any(isinstance(v, dict) for v in fields.values())
     edited = {"image": data_url(png())} | fields
     requests: list[Any] = [
-        served.painted(**fields),
+        served.generated(**fields),
         served.last(PaintRequest, served.client.post(EDIT, json={"prompt": "x"} | edited)),
         *([served.edited(**fields)] if flat else []),  # a form holds no objects
     ]
@@ -100,14 +100,14 @@ def test_image_routes(served: Served, fields: dict[str, Any], of: str, value: An
 
 def test_several_images_by_another_name(served: Served) -> None:
     for name in ("num_outputs_per_prompt", "num_images_per_prompt", "num_images"):
-        assert len(served.paint(**{name: 2}).json()["data"]) == 2
+        assert len(served.generate(**{name: 2}).json()["data"]) == 2
 
 
 def test_a_seed_of_minus_one_is_a_new_one(served: Served) -> None:
-    seeds = {served.painted(seed=-1).seed for _ in range(3)} | {served.edited(seed="-1").seed}
+    seeds = {served.generated(seed=-1).seed for _ in range(3)} | {served.edited(seed="-1").seed}
     assert -1 not in seeds
     assert len(seeds) == 4
-    assert served.painted(seed=-2).seed == -2
+    assert served.generated(seed=-2).seed == -2
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_chat(served: Served, fields: dict[str, Any], of: str, value: Any) -> No
     assert found == value
 
 
-def test_a_story_takes_the_names_of_painting(served: Served) -> None:
+def test_a_story_takes_the_names_of_image_fields(served: Served) -> None:
     response = served.chat(
         modalities=["text", "image"],
         num_inference_steps=3,
@@ -203,7 +203,7 @@ def test_a_thought_can_be_left_out(served: Served) -> None:
 def test_what_cannot_be_is_refused_by_name(
     served: Served, fields: dict[str, Any], param: str, says: str
 ) -> None:
-    response = served.paint(**fields)
+    response = served.generate(**fields)
     error = response.json()["error"]
     assert response.status_code == 400
     assert error["param"].startswith(param)
@@ -233,9 +233,9 @@ def test_sizes_of_a_shape() -> None:
 def test_sizes_over_http(served: Served) -> None:
     own = TINY.sampling.image_size
     for size in ("1K", "2k", "4K", "auto"):
-        request = served.painted(size=size)
+        request = served.generated(size=size)
         assert (request.width, request.height) == own
-    wide = served.painted(size="2K", aspect_ratio="2:1")
+    wide = served.generated(size="2K", aspect_ratio="2:1")
     assert (wide.width, wide.height) == (160, 64)
     shaped = served.edited(size="1K")
     assert shaped.width > shaped.height

@@ -95,7 +95,7 @@ def fetcher_for(port: int, *, seconds: float = 10.0) -> ImageFetcher:
     )
 
 
-def test_a_picture_of_a_named_host_is_fetched() -> None:
+def test_a_image_of_a_named_host_is_fetched() -> None:
     with neighbour() as (port, asked):
         for path in ("picture.png", "near"):
             url = f"http://{HOST.upper()}:{port}/{path}"

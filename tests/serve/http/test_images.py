@@ -32,7 +32,7 @@ def client(service: Scripted) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def painted(service: Scripted, number: int = -1) -> PaintRequest:
+def generated(service: Scripted, number: int = -1) -> PaintRequest:
     request = service.requests[number]
     assert isinstance(request, PaintRequest)
     return request
@@ -52,7 +52,7 @@ def test_images_of_one_prompt_have_seeds_in_turn(client: openai.OpenAI, service:
         image = picture(entry.b64_json)
         assert (image.format, image.size) == ("PNG", (64, 32))
         assert image.getpixel((0, 0)) == colour_of(entry.seed)  # type: ignore[attr-defined]
-    requests = [painted(service, n) for n in (-3, -2, -1)]
+    requests = [generated(service, n) for n in (-3, -2, -1)]
     assert all(r.count == 1 and r.prompt == "a boat" for r in requests)
     assert answer.usage is not None
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (20, 48)
@@ -72,7 +72,7 @@ def test_quality_is_a_share_of_the_steps(
     client: openai.OpenAI, service: Scripted, asked: dict[str, Any], steps: int
 ) -> None:
     client.images.generate(prompt="a boat", extra_body=asked)
-    assert painted(service).sampling.steps == steps
+    assert generated(service).sampling.steps == steps
 
 
 def test_every_extension_arrives(client: openai.OpenAI, service: Scripted) -> None:
@@ -90,7 +90,7 @@ def test_every_extension_arrives(client: openai.OpenAI, service: Scripted) -> No
             "think": True,
         },
     )
-    request = painted(service)
+    request = generated(service)
     guidance = request.sampling.guidance
     assert (guidance.text, guidance.image, guidance.norm) == (3.5, 1.5, "global")
     assert guidance.interval == (0.1, 0.9)
@@ -166,7 +166,7 @@ def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
             "seed": 4,
         },
     )
-    request = painted(service)
+    request = generated(service)
     assert [i.getpixel((0, 0)) for i in request.images] == [(255, 0, 0)]
     assert request.sampling.guidance.editing
     assert request.sampling.guidance.image == 1.5
@@ -178,7 +178,7 @@ def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
     assert picture(answer.data[0].b64_json).getpixel((0, 0)) == colour_of(4)
 
 
-def test_an_edit_of_several_pictures_is_streamed(client: openai.OpenAI, service: Scripted) -> None:
+def test_an_edit_of_several_images_is_streamed(client: openai.OpenAI, service: Scripted) -> None:
     files = [("a.png", png("red")), ("b.jpg", png("blue", kind="jpeg"))]
     stream = client.images.edit(
         prompt="Both.",
@@ -190,7 +190,7 @@ def test_an_edit_of_several_pictures_is_streamed(client: openai.OpenAI, service:
     events: list[Any] = list(stream)
     assert [e.type for e in events] == ["image_edit.partial_image", "image_edit.completed"]
     assert base64.b64decode(events[-1].b64_json)
-    reds = [i.getpixel((0, 0)) for i in painted(service).images]
+    reds = [i.getpixel((0, 0)) for i in generated(service).images]
     assert len(reds) == 2
     assert reds[0] == (255, 0, 0)
 
@@ -198,7 +198,7 @@ def test_an_edit_of_several_pictures_is_streamed(client: openai.OpenAI, service:
 def test_a_seed_is_reported_where_none_was_given(client: openai.OpenAI, service: Scripted) -> None:
     answer = client.images.generate(prompt="a boat")
     assert answer.data is not None
-    assert answer.data[0].seed == painted(service).seed  # type: ignore[attr-defined]
+    assert answer.data[0].seed == generated(service).seed  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("are_written", [False, True])

@@ -44,7 +44,7 @@ def test_urls_begin_as_the_operator_says() -> None:
     assert fetched.headers["cache-control"].startswith("private, max-age=")
 
 
-def test_a_server_without_results_says_so_before_it_paints() -> None:
+def test_a_server_without_results_says_so_before_it_generates() -> None:
     service = Scripted()
     client = TestClient(create_app(service, HttpSettings(result_urls=False)))
     body = {"prompt": "a boat", "response_format": "url"}

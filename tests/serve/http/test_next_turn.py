@@ -23,7 +23,7 @@ STORY = (
     "Tell a story in two pictures. It starts with a red circle in the top left on a white "
     "background. Draw a blue star in the bottom right."
 )
-PAINTING: dict[str, Any] = {
+IMAGE_FIELDS: dict[str, Any] = {
     "modalities": ["text", "image"],
     "max_images": 1,
     "max_tokens": 40,
@@ -41,7 +41,7 @@ def tell(client: openai.OpenAI, form: str) -> Any:
         client.chat.completions.create(
             model="",
             messages=[{"role": "user", "content": STORY}],
-            extra_body=PAINTING | {"content_format": form},
+            extra_body=IMAGE_FIELDS | {"content_format": form},
         )
         .choices[0]
         .message
@@ -84,7 +84,7 @@ def test_the_model_sees_another_image_in_its_place(bundled_client: openai.OpenAI
     other = [*texts[:1], {"type": "image_url", "image_url": {"url": url}}]
     assert ask(bundled_client, {"role": "assistant", "content": other}) == "green"
     first, second, again = (
-        pixels(ask(bundled_client, {"role": "assistant", "content": content}, **PAINTING))
+        pixels(ask(bundled_client, {"role": "assistant", "content": content}, **IMAGE_FIELDS))
         for content in (parts, other, parts)
     )
     # Beside other requests an image may differ by the rounding of a sum.
@@ -110,7 +110,7 @@ def test_a_streamed_story_in_markdown_is_the_whole_one(bundled_client: openai.Op
         messages=[{"role": "user", "content": STORY}],
         stream=True,
         stream_options={"include_usage": True},
-        extra_body=PAINTING | {"content_format": "markdown"},
+        extra_body=IMAGE_FIELDS | {"content_format": "markdown"},
     )
     chunks = list(stream)
     told = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)

@@ -99,7 +99,7 @@ def answer_parts(
     parts = list(content)
     if not any(isinstance(part, ChatImagePart) for part in parts):
         parts = _with_images("".join(p.text for p in parts if isinstance(p, ChatTextPart)), images)
-    return [piece for part in parts for piece in _unwritten(part)]
+    return [piece for part in parts for piece in _split_markdown(part)]
 
 
 def _with_images(text: str, images: Sequence[AnswerImage]) -> list[ChatTextPart | ChatImagePart]:
@@ -116,14 +116,14 @@ def _offset(image: AnswerImage, text: str) -> int:
     return len(text) if image.text_offset is None else min(image.text_offset, len(text))
 
 
-def _unwritten(part: ChatTextPart | ChatImagePart) -> Iterator[ChatTextPart | ChatImagePart]:
-    """A part with its images in Markdown apart from its text."""
+def _split_markdown(part: ChatTextPart | ChatImagePart) -> Iterator[ChatTextPart | ChatImagePart]:
+    """The texts and images of a part, whose text may hold images in Markdown."""
     if isinstance(part, ChatImagePart):
         yield part
         return
     texts = _MARKDOWN_IMAGE.split(part.text)
-    for place, piece in enumerate(texts):
-        if place % 2:
+    for index, piece in enumerate(texts):
+        if index % 2:
             yield image_part(piece)
         elif piece:
             yield text_part(piece)

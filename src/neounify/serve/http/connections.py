@@ -43,7 +43,7 @@ _LARGE_BYTES = 8 * 2**20
 _LONG_STRING = 2**20
 """Bytes of a string above which it must be ASCII without escapes."""
 _MAX_BACKSLASHES = 1000
-"""How far back from a quote backslashes are counted, so that many of them cost little."""
+"""Maximum backslashes that are counted before a quote, so that many of them cost little."""
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
 
@@ -307,8 +307,8 @@ def _check_long_strings(data: bytes, limits: Limits) -> None:
         start = data.find(b'"', stop + 1)
 
 
-def _is_escaped(data: bytes, place: int) -> bool:
-    before = data[max(0, place - _MAX_BACKSLASHES) : place]
+def _is_escaped(data: bytes, index: int) -> bool:
+    before = data[max(0, index - _MAX_BACKSLASHES) : index]
     return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 

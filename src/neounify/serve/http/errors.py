@@ -294,7 +294,7 @@ def _param(loc: Sequence[int | str], body: Any, *, missing: bool) -> str | None:
         # The caller used another server's name for the field, or left it out.
         return str(loc[0])[:80]
     for step in loc:
-        inside = step in body if isinstance(body, dict) else _is_place(step, body)
+        inside = step in body if isinstance(body, dict) else _is_index(step, body)
         if inside:
             body = body[step]
         elif not (missing and step is loc[-1]):
@@ -303,5 +303,5 @@ def _param(loc: Sequence[int | str], body: Any, *, missing: bool) -> str | None:
     return ".".join(path) or None
 
 
-def _is_place(step: int | str, body: Any) -> bool:
+def _is_index(step: int | str, body: Any) -> bool:
     return isinstance(body, list) and isinstance(step, int) and step < len(body)
