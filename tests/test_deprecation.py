@@ -8,6 +8,11 @@ MOVED = [
     ("neounify.evaluate.scenebench", "measure", "neounify.scenes.bench"),
     ("neounify.data.scenes", "SceneDataset", "neounify.scenes.world"),
 ]
+RENAMED = [
+    ("neounify.image", "Source", "neounify.image.io", "ImageSource"),
+    ("neounify.scenes.bench", "check_picture", "neounify.scenes.bench.checks", "check_image"),
+    ("neounify.checkpoint", "Loaded", "neounify.checkpoint.load", "LoadedCheckpoint"),
+]
 
 
 @pytest.mark.parametrize(("old", "name", "new"), MOVED)
@@ -22,3 +27,10 @@ def test_a_moved_name_works_and_warns(old: str, name: str, new: str) -> None:
 def test_a_name_that_never_was_is_an_attribute_error(old: str, name: str, new: str) -> None:
     with pytest.raises(AttributeError, match=f"module '{old}' has no attribute 'nothing'"):
         _ = import_module(old).nothing
+
+
+@pytest.mark.parametrize(("package", "name", "module", "new"), RENAMED)
+def test_a_renamed_name_works_and_warns(package: str, name: str, module: str, new: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"{package}\.{name} is deprecated: .*\.{new}"):
+        value = getattr(import_module(package), name)
+    assert value is getattr(import_module(module), new)

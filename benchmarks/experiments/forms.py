@@ -21,7 +21,7 @@ from neounify.scenes.bench import (
     Rate,
     Subject,
     check_edit,
-    check_picture,
+    check_image,
     check_vqa,
     edit_cases,
     paint_cases,
@@ -128,7 +128,7 @@ def _prompts(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
                 think=False,
             )
             for i, item in zip(chunk, painted, strict=True):
-                held.append(check_picture(cases[i][0], item.picture, config.world).correct)
+                held.append(check_image(cases[i][0], item.image, config.world).correct)
         return held
 
     return [caption(facts) for facts, _ in cases], judge
@@ -148,7 +148,7 @@ def _edits(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
                 think=False,
             )
             for i, item in zip(chunk, painted, strict=True):
-                verdict = check_edit(edits[i], sources[i], item.picture, config.world)
+                verdict = check_edit(edits[i], sources[i], item.image, config.world)
                 held.append(verdict.correct)
         return held
 

@@ -175,9 +175,9 @@ def sheet(found: Sequence[Sized]) -> Image.Image:
         for sigma, outcome in zip(item.sigmas, item.outcomes, strict=True)
     ]
     shown = [
-        (example.picture, f"{words}: {example.asked}", example.verdict.correct)
+        (example.image, f"{words}: {example.asked}", example.verdict.correct)
         for example, words in tiles
-        if example.picture is not None
+        if example.image is not None
     ]
     pictures, captions, passed = zip(*shown, strict=True)
     columns = 2 * len(next(iter(by_category.values())))

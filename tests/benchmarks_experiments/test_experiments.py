@@ -89,7 +89,7 @@ class Forgetful(Oracle):
         painted = super().paint(prompts, side, seeds, think=think)
         if not think:
             empty = render(replace(self.scenes[prompts[0]], objects=()), self._config.world)
-            return [replace(item, picture=empty) for item in painted]
+            return [replace(item, image=empty) for item in painted]
         return [
             replace(item, thought="?") if number % 2 else item
             for number, item in enumerate(painted)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint, stream_of
-from neounify.checkpoint.stored import Source
+from neounify.checkpoint.stored import StoredWeight
 from neounify.config import MlpConfig
 from neounify.errors import CheckpointError
 from neounify.model import NeoUnify
@@ -231,7 +231,7 @@ def test_mapped_parameters_do_not_keep_a_copy(small: Path, monkeypatch: pytest.M
     def refuse(*_: object) -> None:
         raise AssertionError("a mapped tensor needs no reading")
 
-    monkeypatch.setattr(Source, "read", refuse)
+    monkeypatch.setattr(StoredWeight, "read", refuse)
     _, residency, *_ = load_checkpoint(small, memory="stream")
     with residency.use("und"), residency.use("gen"):
         pass

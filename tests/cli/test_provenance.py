@@ -88,7 +88,7 @@ def test_a_bad_file_does_not_hide_the_others(run_bare: Run, picture: Path, tmp_p
     assert ran.out.splitlines()[0] == picture.name
     missing, text, folder = (line for line in ran.err.splitlines() if line.startswith("error"))
     assert missing == "error: nope.png: cannot be read: No such file or directory"
-    assert text.startswith("error: text.txt: not a picture, or damaged")
+    assert text.startswith("error: text.txt: not an image, or damaged")
     assert folder == "error: .: not a file"
     assert "BytesIO" not in ran.err
     ran = run_bare("provenance", *names, "--json")

@@ -41,7 +41,7 @@ def test_names_that_are_not_utf8_are_no_reason_to_stop(tmp_path: Path) -> None:
     log = Log(tmp_path / "run", Console(file=io.StringIO()), tensorboard=False)
     log.damaged([*messages, f"raw {BAD_NAME}"])
     listed = (tmp_path / "run" / "skipped.txt").read_text(encoding="utf-8").splitlines()
-    assert "not a picture" in listed[0]
+    assert "not an image" in listed[0]
 
 
 def test_reports_on_samples_are_one_short_printable_line(tmp_path: Path) -> None:

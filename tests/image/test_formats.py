@@ -68,5 +68,5 @@ def test_without_decoders_the_message_names_them(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("data", [b"\0\0\0\x18ftypisom\0\0\0\0isommp42", b"\xff\xff\xff\xffftyp"])
 def test_other_containers_are_no_images(data: bytes) -> None:
     assert isobmff_format(data) is None
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         read_image(data)

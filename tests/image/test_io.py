@@ -257,7 +257,7 @@ def test_noise_is_refused(data: bytes) -> None:
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "JPEG2000"])
 def test_other_formats_are_refused_unread(kind: str) -> None:
     data = file_bytes(rgb_image(), kind)
-    with pytest.raises(ImageError, match="not a picture, or damaged; use PNG, JPEG"):
+    with pytest.raises(ImageError, match="not an image, or damaged; use PNG, JPEG"):
         read_image(data)
 
 

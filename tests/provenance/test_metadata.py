@@ -94,7 +94,7 @@ def test_pictures_that_say_nothing(format: Format) -> None:
 
 
 def test_files_that_are_no_such_picture() -> None:
-    for data, message in ((b"", "empty"), (b"text", "not a picture")):
+    for data, message in ((b"", "empty"), (b"text", "not an image")):
         with pytest.raises(ImageError, match=message):
             read_provenance(data)
 

@@ -3,7 +3,7 @@
 from neounify.checkpoint.config_json import read_config, write_config
 from neounify.checkpoint.dtypes import Dtype, DtypeChoice, choose_dtype, stored_dtype
 from neounify.checkpoint.load import (
-    Loaded,
+    LoadedCheckpoint,
     expected_shapes,
     load_checkpoint,
     load_model,
@@ -15,12 +15,13 @@ from neounify.checkpoint.names import from_published, part_of, stream_of, to_pub
 from neounify.checkpoint.reader import CheckpointFolder, Summary, SummaryRow, summarise
 from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
 from neounify.checkpoint.save import save_model
+from neounify.deprecation import moved
 
 __all__ = [
     "CheckpointFolder",
     "Dtype",
     "DtypeChoice",
-    "Loaded",
+    "LoadedCheckpoint",
     "LoraSpec",
     "MappedFile",
     "NullResidency",
@@ -44,3 +45,5 @@ __all__ = [
     "to_published",
     "write_config",
 ]
+
+__getattr__ = moved(__name__, "neounify.checkpoint.load", {"Loaded": "LoadedCheckpoint"})

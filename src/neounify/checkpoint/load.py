@@ -15,7 +15,7 @@ from neounify.checkpoint.lora import LoraSpec, read_loras
 from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import NullResidency, Residency, StreamResidency
-from neounify.checkpoint.stored import Source
+from neounify.checkpoint.stored import StoredWeight
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
@@ -26,7 +26,7 @@ Memory: TypeAlias = Literal["all", "stream"]
 log = logging.getLogger("neounify")
 
 
-class Loaded(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A model, what keeps its weights in memory, the folder it came from, and its dtype."""
 
     model: NeoUnify
@@ -64,7 +64,7 @@ def load_checkpoint(
     lora_strength: float = 1.0,
     memory: Memory = "all",
     verify: bool = False,
-) -> Loaded:
+) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
     dtype: "float32", "bfloat16", "float16", "float64" or a torch dtype; "stored" is the one the
@@ -102,7 +102,7 @@ def load_checkpoint(
     sources = {}
     for name in shapes:
         published = to_published(name)
-        source = Source(checkpoint.file_of(published), published, updates.get(name, ()))
+        source = StoredWeight(checkpoint.file_of(published), published, updates.get(name, ()))
         sources[name] = source
     with torch.inference_mode(False), torch.no_grad():
         for name, source in sources.items():
@@ -115,7 +115,7 @@ def load_checkpoint(
     residency: Residency = NullResidency()
     if memory == "stream":
         residency = StreamResidency(model, sources)
-    return Loaded(model.eval(), residency, checkpoint, choice)
+    return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -128,7 +128,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _first_values(
-    source: Source, dtype: torch.dtype, device: torch.device, *, keep: bool, verify: bool
+    source: StoredWeight, dtype: torch.dtype, device: torch.device, *, keep: bool, verify: bool
 ) -> Tensor:
     if source.is_view(dtype, device):
         if verify:

@@ -17,7 +17,7 @@ from torch import nn
 
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.names import stream_of
-from neounify.checkpoint.stored import Source
+from neounify.checkpoint.stored import StoredWeight
 from neounify.model.parts import STREAMS, StreamName
 
 
@@ -53,7 +53,7 @@ class StreamResidency:
     must not be moved or cast afterwards.
     """
 
-    def __init__(self, model: nn.Module, sources: Mapping[str, Source]) -> None:
+    def __init__(self, model: nn.Module, sources: Mapping[str, StoredWeight]) -> None:
         self._lock = threading.Lock()
         self._users: dict[StreamName, int] = dict.fromkeys(STREAMS, 0)
         self._weights: dict[StreamName, list[_Weight]] = {name: [] for name in STREAMS}
@@ -113,14 +113,14 @@ class _Weight(Protocol):
         """Free the memory, or add the byte ranges to be dropped to `pages`."""
 
 
-def _make_weight(parameter: nn.Parameter, source: Source) -> _Weight:
+def _make_weight(parameter: nn.Parameter, source: StoredWeight) -> _Weight:
     if parameter.numel() and source.is_view(parameter.dtype, parameter.device):
         return _MappedWeight(parameter, source)
     return _RebuiltWeight(parameter, source)
 
 
 class _MappedWeight:
-    def __init__(self, parameter: nn.Parameter, source: Source) -> None:
+    def __init__(self, parameter: nn.Parameter, source: StoredWeight) -> None:
         self.parameter = parameter
         self.source = source
         self.address = source.view().data_ptr()
@@ -137,7 +137,7 @@ class _MappedWeight:
 
 
 class _RebuiltWeight:
-    def __init__(self, parameter: nn.Parameter, source: Source) -> None:
+    def __init__(self, parameter: nn.Parameter, source: StoredWeight) -> None:
         self.parameter = parameter
         self.source = source
         self.version = parameter._version

@@ -18,7 +18,7 @@ SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredWeight:
     """A stored tensor (published name) of a file, to which `updates` are added when it is read."""
 
     file: MappedFile

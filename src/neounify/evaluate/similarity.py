@@ -1,4 +1,4 @@
-"""How alike two pictures are (PSNR, SSIM), and how visible the token grid is in one (seams)."""
+"""How alike two images are (PSNR, SSIM), and how visible the token grid is in one (seams)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 MAX_PSNR = 100.0
-"""PSNR in dB of equal pictures, where the equation gives infinity."""
+"""PSNR in dB of equal images, where the equation gives infinity."""
 
 
 def psnr(a: Pixels, b: Pixels, mask: NDArray[np.bool_] | None = None) -> float:
@@ -32,7 +32,7 @@ def psnr(a: Pixels, b: Pixels, mask: NDArray[np.bool_] | None = None) -> float:
 
 
 def ssim(a: Pixels, b: Pixels) -> float:
-    """Structural similarity, mean over windows and channels; 1 for equal pictures.
+    """Structural similarity, mean over windows and channels; 1 for equal images.
 
     (2 μₐμ_b + C₁)(2 σ_ab + C₂) / ((μₐ² + μ_b² + C₁)(σₐ² + σ_b² + C₂)) with Gaussian windows of
     11×11 and σ = 1.5, C₁ = (0.01·255)², C₂ = (0.03·255)²; only windows wholly inside count.
@@ -51,16 +51,16 @@ def ssim(a: Pixels, b: Pixels) -> float:
     return float(likeness.mean())
 
 
-def seam_ratio(picture: Pixels, token: int = 16) -> float:
+def seam_ratio(image: Pixels, token: int = 16) -> float:
     """Mean step across the borders of the token grid over the mean step elsewhere.
 
     1 means no seams. Steps are absolute differences of neighbouring pixels (mean over channels,
     of 255). So that the outlines of objects do not count, only places are taken where the steps
     one and two pixels to either side are below `_SMOOTH`, and both means are over the lower three
-    quarters of them. Half a grey level is added to each, so a perfectly flat picture scores 1.
+    quarters of them. Half a grey level is added to each, so a perfectly flat image scores 1.
 
     Args:
-        picture: uint8 [h, w, 3].
+        image: uint8 [h, w, 3].
         token: side of a token in pixels, at least 4.
     """
     if token < 4:
@@ -68,7 +68,7 @@ def seam_ratio(picture: Pixels, token: int = 16) -> float:
     across: list[Floats] = []
     elsewhere: list[Floats] = []
     for axis in (0, 1):
-        steps = np.abs(np.diff(picture.astype(np.float64), axis=axis)).mean(-1)
+        steps = np.abs(np.diff(image.astype(np.float64), axis=axis)).mean(-1)
         steps = steps if axis == 1 else steps.T
         length = steps.shape[1]
         beside = np.stack([steps[:, 2 + o : length - 2 + o] for o in (-2, -1, 1, 2)])
@@ -80,7 +80,7 @@ def seam_ratio(picture: Pixels, token: int = 16) -> float:
         elsewhere.append(inner[:, ~border][smooth[:, ~border]])
     at_borders, other = np.concatenate(across), np.concatenate(elsewhere)
     if not len(at_borders) or not len(other):
-        raise ImageError("the picture has no smooth place at which seams could be seen")
+        raise ImageError("the image has no smooth place at which seams could be seen")
     return (_mean_of_lower(at_borders) + 0.5) / (_mean_of_lower(other) + 0.5)
 
 
@@ -108,6 +108,6 @@ def _gaussian(channels: Floats) -> Floats:
 def _check_pair(a: Pixels, b: Pixels) -> None:
     if a.shape != b.shape or a.ndim != 3 or a.dtype != np.uint8 or b.dtype != np.uint8:
         raise ImageError(
-            f"two uint8 pictures of one size are compared, not {a.dtype} {list(a.shape)}"
+            f"two uint8 images of one size are compared, not {a.dtype} {list(a.shape)}"
             f" and {b.dtype} {list(b.shape)}"
         )

@@ -1,7 +1,8 @@
-"""Images: reading, sizes, pixel values, patches."""
+"""Images: reading, sizes, pixel values, tokens, contact sheets."""
 
+from neounify.deprecation import moved
 from neounify.image.colour import to_rgb
-from neounify.image.io import MAX_DECODED_PIXELS, MAX_FILE_BYTES, Source, read_image
+from neounify.image.io import MAX_DECODED_PIXELS, MAX_FILE_BYTES, ImageSource, read_image
 from neounify.image.pixels import (
     MEAN,
     STD,
@@ -27,7 +28,7 @@ __all__ = [
     "MEAN",
     "STD",
     "TRAINING_BUCKETS",
-    "Source",
+    "ImageSource",
     "check_size",
     "fit_size",
     "nearest_legal_sizes",
@@ -40,3 +41,5 @@ __all__ = [
     "to_und_pixels",
     "unpatchify",
 ]
+
+__getattr__ = moved(__name__, "neounify.image.io", {"Source": "ImageSource"})

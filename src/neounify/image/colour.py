@@ -118,14 +118,14 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded picture of any mode to a new RGB picture.
+    """Convert a decoded image of any mode to a new RGB image.
 
     Transparency, an alpha channel or a colour marked transparent, is laid on white. Greys of
     16 bits are scaled to 8. Float greys are taken as [0, 1] when they stay within it, else
     as [0, 255].
 
     Raises:
-        ImageError: the mode has no meaning as a picture.
+        ImageError: the mode has no meaning as an image.
     """
     mode = image.mode
     if mode.startswith("I"):
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise ImageError(f"pictures of mode {mode} cannot be shown as RGB") from error
+        raise ImageError(f"images of mode {mode} cannot be shown as RGB") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -172,5 +172,5 @@ def _from_lab(image: Image.Image) -> Image.Image:
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if converted is None:
-        raise ImageError("a picture in LAB colours cannot be converted")
+        raise ImageError("an image in LAB colours cannot be converted")
     return converted

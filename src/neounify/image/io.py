@@ -25,15 +25,15 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is always read, by PIL's names; AVIF and HEIC are where there is a decoder (heif.py)."""
 
 MAX_DECODED_PIXELS = 178_956_970
-"""Largest picture that is decoded, in pixels: half a gigabyte as RGB. PIL's own limit."""
+"""Largest image that is decoded, in pixels: half a gigabyte as RGB. PIL's own limit."""
 
 MAX_FILE_BYTES = 256 * 1024 * 1024
 """Largest file that is read, in bytes."""
 
-Source = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
+ImageSource = str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image
 """A path, the bytes of a file, an open binary file, or a PIL image."""
 
-# A JPEG with several pictures inside opens as MPO; its first picture is the JPEG.
+# A JPEG with several images inside opens as MPO; its first image is the JPEG.
 _OPENED_FORMATS = (*FORMATS, "AVIF", "HEIF", "MPO")
 
 _PNG_DEPTH_BYTE = 24
@@ -55,7 +55,7 @@ _quiet_lock = threading.Lock()
 
 
 def read_image(
-    source: Source,
+    source: ImageSource,
     *,
     max_pixels: int = MAX_DECODED_PIXELS,
     colour_profiles: bool = True,
@@ -77,7 +77,7 @@ def read_image(
         A new RGB image without metadata.
 
     Raises:
-        ImageError: missing, not a picture of a known format, damaged, cut off, empty, or too
+        ImageError: missing, not an image of a known format, damaged, cut off, empty, or too
             large.
     """
     if isinstance(source, Image.Image):
@@ -142,7 +142,7 @@ def _read_bytes(source: object) -> tuple[str, bytes]:
         name, data = "the image file", _read_stream(source)
     else:
         raise ImageError(
-            f"a picture is a path, bytes, a binary file or a PIL image, not {type(source).__name__}"
+            f"an image is a path, bytes, a binary file or a PIL image, not {type(source).__name__}"
         )
     if len(data) > MAX_FILE_BYTES:
         raise ImageError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
@@ -206,7 +206,7 @@ def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:
     except ImageError as error:  # of MeteredFile
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:
-        raise ImageError(f"{name}: not a picture, or damaged; use {_formats()}") from error
+        raise ImageError(f"{name}: not an image, or damaged; use {_formats()}") from error
     if image.format == "PNG":
         _scale_transparent_colour(image, depth=data[_PNG_DEPTH_BYTE])
         image.info["icc_profile"] = profile
@@ -237,7 +237,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
     try:
         with _quiet():
             orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # broken EXIF data is no reason to refuse the picture
+    except Exception:  # broken EXIF data is no reason to refuse the image
         return None
     return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
 

@@ -21,12 +21,12 @@ STD = (0.229, 0.224, 0.225)
 def to_und_pixels(
     image: Image.Image, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "3 height width"]:
-    """Turn an RGB picture into input of the understanding stream: (x - MEAN) / STD.
+    """Turn an RGB image into input of the understanding stream: (x - MEAN) / STD.
 
     Computed in float32, then cast to `dtype`.
 
     Raises:
-        ValueError: the picture is not RGB.
+        ValueError: the image is not RGB.
     """
     return normalise_und(_to_unit(image)).to(dtype)
 
@@ -49,7 +49,7 @@ def normalise_und(
 
 
 def to_pil(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """Turn pixels of the generation stream, in [-1, 1], into RGB pictures.
+    """Turn pixels of the generation stream, in [-1, 1], into RGB images.
 
     Values outside are clamped; each is rounded to the nearest of 256 levels.
 
@@ -81,8 +81,8 @@ def prepare_image(
         dtype: of the result.
 
     Raises:
-        ImageError: the picture is too narrow or the bounds make no sense.
-        ValueError: the picture is not RGB.
+        ImageError: the image is too narrow or the bounds make no sense.
+        ValueError: the image is not RGB.
     """
     height, width = fit_size(
         image.height, image.width, multiple=multiple, min_pixels=min_pixels, max_pixels=max_pixels
@@ -95,7 +95,7 @@ def prepare_image(
 def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """Return the pixels in [0, 1] as float32."""
     if image.mode != "RGB":
-        raise ValueError(f"the picture must be RGB, not {image.mode}; read_image converts it")
+        raise ValueError(f"the image must be RGB, not {image.mode}; read_image converts it")
     levels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return levels.permute(2, 0, 1).contiguous().float() / 255
 

@@ -108,7 +108,7 @@ def nearest_legal_sizes(
 
 
 def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
-    """Refuse the size of a picture to be painted unless the model can paint it.
+    """Refuse the size of an image to be painted unless the model can paint it.
 
     Args:
         width: in pixels.

@@ -17,7 +17,7 @@ from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
 from neounify.errors import RequestError
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling
-from neounify.image.io import Source
+from neounify.image.io import ImageSource
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.chatting import (
     ChatOptions,
@@ -110,7 +110,7 @@ class Pipeline:
     def chat(
         self,
         prompt: Conversation,
-        images: Source | Sequence[Source] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
@@ -121,7 +121,7 @@ class Pipeline:
     def chat(
         self,
         prompt: Conversation,
-        images: Source | Sequence[Source] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         stream: Literal[True],
         cancel: threading.Event | None = None,
@@ -131,7 +131,7 @@ class Pipeline:
     def chat(
         self,
         prompt: Conversation,
-        images: Source | Sequence[Source] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         stream: bool = False,
         cancel: threading.Event | None = None,
@@ -153,7 +153,7 @@ class Pipeline:
     def chat_batch(
         self,
         prompts: Sequence[Conversation],
-        images: Sequence[Source | Sequence[Source]] | None = None,
+        images: Sequence[ImageSource | Sequence[ImageSource]] | None = None,
         *,
         cancel: threading.Event | None = None,
         **options: Unpack[ChatOptions],
@@ -237,7 +237,7 @@ class Pipeline:
     def edit(
         self,
         prompt: str,
-        images: Source | Sequence[Source],
+        images: ImageSource | Sequence[ImageSource],
         *,
         width: int | None = None,
         height: int | None = None,
@@ -287,7 +287,7 @@ class Pipeline:
     def interleave(
         self,
         prompt: Conversation,
-        images: Source | Sequence[Source] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         max_images: int = 10,
         max_new_tokens: int = 2048,
@@ -363,7 +363,10 @@ class Pipeline:
         )
 
     def _chat_request(
-        self, prompt: Conversation, images: Source | Sequence[Source], options: ChatOptions
+        self,
+        prompt: Conversation,
+        images: ImageSource | Sequence[ImageSource],
+        options: ChatOptions,
     ) -> ChatRequest:
         profiles = self.colour_profiles
         pictures = read_pictures(images, colour_profiles=profiles)

@@ -1,4 +1,4 @@
-"""Pictures that say where they come from: written into PNG, JPEG and WebP, and read back."""
+"""Images that say where they come from: written into PNG, JPEG and WebP, and read back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _XMP_CHUNK = "XML:com.adobe.xmp"
 
 
 def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]) -> bytes:
-    """Encode a picture together with what made it, that a model did, and the facts.
+    """Encode an image together with what made it, that a model did, and the facts.
 
     All formats carry an XMP packet; PNG carries the facts in a text chunk as well. PNG is
     lossless. Facts are anything JSON can say. Raises ImageError where they are too long for JPEG.
@@ -40,14 +40,14 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
     packet = write_packet(facts)
     if format == "jpeg" and len(packet) > MAX_JPEG_PACKET_BYTES:
         raise ImageError(
-            f"the facts about the picture take {len(packet)} bytes; "
+            f"the facts about the image take {len(packet)} bytes; "
             f"a JPEG holds {MAX_JPEG_PACKET_BYTES}: choose png or webp"
         )
     options: dict[str, Any] = {"xmp": packet, "quality": QUALITY}
     if format == "png":
         options = {"pnginfo": _chunks(packet, facts)}
     bare = image.copy()
-    bare.info = {}  # what the picture carried, a comment or a place, is not passed on
+    bare.info = {}  # what the image carried, a comment or a place, is not passed on
     buffer = BytesIO()
     bare.save(buffer, format=format.upper(), **options)
     return buffer.getvalue()
@@ -58,7 +58,7 @@ def read_provenance(data: bytes) -> dict[str, Any]:
 
     Values are what JSON can say: numbers are numbers, settings are a dictionary.
     `made_by` and `source_type` are also read where other software wrote them. Anybody can write
-    and remove all of this. Raises ImageError for anything that is not such a picture.
+    and remove all of this. Raises ImageError for anything that is not such an image.
     """
     info = read_metadata(data, (CHUNK, _XMP_CHUNK))
     packet = info.get("xmp") or info.get(_XMP_CHUNK) or b""
@@ -76,7 +76,7 @@ def _chunks(packet: bytes, facts: Mapping[str, object]) -> PngInfo:
 
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""The IPTC's term for pictures that a trained model made."""
+"""The IPTC's term for images that a trained model made."""
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMP = "http://ns.adobe.com/xap/1.0/"
@@ -98,7 +98,7 @@ Iptc4xmpExt:AISystemVersionUsed={version} neounify:Facts={facts}/></rdf:RDF></x:
 
 
 def write_packet(facts: Mapping[str, object]) -> bytes:
-    """A packet that says what made the picture, that a model did, and the facts as JSON."""
+    """A packet that says what made the image, that a model did, and the facts as JSON."""
     version = neounify.__version__
     return _PACKET.format(
         rdf=_RDF,

@@ -1,6 +1,6 @@
 """An invisible mark in the pixels, by the library invisible-watermark.
 
-The mark lives in the brightness of 16×16 fields, whatever the size of the picture, so it comes
+The mark lives in the brightness of 16×16 fields, whatever the size of the image, so it comes
 through resizing. Each field holds one bit: the library moves its brightness (the largest singular
 value of its cosine transform) to a quarter or three quarters of a step.
 """
@@ -18,12 +18,12 @@ from PIL import Image
 from neounify.errors import ImageError, NeounifyError, missing_extra
 
 MIN_SIDE = 64
-"""The smallest picture that is marked, in pixels a side."""
+"""The smallest image that is marked, in pixels a side."""
 
 STEP = 255 / 36.75
 """Levels of brightness from one 0 to the next. White is then a 1 exactly: it cannot get whiter."""
 
-_GRID = 128  # side of the reduced picture
+_GRID = 128  # side of the reduced image
 _FIELD = 8  # side of a field in it
 # A level of brightness is 2 in the library's coefficients, times the side in the cosine transform.
 _OPTIONS: dict[str, Any] = {
@@ -38,11 +38,11 @@ Floats = NDArray[np.float32]
 
 
 class MarkError(NeounifyError, RuntimeError):
-    """The library of the mark is not installed, or a picture did not take the mark."""
+    """The library of the mark is not installed, or an image did not take the mark."""
 
 
 class Marker:
-    """Marks pictures with a number from 0 to 255, and reads the mark of any of them.
+    """Marks images with a number from 0 to 255, and reads the mark of any of them.
 
     Raises MarkError if the library is missing, ValueError for other numbers.
     """
@@ -59,7 +59,7 @@ class Marker:
         self._name = f"neounify:{number}"
 
     def mark(self, image: Image.Image) -> Image.Image:
-        """A copy of the picture, RGB, that carries the mark.
+        """A copy of the image, RGB, that carries the mark.
 
         Raises ImageError below MIN_SIDE, MarkError if the mark cannot be read back.
         """
@@ -72,11 +72,11 @@ class Marker:
         for _ in range(_PASSES):
             marked = self._embed(marked)
         if self.read(marked) != self._name:
-            raise MarkError("the picture did not take the invisible mark")
+            raise MarkError("the image did not take the invisible mark")
         return marked
 
     def read(self, image: Image.Image) -> str | None:
-        """The mark of a picture, "neounify:NUMBER"; None if there is none."""
+        """The mark of an image, "neounify:NUMBER"; None if there is none."""
         number = read_fields(self.fields(image))
         return None if number is None else f"neounify:{number}"
 
@@ -97,25 +97,25 @@ class Marker:
 
 
 def _reduced(image: Image.Image) -> Floats:
-    """The picture at _GRID pixels a side, in the library's order of blue, green, red."""
+    """The image at _GRID pixels a side, in the library's order of blue, green, red."""
     return _resized(np.asarray(image, dtype=np.float32), (_GRID, _GRID))[..., ::-1]
 
 
-def _doubled(picture: Floats) -> Floats:
+def _doubled(image: Floats) -> Floats:
     """Every pixel as four, in memory of its own.
 
     The library refuses less than 256 pixels a side, and swaps the horizontal and vertical details
-    of what it marks: made of fours, a picture has none. Floats, as it lets bytes overflow.
+    of what it marks: made of fours, an image has none. Floats, as it lets bytes overflow.
     """
-    return np.ascontiguousarray(picture.repeat(2, axis=0).repeat(2, axis=1))
+    return np.ascontiguousarray(image.repeat(2, axis=0).repeat(2, axis=1))
 
 
-def _resized(picture: Floats, size: tuple[int, int]) -> Floats:
+def _resized(image: Floats, size: tuple[int, int]) -> Floats:
     planes = [
-        Image.fromarray(np.ascontiguousarray(picture[..., channel])).resize(
+        Image.fromarray(np.ascontiguousarray(image[..., channel])).resize(
             size, Image.Resampling.BICUBIC
         )
-        for channel in range(picture.shape[2])
+        for channel in range(image.shape[2])
     ]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 

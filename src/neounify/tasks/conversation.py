@@ -8,7 +8,7 @@ from typing import Any
 import PIL.Image
 
 from neounify.errors import PromptError
-from neounify.image.io import Source, read_image
+from neounify.image.io import ImageSource, read_image
 from neounify.text.message import IMAGE_MARK, Message
 from neounify.text.template import place_images
 from neounify.text.tools import ToolCall
@@ -17,7 +17,7 @@ Conversation = str | Sequence[Message | Mapping[str, Any]]
 
 
 def read_pictures(
-    images: Source | Sequence[Source], *, colour_profiles: bool = True
+    images: ImageSource | Sequence[ImageSource], *, colour_profiles: bool = True
 ) -> list[PIL.Image.Image]:
     """One image or several, as `read_image` reads them; ImageError names what cannot be read."""
     several: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
@@ -78,7 +78,7 @@ def read_request(
 
 
 class _Picture:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ImageSource) -> None:
         self.source = source
 
 

@@ -9,7 +9,7 @@ from neounify.errors import PromptError
 from neounify.text.tools import ToolCall
 
 IMAGE_MARK = "<image>"
-"""Stands in a user's text where a picture belongs."""
+"""Stands in a user's text where an image belongs."""
 
 Role = Literal["system", "user", "assistant", "tool"]
 

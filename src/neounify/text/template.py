@@ -1,6 +1,6 @@
-"""Prompts: from messages and pictures to token ids, in the ChatML form the models know.
+"""Prompts: from messages and images to token ids, in the ChatML form the models know.
 
-A prompt is first a list of pieces: special tokens by name, plain text, pictures. Plain
+A prompt is first a list of pieces: special tokens by name, plain text, images. Plain
 text between two special tokens is tokenised in one go, because cutting it elsewhere
 changes the ids, and always as plain text: a user who types `<|im_end|>` writes ten
 characters and ends nothing.
@@ -37,14 +37,14 @@ from neounify.text.tools import (
 
 @dataclass(frozen=True)
 class TextSegment:
-    """Token ids of text, special tokens and the `<img>`, `</img>` around pictures included."""
+    """Token ids of text, special tokens and the `<img>`, `</img>` around images included."""
 
     ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ImageSegment:
-    """The tokens of one picture; `image` is its index in the caller's list of pictures."""
+    """The tokens of one image; `image` is its index in the caller's list of images."""
 
     image: int
 
@@ -54,24 +54,24 @@ Segment = TextSegment | ImageSegment
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose pictures have no size yet, so it has no length yet either."""
+    """A prompt whose images have no size yet, so it has no length yet either."""
 
     segments: tuple[Segment, ...]
 
     @property
     def n_images(self) -> int:
-        """How many pictures the prompt holds."""
+        """How many images the prompt holds."""
         return sum(isinstance(segment, ImageSegment) for segment in self.segments)
 
     def ids(self, tokens_per_image: Sequence[int], context_id: int) -> list[int]:
-        """Write the prompt out as ids, every picture as its number of `context_id`.
+        """Write the prompt out as ids, every image as its number of `context_id`.
 
         Args:
-            tokens_per_image: token count of each picture, in the order of the caller's list.
+            tokens_per_image: token count of each image, in the order of the caller's list.
             context_id: the id of `<IMG_CONTEXT>`.
 
         Raises:
-            PromptError: the number of counts is not the number of pictures.
+            PromptError: the number of counts is not the number of images.
         """
         if len(tokens_per_image) != self.n_images:
             raise PromptError(
@@ -117,18 +117,18 @@ _OPEN_IMAGE = (_Special(IMAGE_OPEN),)
 
 
 def place_images(text: str, n_images: int, *, numbered: bool) -> str:
-    """Make a user's text hold exactly one `<image>` mark per picture.
+    """Make a user's text hold exactly one `<image>` mark per image.
 
     Missing marks go in front of the text.
 
     Args:
         text: the text, with no mark or with marks of its own.
-        n_images: how many pictures there are, at least 0.
-        numbered: the rule of editing and interleaving, where two or more pictures without
+        n_images: how many images there are, at least 0.
+        numbered: the rule of editing and interleaving, where two or more images without
             any mark are announced as `Image-1:`, `Image-2:` and so on.
 
     Raises:
-        PromptError: there are more marks than pictures.
+        PromptError: there are more marks than images.
     """
     marks = text.count(IMAGE_MARK)
     if marks > n_images:
@@ -193,13 +193,13 @@ def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -
 
     Args:
         tokenizer: of the model that will read it.
-        text: what to paint, with an `<image>` mark per input picture.
+        text: what to paint, with an `<image>` mark per input image.
         system: the system message; left out when empty.
         think: end with an open thought; `after_think_ids` follow it. Else the thought is empty
             and `<img>` ends the prompt.
 
     Raises:
-        PromptError: neither text nor pictures.
+        PromptError: neither text nor images.
     """
     _check_says_something(text)
     end = _OPEN_THOUGHT if think else (*_NO_THOUGHT, *_OPEN_IMAGE)
@@ -262,7 +262,7 @@ def check_negative(text: str) -> str:
 
 
 def after_think_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that follow a thought and open the picture: a blank line and `<img>`."""
+    """Return the ids that follow a thought and open the image: a blank line and `<img>`."""
     return [*tokenizer.encode("\n\n"), tokenizer.id(IMAGE_OPEN)]
 
 

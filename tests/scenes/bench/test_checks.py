@@ -9,7 +9,7 @@ from neounify.scenes.bench import (
     EditVerdict,
     check_caption,
     check_edit,
-    check_picture,
+    check_image,
     check_story,
     check_thought,
     check_vqa,
@@ -38,7 +38,7 @@ SCENE = Scene("white", (RED, BLUE))
 
 def wrong_in(prompt: str, scene: Scene) -> set[str]:
     """The attributes that a picture of the scene gets wrong."""
-    verdict = check_picture(parse_caption(prompt), render(scene, CONFIG), CONFIG)
+    verdict = check_image(parse_caption(prompt), render(scene, CONFIG), CONFIG)
     assert verdict.correct == all(verdict.attributes.values())
     return {name for name, right in verdict.attributes.items() if not right}
 
@@ -68,7 +68,7 @@ def test_each_wrong_thing_costs_its_own_attribute(prompt: str, wrong: set[str]) 
 
 
 def test_only_what_is_named_is_judged() -> None:
-    verdict = check_picture(parse_caption("two objects"), render(SCENE, CONFIG), CONFIG)
+    verdict = check_image(parse_caption("two objects"), render(SCENE, CONFIG), CONFIG)
     assert set(verdict.attributes) == {"count"}
 
 

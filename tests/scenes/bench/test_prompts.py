@@ -7,7 +7,7 @@ from neounify.scenes.bench import (
     CATEGORIES,
     caption_cases,
     categories,
-    check_picture,
+    check_image,
     edit_cases,
     paint_cases,
     story_cases,
@@ -48,7 +48,7 @@ def test_two_hundred_prompts_that_say_what_they_should(category: str) -> None:
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_the_scene_of_a_case_satisfies_it(category: str) -> None:
     for case in paint_cases(category, CONFIG, 12, seed=5):
-        assert check_picture(case.facts, render(case.scene, CONFIG), CONFIG).correct
+        assert check_image(case.facts, render(case.scene, CONFIG), CONFIG).correct
 
 
 def facts_of_category(category: str) -> list[SceneFacts]:

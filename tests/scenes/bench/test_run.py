@@ -127,7 +127,7 @@ def test_edits_and_relations_are_split_by_form() -> None:
             painted = super().edit(pictures, instructions, *rest, **more)
             removals = ("Remove", "Take", "Delete", "Erase")
             return [
-                replace(item, picture=source) if text.startswith(removals) else item
+                replace(item, image=source) if text.startswith(removals) else item
                 for item, source, text in zip(painted, pictures, instructions, strict=True)
             ]
 
@@ -207,9 +207,9 @@ def test_an_untrained_pipeline_runs_whatever_the_batch_size(small: Pipeline) -> 
     for one, other in zip(together.outcomes, alone.outcomes, strict=True):
         for a, b in zip(one.examples, other.examples, strict=True):
             assert a.answer == b.answer
-            assert a.picture is not None
-            assert b.picture is not None
-            assert np.abs(a.picture.astype(int) - b.picture).max() <= 1  # of 255: rounding
+            assert a.image is not None
+            assert b.image is not None
+            assert np.abs(a.image.astype(int) - b.image).max() <= 1  # of 255: rounding
     assert together.report.about["sampling"]["steps"] == 2
     assert together.report.about["torch"] == torch.__version__
 
@@ -221,8 +221,8 @@ def test_a_pipeline_paints_each_case_from_its_own_noise(small: Pipeline) -> None
         subject.paint(["a star"] * 2, 64, [1, 2], think=False),
         subject.edit([source] * 2, ["Copy it."] * 2, [1, 2], think=False),
     ):
-        assert first.picture.shape == (64, 64, 3)
-        assert (first.picture != second.picture).any()
+        assert first.image.shape == (64, 64, 3)
+        assert (first.image != second.image).any()
 
 
 @pytest.mark.usefixtures("brief")

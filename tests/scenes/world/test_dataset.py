@@ -17,7 +17,7 @@ from neounify.data import (
 from neounify.scenes.bench import perceive
 from neounify.scenes.bench.prompts import names_held_out
 from neounify.scenes.world import PRESETS, SceneDataset, parse_caption, parse_layout
-from neounify.scenes.world.samples import MOST_QUESTIONS
+from neounify.scenes.world.samples import MAX_QUESTIONS
 from neounify.scenes.world.scene import HELD_OUT_PAIRS
 from support.samples import write_sample
 
@@ -48,7 +48,7 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
         questions, answers = sample.turns[::2], sample.turns[1::2]
         assert {t.role for t in questions} == {"user"}
         assert {t.role for t in answers} == {"assistant"}
-        assert 1 <= len(answers) <= (MOST_QUESTIONS if sample.task == "vqa" else 1)
+        assert 1 <= len(answers) <= (MAX_QUESTIONS if sample.task == "vqa" else 1)
         asked = [p for turn in questions for p in turn.parts]
         answered = [p for turn in answers for p in turn.parts]
         shown = [p for p in asked if isinstance(p, SampleImage)]
@@ -69,7 +69,7 @@ def test_questions_about_one_picture_are_of_different_kinds() -> None:
     data = SceneDataset(0, DEFAULT, {"vqa": 1})
     texts = [[t.parts[-1].text for t in data[i].turns[::2]] for i in range(200)]  # type: ignore[union-attr]
     assert all(len(set(asked)) == len(asked) for asked in texts)
-    assert {len(asked) for asked in texts} == set(range(1, MOST_QUESTIONS + 1))
+    assert {len(asked) for asked in texts} == set(range(1, MAX_QUESTIONS + 1))
 
 
 def test_thoughts_are_layouts_of_the_painted_picture() -> None:

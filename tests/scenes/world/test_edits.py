@@ -106,7 +106,7 @@ def test_stories_change_step_by_step(language: Language) -> None:
         for edit, before, after in zip(story.edits, story.steps, story.steps[1:], strict=False):
             assert (edit.source, edit.target) == (before.scene, after.scene)
             assert edit.instruction.rstrip(".") in story.request
-            assert after.text == edit.news
+            assert after.text == edit.narration
         assert not any(is_held_out(step.scene) for step in story.steps)
 
 

@@ -5,6 +5,7 @@
 (`subject`), and `validation` measures the checker itself.
 """
 
+from neounify.deprecation import moved
 from neounify.evaluate.rates import Rate, wilson_interval
 from neounify.evaluate.similarity import psnr, seam_ratio, ssim
 from neounify.image.contact_sheet import contact_sheet
@@ -15,7 +16,7 @@ from neounify.scenes.bench.checks import (
     check_caption,
     check_edit,
     check_facts,
-    check_picture,
+    check_image,
     check_story,
     check_thought,
     check_vqa,
@@ -72,7 +73,7 @@ __all__ = [
     "check_caption",
     "check_edit",
     "check_facts",
-    "check_picture",
+    "check_image",
     "check_story",
     "check_thought",
     "check_vqa",
@@ -95,3 +96,5 @@ __all__ = [
     "wilson_interval",
     "write_folder",
 ]
+
+__getattr__ = moved(__name__, "neounify.scenes.bench.checks", {"check_picture": "check_image"})

@@ -92,13 +92,13 @@ def _by_form(verdicts: Sequence[Verdict], forms: Sequence[str]) -> dict[str, Rat
 class Example:
     """One case as it went: what was asked, what came back, what the checker said.
 
-    `picture` is what was painted (a story's pictures side by side) or asked about, `source` what
+    `image` is what was painted (a story's images side by side) or asked about, `source` what
     was to be edited; uint8 [h, w, 3]. A wrong thought does not make the verdict wrong.
     """
 
     asked: str
     verdict: Verdict
-    picture: Pixels | None = None
+    image: Pixels | None = None
     source: Pixels | None = None
     answer: str | None = None
     thought: str | None = None

@@ -1,4 +1,4 @@
-"""Verdicts: does a picture, an answer, a caption, an edit or a story do what was asked?
+"""Verdicts: does an image, an answer, a caption, an edit or a story do what was asked?
 
 Strict means that everything the text claims holds and nothing is there besides. Each verdict is
 also split by attribute, as far as the text names it, under the assignment of objects to words
@@ -27,12 +27,12 @@ from neounify.scenes.world.questions import Question, check_answer
 from neounify.scenes.world.render import object_mask
 from neounify.scenes.world.scene import MAX_OBJECTS, Scene, SceneConfig
 
-Picture = NDArray[np.uint8] | Image.Image
+AnyImage = NDArray[np.uint8] | Image.Image
 
 RELATION_MARGIN = 0.25
 """How far (in cell sides) a centre must lie left of, or above, another to count as such."""
-LEAST_EDIT_PSNR = 30.0
-"""PSNR in dB that the untouched part of an edited picture must reach."""
+MIN_EDIT_PSNR = 30.0
+"""PSNR in dB that the untouched part of an edited image must reach."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class EditVerdict(Verdict):
     """PSNR in dB outside the edited region; None where nothing lies outside."""
 
 
-def check_picture(facts: SceneFacts, picture: Picture, config: SceneConfig) -> Verdict:
-    """Whether a picture shows exactly what facts claim."""
-    return check_facts(facts, perceive(picture, config), config)
+def check_image(facts: SceneFacts, image: AnyImage, config: SceneConfig) -> Verdict:
+    """Whether an image shows exactly what facts claim."""
+    return check_facts(facts, perceive(image, config), config)
 
 
 def check_facts(facts: SceneFacts, seen: Percept, config: SceneConfig) -> Verdict:
@@ -160,19 +160,19 @@ def check_thought(thought: str, facts: SceneFacts, config: SceneConfig) -> Verdi
 
 
 def check_edit(
-    edit: SceneEdit, source: Picture, edited: Picture, config: SceneConfig
+    edit: SceneEdit, source: AnyImage, edited: AnyImage, config: SceneConfig
 ) -> EditVerdict:
     """Whether the target is reached and everything else is as it was.
 
-    `source` is the picture that was given to be edited; both must have one size.
+    `source` is the image that was given to be edited; both must have one size.
     """
     before, after = as_array(source), as_array(edited)
-    target = check_picture(facts_of(edit.target, config, FULL_STYLE), after, config)
+    target = check_image(facts_of(edit.target, config, FULL_STYLE), after, config)
     mask = untouched(edit, config, after.shape[0])
     elsewhere = psnr(before, after, mask) if mask.any() else None
     attributes = {
         "achieved": target.correct,
-        "unchanged": elsewhere is None or elsewhere >= LEAST_EDIT_PSNR,
+        "unchanged": elsewhere is None or elsewhere >= MIN_EDIT_PSNR,
     }
     return EditVerdict(attributes, target, elsewhere)
 
@@ -195,12 +195,12 @@ def untouched(edit: SceneEdit, config: SceneConfig, side: int) -> NDArray[np.boo
     return mask
 
 
-def check_story(story: Story, pictures: Sequence[Picture], config: SceneConfig) -> Verdict:
-    """Whether every picture of a story shows its step, and there are neither more nor fewer."""
-    attributes = {"pictures": len(pictures) == len(story.steps)}
+def check_story(story: Story, images: Sequence[AnyImage], config: SceneConfig) -> Verdict:
+    """Whether every image of a story shows its step, and there are neither more nor fewer."""
+    attributes = {"pictures": len(images) == len(story.steps)}
     for number, step in enumerate(story.steps):
         facts = facts_of(step.scene, config, FULL_STYLE)
-        shown = number < len(pictures) and check_picture(facts, pictures[number], config).correct
+        shown = number < len(images) and check_image(facts, images[number], config).correct
         attributes[f"step {number + 1}"] = shown
     return Verdict(attributes)
 

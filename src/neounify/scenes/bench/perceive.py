@@ -1,8 +1,8 @@
-"""Seeing: from a picture back to background, objects, shapes, colours, sizes and places.
+"""Seeing: from an image back to background, objects, shapes, colours, sizes and places.
 
-Analysis by synthesis, for pictures that may be noisy, soft-edged or a little off in colour:
+Analysis by synthesis, for images that may be noisy, soft-edged or a little off in colour:
 
-1. the background is the median colour of the picture's rim;
+1. the background is the median colour of the image's rim;
 2. a pixel belongs to an object if, after light smoothing, it lies further from the background
    than `FOREGROUND` and than half the strongest difference near it; parts that touch are one
    object;
@@ -36,7 +36,7 @@ COLOUR_REACH = 60.0
 """A colour further than this from every name has none."""
 MISFIT = 0.12
 """Largest share of a shape's energy that may differ from it, noise aside."""
-LEAST_AREA = 0.3
+MIN_AREA = 0.3
 """A part smaller than this share of the smallest object is a speck, not an object."""
 SIZE_SLACK = 1.3
 """A radius may lie this factor below the smallest or above the largest size class."""
@@ -60,7 +60,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Percept:
-    """All that was seen; `clutter`: share of the picture that is neither background nor object."""
+    """All that was seen; `clutter`: share of the image that is neither background nor object."""
 
     background: str | None
     objects: tuple[SeenObject, ...]
@@ -68,37 +68,37 @@ class Percept:
     clutter: float
 
 
-def as_array(picture: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
-    """A picture as uint8 RGB [h, w, 3].
+def as_array(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+    """An image as uint8 RGB [h, w, 3].
 
     Raises:
         DataError: the array is not uint8 [h, w, 3].
     """
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise DataError(f"a picture is {picture.dtype} {list(picture.shape)}, not uint8 [h, w, 3]")
-    return picture
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise DataError(f"an image is {image.dtype} {list(image.shape)}, not uint8 [h, w, 3]")
+    return image
 
 
-def perceive(picture: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Percept:
-    """See a square picture of any side; larger ones are averaged down to the config's side."""
-    pixels = as_array(picture)
+def perceive(image: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Percept:
+    """See a square image of any side; larger ones are averaged down to the config's side."""
+    pixels = as_array(image)
     if pixels.shape[0] != pixels.shape[1]:
-        raise DataError(f"a scene is square; this picture is {pixels.shape[1]}×{pixels.shape[0]}")
+        raise DataError(f"a scene is square; this image is {pixels.shape[1]}×{pixels.shape[0]}")
     if pixels.shape[0] != config.side:
         resized = Image.fromarray(pixels).resize((config.side,) * 2, Image.Resampling.BOX)
         pixels = np.asarray(resized)
-    image = pixels.astype(np.float32)
-    ground = _background(image)
-    away = np.sqrt(((_smooth(image) - ground) ** 2).sum(-1))
+    values = pixels.astype(np.float32)
+    ground = _background(values)
+    away = np.sqrt(((_smooth(values) - ground) ** 2).sum(-1))
     threshold = np.maximum(FOREGROUND, 0.5 * _largest_near(away, reach=2))
     labels, count = label_components(away > threshold)
-    least = LEAST_AREA * _smallest_area(config)
+    least = MIN_AREA * _smallest_area(config)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    noise = _noise(image, ground, labels)
+    noise = _noise(values, ground, labels)
     objects = [
-        _see_object(image, ground, away, labels, label, noise, config)
+        _see_object(values, ground, away, labels, label, noise, config)
         for label in range(1, count + 1)
         if areas[label - 1] >= least
     ]

@@ -53,7 +53,7 @@ class BenchConfig:
             raise DataError(f"the seed of the cases must be from 0 to 2^32 - 1, not {self.seed}")
         if self.token_size < 1 or self.world.side % self.token_size:
             raise DataError(
-                f"the world's pictures of {self.world.side} pixels do not divide into tokens of "
+                f"the world's images of {self.world.side} pixels do not divide into tokens of "
                 f"{self.token_size}: this model cannot paint them"
             )
 

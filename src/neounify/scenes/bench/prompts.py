@@ -227,7 +227,7 @@ def edit_cases(
 def story_cases(
     config: SceneConfig, number: int = 200, seed: int = 0, language: Language = "en"
 ) -> tuple[StoryCase, ...]:
-    """Stories of two or three pictures."""
+    """Stories of two or three images."""
 
     def draw(rng: np.random.Generator, split: Split) -> StoryCase:
         story = sample_story(rng, config, None, language, split)

@@ -1,4 +1,4 @@
-"""What the understanding stream keeps of a picture: the subject is asked for the same one again."""
+"""What the understanding stream keeps of an image: the subject is asked for the same one again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from neounify.scenes.world.edits import KEEP_REQUESTS
 from neounify.scenes.world.lexicon import Language
 from neounify.scenes.world.scene import Scene, SceneConfig, Split, sample_scene
 
-LEAST_PSNR = 30.0
+MIN_PSNR = 30.0
 """PSNR in dB that a copy must reach."""
 _STREAM = 600
 
@@ -45,13 +45,13 @@ def copy_cases(
 
 
 def check_copy(source: Pixels, copy: Pixels) -> Verdict:
-    """Whether a copy is as near to its source as `LEAST_PSNR`."""
-    return Verdict({f"psnr >= {LEAST_PSNR:.0f} dB": psnr(source, copy) >= LEAST_PSNR})
+    """Whether a copy is as near to its source as `MIN_PSNR`."""
+    return Verdict({f"psnr >= {MIN_PSNR:.0f} dB": psnr(source, copy) >= MIN_PSNR})
 
 
 def likeness(examples: Sequence[Example]) -> dict[str, float]:
     """PSNR in dB (mean and median) and mean SSIM of copies."""
-    pairs = [(e.source, e.picture) for e in examples]
+    pairs = [(e.source, e.image) for e in examples]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     errors = [psnr(a, b) for a, b in both]
     return {

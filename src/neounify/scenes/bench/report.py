@@ -80,7 +80,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 SHOWN = 24
-"""Pictures on a sheet, at most."""
+"""Images on a sheet, at most."""
 _SIDE, _LINES, _SHEET_WIDTH = 128, 6, 900
 
 
@@ -99,16 +99,16 @@ def write_folder(report: Report, outcomes: Sequence[Outcome], folder: Path) -> l
 
 
 def _write_sheets(outcome: Outcome, folder: Path) -> Iterator[Path]:
-    """The first successes and the first failures that have a picture."""
+    """The first successes and the first failures that have an image."""
     for label, passed in (("right", True), ("wrong", False)):
         chosen = [e for e in outcome.examples if e.verdict.correct == passed]
         tiles = [(tile, _words(e)) for e in chosen if (tile := _tile(e)) is not None][:SHOWN]
         if not tiles:
             continue
-        pictures, words = zip(*tiles, strict=True)
-        widest = max(picture.shape[1] / picture.shape[0] for picture in pictures)
+        images, words = zip(*tiles, strict=True)
+        widest = max(image.shape[1] / image.shape[0] for image in images)
         sheet = contact_sheet(
-            pictures,
+            images,
             words,
             [passed] * len(tiles),
             columns=max(1, round(_SHEET_WIDTH / (_SIDE * widest + 18))),
@@ -121,11 +121,11 @@ def _write_sheets(outcome: Outcome, folder: Path) -> Iterator[Path]:
 
 
 def _tile(example: Example) -> Pixels | None:
-    """What a sheet shows of a case: its picture, beside what was given to be edited."""
-    if example.picture is None or example.source is None:
-        return example.picture
+    """What a sheet shows of a case: its image, beside what was given to be edited."""
+    if example.image is None or example.source is None:
+        return example.image
     bar = np.full((example.source.shape[0], 2, 3), 248, np.uint8)
-    return np.concatenate([example.source, bar, example.picture], axis=1)
+    return np.concatenate([example.source, bar, example.image], axis=1)
 
 
 def _words(example: Example) -> str:

@@ -36,8 +36,8 @@ __all__ = [
     "Outcome",
     "Painting",
     "Pixels",
+    "ProgressFn",
     "Subject",
-    "Told",
     "measure",
     "names",
     "quick_scores",
@@ -46,20 +46,20 @@ __all__ = [
     "to_report",
 ]
 
-Told = Callable[[str, int, int], None]
+ProgressFn = Callable[[str, int, int], None]
 """Progress: category, cases done, cases in all."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A report, and the outcomes it sums up with every picture and answer."""
+    """A report, and the outcomes it sums up with every image and answer."""
 
     report: Report
     outcomes: tuple[Outcome, ...]
 
 
 def run_scenebench(
-    subject: Subject, config: BenchConfig, progress: Told | None = None
+    subject: Subject, config: BenchConfig, progress: ProgressFn | None = None
 ) -> Iterator[Outcome]:
     """Measure category by category, so that what is done is kept when the rest is not."""
     for category in plan(subject, config):
@@ -83,7 +83,7 @@ def measure(
     steps: int | None = None,
     guidance: float | None = None,
     think: bool = False,
-    progress: Told | None = None,
+    progress: ProgressFn | None = None,
 ) -> Findings:
     """Run SceneBench and sum it up.
 

@@ -12,12 +12,12 @@ from neounify.errors import ImageError
 from neounify.evaluate.similarity import seam_ratio
 from neounify.scenes.bench.category import Category, Example, Pixels
 from neounify.scenes.bench.checks import (
-    LEAST_EDIT_PSNR,
+    MIN_EDIT_PSNR,
     EditVerdict,
     Verdict,
     check_caption,
     check_edit,
-    check_picture,
+    check_image,
     check_story,
     check_thought,
     check_vqa,
@@ -95,8 +95,8 @@ def _paint(subject: Subject, config: BenchConfig) -> Iterator[Category]:
 def _painted(case: PaintCase, item: Painting, config: BenchConfig) -> Example:
     return Example(
         case.prompt,
-        check_picture(case.facts, item.picture, config.world),
-        item.picture,
+        check_image(case.facts, item.image, config.world),
+        item.image,
         thought=item.thought,
         thought_verdict=_thought(item, case.facts, config),
     )
@@ -105,12 +105,12 @@ def _painted(case: PaintCase, item: Painting, config: BenchConfig) -> Example:
 def _vqa(subject: Subject, config: BenchConfig) -> Iterator[Category]:
     def take(cases: Sequence[VqaCase], chunk: range) -> list[Example]:
         questions = [cases[i].question for i in chunk]
-        pictures, answers = _answers(
+        images, answers = _answers(
             subject, config, [cases[i].scene for i in chunk], [q.text for q in questions]
         )
         return [
-            Example(f"{q.text} [{q.answer}]", check_vqa(q, answer), picture, answer=answer)
-            for q, picture, answer in zip(questions, pictures, answers, strict=True)
+            Example(f"{q.text} [{q.answer}]", check_vqa(q, answer), image, answer=answer)
+            for q, image, answer in zip(questions, images, answers, strict=True)
         ]
 
     def category(name: str, cases: Sequence[VqaCase], forms: Sequence[str] = ()) -> Category:
@@ -138,16 +138,16 @@ def _relation_forms(cases: Sequence[VqaCase]) -> list[str]:
 def _caption(subject: Subject, config: BenchConfig) -> Iterator[Category]:
     cases = caption_cases(config.world, config.cases, config.seed)
 
-    def judge(case: CaptionCase, picture: Pixels, answer: str) -> Example:
+    def judge(case: CaptionCase, image: Pixels, answer: str) -> Example:
         verdict = check_caption(answer, case.scene, config.world, case.style)
-        return Example(case.request, verdict, picture, answer=answer)
+        return Example(case.request, verdict, image, answer=answer)
 
     def take(chunk: range) -> list[Example]:
-        pictures, answers = _answers(
+        images, answers = _answers(
             subject, config, [cases[i].scene for i in chunk], [cases[i].request for i in chunk]
         )
         own = [cases[i] for i in chunk]
-        return [judge(*item) for item in zip(own, pictures, answers, strict=True)]
+        return [judge(*item) for item in zip(own, images, answers, strict=True)]
 
     held_out = [case.held_out for case in cases]
     yield Category("caption", held_out, take, batch_size=config.batch_size)
@@ -157,12 +157,12 @@ def _edit(subject: Subject, config: BenchConfig) -> Iterator[Category]:
     cases = edit_cases(config.world, config.cases, config.seed)
 
     def judge(case: EditCase, source: Pixels, item: Painting) -> Example:
-        verdict = check_edit(case.edit, source, item.picture, config.world)
+        verdict = check_edit(case.edit, source, item.image, config.world)
         wanted = facts_of(case.edit.target, config.world, FULL_STYLE)
         return Example(
             case.edit.instruction,
             verdict,
-            item.picture,
+            item.image,
             source,
             thought=item.thought,
             thought_verdict=_thought(item, wanted, config),
@@ -185,9 +185,9 @@ def _story(subject: Subject, config: BenchConfig) -> Iterator[Category]:
     cases = story_cases(config.world, config.cases, config.seed)
 
     def tell(case: StoryCase, seed: int) -> Example:
-        pictures = subject.tell(case.story.request, config.world.side, seed)
-        verdict = check_story(case.story, pictures, config.world)
-        strip = np.concatenate(pictures, axis=1) if pictures else None
+        images = subject.tell(case.story.request, config.world.side, seed)
+        verdict = check_story(case.story, images, config.world)
+        strip = np.concatenate(images, axis=1) if images else None
         return Example(case.story.request, verdict, strip)
 
     def take(chunk: range) -> list[Example]:
@@ -201,7 +201,7 @@ def _reconstruction(subject: Subject, config: BenchConfig) -> Iterator[Category]
     cases = copy_cases(config.world, config.cases, config.seed)
 
     def judge(case: CopyCase, source: Pixels, item: Painting) -> Example:
-        return Example(case.request, check_copy(source, item.picture), item.picture, source)
+        return Example(case.request, check_copy(source, item.image), item.image, source)
 
     def take(chunk: range) -> list[Example]:
         own = [cases[i] for i in chunk]
@@ -217,9 +217,9 @@ def _reconstruction(subject: Subject, config: BenchConfig) -> Iterator[Category]
 def _answers(
     subject: Subject, config: BenchConfig, scenes: Sequence[Scene], questions: Sequence[str]
 ) -> tuple[list[Pixels], list[str]]:
-    """The scenes' pictures and what is answered about them."""
-    pictures: list[Pixels] = [render(scene, config.world) for scene in scenes]
-    return pictures, subject.answer(pictures, questions)
+    """The scenes' images and what is answered about them."""
+    images: list[Pixels] = [render(scene, config.world) for scene in scenes]
+    return images, subject.answer(images, questions)
 
 
 def _seeds(config: BenchConfig, stream: int, chunk: range) -> list[int]:
@@ -231,12 +231,12 @@ def _thought(item: Painting, wanted: SceneFacts, config: BenchConfig) -> Verdict
 
 
 def _seams(examples: Sequence[Example], token_size: int) -> dict[str, float]:
-    """The mean seam ratio of the pictures that have a smooth place to see seams at."""
+    """The mean seam ratio of the images that have a smooth place to see seams at."""
     found = []
     for example in examples:
         with suppress(ImageError):
-            if example.picture is not None:
-                found.append(seam_ratio(example.picture, token_size))
+            if example.image is not None:
+                found.append(seam_ratio(example.image, token_size))
     return {"seam_ratio": float(np.mean(found))} if found else {}
 
 
@@ -248,5 +248,5 @@ def _elsewhere(examples: Sequence[Example]) -> dict[str, float]:
         return {}
     return {
         "median_psnr_elsewhere": float(np.median(found)),
-        "share_unchanged": float(np.mean([psnr >= LEAST_EDIT_PSNR for psnr in found])),
+        "share_unchanged": float(np.mean([psnr >= MIN_EDIT_PSNR for psnr in found])),
     }

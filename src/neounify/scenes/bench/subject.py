@@ -17,16 +17,16 @@ from neounify.tasks.requests import PaintRequest
 
 MAX_ANSWER_TOKENS = 96
 MAX_STORY_TOKENS = 400
-MAX_STORY_PICTURES = 4
+MAX_STORY_IMAGES = 4
 """One more than the longest story has, so that too many show."""
 MAX_THOUGHT_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Painting:
-    """A painted picture and the thought before it, if one was asked for."""
+    """A painted image and the thought before it, if one was asked for."""
 
-    picture: Pixels
+    image: Pixels
     thought: str | None = None
 
 
@@ -34,11 +34,11 @@ class Subject(Protocol):
     """What is measured: a model, or anything that answers and paints in its place.
 
     Every call but `tell` takes several cases and gives back one result for each, in order.
-    Pictures are uint8 [side, side, 3]; `seeds` fix the noise of each painted picture.
+    Images are uint8 [side, side, 3]; `seeds` fix the noise of each painted image.
     """
 
-    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
-        """Answer one question about each picture."""
+    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+        """Answer one question about each image."""
 
     def paint(
         self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
@@ -47,16 +47,16 @@ class Subject(Protocol):
 
     def edit(
         self,
-        pictures: Sequence[Pixels],
+        images: Sequence[Pixels],
         instructions: Sequence[str],
         seeds: Sequence[int],
         *,
         think: bool,
     ) -> list[Painting]:
-        """Paint each picture again as its instruction says, in its own size."""
+        """Paint each image again as its instruction says, in its own size."""
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
-        """The pictures of an answer in text and pictures, any number of them."""
+        """The images of an answer in text and images, any number of them."""
 
 
 class PipelineSubject:
@@ -79,7 +79,7 @@ class PipelineSubject:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """How pictures are sampled, the checkpoint's own values included."""
+        """How images are sampled, the checkpoint's own values included."""
         found = self._sampling[True]
         return {
             "steps": found.steps,
@@ -88,8 +88,8 @@ class PipelineSubject:
             "shift": found.shift,
         }
 
-    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
-        shown = [Image.fromarray(p) for p in pictures]
+    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+        shown = [Image.fromarray(p) for p in images]
         found = self._pipe.chat_batch(list(questions), shown, max_new_tokens=MAX_ANSWER_TOKENS)
         return [result.text for result in found]
 
@@ -104,15 +104,15 @@ class PipelineSubject:
 
     def edit(
         self,
-        pictures: Sequence[Pixels],
+        images: Sequence[Pixels],
         instructions: Sequence[str],
         seeds: Sequence[int],
         *,
         think: bool,
     ) -> list[Painting]:
         requests = [
-            self._request(text, picture.shape[0], seed, think=think, picture=picture)
-            for picture, text, seed in zip(pictures, instructions, seeds, strict=True)
+            self._request(text, image.shape[0], seed, think=think, image=image)
+            for image, text, seed in zip(images, instructions, seeds, strict=True)
         ]
         return self._painted(requests)
 
@@ -122,7 +122,7 @@ class PipelineSubject:
             width=side,
             height=side,
             seed=seed,
-            max_images=MAX_STORY_PICTURES,
+            max_images=MAX_STORY_IMAGES,
             max_new_tokens=MAX_STORY_TOKENS,
             steps=self._steps,
             guidance=self._guidance,
@@ -130,14 +130,14 @@ class PipelineSubject:
         return [np.array(part.image) for part in parts if isinstance(part, ImagePart)]
 
     def _request(
-        self, prompt: str, side: int, seed: int, *, think: bool, picture: Pixels | None = None
+        self, prompt: str, side: int, seed: int, *, think: bool, image: Pixels | None = None
     ) -> PaintRequest:
         return PaintRequest(
             prompt=prompt,
             width=side,
             height=side,
-            sampling=self._sampling[picture is not None],
-            images=() if picture is None else (Image.fromarray(picture),),
+            sampling=self._sampling[image is not None],
+            images=() if image is None else (Image.fromarray(image),),
             seed=seed,
             think=think,
             max_think_tokens=MAX_THOUGHT_TOKENS,

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from neounify.data.sample import DataError
 from neounify.evaluate.rates import Rate
-from neounify.scenes.bench.checks import check_caption, check_edit, check_picture
+from neounify.scenes.bench.checks import check_caption, check_edit, check_image
 from neounify.scenes.bench.prompts import PaintCase, categories, draw_paint_case
 from neounify.scenes.world.draw import pick, sample_rng, shuffled
 from neounify.scenes.world.edits import edit_scene, sample_edit
@@ -47,18 +47,18 @@ def validate_painting(
         for index in range(number):
             rng = sample_rng(seed, 500, position, index)
             case = draw_paint_case(category, rng, config)
-            picture = render(case.scene, config)
-            tally["true"].append(check_picture(case.facts, picture, config).correct)
+            image = render(case.scene, config)
+            tally["true"].append(check_image(case.facts, image, config).correct)
             for wear in WEARS:
-                worn = wear_out(picture, wear, rng)
-                tally[wear].append(check_picture(case.facts, worn, config).correct)
+                worn = wear_out(image, wear, rng)
+                tally[wear].append(check_image(case.facts, worn, config).correct)
             wrong = make_wrong(case, config, rng)
             if wrong is not None:
                 name, scene = wrong
-                verdict = check_picture(case.facts, render(scene, config), config)
+                verdict = check_image(case.facts, render(scene, config), config)
                 tally["wrong"].append(not verdict.correct)
                 tally[f"wrong {name}"].append(not verdict.correct)
-            torn = check_picture(case.facts, malform(case.scene, config, rng), config)
+            torn = check_image(case.facts, malform(case.scene, config, rng), config)
             tally["malformed"].append(not torn.correct)
         rates[category] = {name: Rate(sum(held), len(held)) for name, held in tally.items()}
     return rates
@@ -116,32 +116,32 @@ def make_wrong(
     return None
 
 
-def wear_out(picture: Pixels, wear: str, rng: np.random.Generator) -> Pixels:
+def wear_out(image: Pixels, wear: str, rng: np.random.Generator) -> Pixels:
     """A worn copy: "noise" of σ 0.08 of the range, "blur" of 1 px, "shift" of up to ±10 of 255."""
     if wear == "blur":
-        return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1)))
+        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)))
     if wear == "noise":
-        worn = picture + rng.normal(0, 0.08 * 255, picture.shape)
+        worn = image + rng.normal(0, 0.08 * 255, image.shape)
     else:
-        worn = picture + rng.integers(-10, 11, 3).astype(float)
+        worn = image + rng.integers(-10, 11, 3).astype(float)
     return np.clip(np.round(worn), 0, 255).astype(np.uint8)
 
 
 def malform(scene: Scene, config: SceneConfig, rng: np.random.Generator) -> Pixels:
     """A render in which one object is no proper shape: half of it is missing, or it is squashed."""
-    picture = render(scene, config).copy()
+    image = render(scene, config).copy()
     placed = pick(rng, scene.objects)
     y0, x0, mask = object_mask(config, placed, config.side)
     h, w = mask.shape[:2]
     ground = np.asarray(COLOURS[scene.background], np.uint8)
-    window = picture[y0 : y0 + h, x0 : x0 + w]
+    window = image[y0 : y0 + h, x0 : x0 + w]
     if pick(rng, ("half", "squash")) == "half":
         window[:, w // 2 :] = ground
     else:
         flat = np.asarray(Image.fromarray(window).resize((w, max(2, round(0.5 * h)))))
         window[:] = ground
         window[(h - len(flat)) // 2 :][: len(flat)] = flat
-    return picture
+    return image
 
 
 def _other_answer(question: Question, config: SceneConfig, rng: np.random.Generator) -> str:

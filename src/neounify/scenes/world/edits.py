@@ -45,7 +45,7 @@ class SceneEdit:
     source: Scene
     target: Scene
     instruction: str
-    news: str
+    narration: str
     """The same change told as it happens, for stories: "The red circle turns blue."."""
 
     @property
@@ -177,8 +177,8 @@ def _add(
         f"Draw {name} in the {place}.",
         f"In the {place}, add {name}.",
     )
-    news = f"{_capital(name)} appears in the {place}."
-    return SceneEdit("add", source, target, pick(rng, forms), news)
+    narration = f"{_capital(name)} appears in the {place}."
+    return SceneEdit("add", source, target, pick(rng, forms), narration)
 
 
 def _move(
@@ -195,8 +195,8 @@ def _move(
         wording = pick(rng, (f"把{name}移到{place}", f"将{name}移动到{place}"))
         return SceneEdit("move", source, target, wording, f"{name}移到了{place}。")
     forms = (f"Move {name} to the {place}.", f"Shift {name} to the {place}.")
-    news = f"{_capital(name)} moves to the {place}."
-    return SceneEdit("move", source, target, pick(rng, forms), news)
+    narration = f"{_capital(name)} moves to the {place}."
+    return SceneEdit("move", source, target, pick(rng, forms), narration)
 
 
 def _background(
@@ -266,10 +266,10 @@ def sample_story(
     language: Language = "en",
     split: Split = "train",
 ) -> Story:
-    """Draw a story of `length` pictures, 2 to 4; "held_out" means that some scene in it is."""
+    """Draw a story of `length` images, 2 to 4; "held_out" means that some scene in it is."""
     length = length or int(rng.integers(2, 4))
     if not 2 <= length <= 4:
-        raise DataError(f"a story has 2 to 4 pictures, not {length}")
+        raise DataError(f"a story has 2 to 4 images, not {length}")
     each: Split = "train" if split == "train" else "any"
     for _ in range(200):
         scene = sample_scene(rng, config, split=each)
@@ -284,7 +284,7 @@ def sample_story(
             split != "held_out" or any(in_split(s, "held_out") for s in scenes)
         ):
             return _tell(scenes, edits, rng, config, language)
-    raise DataError(f"no story of {length} pictures of split {split!r} was found: {config}")
+    raise DataError(f"no story of {length} images of split {split!r} was found: {config}")
 
 
 def _tell(
@@ -300,7 +300,7 @@ def _tell(
         request = f"用{count}张图讲一个故事：{start}。" + "".join(
             f"{edit.instruction}。" for edit in edits
         )
-        texts = [f"{start}。", *(edit.news for edit in edits)]
+        texts = [f"{start}。", *(edit.narration for edit in edits)]
     else:
         opening = pick(
             rng,
@@ -310,6 +310,6 @@ def _tell(
             ),
         )
         request = " ".join([opening.rstrip(".") + ".", *(edit.instruction for edit in edits)])
-        texts = [start.rstrip(".").capitalize() + ".", *(edit.news for edit in edits)]
+        texts = [start.rstrip(".").capitalize() + ".", *(edit.narration for edit in edits)]
     steps = tuple(StoryStep(text, scene) for text, scene in zip(texts, scenes, strict=True))
     return Story(request, steps, tuple(edits))

@@ -1,8 +1,8 @@
-"""What a text claims about a picture: the meeting point of captions, prompts and checks.
+"""What a text claims about an image: the meeting point of captions, prompts and checks.
 
 `SceneFacts` is what a caption says, no more: an attribute that is not mentioned is None. The
 writer turns facts into words, the parser turns words into facts, and the checker asks whether
-a scene or a picture satisfies them.
+a scene or an image satisfies them.
 """
 
 from __future__ import annotations

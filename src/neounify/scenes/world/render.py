@@ -2,7 +2,7 @@
 
 Each shape is a signed distance d (negative inside, in radii); a pixel is covered by
 clip(1/2 − d·r, 0, 1), r the radius in pixels: one pixel of linear ramp across every edge.
-`coverage` is shared with the checker, which fits the same shapes to pictures.
+`coverage` is shared with the checker, which fits the same shapes to images.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def render(scene: Scene, config: SceneConfig, side: int | None = None) -> NDArra
 
 
 def object_mask(config: SceneConfig, placed: SceneObject, side: int) -> tuple[int, int, Floats]:
-    """Where an object lies in a picture: top row, left column, coverage [h, w, 1]."""
+    """Where an object lies in an image: top row, left column, coverage [h, w, 1]."""
     x, y = config.centre(placed)
     radius = config.radius(placed.size) * side
     mask_of = _cached_mask if radius <= _CACHED_RADIUS else _mask

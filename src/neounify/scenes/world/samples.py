@@ -53,9 +53,9 @@ CAPTION_REQUESTS: dict[Language, dict[str, tuple[str, ...]]] = {
     },
 }
 KEEP_SHARE = 0.1
-"""Of the edits, those that ask for the same picture again."""
-MOST_QUESTIONS = 4
-"""About one picture, turn by turn: a picture costs more tokens than a question."""
+"""Of the edits, those that ask for the same image again."""
+MAX_QUESTIONS = 4
+"""About one image, turn by turn: an image costs more tokens than a question."""
 CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
 """What an answer to each kind of caption request mentions."""
 
@@ -68,7 +68,7 @@ class SceneDataset:
         config: how rich the world is.
         task_weights: share of each task, any positive scale; `TASK_WEIGHTS` by default.
         split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
-        side: pixels of the pictures, the config's by default.
+        side: pixels of the images, the config's by default.
         chinese: share of samples in Chinese, 0 to 1.
     """
 
@@ -167,7 +167,7 @@ def _t2i_think(
 
 def _vqa(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
     scene = sample_scene(rng, config, split=split)
-    count = int(rng.integers(1, MOST_QUESTIONS + 1))
+    count = int(rng.integers(1, MAX_QUESTIONS + 1))
     turns: list[Turn] = []
     for question in ask_several(scene, config, rng, count, language, split):
         shown = () if turns else _shown(scene, config)
@@ -222,7 +222,7 @@ def _interleave(
 
 
 def _text(rng: np.random.Generator, config: SceneConfig, language: Language, split: Split) -> Turns:
-    """A question about a picture that is only described."""
+    """A question about an image that is only described."""
     scene = sample_scene(rng, config, split=split)
     described = caption(facts_of(scene, config, FULL_STYLE), rng, language)
     question = ask(scene, config, rng, None, language, split)

@@ -81,7 +81,7 @@ class SceneConfig:
     """Rows and columns, 1 to 3 each."""
     max_objects: int = 3
     side: int = 64
-    """Pixels of a side; pictures are square."""
+    """Pixels of a side; images are square."""
     small: float = 0.5
     large: float = 0.78
     jitter: float = 0.0
@@ -120,7 +120,7 @@ class SceneConfig:
 
     @property
     def cell_side(self) -> float:
-        """Side of a cell (the smaller one), as a share of the picture."""
+        """Side of a cell (the smaller one), as a share of the image."""
         return 1 / max(self.grid)
 
     @property
@@ -129,7 +129,7 @@ class SceneConfig:
         return tuple((r, c) for r in range(self.grid[0]) for c in range(self.grid[1]))
 
     def radius(self, size: str) -> float:
-        """Radius of a size class, as a share of the picture's side."""
+        """Radius of a size class, as a share of the image's side."""
         return (self.small if size == "small" else self.large) * self.cell_side / 2
 
     def centre(self, placed: SceneObject) -> tuple[float, float]:

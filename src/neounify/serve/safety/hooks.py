@@ -23,10 +23,10 @@ class SafetyHook(Protocol):
     """What a server asks before and after its model works. Called from several threads."""
 
     def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
-        """Look at a prompt and its pictures before any work; raises Refused."""
+        """Look at a prompt and its images before any work; raises Refused."""
 
     def check_image(self, image: Image.Image) -> None:
-        """Look at a painted picture before anybody sees it; raises Refused."""
+        """Look at a painted image before anybody sees it; raises Refused."""
 
 
 class Hooks:
