@@ -124,7 +124,7 @@ def with_fixed_noise(pipe: Pipeline, side: int) -> Pipeline:
     other = meta_model(pipe.config.replace(flow=fixed))
     other.load_state_dict(model.state_dict(), assign=True)
     other.eval()
-    return Pipeline(other, pipe.tokenizer, system_message=pipe.engine.system_message)
+    return Pipeline(other, pipe.tokenizer, system_message=pipe.processor.system_message)
 
 
 def compare(

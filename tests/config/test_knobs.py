@@ -25,12 +25,12 @@ from neounify.flow.sampling import (
     ImageSampling,
     ResolvedSampling,
 )
-from neounify.pipeline.chatting import ChatOptions, make_chat_request
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.image_request import ImageBody
+from neounify.tasks.chat import ChatOptions, make_chat_request
 from support.scripted_service import Scripted
 
 KNOBS = [field.name for field in fields(ImageSampling)]

@@ -10,26 +10,27 @@ import torch
 
 import neounify
 from neounify.attention import BACKENDS, prefix
-from neounify.engine.denoise import PaintJob
+from neounify.engine.denoise import PaintJob, make_job
 from neounify.engine.denoiser import Denoiser
 from neounify.errors import ConfigError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.parts import StreamName
-from neounify.pipeline.painting import branch_prompt
 from neounify.runtime.plan import ExecutionPlan
+from neounify.tasks.image import branch_prompt
 from neounify.tasks.requests import PaintRequest
+from support.prefilling import as_cache, contiguous_engine, prefilled
 
 
 def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object) -> PaintJob:
-    engine = pipe.engine
     sampling = ImageSampling(steps=steps, **options).resolve(pipe.config, editing=False)  # type: ignore[arg-type]
     request = PaintRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
     branches = sampling.guidance.branches()
-    read = engine.read([branch_prompt(engine, request, b) for b in branches], [[]] * len(branches))
-    prefixes = {b: prefix.cache for b, prefix in zip(branches, read, strict=True)}
+    prompts = [branch_prompt(pipe.processor, request, b) for b in branches]
+    read = prefilled(contiguous_engine(pipe), prompts, [[]] * len(branches))
+    prefixes = {b: as_cache(sequence) for b, sequence in zip(branches, read, strict=True)}
     noise = request.start(pipe.config)[0]
-    return engine.job(noise, request.grid(pipe.config), prefixes, sampling)
+    return make_job(pipe.model, noise, request.grid(pipe.config), prefixes, sampling)
 
 
 def jobs(pipe: neounify.Pipeline) -> list[PaintJob]:

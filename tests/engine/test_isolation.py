@@ -13,20 +13,20 @@ import neounify
 from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import (
     Answer,
-    Close,
-    Done,
+    Append,
+    Appended,
     Export,
     Exported,
-    Extend,
-    Extended,
     Failed,
-    Open,
-    Opened,
-    Paint,
-    PicturePart,
+    GenerateImages,
+    ImageInput,
+    ImageReady,
+    Prefill,
+    Prefilled,
     Prefix,
-    TextPart,
-    parcels_of,
+    Release,
+    TextInput,
+    refs_of,
 )
 from neounify.engine.tensors import LocalTransport, TensorRef
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -35,6 +35,7 @@ from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
 from neounify.serve.shared_memory import folder
 from neounify.serve.transport import SharedTransport
+from support.prefilling import pool_of
 
 GRID = Grid(2, 2)
 
@@ -78,11 +79,11 @@ def understanding(pipe: neounify.Pipeline, transport: Any, **options: int) -> Un
     return UnderstandingEngine(pipe.model, UnderstandingSettings(**options), transport)
 
 
-def looking(call: int, transport: Any) -> Open:
+def looking(call: int, transport: Any) -> Prefill:
     """An order whose prompt holds an image."""
     pixels = transport.pack({"pixels": torch.zeros(3, 64, 64)})
-    parts = (TextPart((1, 2)), PicturePart(pixels, b"%d" % call, GRID), TextPart((3,)))
-    return Open(call, {(call, "cond"): parts}, {(call, "cond"): 4})
+    parts = (TextInput((1, 2)), ImageInput(pixels, b"%d" % call, GRID), TextInput((3,)))
+    return Prefill(call, {(call, "cond"): parts}, {(call, "cond"): 4})
 
 
 def answers(engine: Any) -> dict[int, list[Answer]]:
@@ -109,23 +110,23 @@ def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipe
     engine = understanding(pipe, transport, cache_tokens=32)
     first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
     part = gone.prompts[(3, "cond")][1]
-    assert isinstance(part, PicturePart)
+    assert isinstance(part, ImageInput)
     part.pixels.free()
     for order in (first, waiting, gone):
         engine.submit(order)
     part = waiting.prompts[(2, "cond")][1]
-    assert isinstance(part, PicturePart)
+    assert isinstance(part, ImageInput)
     part.pixels.free()
     for _ in range(3):
         engine.step()
-    engine.submit(Close(((1, "cond"),)))
+    engine.submit(Release(((1, "cond"),)))
     found = answers(engine)
-    assert isinstance(found[1][0], Opened)
-    assert isinstance(found[2][0], Opened)
+    assert isinstance(found[1][0], Prefilled)
+    assert isinstance(found[2][0], Prefilled)
     assert failure(found[3]) == "TensorsGone"
-    engine.submit(Close(((2, "cond"),)))
+    engine.submit(Release(((2, "cond"),)))
     engine.check()
-    assert engine.pool.allocator.in_use == 0
+    assert pool_of(engine).allocator.in_use == 0
     assert not list(folder().glob(f"{transport.prefix}*"))
 
 
@@ -139,22 +140,22 @@ def test_one_order_to_the_understanding_engine_fails_alone(
         engine.submit(looking(number, transport))
     found = answers(engine)
     assert failure(found[2]) == kind_of(error)
-    assert isinstance(found[1][0], Opened)
-    assert isinstance(found[3][0], Opened)
+    assert isinstance(found[1][0], Prefilled)
+    assert isinstance(found[3][0], Prefilled)
     names = tuple((n, "cond") for n in (1, 3))
     transport.fails = {"pack": {transport.done["pack"] + 2: error}}
     engine.submit(Export(4, names))
     engine.submit(Export(5, names))
-    engine.submit(Extend(6, {names[0]: (TextPart((5,)),), (9, "cond"): (TextPart((5,)),)}))
-    engine.submit(Extend(7, {names[0]: (TextPart((5,)),)}))
+    engine.submit(Append(6, {names[0]: (TextInput((5,)),), (9, "cond"): (TextInput((5,)),)}))
+    engine.submit(Append(7, {names[0]: (TextInput((5,)),)}))
     found = answers(engine)
     assert failure(found[4]) == kind_of(error)
     assert isinstance(found[5][0], Exported)
     assert failure(found[6]) == "EngineDied"  # it has no such sequence: that of an earlier life
-    assert isinstance(found[7][0], Extended)
-    engine.submit(Close(names))
+    assert isinstance(found[7][0], Appended)
+    engine.submit(Release(names))
     engine.check()
-    assert engine.pool.allocator.in_use == 0
+    assert pool_of(engine).allocator.in_use == 0
 
 
 def test_an_order_that_cannot_be_admitted_fails_alone(
@@ -162,34 +163,38 @@ def test_an_order_that_cannot_be_admitted_fails_alone(
 ) -> None:
     transport = LocalTransport()
     engine = understanding(pipe, transport)
-    opens = engine.pool.open
+    opens = pool_of(engine).open
 
     def fails(rows: Any, *rest: Any) -> Any:
         if any(row.key.endswith(b" 2") for row in rows):
             raise RuntimeError("no kernel image is available")
         return opens(rows, *rest)
 
-    monkeypatch.setattr(engine.pool, "open", fails)
+    monkeypatch.setattr(pool_of(engine), "open", fails)
     for number in (1, 2, 3):
         engine.submit(looking(number, transport))
     found = answers(engine)
     assert failure(found[2]) == "RuntimeError"
-    assert isinstance(found[1][0], Opened)
-    assert isinstance(found[3][0], Opened)
-    engine.submit(Close(tuple((n, "cond") for n in (1, 3))))
+    assert isinstance(found[1][0], Prefilled)
+    assert isinstance(found[3][0], Prefilled)
+    engine.submit(Release(tuple((n, "cond") for n in (1, 3))))
     engine.check()
-    assert engine.pool.allocator.in_use == 0
+    assert pool_of(engine).allocator.in_use == 0
 
 
 def painting(
-    pipe: neounify.Pipeline, call: int, transport: Any, noise: Tensor, previews: int = 0
-) -> Paint:
+    pipe: neounify.Pipeline,
+    call: int,
+    transport: Any,
+    noise: Tensor,
+    previews: frozenset[int] = frozenset(),
+) -> GenerateImages:
     config = pipe.config
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
     prefix = transport.pack({"keys": torch.zeros(shape), "values": torch.zeros(shape)})
     sampling = ImageSampling(steps=2, guidance=1.0).resolve(config, editing=False)
     parcel = transport.pack({"noise": noise})
-    return Paint(call, parcel, GRID, sampling, {"cond": Prefix(prefix, 3)}, previews)
+    return GenerateImages(call, parcel, GRID, sampling, {"cond": Prefix(prefix, 3)}, previews)
 
 
 def noise_of(pipe: neounify.Pipeline, count: int) -> Tensor:
@@ -208,10 +213,10 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     engine.submit(painting(pipe, 2, transport, noise_of(pipe, 2)))
     found = answers(engine)
     assert failure(found[1]) == "CheckpointError"
-    assert [type(a) for a in found[2]] == [Done, Done]
+    assert [type(a) for a in found[2]] == [ImageReady, ImageReady]
     assert engine.gauges()["gen_images"] == 0
     for answer in (*found[1], *found[2]):
-        for parcel in parcels_of(answer):
+        for parcel in refs_of(answer):
             parcel.free()
     assert not list(folder().glob(f"{transport.prefix}*"))
 
@@ -225,12 +230,12 @@ def test_one_order_to_the_generation_engine_fails_alone(
     transport = Failing(**{what: {number: error}})
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     for call in (1, 2):
-        engine.submit(painting(pipe, call, transport, noise_of(pipe, 1), previews=1))
+        engine.submit(painting(pipe, call, transport, noise_of(pipe, 1), previews=frozenset((1,))))
     found = answers(engine)
     failing = [call for call, own in found.items() if isinstance(own[-1], Failed)]
     assert len(failing) == 1
     assert failure(found[failing[0]]) == kind_of(error)
-    assert isinstance(found[3 - failing[0]][-1], Done)
+    assert isinstance(found[3 - failing[0]][-1], ImageReady)
     assert engine.gauges()["gen_images"] == 0
 
 
@@ -239,6 +244,8 @@ def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     order = painting(pipe, 1, transport, noise_of(pipe, 1))
     sampling = ImageSampling(steps=2).resolve(pipe.config, editing=False)
-    early = Paint(1, order.noise, GRID, sampling, {**order.prefixes, "uncond": "uncond"}, 0)
+    early = GenerateImages(
+        1, order.noise, GRID, sampling, {**order.prefixes, "uncond": "uncond"}, frozenset()
+    )
     engine.submit(early)
     assert failure(answers(engine)[1]) == "EngineDied"

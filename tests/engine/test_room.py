@@ -14,13 +14,13 @@ import torch
 import neounify
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
-from neounify.pipeline.chatting import make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.hosts import ThreadHost
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
@@ -85,7 +85,7 @@ def test_answers_do_not_depend_on_room(
 ) -> None:
     """Stories with their default number of images, edits and chats, all at once."""
     # An untrained model opens no image of itself: make it, wherever its likeliest token is even.
-    opens = pipe.engine.token("<img>")
+    opens = pipe.processor.token("<img>")
 
     def opens_images(logits: torch.Tensor) -> int:
         best = int(logits[:200].argmax())
@@ -128,7 +128,7 @@ def test_answers_do_not_depend_on_room(
 def test_a_story_that_outgrows_the_cache_ends_there(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script_sampler(monkeypatch, lambda logits: pipe.engine.token("<img>"))
+    script_sampler(monkeypatch, lambda logits: pipe.processor.token("<img>"))
     sampling = ImageSampling(steps=2).resolve(pipe.config, editing=True)
     story = InterleaveRequest(
         prompt="Tell", sizes=[(256, 256)], sampling=sampling, max_new_tokens=16

@@ -18,27 +18,28 @@ import neounify
 from neounify.cache import PagedKVCache
 from neounify.config import TextSampling
 from neounify.engine.messages import (
-    Close,
+    Append,
+    Appended,
+    Decode,
+    Decoded,
     Export,
     Exported,
-    Extend,
-    Extended,
     Failed,
-    Open,
-    Opened,
-    PicturePart,
-    PromptPart,
+    ImageInput,
+    Prefill,
+    Prefilled,
+    PromptInput,
+    Release,
     Reply,
-    TextPart,
+    TextInput,
     Token,
-    Write,
-    Written,
 )
-from neounify.engine.room import MAX_PASSED, Room
+from neounify.engine.room import MAX_PASSED, PagedRoom
 from neounify.engine.sequences import ServedSequence
 from neounify.engine.tensors import LocalTensors, LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model.layout import Grid
+from support.prefilling import pool_of
 
 BLOCK = 4
 SMALL, LARGE = 96, 4096
@@ -47,20 +48,21 @@ SMALL, LARGE = 96, 4096
 def engine_with(pipe: neounify.Pipeline, tokens: int) -> UnderstandingEngine:
     room = UnderstandingSettings(cache_tokens=tokens, block_size=BLOCK, prefill_tokens=24)
     engine = UnderstandingEngine(pipe.model, room, LocalTransport())
-    for memory in (engine.pool.keys, engine.pool.values):
-        memory[:, : engine.pool.zero_slot] = float("nan")
+    pool = pool_of(engine)
+    for memory in (pool.keys, pool.values):
+        memory[:, : pool.zero_slot] = float("nan")
     return engine
 
 
-def image(seed: int, rows: int, columns: int) -> PicturePart:
+def image(seed: int, rows: int, columns: int) -> ImageInput:
     """32 pixels a token, as the miniature reads them."""
     pixels = torch.randn(3, 32 * rows, 32 * columns, generator=torch.Generator().manual_seed(seed))
     parcel = LocalTensors({"pixels": pixels})
-    return PicturePart(parcel, b"%d %d %d" % (seed, rows, columns), Grid(rows, columns))
+    return ImageInput(parcel, b"%d %d %d" % (seed, rows, columns), Grid(rows, columns))
 
 
-def text(rng: random.Random, most: int) -> TextPart:
-    return TextPart(tuple(rng.randrange(200) for _ in range(rng.randint(1, most))))
+def text(rng: random.Random, most: int) -> TextInput:
+    return TextInput(tuple(rng.randrange(200) for _ in range(rng.randint(1, most))))
 
 
 @dataclass
@@ -86,25 +88,24 @@ class Life:
         cond, other = (self.number, "cond"), (self.number, "image")
         self.call = next(self.calls)
         if kind == "open":
-            parts: tuple[PromptPart, ...] = (text(rng, 18),)
+            parts: tuple[PromptInput, ...] = (text(rng, 18),)
             if rng.random() < 0.5:
                 parts = (*parts, image(self.seed % 3, 2, 3), text(rng, 5))
-            return Open(self.call, {cond: parts, other: (text(rng, 9),)}, {cond: 40, other: 12})
+            return Prefill(self.call, {cond: parts, other: (text(rng, 9),)}, {cond: 40, other: 12})
         if kind == "write":
             sampling = TextSampling(
                 temperature=rng.choice([0.0, 1.0]), seed=self.seed, repetition_penalty=1.2
             )
             most = 12 if self.left else 20
-            return Write(self.call, cond, sampling, frozenset((self.seed % 7,)), most)
+            return Decode(self.call, cond, sampling, frozenset((self.seed % 7,)), most)
         if kind == "extend":
             more = image(self.seed % 5, 1, 2)
-            assert isinstance(more.pixels, LocalTensors)
-            again = PicturePart(LocalTensors(dict(more.pixels.tensors)), more.digest, more.grid)
-            return Extend(self.call, {cond: (more, text(rng, 4)), other: (again,)})
+            again = image(self.seed % 5, 1, 2)
+            return Append(self.call, {cond: (more, text(rng, 4)), other: (again,)})
         if kind == "export":
             return Export(self.call, (cond, other))
         self.done = True
-        return Close((cond, other))
+        return Release((cond, other))
 
     def hear(self, reply: Reply) -> bool:
         """Take a reply in; whether the call has been answered."""
@@ -113,16 +114,16 @@ class Life:
             case Token():
                 self.said.append(reply.answer.id)
                 return False
-            case Written():
+            case Decoded():
                 self.said.append(-1 - (reply.answer.stopped_by or 0))
             case Exported():
                 for prefix in reply.answer.prefixes:
-                    assert isinstance(prefix.parcel, LocalTensors)
-                    self.copies += prefix.parcel.tensors.values()
+                    assert isinstance(prefix.ref, LocalTensors)
+                    self.copies += prefix.ref.tensors.values()
             case Failed():
                 raise AssertionError(reply.answer.message)
             case _:
-                assert isinstance(reply.answer, Opened | Extended)
+                assert isinstance(reply.answer, Prefilled | Appended)
         return True
 
 
@@ -150,7 +151,7 @@ def live(
         if all(one.done for one in lives):
             break
     assert all(one.done for one in lives)
-    assert engine.pool.allocator.in_use == 0
+    assert pool_of(engine).allocator.in_use == 0
     assert not engine.busy
     return lives
 
@@ -181,13 +182,13 @@ def test_room_was_really_scarce(pipe: neounify.Pipeline) -> None:
 
 def served(order: int, tokens: int, room: int = 0) -> ServedSequence:
     sequence = ServedSequence((order, "cond"), order, room)
-    sequence.append([TextPart(tuple((order * 1000 + n) for n in range(tokens)))])
+    sequence.append([TextInput(tuple((order * 1000 + n) for n in range(tokens)))])
     return sequence
 
 
 def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pipeline) -> None:
     pool = PagedKVCache(pipe.config, 20, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
-    room = Room(pool)
+    room = PagedRoom(pool, LocalTransport())
     inside = [served(n, 5 * BLOCK) for n in range(2)]
     wanted = set(inside)
     assert room.enter(inside, wanted) == inside
@@ -211,7 +212,7 @@ def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pip
 
 def test_idle_ones_give_way_first_then_the_youngest(pipe: neounify.Pipeline) -> None:
     pool = PagedKVCache(pipe.config, 8, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
-    room = Room(pool)
+    room = PagedRoom(pool, LocalTransport())
     oldest, idle, younger, youngest = (served(n, 2 * BLOCK) for n in range(4))
     wanted: set[ServedSequence] = {oldest, younger, youngest}
     assert room.enter([oldest, idle, younger, youngest], wanted | {idle})
@@ -231,17 +232,17 @@ def test_idle_ones_give_way_first_then_the_youngest(pipe: neounify.Pipeline) -> 
 def test_what_grows_beyond_the_cache_ends(pipe: neounify.Pipeline) -> None:
     engine = engine_with(pipe, 48)
     name = (1, "cond")
-    prompts: Mapping[Any, Any] = {name: (TextPart((1, 2, 3)),)}
-    engine.submit(Open(1, prompts, {name: 10}))
+    prompts: Mapping[Any, Any] = {name: (TextInput((1, 2, 3)),)}
+    engine.submit(Prefill(1, prompts, {name: 10}))
     engine.step()
-    engine.submit(Extend(2, {name: (TextPart((1,) * 46),)}))
+    engine.submit(Append(2, {name: (TextInput((1,) * 46),)}))
     assert isinstance(engine.replies[-1].answer, Failed)
     assert engine.replies[-1].answer.kind == "ContextFullError"
-    engine.submit(Write(3, name, TextSampling(), frozenset(), 1000))
+    engine.submit(Decode(3, name, TextSampling(), frozenset(), 1000))
     for _ in range(60):
         engine.step()
     written = engine.replies[-1].answer
-    assert isinstance(written, Written)
+    assert isinstance(written, Decoded)
     assert written.finish_reason == "length"
     assert sum(isinstance(r.answer, Token) for r in engine.replies) == 45
     engine.check()
@@ -250,9 +251,9 @@ def test_what_grows_beyond_the_cache_ends(pipe: neounify.Pipeline) -> None:
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_what_can_never_fit_is_refused_with_numbers(pipe: neounify.Pipeline, where: str) -> None:
     engine = engine_with(pipe, 48)
-    prompts: dict[Any, Any] = {(1, "a"): (TextPart((1,)),), (1, "b"): (TextPart((1,)),)}
+    prompts: dict[Any, Any] = {(1, "a"): (TextInput((1,)),), (1, "b"): (TextInput((1,)),)}
     rooms = {(1, "a"): 60 if where == "first" else 1, (1, "b"): 1 if where == "first" else 60}
-    engine.submit(Open(1, prompts, rooms))
+    engine.submit(Prefill(1, prompts, rooms))
     answer = engine.replies[-1].answer
     assert isinstance(answer, Failed)
     assert "needs room for 64 tokens, the server has 48" in answer.message

@@ -13,16 +13,16 @@ from neounify.config import TextSampling
 from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import (
     Cancel,
-    Done,
-    Open,
-    Order,
-    Paint,
+    Command,
+    Decode,
+    GenerateImages,
+    ImageReady,
+    Prefill,
     Prefix,
     Reply,
     Report,
-    TextPart,
+    TextInput,
     Token,
-    Write,
 )
 from neounify.engine.tensors import LocalTensors, LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -33,7 +33,7 @@ from neounify.serve.worker import Worker
 SMALL, LARGE = Grid(2, 2), Grid(6, 6)
 
 
-def paint(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> Paint:
+def paint(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> GenerateImages:
     config = pipe.config
     random = torch.Generator().manual_seed(call)
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
@@ -41,7 +41,9 @@ def paint(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> Paint:
     noise = torch.randn(1, grid.length, config.token_width, generator=random)
     prefix = Prefix(LocalTensors({"keys": keys, "values": values}), 3)
     sampling = ImageSampling(steps=steps, guidance=1.0).resolve(config, editing=False)
-    return Paint(call, LocalTensors({"noise": noise}), grid, sampling, {"cond": prefix}, 0)
+    return GenerateImages(
+        call, LocalTensors({"noise": noise}), grid, sampling, {"cond": prefix}, frozenset()
+    )
 
 
 def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
@@ -55,7 +57,7 @@ def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
 def results(engine: GenerationEngine) -> dict[int, torch.Tensor]:
     found = {}
     for reply in engine.replies:
-        assert isinstance(reply.answer, Done)
+        assert isinstance(reply.answer, ImageReady)
         assert isinstance(reply.answer.pixels, LocalTensors)
         found[reply.call] = reply.answer.pixels.tensors["pixels"]
     return found
@@ -116,11 +118,11 @@ def test_a_call_given_up_in_the_middle_of_a_step_is_gone(pipe: neounify.Pipeline
 class Script:
     """A channel that gives orders one after the other, and notes what came between."""
 
-    def __init__(self, orders: list[Order], layers: list[int]) -> None:
+    def __init__(self, orders: list[Command], layers: list[int]) -> None:
         self.orders, self.layers = [orders], layers
         self.since: list[int] = []
 
-    def receive(self, *, wait: bool) -> list[Order] | None:
+    def receive(self, *, wait: bool) -> list[Command] | None:
         if self.orders:
             return self.orders.pop()
         return None if wait else []
@@ -139,16 +141,16 @@ def test_the_next_token_is_one_slice_away(
     for layer in pipe.model.layers:
         forward = layer.forward
 
-        def counted(hidden: Any, *rest: Any, forward: Any = forward) -> Any:
-            if "gen" in hidden:
+        def counted(streams: Any, *rest: Any, forward: Any = forward) -> Any:
+            if "gen" in streams:
                 layers.append(1)
-            return forward(hidden, *rest)
+            return forward(streams, *rest)
 
         monkeypatch.setattr(layer, "forward", counted)
     name = (1, "cond")
-    then = Write(2, name, TextSampling(), frozenset(), 20)
-    orders: list[Order] = [
-        Open(1, {name: (TextPart((1, 2, 3)),)}, {name: 20}, then),
+    then = Decode(2, name, TextSampling(), frozenset(), 20)
+    orders: list[Command] = [
+        Prefill(1, {name: (TextInput((1, 2, 3)),)}, {name: 20}, then),
         paint(pipe, 3, LARGE, 30),
     ]
     script = Script(orders, layers)

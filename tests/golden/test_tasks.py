@@ -10,9 +10,9 @@ from torch import Tensor
 
 import neounify
 from neounify.image.io import read_image
-from neounify.pipeline import ImagePart, TextPart, interleaving
-from neounify.pipeline.painting import edit_images
-from neounify.tasks import processor
+from neounify.pipeline import ImagePart, TextPart
+from neounify.tasks import interleave, processor
+from neounify.tasks.image import edit_images
 from support.golden import load_fixture, needs_golden
 from support.golden_steps import (
     NAMES,
@@ -146,7 +146,7 @@ def edit_cases(info: dict[str, Any], *, rounded: bool) -> list[tuple[str, dict[s
 @torch.inference_mode()
 def embedded(pipe: neounify.Pipeline, images: list[Path]) -> Tensor:
     """The understanding embedding of all input images of an edit."""
-    return pipe.model.embed_clean(edit_images(pipe._engine, [read_image(i) for i in images]))
+    return pipe.model.embed_clean(edit_images(pipe.processor, [read_image(i) for i in images]))
 
 
 @pytest.mark.parametrize("group", ["1img", "2img", "2img_auto"])
@@ -300,7 +300,7 @@ def test_interleaving_with_given_text(
     script = Script([*ids, *tokenizer.encode(end), tokenizer.id("<|im_end|>")])
     draws = iter([recorded[f"image_only.image{n}.randn"] for n in range(2)])
     script_sampler(monkeypatch, script)
-    monkeypatch.setattr(interleaving, "initial_noise", lambda s, scale, g: next(draws) * scale)
+    monkeypatch.setattr(interleave, "initial_noise", lambda s, scale, g: next(draws) * scale)
     parts = pipe.interleave(
         info["prompt"],
         [picture("a_512x512")],

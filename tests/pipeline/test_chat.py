@@ -10,10 +10,11 @@ import torch
 
 import neounify
 from neounify.errors import Cancelled, PromptError, RequestError
-from neounify.pipeline.chatting import ChatRequest, chat_images
 from neounify.tasks.answer import AnswerText
+from neounify.tasks.chat import ChatRequest, chat_images
 from neounify.tasks.conversation import read_conversation
 from neounify.text import Message, Tokenizer, chat_prompt
+from support.prefilling import contiguous_engine, prefilled
 
 
 def picture(seed: int = 0) -> PIL.Image.Image:
@@ -112,10 +113,10 @@ def test_images_of_earlier_answers_are_seen(pipe: neounify.Pipeline) -> None:
         messages, images = read_conversation(history(image), [picture(1), picture(2)])
         assert images == [picture(1), image, picture(2)]
         prompt = chat_prompt(pipe.tokenizer, messages)
-        [prefix] = pipe.engine.read(
-            [prompt], [chat_images(pipe.engine, ChatRequest(messages=messages, images=images))]
-        )
-        return prefix.hidden
+        shown = chat_images(pipe.processor, ChatRequest(messages=messages, images=images))
+        [sequence] = prefilled(contiguous_engine(pipe), [prompt], [shown])
+        assert sequence.hidden is not None
+        return sequence.hidden
 
     one, other = ask(picture(3)), ask(picture(4))
     assert torch.equal(one, ask(picture(3)))

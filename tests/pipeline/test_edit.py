@@ -9,7 +9,7 @@ import torch
 
 import neounify
 from neounify.errors import ImageError, PromptError, RequestError
-from neounify.pipeline import engine as engine_module
+from support.prefilling import watch_prefills
 
 FEW: dict[str, Any] = {"steps": 3, "seed": 1}
 
@@ -30,16 +30,9 @@ def test_only_the_prefixes_that_are_needed(
     image_guidance: float,
     prefixes: int,
 ) -> None:
-    reads: list[int] = []
-    original = engine_module.Engine.read
-
-    def read(self: Any, prompts: Any, images: Any) -> Any:
-        reads.append(len(prompts))
-        return original(self, prompts, images)
-
-    monkeypatch.setattr(engine_module.Engine, "read", read)
+    calls = watch_prefills(monkeypatch)
     pipe.edit("redder", picture(64, 64), guidance=guidance, image_guidance=image_guidance, **FEW)
-    assert reads == [prefixes]
+    assert [len(prompts) for prompts in calls] == [prefixes]
 
 
 def test_size_follows_the_first_picture(pipe: neounify.Pipeline) -> None:

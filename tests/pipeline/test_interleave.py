@@ -8,10 +8,14 @@ import pytest
 import torch
 
 import neounify
+from neounify.engine.messages import Append, Failed, TextInput
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.sampling import ImageSampling
-from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart, interleaving
-from neounify.text.template import TextSegment
+from neounify.model import NeoUnify
+from neounify.pipeline import ImagePart, InterleavePart, PreviewPart, TextPart
+from neounify.tasks.interleave import InterleaveRequest, turn_prompt
+from neounify.text.template import Prompt, TextSegment
+from support.prefilling import contiguous_engine, prefilled
 from support.scripted_sampler import script_sampler
 
 FEW: dict[str, Any] = {"width": 64, "height": 32, "steps": 2}
@@ -106,24 +110,29 @@ def test_the_answer_ends_where_the_context_does(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, room: int, seen: str
 ) -> None:
     """`room` positions behind the prompt; an image takes three: <img>, itself and </img>."""
-    request = interleaving.InterleaveRequest(
+    request = InterleaveRequest(
         prompt="tell",
         sizes=[(64, 32)],
         sampling=ImageSampling().resolve(pipe.config, editing=True),
     )
-    prompt = interleaving.turn_prompt(pipe.engine, request, "cond")
+    prompt = turn_prompt(pipe.processor, request, "cond")
     used = sum(len(s.ids) for s in prompt.segments if isinstance(s, TextSegment))
-    small = pipe.config.replace(max_positions=used + room)
-    monkeypatch.setattr(pipe.engine, "config", small)
-    assert shape(story(pipe, monkeypatch, "a<img>b")) == seen
+    model = NeoUnify(pipe.config.replace(max_positions=used + room)).eval()
+    model.load_state_dict(pipe.model.state_dict())
+    small = neounify.Pipeline(model, pipe.tokenizer)
+    assert shape(story(small, monkeypatch, "a<img>b")) == seen
 
 
 def test_appending_past_the_context_appends_nothing(pipe: neounify.Pipeline) -> None:
-    engine, limit = pipe.engine, pipe.config.max_positions
-    cache = engine.new_cache(limit + 8)
-    engine.extend(cache, [1] * (limit - 1))
+    engine, limit = contiguous_engine(pipe), pipe.config.max_positions
+    prompt = Prompt((TextSegment((1,) * (limit - 1)),))
+    [sequence] = prefilled(engine, [prompt], [[]])
+    engine.submit(Append(7, {sequence.name: (TextInput((1, 1)),)}))
+    failed = engine.replies[-1].answer
+    assert isinstance(failed, Failed)
     with pytest.raises(
         ContextFullError, match=f"{limit + 1} positions long, the model reads {limit}"
     ):
-        engine.extend(cache, [1, 1])
-    assert cache.length == limit - 1
+        raise failed.exception()
+    assert sequence.cache is not None
+    assert sequence.cache.length == len(sequence.token_keys) == limit - 1

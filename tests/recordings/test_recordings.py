@@ -127,7 +127,7 @@ def test_kv_cache(name: str, in_pieces: bool) -> None:
 @each
 def test_prompts(name: str) -> None:
     pipe = pipeline(name)
-    system = pipe.engine.system_message
+    system = pipe.processor.system_message
     prompts = [
         paint_prompt(pipe.tokenizer, PROMPT, system=system, think=False),
         unconditional_prompt(pipe.tokenizer, ""),

@@ -15,11 +15,11 @@ import torch
 import neounify
 from neounify.bundled import bundled_model
 from neounify.flow.sampling import ImageSampling
-from neounify.pipeline.chatting import make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.service import EngineService
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 from support.serving import Collected, collect, serve
 

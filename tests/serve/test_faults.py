@@ -16,14 +16,14 @@ from neounify.engine.generation import GenerationEngine
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import EngineDied, ImageError, PromptError, RequestError
 from neounify.flow.sampling import ImageSampling
-from neounify.pipeline.chatting import CompletionRequest, make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
 from neounify.serve.hosts import ProcessHost, ThreadHost
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService, ServiceLimits
+from neounify.tasks.chat import CompletionRequest, make_chat_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 from support.serving import collect, same_image, serve
 

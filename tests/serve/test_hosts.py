@@ -18,13 +18,13 @@ from neounify.engine.generation import GenerationEngine
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
-from neounify.pipeline.chatting import make_chat_request
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.hosts import ProcessHost, WatchSettings
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import EngineService
+from neounify.tasks.chat import make_chat_request
 from neounify.tasks.requests import PaintRequest
 from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve

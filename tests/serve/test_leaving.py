@@ -17,12 +17,12 @@ import neounify
 from neounify.config.presets import TINY
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
-from neounify.pipeline.chatting import make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import DeadlineExceeded, ServiceRequest
 from neounify.serve.service import EngineService
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 from neounify.text import byte_tokenizer
 from support.leaving import (

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from neounify.engine.messages import Done, Exported, Order, Prefix, Reply, Seen
+from neounify.engine.messages import Command, Exported, ImageReady, Prefix, Reply, StepPreview
 from neounify.errors import EngineDied, OutOfMemory
 from neounify.serve import link as links
 from neounify.serve.hosts import Deliver, Died
@@ -27,7 +27,7 @@ class Scripted:
         self.starts, self.started, self.stopped = list(starts), 0, False
         self.deliver: Deliver = lambda replies, report: None
         self.died: Died = lambda: None
-        self.orders: list[Order] = []
+        self.orders: list[Command] = []
 
     def start(self, deliver: Deliver, died: Died) -> None:
         self.started += 1
@@ -35,7 +35,7 @@ class Scripted:
         self.deliver, self.died = deliver, died
         act()
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Command) -> None:
         self.orders.append(order)
 
     def stop(self) -> None:
@@ -79,8 +79,8 @@ def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> 
     def replies(call: int) -> list[Reply]:
         pixels, other, prefix = (transport.pack({"x": PIXELS}) for _ in range(3))
         return [
-            Reply(call, Seen(0, 1, 2, pixels), False),
-            Reply(call, Done(0, other), False),
+            Reply(call, StepPreview(0, 1, 2, pixels), False),
+            Reply(call, ImageReady(0, other), False),
             Reply(call, Exported((Prefix(prefix, 1),)), True),
         ]
 
@@ -114,7 +114,9 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
             call = link.open_call()
             waiting = asyncio.ensure_future(call.next(5))
             await asyncio.sleep(0)
-            host.deliver([Reply(call.number, Done(0, transport.pack({"x": PIXELS})), True)], None)
+            host.deliver(
+                [Reply(call.number, ImageReady(0, transport.pack({"x": PIXELS})), True)], None
+            )
             for _ in range(turns):
                 await asyncio.sleep(0)
             waiting.cancel()
@@ -153,7 +155,7 @@ def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         call = link.open_call()
         host.died()
         with pytest.raises(EngineDied):
-            links.answer_or_raise((await call.next(5)).answer, {"EngineDied": EngineDied})
+            raise (await call.next(5)).answer.exception()  # type: ignore[union-attr]
         while not link.ready:
             seen.add(link.state)
             with pytest.raises(EngineDied):
@@ -250,7 +252,7 @@ def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
             host.died()
             answer = (await call.next(5)).answer
             link.close_call(call)
-            links.answer_or_raise(answer, {"EngineDied": EngineDied})
+            raise answer.exception()  # type: ignore[union-attr]
         link.close_call(call)
 
     async def work() -> None:

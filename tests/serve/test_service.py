@@ -21,14 +21,14 @@ from neounify.config.presets import TINY
 from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
-from neounify.pipeline.chatting import ChatRequest, make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest, turn_prompt
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import session
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.process import EngineSettings
+from neounify.tasks.chat import ChatRequest, make_chat_request
 from neounify.tasks.conversation import read_request
+from neounify.tasks.interleave import InterleaveRequest, turn_prompt
 from neounify.tasks.requests import PaintRequest
 from neounify.text.template import TextSegment
 from support.scripted_sampler import script_sampler
@@ -284,7 +284,7 @@ def _same_story(
 
 def _open_images(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained model opens no image of itself: make it, every fifth token from now on."""
-    opens, written = pipe.engine.token("<img>"), 0
+    opens, written = pipe.processor.token("<img>"), 0
 
     def opens_images(logits: torch.Tensor) -> int:
         nonlocal written
@@ -323,7 +323,7 @@ def test_a_story_ends_where_the_context_does(
 ) -> None:
     """Four tokens, <img>, the image, </img>: with less room the same parts in either way."""
     _open_images(pipe, monkeypatch)
-    prompt = turn_prompt(pipe.engine, _story(pipe), "cond")
+    prompt = turn_prompt(pipe.processor, _story(pipe), "cond")
     used = sum(len(s.ids) if isinstance(s, TextSegment) else 1 for s in prompt.segments)
     config = TINY.replace(max_positions=used + room)
     model = NeoUnify(config).eval().requires_grad_(False)

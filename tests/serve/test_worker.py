@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import neounify
 from neounify.config import TextSampling
 from neounify.engine.generation import GenerationEngine, GenerationSettings
-from neounify.engine.messages import Open, Order, Reply, Report, TextPart, Write
+from neounify.engine.messages import Command, Decode, Prefill, Reply, Report, TextInput
 from neounify.engine.tensors import LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.serve.worker import Worker
@@ -18,10 +18,10 @@ NAME = (1, "cond")
 class Script:
     """A channel that gives one list of orders and hangs up when nothing is left to do."""
 
-    def __init__(self, orders: list[Order]) -> None:
-        self.orders: list[list[Order]] = [orders]
+    def __init__(self, orders: list[Command]) -> None:
+        self.orders: list[list[Command]] = [orders]
 
-    def receive(self, *, wait: bool) -> list[Order] | None:
+    def receive(self, *, wait: bool) -> list[Command] | None:
         if self.orders:
             return self.orders.pop()
         return None if wait else []
@@ -46,8 +46,8 @@ class Painting(GenerationEngine):
         self.short.append(beside_text)
 
 
-def steps_beside(pipe: neounify.Pipeline, then: Write | None) -> list[bool]:
-    order = Open(1, {NAME: (TextPart((1, 2, 3)),)}, {NAME: 8}, then)
+def steps_beside(pipe: neounify.Pipeline, then: Decode | None) -> list[bool]:
+    order = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
     understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
     painting = Painting(pipe, 4)
     Worker(Script([order]), understanding, painting).run()
@@ -55,7 +55,7 @@ def steps_beside(pipe: neounify.Pipeline, then: Write | None) -> list[bool]:
 
 
 def test_denoising_steps_are_short_beside_text(pipe: neounify.Pipeline) -> None:
-    then = Write(1, NAME, TextSampling(), frozenset(), 2)
+    then = Decode(1, NAME, TextSampling(), frozenset(), 2)
     assert steps_beside(pipe, then) == [True] * 4
 
 

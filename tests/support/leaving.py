@@ -126,6 +126,6 @@ def let_it_paint(pipe: neounify.Pipeline) -> neounify.Pipeline:
     head = pipe.model.lm_head.weight
     with torch.no_grad():
         head.zero_()
-        head[pipe.engine.token("<img>"), 0] = 1.0
+        head[pipe.processor.token("<img>"), 0] = 1.0
         head[ord("x"), 0] = -1.0
     return pipe

@@ -10,17 +10,10 @@ from PIL import Image
 
 from neounify.config import ModelConfig
 from neounify.config.presets import TINY
-from neounify.pipeline.chatting import ChatRequest, CompletionRequest
-from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve.events import (
-    Finished,
-    Painted,
-    Preview,
-    PromptRead,
-    ServiceEvent,
-    ServiceRequest,
-    TextPiece,
-)
+from neounify.serve.events import ServiceEvent, ServiceRequest
+from neounify.tasks.chat import ChatRequest, CompletionRequest
+from neounify.tasks.events import Finished, Painted, Preview, PromptRead, TextPiece
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 from support.patches import to_gen_pixels
 

@@ -11,8 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from neounify.serve.events import Finished, Painted, Preview, ServiceRequest, TextPiece
+from neounify.serve.events import ServiceRequest
 from neounify.serve.service import EngineService
+from neounify.tasks.events import Finished, Painted, Preview, TextPiece
 
 T = TypeVar("T")
 

@@ -31,9 +31,9 @@ from neounify.cli.task_options import (
 from neounify.config import ModelConfig, TextSampling
 from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.pipeline.chatting import make_chat_request
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.pipeline.trained_sizes import size_advice
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest, output_size
 from neounify.text.message import Message
 from neounify.text.template import place_images

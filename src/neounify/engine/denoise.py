@@ -104,6 +104,7 @@ def make_job(
     )
 
 
+@torch.inference_mode(False)
 def to_pixels(
     tokens: Sequence[Float[Tensor, "n ccc"]], grid: Grid, token_size: int
 ) -> Float[Tensor, "b 3 h w"]:

@@ -12,9 +12,19 @@ import torch
 from neounify.cache import SequenceCache
 from neounify.engine.denoise import PaintJob, make_job, to_pixels
 from neounify.engine.denoiser import Denoiser
-from neounify.engine.messages import Cancel, Done, Keep, Kept, Paint, Prefix, Reply, Seen, failed
-from neounify.engine.scheduling import Waiting, choose, preview_steps
-from neounify.engine.tensors import TensorRef, Transport
+from neounify.engine.messages import (
+    Cancel,
+    GenerateImages,
+    ImageReady,
+    KeepPrefix,
+    Kept,
+    Prefix,
+    Reply,
+    StepPreview,
+    failed,
+)
+from neounify.engine.scheduling import Waiting, choose
+from neounify.engine.tensors import LocalCache, TensorRef, Transport
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, plan_execution
@@ -90,13 +100,13 @@ class GenerationEngine:
         """Images under way, and how many took part in the last step."""
         return {"gen_images": len(self._images), "gen_batch": self._last_batch}
 
-    def submit(self, order: Keep | Paint | Cancel) -> None:
+    def submit(self, order: KeepPrefix | GenerateImages | Cancel) -> None:
         """Take an order. What cannot be done is answered with Failed."""
         if isinstance(order, Cancel):
             self._drop(order.call)
             return
         try:
-            if isinstance(order, Keep):
+            if isinstance(order, KeepPrefix):
                 self._kept[order.name] = self._cache(order.prefix)
                 self.replies.append(Reply(order.call, Kept(), True))
             else:
@@ -183,14 +193,13 @@ class GenerationEngine:
         fitting = int(self.settings.beside_text_seconds / self._row_seconds)
         return min(self.plan.denoise_step_rows, max(1, fitting))
 
-    def _start(self, order: Paint) -> None:
+    def _start(self, order: GenerateImages) -> None:
         prefixes = {branch: self._prefix(prefix) for branch, prefix in order.prefixes.items()}
         noise = self.transport.take(order.noise)["noise"]
         self._left[order.call] = noise.shape[0]
         for index, own in enumerate(noise):
             job = make_job(self.model, own, order.grid, prefixes, order.sampling)
-            previews = preview_steps(job.steps, order.previews)
-            self._images.append(_Image(order.call, index, job, previews, Waiting(0, 0)))
+            self._images.append(_Image(order.call, index, job, order.preview_steps, Waiting(0, 0)))
 
     def _prefix(self, prefix: Prefix | str) -> SequenceCache:
         if not isinstance(prefix, str):
@@ -200,7 +209,9 @@ class GenerationEngine:
         return self._kept[prefix]
 
     def _cache(self, prefix: Prefix) -> SequenceCache:
-        tensors, device = self.transport.take(prefix.parcel), self.model.device
+        if isinstance(prefix.ref, LocalCache):
+            return prefix.ref.cache
+        tensors, device = self.transport.take(prefix.ref), self.model.device
         keys, values = tensors["keys"].to(device), tensors["values"].to(device)
         return SequenceCache.holding(keys, values, prefix.next_t)
 
@@ -214,14 +225,14 @@ class GenerationEngine:
 
     def _show(self, image: _Image) -> None:
         job = image.job
+        if job.steps_done in image.previews:
+            seen = StepPreview(image.index, job.steps_done, job.steps, self._pack(job, job.clean))
+            self.replies.append(Reply(image.call, seen, False))
         if not job.done:
-            if job.steps_done in image.previews:
-                seen = Seen(image.index, job.steps_done, job.steps, self._pack(job, job.clean))
-                self.replies.append(Reply(image.call, seen, False))
             return
         if not torch.isfinite(job.z).all():
             raise not_finite()
-        done = Done(image.index, self._pack(job, job.z))
+        done = ImageReady(image.index, self._pack(job, job.z))
         self._images.remove(image)
         self._left[image.call] -= 1
         last = not self._left[image.call]

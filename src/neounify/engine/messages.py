@@ -1,19 +1,21 @@
-"""What the front of a server and its engines say to each other.
+"""Commands to the engines and their replies.
 
-Plain data: ids, numbers, names, and parcels of tensors (`transport.py`), so that it makes no
-difference whether they share a process. An order has the number of the call it belongs to; its
-replies carry the same number, the last one says so.
+Plain data: ids, numbers, names, and references to tensors (`engine.tensors`), so that it makes no
+difference whether caller and engine share a process. A command has the number of its call, and so
+have the replies to it; the last one is `final`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from neounify import errors
 from neounify.config import TextSampling
 from neounify.decode.sampler import LogProbs
 from neounify.engine.tensors import TensorRef
@@ -22,14 +24,17 @@ from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
 
-log = logging.getLogger("neounify.serve")
+log = logging.getLogger("neounify.engine")
+
+new_number: Callable[[], int] = itertools.count(1).__next__
+"""Numbers of calls and of requests, unique in this process."""
 
 SequenceName = tuple[int, str]
 """Number of the request, and which of its sequences."""
 
 
 @dataclass(frozen=True)
-class TextPart:
+class TextInput:
     """Text ids, special tokens included."""
 
     ids: tuple[int, ...]
@@ -40,8 +45,11 @@ class TextPart:
 
 
 @dataclass(frozen=True)
-class PicturePart:
-    """A clean image, normalised: the parcel holds `pixels` [3, height, width]."""
+class ImageInput:
+    """A clean image, normalised: the reference is to `pixels` [3, height, width].
+
+    `digest` stands for the pixels where cached prefixes are compared.
+    """
 
     pixels: TensorRef
     digest: bytes
@@ -52,17 +60,18 @@ class PicturePart:
         return self.grid.length
 
 
-PromptPart = TextPart | PicturePart
+PromptInput = TextInput | ImageInput
 
 
 # --- to the understanding engine ---
 
 
 @dataclass(frozen=True)
-class Write:
-    """Write on behind a sequence until a token of `stop_ids` or `max_new_tokens` in all.
+class Decode:
+    """Write text behind a sequence until a token of `stop_ids` or `max_new_tokens` in all.
 
-    `sampling` counts for the first Write of a sequence; later ones go on drawing.
+    `sampling` counts for the first Decode of a sequence; later ones go on drawing. Answered by
+    Tokens and, at the end, Decoded.
     """
 
     call: int
@@ -73,37 +82,37 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Open:
-    """Read new sequences; `room` tokens at most will be written behind each prompt.
+class Prefill:
+    """Prefill new sequences; `room` tokens at most will be written behind each prompt.
 
     What can never fit into the cache is refused, all else waits until there is room.
-    `then` is written as soon as the prompts are read, without a way to the front and back.
+    `then` is decoded at once, without a way to the caller and back, under the same call number.
     """
 
     call: int
-    prompts: Mapping[SequenceName, tuple[PromptPart, ...]]
+    prompts: Mapping[SequenceName, tuple[PromptInput, ...]]
     room: Mapping[SequenceName, int]
-    then: Write | None = None
+    then: Decode | None = None
 
 
 @dataclass(frozen=True)
-class Extend:
+class Append:
     """Append to sequences."""
 
     call: int
-    parts: Mapping[SequenceName, tuple[PromptPart, ...]]
+    parts: Mapping[SequenceName, tuple[PromptInput, ...]]
 
 
 @dataclass(frozen=True)
 class Export:
-    """Hand out a copy of sequences' keys and values, to paint behind them."""
+    """Hand out sequences' keys and values, to generate images behind them."""
 
     call: int
     sequences: tuple[SequenceName, ...]
 
 
 @dataclass(frozen=True)
-class Close:
+class Release:
     """Forget sequences, whatever they are doing. Has no reply."""
 
     sequences: tuple[SequenceName, ...]
@@ -114,15 +123,15 @@ class Close:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What an image is painted behind: `keys`, `values` [layers, kv_heads, length, d]."""
+    """Keys and values that an image is generated behind: [layers, kv_heads, length, d] each."""
 
-    parcel: TensorRef
+    ref: TensorRef
     next_t: int
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Keep a prefix under a name, so that `Paint` may refer to it."""
+class KeepPrefix:
+    """Keep a prefix under a name, so that `GenerateImages` may refer to it."""
 
     call: int
     name: str
@@ -130,10 +139,11 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Paint:
-    """Paint images behind the same prefixes; the parcel holds `noise` [count, tokens, 3·C²].
+class GenerateImages:
+    """Generate images behind the same prefixes; `noise` refers to [count, tokens, 3·C²].
 
-    A prefix is given or the name of a kept one. `previews` of each image are sent on the way.
+    A prefix is given or the name of a kept one. After each of `preview_steps`, counted from 1, a
+    StepPreview of each image is sent.
     """
 
     call: int
@@ -141,24 +151,24 @@ class Paint:
     grid: Grid
     sampling: ResolvedSampling
     prefixes: Mapping[Branch, Prefix | str]
-    previews: int
+    preview_steps: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop painting for a call. Has no reply."""
+    """Stop generating images for a call. Has no reply."""
 
     call: int
 
 
-Order = Open | Write | Extend | Export | Close | Keep | Paint | Cancel
+Command = Prefill | Decode | Append | Export | Release | KeepPrefix | GenerateImages | Cancel
 
 
 # --- from the engines ---
 
 
 @dataclass(frozen=True)
-class Opened:
+class Prefilled:
     """The prompts have been read; `cached` of their `tokens` were known already."""
 
     tokens: int
@@ -174,7 +184,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Written:
+class Decoded:
     """A sequence ended; `pending` tokens are written but not yet in its keys and values."""
 
     finish_reason: Literal["stop", "length"]
@@ -183,13 +193,13 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Extended:
+class Appended:
     """What was to be appended is there."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Copies of the sequences, in the order asked for."""
+    """Prefixes of the sequences, in the order asked for."""
 
     prefixes: tuple[Prefix, ...]
 
@@ -200,8 +210,8 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Image `index` after `step` of `steps`; `pixels` [3, height, width] are its prediction."""
+class StepPreview:
+    """Image `index` after `step` of `steps`; `pixels` [3, height, width] its prediction."""
 
     index: int
     step: int
@@ -210,8 +220,8 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Done:
-    """Image `index` is finished; the parcel holds `pixels` [3, height, width]."""
+class ImageReady:
+    """Image `index` is finished; the reference is to its `pixels` [3, height, width]."""
 
     index: int
     pixels: TensorRef
@@ -223,9 +233,25 @@ class Failed:
 
     kind: str
     message: str
+    error: Exception | None = field(default=None, compare=False)
+    """The error itself, in the process where it was raised."""
+
+    def __reduce__(self) -> tuple[type[Failed], tuple[str, str]]:
+        return Failed, (self.kind, self.message)
+
+    def exception(self) -> Exception:
+        """The error to raise; in another process one of the same kind and message."""
+        if self.error is not None:
+            return self.error
+        kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, NeounifyError):
+            return kind(self.message)
+        return RuntimeError(self.message)
 
 
-Answer = Opened | Token | Written | Extended | Exported | Kept | Seen | Done | Failed
+Answer = (
+    Prefilled | Token | Decoded | Appended | Exported | Kept | StepPreview | ImageReady | Failed
+)
 
 
 @dataclass(frozen=True)
@@ -238,25 +264,25 @@ class Reply:
 
 
 def failed(call: int, error: Exception) -> Reply:
-    """The last reply to a call that cannot be answered; an error nobody foresaw goes to the log."""
+    """The last reply to a call that cannot be answered; an unexpected error is logged."""
     if not isinstance(error, NeounifyError):
-        log.error("an order failed", exc_info=error)
+        log.error("a command failed", exc_info=error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             error = OutOfMemory("no memory is left for the request")
-    return Reply(call, Failed(type(error).__name__, str(error)), True)
+    return Reply(call, Failed(type(error).__name__, str(error), error), True)
 
 
-def parcels_of(answer: Answer) -> tuple[TensorRef, ...]:
+def refs_of(answer: Answer) -> tuple[TensorRef, ...]:
     """What an answer brings, and its receiver has to take or free."""
     if isinstance(answer, Exported):
-        return tuple(prefix.parcel for prefix in answer.prefixes)
-    return (answer.pixels,) if isinstance(answer, Seen | Done) else ()
+        return tuple(prefix.ref for prefix in answer.prefixes)
+    return (answer.pixels,) if isinstance(answer, StepPreview | ImageReady) else ()
 
 
 def discard(reply: Reply) -> None:
-    """Free what a reply brings that nobody waits for any more."""
-    for parcel in parcels_of(reply.answer):
-        parcel.free()
+    """Free what a reply refers to, when its call is closed."""
+    for ref in refs_of(reply.answer):
+        ref.free()
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
-"""Who has room in the paged cache, who waits for it, and who has to give it up.
+"""Memory of the KV caches: allocation, waiting and preemption of sequences.
 
-A sequence gets the blocks for what is to be read when it enters, and further ones as it grows.
-When none are left, it takes those of another: first of one that nobody is waiting for (its
-request is painting, say), then of the youngest that is younger than itself. What was given up is
-read again later. So the oldest always goes on, whatever happens, and everybody becomes the oldest
-in the end. Bookkeeping only: no tensors are touched.
+`PagedRoom` bounds the memory. A sequence gets the blocks for what is to be prefilled when it
+enters, and further ones as it grows. When none are left, it takes those of another: first of one
+that no call waits for (its request is denoising, say), then of the youngest that is younger than
+itself. What was given up is prefilled again later. So the oldest always goes on, whatever happens,
+and every sequence becomes the oldest in the end. `ContiguousRoom` gives every sequence a cache of
+its own that grows as it needs. Bookkeeping only: no tensors are touched.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable
+from typing import Protocol
 
-from neounify.cache import PagedKVCache
+from neounify.cache import PagedKVCache, PagedSequence, SequenceCache
+from neounify.engine.messages import Prefix
 from neounify.engine.sequences import ServedSequence
+from neounify.engine.tensors import LocalCache, Transport
+from neounify.model.neo import NeoUnify
 
 HEADROOM = 64
 """Tokens a sequence that will write should have room for when it enters, so that it does not have
@@ -21,11 +27,103 @@ MAX_PASSED = 32
 """A sequence that waits for room is passed by that many younger ones at most."""
 
 
-class Room:
-    """The blocks of a pool, given to the sequences that are `wanted`: somebody waits for them."""
+AHEAD = 64
+"""Tokens a contiguous cache has room for beyond its prompt; it grows when more are written."""
 
-    def __init__(self, pool: PagedKVCache) -> None:
-        self.pool = pool
+
+class Room(Protocol):
+    """Memory for caches, given to the sequences that are `wanted`: a call waits for them."""
+
+    preempted: int
+    """Sequences that had to give up their memory, since the start."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sequence at most."""
+
+    def allocated(self, tokens: int) -> int:
+        """Tokens that a sequence of `tokens` takes up, in whole blocks."""
+
+    @property
+    def used(self) -> float:
+        """Share of the memory in use, 0 to 1."""
+
+    def enter(
+        self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
+    ) -> list[ServedSequence]:
+        """Give sequences without a cache one, the oldest first; returns those that got one."""
+
+    def grow(
+        self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
+    ) -> bool:
+        """Room for `tokens` more behind what is in the cache; False if it has to wait."""
+
+    def leave(self, sequence: ServedSequence) -> None:
+        """Release a sequence's cache, if it has one."""
+
+    def invalidate(self, sequence: ServedSequence) -> None:
+        """Let no other sequence share what this one has cached."""
+
+    def export(self, sequence: ServedSequence) -> Prefix:
+        """A sequence's keys and values for the generation engine."""
+
+    def check(self) -> None:
+        """Check the bookkeeping. Raises ValueError."""
+
+
+class ContiguousRoom:
+    """A SequenceCache for every sequence, of the size it needs; exported without a copy.
+
+    For callers whose requests are all that there is: nothing waits, nothing is preempted.
+    """
+
+    tokens = sys.maxsize
+    used = 0.0
+
+    def __init__(self, model: NeoUnify) -> None:
+        self._model = model
+        self.preempted = 0
+
+    def allocated(self, tokens: int) -> int:
+        return tokens
+
+    def enter(
+        self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
+    ) -> list[ServedSequence]:
+        entered = sorted(lacking, key=lambda s: s.order)
+        model = self._model
+        for sequence in entered:
+            capacity = len(sequence.token_keys) + AHEAD
+            sequence.cache = SequenceCache(
+                model.config, capacity, dtype=model.compute_dtype, device=model.device
+            )
+            sequence.known = 0
+        return entered
+
+    def grow(
+        self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
+    ) -> bool:
+        return True
+
+    def leave(self, sequence: ServedSequence) -> None:
+        sequence.cache = None
+
+    def invalidate(self, sequence: ServedSequence) -> None:
+        """Nothing is shared."""
+
+    def export(self, sequence: ServedSequence) -> Prefix:
+        assert isinstance(sequence.cache, SequenceCache)
+        return Prefix(LocalCache(sequence.cache), sequence.cache.next_t)
+
+    def check(self) -> None:
+        """There is no bookkeeping."""
+
+
+class PagedRoom:
+    """The blocks of a paged cache; exports are copies, so that they take none of them."""
+
+    def __init__(self, pool: PagedKVCache, transport: Transport) -> None:
+        self.pool, self.transport = pool, transport
         self.preempted = 0
         self._inside: set[ServedSequence] = set()
 
@@ -33,6 +131,25 @@ class Room:
     def tokens(self) -> int:
         """Of all blocks together."""
         return self.pool.allocator.count * self.pool.block_size
+
+    def allocated(self, tokens: int) -> int:
+        return self.pool.blocks_for(tokens) * self.pool.block_size
+
+    @property
+    def used(self) -> float:
+        return self.pool.allocator.in_use / self.pool.allocator.count
+
+    def invalidate(self, sequence: ServedSequence) -> None:
+        if isinstance(sequence.cache, PagedSequence):
+            self.pool.invalidate(sequence.cache)
+
+    def export(self, sequence: ServedSequence) -> Prefix:
+        cache = _paged(sequence)
+        keys, values = cache.gather()
+        return Prefix(self.transport.pack({"keys": keys, "values": values}), cache.next_t)
+
+    def check(self) -> None:
+        self.pool.check()
 
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
@@ -65,17 +182,15 @@ class Room:
         self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
     ) -> bool:
         """Room for `tokens` more behind what is in the cache; False if it has to wait."""
-        assert sequence.cache is not None
-        lacking = self.pool.blocks_for(sequence.cache.length + tokens) - len(
-            sequence.cache.block_table
-        )
+        cache = _paged(sequence)
+        lacking = self.pool.blocks_for(cache.length + tokens) - len(cache.block_table)
         while self.pool.allocator.available < lacking:
             victim = self._victim(wanted, younger_than=sequence)
             if victim is None:
                 return False
             self.preempt(victim)
         if lacking > 0:
-            sequence.cache.grow(lacking)
+            cache.grow(lacking)
         return True
 
     def preempt(self, sequence: ServedSequence) -> None:
@@ -86,7 +201,7 @@ class Room:
     def leave(self, sequence: ServedSequence) -> None:
         """Give up a sequence's blocks, if it has any."""
         if sequence.cache is not None:
-            self.pool.close(sequence.cache)
+            self.pool.close(_paged(sequence))
             sequence.cache = None
             self._inside.discard(sequence)
 
@@ -98,7 +213,7 @@ class Room:
             # Those that write will need a block each before long.
             writing = sum(s.text is not None or s.room > 0 for s in working)
             spare = self.pool.blocks_for(min(sequence.room, HEADROOM)) + writing
-        idle = sum(len(s.cache.block_table) for s in self._inside if s.cache and s not in wanted)
+        idle = sum(len(_paged(s).block_table) for s in self._inside if s not in wanted)
         if needed + spare > self.pool.allocator.available + idle:
             return False
         while needed + spare > self.pool.allocator.available:
@@ -108,10 +223,10 @@ class Room:
             self.preempt(victim)
             # What it shares with the victim is still there, but must be taken now.
             needed = self.pool.blocks_needed(sequence.token_keys, hashes)
-        sequence.cache = self.pool.open(sequence.token_keys, 0, hashes)
-        sequence.cache.expect(sequence.token_keys[sequence.cache.length :])
+        cache = sequence.cache = self.pool.open(sequence.token_keys, 0, hashes)
+        cache.expect(sequence.token_keys[cache.length :])
         if sequence.known is None:
-            sequence.known = sequence.cache.length
+            sequence.known = cache.length
         self._inside.add(sequence)
         return True
 
@@ -125,3 +240,8 @@ class Room:
             return max(idle, key=lambda s: s.order, default=None)
         younger = [s for s in self._inside if s.order > younger_than.order]
         return max(younger, key=lambda s: s.order, default=None)
+
+
+def _paged(sequence: ServedSequence) -> PagedSequence:
+    assert isinstance(sequence.cache, PagedSequence)
+    return sequence.cache

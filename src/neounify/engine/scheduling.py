@@ -40,7 +40,12 @@ def choose(waiting: Sequence[Waiting], most_rows: int, most_missed: int) -> list
     return chosen
 
 
-def preview_steps(steps: int, previews: int) -> frozenset[int]:
-    """After which of the steps 1..`steps` - 1 to send a preview, evenly spread."""
+def preview_steps(steps: int, previews: int | None) -> frozenset[int]:
+    """After which of the steps 1..`steps` - 1 to send a preview, evenly spread.
+
+    None stands for all steps, the last one included.
+    """
+    if previews is None:
+        return frozenset(range(1, steps + 1))
     wanted = (round(steps * (n + 1) / (previews + 1)) for n in range(previews))
     return frozenset(step for step in wanted if 0 < step < steps)

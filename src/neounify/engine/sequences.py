@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from neounify.cache import PagedSequence
+from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hashes, image_keys, text_keys
 from neounify.decode.forward import ModelInput
 from neounify.decode.loop import Writing
 from neounify.engine.messages import (
-    Extended,
-    Opened,
-    PicturePart,
+    Appended,
+    Decode,
+    ImageInput,
+    Prefilled,
     Prefix,
-    PromptPart,
+    PromptInput,
     SequenceName,
-    Write,
 )
 from neounify.engine.tensors import LocalTensors
 from neounify.errors import ContextFullError
@@ -52,7 +52,7 @@ class ServedSequence:
     room: int
     pieces: list[Piece] = field(default_factory=list)
     token_keys: list[TokenKey] = field(default_factory=list)
-    cache: PagedSequence | None = None
+    cache: PagedSequence | SequenceCache | None = None
     hidden: Tensor | None = None
     hidden_at: int = 0
     finite: bool = True
@@ -82,14 +82,13 @@ class ServedSequence:
         self._block_hashes = block_hashes(self.token_keys, block_size, self._block_hashes)
         return self._block_hashes
 
-    def append(self, parts: Sequence[PromptPart]) -> None:
-        """Let more follow; images lie in local parcels."""
+    def append(self, parts: Sequence[PromptInput]) -> None:
+        """Let more follow; images lie in LocalTensors."""
         keys = token_keys_of(parts, self.next_t)
         self.token_keys += keys
-        if self.cache is not None:
-            self.cache.expect(keys)
+        self._expect(keys)
         for part in parts:
-            if isinstance(part, PicturePart):
+            if isinstance(part, ImageInput):
                 assert isinstance(part.pixels, LocalTensors)
                 self.pieces.append(Piece(image=part.pixels.tensors["pixels"], grid=part.grid))
             elif part.ids:
@@ -99,9 +98,12 @@ class ServedSequence:
         """Let a written token follow."""
         keys = text_keys((token,), self.next_t)
         self.token_keys += keys
-        assert self.cache is not None
-        self.cache.expect(keys)
+        self._expect(keys)
         self._append_text((token,))
+
+    def _expect(self, keys: Sequence[TokenKey]) -> None:
+        if isinstance(self.cache, PagedSequence):
+            self.cache.expect(keys)
 
     def _append_text(self, ids: Sequence[int]) -> None:
         if not self.pieces or self.pieces[-1].image is not None:
@@ -152,14 +154,14 @@ class Reading:
     call: int
     sequences: tuple[ServedSequence, ...]
     opens: bool
-    then: Write | None = None
+    then: Decode | None = None
 
     @property
-    def answer(self) -> Opened | Extended:
+    def answer(self) -> Prefilled | Appended:
         if not self.opens:
-            return Extended()
+            return Appended()
         tokens = sum(len(s.token_keys) for s in self.sequences)
-        return Opened(tokens, sum(s.known or 0 for s in self.sequences))
+        return Prefilled(tokens, sum(s.known or 0 for s in self.sequences))
 
 
 @dataclass(eq=False)
@@ -177,14 +179,14 @@ class Exporting:
     def free(self) -> None:
         """Give back the copies that were made."""
         for prefix in self.done.values():
-            prefix.parcel.free()
+            prefix.ref.free()
 
 
-def token_keys_of(parts: Sequence[PromptPart], t: int) -> list[TokenKey]:
+def token_keys_of(parts: Sequence[PromptInput], t: int) -> list[TokenKey]:
     """Keys of parts that begin at position `t`."""
     keys: list[TokenKey] = []
     for part in parts:
-        if isinstance(part, PicturePart):
+        if isinstance(part, ImageInput):
             keys += image_keys(part.digest, part.tokens, t)
             t += 1
         else:
@@ -193,14 +195,14 @@ def token_keys_of(parts: Sequence[PromptPart], t: int) -> list[TokenKey]:
     return keys
 
 
-def tokens_of(parts: Sequence[PromptPart]) -> int:
+def tokens_of(parts: Sequence[PromptInput]) -> int:
     """Tokens of the understanding stream."""
     return sum(part.tokens for part in parts)
 
 
-def positions_of(parts: Sequence[PromptPart]) -> int:
+def positions_of(parts: Sequence[PromptInput]) -> int:
     """Positions that parts take; an image takes one."""
-    return sum(1 if isinstance(part, PicturePart) else part.tokens for part in parts)
+    return sum(1 if isinstance(part, ImageInput) else part.tokens for part in parts)
 
 
 def check_context(end: int, limit: int) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from neounify.cache import SequenceCache
 from neounify.errors import TensorsGone
 
 
@@ -31,6 +32,16 @@ class LocalTensors:
 
     def free(self) -> None:
         self.tensors.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class LocalCache:
+    """The cache of a sequence in this process, to be read where it is; nothing is copied."""
+
+    cache: SequenceCache
+
+    def free(self) -> None:
+        """Does nothing: the cache is freed with the last one that holds it."""
 
 
 class Transport(Protocol):

@@ -23,22 +23,21 @@ from neounify.decode.loop import Writing, choose_tokens
 from neounify.decode.sampler import Choice
 from neounify.decode.sampling import SamplingState
 from neounify.engine.messages import (
-    Close,
+    Append,
+    Decode,
+    Decoded,
     Export,
     Exported,
-    Extend,
-    Open,
-    PicturePart,
-    Prefix,
-    PromptPart,
+    ImageInput,
+    Prefill,
+    PromptInput,
+    Release,
     Reply,
     SequenceName,
     Token,
-    Write,
-    Written,
     failed,
 )
-from neounify.engine.room import Room
+from neounify.engine.room import PagedRoom, Room
 from neounify.engine.sequences import (
     Exporting,
     Piece,
@@ -60,7 +59,7 @@ from neounify.errors import (
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
-Prompts = Mapping[SequenceName, tuple[PromptPart, ...]]
+Prompts = Mapping[SequenceName, tuple[PromptInput, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,30 +82,38 @@ class UnderstandingSettings:
         )
 
 
+def _paged_cache(model: NeoUnify, plan: ExecutionPlan) -> PagedKVCache:
+    return PagedKVCache(
+        model.config,
+        plan.kv_blocks,
+        plan.kv_block_size,
+        dtype=model.compute_dtype,
+        device=model.device,
+    )
+
+
 class UnderstandingEngine:
     """Takes orders with `submit`, does a step's work with `step`, leaves `replies`."""
 
     def __init__(
-        self, model: NeoUnify, settings: UnderstandingSettings, transport: Transport
+        self,
+        model: NeoUnify,
+        settings: UnderstandingSettings,
+        transport: Transport,
+        room: Room | None = None,
     ) -> None:
+        """`room` is where caches lie; None is a paged cache of the settings' size."""
         self.model, self.settings, self.transport = model, settings, transport
         self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
         self.backend = select_for(model, self.plan.attention)
-        self.pool = PagedKVCache(
-            model.config,
-            self.plan.kv_blocks,
-            self.plan.kv_block_size,
-            dtype=model.compute_dtype,
-            device=model.device,
-        )
-        self.room = Room(self.pool)
+        self.room = room or PagedRoom(_paged_cache(model, self.plan), transport)
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
         self._ages = itertools.count()
         self._sequences: dict[SequenceName, ServedSequence] = {}
         self._reading: list[Reading] = []
         self._exporting: list[Exporting] = []
-        self._writing: dict[SequenceName, Write] = {}
+        self._writing: dict[SequenceName, Decode] = {}
         self._waiting = 0
 
     @property
@@ -132,21 +139,21 @@ class UnderstandingEngine:
             "und_waiting": self._waiting,
             "und_reading": len(self._reading),
             "und_writing": len(self._writing),
-            "und_cache_used": self.pool.allocator.in_use / self.pool.allocator.count,
+            "und_cache_used": self.room.used,
         }
 
-    def submit(self, order: Open | Write | Extend | Export | Close) -> None:
+    def submit(self, order: Prefill | Decode | Append | Export | Release) -> None:
         """Take an order. What cannot be done is answered with Failed."""
-        if isinstance(order, Close):
+        if isinstance(order, Release):
             self._close(order.sequences)
             return
         try:
             match order:
-                case Open():
+                case Prefill():
                     self._open(order)
-                case Write():
+                case Decode():
                     self._start_writing(order)
-                case Extend():
+                case Append():
                     self._extend(order)
                 case Export():
                     sequences = tuple(self._sequence(name) for name in order.sequences)
@@ -171,11 +178,11 @@ class UnderstandingEngine:
 
     def check(self) -> None:
         """Whether the cache's books are right. Raises ValueError."""
-        self.pool.check()
+        self.room.check()
 
     # --- opening and extending ---
 
-    def _open(self, order: Open) -> None:
+    def _open(self, order: Prefill) -> None:
         for name, parts in order.prompts.items():
             self._check_room(tokens_of(parts) + order.room[name])
             end, limit = positions_of(parts), self.model.config.max_positions
@@ -191,26 +198,30 @@ class UnderstandingEngine:
         self._reading.append(Reading(order.call, opened, True, order.then))
 
     def _check_room(self, tokens: int) -> None:
-        if self.pool.blocks_for(tokens) > self.pool.allocator.count:
-            size = self.pool.block_size
+        needed = self.room.allocated(tokens)
+        if needed > self.room.tokens:
             raise RequestError(
-                f"the request needs room for {self.pool.blocks_for(tokens) * size} tokens, the "
-                f"server has {self.room.tokens}; ask for fewer tokens"
+                f"the request needs room for {needed} tokens, the server has {self.room.tokens}; "
+                "ask for fewer tokens"
             )
 
     def _taken(self, prompts: Prompts) -> Prompts:
-        """The prompts with their images out of shared memory. Raises TensorsGone."""
-        return {
-            name: tuple(
-                replace(part, pixels=LocalTensors(dict(self.transport.take(part.pixels))))
-                if isinstance(part, PicturePart)
-                else part
-                for part in parts
-            )
-            for name, parts in prompts.items()
-        }
+        """The prompts with their images out of their references. Raises TensorsGone.
 
-    def _extend(self, order: Extend) -> None:
+        The prompts of guidance branches share the references of their images.
+        """
+        taken: dict[int, LocalTensors] = {}
+
+        def take(part: PromptInput) -> PromptInput:
+            if not isinstance(part, ImageInput):
+                return part
+            if id(part.pixels) not in taken:
+                taken[id(part.pixels)] = LocalTensors(dict(self.transport.take(part.pixels)))
+            return replace(part, pixels=taken[id(part.pixels)])
+
+        return {name: tuple(map(take, parts)) for name, parts in prompts.items()}
+
+    def _extend(self, order: Append) -> None:
         taken = self._taken(order.parts)
         for name, parts in taken.items():
             sequence = self._sequence(name)
@@ -274,8 +285,8 @@ class UnderstandingEngine:
         finite = torch.isfinite(states).all(dim=1).tolist()
         for (sequence, _), state, fine in zip(found, states, finite, strict=True):
             sequence.take_state(state, finite=fine)
-            if not fine and sequence.cache is not None:
-                self.pool.invalidate(sequence.cache)
+            if not fine:
+                self.room.invalidate(sequence)
 
     def _answer_readers(self) -> None:
         left: list[Reading] = []
@@ -287,13 +298,13 @@ class UnderstandingEngine:
             if not all(s.finite for s in reading.sequences):
                 self.replies.append(failed(reading.call, not_finite()))
                 continue
-            self.replies.append(Reply(reading.call, reading.answer, True))
+            self.replies.append(Reply(reading.call, reading.answer, reading.then is None))
             if reading.then is not None:
                 self.submit(reading.then)
 
     # --- writing ---
 
-    def _start_writing(self, order: Write) -> None:
+    def _start_writing(self, order: Decode) -> None:
         sequence = self._sequence(order.sequence)
         if sequence.text is None:
             context = [token for piece in sequence.pieces for token in piece.ids]
@@ -349,8 +360,7 @@ class UnderstandingEngine:
             token = text.take(choice)
         except NeounifyError as error:
             del self._writing[name]
-            if sequence.cache is not None:
-                self.pool.invalidate(sequence.cache)
+            self.room.invalidate(sequence)
             self.replies.append(failed(call, error))
             return None
         if token is not None:
@@ -364,7 +374,7 @@ class UnderstandingEngine:
     def _end_writing(self, name: SequenceName) -> None:
         text = self._sequences[name].text
         assert text is not None
-        written = Written(text.finish_reason or "stop", text.stopped_by, tuple(text.pending))
+        written = Decoded(text.finish_reason or "stop", text.stopped_by, tuple(text.pending))
         self.replies.append(Reply(self._writing.pop(name).call, written, True))
 
     # --- the rest ---
@@ -374,10 +384,8 @@ class UnderstandingEngine:
         for exporting in list(self._exporting):
             try:
                 for sequence in exporting.left:
-                    if sequence.ready and sequence.cache is not None:
-                        keys, values = sequence.cache.gather()
-                        parcel = self.transport.pack({"keys": keys, "values": values})
-                        exporting.done[sequence.name] = Prefix(parcel, sequence.cache.next_t)
+                    if sequence.ready:
+                        exporting.done[sequence.name] = self.room.export(sequence)
             except Exception as error:
                 self._exporting.remove(exporting)
                 exporting.free()

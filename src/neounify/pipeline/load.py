@@ -16,7 +16,7 @@ from neounify.errors import CheckpointError
 from neounify.files import read_text
 from neounify.model.compile import compile_streams
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
-from neounify.tasks.processor import Front
+from neounify.tasks.processor import Processor
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
@@ -74,11 +74,11 @@ def load(
     )
 
 
-def load_front(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Front:
+def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
     """What prepares requests for a checkpoint's model, without its weights. Errors as `load`."""
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     message = _system_message(checkpoint.path)
-    return Front(
+    return Processor(
         checkpoint.config,
         tokenizer,
         default_system_message() if message is None else message,

@@ -1,4 +1,4 @@
-"""The Python face: one loaded model, every task."""
+"""Public API: one loaded model, every task."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ from neounify.errors import RequestError
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling
 from neounify.image.io import ImageSource
 from neounify.model.neo import NeoUnify
-from neounify.pipeline.chatting import (
-    ChatOptions,
-    ChatRequest,
-    ChatRun,
-    ChatStream,
-    make_chat_request,
-)
-from neounify.pipeline.engine import Engine
-from neounify.pipeline.interleaving import InterleaveRequest, interleave
-from neounify.pipeline.painting import Callback, paint, to_result
+from neounify.pipeline.driver import Driver
+from neounify.pipeline.generate import Callback, ChatRun, ChatStream, run_images, run_interleaved
 from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
 from neounify.pipeline.trained_sizes import warn_untrained
+from neounify.tasks.chat import ChatOptions, ChatRequest, make_chat_request
 from neounify.tasks.conversation import Conversation, read_pictures, read_request
+from neounify.tasks.interleave import InterleaveRequest
+from neounify.tasks.processor import Processor
 from neounify.tasks.requests import (
     MAX_THINK_TOKENS,
     PaintRequest,
@@ -78,28 +73,26 @@ class Pipeline:
                 f"the model embeds {model.config.vocab_size} tokens"
             )
         message = default_system_message() if system_message is None else system_message
-        self._engine = Engine(model, tokenizer, residency or NullResidency(), message)
+        self.model = model
+        self.processor = Processor(model.config, tokenizer, message, model.compute_dtype)
+        self._residency = residency or NullResidency()
         self._fingerprint = fingerprint
         self.loaded_dtype = loaded_dtype
         """The dtype of the weights and the reason for it; None for a model that was not loaded."""
         self.colour_profiles = colour_profiles
 
     @property
-    def model(self) -> NeoUnify:
-        return self._engine.model
-
-    @property
-    def engine(self) -> Engine:
-        """What the tasks are made of; batches of mixed requests go through it."""
-        return self._engine
-
-    @property
     def tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
+        return self.processor.tokenizer
 
     @property
     def config(self) -> ModelConfig:
-        return self._engine.config
+        return self.processor.config
+
+    @property
+    def residency(self) -> Residency:
+        """What keeps the weights of the streams in use in memory."""
+        return self._residency
 
     @property
     def fingerprint(self) -> str | None:
@@ -147,7 +140,7 @@ class Pipeline:
         `stream`, the result is iterated for pieces of text and then holds the whole answer.
         """
         request = self._chat_request(prompt, images, options)
-        run = ChatRun(self._engine, [request], cancel)
+        run = ChatRun(self._driver(cancel), self.processor, [request])
         return ChatStream(run) if stream else run.finish()[0]
 
     def chat_batch(
@@ -170,7 +163,7 @@ class Pipeline:
             self._chat_request(prompt, own, options)
             for prompt, own in zip(prompts, pictures, strict=True)
         ]
-        return ChatRun(self._engine, requests, cancel).finish()
+        return ChatRun(self._driver(cancel), self.processor, requests).finish()
 
     def generate(
         self,
@@ -232,7 +225,7 @@ class Pipeline:
             replace(request, prompt=text, seed=one_seed, noise=one_noise, negative_prompt=negative)
             for text, one_seed, one_noise, negative in each
         ]
-        return self._paint(requests, callback, cancel)
+        return self.generate_requests(requests, callback, cancel)
 
     def edit(
         self,
@@ -282,7 +275,7 @@ class Pipeline:
             system=system,
             negative_prompt=negative_prompt,
         )
-        return self._paint([request], callback, cancel)
+        return self.generate_requests([request], callback, cancel)
 
     def interleave(
         self,
@@ -344,7 +337,7 @@ class Pipeline:
                 seed=seed,
             ),
         )
-        return interleave(self._engine, request, cancel)
+        return run_interleaved(self._driver(cancel), self.processor, request)
 
     def save(
         self, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9, overwrite: bool = False
@@ -358,7 +351,7 @@ class Pipeline:
             folder,
             max_shard_bytes=max_shard_bytes,
             tokenizer=self.tokenizer,
-            extra_files={SYSTEM_MESSAGE_FILE: self._engine.system_message},
+            extra_files={SYSTEM_MESSAGE_FILE: self.processor.system_message},
             overwrite=overwrite,
         )
 
@@ -372,11 +365,14 @@ class Pipeline:
         pictures = read_pictures(images, colour_profiles=profiles)
         return make_chat_request(prompt, pictures, colour_profiles=profiles, **options)
 
-    def _paint(
+    def generate_requests(
         self,
         requests: Sequence[PaintRequest],
-        callback: Callback | None,
-        cancel: threading.Event | None,
+        callback: Callback | None = None,
+        cancel: threading.Event | None = None,
     ) -> PaintResult:
-        painted = paint(self._engine, requests, callback=callback, cancel=cancel)
-        return to_result(painted, self.config.token_size)
+        """Generate the images of validated requests, all of one size, together."""
+        return run_images(self._driver(cancel), self.processor, requests, callback)
+
+    def _driver(self, cancel: threading.Event | None) -> Driver:
+        return Driver(self.model, self._residency, cancel)

@@ -13,7 +13,7 @@ from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
 from neounify.engine.tensors import LocalTransport
 from neounify.pipeline import Pipeline, load
-from neounify.pipeline.load import load_front
+from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
 from neounify.serve.link import EngineLink
@@ -22,7 +22,7 @@ from neounify.serve.service import EngineService, ServiceLimits
 from neounify.serve.session import Links
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
 from neounify.serve.transport import SharedTransport
-from neounify.tasks.processor import Front
+from neounify.tasks.processor import Processor
 
 log = logging.getLogger("neounify.serve")
 
@@ -73,7 +73,7 @@ def colocated(
     host = ThreadHost(pipe.model, engines or EngineSettings(), watch)
     link = EngineLink("model", host)
     return EngineService(
-        pipe.engine, Links(link, link, LocalTransport()), limits or ServiceLimits()
+        pipe.processor, Links(link, link, LocalTransport()), limits or ServiceLimits()
     )
 
 
@@ -92,7 +92,7 @@ def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> Dtyp
 def _separate(settings: ServeSettings) -> EngineService:
     checkpoint = CheckpointFolder.open(settings.folder)
     dtype = serving_dtype(settings, checkpoint)
-    front = load_front(checkpoint, dtype.dtype)
+    front = load_processor(checkpoint, dtype.dtype)
     _check_shared_memory(front, settings)
     space = SharedSpace()
     links = Links(
@@ -116,7 +116,7 @@ def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: Serv
     return plan.kv_blocks * plan.kv_block_size * cached + settings.limits.image_tokens * painted
 
 
-def _check_shared_memory(front: Front, settings: ServeSettings) -> None:
+def _check_shared_memory(front: Processor, settings: ServeSettings) -> None:
     needed, found = shared_memory_needed(front.config, front.dtype, settings), free_bytes()
     if found < needed:
         log.warning(

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Protocol
 
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Order, Reply, Report, failed
+from neounify.engine.messages import Command, Reply, Report, failed
 from neounify.engine.tensors import LocalTransport
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
@@ -45,7 +45,7 @@ class Host(Protocol):
         Raises RuntimeError when it does not come up.
         """
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Command) -> None:
         """Give an order; never blocks. Orders to a dead worker are lost."""
 
     def stop(self) -> None:
@@ -94,7 +94,7 @@ class ThreadHost:
             died,
         )
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Command) -> None:
         if self._life is not None:
             self._life.orders.put(order)
 
@@ -113,7 +113,7 @@ class _ThreadLife:
         deliver: Deliver,
         died: Died,
     ) -> None:
-        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._worker = make_worker(_QueueChannel(self.orders, deliver))
         self._step_seconds, self._died = step_seconds, died
         self._ended, self._asked = threading.Event(), threading.Event()
@@ -154,10 +154,10 @@ class _ThreadLife:
 
 
 class _QueueChannel:
-    def __init__(self, orders: queue.SimpleQueue[Order | None], deliver: Deliver) -> None:
+    def __init__(self, orders: queue.SimpleQueue[Command | None], deliver: Deliver) -> None:
         self._orders, self._deliver = orders, deliver
 
-    def receive(self, *, wait: bool) -> list[Order] | None:
+    def receive(self, *, wait: bool) -> list[Command] | None:
         return receive_orders(self._orders.get, lambda: not self._orders.empty(), wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
@@ -196,7 +196,7 @@ class ProcessHost:
             life.end(0.0)
             raise
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Command) -> None:
         if self._life is not None:
             self._life.orders.put(order)
 
@@ -215,7 +215,7 @@ class _ProcessLife:
 
     def __init__(self, settings: ProcessSettings) -> None:
         assert settings.pieces is not None
-        self.orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self.orders: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._name, self._pieces, self._made = settings.role, settings.pieces, 0
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
@@ -318,7 +318,7 @@ class _ProcessLife:
             return  # the process is gone, which the reading thread reports
 
 
-def _write(connection: Connection, order: Order, deliver: Deliver) -> None:
+def _write(connection: Connection, order: Command, deliver: Deliver) -> None:
     try:
         connection.send(order)
     except OSError:

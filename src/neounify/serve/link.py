@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Literal
 
-from neounify.engine.messages import Answer, Failed, Order, Reply, Report, discard
+from neounify.engine.messages import Command, Failed, Reply, Report, discard, new_number
 from neounify.errors import EngineDied, ServiceError
 from neounify.serve.hosts import Host
 from neounify.serve.waiting import within
@@ -33,6 +32,8 @@ class Call:
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.answered = False
+        """Whether the last reply was taken."""
         self._replies: deque[Reply] = deque()
         self._arrived = asyncio.Event()
 
@@ -50,7 +51,9 @@ class Call:
         while not self._replies:
             self._arrived.clear()
             await within(self._arrived.wait(), seconds)
-        return self._replies.popleft()
+        reply = self._replies.popleft()
+        self.answered = reply.final
+        return reply
 
     def discard(self) -> None:
         """Free what the replies brought that nobody has taken."""
@@ -64,8 +67,6 @@ class EngineLink:
     `prepare` is awaited after every start, before the link is `ready`. An engine that cannot be
     started again is tried without end, with pauses; meanwhile calls are refused.
     """
-
-    _numbers = itertools.count(1)
 
     def __init__(self, name: str, host: Host) -> None:
         self.name, self.host = name, host
@@ -119,15 +120,15 @@ class EngineLink:
         """The error for calls to an engine that is not up."""
         return EngineDied(f"the {self.name} engine is being started again; try again soon")
 
-    def open_call(self, *, preparing: bool = False) -> Call:
-        """A call for orders to carry the number of.
+    def open_call(self, number: int | None = None, *, preparing: bool = False) -> Call:
+        """A call of this number, which commands carry, or of a new one.
 
         Raises EngineDied while the engine is down, and before it is prepared unless the call is
         part of preparing it.
         """
         if not self._alive or (self._preparing and not preparing):
             raise self.down()
-        call = Call(next(self._numbers))
+        call = Call(new_number() if number is None else number)
         self._calls[call.number] = call
         return call
 
@@ -136,7 +137,7 @@ class EngineLink:
         self._calls.pop(call.number, None)
         call.discard()
 
-    def send(self, order: Order) -> None:
+    def send(self, order: Command) -> None:
         """Give an order; it is lost while the engine is down."""
         if self._alive:
             self.host.send(order)
@@ -231,10 +232,3 @@ class EngineLink:
                 discard(reply)
             else:
                 call.put(reply)
-
-
-def answer_or_raise(answer: Answer, errors: Mapping[str, type[Exception]]) -> Answer:
-    """The answer, unless it is a failure: then the error of that name."""
-    if isinstance(answer, Failed):
-        raise errors.get(answer.kind, RuntimeError)(answer.message)
-    return answer

@@ -16,7 +16,7 @@ import torch
 
 from neounify.checkpoint import Dtype
 from neounify.engine.generation import GenerationEngine, GenerationSettings
-from neounify.engine.messages import Order, Reply, Report
+from neounify.engine.messages import Command, Reply, Report
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.pipeline import load
 from neounify.runtime import freeze_objects, keep_freed_memory
@@ -101,21 +101,21 @@ def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     keep_freed_memory()
-    engine = load(
+    pipe = load(
         settings.folder,
         dtype=settings.dtype,
         device=settings.device,
         lora=settings.lora or None,
         memory="stream",
-    ).engine
+    )
     transport = SharedTransport(settings.pieces)
     und = gen = None
-    with engine.residency.use(settings.role):
+    with pipe.residency.use(settings.role):
         if settings.role == "und":
-            engine.vocabulary.prepare_soon()  # grammars in orders are made for it
-            und = UnderstandingEngine(engine.model, settings.engines.understanding, transport)
+            pipe.processor.vocabulary.prepare_soon()  # grammars in orders are made for it
+            und = UnderstandingEngine(pipe.model, settings.engines.understanding, transport)
         else:
-            gen = GenerationEngine(engine.model, settings.engines.generation, transport)
+            gen = GenerationEngine(pipe.model, settings.engines.generation, transport)
         worker = Worker(_PipeChannel(line, transport), und, gen)
         heartbeat.step_seconds = worker.step_seconds
         freeze_objects()
@@ -162,10 +162,10 @@ class _Line:
     def poll(self) -> bool:
         return self._connection.poll()
 
-    def receive(self) -> Order | None:
+    def receive(self) -> Command | None:
         """The next order, or None for the end. Raises FrontGone."""
         try:
-            order: Order | None = self._connection.recv()
+            order: Command | None = self._connection.recv()
         except (EOFError, OSError) as error:
             raise FrontGone from error
         return order
@@ -177,7 +177,7 @@ class _PipeChannel:
     def __init__(self, line: _Line, transport: SharedTransport) -> None:
         self._line, self._transport = line, transport
 
-    def receive(self, *, wait: bool) -> list[Order] | None:
+    def receive(self, *, wait: bool) -> list[Command] | None:
         return receive_orders(self._line.receive, self._line.poll, wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.engine.messages import Prefix, TextPart
+from neounify.engine.messages import Prefix
 from neounify.errors import RequestError
-from neounify.pipeline.chatting import ChatRequest, CompletionRequest
-from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve import programs
 from neounify.serve.events import (
     Draining,
     Overloaded,
@@ -25,10 +22,14 @@ from neounify.serve.events import (
     ServiceRequest,
 )
 from neounify.serve.link import EngineLink, State
-from neounify.serve.session import Links, Session
-from neounify.tasks.processor import Front
+from neounify.serve.session import Links, RequestContext
+from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
+from neounify.tasks.image import generate_images
+from neounify.tasks.interleave import InterleaveRequest, interleave
+from neounify.tasks.processor import Processor
+from neounify.tasks.program import Program, keep, prefill, read_prefix
 from neounify.tasks.requests import PaintRequest, check_image_tokens, image_tokens
-from neounify.text.template import Prompt, TextSegment, paint_prompt, unconditional_prompt
+from neounify.text.template import TextSegment, paint_prompt, unconditional_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +51,20 @@ class ServiceLimits:
         return max(1024, 4 * image_tokens(config, *config.sampling.image_size))
 
 
+KEPT = {"": "uncond"}
+"""The unconditional prefix of all guided images without a negative prompt."""
+
+
 class EngineService:
     """Answers requests on two engines; see `events.Service`."""
 
-    def __init__(self, front: Front, links: Links, limits: ServiceLimits) -> None:
+    def __init__(self, front: Processor, links: Links, limits: ServiceLimits) -> None:
         self.front, self.links, self.limits = front, links, limits
-        self._numbers = itertools.count(1)
         self._active = 0
         self._image_tokens = 0
         self._draining = False
         self._durations: deque[float] = deque([1.0], maxlen=32)
-        self._pinned: Session | None = None
+        self._pinned: RequestContext | None = None
         self._unconditional: tuple[Mapping[str, Tensor], int] | None = None
 
     @property
@@ -106,16 +110,16 @@ class EngineService:
         tokens = self._admit(request)
         start = time.monotonic()
         end = None if deadline is None else start + deadline
-        session = Session(self.links, next(self._numbers), end)
+        context = RequestContext(self.links, end)
         try:
-            async with aclosing(self._program(session, request, previews)) as events:
+            async with aclosing(context.events(self._program(request, previews))) as events:
                 async for event in events:
                     yield event
         finally:
             self._durations.append(time.monotonic() - start)
             self._active -= 1
             self._image_tokens -= tokens
-            session.close()
+            context.close()
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """See `events.Service.check_together`."""
@@ -189,18 +193,16 @@ class EngineService:
         """About when one of the requests under way will have ended, seconds."""
         return max(1.0, sum(self._durations) / len(self._durations) / max(1, self._active))
 
-    def _program(
-        self, session: Session, request: ServiceRequest, previews: int
-    ) -> AsyncGenerator[ServiceEvent]:
+    def _program(self, request: ServiceRequest, previews: int) -> Program[None]:
         match request:
             case ChatRequest():
-                return programs.chat(session, self.front, request, previews)
+                return chat(self.front, request)
             case CompletionRequest():
-                return programs.complete(session, self.front, request, previews)
+                return complete(self.front, request)
             case PaintRequest():
-                return programs.paint(session, self.front, request, previews)
+                return generate_images(self.front, request, KEPT, previews)
             case InterleaveRequest():
-                return programs.interleave(session, self.front, request, previews)
+                return interleave(self.front, request, KEPT, previews)
 
     # --- what all requests share ---
 
@@ -208,46 +210,38 @@ class EngineService:
         """Let the generation engine keep the unconditional prompt, which is read once."""
         if self.links.understanding is self.links.generation:
             await self._pin_system_message()
-        session = Session(self.links, next(self._numbers), preparing=True)
+        context = RequestContext(self.links, preparing=True)
         try:
             if self._unconditional is None:
-                self._unconditional = await self._read_unconditional(session)
+                prompt = unconditional_prompt(self.front.tokenizer)
+                prefix = await context.result(read_prefix(prompt))
+                self._unconditional = await context.take(prefix.ref), prefix.next_t
             tensors, next_t = self._unconditional
-            parcel = await session.pack(**tensors)
-            await session.keep(programs.UNCONDITIONAL, Prefix(parcel, next_t))
+            kept = Prefix(await context.pack(tensors), next_t)
+            await context.result(keep(KEPT[""], kept))
         finally:
-            session.close()
-
-    async def _read_unconditional(self, session: Session) -> tuple[Mapping[str, Tensor], int]:
-        """Its keys and values, and the next position."""
-        prompt = _text_parts(unconditional_prompt(self.front.tokenizer))
-        await session.open({programs.UNCONDITIONAL: prompt}, {programs.UNCONDITIONAL: 0})
-        (prefix,) = await session.export([programs.UNCONDITIONAL])
-        return await session.take(prefix.parcel), prefix.next_t
+            context.close()
 
     async def _pin_system_message(self) -> None:
         """Keep the beginning that all painting prompts have in common in the cache for good."""
         shared = _shared_beginning(self.front)
         if shared:
-            self._pinned = Session(self.links, next(self._numbers), preparing=True)
-            await self._pinned.open({"system": [TextPart(shared)]}, {"system": 0})
+            self._pinned = RequestContext(self.links, preparing=True)
+            await self._pinned.result(prefill(shared))
 
 
-def _text_parts(prompt: Prompt) -> list[TextPart]:
-    return [TextPart(s.ids) for s in prompt.segments if isinstance(s, TextSegment)]
-
-
-def _shared_beginning(front: Front) -> tuple[int, ...]:
+def _shared_beginning(front: Processor) -> tuple[int, ...]:
     """Ids that every painting prompt begins with; none without a system message."""
     if not front.system_message:
         return ()
     one, other = (
         [
             token
-            for part in _text_parts(
-                paint_prompt(front.tokenizer, text, system=front.system_message, think=False)
-            )
-            for token in part.ids
+            for segment in paint_prompt(
+                front.tokenizer, text, system=front.system_message, think=False
+            ).segments
+            if isinstance(segment, TextSegment)
+            for token in segment.ids
         ]
         for text in ("a", "b")
     )

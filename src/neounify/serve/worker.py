@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Cancel, Keep, Order, Paint, Reply, Report
+from neounify.engine.messages import Cancel, Command, GenerateImages, KeepPrefix, Reply, Report
 from neounify.engine.understanding import UnderstandingEngine
 
 MOST_YIELDED = 4
@@ -22,7 +22,7 @@ TEXT_SECONDS = 1.0
 class Channel(Protocol):
     """A worker's end of the line to the front of the server."""
 
-    def receive(self, *, wait: bool) -> list[Order] | None:
+    def receive(self, *, wait: bool) -> list[Command] | None:
         """All orders that have come, after waiting for one if asked to; None: it is over."""
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
@@ -30,10 +30,10 @@ class Channel(Protocol):
 
 
 def receive_orders(
-    get: Callable[[], Order | None], pending: Callable[[], bool], *, wait: bool
-) -> list[Order] | None:
+    get: Callable[[], Command | None], pending: Callable[[], bool], *, wait: bool
+) -> list[Command] | None:
     """What `get` gives while something is `pending`, or once if asked to wait; see `Channel`."""
-    orders: list[Order] = []
+    orders: list[Command] = []
     while wait or pending():
         order = get()
         if order is None:
@@ -88,8 +88,8 @@ class Worker:
     def _engines(self) -> tuple[UnderstandingEngine | None, GenerationEngine | None]:
         return self.understanding, self.generation
 
-    def _engine_of(self, order: Order) -> UnderstandingEngine | GenerationEngine:
-        paints = isinstance(order, Keep | Paint | Cancel)
+    def _engine_of(self, order: Command) -> UnderstandingEngine | GenerationEngine:
+        paints = isinstance(order, KeepPrefix | GenerateImages | Cancel)
         engine = self.generation if paints else self.understanding
         assert engine is not None
         return engine

@@ -15,7 +15,7 @@ from neounify.image.pixels import prepare_image
 from neounify.text.tokenizer import Tokenizer
 
 
-class Front:
+class Processor:
     """Prompts and pictures as one model wants them; `dtype` is that of its weights."""
 
     def __init__(

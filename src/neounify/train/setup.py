@@ -51,7 +51,7 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
         model = _changed(pipe.model, source, recipe.seed)
         model.config = with_trained_sizes(model.config, recipe)
-        return TrainSetup(model.train(), pipe.tokenizer, pipe.engine.system_message)
+        return TrainSetup(model.train(), pipe.tokenizer, pipe.processor.system_message)
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
     saved = folder / "tokenizer"
     if saved.is_dir():

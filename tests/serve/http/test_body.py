@@ -10,9 +10,9 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.serve.events import Finished, TextPiece
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.connections import parse_json
+from neounify.tasks.events import Finished, TextPiece
 from support.http_server import openai_client, wait_until
 from support.scripted_service import Scripted
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from neounify.serve.events import ServiceEvent, ServiceRequest, TextPiece
+from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.settings import ConnectionLimits
+from neounify.tasks.events import TextPiece
 from serve.http.test_middleware import connected
 from support.http_server import running, wait_until
 from support.scripted_service import Scripted

@@ -11,8 +11,8 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.pipeline.chatting import ChatRequest
 from neounify.serve.http import HttpSettings, create_app
+from neounify.tasks.chat import ChatRequest
 from neounify.tasks.requests import PaintRequest
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted

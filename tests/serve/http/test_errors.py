@@ -24,11 +24,11 @@ from neounify.serve.events import (
     Overloaded,
     ServiceEvent,
     ServiceRequest,
-    TextPiece,
 )
 from neounify.serve.http import HttpSettings, Limits, MarkingHooks, create_app
 from neounify.serve.http.errors import sanitise
 from neounify.serve.safety.hooks import Refused
+from neounify.tasks.events import TextPiece
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 

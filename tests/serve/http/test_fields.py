@@ -11,12 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY, U1_8B
-from neounify.pipeline.chatting import ChatRequest
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import ALIASES, WRAPPED
 from neounify.serve.http.image_request import ImageBody
+from neounify.tasks.chat import ChatRequest
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest, size_of_shape
 from support.http_server import data_url, png
 from support.scripted_service import Scripted

@@ -14,9 +14,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError
-from neounify.pipeline.chatting import ChatRequest
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.image_urls import ImageFetcher, is_public
+from neounify.tasks.chat import ChatRequest
 from support.http_server import png
 from support.scripted_service import Scripted
 

@@ -16,9 +16,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
-from neounify.serve.events import Finished, ServiceEvent, ServiceRequest, TextPiece
+from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import HttpSettings, Limits, create_app, parse_keys
 from neounify.serve.http.settings import TokenBucket
+from neounify.tasks.events import Finished, TextPiece
 from support.http_server import openai_client, running, wait_until
 from support.scripted_service import Scripted
 

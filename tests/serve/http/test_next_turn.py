@@ -12,9 +12,9 @@ import pytest
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
-from neounify.pipeline.chatting import ChatRequest
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http import create_app
+from neounify.tasks.chat import ChatRequest
+from neounify.tasks.interleave import InterleaveRequest
 from support.http_server import data_url, openai_client, picture, png
 from support.scripted_service import Scripted
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import neounify
+from neounify.cache import SequenceCache
 from neounify.decode import Choice, LogProbs, ModelInput, forward_und, loop
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
-from neounify.serve.events import Finished, PromptRead, ServiceEvent, TextPiece
+from neounify.serve.events import ServiceEvent
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.streaming import answers_in_groups
 from neounify.serve.service import EngineService, ServiceLimits
+from neounify.tasks.events import Finished, PromptRead, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
 from support.http_server import openai_client, serving
@@ -173,11 +175,16 @@ def test_later_answers_wait_for_the_prompt() -> None:
 # --- log-probabilities ---
 
 
+def new_cache(tiny: neounify.Pipeline, capacity: int) -> SequenceCache:
+    model = tiny.model
+    return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+
+
 def by_hand(tiny: neounify.Pipeline, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """Log-probabilities [ids, vocab] in front of each of `ids`, from one pass over everything."""
     rows = []
     for end in range(len(ids)):
-        cache = tiny.engine.new_cache(len(prompt) + len(ids))
+        cache = new_cache(tiny, len(prompt) + len(ids))
         given = [*prompt, *ids[:end]]
         with torch.inference_mode():
             hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])
@@ -268,7 +275,7 @@ def test_alternatives_need_logprobs(client: openai.OpenAI) -> None:
 def greedily(tiny: neounify.Pipeline, prompt: list[int], count: int) -> str:
     ids: list[int] = []
     for _ in range(count):
-        cache = tiny.engine.new_cache(len(prompt) + count)
+        cache = new_cache(tiny, len(prompt) + count)
         given = [*prompt, *ids]
         with torch.inference_mode():
             hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])

@@ -15,17 +15,10 @@ from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse
 
 from neounify.errors import EngineDied
-from neounify.serve.events import (
-    Finished,
-    Painted,
-    Preview,
-    ServiceEvent,
-    ServiceRequest,
-    TextPiece,
-    TokenLogProb,
-)
+from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import chat_request, create_app, streaming
 from neounify.serve.http.streaming import ALIVE, INLINE_BYTES, merge_streams, start_stream
+from neounify.tasks.events import Finished, Painted, Preview, TextPiece, TokenLogProb
 from neounify.tasks.requests import PaintRequest
 from support.scripted_service import Script, Scripted
 

@@ -12,10 +12,10 @@ import pytest
 from pydantic import BaseModel
 
 import neounify
-from neounify.pipeline.chatting import ChatRequest
 from neounify.serve.build import colocated
-from neounify.serve.events import Finished, PromptRead, TextPiece, ToolCallPiece
 from neounify.serve.http import create_app
+from neounify.tasks.chat import ChatRequest
+from neounify.tasks.events import Finished, PromptRead, TextPiece, ToolCallPiece
 from neounify.text import byte_tokenizer
 from neounify.text.special import IM_END
 from neounify.text.tools import Tool

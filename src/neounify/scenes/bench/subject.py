@@ -11,7 +11,6 @@ from PIL import Image
 
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, Pipeline
-from neounify.pipeline.painting import paint, to_result
 from neounify.scenes.bench.category import Pixels
 from neounify.tasks.requests import PaintRequest
 
@@ -144,7 +143,7 @@ class PipelineSubject:
         )
 
     def _painted(self, requests: Sequence[PaintRequest]) -> list[Painting]:
-        result = to_result(paint(self._pipe.engine, requests), self._pipe.config.token_size)
+        result = self._pipe.generate_requests(requests)
         return [
             Painting(np.array(image), thought)
             for image, thought in zip(result.images, result.thoughts, strict=True)

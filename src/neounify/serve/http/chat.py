@@ -12,17 +12,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from neounify.pipeline.chatting import ChatRequest
-from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve.events import (
-    Finished,
-    Painted,
-    Preview,
-    PromptRead,
-    ServiceEvent,
-    TextPiece,
-    ToolCallPiece,
-)
+from neounify.serve.events import ServiceEvent
 from neounify.serve.http.chat_request import read_chat
 from neounify.serve.http.chat_schema import ChatBody, ChatCompletion
 from neounify.serve.http.connections import BoundedRoute
@@ -30,6 +20,9 @@ from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.media import encode_result, image_metadata, to_data_url
 from neounify.serve.http.streaming import DONE, EVENTS, json_response, off_loop, sse, start_stream
 from neounify.serve.http.text_answers import Choice, of_chat, text_usage
+from neounify.tasks.chat import ChatRequest
+from neounify.tasks.events import Finished, Painted, Preview, PromptRead, TextPiece, ToolCallPiece
+from neounify.tasks.interleave import InterleaveRequest
 
 router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import PIL.Image
 
-from neounify.pipeline.chatting import ChatRequest
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.serve.http.chat_schema import (
     ChatBody,
     ChatImagePart,
@@ -23,7 +21,9 @@ from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.streaming import off_loop
 from neounify.serve.http.text_answers import for_each_answer
+from neounify.tasks.chat import ChatRequest
 from neounify.tasks.conversation import read_conversation, read_request
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.text.message import IMAGE_MARK
 from neounify.text.tools import Tool, ToolCall, ToolUse
 

@@ -12,8 +12,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from neounify.pipeline.chatting import CompletionRequest
-from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb
+from neounify.serve.events import ServiceEvent
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import bad_request
@@ -35,6 +34,8 @@ from neounify.serve.http.text_answers import (
     of_completion,
     text_usage,
 )
+from neounify.tasks.chat import CompletionRequest
+from neounify.tasks.events import Finished, TextPiece, TokenLogProb
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10

@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request
 
 from neounify.pipeline.trained_sizes import size_advice
-from neounify.serve.events import Finished, Painted, Preview, TextPiece
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import ApiError
@@ -25,6 +24,7 @@ from neounify.serve.http.image_request import (
 )
 from neounify.serve.http.media import Form, encode_result, image_metadata, to_base64
 from neounify.serve.http.streaming import EVENTS, AnswerModel, json_response, sse_of, start_stream
+from neounify.tasks.events import Finished, Painted, Preview, TextPiece
 from neounify.tasks.requests import PaintRequest
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)

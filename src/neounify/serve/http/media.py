@@ -21,14 +21,14 @@ from neounify.errors import ImageError, RequestError
 from neounify.image.budget import DecodeBudget
 from neounify.image.io import read_image
 from neounify.image.pixels import to_pil
-from neounify.pipeline.interleaving import InterleaveRequest
 from neounify.provenance.metadata import Format, encode_image
 from neounify.runtime import return_freed_memory
-from neounify.serve.events import Painted, Preview
 from neounify.serve.http.image_urls import ImageFetcher, data_url_bytes, is_data_url
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.http.streaming import task_of
 from neounify.serve.safety.hooks import Hooks
+from neounify.tasks.events import Painted, Preview
+from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import PaintRequest
 
 if TYPE_CHECKING:

@@ -20,11 +20,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from neounify.pipeline.chatting import ChatRequest, CompletionRequest
-from neounify.pipeline.interleaving import InterleaveRequest
-from neounify.serve.events import Finished, PromptRead, Service, ServiceEvent, ServiceRequest
+from neounify.serve.events import Service, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import INTERNAL, to_api_error
 from neounify.serve.waiting import within
+from neounify.tasks.chat import ChatRequest, CompletionRequest
+from neounify.tasks.events import Finished, PromptRead
+from neounify.tasks.interleave import InterleaveRequest
 
 Item = TypeVar("Item")
 

@@ -11,10 +11,11 @@ from pydantic import BaseModel, Field
 from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.config.sampling import MAX_LOGPROBS
-from neounify.pipeline.chatting import ChatRequest, CompletionRequest
-from neounify.serve.events import Finished, ServiceEvent, TextPiece, TokenLogProb, ToolCallPiece
+from neounify.serve.events import ServiceEvent
 from neounify.serve.http.fields import MAX_TEXT, Number, RequestFields, seeds_of
 from neounify.serve.http.streaming import AnswerModel
+from neounify.tasks.chat import ChatRequest, CompletionRequest
+from neounify.tasks.events import Finished, TextPiece, TokenLogProb, ToolCallPiece
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]

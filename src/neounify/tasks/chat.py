@@ -1,29 +1,44 @@
-"""Understanding: questions about pictures and text, answered and streamed."""
+"""Chat and completion: requests, their prompts, and the programs that answer them."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import PIL.Image
 import torch
 
 from neounify.config import TextSampling
-from neounify.decode.loop import Generation
-from neounify.decode.sampling import SamplingState
+from neounify.engine.messages import (
+    Decode,
+    Decoded,
+    Prefill,
+    PromptInput,
+    TextInput,
+    Token,
+    new_number,
+)
 from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
-from neounify.pipeline.engine import Engine
-from neounify.pipeline.results import ChatResult
-from neounify.tasks.answer import AnswerText, check_stop
+from neounify.tasks.answer import AnswerEvents, AnswerText, check_stop
 from neounify.tasks.conversation import Conversation, read_conversation
-from neounify.tasks.processor import Front
+from neounify.tasks.events import PromptRead, TextPiece
+from neounify.tasks.processor import Processor
+from neounify.tasks.program import (
+    NEXT,
+    Compute,
+    Program,
+    Usage,
+    new_sequences,
+    pack_images,
+    prompt_inputs,
+)
 from neounify.text.message import Message
-from neounify.text.special import IM_END
+from neounify.text.special import END_OF_TEXT, IM_END
 from neounify.text.template import Prompt, chat_prompt, continues_answer
-from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
+from neounify.text.tools import Tool, ToolCallReader, ToolUse, read_tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +106,14 @@ class CompletionRequest:
             )
         check_stop(self.stop)
 
-    def ids(self, front: Front) -> tuple[int, ...]:
+    def ids(self, processor: Processor) -> tuple[int, ...]:
         """The prompt's ids; special tokens typed in a text stay characters.
 
         Raises PromptError for what is no text, and for ids that the tokenizer does not have.
         """
         if isinstance(self.prompt, str):
-            return tuple(front.tokenizer.encode(self.prompt))
-        last = front.tokenizer.vocab_size - 1
+            return tuple(processor.tokenizer.encode(self.prompt))
+        last = processor.tokenizer.vocab_size - 1
         for token in self.prompt:
             if not 0 <= token <= last:
                 raise PromptError(f"prompt: token ids are 0 to {last}, got {token}", param="prompt")
@@ -167,10 +182,10 @@ def make_chat_request(
     )
 
 
-def prompt_of(front: Front, request: ChatRequest) -> Prompt:
+def prompt_of(processor: Processor, request: ChatRequest) -> Prompt:
     """The prompt of a conversation. Raises PromptError."""
     return chat_prompt(
-        front.tokenizer,
+        processor.tokenizer,
         request.messages,
         system=request.system,
         think=request.think,
@@ -178,7 +193,7 @@ def prompt_of(front: Front, request: ChatRequest) -> Prompt:
     )
 
 
-def constrained(front: Front, request: ChatRequest) -> TextSampling:
+def constrained(processor: Processor, request: ChatRequest) -> TextSampling:
     """How to draw the answer: by its schema, or as calls of tools, where that is asked for.
 
     Raises RequestError for a schema that cannot be followed.
@@ -186,14 +201,14 @@ def constrained(front: Front, request: ChatRequest) -> TextSampling:
     use = request.tool_use
     if use.forced:
         grammar = calls_grammar(
-            front.vocabulary,
+            processor.vocabulary,
             use.forced,
             parallel=use.parallel and use.name is None,
             thinks=request.think,
         )
     elif request.response_format is not None:
         grammar = json_grammar(
-            front.vocabulary,
+            processor.vocabulary,
             request.response_format,
             what="response_format",
             tools=use.offered,
@@ -210,126 +225,82 @@ def call_reader(request: ChatRequest) -> ToolCallReader | None:
     return ToolCallReader(forced=bool(use.forced)) if use.offered else None
 
 
-def chat_images(front: Front, request: ChatRequest) -> list[torch.Tensor]:
+def chat_images(processor: Processor, request: ChatRequest) -> list[torch.Tensor]:
     """The pictures of a conversation, sized and normalised."""
-    own = front.config.sampling
-    return front.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
+    own = processor.config.sampling
+    return processor.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
 
 
-def answer_text(front: Front, request: ChatRequest) -> AnswerText:
+def answer_text(processor: Processor, request: ChatRequest) -> AnswerText:
     """What turns the tokens of the answer into its text."""
     begun = continues_answer(request.messages) and bool(request.messages[-1].text)
-    return AnswerText(front.tokenizer.stream(), request.stop, continues=begun)
+    return AnswerText(processor.tokenizer.stream(), request.stop, continues=begun)
 
 
-class ChatRun:
-    """Answers being written to several requests at once.
-
-    Iterating yields (number of the request, piece of text); afterwards `results` holds
-    the whole answers.
-    """
-
-    def __init__(
-        self, engine: Engine, requests: Sequence[ChatRequest], cancel: threading.Event | None
-    ) -> None:
-        self._engine = engine
-        self._cancel = cancel
-        self._answers = [_Answer(engine, r) for r in requests]
-        samplings = [constrained(engine, r) for r in requests]
-        prompts = [prompt_of(engine, r) for r in requests]
-        prefixes = engine.read(prompts, [chat_images(engine, r) for r in requests])
-        self._hidden = torch.stack([p.hidden for p in prefixes])
-        self._lengths = [p.cache.length for p in prefixes]
-        end = frozenset((engine.token(IM_END),))
-        self._generations = [
-            Generation(p.cache, SamplingState(sampling, p.context), end, r.max_new_tokens)
-            for p, r, sampling in zip(prefixes, requests, samplings, strict=True)
-        ]
-
-    def finish(self) -> list[ChatResult]:
-        """Write all answers to their ends."""
-        for _ in self:
-            pass
-        return self.results
-
-    def __iter__(self) -> Iterator[tuple[int, str]]:
-        for taken in self._engine.write(self._generations, self._hidden, self._cancel):
-            for number, token in taken:
-                answer = self._answers[number]
-                piece = answer.put(token)
-                if answer.stopped:
-                    self._generations[number].stop()
-                if piece:
-                    yield number, piece
-        for number, answer in enumerate(self._answers):
-            if piece := answer.flush():
-                yield number, piece
-
-    @property
-    def results(self) -> list[ChatResult]:
-        return [
-            ChatResult(
-                "".join(answer.pieces),
-                tuple(g.ids),
-                g.finish_reason or "stop",
-                length,
-                tuple(answer.calls),
-                tuple(g.logprobs),
-            )
-            for answer, g, length in zip(
-                self._answers, self._generations, self._lengths, strict=True
-            )
-        ]
+def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -> Program[None]:
+    """Answer a conversation; with `thoughts` they are events apart from the answer's text."""
+    # One step: each way into a thread and back waits for the interpreter beside the engines.
+    sampling, prompt, images = yield Compute(partial(_prepare, processor, request))
+    packed = yield from pack_images(images, processor.config.token_size)
+    text = AnswerEvents(
+        processor,
+        lambda: answer_text(processor, request),
+        thinking=thoughts and request.think,
+        thoughts=thoughts,
+        calls=call_reader(request),
+    )
+    stops = frozenset((processor.token(IM_END),))
+    inputs = prompt_inputs(prompt, packed)
+    yield from _answer(inputs, text, sampling, stops, request.max_new_tokens)
 
 
-class _Answer:
-    """The pieces of text of one answer so far, and the calls in it."""
-
-    def __init__(self, front: Front, request: ChatRequest) -> None:
-        self._text = answer_text(front, request)
-        self._reader = call_reader(request)
-        self.pieces: list[str] = []
-        self.calls: list[ToolCall] = []
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string has ended the answer."""
-        return self._text.stopped
-
-    def put(self, token: int) -> str:
-        """Add a token; the text that can be shown now."""
-        text = self._text.put(token)
-        return self._keep([text] if self._reader is None else self._reader.put(text))
-
-    def flush(self) -> str:
-        """The rest of the text."""
-        text = self._text.flush()
-        if self._reader is None:
-            return self._keep([text])
-        return self._keep([*self._reader.put(text), *self._reader.flush()])
-
-    def _keep(self, items: Sequence[str | ToolCall]) -> str:
-        self.calls += [item for item in items if isinstance(item, ToolCall)]
-        piece = "".join(item for item in items if isinstance(item, str))
-        if piece:
-            self.pieces.append(piece)
-        return piece
+def _prepare(
+    processor: Processor, request: ChatRequest
+) -> tuple[TextSampling, Prompt, list[torch.Tensor]]:
+    sampling = constrained(processor, request)
+    return sampling, prompt_of(processor, request), chat_images(processor, request)
 
 
-class ChatStream:
-    """One answer as it is written: iterate for pieces of text, then read `result`."""
+def complete(processor: Processor, request: CompletionRequest) -> Program[None]:
+    """Continue a text as it stands."""
+    ids: tuple[int, ...] = yield Compute(partial(request.ids, processor))
+    tokenizer = processor.tokenizer
+    text = AnswerEvents(
+        processor,
+        lambda: AnswerText(tokenizer.stream(), request.stop, strip=False),
+        thoughts=False,
+    )
+    ends = (tokenizer.find(name) for name in (IM_END, END_OF_TEXT))
+    stops = frozenset(end for end in ends if end is not None)
+    if request.echo:
+        prompt = request.prompt
+        yield TextPiece(prompt if isinstance(prompt, str) else tokenizer.decode(ids, False))
+    inputs = (TextInput(ids),)
+    yield from _answer(inputs, text, request.sampling, stops, request.max_new_tokens)
 
-    def __init__(self, run: ChatRun) -> None:
-        self._run = run
-        self._iterator = iter(run)
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._iterator)[1]
-
-    @property
-    def result(self) -> ChatResult:
-        """What was answered so far; all of it once the iteration has ended."""
-        return self._run.results[0]
+def _answer(
+    prompt: tuple[PromptInput, ...],
+    text: AnswerEvents,
+    sampling: TextSampling,
+    stops: frozenset[int],
+    max_new_tokens: int,
+) -> Program[None]:
+    (name,) = new_sequences("cond").values()
+    call = new_number()
+    decode = Decode(call, name, sampling, stops, max_new_tokens)
+    usage = Usage.of(prompt, (yield Prefill(call, {name: prompt}, {name: max_new_tokens}, decode)))
+    yield PromptRead(usage.prompt)
+    reason: str | None = None
+    while isinstance(answer := (yield NEXT), Token):
+        usage.written += 1
+        usage.thought += text.thinking
+        yield answer
+        yield from text.put(answer)
+        if text.stopped:
+            break
+    else:
+        assert isinstance(answer, Decoded)
+        reason = answer.finish_reason
+    yield from text.flush()
+    yield usage.finished(reason)

@@ -1,0 +1,204 @@
+"""Driver of programs in the caller's thread: submit all, step until done."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from neounify.checkpoint.residency import Residency
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import (
+    Answer,
+    Cancel,
+    Failed,
+    GenerateImages,
+    ImageInput,
+    KeepPrefix,
+    Prefill,
+    Release,
+    SequenceName,
+    Token,
+)
+from neounify.engine.room import ContiguousRoom
+from neounify.engine.tensors import LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.errors import Cancelled
+from neounify.model.neo import NeoUnify
+from neounify.model.parts import StreamName
+from neounify.runtime.plan import plan_execution
+from neounify.tasks.events import TaskEvent
+from neounify.tasks.program import (
+    Compute,
+    NextAnswer,
+    Pack,
+    PackImage,
+    Program,
+    Returned,
+    Take,
+    resume,
+)
+
+Event = TaskEvent | Token
+UNLIMITED = 2**62
+
+
+class Driver:
+    """Both engines over one model for the requests of one call, without any limit on them.
+
+    Understanding goes before generation: all prompts are read and all thoughts written before
+    images are denoised together, so that each stream's weights are used once in a row.
+    """
+
+    def __init__(
+        self, model: NeoUnify, residency: Residency, cancel: threading.Event | None = None
+    ) -> None:
+        self._residency, self._cancel = residency, cancel
+        self._transport = LocalTransport()
+        plan = plan_execution(model.config, model.device, model.compute_dtype)
+        self._understanding = UnderstandingEngine(
+            model,
+            UnderstandingSettings(prefill_tokens=plan.prefill_rows),
+            self._transport,
+            ContiguousRoom(model),
+        )
+        self._generation = GenerationEngine(
+            model,
+            GenerationSettings(step_tokens=UNLIMITED, slice_seconds=float("inf")),
+            self._transport,
+        )
+
+    def run(self, programs: Sequence[Program[Any]]) -> Iterator[list[tuple[int, Event]]]:
+        """Run programs to their ends; yields (number of the program, event) lists, step by step.
+
+        Raises what a program raises, and Cancelled.
+        """
+        runs = [_Run(number, program) for number, program in enumerate(programs)]
+        calls: dict[int, _Run] = {}
+        events: list[tuple[int, Event]] = []
+        with ExitStack() as stack:
+            for run in runs:
+                stack.callback(run.program.close)
+                self._advance(run, None, calls, events)
+            resident = _Resident(self._residency, stack)
+            while True:
+                self._deliver(runs, calls, events)
+                if events:
+                    yield list(events)
+                    events.clear()
+                if all(run.returned for run in runs):
+                    return
+                if self._cancel is not None and self._cancel.is_set():
+                    raise Cancelled("the request was cancelled")
+                self._step(resident)
+
+    def _step(self, resident: _Resident) -> None:
+        if self._understanding.busy:
+            resident.use("und")
+            self._understanding.step()
+        elif self._generation.busy:
+            resident.use("gen")
+            self._generation.step()
+        else:
+            raise RuntimeError("programs wait for answers, and the engines have nothing to do")
+
+    def _deliver(
+        self,
+        runs: Sequence[_Run],
+        calls: dict[int, _Run],
+        events: list[tuple[int, Event]],
+    ) -> None:
+        """Pass replies on until none are left; programs may bring about new ones."""
+        while replies := self._understanding.replies + self._generation.replies:
+            self._understanding.replies, self._generation.replies = [], []
+            for reply in replies:
+                run = calls.pop(reply.call) if reply.final else calls[reply.call]
+                if run.call == reply.call:
+                    run.answers.append(reply.answer)
+            for run in runs:
+                while run.answers and not run.returned:
+                    answer = run.answers.popleft()
+                    value = answer.exception() if isinstance(answer, Failed) else answer
+                    self._advance(run, value, calls, events)
+
+    def _advance(
+        self,
+        run: _Run,
+        value: object,
+        calls: dict[int, _Run],
+        events: list[tuple[int, Event]],
+    ) -> None:
+        """Resume a program, up to the next answer that it waits for."""
+        step = resume(run.program, value)
+        while not isinstance(step, Returned):
+            if isinstance(step, TaskEvent | Token):
+                events.append((run.number, step))
+                result: object = None
+            elif isinstance(step, NextAnswer):
+                return
+            elif isinstance(step, Compute | Pack | PackImage | Take):
+                result = self._effect(step)
+            elif isinstance(step, Release):
+                self._release(run, step.sequences)
+                result = None
+            else:
+                assert not isinstance(step, Cancel)
+                calls[step.call] = run
+                run.call = step.call
+                run.answers.clear()
+                if isinstance(step, Prefill):
+                    run.sequences.update(step.prompts)
+                paints = isinstance(step, GenerateImages | KeepPrefix)
+                engine = self._generation if paints else self._understanding
+                engine.submit(step)  # type: ignore[arg-type]
+                return
+            step = resume(run.program, result)
+        run.returned = True
+        self._release(run, tuple(run.sequences))
+
+    def _effect(self, step: Compute | Pack | PackImage | Take) -> object:
+        match step:
+            case Compute(function):
+                try:
+                    return function()
+                except Exception as error:
+                    return error
+            case Pack(tensors):
+                return self._transport.pack(tensors)
+            case PackImage(pixels, grid):
+                # Contiguous caches are not compared, so that the digest stands for nothing.
+                return ImageInput(self._transport.pack({"pixels": pixels}), b"", grid)
+            case Take(ref):
+                return self._transport.take(ref)
+
+    def _release(self, run: _Run, names: tuple[SequenceName, ...]) -> None:
+        if names:
+            run.sequences.difference_update(names)
+            self._understanding.submit(Release(names))
+
+
+class _Run:
+    """A program under way: the answers it has not taken, and the sequences it holds."""
+
+    def __init__(self, number: int, program: Program[Any]) -> None:
+        self.number, self.program = number, program
+        self.call = 0
+        self.answers: deque[Answer] = deque()
+        self.sequences: set[SequenceName] = set()
+        self.returned = False
+
+
+class _Resident:
+    """The stream whose weights are in use, until another one is."""
+
+    def __init__(self, residency: Residency, stack: ExitStack) -> None:
+        self._residency, self._stack = residency, stack.enter_context(ExitStack())
+        self._stream: StreamName | None = None
+
+    def use(self, stream: StreamName) -> None:
+        if stream != self._stream:
+            self._stack.close()
+            self._stack.enter_context(self._residency.use(stream))
+            self._stream = stream

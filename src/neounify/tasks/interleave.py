@@ -1,0 +1,184 @@
+"""Interleaved answers of text and images: the request, its prompts, and the program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import PIL.Image
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.config import ModelConfig, TextSampling
+from neounify.config.sampling import check_seed
+from neounify.engine.messages import Append, Decode, Release, TextInput, Token, new_number
+from neounify.errors import ContextFullError, RequestError
+from neounify.flow.guidance import Branch
+from neounify.flow.noise import initial_noise
+from neounify.flow.sampling import ResolvedSampling
+from neounify.image.pixels import normalise_und, patchify
+from neounify.model.layout import Grid
+from neounify.tasks.answer import AnswerEvents
+from neounify.tasks.image import Kept, branch_prefixes, denoise, own_branches, prefill_branches
+from neounify.tasks.processor import Processor
+from neounify.tasks.program import NEXT, Compute, Program, Usage, pack_images
+from neounify.tasks.requests import check_negative_prompt, image_noise_scale, image_tokens
+from neounify.text.message import Message
+from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN
+from neounify.text.template import (
+    Prompt,
+    images_only_prompt,
+    interleave_prompt,
+    place_images,
+    unconditional_prompt,
+)
+
+MAX_IMAGES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterleaveRequest:
+    """`sizes` are the (width, height) of the images in turn; the last one is kept.
+
+    `max_new_tokens` counts text over the whole answer. `history` are earlier turns, whose
+    images come first in `images`. `negative_prompt` is as in a PaintRequest.
+    """
+
+    prompt: str
+    sizes: Sequence[tuple[int, int]]
+    sampling: ResolvedSampling
+    images: Sequence[PIL.Image.Image] = ()
+    max_images: int = 10
+    max_new_tokens: int = 2048
+    seed: int = 0
+    think: bool = False
+    system: str = ""
+    text: TextSampling = field(default_factory=TextSampling)
+    history: Sequence[Message] = ()
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not 0 <= self.max_images <= MAX_IMAGES:
+            raise RequestError(
+                f"max_images must be from 0 to {MAX_IMAGES}, got {self.max_images}",
+                param="max_images",
+            )
+        if self.max_new_tokens < 1:
+            raise RequestError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}",
+                param="max_new_tokens",
+            )
+        check_negative_prompt(self.negative_prompt, self.sampling)
+
+    @property
+    def own_images(self) -> int:
+        """How many of `images` belong to the prompt, not to the history."""
+        return len(self.images) - sum(message.n_images for message in self.history)
+
+
+def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch) -> Prompt:
+    """What the model reads before its answer, for one branch of guidance."""
+    tokenizer, negative = processor.tokenizer, request.negative_prompt
+    if branch == "uncond":
+        return unconditional_prompt(tokenizer, negative)
+    if branch == "image":
+        # One turn with all images, those of earlier answers too: it never holds any text.
+        count = len(request.images)
+        return images_only_prompt(tokenizer, count, open_image=False, negative=negative)
+    text = place_images(request.prompt, request.own_images, numbered=True)
+    return interleave_prompt(
+        tokenizer, text, system=request.system, think=request.think, history=request.history
+    )
+
+
+def draw_noise(
+    config: ModelConfig, width: int, height: int, generator: torch.Generator
+) -> Float[Tensor, "n ccc"]:
+    """The next image's scaled noise as tokens: one draw of a call's generator."""
+    scale = image_noise_scale(Grid.of_pixels(height, width, config.token_size), config)
+    noise = initial_noise((1, config.channels, height, width), scale, generator)
+    return patchify(noise, config.token_size, config.channels)[0]
+
+
+def to_und_input(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
+    """A generated image as the understanding stream takes it, not clamped."""
+    return normalise_und((pixels + 1) / 2).to(dtype)
+
+
+def interleave(
+    processor: Processor,
+    request: InterleaveRequest,
+    kept: Kept,
+    previews: int | None,
+    *,
+    thoughts: bool = True,
+) -> Program[None]:
+    """Write until an image opens, generate it, let the model see it, go on.
+
+    The answer ends where the model's context ends, as text does. `previews` of each image at most,
+    None for one after every step; with `thoughts` they are events apart from the answer's text.
+    """
+    own = own_branches(request.sampling, request.negative_prompt, kept)
+    # Room for one image; how many more the cache has room for shows as the answer grows.
+    tokens = max(image_tokens(processor.config, *size) for size in request.sizes) + 2
+    room: dict[str, int] = {b: tokens if request.max_images and b != "uncond" else 0 for b in own}
+    room["cond"] += request.max_new_tokens
+    names, usage, _ = yield from prefill_branches(
+        processor, request, request.images, turn_prompt, own, room
+    )
+    generator = torch.Generator().manual_seed(request.seed)
+    opens = processor.token(IMAGE_OPEN)
+    text = AnswerEvents(processor, processor.tokenizer.stream, thoughts=thoughts)
+    try:
+        for index in range(request.max_images + 1):
+            reason, stopped_by = yield from _write(processor, request, names["cond"], text, usage)
+            if stopped_by != opens or index == request.max_images:
+                break
+            seeing = [branch for branch in names if branch != "uncond"]
+            yield Append(new_number(), {names[b]: (TextInput((opens,)),) for b in seeing})
+            prefixes = yield from branch_prefixes(
+                request.sampling, request.negative_prompt, names, kept
+            )
+            if index + 1 == request.max_images and len(names) > 1:
+                # Only text may follow, which the conditional sequence alone goes on with.
+                yield Release(tuple(name for b, name in names.items() if b != "cond"))
+                names = {"cond": names["cond"]}
+                seeing = ["cond"]
+            width, height = request.sizes[min(index, len(request.sizes) - 1)]
+            draw = partial(draw_noise, processor.config, width, height, generator)
+            noise: Tensor = yield Compute(draw)
+            side = processor.config.token_size
+            grid = Grid.of_pixels(height, width, side)
+            (pixels,) = yield from denoise(
+                noise[None], grid, request.sampling, prefixes, previews, usage, first=index
+            )
+            clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
+            (image,) = yield from pack_images([clean], side)
+            shown = (image, TextInput((processor.token(IMAGE_CLOSE),)))
+            yield Append(new_number(), {names[b]: shown for b in seeing})
+    except ContextFullError:
+        reason = "length"
+    yield usage.finished(reason)
+
+
+def _write(
+    processor: Processor,
+    request: InterleaveRequest,
+    name: tuple[int, str],
+    text: AnswerEvents,
+    usage: Usage,
+) -> Program[tuple[str, int | None]]:
+    """Text up to the next image or the end: why it ended, and the token that ended it."""
+    stops = frozenset((processor.token(IM_END), processor.token(IMAGE_OPEN)))
+    answer = yield Decode(new_number(), name, request.text, stops, request.max_new_tokens)
+    while isinstance(answer, Token):
+        usage.written += 1
+        usage.thought += text.thinking
+        yield answer
+        yield from text.put(answer)
+        answer = yield NEXT
+    yield from text.flush()
+    return answer.finish_reason, answer.stopped_by
