@@ -1,7 +1,7 @@
 """The small model that comes with the package, so that everything can be tried at once.
 
-It paints 64×64 pictures of a made world of flat shapes, answers questions about them and edits
-them; docs/model-card.md says how it was trained and what it gets wrong.
+It generates 64×64 images of synthetic scenes of flat shapes, answers questions about them and
+edits them; docs/model-card.md says how it was trained and what it gets wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images that say where they come from: written into PNG, JPEG and WebP, and read back."""
+"""Provenance metadata of images: written into PNG, JPEG and WebP, and read back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _XMP_CHUNK = "XML:com.adobe.xmp"
 
 
 def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]) -> bytes:
-    """Encode an image together with what made it, that a model did, and the facts.
+    """Encode an image with its software, its source type (a trained model) and the facts.
 
     All formats carry an XMP packet; PNG carries the facts in a text chunk as well. PNG is
     lossless. Facts are anything JSON can say. Raises ImageError where they are too long for JPEG.
@@ -47,7 +47,7 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
     if format == "png":
         options = {"pnginfo": _chunks(packet, facts)}
     bare = image.copy()
-    bare.info = {}  # what the image carried, a comment or a place, is not passed on
+    bare.info = {}  # comments or locations in the input are not passed on
     buffer = BytesIO()
     bare.save(buffer, format=format.upper(), **options)
     return buffer.getvalue()

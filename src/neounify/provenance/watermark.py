@@ -1,7 +1,7 @@
 """An invisible mark in the pixels, by the library invisible-watermark.
 
-The mark lives in the brightness of 16×16 fields, whatever the size of the image, so it comes
-through resizing. Each field holds one bit: the library moves its brightness (the largest singular
+The mark is stored in the brightness of 16×16 fields, whatever the size of the image, so it
+survives resizing. Each field holds one bit: the library moves its brightness (the largest singular
 value of its cosine transform) to a quarter or three quarters of a step.
 """
 
@@ -38,7 +38,7 @@ Floats = NDArray[np.float32]
 
 
 class MarkError(NeounifyError, RuntimeError):
-    """The library of the mark is not installed, or an image did not take the mark."""
+    """The library of the mark is not installed, or the mark could not be written into an image."""
 
 
 class Marker:
@@ -102,7 +102,7 @@ def _reduced(image: Image.Image) -> Floats:
 
 
 def _doubled(image: Floats) -> Floats:
-    """Every pixel as four, in memory of its own.
+    """Every pixel as four, in separate memory.
 
     The library refuses less than 256 pixels a side, and swaps the horizontal and vertical details
     of what it marks: made of fours, an image has none. Floats, as it lets bytes overflow.

@@ -92,7 +92,7 @@ def _by_form(verdicts: Sequence[Verdict], forms: Sequence[str]) -> dict[str, Rat
 class Example:
     """One case as it went: what was asked, what came back, what the checker said.
 
-    `image` is what was painted (a story's images side by side) or asked about, `source` what
+    `image` is the generated image (a story's side by side) or the one asked about, `source` what
     was to be edited; uint8 [h, w, 3]. A wrong thought does not make the verdict wrong.
     """
 
@@ -136,7 +136,7 @@ class Category:
     forms: Sequence[str] = ()
 
     def run(self, done: Callable[[int], None] | None = None) -> Outcome:
-        """Measure all cases; `done` is told after each batch how many are."""
+        """Measure all cases; `done` is called after each batch with the cases finished."""
         number, examples = len(self.held_out), list[Example]()
         for start in range(0, number, self.batch_size):
             examples += self.take(range(start, min(number, start + self.batch_size)))

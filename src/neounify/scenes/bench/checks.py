@@ -1,4 +1,4 @@
-"""Verdicts: does an image, an answer, a caption, an edit or a story do what was asked?
+"""Verdicts: whether an image, an answer, a caption, an edit or a story fulfils its request.
 
 Strict means that everything the text claims holds and nothing is there besides. Each verdict is
 also split by attribute, as far as the text names it, under the assignment of objects to words
@@ -164,7 +164,7 @@ def check_edit(
 ) -> EditVerdict:
     """Whether the target is reached and everything else is as it was.
 
-    `source` is the image that was given to be edited; both must have one size.
+    `source` is the input image of the edit; both must have one size.
     """
     before, after = as_array(source), as_array(edited)
     target = check_image(facts_of(edit.target, config, FULL_STYLE), after, config)

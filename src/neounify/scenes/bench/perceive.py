@@ -1,4 +1,4 @@
-"""Seeing: from an image back to background, objects, shapes, colours, sizes and places.
+"""Perception: from an image back to background, objects, shapes, colours, sizes and places.
 
 Analysis by synthesis, for images that may be noisy, soft-edged or a little off in colour:
 
@@ -60,7 +60,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Percept:
-    """All that was seen; `clutter`: share of the image that is neither background nor object."""
+    """Everything perceived; `clutter`: share of the image that is neither background nor object."""
 
     background: str | None
     objects: tuple[SeenObject, ...]
@@ -82,7 +82,7 @@ def as_array(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
 
 
 def perceive(image: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Percept:
-    """See a square image of any side; larger ones are averaged down to the config's side."""
+    """Perceive a square image of any side; larger ones are averaged down to the config's side."""
     pixels = as_array(image)
     if pixels.shape[0] != pixels.shape[1]:
         raise DataError(f"a scene is square; this image is {pixels.shape[1]}×{pixels.shape[0]}")

@@ -11,7 +11,7 @@ from neounify.scenes.world.scene import SceneConfig
 
 TASKS = ("paint", "vqa", "caption", "edit", "story", "reconstruction")
 EDIT_SEEDS, STORY_SEEDS, COPY_SEEDS = 50, 60, 70
-"""The streams of noise beside those of painting, which are the categories' places."""
+"""Random streams besides those of image categories, which are their indices."""
 RELATION_YES_NO = "relation_yes_no"
 """Questions of relation in a form that training never shows, beside the kinds it has."""
 _MAX_SEED = 2**32
@@ -27,7 +27,7 @@ class BenchConfig:
         cases: per category, at least 1.
         seed: 0 to 2³² − 1; of the cases and of the noise.
         batch_size: cases asked at once, at least 1; it changes nothing but speed.
-        think: whether the subject is to think before it paints and edits.
+        think: whether the subject writes a thought before images and edits.
         token_size: side of the subject's image tokens in pixels, for seams at their borders.
     """
 
@@ -79,7 +79,7 @@ def question_kinds(config: BenchConfig) -> list[QuestionKind]:
 
 
 def noise_seed(config: BenchConfig, stream: int, case: int) -> int:
-    """The seed of a case's noise, whatever the batch it is painted in."""
+    """The seed of a case's noise, independent of its batch."""
     return (config.seed * 1000 + stream) * 1_000_003 + case
 
 

@@ -1,4 +1,4 @@
-"""What is asked: painting prompts by category, questions, captions, edits and stories.
+"""Cases: image prompts by category, questions, captions, edits and stories.
 
 Painting has GenEval's six categories and three more:
 
@@ -96,14 +96,14 @@ class EditCase:
 
 @dataclass(frozen=True)
 class StoryCase:
-    """A story to be told; held out if one of its scenes is."""
+    """A story; held out if one of its scenes is."""
 
     story: Story
     held_out: bool
 
 
 def categories(config: SceneConfig) -> tuple[str, ...]:
-    """The painting categories that a world allows (no sizes where there is one)."""
+    """The image categories that a world allows (no sizes where there is one)."""
     left_out = {"size"} if len(config.sizes) == 1 else set()
     if len(config.backgrounds) == 1:
         left_out.add("background")
@@ -144,8 +144,8 @@ def paint_cases(
 ) -> tuple[PaintCase, ...]:
     """Prompts of a category, with distinct texts as long as the world has enough of them.
 
-    Where it has not (few shapes, no colours named) prompts come again, to be painted from
-    another noise, as GenEval paints each of its prompts four times.
+    Where it has not (few shapes, no colours named) prompts are repeated with
+    other noise, as GenEval generates each of its prompts four times.
     """
     cases: list[PaintCase] = []
     seen: set[str] = set()

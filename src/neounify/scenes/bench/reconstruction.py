@@ -1,4 +1,4 @@
-"""What the understanding stream keeps of an image: the subject is asked for the same one again."""
+"""Reconstruction: how much of an image an edit that changes nothing preserves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STREAM = 600
 
 @dataclass(frozen=True)
 class CopyCase:
-    """A scene to be painted again as it is."""
+    """A scene to be generated again unchanged."""
 
     scene: Scene
     request: str
@@ -33,7 +33,7 @@ class CopyCase:
 def copy_cases(
     config: SceneConfig, number: int = 200, seed: int = 0, language: Language = "en"
 ) -> tuple[CopyCase, ...]:
-    """Copies in the requests' wordings by turns, every fourth of a scene held out of training."""
+    """Copies in alternating wordings, every fourth of a scene held out of training."""
     requests = KEEP_REQUESTS[language]
     cases = []
     for index in range(number):

@@ -52,7 +52,7 @@ ProgressFn = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Findings:
-    """A report, and the outcomes it sums up with every image and answer."""
+    """A report, and the outcomes behind it with every image and answer."""
 
     report: Report
     outcomes: tuple[Outcome, ...]
@@ -96,7 +96,7 @@ def measure(
         seed: of cases and noise, 0 to 2³² − 1.
         batch_size: cases asked at once; it changes nothing but speed and memory.
         think: paint and edit with a thought before.
-        progress: told (category, cases done, cases in all) after every batch.
+        progress: called with (category, cases done, total) after every batch.
 
     Raises DataError for what cannot be measured, RequestError for sampling out of range.
     """
@@ -163,5 +163,5 @@ def surroundings(started: float) -> dict[str, Any]:
 
 
 def _token_size(pipeline: Pipeline | Subject) -> dict[str, int]:
-    """The pipeline's token side; what paints without tokens is seen through the default's."""
+    """The pipeline's token side; the default for subjects without tokens."""
     return {"token_size": pipeline.config.token_size} if isinstance(pipeline, Pipeline) else {}

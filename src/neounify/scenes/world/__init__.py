@@ -1,6 +1,6 @@
-"""A world of scenes, made on the fly from a seed: flat shapes, words about them, and samples.
+"""Synthetic scenes, generated from a seed: flat shapes, texts about them, and samples.
 
-`world` draws scenes, `render` paints them, `language` and `questions` talk about them, `parse`
+`world` draws scenes, `render` their pixels, `language` and `questions` write about them, `parse`
 reads captions back, `edits` and `stories` change them, `samples` turns all of it into training
 samples. Nothing is downloaded and nothing is stored.
 """

@@ -46,7 +46,7 @@ class SceneEdit:
     target: Scene
     instruction: str
     narration: str
-    """The same change told as it happens, for stories: "The red circle turns blue."."""
+    """The change as a sentence of a story: "The red circle turns blue."."""
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -94,7 +94,7 @@ def edit_scene(
 
 
 def edit_thought(edit: SceneEdit, config: SceneConfig, language: Language = "en") -> str:
-    """The thought before painting an edit: the layout that is wanted."""
+    """The thought before an edit: the layout of the target."""
     return layout_text(edit.target, config, language)
 
 
@@ -244,7 +244,7 @@ _EDITORS = {
 
 @dataclass(frozen=True)
 class StoryStep:
-    """What is told and the scene that is shown after it."""
+    """A sentence and the scene shown after it."""
 
     text: str
     scene: Scene

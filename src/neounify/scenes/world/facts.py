@@ -1,4 +1,4 @@
-"""What a text claims about an image: the meeting point of captions, prompts and checks.
+"""Facts that a text states about an image: the meeting point of captions, prompts and checks.
 
 `SceneFacts` is what a caption says, no more: an attribute that is not mentioned is None. The
 writer turns facts into words, the parser turns words into facts, and the checker asks whether
@@ -90,22 +90,22 @@ def facts_of(
 ) -> SceneFacts:
     """What a caption of that style says of a scene; `rng` chooses the related pair, if any.
 
-    A relation is told of two objects that the mentioned attributes single out; where there are
-    no such two, none is told. Sizes are not mentioned in a world with a single size.
+    A relation is stated only between two objects that are uniquely described; without such a
+    pair, none is stated. Sizes are not mentioned in a world with a single size.
     """
-    told = [_fact_of(placed, config, style) for placed in scene.objects]
-    counts = Counter(told)
+    facts = [_fact_of(placed, config, style) for placed in scene.objects]
+    counts = Counter(facts)
     objects = tuple(replace(fact, count=counts[fact]) for fact in counts)
     relations: tuple[RelationFact, ...] = ()
     if style.places == "relation":
-        unique = [i for i, fact in enumerate(told) if counts[fact] == 1]
+        unique = [i for i, fact in enumerate(facts) if counts[fact] == 1]
         index = {fact: i for i, fact in enumerate(counts)}
         pairs = [(a, b) for a in unique for b in unique if a < b]
         if pairs:
             a, b = pick(rng, pairs) if rng is not None else pairs[0]
             held = relations_between(scene.objects[a].cell, scene.objects[b].cell)
             relation = pick(rng, held) if rng is not None else held[0]
-            relations = (RelationFact(index[told[a]], relation, index[told[b]]),)
+            relations = (RelationFact(index[facts[a]], relation, index[facts[b]]),)
     return SceneFacts(objects, relations, scene.background if style.background else None)
 
 

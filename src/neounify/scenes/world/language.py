@@ -1,4 +1,4 @@
-"""Writing about scenes: captions in many wordings, and the layout thought before painting.
+"""Writing about scenes: captions in many wordings, and thoughts that list a layout.
 
 A caption is written from facts alone and `parse_caption` reads it back to the same facts. The
 layout thought lists the background and then every object with its size and place,
@@ -130,7 +130,7 @@ class _Writer:
         return self.rng is not None and chance(self.rng, probability)
 
     def order(self, facts: SceneFacts) -> SceneFacts:
-        """The facts with objects in random order and relations told from either end."""
+        """The facts with objects in random order and relations stated from either end."""
         if self.rng is None:
             return facts
         order = shuffled(self.rng, range(len(facts.objects)))

@@ -40,7 +40,7 @@ QUESTION_KINDS: tuple[QuestionKind, ...] = (
 QUESTION_WEIGHTS: dict[QuestionKind, float] = {
     kind: {"relation": 3.0, "where": 4.0}.get(kind, 1.0) for kind in QUESTION_KINDS
 }
-"""How often each kind comes among several questions: those learnt last more often."""
+"""How often each kind comes among several questions: those learned last more often."""
 
 _SIDES = {"left of": "left", "right of": "right", "above": "above", "below": "below"}
 _CHINESE_ANSWERS = {

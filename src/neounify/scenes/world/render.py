@@ -111,7 +111,7 @@ def render(scene: Scene, config: SceneConfig, side: int | None = None) -> NDArra
     """Paint a scene as uint8 RGB [side, side, 3]; `side` in pixels, the config's by default."""
     side = side or config.side
     if side < 16:
-        raise DataError(f"a scene cannot be painted {side} pixels wide; the least is 16")
+        raise DataError(f"a scene cannot be rendered {side} pixels wide; the minimum is 16")
     canvas = np.empty((side, side, 3), np.uint8)
     canvas[:] = COLOURS[scene.background]
     ground = np.asarray(COLOURS[scene.background], np.float32)
@@ -124,7 +124,7 @@ def render(scene: Scene, config: SceneConfig, side: int | None = None) -> NDArra
 
 
 def object_mask(config: SceneConfig, placed: SceneObject, side: int) -> tuple[int, int, Floats]:
-    """Where an object lies in an image: top row, left column, coverage [h, w, 1]."""
+    """Position of an object in an image: top row, left column, coverage [h, w, 1]."""
     x, y = config.centre(placed)
     radius = config.radius(placed.size) * side
     mask_of = _cached_mask if radius <= _CACHED_RADIUS else _mask

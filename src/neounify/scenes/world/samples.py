@@ -53,7 +53,7 @@ CAPTION_REQUESTS: dict[Language, dict[str, tuple[str, ...]]] = {
     },
 }
 KEEP_SHARE = 0.1
-"""Of the edits, those that ask for the same image again."""
+"""Share of edits that change nothing."""
 MAX_QUESTIONS = 4
 """About one image, turn by turn: an image costs more tokens than a question."""
 CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
@@ -120,7 +120,7 @@ class SceneDataset:
 def draw_style(rng: np.random.Generator) -> CaptionStyle:
     """A caption style as prompts have it: colours mostly, the rest now and then.
 
-    The less a prompt says, the more is left to agree on while painting: those are the hard ones,
+    The less a prompt says, the more is decided during denoising: those are the hard ones,
     and there must be enough of them.
     """
     return CaptionStyle(

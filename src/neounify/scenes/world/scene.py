@@ -103,7 +103,7 @@ class SceneConfig:
         if not 1 <= self.max_objects <= room_for:
             raise DataError(f"max_objects {self.max_objects} is outside 1 to {room_for}")
         if self.side < 32:
-            raise DataError(f"side {self.side} is under 32 pixels: shapes cannot be told apart")
+            raise DataError(f"side {self.side} is under 32 pixels: shapes cannot be distinguished")
         room = (1 - 2 * CELL_MARGIN) / EXTENT
         if not 0 < self.small < self.large <= room + 1e-9:
             raise DataError(

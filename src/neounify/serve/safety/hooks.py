@@ -1,4 +1,4 @@
-"""Hooks that look at what is asked and what is painted, and may refuse it."""
+"""Hooks that check prompts and generated images, and may refuse them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class SafetyHook(Protocol):
     """What a server asks before and after its model works. Called from several threads."""
 
     def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
-        """Look at a prompt and its images before any work; raises Refused."""
+        """Check a prompt and its images before any work; raises Refused."""
 
     def check_image(self, image: Image.Image) -> None:
-        """Look at a painted image before anybody sees it; raises Refused."""
+        """Check a generated image before it is returned; raises Refused."""
 
 
 class Hooks:

@@ -30,7 +30,7 @@ def make_hooks(word_list: Path | None, names: Sequence[str]) -> Hooks:
 def load_hook(name: str) -> SafetyHook:
     """The hook behind "package.module:attribute", which is a hook, or makes one when called.
 
-    Imports the module, so the name must come from whoever runs the server. Raises HookError.
+    Imports the module, so the name must come from the operator of the server. Raises HookError.
     """
     found = _find(name)
     if isinstance(found, type) or not isinstance(found, SafetyHook):

@@ -58,12 +58,12 @@ class WordList:
         return cls(phrases)
 
     def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
-        """Raise Refused if the text holds a listed phrase; the images are not looked at."""
+        """Raise Refused if the text holds a listed phrase; images are not checked."""
         if self._holds(normalise(text)):
             raise Refused(self.rule, "its text holds words that are not allowed here.")
 
     def check_image(self, image: Image.Image) -> None:
-        """Let every image pass: a list of words knows nothing about them."""
+        """Accept every image: a word list does not apply."""
 
     def _add(self, phrase: str) -> None:
         text = normalise(phrase)
