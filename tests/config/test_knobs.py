@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 import pytest
+from PIL import Image
 from typer.main import get_command
 
+import neounify
 from neounify.cli import task_options as cli
 from neounify.cli.app import app
 from neounify.cli.checks import resolve_sampling
@@ -18,19 +20,23 @@ from neounify.cli.task_options import EditOptions
 from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.config.presets import SCENES, TINY
+from neounify.config.sampling import TextKnobs
 from neounify.errors import RequestError
 from neounify.flow.sampling import (
     EditKnobs,
     GenerateKnobs,
     ImageSampling,
+    InterleaveKnobs,
     ResolvedSampling,
 )
+from neounify.model import NeoUnify
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.image_request import ImageBody
 from neounify.tasks.chat import ChatOptions, make_chat_request
+from neounify.text import byte_tokenizer
 from support.scripted_service import Scripted
 
 KNOBS = [field.name for field in fields(ImageSampling)]
@@ -39,6 +45,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 EDIT_ONLY = {"image_guidance", "published_interval"}
 OPTIONS = {"guidance_interval": "interval", "guidance_norm": "norm"}
 """Names of the command line that are shorter than the field's."""
+
+
+@pytest.fixture(scope="module")
+def pipe() -> neounify.Pipeline:
+    return neounify.Pipeline(NeoUnify(TINY).requires_grad_(False), byte_tokenizer())
+
 
 OUT_OF_RANGE: dict[str, Any] = {
     "steps": 0,
@@ -93,9 +105,18 @@ def test_every_knob_is_documented() -> None:
 
 
 def test_keyword_arguments_are_the_fields() -> None:
-    assert set(EditKnobs.__annotations__) | set(GenerateKnobs.__annotations__) == set(KNOBS)
-    assert set(KNOBS) - set(GenerateKnobs.__annotations__) == EDIT_ONLY
+    assert EditKnobs.__optional_keys__ == set(KNOBS)
+    assert set(KNOBS) - GenerateKnobs.__optional_keys__ == EDIT_ONLY
+    assert InterleaveKnobs.__optional_keys__ == set(KNOBS) | TextKnobs.__optional_keys__
     assert OUT_OF_RANGE.keys() | {"published_interval"} == OTHER.keys() == set(KNOBS)
+
+
+@pytest.mark.parametrize("call", ["generate", "edit", "interleave", "chat"])
+@pytest.mark.parametrize("name", ["stpes", "constraint", "editing"])
+def test_names_that_are_no_knobs(pipe: neounify.Pipeline, call: str, name: str) -> None:
+    images = (Image.new("RGB", (64, 64)),) if call == "edit" else ()
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        getattr(pipe, call)("a boat", *images, **{name: None})
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE.items())
@@ -191,7 +212,8 @@ def test_every_knob_of_text_is_offered_everywhere(name: str) -> None:
         if name not in ("seed", "logprobs"):  # of the whole answer, and OpenAI's own
             assert (field.description or "").removesuffix(" Extension.") == doc
             assert field.default == getattr(TextSampling(), name)
-    assert name in NOT_OPTIONS | ChatOptions.__annotations__.keys()
+    assert name in ChatOptions.__optional_keys__
+    assert name in TextKnobs.__optional_keys__ | {"seed", "logprobs"}
     for command in ("chat", "story"):
         if name in NOT_OPTIONS:
             continue

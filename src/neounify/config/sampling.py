@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from neounify.config.checks import require
 from neounify.config.knobs import doc
@@ -179,3 +179,13 @@ class TextSampling:
             if not ok:
                 value = getattr(self, name)
                 raise RequestError(f"{name} must be {rule}, got {value}", param=name)
+
+
+class TextKnobs(TypedDict, total=False):
+    """Fields of TextSampling as keyword arguments, without those of one answer."""
+
+    repetition_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.config.knobs import doc
+from neounify.config.sampling import TextKnobs
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 from neounify.flow.solvers import SolverName, check_solver
@@ -121,10 +122,14 @@ class GenerateKnobs(TypedDict, total=False):
 
 
 class EditKnobs(GenerateKnobs, total=False):
-    """All fields of ImageSampling as keyword arguments, as edits and interleaved answers take."""
+    """All fields of ImageSampling as keyword arguments."""
 
     image_guidance: float | None
     published_interval: bool
+
+
+class InterleaveKnobs(EditKnobs, TextKnobs, total=False):
+    """The knobs of interleaved answers: of their images and of their text."""
 
 
 @dataclass(frozen=True, kw_only=True)

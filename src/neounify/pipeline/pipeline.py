@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -15,8 +15,10 @@ from neounify.checkpoint.dtypes import DtypeChoice
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
+from neounify.config.knobs import check_keywords
+from neounify.config.sampling import TextKnobs
 from neounify.errors import RequestError
-from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling
+from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling, InterleaveKnobs
 from neounify.image.io import ImageSource
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.driver import Driver
@@ -197,8 +199,7 @@ class Pipeline:
         with `guidance_norm` none, global, channel or cfg_zero_star; `shift`; `solver` euler or
         ab2; `t_eps`. TypeError for names that are unknown, or that only edits have.
         """
-        if unknown := sorted(sampling.keys() - GenerateKnobs.__annotations__.keys()):
-            raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+        check_keywords("generate", sampling, GenerateKnobs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise RequestError("the list of prompts is empty", param="prompt")
@@ -286,27 +287,26 @@ class Pipeline:
         max_new_tokens: int = 2048,
         width: int | Sequence[int] | None = None,
         height: int | Sequence[int] | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
         seed: int = 0,
         negative_prompt: str = "",
         think: bool = False,
         system: str = "",
         cancel: threading.Event | None = None,
-        **sampling: Unpack[EditKnobs],
+        **knobs: Unpack[InterleaveKnobs],
     ) -> Iterator[InterleavePart]:
-        """Answer with text and images by turns; an iterator of parts.
+        """Interleaved answer of text and images; an iterator of parts.
 
         `prompt` is a text or a list of messages as in `chat`, the last one a user's; earlier
         answers may hold images. Yields TextPart pieces as they are written, a PreviewPart
         after every denoising step and an ImagePart per finished image. `width` and `height`
         may be lists, one size per image in turn; the last is kept. `max_new_tokens` bounds
-        the text, `max_images` the images: after the last one the text goes on. The text is
-        drawn as in `chat`, the images are painted as in `edit`.
+        the text, `max_images` the images: after the last one the text goes on. Text is
+        sampled as in `chat`, images as in `edit`, each by fields of the same names.
         """
+        check_keywords("interleave", knobs, InterleaveKnobs)
+        sampling: dict[str, Any] = dict(knobs)
+        text_names = TextKnobs.__optional_keys__ & sampling.keys()
+        text_sampling = {name: sampling.pop(name) for name in text_names}
         text, history, pictures = read_request(
             prompt,
             read_pictures(images, colour_profiles=self.colour_profiles),
@@ -328,14 +328,7 @@ class Pipeline:
             seed=seed,
             think=think,
             system=system,
-            text=TextSampling(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                seed=seed,
-            ),
+            text=TextSampling(seed=seed, **text_sampling),
         )
         return run_interleaved(self._driver(cancel), self.processor, request)
 

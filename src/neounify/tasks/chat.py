@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import PIL.Image
 import torch
+from typing_extensions import Unpack
 
 from neounify.config import TextSampling
+from neounify.config.knobs import check_keywords
+from neounify.config.sampling import TextKnobs
 from neounify.engine.messages import (
     Decode,
     Decoded,
@@ -120,15 +123,10 @@ class CompletionRequest:
         return tuple(self.prompt)
 
 
-class ChatOptions(TypedDict, total=False):
+class ChatOptions(TextKnobs, total=False):
     """The keyword arguments of `make_chat_request`."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
     stop: Sequence[str]
     system: str
     think: bool
@@ -144,11 +142,6 @@ def make_chat_request(
     images: Sequence[PIL.Image.Image],
     *,
     max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
     stop: Sequence[str] = (),
     system: str = "",
     think: bool = False,
@@ -158,8 +151,10 @@ def make_chat_request(
     tools: Sequence[Tool | Mapping[str, Any]] = (),
     tool_choice: Literal["auto", "none", "required"] = "auto",
     response_format: Mapping[str, Any] | None = None,
+    **sampling: Unpack[TextKnobs],
 ) -> ChatRequest:
-    """What a caller wrote, read and checked."""
+    """A request from what a caller wrote, checked. `sampling` are fields of TextSampling."""
+    check_keywords("chat", sampling, TextKnobs)
     messages, pictures = read_conversation(prompt, images, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
@@ -168,15 +163,7 @@ def make_chat_request(
         think=think,
         max_new_tokens=max_new_tokens,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        sampling=TextSampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            logprobs=logprobs,
-        ),
+        sampling=TextSampling(seed=seed, logprobs=logprobs, **sampling),
         tool_use=ToolUse(tools=tuple(map(read_tool, tools)), choice=tool_choice),
         response_format=response_format,
     )
