@@ -1,4 +1,4 @@
-"""Native unified multimodal models: one transformer that reads, writes, looks and paints.
+"""Native unified multimodal models: one transformer that understands and generates text and images.
 
 import neounify
 
