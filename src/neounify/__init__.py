@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # from the modules: in a cycle, mypy takes `pipeline.load` for the module
     from neounify.errors import NeounifyError as NeounifyError
-    from neounify.pipeline import Pipeline as Pipeline
-    from neounify.pipeline import load as load
+    from neounify.pipeline.load import load as load
+    from neounify.pipeline.pipeline import Pipeline as Pipeline
 
 _LAZY = {
     "load": "neounify.pipeline",

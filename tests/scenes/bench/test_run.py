@@ -123,16 +123,16 @@ def test_edits_and_relations_are_split_by_form() -> None:
     class Adverse(Oracle):
         """Leaves removals undone and says yes to every question of relation."""
 
-        def edit(self, pictures: Any, instructions: Any, *rest: Any, **more: Any) -> Any:
-            painted = super().edit(pictures, instructions, *rest, **more)
+        def edit(self, images: Any, instructions: Any, *rest: Any, **more: Any) -> Any:
+            painted = super().edit(images, instructions, *rest, **more)
             removals = ("Remove", "Take", "Delete", "Erase")
             return [
                 replace(item, image=source) if text.startswith(removals) else item
-                for item, source, text in zip(painted, pictures, instructions, strict=True)
+                for item, source, text in zip(painted, images, instructions, strict=True)
             ]
 
-        def answer(self, pictures: Any, questions: Any) -> list[str]:
-            answers = super().answer(pictures, questions)
+        def answer(self, images: Any, questions: Any) -> list[str]:
+            answers = super().answer(images, questions)
             return ["yes" if answer in ("yes", "no") else answer for answer in answers]
 
     scores = {o.score.category: o.score for o in run_scenebench(Adverse(asked), asked)}

@@ -177,7 +177,7 @@ def test_later_answers_wait_for_the_prompt() -> None:
 
 def new_cache(tiny: neounify.Pipeline, capacity: int) -> SequenceCache:
     model = tiny.model
-    return SequenceCache(model.config, capacity, dtype=model.dtype, device=model.device)
+    return SequenceCache(model.config, capacity, dtype=model.compute_dtype, device=model.device)
 
 
 def by_hand(tiny: neounify.Pipeline, prompt: list[int], ids: list[int]) -> torch.Tensor:
