@@ -61,10 +61,10 @@ class Oracle:
     def seen(self, scene: Scene) -> bytes:
         return render(scene, self._config.world).tobytes()
 
-    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         return [
             self.answers[picture.tobytes(), question]
-            for picture, question in zip(pictures, questions, strict=True)
+            for picture, question in zip(images, questions, strict=True)
         ]
 
     def paint(
@@ -76,7 +76,7 @@ class Oracle:
 
     def edit(
         self,
-        pictures: Sequence[Pixels],
+        images: Sequence[Pixels],
         instructions: Sequence[str],
         seeds: Sequence[int],
         *,
@@ -85,7 +85,7 @@ class Oracle:
         self.noise += zip(instructions, seeds, strict=True)
         return [
             self._painting(self.edits[picture.tobytes(), text], think)
-            for picture, text in zip(pictures, instructions, strict=True)
+            for picture, text in zip(images, instructions, strict=True)
         ]
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
@@ -99,7 +99,7 @@ class Oracle:
 class Blind:
     """Sees nothing, says nothing, paints grey noise."""
 
-    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         return [""] * len(questions)
 
     def paint(
@@ -110,13 +110,13 @@ class Blind:
 
     def edit(
         self,
-        pictures: Sequence[Pixels],
+        images: Sequence[Pixels],
         instructions: Sequence[str],
         seeds: Sequence[int],
         *,
         think: bool,
     ) -> list[Painting]:
-        return self.paint(instructions, pictures[0].shape[0], seeds, think=think)
+        return self.paint(instructions, images[0].shape[0], seeds, think=think)
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
         return []
