@@ -1,7 +1,7 @@
 """`config.json` of the published layout, read into a ModelConfig and written back.
 
-Every key is checked by name. Keys this package does not know survive a round
-trip, and a config nobody changed is written back as it was.
+Every key is checked by name. Unknown keys survive a round trip, and
+an unchanged config is written back as it was.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dtype a checkpoint is loaded in: as asked for, or the fastest exact one of the machine."""
+"""Dtype of a loaded checkpoint: the requested one, or the fastest exact one of the machine."""
 
 from __future__ import annotations
 

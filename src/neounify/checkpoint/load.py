@@ -1,4 +1,4 @@
-"""A checkpoint folder becomes a model, without a second copy of anything."""
+"""Loading of checkpoint folders as models, without a second copy of the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("neounify")
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A model, what keeps its weights in memory, the folder it came from, and its dtype."""
+    """A model, the residency of its weights, the folder it came from, and its dtype."""
 
     model: NeoUnify
     residency: Residency

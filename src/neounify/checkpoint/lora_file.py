@@ -1,4 +1,4 @@
-"""LoRA on disk, in any of the forms that trainers write, told apart by content.
+"""LoRA files of any format that trainers write, recognised by content.
 
     published   NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha   in one file
     PEFT        NAME.lora_A.weight, NAME.lora_B.weight                   beside a config

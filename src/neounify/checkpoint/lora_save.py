@@ -1,4 +1,4 @@
-"""LoRA written to disk: in PEFT's form, or in the published one."""
+"""Saving of LoRA adapters: in PEFT's format, or in the published one."""
 
 from __future__ import annotations
 

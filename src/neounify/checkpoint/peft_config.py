@@ -1,4 +1,4 @@
-"""adapter_config.json, the half of a PEFT adapter that says what its matrices mean."""
+"""adapter_config.json of a PEFT adapter: rank, alpha and target modules of its matrices."""
 
 from __future__ import annotations
 

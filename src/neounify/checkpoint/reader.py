@@ -82,7 +82,7 @@ class CheckpointFolder:
         self._files[name].release(name)
 
     def fingerprint(self) -> str:
-        """A sha256 that tells checkpoints apart without reading them whole.
+        """A sha256 that identifies a checkpoint without reading it whole.
 
         It covers config.json (normalised), every tensor's name, dtype and shape, and the first
         4 KiB of every tensor's data. It does not change with the sharding, and it is no proof

@@ -1,4 +1,4 @@
-"""A model becomes a checkpoint folder in the published layout, all or nothing."""
+"""Atomic saving of models as checkpoint folders of the published layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where one parameter's values come from: a mapped tensor, and the LoRA updates on top."""
+"""Stored weights: the mapped tensor of one parameter, and the LoRA updates on top."""
 
 from __future__ import annotations
 

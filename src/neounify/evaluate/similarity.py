@@ -1,4 +1,4 @@
-"""How alike two images are (PSNR, SSIM), and how visible the token grid is in one (seams)."""
+"""Similarity of two images (PSNR, SSIM), and visibility of the token grid in one (seams)."""
 
 from __future__ import annotations
 

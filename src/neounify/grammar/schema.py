@@ -1,4 +1,4 @@
-"""Bounds on JSON schemas that come from callers, checked before a schema is compiled."""
+"""Limits of untrusted JSON schemas, checked before compilation."""
 
 from __future__ import annotations
 

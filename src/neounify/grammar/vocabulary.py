@@ -1,4 +1,4 @@
-"""The tokens of a model as llguidance needs them, and the grammars compiled for them."""
+"""Vocabulary for llguidance: the tokens of a model, and the grammars compiled for them."""
 
 from __future__ import annotations
 

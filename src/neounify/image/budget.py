@@ -1,4 +1,4 @@
-"""What decoding untrusted images may cost: memory, time, and the reads of a parser."""
+"""Decoding budget of untrusted images: memory, time, and reads of a parser."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MeteredFile(BytesIO):
 
 
 class DecodeBudget:
-    """What the images of one request may cost together; not for several threads at a time.
+    """Budget of all images of one request; not for several threads at a time.
 
     `max_pixels` bounds the time: pixels of all images, by their formats' speed. `max_bytes` bounds
     the memory of each while it is decoded, its file included. Images are reduced by whole factors

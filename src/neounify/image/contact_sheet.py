@@ -1,4 +1,4 @@
-"""Contact sheets: many images on one, each with its words."""
+"""Contact sheets: a grid of captioned images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which linear layers get adapters, and how large these are."""
+"""LoRA config: the linear layers that get adapters, rank and scale."""
 
 from __future__ import annotations
 

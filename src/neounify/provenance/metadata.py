@@ -57,8 +57,8 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     """What an image file says of its origin; empty if it says nothing.
 
     Values are what JSON can say: numbers are numbers, settings are a dictionary.
-    `made_by` and `source_type` are also read where other software wrote them. Anybody can write
-    and remove all of this. Raises ImageError for anything that is not such an image.
+    `made_by` and `source_type` are also read where other software wrote them. All of it can be
+    forged and removed. Raises ImageError for anything that is not such an image.
     """
     info = read_metadata(data, (CHUNK, _XMP_CHUNK))
     packet = info.get("xmp") or info.get(_XMP_CHUNK) or b""

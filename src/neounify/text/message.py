@@ -1,4 +1,4 @@
-"""Messages of a conversation, and what counts as text in them."""
+"""Messages of a conversation, and the check of their text."""
 
 import re
 from dataclasses import dataclass, field

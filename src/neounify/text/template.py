@@ -1,4 +1,4 @@
-"""Prompts: from messages and images to token ids, in the ChatML form the models know.
+"""Prompts: from messages and images to token ids, in the ChatML format of the models.
 
 A prompt is first a list of pieces: special tokens by name, plain text, images. Plain
 text between two special tokens is tokenised in one go, because cutting it elsewhere

@@ -1,4 +1,4 @@
-"""Function calling in prompts and answers: the Qwen3 form that the language backbone was taught.
+"""Function calling in prompts and answers: the Qwen3 format of the language backbone.
 
 Definitions stand in the system turn between `<tools>` marks, a call in an answer between
 `<tool_call>` marks, results in a user turn between `<tool_response>` marks.

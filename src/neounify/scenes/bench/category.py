@@ -1,4 +1,4 @@
-"""A category on its way: its cases are taken in batches, judged and counted."""
+"""Categories of SceneBench: cases run in batches, judged and counted as scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of SceneBench measures, and the numbers its cases are drawn from."""
+"""Config of a SceneBench run: tasks, cases and seeds."""
 
 from __future__ import annotations
 

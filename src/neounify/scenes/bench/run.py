@@ -1,4 +1,4 @@
-"""SceneBench on a model: ask, paint, judge, count.
+"""Runs of SceneBench on a model: ask, generate, judge, count.
 
 Case k of a category always has the same prompt and the same noise, whatever the batch size.
 """

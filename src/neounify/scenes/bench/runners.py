@@ -1,4 +1,4 @@
-"""The tasks of SceneBench as categories: what is asked, and how what comes back is judged."""
+"""Tasks of SceneBench as categories: the requests, and how answers are judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is measured: anything that answers and paints, and a pipeline as such."""
+"""Subjects of a benchmark: the protocol, and a pipeline as one."""
 
 from __future__ import annotations
 

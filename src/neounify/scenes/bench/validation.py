@@ -1,4 +1,4 @@
-"""Is the checker itself right? True renders must pass it, deliberately wrong ones must not.
+"""Validation of the checker: true renders must pass, deliberately wrong ones must not.
 
 Wrong means: one thing that the prompt names is changed in the scene before it is rendered, chosen
 by what the words say and never by asking the checker. Worn copies of the true renders (noise,

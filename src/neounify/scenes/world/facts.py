@@ -82,7 +82,7 @@ class CaptionStyle:
 
 
 FULL_STYLE = CaptionStyle(size=True, background=True, places="cell")
-"""Everything the world knows of a scene."""
+"""Every fact of a scene."""
 
 
 def facts_of(

@@ -1,4 +1,4 @@
-"""Words of the world's names in English and Chinese, for writing and for reading.
+"""Lexicon of the synthetic scenes in English and Chinese, for writing and for parsing.
 
 Writing uses the first word of an entry or any of its variants; reading knows all of them, longest
 first. The readers here only cut text into typed tokens; grammar is the parser's.

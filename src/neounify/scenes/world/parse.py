@@ -1,4 +1,4 @@
-"""Reading captions back into facts, so that what a model writes can be checked by a program.
+"""Parser of captions into facts, so that a program can check the text of a model.
 
 The grammar is small. Text falls into segments at commas, stops and colons. A segment holds noun
 phrases (number, size, colour, shape; colour and size may also follow, "a circle that is red"),

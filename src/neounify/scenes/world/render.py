@@ -1,4 +1,4 @@
-"""Painting a scene: anti-aliased flat shapes at any side.
+"""Renderer of scenes: anti-aliased flat shapes at any side.
 
 Each shape is a signed distance d (negative inside, in radii); a pixel is covered by
 clip(1/2 − d·r, 0, 1), r the radius in pixels: one pixel of linear ramp across every edge.
@@ -108,7 +108,7 @@ _CACHED_RADIUS = 24.0  # pixels: larger masks are drawn anew, so the cache stays
 
 
 def render(scene: Scene, config: SceneConfig, side: int | None = None) -> NDArray[np.uint8]:
-    """Paint a scene as uint8 RGB [side, side, 3]; `side` in pixels, the config's by default."""
+    """A scene as uint8 RGB [side, side, 3]; `side` in pixels, the config's by default."""
     side = side or config.side
     if side < 16:
         raise DataError(f"a scene cannot be rendered {side} pixels wide; the minimum is 16")

@@ -1,4 +1,4 @@
-"""Training samples from the world of scenes: an endless, randomly accessible data set.
+"""Training samples of synthetic scenes: an endless, randomly accessible data set.
 
 Sample i of seed s is always the same, in any process and on any machine, so workers and ranks
 shard it by index alone and a position in it is one number.
@@ -65,7 +65,7 @@ class SceneDataset:
 
     Args:
         seed: at least 0; samples of two seeds have nothing in common but chance.
-        config: how rich the world is.
+        config: objects, colours, grid and sizes of the scenes.
         task_weights: share of each task, any positive scale; `TASK_WEIGHTS` by default.
         split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
         side: pixels of the images, the config's by default.

@@ -71,7 +71,10 @@ _MAX_TRIES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig:
-    """How rich the world is. Sizes are diameters as a share of the (smaller) cell side."""
+    """Objects, colours, grid and sizes of scenes.
+
+    Sizes are diameters as a share of the (smaller) cell side.
+    """
 
     shapes: tuple[str, ...]
     colours: tuple[str, ...]

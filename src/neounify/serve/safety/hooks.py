@@ -20,7 +20,7 @@ class Refused(ServiceError):
 
 @runtime_checkable
 class SafetyHook(Protocol):
-    """What a server asks before and after its model works. Called from several threads."""
+    """Checks before and after generation. Called from several threads."""
 
     def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
         """Check a prompt and its images before any work; raises Refused."""

@@ -1,4 +1,4 @@
-"""From the options of a command line to hooks. Requests never name code."""
+"""Hooks from the options of a command line. Requests never name code."""
 
 from __future__ import annotations
 

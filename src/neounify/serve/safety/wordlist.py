@@ -1,4 +1,4 @@
-"""The hook that comes with the package: words and phrases that prompts may not hold."""
+"""Word list: a hook that refuses prompts with listed words and phrases."""
 
 from __future__ import annotations
 
