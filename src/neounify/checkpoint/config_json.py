@@ -309,14 +309,14 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
             if llm.get("decoder_sparse_step", 1) == 1
             else llm.get("mlp_only_layers", []),
         )
-    own = _own_section(c)
-    if own:
-        document.setdefault("neounify", {}).update(own)
+    section = _package_section(c)
+    if section:
+        document.setdefault("neounify", {}).update(section)
     return document
 
 
-def _own_section(c: ModelConfig) -> dict[str, Any]:
-    own: dict[str, Any] = {}
+def _package_section(c: ModelConfig) -> dict[str, Any]:
+    section: dict[str, Any] = {}
     if c.sampling != CheckpointDefaults():
         sampling = dataclasses.asdict(c.sampling)
         lists: dict[str, Any] = {"image_size": list(c.sampling.image_size)}
@@ -325,10 +325,10 @@ def _own_section(c: ModelConfig) -> dict[str, Any]:
         if c.sampling.trained_pixels:
             lists["trained_pixels"] = list(c.sampling.trained_pixels)
         unset = {name for name in ("trained_sizes", "trained_pixels") if not sampling[name]}
-        own["sampling"] = {k: v for k, v in (sampling | lists).items() if k not in unset}
+        section["sampling"] = {k: v for k, v in (sampling | lists).items() if k not in unset}
     if c.flow_head_width != 4096:
-        own["flow_head_width"] = c.flow_head_width
-    return own
+        section["flow_head_width"] = c.flow_head_width
+    return section
 
 
 def _overlay(section: dict[str, Any], **values: Any) -> None:

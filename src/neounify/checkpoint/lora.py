@@ -60,10 +60,10 @@ def read_loras(
     updates: dict[str, tuple[LoraUpdate, ...]] = {}
     problems: list[str] = []
     for path, factor in _with_strengths(lora, strength):
-        found = read_lora_file(Path(path), expected)
+        file = read_lora_file(Path(path), expected)
         mine = [] if abs(factor) <= MAX_NUMBER else [f"strength {factor} is not a number in range"]
-        problems += [f"{Path(path).name}: {problem}" for problem in (*mine, *found.problems)]
-        for name, pair in found.pairs.items():
+        problems += [f"{Path(path).name}: {problem}" for problem in (*mine, *file.problems)]
+        for name, pair in file.pairs.items():
             scale = factor * pair.scale
             if not abs(scale) <= MAX_NUMBER:
                 problems.append(f"{Path(path).name}: strength {factor} makes the scale {scale:g}")

@@ -206,9 +206,9 @@ def _number(file: str, document: dict[str, Any], key: str, default: Any = None) 
 
 
 def _wrong(file: str, key: str, value: Any, wanted: str) -> CheckpointError:
-    found = repr(value)[:40]
+    text = repr(value)[:40]
     return CheckpointError(
-        f"{file} is not the config of a PEFT adapter: {key} is {found}, expected {wanted}"
+        f"{file} is not the config of a PEFT adapter: {key} is {text}, expected {wanted}"
     )
 
 

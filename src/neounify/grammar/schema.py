@@ -106,8 +106,8 @@ def _count_properties(schema: Mapping[str, Any]) -> int:
 
 def _check_patterns(schema: Mapping[str, Any], what: str) -> None:
     patterns = schema.get("patternProperties")
-    found = list(patterns) if isinstance(patterns, Mapping) else []
-    for pattern in (*found, schema.get("pattern")):
+    names = list(patterns) if isinstance(patterns, Mapping) else []
+    for pattern in (*names, schema.get("pattern")):
         if isinstance(pattern, str) and len(pattern) > MAX_PATTERN:
             raise RequestError(
                 f"{what}: a pattern has {len(pattern)} characters; at most {MAX_PATTERN} are read"

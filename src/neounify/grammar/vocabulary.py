@@ -52,18 +52,18 @@ class Vocabulary:
         """The vocabulary of a tokenizer; one for all tokenizers of equal files."""
         name = tokenizer.digest()
         with _lock:
-            found = _vocabularies.get(name)
-            if found is None:
-                found = _vocabularies[name] = cls(tokenizer, name)
-            return found
+            vocabulary = _vocabularies.get(name)
+            if vocabulary is None:
+                vocabulary = _vocabularies[name] = cls(tokenizer, name)
+            return vocabulary
 
     @classmethod
     def named(cls, name: str) -> Vocabulary:
         """The vocabulary of that name in this process. Raises RequestError without one."""
-        found = _vocabularies.get(name)
-        if found is None:
+        vocabulary = _vocabularies.get(name)
+        if vocabulary is None:
             raise RequestError("the grammar was made for another tokenizer")
-        return found
+        return vocabulary
 
     def prepare(self) -> None:
         """Build the library's tokenizer now: about a second for 150,000 tokens.

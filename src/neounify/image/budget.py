@@ -97,12 +97,12 @@ class DecodeBudget:
 
 def _decoding_bytes(image: Image.Image, factor: int) -> int:
     pixels = image.width * image.height
-    own = _MODE_BYTES.get(image.mode, _OTHER_MODE_BYTES)
+    pixel_bytes = _MODE_BYTES.get(image.mode, _OTHER_MODE_BYTES)
     if image.format in _DECODER_BYTES:
         return pixels * _DECODER_BYTES[image.format]
     if image.format not in ("JPEG", "MPO"):
-        return pixels * own
-    decoded = pixels * own // min(8, 1 << (factor.bit_length() - 1)) ** 2
+        return pixels * pixel_bytes
+    decoded = pixels * pixel_bytes // min(8, 1 << (factor.bit_length() - 1)) ** 2
     return decoded + (_coefficients(image) * _DCT_BYTES if _is_progressive(image) else 0)
 
 

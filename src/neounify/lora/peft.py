@@ -61,9 +61,9 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     if lora_layers(model):
         raise ConfigError("lora: the model has adapters already; merge_lora(model) comes first")
     modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = read_lora_file(Path(folder), expected_shapes(model.config))
-    config = _config(Path(folder), found, sorted(modules.keys() & found.pairs.keys()))
-    for name, pair in found.pairs.items():
+    file = read_lora_file(Path(folder), expected_shapes(model.config))
+    config = _config(Path(folder), file, sorted(modules.keys() & file.pairs.keys()))
+    for name, pair in file.pairs.items():
         layer = LoraLinear(modules[name], config)
         with torch.no_grad():
             layer.lora_A.copy_(pair.down)
@@ -73,16 +73,16 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     return config
 
 
-def _config(folder: Path, found: LoraFile, linear: list[str]) -> LoraConfig:
+def _config(folder: Path, file: LoraFile, linear: list[str]) -> LoraConfig:
     """The config of adapters on the weights `linear`. Raises CheckpointError."""
-    stored = found.config
+    stored = file.config
     if stored is None:
         raise CheckpointError(
             f"{folder} has no config of PEFT: it is merged while loading, or converted first "
             "(neounify convert MODEL OUT --lora FILE --lora-form peft)"
         )
-    others = [f"{to_published(n)} is not linear" for n in found.pairs if n not in linear]
-    problems = [*found.problems, *others]
+    others = [f"{to_published(n)} is not linear" for n in file.pairs if n not in linear]
+    problems = [*file.problems, *others]
     if problems:
         raise CheckpointError(
             f"the adapter {folder} does not fit the model; problems: {len(problems)}\n"

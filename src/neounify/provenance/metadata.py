@@ -62,9 +62,9 @@ def read_provenance(data: bytes) -> dict[str, Any]:
     """
     info = read_metadata(data, (CHUNK, _XMP_CHUNK))
     packet = info.get("xmp") or info.get(_XMP_CHUNK) or b""
-    found = read_packet(packet.encode() if isinstance(packet, str) else packet)
+    facts = read_packet(packet.encode() if isinstance(packet, str) else packet)
     chunk = info.get(CHUNK)
-    return found | read_facts(chunk) if isinstance(chunk, str) else found
+    return facts | read_facts(chunk) if isinstance(chunk, str) else facts
 
 
 def _chunks(packet: bytes, facts: Mapping[str, object]) -> PngInfo:
@@ -118,14 +118,14 @@ def read_packet(packet: bytes) -> dict[str, Any]:
 
     Packets of other software give what they share with ours; damaged ones give nothing.
     """
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for description in _descriptions(packet):
         for name, ours in _NAMES.items():
             value = _property(description, name)
             if value:
-                found[ours] = value
-        found |= read_facts(description.get(_FACTS, "{}"))
-    return found
+                facts[ours] = value
+        facts |= read_facts(description.get(_FACTS, "{}"))
+    return facts
 
 
 def read_facts(text: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def score(
             f"{category}: {len(verdicts)} verdicts for {len(held_out)} cases, {len(forms)} forms"
         )
     names = list(dict.fromkeys(name for v in verdicts for name in v.attributes))
-    held = [v.correct for v, is_held in zip(verdicts, held_out, strict=True) if is_held]
+    held_out_correct = [v.correct for v, is_held in zip(verdicts, held_out, strict=True) if is_held]
     attributes = {}
     for name in names:
         asked = [v.attributes[name] for v in verdicts if name in v.attributes]
@@ -75,7 +75,7 @@ def score(
     return Score(
         category,
         Rate(sum(v.correct for v in verdicts), len(verdicts)),
-        Rate(sum(held), len(held)) if held else None,
+        Rate(sum(held_out_correct), len(held_out_correct)) if held_out_correct else None,
         attributes,
         _by_form(verdicts, forms),
     )
@@ -142,8 +142,8 @@ class Category:
             examples += self.take(range(start, min(number, start + self.batch_size)))
             if done is not None:
                 done(len(examples))
-        found = score(self.name, [e.verdict for e in examples], self.held_out, self.forms)
-        return Outcome(found, examples, self.measure(examples) | _thinking(examples))
+        result = score(self.name, [e.verdict for e in examples], self.held_out, self.forms)
+        return Outcome(result, examples, self.measure(examples) | _thinking(examples))
 
 
 def _thinking(examples: Sequence[Example]) -> dict[str, float]:

@@ -70,10 +70,10 @@ def check_facts(facts: SceneFacts, seen: Percept, config: SceneConfig) -> Verdic
     best: dict[str, bool] = {}
     best_score = -1
     for chosen in _assignments(len(slots), objects):
-        score, held = _judge(slots, chosen, facts, config)
+        score, met = _judge(slots, chosen, facts, config)
         if score > best_score:
-            best_score, best = score, held
-            if all(held.values()):
+            best_score, best = score, met
+            if all(met.values()):
                 break
     attributes = {"count": len(seen.objects) == facts.count, **best}
     if facts.background is not None:
@@ -133,7 +133,7 @@ def check_caption(
         stated = parse_caption(text)
     except DataError:
         return Verdict({"readable": False, **dict.fromkeys(names, False)})
-    held = dict(check_facts(stated, seen_as(scene, config), config).attributes)
+    met = dict(check_facts(stated, seen_as(scene, config), config).attributes)
     complete = {
         "count": True,
         "shape": all(f.shape for f in stated.objects),
@@ -143,8 +143,8 @@ def check_caption(
         and (style.places != "relation" or len(stated.relations) >= len(asked.relations)),
         "background": stated.background is not None,
     }
-    attributes = {"readable": True, **held}
-    attributes.update({name: complete[name] and held.get(name, False) for name in names})
+    attributes = {"readable": True, **met}
+    attributes.update({name: complete[name] and met.get(name, False) for name in names})
     return Verdict(attributes)
 
 
@@ -155,8 +155,8 @@ def check_thought(thought: str, facts: SceneFacts, config: SceneConfig) -> Verdi
         scene = parse_layout(text, config)
     except DataError:
         return Verdict({"readable": False})
-    held = check_facts(facts, seen_as(scene, config), config).attributes
-    return Verdict({"readable": True, **held})
+    met = check_facts(facts, seen_as(scene, config), config).attributes
+    return Verdict({"readable": True, **met})
 
 
 def check_edit(

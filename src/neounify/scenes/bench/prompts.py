@@ -231,8 +231,8 @@ def story_cases(
 
     def draw(rng: np.random.Generator, split: Split) -> StoryCase:
         story = sample_story(rng, config, None, language, split)
-        held = any(in_split(step.scene, "held_out") for step in story.steps)
-        return StoryCase(story, held)
+        is_held_out = any(in_split(step.scene, "held_out") for step in story.steps)
+        return StoryCase(story, is_held_out)
 
     return _draw_cases(400, number, seed, draw)
 
@@ -241,12 +241,12 @@ def names_held_out(facts: SceneFacts, config: SceneConfig) -> bool:
     """Whether facts name a combination that training never shows."""
     if any((f.shape, f.colour) in HELD_OUT_PAIRS for f in facts.objects):
         return True
-    held = [(r.subject, r.relation, r.object) for r in facts.relations]
+    stated = [(r.subject, r.relation, r.object) for r in facts.relations]
     for a, b in combinations(range(len(facts.objects)), 2):
         cells = [cell_of_place(facts.objects[i].place or "", config.grid) for i in (a, b)]
         if cells[0] is not None and cells[1] is not None:
-            held += [(a, relation, b) for relation in relations_between(cells[0], cells[1])]
-    for subject, relation, other in held:
+            stated += [(a, relation, b) for relation in relations_between(cells[0], cells[1])]
+    for subject, relation, other in stated:
         a_look, b_look = (
             (facts.objects[i].shape, facts.objects[i].colour) for i in (subject, other)
         )

@@ -138,10 +138,10 @@ def quick_scores(
 
     Raises as `measure` does.
     """
-    found = measure(
+    findings = measure(
         pipeline, world=world, tasks=tasks, cases_per_category=cases, seed=seed, steps=steps
     )
-    return {f"bench/{score.category}": score.strict.value for score in found.report.scores}
+    return {f"bench/{score.category}": score.strict.value for score in findings.report.scores}
 
 
 def to_report(outcomes: Sequence[Outcome], about: dict[str, Any]) -> Report:

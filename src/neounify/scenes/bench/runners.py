@@ -146,8 +146,8 @@ def _caption(subject: Subject, config: BenchConfig) -> Iterator[Category]:
         images, answers = _answers(
             subject, config, [cases[i].scene for i in chunk], [cases[i].request for i in chunk]
         )
-        own = [cases[i] for i in chunk]
-        return [judge(*item) for item in zip(own, images, answers, strict=True)]
+        chosen = [cases[i] for i in chunk]
+        return [judge(*item) for item in zip(chosen, images, answers, strict=True)]
 
     held_out = [case.held_out for case in cases]
     yield Category("caption", held_out, take, batch_size=config.batch_size)
@@ -169,12 +169,12 @@ def _edit(subject: Subject, config: BenchConfig) -> Iterator[Category]:
         )
 
     def take(chunk: range) -> list[Example]:
-        own = [cases[i] for i in chunk]
-        sources = [render(case.edit.source, config.world) for case in own]
-        instructions = [case.edit.instruction for case in own]
+        chosen = [cases[i] for i in chunk]
+        sources = [render(case.edit.source, config.world) for case in chosen]
+        instructions = [case.edit.instruction for case in chosen]
         seeds = _seeds(config, EDIT_SEEDS, chunk)
         painted = subject.edit(sources, instructions, seeds, think=config.think)
-        return [judge(*item) for item in zip(own, sources, painted, strict=True)]
+        return [judge(*item) for item in zip(chosen, sources, painted, strict=True)]
 
     held_out = [case.held_out for case in cases]
     forms = [case.edit.kind for case in cases]
@@ -204,11 +204,11 @@ def _reconstruction(subject: Subject, config: BenchConfig) -> Iterator[Category]
         return Example(case.request, check_copy(source, item.image), item.image, source)
 
     def take(chunk: range) -> list[Example]:
-        own = [cases[i] for i in chunk]
-        sources = [render(case.scene, config.world) for case in own]
+        chosen = [cases[i] for i in chunk]
+        sources = [render(case.scene, config.world) for case in chosen]
         seeds = _seeds(config, COPY_SEEDS, chunk)
-        painted = subject.edit(sources, [case.request for case in own], seeds, think=False)
-        return [judge(*item) for item in zip(own, sources, painted, strict=True)]
+        painted = subject.edit(sources, [case.request for case in chosen], seeds, think=False)
+        return [judge(*item) for item in zip(chosen, sources, painted, strict=True)]
 
     held_out = [case.held_out for case in cases]
     yield Category("reconstruction", held_out, take, likeness, config.batch_size)
@@ -232,21 +232,21 @@ def _thought(item: Painting, wanted: SceneFacts, config: BenchConfig) -> Verdict
 
 def _seams(examples: Sequence[Example], token_size: int) -> dict[str, float]:
     """The mean seam ratio of the images that have a smooth place to see seams at."""
-    found = []
+    ratios = []
     for example in examples:
         with suppress(ImageError):
             if example.image is not None:
-                found.append(seam_ratio(example.image, token_size))
-    return {"seam_ratio": float(np.mean(found))} if found else {}
+                ratios.append(seam_ratio(example.image, token_size))
+    return {"seam_ratio": float(np.mean(ratios))} if ratios else {}
 
 
 def _elsewhere(examples: Sequence[Example]) -> dict[str, float]:
     """PSNR in dB outside the edited region: its median, and the share that is high enough."""
     verdicts = [e.verdict for e in examples if isinstance(e.verdict, EditVerdict)]
-    found = [v.psnr_elsewhere for v in verdicts if v.psnr_elsewhere is not None]
-    if not found:
+    psnrs = [v.psnr_elsewhere for v in verdicts if v.psnr_elsewhere is not None]
+    if not psnrs:
         return {}
     return {
-        "median_psnr_elsewhere": float(np.median(found)),
-        "share_unchanged": float(np.mean([psnr >= MIN_EDIT_PSNR for psnr in found])),
+        "median_psnr_elsewhere": float(np.median(psnrs)),
+        "share_unchanged": float(np.mean([psnr >= MIN_EDIT_PSNR for psnr in psnrs])),
     }

@@ -79,18 +79,18 @@ class PipelineSubject:
     @property
     def sampling(self) -> dict[str, float]:
         """How images are sampled, the checkpoint's own values included."""
-        found = self._sampling[True]
+        sampling = self._sampling[True]
         return {
-            "steps": found.steps,
-            "guidance": found.guidance.text,
-            "image_guidance": found.guidance.image,
-            "shift": found.shift,
+            "steps": sampling.steps,
+            "guidance": sampling.guidance.text,
+            "image_guidance": sampling.guidance.image,
+            "shift": sampling.shift,
         }
 
     def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         shown = [Image.fromarray(p) for p in images]
-        found = self._pipe.chat_batch(list(questions), shown, max_new_tokens=MAX_ANSWER_TOKENS)
-        return [result.text for result in found]
+        answers = self._pipe.chat_batch(list(questions), shown, max_new_tokens=MAX_ANSWER_TOKENS)
+        return [result.text for result in answers]
 
     def paint(
         self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool

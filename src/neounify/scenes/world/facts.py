@@ -103,8 +103,8 @@ def facts_of(
         pairs = [(a, b) for a in unique for b in unique if a < b]
         if pairs:
             a, b = pick(rng, pairs) if rng is not None else pairs[0]
-            held = relations_between(scene.objects[a].cell, scene.objects[b].cell)
-            relation = pick(rng, held) if rng is not None else held[0]
+            relations_here = relations_between(scene.objects[a].cell, scene.objects[b].cell)
+            relation = pick(rng, relations_here) if rng is not None else relations_here[0]
             relations = (RelationFact(index[facts[a]], relation, index[facts[b]]),)
     return SceneFacts(objects, relations, scene.background if style.background else None)
 

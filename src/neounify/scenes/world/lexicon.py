@@ -84,12 +84,12 @@ def relations_between(a: Cell, b: Cell) -> tuple[str, ...]:
 
     Objects stay inside their cells, so "left of" means that a's column lies left of b's.
     """
-    held = []
+    relations = []
     if a[1] != b[1]:
-        held.append("left of" if a[1] < b[1] else "right of")
+        relations.append("left of" if a[1] < b[1] else "right of")
     if a[0] != b[0]:
-        held.append("above" if a[0] < b[0] else "below")
-    return tuple(held)
+        relations.append("above" if a[0] < b[0] else "below")
+    return tuple(relations)
 
 
 Language = Literal["en", "zh"]

@@ -63,33 +63,33 @@ def _segments(words: Sequence[Token]) -> list[list[Token]]:
 def _items(segment: Sequence[Token]) -> list[_Item]:
     """Join the words of a segment into noun phrases and backgrounds."""
     items: list[_Item] = []
-    held: dict[str, str] = {}  # attributes that wait for their noun
+    attributes: dict[str, str] = {}  # attributes that wait for their noun
     for position, token in enumerate(segment):
         if token.kind in ("number", "size", "colour", "the"):
             after = (t.kind for t in segment[position + 1 :] if t.kind not in ("size", "colour"))
             if token.kind in ("number", "the") or next(after, "") in ("shape", "background"):
-                if token.kind in held:
+                if token.kind in attributes:
                     raise _Unreadable(f"two words for the {token.kind} of one thing")
-                held[token.kind] = token.value
+                attributes[token.kind] = token.value
             else:
                 items = _describe_last(items, token)
         elif token.kind == "shape":
-            number = held.get("number")
+            number = attributes.get("number")
             fact = ObjectFact(
                 shape=token.value or None,
-                colour=held.get("colour"),
-                size=held.get("size"),
+                colour=attributes.get("colour"),
+                size=attributes.get("size"),
                 count=1 if number is None else int(number),
             )
-            items.append(_Item("shape", fact=fact, refers="the" in held or number is None))
-            held = {}
+            items.append(_Item("shape", fact=fact, refers="the" in attributes or number is None))
+            attributes = {}
         elif token.kind == "background":
-            items.append(_Item("background", held.get("colour", "")))
-            held = {}
+            items.append(_Item("background", attributes.get("colour", "")))
+            attributes = {}
         elif token.kind != "at":
             items.append(_Item(token.kind, token.value))
-            held = {}
-    if set(held) - {"the"}:
+            attributes = {}
+    if set(attributes) - {"the"}:
         raise _Unreadable("a noun phrase has no noun")
     return items
 

@@ -32,12 +32,12 @@ def load_hook(name: str) -> SafetyHook:
 
     Imports the module, so the name must come from the operator of the server. Raises HookError.
     """
-    found = _find(name)
-    if isinstance(found, type) or not isinstance(found, SafetyHook):
-        found = _make(name, found)
-    if not isinstance(found, SafetyHook):
+    hook = _find(name)
+    if isinstance(hook, type) or not isinstance(hook, SafetyHook):
+        hook = _make(name, hook)
+    if not isinstance(hook, SafetyHook):
         raise HookError(f"{name}: a hook has the methods check_prompt and check_image")
-    return found
+    return hook
 
 
 def _find(name: str) -> object:
