@@ -156,7 +156,7 @@ def test_resume_goes_on_after_a_stop_token() -> None:
     assert generation.finish_reason == "length"
 
 
-def test_pending_feeds_what_the_limit_cut_off() -> None:
+def test_pending_holds_what_the_limit_cut_off() -> None:
     """With the pending token fed, the text goes on as if there had been no limit."""
     generation = _generation(PROMPTS[3], 4)
     _write([generation], PROMPTS[3])

@@ -1,4 +1,4 @@
-"""From a prompt to token ids: feeding the understanding stream, choosing tokens, stopping.
+"""From a prompt to token ids: the understanding stream's forward call, sampling, stopping.
 
 Everything here speaks ids; text belongs to the pipeline.
 """
