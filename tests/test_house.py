@@ -22,7 +22,7 @@ DIALECT = {
     "nobody|anybody|whoever": 14,
     "most_(?!common)[a-z_]+|MOST_[A-Z_]+": 12,
 }
-"""Words with a better one in the field (image; max_*), and how often they may still stand in src."""
+"""Words with a better one in the field (image; max_*): how often they may still stand in src."""
 MAX_ASKING = 21
 """Docstrings of modules that still begin with a question: they say the noun first."""
 
