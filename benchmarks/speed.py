@@ -14,7 +14,7 @@ from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
 from neounify.config import TextSampling
 from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
-from neounify.engine.denoise import PaintJob
+from neounify.engine.denoise import DenoiseJob
 from neounify.engine.denoiser import Denoiser
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
@@ -75,7 +75,7 @@ def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
         noise = torch.randn(tokens, 3 * 32**2)
 
         def step(noise: torch.Tensor = noise, grid: Grid = grid) -> None:
-            job = PaintJob(
+            job = DenoiseJob(
                 z=noise,
                 grid=grid,
                 prefixes={"cond": cond, "uncond": uncond},

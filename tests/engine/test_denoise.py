@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.config.presets import TINY
-from neounify.engine.denoise import PaintJob, make_job
+from neounify.engine.denoise import DenoiseJob, make_job
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import velocity
 from neounify.flow.sampling import ResolvedSampling
@@ -21,8 +21,8 @@ from neounify.model import NeoUnify
 from neounify.model.layout import Grid
 
 
-def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJob:
-    return PaintJob(
+def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> DenoiseJob:
+    return DenoiseJob(
         z=torch.zeros(1, 1, dtype=torch.float64),
         grid=Grid(1, 1),
         prefixes={},
@@ -34,7 +34,7 @@ def _job(times: list[float], guidance: Guidance, solver: str = "ab2") -> PaintJo
     )
 
 
-def _move(job: PaintJob, fields: dict[Branch, float]) -> None:
+def _move(job: DenoiseJob, fields: dict[Branch, float]) -> None:
     """A step in which each branch predicts the image that its velocity leads to."""
     remaining = 1 - job.t
     job.move({b: job.z + remaining * fields[b] for b in job.branches()})
@@ -94,7 +94,7 @@ def test_a_given_t_eps_clamps_as_published() -> None:
     assert float((job.z - before).mean() / (1 - before).mean()) == pytest.approx(0.625, abs=1e-3)
 
 
-def _started(sampling: ResolvedSampling) -> PaintJob:
+def _started(sampling: ResolvedSampling) -> DenoiseJob:
     model = NeoUnify(TINY).eval()
     cache = SequenceCache(TINY, 1, dtype=torch.float32, device=torch.device("cpu"))
     noise: Tensor = torch.randn(

@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.attention import BACKENDS, prefix
-from neounify.engine.denoise import PaintJob, make_job
+from neounify.engine.denoise import DenoiseJob, make_job
 from neounify.engine.denoiser import Denoiser
 from neounify.errors import ConfigError
 from neounify.flow.sampling import ImageSampling
@@ -22,7 +22,9 @@ from neounify.tasks.requests import PaintRequest
 from support.prefilling import as_cache, contiguous_engine, prefilled
 
 
-def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object) -> PaintJob:
+def job(
+    pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object
+) -> DenoiseJob:
     sampling = ImageSampling(steps=steps, **options).resolve(pipe.config, editing=False)  # type: ignore[arg-type]
     request = PaintRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
     branches = sampling.guidance.branches()
@@ -33,7 +35,7 @@ def job(pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: 
     return make_job(pipe.model, noise, request.grid(pipe.config), prefixes, sampling)
 
 
-def jobs(pipe: neounify.Pipeline) -> list[PaintJob]:
+def jobs(pipe: neounify.Pipeline) -> list[DenoiseJob]:
     return [
         job(pipe, "a boat", 64, 4),
         job(pipe, "a house on a hill in the fog", 96, 7),
@@ -43,7 +45,7 @@ def jobs(pipe: neounify.Pipeline) -> list[PaintJob]:
 
 
 @torch.inference_mode()
-def painted(stepper: Denoiser, started: list[PaintJob], late: int = 0) -> list[torch.Tensor]:
+def painted(stepper: Denoiser, started: list[DenoiseJob], late: int = 0) -> list[torch.Tensor]:
     """The finished jobs; the first `late` of them join two steps after the others."""
     step = 0
     while running := [j for n, j in enumerate(started) if not j.done and (step > 1 or n >= late)]:
@@ -74,7 +76,7 @@ def test_an_image_that_is_not_finite_fails_alone(
 ) -> None:
     monkeypatch.setattr(prefix, "MAX_LENGTH", short)
 
-    def three() -> list[PaintJob]:
+    def three() -> list[DenoiseJob]:
         return [job(pipe, text, 64, 3, guidance_norm=norm) for text in ("a", "boat", "a cat")]
 
     expected = painted(Denoiser(pipe.model), three())

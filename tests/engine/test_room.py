@@ -16,7 +16,7 @@ from neounify.engine.understanding import UnderstandingEngine, UnderstandingSett
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceRequest
-from neounify.serve.hosts import ThreadHost
+from neounify.serve.hosts import EngineThread
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
@@ -37,7 +37,7 @@ def room_of(tokens: int) -> EngineSettings:
 
 def engine_of(service: EngineService) -> UnderstandingEngine:
     host = service.links.understanding.host
-    assert isinstance(host, ThreadHost)
+    assert isinstance(host, EngineThread)
     assert host.understanding is not None
     return host.understanding
 

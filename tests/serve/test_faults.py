@@ -17,9 +17,9 @@ from neounify.engine.understanding import UnderstandingEngine, UnderstandingSett
 from neounify.errors import EngineDied, ImageError, PromptError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.client import EngineClient
 from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
-from neounify.serve.hosts import ProcessHost, ThreadHost
-from neounify.serve.link import EngineLink
+from neounify.serve.hosts import EngineProcess, EngineThread
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.chat import CompletionRequest, make_chat_request
@@ -40,7 +40,7 @@ def chatting(text: str = "Hello", tokens: int = 8) -> Any:
 
 def engine_of(service: EngineService) -> UnderstandingEngine:
     host = service.links.understanding.host
-    assert isinstance(host, ThreadHost)
+    assert isinstance(host, EngineThread)
     assert host.understanding is not None
     return host.understanding
 
@@ -208,7 +208,7 @@ def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
 def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
     async def work(service: EngineService) -> None:
         links = service.links
-        service.links = replace(links, generation=EngineLink("generation", links.generation.host))
+        service.links = replace(links, generation=EngineClient("generation", links.generation.host))
         try:
             assert not service.ready
             for text in (chatting(), CompletionRequest(prompt="Hello", max_new_tokens=4)):
@@ -254,8 +254,8 @@ def test_an_engine_that_fails_is_started_again(
 def test_a_killed_process_costs_only_its_own_requests(
     pipe: neounify.Pipeline, folder: Path, victim: str
 ) -> None:
-    def killed(link: EngineLink) -> None:
-        assert isinstance(link.host, ProcessHost)
+    def killed(link: EngineClient) -> None:
+        assert isinstance(link.host, EngineProcess)
         assert link.host.pid is not None
         os.kill(link.host.pid, signal.SIGKILL)
 

@@ -19,9 +19,9 @@ from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
-from neounify.serve.hosts import ProcessHost, WatchSettings
+from neounify.serve.client import EngineClient
+from neounify.serve.hosts import EngineProcess, WatchSettings
 from neounify.serve.http.errors import to_api_error
-from neounify.serve.link import EngineLink
 from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
@@ -121,8 +121,8 @@ def test_a_step_without_end_in_a_thread_is_told_and_survived(
     serve(colocated(pipe, EngineSettings(), watch=watch), work)
 
 
-def process_of(link: EngineLink) -> int:
-    assert isinstance(link.host, ProcessHost)
+def process_of(link: EngineClient) -> int:
+    assert isinstance(link.host, EngineProcess)
     assert link.host.pid is not None
     return link.host.pid
 
@@ -131,7 +131,7 @@ def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None
     settings = ProcessSettings(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
-    host = ProcessHost(settings, WatchSettings(start_silence=0.01))
+    host = EngineProcess(settings, WatchSettings(start_silence=0.01))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gen process"):
             host.start(lambda replies, report: None, lambda: None)
@@ -158,7 +158,7 @@ def test_a_machine_without_threads_leaves_no_process(
     settings = ProcessSettings(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
-    host = ProcessHost(settings)
+    host = EngineProcess(settings)
     threads = threading.active_count()
     monkeypatch.setattr(threading.Thread, "start", refuses)
     with pytest.raises(RuntimeError, match="can't start"):

@@ -22,7 +22,7 @@ from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
-from neounify.serve import session
+from neounify.serve import context
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.events import ServiceRequest
 from neounify.serve.process import EngineSettings
@@ -366,7 +366,7 @@ def test_long_work_leaves_the_event_loop(
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
         monkeypatch.setattr(service.links.transport, "copies", True)
         monkeypatch.setattr(service.links.transport, "pack", watched("pack", pack))
-        monkeypatch.setattr(session, "_digest", watched("digest", session._digest))
+        monkeypatch.setattr(context, "_digest", watched("digest", context._digest))
         await collect(service, request)
         return threading.get_ident()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import neounify
-from neounify.engine.denoise import PaintJob
+from neounify.engine.denoise import DenoiseJob
 from neounify.flow.path import velocity
 from neounify.model import Document, Layout, Noise
 from support.golden import golden_path
@@ -59,16 +59,16 @@ class Steps:
         self.t: list[float] = []
         self.v: list[dict[str, Tensor]] = []
         self.positions: list[dict[str, Tensor]] = []
-        original = PaintJob.move
+        original = DenoiseJob.move
 
-        def move(job: PaintJob, predictions: dict[Any, Tensor]) -> None:
+        def move(job: DenoiseJob, predictions: dict[Any, Tensor]) -> None:
             self.z.append(job.z)
             self.t.append(job.t)
             self.v.append({b: velocity(x, job.z, job.t, job.t_eps) for b, x in predictions.items()})
             self.positions.append({b: _positions(job, b) for b in predictions})
             original(job, predictions)
 
-        monkeypatch.setattr(PaintJob, "move", move)
+        monkeypatch.setattr(DenoiseJob, "move", move)
 
 
 class PromptPositions:
@@ -88,5 +88,5 @@ class PromptPositions:
         monkeypatch.setattr(sys.modules["neounify.decode.forward"], "Layout", Recording)
 
 
-def _positions(job: PaintJob, branch: Any) -> Tensor:
+def _positions(job: DenoiseJob, branch: Any) -> Tensor:
     return Layout([job.prefixes[branch].document(Noise.of(job.grid))])["gen"].positions.T

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 import neounify
-from neounify.serve.hosts import ThreadHost
+from neounify.serve.hosts import EngineThread
 from neounify.serve.service import EngineService
 from neounify.serve.shared_memory import LOCK, folder
 
@@ -109,7 +109,7 @@ async def at_rest(service: EngineService, like: dict[str, float] | None = None) 
 def check_books(service: EngineService) -> None:
     """Whether the cache's books are right, where they are in this process."""
     host = service.links.understanding.host
-    if isinstance(host, ThreadHost):
+    if isinstance(host, EngineThread):
         assert host.understanding is not None
         host.understanding.check()
 

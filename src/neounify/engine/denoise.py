@@ -21,7 +21,7 @@ from neounify.model.neo import NeoUnify
 
 
 @dataclass(eq=False)
-class PaintJob:
+class DenoiseJob:
     """One image being painted. The prefixes are only read, so several jobs may share them.
 
     `z` [tokens, 3·C²] float32 is the current point, `times` the N + 1 times of its N
@@ -90,9 +90,9 @@ def make_job(
     grid: Grid,
     prefixes: dict[Branch, SequenceCache],
     sampling: ResolvedSampling,
-) -> PaintJob:
+) -> DenoiseJob:
     """An image to be painted behind its prefixes, from scaled noise."""
-    return PaintJob(
+    return DenoiseJob(
         z=noise.to(model.device),
         grid=grid,
         prefixes=prefixes,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neounify.attention import AttentionBackend, prefix, select_for
-from neounify.engine.denoise import PaintJob
+from neounify.engine.denoise import DenoiseJob
 from neounify.engine.grouping import groups
 from neounify.flow.guidance import Branch
 from neounify.model.layout import Layout, Noise
@@ -16,7 +16,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
-Run = tuple[PaintJob, Branch]
+Run = tuple[DenoiseJob, Branch]
 """A job behind one of its prefixes."""
 
 
@@ -32,12 +32,12 @@ class Denoiser:
         self.backend = select_for(model, self.plan.attention)
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
-    def step(self, jobs: Sequence[PaintJob]) -> None:
+    def step(self, jobs: Sequence[DenoiseJob]) -> None:
         """Move every job one step; guidance branches of all jobs run as one batch."""
         for _ in self.slices(jobs):
             pass
 
-    def slices(self, jobs: Sequence[PaintJob]) -> Iterator[None]:
+    def slices(self, jobs: Sequence[DenoiseJob]) -> Iterator[None]:
         """What `step` does, with pauses between the layers of the model, to do other work in.
 
         Given up in between, it has moved some jobs by their step and the others not at all.
@@ -53,7 +53,7 @@ class Denoiser:
         """Let go of what was kept."""
         self._calls = {}
 
-    def _grouped(self, jobs: Sequence[PaintJob]) -> Iterator[list[PaintJob]]:
+    def _grouped(self, jobs: Sequence[DenoiseJob]) -> Iterator[list[DenoiseJob]]:
         """Jobs that share a call of the model: short ones apart from long ones.
 
         That depends on a job alone, so that it computes the same in any company.
@@ -65,7 +65,7 @@ class Denoiser:
         rows = self.plan.denoise_rows
         yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), rows)
 
-    def _move(self, jobs: Sequence[PaintJob], call: _Call) -> Iterator[None]:
+    def _move(self, jobs: Sequence[DenoiseJob], call: _Call) -> Iterator[None]:
         model = self.model
         embedded = model.embed_noisy(
             [job.grid for job in jobs],
@@ -81,7 +81,7 @@ class Denoiser:
         hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
         yield
         clean = model.clean_prediction(hidden, call.layout.noise_grids).float().split(call.lengths)
-        predictions: dict[PaintJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
+        predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
         for (job, branch), prediction in zip(call.runs, clean, strict=True):
             predictions[job][branch] = prediction
         for job in jobs:

@@ -1,4 +1,4 @@
-"""The generation engine: paints for many requests at once, one shared denoising step at a time."""
+"""Generation engine: the denoising loop of many images, one shared step at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.engine.denoise import PaintJob, make_job, to_pixels
+from neounify.engine.denoise import DenoiseJob, make_job, to_pixels
 from neounify.engine.denoiser import Denoiser
 from neounify.engine.messages import (
     Cancel,
@@ -55,7 +55,7 @@ class _Image:
 
     call: int
     index: int
-    job: PaintJob
+    job: DenoiseJob
     previews: frozenset[int]
     waiting: Waiting
 
@@ -240,7 +240,7 @@ class GenerationEngine:
             self._drop(image.call)
         self.replies.append(Reply(image.call, done, last))
 
-    def _pack(self, job: PaintJob, tokens: torch.Tensor) -> TensorRef:
+    def _pack(self, job: DenoiseJob, tokens: torch.Tensor) -> TensorRef:
         pixels = to_pixels([tokens], job.grid, self.model.config.token_size)[0]
         return self.transport.pack({"pixels": pixels})
 

@@ -1,4 +1,4 @@
-"""The understanding engine: reads prompts and writes text for many requests at once.
+"""Understanding engine: prefill and decoding of many sequences at once.
 
 Each step reads a bounded piece of the prompts that wait, then writes one token of every sequence
 that writes. Sequences lie in a paged cache, where one that begins as an earlier one did goes on

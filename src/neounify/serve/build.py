@@ -15,11 +15,11 @@ from neounify.engine.tensors import LocalTransport
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution
-from neounify.serve.hosts import ProcessHost, ThreadHost, WatchSettings
-from neounify.serve.link import EngineLink
+from neounify.serve.client import EngineClient
+from neounify.serve.context import Links
+from neounify.serve.hosts import EngineProcess, EngineThread, WatchSettings
 from neounify.serve.process import EngineSettings, ProcessSettings, Role
 from neounify.serve.service import EngineService, ServiceLimits
-from neounify.serve.session import Links
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
 from neounify.serve.transport import SharedTransport
 from neounify.tasks.processor import Processor
@@ -70,8 +70,8 @@ def colocated(
     watch: WatchSettings | None = None,
 ) -> EngineService:
     """A service around a loaded model, both engines in one thread of this process."""
-    host = ThreadHost(pipe.model, engines or EngineSettings(), watch)
-    link = EngineLink("model", host)
+    host = EngineThread(pipe.model, engines or EngineSettings(), watch)
+    link = EngineClient("model", host)
     return EngineService(
         pipe.processor, Links(link, link, LocalTransport()), limits or ServiceLimits()
     )
@@ -96,8 +96,8 @@ def _separate(settings: ServeSettings) -> EngineService:
     _check_shared_memory(front, settings)
     space = SharedSpace()
     links = Links(
-        EngineLink("understanding", _process("und", settings, dtype, space)),
-        EngineLink("generation", _process("gen", settings, dtype, space)),
+        EngineClient("understanding", _process("und", settings, dtype, space)),
+        EngineClient("generation", _process("gen", settings, dtype, space)),
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
@@ -130,9 +130,9 @@ def _check_shared_memory(front: Processor, settings: ServeSettings) -> None:
 
 def _process(
     role: Role, settings: ServeSettings, dtype: DtypeChoice, space: SharedSpace
-) -> ProcessHost:
+) -> EngineProcess:
     paints = role == "gen"
-    return ProcessHost(
+    return EngineProcess(
         ProcessSettings(
             role=role,
             folder=settings.folder,

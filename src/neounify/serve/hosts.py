@@ -68,7 +68,7 @@ class WatchSettings:
     end: float = 10.0
 
 
-class ThreadHost:
+class EngineThread:
     """Both engines in one thread over one model."""
 
     def __init__(
@@ -137,7 +137,7 @@ class _ThreadLife:
         try:
             self._worker.run()
         except BaseException:
-            log.exception("the engines stopped on an error nobody foresaw")
+            log.exception("the engines stopped on an unexpected error")
         finally:
             self._ended.set()
             if not self._asked.is_set():
@@ -164,7 +164,7 @@ class _QueueChannel:
         self._deliver(replies, report)
 
 
-class ProcessHost:
+class EngineProcess:
     """One engine in a process of its own, which ends when this one does."""
 
     def __init__(self, settings: ProcessSettings, watch: WatchSettings | None = None) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 from neounify.config import ModelConfig
 from neounify.engine.messages import Prefix
 from neounify.errors import RequestError
+from neounify.serve.client import EngineClient, State
+from neounify.serve.context import Links, RequestContext
 from neounify.serve.events import (
     Draining,
     Overloaded,
     ServiceEvent,
     ServiceRequest,
 )
-from neounify.serve.link import EngineLink, State
-from neounify.serve.session import Links, RequestContext
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
 from neounify.tasks.image import generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
@@ -174,7 +174,7 @@ class EngineService:
         self._image_tokens += tokens
         return tokens
 
-    def _needed(self, request: ServiceRequest) -> list[EngineLink]:
+    def _needed(self, request: ServiceRequest) -> list[EngineClient]:
         text_only = isinstance(request, ChatRequest | CompletionRequest)
         return [self.links.understanding] if text_only else self.links.all
 

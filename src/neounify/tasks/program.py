@@ -2,7 +2,7 @@
 
 A driver runs a program: it carries out each step that the program yields and sends back what came
 of it, or throws the error. Programs do no I/O and compute nothing that takes long, so the same one
-runs in the caller's thread (`pipeline.driver`) and on an event loop (`serve.session`).
+runs in the caller's thread (`pipeline.driver`) and on an event loop (`serve.context`).
 """
 
 from __future__ import annotations

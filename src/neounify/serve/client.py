@@ -1,4 +1,4 @@
-"""The front's end of the line to an engine: calls, answers, a new start after a death."""
+"""Client of an engine: calls, answers, restart after a crash."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Call:
             discard(self._replies.popleft())
 
 
-class EngineLink:
+class EngineClient:
     """Calls one worker and starts it again when it dies.
 
     `prepare` is awaited after every start, before the link is `ready`. An engine that cannot be

@@ -11,9 +11,9 @@ import torch
 
 from neounify.engine.messages import Command, Exported, ImageReady, Prefix, Reply, StepPreview
 from neounify.errors import EngineDied, OutOfMemory
-from neounify.serve import link as links
+from neounify.serve import client as links
+from neounify.serve.client import EngineClient
 from neounify.serve.hosts import Deliver, Died
-from neounify.serve.link import EngineLink
 from neounify.serve.shared_memory import folder
 from neounify.serve.transport import SharedTransport
 
@@ -74,7 +74,7 @@ def left(transport: SharedTransport) -> int:
 def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> None:
     """Whether the reply comes after the call was closed, before it, or after the loop has ended."""
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
 
     def replies(call: int) -> list[Reply]:
         pixels, other, prefix = (transport.pack({"x": PIXELS}) for _ in range(3))
@@ -106,7 +106,7 @@ def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> 
 
 def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -> None:
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
 
     async def work() -> None:
         await link.start()
@@ -133,7 +133,7 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
 def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
     async def work() -> None:
         host = Scripted(works)
-        link = EngineLink("generation", host)
+        link = EngineClient("generation", host)
         await link.start()
         call = link.open_call()
         call.put(Reply(call.number, Exported(()), True))
@@ -147,7 +147,7 @@ def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
 def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(links, "MAX_PAUSE", 0.01)
     host = Scripted(works, *[fails] * 7, works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
     seen: set[str] = set()
 
     async def work() -> None:
@@ -174,7 +174,7 @@ def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_deaths_count_once_and_only_in_their_own_life() -> None:
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
 
     async def work() -> None:
         await link.start()
@@ -193,7 +193,7 @@ def test_deaths_count_once_and_only_in_their_own_life() -> None:
 
 def test_only_those_who_prepare_an_engine_may_call_it_before() -> None:
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
 
     async def prepare() -> None:
         with pytest.raises(EngineDied):
@@ -220,7 +220,7 @@ def test_an_engine_waits_for_what_it_is_prepared_with(
     """The other engine's death, or a full memory, is no reason to start this one again."""
     monkeypatch.setattr(links, "PREPARE_PAUSE", 0.01)
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
     asked = 0
 
     async def prepare() -> None:
@@ -243,7 +243,7 @@ def test_an_engine_waits_for_what_it_is_prepared_with(
 
 def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
     host = Scripted(works)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
     dies = [True]
 
     async def prepare() -> None:
@@ -268,7 +268,7 @@ def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
 
 def test_what_keeps_an_engine_from_starting_at_all_is_raised() -> None:
     host = Scripted(fails)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
 
     async def work() -> None:
         with pytest.raises(RuntimeError, match="does not come up"):
@@ -286,7 +286,7 @@ def test_the_end_does_not_wait_for_a_start() -> None:
         ended.wait(60)
 
     host = Scripted(works, waits)
-    link = EngineLink("generation", host)
+    link = EngineClient("generation", host)
     stop = host.stop
 
     def stops() -> None:

@@ -27,8 +27,8 @@ from neounify.engine.messages import (
     refs_of,
 )
 from neounify.engine.tensors import TensorRef, Transport
+from neounify.serve.client import Call, EngineClient
 from neounify.serve.events import DeadlineExceeded
-from neounify.serve.link import Call, EngineLink
 from neounify.serve.shared_memory import SharedSpace
 from neounify.tasks.events import TaskEvent
 from neounify.tasks.program import (
@@ -53,13 +53,13 @@ class Links:
     `space` are the names of its shared memory, where it has any.
     """
 
-    understanding: EngineLink
-    generation: EngineLink
+    understanding: EngineClient
+    generation: EngineClient
     transport: Transport
     space: SharedSpace | None = None
 
     @property
-    def all(self) -> list[EngineLink]:
+    def all(self) -> list[EngineClient]:
         same = self.understanding is self.generation
         return [self.understanding] if same else [self.understanding, self.generation]
 
@@ -81,7 +81,7 @@ class RequestContext:
         self._sequences: list[SequenceName] = []
         self._refs: dict[int, TensorRef] = {}
         self._call: Call | None = None
-        self._link: EngineLink | None = None
+        self._link: EngineClient | None = None
         self._generates = False
 
     async def events(self, program: Program[object]) -> AsyncGenerator[TaskEvent]:
