@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from neounify.provenance.watermark import FIELDS, MIN_AGREEING, Marker, agreeing
+from neounify.runtime.process import processor_name
 from neounify.scenes.world import render, sample_rng, sample_scene, scene_config
 
 SIDES = (64, 128, 512)
@@ -114,7 +115,8 @@ def main() -> None:
     parser.add_argument("--marked", type=int, default=200, help="watermarked images per row")
     parser.add_argument("--unmarked", type=int, default=1000, help="images without one per row")
     options = parser.parse_args()
-    print(f"{options.marked} images per row; {MIN_AGREEING} of {FIELDS} blocks must agree")
+    print(f"{processor_name()}; {options.marked} images per row; ", end="")
+    print(f"{MIN_AGREEING} of {FIELDS} blocks must agree")
     print(f"| images | side | PSNR, dB (least) | CPU ms to write | {' | '.join(TRIALS)} |")
     print("|---" * (4 + len(TRIALS)) + "|")
     for kind in KINDS:
