@@ -117,6 +117,8 @@ def test_trained_norms_get_gradients() -> None:
 def test_compute_dtype_follows_casts() -> None:
     model, packed = _setup()
     assert model.compute_dtype == torch.float64
+    with pytest.warns(DeprecationWarning, match="use NeoUnify.compute_dtype"):
+        assert model.dtype == torch.float64
     assert model.bfloat16().compute_dtype == torch.bfloat16
     assert model.to("cpu").compute_dtype == torch.bfloat16
     model.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,6 +82,13 @@ class NeoUnify(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Deprecated name of `compute_dtype`."""
+        text = "NeoUnify.dtype is deprecated: use NeoUnify.compute_dtype"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return self.compute_dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NeoUnify:
         super()._apply(fn, recurse)
