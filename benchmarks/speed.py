@@ -13,9 +13,13 @@ from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
 from neounify.config import TextSampling
-from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
+from neounify.decode import ModelInput, forward_und
 from neounify.engine.denoise import DenoiseJob
 from neounify.engine.denoiser import Denoiser
+from neounify.engine.messages import Decode, Prefill, TextInput, new_number
+from neounify.engine.room import ContiguousRoom
+from neounify.engine.tensors import LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.guidance import Guidance
 from neounify.flow.solvers import Euler
 from neounify.model import Image, NeoUnify, Text
@@ -123,17 +127,22 @@ def _decode(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
 def _tokens_per_second(model: NeoUnify, batch: int) -> float:
     best = 0.0
     for _ in range(3):
-        read = [read_text(model, 64, room=DECODED + 8) for _ in range(batch)]
-        generations = [
-            Generation(cache, SamplingState(TextSampling()), frozenset(), DECODED + 8)
-            for cache, _ in read
-        ]
-        steps = decode(model, generations, torch.cat([state for _, state in read]))
+        engine = UnderstandingEngine(
+            model,
+            UnderstandingSettings(prefill_tokens=64 * batch),
+            LocalTransport(),
+            ContiguousRoom(model),
+        )
+        for _ in range(batch):
+            call, name = new_number(), (new_number(), "cond")
+            then = Decode(call, name, TextSampling(), frozenset(), DECODED + 8)
+            prompt = (TextInput(tuple(random_ids(model, 64))),)
+            engine.submit(Prefill(call, {name: prompt}, {name: DECODED + 8}, then))
         for _ in range(4):
-            next(steps)
+            engine.step()
         start = time.perf_counter()
         for _ in range(DECODED):
-            next(steps)
+            engine.step()
         best = max(best, batch * DECODED / (time.perf_counter() - start))
     return best
 

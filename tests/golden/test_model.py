@@ -15,8 +15,7 @@ from torch.nn.functional import gelu, linear
 
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
-from neounify.config import TextSampling
-from neounify.decode import Generation, ModelInput, SamplingState, decode, forward_und
+from neounify.decode import ModelInput, forward_und
 from neounify.flow.path import velocity
 from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
@@ -26,6 +25,7 @@ from neounify.model.parts import GEN, UND
 from neounify.model.rope import rotate_patches
 from support import reference
 from support.attention import plan
+from support.decoding import Decoder, parts_of
 from support.golden import load_fixture, needs_golden
 from support.models import assert_close, batch_of, facts_of, one_thread, weights_of
 from support.patches import from_patches, to_patches
@@ -205,7 +205,6 @@ def test_greedy_tokens(
     name: str, group: str, model: NeoUnify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded, prompt = _recorded_prompt(name, group)
-    cache = _cache(model)
     shown: list[Tensor] = []
 
     def choose(logits: Tensor) -> int:
@@ -213,11 +212,11 @@ def test_greedy_tokens(
         return int(logits.argmax())
 
     script_sampler(monkeypatch, choose)
-    sampling = SamplingState(TextSampling())
-    generation = Generation(cache, sampling, frozenset(), recorded["greedy_ids"].shape[1])
-    for _ in decode(model, [generation], forward_und(model, [prompt.model_input(cache)])):
-        pass
-    assert generation.ids == recorded["greedy_ids"][0].tolist()
+    decoder = Decoder(model)
+    parts = parts_of(model, prompt.model_input(_cache(model)))
+    written = decoder.start(parts, recorded["greedy_ids"].shape[1])
+    decoder.run()
+    assert written.ids == recorded["greedy_ids"][0].tolist()
     assert_close(torch.stack(shown), recorded["greedy_logits"][0], TOLERANCE)
 
 

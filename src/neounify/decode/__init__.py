@@ -4,19 +4,17 @@ Everything here speaks ids; text belongs to the pipeline.
 """
 
 from neounify.decode.forward import ModelInput, forward_und
-from neounify.decode.loop import Generation, Writing, choose_tokens, decode
+from neounify.decode.loop import Writing, choose_tokens
 from neounify.decode.sampler import Choice, LogProbs, sample
 from neounify.decode.sampling import SamplingState
 
 __all__ = [
     "Choice",
-    "Generation",
     "LogProbs",
     "ModelInput",
     "SamplingState",
     "Writing",
     "choose_tokens",
-    "decode",
     "forward_und",
     "sample",
 ]

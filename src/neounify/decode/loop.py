@@ -1,19 +1,15 @@
-"""The autoregressive loop over ids, for one sequence or many at once."""
+"""State of a sequence that is being decoded, and the next tokens of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from neounify.cache import Cache
-from neounify.decode.forward import ModelInput, forward_und
 from neounify.decode.sampler import Choice, LogProbs, sample
 from neounify.decode.sampling import SamplingState
-from neounify.model.layout import Text
-from neounify.model.neo import NeoUnify
 
 FinishReason = Literal["stop", "length"]
 
@@ -63,51 +59,6 @@ class Writing:
         self.stopped_by = self.finish_reason = None
 
 
-class Generation(Writing):
-    """A sequence that is written into a cache of its own."""
-
-    def __init__(
-        self,
-        cache: Cache,
-        sampling: SamplingState,
-        stop_ids: frozenset[int],
-        max_new_tokens: int,
-    ) -> None:
-        super().__init__(sampling, stop_ids, max_new_tokens)
-        self.cache = cache
-
-
 def choose_tokens(logits: Tensor, writings: Sequence[Writing]) -> list[Choice]:
     """The next token of each sequence, for it to `take`; `logits` are [B, vocab]."""
     return sample(logits, [writing.sampling for writing in writings])
-
-
-def decode(
-    model: NeoUnify, generations: Sequence[Generation], hidden: Tensor
-) -> Iterator[list[tuple[int, int]]]:
-    """Write all sequences to their ends; `hidden` [B, D] are the states of their last tokens.
-
-    Yields, per step, (number of the sequence, chosen token) of each that got one.
-    """
-    for generation in generations:
-        if generation.max_new_tokens <= len(generation.ids):
-            generation.finish_reason = "length"
-    running = [n for n, g in enumerate(generations) if g.finish_reason is None]
-    hidden = hidden[running]
-    while running:
-        choices = choose_tokens(model.logits(hidden), [generations[n] for n in running])
-        taken: list[tuple[int, int]] = []
-        for number, choice in zip(running, choices, strict=True):
-            token = generations[number].take(choice)
-            if token is not None:
-                taken.append((number, token))
-        if taken:
-            yield taken
-        taken = [(n, token) for n, token in taken if generations[n].finish_reason is None]
-        if not taken:
-            return
-        running = [number for number, _ in taken]
-        inputs = [ModelInput(generations[n].cache, (Text(1),), (token,)) for n, token in taken]
-        hidden = forward_und(model, inputs)
-        for number in running:
-            generations[number].pending = []
