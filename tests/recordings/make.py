@@ -2,7 +2,8 @@
 
     PYTHONPATH=src:tests .venv/bin/python tests/recordings/make.py
 
-Of the package it uses the random models, the saving of their folders, and the tokenizer. Logits,
+A model's folder that exists keeps its weights; remove it for new ones. Of the package the script
+uses the random models, the saving and loading of their folders, and the tokenizer. Logits,
 keys and values, clean images, steps and derivatives are the reference's, and the rules of time,
 noise and guidance are written out below.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +159,12 @@ def prompt_ids(tokenizer: Any) -> list[list[int]]:
 
 
 def record(name: str, config: ModelConfig, seed: int, folder: Path = FOLDER) -> None:
-    """Write the model's folder and its arrays."""
+    """Write the arrays of the model in its folder, which is made with random weights if missing."""
     tokenizer = byte_tokenizer()
-    model = random_model(config, seed)
-    shutil.rmtree(folder / name, ignore_errors=True)
-    neounify.Pipeline(model, tokenizer, system_message=SYSTEM).save(folder / name)
+    if not (folder / name).exists():
+        pipe = neounify.Pipeline(random_model(config, seed), tokenizer, system_message=SYSTEM)
+        pipe.save(folder / name)
+    model = neounify.load(folder / name, dtype="float32").model
     weights, facts = weights_of(model), facts_of(config)
     numbers = np.random.default_rng(seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_the_script_records_the_same_again(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "dense", tmp_path / "dense")
     record("dense", CONFIGS["dense"], 0, tmp_path)
     again, before = load_file(tmp_path / "dense.safetensors"), recording("dense").arrays
     assert again.keys() == before.keys()

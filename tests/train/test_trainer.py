@@ -113,7 +113,7 @@ def test_stages_that_would_be_skipped_are_named(tmp_path: Path) -> None:
     third = {"name": "more", "steps": 1}
     made = recipe(stages=[{"name": "read", "steps": 5}, {"name": "both", "steps": 7}, third])
     for names, message in (
-        (["both"], "both starts from what read leaves, and the run has 0 of 5 steps of read"),
+        (["both"], "both starts from the result of read, and the run has 0 of 5 steps of read"),
         (["read", "more"], "between the stages named, both is left out"),
         (["reed"], "no stage reed; the recipe has"),
     ):
