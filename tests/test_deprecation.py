@@ -12,6 +12,10 @@ RENAMED = [
     ("neounify.image", "Source", "neounify.image.io", "ImageSource"),
     ("neounify.scenes.bench", "check_picture", "neounify.scenes.bench.checks", "check_image"),
     ("neounify.checkpoint", "Loaded", "neounify.checkpoint.load", "LoadedCheckpoint"),
+    ("neounify.pipeline", "PaintProgress", "neounify.pipeline", "ImageProgress"),
+    ("neounify.pipeline", "PaintResult", "neounify.pipeline", "ImageResult"),
+    ("neounify.pipeline.results", "PaintResult", "neounify.pipeline.results", "ImageResult"),
+    ("neounify.tasks.requests", "PaintRequest", "neounify.tasks.requests", "ImageRequest"),
 ]
 
 

@@ -18,7 +18,7 @@ from neounify.model import Layout
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.image import branch_prompt
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.prefilling import as_cache, contiguous_engine, prefilled
 
 
@@ -26,7 +26,7 @@ def job(
     pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object
 ) -> DenoiseJob:
     sampling = ImageSampling(steps=steps, **options).resolve(pipe.config, editing=False)  # type: ignore[arg-type]
-    request = PaintRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
+    request = ImageRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
     branches = sampling.guidance.branches()
     prompts = [branch_prompt(pipe.processor, request, b) for b in branches]
     read = prefilled(contiguous_engine(pipe), prompts, [[]] * len(branches))

@@ -21,7 +21,7 @@ from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
 
@@ -56,7 +56,7 @@ def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipel
         pipe.config, editing=True
     )
     edits = [
-        PaintRequest(
+        ImageRequest(
             prompt="x" * 60, width=64, height=64, sampling=sampling, images=(PICTURE,), seed=seed
         )
         for seed in range(2)
@@ -100,7 +100,7 @@ def test_answers_do_not_depend_on_room(
         for n in range(3)
     ]
     requests += [
-        PaintRequest(prompt="x" * 30, width=64, height=64, sampling=sampling, images=(PICTURE,))
+        ImageRequest(prompt="x" * 30, width=64, height=64, sampling=sampling, images=(PICTURE,))
     ]
     requests += [make_chat_request("y" * (40 * n), [], max_new_tokens=60) for n in range(1, 5)]
     assert all(r.max_images == 10 for r in requests if isinstance(r, InterleaveRequest))

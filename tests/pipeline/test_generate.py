@@ -10,7 +10,7 @@ import torch
 import neounify
 from neounify.errors import Cancelled, ImageError, PromptError, RequestError
 from neounify.flow.noise import initial_noise, noise_scale
-from neounify.pipeline import PaintProgress
+from neounify.pipeline import ImageProgress
 from support.prefilling import watch_prefills
 
 SIZE: dict[str, Any] = {"width": 64, "height": 96, "steps": 3}
@@ -55,7 +55,7 @@ def test_several_images_of_one_prompt_are_one_draw(pipe: neounify.Pipeline) -> N
 
 
 def test_callback_sees_every_step_and_the_last_is_close(pipe: neounify.Pipeline) -> None:
-    seen: list[PaintProgress] = []
+    seen: list[ImageProgress] = []
     out = pipe.generate(PROMPTS[:2], callback=seen.append, **SIZE)
     assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
     assert len(seen[0].preview()) == 2
@@ -67,7 +67,7 @@ def test_cancel_stops_within_a_step(pipe: neounify.Pipeline) -> None:
     cancel = threading.Event()
     steps: list[int] = []
 
-    def callback(progress: PaintProgress) -> None:
+    def callback(progress: ImageProgress) -> None:
         steps.append(progress.step)
         cancel.set()
 

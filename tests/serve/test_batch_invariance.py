@@ -20,7 +20,7 @@ from neounify.serve.events import ServiceRequest
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.serving import Collected, collect, serve
 
 STORY = (
@@ -31,9 +31,9 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.06}
 """Largest difference of a value in [-1, 1]; measured 7e-6 and 0.027 (3.5 of 255 levels)."""
 
 
-def _image(pipe: neounify.Pipeline, prompt: str, seed: int, *, think: bool = False) -> PaintRequest:
+def _image(pipe: neounify.Pipeline, prompt: str, seed: int, *, think: bool = False) -> ImageRequest:
     sampling = ImageSampling(steps=10 + seed).resolve(pipe.config, editing=False)
-    return PaintRequest(
+    return ImageRequest(
         prompt=prompt, width=64, height=64, sampling=sampling, seed=seed, think=think
     )
 

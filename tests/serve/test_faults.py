@@ -24,14 +24,14 @@ from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.chat import CompletionRequest, make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.serving import collect, same_image, serve
 
 
-def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> PaintRequest:
+def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> ImageRequest:
     sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
     options: dict[str, Any] = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
-    return PaintRequest(**(options | values))
+    return ImageRequest(**(options | values))
 
 
 def chatting(text: str = "Hello", tokens: int = 8) -> Any:

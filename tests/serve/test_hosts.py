@@ -25,14 +25,14 @@ from neounify.serve.http.errors import to_api_error
 from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve
 
 
-def painting(pipe: neounify.Pipeline, steps: int) -> PaintRequest:
+def painting(pipe: neounify.Pipeline, steps: int) -> ImageRequest:
     sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
-    return PaintRequest(prompt="a boat", width=64, height=64, sampling=sampling)
+    return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling)
 
 
 def chatting(tokens: int) -> Any:

@@ -23,7 +23,7 @@ from neounify.serve.events import DeadlineExceeded, ServiceRequest
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from neounify.text import byte_tokenizer
 from support.leaving import (
     at_rest,
@@ -53,9 +53,9 @@ def pipe() -> neounify.Pipeline:
 
 @pytest.fixture(scope="module")
 def requests(pipe: neounify.Pipeline) -> dict[str, ServiceRequest]:
-    def painting(**values: Any) -> PaintRequest:
+    def painting(**values: Any) -> ImageRequest:
         sampling = ImageSampling(steps=3).resolve(pipe.config, editing="images" in values)
-        return PaintRequest(prompt="a boat", width=64, height=64, sampling=sampling, **values)
+        return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling, **values)
 
     return {
         "chat": make_chat_request("What is <image>?", [PICTURE], max_new_tokens=3),

@@ -29,7 +29,7 @@ from neounify.serve.process import EngineSettings
 from neounify.tasks.chat import ChatRequest, make_chat_request
 from neounify.tasks.conversation import read_request
 from neounify.tasks.interleave import InterleaveRequest, turn_prompt
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from neounify.text.template import TextSegment
 from support.scripted_sampler import script_sampler
 from support.serving import Collected, collect, same_image, serve
@@ -39,16 +39,16 @@ PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8)
 OTHER = PIL.Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
-def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> PaintRequest:
+def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> ImageRequest:
     options: dict[str, Any] = {
         "width": 128,
         "height": 96,
         "sampling": ImageSampling(steps=6).resolve(pipe.config, editing=bool(values.get("images"))),
     }
-    return PaintRequest(prompt=prompt, **(options | values))
+    return ImageRequest(prompt=prompt, **(options | values))
 
 
-def expected(pipe: neounify.Pipeline, request: PaintRequest) -> torch.Tensor:
+def expected(pipe: neounify.Pipeline, request: ImageRequest) -> torch.Tensor:
     options: dict[str, Any] = {
         "width": request.width,
         "height": request.height,

@@ -12,9 +12,9 @@ from neounify.config import ModelConfig
 from neounify.config.presets import TINY
 from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, Painted, Preview, PromptRead, TextPiece
+from neounify.tasks.events import Finished, ImageFinished, Preview, PromptRead, TextPiece
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.patches import to_gen_pixels
 
 Script = Callable[[ServiceRequest, int], Iterable[ServiceEvent | float | Exception]]
@@ -34,14 +34,14 @@ def plain(request: ServiceRequest, previews: int) -> list[ServiceEvent | float |
         return [*(thought if request.think else []), *words, Finished("stop", 11, 5, 3)]
     if isinstance(request, CompletionRequest):
         return [PromptRead(), TextPiece(" and so on"), Finished("stop", 4, 3)]
-    if isinstance(request, PaintRequest):
+    if isinstance(request, ImageRequest):
         thought = [TextPiece("A plan.", thought=True)] if request.think else []
         image = _image(request.width, request.height, request.seed)
         return [*thought, *_painting(image, 0, previews), _painted(request)]
     return _story(request, previews)
 
 
-def _painted(request: PaintRequest) -> Finished:
+def _painted(request: ImageRequest) -> Finished:
     shown = 12 * len(request.images)
     return Finished("stop", 20 + shown, 0, 3, 16, prompt_image_tokens=shown)
 
@@ -64,7 +64,7 @@ def _image(width: int, height: int, seed: int) -> torch.Tensor:
 
 def _painting(image: torch.Tensor, index: int, previews: int) -> list[ServiceEvent]:
     steps = [Preview(index, step + 1, 8, image / 2) for step in range(previews)]
-    return [*steps, Painted(index, image)]
+    return [*steps, ImageFinished(index, image)]
 
 
 class Scripted:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neounify.serve.events import ServiceRequest
 from neounify.serve.service import EngineService
-from neounify.tasks.events import Finished, Painted, Preview, TextPiece
+from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ async def collect(service: EngineService, request: ServiceRequest, **options: ob
                     found.thought += text
                 else:
                     found.text += text
-            case Painted(index, pixels):
+            case ImageFinished(index, pixels):
                 found.images[index] = pixels
             case Preview():
                 found.previews.append(event)

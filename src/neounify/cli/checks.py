@@ -34,7 +34,7 @@ from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline.trained_sizes import size_advice
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest, output_size
+from neounify.tasks.requests import ImageRequest, output_size
 from neounify.text.message import Message
 from neounify.text.template import place_images
 
@@ -114,7 +114,7 @@ def check_image(
     check_prompt(prompt, len(images))
     values = options.arguments()
     width, height = output_size(config, *options.dimensions(), *images[:1])
-    PaintRequest(
+    ImageRequest(
         prompt=prompt,
         width=width,
         height=height,

@@ -18,7 +18,7 @@ from neounify.cli.models import LoadedModel
 from neounify.cli.records import RecordedImage
 from neounify.cli.task_options import EditOptions, GenerateOptions, ImageOptions
 from neounify.config import ModelConfig
-from neounify.pipeline import PaintProgress, PaintResult
+from neounify.pipeline import ImageProgress, ImageResult
 
 THUMBNAIL = 192
 GAP = 4
@@ -47,7 +47,7 @@ class PreviewSheets:
     def __init__(self) -> None:
         self._steps: list[list[Image.Image]] = []
 
-    def add(self, progress: PaintProgress) -> None:
+    def add(self, progress: ImageProgress) -> None:
         images = progress.preview()
         for image in images:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -76,7 +76,7 @@ def generate_images(
     steps = resolve_sampling(jobs[0].options, model.pipe.config).steps
     with display.bar(_label(jobs), steps) as tick:
 
-        def on_step(progress: PaintProgress) -> None:
+        def on_step(progress: ImageProgress) -> None:
             tick(progress.step)
             if sheets is not None:
                 sheets.add(progress)
@@ -151,7 +151,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> PaintResult:
+def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageResult:
     first = jobs[0]
     if first.task == "edit":
         return model.pipe.edit(

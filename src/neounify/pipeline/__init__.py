@@ -1,13 +1,14 @@
-"""The tasks: chat, painting, editing, interleaved answers; what users and servers call."""
+"""User-facing tasks (chat, generation, editing, interleaved answers) and `load`."""
 
+from neounify.deprecation import moved
 from neounify.pipeline.load import load
 from neounify.pipeline.pipeline import Pipeline
 from neounify.pipeline.results import (
     ChatResult,
     ImagePart,
+    ImageProgress,
+    ImageResult,
     InterleavePart,
-    PaintProgress,
-    PaintResult,
     PreviewPart,
     TextPart,
 )
@@ -15,11 +16,15 @@ from neounify.pipeline.results import (
 __all__ = [
     "ChatResult",
     "ImagePart",
+    "ImageProgress",
+    "ImageResult",
     "InterleavePart",
-    "PaintProgress",
-    "PaintResult",
     "Pipeline",
     "PreviewPart",
     "TextPart",
     "load",
 ]
+
+__getattr__ = moved(
+    __name__, __name__, {"PaintProgress": "ImageProgress", "PaintResult": "ImageResult"}
+)

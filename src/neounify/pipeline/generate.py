@@ -14,16 +14,16 @@ from neounify.pipeline.driver import Driver, Event
 from neounify.pipeline.results import (
     ChatResult,
     ImagePart,
+    ImageProgress,
+    ImageResult,
     InterleavePart,
-    PaintProgress,
-    PaintResult,
     PreviewPart,
     TextPart,
 )
 from neounify.tasks.chat import ChatRequest, chat
 from neounify.tasks.events import (
     Finished,
-    Painted,
+    ImageFinished,
     Preview,
     PromptRead,
     TextPiece,
@@ -33,11 +33,11 @@ from neounify.tasks.image import generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import keep_prompt
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from neounify.text.template import unconditional_prompt
 from neounify.text.tools import ToolCall
 
-Callback = Callable[[PaintProgress], None]
+Callback = Callable[[ImageProgress], None]
 
 
 class ChatRun:
@@ -146,9 +146,9 @@ class ChatStream:
 def run_images(
     driver: Driver,
     processor: Processor,
-    requests: Sequence[PaintRequest],
+    requests: Sequence[ImageRequest],
     callback: Callback | None = None,
-) -> PaintResult:
+) -> ImageResult:
     """Generate all images of all requests together; they have one size.
 
     `callback` is called after every denoising step.
@@ -171,7 +171,7 @@ def run_images(
         if callback is not None and any(isinstance(event, Preview) for _, event in events):
             callback(_progress(collected))
     tokenizer = processor.tokenizer
-    return PaintResult(
+    return ImageResult(
         pixels=torch.stack([x for item in collected for x in item.in_order()]),
         thoughts=[
             tokenizer.decode(item.thought).strip() if item.request.think else None
@@ -184,7 +184,7 @@ def run_images(
 class _Images:
     """What came of one request so far."""
 
-    def __init__(self, request: PaintRequest) -> None:
+    def __init__(self, request: ImageRequest) -> None:
         self.request = request
         self.thought: list[int] = []
         self.previews: dict[int, Preview] = {}
@@ -196,16 +196,16 @@ class _Images:
                 self.thought.append(token)
             case Preview(index):
                 self.previews[index] = event
-            case Painted(index, pixels):
+            case ImageFinished(index, pixels):
                 self._images[index] = pixels
 
     def in_order(self) -> list[Tensor]:
         return [self._images[index] for index in range(self.request.count)]
 
 
-def _progress(collected: Sequence[_Images]) -> PaintProgress:
+def _progress(collected: Sequence[_Images]) -> ImageProgress:
     previews = [item.previews[n] for item in collected for n in range(item.request.count)]
-    return PaintProgress(
+    return ImageProgress(
         max(preview.step for preview in previews),
         max(preview.steps for preview in previews),
         torch.stack([preview.pixels for preview in previews]),
@@ -223,6 +223,6 @@ def run_interleaved(
                 case TextPiece(text) if text:
                     yield TextPart(text)
                 case Preview(_, step, steps, pixels):
-                    yield PreviewPart(PaintProgress(step, steps, pixels[None]))
-                case Painted(_, pixels):
+                    yield PreviewPart(ImageProgress(step, steps, pixels[None]))
+                case ImageFinished(_, pixels):
                     yield ImagePart(pixels)

@@ -23,7 +23,7 @@ from neounify.image.io import ImageSource
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.driver import Driver
 from neounify.pipeline.generate import Callback, ChatRun, ChatStream, run_images, run_interleaved
-from neounify.pipeline.results import ChatResult, InterleavePart, PaintResult
+from neounify.pipeline.results import ChatResult, ImageResult, InterleavePart
 from neounify.pipeline.trained_sizes import warn_untrained
 from neounify.tasks.chat import ChatOptions, ChatRequest, make_chat_request
 from neounify.tasks.conversation import Conversation, read_pictures, read_request
@@ -31,7 +31,7 @@ from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.processor import Processor
 from neounify.tasks.requests import (
     MAX_THINK_TOKENS,
-    PaintRequest,
+    ImageRequest,
     output_size,
     output_sizes,
     per_prompt,
@@ -183,7 +183,7 @@ class Pipeline:
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
         **sampling: Unpack[GenerateKnobs],
-    ) -> PaintResult:
+    ) -> ImageResult:
         """Generate images of one prompt or of a batch of different ones.
 
         `width` and `height` are in pixels, multiples of the token side; a size the model was not
@@ -205,7 +205,7 @@ class Pipeline:
             raise RequestError("the list of prompts is empty", param="prompt")
         size = output_size(self.config, width, height)
         warn_untrained(self.config, *size)
-        request = PaintRequest(
+        request = ImageRequest(
             prompt=prompts[0],
             width=size[0],
             height=size[1],
@@ -245,7 +245,7 @@ class Pipeline:
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
         **sampling: Unpack[EditKnobs],
-    ) -> PaintResult:
+    ) -> ImageResult:
         """Paint a new image from one or more pictures and an instruction.
 
         `<image>` in the prompt marks the places of the pictures; without marks they go in
@@ -262,7 +262,7 @@ class Pipeline:
             )
         size = output_size(self.config, width, height, pictures[0])
         warn_untrained(self.config, *size)
-        request = PaintRequest(
+        request = ImageRequest(
             prompt=prompt,
             width=size[0],
             height=size[1],
@@ -360,10 +360,10 @@ class Pipeline:
 
     def generate_requests(
         self,
-        requests: Sequence[PaintRequest],
+        requests: Sequence[ImageRequest],
         callback: Callback | None = None,
         cancel: threading.Event | None = None,
-    ) -> PaintResult:
+    ) -> ImageResult:
         """Generate the images of validated requests, all of one size, together."""
         return run_images(self._driver(cancel), self.processor, requests, callback)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neounify.decode.loop import FinishReason
 from neounify.decode.sampler import LogProbs
+from neounify.deprecation import moved
 from neounify.image.pixels import to_pil
 from neounify.text.tools import ToolCall
 
@@ -32,7 +33,7 @@ class ChatResult:
 
 
 @dataclass(frozen=True)
-class PaintResult:
+class ImageResult:
     """Painted images, prompt by prompt.
 
     `pixels` [B, 3, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
@@ -50,7 +51,7 @@ class PaintResult:
 
 
 @dataclass(frozen=True)
-class PaintProgress:
+class ImageProgress:
     """The state after one denoising step; `step` counts from 1 to `steps`."""
 
     step: int
@@ -74,7 +75,7 @@ class TextPart:
 class PreviewPart:
     """The image being painted, after one more step. The picture is made only when asked for."""
 
-    progress: PaintProgress
+    progress: ImageProgress
 
     @cached_property
     def image(self) -> PIL.Image.Image:
@@ -93,3 +94,7 @@ class ImagePart:
 
 
 InterleavePart = TextPart | PreviewPart | ImagePart
+
+__getattr__ = moved(
+    __name__, __name__, {"PaintProgress": "ImageProgress", "PaintResult": "ImageResult"}
+)

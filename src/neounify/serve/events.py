@@ -15,9 +15,9 @@ from neounify.tasks.events import (
     TaskEvent,
 )
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 
-ServiceRequest = ChatRequest | CompletionRequest | PaintRequest | InterleaveRequest
+ServiceRequest = ChatRequest | CompletionRequest | ImageRequest | InterleaveRequest
 ServiceEvent = TaskEvent
 
 

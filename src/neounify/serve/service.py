@@ -28,7 +28,7 @@ from neounify.tasks.image import generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import Program, keep, prefill, read_prefix
-from neounify.tasks.requests import PaintRequest, check_image_tokens, image_tokens
+from neounify.tasks.requests import ImageRequest, check_image_tokens, image_tokens
 from neounify.text.template import TextSegment, paint_prompt, unconditional_prompt
 
 
@@ -181,7 +181,7 @@ class EngineService:
     def _tokens_of(self, request: ServiceRequest) -> int:
         """Image tokens under way at once for a request. ImageError when an image is too large."""
         count, sizes = 1, list[tuple[int, int]]()
-        if isinstance(request, PaintRequest):
+        if isinstance(request, ImageRequest):
             count, sizes = request.count, [(request.width, request.height)]
         elif isinstance(request, InterleaveRequest):
             sizes = list(request.sizes)
@@ -199,7 +199,7 @@ class EngineService:
                 return chat(self.front, request)
             case CompletionRequest():
                 return complete(self.front, request)
-            case PaintRequest():
+            case ImageRequest():
                 return generate_images(self.front, request, KEPT, previews)
             case InterleaveRequest():
                 return interleave(self.front, request, KEPT, previews)

@@ -57,7 +57,7 @@ class Preview:
 
 
 @dataclass(frozen=True, eq=False)
-class Painted:
+class ImageFinished:
     """Image `index` of the answer, finished; about [-1, 1], float32 on the CPU, not clamped."""
 
     index: int
@@ -82,4 +82,4 @@ class Finished:
     reasoning_tokens: int = 0
 
 
-TaskEvent = PromptRead | TextPiece | ToolCallPiece | Preview | Painted | Finished
+TaskEvent = PromptRead | TextPiece | ToolCallPiece | Preview | ImageFinished | Finished

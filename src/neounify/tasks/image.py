@@ -30,7 +30,7 @@ from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents
-from neounify.tasks.events import Painted, Preview
+from neounify.tasks.events import ImageFinished, Preview
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import (
     NEXT,
@@ -44,7 +44,7 @@ from neounify.tasks.program import (
     prompt_inputs,
     take_pixels,
 )
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.template import (
     Prompt,
@@ -65,7 +65,7 @@ def edit_images(processor: Processor, images: Sequence[PIL.Image.Image]) -> list
     return processor.prepare(images, *processor.config.sampling.edit_bounds(len(images)))
 
 
-def branch_prompt(processor: Processor, request: PaintRequest, branch: Branch) -> Prompt:
+def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -> Prompt:
     """What the model reads before it paints, for one branch of guidance."""
     tokenizer, count = processor.tokenizer, len(request.images)
     negative = request.negative_prompt
@@ -79,7 +79,7 @@ def branch_prompt(processor: Processor, request: PaintRequest, branch: Branch) -
 
 
 def generate_images(
-    processor: Processor, request: PaintRequest, kept: Kept, previews: int | None
+    processor: Processor, request: ImageRequest, kept: Kept, previews: int | None
 ) -> Program[None]:
     """Generate the images of one prompt, after a thought if the request asks for one.
 
@@ -169,7 +169,7 @@ def denoise(
         if isinstance(answer, ImageReady):
             images[answer.index] = pixels
             usage.painted += grid.length
-            yield Painted(first + answer.index, pixels)
+            yield ImageFinished(first + answer.index, pixels)
             if len(images) == noise.shape[0]:
                 return [images[index] for index in sorted(images)]
         else:
@@ -178,7 +178,7 @@ def denoise(
 
 
 def _think(
-    processor: Processor, request: PaintRequest, name: SequenceName, usage: Usage
+    processor: Processor, request: ImageRequest, name: SequenceName, usage: Usage
 ) -> Program[None]:
     """Write the thought and open the image behind it."""
     close = processor.token(THINK_CLOSE)

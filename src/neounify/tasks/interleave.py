@@ -43,7 +43,7 @@ class InterleaveRequest:
     """`sizes` are the (width, height) of the images in turn; the last one is kept.
 
     `max_new_tokens` counts text over the whole answer. `history` are earlier turns, whose
-    images come first in `images`. `negative_prompt` is as in a PaintRequest.
+    images come first in `images`. `negative_prompt` is as in a ImageRequest.
     """
 
     prompt: str

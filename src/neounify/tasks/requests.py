@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.config.sampling import check_seed
+from neounify.deprecation import moved
 from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
@@ -29,7 +30,7 @@ MAX_THINK_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaintRequest:
+class ImageRequest:
     """`count` images of one prompt; with input `images` it is an edit.
 
     `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
@@ -252,3 +253,6 @@ def per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
             raise RequestError(f"{len(value)} values of {name} for {count} prompts", param=name)
         return list(value)
     return [value] * count
+
+
+__getattr__ = moved(__name__, __name__, {"PaintRequest": "ImageRequest"})

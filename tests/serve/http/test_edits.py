@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from neounify.serve.http import HttpSettings, create_app
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 
@@ -33,7 +33,7 @@ def client(service: Scripted) -> TestClient:
 
 
 def colours(service: Scripted) -> list[Any]:
-    assert isinstance(service.last, PaintRequest | ChatRequest)
+    assert isinstance(service.last, ImageRequest | ChatRequest)
     return [image.getpixel((0, 0)) for image in service.last.images]
 
 
@@ -50,7 +50,7 @@ def test_json(client: TestClient, service: Scripted, images: dict[str, Any]) -> 
     response = client.post(EDIT, json={"prompt": "Both.", "num_inference_steps": 2} | images)
     assert response.status_code == 200, response.text
     assert colours(service) == [(255, 0, 0), (0, 0, 255)]
-    assert isinstance(service.last, PaintRequest)
+    assert isinstance(service.last, ImageRequest)
     assert service.last.sampling.steps == 2
     assert service.last.sampling.guidance.editing
 
@@ -154,8 +154,8 @@ def test_a_result_of_the_server_is_an_image_of_the_next_request(
         assert client.post(EDIT, json={"prompt": "x", "image": given}).status_code == 200
         client.post(EDIT, json={"prompt": "x", "image": data_url(generated)})
         once, again = service.requests[-2:]
-        assert isinstance(once, PaintRequest)
-        assert isinstance(again, PaintRequest)
+        assert isinstance(once, ImageRequest)
+        assert isinstance(again, ImageRequest)
         assert once.images[0].tobytes() == again.images[0].tobytes()
     gone = client.post(EDIT, json={"prompt": "x", "image": url[:-10] + "aaaaaa.png"})
     assert gone.status_code == 400

@@ -17,7 +17,7 @@ from neounify.serve.http.fields import ALIASES, WRAPPED
 from neounify.serve.http.image_request import ImageBody
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest, size_of_shape
+from neounify.tasks.requests import ImageRequest, size_of_shape
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
 
@@ -43,11 +43,11 @@ class Served:
         files = {"image": ("a.png", png())}
         return self.client.post(EDIT, data={"prompt": "redder"} | fields, files=files)
 
-    def generated(self, **fields: Any) -> PaintRequest:
-        return self.last(PaintRequest, self.generate(**fields))
+    def generated(self, **fields: Any) -> ImageRequest:
+        return self.last(ImageRequest, self.generate(**fields))
 
-    def edited(self, **fields: Any) -> PaintRequest:
-        return self.last(PaintRequest, self.edit(**fields))
+    def edited(self, **fields: Any) -> ImageRequest:
+        return self.last(ImageRequest, self.edit(**fields))
 
     def chatted(self, **fields: Any) -> ChatRequest:
         return self.last(ChatRequest, self.chat(**fields))
@@ -89,7 +89,7 @@ def test_image_routes(served: Served, fields: dict[str, Any], of: str, value: An
     edited = {"image": data_url(png())} | fields
     requests: list[Any] = [
         served.generated(**fields),
-        served.last(PaintRequest, served.client.post(EDIT, json={"prompt": "x"} | edited)),
+        served.last(ImageRequest, served.client.post(EDIT, json={"prompt": "x"} | edited)),
         *([served.edited(**fields)] if flat else []),  # a form holds no objects
     ]
     for found in requests:

@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from neounify.config.presets import TINY
 from neounify.provenance.metadata import read_provenance
 from neounify.serve.http import HttpSettings, create_app
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 from support.http_server import openai_client, picture, png
 from support.scripted_service import Scripted, colour_of
 
@@ -32,9 +32,9 @@ def client(service: Scripted) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def generated(service: Scripted, number: int = -1) -> PaintRequest:
+def generated(service: Scripted, number: int = -1) -> ImageRequest:
     request = service.requests[number]
-    assert isinstance(request, PaintRequest)
+    assert isinstance(request, ImageRequest)
     return request
 
 

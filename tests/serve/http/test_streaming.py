@@ -18,8 +18,8 @@ from neounify.errors import EngineDied
 from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import chat_request, create_app, streaming
 from neounify.serve.http.streaming import ALIVE, INLINE_BYTES, merge_streams, start_stream
-from neounify.tasks.events import Finished, Painted, Preview, TextPiece, TokenLogProb
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece, TokenLogProb
+from neounify.tasks.requests import ImageRequest
 from support.scripted_service import Script, Scripted
 
 closed: list[str] = []
@@ -183,8 +183,8 @@ def noisy(request: ServiceRequest, previews: int) -> Iterable[ServiceEvent]:
 
     token = TokenLogProb(b"x", -1.0, tuple((b"%9d" % n, -2.0) for n in range(5)))
     pixels = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    if isinstance(request, PaintRequest) or hasattr(request, "sizes"):
-        return [Preview(0, 1, 8, pixels), Painted(0, pixels), Finished("stop", 1, 0, 0, 16)]
+    if isinstance(request, ImageRequest) or hasattr(request, "sizes"):
+        return [Preview(0, 1, 8, pixels), ImageFinished(0, pixels), Finished("stop", 1, 0, 0, 16)]
     return [TextPiece("x" * 500, log_probs=(token,) * 900), Finished("stop", 1, 500)]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, Pipeline
 from neounify.scenes.bench.category import Pixels
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 
 MAX_ANSWER_TOKENS = 96
 MAX_STORY_TOKENS = 400
@@ -130,8 +130,8 @@ class PipelineSubject:
 
     def _request(
         self, prompt: str, side: int, seed: int, *, think: bool, image: Pixels | None = None
-    ) -> PaintRequest:
-        return PaintRequest(
+    ) -> ImageRequest:
+        return ImageRequest(
             prompt=prompt,
             width=side,
             height=side,
@@ -142,7 +142,7 @@ class PipelineSubject:
             max_think_tokens=MAX_THOUGHT_TOKENS,
         )
 
-    def _painted(self, requests: Sequence[PaintRequest]) -> list[Painting]:
+    def _painted(self, requests: Sequence[ImageRequest]) -> list[Painting]:
         result = self._pipe.generate_requests(requests)
         return [
             Painting(np.array(image), thought)

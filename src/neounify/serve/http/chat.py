@@ -21,7 +21,14 @@ from neounify.serve.http.media import encode_result, image_metadata, to_data_url
 from neounify.serve.http.streaming import DONE, EVENTS, json_response, off_loop, sse, start_stream
 from neounify.serve.http.text_answers import Choice, of_chat, text_usage
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.events import Finished, Painted, Preview, PromptRead, TextPiece, ToolCallPiece
+from neounify.tasks.events import (
+    Finished,
+    ImageFinished,
+    Preview,
+    PromptRead,
+    TextPiece,
+    ToolCallPiece,
+)
 from neounify.tasks.interleave import InterleaveRequest
 
 router = APIRouter(tags=["chat"], route_class=BoundedRoute)
@@ -48,7 +55,7 @@ class ChatAnswer:
         choices = [_Choice() for _ in self._requests]
         async with aclosing(self._events()) as events:
             async for index, event in events:
-                if isinstance(event, Painted):
+                if isinstance(event, ImageFinished):
                     choices[index].content.add_image(event.index, await self._url(event))
                 else:
                     choices[index].add(event)
@@ -81,7 +88,7 @@ class ChatAnswer:
                 if isinstance(event, Finished):
                     yield self._chunk(index, {}, finish_reason=choice.finish_reason)
                     continue
-                if isinstance(event, Preview | Painted):
+                if isinstance(event, Preview | ImageFinished):
                     url = await self._url(event)
                     yield await off_loop(partial(self._image_chunk, index, event, url), len(url))
                     continue
@@ -131,7 +138,7 @@ class ChatAnswer:
         arguments = {"function": {"arguments": event.arguments}}
         return [{"tool_calls": [index | head]}, {"tool_calls": [index | arguments]}]
 
-    def _image_chunk(self, index: int, event: Preview | Painted, url: str) -> bytes:
+    def _image_chunk(self, index: int, event: Preview | ImageFinished, url: str) -> bytes:
         image = _image(url, event.index)
         if isinstance(event, Preview):
             progress = {"step": event.step, "steps": event.steps}
@@ -140,7 +147,7 @@ class ChatAnswer:
             return self._chunk(index, {"content": _markdown(image)})
         return self._chunk(index, {"images": [image]})
 
-    async def _url(self, event: Preview | Painted) -> str:
+    async def _url(self, event: Preview | ImageFinished) -> str:
         [request] = self._requests
         if isinstance(request, ChatRequest):
             raise RuntimeError("an answer in text alone came with an image")

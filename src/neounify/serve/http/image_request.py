@@ -18,7 +18,7 @@ from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.fields import MAX_TEXT, ImageFields, seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.settings import MEBIBYTE
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 
@@ -76,7 +76,7 @@ class ImageBody(ImageFields):
 
 async def read_image_requests(
     body: ImageBody, images: tuple[PIL.Image.Image, ...], context: Context
-) -> list[PaintRequest]:
+) -> list[ImageRequest]:
     """One request per image, with consecutive seeds.
 
     Not one request of several images, since those share one draw of noise: image i would then
@@ -100,7 +100,7 @@ async def read_image_requests(
     steps = body.steps_of(context.service.config.sampling.steps)
     sampling = context.sampling(body, editing=bool(images), steps=steps)
     return [
-        PaintRequest(
+        ImageRequest(
             prompt=body.prompt,
             width=width,
             height=height,

@@ -24,8 +24,8 @@ from neounify.serve.http.image_request import (
 )
 from neounify.serve.http.media import Form, encode_result, image_metadata, to_base64
 from neounify.serve.http.streaming import EVENTS, AnswerModel, json_response, sse_of, start_stream
-from neounify.tasks.events import Finished, Painted, Preview, TextPiece
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
+from neounify.tasks.requests import ImageRequest
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)
 
@@ -64,7 +64,7 @@ class Images(AnswerModel):
 class ImagesAnswer:
     """The images of one HTTP request in progress; each is one request to the service."""
 
-    def __init__(self, body: ImageBody, requests: Sequence[PaintRequest], context: Context) -> None:
+    def __init__(self, body: ImageBody, requests: Sequence[ImageRequest], context: Context) -> None:
         self._body, self._requests, self._context = body, requests, context
         self._thoughts = [""] * len(requests)
         self._finished: list[Finished] = []
@@ -81,7 +81,7 @@ class ImagesAnswer:
         images: dict[int, dict[str, Any]] = {}
         async with aclosing(self._events()) as events:
             async for number, event in events:
-                if isinstance(event, Painted):
+                if isinstance(event, ImageFinished):
                     images[number] = await self._image(number, event, http)
         if len(images) != len(self._requests):
             raise RuntimeError(f"{len(self._requests)} images were due, {len(images)} came")
@@ -110,7 +110,7 @@ class ImagesAnswer:
                     partial[number] += 1
                     image = await self._write(number, event, to_base64)
                     yield await self._event(f"{kind}.partial_image", number, image, fields)
-                elif isinstance(event, Painted):
+                elif isinstance(event, ImageFinished):
                     finished[number] = await self._write(number, event, to_base64)
                 elif isinstance(event, Finished):
                     usage = {"usage": self._usage_of([event])}
@@ -119,7 +119,7 @@ class ImagesAnswer:
 
     async def _events(
         self,
-    ) -> AsyncGenerator[tuple[int, Preview | Painted | Finished]]:
+    ) -> AsyncGenerator[tuple[int, Preview | ImageFinished | Finished]]:
         groups = [[request] for request in self._requests]
         async with aclosing(self._context.answers(groups, self._body)) as events:
             async for number, event in events:
@@ -128,17 +128,17 @@ class ImagesAnswer:
                     continue
                 if isinstance(event, Finished):
                     self._finished.append(event)
-                if isinstance(event, Preview | Painted | Finished):
+                if isinstance(event, Preview | ImageFinished | Finished):
                     yield number, event
 
     async def _write(
-        self, number: int, event: Preview | Painted, form: Callable[[bytes], Form]
+        self, number: int, event: Preview | ImageFinished, form: Callable[[bytes], Form]
     ) -> Form:
         context, format = self._context, self._body.output_format
         metadata = image_metadata(self._requests[number], event, context.settings)
         return await encode_result(context.hooks, event.pixels, format, metadata, form)
 
-    async def _image(self, number: int, event: Painted, http: Request) -> dict[str, Any]:
+    async def _image(self, number: int, event: ImageFinished, http: Request) -> dict[str, Any]:
         if self._body.response_format == "b64_json":
             return {"b64_json": await self._write(number, event, to_base64)}
         context, suffix = self._context, self._body.output_format
@@ -229,7 +229,7 @@ async def results(name: str, context: Shared) -> Response:
 
 
 async def _generate(
-    body: ImageBody, requests: list[PaintRequest], http: Request, context: Context
+    body: ImageBody, requests: list[ImageRequest], http: Request, context: Context
 ) -> Response:
     answer = ImagesAnswer(body, requests, context)
     response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)

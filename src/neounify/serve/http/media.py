@@ -27,9 +27,9 @@ from neounify.serve.http.image_urls import ImageFetcher, data_url_bytes, is_data
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.http.streaming import task_of
 from neounify.serve.safety.hooks import Hooks
-from neounify.tasks.events import Painted, Preview
+from neounify.tasks.events import ImageFinished, Preview
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import PaintRequest
+from neounify.tasks.requests import ImageRequest
 
 if TYPE_CHECKING:
     from neounify.provenance.watermark import Marker
@@ -101,7 +101,9 @@ class ResultStore:
 
 
 def image_metadata(
-    request: PaintRequest | InterleaveRequest, event: Preview | Painted, settings: HttpSettings
+    request: ImageRequest | InterleaveRequest,
+    event: Preview | ImageFinished,
+    settings: HttpSettings,
 ) -> dict[str, str]:
     """Provenance metadata of one image of a request; `preview` only for previews.
 
