@@ -15,8 +15,8 @@ import neounify
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
+from neounify.serve.engines import EngineThread
 from neounify.serve.events import ServiceRequest
-from neounify.serve.hosts import EngineThread
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
@@ -36,10 +36,10 @@ def room_of(tokens: int) -> EngineSettings:
 
 
 def engine_of(service: EngineService) -> UnderstandingEngine:
-    host = service.links.understanding.host
-    assert isinstance(host, EngineThread)
-    assert host.understanding is not None
-    return host.understanding
+    engine = service.clients.understanding.engine
+    assert isinstance(engine, EngineThread)
+    assert engine.understanding is not None
+    return engine.understanding
 
 
 async def until_painting(service: EngineService, tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -116,15 +116,15 @@ def test_a_call_given_up_in_the_middle_of_a_step_is_gone(pipe: neounify.Pipeline
 
 
 class Script:
-    """A channel that gives orders one after the other, and notes what came between."""
+    """A channel that gives commands one after the other, and notes what came between."""
 
-    def __init__(self, orders: list[Command], layers: list[int]) -> None:
-        self.orders, self.layers = [orders], layers
+    def __init__(self, commands: list[Command], layers: list[int]) -> None:
+        self.commands, self.layers = [commands], layers
         self.since: list[int] = []
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        if self.orders:
-            return self.orders.pop()
+        if self.commands:
+            return self.commands.pop()
         return None if wait else []
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
@@ -149,11 +149,11 @@ def test_the_next_token_is_one_slice_away(
         monkeypatch.setattr(layer, "forward", counted)
     name = (1, "cond")
     then = Decode(2, name, TextSampling(), frozenset(), 20)
-    orders: list[Command] = [
+    commands: list[Command] = [
         Prefill(1, {name: (TextInput((1, 2, 3)),)}, {name: 20}, then),
         paint(pipe, 3, LARGE, 30),
     ]
-    script = Script(orders, layers)
+    script = Script(commands, layers)
     understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
     Worker(script, understanding, engine(pipe, 0.0)).run()
     assert len(script.since) == 20

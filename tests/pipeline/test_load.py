@@ -150,7 +150,7 @@ def test_a_service_opens_its_checkpoint_once(
 ) -> None:
     service = build_service(ServeSettings(folder=folder, mode=mode, threads=1))
     assert opened == [folder]
-    assert service.front.dtype == torch.float32
+    assert service.processor.dtype == torch.float32
 
 
 def test_a_pipeline_of_a_model_in_memory_has_no_reason_for_its_dtype(

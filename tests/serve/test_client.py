@@ -11,9 +11,9 @@ import torch
 
 from neounify.engine.messages import Command, Exported, ImageReady, Prefix, Reply, StepPreview
 from neounify.errors import EngineDied, OutOfMemory
-from neounify.serve import client as links
+from neounify.serve import client as client_module
 from neounify.serve.client import EngineClient
-from neounify.serve.hosts import Deliver, Died
+from neounify.serve.engines import Deliver, Died
 from neounify.serve.shared_memory import folder
 from neounify.serve.transport import SharedTransport
 
@@ -21,13 +21,13 @@ PIXELS = torch.zeros(3, 8, 8)
 
 
 class Scripted:
-    """A host whose starts do, in turn, what they are told; the last one from then on."""
+    """An engine whose starts do, in turn, what they are given; the last one from then on."""
 
     def __init__(self, *starts: Callable[[], None]) -> None:
         self.starts, self.started, self.stopped = list(starts), 0, False
         self.deliver: Deliver = lambda replies, report: None
         self.died: Died = lambda: None
-        self.orders: list[Command] = []
+        self.commands: list[Command] = []
 
     def start(self, deliver: Deliver, died: Died) -> None:
         self.started += 1
@@ -35,8 +35,8 @@ class Scripted:
         self.deliver, self.died = deliver, died
         act()
 
-    def send(self, order: Command) -> None:
-        self.orders.append(order)
+    def send(self, command: Command) -> None:
+        self.commands.append(command)
 
     def stop(self) -> None:
         self.stopped = True
@@ -73,8 +73,8 @@ def left(transport: SharedTransport) -> int:
 
 def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> None:
     """Whether the reply comes after the call was closed, before it, or after the loop has ended."""
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
 
     def replies(call: int) -> list[Reply]:
         pixels, other, prefix = (transport.pack({"x": PIXELS}) for _ in range(3))
@@ -85,36 +85,36 @@ def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> 
         ]
 
     async def work() -> None:
-        await link.start()
-        late, early, ended = link.open_call(), link.open_call(), link.open_call()
-        link.close_call(late)
+        await client.start()
+        late, early, ended = client.open_call(), client.open_call(), client.open_call()
+        client.close_call(late)
         for call in (late, early, ended):
-            host.deliver(replies(call.number), None)
+            engine.deliver(replies(call.number), None)
         await early.next(5)
         assert left(transport) == 6  # all but those of the call that was closed before
-        link.close_call(early)
-        link.close_call(early)
-        await link.stop()
+        client.close_call(early)
+        client.close_call(early)
+        await client.stop()
 
     run(work)
     assert left(transport) == 1  # what was taken from the queue is its receiver's
-    host.deliver(replies(9), None)
+    engine.deliver(replies(9), None)
     assert left(transport) == 1
     for path in folder().glob(f"{transport.prefix}*"):
         path.unlink()
 
 
 def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -> None:
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
 
     async def work() -> None:
-        await link.start()
+        await client.start()
         for turns in range(6):
-            call = link.open_call()
+            call = client.open_call()
             waiting = asyncio.ensure_future(call.next(5))
             await asyncio.sleep(0)
-            host.deliver(
+            engine.deliver(
                 [Reply(call.number, ImageReady(0, transport.pack({"x": PIXELS})), True)], None
             )
             for _ in range(turns):
@@ -123,8 +123,8 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
             await asyncio.wait((waiting,))
             if not waiting.cancelled():
                 waiting.result().answer.pixels.free()  # type: ignore[union-attr]
-            link.close_call(call)
-        await link.stop()
+            client.close_call(call)
+        await client.stop()
 
     run(work)
     assert left(transport) == 0
@@ -132,81 +132,81 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
 
 def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
     async def work() -> None:
-        host = Scripted(works)
-        link = EngineClient("generation", host)
-        await link.start()
-        call = link.open_call()
+        engine = Scripted(works)
+        client = EngineClient("generation", engine)
+        await client.start()
+        call = client.open_call()
         call.put(Reply(call.number, Exported(()), True))
         with pytest.raises(TimeoutError):
             await call.next(0)
-        await link.stop()
+        await client.stop()
 
     run(work)
 
 
 def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "MAX_PAUSE", 0.01)
-    host = Scripted(works, *[fails] * 7, works)
-    link = EngineClient("generation", host)
+    monkeypatch.setattr(client_module, "MAX_PAUSE", 0.01)
+    engine = Scripted(works, *[fails] * 7, works)
+    client = EngineClient("generation", engine)
     seen: set[str] = set()
 
     async def work() -> None:
-        await link.start()
-        call = link.open_call()
-        host.died()
+        await client.start()
+        call = client.open_call()
+        engine.died()
         with pytest.raises(EngineDied):
             raise (await call.next(5)).answer.exception()  # type: ignore[union-attr]
-        while not link.ready:
-            seen.add(link.state)
+        while not client.ready:
+            seen.add(client.state)
             with pytest.raises(EngineDied):
-                link.open_call()
+                client.open_call()
             await asyncio.sleep(0.001)
-        seen.add(link.state)
-        await link.stop()
-        seen.add(link.state)
+        seen.add(client.state)
+        await client.stop()
+        seen.add(client.state)
 
     run(work)
-    assert host.started == 9
-    assert link.restarts == 8
+    assert engine.started == 9
+    assert client.restarts == 8
     assert seen == {"starting", "failing", "ready", "stopped"}
-    assert host.stopped
+    assert engine.stopped
 
 
 def test_deaths_count_once_and_only_in_their_own_life() -> None:
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
 
     async def work() -> None:
-        await link.start()
-        died = host.died
+        await client.start()
+        died = engine.died
         for _ in range(3):
             died()
-        await until(lambda: link.restarts == 1 and link.ready)
+        await until(lambda: client.restarts == 1 and client.ready)
         died()
         await asyncio.sleep(0.05)
-        assert link.ready
-        await link.stop()
+        assert client.ready
+        await client.stop()
 
     run(work)
-    assert host.started == 2
+    assert engine.started == 2
 
 
 def test_only_those_who_prepare_an_engine_may_call_it_before() -> None:
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
 
     async def prepare() -> None:
         with pytest.raises(EngineDied):
-            link.open_call()
-        link.close_call(link.open_call(preparing=True))
+            client.open_call()
+        client.close_call(client.open_call(preparing=True))
 
     async def work() -> None:
-        link.prepare = prepare
-        await link.start()
-        link.close_call(link.open_call())
-        host.died()
-        await until(lambda: link.restarts == 1 and link.ready)
-        await link.stop()
+        client.prepare = prepare
+        await client.start()
+        client.close_call(client.open_call())
+        engine.died()
+        await until(lambda: client.restarts == 1 and client.ready)
+        await client.stop()
 
     run(work)
 
@@ -218,9 +218,9 @@ def test_an_engine_waits_for_what_it_is_prepared_with(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other engine's death, or a full memory, is no reason to start this one again."""
-    monkeypatch.setattr(links, "PREPARE_PAUSE", 0.01)
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    monkeypatch.setattr(client_module, "PREPARE_PAUSE", 0.01)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
     asked = 0
 
     async def prepare() -> None:
@@ -230,53 +230,53 @@ def test_an_engine_waits_for_what_it_is_prepared_with(
             raise error
 
     async def work() -> None:
-        link.prepare = prepare
-        await link.start()
-        host.died()
-        await until(lambda: link.restarts == 1 and link.ready)
-        await link.stop()
+        client.prepare = prepare
+        await client.start()
+        engine.died()
+        await until(lambda: client.restarts == 1 and client.ready)
+        await client.stop()
 
     run(work)
     assert asked == 5
-    assert host.started == 2
+    assert engine.started == 2
 
 
 def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
-    host = Scripted(works)
-    link = EngineClient("generation", host)
+    engine = Scripted(works)
+    client = EngineClient("generation", engine)
     dies = [True]
 
     async def prepare() -> None:
-        call = link.open_call(preparing=True)
-        if host.started == 2 and dies.pop():
-            host.died()
+        call = client.open_call(preparing=True)
+        if engine.started == 2 and dies.pop():
+            engine.died()
             answer = (await call.next(5)).answer
-            link.close_call(call)
+            client.close_call(call)
             raise answer.exception()  # type: ignore[union-attr]
-        link.close_call(call)
+        client.close_call(call)
 
     async def work() -> None:
-        link.prepare = prepare
-        await link.start()
-        host.died()
-        await until(lambda: link.restarts == 2 and link.ready)
-        await link.stop()
+        client.prepare = prepare
+        await client.start()
+        engine.died()
+        await until(lambda: client.restarts == 2 and client.ready)
+        await client.stop()
 
     run(work)
-    assert host.started == 3
+    assert engine.started == 3
 
 
 def test_what_keeps_an_engine_from_starting_at_all_is_raised() -> None:
-    host = Scripted(fails)
-    link = EngineClient("generation", host)
+    engine = Scripted(fails)
+    client = EngineClient("generation", engine)
 
     async def work() -> None:
         with pytest.raises(RuntimeError, match="does not come up"):
-            await link.start()
-        await link.stop()
+            await client.start()
+        await client.stop()
 
     run(work)
-    assert host.started == 1
+    assert engine.started == 1
 
 
 def test_the_end_does_not_wait_for_a_start() -> None:
@@ -285,20 +285,20 @@ def test_the_end_does_not_wait_for_a_start() -> None:
     def waits() -> None:
         ended.wait(60)
 
-    host = Scripted(works, waits)
-    link = EngineClient("generation", host)
-    stop = host.stop
+    engine = Scripted(works, waits)
+    client = EngineClient("generation", engine)
+    stop = engine.stop
 
     def stops() -> None:
         ended.set()  # as killing the process does, whose start is waited for
         stop()
 
     async def work() -> None:
-        await link.start()
-        host.died()
-        await until(lambda: host.started == 2)
-        host.stop = stops  # type: ignore[method-assign]
-        await link.stop()
+        await client.start()
+        engine.died()
+        await until(lambda: engine.started == 2)
+        engine.stop = stops  # type: ignore[method-assign]
+        await client.stop()
 
     run(work)
-    assert host.stopped
+    assert engine.stopped

@@ -18,8 +18,8 @@ from neounify.errors import EngineDied, ImageError, PromptError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.client import EngineClient
+from neounify.serve.engines import EngineProcess, EngineThread
 from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
-from neounify.serve.hosts import EngineProcess, EngineThread
 from neounify.serve.process import EngineSettings
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.chat import CompletionRequest, make_chat_request
@@ -39,10 +39,10 @@ def chatting(text: str = "Hello", tokens: int = 8) -> Any:
 
 
 def engine_of(service: EngineService) -> UnderstandingEngine:
-    host = service.links.understanding.host
-    assert isinstance(host, EngineThread)
-    assert host.understanding is not None
-    return host.understanding
+    engine = service.clients.understanding.engine
+    assert isinstance(engine, EngineThread)
+    assert engine.understanding is not None
+    return engine.understanding
 
 
 def ready(service: EngineService) -> bool:
@@ -207,8 +207,10 @@ def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
 
 def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
     async def work(service: EngineService) -> None:
-        links = service.links
-        service.links = replace(links, generation=EngineClient("generation", links.generation.host))
+        clients = service.clients
+        service.clients = replace(
+            clients, generation=EngineClient("generation", clients.generation.engine)
+        )
         try:
             assert not service.ready
             for text in (chatting(), CompletionRequest(prompt="Hello", max_new_tokens=4)):
@@ -216,7 +218,7 @@ def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
             with pytest.raises(EngineDied, match="generation engine"):
                 await collect(service, painting(pipe, 2))
         finally:
-            service.links = links
+            service.clients = clients
 
     serve(colocated(pipe), work)
 
@@ -254,10 +256,10 @@ def test_an_engine_that_fails_is_started_again(
 def test_a_killed_process_costs_only_its_own_requests(
     pipe: neounify.Pipeline, folder: Path, victim: str
 ) -> None:
-    def killed(link: EngineClient) -> None:
-        assert isinstance(link.host, EngineProcess)
-        assert link.host.pid is not None
-        os.kill(link.host.pid, signal.SIGKILL)
+    def killed(client: EngineClient) -> None:
+        assert isinstance(client.engine, EngineProcess)
+        assert client.engine.pid is not None
+        os.kill(client.engine.pid, signal.SIGKILL)
 
     async def work(service: EngineService) -> Any:
         # Whoever is killed must still be at work then, on a machine of any speed.
@@ -266,8 +268,8 @@ def test_a_killed_process_costs_only_its_own_requests(
         chat = asyncio.ensure_future(collect(service, chatting(tokens=tokens)))
         while service.gauges().get("gen_images", 0) < 1:
             await asyncio.sleep(0.02)
-        links = service.links
-        killed(links.generation if victim == "gen" else links.understanding)
+        clients = service.clients
+        killed(clients.generation if victim == "gen" else clients.understanding)
         died, goes_on = (image, chat) if victim == "gen" else (chat, image)
         with pytest.raises(EngineDied):
             await died

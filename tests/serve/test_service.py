@@ -362,10 +362,10 @@ def test_long_work_leaves_the_event_loop(
         return call
 
     async def work(service: Any) -> int:
-        encode, pack = pipe.tokenizer.encode, service.links.transport.pack
+        encode, pack = pipe.tokenizer.encode, service.clients.transport.pack
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
-        monkeypatch.setattr(service.links.transport, "copies", True)
-        monkeypatch.setattr(service.links.transport, "pack", watched("pack", pack))
+        monkeypatch.setattr(service.clients.transport, "copies", True)
+        monkeypatch.setattr(service.clients.transport, "pack", watched("pack", pack))
         monkeypatch.setattr(context, "_digest", watched("digest", context._digest))
         await collect(service, request)
         return threading.get_ident()

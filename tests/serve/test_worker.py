@@ -16,14 +16,14 @@ NAME = (1, "cond")
 
 
 class Script:
-    """A channel that gives one list of orders and hangs up when nothing is left to do."""
+    """A channel that gives one list of commands and hangs up when nothing is left to do."""
 
-    def __init__(self, orders: list[Command]) -> None:
-        self.orders: list[list[Command]] = [orders]
+    def __init__(self, commands: list[Command]) -> None:
+        self.commands: list[list[Command]] = [commands]
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        if self.orders:
-            return self.orders.pop()
+        if self.commands:
+            return self.commands.pop()
         return None if wait else []
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
@@ -47,10 +47,10 @@ class Painting(GenerationEngine):
 
 
 def steps_beside(pipe: neounify.Pipeline, then: Decode | None) -> list[bool]:
-    order = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
+    command = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
     understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
     painting = Painting(pipe, 4)
-    Worker(Script([order]), understanding, painting).run()
+    Worker(Script([command]), understanding, painting).run()
     return painting.short
 
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 import neounify
-from neounify.serve.hosts import EngineThread
+from neounify.serve.engines import EngineThread
 from neounify.serve.service import EngineService
 from neounify.serve.shared_memory import LOCK, folder
 
@@ -86,7 +86,7 @@ async def leave(work: Awaitable[Any], number: int, when: When) -> bool:
 
 def pieces_of(service: EngineService) -> set[str]:
     """Its pieces of shared memory, without the lock that it holds while it runs."""
-    space = service.links.space
+    space = service.clients.space
     if space is None:
         return set()
     return {path.name for path in folder().glob(f"{space.prefix}*") if path.suffix != LOCK}
@@ -108,14 +108,14 @@ async def at_rest(service: EngineService, like: dict[str, float] | None = None) 
 
 def check_books(service: EngineService) -> None:
     """Whether the cache's books are right, where they are in this process."""
-    host = service.links.understanding.host
-    if isinstance(host, EngineThread):
-        assert host.understanding is not None
-        host.understanding.check()
+    engine = service.clients.understanding.engine
+    if isinstance(engine, EngineThread):
+        assert engine.understanding is not None
+        engine.understanding.check()
 
 
 def calls_open(service: EngineService) -> int:
-    return sum(len(link._calls) for link in service.links.all)
+    return sum(len(client._calls) for client in service.clients.all)
 
 
 def let_it_paint(pipe: neounify.Pipeline) -> neounify.Pipeline:

@@ -1,4 +1,4 @@
-"""The address a server listens at, taken before anything else is done."""
+"""Listening sockets of a server, bound before a model is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AddressError(NeounifyError, OSError):
 def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Sockets at every address of a host, bound but not listening yet. Raises AddressError.
 
-    Nobody can connect before the server listens, and no other server can take the port meanwhile.
+    Clients cannot connect before the server listens, and no other server can take the port.
     """
     with ExitStack() as stack:
         yield [stack.enter_context(one) for one in _bind_all(host, port)]
@@ -26,10 +26,10 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 def _bind_all(host: str, port: int) -> Iterator[socket.socket]:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise AddressError(f"{host!r} is no address of this machine: {error}") from error
-    for family, kind, protocol, _, address in dict.fromkeys(found):
+    for family, kind, protocol, _, address in dict.fromkeys(addresses):
         yield _bind(socket.socket(family, kind, protocol), address)
 
 

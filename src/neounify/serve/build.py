@@ -1,4 +1,4 @@
-"""A service from a model: both engines in this process, or each in one of its own."""
+"""Service of a model: both engines in this process, or each in a separate one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient
-from neounify.serve.context import Links
-from neounify.serve.hosts import EngineProcess, EngineThread, WatchSettings
+from neounify.serve.context import EngineClients
+from neounify.serve.engines import EngineProcess, EngineThread, WatchSettings
 from neounify.serve.process import EngineSettings, ProcessSettings, Role
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
@@ -31,10 +31,10 @@ Mode = Literal["colocate", "separate"]
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """What to serve and how.
+    """Settings of a service: checkpoint, processes, devices, limits.
 
     `threads` and `device` are those of the understanding engine, and of the generation engine
-    where that has none of its own; in one process both share the first.
+    unless `generation_threads` and `generation_device` are set; one process uses the first.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class ServeSettings:
 
 
 def build_service(settings: ServeSettings) -> EngineService:
-    """A service to `start`. Raises the errors of `load`."""
+    """Service of a checkpoint, to `start`. Raises the errors of `load`."""
     if settings.mode == "separate":
         return _separate(settings)
     pipe = load(
@@ -69,16 +69,16 @@ def colocated(
     limits: ServiceLimits | None = None,
     watch: WatchSettings | None = None,
 ) -> EngineService:
-    """A service around a loaded model, both engines in one thread of this process."""
-    host = EngineThread(pipe.model, engines or EngineSettings(), watch)
-    link = EngineClient("model", host)
+    """Service of a loaded model, both engines in one thread of this process."""
+    engine = EngineThread(pipe.model, engines or EngineSettings(), watch)
+    client = EngineClient("model", engine)
     return EngineService(
-        pipe.processor, Links(link, link, LocalTransport()), limits or ServiceLimits()
+        pipe.processor, EngineClients(client, client, LocalTransport()), limits or ServiceLimits()
     )
 
 
 def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> DtypeChoice:
-    """The dtype of both engines, which hand keys and values to each other: one for all.
+    """Dtype of both engines: one, because they hand keys and values to each other.
 
     Devices are not touched: that is for the engines' processes. Raises RequestError for an unknown
     dtype.
@@ -92,38 +92,39 @@ def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> Dtyp
 def _separate(settings: ServeSettings) -> EngineService:
     checkpoint = CheckpointFolder.open(settings.folder)
     dtype = serving_dtype(settings, checkpoint)
-    front = load_processor(checkpoint, dtype.dtype)
-    _check_shared_memory(front, settings)
+    processor = load_processor(checkpoint, dtype.dtype)
+    _check_shared_memory(processor, settings)
     space = SharedSpace()
-    links = Links(
+    clients = EngineClients(
         EngineClient("understanding", _process("und", settings, dtype, space)),
         EngineClient("generation", _process("gen", settings, dtype, space)),
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
-    return EngineService(front, links, settings.limits)
+    return EngineService(processor, clients, settings.limits)
 
 
 def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: ServeSettings) -> int:
-    """Bytes that lie in shared memory when everything the limits allow is on its way at once.
+    """Shared memory in bytes when everything the limits allow is in transit at once.
 
     Keys and values of a full cache, and noise and result of all images, in float32.
     """
     cached = config.kv_bytes(dtype.itemsize)
-    painted = config.token_width * torch.float32.itemsize * 2
+    image = config.token_width * torch.float32.itemsize * 2
     plan = plan_execution(config, torch.device(settings.device), dtype)
     plan = settings.engines.understanding.adjust(plan)
-    return plan.kv_blocks * plan.kv_block_size * cached + settings.limits.image_tokens * painted
+    return plan.kv_blocks * plan.kv_block_size * cached + settings.limits.image_tokens * image
 
 
-def _check_shared_memory(front: Processor, settings: ServeSettings) -> None:
-    needed, found = shared_memory_needed(front.config, front.dtype, settings), free_bytes()
-    if found < needed:
+def _check_shared_memory(processor: Processor, settings: ServeSettings) -> None:
+    needed = shared_memory_needed(processor.config, processor.dtype, settings)
+    free = free_bytes()
+    if free < needed:
         log.warning(
             "%s has %.0f MB free; all that the limits allow at once needs %.0f MB. Requests that "
             "find no room are answered 503. In a container: --shm-size",
             folder(),
-            found / 1e6,
+            free / 1e6,
             needed / 1e6,
         )
 
@@ -131,14 +132,14 @@ def _check_shared_memory(front: Processor, settings: ServeSettings) -> None:
 def _process(
     role: Role, settings: ServeSettings, dtype: DtypeChoice, space: SharedSpace
 ) -> EngineProcess:
-    paints = role == "gen"
+    generates = role == "gen"
     return EngineProcess(
         ProcessSettings(
             role=role,
             folder=settings.folder,
             dtype=dtype,
-            device=(settings.generation_device if paints else None) or settings.device,
-            threads=(settings.generation_threads if paints else None) or settings.threads,
+            device=(settings.generation_device if generates else None) or settings.device,
+            threads=(settings.generation_threads if generates else None) or settings.threads,
             lora=settings.lora,
             engines=settings.engines,
             pieces=space.prefix,

@@ -12,7 +12,7 @@ from typing import Literal
 
 from neounify.engine.messages import Command, Failed, Reply, Report, discard, new_number
 from neounify.errors import EngineDied, ServiceError
-from neounify.serve.hosts import Host
+from neounify.serve.engines import EngineHandle
 from neounify.serve.waiting import within
 
 log = logging.getLogger("neounify.serve")
@@ -20,7 +20,7 @@ log = logging.getLogger("neounify.serve")
 State = Literal["ready", "starting", "failing", "stopped"]
 
 MAX_DEATHS, DEATH_SECONDS = 5, 60.0
-"""An engine that dies more often than that in that time is "failing", and is still tried again."""
+"""An engine that crashes more often than that in so many seconds is "failing"; restarts go on."""
 FREE_DEATHS, MAX_PAUSE = 3, 10.0
 """After that many deaths each new start waits a second longer, up to so many seconds."""
 PREPARE_PAUSE = 0.5
@@ -56,7 +56,7 @@ class Call:
         return reply
 
     def discard(self) -> None:
-        """Free what the replies brought that nobody has taken."""
+        """Free the tensors of replies that were not taken."""
         while self._replies:
             discard(self._replies.popleft())
 
@@ -64,12 +64,12 @@ class Call:
 class EngineClient:
     """Calls one worker and starts it again when it dies.
 
-    `prepare` is awaited after every start, before the link is `ready`. An engine that cannot be
+    `prepare` is awaited after every start, before the client is `ready`. An engine that cannot be
     started again is tried without end, with pauses; meanwhile calls are refused.
     """
 
-    def __init__(self, name: str, host: Host) -> None:
-        self.name, self.host = name, host
+    def __init__(self, name: str, engine: EngineHandle) -> None:
+        self.name, self.engine = name, engine
         self.ready = False
         self.restarts = 0
         self.prepare: Callable[[], Awaitable[None]] | None = None
@@ -89,7 +89,7 @@ class EngineClient:
 
     @property
     def state(self) -> State:
-        """For people: how the engine is."""
+        """Readiness of the engine, as reported to users."""
         if self._stopped:
             return "stopped"
         if self.ready:
@@ -111,8 +111,8 @@ class EngineClient:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        await asyncio.to_thread(self.host.stop)
-        await asyncio.sleep(0)  # what was delivered last is looked at now, and freed
+        await asyncio.to_thread(self.engine.stop)
+        await asyncio.sleep(0)  # the last replies delivered are handled now, and freed
         for call in list(self._calls.values()):
             self.close_call(call)
 
@@ -133,22 +133,22 @@ class EngineClient:
         return call
 
     def close_call(self, call: Call) -> None:
-        """Free what has come for a call, and what will still come. Closing it twice is fine."""
+        """Free the replies to a call, present and future. Closing it twice is fine."""
         self._calls.pop(call.number, None)
         call.discard()
 
-    def send(self, order: Command) -> None:
-        """Give an order; it is lost while the engine is down."""
+    def send(self, command: Command) -> None:
+        """Send a command; it is lost while the engine is down."""
         if self._alive:
-            self.host.send(order)
+            self.engine.send(command)
 
-    # --- one life of the engine after the other ---
+    # --- start and restart ---
 
     async def _bring_up(self) -> None:
         self._dead.clear()
         self._starts += 1
         died = partial(self._soon, self._died, self._starts)
-        await asyncio.to_thread(self.host.start, self._deliver_soon, died)
+        await asyncio.to_thread(self.engine.start, self._deliver_soon, died)
         self._preparing, self._alive = True, not self._dead.is_set()
         await self._prepare()
         if self._dead.is_set():
@@ -183,7 +183,7 @@ class EngineClient:
                 self._died(self._starts)
 
     def _died(self, start: int) -> None:
-        """Word that the engine of that start ended; it may come twice, or late."""
+        """Handle the end of the engine of that start; may be called twice, or late."""
         if self._stopped or start != self._starts or self._dead.is_set():
             return
         self.ready = self._alive = False
@@ -194,7 +194,7 @@ class EngineClient:
             call.put(Reply(call.number, died, True))
         self._deaths.append(time.monotonic())
         if self._recent_deaths() > MAX_DEATHS:
-            log.critical("the %s engine dies again and again", self.name)
+            log.critical("the %s engine keeps crashing", self.name)
         self._dead.set()
 
     def _recent_deaths(self) -> int:
@@ -204,10 +204,10 @@ class EngineClient:
         return len(self._deaths)
 
     def _pause(self) -> float:
-        """How long to wait before a new start, seconds."""
+        """Seconds to wait before a new start."""
         return min(MAX_PAUSE, float(max(0, self._recent_deaths() - FREE_DEATHS)))
 
-    # --- what the host's threads tell ---
+    # --- callbacks from the engine's threads ---
 
     def _deliver_soon(self, replies: Sequence[Reply], report: Report | None) -> None:
         if not self._soon(self._deliver, replies, report):
@@ -215,7 +215,7 @@ class EngineClient:
                 discard(reply)
 
     def _soon(self, act: Callable[..., None], *arguments: object) -> bool:
-        """Have the event loop do it; False when that has ended."""
+        """Schedule a function on the event loop; False when the loop has ended."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(act, *arguments)

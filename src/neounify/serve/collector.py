@@ -1,4 +1,4 @@
-"""What the service and its engines report, as Prometheus reads it."""
+"""Prometheus collector of the service's and the engines' metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNTERS = {
 
 
 class Reporting(Protocol):
-    """What a service says of itself."""
+    """Metrics of a service."""
 
     def gauges(self) -> Mapping[str, float]: ...
 

@@ -1,4 +1,4 @@
-"""One request on the engines: its program is run, and whatever it opened is released."""
+"""Request context: runs one program on the engines and releases their resources."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Links:
-    """The engines of a server; in one process both links are the same.
+class EngineClients:
+    """Clients of the two engines; in one process both are the same.
 
-    `space` are the names of its shared memory, where it has any.
+    `space` reserves the names of shared memory, None where none is used.
     """
 
     understanding: EngineClient
@@ -67,25 +67,24 @@ class Links:
 class RequestContext:
     """Runs programs on the engines, on the event loop; see `tasks.program`.
 
-    What a program awaits raises DeadlineExceeded once the time is up, EngineDied, and what the
-    engine found wrong with the request.
+    Awaited steps raise DeadlineExceeded, EngineDied, and the errors that the engine answers.
     """
 
     def __init__(
-        self, links: Links, deadline: float | None = None, *, preparing: bool = False
+        self, clients: EngineClients, deadline: float | None = None, *, preparing: bool = False
     ) -> None:
         """`deadline` is a time of `time.monotonic`; `preparing` engines may be called already."""
-        self.links, self.deadline = links, deadline
+        self.clients, self.deadline = clients, deadline
         self._preparing = preparing
         self._closed = False
         self._sequences: list[SequenceName] = []
         self._refs: dict[int, TensorRef] = {}
         self._call: Call | None = None
-        self._link: EngineClient | None = None
+        self._client: EngineClient | None = None
         self._generates = False
 
     async def events(self, program: Program[object]) -> AsyncGenerator[TaskEvent]:
-        """The events of a program, which is run to its end."""
+        """Run a program to its end; yields its events."""
         try:
             step = resume(program)
             while not isinstance(step, Returned):
@@ -99,7 +98,7 @@ class RequestContext:
             program.close()
 
     async def result(self, program: Program[R]) -> R:
-        """What a program without events returns."""
+        """Return value of a program without events."""
         try:
             step = resume(program)
             while not isinstance(step, Returned):
@@ -114,26 +113,26 @@ class RequestContext:
         self._closed = True
         self._end_call()
         if self._sequences:
-            self.links.understanding.send(Release(tuple(self._sequences)))
+            self.clients.understanding.send(Release(tuple(self._sequences)))
         for ref in self._refs.values():
             ref.free()
 
     async def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
-        """A reference that is freed with the context, if nobody took it. Raises OutOfMemory."""
-        transport = self.links.transport
+        """Reference that is freed with the context unless it was taken. Raises OutOfMemory."""
+        transport = self.clients.transport
         if not transport.copies:
             ref = transport.pack(tensors)
             self._hold(ref)
             return ref
         packing = asyncio.ensure_future(asyncio.to_thread(transport.pack, tensors))
-        # The thread goes on when the waiting is given up; then nobody will hold the reference.
+        # The thread is not cancelled with the request; its reference is then freed by the callback.
         packing.add_done_callback(self._hold_packed)
         return await asyncio.shield(packing)
 
     async def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
         """The tensors of a reference that came with an answer. Raises TensorsGone."""
-        take = self.links.transport.take
-        copies = self.links.transport.copies
+        take = self.clients.transport.take
+        copies = self.clients.transport.copies
         tensors = await asyncio.to_thread(take, ref) if copies else take(ref)
         self._refs.pop(id(ref), None)
         return tensors
@@ -141,7 +140,7 @@ class RequestContext:
     # --- steps ---
 
     async def _outcome(self, step: Step) -> object:
-        """What came of a step, or the error."""
+        """Result of a step, or its error."""
         try:
             return await self._carry_out(step)
         except Exception as error:
@@ -162,7 +161,7 @@ class RequestContext:
                 return await self.take(ref)
             case Release(sequences):
                 self._sequences = [name for name in self._sequences if name not in sequences]
-                self.links.understanding.send(step)
+                self.clients.understanding.send(step)
                 return None
             case _:
                 assert not isinstance(step, Token | TaskEvent | Cancel)
@@ -173,21 +172,21 @@ class RequestContext:
         assert not isinstance(command, Release)
         self._end_call()
         self._generates = isinstance(command, GenerateImages)
-        painting = isinstance(command, GenerateImages | KeepPrefix)
-        link = self.links.generation if painting else self.links.understanding
-        self._call = link.open_call(command.call, preparing=self._preparing)
-        self._link = link
+        generates = isinstance(command, GenerateImages | KeepPrefix)
+        client = self.clients.generation if generates else self.clients.understanding
+        self._call = client.open_call(command.call, preparing=self._preparing)
+        self._client = client
         if isinstance(command, Prefill):
             self._sequences += command.prompts
-        link.send(command)
+        client.send(command)
 
     def _end_call(self) -> None:
-        if self._call is None or self._link is None:
+        if self._call is None or self._client is None:
             return
         if self._generates and not self._call.answered:
-            self._link.send(Cancel(self._call.number))
-        self._link.close_call(self._call)
-        self._call = self._link = None
+            self._client.send(Cancel(self._call.number))
+        self._client.close_call(self._call)
+        self._call = self._client = None
 
     async def _answer(self) -> Answer:
         assert self._call is not None
@@ -219,7 +218,7 @@ class RequestContext:
 
 
 def _digest(pixels: Tensor) -> bytes:
-    """A hash of the content of an image."""
+    """16-byte BLAKE2b hash of an image's pixels and shape."""
     plain = pixels.contiguous().view(torch.uint8).numpy()
     shape = ",".join(map(str, pixels.shape)).encode()
     return hashlib.blake2b(plain.tobytes() + shape, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""What a request in service gives back, and what may go wrong: the contract of engines and HTTP.
+"""Contract between HTTP and the engines: requests, events, errors, the `Service` protocol.
 
 The HTTP layer and the engines depend on each other only through the protocol `Service`.
 """
@@ -11,9 +11,7 @@ from typing import Protocol
 from neounify.config import ModelConfig
 from neounify.errors import ServiceError
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import (
-    TaskEvent,
-)
+from neounify.tasks.events import TaskEvent
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest
 
@@ -42,7 +40,7 @@ class Service(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model that answers."""
+        """Config of the model."""
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """RequestError if the limits can never admit all of these requests at the same time.
@@ -53,7 +51,7 @@ class Service(Protocol):
     def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
     ) -> AsyncIterator[ServiceEvent]:
-        """The events of one request; `Finished` comes last.
+        """Events of one request; `Finished` comes last.
 
         `previews` is how many previews of each image are wanted at most, evenly over its steps
         (the finished image not counted). `deadline` is in seconds from now. Closing the iterator

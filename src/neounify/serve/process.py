@@ -1,4 +1,4 @@
-"""What an engine in a process of its own does, and what it says to the front of the server."""
+"""Engine process: loads its stream, runs the worker, reports to the server process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from neounify.pipeline import load
 from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.shared_memory import remove_after_end
 from neounify.serve.transport import SharedTransport
-from neounify.serve.worker import Worker, receive_orders
+from neounify.serve.worker import Worker, receive_commands
 
 Role = Literal["und", "gen"]
 
@@ -31,7 +31,7 @@ BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Of both engines."""
+    """Settings of both engines."""
 
     understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -39,7 +39,7 @@ class EngineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSettings:
-    """How a process of its own loads its engine: only the stream it needs stays in memory.
+    """Settings of an engine process, which keeps only the stream it needs in memory.
 
     Its pieces of shared memory have names that begin with `pieces`.
     """
@@ -54,12 +54,12 @@ class ProcessSettings:
     pieces: str | None = None
 
 
-# --- to the front ---
+# --- messages to the server process ---
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine takes orders."""
+    """The engine takes commands."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,20 @@ class Beat:
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of a step. All pieces of shared memory up to number `made` have been told of."""
+    """Replies of a step. Shared-memory pieces up to number `made` have been reported."""
 
     replies: Sequence[Reply]
     report: Report | None
     made: int
 
 
-class FrontGone(Exception):
-    """The front of the server has ended."""
+class ServerGone(Exception):
+    """The server process has ended."""
 
 
 def run_process(connection: Connection, settings: ProcessSettings) -> None:
-    """What the process does: load, say that it is ready, work until the front hangs up."""
-    # The front drains on a signal and hangs up in the end; a terminal's signal comes to all.
+    """Load the engine, report that it is ready, and work until the server hangs up."""
+    # The server drains on a signal and hangs up last; a terminal signals all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     line = _Line(connection)
@@ -93,7 +93,7 @@ def run_process(connection: Connection, settings: ProcessSettings) -> None:
     heartbeat.start()
     try:
         _work(line, heartbeat, settings)
-    except FrontGone:
+    except ServerGone:
         remove_after_end(settings.pieces)
 
 
@@ -112,7 +112,7 @@ def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
     und = gen = None
     with pipe.residency.use(settings.role):
         if settings.role == "und":
-            pipe.processor.vocabulary.prepare_soon()  # grammars in orders are made for it
+            pipe.processor.vocabulary.prepare_soon()  # grammars in commands are made for it
             und = UnderstandingEngine(pipe.model, settings.engines.understanding, transport)
         else:
             gen = GenerationEngine(pipe.model, settings.engines.generation, transport)
@@ -124,7 +124,7 @@ def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
 
 
 class Heartbeat(threading.Thread):
-    """Sends a Beat every BEAT_SECONDS during steps too, and ends the process with the front.
+    """Sends a Beat every BEAT_SECONDS during steps too, and ends the process with the server.
 
     Without it a step of minutes would look like a process that was stopped.
     """
@@ -139,36 +139,36 @@ class Heartbeat(threading.Thread):
             time.sleep(BEAT_SECONDS)
             try:
                 self._send(Beat(self.step_seconds()))
-            except FrontGone:
+            except ServerGone:
                 remove_after_end(self._pieces)
-                os._exit(1)  # in the middle of a step: nobody waits for what comes of it
+                os._exit(1)  # in the middle of a step, whose results are not needed any more
 
 
 class _Line:
-    """The pipe to the front: the worker and the heartbeat send, only the worker receives."""
+    """The pipe to the server: the worker and the heartbeat send, only the worker receives."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
 
     def send(self, message: object) -> None:
-        """Raises FrontGone."""
+        """Raises ServerGone."""
         try:
             with self._lock:
                 self._connection.send(message)
         except OSError as error:
-            raise FrontGone from error
+            raise ServerGone from error
 
     def poll(self) -> bool:
         return self._connection.poll()
 
     def receive(self) -> Command | None:
-        """The next order, or None for the end. Raises FrontGone."""
+        """The next command, or None for the end. Raises ServerGone."""
         try:
-            order: Command | None = self._connection.recv()
+            command: Command | None = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise FrontGone from error
-        return order
+            raise ServerGone from error
+        return command
 
 
 class _PipeChannel:
@@ -178,7 +178,7 @@ class _PipeChannel:
         self._line, self._transport = line, transport
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        return receive_orders(self._line.receive, self._line.poll, wait=wait)
+        return receive_commands(self._line.receive, self._line.poll, wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
         self._line.send(Batch(replies, report, self._transport.made))

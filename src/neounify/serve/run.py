@@ -1,4 +1,4 @@
-"""The server as a process: start the engines, answer until a signal comes, let work finish."""
+"""Server process: start the engines, serve until a signal, drain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from neounify.serve.service import EngineService
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where to listen and what to answer; `drain_seconds` is what requests get at the end."""
+    """Address and settings of a server; `drain_seconds` bounds draining at the end."""
 
     serve: ServeSettings
     http: HttpSettings = field(default_factory=HttpSettings)
@@ -96,19 +96,19 @@ async def _serve(server: _Server, service: EngineService, sockets: list[socket.s
 
 
 class _Server(uvicorn.Server):
-    """Stops taking requests at the first signal, and tells when it listens."""
+    """Refuses requests from the first signal on; calls `started` once it listens."""
 
     def __init__(
         self, config: uvicorn.Config, service: EngineService, started: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self._service, self._tell = service, started
+        self._service, self._on_started = service, started
 
     async def startup(self, *args: object, **options: object) -> None:
         await super().startup(*args, **options)  # type: ignore[arg-type]
         if self.started:
             freeze_objects()
-            self._tell()
+            self._on_started()
 
     async def shutdown(self, *args: object, **options: object) -> None:
         self._service.close_doors()

@@ -1,4 +1,4 @@
-"""Many requests at once: limits, deadlines, shared prefixes, an orderly end."""
+"""Service of concurrent requests: admission, deadlines, shared prefixes, draining."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from neounify.config import ModelConfig
 from neounify.engine.messages import Prefix
 from neounify.errors import RequestError
 from neounify.serve.client import EngineClient, State
-from neounify.serve.context import Links, RequestContext
+from neounify.serve.context import EngineClients, RequestContext
 from neounify.serve.events import (
     Draining,
     Overloaded,
@@ -56,10 +56,10 @@ KEPT = {"": "uncond"}
 
 
 class EngineService:
-    """Answers requests on two engines; see `events.Service`."""
+    """The `events.Service` of two engines."""
 
-    def __init__(self, front: Processor, links: Links, limits: ServiceLimits) -> None:
-        self.front, self.links, self.limits = front, links, limits
+    def __init__(self, processor: Processor, clients: EngineClients, limits: ServiceLimits) -> None:
+        self.processor, self.clients, self.limits = processor, clients, limits
         self._active = 0
         self._image_tokens = 0
         self._draining = False
@@ -69,39 +69,39 @@ class EngineService:
 
     @property
     def config(self) -> ModelConfig:
-        return self.front.config
+        return self.processor.config
 
     @property
     def ready(self) -> bool:
         """Whether requests can be answered now."""
-        return not self._draining and all(link.ready for link in self.links.all)
+        return not self._draining and all(client.ready for client in self.clients.all)
 
     @property
     def states(self) -> Mapping[str, State]:
-        """How each engine is, by its name."""
-        return {link.name: link.state for link in self.links.all}
+        """State of each engine, by its name."""
+        return {client.name: client.state for client in self.clients.all}
 
     async def start(self) -> None:
         """Start the engines. Raises what keeps them from starting."""
-        if self.links.space is not None:
-            self.links.space.open()
-        self.links.generation.prepare = self._share_prefixes
-        if self.links.understanding is not self.links.generation:
-            self.links.understanding.prepare = self._pin_system_message
+        if self.clients.space is not None:
+            self.clients.space.open()
+        self.clients.generation.prepare = self._share_prefixes
+        if self.clients.understanding is not self.clients.generation:
+            self.clients.understanding.prepare = self._pin_system_message
         # Understanding first: the generation engine's prefix comes from it.
-        for link in self.links.all:
-            await link.start()
+        for client in self.clients.all:
+            await client.start()
 
     def close_doors(self) -> None:
-        """Take no new requests; those under way go on."""
+        """Refuse new requests; those in progress continue."""
         self._draining = True
 
     async def stop(self) -> None:
-        """End the engines, and with them what is under way."""
+        """Stop the engines, and with them all requests in progress."""
         self.close_doors()
-        await asyncio.gather(*(link.stop() for link in self.links.all))
-        if self.links.space is not None:
-            self.links.space.close()
+        await asyncio.gather(*(client.stop() for client in self.clients.all))
+        if self.clients.space is not None:
+            self.clients.space.close()
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
@@ -110,7 +110,7 @@ class EngineService:
         tokens = self._admit(request)
         start = time.monotonic()
         end = None if deadline is None else start + deadline
-        context = RequestContext(self.links, end)
+        context = RequestContext(self.clients, end)
         try:
             async with aclosing(context.events(self._program(request, previews))) as events:
                 async for event in events:
@@ -137,17 +137,17 @@ class EngineService:
 
     def gauges(self) -> Mapping[str, float]:
         """Requests and image tokens under way, and what the engines report."""
-        found = {"requests": float(self._active), "image_tokens": float(self._image_tokens)}
-        for link in self.links.all:
-            found |= link.report.gauges
-        return found
+        values = {"requests": float(self._active), "image_tokens": float(self._image_tokens)}
+        for client in self.clients.all:
+            values |= client.report.gauges
+        return values
 
     def counters(self) -> Mapping[str, float]:
         """What the engines counted since they started, and how often they were started again."""
-        found: dict[str, float] = {"restarts": sum(link.restarts for link in self.links.all)}
-        for link in self.links.all:
-            found |= link.report.counters
-        return found
+        values: dict[str, float] = {"restarts": sum(client.restarts for client in self.clients.all)}
+        for client in self.clients.all:
+            values |= client.report.counters
+        return values
 
     # --- one request ---
 
@@ -155,9 +155,9 @@ class EngineService:
         """Count a request in, or refuse it; its image tokens."""
         if self._draining:
             raise Draining("the server is shutting down and takes no new requests")
-        for link in self._needed(request):
-            if not link.ready:
-                raise link.down()
+        for client in self._needed(request):
+            if not client.ready:
+                raise client.down()
         if self._active >= self.limits.requests:
             raise Overloaded(
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
@@ -176,7 +176,7 @@ class EngineService:
 
     def _needed(self, request: ServiceRequest) -> list[EngineClient]:
         text_only = isinstance(request, ChatRequest | CompletionRequest)
-        return [self.links.understanding] if text_only else self.links.all
+        return [self.clients.understanding] if text_only else self.clients.all
 
     def _tokens_of(self, request: ServiceRequest) -> int:
         """Image tokens under way at once for a request. ImageError when an image is too large."""
@@ -196,24 +196,24 @@ class EngineService:
     def _program(self, request: ServiceRequest, previews: int) -> Program[None]:
         match request:
             case ChatRequest():
-                return chat(self.front, request)
+                return chat(self.processor, request)
             case CompletionRequest():
-                return complete(self.front, request)
+                return complete(self.processor, request)
             case ImageRequest():
-                return generate_images(self.front, request, KEPT, previews)
+                return generate_images(self.processor, request, KEPT, previews)
             case InterleaveRequest():
-                return interleave(self.front, request, KEPT, previews)
+                return interleave(self.processor, request, KEPT, previews)
 
-    # --- what all requests share ---
+    # --- shared prefixes ---
 
     async def _share_prefixes(self) -> None:
         """Let the generation engine keep the unconditional prompt, which is read once."""
-        if self.links.understanding is self.links.generation:
+        if self.clients.understanding is self.clients.generation:
             await self._pin_system_message()
-        context = RequestContext(self.links, preparing=True)
+        context = RequestContext(self.clients, preparing=True)
         try:
             if self._unconditional is None:
-                prompt = unconditional_prompt(self.front.tokenizer)
+                prompt = unconditional_prompt(self.processor.tokenizer)
                 prefix = await context.result(read_prefix(prompt))
                 self._unconditional = await context.take(prefix.ref), prefix.next_t
             tensors, next_t = self._unconditional
@@ -223,22 +223,22 @@ class EngineService:
             context.close()
 
     async def _pin_system_message(self) -> None:
-        """Keep the beginning that all painting prompts have in common in the cache for good."""
-        shared = _shared_beginning(self.front)
+        """Pin the common prefix of all image prompts in the cache."""
+        shared = _shared_beginning(self.processor)
         if shared:
-            self._pinned = RequestContext(self.links, preparing=True)
+            self._pinned = RequestContext(self.clients, preparing=True)
             await self._pinned.result(prefill(shared))
 
 
-def _shared_beginning(front: Processor) -> tuple[int, ...]:
-    """Ids that every painting prompt begins with; none without a system message."""
-    if not front.system_message:
+def _shared_beginning(processor: Processor) -> tuple[int, ...]:
+    """Token ids that every image prompt begins with; none without a system message."""
+    if not processor.system_message:
         return ()
     one, other = (
         [
             token
             for segment in paint_prompt(
-                front.tokenizer, text, system=front.system_message, think=False
+                processor.tokenizer, text, system=processor.system_message, think=False
             ).segments
             if isinstance(segment, TextSegment)
             for token in segment.ids

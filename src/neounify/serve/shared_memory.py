@@ -1,4 +1,4 @@
-"""Pieces of shared memory: files in memory that the processes of one server hand to each other.
+"""Shared-memory pieces: files in memory that the processes of one server hand to each other.
 
 They are written and read as files instead of being mapped. It is one copy either way, but a memory
 that is full is an error of the write, where a mapping would end the process with SIGBUS.
@@ -25,19 +25,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
 def folder() -> Path:
-    """Where the pieces lie: in memory on Linux, among the temporary files elsewhere."""
+    """Folder of the pieces: in memory on Linux, among the temporary files elsewhere."""
     memory = Path("/dev/shm")
     return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def free_bytes() -> int:
-    """Room that is left for pieces."""
-    found = os.statvfs(folder())
-    return found.f_bavail * found.f_frsize
+    """Free space for pieces, in bytes."""
+    status = os.statvfs(folder())
+    return status.f_bavail * status.f_frsize
 
 
 def write_piece(name: str, buffers: Iterable[memoryview]) -> None:
-    """Make a piece that holds the buffers one after the other. Raises OutOfMemory."""
+    """Write a piece with the buffers one after the other. Raises OutOfMemory."""
     path = folder() / name
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -58,7 +58,7 @@ def write_piece(name: str, buffers: Iterable[memoryview]) -> None:
 
 
 def take_piece(name: str, buffers: Sequence[memoryview]) -> bool:
-    """Fill the buffers from a piece and remove it; False when it is gone, or is too short."""
+    """Fill the buffers from a piece and remove it; False if it is missing or too short."""
     try:
         with (folder() / name).open("rb") as file:
             # Removed first: whatever happens to this process now, nothing stays.
@@ -69,21 +69,21 @@ def take_piece(name: str, buffers: Sequence[memoryview]) -> bool:
 
 
 def remove_piece(name: str) -> None:
-    """Give back the memory of a piece; one that is gone is no error."""
+    """Free a piece; a missing one is no error."""
     with suppress(FileNotFoundError):
         (folder() / name).unlink()
 
 
 def remove_pieces(prefix: str, *, after: int = 0) -> int:
-    """Remove the pieces `prefix`N with N > `after`; how many there were."""
-    found = [name for name in _names(prefix) if _number(name, prefix) > after]
-    for name in found:
+    """Remove the pieces `prefix`N with N > `after`; returns their number."""
+    names = [name for name in _names(prefix) if _number(name, prefix) > after]
+    for name in names:
         remove_piece(name)
-    return len(found)
+    return len(names)
 
 
 class SharedSpace:
-    """The names of one server's pieces, which are its own while it holds a lock.
+    """Names of one server's pieces, reserved while it holds a lock.
 
     The pieces of a server that was killed are removed by one of its engines that notices, or by
     the next server when it starts.
@@ -102,7 +102,7 @@ class SharedSpace:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _is(lock, path):
                 self._lock = lock
-            else:  # somebody took it for abandoned before it was locked
+            else:  # another process removed it as abandoned before it was locked
                 os.close(lock)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ def remove_after_end(prefix: str, seconds: float = 5.0) -> None:
 
 
 def _remove_if_abandoned(lock_name: str) -> bool:
-    """Remove a server's pieces if it has ended; whether they are gone."""
+    """Remove a server's pieces if it has ended; returns whether they are gone."""
     path = folder() / lock_name
     with _abandoned(path) as abandoned:
         if abandoned:
@@ -145,7 +145,7 @@ def _remove_if_abandoned(lock_name: str) -> bool:
 
 @contextmanager
 def _abandoned(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a lock; nobody else gets it meanwhile."""
+    """Whether a lock is free; it is held inside the context."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:  # gone meanwhile, or another user's
@@ -178,7 +178,7 @@ def _number(name: str, prefix: str) -> int:
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether the path still leads to the open file."""
+    """Whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Tensors that travel between processes through shared memory."""
+"""Tensor transport between processes through shared memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from neounify.serve.shared_memory import PREFIX, remove_piece, take_piece, write
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a tensor in shared memory is."""
+class TensorSpec:
+    """Shape and dtype of a tensor in shared memory."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -33,14 +33,14 @@ class SharedTensors:
     """Tensors by name, one after the other in a piece of shared memory."""
 
     memory: str
-    places: Mapping[str, Place]
+    specs: Mapping[str, TensorSpec]
 
     def free(self) -> None:
         remove_piece(self.memory)
 
 
 class SharedTransport:
-    """For engines in processes of their own: one copy into shared memory and one out of it.
+    """Transport of engine processes: one copy into shared memory and one out of it.
 
     Its pieces are named `prefix` and 1, 2, 3, …; `made` is the newest number.
     """
@@ -53,25 +53,25 @@ class SharedTransport:
         self._numbers = itertools.count(1)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
-        places = {
-            name: Place(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        specs = {
+            name: TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in tensors.items()
         }
-        number = next(self._numbers)  # atomic: the front packs in several threads at once
+        number = next(self._numbers)  # atomic: the server packs in several threads at once
         memory = f"{self.prefix}{number}"
         write_piece(memory, (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values()))
         self.made = max(self.made, number)
-        return SharedTensors(memory, places)
+        return SharedTensors(memory, specs)
 
     def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
         assert isinstance(ref, SharedTensors)
-        found = {
-            name: torch.empty(place.shape, dtype=getattr(torch, place.dtype))
-            for name, place in ref.places.items()
+        tensors = {
+            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            for name, spec in ref.specs.items()
         }
-        if not take_piece(ref.memory, [_bytes(tensor) for tensor in found.values()]):
-            raise TensorsGone(f"the tensors {', '.join(ref.places)} are gone")
-        return found
+        if not take_piece(ref.memory, [_bytes(tensor) for tensor in tensors.values()]):
+            raise TensorsGone(f"the tensors {', '.join(ref.specs)} are gone")
+        return tensors
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,4 +1,4 @@
-"""Waiting for a limited time without losing word that the waiting itself was given up."""
+"""Timeouts that never lose a cancellation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 async def within(work: Awaitable[Result], seconds: float | None) -> Result:
     """The result of `work`; cancels it and raises TimeoutError when it takes longer.
 
-    Unlike `asyncio.wait_for` before Python 3.12, which drops a cancellation that comes together
-    with the result: under many quick answers that happens, and what was cancelled runs on.
+    Unlike `asyncio.wait_for` before Python 3.12, which drops a cancellation that arrives together
+    with the result: with many quick answers that happens, and the cancelled task runs on.
     """
     task = asyncio.ensure_future(work)
     try:

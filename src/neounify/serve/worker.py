@@ -1,4 +1,4 @@
-"""The loop that runs engines: take orders, do a step's work, send what came of it."""
+"""Worker loop of the engines: receive commands, run a step, send replies."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Cancel, Command, GenerateImages, KeepPrefix, Reply, Report
 from neounify.engine.understanding import UnderstandingEngine
 
-MOST_YIELDED = 4
-"""Denoising lets prompts that wait for a first token go first, that many steps in a row."""
+MAX_YIELDED = 4
+"""Denoising yields to prompts that wait for a first token, that many steps in a row."""
 REPORT_SECONDS = 0.5
 TEXT_SECONDS = 1.0
-"""Denoising steps stay short that long after the last text."""
+"""Denoising steps stay short for so many seconds after the last text."""
 
 
 class Channel(Protocol):
-    """A worker's end of the line to the front of the server."""
+    """A worker's end of the connection to the server."""
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        """All orders that have come, after waiting for one if asked to; None: it is over."""
+        """All commands received, after waiting for one with `wait`; None at the end."""
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
-        """Give replies, and now and then a report, to the front."""
+        """Send replies, and now and then a report, to the server."""
 
 
-def receive_orders(
+def receive_commands(
     get: Callable[[], Command | None], pending: Callable[[], bool], *, wait: bool
 ) -> list[Command] | None:
-    """What `get` gives while something is `pending`, or once if asked to wait; see `Channel`."""
-    orders: list[Command] = []
+    """Commands from `get` while some are `pending`, at least one with `wait`; see `Channel`."""
+    commands: list[Command] = []
     while wait or pending():
-        order = get()
-        if order is None:
+        command = get()
+        if command is None:
             return None
-        orders.append(order)
+        commands.append(command)
         wait = False
-    return orders
+    return commands
 
 
 class Worker:
@@ -65,20 +65,20 @@ class Worker:
         self._begun: float | None = None
 
     def step_seconds(self) -> float:
-        """How long the step under way has been taking, 0 between steps; for any thread."""
+        """Seconds since the current step began, 0 between steps; for any thread."""
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
     def run(self) -> None:
-        """Work until the front hangs up."""
+        """Work until the server hangs up."""
         while True:
             self._begun = None
-            orders = self.channel.receive(wait=not self._busy())
-            if orders is None:
+            commands = self.channel.receive(wait=not self._busy())
+            if commands is None:
                 return
             self._begun = time.monotonic()
-            for order in orders:
-                self._engine_of(order).submit(order)  # type: ignore[arg-type]
+            for command in commands:
+                self._engine_of(command).submit(command)  # type: ignore[arg-type]
             self._work()
             self._send()
 
@@ -88,9 +88,9 @@ class Worker:
     def _engines(self) -> tuple[UnderstandingEngine | None, GenerationEngine | None]:
         return self.understanding, self.generation
 
-    def _engine_of(self, order: Command) -> UnderstandingEngine | GenerationEngine:
-        paints = isinstance(order, KeepPrefix | GenerateImages | Cancel)
-        engine = self.generation if paints else self.understanding
+    def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine:
+        generates = isinstance(command, KeepPrefix | GenerateImages | Cancel)
+        engine = self.generation if generates else self.understanding
         assert engine is not None
         return engine
 
@@ -103,7 +103,7 @@ class Worker:
                 self._last_text = time.perf_counter()
         if gen is None or not gen.busy:
             return
-        if und is not None and und.urgent and self._yielded < MOST_YIELDED:
+        if und is not None and und.urgent and self._yielded < MAX_YIELDED:
             self._yielded += 1
             return
         self._yielded = 0

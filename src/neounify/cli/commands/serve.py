@@ -146,7 +146,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
     from neounify.engine.generation import GenerationSettings
     from neounify.engine.understanding import UnderstandingSettings
     from neounify.serve.build import Mode, ServeSettings
-    from neounify.serve.hosts import WatchSettings
+    from neounify.serve.engines import WatchSettings
     from neounify.serve.process import EngineSettings
     from neounify.serve.service import ServiceLimits
 

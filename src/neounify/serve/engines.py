@@ -1,4 +1,4 @@
-"""Where a worker runs: in a thread of this process, or in a process of its own."""
+"""Engines in a thread of this process or in a separate process: start, watch, stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from neounify.serve.process import (
     run_process,
 )
 from neounify.serve.shared_memory import PREFIX, remove_pieces
-from neounify.serve.worker import Worker, receive_orders
+from neounify.serve.worker import Worker, receive_commands
 
 log = logging.getLogger("neounify.serve")
 
@@ -35,8 +35,8 @@ Deliver = Callable[[Sequence[Reply], Report | None], None]
 Died = Callable[[], object]
 
 
-class Host(Protocol):
-    """Runs a worker. `deliver` and `died` are called from threads of the host's own."""
+class EngineHandle(Protocol):
+    """A running worker. `deliver` and `died` are called from its own threads."""
 
     def start(self, deliver: Deliver, died: Died) -> None:
         """Start the worker, after ending what there is of an earlier one. Returns when it is ready.
@@ -45,8 +45,8 @@ class Host(Protocol):
         Raises RuntimeError when it does not come up.
         """
 
-    def send(self, order: Command) -> None:
-        """Give an order; never blocks. Orders to a dead worker are lost."""
+    def send(self, command: Command) -> None:
+        """Send a command; never blocks. Commands to a dead worker are lost."""
 
     def stop(self) -> None:
         """End the worker and wait for it; it is not started again."""
@@ -54,7 +54,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchSettings:
-    """How long to wait for an engine, in seconds.
+    """Timeouts of an engine, in seconds.
 
     `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
     loads and afterwards; it sends a heartbeat every second, so a longer silence means that it was
@@ -77,34 +77,35 @@ class EngineThread:
         self.model, self.settings = model, settings
         self.watch = watch or WatchSettings()
         self.understanding: UnderstandingEngine | None = None
-        self._life: _ThreadLife | None = None
+        self._current: _ThreadRun | None = None
 
     def start(self, deliver: Deliver, died: Died) -> None:
         """A thread cannot be killed: RuntimeError while the earlier one is still in its step."""
-        if self._life is not None and not self._life.end(self.watch.end):
+        if self._current is not None and not self._current.end(self.watch.end):
             raise RuntimeError("the engines' thread has not come to the end of its step")
-        self._life = self.understanding = None  # its memory is free before the new one's is taken
+        # Free the earlier engines' memory before the new ones take theirs.
+        self._current = self.understanding = None
         transport = LocalTransport()
         self.understanding = UnderstandingEngine(self.model, self.settings.understanding, transport)
         generation = GenerationEngine(self.model, self.settings.generation, transport)
-        self._life = _ThreadLife(
+        self._current = _ThreadRun(
             lambda channel: Worker(channel, self.understanding, generation),
             self.watch.step,
             deliver,
             died,
         )
 
-    def send(self, order: Command) -> None:
-        if self._life is not None:
-            self._life.orders.put(order)
+    def send(self, command: Command) -> None:
+        if self._current is not None:
+            self._current.commands.put(command)
 
     def stop(self) -> None:
-        if self._life is not None and not self._life.end(self.watch.end):
+        if self._current is not None and not self._current.end(self.watch.end):
             log.warning("the engines' thread is left in its step")
 
 
-class _ThreadLife:
-    """The engines' thread from its start to its end, and one that watches how long steps take."""
+class _ThreadRun:
+    """One run of the engines' thread, with a watchdog for the duration of steps."""
 
     def __init__(
         self,
@@ -113,8 +114,8 @@ class _ThreadLife:
         deliver: Deliver,
         died: Died,
     ) -> None:
-        self.orders: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._worker = make_worker(_QueueChannel(self.orders, deliver))
+        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._worker = make_worker(_QueueChannel(self.commands, deliver))
         self._step_seconds, self._died = step_seconds, died
         self._ended, self._asked = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
@@ -129,7 +130,7 @@ class _ThreadLife:
     def end(self, seconds: float) -> bool:
         """Ask the thread to end after its step; whether it did in time."""
         self._asked.set()
-        self.orders.put(None)
+        self.commands.put(None)
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -154,51 +155,51 @@ class _ThreadLife:
 
 
 class _QueueChannel:
-    def __init__(self, orders: queue.SimpleQueue[Command | None], deliver: Deliver) -> None:
-        self._orders, self._deliver = orders, deliver
+    def __init__(self, commands: queue.SimpleQueue[Command | None], deliver: Deliver) -> None:
+        self._commands, self._deliver = commands, deliver
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        return receive_orders(self._orders.get, lambda: not self._orders.empty(), wait=wait)
+        return receive_commands(self._commands.get, lambda: not self._commands.empty(), wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
         self._deliver(replies, report)
 
 
 class EngineProcess:
-    """One engine in a process of its own, which ends when this one does."""
+    """One engine in a separate process, which ends when this one does."""
 
     def __init__(self, settings: ProcessSettings, watch: WatchSettings | None = None) -> None:
         self.settings = settings
         self.watch = watch or WatchSettings()
-        self._life: _ProcessLife | None = None
-        self._lives = 0
-        # A start that nobody waits for any more may still run in its thread when `stop` comes:
+        self._current: _ProcessRun | None = None
+        self._starts = 0
+        # A start whose caller is gone may still run in its thread when `stop` is called:
         # either it finds `_stopping` set, or `stop` finds its process and ends it.
         self._changing = threading.Lock()
         self._stopping = False
 
     @property
     def pid(self) -> int | None:
-        return None if self._life is None else self._life.pid
+        return None if self._current is None else self._current.pid
 
     def start(self, deliver: Deliver, died: Died) -> None:
         with self._changing:
             if self._stopping:
                 raise RuntimeError("the server is ending")
             self._end(0.0)
-            self._lives += 1
-            prefix = f"{self.settings.pieces or PREFIX}{self.settings.role}{self._lives}_"
-            life = self._life = _ProcessLife(replace(self.settings, pieces=prefix))
+            self._starts += 1
+            prefix = f"{self.settings.pieces or PREFIX}{self.settings.role}{self._starts}_"
+            run = self._current = _ProcessRun(replace(self.settings, pieces=prefix))
         try:
-            life.wait_ready(self.watch)
-            life.run(self.watch, deliver, died)
+            run.wait_ready(self.watch)
+            run.run(self.watch, deliver, died)
         except BaseException:  # also where the machine has no threads left
-            life.end(0.0)
+            run.end(0.0)
             raise
 
-    def send(self, order: Command) -> None:
-        if self._life is not None:
-            self._life.orders.put(order)
+    def send(self, command: Command) -> None:
+        if self._current is not None:
+            self._current.commands.put(command)
 
     def stop(self) -> None:
         self._stopping = True
@@ -206,16 +207,16 @@ class EngineProcess:
             self._end(self.watch.end)
 
     def _end(self, seconds: float) -> None:
-        if self._life is not None:
-            self._life.end(seconds)
+        if self._current is not None:
+            self._current.end(seconds)
 
 
-class _ProcessLife:
-    """One process from its start to its end, with the pipe to it and the threads at the pipe."""
+class _ProcessRun:
+    """One run of an engine process, with its pipe and the threads that read and write it."""
 
     def __init__(self, settings: ProcessSettings) -> None:
         assert settings.pieces is not None
-        self.orders: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._name, self._pieces, self._made = settings.role, settings.pieces, 0
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
@@ -234,7 +235,7 @@ class _ProcessLife:
         self.pid = self._process.pid
 
     def wait_ready(self, watch: WatchSettings) -> None:
-        """Wait until the engine takes orders. Raises RuntimeError."""
+        """Wait until the engine takes commands. Raises RuntimeError."""
         end = time.monotonic() + watch.start
         try:
             while not isinstance(self._next(watch.start_silence), Ready):
@@ -248,9 +249,9 @@ class _ProcessLife:
             raise RuntimeError(f"the {self._name} process ended while starting") from error
 
     def run(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
-        """Carry orders and replies from now on."""
+        """Start the threads that pass on commands and replies."""
         for target, arguments in (
-            (self._write_orders, (deliver,)),
+            (self._write_commands, (deliver,)),
             (self._read_replies, (watch, deliver, died)),
         ):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
@@ -258,9 +259,9 @@ class _ProcessLife:
             self._threads.append(thread)
 
     def end(self, seconds: float) -> None:
-        """Ask the process to end, kill it if it does not in time, and close all it had."""
+        """Ask the process to end, kill it after `seconds`, and release its resources."""
         self._asked = True
-        self.orders.put(None)
+        self.commands.put(None)
         with self._ending:
             if self._closed:
                 return
@@ -274,11 +275,11 @@ class _ProcessLife:
             atexit.unregister(self._process.kill)
             self._process.close()
             self._closed = True
-            # What it made and told of belongs to the requests, what it did not tell of to nobody.
+            # Pieces that were reported belong to their requests; the later ones have no owner.
             remove_pieces(self._pieces, after=self._made)
 
     def _next(self, seconds: float) -> object:
-        """The next message; raises TimeoutError when the process gives no sign for so long."""
+        """The next message. Raises TimeoutError after `seconds` of silence."""
         if not self._connection.poll(seconds):
             raise TimeoutError
         return self._connection.recv()
@@ -289,7 +290,7 @@ class _ProcessLife:
         except (EOFError, OSError):
             why = "ended"
         except Exception:
-            log.exception("what the %s process sent cannot be read", self._name)
+            log.exception("a message of the %s process cannot be read", self._name)
             why = "is given up"
         if not self._asked:
             log.error("the %s process %s", self._name, why)
@@ -297,7 +298,7 @@ class _ProcessLife:
             died()
 
     def _pass_on(self, watch: WatchSettings, deliver: Deliver) -> str:
-        """Deliver what comes; why the process has to be given up. Raises EOFError and OSError."""
+        """Deliver replies; returns why the process was given up. Raises EOFError and OSError."""
         while True:
             try:
                 message = self._next(watch.silence)
@@ -309,21 +310,21 @@ class _ProcessLife:
             elif isinstance(message, Beat) and message.step_seconds > watch.step:
                 return f"was in one step for more than {watch.step:g} s and is killed"
 
-    def _write_orders(self, deliver: Deliver) -> None:
+    def _write_commands(self, deliver: Deliver) -> None:
         try:
-            while (order := self.orders.get()) is not None:
-                _write(self._connection, order, deliver)
+            while (command := self.commands.get()) is not None:
+                _write(self._connection, command, deliver)
             self._connection.send(None)
         except OSError:
             return  # the process is gone, which the reading thread reports
 
 
-def _write(connection: Connection, order: Command, deliver: Deliver) -> None:
+def _write(connection: Connection, command: Command, deliver: Deliver) -> None:
     try:
-        connection.send(order)
+        connection.send(command)
     except OSError:
         raise
-    except Exception as error:  # it cannot be sent, which concerns this order alone
-        call = getattr(order, "call", None)
+    except Exception as error:  # it cannot be sent, which concerns this command alone
+        call = getattr(command, "call", None)
         if call is not None:
             deliver([failed(call, error)], None)

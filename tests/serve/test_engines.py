@@ -20,7 +20,7 @@ from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.client import EngineClient
-from neounify.serve.hosts import EngineProcess, WatchSettings
+from neounify.serve.engines import EngineProcess, WatchSettings
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import EngineService
@@ -121,25 +121,25 @@ def test_a_step_without_end_in_a_thread_is_told_and_survived(
     serve(colocated(pipe, EngineSettings(), watch=watch), work)
 
 
-def process_of(link: EngineClient) -> int:
-    assert isinstance(link.host, EngineProcess)
-    assert link.host.pid is not None
-    return link.host.pid
+def process_of(client: EngineClient) -> int:
+    assert isinstance(client.engine, EngineProcess)
+    assert client.engine.pid is not None
+    return client.engine.pid
 
 
 def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None:
     settings = ProcessSettings(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
-    host = EngineProcess(settings, WatchSettings(start_silence=0.01))
+    engine = EngineProcess(settings, WatchSettings(start_silence=0.01))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gen process"):
-            host.start(lambda replies, report: None, lambda: None)
+            engine.start(lambda replies, report: None, lambda: None)
         with pytest.raises(ProcessLookupError):
-            os.kill(host.pid or 0, 0)
-    host.stop()
+            os.kill(engine.pid or 0, 0)
+    engine.stop()
     with pytest.raises(RuntimeError, match="ending"):
-        host.start(lambda replies, report: None, lambda: None)
+        engine.start(lambda replies, report: None, lambda: None)
 
 
 @pytest.mark.parametrize("refused", [1, 2])
@@ -158,15 +158,15 @@ def test_a_machine_without_threads_leaves_no_process(
     settings = ProcessSettings(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
-    host = EngineProcess(settings)
+    engine = EngineProcess(settings)
     threads = threading.active_count()
     monkeypatch.setattr(threading.Thread, "start", refuses)
     with pytest.raises(RuntimeError, match="can't start"):
-        host.start(lambda replies, report: None, lambda: None)
+        engine.start(lambda replies, report: None, lambda: None)
     with pytest.raises(ProcessLookupError):
-        os.kill(host.pid or 0, 0)
-    host.start(lambda replies, report: None, lambda: None)
-    host.stop()
+        os.kill(engine.pid or 0, 0)
+    engine.start(lambda replies, report: None, lambda: None)
+    engine.stop()
     assert threading.active_count() <= threads
 
 
@@ -213,7 +213,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
 
     async def work(service: EngineService) -> None:
         paints = victim == "generation"
-        link = getattr(service.links, victim)
+        client = getattr(service.clients, victim)
         gauges = await at_rest(service)
         files = threads = 0
         for number, kill in enumerate(kills):
@@ -222,7 +222,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
             )
             name = "gen_images" if paints else "und_writing"
             await until(lambda name=name: service.gauges().get(name, 0) >= 1)  # type: ignore[misc]
-            old = process_of(link)
+            old = process_of(client)
             os.kill(old, kill)
             await unavailable(hit)
             meanwhile = [collect(service, painting(pipe, 3))]
@@ -232,7 +232,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
                 meanwhile.append(collect(service, chatting(4)))
             await asyncio.gather(*map(unavailable, meanwhile))
             await ready(service)
-            assert process_of(link) != old
+            assert process_of(client) != old
             with pytest.raises(ProcessLookupError):
                 os.kill(old, 0)
             if number == 0:
@@ -242,7 +242,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
             answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
         )
         # Nothing beside those: no death of the other engine, no descriptors, threads or pieces.
-        assert service.counters()["restarts"] == link.restarts == len(kills)
+        assert service.counters()["restarts"] == client.restarts == len(kills)
         await at_rest(service, gauges)
         assert pieces_of(service) == set()
         assert calls_open(service) == 0
@@ -266,7 +266,7 @@ def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, fol
     async def work(service: EngineService) -> None:
         await unavailable(collect(service, painting(pipe, 1000)))
         await ready(service)
-        assert service.links.generation.restarts >= 1
+        assert service.clients.generation.restarts >= 1
         assert (await collect(service, painting(pipe, 1))).finished is not None
 
     settings = ServeSettings(
