@@ -6,22 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neounify.engine.scheduling import Waiting, choose, preview_steps
+from neounify.engine.scheduling import Waiting, preview_steps, select_images
 
 
 def test_what_finishes_soonest_goes_first() -> None:
     waiting = [Waiting(4, 50), Waiting(4, 2), Waiting(4, 9)]
-    assert choose(waiting, most_rows=8, most_missed=9) == [1, 2]
+    assert select_images(waiting, max_rows=8, max_missed=9) == [1, 2]
     assert [w.missed for w in waiting] == [1, 0, 0]
 
 
 def test_small_ones_fill_what_large_ones_leave() -> None:
     waiting = [Waiting(6, 1), Waiting(6, 2), Waiting(2, 30)]
-    assert choose(waiting, most_rows=8, most_missed=9) == [0, 2]
+    assert select_images(waiting, max_rows=8, max_missed=9) == [0, 2]
 
 
 def test_one_larger_than_the_limit_goes_alone() -> None:
-    assert choose([Waiting(100, 5), Waiting(200, 9)], most_rows=8, most_missed=9) == [0]
+    assert select_images([Waiting(100, 5), Waiting(200, 9)], max_rows=8, max_missed=9) == [0]
 
 
 @given(
@@ -30,16 +30,16 @@ def test_one_larger_than_the_limit_goes_alone() -> None:
     st.integers(1, 5),
 )
 def test_nobody_waits_for_ever(
-    sizes: list[tuple[int, int]], most_rows: int, most_missed: int
+    sizes: list[tuple[int, int]], max_rows: int, max_missed: int
 ) -> None:
     waiting = [Waiting(rows, steps) for rows, steps in sizes]
     for _ in range(200):
-        chosen = choose(waiting, most_rows, most_missed)
+        chosen = select_images(waiting, max_rows, max_missed)
         assert chosen
         rows = sum(waiting[place].rows for place in chosen)
-        assert rows <= most_rows or len(chosen) == 1
+        assert rows <= max_rows or len(chosen) == 1
         # Each that is late is at most one turn of all others away.
-        assert max(w.missed for w in waiting) <= most_missed + len(waiting)
+        assert max(w.missed for w in waiting) <= max_missed + len(waiting)
         for place in chosen:
             # A finished one makes place for another of its kind.
             waiting[place].steps_left = waiting[place].steps_left - 1 or sizes[place][1]

@@ -108,7 +108,7 @@ def test_a_call_given_up_in_the_middle_of_a_step_is_gone(pipe: neounify.Pipeline
     sliced.step()
     sliced.submit(Cancel(1))
     assert sliced.gauges()["gen_images"] == 0
-    assert len(sliced._under_way) == 0
+    assert len(sliced._running) == 0
     sliced.submit(paint(pipe, 2, SMALL, 2))
     while sliced.busy:
         sliced.step()

@@ -1,4 +1,4 @@
-"""One packed call of the understanding stream: prefill and decoding steps alike."""
+"""Packed forward call of the understanding stream, for prefill and decoding steps."""
 
 from __future__ import annotations
 

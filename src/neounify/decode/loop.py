@@ -15,13 +15,12 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(eq=False)
-class Writing:
-    """What is written of one sequence, wherever its keys and values lie.
+class DecodeState:
+    """Decoded tokens of one sequence, its sampling state and why it ended.
 
-    `ids` are the tokens chosen so far, `logprobs` what was asked for with each. A token of
-    `stop_ids` ends the sequence: it is recorded in `stopped_by`, neither in `ids` nor in the
-    cache. `pending` is the last of `ids` as long as it is not in the cache, which is so when a
-    limit ended the sequence.
+    `ids` are the tokens so far, `logprobs` their log-probabilities if requested. Stop tokens are
+    recorded in `stopped_by`; they enter neither `ids` nor the cache. `pending` is the last of
+    `ids` while it is not in the cache, as when a limit ended the sequence.
     """
 
     sampling: SamplingState
@@ -34,7 +33,7 @@ class Writing:
     finish_reason: FinishReason | None = None
 
     def take(self, choice: Choice) -> int | None:
-        """Take in the next token; None if it ends the sequence. Raises a choice's `error`."""
+        """Record the next token; None if it ends the sequence. Raises a choice's `error`."""
         if choice.problem is not None:
             raise choice.error()
         token = choice.token
@@ -51,14 +50,14 @@ class Writing:
         return token
 
     def stop(self) -> None:
-        """End the sequence from outside, for instance at a stop string."""
+        """End the sequence, for instance at a stop string."""
         self.finish_reason = "stop"
 
     def resume(self) -> None:
-        """Go on after a stop token that the caller has dealt with."""
+        """Continue after a stop token that the caller has handled."""
         self.stopped_by = self.finish_reason = None
 
 
-def choose_tokens(logits: Tensor, writings: Sequence[Writing]) -> list[Choice]:
+def choose_tokens(logits: Tensor, states: Sequence[DecodeState]) -> list[Choice]:
     """The next token of each sequence, for it to `take`; `logits` are [B, vocab]."""
-    return sample(logits, [writing.sampling for writing in writings])
+    return sample(logits, [state.sampling for state in states])

@@ -1,7 +1,7 @@
-"""The next tokens of many sequences at once, from their logits.
+"""Batched token sampling from logits.
 
-Works on [B, vocab] on the device of the logits; each row has settings of its own. What comes back
-to the processor is one number per row, and log-probabilities where they are asked for.
+Works on [B, vocab] on the device of the logits, with separate settings per row. Only one number per
+row is copied to the host, and log-probabilities where requested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LogProbs:
 
 @dataclass(frozen=True)
 class Choice:
-    """The token of a row, or the `problem` for which it has none.
+    """Token of a row, or the `problem` that left it without one.
 
     The logits hold NaN or infinite values, or the constraint allows no token.
     """
@@ -49,7 +49,7 @@ class Choice:
     problem: Problem | None = None
 
     def error(self) -> NeounifyError:
-        """What to raise for a problem."""
+        """The error of a problem."""
         if self.problem == "nothing allowed":
             return RequestError("the answer's constraint allows no token here, not even an end")
         return not_finite()
@@ -72,7 +72,7 @@ def sample(logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]) ->
         ids = _draw_rows(scores, ids, drawn, states)
     tokens: list[int] = ids.tolist()
     probs = _log_probs(logits, ids, states)
-    return [_choice(token, found) for token, found in zip(tokens, probs, strict=True)]
+    return [_choice(token, prob) for token, prob in zip(tokens, probs, strict=True)]
 
 
 def _choice(token: int, logprobs: LogProbs | None) -> Choice:
@@ -107,13 +107,13 @@ def _constrained(
     if not rows:
         return scores
     allowed = torch.zeros(len(rows), scores.shape[1], dtype=torch.bool)
-    for place, n in enumerate(rows):
+    for index, n in enumerate(rows):
         constraint = states[n].constraint
         assert constraint is not None
         mask = _unpacked(constraint.mask())[: scores.shape[1]]
-        allowed[place, : mask.shape[0]] = mask
-    own = scores[rows].masked_fill(~allowed.to(scores.device), float("-inf"))
-    return _with_rows(scores, rows, own)
+        allowed[index, : mask.shape[0]] = mask
+    masked = scores[rows].masked_fill(~allowed.to(scores.device), float("-inf"))
+    return _with_rows(scores, rows, masked)
 
 
 def _unpacked(mask: Tensor) -> Bool[Tensor, " n"]:
@@ -124,10 +124,10 @@ def _unpacked(mask: Tensor) -> Bool[Tensor, " n"]:
     return ((mask.to(torch.int32).unsqueeze(1) >> bits) & 1).bool().flatten()
 
 
-def _with_rows(x: Tensor, rows: Sequence[int], own: Tensor) -> Tensor:
+def _with_rows(x: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
     if len(rows) == x.shape[0]:
-        return own
-    return x.index_copy(0, torch.tensor(rows, device=x.device), own)
+        return values
+    return x.index_copy(0, torch.tensor(rows, device=x.device), values)
 
 
 def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -152,13 +152,13 @@ def _draw_rows(
     states: Sequence[SamplingState],
 ) -> Int[Tensor, " b"]:
     device = scores.device
-    own = [states[n] for n in rows]
+    drawing = [states[n] for n in rows]
     index = torch.tensor(rows, device=device)
-    p = probabilities(scores[index], own)
-    u = torch.tensor([state.uniform() for state in own], dtype=torch.float64, device=device)
-    found = draw(p, u)
-    # A row with a problem has no distribution; it keeps the mark that says so.
-    return ids.index_copy(0, index, torch.where(ids[index] < 0, ids[index], found))
+    p = probabilities(scores[index], drawing)
+    u = torch.tensor([state.uniform() for state in drawing], dtype=torch.float64, device=device)
+    tokens = draw(p, u)
+    # A row with a problem has no distribution; it keeps its negative code.
+    return ids.index_copy(0, index, torch.where(ids[index] < 0, ids[index], tokens))
 
 
 def probabilities(
@@ -189,13 +189,13 @@ def _cut(
         p = _with_rows(p, ranked, _by_rank(_rows(p, ranked), *chosen))
     if many:
         need = _column([ks[n] for n in many], p.device).double()
-        own = _rows(p, many)
-        p = _with_rows(p, many, _fewest(own, torch.ones_like(own), need))
+        cut = _rows(p, many)
+        p = _with_rows(p, many, _fewest(cut, torch.ones_like(cut), need))
     if mass:
-        own = _rows(p, mass)
-        total = own.sum(dim=1, keepdim=True, dtype=torch.float64)
+        cut = _rows(p, mass)
+        total = cut.sum(dim=1, keepdim=True, dtype=torch.float64)
         share = _column([top_ps[n] for n in mass], p.device, torch.float64)
-        p = _with_rows(p, mass, _fewest(own, own, share * total))
+        p = _with_rows(p, mass, _fewest(cut, cut, share * total))
     return p
 
 
@@ -237,8 +237,8 @@ def _fewest(
     bits, weights = bits[row, column], weights[row, column].double()
     for shift, width in DIGITS[1:]:
         same = (bits >> (shift + width)) == prefix[row, 0]
-        place = row * 2**width + ((bits >> shift) & (2**width - 1))
-        sums = need.new_zeros(p.shape[0] * 2**width).scatter_add_(0, place, weights * same)
+        bucket = row * 2**width + ((bits >> shift) & (2**width - 1))
+        sums = need.new_zeros(p.shape[0] * 2**width).scatter_add_(0, bucket, weights * same)
         digit, above = _digit(sums.view(p.shape[0], -1), above, need)
         prefix = (prefix << width) | digit
     least = prefix.int().view(torch.float32)
@@ -284,18 +284,18 @@ def draw(p: Float[Tensor, "n vocab"], u: Float[Tensor, " n"]) -> Int[Tensor, " n
 def _log_probs(
     logits: Float[Tensor, "b vocab"], ids: Int[Tensor, " b"], states: Sequence[SamplingState]
 ) -> list[LogProbs | None]:
-    """Of the rows that ask for them, by the model's own distribution."""
-    found: list[LogProbs | None] = [None] * len(states)
+    """Log-probabilities of the rows that request them, before temperature and constraints."""
+    results: list[LogProbs | None] = [None] * len(states)
     wanted = {n: s.settings.logprobs for n, s in enumerate(states)}
     rows = [n for n, count in wanted.items() if count is not None]
     if not rows:
-        return found
+        return results
     index = torch.tensor(rows, device=logits.device)
     values = logits[index].float().log_softmax(dim=1)
     chosen = values.gather(1, ids[index].clamp_min(0).unsqueeze(1)).squeeze(1).tolist()
     count = min(max(wanted[n] or 0 for n in rows), logits.shape[1])
     best, tokens = (x.tolist() for x in values.topk(count, dim=1))
-    for place, n in enumerate(rows):
-        top = list(zip(tokens[place], best[place], strict=True))[: wanted[n]]
-        found[n] = LogProbs(chosen[place], tuple(top))
-    return found
+    for row, n in enumerate(rows):
+        top = list(zip(tokens[row], best[row], strict=True))[: wanted[n]]
+        results[n] = LogProbs(chosen[row], tuple(top))
+    return results

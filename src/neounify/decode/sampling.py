@@ -1,4 +1,4 @@
-"""State of one sequence's draws: its random generator and the tokens of its context."""
+"""Sampling state of one sequence: random generator and tokens of its context."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from neounify.config import TextSampling
 class SamplingState:
     """Random state of one sequence, and the tokens in its context.
 
-    `context` are the ids it begins with. With a random state per sequence, the tokens sampled do
-    not depend on what else is in the batch.
+    `context` are the token ids it begins with. With a random state per sequence, the sampled tokens
+    do not depend on what else is in the batch.
     """
 
     def __init__(self, settings: TextSampling, context: Sequence[int] = ()) -> None:
@@ -31,12 +31,12 @@ class SamplingState:
 
     @property
     def plain(self) -> bool:
-        """Whether the likeliest token of the logits as they are is taken."""
+        """Whether sampling is the argmax of the unchanged logits."""
         s = self.settings
         return s.temperature == 0 and s.repetition_penalty == 1 and self.constraint is None
 
     def accept(self, token: int) -> None:
-        """Take in a token that was chosen and is part of the text."""
+        """Record a chosen token that is part of the text."""
         if self.constraint is not None:
             self.constraint.accept(token)
         if self._context is None:
@@ -51,7 +51,7 @@ class SamplingState:
         return torch.rand((), generator=self._generator, dtype=torch.float64).item()
 
     def seen(self, vocab: int, device: torch.device) -> Bool[Tensor, " vocab"]:
-        """The tokens of the context."""
+        """Mask of the tokens in the context."""
         if self._seen is None:
             self._seen = torch.zeros(vocab, dtype=torch.bool, device=device)
             self._seen[torch.tensor(self._context or [], dtype=torch.int64, device=device)] = True

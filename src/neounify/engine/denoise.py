@@ -1,4 +1,4 @@
-"""An image being painted: where it stands, and how a step moves it."""
+"""Denoising job of one image: its state, and how a step updates it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from neounify.model.neo import NeoUnify
 
 @dataclass(eq=False)
 class DenoiseJob:
-    """One image being painted. The prefixes are only read, so several jobs may share them.
+    """One image being denoised. Prefixes are only read, so several jobs may share them.
 
     `z` [tokens, 3·C²] float32 is the current point, `times` the N + 1 times of its N
     steps, `noise_scale` σ.
@@ -62,11 +62,11 @@ class DenoiseJob:
 
     @property
     def longest(self) -> int:
-        """Tokens that the next step sees behind its longest prefix, the image's included."""
+        """Tokens that the next step attends to: the longest prefix and the image."""
         return self.z.shape[0] + max(self.prefixes[b].length for b in self.branches())
 
     def branches(self) -> tuple[Branch, ...]:
-        """The prefixes the next step looks at."""
+        """Guidance branches of the next step."""
         return self.guidance.branches() if self.guidance.acts_at(self.t) else ("cond",)
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
@@ -91,7 +91,7 @@ def make_job(
     prefixes: dict[Branch, SequenceCache],
     sampling: ResolvedSampling,
 ) -> DenoiseJob:
-    """An image to be painted behind its prefixes, from scaled noise."""
+    """Denoising job of one image behind its prefixes, from noise scaled by σ."""
     return DenoiseJob(
         z=noise.to(model.device),
         grid=grid,
@@ -108,5 +108,5 @@ def make_job(
 def to_pixels(
     tokens: Sequence[Float[Tensor, "n ccc"]], grid: Grid, token_size: int
 ) -> Float[Tensor, "b 3 h w"]:
-    """Images of one size from their tokens, on the CPU."""
+    """Images [b, 3, height, width] of one size from their tokens, float32 on the CPU."""
     return unpatchify(torch.stack(list(tokens)), grid.rows, grid.columns, token_size).cpu()

@@ -1,4 +1,4 @@
-"""Denoising steps: images at different steps, sizes and prompts share the model's calls."""
+"""Batched denoising: images at different steps, sizes and prompts share calls of the model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Run = tuple[DenoiseJob, Branch]
 
 
 class Denoiser:
-    """Moves jobs by denoising steps, any jobs at any step.
+    """Runs denoising steps of any jobs, each at any step.
 
-    What a step had to prepare is kept for the next one, which mostly moves the same jobs.
+    The layouts and attention plans of a step are kept for the next, mostly of the same jobs.
     """
 
     def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
@@ -33,14 +33,14 @@ class Denoiser:
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
-        """Move every job one step; guidance branches of all jobs run as one batch."""
+        """Advance every job one step; guidance branches of all jobs run as one batch."""
         for _ in self.slices(jobs):
             pass
 
     def slices(self, jobs: Sequence[DenoiseJob]) -> Iterator[None]:
-        """What `step` does, with pauses between the layers of the model, to do other work in.
+        """`step` as an iterator that pauses between the layers of the model.
 
-        Given up in between, it has moved some jobs by their step and the others not at all.
+        Abandoned early, it has advanced some jobs by their step and the others not at all.
         """
         calls: dict[tuple[Run, ...], _Call] = {}
         for group in self._grouped(jobs):
@@ -50,13 +50,13 @@ class Denoiser:
         self._calls = calls
 
     def forget(self) -> None:
-        """Let go of what was kept."""
+        """Drop the kept layouts and plans."""
         self._calls = {}
 
     def _grouped(self, jobs: Sequence[DenoiseJob]) -> Iterator[list[DenoiseJob]]:
         """Jobs that share a call of the model: short ones apart from long ones.
 
-        That depends on a job alone, so that it computes the same in any company.
+        That depends on a job alone, so that its numbers do not depend on the batch.
         """
         short = [job for job in jobs if job.longest <= prefix.MAX_LENGTH]
         max_runs = self.plan.prefix_rows // prefix.MAX_LENGTH
@@ -89,7 +89,7 @@ class Denoiser:
 
 
 class _Call:
-    """How runs stand in a call of the model, the same in every step."""
+    """Layout and attention plan of a call of the model, the same in every step."""
 
     def __init__(self, runs: tuple[Run, ...], backend: AttentionBackend) -> None:
         self.runs = runs

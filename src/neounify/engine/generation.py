@@ -23,7 +23,7 @@ from neounify.engine.messages import (
     StepPreview,
     failed,
 )
-from neounify.engine.scheduling import Waiting, choose
+from neounify.engine.scheduling import Waiting, select_images
 from neounify.engine.tensors import LocalCache, TensorRef, Transport
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
@@ -34,13 +34,13 @@ from neounify.runtime.plan import ExecutionPlan, plan_execution
 class GenerationSettings:
     """`step_tokens`: image tokens of a step, over all guidance branches; None: the plan's.
 
-    `most_missed`: an image left out of that many steps in a row goes first. A step that takes
-    longer than `slice_seconds`, `beside_text_seconds` while text is being written in the same
-    process, is interrupted between two layers of the model for what else there is to do.
+    `max_missed`: an image left out of that many steps in a row goes first. A step that takes
+    longer than `slice_seconds` (`beside_text_seconds` while text is being decoded in the same
+    process) is interrupted between two layers of the model to let other work run.
     """
 
     step_tokens: int | None = None
-    most_missed: int = 4
+    max_missed: int = 4
     beside_text_seconds: float = 0.011
     slice_seconds: float = 0.05
 
@@ -51,7 +51,7 @@ class GenerationSettings:
 
 @dataclass(eq=False)
 class _Image:
-    """One image under way."""
+    """One image in progress."""
 
     call: int
     index: int
@@ -62,7 +62,7 @@ class _Image:
 
 @dataclass(eq=False)
 class _Step:
-    """A denoising step under way; `large` where one image has more tokens than a step should."""
+    """A denoising step in progress; `large` if one image exceeds the token limit of a step."""
 
     images: list[_Image]
     large: bool
@@ -75,7 +75,7 @@ class _Step:
 
 
 class GenerationEngine:
-    """Takes orders with `submit`, does a step's work with `step`, leaves `replies`."""
+    """Denoising loop: `submit` accepts commands, `step` runs them, `replies` collects."""
 
     def __init__(self, model: NeoUnify, settings: GenerationSettings, transport: Transport) -> None:
         self.model, self.settings, self.transport = model, settings, transport
@@ -85,9 +85,9 @@ class GenerationEngine:
         self._denoiser = Denoiser(model, self.plan)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
-        self._left: dict[int, int] = {}
-        """How many images of each call are not finished."""
-        self._under_way: deque[_Step] = deque()
+        self._unfinished: dict[int, int] = {}
+        """Number of unfinished images of each call."""
+        self._running: deque[_Step] = deque()
         self._last_batch = 0
         self._row_seconds = 0.0
         """Running mean of what steps took, in seconds per image token; 0 before the first."""
@@ -97,47 +97,47 @@ class GenerationEngine:
         return bool(self._images)
 
     def gauges(self) -> Mapping[str, float]:
-        """Images under way, and how many took part in the last step."""
+        """Images in progress, and the batch size of the last step."""
         return {"gen_images": len(self._images), "gen_batch": self._last_batch}
 
-    def submit(self, order: KeepPrefix | GenerateImages | Cancel) -> None:
-        """Take an order. What cannot be done is answered with Failed."""
-        if isinstance(order, Cancel):
-            self._drop(order.call)
+    def submit(self, command: KeepPrefix | GenerateImages | Cancel) -> None:
+        """Accept a command; a command that fails is answered with Failed."""
+        if isinstance(command, Cancel):
+            self._drop(command.call)
             return
         try:
-            if isinstance(order, KeepPrefix):
-                self._kept[order.name] = self._cache(order.prefix)
-                self.replies.append(Reply(order.call, Kept(), True))
+            if isinstance(command, KeepPrefix):
+                self._kept[command.name] = self._cache(command.prefix)
+                self.replies.append(Reply(command.call, Kept(), True))
             else:
-                self._start(order)
-        except Exception as error:  # whatever it is, it concerns this order alone
-            self._drop(order.call)
-            self.replies.append(failed(order.call, error))
+                self._start(command)
+        except Exception as error:  # any error concerns this command alone
+            self._drop(command.call)
+            self.replies.append(failed(command.call, error))
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
         """Work on a denoising step for a bounded time, a short one beside text.
 
-        Images whose turn it is share a step. One that alone has more tokens than a step is to
-        have does not hold up the others: its step and those of the others alternate. Raises
-        what concerns all images; what fails for one is the answer to its call.
+        Selected images share a step. An image that alone exceeds the token limit of a step does
+        not delay the others: its steps alternate with theirs. Raises errors that concern all
+        images; an error of one is the answer to its call.
         """
-        most = self._short_step() if beside_text else self.plan.denoise_step_rows
-        self._begin(most)
-        if not self._under_way:
+        max_rows = self._short_step() if beside_text else self.plan.denoise_step_rows
+        self._begin(max_rows)
+        if not self._running:
             return
-        current = self._under_way.popleft()
+        current = self._running.popleft()
         seconds = self.settings.beside_text_seconds if beside_text else self.settings.slice_seconds
-        if self._work_on(current, seconds):
+        if self._advance(current, seconds):
             self._end(current)
         else:
-            self._under_way.append(current)
+            self._running.append(current)
 
-    def _begin(self, most: int) -> None:
-        """Begin a step of the images that wait for one, unless one is under way."""
-        taken = {image for step in self._under_way for image in step.images}
-        if any(not step.large for step in self._under_way):
+    def _begin(self, max_rows: int) -> None:
+        """Begin a step of waiting images, unless one is in progress."""
+        running = {image for step in self._running for image in step.images}
+        if any(not step.large for step in self._running):
             return
         for image in self._images:
             image.waiting.rows = image.job.z.shape[0] * len(image.job.branches())
@@ -146,18 +146,20 @@ class GenerationEngine:
         free = [
             image
             for image in self._images
-            if image not in taken and not (self._under_way and image.waiting.rows > limit)
+            if image not in running and not (self._running and image.waiting.rows > limit)
         ]
         if not free:
             return
-        places = choose([image.waiting for image in free], most, self.settings.most_missed)
-        chosen = [free[place] for place in places]
+        indices = select_images(
+            [image.waiting for image in free], max_rows, self.settings.max_missed
+        )
+        chosen = [free[index] for index in indices]
         large = any(image.waiting.rows > limit for image in chosen)
         work = self._denoiser.slices([image.job for image in chosen])
-        self._under_way.append(_Step(chosen, large, work))
+        self._running.append(_Step(chosen, large, work))
 
-    def _work_on(self, step: _Step, seconds: float) -> bool:
-        """Compute layers for about that long; whether the step is done."""
+    def _advance(self, step: _Step, seconds: float) -> bool:
+        """Compute layers for about `seconds`; returns whether the step is done."""
         start = now = time.perf_counter()
         try:
             for _ in step.work:
@@ -181,25 +183,27 @@ class GenerationEngine:
         self.counters["gen_steps"] += 1
         self.counters["gen_image_steps"] += len(step.images)
         for image in step.images:
-            # Its call may have been given up, or ended by an image before it in this step.
-            if image.call in self._left:
-                self._tell(image)
+            # Its call may have been cancelled, or ended by an image before it in this step.
+            if image.call in self._unfinished:
+                self._report(image)
         self._row_seconds += 0.2 * (step.seconds / step.rows - self._row_seconds)
 
     def _short_step(self) -> int:
-        """Image tokens of a step of the wanted length, by what recent steps took."""
+        """Image tokens of a step of `beside_text_seconds`, estimated from recent steps."""
         if not self._row_seconds:
             return self.plan.denoise_step_rows
         fitting = int(self.settings.beside_text_seconds / self._row_seconds)
         return min(self.plan.denoise_step_rows, max(1, fitting))
 
-    def _start(self, order: GenerateImages) -> None:
-        prefixes = {branch: self._prefix(prefix) for branch, prefix in order.prefixes.items()}
-        noise = self.transport.take(order.noise)["noise"]
-        self._left[order.call] = noise.shape[0]
-        for index, own in enumerate(noise):
-            job = make_job(self.model, own, order.grid, prefixes, order.sampling)
-            self._images.append(_Image(order.call, index, job, order.preview_steps, Waiting(0, 0)))
+    def _start(self, command: GenerateImages) -> None:
+        prefixes = {branch: self._prefix(prefix) for branch, prefix in command.prefixes.items()}
+        noise = self.transport.take(command.noise)["noise"]
+        self._unfinished[command.call] = noise.shape[0]
+        for index, image_noise in enumerate(noise):
+            job = make_job(self.model, image_noise, command.grid, prefixes, command.sampling)
+            self._images.append(
+                _Image(command.call, index, job, command.preview_steps, Waiting(0, 0))
+            )
 
     def _prefix(self, prefix: Prefix | str) -> SequenceCache:
         if not isinstance(prefix, str):
@@ -215,27 +219,29 @@ class GenerationEngine:
         keys, values = tensors["keys"].to(device), tensors["values"].to(device)
         return SequenceCache.holding(keys, values, prefix.next_t)
 
-    def _tell(self, image: _Image) -> None:
-        """Send what an image has to show after its step; an image that is done leaves."""
+    def _report(self, image: _Image) -> None:
+        """Send the preview or result of an image after its step; a finished image is removed."""
         try:
-            self._show(image)
+            self._send_results(image)
         except Exception as error:
             self._drop(image.call)
             self.replies.append(failed(image.call, error))
 
-    def _show(self, image: _Image) -> None:
+    def _send_results(self, image: _Image) -> None:
         job = image.job
         if job.steps_done in image.previews:
-            seen = StepPreview(image.index, job.steps_done, job.steps, self._pack(job, job.clean))
-            self.replies.append(Reply(image.call, seen, False))
+            preview = StepPreview(
+                image.index, job.steps_done, job.steps, self._pack(job, job.clean)
+            )
+            self.replies.append(Reply(image.call, preview, False))
         if not job.done:
             return
         if not torch.isfinite(job.z).all():
             raise not_finite()
         done = ImageReady(image.index, self._pack(job, job.z))
         self._images.remove(image)
-        self._left[image.call] -= 1
-        last = not self._left[image.call]
+        self._unfinished[image.call] -= 1
+        last = not self._unfinished[image.call]
         if last:
             self._drop(image.call)
         self.replies.append(Reply(image.call, done, last))
@@ -246,11 +252,11 @@ class GenerationEngine:
 
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]
-        self._left.pop(call, None)
-        # What nobody waits for is not finished.
-        self._under_way = deque(
+        self._unfinished.pop(call, None)
+        # Steps without an image of a live call are dropped.
+        self._running = deque(
             step
-            for step in self._under_way
-            if any(image.call in self._left for image in step.images)
+            for step in self._running
+            if any(image.call in self._unfinished for image in step.images)
         )
         self._denoiser.forget()

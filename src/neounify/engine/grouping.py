@@ -1,4 +1,4 @@
-"""Cutting long lists of work into calls of bounded size."""
+"""Grouping of work into calls of bounded size."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar

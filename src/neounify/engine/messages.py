@@ -68,10 +68,10 @@ PromptInput = TextInput | ImageInput
 
 @dataclass(frozen=True)
 class Decode:
-    """Write text behind a sequence until a token of `stop_ids` or `max_new_tokens` in all.
+    """Decode a sequence until a token of `stop_ids` or `max_new_tokens` in all.
 
-    `sampling` counts for the first Decode of a sequence; later ones go on drawing. Answered by
-    Tokens and, at the end, Decoded.
+    `sampling` counts for the first Decode of a sequence; later ones continue its random state.
+    Answered by Tokens and, at the end, Decoded.
     """
 
     call: int
@@ -83,10 +83,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prefill new sequences; `room` tokens at most will be written behind each prompt.
+    """Prefill new sequences; at most `room` tokens will be decoded behind each prompt.
 
-    What can never fit into the cache is refused, all else waits until there is room.
-    `then` is decoded at once, without a way to the caller and back, under the same call number.
+    Prompts that can never fit into the cache are refused, all others wait until there is room.
+    `then` is decoded at once, without a round trip to the caller, under the same call number.
     """
 
     call: int
@@ -105,7 +105,7 @@ class Append:
 
 @dataclass(frozen=True)
 class Export:
-    """Hand out sequences' keys and values, to generate images behind them."""
+    """Export sequences' keys and values, to generate images behind them."""
 
     call: int
     sequences: tuple[SequenceName, ...]
@@ -113,7 +113,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Release:
-    """Forget sequences, whatever they are doing. Has no reply."""
+    """Release sequences, whatever their state. Has no reply."""
 
     sequences: tuple[SequenceName, ...]
 
@@ -142,7 +142,7 @@ class KeepPrefix:
 class GenerateImages:
     """Generate images behind the same prefixes; `noise` refers to [count, tokens, 3·C²].
 
-    A prefix is given or the name of a kept one. After each of `preview_steps`, counted from 1, a
+    A prefix is passed, or named if kept. After each of `preview_steps`, counted from 1, a
     StepPreview of each image is sent.
     """
 
@@ -169,7 +169,7 @@ Command = Prefill | Decode | Append | Export | Release | KeepPrefix | GenerateIm
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The prompts have been read; `cached` of their `tokens` were known already."""
+    """The prompts are prefilled; `cached` of their `tokens` were in the cache already."""
 
     tokens: int
     cached: int
@@ -185,7 +185,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A sequence ended; `pending` tokens are written but not yet in its keys and values."""
+    """A sequence ended; `pending` tokens are decoded but not yet in its keys and values."""
 
     finish_reason: Literal["stop", "length"]
     stopped_by: int | None
@@ -194,7 +194,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Appended:
-    """What was to be appended is there."""
+    """The text and images are appended and prefilled."""
 
 
 @dataclass(frozen=True)
@@ -273,21 +273,21 @@ def failed(call: int, error: Exception) -> Reply:
 
 
 def refs_of(answer: Answer) -> tuple[TensorRef, ...]:
-    """What an answer brings, and its receiver has to take or free."""
+    """Tensor references of an answer, which its receiver has to take or free."""
     if isinstance(answer, Exported):
         return tuple(prefix.ref for prefix in answer.prefixes)
     return (answer.pixels,) if isinstance(answer, StepPreview | ImageReady) else ()
 
 
 def discard(reply: Reply) -> None:
-    """Free what a reply refers to, when its call is closed."""
+    """Free the tensors of a reply whose call is closed."""
     for ref in refs_of(reply.answer):
         ref.free()
 
 
 @dataclass(frozen=True)
 class Report:
-    """How an engine is doing: gauges as they are now, counters since it started."""
+    """Metrics of an engine: gauges as they are now, counters since it started."""
 
     gauges: Mapping[str, float]
     counters: Mapping[str, float]

@@ -3,9 +3,9 @@
 `PagedRoom` bounds the memory. A sequence gets the blocks for what is to be prefilled when it
 enters, and further ones as it grows. When none are left, it takes those of another: first of one
 that no call waits for (its request is denoising, say), then of the youngest that is younger than
-itself. What was given up is prefilled again later. So the oldest always goes on, whatever happens,
-and every sequence becomes the oldest in the end. `ContiguousRoom` gives every sequence a cache of
-its own that grows as it needs. Bookkeeping only: no tensors are touched.
+itself. A preempted sequence is prefilled again later. So the oldest always makes progress, and
+every sequence becomes the oldest in the end. `ContiguousRoom` gives every sequence a separate cache
+that grows as needed. Bookkeeping only: no tensors are touched.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from neounify.engine.tensors import LocalCache, Transport
 from neounify.model.neo import NeoUnify
 
 HEADROOM = 64
-"""Tokens a sequence that will write should have room for when it enters, so that it does not have
-to give way at once."""
+"""Free tokens required for a sequence that will decode to enter, so that it is not preempted at
+once."""
 MAX_PASSED = 32
-"""A sequence that waits for room is passed by that many younger ones at most."""
+"""Maximum number of younger sequences that enter before a waiting one."""
 
 
 AHEAD = 64
@@ -32,17 +32,17 @@ AHEAD = 64
 
 
 class Room(Protocol):
-    """Memory for caches, given to the sequences that are `wanted`: a call waits for them."""
+    """Allocator of KV caches; sequences with a pending call are `wanted`."""
 
     preempted: int
-    """Sequences that had to give up their memory, since the start."""
+    """Sequences preempted since the start."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of one sequence at most."""
+        """Maximum tokens of one sequence."""
 
     def allocated(self, tokens: int) -> int:
-        """Tokens that a sequence of `tokens` takes up, in whole blocks."""
+        """Tokens allocated for a sequence of `tokens`, in whole blocks."""
 
     @property
     def used(self) -> float:
@@ -51,7 +51,7 @@ class Room(Protocol):
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
     ) -> list[ServedSequence]:
-        """Give sequences without a cache one, the oldest first; returns those that got one."""
+        """Allocate caches, the oldest sequence first; returns the sequences that got one."""
 
     def grow(
         self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
@@ -74,7 +74,7 @@ class Room(Protocol):
 class ContiguousRoom:
     """A SequenceCache for every sequence, of the size it needs; exported without a copy.
 
-    For callers whose requests are all that there is: nothing waits, nothing is preempted.
+    For callers without concurrent requests: nothing waits, nothing is preempted.
     """
 
     tokens = sys.maxsize
@@ -90,14 +90,14 @@ class ContiguousRoom:
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
     ) -> list[ServedSequence]:
-        entered = sorted(lacking, key=lambda s: s.order)
+        entered = sorted(lacking, key=lambda s: s.age)
         model = self._model
         for sequence in entered:
             capacity = len(sequence.token_keys) + AHEAD
             sequence.cache = SequenceCache(
                 model.config, capacity, dtype=model.compute_dtype, device=model.device
             )
-            sequence.known = 0
+            sequence.cached = 0
         return entered
 
     def grow(
@@ -129,7 +129,7 @@ class PagedRoom:
 
     @property
     def tokens(self) -> int:
-        """Of all blocks together."""
+        """Tokens of all blocks together."""
         return self.pool.allocator.count * self.pool.block_size
 
     def allocated(self, tokens: int) -> int:
@@ -154,21 +154,21 @@ class PagedRoom:
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
     ) -> list[ServedSequence]:
-        """Let sequences in for which there is room, the oldest first; those that are.
+        """Allocate blocks, the oldest sequence first; returns the sequences that got them.
 
-        One that finds no room is passed by younger ones, but not for ever. What fails is the
-        `error` of its sequence.
+        A sequence without room is passed by at most MAX_PASSED younger ones. A failure is stored
+        as the `error` of its sequence.
         """
         entered: list[ServedSequence] = []
         waiting: list[ServedSequence] = []
-        for sequence in sorted(lacking, key=lambda s: s.order):
+        for sequence in sorted(lacking, key=lambda s: s.age):
             if any(s.passed >= MAX_PASSED for s in waiting):
                 break
             try:
                 if not self._open(sequence, wanted):
                     waiting.append(sequence)
                     continue
-            except Exception as error:  # whatever it is, it concerns this sequence alone
+            except Exception as error:  # any error concerns this sequence alone
                 self.leave(sequence)
                 sequence.error = error
                 continue
@@ -194,12 +194,12 @@ class PagedRoom:
         return True
 
     def preempt(self, sequence: ServedSequence) -> None:
-        """Take a sequence's blocks; what they hold stays known until their place is needed."""
+        """Take a sequence's blocks; their content can be matched until they are reused."""
         self.leave(sequence)
         self.preempted += 1
 
     def leave(self, sequence: ServedSequence) -> None:
-        """Give up a sequence's blocks, if it has any."""
+        """Release a sequence's blocks, if it has any."""
         if sequence.cache is not None:
             self.pool.close(_paged(sequence))
             sequence.cache = None
@@ -210,9 +210,9 @@ class PagedRoom:
         needed = self.pool.blocks_needed(sequence.token_keys, hashes)
         spare, working = 0, [s for s in self._inside if s in wanted]
         if working:
-            # Those that write will need a block each before long.
-            writing = sum(s.text is not None or s.room > 0 for s in working)
-            spare = self.pool.blocks_for(min(sequence.room, HEADROOM)) + writing
+            # Each decoding sequence will soon need another block.
+            decoding = sum(s.text is not None or s.room > 0 for s in working)
+            spare = self.pool.blocks_for(min(sequence.room, HEADROOM)) + decoding
         idle = sum(len(_paged(s).block_table) for s in self._inside if s not in wanted)
         if needed + spare > self.pool.allocator.available + idle:
             return False
@@ -225,8 +225,8 @@ class PagedRoom:
             needed = self.pool.blocks_needed(sequence.token_keys, hashes)
         cache = sequence.cache = self.pool.open(sequence.token_keys, 0, hashes)
         cache.expect(sequence.token_keys[cache.length :])
-        if sequence.known is None:
-            sequence.known = cache.length
+        if sequence.cached is None:
+            sequence.cached = cache.length
         self._inside.add(sequence)
         return True
 
@@ -237,9 +237,9 @@ class PagedRoom:
     ) -> ServedSequence | None:
         idle = [s for s in self._inside if s not in wanted and s is not younger_than]
         if idle or younger_than is None:
-            return max(idle, key=lambda s: s.order, default=None)
-        younger = [s for s in self._inside if s.order > younger_than.order]
-        return max(younger, key=lambda s: s.order, default=None)
+            return max(idle, key=lambda s: s.age, default=None)
+        younger = [s for s in self._inside if s.age > younger_than.age]
+        return max(younger, key=lambda s: s.age, default=None)
 
 
 def _paged(sequence: ServedSequence) -> PagedSequence:

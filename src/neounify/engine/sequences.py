@@ -1,4 +1,4 @@
-"""What the understanding engine holds of a sequence, whether or not it lies in the cache now."""
+"""Sequences of the understanding engine, in the cache or preempted, and their pending calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hashes, image_keys, text_keys
 from neounify.decode.forward import ModelInput
-from neounify.decode.loop import Writing
+from neounify.decode.loop import DecodeState
 from neounify.engine.messages import (
     Appended,
     Decode,
@@ -27,7 +27,7 @@ from neounify.model.layout import Grid, Image, Text
 
 @dataclass
 class Piece:
-    """Text, which may be read in several steps, or an image, which is read whole."""
+    """Text, which may be prefilled in several steps, or an image, which is prefilled whole."""
 
     ids: list[int] = field(default_factory=list)
     image: Tensor | None = None
@@ -40,15 +40,15 @@ class Piece:
 
 @dataclass(eq=False)
 class ServedSequence:
-    """A sequence: all it holds as `pieces` and `token_keys`, and its `cache` while it has one.
+    """A sequence: its content as `pieces` and `token_keys`, and its `cache` while it has one.
 
-    `order` is its place among all sequences by age. `hidden` is the state after `hidden_at`
-    tokens; with a cache that was given up in between it can all be read again. `known` are the
-    tokens that were in the cache when it was first opened, `room` what may follow its prompt.
+    `age` is its rank among all sequences, the oldest first. `hidden` is the state after `hidden_at`
+    tokens; after preemption, all is prefilled again. `cached` are the tokens found in the cache
+    when it was first opened, `room` the maximum number of tokens behind its prompt.
     """
 
     name: SequenceName
-    order: int
+    age: int
     room: int
     pieces: list[Piece] = field(default_factory=list)
     token_keys: list[TokenKey] = field(default_factory=list)
@@ -56,26 +56,28 @@ class ServedSequence:
     hidden: Tensor | None = None
     hidden_at: int = 0
     finite: bool = True
-    known: int | None = None
+    cached: int | None = None
     passed: int = 0
-    text: Writing | None = None
+    text: DecodeState | None = None
     error: Exception | None = None
     _block_hashes: list[BlockHash] = field(default_factory=list)
 
     @property
     def next_t(self) -> int:
-        """The position of the token that would come next."""
+        """Position of the next token."""
         return self.token_keys[-1].t + 1 if self.token_keys else 0
 
     @property
-    def read(self) -> bool:
-        """Whether the model has read all of it, be it in the cache still or not."""
+    def prefilled(self) -> bool:
+        """Whether all of it has been prefilled, whether or not it is still in the cache."""
         return self.hidden_at == len(self.token_keys)
 
     @property
     def ready(self) -> bool:
-        """Whether it is read and all of it lies in the cache."""
-        return self.cache is not None and self.cache.length == len(self.token_keys) and self.read
+        """Whether it is prefilled and all of it lies in the cache."""
+        return (
+            self.cache is not None and self.cache.length == len(self.token_keys) and self.prefilled
+        )
 
     def block_hashes(self, block_size: int) -> list[BlockHash]:
         """Hashes of all full blocks."""
@@ -83,7 +85,7 @@ class ServedSequence:
         return self._block_hashes
 
     def append(self, parts: Sequence[PromptInput]) -> None:
-        """Let more follow; images lie in LocalTensors."""
+        """Append text and images; images lie in LocalTensors."""
         keys = token_keys_of(parts, self.next_t)
         self.token_keys += keys
         self._expect(keys)
@@ -95,7 +97,7 @@ class ServedSequence:
                 self._append_text(part.ids)
 
     def append_token(self, token: int) -> None:
-        """Let a written token follow."""
+        """Append a decoded token."""
         keys = text_keys((token,), self.next_t)
         self.token_keys += keys
         self._expect(keys)
@@ -110,25 +112,25 @@ class ServedSequence:
             self.pieces.append(Piece())
         self.pieces[-1].ids += ids
 
-    def next_pieces(self, most: int) -> list[Piece]:
-        """What to read next: at most `most` tokens, or one image that alone has more."""
+    def next_pieces(self, max_tokens: int) -> list[Piece]:
+        """Pieces to prefill next: at most `max_tokens` tokens, or one image that alone has more."""
         assert self.cache is not None
-        left, found = self.cache.length, list[Piece]()
+        left, batch = self.cache.length, list[Piece]()
         for piece in self.pieces:
             if left >= piece.tokens:
                 left -= piece.tokens
                 continue
             if piece.image is not None:
-                if found and piece.tokens > most:
+                if batch and piece.tokens > max_tokens:
                     break
-                found.append(piece)
+                batch.append(piece)
             else:
-                found.append(Piece(ids=piece.ids[left : left + most]))
+                batch.append(Piece(ids=piece.ids[left : left + max_tokens]))
             left = 0
-            most -= found[-1].tokens
-            if most <= 0:
+            max_tokens -= batch[-1].tokens
+            if max_tokens <= 0:
                 break
-        return found
+        return batch
 
     def model_input(self, pieces: Sequence[Piece]) -> ModelInput:
         """Pieces as the model's input."""
@@ -141,15 +143,15 @@ class ServedSequence:
         )
 
     def take_state(self, hidden: Tensor, *, finite: bool) -> None:
-        """The state after all that is in the cache now."""
+        """Store the hidden state [hidden_size] after the last token in the cache."""
         assert self.cache is not None
         self.finite = self.finite and finite
         self.hidden, self.hidden_at = hidden, self.cache.length
 
 
 @dataclass(eq=False)
-class Reading:
-    """A call that is answered when its sequences have been read."""
+class PendingPrefill:
+    """A Prefill or Append call, answered once its sequences are prefilled."""
 
     call: int
     sequences: tuple[ServedSequence, ...]
@@ -161,12 +163,12 @@ class Reading:
         if not self.opens:
             return Appended()
         tokens = sum(len(s.token_keys) for s in self.sequences)
-        return Prefilled(tokens, sum(s.known or 0 for s in self.sequences))
+        return Prefilled(tokens, sum(s.cached or 0 for s in self.sequences))
 
 
 @dataclass(eq=False)
-class Exporting:
-    """A call for copies of sequences, of which some may have to be read again first."""
+class PendingExport:
+    """An Export call; preempted sequences are prefilled again first."""
 
     call: int
     sequences: tuple[ServedSequence, ...]
@@ -177,7 +179,7 @@ class Exporting:
         return [s for s in self.sequences if s.name not in self.done]
 
     def free(self) -> None:
-        """Give back the copies that were made."""
+        """Free the copies made so far."""
         for prefix in self.done.values():
             prefix.ref.free()
 

@@ -1,8 +1,8 @@
-"""References to tensors in commands and replies, and how tensors get into and out of them.
+"""Tensor references of commands and replies, and the transports that pack and take them.
 
-A reference is for one receiver, who takes the tensors out once. It belongs to the caller of the
-engines from the moment it packs it or receives it: what was not taken when a call ends is freed
-there, no matter which side packed it.
+A reference has one receiver, which takes the tensors out once. It belongs to the caller of the
+engines from the moment the caller packs or receives it: references not taken when a call ends are
+freed there, no matter which side packed them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from neounify.errors import TensorsGone
 
 
 class TensorRef(Protocol):
-    """Tensors by name that a receiver will take."""
+    """Tensors by name, for one receiver."""
 
     def free(self) -> None:
-        """Give back the memory of tensors nobody will take; those that are gone are no error."""
+        """Free tensors that will not be taken; calling it again is no error."""
 
 
 @dataclass(frozen=True, eq=False)
 class LocalTensors:
-    """Tensors by name, in this process; none once they were taken."""
+    """Tensors by name in this process; empty once taken."""
 
     tensors: dict[str, Tensor]
 
@@ -36,18 +36,18 @@ class LocalTensors:
 
 @dataclass(frozen=True, eq=False)
 class LocalCache:
-    """The cache of a sequence in this process, to be read where it is; nothing is copied."""
+    """KV cache of a sequence in this process, read in place without a copy."""
 
     cache: SequenceCache
 
     def free(self) -> None:
-        """Does nothing: the cache is freed with the last one that holds it."""
+        """Does nothing: the cache is freed with its last reference."""
 
 
 class Transport(Protocol):
-    """Packs tensors for one receiver, who takes them out.
+    """Packs tensors for one receiver, which takes them out.
 
-    `copies`: whether that copies them, which takes as long as they are large.
+    `copies`: whether packing copies the tensors, in time proportional to their size.
     """
 
     copies: bool
@@ -60,7 +60,7 @@ class Transport(Protocol):
 
 
 class LocalTransport:
-    """For engines in one process: references hold the tensors themselves."""
+    """Transport within one process: references hold the tensors themselves."""
 
     copies = False
 

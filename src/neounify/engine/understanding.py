@@ -1,9 +1,8 @@
 """Understanding engine: prefill and decoding of many sequences at once.
 
-Each step reads a bounded piece of the prompts that wait, then writes one token of every sequence
-that writes. Sequences lie in a paged cache, where one that begins as an earlier one did goes on
-from there; what one has to give up when room gets scarce (`room.py`) is read again later. The
-engine speaks ids.
+Each step prefills a bounded piece of the waiting prompts, then decodes one token of every decoding
+sequence. Sequences lie in a paged cache with prefix sharing; the blocks of a preempted sequence
+(`room.py`) are prefilled again later. The engine handles token ids, never text.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from neounify.attention import select_for
 from neounify.cache import PagedKVCache
 from neounify.decode.forward import forward_und
-from neounify.decode.loop import Writing, choose_tokens
+from neounify.decode.loop import DecodeState, choose_tokens
 from neounify.decode.sampler import Choice
 from neounify.decode.sampling import SamplingState
 from neounify.engine.messages import (
@@ -39,9 +38,9 @@ from neounify.engine.messages import (
 )
 from neounify.engine.room import PagedRoom, Room
 from neounify.engine.sequences import (
-    Exporting,
+    PendingExport,
+    PendingPrefill,
     Piece,
-    Reading,
     ServedSequence,
     check_context,
     positions_of,
@@ -93,7 +92,7 @@ def _paged_cache(model: NeoUnify, plan: ExecutionPlan) -> PagedKVCache:
 
 
 class UnderstandingEngine:
-    """Takes orders with `submit`, does a step's work with `step`, leaves `replies`."""
+    """Prefill and decode loop: `submit` accepts commands, `step` runs them, `replies` collects."""
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class UnderstandingEngine:
         transport: Transport,
         room: Room | None = None,
     ) -> None:
-        """`room` is where caches lie; None is a paged cache of the settings' size."""
+        """`room` allocates the caches; None is a paged cache of the settings' size."""
         self.model, self.settings, self.transport = model, settings, transport
         self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
         self.backend = select_for(model, self.plan.attention)
@@ -111,91 +110,91 @@ class UnderstandingEngine:
         self.counters: Counter[str] = Counter()
         self._ages = itertools.count()
         self._sequences: dict[SequenceName, ServedSequence] = {}
-        self._reading: list[Reading] = []
-        self._exporting: list[Exporting] = []
-        self._writing: dict[SequenceName, Decode] = {}
+        self._prefills: list[PendingPrefill] = []
+        self._exports: list[PendingExport] = []
+        self._decoding: dict[SequenceName, Decode] = {}
         self._waiting = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self._reading or self._exporting or self._writing)
+        return bool(self._prefills or self._exports or self._decoding)
 
     @property
     def urgent(self) -> bool:
-        """Whether somebody waits for a first token."""
-        return bool(self._reading or self._exporting)
+        """Whether a prompt or an export is waiting."""
+        return bool(self._prefills or self._exports)
 
     @property
-    def writes(self) -> bool:
-        """Whether text is being written, or will be once its prompt is read.
+    def decoding(self) -> bool:
+        """Whether text is being decoded, or will be once its prompt is prefilled.
 
-        Not so for prompts that are only painted behind.
+        False for prompts of images, which are only exported.
         """
-        return bool(self._writing) or any(r.then is not None for r in self._reading)
+        return bool(self._decoding) or any(r.then is not None for r in self._prefills)
 
     def gauges(self) -> Mapping[str, float]:
-        """How full the engine is: sequences that wait, read and write, and blocks in use."""
+        """Load of the engine: waiting, prefilling, decoding sequences; share of blocks in use."""
         return {
             "und_waiting": self._waiting,
-            "und_reading": len(self._reading),
-            "und_writing": len(self._writing),
+            "und_reading": len(self._prefills),
+            "und_writing": len(self._decoding),
             "und_cache_used": self.room.used,
         }
 
-    def submit(self, order: Prefill | Decode | Append | Export | Release) -> None:
-        """Take an order. What cannot be done is answered with Failed."""
-        if isinstance(order, Release):
-            self._close(order.sequences)
+    def submit(self, command: Prefill | Decode | Append | Export | Release) -> None:
+        """Accept a command; a command that fails is answered with Failed."""
+        if isinstance(command, Release):
+            self._close(command.sequences)
             return
         try:
-            match order:
+            match command:
                 case Prefill():
-                    self._open(order)
+                    self._open(command)
                 case Decode():
-                    self._start_writing(order)
+                    self._start_decoding(command)
                 case Append():
-                    self._extend(order)
+                    self._extend(command)
                 case Export():
-                    sequences = tuple(self._sequence(name) for name in order.sequences)
-                    self._exporting.append(Exporting(order.call, sequences))
+                    sequences = tuple(self._sequence(name) for name in command.sequences)
+                    self._exports.append(PendingExport(command.call, sequences))
                     self._answer_exports()
-        except Exception as error:  # whatever it is, it concerns this order alone
-            self.replies.append(failed(order.call, error))
+        except Exception as error:  # any error concerns this command alone
+            self.replies.append(failed(command.call, error))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read a piece of what waits, then write one token of each sequence that writes.
+        """Prefill a piece of the waiting prompts, then decode one token of each decoding sequence.
 
-        Raises what concerns all sequences; an error of one order is that order's answer.
+        Raises errors that concern all sequences; an error of one command is its answer.
         """
-        self._give_room()
-        self._read_some()
-        self._answer_readers()
+        self._allocate()
+        self._prefill_step()
+        self._answer_prefills()
         self._answer_exports()
-        self._write_one_token()
+        self._decode_step()
         self.counters["und_steps"] += 1
         self.counters["und_preempted"] = self.room.preempted
 
     def check(self) -> None:
-        """Whether the cache's books are right. Raises ValueError."""
+        """Check the cache's bookkeeping. Raises ValueError."""
         self.room.check()
 
     # --- opening and extending ---
 
-    def _open(self, order: Prefill) -> None:
-        for name, parts in order.prompts.items():
-            self._check_room(tokens_of(parts) + order.room[name])
+    def _open(self, command: Prefill) -> None:
+        for name, parts in command.prompts.items():
+            self._check_room(tokens_of(parts) + command.room[name])
             end, limit = positions_of(parts), self.model.config.max_positions
             if end > limit:
                 raise PromptError(f"the prompt is {end} positions long, the model reads {limit}")
-        # Taken at once: the caller may leave before there is room, and frees what lies in parcels.
-        prompts = self._taken(order.prompts)
+        # Taken at once: the caller may leave before there is room, and frees its references.
+        prompts = self._with_images(command.prompts)
         for name, parts in prompts.items():
-            sequence = ServedSequence(name, next(self._ages), order.room[name])
+            sequence = ServedSequence(name, next(self._ages), command.room[name])
             sequence.append(parts)
             self._sequences[name] = sequence
         opened = tuple(self._sequences[name] for name in prompts)
-        self._reading.append(Reading(order.call, opened, True, order.then))
+        self._prefills.append(PendingPrefill(command.call, opened, True, command.then))
 
     def _check_room(self, tokens: int) -> None:
         needed = self.room.allocated(tokens)
@@ -205,7 +204,7 @@ class UnderstandingEngine:
                 "ask for fewer tokens"
             )
 
-    def _taken(self, prompts: Prompts) -> Prompts:
+    def _with_images(self, prompts: Prompts) -> Prompts:
         """The prompts with their images out of their references. Raises TensorsGone.
 
         The prompts of guidance branches share the references of their images.
@@ -221,8 +220,8 @@ class UnderstandingEngine:
 
         return {name: tuple(map(take, parts)) for name, parts in prompts.items()}
 
-    def _extend(self, order: Append) -> None:
-        taken = self._taken(order.parts)
+    def _extend(self, command: Append) -> None:
+        taken = self._with_images(command.parts)
         for name, parts in taken.items():
             sequence = self._sequence(name)
             check_context(sequence.next_t + positions_of(parts), self.model.config.max_positions)
@@ -234,20 +233,20 @@ class UnderstandingEngine:
         for name, parts in taken.items():
             self._sequence(name).append(parts)
         extended = tuple(self._sequence(name) for name in taken)
-        self._reading.append(Reading(order.call, extended, False))
+        self._prefills.append(PendingPrefill(command.call, extended, False))
 
-    # --- room and reading ---
+    # --- allocation and prefill ---
 
     def _wanted(self) -> set[ServedSequence]:
-        """The sequences that somebody waits for."""
-        wanted = {self._sequences[name] for name in self._writing}
-        for reading in self._reading:
-            wanted.update(s for s in reading.sequences if not s.read)
-        for exporting in self._exporting:
-            wanted.update(exporting.left)
+        """Sequences with a pending call."""
+        wanted = {self._sequences[name] for name in self._decoding}
+        for pending in self._prefills:
+            wanted.update(s for s in pending.sequences if not s.prefilled)
+        for export in self._exports:
+            wanted.update(export.left)
         return wanted
 
-    def _give_room(self) -> None:
+    def _allocate(self) -> None:
         wanted = self._wanted()
         lacking = [s for s in wanted if s.cache is None]
         if not lacking:
@@ -260,106 +259,106 @@ class UnderstandingEngine:
             self._fail(sequence)
         self._waiting = sum(s.cache is None and s.error is None for s in lacking)
 
-    def _read_some(self) -> None:
+    def _prefill_step(self) -> None:
         left = self.plan.prefill_step_rows
-        found: list[tuple[ServedSequence, list[Piece]]] = []
+        batch: list[tuple[ServedSequence, list[Piece]]] = []
         wanted = self._wanted()
-        for sequence in sorted(wanted, key=lambda s: s.order):
+        for sequence in sorted(wanted, key=lambda s: s.age):
             if left <= 0:
                 break
-            # Whoever is older may have taken its room meanwhile.
+            # An older sequence may have taken its blocks meanwhile.
             if sequence.cache is None or sequence.cache.length == len(sequence.token_keys):
                 continue
             pieces = sequence.next_pieces(left)
             tokens = sum(piece.tokens for piece in pieces)
-            if tokens > left and found:
-                continue  # an image larger than a step goes alone
+            if tokens > left and batch:
+                continue  # an image larger than a step is prefilled alone
             if self.room.grow(sequence, tokens, wanted):
-                found.append((sequence, pieces))
+                batch.append((sequence, pieces))
                 left -= tokens
-        if not found:
+        if not batch:
             return
         self.counters["und_read_tokens"] += self.plan.prefill_step_rows - left
-        inputs = [s.model_input(pieces) for s, pieces in found]
+        inputs = [s.model_input(pieces) for s, pieces in batch]
         states = forward_und(self.model, inputs, self.backend)
         finite = torch.isfinite(states).all(dim=1).tolist()
-        for (sequence, _), state, fine in zip(found, states, finite, strict=True):
-            sequence.take_state(state, finite=fine)
-            if not fine:
+        for (sequence, _), state, is_finite in zip(batch, states, finite, strict=True):
+            sequence.take_state(state, finite=is_finite)
+            if not is_finite:
                 self.room.invalidate(sequence)
 
-    def _answer_readers(self) -> None:
-        left: list[Reading] = []
-        done: list[Reading] = []
-        for reading in self._reading:
-            (done if all(s.read for s in reading.sequences) else left).append(reading)
-        self._reading = left
-        for reading in done:
-            if not all(s.finite for s in reading.sequences):
-                self.replies.append(failed(reading.call, not_finite()))
+    def _answer_prefills(self) -> None:
+        left: list[PendingPrefill] = []
+        done: list[PendingPrefill] = []
+        for pending in self._prefills:
+            (done if all(s.prefilled for s in pending.sequences) else left).append(pending)
+        self._prefills = left
+        for pending in done:
+            if not all(s.finite for s in pending.sequences):
+                self.replies.append(failed(pending.call, not_finite()))
                 continue
-            self.replies.append(Reply(reading.call, reading.answer, reading.then is None))
-            if reading.then is not None:
-                self.submit(reading.then)
+            self.replies.append(Reply(pending.call, pending.answer, pending.then is None))
+            if pending.then is not None:
+                self.submit(pending.then)
 
-    # --- writing ---
+    # --- decoding ---
 
-    def _start_writing(self, order: Decode) -> None:
-        sequence = self._sequence(order.sequence)
+    def _start_decoding(self, command: Decode) -> None:
+        sequence = self._sequence(command.sequence)
         if sequence.text is None:
             context = [token for piece in sequence.pieces for token in piece.ids]
-            sampling = SamplingState(order.sampling, context)
-            sequence.text = Writing(sampling, order.stop_ids, order.max_new_tokens)
+            sampling = SamplingState(command.sampling, context)
+            sequence.text = DecodeState(sampling, command.stop_ids, command.max_new_tokens)
         sequence.text.resume()
-        self._writing[order.sequence] = order
+        self._decoding[command.sequence] = command
 
-    def _write_one_token(self) -> None:
-        rows = self._that_can_write()
+    def _decode_step(self) -> None:
+        rows = self._decodable()
         if not rows:
             return
         logits = self.model.logits(torch.stack([_state(s) for s in rows]))
         choices = choose_tokens(logits, [_text(s) for s in rows])
-        going_on = [
+        continuing = [
             (sequence, token)
             for sequence, choice in zip(rows, choices, strict=True)
             if (token := self._take_token(sequence, choice)) is not None
         ]
-        if not going_on:
+        if not continuing:
             return
-        for sequence, token in going_on:
+        for sequence, token in continuing:
             sequence.append_token(token)
-        inputs = [s.model_input([Piece(ids=[token])]) for s, token in going_on]
+        inputs = [s.model_input([Piece(ids=[token])]) for s, token in continuing]
         states = forward_und(self.model, inputs, self.backend)
-        for (sequence, _), state in zip(going_on, states, strict=True):
+        for (sequence, _), state in zip(continuing, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []
 
-    def _that_can_write(self) -> list[ServedSequence]:
-        """Those that write and have room for another token; one that can have none ends."""
+    def _decodable(self) -> list[ServedSequence]:
+        """Decoding sequences with room for another token; one that can have none is ended."""
         wanted = self._wanted()
-        able: list[ServedSequence] = []
-        # The oldest first: it may take the room of younger ones, which then have to wait.
-        writing = (self._sequences[name] for name in self._writing)
-        for sequence in sorted(writing, key=lambda s: s.order):
+        ready: list[ServedSequence] = []
+        # The oldest first: it may preempt younger ones.
+        decoding = (self._sequences[name] for name in self._decoding)
+        for sequence in sorted(decoding, key=lambda s: s.age):
             text = _text(sequence)
             positions = self.model.config.max_positions - sequence.next_t
             tokens = self.room.tokens - len(sequence.token_keys)
             if len(text.ids) >= text.max_new_tokens or min(positions, tokens) <= 0:
                 text.finish_reason = "length"
-                self._end_writing(sequence.name)
+                self._end_decoding(sequence.name)
                 wanted.discard(sequence)
             elif sequence.ready and self.room.grow(sequence, 1, wanted):
-                able.append(sequence)
-        return able
+                ready.append(sequence)
+        return ready
 
     def _take_token(self, sequence: ServedSequence, choice: Choice) -> int | None:
-        """Send a sequence's next token; None when it ends with it."""
+        """Send a sequence's next token; returns None when the sequence ends."""
         text, name = _text(sequence), sequence.name
-        call = self._writing[name].call
+        call = self._decoding[name].call
         try:
             token = text.take(choice)
         except NeounifyError as error:
-            del self._writing[name]
+            del self._decoding[name]
             self.room.invalidate(sequence)
             self.replies.append(failed(call, error))
             return None
@@ -367,53 +366,53 @@ class UnderstandingEngine:
             self.counters["und_written_tokens"] += 1
             self.replies.append(Reply(call, Token(token, choice.logprobs), False))
         if text.finish_reason is not None:
-            self._end_writing(name)
+            self._end_decoding(name)
             return None
         return token
 
-    def _end_writing(self, name: SequenceName) -> None:
+    def _end_decoding(self, name: SequenceName) -> None:
         text = self._sequences[name].text
         assert text is not None
-        written = Decoded(text.finish_reason or "stop", text.stopped_by, tuple(text.pending))
-        self.replies.append(Reply(self._writing.pop(name).call, written, True))
+        decoded = Decoded(text.finish_reason or "stop", text.stopped_by, tuple(text.pending))
+        self.replies.append(Reply(self._decoding.pop(name).call, decoded, True))
 
-    # --- the rest ---
+    # --- exports and release ---
 
     def _answer_exports(self) -> None:
-        """Copy sequences that are to be exported as soon as they lie in the cache."""
-        for exporting in list(self._exporting):
+        """Export sequences that are complete in the cache."""
+        for export in list(self._exports):
             try:
-                for sequence in exporting.left:
+                for sequence in export.left:
                     if sequence.ready:
-                        exporting.done[sequence.name] = self.room.export(sequence)
+                        export.done[sequence.name] = self.room.export(sequence)
             except Exception as error:
-                self._exporting.remove(exporting)
-                exporting.free()
-                self.replies.append(failed(exporting.call, error))
+                self._exports.remove(export)
+                export.free()
+                self.replies.append(failed(export.call, error))
                 continue
-            if not exporting.left:
-                self._exporting.remove(exporting)
-                prefixes = tuple(exporting.done[s.name] for s in exporting.sequences)
-                self.replies.append(Reply(exporting.call, Exported(prefixes), True))
+            if not export.left:
+                self._exports.remove(export)
+                prefixes = tuple(export.done[s.name] for s in export.sequences)
+                self.replies.append(Reply(export.call, Exported(prefixes), True))
 
     def _close(self, names: Sequence[SequenceName]) -> None:
         gone = {self._sequences[name] for name in names if name in self._sequences}
-        self._reading = [r for r in self._reading if not gone.intersection(r.sequences)]
-        for exporting in [e for e in self._exporting if gone.intersection(e.sequences)]:
-            self._exporting.remove(exporting)
-            exporting.free()
+        self._prefills = [r for r in self._prefills if not gone.intersection(r.sequences)]
+        for export in [e for e in self._exports if gone.intersection(e.sequences)]:
+            self._exports.remove(export)
+            export.free()
         for sequence in gone:
-            self._writing.pop(sequence.name, None)
+            self._decoding.pop(sequence.name, None)
             del self._sequences[sequence.name]
             self.room.leave(sequence)
 
     def _fail(self, sequence: ServedSequence) -> None:
-        """Answer all calls that wait for a sequence with its error, and give it up."""
+        """Answer all calls that wait for a sequence with its error, and release it."""
         assert sequence.error is not None
-        calls = [r.call for r in self._reading if sequence in r.sequences]
-        calls += [e.call for e in self._exporting if sequence in e.sequences]
-        if sequence.name in self._writing:
-            calls.append(self._writing[sequence.name].call)
+        calls = [r.call for r in self._prefills if sequence in r.sequences]
+        calls += [e.call for e in self._exports if sequence in e.sequences]
+        if sequence.name in self._decoding:
+            calls.append(self._decoding[sequence.name].call)
         self._close((sequence.name,))
         self.replies += [failed(call, sequence.error) for call in calls]
 
@@ -423,7 +422,7 @@ class UnderstandingEngine:
         return self._sequences[name]
 
 
-def _text(sequence: ServedSequence) -> Writing:
+def _text(sequence: ServedSequence) -> DecodeState:
     assert sequence.text is not None
     return sequence.text
 

@@ -1,4 +1,4 @@
-"""Settings of the whole process (`process`), and the limits of a model on a device (`plan`)."""
+"""Process-wide settings (`process`) and execution limits of a model on a device (`plan`)."""
 
 from neounify.runtime.process import (
     MemoryReturner,

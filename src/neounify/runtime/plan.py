@@ -1,4 +1,4 @@
-"""ExecutionPlan: how much memory is used and how much work is done at once, in one place."""
+"""ExecutionPlan: limits of memory and of work per step, in one place."""
 
 from __future__ import annotations
 

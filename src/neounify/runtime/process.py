@@ -1,4 +1,4 @@
-"""Settings of the whole process, chosen by its programs (commands, servers, benchmarks)."""
+"""Process-wide settings of commands, servers and benchmarks: memory, threads, collection."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def keep_freed_memory() -> bool:
 def share_one_arena() -> bool:
     """Let all threads that start from now on take memory from one place.
 
-    glibc gives each thread up to 64 MiB of its own that are never given back. Returns whether it
-    was possible.
+    glibc gives each thread a separate arena of up to 64 MiB that is never given back. Returns
+    whether it was possible.
     """
     try:
         return bool(ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1) == 1)
@@ -86,7 +86,7 @@ def freeze_objects() -> None:
 
 
 class MemoryReturner:
-    """Gives freed memory back after work that left the process far larger than it was.
+    """Returns freed memory to the system after work that left the process far larger.
 
     Only when at least GROWTH bytes were added since the last time, and then every INTERVAL seconds
     unless it is URGENT bytes: what the engines use again and again is better kept.
@@ -114,7 +114,7 @@ class MemoryReturner:
 
 
 def resident_bytes() -> int:
-    """Memory of this process in the machine, in bytes; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 where the system does not report it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
@@ -138,7 +138,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def processor_name() -> str:
-    """The processor's name as the system says it."""
+    """Name of the processor as the system reports it."""
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(errors="replace").splitlines():
             if line.startswith("model name"):

@@ -97,9 +97,9 @@ class Worker:
     def _work(self) -> None:
         und, gen = self._engines()
         if und is not None and und.busy:
-            writes = und.writes
+            decoding = und.decoding
             self._timed("und", und.step)
-            if writes:
+            if decoding:
                 self._last_text = time.perf_counter()
         if gen is None or not gen.busy:
             return
