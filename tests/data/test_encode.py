@@ -14,9 +14,9 @@ from neounify.text import (
     Message,
     byte_tokenizer,
     chat_prompt,
+    image_prompt,
     images_only_prompt,
     interleave_prompt,
-    paint_prompt,
     unconditional_prompt,
 )
 from neounify.text.template import Prompt, after_think_ids
@@ -58,7 +58,7 @@ def trained_text(encoded: Encoded) -> str:
 
 def test_text_to_image_is_the_painting_prompt() -> None:
     found = encode("t2i", user("a red circle"), model(RED))
-    wanted = paint_prompt(TOKENIZER, "a red circle", system="Paint well.", think=False)
+    wanted = image_prompt(TOKENIZER, "a red circle", system="Paint well.", think=False)
     assert list(found.ids) == flat(wanted)
     assert found.document.spans == (Text(len(found.ids)), Noise(4, 4))
     assert found.label_ids == ()
@@ -70,7 +70,7 @@ def test_thoughts_are_trained_up_to_their_closing_mark_and_no_further() -> None:
     found = encode(
         "t2i_think", user("a red circle"), model("<think>\nred circle\n</think>\n\n", RED)
     )
-    wanted = paint_prompt(TOKENIZER, "a red circle", system="Paint well.", think=True)
+    wanted = image_prompt(TOKENIZER, "a red circle", system="Paint well.", think=True)
     thought = [*TOKENIZER.encode("red circle\n"), TOKENIZER.id("</think>")]
     assert list(found.ids) == [*flat(wanted), *thought, *after_think_ids(TOKENIZER)]
     assert trained_text(found) == "red circle\n</think>"
@@ -79,7 +79,7 @@ def test_thoughts_are_trained_up_to_their_closing_mark_and_no_further() -> None:
 
 def test_edits_show_the_source_and_end_with_the_noisy_target() -> None:
     found = encode("edit", user(RED, "\nMake it blue."), model(BLUE))
-    wanted = paint_prompt(TOKENIZER, "<image>\nMake it blue.", system="Paint well.", think=False)
+    wanted = image_prompt(TOKENIZER, "<image>\nMake it blue.", system="Paint well.", think=False)
     assert list(found.ids) == flat(wanted)
     assert [type(s) for s in found.document.spans] == [Text, Image, Text, Noise]
     assert found.images[0] is RED

@@ -220,7 +220,7 @@ def test_hostile_profiles_are_harmless(
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
     from neounify.data.sources import read_sample_image
-    from neounify.tasks.conversation import read_conversation, read_pictures
+    from neounify.tasks.conversation import read_conversation, read_images
 
     path = tmp_path / "photo.PNG"
     path.write_bytes(file_bytes(Image.new("RGB", (4, 4), COLOURS[0]), icc_profile=P3))
@@ -228,8 +228,8 @@ def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
     for profiles in (True, False):
         wanted = read_image(path, colour_profiles=profiles).getpixel((0, 0))
         images = [
-            *read_pictures(path, colour_profiles=profiles),
-            *read_pictures([path], colour_profiles=profiles),
+            *read_images(path, colour_profiles=profiles),
+            *read_images([path], colour_profiles=profiles),
             *read_conversation([message], [], colour_profiles=profiles)[1],
             read_sample_image(path, "photo", colour_profiles=profiles),
         ]

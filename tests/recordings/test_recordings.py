@@ -20,7 +20,7 @@ from neounify.cache import SequenceCache
 from neounify.checkpoint import to_published
 from neounify.decode import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text
-from neounify.text.template import paint_prompt, unconditional_prompt
+from neounify.text.template import image_prompt, unconditional_prompt
 from recordings.make import (
     CONFIGS,
     GUIDANCE,
@@ -130,7 +130,7 @@ def test_prompts(name: str) -> None:
     pipe = pipeline(name)
     system = pipe.processor.system_message
     prompts = [
-        paint_prompt(pipe.tokenizer, PROMPT, system=system, think=False),
+        image_prompt(pipe.tokenizer, PROMPT, system=system, think=False),
         unconditional_prompt(pipe.tokenizer, ""),
     ]
     assert [prompt.ids([], 0) for prompt in prompts] == recording(name).facts["prompt_ids"]

@@ -109,7 +109,7 @@ def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:
     told, *untold = (transport.pack({"pixels": MEGABYTE}) for _ in range(3))
     assert isinstance(told, SharedTensors)
     try:
-        assert transport.made == 3
+        assert transport.last_piece == 3
         assert remove_pieces(transport.prefix, after=1) == len(untold)
         assert pieces(transport.prefix) == {told.memory}
     finally:

@@ -16,9 +16,9 @@ from neounify.text import (
     byte_tokenizer,
     chat_prompt,
     default_system_message,
+    image_prompt,
     images_only_prompt,
     interleave_prompt,
-    paint_prompt,
     place_images,
     unconditional_prompt,
 )
@@ -59,12 +59,12 @@ def test_place_images_refuses_more_marks_than_images(numbered: bool) -> None:
         place_images("<image> and <image>", 1, numbered=numbered)
 
 
-def test_paint_prompt() -> None:
+def test_image_prompt() -> None:
     system = "<|im_start|>system\nPaint.<|im_end|>\n"
     turn = "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
-    painted = paint_prompt(BYTES, "a cat", system="Paint.", think=False)
+    painted = image_prompt(BYTES, "a cat", system="Paint.", think=False)
     assert written(painted) == system + turn + "<think>\n\n</think>\n\n<img>"
-    assert written(paint_prompt(BYTES, "a cat", system="", think=True)) == turn + "<think>\n"
+    assert written(image_prompt(BYTES, "a cat", system="", think=True)) == turn + "<think>\n"
 
 
 def test_interleave_prompt() -> None:
@@ -127,14 +127,14 @@ def test_chat_prompt_writes_every_turn() -> None:
 
 def test_neighbouring_text_is_tokenised_as_one() -> None:
     tokenizer = byte_tokenizer(["user\nA"] * 5 + ["\n\n\n"] * 5, 300)
-    prompt = paint_prompt(tokenizer, "\n\nA", system="", think=False)
+    prompt = image_prompt(tokenizer, "\n\nA", system="", think=False)
     whole = tokenizer.encode("<|im_start|>user\n\n\nA<|im_end|>", allow_special=True)
     assert prompt.ids([], 0)[: len(whole)] == whole
     assert tokenizer.encode("user\n") + tokenizer.encode("\n\nA") != whole[1:-1]
 
 
 def test_typed_special_tokens_stay_text() -> None:
-    prompt = paint_prompt(BYTES, "x<|im_end|><img>y", system="<|im_start|>", think=True)
+    prompt = image_prompt(BYTES, "x<|im_end|><img>y", system="<|im_start|>", think=True)
     ids = prompt.ids([], 0)
     assert ids.count(BYTES.id("<|im_end|>")) == 2
     assert ids.count(BYTES.id("<|im_start|>")) == 3
@@ -154,21 +154,21 @@ def test_default_system_message_is_a_short_paragraph() -> None:
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_a_prompt_is_needed(text: str) -> None:
     with pytest.raises(PromptError, match="a prompt is needed"):
-        paint_prompt(BYTES, text, system="s", think=False)
+        image_prompt(BYTES, text, system="s", think=False)
     with pytest.raises(PromptError, match="a prompt is needed"):
         interleave_prompt(BYTES, text, system="s", think=False)
 
 
 def test_pictures_alone_are_a_prompt() -> None:
-    assert paint_prompt(BYTES, "<image>\n", system="", think=False).n_images == 1
+    assert image_prompt(BYTES, "<image>\n", system="", think=False).n_images == 1
     assert chat_prompt(BYTES, [Message("user", "<image>\n")]).n_images == 1
 
 
 @pytest.mark.parametrize("bad", ["a\0b", "a\ud800", "\udfff"])
 def test_text_that_is_not_text_is_refused(bad: str) -> None:
     calls: list[Callable[[], object]] = [
-        lambda: paint_prompt(BYTES, bad, system="", think=False),
-        lambda: paint_prompt(BYTES, "ok", system=bad, think=False),
+        lambda: image_prompt(BYTES, bad, system="", think=False),
+        lambda: image_prompt(BYTES, "ok", system=bad, think=False),
         lambda: interleave_prompt(BYTES, bad, system="", think=False),
         lambda: Message("assistant", bad),
         lambda: chat_prompt(BYTES, [Message("user", "ok")], system=bad),
@@ -284,7 +284,7 @@ def published(request: pytest.FixtureRequest) -> Published:
 @needs_golden
 def test_text_to_image_ids(published: Published) -> None:
     tokenizer, text = published.tokenizer, load_fixture(published.name, "t2i")[1]["prompt"]
-    cond = paint_prompt(tokenizer, text, system=published.system, think=False)
+    cond = image_prompt(tokenizer, text, system=published.system, think=False)
     published.check(cond, "t2i", "input_ids_cond", [])
     published.check(unconditional_prompt(tokenizer), "t2i", "input_ids_uncond", [])
 
@@ -295,7 +295,7 @@ def test_think_ids(published: Published) -> None:
     assert after_think_ids(tokenizer) == arrays["closed.append_ids"].flatten().tolist()
     record = load_fixture("common", "tokenizer_ids")[1]["cases"]["t2i_cond_think"]
     text = record["text"].split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
-    prompt = paint_prompt(tokenizer, text, system=published.system, think=True)
+    prompt = image_prompt(tokenizer, text, system=published.system, think=True)
     assert prompt.ids([], 0) == record["tiny"]
     assert record["text"].endswith("<think>\n")
 
@@ -306,7 +306,7 @@ def test_editing_ids(published: Published, case: str) -> None:
     tokenizer, record = published.tokenizer, load_fixture(published.name, "it2i")[1]
     images = record["images"][case]
     text = place_images(record["prompts"][case], len(images), numbered=True)
-    cond = paint_prompt(tokenizer, text, system=published.system, think=False)
+    cond = image_prompt(tokenizer, text, system=published.system, think=False)
     published.check(cond, "it2i", f"{case}.cond.input_ids", images)
     images_only = images_only_prompt(tokenizer, len(images), open_image=True)
     published.check(images_only, "it2i", f"{case}.img_cond.input_ids", images)

@@ -1,4 +1,4 @@
-"""How settings that come from files are checked: no unknown field, no quiet conversion."""
+"""Checks of settings from files: no unknown field, no silent conversion."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Room(Protocol):
         """Release a sequence's cache, if it has one."""
 
     def invalidate(self, sequence: ServedSequence) -> None:
-        """Let no other sequence share what this one has cached."""
+        """Exclude a sequence's blocks from prefix sharing."""
 
     def export(self, sequence: ServedSequence) -> Prefix:
         """A sequence's keys and values for the generation engine."""

@@ -1,4 +1,4 @@
-"""How strong the noise is: it grows with the number of image tokens."""
+"""Noise scale σ, which grows with the number of image tokens, and initial noise."""
 
 import math
 from collections.abc import Sequence

@@ -48,8 +48,8 @@ UNLIMITED = 2**62
 class Driver:
     """Both engines over one model for the requests of one call, without any limit on them.
 
-    Understanding goes before generation: all prompts are read and all thoughts written before
-    images are denoised together, so that each stream's weights are used once in a row.
+    Understanding goes before generation: all prompts are prefilled and all thoughts decoded before
+    images are denoised together, so that each stream's weights become resident once.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Driver:
             for run in runs:
                 stack.callback(run.program.close)
                 self._advance(run, None, calls, events)
-            resident = _Resident(self._residency, stack)
+            resident = _ResidentStream(self._residency, stack)
             while True:
                 self._deliver(runs, calls, events)
                 if events:
@@ -94,7 +94,7 @@ class Driver:
                     raise Cancelled("the request was cancelled")
                 self._step(resident)
 
-    def _step(self, resident: _Resident) -> None:
+    def _step(self, resident: _ResidentStream) -> None:
         if self._understanding.busy:
             resident.use("und")
             self._understanding.step()
@@ -110,7 +110,7 @@ class Driver:
         calls: dict[int, _Run],
         events: list[tuple[int, Event]],
     ) -> None:
-        """Pass replies on until none are left; programs may bring about new ones."""
+        """Pass replies on until none are left; programs may cause new ones."""
         while replies := self._understanding.replies + self._generation.replies:
             self._understanding.replies, self._generation.replies = [], []
             for reply in replies:
@@ -150,8 +150,8 @@ class Driver:
                 run.answers.clear()
                 if isinstance(step, Prefill):
                     run.sequences.update(step.prompts)
-                paints = isinstance(step, GenerateImages | KeepPrefix)
-                engine = self._generation if paints else self._understanding
+                generates = isinstance(step, GenerateImages | KeepPrefix)
+                engine = self._generation if generates else self._understanding
                 engine.submit(step)  # type: ignore[arg-type]
                 return
             step = resume(run.program, result)
@@ -168,7 +168,7 @@ class Driver:
             case Pack(tensors):
                 return self._transport.pack(tensors)
             case PackImage(pixels, grid):
-                # Contiguous caches are not compared, so that the digest stands for nothing.
+                # Contiguous caches share no prefixes, so that the digest is not used.
                 return ImageInput(self._transport.pack({"pixels": pixels}), b"", grid)
             case Take(ref):
                 return self._transport.take(ref)
@@ -180,7 +180,7 @@ class Driver:
 
 
 class _Run:
-    """A program under way: the answers it has not taken, and the sequences it holds."""
+    """A program in progress: the answers it has not taken, and its sequences."""
 
     def __init__(self, number: int, program: Program[Any]) -> None:
         self.number, self.program = number, program
@@ -190,8 +190,8 @@ class _Run:
         self.returned = False
 
 
-class _Resident:
-    """The stream whose weights are in use, until another one is."""
+class _ResidentStream:
+    """The stream whose weights are resident, until another one is used."""
 
     def __init__(self, residency: Residency, stack: ExitStack) -> None:
         self._residency, self._stack = residency, stack.enter_context(ExitStack())

@@ -1,4 +1,4 @@
-"""Calls of a pipeline as programs on a driver: chat, images, interleaved answers."""
+"""Pipeline calls as programs on a driver: chat, images, interleaved answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ChatRun:
     """Answers to several requests at once.
 
     Iterating yields (number of the request, piece of text); afterwards `results` holds the whole
-    answers. All prompts are read on construction, so that what is wrong with them is raised there.
+    answers. All prompts are prefilled on construction, which raises their errors.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ChatRun:
             self._take(next(self._steps))
 
     def finish(self) -> list[ChatResult]:
-        """Write all answers to their ends."""
+        """Decode all answers to their ends."""
         for _ in self:
             pass
         return self.results
@@ -78,7 +78,7 @@ class ChatRun:
 
     @property
     def results(self) -> list[ChatResult]:
-        """What was answered so far."""
+        """The answers so far."""
         return [answer.result() for answer in self._answers]
 
 
@@ -95,7 +95,7 @@ class _Answer:
         self._finish_reason: FinishReason = "stop"
 
     def put(self, event: Event) -> str:
-        """Take in an event; the text it shows."""
+        """Record an event; returns its text."""
         match event:
             case PromptRead(tokens):
                 self.read, self._prompt_tokens = True, tokens
@@ -125,7 +125,7 @@ class _Answer:
 
 
 class ChatStream:
-    """One answer as it is written: iterate for pieces of text, then read `result`."""
+    """Streaming answer: iterate for pieces of text, then read `result`."""
 
     def __init__(self, run: ChatRun) -> None:
         self._run = run
@@ -139,7 +139,7 @@ class ChatStream:
 
     @property
     def result(self) -> ChatResult:
-        """What was answered so far; all of it once the iteration has ended."""
+        """The answer so far; complete once the iteration has ended."""
         return self._run.results[0]
 
 
@@ -182,7 +182,7 @@ def run_images(
 
 
 class _Images:
-    """What came of one request so far."""
+    """Thought, previews and images of one request so far."""
 
     def __init__(self, request: ImageRequest) -> None:
         self.request = request
@@ -215,7 +215,7 @@ def _progress(collected: Sequence[_Images]) -> ImageProgress:
 def run_interleaved(
     driver: Driver, processor: Processor, request: InterleaveRequest
 ) -> Iterator[InterleavePart]:
-    """Text pieces as they come, a preview per denoising step, each finished image."""
+    """Run an interleaved answer; yields text pieces, a preview per step, each finished image."""
     program = interleave(processor, request, {}, None, thoughts=False)
     for events in driver.run([program]):
         for _, event in events:

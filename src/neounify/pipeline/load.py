@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a pipeline."""
+"""Loading of a checkpoint folder into a pipeline."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def load(
     too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
     why. Tensors stored in the dtype that is used are
     memory-mapped, not copied. `lora` merges one or several LoRAs, files of any form (docs/lora.md)
-    or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the stream at work
-    resident, for models that fill the memory; `verify` looks through all weights for NaN first.
+    or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the active
+    stream resident, for models that fill the memory; `verify` checks all weights for NaN first.
     `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
-    painting. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
+    denoising. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
     profile they carry, as the published code does.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
@@ -75,7 +75,7 @@ def load(
 
 
 def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
-    """What prepares requests for a checkpoint's model, without its weights. Errors as `load`."""
+    """Processor of a checkpoint, without loading weights. Raises the errors of `load`."""
     tokenizer = Tokenizer.from_folder(checkpoint.path)
     message = _system_message(checkpoint.path)
     return Processor(

@@ -26,7 +26,7 @@ from neounify.pipeline.generate import Callback, ChatRun, ChatStream, run_images
 from neounify.pipeline.results import ChatResult, ImageResult, InterleavePart
 from neounify.pipeline.trained_sizes import warn_untrained
 from neounify.tasks.chat import ChatOptions, ChatRequest, make_chat_request
-from neounify.tasks.conversation import Conversation, read_pictures, read_request
+from neounify.tasks.conversation import Conversation, read_images, read_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.processor import Processor
 from neounify.tasks.requests import (
@@ -44,11 +44,11 @@ SYSTEM_MESSAGE_FILE = "system_message_generation.txt"
 
 
 class Pipeline:
-    """Chat, painting, editing and interleaved answers with one model.
+    """Chat, image generation, editing and interleaved answers with one model.
 
     Re-entrant: nothing of a call is stored, so threads may share a pipeline. Every call
     takes `cancel`, a threading.Event that makes it raise Cancelled within one step.
-    Sampling values left None are the checkpoint's own defaults (published models:
+    Sampling values left None are the checkpoint's defaults (published models:
     2048×2048, 50 steps, guidance 4, image guidance 1, shift 3). All calls raise
     PromptError, ImageError or RequestError for input that cannot be used.
     """
@@ -64,7 +64,7 @@ class Pipeline:
         colour_profiles: bool = True,
         loaded_dtype: DtypeChoice | None = None,
     ) -> None:
-        """`system_message` is what painting tells the model first; None is the package's own.
+        """`system_message` begins the prompts of images; None is the package default.
 
         `colour_profiles` False takes the pixels of all input images for sRGB, whatever profile
         they carry, as the published code does.
@@ -93,12 +93,12 @@ class Pipeline:
 
     @property
     def residency(self) -> Residency:
-        """What keeps the weights of the streams in use in memory."""
+        """Residency of the weights of each stream."""
         return self._residency
 
     @property
     def fingerprint(self) -> str | None:
-        """A hash that names the loaded weights; None for a model that was not loaded."""
+        """Hash of the loaded weights; None for a model that was not loaded."""
         return None if self._fingerprint is None else self._fingerprint()
 
     @overload
@@ -132,10 +132,10 @@ class Pipeline:
         cancel: threading.Event | None = None,
         **options: Unpack[ChatOptions],
     ) -> ChatResult | ChatStream:
-        """Answer a question, or the last of several messages, about text and pictures.
+        """Answer a question, or the last of several messages, about text and images.
 
         `prompt` is a text or a list of {"role", "content"} messages; `<image>` marks the
-        places of `images` (paths, bytes or PIL pictures), which otherwise go in front.
+        positions of `images` (paths, bytes or PIL images), which otherwise go in front.
         Options: `max_new_tokens` 512; `temperature` 0 (the likeliest token), `top_p` 1,
         `top_k` 0 (all), `min_p` 0 (all), `repetition_penalty` 1, `seed` None (a new draw
         each time); `stop` strings that end the answer; `system` message; `think` first. With
@@ -154,16 +154,16 @@ class Pipeline:
         **options: Unpack[ChatOptions],
     ) -> list[ChatResult]:
         """Answer conversations of any lengths together, each as `chat` would alone."""
-        pictures = [()] * len(prompts) if images is None else list(images)
-        if len(pictures) != len(prompts):
+        image_lists = [()] * len(prompts) if images is None else list(images)
+        if len(image_lists) != len(prompts):
             raise RequestError(
-                f"{len(pictures)} lists of images for {len(prompts)} prompts", param="images"
+                f"{len(image_lists)} lists of images for {len(prompts)} prompts", param="images"
             )
         if not prompts:
             return []
         requests = [
-            self._chat_request(prompt, own, options)
-            for prompt, own in zip(prompts, pictures, strict=True)
+            self._chat_request(prompt, prompt_images, options)
+            for prompt, prompt_images in zip(prompts, image_lists, strict=True)
         ]
         return ChatRun(self._driver(cancel), self.processor, requests).finish()
 
@@ -191,10 +191,10 @@ class Pipeline:
         all prompts or one per prompt, is below 2^64; an image depends only on its prompt and seed.
         `noise` [prompts · images_per_prompt, 3, H, W], already times σ, replaces the draw.
         `negative_prompt`, one for all or one per prompt, is what guidance steers away from. With
-        `think` the model first writes a plan. `system` None is the checkpoint's own message.
+        `think` the model first writes a plan. `system` None is the checkpoint's default message.
         `callback` is called after every step.
 
-        The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's own value:
+        The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's default:
         `steps`; `guidance` (0 to 1: none), which acts for t inside `guidance_interval` (0 to 1),
         with `guidance_norm` none, global, channel or cfg_zero_star; `shift`; `solver` euler or
         ab2; `t_eps`. TypeError for names that are unknown, or that only edits have.
@@ -246,28 +246,28 @@ class Pipeline:
         cancel: threading.Event | None = None,
         **sampling: Unpack[EditKnobs],
     ) -> ImageResult:
-        """Paint a new image from one or more pictures and an instruction.
+        """Generate a new image from one or more input images and an instruction.
 
-        `<image>` in the prompt marks the places of the pictures; without marks they go in
+        `<image>` in the prompt marks the positions of the input images; without marks they go in
         front. `guidance` pulls towards the instruction, `image_guidance` towards the
-        pictures, and both away from `negative_prompt`. Without a size, the first picture's
+        input images, and both away from `negative_prompt`. Without a size, the first image's
         aspect ratio is kept at the area of the model's default size. `published_interval`
         reproduces the published code, where a guidance interval that starts at 0 never
         ends. The rest is as in `generate`.
         """
-        pictures = read_pictures(images, colour_profiles=self.colour_profiles)
-        if not pictures:
+        inputs = read_images(images, colour_profiles=self.colour_profiles)
+        if not inputs:
             raise RequestError(
-                "edit needs at least one image; generate paints without", param="images"
+                "edit needs at least one image; use generate without images", param="images"
             )
-        size = output_size(self.config, width, height, pictures[0])
+        size = output_size(self.config, width, height, inputs[0])
         warn_untrained(self.config, *size)
         request = ImageRequest(
             prompt=prompt,
             width=size[0],
             height=size[1],
             sampling=ImageSampling(**sampling).resolve(self.config, editing=True),
-            images=tuple(pictures),
+            images=tuple(inputs),
             seed=seed,
             noise=noise,
             count=images_per_prompt,
@@ -297,23 +297,23 @@ class Pipeline:
         """Interleaved answer of text and images; an iterator of parts.
 
         `prompt` is a text or a list of messages as in `chat`, the last one a user's; earlier
-        answers may hold images. Yields TextPart pieces as they are written, a PreviewPart
+        answers may hold images. Yields TextPart pieces as they are decoded, a PreviewPart
         after every denoising step and an ImagePart per finished image. `width` and `height`
         may be lists, one size per image in turn; the last is kept. `max_new_tokens` bounds
-        the text, `max_images` the images: after the last one the text goes on. Text is
+        the text, `max_images` the images: after the last one the text continues. Text is
         sampled as in `chat`, images as in `edit`, each by fields of the same names.
         """
         check_keywords("interleave", knobs, InterleaveKnobs)
         sampling: dict[str, Any] = dict(knobs)
         text_names = TextKnobs.__optional_keys__ & sampling.keys()
         text_sampling = {name: sampling.pop(name) for name in text_names}
-        text, history, pictures = read_request(
+        text, history, inputs = read_request(
             prompt,
-            read_pictures(images, colour_profiles=self.colour_profiles),
+            read_images(images, colour_profiles=self.colour_profiles),
             colour_profiles=self.colour_profiles,
         )
-        shown = pictures[sum(message.n_images for message in history) :]
-        sizes = output_sizes(self.config, width, height, shown[0] if shown else None)
+        new = inputs[sum(message.n_images for message in history) :]
+        sizes = output_sizes(self.config, width, height, new[0] if new else None)
         for size in sizes:
             warn_untrained(self.config, *size)
         request = InterleaveRequest(
@@ -321,7 +321,7 @@ class Pipeline:
             history=history,
             sizes=sizes,
             sampling=ImageSampling(**sampling).resolve(self.config, editing=True),
-            images=pictures,
+            images=inputs,
             negative_prompt=negative_prompt,
             max_images=max_images,
             max_new_tokens=max_new_tokens,
@@ -355,8 +355,8 @@ class Pipeline:
         options: ChatOptions,
     ) -> ChatRequest:
         profiles = self.colour_profiles
-        pictures = read_pictures(images, colour_profiles=profiles)
-        return make_chat_request(prompt, pictures, colour_profiles=profiles, **options)
+        inputs = read_images(images, colour_profiles=profiles)
+        return make_chat_request(prompt, inputs, colour_profiles=profiles, **options)
 
     def generate_requests(
         self,

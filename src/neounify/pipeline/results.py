@@ -1,4 +1,4 @@
-"""What the tasks give back."""
+"""Results of the tasks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from neounify.text.tools import ToolCall
 class ChatResult:
     """An answer. `token_ids` are the model's, `<|im_end|>` not included.
 
-    Where tools were offered, `tool_calls` are the calls in the answer, in order, and are no part
-    of `text`. `logprobs` has one entry per token where they were asked for.
+    If tools were offered, `tool_calls` are the calls in the answer, in order, and are no part of
+    `text`. `logprobs` has one entry per token if requested.
     """
 
     text: str
@@ -34,7 +34,7 @@ class ChatResult:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Painted images, prompt by prompt.
+    """Generated images, prompt by prompt.
 
     `pixels` [B, 3, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
     prompt, None where the model was not asked to think; `seeds` one per prompt, None where
@@ -60,7 +60,7 @@ class ImageProgress:
     """The clean images predicted so far, in about [-1, 1]."""
 
     def preview(self) -> list[PIL.Image.Image]:
-        """The predicted clean images as pictures."""
+        """The predicted clean images as PIL images."""
         return to_pil(self.clean)
 
 
@@ -73,7 +73,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class PreviewPart:
-    """The image being painted, after one more step. The picture is made only when asked for."""
+    """The image in progress, after one more step; `image` is converted on first use."""
 
     progress: ImageProgress
 

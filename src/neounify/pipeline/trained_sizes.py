@@ -1,4 +1,4 @@
-"""Sizes a model was trained to generate, and a warning about all others."""
+"""Trained image sizes of a model, and a warning about all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 
 def trained_sizes(sampling: CheckpointDefaults) -> tuple[tuple[Size, ...], tuple[int, int] | None]:
-    """((width, height) pairs, (least, greatest) area) in pixels that a checkpoint has learnt.
+    """((width, height) pairs, (least, greatest) area) in pixels that a checkpoint was trained at.
 
     A checkpoint that records neither and has the published default size is a published one.
     ((), None) if nothing is known.

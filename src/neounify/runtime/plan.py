@@ -27,7 +27,7 @@ class ExecutionPlan:
     """
 
     device: str = "cpu"
-    """Where the model computes, as "cpu" or "cuda:0"."""
+    """Device of the model, as "cpu" or "cuda:0"."""
     attention: str = "auto"
     """Name of the attention backend (`neounify.attention.BACKENDS`), "auto" for the best one."""
     kv_blocks: int = 2048

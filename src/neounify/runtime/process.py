@@ -22,12 +22,12 @@ SWITCH_SECONDS = 0.0005
 
 
 def switch_threads_often() -> None:
-    """Let the thread that answers clients take its turn soon beside the one that runs engines."""
+    """Shorten the thread switch interval, so that the engines' thread does not delay HTTP."""
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next tensor instead of returning it to the system.
+    """Keep freed memory in glibc for the next tensor instead of returning it to the system.
 
     Tensors of some megabytes come and go with every operation; getting their pages anew
     each time cost up to an eighth of a denoising step (docs/log.md). The process then keeps
@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
 
 
 def share_one_arena() -> bool:
-    """Let all threads that start from now on take memory from one place.
+    """Allocate from one malloc arena in all threads started from now on.
 
     glibc gives each thread a separate arena of up to 64 MiB that is never given back. Returns
     whether it was possible.

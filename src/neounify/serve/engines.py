@@ -217,7 +217,7 @@ class _ProcessRun:
     def __init__(self, settings: ProcessSettings) -> None:
         assert settings.pieces is not None
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._name, self._pieces, self._made = settings.role, settings.pieces, 0
+        self._name, self._pieces, self._last_piece = settings.role, settings.pieces, 0
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
         self._threads: list[threading.Thread] = []
@@ -276,7 +276,7 @@ class _ProcessRun:
             self._process.close()
             self._closed = True
             # Pieces that were reported belong to their requests; the later ones have no owner.
-            remove_pieces(self._pieces, after=self._made)
+            remove_pieces(self._pieces, after=self._last_piece)
 
     def _next(self, seconds: float) -> object:
         """The next message. Raises TimeoutError after `seconds` of silence."""
@@ -305,7 +305,7 @@ class _ProcessRun:
             except TimeoutError:
                 return f"gave no sign for {watch.silence:g} s and is killed"
             if isinstance(message, Batch):
-                self._made = message.made
+                self._last_piece = message.last_piece
                 deliver(message.replies, message.report)
             elif isinstance(message, Beat) and message.step_seconds > watch.step:
                 return f"was in one step for more than {watch.step:g} s and is killed"

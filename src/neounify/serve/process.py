@@ -64,18 +64,18 @@ class Ready:
 
 @dataclass(frozen=True)
 class Beat:
-    """The process runs; its step under way has been taking so long. Sent every BEAT_SECONDS."""
+    """Heartbeat, sent every BEAT_SECONDS, with the duration of the current step."""
 
     step_seconds: float
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Replies of a step. Shared-memory pieces up to number `made` have been reported."""
+    """Replies of a step. Shared-memory pieces up to number `last_piece` have been reported."""
 
     replies: Sequence[Reply]
     report: Report | None
-    made: int
+    last_piece: int
 
 
 class ServerGone(Exception):
@@ -112,7 +112,7 @@ def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
     und = gen = None
     with pipe.residency.use(settings.role):
         if settings.role == "und":
-            pipe.processor.vocabulary.prepare_soon()  # grammars in commands are made for it
+            pipe.processor.vocabulary.prepare_soon()  # grammars in commands refer to it
             und = UnderstandingEngine(pipe.model, settings.engines.understanding, transport)
         else:
             gen = GenerationEngine(pipe.model, settings.engines.generation, transport)
@@ -181,4 +181,4 @@ class _PipeChannel:
         return receive_commands(self._line.receive, self._line.poll, wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
-        self._line.send(Batch(replies, report, self._transport.made))
+        self._line.send(Batch(replies, report, self._transport.last_piece))

@@ -29,12 +29,12 @@ from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import Program, keep, prefill, read_prefix
 from neounify.tasks.requests import ImageRequest, check_image_tokens, image_tokens
-from neounify.text.template import TextSegment, paint_prompt, unconditional_prompt
+from neounify.text.template import TextSegment, image_prompt, unconditional_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceLimits:
-    """`requests` under way at once, `image_tokens` of all images under way at once.
+    """Maximum `requests` in progress, and `image_tokens` of all images in progress.
 
     `max_image_tokens` bounds one image; None is four times the tokens of the model's default size,
     at least 1,024.
@@ -136,14 +136,14 @@ class EngineService:
             )
 
     def gauges(self) -> Mapping[str, float]:
-        """Requests and image tokens under way, and what the engines report."""
+        """Requests and image tokens in progress, and the engines' gauges."""
         values = {"requests": float(self._active), "image_tokens": float(self._image_tokens)}
         for client in self.clients.all:
             values |= client.report.gauges
         return values
 
     def counters(self) -> Mapping[str, float]:
-        """What the engines counted since they started, and how often they were started again."""
+        """Counters of the engines since they started, and the number of restarts."""
         values: dict[str, float] = {"restarts": sum(client.restarts for client in self.clients.all)}
         for client in self.clients.all:
             values |= client.report.counters
@@ -179,7 +179,7 @@ class EngineService:
         return [self.clients.understanding] if text_only else self.clients.all
 
     def _tokens_of(self, request: ServiceRequest) -> int:
-        """Image tokens under way at once for a request. ImageError when an image is too large."""
+        """Maximum image tokens in progress for a request. ImageError for an image too large."""
         count, sizes = 1, list[tuple[int, int]]()
         if isinstance(request, ImageRequest):
             count, sizes = request.count, [(request.width, request.height)]
@@ -190,7 +190,7 @@ class EngineService:
         return count * max((image_tokens(self.config, *size) for size in sizes), default=0)
 
     def _retry_after(self) -> float:
-        """About when one of the requests under way will have ended, seconds."""
+        """Estimated seconds until a request in progress ends."""
         return max(1.0, sum(self._durations) / len(self._durations) / max(1, self._active))
 
     def _program(self, request: ServiceRequest, previews: int) -> Program[None]:
@@ -207,7 +207,7 @@ class EngineService:
     # --- shared prefixes ---
 
     async def _share_prefixes(self) -> None:
-        """Let the generation engine keep the unconditional prompt, which is read once."""
+        """Keep the prefix of the unconditional prompt in the generation engine; prefilled once."""
         if self.clients.understanding is self.clients.generation:
             await self._pin_system_message()
         context = RequestContext(self.clients, preparing=True)
@@ -237,7 +237,7 @@ def _shared_beginning(processor: Processor) -> tuple[int, ...]:
     one, other = (
         [
             token
-            for segment in paint_prompt(
+            for segment in image_prompt(
                 processor.tokenizer, text, system=processor.system_message, think=False
             ).segments
             if isinstance(segment, TextSegment)

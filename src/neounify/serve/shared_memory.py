@@ -19,7 +19,7 @@ from pathlib import Path
 from neounify.errors import OutOfMemory
 
 PREFIX = "psm_neounify_"
-"""Of all names. Python's own pieces begin with "psm_" too, and tools look for that."""
+"""Prefix of all names. Pieces of Python begin with "psm_" too, which tools look for."""
 LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 

@@ -42,14 +42,14 @@ class SharedTensors:
 class SharedTransport:
     """Transport of engine processes: one copy into shared memory and one out of it.
 
-    Its pieces are named `prefix` and 1, 2, 3, …; `made` is the newest number.
+    Its pieces are named `prefix` and 1, 2, 3, …; `last_piece` is the newest number, 0 before the first.
     """
 
     copies = True
 
     def __init__(self, prefix: str | None = None) -> None:
         self.prefix = prefix or f"{PREFIX}{secrets.token_hex(6)}_"
-        self.made = 0
+        self.last_piece = 0
         self._numbers = itertools.count(1)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
@@ -60,7 +60,7 @@ class SharedTransport:
         number = next(self._numbers)  # atomic: the server packs in several threads at once
         memory = f"{self.prefix}{number}"
         write_piece(memory, (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values()))
-        self.made = max(self.made, number)
+        self.last_piece = max(self.last_piece, number)
         return SharedTensors(memory, specs)
 
     def take(self, ref: TensorRef) -> Mapping[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Requests, and one program per task: which engine calls answer it, without any I/O."""
+"""Requests and one program per task: its engine commands, without any I/O."""

@@ -1,4 +1,4 @@
-"""Text of an answer, from its tokens: stop strings cut off, thoughts and tool calls apart."""
+"""Answer text from tokens: stop strings cut off, thoughts and tool calls separated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pieces = list[TextPiece | ToolCallPiece]
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """RequestError for too many stop strings, or one that is empty or no string."""
+    """Check stop strings: at most MAX_STOP_STRINGS, none empty. Raises RequestError."""
     if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
         raise RequestError(
             f"stop must be at most {MAX_STOP_STRINGS} non-empty strings", param="stop"
@@ -26,10 +26,10 @@ def check_stop(stop: Sequence[str]) -> None:
 
 
 class AnswerText:
-    """Turns a stream of tokens into pieces of text whose concatenation is the answer.
+    """Streaming text of an answer; the pieces concatenate to the answer.
 
-    Text that might be the beginning of a stop string, or whitespace that might be the
-    end of the answer, is held back until it is known.
+    Text that may begin a stop string, or whitespace that may end the answer, is held back until
+    the following tokens decide.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class AnswerText:
         continues: bool = False,
         strip: bool = True,
     ) -> None:
-        """`continues`: it goes on behind text that is there, so leading whitespace counts.
+        """`continues`: the answer continues existing text, so leading whitespace counts.
 
         Without `strip` all outer whitespace is part of the answer.
         """
@@ -48,22 +48,22 @@ class AnswerText:
         self._stream = stream
         self._stop = tuple(stop)
         self._strip = strip
-        self._held = ""
+        self._pending = ""
         self._begun = continues
         self.stopped = False
 
     def put(self, token: int) -> str:
-        """Add a token; what can be shown now, often a word, sometimes ''."""
+        """Add a token; returns the text that is certain now, often a word, sometimes ''."""
         return self._emit(self._stream.put(token), final=False)
 
     def flush(self) -> str:
-        """The rest, at the end of the answer."""
+        """Rest of the text, at the end of the answer."""
         return self._emit(self._stream.flush(), final=True)
 
     def _emit(self, piece: str, *, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + piece
+        text = self._pending + piece
         hits = [at for s in self._stop if (at := text.find(s)) >= 0]
         if hits:
             self.stopped, final, text = True, True, text[: min(hits)]
@@ -71,12 +71,12 @@ class AnswerText:
             text = text.lstrip()
         shown = text if final else text[: self._safe(text)]
         keep = len(shown.rstrip() if self._strip else shown)
-        self._held = "" if final else text[keep:]
+        self._pending = "" if final else text[keep:]
         self._begun = self._begun or keep > 0
         return text[:keep]
 
     def _safe(self, text: str) -> int:
-        """How much of the text cannot be the beginning of a stop string."""
+        """Length of the text before a possible beginning of a stop string."""
         for start in range(max(0, len(text) - max(map(len, self._stop), default=0) + 1), len(text)):
             if any(s.startswith(text[start:]) for s in self._stop):
                 return start
@@ -84,7 +84,7 @@ class AnswerText:
 
 
 class AnswerEvents:
-    """Turns the tokens of one answer into pieces of text, each marked as thought or answer.
+    """Streaming events of one answer: text pieces, marked as thought or answer, and tool calls.
 
     Log-probabilities go with the piece that shows their token's text, those of a thought nowhere.
     """
@@ -98,7 +98,7 @@ class AnswerEvents:
         thoughts: bool = True,
         calls: ToolCallReader | None = None,
     ) -> None:
-        """`answer` makes what decodes tokens outside of thoughts; `calls` finds calls in it.
+        """`answer` builds the text decoder outside of thoughts; `calls` parses tool calls in it.
 
         `thinking`: the answer begins inside a thought. Without `thoughts` their marks are text.
         """
@@ -115,7 +115,7 @@ class AnswerEvents:
         return isinstance(self._text, AnswerText) and self._text.stopped
 
     def put(self, token: Token) -> Pieces:
-        """Add a token; what can be shown now."""
+        """Add a token; returns the pieces that are certain now."""
         if token.id in self._marks:
             pieces = self.flush()
             self.thinking = self._marks[token.id]
@@ -129,7 +129,7 @@ class AnswerEvents:
         return self._shown(text)
 
     def flush(self) -> Pieces:
-        """What was held back."""
+        """Pieces that were held back."""
         pieces = self._shown(self._text.flush())
         if self._calls is not None and not self.thinking:
             pieces += [self._piece(item) for item in self._calls.flush()]
@@ -154,7 +154,7 @@ class AnswerEvents:
         return taken
 
     def _drop_unshown(self, text: str) -> None:
-        """Forget the tokens behind what is shown: those of a stop string."""
+        """Drop the log-probabilities behind the text shown: those of a stop string."""
         left = len(text.encode())
         kept = []
         for token in self._log_probs:

@@ -1,4 +1,4 @@
-"""Chat and completion: requests, their prompts, and the programs that answer them."""
+"""Chat and completion: requests, prompts, programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from neounify.text.tools import Tool, ToolCallReader, ToolUse, read_tool
 class ChatRequest:
     """One conversation to continue; `images` are those of `messages` in order.
 
-    Where the last message is the assistant's, the answer goes on from it (prefill).
+    If the last message is the assistant's, the answer continues it.
     `response_format` is a JSON schema that the answer follows, None for plain text.
     """
 
@@ -86,9 +86,9 @@ class ChatRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A text or token ids to continue as they stand, without the form of a conversation.
+    """Text or token ids to continue as they are, without a chat template.
 
-    With `echo` the prompt comes in front of what follows it.
+    With `echo` the answer begins with the prompt.
     """
 
     prompt: str | Sequence[int]
@@ -110,7 +110,7 @@ class CompletionRequest:
         check_stop(self.stop)
 
     def ids(self, processor: Processor) -> tuple[int, ...]:
-        """The prompt's ids; special tokens typed in a text stay characters.
+        """Token ids of the prompt; special tokens typed in a text stay characters.
 
         Raises PromptError for what is no text, and for ids that the tokenizer does not have.
         """
@@ -153,12 +153,12 @@ def make_chat_request(
     response_format: Mapping[str, Any] | None = None,
     **sampling: Unpack[TextKnobs],
 ) -> ChatRequest:
-    """A request from what a caller wrote, checked. `sampling` are fields of TextSampling."""
+    """Chat request from user input, checked. `sampling` are fields of TextSampling."""
     check_keywords("chat", sampling, TextKnobs)
-    messages, pictures = read_conversation(prompt, images, colour_profiles=colour_profiles)
+    messages, ordered = read_conversation(prompt, images, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
-        images=pictures,
+        images=ordered,
         system=system,
         think=think,
         max_new_tokens=max_new_tokens,
@@ -180,8 +180,8 @@ def prompt_of(processor: Processor, request: ChatRequest) -> Prompt:
     )
 
 
-def constrained(processor: Processor, request: ChatRequest) -> TextSampling:
-    """How to draw the answer: by its schema, or as calls of tools, where that is asked for.
+def constrained_sampling(processor: Processor, request: ChatRequest) -> TextSampling:
+    """Sampling of the answer, constrained to its schema or to tool calls if requested.
 
     Raises RequestError for a schema that cannot be followed.
     """
@@ -207,26 +207,26 @@ def constrained(processor: Processor, request: ChatRequest) -> TextSampling:
 
 
 def call_reader(request: ChatRequest) -> ToolCallReader | None:
-    """What finds calls in the text of the answer, where there may be some."""
+    """Parser of tool calls in the answer; None without tools."""
     use = request.tool_use
     return ToolCallReader(forced=bool(use.forced)) if use.offered else None
 
 
 def chat_images(processor: Processor, request: ChatRequest) -> list[torch.Tensor]:
-    """The pictures of a conversation, sized and normalised."""
-    own = processor.config.sampling
-    return processor.prepare(request.images, own.chat_min_pixels, own.chat_max_pixels)
+    """Images of a conversation [3, height, width], resized and normalised."""
+    bounds = processor.config.sampling
+    return processor.prepare(request.images, bounds.chat_min_pixels, bounds.chat_max_pixels)
 
 
 def answer_text(processor: Processor, request: ChatRequest) -> AnswerText:
-    """What turns the tokens of the answer into its text."""
+    """Text decoder of the answer."""
     begun = continues_answer(request.messages) and bool(request.messages[-1].text)
     return AnswerText(processor.tokenizer.stream(), request.stop, continues=begun)
 
 
 def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -> Program[None]:
     """Answer a conversation; with `thoughts` they are events apart from the answer's text."""
-    # One step: each way into a thread and back waits for the interpreter beside the engines.
+    # One step: each round trip to a thread waits for the interpreter lock beside the engines.
     sampling, prompt, images = yield Compute(partial(_prepare, processor, request))
     packed = yield from pack_images(images, processor.config.token_size)
     text = AnswerEvents(
@@ -244,12 +244,12 @@ def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -
 def _prepare(
     processor: Processor, request: ChatRequest
 ) -> tuple[TextSampling, Prompt, list[torch.Tensor]]:
-    sampling = constrained(processor, request)
+    sampling = constrained_sampling(processor, request)
     return sampling, prompt_of(processor, request), chat_images(processor, request)
 
 
 def complete(processor: Processor, request: CompletionRequest) -> Program[None]:
-    """Continue a text as it stands."""
+    """Continue a text without a chat template."""
     ids: tuple[int, ...] = yield Compute(partial(request.ids, processor))
     tokenizer = processor.tokenizer
     text = AnswerEvents(
@@ -280,8 +280,8 @@ def _answer(
     yield PromptRead(usage.prompt)
     reason: str | None = None
     while isinstance(answer := (yield NEXT), Token):
-        usage.written += 1
-        usage.thought += text.thinking
+        usage.completion += 1
+        usage.reasoning += text.thinking
         yield answer
         yield from text.put(answer)
         if text.stopped:

@@ -1,4 +1,4 @@
-"""What a caller may write for a conversation, turned into messages with marks and pictures."""
+"""Normalises chat input into messages with image placeholders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from neounify.text.tools import ToolCall
 Conversation = str | Sequence[Message | Mapping[str, Any]]
 
 
-def read_pictures(
+def read_images(
     images: ImageSource | Sequence[ImageSource], *, colour_profiles: bool = True
 ) -> list[PIL.Image.Image]:
     """One image or several, as `read_image` reads them; ImageError names what cannot be read."""
@@ -27,7 +27,7 @@ def read_pictures(
 def read_conversation(
     prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
 ) -> tuple[list[Message], list[PIL.Image.Image]]:
-    """Messages with a place for each image, and the images in that order.
+    """Messages with a placeholder for each image, and the images in that order.
 
     `prompt` is a question, or a list of messages {"role", "content"}; a content is a text,
     where a user's has marks, or a list of {"type": "text", "text"} and {"type": "image",
@@ -47,12 +47,12 @@ def read_conversation(
     for turn in prompt:
         if isinstance(turn, Message):
             messages.append(turn)
-            marks, own = turn.n_images, list(images[used : used + turn.n_images])
+            marks, turn_images = turn.n_images, list(images[used : used + turn.n_images])
         else:
-            message, marks, own = _read_message(turn, images[used:], colour_profiles)
+            message, marks, turn_images = _read_message(turn, images[used:], colour_profiles)
             messages.append(message)
         used += marks
-        ordered += own
+        ordered += turn_images
     if used > len(images):
         raise PromptError(f"the text has {used} {IMAGE_MARK} marks for {len(images)} images")
     return _place_rest(messages, list(images[used:]), ordered)
@@ -61,7 +61,7 @@ def read_conversation(
 def read_request(
     prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
 ) -> tuple[str, list[Message], list[PIL.Image.Image]]:
-    """The request of an interleaved answer: its text, the earlier turns, and all images in order.
+    """Prompt text, earlier turns, and all images in order, of an interleaved answer.
 
     Images of a plain text that have no mark are placed when the prompt is built, numbered.
     Raises PromptError unless the last message is a user's.
@@ -77,7 +77,7 @@ def read_request(
     return last.text, history, ordered
 
 
-class _Picture:
+class _ImageRef:
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
@@ -85,24 +85,24 @@ class _Picture:
 def _read_message(
     turn: Mapping[str, Any], images: Sequence[PIL.Image.Image], colour_profiles: bool
 ) -> tuple[Message, int, list[PIL.Image.Image]]:
-    """The message, how many of `images` its marks take, and all its images in order."""
+    """The message, the number of `images` its marks take, and all its images in order."""
     role, pieces = _pieces(turn)
     text, offsets, used = "", [], 0
-    own: list[PIL.Image.Image] = []
+    turn_images: list[PIL.Image.Image] = []
     for piece in pieces:
         if isinstance(piece, str):
             marks = piece.count(IMAGE_MARK) if role == "user" else 0
-            own += images[used : used + marks]
+            turn_images += images[used : used + marks]
             used += marks
             text += piece
         else:
-            own.append(read_image(piece.source, colour_profiles=colour_profiles))
+            turn_images.append(read_image(piece.source, colour_profiles=colour_profiles))
             if role == "user":
                 text += IMAGE_MARK
             else:
                 offsets.append(len(text))
     message = Message(role, text, image_offsets=tuple(offsets), tool_calls=_tool_calls(turn))
-    return message, used, own
+    return message, used, turn_images
 
 
 def _place_rest(
@@ -120,7 +120,7 @@ def _place_rest(
     return messages, ordered[:before] + rest + ordered[before:]
 
 
-def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _Picture]]:
+def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _ImageRef]]:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         raise PromptError(f"a message needs 'role' and 'content', got {_short(turn)}")
     content = turn["content"]
@@ -133,7 +133,7 @@ def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _Picture]]:
     return turn["role"], [_piece(part, turn["role"]) for part in content]
 
 
-def _piece(part: Any, role: Any) -> str | _Picture:
+def _piece(part: Any, role: Any) -> str | _ImageRef:
     if isinstance(part, Mapping):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return str(part["text"])
@@ -142,7 +142,7 @@ def _piece(part: Any, role: Any) -> str | _Picture:
                 raise PromptError(
                     f"only user and assistant messages hold images, this one is {role!r}"
                 )
-            return _Picture(part["image"])
+            return _ImageRef(part["image"])
     raise PromptError(
         "a content part must be {'type': 'text', 'text': …} or {'type': 'image', 'image': …}, "
         f"got {_short(part)}"
@@ -150,7 +150,7 @@ def _piece(part: Any, role: Any) -> str | _Picture:
 
 
 def _tool_calls(turn: Mapping[str, Any]) -> tuple[ToolCall, ...]:
-    """The calls of an assistant's message, written as OpenAI does or given as ToolCall."""
+    """Tool calls of an assistant's message, in OpenAI's format or as ToolCall."""
     return tuple(map(_tool_call, turn.get("tool_calls") or ()))
 
 

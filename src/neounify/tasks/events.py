@@ -1,4 +1,4 @@
-"""Events of a task: pieces of its answer as they come, `Finished` last."""
+"""Events of a task: pieces of its answer as they are ready, `Finished` last."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptRead:
-    """The prompt of a text answer has been read; a second request can begin from its cache."""
+    """The prompt of a text answer is prefilled; another request can share its cache."""
 
     prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class TokenLogProb:
-    """A token of an answer, the logarithm of its probability, and the likeliest in its place."""
+    """A token of an answer, its log-probability, and the likeliest alternatives."""
 
     token: bytes
     log_prob: float
@@ -27,9 +27,9 @@ class TokenLogProb:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text as soon as it is complete characters; `thought` for what stands in a thought.
+    """Text as soon as it is complete characters; `thought` if it is part of a thought.
 
-    `log_probs` are of the tokens up to here that no earlier piece had, where they were asked for.
+    `log_probs` are those of the tokens since the last piece, if requested.
     """
 
     text: str
@@ -39,7 +39,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class ToolCallPiece:
-    """A whole call of a function; `arguments` are JSON, cut off where a limit ended the answer."""
+    """A complete tool call; `arguments` are JSON, truncated if a limit ended the answer."""
 
     name: str
     arguments: str
@@ -48,7 +48,7 @@ class ToolCallPiece:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Image `index` of the answer after `step` of `steps`: its clean prediction, not clamped."""
+    """Clean prediction of image `index` after `step` of `steps`; about [-1, 1], not clamped."""
 
     index: int
     step: int
@@ -58,7 +58,7 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class ImageFinished:
-    """Image `index` of the answer, finished; about [-1, 1], float32 on the CPU, not clamped."""
+    """Finished image `index` of the answer; about [-1, 1], float32 on the CPU, not clamped."""
 
     index: int
     pixels: Float[Tensor, "3 h w"]
@@ -66,11 +66,11 @@ class ImageFinished:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of every answer that came to an end.
+    """Last event of every complete answer.
 
     `prompt_tokens` are those of the conditional prompt: `prompt_image_tokens` of them are its
-    images', `cached_tokens` were known from earlier requests. `completion_tokens` are text,
-    `reasoning_tokens` of them a thought; `image_tokens` were painted.
+    images', `cached_tokens` were in the cache from earlier requests. `completion_tokens` are text,
+    `reasoning_tokens` of them a thought; `image_tokens` those of generated images.
     """
 
     finish_reason: Literal["stop", "length"]

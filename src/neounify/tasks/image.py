@@ -49,24 +49,24 @@ from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.template import (
     Prompt,
     after_think_ids,
+    image_prompt,
     images_only_prompt,
-    paint_prompt,
     place_images,
     unconditional_prompt,
 )
 
 Request = TypeVar("Request")
-Kept = Mapping[str, str]
+KeptPrefixes = Mapping[str, str]
 """Names of unconditional prefixes that the generation engine keeps, by their negative prompt."""
 
 
 def edit_images(processor: Processor, images: Sequence[PIL.Image.Image]) -> list[Tensor]:
-    """Input pictures of editing and interleaving, sized and normalised."""
+    """Input images of editing and interleaving [3, height, width], resized and normalised."""
     return processor.prepare(images, *processor.config.sampling.edit_bounds(len(images)))
 
 
 def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -> Prompt:
-    """What the model reads before it paints, for one branch of guidance."""
+    """Prompt of an image for one guidance branch."""
     tokenizer, count = processor.tokenizer, len(request.images)
     negative = request.negative_prompt
     if branch == "uncond":
@@ -75,26 +75,26 @@ def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -
         return images_only_prompt(tokenizer, count, open_image=True, negative=negative)
     system = processor.system_message if request.system is None else request.system
     text = place_images(request.prompt, count, numbered=True)
-    return paint_prompt(tokenizer, text, system=system, think=request.think)
+    return image_prompt(tokenizer, text, system=system, think=request.think)
 
 
 def generate_images(
-    processor: Processor, request: ImageRequest, kept: Kept, previews: int | None
+    processor: Processor, request: ImageRequest, kept: KeptPrefixes, previews: int | None
 ) -> Program[None]:
-    """Generate the images of one prompt, after a thought if the request asks for one.
+    """Generate the images of one prompt, after a thought if requested.
 
-    `previews` of each image at most, None for one after every step.
+    At most `previews` of each image are events, None for one after every step.
     """
     closing = [processor.token(THINK_CLOSE), *after_think_ids(processor.tokenizer)]
     room = request.max_think_tokens + len(closing) if request.think else 0
-    own = own_branches(request.sampling, request.negative_prompt, kept)
+    prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)
     names, usage, _ = yield from prefill_branches(
-        processor, request, request.images, branch_prompt, own, {"cond": room}
+        processor, request, request.images, branch_prompt, prefilled, {"cond": room}
     )
     if request.think:
         yield from _think(processor, request, names["cond"], usage)
     prefixes = yield from branch_prefixes(request.sampling, request.negative_prompt, names, kept)
-    # Denoising reads what was exported; texts must not wait for the room of these sequences.
+    # Denoising reads the exports; text must not wait for the blocks of these sequences.
     yield Release(tuple(names.values()))
     noise: Tensor = yield Compute(partial(request.start, processor.config))
     grid = request.grid(processor.config)
@@ -102,8 +102,10 @@ def generate_images(
     yield usage.finished(None)
 
 
-def own_branches(sampling: ResolvedSampling, negative_prompt: str, kept: Kept) -> list[Branch]:
-    """The guidance branches whose prompt the request reads itself: all but a kept one."""
+def branches_to_prefill(
+    sampling: ResolvedSampling, negative_prompt: str, kept: KeptPrefixes
+) -> list[Branch]:
+    """Guidance branches whose prompt the request prefills: all but a kept one."""
     branches = sampling.guidance.branches()
     return [b for b in branches if b != "uncond" or negative_prompt not in kept]
 
@@ -118,7 +120,7 @@ def prefill_branches(
 ) -> Program[tuple[dict[Branch, SequenceName], Usage, list[ImageInput]]]:
     """Prefill the prompt of every branch; `room` tokens may follow each.
 
-    Each image is prepared and packed once, however many branches show it.
+    Each image is prepared and packed once for all branches.
     """
 
     def prepare() -> tuple[list[Tensor], dict[Branch, Prompt]]:
@@ -139,9 +141,9 @@ def branch_prefixes(
     sampling: ResolvedSampling,
     negative_prompt: str,
     names: Mapping[Branch, SequenceName],
-    kept: Kept,
+    kept: KeptPrefixes,
 ) -> Program[dict[Branch, Prefix | str]]:
-    """What each guidance branch generates behind: exported prefixes and names of kept ones."""
+    """Prefix of each guidance branch: exported, or the name of a kept one."""
     exported = yield from export(list(names.values()))
     prefixes: dict[Branch, Prefix | str] = dict(zip(names, exported, strict=True))
     for branch in sampling.guidance.branches():
@@ -168,7 +170,7 @@ def denoise(
         pixels = yield from take_pixels(answer)
         if isinstance(answer, ImageReady):
             images[answer.index] = pixels
-            usage.painted += grid.length
+            usage.images += grid.length
             yield ImageFinished(first + answer.index, pixels)
             if len(images) == noise.shape[0]:
                 return [images[index] for index in sorted(images)]
@@ -180,14 +182,14 @@ def denoise(
 def _think(
     processor: Processor, request: ImageRequest, name: SequenceName, usage: Usage
 ) -> Program[None]:
-    """Write the thought and open the image behind it."""
+    """Decode the thought and open the image behind it."""
     close = processor.token(THINK_CLOSE)
     stops = frozenset((close, processor.token(IM_END)))
     text = AnswerEvents(processor, processor.tokenizer.stream, thinking=True)
     answer = yield Decode(new_number(), name, TextSampling(), stops, request.max_think_tokens)
     while isinstance(answer, Token):
-        usage.written += 1
-        usage.thought += 1
+        usage.completion += 1
+        usage.reasoning += 1
         yield answer
         yield from text.put(answer)
         answer = yield NEXT

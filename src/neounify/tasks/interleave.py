@@ -1,4 +1,4 @@
-"""Interleaved answers of text and images: the request, its prompts, and the program."""
+"""Interleaved answers of text and images: request, prompts, program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents
-from neounify.tasks.image import Kept, branch_prefixes, denoise, own_branches, prefill_branches
+from neounify.tasks.image import (
+    KeptPrefixes,
+    branch_prefixes,
+    branches_to_prefill,
+    denoise,
+    prefill_branches,
+)
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import NEXT, Compute, Program, Usage, pack_images
 from neounify.tasks.requests import check_negative_prompt, image_noise_scale, image_tokens
@@ -40,7 +46,9 @@ MAX_IMAGES = 100
 
 @dataclass(frozen=True, kw_only=True)
 class InterleaveRequest:
-    """`sizes` are the (width, height) of the images in turn; the last one is kept.
+    """Interleaved answer to generate; `sizes` are (width, height) in pixels per image.
+
+    Images beyond the last size have that size.
 
     `max_new_tokens` counts text over the whole answer. `history` are earlier turns, whose
     images come first in `images`. `negative_prompt` is as in a ImageRequest.
@@ -74,13 +82,13 @@ class InterleaveRequest:
         check_negative_prompt(self.negative_prompt, self.sampling)
 
     @property
-    def own_images(self) -> int:
-        """How many of `images` belong to the prompt, not to the history."""
+    def prompt_images(self) -> int:
+        """Number of `images` that belong to the prompt, not to the history."""
         return len(self.images) - sum(message.n_images for message in self.history)
 
 
 def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch) -> Prompt:
-    """What the model reads before its answer, for one branch of guidance."""
+    """Prompt of an interleaved answer for one guidance branch."""
     tokenizer, negative = processor.tokenizer, request.negative_prompt
     if branch == "uncond":
         return unconditional_prompt(tokenizer, negative)
@@ -88,7 +96,7 @@ def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch
         # One turn with all images, those of earlier answers too: it never holds any text.
         count = len(request.images)
         return images_only_prompt(tokenizer, count, open_image=False, negative=negative)
-    text = place_images(request.prompt, request.own_images, numbered=True)
+    text = place_images(request.prompt, request.prompt_images, numbered=True)
     return interleave_prompt(
         tokenizer, text, system=request.system, think=request.think, history=request.history
     )
@@ -97,56 +105,60 @@ def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch
 def draw_noise(
     config: ModelConfig, width: int, height: int, generator: torch.Generator
 ) -> Float[Tensor, "n ccc"]:
-    """The next image's scaled noise as tokens: one draw of a call's generator."""
+    """Scaled noise of the next image as tokens [n, 3·C²], drawn from `generator`."""
     scale = image_noise_scale(Grid.of_pixels(height, width, config.token_size), config)
     noise = initial_noise((1, config.channels, height, width), scale, generator)
     return patchify(noise, config.token_size, config.channels)[0]
 
 
 def to_und_input(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
-    """A generated image as the understanding stream takes it, not clamped."""
+    """A generated image, normalised for the understanding stream, not clamped."""
     return normalise_und((pixels + 1) / 2).to(dtype)
 
 
 def interleave(
     processor: Processor,
     request: InterleaveRequest,
-    kept: Kept,
+    kept: KeptPrefixes,
     previews: int | None,
     *,
     thoughts: bool = True,
 ) -> Program[None]:
-    """Write until an image opens, generate it, let the model see it, go on.
+    """Decode until an image opens, generate it, append it to the context, repeat.
 
-    The answer ends where the model's context ends, as text does. `previews` of each image at most,
-    None for one after every step; with `thoughts` they are events apart from the answer's text.
+    The answer ends where the model's context ends, as text does. At most `previews` of each image
+    are events, None for one after every step; `thoughts` separates them from the answer's text.
     """
-    own = own_branches(request.sampling, request.negative_prompt, kept)
-    # Room for one image; how many more the cache has room for shows as the answer grows.
+    prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)
+    # Room for one image; further ones are allocated as the answer grows.
     tokens = max(image_tokens(processor.config, *size) for size in request.sizes) + 2
-    room: dict[str, int] = {b: tokens if request.max_images and b != "uncond" else 0 for b in own}
+    room: dict[str, int] = {
+        b: tokens if request.max_images and b != "uncond" else 0 for b in prefilled
+    }
     room["cond"] += request.max_new_tokens
     names, usage, _ = yield from prefill_branches(
-        processor, request, request.images, turn_prompt, own, room
+        processor, request, request.images, turn_prompt, prefilled, room
     )
     generator = torch.Generator().manual_seed(request.seed)
     opens = processor.token(IMAGE_OPEN)
     text = AnswerEvents(processor, processor.tokenizer.stream, thoughts=thoughts)
     try:
         for index in range(request.max_images + 1):
-            reason, stopped_by = yield from _write(processor, request, names["cond"], text, usage)
+            reason, stopped_by = yield from _decode_text(
+                processor, request, names["cond"], text, usage
+            )
             if stopped_by != opens or index == request.max_images:
                 break
-            seeing = [branch for branch in names if branch != "uncond"]
-            yield Append(new_number(), {names[b]: (TextInput((opens,)),) for b in seeing})
+            visible = [branch for branch in names if branch != "uncond"]
+            yield Append(new_number(), {names[b]: (TextInput((opens,)),) for b in visible})
             prefixes = yield from branch_prefixes(
                 request.sampling, request.negative_prompt, names, kept
             )
             if index + 1 == request.max_images and len(names) > 1:
-                # Only text may follow, which the conditional sequence alone goes on with.
+                # Only text may follow, which the conditional sequence alone continues.
                 yield Release(tuple(name for b, name in names.items() if b != "cond"))
                 names = {"cond": names["cond"]}
-                seeing = ["cond"]
+                visible = ["cond"]
             width, height = request.sizes[min(index, len(request.sizes) - 1)]
             draw = partial(draw_noise, processor.config, width, height, generator)
             noise: Tensor = yield Compute(draw)
@@ -157,26 +169,26 @@ def interleave(
             )
             clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
             (image,) = yield from pack_images([clean], side)
-            shown = (image, TextInput((processor.token(IMAGE_CLOSE),)))
-            yield Append(new_number(), {names[b]: shown for b in seeing})
+            appended = (image, TextInput((processor.token(IMAGE_CLOSE),)))
+            yield Append(new_number(), {names[b]: appended for b in visible})
     except ContextFullError:
         reason = "length"
     yield usage.finished(reason)
 
 
-def _write(
+def _decode_text(
     processor: Processor,
     request: InterleaveRequest,
     name: tuple[int, str],
     text: AnswerEvents,
     usage: Usage,
 ) -> Program[tuple[str, int | None]]:
-    """Text up to the next image or the end: why it ended, and the token that ended it."""
+    """Decode text up to the next image or the end; returns the finish reason and stop token."""
     stops = frozenset((processor.token(IM_END), processor.token(IMAGE_OPEN)))
     answer = yield Decode(new_number(), name, request.text, stops, request.max_new_tokens)
     while isinstance(answer, Token):
-        usage.written += 1
-        usage.thought += text.thinking
+        usage.completion += 1
+        usage.reasoning += text.thinking
         yield answer
         yield from text.put(answer)
         answer = yield NEXT

@@ -1,4 +1,4 @@
-"""What turns requests into model input: tokenizer and config, but no weights."""
+"""Processor: requests to model input, with tokenizer and config but no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from neounify.text.tokenizer import Tokenizer
 
 
 class Processor:
-    """Prompts and pictures as one model wants them; `dtype` is that of its weights."""
+    """Prepares prompts and images for one model; `dtype` is that of prepared images."""
 
     def __init__(
         self, config: ModelConfig, tokenizer: Tokenizer, system_message: str, dtype: torch.dtype
@@ -28,7 +28,7 @@ class Processor:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What grammars are made for. Where tokens are drawn, one must be held too."""
+        """Vocabulary of grammars; processes that sample tokens must hold one too."""
         return Vocabulary.of(self.tokenizer)
 
     def token(self, name: str) -> int:
@@ -37,7 +37,10 @@ class Processor:
     def prepare(
         self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
     ) -> list[Tensor]:
-        """Pictures for the understanding stream: sized by the bounds on their area, normalised."""
+        """Images [3, height, width] for the understanding stream, normalised.
+
+        Each is resized to an area from `min_pixels` to `max_pixels`.
+        """
         return [
             prepare_image(
                 image,

@@ -1,8 +1,8 @@
-"""Programs: the order of work of one request, as a generator that yields what it needs done.
+"""Programs: the workflow of one request as a generator of steps.
 
-A driver runs a program: it carries out each step that the program yields and sends back what came
-of it, or throws the error. Programs do no I/O and compute nothing that takes long, so the same one
-runs in the caller's thread (`pipeline.driver`) and on an event loop (`serve.context`).
+A driver runs a program: it carries out each step that the program yields and sends back the result,
+or throws the error. Programs do no I/O and compute nothing that takes long, so the same one runs
+in the caller's thread (`pipeline.driver`) and on an event loop (`serve.context`).
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Compute:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Make a reference to tensors, which a command can carry; it is sent back."""
+    """Pack tensors into a reference, which a command can carry; it is sent back."""
 
     tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class PackImage:
-    """Make the ImageInput of a prepared image [3, height, width]; it is sent back."""
+    """Pack a prepared image [3, height, width] into an ImageInput; it is sent back."""
 
     pixels: Tensor
     grid: Grid
@@ -85,13 +85,13 @@ Program = Generator[Step, Any, R]
 
 @dataclass(frozen=True, eq=False)
 class Returned:
-    """What a program returned at its end."""
+    """Return value of a program."""
 
     value: Any
 
 
 def resume(program: Program[Any], value: object = None) -> Step | Returned:
-    """Send what came of a step, an error to be thrown; the next step, or the program's end."""
+    """Send the result of a step, or throw its error; returns the next step or the end."""
     try:
         if isinstance(value, Exception):
             return program.throw(value)
@@ -116,7 +116,7 @@ def pack_images(images: Sequence[Tensor], side: int) -> Program[list[ImageInput]
 
 
 def prompt_inputs(prompt: Prompt, images: Sequence[ImageInput]) -> tuple[PromptInput, ...]:
-    """A prompt as the understanding engine takes it."""
+    """Prompt in the form that the understanding engine takes."""
     return tuple(
         images[segment.image] if isinstance(segment, ImageSegment) else TextInput(segment.ids)
         for segment in prompt.segments
@@ -130,13 +130,13 @@ def export(names: Sequence[SequenceName]) -> Program[tuple[Prefix, ...]]:
 
 
 def take_pixels(answer: StepPreview | ImageReady) -> Program[Tensor]:
-    """[3, height, width]."""
+    """Take the pixels [3, height, width] of a preview or an image."""
     tensors: Mapping[str, Tensor] = yield Take(answer.pixels)
     return tensors["pixels"]
 
 
 def read_prefix(prompt: Prompt) -> Program[Prefix]:
-    """The prefix of a prompt of text, whose sequence is released again."""
+    """Prefill a text prompt and export its prefix; its sequence is released again."""
     (name,) = new_sequences("shared").values()
     text = tuple(TextInput(s.ids) for s in prompt.segments if isinstance(s, TextSegment))
     yield Prefill(new_number(), {name: text}, {name: 0})
@@ -152,12 +152,12 @@ def prefill(ids: Sequence[int]) -> Program[None]:
 
 
 def keep(name: str, prefix: Prefix) -> Program[None]:
-    """Let the generation engine keep a prefix under a name."""
+    """Keep a prefix in the generation engine under a name."""
     yield KeepPrefix(new_number(), name, prefix)
 
 
 def keep_prompt(name: str, prompt: Prompt) -> Program[None]:
-    """Let the generation engine keep the prefix of a prompt of text under a name."""
+    """Keep the prefix of a text prompt in the generation engine under a name."""
     prefix = yield from read_prefix(prompt)
     yield from keep(name, prefix)
 
@@ -169,16 +169,16 @@ class Usage:
     prompt: int = 0
     prompt_images: int = 0
     cached: int = 0
-    written: int = 0
-    thought: int = 0
-    painted: int = 0
+    completion: int = 0
+    reasoning: int = 0
+    images: int = 0
 
     @classmethod
     def of(cls, prompt: Sequence[PromptInput], prefilled: Prefilled) -> Usage:
-        """Before anything is written."""
+        """Usage after prefill."""
         images = sum(part.tokens for part in prompt if isinstance(part, ImageInput))
         tokens = sum(part.tokens for part in prompt)
-        # What was cached of the other branches' prompts is not of this one.
+        # Cached tokens of the other branches' prompts do not count.
         return cls(tokens, images, min(prefilled.cached, tokens))
 
     def finished(self, reason: str | None) -> Finished:
@@ -186,9 +186,9 @@ class Usage:
         return Finished(
             "length" if reason == "length" else "stop",
             prompt_tokens=self.prompt,
-            completion_tokens=self.written,
+            completion_tokens=self.completion,
             cached_tokens=self.cached,
-            image_tokens=self.painted,
+            image_tokens=self.images,
             prompt_image_tokens=self.prompt_images,
-            reasoning_tokens=self.thought,
+            reasoning_tokens=self.reasoning,
         )

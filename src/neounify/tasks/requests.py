@@ -31,11 +31,11 @@ MAX_THINK_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """`count` images of one prompt; with input `images` it is an edit.
+    """Request for `count` images of one prompt; with input `images` it is an edit.
 
     `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
-    `system` None means the checkpoint's own message, "" none at all. `negative_prompt` is
-    what guidance steers away from; it needs guidance. Raises RequestError.
+    `system` None means the checkpoint's default message, "" none at all. Guidance steers
+    away from `negative_prompt`, which needs guidance. Raises RequestError.
     """
 
     prompt: str
@@ -79,7 +79,7 @@ class ImageRequest:
         return Grid.of_pixels(self.height, self.width, config.token_size)
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
-        """The scaled noise the images are denoised from, as tokens."""
+        """Initial scaled noise as tokens [count, n, 3·C²]."""
         noise = self.noise
         if noise is None:
             shape = (self.count, config.channels, self.height, self.width)
@@ -94,7 +94,7 @@ def image_noise_scale(grid: Grid, config: ModelConfig) -> float:
 
 
 def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
-    """RequestError unless the text is a negative prompt that guidance can steer away from."""
+    """Check that a negative prompt is text and that guidance is on. Raises RequestError."""
     if not isinstance(text, str):
         raise RequestError(
             f"negative_prompt must be text, not {type(text).__name__}", param="negative_prompt"
@@ -131,7 +131,7 @@ def image_tokens(config: ModelConfig, width: int, height: int) -> int:
 def check_image_tokens(
     config: ModelConfig, width: int, height: int, limit: int | None = None
 ) -> None:
-    """ImageError for an image of more tokens than the model generates, or than `limit`.
+    """Check the tokens of an image against the model and `limit`. Raises ImageError.
 
     The message gives the tokens, the limit and the largest size of the same shape.
     """

@@ -1,5 +1,6 @@
 """Text: special tokens by name, the tokenizer, and the prompts of every task."""
 
+from neounify.deprecation import moved
 from neounify.text.message import IMAGE_MARK, Message, Role
 from neounify.text.template import (
     ImageSegment,
@@ -9,9 +10,9 @@ from neounify.text.template import (
     after_think_ids,
     chat_prompt,
     default_system_message,
+    image_prompt,
     images_only_prompt,
     interleave_prompt,
-    paint_prompt,
     place_images,
     unconditional_prompt,
 )
@@ -35,9 +36,11 @@ __all__ = [
     "byte_tokenizer",
     "chat_prompt",
     "default_system_message",
+    "image_prompt",
     "images_only_prompt",
     "interleave_prompt",
-    "paint_prompt",
     "place_images",
     "unconditional_prompt",
 ]
+
+__getattr__ = moved(__name__, __name__, {"paint_prompt": "image_prompt"})

@@ -188,7 +188,7 @@ def continues_answer(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
-def paint_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
+def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
     """Build the full prompt of text to image and of editing.
 
     Args:

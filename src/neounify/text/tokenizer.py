@@ -207,7 +207,7 @@ def _library_errors(kind: type[NeounifyError], message: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # A panic in the library's Rust code is a BaseException of a class nobody can import.
+        # A panic in the library's Rust code is a BaseException of a class that cannot be imported.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise kind(f"{message} ({error})") from error
         raise

@@ -306,7 +306,7 @@ def test_a_story_with_a_history(served: Served) -> None:
     assert [m.pieces for m in request.history] == [["", "\nTell"], ["Once", " more"]]
     colours = [shown.getpixel((0, 0)) for shown in request.images]
     assert colours == [(0, 0, 255), (255, 0, 0), (0, 255, 0)]
-    assert request.own_images == 1
+    assert request.prompt_images == 1
     assert request.sizes[0][0] > request.sizes[0][1]
 
 

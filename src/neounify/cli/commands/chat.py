@@ -91,10 +91,10 @@ def _answer(
     with lasting_imports():
         from neounify.cli.chat_loop import NO_IMAGE, asks_about_image
         from neounify.cli.checks import check_chat, check_model
-        from neounify.tasks.conversation import read_pictures
+        from neounify.tasks.conversation import read_images
 
     check_model(model)
-    inputs = read_pictures(images, colour_profiles=model.colour_profiles)
+    inputs = read_images(images, colour_profiles=model.colour_profiles)
     check_chat(question, inputs, options)
     display = Display(quiet=report.quiet, json=report.json)
     if not images and asks_about_image(question, model.model):
@@ -134,7 +134,7 @@ def _answer_batch(
     """Answer every line of a JSONL file that no earlier run has answered."""
     with lasting_imports():
         from neounify.cli.checks import check_chat, check_chat_options, check_jobs_file, check_model
-        from neounify.tasks.conversation import read_pictures
+        from neounify.tasks.conversation import read_images
 
     assert batch.input is not None
     if question is not None or images:
@@ -146,7 +146,7 @@ def _answer_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[ChatOptions]) -> None:
-        check_chat(line.prompt, read_pictures(line.paths), line.options)
+        check_chat(line.prompt, read_images(line.paths), line.options)
 
     with locked_folder(folder):
         results = Results(folder)
@@ -167,14 +167,14 @@ def _interactive(
     with lasting_imports():
         from neounify.cli.chat_loop import ChatLoop
         from neounify.cli.checks import check_chat_options, check_model
-        from neounify.tasks.conversation import read_pictures
+        from neounify.tasks.conversation import read_images
 
     if report.json:
         raise UsageError("--json needs QUESTION or --input; interactive chat has no JSON output")
     display = Display(quiet=report.quiet)
     check_model(model)
     check_chat_options(options)
-    inputs = read_pictures(images, colour_profiles=model.colour_profiles)
+    inputs = read_images(images, colour_profiles=model.colour_profiles)
     loop = ChatLoop(open_model(model, display), options, display, output)
     for path, image in zip(images, inputs, strict=True):
         loop.add_image(path, image)

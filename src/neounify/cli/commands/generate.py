@@ -91,7 +91,7 @@ def generate_prompts(
         from neounify.cli.checks import check_image, check_model, note_size
         from neounify.cli.images import ImageJob, generate_images
         from neounify.cli.records import check_free, save_image
-        from neounify.tasks.conversation import read_pictures
+        from neounify.tasks.conversation import read_images
 
     if not prompts:
         raise UsageError("give a PROMPT in quotes, or --input FILE.jsonl")
@@ -100,7 +100,7 @@ def generate_prompts(
         raise UsageError("give --image FILE, the image to edit (`generate` needs none)")
     exact = _exact_file(output, len(prompts) * options.count)
     config = check_model(model).config
-    inputs = read_pictures(images, colour_profiles=model.colour_profiles)
+    inputs = read_images(images, colour_profiles=model.colour_profiles)
     for prompt in prompts:
         check_image(prompt, options, config, inputs)
     if exact is not None and not output.overwrite:
@@ -148,7 +148,7 @@ def generate_batch(
             note_size,
             resolve_sampling,
         )
-        from neounify.tasks.conversation import read_pictures
+        from neounify.tasks.conversation import read_images
 
     assert batch.input is not None
     if prompts or images:
@@ -163,7 +163,7 @@ def generate_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[GenerateOptions]) -> None:
-        check_image(line.prompt, line.options, config, read_pictures(line.paths))
+        check_image(line.prompt, line.options, config, read_images(line.paths))
 
     with locked_folder(folder):
         results = Results(folder)
