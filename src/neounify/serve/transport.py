@@ -42,7 +42,7 @@ class SharedTensors:
 class SharedTransport:
     """Transport of engine processes: one copy into shared memory and one out of it.
 
-    Its pieces are named `prefix` and 1, 2, 3, …; `last_piece` is the newest number, 0 before the first.
+    Its pieces are named `prefix` and 1, 2, 3, …; `last_piece` is the newest number, or 0.
     """
 
     copies = True
