@@ -171,8 +171,9 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
     assert [c.token for c in sample(logits, [_state() for _ in range(9)])] == wanted
 
 
-def test_greedy_is_the_limit_of_low_temperature() -> None:
-    state = _state(temperature=1e-3, seed=0)
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-38, 5e-324])
+def test_greedy_is_the_limit_of_low_temperature(temperature: float) -> None:
+    state = _state(temperature=temperature, seed=0)
     assert all(_one(_logits(i), state) == int(_logits(i).argmax()) for i in range(20))
 
 
@@ -389,7 +390,8 @@ def test_log_probabilities_are_the_models_own() -> None:
         ({"min_p": 1.1}, "min_p must be from 0"),
         ({"logprobs": -1}, "logprobs must be 0 to 20, got -1"),
         ({"logprobs": 21}, "logprobs must be 0 to 20"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be 0.01 to 100"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be"),
     ],
 )

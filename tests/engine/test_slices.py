@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.config import TextSampling
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine, GenerationSettings, running_mean
 from neounify.engine.messages import (
     Cancel,
     Command,
@@ -52,6 +52,11 @@ def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
         step_tokens=16, slice_seconds=seconds, beside_text_seconds=seconds
     )
     return GenerationEngine(pipe.model, settings, LocalTransport())
+
+
+def test_the_first_step_sets_the_mean_of_what_steps_take() -> None:
+    assert running_mean(0.0, 3.0) == 3.0
+    assert running_mean(3.0, 8.0) == 4.0
 
 
 def results(engine: GenerationEngine) -> dict[int, torch.Tensor]:

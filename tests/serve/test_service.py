@@ -18,14 +18,18 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
+from neounify.engine.tensors import LocalTransport
 from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import context
 from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.context import EngineClients
 from neounify.serve.events import ServiceRequest
 from neounify.serve.process import EngineSettings
+from neounify.serve.service import EngineService, ServiceLimits
+from neounify.serve.shared_memory import SharedSpace, folder
 from neounify.tasks.chat import ChatRequest, make_chat_request
 from neounify.tasks.conversation import read_request
 from neounify.tasks.interleave import InterleaveRequest, turn_prompt
@@ -387,3 +391,18 @@ def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:
     )
     assert answered.text == _alone(cast, chat).text
     torch.testing.assert_close(painted.images[0], expected(cast, request)[0], rtol=0, atol=0.05)
+
+
+def test_an_engine_that_does_not_stop_keeps_no_shared_memory(pipe: neounify.Pipeline) -> None:
+    class Client:
+        async def stop(self) -> None:
+            raise RuntimeError("still running")
+
+    space = SharedSpace()
+    space.open()
+    client: Any = Client()
+    clients = EngineClients(client, client, LocalTransport(), space)
+    service = EngineService(pipe.processor, clients, ServiceLimits())
+    with pytest.raises(RuntimeError, match="still running"):
+        asyncio.run(service.stop())
+    assert not list(folder().glob(f"{space.prefix}*"))

@@ -126,7 +126,7 @@ class TextSampling:
         default=1.0,
         metadata=doc(
             "Above 1, tokens already in the context become less likely: positive logits are "
-            "divided by it, negative ones multiplied. Above 0; 1 is none."
+            "divided by it, negative ones multiplied. 0.01 to 100; 1 is none."
         ),
     )
     temperature: float = field(
@@ -173,7 +173,11 @@ class TextSampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or a positive number"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (all tokens) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, 1 is none"),
+            (
+                "repetition_penalty",
+                0.01 <= self.repetition_penalty <= 100,
+                "0.01 to 100; 1 is none",
+            ),
             ("logprobs", count is None or 0 <= count <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
         ):
             if not ok:

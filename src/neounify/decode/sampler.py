@@ -24,6 +24,9 @@ probability of the last one that stays is found by histograms of the bits of all
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """(lowest bit, width) of the parts of a positive float32 that a histogram is made of, in order."""
 
+MIN_TEMPERATURE = 1e-6
+"""Lower ones are this one: the quotients of a smaller one would be infinite."""
+
 NOT_FINITE, NOTHING_ALLOWED = -1, -2
 
 Problem = Literal["not finite", "nothing allowed"]
@@ -167,7 +170,8 @@ def probabilities(
     """Softmax at each row's temperature, cut to top_k, top_p and min_p; not rescaled to one."""
     device = scores.device
     settings = [state.settings for state in states]
-    p = (scores / _column([s.temperature for s in settings], device)).softmax(dim=-1)
+    temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
+    p = (scores / _column(temperatures, device)).softmax(dim=-1)
     p = _cut(p, [s.top_k for s in settings], [s.top_p for s in settings])
     if any(s.min_p > 0 for s in settings):
         floor = _column([s.min_p for s in settings], device) * p.amax(dim=1, keepdim=True)

@@ -74,6 +74,11 @@ class _Step:
         return sum(image.waiting.rows for image in self.images)
 
 
+def running_mean(mean: float, value: float) -> float:
+    """Mean that gives the newest value a weight of 0.2; 0 stands for none yet."""
+    return value if mean == 0 else mean + 0.2 * (value - mean)
+
+
 class GenerationEngine:
     """Denoising loop: `submit` accepts commands, `step` runs them, `replies` collects."""
 
@@ -186,7 +191,7 @@ class GenerationEngine:
             # Its call may have been cancelled, or ended by an image before it in this step.
             if image.call in self._unfinished:
                 self._report(image)
-        self._row_seconds += 0.2 * (step.seconds / step.rows - self._row_seconds)
+        self._row_seconds = running_mean(self._row_seconds, step.seconds / step.rows)
 
     def _short_step(self) -> int:
         """Image tokens of a step of `beside_text_seconds`, estimated from recent steps."""

@@ -99,9 +99,13 @@ class EngineService:
     async def stop(self) -> None:
         """Stop the engines, and with them all requests in progress."""
         self.close_doors()
-        await asyncio.gather(*(client.stop() for client in self.clients.all))
+        stops = (client.stop() for client in self.clients.all)
+        results = await asyncio.gather(*stops, return_exceptions=True)
         if self.clients.space is not None:
             self.clients.space.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
