@@ -164,6 +164,11 @@ class Cancel:
 Command = Prefill | Decode | Append | Export | Release | KeepPrefix | GenerateImages | Cancel
 
 
+def is_for_generation(command: Command) -> bool:
+    """Whether the generation engine runs the command; the others are the understanding engine's."""
+    return isinstance(command, KeepPrefix | GenerateImages | Cancel)
+
+
 # --- from the engines ---
 
 

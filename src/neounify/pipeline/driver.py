@@ -14,13 +14,12 @@ from neounify.engine.messages import (
     Answer,
     Cancel,
     Failed,
-    GenerateImages,
     ImageInput,
-    KeepPrefix,
     Prefill,
     Release,
     SequenceName,
     Token,
+    is_for_generation,
 )
 from neounify.engine.room import ContiguousRoom
 from neounify.engine.tensors import LocalTransport
@@ -150,7 +149,7 @@ class Driver:
                 run.answers.clear()
                 if isinstance(step, Prefill):
                     run.sequences.update(step.prompts)
-                generates = isinstance(step, GenerateImages | KeepPrefix)
+                generates = is_for_generation(step)
                 engine = self._generation if generates else self._understanding
                 engine.submit(step)  # type: ignore[arg-type]
                 return

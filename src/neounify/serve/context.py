@@ -19,11 +19,11 @@ from neounify.engine.messages import (
     Failed,
     GenerateImages,
     ImageInput,
-    KeepPrefix,
     Prefill,
     Release,
     SequenceName,
     Token,
+    is_for_generation,
     refs_of,
 )
 from neounify.engine.tensors import TensorRef, Transport
@@ -172,7 +172,7 @@ class RequestContext:
         assert not isinstance(command, Release)
         self._end_call()
         self._generates = isinstance(command, GenerateImages)
-        generates = isinstance(command, GenerateImages | KeepPrefix)
+        generates = is_for_generation(command)
         client = self.clients.generation if generates else self.clients.understanding
         self._call = client.open_call(command.call, preparing=self._preparing)
         self._client = client

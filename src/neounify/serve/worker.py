@@ -9,7 +9,7 @@ from functools import partial
 from typing import Protocol
 
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Cancel, Command, GenerateImages, KeepPrefix, Reply, Report
+from neounify.engine.messages import Command, Reply, Report, is_for_generation
 from neounify.engine.understanding import UnderstandingEngine
 
 MAX_YIELDED = 4
@@ -89,8 +89,7 @@ class Worker:
         return self.understanding, self.generation
 
     def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine:
-        generates = isinstance(command, KeepPrefix | GenerateImages | Cancel)
-        engine = self.generation if generates else self.understanding
+        engine = self.generation if is_for_generation(command) else self.understanding
         assert engine is not None
         return engine
 
