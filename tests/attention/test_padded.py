@@ -54,7 +54,7 @@ def test_half_precision_is_close() -> None:
 
 
 def test_what_nobody_trains_has_no_gradient() -> None:
-    """A frozen understanding stream is not walked back through because of the other one."""
+    """Backward does not pass through a frozen understanding stream because of the other one."""
     layout = Layout(documents(random.Random(0), 12))
     results = []
     for name in ("auto", "blocks"):
