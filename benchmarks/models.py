@@ -8,7 +8,7 @@ from neounify.cache import SequenceCache
 from neounify.config.presets import BENCH
 from neounify.decode import ModelInput, forward_und
 from neounify.model import NeoUnify, Text
-from neounify.model.compile import compile_streams
+from neounify.model.build import compile_streams
 
 
 def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:

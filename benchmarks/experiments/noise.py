@@ -18,7 +18,7 @@ from benchmarks.experiments.report import circumstances, table, write
 from neounify.config import FlowConfig
 from neounify.errors import ConfigError
 from neounify.flow.noise import noise_scale
-from neounify.model.meta import meta_model
+from neounify.model.build import meta_model
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench import (
     Outcome,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from neounify.attention.backends import ContiguousAttention
 from neounify.attention.blocks import BlockAttention
-from neounify.attention.contiguous import ContiguousAttention
 from neounify.cache import SequenceCache
-from neounify.cache.contiguous import CacheBatch
+from neounify.cache.key_values import CacheBatch
 from neounify.decode import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Text
 from support.attention import CPU, plan

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from neounify.attention.padded import PaddedAttention
+from neounify.attention.backends import PaddedAttention
 from neounify.model import Document, Image, Layout, Noise, Text
 from neounify.model.parts import GEN, UND
 from neounify.model.stream import Projected

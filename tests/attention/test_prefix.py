@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from neounify.attention import AttentionPlan, prefix
-from neounify.attention.prefix import PrefixAttention
+from neounify.attention import AttentionPlan, backends
+from neounify.attention.backends import PrefixAttention
 from neounify.cache import SequenceCache
 from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Layout, NeoUnify, Noise, Text
@@ -117,5 +117,5 @@ def test_what_it_does_not_serve(
     image = Layout([cache.document(Noise(2, 3))])
     assert PrefixAttention.plan(image, None, CPU) is None
     for longest, served in ((13, True), (12, False)):
-        monkeypatch.setattr(prefix, "MAX_LENGTH", longest)
+        monkeypatch.setattr(backends, "MAX_PREFIX", longest)
         assert (PrefixAttention.plan(image, [cache], CPU) is not None) == served

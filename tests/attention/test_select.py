@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from neounify.attention import BACKENDS, AttentionPlan, select
+from neounify.attention.backends import (
+    ContiguousAttention,
+    PaddedAttention,
+    PagedAttention,
+    PrefixAttention,
+)
 from neounify.attention.blocks import BlockAttention
-from neounify.attention.contiguous import ContiguousAttention
-from neounify.attention.padded import PaddedAttention
-from neounify.attention.paged import PagedAttention
-from neounify.attention.prefix import PrefixAttention
 from neounify.cache import Cache, PagedKVCache, SequenceCache
-from neounify.cache.prefix_hash import text_keys
+from neounify.cache.key_values import text_keys
 from neounify.config import MlpConfig, ModelConfig
 from neounify.errors import ConfigError
 from neounify.model import Document, Image, Layout, Noise, Text

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
 from neounify.cache.block_allocator import OutOfBlocks
-from neounify.cache.prefix_hash import TokenKey, image_keys, text_keys
+from neounify.cache.key_values import TokenKey, image_keys, text_keys
 from neounify.config import ModelConfig
 from neounify.decode.forward import ModelInput, forward_und
 from neounify.model import Image, NeoUnify, Text

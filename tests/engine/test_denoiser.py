@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import neounify
-from neounify.attention import BACKENDS, prefix
+from neounify.attention import BACKENDS, backends
 from neounify.engine.denoise import DenoiseJob, make_job
 from neounify.engine.denoiser import Denoiser
 from neounify.errors import ConfigError
@@ -61,9 +61,9 @@ def test_company_changes_nothing(
     """However many of the jobs are read side by side."""
     seen = [j.longest for j in jobs(pipe)]
     assert min(seen) < max(seen) <= 512
-    monkeypatch.setattr(prefix, "MAX_LENGTH", 1)
+    monkeypatch.setattr(backends, "MAX_PREFIX", 1)
     alone = [painted(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
-    monkeypatch.setattr(prefix, "MAX_LENGTH", {"none": 1, "some": min(seen), "all": 512}[share])
+    monkeypatch.setattr(backends, "MAX_PREFIX", {"none": 1, "some": min(seen), "all": 512}[share])
     together = painted(Denoiser(pipe.model), jobs(pipe), late=2)
     for expected, found in zip(alone, together, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -74,7 +74,7 @@ def test_company_changes_nothing(
 def test_an_image_that_is_not_finite_fails_alone(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, short: int, norm: str
 ) -> None:
-    monkeypatch.setattr(prefix, "MAX_LENGTH", short)
+    monkeypatch.setattr(backends, "MAX_PREFIX", short)
 
     def three() -> list[DenoiseJob]:
         return [job(pipe, text, 64, 3, guidance_norm=norm) for text in ("a", "boat", "a cat")]

@@ -12,7 +12,7 @@ import torch
 from neounify.checkpoint import load_model
 from neounify.flow.noise import initial_noise, noise_scale
 from neounify.flow.schedule import timesteps
-from neounify.model.embed import sinusoids
+from neounify.model.neo import sinusoids
 from support.golden import load_fixture, needs_golden
 from support.models import assert_close, one_thread
 

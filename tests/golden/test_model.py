@@ -20,9 +20,8 @@ from neounify.flow.path import velocity
 from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, Grid, grid_patches
-from neounify.model.moe import SparseMlp
 from neounify.model.parts import GEN, UND
-from neounify.model.rope import rotate_patches
+from neounify.model.stream import SparseMlp, rotate_patches
 from support import reference
 from support.attention import plan
 from support.decoding import Decoder, parts_of

@@ -126,7 +126,7 @@ from support.checkpoint_folders import SMALL
 from support.adapted import adapted, everywhere, fill, outputs
 from support.models import random_model
 from neounify.lora import add_lora
-from neounify.model import compile as ours
+from neounify.model import build as ours
 
 real = torch.compile
 torch.compile = lambda f, dynamic: real(f, dynamic=dynamic, backend="eager")

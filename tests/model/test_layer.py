@@ -13,7 +13,7 @@ from neounify.attention import blocks
 from neounify.config import ModelConfig
 from neounify.model import Layout, NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
-from neounify.model.rope import Rotation, attention_rotation
+from neounify.model.stream import Rotation, attention_rotation
 from support import reference
 from support.attention import plan
 from support.models import (

@@ -5,7 +5,7 @@ from torch import nn
 
 from neounify.config.presets import PRESETS
 from neounify.model import NeoUnify
-from neounify.model.meta import meta_model, without_values
+from neounify.model.build import meta_model, without_values
 
 
 def test_a_meta_model_has_the_shapes_of_a_real_one() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neounify.config import MlpConfig
-from neounify.model.moe import SparseMlp
+from neounify.model.stream import SparseMlp
 from support import reference
 from support.models import assert_close, exact
 

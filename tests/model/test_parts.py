@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from neounify.model.embed import ScalarEmbed, sinusoids
-from neounify.model.heads import FlowHead, PixelHead
 from neounify.model.layout import Grid
-from neounify.model.rope import attention_rotation, frequencies, rotate, rotate_patches
-from neounify.model.stream import RMSNorm
+from neounify.model.neo import FlowHead, PixelHead, ScalarEmbed, sinusoids
+from neounify.model.stream import RMSNorm, attention_rotation, frequencies, rotate, rotate_patches
 from support import reference
 from support.models import (
     assert_close,

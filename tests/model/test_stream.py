@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from neounify.config import MlpConfig
 from neounify.model import Document, Layout, NeoUnify, Text
-from neounify.model.moe import SparseMlp
 from neounify.model.parts import STREAMS
-from neounify.model.stream import OutputMlp, QKVProjection
+from neounify.model.stream import OutputMlp, QKVProjection, SparseMlp
 from support.models import Maker, Packed, pack, random_config, random_model
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
-from neounify.model.rope import frequencies
+from neounify.model.stream import frequencies
 from support import reference
 from support.attention import plan
 from support.reference import Array, Clean, Facts, Noisy, Token

@@ -18,7 +18,7 @@ from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.packing import Pack, make_pack
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
-from neounify.model.moe import SparseMlp
+from neounify.model.stream import SparseMlp
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log

@@ -1,6 +1,6 @@
 """Joint attention of the streams: a plan per call of the model, by a backend chosen once."""
 
-from neounify.attention.plan import AttentionPlan, Caches
-from neounify.attention.select import BACKENDS, AttentionBackend, select, select_for
+from neounify.attention.backends import BACKENDS, AttentionBackend, select, select_for
+from neounify.attention.blocks import AttentionPlan, Caches
 
 __all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "Caches", "select", "select_for"]

@@ -1,22 +1,45 @@
-"""Block by block of the layout: the reference, for any layout and any caches.
+"""Attention plans: their protocol, and the reference, block by block of the layout.
 
 Inside a block every query sees the same keys, or the same keys up to itself, so no L × L mask is
-ever built and memory grows linearly with the length of the sequence.
+ever built and memory grows linearly with the length of the sequence. The reference serves any
+layout and any caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from neounify.attention.plan import Caches
+from neounify.cache import Cache
 from neounify.model.layout import Block, Layout
 from neounify.model.parts import STREAMS, UND, StreamName
 from neounify.model.stream import Projected
+
+Caches = Sequence[Cache] | None
+"""One cache per document; None where nothing is cached, as in training."""
+
+
+class AttentionPlan(Protocol):
+    """Joint attention for one layout and its caches, with all index tensors on the device.
+
+    Called once per layer. New keys and values of the context stream are written to the caches;
+    those of other streams are never stored.
+    """
+
+    @classmethod
+    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> AttentionPlan | None:
+        """A plan, or None for layouts and caches that this kind of attention does not serve."""
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        """What the queries of each stream gather, [N, heads, d], from the values they see."""
+
 
 CAUSAL_CHUNK = 256
 """Queries of a causal block that share one mask; measured, see docs/log.md."""

@@ -1,6 +1,5 @@
 """Key-value caches of the understanding stream, passed to the model as arguments."""
 
-from neounify.cache.contiguous import Cache, SequenceCache
-from neounify.cache.paged import PagedKVCache, PagedSequence
+from neounify.cache.key_values import Cache, PagedKVCache, PagedSequence, SequenceCache
 
 __all__ = ["Cache", "PagedKVCache", "PagedSequence", "SequenceCache"]

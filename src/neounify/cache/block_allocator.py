@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-from neounify.cache.prefix_hash import BlockHash
 from neounify.errors import NeounifyError
+
+BlockHash = bytes
+"""Hash of a full block's content and of all blocks before it."""
 
 
 class OutOfBlocks(NeounifyError):

@@ -19,7 +19,7 @@ from neounify.checkpoint.stored import StoredWeight
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
-from neounify.model.meta import meta_model
+from neounify.model.build import meta_model
 
 Memory: TypeAlias = Literal["all", "stream"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from neounify.attention import AttentionBackend, prefix, select_for
+from neounify.attention import AttentionBackend, backends, select_for
 from neounify.engine.denoise import DenoiseJob
 from neounify.engine.grouping import groups
 from neounify.flow.guidance import Branch
@@ -58,10 +58,10 @@ class Denoiser:
 
         That depends on a job alone, so that its numbers do not depend on the batch.
         """
-        short = [job for job in jobs if job.longest <= prefix.MAX_LENGTH]
-        max_runs = self.plan.prefix_rows // prefix.MAX_LENGTH
+        short = [job for job in jobs if job.longest <= backends.MAX_PREFIX]
+        max_runs = self.plan.prefix_rows // backends.MAX_PREFIX
         yield from groups(short, lambda job: len(job.branches()), max_runs)
-        long = [job for job in jobs if job.longest > prefix.MAX_LENGTH]
+        long = [job for job in jobs if job.longest > backends.MAX_PREFIX]
         rows = self.plan.denoise_rows
         yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), rows)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from neounify.cache import PagedSequence, SequenceCache
-from neounify.cache.prefix_hash import BlockHash, TokenKey, block_hashes, image_keys, text_keys
+from neounify.cache.key_values import BlockHash, TokenKey, block_hashes, image_keys, text_keys
 from neounify.decode.forward import ModelInput
 from neounify.decode.loop import DecodeState
 from neounify.engine.messages import (

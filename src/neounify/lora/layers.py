@@ -19,7 +19,7 @@ from torch.nn.functional import dropout, linear
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.config import LoraConfig
-from neounify.model.meta import without_values
+from neounify.model.build import without_values
 from neounify.model.neo import NeoUnify
 
 HALVES = (".lora_A", ".lora_B")

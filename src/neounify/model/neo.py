@@ -1,26 +1,39 @@
-"""The whole model: tokens and pixels in, text logits and predicted clean images out."""
+"""The whole model: tokens and pixels in, text logits and predicted clean images out.
+
+Pixels become tokens by a patch convolution, a rotation by place and a merging convolution. Both
+convolutions have stride = kernel, so each is a matrix product on patches that are already cut out;
+any number of images of any size goes through one call. Image heads return one row per token: its
+C×C pixel block in order (row, column, channel), in about [-1, 1].
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear, pixel_shuffle, silu
 
 from neounify.config import ModelConfig
-from neounify.model.embed import PatchEmbed, ScalarEmbed, token_patches
-from neounify.model.heads import FlowHead, PixelHead
+from neounify.image.pixels import patchify
 from neounify.model.layout import Grid, Layout, grid_owners, grid_patches
-from neounify.model.moe import SparseMlp
 from neounify.model.parts import GEN, UND, StreamName
-from neounify.model.rope import Rotation, attention_rotation
-from neounify.model.stream import Attend, Layer, RMSNorm
+from neounify.model.stream import (
+    Attend,
+    Layer,
+    RMSNorm,
+    Rotation,
+    SparseMlp,
+    attention_rotation,
+    rotate_patches,
+)
 
 Logits = Callable[[Tensor], Tensor]
 Score = Callable[[Logits, Tensor], Any]
@@ -252,3 +265,132 @@ class NeoUnify(nn.Module):
 
 def _sizes(grids: Sequence[Grid]) -> str:
     return ", ".join(map(str, grids)) or "no"
+
+
+# --- image and scalar embeddings ---
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution with stride = kernel, applied to patches that are cut out: [n, c·k·k] in."""
+
+    def __init__(self, channels: int, width: int, kernel: int) -> None:
+        super().__init__(channels, width, kernel, stride=kernel)
+
+    def forward(self, patches: Float[Tensor, "n ckk"]) -> Float[Tensor, "n width"]:
+        return linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """One stream's image embedding; D is the model's width, P and M patch and merge side."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, patch, merge = config.vision_hidden_size, config.patch_size, config.merge
+        self.patch = PatchProjection(config.channels, hidden, patch)
+        self.merge = PatchProjection(hidden, config.hidden_size, merge)
+        self.theta = config.rope_theta_vision
+
+    def forward(
+        self, patches: Float[Tensor, "n mm cpp"], places: Int[Tensor, "n mm 2"]
+    ) -> Float[Tensor, "n d"]:
+        """Embed N tokens of M·M patches each.
+
+        `patches` holds pixels in order (channel, row, column); `places` the (row,
+        column) of each patch in its image, in patch units.
+        """
+        rows, columns = places.flatten(0, 1).unbind(-1)
+        x = gelu(self.patch(patches.flatten(0, 1)))
+        x = rotate_patches(x, rows, columns, self.theta)
+        # The order of the merging convolution's weight.
+        return self.merge(rearrange(x, "(n mm) hidden -> n (hidden mm)", n=patches.shape[0]))
+
+
+def token_patches(
+    image: Float[Tensor, "c height width"], patch: int, merge: int
+) -> Float[Tensor, "n mm cpp"]:
+    """Cut one image into tokens of merge × merge patches, pixels as (channel, row, column)."""
+    cut = "c (h m1 p1) (w m2 p2) -> (h w) (m1 m2) (c p1 p2)"
+    return rearrange(image, cut, m1=merge, m2=merge, p1=patch, p2=patch)
+
+
+NUM_FEATURES = 256
+
+
+def sinusoids(values: Float[Tensor, " n"]) -> Float[Tensor, "n 256"]:
+    """[cos(v·f), sin(v·f)] with f_i = 10000^(-i/128), float32; v is used as it is, in [0, 1]."""
+    half = NUM_FEATURES // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angle = values.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class ScalarEmbed(nn.Module):
+    """Sinusoids, then Linear, SiLU, Linear to the model's width."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(NUM_FEATURES, size)
+        self.linear2 = nn.Linear(size, size)
+
+    def forward(
+        self, values: Float[Tensor, " n"], dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "n size"]:
+        """Embeddings in `dtype`, that of the model's activations."""
+        features = sinusoids(values).to(dtype)
+        return self.linear2(silu(self.linear1(features)))
+
+
+# --- image heads ---
+
+
+class FlowHead(nn.Module):
+    """Each token alone: Linear, GELU, Linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(config.hidden_size, config.flow_head_width)
+        self.linear2 = nn.Linear(config.flow_head_width, config.token_width)
+
+    def forward(
+        self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
+    ) -> Float[Tensor, "n ccc"]:
+        """`grids` of the images is not needed: tokens stand alone."""
+        return self.linear2(gelu(self.linear1(hidden)))
+
+
+class PixelHead(nn.Module):
+    """Convolutions over the whole token map, so that neighbouring tokens meet without a seam."""
+
+    WIDTH = 1024
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.token_size, self.channels = config.token_size, config.channels
+        self.last_shuffle = config.token_size // 4  # two shuffles by 2 come before it
+        self.conv1 = nn.Conv2d(config.hidden_size // 4, self.WIDTH, 3, padding=1)
+        self.conv2 = nn.Conv2d(
+            self.WIDTH // 4, config.channels * self.last_shuffle**2, 3, padding=1
+        )
+
+    def forward(
+        self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
+    ) -> Float[Tensor, "n ccc"]:
+        """`grids` are those of the images, in the order of `hidden`."""
+        pieces = []
+        start = 0
+        for grid, same in groupby(grids):
+            count = len(list(same))
+            stop = start + count * grid.length
+            maps = rearrange(
+                hidden[start:stop], "(b h w) d -> b d h w", h=grid.rows, w=grid.columns
+            )
+            pieces.append(
+                patchify(self._decode(maps), self.token_size, self.channels).flatten(0, 1)
+            )
+            start = stop
+        return torch.cat(pieces)
+
+    def _decode(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
+        x = gelu(self.conv1(pixel_shuffle(maps, 2)))
+        x = self.conv2(pixel_shuffle(x, 2))
+        return pixel_shuffle(x, self.last_shuffle)

@@ -1,24 +1,200 @@
-"""One stream's share of a layer, in two callable halves, and the layer that joins the streams.
+"""The layers: one stream's share in two callable halves, and the layer that joins the streams.
 
 attention input    x -> q, k, v of every token          (QKVProjection)
 joint attention    given from outside                   (Attend)
 attention output   x, attended -> x of the next layer   (OutputMlp)
+
+Rotary embeddings of attention cut the head dimension d into [t: d/2 | h: d/4 | w: d/4] and rotate
+each part on its own, pairing channel i with i + n/2 of a part of width n (frequencies
+base^(-2i/n)). Image patches pair neighbouring channels (2i, 2i+1). Angles are always computed in
+float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn import functional
+from torch.nn.functional import rms_norm, silu
 
 from neounify.config import MlpConfig, ModelConfig
-from neounify.model.moe import SparseMlp, SwiGLU
 from neounify.model.parts import STREAMS, StreamName
-from neounify.model.rope import Rotation, rotate
+
+_grouped_mm = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+# --- rotary embeddings ---
+
+
+class Rotation(NamedTuple):
+    """cos and signed sin of every token's angles, [N, 1, d], in the layout of a head."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@cache
+def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, " half"]:
+    """base^(-2i/width) for i = 0 .. width/2 - 1, float32."""
+    # The cached tensor must serve training too, whatever mode the first caller is in.
+    with torch.inference_mode(False):
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        return base**-exponent
+
+
+def attention_rotation(
+    positions: Int[Tensor, "n 3"],
+    head_dim: int,
+    *,
+    theta: float,
+    theta_hw: float,
+    dtype: torch.dtype,
+) -> Rotation:
+    """The rotation of N tokens at positions (t, h, w) for heads of `head_dim` channels."""
+    parts = []
+    for axis, width, base in (
+        (0, head_dim // 2, theta),
+        (1, head_dim // 4, theta_hw),
+        (2, head_dim // 4, theta_hw),
+    ):
+        angle = positions[:, axis : axis + 1].float() * frequencies(width, base, positions.device)
+        parts.append((angle.cos(), angle.sin()))
+    # A channel's partner is added with +sin in the second half of a part and -sin in the first.
+    cos = torch.cat([c for cos, _ in parts for c in (cos, cos)], dim=-1)
+    sin = torch.cat([s for _, sin in parts for s in (-sin, sin)], dim=-1)
+    return Rotation(cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1))
+
+
+def rotate(x: Float[Tensor, "n heads d"], rotation: Rotation) -> Float[Tensor, "n heads d"]:
+    """Rotate queries or keys: x · cos + partner(x) · sin."""
+    quarter, eighth = x.shape[-1] // 4, x.shape[-1] // 8
+    # Not `split`: its Python wrapper costs more than the rest of this function for one token.
+    t1, t2, h1, h2, w1, w2 = x.split_with_sizes(
+        [quarter, quarter, eighth, eighth, eighth, eighth], dim=-1
+    )
+    partner = torch.cat([t2, t1, h2, h1, w2, w1], dim=-1)
+    return torch.addcmul(x * rotation.cos, partner, rotation.sin)
+
+
+def rotate_patches(
+    x: Float[Tensor, "n channels"],
+    rows: Int[Tensor, " n"],
+    columns: Int[Tensor, " n"],
+    theta: float,
+) -> Float[Tensor, "n channels"]:
+    """Rotate patch features: first half of the channels by column, second half by row.
+
+    Coordinates are in patch units from the top left of the patch's own image;
+    returned in the dtype of `x`.
+    """
+    freqs = frequencies(x.shape[-1] // 2, theta, x.device)
+    angle = torch.cat([columns[:, None].float() * freqs, rows[:, None].float() * freqs], dim=-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+# --- MLPs ---
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) · up x), without biases."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, width, bias=False)
+        self.up_proj = nn.Linear(size, width, bias=False)
+        self.down_proj = nn.Linear(width, size, bias=False)
+
+    def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseMlp(nn.Module):
+    """Weighted sum of the top-k experts of each token.
+
+    Weights are the softmax over all experts (float32), cut to the top k and,
+    with `normalise_top_k`, rescaled to sum to one.
+    """
+
+    def __init__(self, size: int, config: MlpConfig) -> None:
+        super().__init__()
+        self.top_k = config.experts_per_token
+        self.normalise_top_k = config.normalise_top_k
+        self.router = nn.Linear(size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            SwiGLU(size, config.expert_width) for _ in range(config.num_experts)
+        )
+        self._stacked: dict[str, Tensor] = {}
+
+    def route(self, x: Float[Tensor, "n size"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        """Weights (float32) and numbers of each token's experts, best first."""
+        probabilities = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.normalise_top_k:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights, experts
+
+    def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
+        weights, experts = self.route(x)
+        # Sorting the (token, expert) pairs by expert makes every expert's tokens one slice.
+        order = experts.flatten().argsort(stable=True)
+        tokens = order // self.top_k
+        counts = experts.flatten().bincount(minlength=len(self.experts))
+        rows = x.index_select(0, tokens)
+        run = self._run_stacked if self._is_stacked() else self._run_each
+        weighted = run(rows, counts) * weights.flatten()[order, None].to(x.dtype)
+        return torch.zeros_like(x).index_add(0, tokens, weighted)
+
+    @torch.no_grad()
+    def stack(self) -> None:
+        """Move the experts' weights into one tensor per projection, which they become views of.
+
+        Then all experts run in one grouped product each, and the processor need not wait for the
+        device to learn how many tokens each expert has. For frozen weights on an accelerator.
+        """
+        if _grouped_mm is None:
+            return
+        for name in PROJECTIONS:
+            linears = [expert.get_submodule(name) for expert in self.experts]
+            stacked = torch.stack([linear.get_parameter("weight") for linear in linears])
+            for linear, weight in zip(linears, stacked, strict=True):
+                linear.get_parameter("weight").data = weight
+            self._stacked[name] = stacked
+
+    def _is_stacked(self) -> bool:
+        """Whether the first and last experts' weights still are views, and plain linear layers."""
+        if not self._stacked:
+            return False
+        for name, stacked in self._stacked.items():
+            for number in (0, len(self.experts) - 1):
+                linear = self.experts[number].get_submodule(name)
+                weight = linear.get_parameter("weight")
+                same = weight.data_ptr() == stacked[number].data_ptr()
+                if type(linear) is not nn.Linear or weight.requires_grad or not same:
+                    return False
+        return True
+
+    def _run_stacked(self, rows: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        gate, up, down = (self._stacked[name].transpose(1, 2) for name in PROJECTIONS)
+        assert _grouped_mm is not None
+        inner = silu(_grouped_mm(rows, gate, offs=ends)) * _grouped_mm(rows, up, offs=ends)
+        return _grouped_mm(inner, down, offs=ends)
+
+    def _run_each(self, rows: Tensor, counts: Tensor) -> Tensor:
+        slices = rows.split(counts.tolist())
+        pairs = zip(self.experts, slices, strict=True)
+        return torch.cat([expert(own) for expert, own in pairs if own.shape[0] > 0])
+
+
+# --- halves of a stream, and the layer ---
 
 
 class Projected(NamedTuple):

@@ -14,7 +14,7 @@ from neounify.checkpoint.lora import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
 from neounify.files import read_text
-from neounify.model.compile import compile_streams
+from neounify.model.build import compile_streams
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
 from neounify.tasks.processor import Processor
 from neounify.text.template import default_system_message

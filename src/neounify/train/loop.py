@@ -20,7 +20,7 @@ from neounify.data.sources import FileSource
 from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
-from neounify.model.compile import compile_streams
+from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
 from neounify.train.ema import Ema, load_ema
 from neounify.train.log import DivergenceWatch, Log, settings_against_divergence

@@ -23,11 +23,9 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.packing import Pack
-from neounify.model.embed import PatchEmbed
-from neounify.model.heads import PixelHead
 from neounify.model.layout import Block, Layout
-from neounify.model.moe import SparseMlp
-from neounify.model.neo import NeoUnify
+from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
+from neounify.model.stream import SparseMlp
 
 if TYPE_CHECKING:
     from neounify.train.progress import Progress

@@ -1,0 +1,372 @@
+"""Attention backends: plans that serve many sequences in one product, and the choice by name.
+
+decoding      `ContiguousAttention`, `PagedAttention`: one new token of every sequence
+denoising     `PrefixAttention`: noisy images behind cached prefixes
+training      `PaddedAttention`: many short documents without caches
+anything      `BlockAttention`, the reference (`neounify.attention.blocks`)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches
+from neounify.cache import PagedSequence, SequenceCache
+from neounify.cache.key_values import CacheBatch
+from neounify.errors import ConfigError
+from neounify.model.layout import Block, Layout
+from neounify.model.neo import NeoUnify
+from neounify.model.parts import GEN, STREAMS, UND, StreamName
+from neounify.model.stream import Projected
+
+MAX_PADDING = 3.0
+"""Padded tokens per token, at most: of caches that are moved into one memory, and of documents."""
+MAX_DOCUMENT = 512
+"""Longer documents have blocks long enough to be worth a call each."""
+MAX_PREFIX = 512
+"""An image that sees at most so many tokens, its own included, is read side by side with others;
+measured in docs/log.md."""
+
+
+class ContiguousAttention:
+    """One new token of every sequence, attending to all before it.
+
+    The caches of several sequences are moved into one memory (`CacheBatch`), which they share from
+    then on, so that only the first step and growth copy them.
+    """
+
+    def __init__(self, caches: Sequence[SequenceCache]) -> None:
+        lengths = [cache.length + 1 for cache in caches]
+        longest = max(lengths)
+        device = caches[0].keys.device
+        self._rows = self._mask = None
+        if len(caches) == 1:
+            caches[0].reserve(1)
+            keys, values = (x.unsqueeze(1) for x in (caches[0].keys, caches[0].values))
+            rows = [0]
+        else:
+            batch = CacheBatch.of(caches, 1)
+            keys, values = batch.keys, batch.values
+            rows = [cache.row for cache in caches]
+            if rows != list(range(keys.shape[1])):
+                self._rows = torch.tensor(rows, device=device)
+            ends = torch.tensor(lengths, device=device).view(-1, 1, 1, 1)
+            self._mask = torch.arange(longest, device=device) < ends
+        self._keys = keys[:, :, :, :longest].unbind(0)
+        self._values = values[:, :, :, :longest].unbind(0)
+        heads = torch.arange(keys.shape[2], device=device)
+        self._new = (
+            torch.tensor(rows, device=device).unsqueeze(1),
+            heads.unsqueeze(0),
+            torch.tensor([n - 1 for n in lengths], device=device).unsqueeze(1),
+        )
+
+    @classmethod
+    def plan(
+        cls, layout: Layout, caches: Caches, device: torch.device
+    ) -> ContiguousAttention | None:
+        own = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
+        if not own or len(own) < len(layout.documents) or not layout.is_decode:
+            return None
+        lengths = [cache.length + 1 for cache in own]
+        if len(own) * max(lengths) > MAX_PADDING * sum(lengths):
+            return None
+        return cls(own)
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        x = streams[UND]
+        k, v = self._keys[layer], self._values[layer]
+        k.index_put_(self._new, x.k)
+        v.index_put_(self._new, x.v)
+        if self._rows is not None:
+            k, v = k.index_select(0, self._rows), v.index_select(0, self._rows)
+        return {UND: attend_tokens(x.q, k, v, self._mask)}
+
+
+class PagedAttention:
+    """One new token of every sequence, written to its slot and attending to all before it."""
+
+    def __init__(self, sequences: Sequence[PagedSequence], device: torch.device) -> None:
+        pool = sequences[0].pool
+        self._keys, self._values = pool.keys.unbind(0), pool.values.unbind(0)
+        size = pool.block_size
+        lengths = np.array([sequence.length + 1 for sequence in sequences])
+        longest = int(lengths.max())
+        blocks = pool.blocks_for(longest)
+        tables = np.zeros((len(sequences), blocks), dtype=np.int64)
+        for table, sequence in zip(tables, sequences, strict=True):
+            used = sequence.block_table[:blocks]
+            table[: len(used)] = used
+        slots = (tables[:, :, None] * size + np.arange(size)).reshape(len(sequences), -1)
+        slots, real = slots[:, :longest], np.arange(longest) < lengths[:, None]
+        new = slots[np.arange(len(sequences)), lengths - 1]
+        # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
+        padded = np.where(real, slots, pool.zero_slot)
+        self._shape = padded.shape
+        self._slots = torch.from_numpy(padded.reshape(-1)).to(device)
+        self._new = torch.from_numpy(new).to(device)
+        self._mask = torch.from_numpy(real).to(device)[:, None, None]
+
+    @classmethod
+    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PagedAttention | None:
+        sequences = [cache for cache in caches or () if isinstance(cache, PagedSequence)]
+        if len(sequences) < 2 or len(sequences) < len(layout.documents):
+            return None
+        if not layout.is_decode or len({id(sequence.pool) for sequence in sequences}) > 1:
+            return None
+        for sequence in sequences:
+            sequence.reserve(1)
+        return cls(sequences, device)
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        x = streams[UND]
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(0, self._new, x.k)
+        values.index_copy_(0, self._new, x.v)
+        k, v = (
+            memory.index_select(0, self._slots).unflatten(0, self._shape).transpose(1, 2)
+            for memory in (keys, values)
+        )
+        return {UND: attend_tokens(x.q, k, v, self._mask)}
+
+
+class PrefixAttention:
+    """A copy of B prefixes, with room for an image of up to `longest` tokens before each.
+
+    The prefixes are copied once and serve all denoising steps, which write their own keys
+    and values over those of the step before.
+    """
+
+    def __init__(self, caches: Sequence[SequenceCache], lengths: Sequence[int]) -> None:
+        """`lengths` are the tokens of the images."""
+        layers, heads, _, d = caches[0].keys.shape
+        device = caches[0].keys.device
+        longest = max(lengths)
+        width = longest + max(cache.length for cache in caches)
+        keys = caches[0].keys.new_zeros(layers, len(caches) * width, heads, d)
+        values = torch.zeros_like(keys)
+        mask = np.zeros((len(caches), width), dtype=bool)
+        for number, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+            first = number * width + longest
+            rows = slice(first, first + cache.length)
+            keys[:, rows] = cache.keys[:, :, : cache.length].transpose(1, 2)
+            values[:, rows] = cache.values[:, :, : cache.length].transpose(1, 2)
+            mask[number, :length] = mask[number, longest : longest + cache.length] = True
+        self._keys, self._values = keys.unbind(0), values.unbind(0)
+        self._shape, self._longest = (len(caches), width), longest
+        self._mask = torch.from_numpy(mask).to(device)[:, None, None]
+        self._queries = torch.from_numpy(_slots(lengths, longest)).to(device)
+        self._images = torch.from_numpy(_slots(lengths, width)).to(device)
+
+    @classmethod
+    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PrefixAttention | None:
+        prefixes = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
+        images = layout[GEN]
+        if not prefixes or len(prefixes) < len(layout.documents) or layout[UND].length:
+            return None
+        if [block.document for block in images.blocks] != list(range(len(prefixes))):
+            return None
+        if max(block.length + block.visible for block in images.blocks) > MAX_PREFIX:
+            return None
+        return cls(prefixes, [block.length for block in images.blocks])
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        x, (images, _) = streams[GEN], self._shape
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(0, self._images, x.k)
+        values.index_copy_(0, self._images, x.v)
+        k, v = (memory.unflatten(0, self._shape).transpose(1, 2) for memory in (keys, values))
+        padded = x.q.new_zeros(images * self._longest, *x.q.shape[1:])
+        q = padded.index_copy_(0, self._queries, x.q).unflatten(0, (images, -1)).transpose(1, 2)
+        out = masked_attention(q, k, v, self._mask)
+        return {GEN: out.transpose(1, 2).flatten(0, 1).index_select(0, self._queries)}
+
+
+def _slots(lengths: Sequence[int], width: int) -> Int64[np.ndarray, " n"]:
+    """Where each token of some images stands, `width` places apart."""
+    return np.concatenate([np.arange(n) + number * width for number, n in enumerate(lengths)])
+
+
+class PaddedAttention:
+    """One masked product for all documents.
+
+    Training packs hundreds of short documents into a call. Attention block by block would spend its
+    time on the calls; padded to the longest, one masked product serves them all.
+
+    The tokens of each document lie behind one another, stream by stream, in one of `documents`
+    rows of `longest` places. `slots` is the place of each token of a stream, `mask` [documents,
+    longest, longest] who sees whom. Empty places see themselves only, so that every softmax has
+    something to add up.
+    """
+
+    def __init__(self, layout: Layout, longest: int, device: torch.device) -> None:
+        mask = np.tile(np.eye(longest, dtype=bool), (len(layout.documents), 1, 1))
+        firsts = np.arange(len(layout.documents)) * longest
+        self._slots: dict[StreamName, Tensor] = {}
+        with torch.inference_mode(False):
+            for name in STREAMS:
+                rows = layout[name]
+                slots = np.concatenate(
+                    [
+                        firsts[number] + np.arange(stop - start)
+                        for number, (start, stop) in enumerate(rows.ranges)
+                    ]
+                )
+                firsts = firsts + np.array([stop - start for start, stop in rows.ranges])
+                for block in rows.blocks:
+                    _mark(mask, block, slots[block.start] % longest, STREAMS[name].context)
+                self._slots[name] = torch.from_numpy(slots).to(device)
+            self._mask = torch.from_numpy(mask).to(device).unsqueeze(1)
+
+    @classmethod
+    def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PaddedAttention | None:
+        if caches is not None:
+            return None
+        ranges = zip(*(layout[name].ranges for name in STREAMS), strict=True)
+        lengths = [sum(stop - start for start, stop in document) for document in ranges]
+        longest, total = max(lengths, default=0), sum(lengths)
+        few = len(lengths) < 2 or longest > MAX_DOCUMENT
+        if few or len(lengths) * longest > MAX_PADDING * total:
+            return None
+        return cls(layout, longest, device)
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        slots = [self._slots[name] for name in streams]
+        index = slots[0] if len(slots) == 1 else torch.cat(slots)
+        documents, longest = self._mask.shape[0], self._mask.shape[-1]
+
+        def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+            x = rows[0] if len(rows) == 1 else torch.cat(list(rows))
+            padded = x.new_zeros(documents * longest, *x.shape[1:]).index_copy(0, index, x)
+            return padded.unflatten(0, (documents, longest)).transpose(1, 2)
+
+        q, k, v = (side_by_side(parts) for parts in zip(*streams.values(), strict=True))
+        out = masked_attention(q, k, v, self._mask)
+        rows = out.transpose(1, 2).flatten(0, 1)[index].split([s.shape[0] for s in slots])
+        attended = dict(zip(streams, rows, strict=True))
+        if UND in streams and not any(x.requires_grad for x in streams[UND]):
+            # Nothing that the context sees is trained; it only shared a product with the others.
+            attended[UND] = attended[UND].detach()
+        return attended
+
+
+def _mark(mask: np.ndarray, block: Block, first: int, context: bool) -> None:
+    """Let the queries of a block, the first of them at place `first`, see their keys."""
+    own = mask[block.document, first : first + block.length]
+    if block.causal:
+        before = block.visible - block.length
+        own[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
+    else:
+        own[:, : block.visible] = True
+    if not context:
+        own[:, first : first + block.length] = True
+
+
+def masked_attention(
+    q: Float[Tensor, "b heads n d"],
+    k: Float[Tensor, "b kv m d"],
+    v: Float[Tensor, "b kv m d"],
+    mask: Bool[Tensor, "b 1 _n m"],
+) -> Float[Tensor, "b heads n d"]:
+    """Attention of padded documents under a mask.
+
+    In half precision on a CPU the scores are rounded to that precision before the softmax, which
+    itself is float32: at a score of 11 bfloat16 rounds by up to 1/32, 3 % of a weight. Outputs
+    are then off by up to three times what the library's kernels are; float32 scores took 1.5 to
+    4 times as long (docs/log.md). A test bounds it.
+    """
+    half = q.dtype.itemsize == 2 or torch.is_autocast_enabled("cpu")
+    if q.device.type != "cpu" or not half:
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    # In half precision on a CPU the library's masked kernel is slower (docs/log.md).
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v
+
+
+def attend_tokens(
+    q: Float[Tensor, "b heads d"],
+    k: Float[Tensor, "b kv n d"],
+    v: Float[Tensor, "b kv n d"],
+    mask: Bool[Tensor, "b 1 1 n"] | None,
+) -> Float[Tensor, "b heads d"]:
+    """Attention of one query token per sequence.
+
+    The query heads that share a key head go as rows of one head, so that keys are not repeated.
+    """
+    heads = q.unflatten(1, (k.shape[1], -1))
+    return scaled_dot_product_attention(heads, k, v, attn_mask=mask).flatten(1, 2)
+
+
+BACKENDS: Mapping[str, tuple[type[AttentionPlan], ...]] = {
+    "sdpa": (
+        ContiguousAttention,
+        PagedAttention,
+        PrefixAttention,
+        PaddedAttention,
+        BlockAttention,
+    ),
+    "blocks": (BlockAttention,),
+}
+"""Kinds of plans by the name of a backend, in order of preference; the last one serves any call."""
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """Plans the attention of each call of the model on one device."""
+
+    name: str
+    device: torch.device
+    kinds: tuple[type[AttentionPlan], ...]
+
+    def plan(self, layout: Layout, caches: Caches = None) -> AttentionPlan:
+        """The plan of one call, by the first kind that serves it; makes room in the caches.
+
+        Raises ValueError for documents that continue a prefix without their caches.
+        """
+        if caches is None and any(document.past for document in layout.documents):
+            raise ValueError("documents that continue a cached prefix need their caches")
+        for kind in self.kinds:
+            plan = kind.plan(layout, caches, self.device)
+            if plan is not None:
+                return plan
+        raise ValueError(f"attention backend {self.name!r} cannot serve this layout")
+
+
+@functools.cache
+def select(
+    device: torch.device, dtype: torch.dtype, head_dim: int, name: str = "auto"
+) -> AttentionBackend:
+    """The backend of this name, or with "auto" the best one for device, dtype and head width.
+
+    All there are now serve every device, dtype and width. Raises ConfigError for an unknown name.
+    """
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(["auto", *BACKENDS])
+        raise ConfigError(f"attention backend {name!r} is unknown; known are {known}")
+    chosen = "sdpa" if name == "auto" else name
+    return AttentionBackend(chosen, device, BACKENDS[chosen])
+
+
+def select_for(model: NeoUnify, name: str = "auto") -> AttentionBackend:
+    """The backend of a model, see `select`."""
+    return select(model.device, model.compute_dtype, model.config.head_dim, name)
