@@ -10,9 +10,17 @@ import pytest
 from PIL import Image
 
 from neounify.errors import ServiceError
-from neounify.serve.safety.hooks import Hooks, Refused, SafetyHook
-from neounify.serve.safety.loading import HookError, load_hook, make_hooks
-from neounify.serve.safety.wordlist import MAX_LIST_BYTES, WordList, WordListError
+from neounify.serve.safety.hooks import (
+    MAX_LIST_BYTES,
+    HookError,
+    Hooks,
+    Refused,
+    SafetyHook,
+    WordList,
+    WordListError,
+    load_hook,
+    make_hooks,
+)
 
 PICTURE = Image.new("RGB", (2, 2))
 LISTED = ("forbidden", "very bad", "Café", "坏东西", "x坏y", "ＷＩＤＥ")

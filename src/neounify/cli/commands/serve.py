@@ -126,7 +126,7 @@ def _given(value: float | None, default: float) -> float:
 def _make_hooks(safety: SafetyOptions) -> HttpHooks:
     from neounify.provenance.watermark import Marker
     from neounify.serve.http.media import MarkingHooks
-    from neounify.serve.safety.loading import make_hooks
+    from neounify.serve.safety.hooks import make_hooks
 
     return MarkingHooks(
         make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None

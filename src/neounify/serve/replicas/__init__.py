@@ -1,6 +1,101 @@
-"""Replicas of the server behind one address, on one or many machines, by Ray Serve."""
+"""Replicas of the server behind one address, on one or many machines, by Ray Serve.
 
-from neounify.serve.replicas.running import run
-from neounify.serve.replicas.settings import ReplicaError, ReplicaSettings
+`deployment` imports Ray, which this module does only after it has set up its environment.
+"""
 
-__all__ = ["ReplicaError", "ReplicaSettings", "run"]
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from neounify.errors import ConfigError, NeounifyError
+from neounify.serve.address import bound
+from neounify.serve.http.media import HttpHooks
+from neounify.serve.run import RunSettings
+
+
+class ReplicaError(NeounifyError, RuntimeError):
+    """The replicas could not be started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """`count` replicas, with `cpus` cores and `gpus` GPUs reserved for each.
+
+    `address` is that of a running Ray cluster, "auto" for the one of this machine; without one,
+    Ray is started on this machine and stopped with the server. Raises ConfigError for less than one
+    replica, and for negative numbers of cores or GPUs.
+    """
+
+    count: int = 2
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"count must be at least 1, got {self.count}")
+        if self.cpus < 0 or self.gpus < 0:
+            raise ConfigError(
+                f"cpus and gpus must be at least 0, got {self.cpus:g} and {self.gpus:g}"
+            )
+
+
+def run(
+    settings: RunSettings,
+    replicas: ReplicaSettings,
+    make_hooks: Callable[[], HttpHooks] | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then refuse new requests and finish those in flight.
+
+    `make_hooks` is called once in each replica. Raises ImportError without Ray, and ReplicaError
+    when the replicas do not start, AddressError when the address is taken.
+    """
+    if replicas.address is None:
+        with bound(settings.host, settings.port):
+            pass  # Ray reports a taken address late, and in many lines
+        os.environ.update(_private_ray())
+    # Ray reads the environment when it is imported.
+    from neounify.serve.replicas.deployment import connected, deployed
+
+    with (
+        connected(replicas, settings.log_level),
+        deployed(settings, replicas, make_hooks),
+        _stopped_by_signals() as stopped,
+    ):
+        started()
+        stopped.wait()
+
+
+def _private_ray() -> dict[str, str]:
+    """Environment variables of a Ray on loopback without usage reports.
+
+    One port of each replica listens on all interfaces nevertheless. It requires the token, which is
+    random each time and written to no file.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's name for the option that it stays on loopback, on Linux too.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process as usual."""
+    stopped = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stopped.set()) for number in numbers]
+    try:
+        yield stopped
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,5 +1,1 @@
-"""Safety hooks, which may refuse prompts and images.
-
-`hooks` is the protocol, `loading` makes hooks from the options of a command line, `wordlist` is the
-hook that comes with the package.
-"""
+"""Safety hooks of a server: protocol, word list, and loading by name (`hooks`)."""
