@@ -18,7 +18,8 @@ from benchmarks.models import new_cache, random_ids
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig
 from neounify.config.presets import BENCH, TINY
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Image, NeoUnify, Text
 from neounify.text import byte_tokenizer
 

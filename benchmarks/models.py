@@ -6,7 +6,8 @@ import torch
 
 from neounify.cache import SequenceCache
 from neounify.config.presets import BENCH
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import NeoUnify, Text
 from neounify.model.build import compile_streams
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import neounify
 from neounify.cache import SequenceCache
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Text
 from neounify.pipeline import Pipeline
 from support.golden import checkpoint, golden_path, load_fixture

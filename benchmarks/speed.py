@@ -13,15 +13,12 @@ from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids, random_model, read_text
 from benchmarks.timing import Machine, measure_machine, median_seconds
 from neounify.config import TextSampling
-from neounify.decode import ModelInput, forward_und
-from neounify.engine.denoise import DenoiseJob
-from neounify.engine.denoiser import Denoiser
-from neounify.engine.messages import Decode, Prefill, TextInput, new_number
-from neounify.engine.room import ContiguousRoom
-from neounify.engine.tensors import LocalTransport
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.denoiser import DenoiseJob, Denoiser
+from neounify.engine.messages import Decode, LocalTransport, Prefill, TextInput, new_number
+from neounify.engine.sequences import ContiguousRoom, ModelInput
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
 from neounify.flow.guidance import Guidance
-from neounify.flow.solvers import Euler
+from neounify.flow.sampling import Euler
 from neounify.model import Image, NeoUnify, Text
 from neounify.model.layout import Grid
 

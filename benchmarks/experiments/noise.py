@@ -17,7 +17,7 @@ from benchmarks.experiments.options import add_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from neounify.config import FlowConfig
 from neounify.errors import ConfigError
-from neounify.flow.noise import noise_scale
+from neounify.flow.path import noise_scale
 from neounify.model.build import meta_model
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench import (

@@ -12,7 +12,8 @@ from neounify.attention.backends import ContiguousAttention
 from neounify.attention.blocks import BlockAttention
 from neounify.cache import SequenceCache
 from neounify.cache.key_values import CacheBatch
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Layout, NeoUnify, Text
 from support.attention import CPU, plan
 from support.models import random_config, random_model

@@ -11,7 +11,8 @@ from torch import Tensor
 from neounify.attention import AttentionPlan, backends
 from neounify.attention.backends import PrefixAttention
 from neounify.cache import SequenceCache
-from neounify.decode.forward import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Layout, NeoUnify, Noise, Text
 from neounify.model.parts import GEN
 from support.attention import plan

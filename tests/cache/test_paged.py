@@ -12,7 +12,8 @@ from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
 from neounify.cache.block_allocator import OutOfBlocks
 from neounify.cache.key_values import TokenKey, image_keys, text_keys
 from neounify.config import ModelConfig
-from neounify.decode.forward import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Image, NeoUnify, Text
 from support.models import random_config
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neounify.config import TextSampling
-from neounify.decode import SamplingState, sample, sampler
-from neounify.decode.sampler import draw, probabilities
+from neounify.decode import sampler
+from neounify.decode.sampler import SamplingState, draw, probabilities, sample
 from neounify.errors import CheckpointError, RequestError
 
 VOCAB = 12

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.config.presets import TINY
-from neounify.engine.denoise import DenoiseJob, make_job
+from neounify.engine.denoiser import DenoiseJob, make_job
 from neounify.flow.guidance import Branch, Guidance
-from neounify.flow.path import velocity
-from neounify.flow.sampling import ResolvedSampling
-from neounify.flow.schedule import timesteps
-from neounify.flow.solvers import make_solver
+from neounify.flow.path import timesteps, velocity
+from neounify.flow.sampling import ResolvedSampling, make_solver
 from neounify.model import NeoUnify
 from neounify.model.layout import Grid
 

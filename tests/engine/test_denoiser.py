@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import neounify
 from neounify.attention import BACKENDS, backends
-from neounify.engine.denoise import DenoiseJob, make_job
-from neounify.engine.denoiser import Denoiser
+from neounify.engine.denoiser import DenoiseJob, Denoiser, groups, make_job
 from neounify.errors import ConfigError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
@@ -155,3 +157,12 @@ def test_any_attention_backend_denoises_alike(pipe: neounify.Pipeline, name: str
 def test_an_unknown_attention_backend_is_refused(pipe: neounify.Pipeline) -> None:
     with pytest.raises(ConfigError, match="'flush' is unknown"):
         Denoiser(pipe.model, ExecutionPlan(attention="flush"))
+
+
+@given(st.lists(st.integers(0, 20)), st.integers(1, 30))
+def test_groups(sizes: list[int], limit: int) -> None:
+    cut = list(groups(sizes, lambda size: size, limit))
+    assert [size for group in cut for size in group] == sizes
+    assert all(group for group in cut)
+    assert all(sum(group) <= limit or len(group) == 1 for group in cut)
+    assert all(sum(a) + b[0] > limit for a, b in pairwise(cut))

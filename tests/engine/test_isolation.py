@@ -21,14 +21,15 @@ from neounify.engine.messages import (
     GenerateImages,
     ImageInput,
     ImageReady,
+    LocalTransport,
     Prefill,
     Prefilled,
     Prefix,
     Release,
+    TensorRef,
     TextInput,
     refs_of,
 )
-from neounify.engine.tensors import LocalTransport, TensorRef
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import OutOfMemory
 from neounify.flow.sampling import ImageSampling

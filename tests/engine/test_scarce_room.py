@@ -26,6 +26,8 @@ from neounify.engine.messages import (
     Exported,
     Failed,
     ImageInput,
+    LocalTensors,
+    LocalTransport,
     Prefill,
     Prefilled,
     PromptInput,
@@ -34,9 +36,7 @@ from neounify.engine.messages import (
     TextInput,
     Token,
 )
-from neounify.engine.room import MAX_PASSED, PagedRoom
-from neounify.engine.sequences import ServedSequence
-from neounify.engine.tensors import LocalTensors, LocalTransport
+from neounify.engine.sequences import MAX_PASSED, PagedRoom, ServedSequence
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model.layout import Grid
 from support.prefilling import pool_of

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neounify.engine.scheduling import Waiting, preview_steps, select_images
+from neounify.engine.generation import Waiting, preview_steps, select_images
 
 
 def test_what_finishes_soonest_goes_first() -> None:

@@ -17,6 +17,8 @@ from neounify.engine.messages import (
     Decode,
     GenerateImages,
     ImageReady,
+    LocalTensors,
+    LocalTransport,
     Prefill,
     Prefix,
     Reply,
@@ -24,7 +26,6 @@ from neounify.engine.messages import (
     TextInput,
     Token,
 )
-from neounify.engine.tensors import LocalTensors, LocalTransport
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid

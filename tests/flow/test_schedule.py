@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from neounify.config import FlowConfig
 from neounify.flow.guidance import Guidance
-from neounify.flow.noise import initial_noise, noise_scale
-from neounify.flow.schedule import shift_time, timesteps
+from neounify.flow.path import initial_noise, noise_scale, shift_time, timesteps
 
 STEPS = st.integers(1, 200)
 SHIFTS = st.floats(0.2, 12)

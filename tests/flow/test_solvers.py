@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from neounify.errors import RequestError
-from neounify.flow.schedule import shift_time
-from neounify.flow.solvers import SOLVERS, make_solver
+from neounify.flow.path import shift_time
+from neounify.flow.sampling import SOLVERS, make_solver
 
 
 def _times(steps: int, shift: float) -> list[float]:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from neounify.checkpoint import load_model
-from neounify.flow.noise import initial_noise, noise_scale
-from neounify.flow.schedule import timesteps
+from neounify.flow.path import initial_noise, noise_scale, timesteps
 from neounify.model.neo import sinusoids
 from support.golden import load_fixture, needs_golden
 from support.models import assert_close, one_thread

@@ -15,7 +15,8 @@ from torch.nn.functional import gelu, linear
 
 from neounify.cache import SequenceCache
 from neounify.checkpoint import load_model
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.flow.path import velocity
 from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text

@@ -13,7 +13,8 @@ from torch import Tensor
 from neounify.attention import BACKENDS, blocks
 from neounify.cache import SequenceCache
 from neounify.config import MlpConfig, ModelConfig
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Layout, NeoUnify, Noise
 from neounify.model.parts import GEN
 from support import reference

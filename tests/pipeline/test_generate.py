@@ -9,7 +9,7 @@ import torch
 
 import neounify
 from neounify.errors import Cancelled, ImageError, PromptError, RequestError
-from neounify.flow.noise import initial_noise, noise_scale
+from neounify.flow.path import initial_noise, noise_scale
 from neounify.pipeline import ImageProgress
 from support.prefilling import watch_prefills
 

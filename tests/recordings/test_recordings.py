@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 import neounify
 from neounify.cache import SequenceCache
 from neounify.checkpoint import to_published
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model import Image, NeoUnify, Text
 from neounify.text.template import image_prompt, unconditional_prompt
 from recordings.make import (

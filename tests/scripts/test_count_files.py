@@ -46,8 +46,8 @@ def test_ways_in_this_process_enter_model_and_flow(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "path", [*sys.path])
     count = script("count_files")
     painting, training = count.prompt_to_png(), count.sample_to_gradient()
-    assert {"model/neo.py", "flow/schedule.py", "pipeline/pipeline.py"} <= painting
-    assert {"model/neo.py", "flow/schedule.py", "data/sources.py"} <= training
+    assert {"model/neo.py", "flow/path.py", "pipeline/pipeline.py"} <= painting
+    assert {"model/neo.py", "flow/path.py", "data/sources.py"} <= training
     assert not any(file.startswith(("serve/", "cli/")) for file in painting | training)
 
 

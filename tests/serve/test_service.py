@@ -18,7 +18,7 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
-from neounify.engine.tensors import LocalTransport
+from neounify.engine.messages import LocalTransport
 from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify

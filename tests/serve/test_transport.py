@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neounify.engine.tensors import LocalTransport, Transport
+from neounify.engine.messages import LocalTransport, Transport
 from neounify.errors import TensorsGone
 from neounify.serve.shared_memory import folder
 from neounify.serve.transport import SharedTensors, SharedTransport

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 import neounify
 from neounify.config import TextSampling
 from neounify.engine.generation import GenerationEngine, GenerationSettings
-from neounify.engine.messages import Command, Decode, Prefill, Reply, Report, TextInput
-from neounify.engine.tensors import LocalTransport
+from neounify.engine.messages import (
+    Command,
+    Decode,
+    LocalTransport,
+    Prefill,
+    Reply,
+    Report,
+    TextInput,
+)
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.serve.worker import Worker
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from neounify.config import TextSampling
-from neounify.decode import ModelInput
 from neounify.engine.messages import (
     Decode,
     Decoded,
     Failed,
     ImageInput,
+    LocalTensors,
+    LocalTransport,
     Prefill,
     PromptInput,
     SequenceName,
@@ -19,9 +20,7 @@ from neounify.engine.messages import (
     Token,
     new_number,
 )
-from neounify.engine.room import ContiguousRoom
-from neounify.engine.sequences import ServedSequence
-from neounify.engine.tensors import LocalTensors, LocalTransport
+from neounify.engine.sequences import ContiguousRoom, ModelInput, ServedSequence
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model import NeoUnify, Text
 

@@ -1,6 +1,5 @@
 """Looking inside the tasks while they run, to compare with the recorded steps."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 import neounify
-from neounify.engine.denoise import DenoiseJob
+from neounify.engine import understanding
+from neounify.engine.denoiser import DenoiseJob
 from neounify.flow.path import velocity
 from neounify.model import Document, Layout, Noise
 from support.golden import golden_path
@@ -84,8 +84,7 @@ class PromptPositions:
                 for start, stop in self["und"].ranges:
                     recorder.seen.append(self["und"].positions[start:stop].T)
 
-        # By its path: the package exports the function `forward` under the module's name.
-        monkeypatch.setattr(sys.modules["neounify.decode.forward"], "Layout", Recording)
+        monkeypatch.setattr(understanding, "Layout", Recording)
 
 
 def _positions(job: DenoiseJob, branch: Any) -> Tensor:

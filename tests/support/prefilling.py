@@ -10,13 +10,18 @@ from torch import Tensor
 
 import neounify
 from neounify.cache import PagedKVCache, SequenceCache
-from neounify.decode import ModelInput, forward_und
 from neounify.engine import understanding
-from neounify.engine.messages import ImageInput, Prefill, Reply, SequenceName, new_number
-from neounify.engine.room import ContiguousRoom, PagedRoom
-from neounify.engine.sequences import ServedSequence
-from neounify.engine.tensors import LocalTensors, LocalTransport
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.messages import (
+    ImageInput,
+    LocalTensors,
+    LocalTransport,
+    Prefill,
+    Reply,
+    SequenceName,
+    new_number,
+)
+from neounify.engine.sequences import ContiguousRoom, ModelInput, PagedRoom, ServedSequence
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
 from neounify.model import NeoUnify
 from neounify.model.layout import Grid
 from neounify.tasks.program import prompt_inputs

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from torch import Tensor
 
-from neounify.decode import Choice, SamplingState, loop
+from neounify.decode.sampler import Choice, SamplingState
+from neounify.engine import understanding
 
 
 def script_sampler(monkeypatch: pytest.MonkeyPatch, choose: Callable[[Tensor], int]) -> None:
@@ -16,4 +17,4 @@ def script_sampler(monkeypatch: pytest.MonkeyPatch, choose: Callable[[Tensor], i
     def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
         return [Choice(choose(row)) for row in logits]
 
-    monkeypatch.setattr(loop, "sample", sample)
+    monkeypatch.setattr(understanding, "sample", sample)

@@ -12,7 +12,7 @@ from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
 from neounify.data.packing import Pack, make_pack
-from neounify.flow.noise import noise_scale
+from neounify.flow.path import noise_scale
 from neounify.image.pixels import patchify
 from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from neounify.config.checks import require
 
 NoiseScaleMode = Literal["fixed", "resolution", "dynamic", "dynamic_sqrt"]
-"""How σ depends on the number of image tokens; the formulas are in `flow/noise.py`."""
+"""How σ depends on the number of image tokens; the formulas are in `flow/path.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,20 @@
-"""Batched token sampling from logits.
+"""Batched token sampling from logits, and the state of each sequence that is being decoded.
 
-Works on [B, vocab] on the device of the logits, with separate settings per row. Only one number per
-row is copied to the host, and log-probabilities where requested.
+`sample` works on [B, vocab] on the device of the logits, with separate settings per row. Only one
+number per row is copied to the host, and log-probabilities where requested.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neounify.decode.sampling import SamplingState
+from neounify.config import TextSampling
 from neounify.errors import NeounifyError, RequestError, not_finite
 
 MAX_RANKED = 1024
@@ -30,6 +30,57 @@ MIN_TEMPERATURE = 1e-6
 NOT_FINITE, NOTHING_ALLOWED = -1, -2
 
 Problem = Literal["not finite", "nothing allowed"]
+FinishReason = Literal["stop", "length"]
+
+
+# --- state ---
+
+
+class SamplingState:
+    """Random state of one sequence, and the tokens in its context.
+
+    `context` are the token ids it begins with. With a random state per sequence, the sampled tokens
+    do not depend on what else is in the batch.
+    """
+
+    def __init__(self, settings: TextSampling, context: Sequence[int] = ()) -> None:
+        self.settings = settings
+        self.constraint = None if settings.constraint is None else settings.constraint.start()
+        self._context = list(context) if settings.repetition_penalty != 1 else None
+        self._seen: Tensor | None = None
+        self._generator = torch.Generator()
+        if settings.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(settings.seed)
+
+    @property
+    def plain(self) -> bool:
+        """Whether sampling is the argmax of the unchanged logits."""
+        s = self.settings
+        return s.temperature == 0 and s.repetition_penalty == 1 and self.constraint is None
+
+    def accept(self, token: int) -> None:
+        """Record a chosen token that is part of the text."""
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        if self._context is None:
+            return
+        if self._seen is None:
+            self._context.append(token)
+        else:
+            self._seen[token] = True
+
+    def uniform(self) -> float:
+        """The next random number in [0, 1)."""
+        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+
+    def seen(self, vocab: int, device: torch.device) -> Bool[Tensor, " vocab"]:
+        """Mask of the tokens in the context."""
+        if self._seen is None:
+            self._seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+            self._seen[torch.tensor(self._context or [], dtype=torch.int64, device=device)] = True
+        return self._seen
 
 
 @dataclass(frozen=True)
@@ -56,6 +107,53 @@ class Choice:
         if self.problem == "nothing allowed":
             return RequestError("the answer's constraint allows no token here, not even an end")
         return not_finite()
+
+
+@dataclass(eq=False)
+class DecodeState:
+    """Decoded tokens of one sequence, its sampling state and why it ended.
+
+    `ids` are the tokens so far, `logprobs` their log-probabilities if requested. Stop tokens are
+    recorded in `stopped_by`; they enter neither `ids` nor the cache. `pending` is the last of
+    `ids` while it is not in the cache, as when a limit ended the sequence.
+    """
+
+    sampling: SamplingState
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[LogProbs] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    stopped_by: int | None = None
+    finish_reason: FinishReason | None = None
+
+    def take(self, choice: Choice) -> int | None:
+        """Record the next token; None if it ends the sequence. Raises a choice's `error`."""
+        if choice.problem is not None:
+            raise choice.error()
+        token = choice.token
+        if token in self.stop_ids:
+            self.stopped_by, self.finish_reason = token, "stop"
+            return None
+        self.ids.append(token)
+        self.sampling.accept(token)
+        if choice.logprobs is not None:
+            self.logprobs.append(choice.logprobs)
+        self.pending = [token]
+        if len(self.ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        return token
+
+    def stop(self) -> None:
+        """End the sequence, for instance at a stop string."""
+        self.finish_reason = "stop"
+
+    def resume(self) -> None:
+        """Continue after a stop token that the caller has handled."""
+        self.stopped_by = self.finish_reason = None
+
+
+# --- sampling ---
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
-"""Commands to the engines and their replies.
+"""Messages: commands to the engines, their replies, and references to tensors in both.
 
-Plain data: ids, numbers, names, and references to tensors (`engine.tensors`), so that it makes no
-difference whether caller and engine share a process. A command has the number of its call, and so
-have the replies to it; the last one is `final`.
+Plain data, so that it makes no difference whether caller and engine share a process. A command has
+the number of its call, and so have the replies to it; the last one is `final`.
+
+A reference has one receiver, which takes the tensors out once. It belongs to the caller of the
+engines from the moment the caller packs or receives it: references not taken when a call ends are
+freed there, no matter which side packed them.
 """
 
 from __future__ import annotations
@@ -11,15 +14,16 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from neounify import errors
+from neounify.cache import SequenceCache
 from neounify.config import TextSampling
 from neounify.decode.sampler import LogProbs
-from neounify.engine.tensors import TensorRef
-from neounify.errors import NeounifyError, OutOfMemory
+from neounify.errors import NeounifyError, OutOfMemory, TensorsGone
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
@@ -31,6 +35,71 @@ new_number: Callable[[], int] = itertools.count(1).__next__
 
 SequenceName = tuple[int, str]
 """Number of the request, and which of its sequences."""
+
+
+# --- tensors ---
+
+
+class TensorRef(Protocol):
+    """Tensors by name, for one receiver."""
+
+    def free(self) -> None:
+        """Free tensors that will not be taken; calling it again is no error."""
+
+
+@dataclass(frozen=True, eq=False)
+class LocalTensors:
+    """Tensors by name in this process; empty once taken."""
+
+    tensors: dict[str, Tensor]
+
+    def free(self) -> None:
+        self.tensors.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class LocalCache:
+    """KV cache of a sequence in this process, read in place without a copy."""
+
+    cache: SequenceCache
+
+    def free(self) -> None:
+        """Does nothing: the cache is freed with its last reference."""
+
+
+class Transport(Protocol):
+    """Packs tensors for one receiver, which takes them out.
+
+    `copies`: whether packing copies the tensors, in time proportional to their size.
+    """
+
+    copies: bool
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
+        """A reference to copies of the tensors, or to themselves. Raises OutOfMemory."""
+
+    def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
+        """The tensors of a reference, which is freed. Raises TensorsGone."""
+
+
+class LocalTransport:
+    """Transport within one process: references hold the tensors themselves."""
+
+    copies = False
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
+        return LocalTensors(dict(tensors))
+
+    def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
+        assert isinstance(ref, LocalTensors)
+        tensors = dict(ref.tensors)
+        ref.tensors.clear()
+        if not tensors:
+            raise TensorsGone("the tensors of the request were given up or taken before")
+        return tensors
+
+
+# --- parts of prompts ---
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Understanding engine: prefill and decoding of many sequences at once.
 
 Each step prefills a bounded piece of the waiting prompts, then decodes one token of every decoding
-sequence. Sequences lie in a paged cache with prefix sharing; the blocks of a preempted sequence
-(`room.py`) are prefilled again later. The engine handles token ids, never text.
+sequence. Sequences lie in a paged cache with prefix sharing; a preempted sequence
+is prefilled again later. The engine handles token ids, never text.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from neounify.attention import select_for
+from neounify.attention import AttentionBackend, select_for
 from neounify.cache import PagedKVCache
-from neounify.decode.forward import forward_und
-from neounify.decode.loop import DecodeState, choose_tokens
-from neounify.decode.sampler import Choice
-from neounify.decode.sampling import SamplingState
+from neounify.decode.sampler import Choice, DecodeState, SamplingState, sample
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -28,25 +26,28 @@ from neounify.engine.messages import (
     Export,
     Exported,
     ImageInput,
+    LocalTensors,
     Prefill,
     PromptInput,
     Release,
     Reply,
     SequenceName,
     Token,
+    Transport,
     failed,
 )
-from neounify.engine.room import PagedRoom, Room
 from neounify.engine.sequences import (
+    ModelInput,
+    PagedRoom,
     PendingExport,
     PendingPrefill,
     Piece,
+    Room,
     ServedSequence,
     check_context,
     positions_of,
     tokens_of,
 )
-from neounify.engine.tensors import LocalTensors, Transport
 from neounify.errors import (
     ContextFullError,
     EngineDied,
@@ -55,7 +56,9 @@ from neounify.errors import (
     RequestError,
     not_finite,
 )
+from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import UND
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 Prompts = Mapping[SequenceName, tuple[PromptInput, ...]]
@@ -89,6 +92,28 @@ def _paged_cache(model: NeoUnify, plan: ExecutionPlan) -> PagedKVCache:
         dtype=model.compute_dtype,
         device=model.device,
     )
+
+
+def forward_und(
+    model: NeoUnify, inputs: Sequence[ModelInput], backend: AttentionBackend | None = None
+) -> Float[Tensor, "b d"]:
+    """Append to every sequence's cache in one packed call; the last hidden state of each.
+
+    Only the understanding stream runs. Raises ValueError for an input without tokens.
+    """
+    layout = Layout(item.cache.document(*item.spans) for item in inputs)
+    if any(start == stop for start, stop in layout[UND].ranges):
+        raise ValueError("every sequence needs at least one new token")
+    attend = (backend or select_for(model)).plan(layout, [item.cache for item in inputs])
+    ids = torch.tensor(
+        [i for item in inputs for i in item.ids], dtype=torch.int64, device=model.device
+    )
+    images = [image.to(model.device) for item in inputs for image in item.images]
+    x = model.embed_und(layout, ids, images)
+    hidden = model.backbone(layout, {UND: x}, attend)[UND]
+    for item, document in zip(inputs, layout.documents, strict=True):
+        item.cache.advance(document)
+    return hidden if layout.is_decode else hidden[layout.last_rows()]
 
 
 class UnderstandingEngine:
@@ -317,7 +342,7 @@ class UnderstandingEngine:
         if not rows:
             return
         logits = self.model.logits(torch.stack([_state(s) for s in rows]))
-        choices = choose_tokens(logits, [_text(s) for s in rows])
+        choices = sample(logits, [_text(s).sampling for s in rows])
         continuing = [
             (sequence, token)
             for sequence, choice in zip(rows, choices, strict=True)

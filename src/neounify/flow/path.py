@@ -1,4 +1,4 @@
-"""The straight path from noise to data, and the conversions between its quantities.
+"""Path from noise to data: its times, its noise, and the conversions between its quantities.
 
     z_t = t · x + (1 - t) · σ · ε          ε ~ N(0, 1)
     v   = (x - z_t) / max(1 - t, t_eps)    the velocity that leads to x
@@ -7,12 +7,35 @@ All functions take t as a number or as a tensor that broadcasts against z. Train
 the checkpoint's t_eps; sampling with `sampling_t_eps`, unless the request names one.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from neounify.config import FlowConfig
 
 Time = float | Tensor
 MAX_SAMPLING_T_EPS = 0.02
 """t_eps of the published samplers."""
+
+
+# --- times ---
+
+
+def shift_time(t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
+    """Move times towards noise: with u = 1 - t, u ← S·u / (1 + (S - 1)·u); S = 1 is no shift."""
+    u = 1 - t
+    return 1 - shift * u / (1 + (shift - 1) * u)
+
+
+def timesteps(steps: int, shift: float) -> Float[Tensor, " steps+1"]:
+    """`steps` + 1 times from 0 (noise) to 1 (data), float32 on the CPU."""
+    times = shift_time(torch.linspace(0, 1, steps + 1), shift)
+    # Rounding can put the ends just outside, where guidance intervals would miss them.
+    times[0], times[-1] = 0, 1
+    return times
 
 
 def sampling_t_eps(last_t: float) -> float:
@@ -22,6 +45,33 @@ def sampling_t_eps(last_t: float) -> float:
     clean image and leave noise in it, as 80 steps without a shift do at 0.02.
     """
     return min(MAX_SAMPLING_T_EPS, 1 - last_t)
+
+
+# --- noise ---
+
+
+def noise_scale(num_tokens: int, flow: FlowConfig, *, cap: bool = True) -> float:
+    """σ for an image of `num_tokens` tokens.
+
+    `fixed`: s. `resolution` and `dynamic`: s · sqrt(n / n0). `dynamic_sqrt`: the square
+    root of that. Sampling caps it at `noise_scale_max`; training (cap=False) does not.
+    """
+    scale = flow.noise_scale
+    if flow.noise_scale_mode != "fixed":
+        scale *= math.sqrt(num_tokens / flow.noise_scale_base_tokens)
+    if flow.noise_scale_mode == "dynamic_sqrt":
+        scale = math.sqrt(scale)
+    return min(scale, flow.noise_scale_max) if cap else scale
+
+
+def initial_noise(
+    shape: Sequence[int], scale: float, generator: torch.Generator
+) -> Float[Tensor, "b c h w"]:
+    """One draw of [B, C, H, W] from a CPU generator, times σ; float32."""
+    return torch.randn(tuple(shape), generator=generator) * scale
+
+
+# --- path ---
 
 
 def noisy(clean: Tensor, noise: Tensor, t: Time, noise_scale: Time) -> Tensor:

@@ -1,20 +1,97 @@
-"""ImageSampling: the knobs of image sampling, as a request names them and as they are used."""
+"""Image sampling: its settings, as a request names them and as they are used, and the solvers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
 
 from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.config.knobs import doc
 from neounify.config.sampling import TextKnobs
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
-from neounify.flow.solvers import SolverName, check_solver
+
+if TYPE_CHECKING:  # Command lines read the settings and do not wait for torch.
+    from torch import Tensor
 
 MAX_STEPS = 1000
 MAX_SHIFT = 1000
 """Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
+
+
+# --- solvers ---
+#
+# Integrators of dz/dt = v(z, t). A solver sees the velocity only, never the model. Each is stepped
+# from outside (`step`), so that requests with different schedules can share the evaluations of v.
+
+SolverName = Literal["euler", "ab2"]
+
+
+class Solver(Protocol):
+    """One trajectory's integrator."""
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        """The point at `t_next`, from z and its velocity at `t`."""
+
+    def reset(self) -> None:
+        """Forget earlier velocities: the next one belongs to another field."""
+
+
+class Euler:
+    """First order: z + h·v. The contract of the published models."""
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        return z + (t_next - t) * v
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+
+class AdamsBashforth2:
+    """Second order from the velocity of the previous step, still one evaluation per step.
+
+    With steps h and, before it, h': z + h·((1 + r/2)·v - r/2·v'), r = h / h'
+    (Hairer, Nørsett, Wanner, Solving ODEs I, III.5). The first step, also after a `reset`, is
+    Euler's: across a jump of v the extrapolation would be of first order.
+    """
+
+    def __init__(self) -> None:
+        self._previous: tuple[Tensor, float] | None = None
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        h = t_next - t
+        slope = v
+        if self._previous is not None:
+            old, old_h = self._previous
+            r = h / old_h
+            slope = (1 + r / 2) * v - (r / 2) * old
+        self._previous = (v, h)
+        return z + h * slope
+
+    def reset(self) -> None:
+        self._previous = None
+
+
+SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {
+    "euler": Euler,
+    "ab2": AdamsBashforth2,
+}
+
+
+def check_solver(name: str) -> None:
+    """Raise RequestError for an unknown name."""
+    if name not in get_args(SolverName):
+        known = ", ".join(SOLVERS)
+        raise RequestError(f"solver {name!r} is unknown; known: {known}", param="solver")
+
+
+def make_solver(name: str) -> Solver:
+    """A fresh solver; RequestError for an unknown name."""
+    check_solver(name)
+    return SOLVERS[name]()  # type: ignore[index]
+
+
+# --- settings ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +242,7 @@ class ResolvedSampling:
 
     def times(self) -> list[float]:
         """`steps` + 1 times from 0 (noise) to 1 (data)."""
-        from neounify.flow.schedule import timesteps  # takes torch, which reading fields does not
+        from neounify.flow.path import timesteps  # imports torch, which reading the fields does not
 
         return timesteps(self.steps, self.shift).tolist()
 

@@ -15,14 +15,14 @@ from neounify.engine.messages import (
     Cancel,
     Failed,
     ImageInput,
+    LocalTransport,
     Prefill,
     Release,
     SequenceName,
     Token,
     is_for_generation,
 )
-from neounify.engine.room import ContiguousRoom
-from neounify.engine.tensors import LocalTransport
+from neounify.engine.sequences import ContiguousRoom
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify

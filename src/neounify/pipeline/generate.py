@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from neounify.decode.loop import FinishReason
-from neounify.decode.sampler import LogProbs
+from neounify.decode.sampler import FinishReason, LogProbs
 from neounify.engine.messages import Token
 from neounify.pipeline.driver import Driver, Event
 from neounify.pipeline.results import (

@@ -9,8 +9,7 @@ import PIL.Image
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.decode.loop import FinishReason
-from neounify.decode.sampler import LogProbs
+from neounify.decode.sampler import FinishReason, LogProbs
 from neounify.deprecation import moved
 from neounify.image.pixels import to_pil
 from neounify.text.tools import ToolCall

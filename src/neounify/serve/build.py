@@ -11,7 +11,7 @@ import torch
 
 from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
-from neounify.engine.tensors import LocalTransport
+from neounify.engine.messages import LocalTransport
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution

@@ -22,11 +22,12 @@ from neounify.engine.messages import (
     Prefill,
     Release,
     SequenceName,
+    TensorRef,
     Token,
+    Transport,
     is_for_generation,
     refs_of,
 )
-from neounify.engine.tensors import TensorRef, Transport
 from neounify.serve.client import Call, EngineClient
 from neounify.serve.events import DeadlineExceeded
 from neounify.serve.shared_memory import SharedSpace

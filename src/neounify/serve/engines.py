@@ -14,8 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Protocol
 
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Command, Reply, Report, failed
-from neounify.engine.tensors import LocalTransport
+from neounify.engine.messages import Command, LocalTransport, Reply, Report, failed
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
 from neounify.serve.process import (

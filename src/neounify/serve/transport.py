@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neounify.engine.tensors import TensorRef
+from neounify.engine.messages import TensorRef
 from neounify.errors import TensorsGone
 from neounify.serve.shared_memory import PREFIX, remove_piece, take_piece, write_piece
 

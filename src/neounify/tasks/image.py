@@ -10,6 +10,7 @@ import PIL.Image
 from torch import Tensor
 
 from neounify.config import TextSampling
+from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -20,12 +21,11 @@ from neounify.engine.messages import (
     Prefix,
     Release,
     SequenceName,
+    TensorRef,
     TextInput,
     Token,
     new_number,
 )
-from neounify.engine.scheduling import preview_steps
-from neounify.engine.tensors import TensorRef
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid

@@ -16,7 +16,7 @@ from neounify.config.sampling import check_seed
 from neounify.engine.messages import Append, Decode, Release, TextInput, Token, new_number
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
-from neounify.flow.noise import initial_noise
+from neounify.flow.path import initial_noise
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.layout import Grid

@@ -27,11 +27,11 @@ from neounify.engine.messages import (
     Release,
     SequenceName,
     StepPreview,
+    TensorRef,
     TextInput,
     Token,
     new_number,
 )
-from neounify.engine.tensors import TensorRef
 from neounify.model.layout import Grid
 from neounify.tasks.events import Finished, TaskEvent
 from neounify.text.template import ImageSegment, Prompt, TextSegment

@@ -16,7 +16,7 @@ from neounify.config import ModelConfig
 from neounify.config.sampling import check_seed
 from neounify.deprecation import moved
 from neounify.errors import ImageError, PromptError, RequestError
-from neounify.flow.noise import initial_noise, noise_scale
+from neounify.flow.path import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import RGB, patchify
 from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size

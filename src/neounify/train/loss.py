@@ -27,9 +27,7 @@ from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_
 from neounify.data.encode import Pixels
 from neounify.data.packing import Pack
 from neounify.data.sample import TASKS
-from neounify.flow.noise import noise_scale
-from neounify.flow.path import noisy, velocity
-from neounify.flow.schedule import shift_time
+from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
 from neounify.runtime.plan import plan_execution

@@ -12,7 +12,10 @@ import torch
 
 import neounify
 from neounify.cache import SequenceCache
-from neounify.decode import Choice, LogProbs, ModelInput, forward_und, loop
+from neounify.decode.sampler import Choice, LogProbs
+from neounify.engine import understanding
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
 from neounify.serve.events import ServiceEvent
@@ -254,7 +257,7 @@ def test_tokens_of_a_stop_string_have_none(
 ) -> None:
     ids = iter([*BYTES.encode("abcSTOPx"), BYTES.id(IM_END)])
     monkeypatch.setattr(
-        loop, "sample", lambda logits, states: [Choice(next(ids), LogProbs(-1.0, ()))]
+        understanding, "sample", lambda logits, states: [Choice(next(ids), LogProbs(-1.0, ()))]
     )
     answer = client.chat.completions.create(model=MODEL, messages=ASK, stop=["STOP"], logprobs=True)
     assert answer.choices[0].message.content == "abc"

@@ -27,8 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from neounify.config.knobs import knob_doc
 from neounify.flow.guidance import Norm
-from neounify.flow.sampling import ImageSampling
-from neounify.flow.solvers import SolverName
+from neounify.flow.sampling import ImageSampling, SolverName
 from neounify.provenance.metadata import Format
 from neounify.serve.http.errors import ApiError, bad_request
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from neounify.cache import SequenceCache
-from neounify.decode import ModelInput, forward_und
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
 from support.models import random_config, random_model
 
 
