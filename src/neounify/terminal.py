@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 
 def progress_bar(
@@ -24,6 +26,27 @@ def progress_bar(
         redirect_stdout=False,
         redirect_stderr=redirect_stderr,
     )
+
+
+def pace_column() -> ProgressColumn:
+    """Steps done, time per step, estimated time left; tasks carry `unit`, the name of a step."""
+    return _Pace(table_column=Column(no_wrap=True))
+
+
+class _Pace(ProgressColumn):
+    """Time per step and estimated time left."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(duration(task.elapsed or 0), style="progress.elapsed")
+        unit, speed = task.fields["unit"], task.speed
+        if not speed:
+            return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}s")
+        left = (task.total - task.completed) / speed
+        return Text(
+            f"{task.completed:.0f}/{task.total:.0f} {unit}s, {1 / speed:.2f} s/{unit}, "
+            f"{duration(left)} left"
+        )
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from neounify.cli.app import app
-from neounify.cli.commands.toy import toy_pipeline
+from neounify.cli.toy import toy_pipeline
 
 
 @dataclass(frozen=True)

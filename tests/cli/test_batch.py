@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.cli.batch import Results
-from neounify.cli.batch_lines import MAX_LINE_BYTES, BadLine, Line, count_lines, read_lines
-from neounify.cli.task_options import ChatOptions, EditOptions, GenerateOptions
+from neounify.cli.batch import MAX_LINE_BYTES, BadLine, Line, Results, count_lines, read_lines
+from neounify.cli.options import ChatOptions, EditOptions, GenerateOptions
 from neounify.pipeline import Pipeline
 
 SMALL = ("--size", "64x32", "--steps", "2", "--device", "cpu")
@@ -147,7 +146,7 @@ def test_a_full_disk_ends_the_batch(
     def save(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("neounify.cli.records.save_image", save)
+    monkeypatch.setattr("neounify.cli.images.save_image", save)
     write({"prompt": "a"})
     ran = run(*GENERATE)
     assert ran.code == 1

@@ -12,7 +12,7 @@ import pytest
 
 import neounify.pipeline
 from neounify.bundled import bundled_model
-from neounify.cli.chat_loop import asks_about_image
+from neounify.cli.chat import asks_about_image
 from neounify.files import is_empty, locked_folder
 
 Run = Callable[..., Any]

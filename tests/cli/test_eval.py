@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from neounify.cli.commands.eval import EvalOptions
+from neounify.cli.eval import EvalOptions
 from neounify.scenes.bench import TASKS, Category
 
 QUICK = ("eval", "--quick", "--cases", "2", "--steps", "1")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neounify.cli.commands.convert import parse_bytes
-from neounify.cli.errors import UsageError
+from neounify.cli.command import UsageError
+from neounify.cli.convert import parse_bytes
 from neounify.cli.files import slug, write_new, write_whole
 from neounify.cli.models import parse_loras
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import neounify
-from neounify.cli.records import read_record
+from neounify.cli.images import read_record
 from neounify.pipeline import Pipeline
 
 SMALL = ("--size", "64x32", "--steps", "2")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from neounify.cli.commands import serve
-from neounify.cli.serve_options import (
+from neounify.cli import serve
+from neounify.cli.serve import (
     AccessOptions,
     EngineOptions,
     ListenOptions,

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import neounify
-from neounify.cli.commands.toy import toy_pipeline
-from neounify.cli.records import read_record
+from neounify.cli.images import read_record
+from neounify.cli.toy import toy_pipeline
 from neounify.pipeline import ImagePart, Pipeline, PreviewPart, TextPart
 
 SMALL = ("--size", "64x32", "--steps", "2")

@@ -13,10 +13,10 @@ from PIL import Image
 from typer.main import get_command
 
 import neounify
-from neounify.cli import task_options as cli
+from neounify.cli import options as cli
 from neounify.cli.app import app
 from neounify.cli.checks import resolve_sampling
-from neounify.cli.task_options import EditOptions
+from neounify.cli.options import EditOptions
 from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.config.presets import SCENES, TINY

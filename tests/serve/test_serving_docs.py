@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from neounify.cli.serve_options import (
+from neounify.cli.serve import (
     AccessOptions,
     EngineOptions,
     ListenOptions,

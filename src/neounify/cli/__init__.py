@@ -1,7 +1,7 @@
 """The command `neounify`: everything the package does, from a shell.
 
-The library never imports this. Modules named in `commands/` are light, so that `--help`
-answers at once; what needs torch is imported when a command runs.
+The library never imports this. The modules named in `app.py`, one per command, are light, so that
+`--help` answers at once; what needs torch is imported when a command runs.
 """
 
 import sys

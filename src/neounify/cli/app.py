@@ -23,7 +23,7 @@ COMMANDS = {
     "toy": "toy",
     "eval": "evaluate",
 }
-"""The function of every command, in the module of `commands/` that has the command's name."""
+"""The function of every command, in the module of this package that has the command's name."""
 
 app = typer.Typer(
     cls=Group.of(COMMANDS),

@@ -1,4 +1,7 @@
-"""Batches from a JSONL file: check the lines, skip what an earlier run did, record the rest."""
+"""JSONL batches: read and check the lines, skip what an earlier run did, record the rest.
+
+Lines are bounded in length; each is a job or the reason why it is none.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol
 
 import typer
 
-from neounify.cli.batch_lines import BadLine, Line, Options, count_lines, read_lines
+from neounify.cli.command import CliError, WriteError, explain, short_repr
 from neounify.cli.display import Display, Tick
-from neounify.cli.errors import CliError, WriteError, explain
 from neounify.cli.files import append_line
 from neounify.cli.models import LoadedModel
-from neounify.cli.task_options import ChatOptions, GenerateOptions
+from neounify.cli.options import (
+    BATCH,
+    ChatOptions,
+    GenerateOptions,
+    Options,
+    option,
+    with_fields,
+)
 from neounify.errors import NeounifyError
 
+MAX_LINE_BYTES = 2**20
 RESULTS = "results.jsonl"
 WINDOW = 16
 """Batches of lines that are read ahead to find lines of equal settings."""
@@ -40,19 +50,150 @@ _LATER_OPTIONS = ("min_p",)
 Outcome = dict[str, Any]
 """The record of a line in the results file, without its number and job."""
 
-T_contra = TypeVar("T_contra", bound=GenerateOptions | ChatOptions, contravariant=True)
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Prompts from a file."""
+
+    input: Annotated[
+        Path | None,
+        option(
+            BATCH,
+            "FILE.jsonl",
+            "Process a file instead: one JSON object per line with `prompt` and, optionally, "
+            "`id`, `images` and any option by its name (`max_new_tokens`). Run the same command "
+            "again to resume after an interruption. A line without a seed gets --seed + its "
+            "line number - 1.",
+            "--input",
+            "-i",
+        ),
+    ] = None
+    batch_size: Annotated[
+        int,
+        option(BATCH, "N", "Prompts processed at once, where their settings are equal.", min=1),
+    ] = 4
 
 
-class Task(Protocol[T_contra]):
-    """The work on lines of one command. Lines of equal `group` may be processed together."""
+# --- lines of the file ---
 
-    def job(self, line: Line[T_contra]) -> str:
-        """The hash that identifies the line in a later run."""
 
-    def group(self, line: Line[T_contra]) -> Hashable: ...
+@dataclass(frozen=True)
+class Line(Generic[Options]):
+    """The job of one line. `images` are as written, `paths` relative to the file's folder."""
 
-    def do(self, lines: Sequence[Line[T_contra]]) -> list[Outcome]:
-        """One outcome per line; an exception means that none of them was processed."""
+    number: int
+    id: str | int | None
+    prompt: str
+    images: tuple[str, ...]
+    paths: tuple[Path, ...]
+    options: Options
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that cannot be processed, and why."""
+
+    number: int
+    reason: str
+    id: str | int | None = None
+
+
+def count_lines(path: Path) -> int:
+    """The number of lines that are not blank."""
+    return sum(1 for _ in _raw_lines(path))
+
+
+def read_lines(path: Path, defaults: Options, *, images: bool) -> Iterator[Line[Options] | BadLine]:
+    """The jobs of a file, line by line; `defaults` fill the fields a line leaves out.
+
+    A line without a seed gets the default seed plus its line number - 1, so that a line's
+    result does not depend on how often the batch was interrupted. `images` says whether
+    lines may name images; relative paths start at the file's folder.
+    """
+    for number, raw in _raw_lines(path):
+        identity: str | int | None = None
+        try:
+            document = _parse(raw)
+            identity = _identity(document)
+            yield _to_line(number, identity, document, defaults, path.parent, images)
+        except CliError as error:
+            yield BadLine(number, str(error), identity)
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(line number, content) of lines that are not blank; None for one that is too long."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    yield number, None
+                    continue
+                text = raw.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else raw.strip()
+                if text:
+                    yield number, text
+    except OSError as error:
+        raise CliError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(raw: bytes | None) -> dict[str, Any]:
+    if raw is None:
+        raise CliError(f"the line is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        document = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError:
+        raise CliError("the line is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise CliError(f"the line is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise CliError('the line is not a JSON object such as {"prompt": "a red boat"}')
+    return document
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _identity(document: dict[str, Any]) -> str | int | None:
+    value = document.get("id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise CliError(f"id must be a text or a whole number, found {short_repr(value)}")
+    return value
+
+
+def _to_line(
+    number: int,
+    identity: str | int | None,
+    document: dict[str, Any],
+    defaults: Options,
+    folder: Path,
+    images: bool,
+) -> Line[Options]:
+    fields = {key: value for key, value in document.items() if key not in ("id", "prompt")}
+    names = _image_names(fields.pop("images", [])) if images else ()
+    others = ("prompt", "id", *(("images",) if images else ()))
+    options = with_fields(defaults, fields, others)
+    if "seed" not in document:
+        options = dataclasses.replace(options, seed=(defaults.seed or 0) + number - 1)
+    if "prompt" not in document:
+        raise CliError("the field `prompt` is missing")
+    prompt = document["prompt"]
+    if not isinstance(prompt, str):
+        raise CliError(f"prompt must be a text, found {short_repr(prompt)}")
+    paths = tuple(folder / name for name in names)
+    return Line(number, identity, prompt, names, paths, options)
+
+
+def _image_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise CliError(f"images must be a list of file names, found {short_repr(value)}")
+    return tuple(value)
+
+
+# --- results of earlier runs ---
 
 
 def job_hash(line: Line[Any], model: LoadedModel) -> str:
@@ -183,6 +324,21 @@ def _names(bad: list[BadLine]) -> list[str]:
     return [*named, f"and {more} more"] if more else named
 
 
+# --- the run ---
+
+
+class Task(Protocol):
+    """The work on lines of one command. Lines of equal `group` may be processed together."""
+
+    def job(self, line: Line[Any]) -> str:
+        """The hash that identifies the line in a later run."""
+
+    def group(self, line: Line[Any]) -> Hashable: ...
+
+    def do(self, lines: Sequence[Line[Any]]) -> list[Outcome]:
+        """One outcome per line; an exception means that none of them was processed."""
+
+
 @dataclass
 class Summary:
     """Counts of a run."""
@@ -201,7 +357,7 @@ class Batch:
 
     def __init__(
         self,
-        task: Task[Any],
+        task: Task,
         results: Results,
         display: Display,
         *,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import PIL.Image
 
@@ -15,17 +15,16 @@ from neounify.checkpoint.load import Memory, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
+from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError, UsageError
 from neounify.cli.models import parse_loras, resolve_model
-from neounify.cli.options import ModelOptions
-from neounify.cli.serve_options import ServeModelOptions
-from neounify.cli.task_options import (
+from neounify.cli.options import (
     ChatOptions,
     EditOptions,
     GenerateOptions,
     ImageGuidanceOptions,
     ImageOptions,
+    ModelOptions,
     StoryOptions,
 )
 from neounify.config import ModelConfig, TextSampling
@@ -37,6 +36,9 @@ from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest, output_size
 from neounify.text.message import Message
 from neounify.text.template import place_images
+
+if TYPE_CHECKING:
+    from neounify.cli.serve_options import ServeModelOptions
 
 _SAMPLING = tuple(field.name for field in fields(ImageSampling))
 _TEXT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

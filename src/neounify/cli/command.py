@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import shutil
 import textwrap
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +24,24 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ParameterInfo
 
-from neounify.cli.errors import UsageError, explain
 from neounify.errors import NeounifyError, SizeWarning
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as of shells."""
 MIN_OPTION_TABLE = 100
 """Columns of a table of options, with names as long as --colour-profiles."""
+
+
+class CliError(NeounifyError):
+    """Files or options that the user can correct."""
+
+
+class UsageError(CliError):
+    """Options that contradict each other or cannot be read; exit code 2."""
+
+
+class WriteError(CliError):
+    """A file that could not be written: a full disk, a folder without permission."""
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -100,6 +112,40 @@ def _parameters(group: type[Any]) -> list[inspect.Parameter]:
     ]
 
 
+def checked_value(name: str, value: Any, hint: Any, written: Any) -> Any:
+    """A JSON value for the option `name`, of the type that its annotation allows.
+
+    Raises CliError, with the value as it was written.
+    """
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    kinds = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if not any(_is_a(value, kind) for kind in kinds):
+        names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        wanted = " or ".join(names.get(kind, "a list of texts") for kind in kinds)
+        raise CliError(f"{name} must be {wanted}, found {short_repr(written)}")
+    return float(value) if float in kinds else value
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:  # JSON writes 2.0 as 2; no setting is as large as 1e30, or infinite
+        return isinstance(value, int | float) and abs(value) < 1e30
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**64
+    if kind is str:
+        return isinstance(value, str)
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def short_repr(value: Any) -> str:
+    """A value as Python writes it, in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 @contextmanager
 def reported(*, debug: bool) -> Iterator[None]:
     """Print expected errors as one message; unexpected ones, and all with `debug`, propagate."""
@@ -116,6 +162,30 @@ def reported(*, debug: bool) -> Iterator[None]:
             raise
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+
+def explain_os_error(error: OSError) -> str:
+    """The file and the system's message for it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
+def explain(error: Exception) -> str | None:
+    """The message for the user; None for an unexpected error."""
+    text = str(error)
+    if isinstance(error, NeounifyError):
+        return text
+    if isinstance(error, OSError):
+        return explain_os_error(error)
+    if isinstance(error, MemoryError) or any(
+        words in text.lower() for words in ("out of memory", "can't allocate memory")
+    ):
+        first = text.splitlines()[0] if text else "out of memory"
+        return (
+            f"{first}\nTo use less memory: --memory stream, --dtype bfloat16, "
+            "a smaller --size, fewer images at once."
+        )
+    return None
 
 
 class Command(TyperCommand):
@@ -135,7 +205,7 @@ class Group(TyperGroup):
 
     @classmethod
     def of(cls, functions: Mapping[str, str]) -> type[Group]:
-        """The group of these functions by command, in modules of `commands/` named as these."""
+        """The group of these functions by command, in modules of this package named as these."""
         return type("Group", (cls,), {"functions": functions})
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -145,7 +215,7 @@ class Group(TyperGroup):
         if cmd_name not in self.functions:
             return None
         if cmd_name not in self.commands:
-            module = import_module(f"neounify.cli.commands.{cmd_name}")
+            module = import_module(f"neounify.cli.{cmd_name}")
             self.commands[cmd_name] = _command(cmd_name, getattr(module, self.functions[cmd_name]))
         return self.commands[cmd_name]
 

@@ -10,15 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task
-from rich.table import Column
-from rich.text import Text
 
-from neounify.terminal import duration, progress_bar
+if TYPE_CHECKING:  # `--help` does without them
+    from rich.console import Console
+    from rich.progress import Progress
 
 MIN_TABLE_WIDTH = 76
 """Columns of the tables of results."""
@@ -28,22 +26,6 @@ Tick = Callable[[int], None]
 
 FIRST_LINE, NEXT_LINES = 10.0, 30.0
 """Seconds before the first progress line, and between lines, where stderr is no terminal."""
-
-
-class _Pace(ProgressColumn):
-    """Time per step and estimated time left."""
-
-    def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text(duration(task.elapsed or 0), style="progress.elapsed")
-        unit, speed = task.fields["unit"], task.speed
-        if not speed:
-            return Text(f"{task.completed:.0f}/{task.total:.0f} {unit}s")
-        left = (task.total - task.completed) / speed
-        return Text(
-            f"{task.completed:.0f}/{task.total:.0f} {unit}s, {1 / speed:.2f} s/{unit}, "
-            f"{duration(left)} left"
-        )
 
 
 @dataclass
@@ -57,6 +39,8 @@ class _Work:
     done: int = 0
 
     def __str__(self) -> str:
+        from neounify.terminal import duration
+
         passed = time.monotonic() - self.begun
         if self.total is None or not self.done:
             return f"{self.label}: {duration(passed)} so far"
@@ -107,6 +91,8 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        from rich.console import Console
+
         self.quiet = quiet
         self.json = json
         self._console = Console(stderr=True)
@@ -180,9 +166,11 @@ class Display:
                 self._progress = None
 
     def _start(self) -> Progress:
-        pace = _Pace(table_column=Column(no_wrap=True))
+        from neounify.terminal import pace_column, progress_bar
+
+        narrow = is_narrow(self._console)
         self._progress = progress_bar(
-            self._console, pace, bar=not is_narrow(self._console), redirect_stderr=False
+            self._console, pace_column(), bar=not narrow, redirect_stderr=False
         )
         self._progress.start()
         return self._progress

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neounify import files
-from neounify.cli.errors import CliError, WriteError, explain_os_error
+from neounify.cli.command import CliError, WriteError, explain_os_error
 
 MAX_SLUG_CHARACTERS = 48
 MAX_SLUG_BYTES = 120

@@ -1,8 +1,9 @@
-"""Image generation for prompts of the command line: jobs, their images and records, previews."""
+"""Images of the command line: jobs, generation, records, files, contact sheets of previews."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,17 @@ from PIL import Image
 
 import neounify
 from neounify.cli.checks import resolve_sampling
+from neounify.cli.command import CliError
 from neounify.cli.display import Display
+from neounify.cli.files import candidates, write_new, write_whole
 from neounify.cli.models import LoadedModel
-from neounify.cli.records import RecordedImage
-from neounify.cli.task_options import EditOptions, GenerateOptions, ImageOptions
+from neounify.cli.options import EditOptions, GenerateOptions, ImageOptions
 from neounify.config import ModelConfig
+from neounify.errors import ImageError
+from neounify.files import check_absent
+from neounify.image.io import read_metadata
 from neounify.pipeline import ImageProgress, ImageResult
+from neounify.provenance.metadata import CHUNK, encode_image
 
 THUMBNAIL = 192
 GAP = 4
@@ -39,6 +45,15 @@ class ImageJob:
     @property
     def task(self) -> str:
         return "edit" if isinstance(self.options, EditOptions) else "generate"
+
+
+@dataclass(frozen=True)
+class RecordedImage:
+    """A generated image, its record, and its contact sheet of previews if one was asked for."""
+
+    image: Image.Image
+    record: dict[str, Any]
+    sheet: Image.Image | None = None
 
 
 class PreviewSheets:
@@ -63,6 +78,9 @@ class PreviewSheets:
         for index, image in enumerate(steps):
             sheet.paste(image, (index % columns * width, index // columns * height))
         return sheet
+
+
+# --- generation ---
 
 
 def generate_images(
@@ -94,6 +112,32 @@ def generate_images(
             of_job.append(RecordedImage(images[position], record, sheet))
         recorded.append(of_job)
     return recorded
+
+
+def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageResult:
+    first = jobs[0]
+    if first.task == "edit":
+        return model.pipe.edit(
+            first.prompt,
+            first.images,
+            seed=first.options.seed,
+            callback=on_step,
+            **first.options.arguments(),
+        )
+    return model.pipe.generate(
+        [job.prompt for job in jobs],
+        seed=[job.options.seed for job in jobs],
+        callback=on_step,
+        **first.options.arguments(),
+    )
+
+
+def _label(jobs: Sequence[ImageJob]) -> str:
+    images = sum(job.options.count for job in jobs)
+    return "generating" if images == 1 else f"generating {images} images"
+
+
+# --- records ---
 
 
 def make_record(
@@ -151,24 +195,79 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageResult:
-    first = jobs[0]
-    if first.task == "edit":
-        return model.pipe.edit(
-            first.prompt,
-            first.images,
-            seed=first.options.seed,
-            callback=on_step,
-            **first.options.arguments(),
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a PNG that neounify generated. Raises CliError for any other file."""
+    advice = "give the folder of a model, or a PNG that neounify generated"
+    if not path.exists():
+        raise CliError(f"{path} is not an existing file or folder; {advice}")
+    if not path.is_file():
+        raise CliError(f"{path} is neither a file nor a folder; {advice}")
+    try:
+        text = read_metadata(path, (CHUNK,)).get(CHUNK)
+    except ImageError as error:
+        raise CliError(f"{path} is neither a model's folder nor a readable image") from error
+    if not isinstance(text, str):
+        raise CliError(
+            f"{path} has no record: neounify did not generate it as a PNG, or another program "
+            "saved it; `neounify provenance` shows the metadata of any image"
         )
-    return model.pipe.generate(
-        [job.prompt for job in jobs],
-        seed=[job.options.seed for job in jobs],
-        callback=on_step,
-        **first.options.arguments(),
-    )
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise CliError(f"{path}: its record is damaged") from error
+    if not isinstance(record, dict):
+        raise CliError(f"{path}: its record is damaged")
+    return record
 
 
-def _label(jobs: Sequence[ImageJob]) -> str:
-    images = sum(job.options.count for job in jobs)
-    return "generating" if images == 1 else f"generating {images} images"
+# --- files ---
+
+
+def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
+    """Save a PNG and its JSON, under the next free name where `wanted` is taken.
+
+    A name also counts as free when it holds the same job of a batch that was interrupted.
+    """
+    text = (json.dumps(result.record, ensure_ascii=False, indent=2) + "\n").encode()
+    for path in candidates(wanted):
+        beside = path.with_suffix(".json")
+        if overwrite or _is_same_job(beside, result.record):
+            write_whole(beside, text)
+        elif path.exists() or not write_new(beside, text):
+            continue
+        try:
+            write_whole(path, to_png(result.image, result.record))
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        if result.sheet is not None:
+            write_whole(sheet_path(path), to_png(result.sheet))
+        return path
+    raise AssertionError("names never run out")
+
+
+def check_free(path: Path) -> None:
+    """CliError when saving an image under exactly this name would replace a file."""
+    for taken in (path, path.with_suffix(".json")):
+        check_absent(taken, CliError, "choose another name, or add --overwrite")
+
+
+def sheet_path(path: Path) -> Path:
+    """The path of an image's contact sheet."""
+    return path.with_name(f"{path.stem}.previews.png")
+
+
+def to_png(image: Image.Image, record: dict[str, Any] | None = None) -> bytes:
+    """A PNG with provenance metadata and the record in its text chunk `neounify`."""
+    return encode_image(image, "png", record or {})
+
+
+def _is_same_job(beside: Path, record: dict[str, Any]) -> bool:
+    if "job" not in record:
+        return False
+    try:
+        existing = json.loads(beside.read_bytes())
+    except (OSError, ValueError):
+        return False
+    keys = ("job", "index")
+    return isinstance(existing, dict) and all(existing.get(k) == record.get(k) for k in keys)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neounify.bundled import bundled_model
-from neounify.cli.errors import CliError, UsageError
+from neounify.cli.command import CliError, UsageError
 from neounify.runtime import keep_freed_memory
 
 if TYPE_CHECKING:

@@ -1,12 +1,24 @@
-"""Options that commands share: model, device, output, reporting."""
+"""Options of the commands: dataclasses whose fields are options, grouped by what they set.
+
+A field of the tasks' options is also a field of a line of a JSONL batch. None leaves the value to
+the checkpoint.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+from neounify.cli.command import CliError, UsageError, checked_value, short_repr
+from neounify.config import TextSampling
+from neounify.config.knobs import knob_doc
+from neounify.flow.sampling import ImageSampling
 
 MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (
     "Model",
@@ -19,19 +31,41 @@ MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (
 """Headings under which `--help` groups the options of most commands."""
 
 
+def option(panel: str, metavar: str | None, help: str, *flags: str, **details: Any) -> Any:
+    """An option under a heading of `--help`; `details` as for typer.Option."""
+    return typer.Option(
+        *flags, metavar=metavar, help=help or None, rich_help_panel=panel, **details
+    )
+
+
+def image_knob(name: str, metavar: str | None, *flags: str) -> Any:
+    """The option of one field of ImageSampling, described by the sentence of the field."""
+    help = knob_doc(ImageSampling, name)
+    return option(IMAGES, metavar, help, *flags)
+
+
+def text_knob(name: str, metavar: str, *flags: str) -> Any:
+    """The option of one field of TextSampling, described by the sentence of the field."""
+    help = knob_doc(TextSampling, name)
+    return option(TEXT, metavar, help, *flags)
+
+
+# --- model, output, reporting ---
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
     """Which model."""
 
     model: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            MODEL,
+            "FOLDER",
+            "Folder of the checkpoint: config.json, *.safetensors, tokenizer files.",
             "--model",
             "-m",
             envvar="NEOUNIFY_MODEL",
-            metavar="FOLDER",
-            help="Folder of the checkpoint: config.json, *.safetensors, tokenizer files.",
-            rich_help_panel=MODEL,
         ),
     ] = None
 
@@ -42,19 +76,19 @@ class WeightOptions:
 
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Number format of the weights: float32, bfloat16 or float16. Default: the "
+        option(
+            MODEL,
+            "TYPE",
+            "Number format of the weights: float32, bfloat16 or float16. Default: the "
             "fastest exact one on this machine; convert keeps the stored one.",
-            rich_help_panel=MODEL,
         ),
     ] = None
     lora: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FILE[:STRENGTH]",
-            help="Merge a LoRA of any format, with a strength (default 1). May be repeated.",
-            rich_help_panel=MODEL,
+        option(
+            MODEL,
+            "FILE[:STRENGTH]",
+            "Merge a LoRA of any format, with a strength (default 1). May be repeated.",
         ),
     ] = None
 
@@ -65,11 +99,7 @@ class DeviceOptions:
 
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="cpu|cuda|cuda:N",
-            help="Where to compute. Default: a GPU if there is one.",
-            rich_help_panel=MODEL,
-        ),
+        option(MODEL, "cpu|cuda|cuda:N", "Where to compute. Default: a GPU if there is one."),
     ] = None
 
 
@@ -79,11 +109,11 @@ class ThreadOptions(DeviceOptions):
 
     threads: Annotated[
         int | None,
-        typer.Option(
+        option(
+            MODEL,
+            "N",
+            "CPU threads. Default: all cores; `serve` in one process leaves one for HTTP.",
             min=1,
-            metavar="N",
-            help="CPU threads. Default: all cores; `serve` in one process leaves one for HTTP.",
-            rich_help_panel=MODEL,
         ),
     ] = None
 
@@ -94,11 +124,12 @@ class ColourOptions:
 
     colour_profiles: Annotated[
         bool,
-        typer.Option(
-            "--colour-profiles/--no-colour-profiles",
-            help="Convert input images by their colour profile, or treat their values as sRGB, "
+        option(
+            MODEL,
+            None,
+            "Convert input images by their colour profile, or treat their values as sRGB, "
             "as the published code does.",
-            rich_help_panel=MODEL,
+            "--colour-profiles/--no-colour-profiles",
         ),
     ] = True
 
@@ -109,11 +140,11 @@ class ModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
 
     memory: Annotated[
         str,
-        typer.Option(
-            metavar="all|stream",
-            help="stream keeps only the active stream's weights in memory: slower, for models "
+        option(
+            MODEL,
+            "all|stream",
+            "stream keeps only the active stream's weights in memory: slower, for models "
             "that do not fit.",
-            rich_help_panel=MODEL,
         ),
     ] = "all"
 
@@ -124,22 +155,15 @@ class ReportOptions:
 
     quiet: Annotated[
         bool,
-        typer.Option(
-            "--quiet",
-            "-q",
-            help="Only the result: no progress bars, no notes.",
-            rich_help_panel=REPORT,
-        ),
+        option(REPORT, None, "Only the result: no progress bars, no notes.", "--quiet", "-q"),
     ] = False
     json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print the result as one line of JSON.", rich_help_panel=REPORT
-        ),
+        option(REPORT, None, "Print the result as one line of JSON.", "--json"),
     ] = False
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=REPORT),
+        option(REPORT, None, "Show the traceback of an error.", "--debug"),
     ] = False
 
 
@@ -149,7 +173,7 @@ class OverwriteOptions:
 
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace existing files.", rich_help_panel=FILES),
+        option(FILES, None, "Replace existing files.", "--overwrite"),
     ] = False
 
 
@@ -159,10 +183,11 @@ class ImageFileOptions(OverwriteOptions):
 
     previews: Annotated[
         bool,
-        typer.Option(
+        option(
+            FILES,
+            None,
+            "Also save a contact sheet with the predicted image of every step.",
             "--previews",
-            help="Also save a contact sheet with the predicted image of every step.",
-            rich_help_panel=FILES,
         ),
     ] = False
 
@@ -171,27 +196,13 @@ class ImageFileOptions(OverwriteOptions):
 class _ImageTarget:
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FOLDER|FILE.png",
-            help="Where to save. Files in a folder are never overwritten: the second of a name "
+        option(
+            FILES,
+            "FOLDER|FILE.png",
+            "Where to save. Files in a folder are never overwritten: the second of a name "
             "gets the suffix -2.",
-            rich_help_panel=FILES,
-        ),
-    ] = Path("outputs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StoryTarget:
-    output: Annotated[
-        Path,
-        typer.Option(
             "--output",
             "-o",
-            metavar="FOLDER",
-            help="Parent of the story's folder. The second story of a name gets the suffix -2.",
-            rich_help_panel=FILES,
         ),
     ] = Path("outputs")
 
@@ -201,34 +212,249 @@ class ImageOutputOptions(ImageFileOptions, _ImageTarget):
     """Where generated images are saved."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoryOutputOptions(ImageFileOptions, _StoryTarget):
-    """Where stories are saved."""
+# --- tasks ---
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """Prompts from a file."""
+class ImageOptions:
+    """How an image is generated."""
 
-    input: Annotated[
-        Path | None,
-        typer.Option(
-            "--input",
-            "-i",
-            metavar="FILE.jsonl",
-            help="Process a file instead: one JSON object per line with `prompt` and, optionally, "
-            "`id`, `images` and any option by its name (`max_new_tokens`). Run the same command "
-            "again to resume after an interruption. A line without a seed gets --seed + its "
-            "line number - 1.",
-            rich_help_panel=BATCH,
+    size: Annotated[
+        str | None,
+        option(IMAGES, "WxH", "Width and height in pixels, such as 1024x768."),
+    ] = None
+    width: Annotated[
+        int | None,
+        option(IMAGES, "PIXELS", "With --height, instead of --size."),
+    ] = None
+    height: Annotated[
+        int | None,
+        option(IMAGES, "PIXELS", "With --width, instead of --size."),
+    ] = None
+    steps: Annotated[int | None, image_knob("steps", "N")] = None
+    guidance: Annotated[float | None, image_knob("guidance", "G")] = None
+    negative_prompt: Annotated[
+        str | None,
+        option(IMAGES, "TEXT", "What guidance steers away from; needs --guidance above 1."),
+    ] = None
+    interval: Annotated[str | None, image_knob("guidance_interval", "LO,HI")] = None
+    norm: Annotated[
+        str | None, image_knob("guidance_norm", "none|global|channel|cfg_zero_star")
+    ] = None
+    shift: Annotated[float | None, image_knob("shift", "S")] = None
+    solver: Annotated[str | None, image_knob("solver", "euler|ab2")] = None
+    t_eps: Annotated[float | None, image_knob("t_eps", "E", "--t-eps")] = None
+    seed: Annotated[
+        int,
+        option(IMAGES, "N", "Random seed: same seed, same image."),
+    ] = 0
+    think: Annotated[
+        bool,
+        option(IMAGES, None, "Let the model write a thought first.", "--think"),
+    ] = False
+    system: Annotated[
+        str | None,
+        option(IMAGES, "TEXT", "System message. Default: the checkpoint's."),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's image calls, without the seed.
+
+        Raises UsageError for a size or an interval that cannot be read.
+        """
+        width, height = self.dimensions()
+        values = {
+            "width": width,
+            "height": height,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "negative_prompt": self.negative_prompt,
+            "guidance_interval": None if self.interval is None else parse_interval(self.interval),
+            "guidance_norm": self.norm,
+            "shift": self.shift,
+            "solver": self.solver,
+            "t_eps": self.t_eps,
+            "system": self.system,
+            "think": self.think,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def dimensions(self) -> tuple[int | None, int | None]:
+        """(width, height) in pixels, from --size or from --width and --height."""
+        if self.size is None:
+            return self.width, self.height
+        if self.width is not None or self.height is not None:
+            raise UsageError("give --size, or --width and --height, not both")
+        return parse_size(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ImageOptions):
+    """Image generation from a prompt."""
+
+    count: Annotated[
+        int,
+        option(IMAGES, "N", "Images per prompt.", "--count", "-n"),
+    ] = 1
+    max_think_tokens: Annotated[
+        int | None,
+        option(IMAGES, "N", "Maximum length of the thought, with --think."),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | {"images_per_prompt": self.count}
+        if self.max_think_tokens is not None:
+            values["max_think_tokens"] = self.max_think_tokens
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGuidanceOptions(ImageOptions):
+    """Guidance by input images."""
+
+    image_guidance: Annotated[float | None, image_knob("image_guidance", "M")] = None
+    published_interval: Annotated[
+        bool, image_knob("published_interval", None, "--published-interval")
+    ] = False
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | {"published_interval": self.published_interval}
+        if self.image_guidance is not None:
+            values["image_guidance"] = self.image_guidance
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(ImageGuidanceOptions, GenerateOptions):
+    """Image editing: generation from input images and an instruction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How text is generated."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        option(TEXT, "N", "Maximum length of the answer, in tokens."),
+    ] = None
+    temperature: Annotated[float | None, text_knob("temperature", "T")] = None
+    top_p: Annotated[float | None, text_knob("top_p", "P")] = None
+    top_k: Annotated[int | None, text_knob("top_k", "K")] = None
+    min_p: Annotated[float | None, text_knob("min_p", "P")] = None
+    repetition_penalty: Annotated[float | None, text_knob("repetition_penalty", "R")] = None
+
+    def text_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's text calls."""
+        values = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(TextOptions):
+    """How a question is answered."""
+
+    stop: Annotated[
+        list[str] | None,
+        option(TEXT, "TEXT", "End the answer before this text. May be repeated."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        option(
+            TEXT, "N", "Random seed, for a --temperature above 0. Default: a new one each time."
         ),
     ] = None
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Prompts processed at once, where their settings are equal.",
-            rich_help_panel=BATCH,
+    think: Annotated[
+        bool,
+        option(TEXT, None, "Let the model write a thought first.", "--think"),
+    ] = False
+    system: Annotated[
+        str | None,
+        option(TEXT, "TEXT", "System message."),
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's chat calls."""
+        values = self.text_arguments() | {"think": self.think}
+        others = {"stop": self.stop, "seed": self.seed, "system": self.system}
+        return values | {name: value for name, value in others.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryOptions(ImageGuidanceOptions, TextOptions):
+    """Options of interleaved answers."""
+
+    max_images: Annotated[
+        int | None,
+        option(
+            IMAGES,
+            "N",
+            "Maximum number of images; the text continues after the last one. Default: 10.",
         ),
-    ] = 4
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        values = super().arguments() | self.text_arguments()
+        if self.max_images is not None:
+            values["max_images"] = self.max_images
+        return values
+
+
+Options = TypeVar("Options", bound=GenerateOptions | ChatOptions)
+
+
+# --- values ---
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from "1024x768". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(low, high) from "0.1,0.9". Raises UsageError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"interval {text!r} is not LO,HI, such as 0.1,0.9") from None
+    return low, high
+
+
+def with_fields(defaults: Options, fields: dict[str, Any], others: Sequence[str]) -> Options:
+    """The defaults with the fields of a line of a batch. A size or an interval may be a list.
+
+    `others` are fields of a line that are no options. Raises CliError.
+    """
+    hints = get_type_hints(type(defaults), include_extras=True)
+    known = {field.name for field in dataclasses.fields(type(defaults))}
+    for name in fields:
+        if name not in known:
+            names = ", ".join([*others, *sorted(known)])
+            raise CliError(f"unknown field {short_repr(name)}; known are {names}")
+    values = {}
+    for name, value in fields.items():
+        if (plain := _plain(name, value)) is not None:
+            values[name] = checked_value(name, plain, hints[name], value)
+    sizes = {"size", "width", "height"}
+    if values.keys() & sizes:
+        # A line's size replaces the command line's, however either is written.
+        values = dict.fromkeys(known & sizes) | values
+    return dataclasses.replace(defaults, **values)
+
+
+def _plain(name: str, value: Any) -> Any:
+    separators = {"size": "x", "interval": ","}
+    if name in separators and isinstance(value, list) and len(value) == 2:
+        return separators[name].join(str(part) for part in value)
+    if name == "stop" and isinstance(value, str):
+        return [value]
+    return value

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from neounify.cli.options import MODEL, ColourOptions, NamedModel, ThreadOptions, WeightOptions
+from neounify.cli.options import (
+    MODEL,
+    ColourOptions,
+    NamedModel,
+    ThreadOptions,
+    WeightOptions,
+    option,
+)
 from neounify.runtime.plan import ExecutionPlan
 
 LISTEN, ENGINES, ACCESS, SAFETY = "Listening", "Engines", "Access", "Safety"
@@ -21,27 +26,23 @@ class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel)
 
     mode: Annotated[
         str,
-        typer.Option(
-            metavar="colocate|separate",
-            help="Both engines in one process, or each in a separate one.",
-            rich_help_panel=MODEL,
+        option(
+            MODEL, "colocate|separate", "Both engines in one process, or each in a separate one."
         ),
     ] = "colocate"
     generation_device: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="With --mode separate: where to generate images. Default: as --device.",
-            rich_help_panel=MODEL,
+        option(
+            MODEL, "NAME", "With --mode separate: where to generate images. Default: as --device."
         ),
     ] = None
     generation_threads: Annotated[
         int | None,
-        typer.Option(
+        option(
+            MODEL,
+            "N",
+            "With --mode separate: CPU threads of image generation. Default: as --threads.",
             min=1,
-            metavar="N",
-            help="With --mode separate: CPU threads of image generation. Default: as --threads.",
-            rich_help_panel=MODEL,
         ),
     ] = None
 
@@ -52,60 +53,47 @@ class ListenOptions:
 
     host: Annotated[
         str,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Address to bind to. 0.0.0.0 accepts other machines; use --api-keys then.",
-            rich_help_panel=LISTEN,
+        option(
+            LISTEN,
+            "ADDRESS",
+            "Address to bind to. 0.0.0.0 accepts other machines; use --api-keys then.",
         ),
     ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", rich_help_panel=LISTEN)] = 8000
+    port: Annotated[int, option(LISTEN, "N", "", min=1, max=65535)] = 8000
     page: Annotated[
         bool,
-        typer.Option("--page/--no-page", help="The web UI at /.", rich_help_panel=LISTEN),
+        option(LISTEN, None, "The web UI at /.", "--page/--no-page"),
     ] = True
     name: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Name of the model in the API. Default: its folder's name.",
-            rich_help_panel=LISTEN,
-        ),
+        option(LISTEN, "NAME", "Name of the model in the API. Default: its folder's name."),
     ] = None
     public_url: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL",
-            help="Base of result URLs, behind a proxy.",
-            rich_help_panel=LISTEN,
-        ),
+        option(LISTEN, "URL", "Base of result URLs, behind a proxy."),
     ] = None
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Host name of this server, besides localhost, the machine's name and IP "
+        option(
+            LISTEN,
+            "NAME",
+            "Host name of this server, besides localhost, the machine's name and IP "
             "addresses. May be repeated, * is any. Requests to other names get 421. Default "
             "with --api-keys: any.",
-            rich_help_panel=LISTEN,
         ),
     ] = None
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="ORIGIN",
-            help="Origin whose pages may use the API, such as http://localhost:3000. May be "
+        option(
+            LISTEN,
+            "ORIGIN",
+            "Origin whose pages may use the API, such as http://localhost:3000. May be "
             "repeated, * is any. Default: none.",
-            rich_help_panel=LISTEN,
         ),
     ] = None
     drain_seconds: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="S",
-            help="Time for running requests to finish after SIGTERM.",
-            rich_help_panel=LISTEN,
-        ),
+        option(LISTEN, "S", "Time for running requests to finish after SIGTERM.", min=1),
     ] = 60
 
 
@@ -115,79 +103,71 @@ class EngineOptions:
 
     cache_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=64,
-            metavar="N",
-            help="Size of the KV cache, in tokens of all requests together. Default: "
+        option(
+            ENGINES,
+            "N",
+            "Size of the KV cache, in tokens of all requests together. Default: "
             f"{ExecutionPlan.kv_blocks * ExecutionPlan.kv_block_size:,}.",
-            rich_help_panel=ENGINES,
+            min=64,
         ),
     ] = None
     prefill_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Maximum number of prompt tokens per prefill step. Default: "
+        option(
+            ENGINES,
+            "N",
+            "Maximum number of prompt tokens per prefill step. Default: "
             f"{ExecutionPlan.prefill_step_rows}.",
-            rich_help_panel=ENGINES,
+            min=1,
         ),
     ] = None
     step_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Maximum number of image tokens per denoising step; fewer lower the latency of "
+        option(
+            ENGINES,
+            "N",
+            "Maximum number of image tokens per denoising step; fewer lower the latency of "
             f"text. Default: {ExecutionPlan.denoise_step_rows}.",
-            rich_help_panel=ENGINES,
+            min=1,
         ),
     ] = None
     requests: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Maximum number of concurrent requests; further requests get 429.",
-            rich_help_panel=ENGINES,
+        option(
+            ENGINES, "N", "Maximum number of concurrent requests; further requests get 429.", min=1
         ),
     ] = 128
     image_tokens: Annotated[
         int,
-        typer.Option(
+        option(
+            ENGINES,
+            "N",
+            "Maximum number of tokens of all images in progress; further requests get 429.",
             min=1,
-            metavar="N",
-            help="Maximum number of tokens of all images in progress; further requests get 429.",
-            rich_help_panel=ENGINES,
         ),
     ] = 65_536
     max_image_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Maximum number of tokens of one image. Default: four times those of the "
+        option(
+            ENGINES,
+            "N",
+            "Maximum number of tokens of one image. Default: four times those of the "
             "model's default size, at least 1024.",
-            rich_help_panel=ENGINES,
+            min=1,
         ),
     ] = None
     step_seconds: Annotated[
         float,
-        typer.Option(
-            min=1,
-            metavar="S",
-            help="An engine is restarted when one step takes longer.",
-            rich_help_panel=ENGINES,
-        ),
+        option(ENGINES, "S", "An engine is restarted when one step takes longer.", min=1),
     ] = 600.0
     silence_seconds: Annotated[
         float,
-        typer.Option(
-            min=2,
-            metavar="S",
-            help="With --mode separate: an engine process without a heartbeat for this long is "
+        option(
+            ENGINES,
+            "S",
+            "With --mode separate: an engine process without a heartbeat for this long is "
             "restarted.",
-            rich_help_panel=ENGINES,
+            min=2,
         ),
     ] = 20.0
 
@@ -198,45 +178,39 @@ class AccessOptions:
 
     api_keys: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="File with one name:key per line; other requests get 401. Alternatively, the "
+        option(
+            ACCESS,
+            "FILE",
+            "File with one name:key per line; other requests get 401. Alternatively, the "
             "entries in NEOUNIFY_API_KEYS.",
-            rich_help_panel=ACCESS,
         ),
     ] = None
     requests_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Rate limit of each key.", rich_help_panel=ACCESS),
+        option(ACCESS, "N", "Rate limit of each key.", min=1),
     ] = None
     concurrent: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="Concurrent requests of each key.", rich_help_panel=ACCESS
-        ),
+        option(ACCESS, "N", "Concurrent requests of each key.", min=1),
     ] = None
     deadline: Annotated[
         float,
-        typer.Option(min=1, metavar="S", help="Time limit of a request.", rich_help_panel=ACCESS),
+        option(ACCESS, "S", "Time limit of a request.", min=1),
     ] = 600.0
     max_steps: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="N", help="Maximum denoising steps of an image.", rich_help_panel=ACCESS
-        ),
+        option(ACCESS, "N", "Maximum denoising steps of an image.", min=1),
     ] = 200
     max_body_mb: Annotated[
         int,
-        typer.Option(
-            min=1, metavar="MIB", help="Maximum size of a request body.", rich_help_panel=ACCESS
-        ),
+        option(ACCESS, "MIB", "Maximum size of a request body.", min=1),
     ] = 64
     allow_images_from: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="HOST[:PORT]",
-            help="Fetch image URLs from this host. May be repeated. Default: data URLs only.",
-            rich_help_panel=ACCESS,
+        option(
+            ACCESS,
+            "HOST[:PORT]",
+            "Fetch image URLs from this host. May be repeated. Default: data URLs only.",
         ),
     ] = None
 
@@ -247,32 +221,23 @@ class SafetyOptions:
 
     word_list: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Refuse prompts that contain these words or phrases, one per line.",
-            rich_help_panel=SAFETY,
-        ),
+        option(SAFETY, "FILE", "Refuse prompts that contain these words or phrases, one per line."),
     ] = None
     hook: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="MODULE:NAME",
-            help="Custom check of prompts and images. May be repeated.",
-            rich_help_panel=SAFETY,
-        ),
+        option(SAFETY, "MODULE:NAME", "Custom check of prompts and images. May be repeated."),
     ] = None
     watermark: Annotated[
         bool,
-        typer.Option(
-            "--watermark", help="Add an invisible watermark to every image.", rich_help_panel=SAFETY
-        ),
+        option(SAFETY, None, "Add an invisible watermark to every image.", "--watermark"),
     ] = False
     metadata_prompts: Annotated[
         bool,
-        typer.Option(
+        option(
+            SAFETY,
+            None,
+            "Write prompts and negative prompts into the metadata of images.",
             "--metadata-prompts",
-            help="Write prompts and negative prompts into the metadata of images.",
-            rich_help_panel=SAFETY,
         ),
     ] = False
 
@@ -283,36 +248,24 @@ class ReplicaOptions:
 
     replicas: Annotated[
         int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Replicas of the server behind one address, by Ray Serve.",
-            rich_help_panel=REPLICAS,
-        ),
+        option(REPLICAS, "N", "Replicas of the server behind one address, by Ray Serve.", min=1),
     ] = 1
     replica_cpus: Annotated[
         float | None,
-        typer.Option(
+        option(
+            REPLICAS,
+            "X",
+            "CPU cores reserved for each replica. Default: as --threads, else 1.",
             min=0,
-            metavar="X",
-            help="CPU cores reserved for each replica. Default: as --threads, else 1.",
-            rich_help_panel=REPLICAS,
         ),
     ] = None
     replica_gpus: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            metavar="X",
-            help="GPUs reserved for each replica. Default: one per device it uses.",
-            rich_help_panel=REPLICAS,
+        option(
+            REPLICAS, "X", "GPUs reserved for each replica. Default: one per device it uses.", min=0
         ),
     ] = None
     ray_address: Annotated[
         str | None,
-        typer.Option(
-            metavar="auto|HOST:PORT",
-            help="Ray cluster to run on. Default: this machine.",
-            rich_help_panel=REPLICAS,
-        ),
+        option(REPLICAS, "auto|HOST:PORT", "Ray cluster to run on. Default: this machine."),
     ] = None

@@ -63,7 +63,7 @@ def inspect(
 
 def _inspect_image(path: Path, display: Display) -> None:
     """Print the record of a generated PNG."""
-    from neounify.cli.records import read_record
+    from neounify.cli.images import read_record
 
     record = read_record(path)
     if not display.json:

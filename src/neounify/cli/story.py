@@ -7,18 +7,25 @@ import html
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import neounify
+from neounify.cli.command import CliError, UsageError, WriteError
 from neounify.cli.display import Display, Tick, printable
-from neounify.cli.errors import CliError, UsageError, WriteError
 from neounify.cli.files import candidates, check_writable, make_folder, slug, write_whole
 from neounify.cli.models import LoadedModel, open_model, resolve_model
-from neounify.cli.options import FILES, ModelOptions, ReportOptions, StoryOutputOptions
-from neounify.cli.task_options import StoryOptions
+from neounify.cli.options import (
+    FILES,
+    ImageFileOptions,
+    ModelOptions,
+    ReportOptions,
+    StoryOptions,
+    option,
+)
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
@@ -49,6 +56,25 @@ img {{ max-width: 100%; height: auto; display: block; margin: 1.5rem auto; }}
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class _StoryTarget:
+    output: Annotated[
+        Path,
+        option(
+            FILES,
+            "FOLDER",
+            "Parent of the story's folder. The second story of a name gets the suffix -2.",
+            "--output",
+            "-o",
+        ),
+    ] = Path("outputs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoryOutputOptions(ImageFileOptions, _StoryTarget):
+    """Where stories are saved."""
+
+
 def story(
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="What the story is about, in quotes.")
@@ -56,11 +82,7 @@ def story(
     *,
     image: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Input image. May be repeated.",
-            rich_help_panel=FILES,
-        ),
+        option(FILES, "FILE", "Input image. May be repeated."),
     ] = None,
     model: ModelOptions,
     options: StoryOptions,
@@ -191,7 +213,7 @@ class StoryFolder:
 
     def add_image(self, part: ImagePart, sheet: Image | None) -> Path:
         """Save the next image and the story so far; returns the image's path."""
-        from neounify.cli.records import RecordedImage, save_image, sheet_path
+        from neounify.cli.images import RecordedImage, save_image, sheet_path
 
         self.count += 1
         image = RecordedImage(part.image, self._image_record(part.image.size), sheet)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neounify.cli.commands.convert import print_saved
+from neounify.cli.convert import print_saved
 from neounify.cli.display import Display
 from neounify.cli.files import check_new_folder
 from neounify.cli.options import OverwriteOptions, ReportOptions

@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neounify.cli.command import UsageError, WriteError, explain_os_error
 from neounify.cli.display import Display, is_narrow
-from neounify.cli.errors import UsageError, WriteError, explain_os_error
 from neounify.cli.files import check_new_folder, check_writable
 from neounify.cli.models import LoadedModel, open_model, resolve_model
-from neounify.cli.options import FILES, IMAGES, ModelOptions, OverwriteOptions, ReportOptions
-from neounify.cli.task_options import image_knob
+from neounify.cli.options import (
+    FILES,
+    IMAGES,
+    ModelOptions,
+    OverwriteOptions,
+    ReportOptions,
+    image_knob,
+    option,
+)
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
@@ -57,10 +64,8 @@ class EvalOptions:
     guidance: Annotated[float | None, image_knob("guidance", "G")] = None
     think: Annotated[
         bool,
-        typer.Option(
-            "--think",
-            help="Let the model write a thought before it generates and edits.",
-            rich_help_panel=IMAGES,
+        option(
+            IMAGES, None, "Let the model write a thought before it generates and edits.", "--think"
         ),
     ] = False
     seed: Annotated[
@@ -72,14 +77,7 @@ class EvalOptions:
     ] = 64
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="Folder of the report and its images.",
-            rich_help_panel=FILES,
-        ),
+        option(FILES, "DIR", "Folder of the report and its images.", "--output", "--out", "-o"),
     ] = Path("out/eval")
 
     @property

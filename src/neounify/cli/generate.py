@@ -12,6 +12,8 @@ import typer
 
 from neounify.cli.batch import (
     Batch,
+    BatchOptions,
+    Line,
     Outcome,
     Results,
     check_lines,
@@ -19,24 +21,22 @@ from neounify.cli.batch import (
     job_hash,
     settings_key,
 )
-from neounify.cli.batch_lines import Line
+from neounify.cli.command import UsageError, WriteError
 from neounify.cli.display import Display, printable
-from neounify.cli.errors import UsageError, WriteError
 from neounify.cli.files import slug, writable_folder
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import (
-    BatchOptions,
+    EditOptions,
+    GenerateOptions,
     ImageOutputOptions,
     ModelOptions,
     ReportOptions,
 )
-from neounify.cli.task_options import EditOptions, GenerateOptions
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
-    from neounify.cli.images import ImageJob
-    from neounify.cli.records import RecordedImage
+    from neounify.cli.images import ImageJob, RecordedImage
 
 OTHER_SUFFIXES = (
     *(".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
@@ -89,8 +89,7 @@ def generate_prompts(
     """Generate or edit for the prompts of the command line, and print where the images are."""
     with lasting_imports():
         from neounify.cli.checks import check_image, check_model, note_size
-        from neounify.cli.images import ImageJob, generate_images
-        from neounify.cli.records import check_free, save_image
+        from neounify.cli.images import ImageJob, check_free, generate_images, save_image
         from neounify.tasks.conversation import read_images
 
     if not prompts:
@@ -199,8 +198,7 @@ class ImageLines:
         return [self._save(line, images) for line, images in zip(lines, results, strict=True)]
 
     def _save(self, line: Line[GenerateOptions], images: Sequence[RecordedImage]) -> Outcome:
-        from neounify.cli.images import settings_record
-        from neounify.cli.records import save_image, sheet_path
+        from neounify.cli.images import save_image, settings_record, sheet_path
 
         folder = self._output.output
         stem = f"{line.number:04d}-{slug(line.prompt)}" if line.id is None else slug(str(line.id))
@@ -259,7 +257,7 @@ def _each(
 
 
 def _entry(path: Path, result: RecordedImage) -> dict[str, object]:
-    from neounify.cli.records import sheet_path
+    from neounify.cli.images import sheet_path
 
     entry: dict[str, object] = {"file": str(path), "record": result.record}
     if result.sheet is not None:
@@ -268,7 +266,7 @@ def _entry(path: Path, result: RecordedImage) -> dict[str, object]:
 
 
 def _print_saved(display: Display, path: Path, result: RecordedImage) -> None:
-    from neounify.cli.records import sheet_path
+    from neounify.cli.images import sheet_path
 
     record = result.record
     if record["index"] == 1 and "thought" in record:

@@ -9,11 +9,11 @@ from typing import Annotated, get_args
 
 import typer
 
+from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display, human_bytes
-from neounify.cli.errors import CliError, UsageError
 from neounify.cli.files import check_new_folder
 from neounify.cli.models import parse_loras, resolve_model
-from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, WeightOptions
+from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, WeightOptions, option
 from neounify.runtime import lasting_imports
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -26,19 +26,15 @@ def convert(
     weights: WeightOptions,
     max_shard_size: Annotated[
         str,
-        typer.Option(
-            metavar="SIZE",
-            help="Maximum size of a weight file, such as 5GB or 500MB.",
-            rich_help_panel=FILES,
-        ),
+        option(FILES, "SIZE", "Maximum size of a weight file, such as 5GB or 500MB."),
     ] = "5GB",
     lora_form: Annotated[
         str | None,
-        typer.Option(
-            metavar="peft|published",
-            help="Write only the --lora, in this format: peft, a folder of PEFT's, or published, "
+        option(
+            FILES,
+            "peft|published",
+            "Write only the --lora, in this format: peft, a folder of PEFT's, or published, "
             "one file in the format of the published models.",
-            rich_help_panel=FILES,
         ),
     ] = None,
     overwrite: OverwriteOptions,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neounify.cli.command import CliError
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError
 from neounify.cli.models import default_device
-from neounify.cli.options import FILES, ReportOptions, ThreadOptions
+from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
 from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
@@ -23,11 +23,7 @@ def train(
     *,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder of the run. Default: out/NAME of the recipe.",
-            rich_help_panel=FILES,
-        ),
+        option(FILES, "DIR", "Folder of the run. Default: out/NAME of the recipe."),
     ] = None,
     resume: Annotated[
         str | None,
@@ -42,10 +38,8 @@ def train(
     ] = None,
     export: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Do not train: write the newest state as a bfloat16 checkpoint into DIR.",
-            rich_help_panel=FILES,
+        option(
+            FILES, "DIR", "Do not train: write the newest state as a bfloat16 checkpoint into DIR."
         ),
     ] = None,
     place: ThreadOptions,

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
-from neounify.cli.errors import CliError, UsageError
 from neounify.cli.models import default_device, parse_loras, resolve_model
 from neounify.cli.options import ReportOptions
 from neounify.cli.serve_options import (

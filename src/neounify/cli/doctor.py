@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
+from neounify.cli.command import UsageError
 from neounify.cli.display import Display
-from neounify.cli.errors import UsageError
 from neounify.cli.models import default_device
 from neounify.cli.options import DeviceOptions, ReportOptions
 from neounify.runtime import keep_freed_memory, lasting_imports

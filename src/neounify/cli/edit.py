@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from neounify.cli.commands.generate import generate_batch, generate_prompts
+from neounify.cli.batch import BatchOptions
+from neounify.cli.generate import generate_batch, generate_prompts
 from neounify.cli.models import resolve_model
 from neounify.cli.options import (
     FILES,
-    BatchOptions,
+    EditOptions,
     ImageOutputOptions,
     ModelOptions,
     ReportOptions,
+    option,
 )
-from neounify.cli.task_options import EditOptions
 
 
 def edit(
@@ -26,11 +27,10 @@ def edit(
     *,
     image: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Input image. May be repeated; `<image>` in the prompt marks the position of "
-            "each.",
-            rich_help_panel=FILES,
+        option(
+            FILES,
+            "FILE",
+            "Input image. May be repeated; `<image>` in the prompt marks the position of each.",
         ),
     ] = None,
     model: ModelOptions,

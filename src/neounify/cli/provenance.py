@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neounify.cli.command import explain_os_error
 from neounify.cli.display import Display, printable
-from neounify.cli.errors import explain_os_error
 from neounify.cli.options import ReportOptions
 from neounify.errors import ImageError
 from neounify.files import read_bytes

@@ -1,0 +1,393 @@
+"""`neounify chat`: one question, a JSONL file of questions, or an interactive chat."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neounify.bundled import bundled_model
+from neounify.cli.batch import (
+    Batch,
+    BatchOptions,
+    Line,
+    Outcome,
+    Results,
+    check_lines,
+    finish,
+    job_hash,
+    settings_key,
+)
+from neounify.cli.command import UsageError
+from neounify.cli.display import Display
+from neounify.cli.files import candidates, make_folder, writable_folder, write_new
+from neounify.cli.models import LoadedModel, open_model, resolve_model
+from neounify.cli.options import (
+    FILES,
+    ChatOptions,
+    ModelOptions,
+    ReportOptions,
+    option,
+)
+from neounify.errors import Cancelled, NeounifyError
+from neounify.files import locked_folder
+from neounify.runtime import lasting_imports
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HELP = """\
+Type a question and press Enter. Commands:
+  /image FILE   add an image to the next question
+  /clear        clear the history
+  /save [FILE]  save the chat as JSON
+  /exit         leave (also Ctrl-D)
+Ctrl-C stops an answer."""
+
+NO_IMAGE = "(no image is given: add one with --image FILE, or with /image FILE in a chat)"
+
+# Words for images and for looking, in the languages of the published models.
+_ABOUT_IMAGES = re.compile(
+    r"\b(images?|pictures?|photos?|photographs?|drawings?|paintings?|screenshots?|shown?|see)\b|[图画照]",
+    re.IGNORECASE,
+)
+
+
+def chat(
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="QUESTION",
+            help="The question, in quotes. Without one, an interactive chat starts.",
+        ),
+    ] = None,
+    *,
+    image: Annotated[
+        list[Path] | None,
+        option(
+            FILES,
+            "FILE",
+            "Image to ask about. May be repeated; `<image>` in the question marks the "
+            "position of each.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        option(FILES, "FOLDER", "Folder of what --input and /save write.", "--output", "-o"),
+    ] = Path("outputs"),
+    model: ModelOptions,
+    options: ChatOptions,
+    batch: BatchOptions,
+    report: ReportOptions,
+) -> None:
+    """Ask about images, or chat; answers are streamed.
+
+    Without a question an interactive chat starts, which keeps its history: /image FILE adds an
+    image, /help lists the other commands.
+
+    \b
+      neounify chat "What is in the image?" --image lake.png --model FOLDER
+      neounify chat
+      neounify chat --input questions.jsonl --output answers
+    """
+    resolve_model(model.model)
+    if batch.input is not None:
+        _answer_batch(question, image or (), output, model, options, batch, report)
+    elif question is not None:
+        _answer(question, image or (), model, options, report)
+    else:
+        _interactive(image or (), output, model, options, report)
+
+
+def _answer(
+    question: str,
+    images: Sequence[Path],
+    model: ModelOptions,
+    options: ChatOptions,
+    report: ReportOptions,
+) -> None:
+    """Stream the answer to one question on stdout."""
+    with lasting_imports():
+        from neounify.cli.checks import check_chat, check_model
+        from neounify.tasks.conversation import read_images
+
+    check_model(model)
+    inputs = read_images(images, colour_profiles=model.colour_profiles)
+    check_chat(question, inputs, options)
+    display = Display(quiet=report.quiet, json=report.json)
+    if not images and asks_about_image(question, model.model):
+        display.note(NO_IMAGE)
+    loaded = open_model(model, display)
+    stream = loaded.pipe.chat(question, inputs, stream=True, **options.arguments())
+    for piece in stream:
+        display.write(piece)
+    display.write("\n")
+    result = stream.result
+    if result.finish_reason == "length":
+        display.note(f"(cut off after {len(result.token_ids)} tokens; see --max-new-tokens)")
+    display.emit(
+        {
+            "task": "chat",
+            "question": question,
+            "images": [str(image) for image in images],
+            "answer": result.text,
+            "finish_reason": result.finish_reason,
+            "prompt_tokens": result.prompt_tokens,
+            "answer_tokens": len(result.token_ids),
+            "settings": options.arguments(),
+            "model": loaded.description,
+        }
+    )
+
+
+def _answer_batch(
+    question: str | None,
+    images: Sequence[Path],
+    output: Path,
+    model: ModelOptions,
+    options: ChatOptions,
+    batch: BatchOptions,
+    report: ReportOptions,
+) -> None:
+    """Answer every line of a JSONL file that no earlier run has answered."""
+    with lasting_imports():
+        from neounify.cli.checks import check_chat, check_chat_options, check_jobs_file, check_model
+        from neounify.tasks.conversation import read_images
+
+    assert batch.input is not None
+    if question is not None or images:
+        raise UsageError("give a question and images on the command line or --input, not both")
+    check_jobs_file(batch.input)
+    check_model(model)
+    check_chat_options(options)
+    folder = writable_folder(output)
+    display = Display(quiet=report.quiet, json=report.json)
+
+    def check(line: Line[ChatOptions]) -> None:
+        check_chat(line.prompt, read_images(line.paths), line.options)
+
+    with locked_folder(folder):
+        results = Results(folder)
+        check_lines(batch.input, options, check, display, results, images=True)
+        task = ChatLines(open_model(model, display), display)
+        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        finish(runner.run(batch.input, options, images=True), results, display)
+
+
+def _interactive(
+    images: Sequence[Path],
+    output: Path,
+    model: ModelOptions,
+    options: ChatOptions,
+    report: ReportOptions,
+) -> None:
+    """Chat until the user leaves."""
+    with lasting_imports():
+        from neounify.cli.checks import check_chat_options, check_model
+        from neounify.tasks.conversation import read_images
+
+    if report.json:
+        raise UsageError("--json needs QUESTION or --input; interactive chat has no JSON output")
+    display = Display(quiet=report.quiet)
+    check_model(model)
+    check_chat_options(options)
+    inputs = read_images(images, colour_profiles=model.colour_profiles)
+    loop = ChatLoop(open_model(model, display), options, display, output)
+    for path, image in zip(images, inputs, strict=True):
+        loop.add_image(path, image)
+    loop.run()
+
+
+def asks_about_image(question: str, model: Path | None) -> bool:
+    """Whether a question without an image probably means one.
+
+    Always for the bundled model, which answers about images only; for others, by the words.
+    """
+    bundled = model is None or model.resolve() == bundled_model().resolve()
+    return bundled or _ABOUT_IMAGES.search(question) is not None
+
+
+# --- batch ---
+
+
+class ChatLines:
+    """The batch task of `chat`: answers into the results file."""
+
+    def __init__(self, model: LoadedModel, display: Display) -> None:
+        self._model, self._display = model, display
+
+    def job(self, line: Line[ChatOptions]) -> str:
+        return job_hash(line, self._model)
+
+    def group(self, line: Line[ChatOptions]) -> Hashable:
+        # Sampled lines have different seeds, and a call takes one.
+        return line.number if (line.options.temperature or 0) > 0 else settings_key(line.options)
+
+    def do(self, lines: Sequence[Line[ChatOptions]]) -> list[Outcome]:
+        arguments = lines[0].options.arguments()
+        with self._display.bar("answering"):
+            answers = self._model.pipe.chat_batch(
+                [line.prompt for line in lines], [line.paths for line in lines], **arguments
+            )
+        return [
+            {
+                "answer": answer.text,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "answer_tokens": len(answer.token_ids),
+                "settings": line.options.arguments(),
+            }
+            for line, answer in zip(lines, answers, strict=True)
+        ]
+
+
+# --- interactive ---
+
+
+class ChatLoop:
+    """The history of a chat and the loop that adds to it.
+
+    `_messages` mark each of `_images` with `<image>`; `_pending` images belong to the next
+    question.
+    """
+
+    def __init__(
+        self, model: LoadedModel, options: ChatOptions, display: Display, folder: Path
+    ) -> None:
+        self._model, self._options, self._display = model, options, display
+        self._folder = folder
+        self._messages: list[dict[str, str]] = []
+        self._images: list[tuple[Path, Image]] = []
+        self._pending: list[tuple[Path, Image]] = []
+
+    def add_image(self, path: Path, image: Image) -> None:
+        """Keep an image for the next question."""
+        self._pending.append((path, image))
+
+    def run(self) -> None:
+        """Read lines until /exit or the end of the input."""
+        self._enable_line_editing()
+        self._display.note(
+            f"Chatting with {self._model.folder.resolve().name}. /help for help, /exit to leave."
+        )
+        while True:
+            try:
+                line = self._ask()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                self._display.note("\n(/exit or Ctrl-D to leave)")
+                continue
+            if line in ("/exit", "/quit"):
+                return
+            if line:
+                self._react(line)
+        if sys.stdin.isatty():
+            self._display.say("")
+
+    def _ask(self) -> str:
+        return input("> " if sys.stdin.isatty() else "").strip()
+
+    def _react(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        commands = {"/image": self._read_image, "/clear": self._clear, "/save": self._save}
+        try:
+            if name in commands:
+                commands[name](rest.strip())
+            elif name == "/help":
+                self._display.note(HELP)
+            elif name.startswith("/"):
+                self._display.note(f"{name} is no command; see /help")
+            else:
+                self._answer(line)
+        except (NeounifyError, OSError) as error:
+            self._display.note(f"error: {error}")
+
+    def _answer(self, question: str) -> None:
+        from neounify.text import place_images
+
+        text = place_images(question, len(self._pending), numbered=False)
+        messages = [*self._messages, {"role": "user", "content": text}]
+        images = [*self._images, *self._pending]
+        if not images and not self._messages and asks_about_image(question, self._model.folder):
+            self._display.note(NO_IMAGE)
+        pieces: list[str] = []
+        with stoppable() as cancel:
+            try:
+                stream = self._model.pipe.chat(
+                    messages,
+                    [image for _, image in images],
+                    stream=True,
+                    cancel=cancel,
+                    **self._options.arguments(),
+                )
+                for piece in stream:
+                    pieces.append(piece)
+                    self._display.write(piece)
+            except Cancelled:
+                self._display.write(" (stopped)")
+        self._display.write("\n")
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        self._images, self._pending = images, []
+
+    def _read_image(self, name: str) -> None:
+        from neounify.image import read_image
+
+        path = Path(name.strip("'\"")).expanduser()
+        image = read_image(path, colour_profiles=self._model.pipe.colour_profiles)
+        self.add_image(path, image)
+        self._display.note(f"({image.width}x{image.height}; now ask about it)")
+
+    def _clear(self, _: str) -> None:
+        self._messages, self._images, self._pending = [], [], []
+        self._display.note("(history cleared)")
+
+    def _save(self, name: str) -> None:
+        wanted = Path(name).expanduser() if name else make_folder(self._folder) / "chat.json"
+        text = json.dumps(self._document(), ensure_ascii=False, indent=2) + "\n"
+        for path in candidates(wanted):
+            if write_new(path, text.encode("utf-8", "replace")):
+                self._display.note(f"saved {path}")
+                return
+
+    def _document(self) -> dict[str, Any]:
+        """The chat as JSON: `messages` and `images` as `Pipeline.chat` takes them."""
+        return {
+            "model": self._model.description,
+            "settings": self._options.arguments(),
+            "messages": self._messages,
+            "images": [str(path) for path, _ in self._images],
+        }
+
+    def _enable_line_editing(self) -> None:
+        if sys.stdin.isatty():
+            try:
+                import readline  # noqa: F401
+            except ImportError:  # not on every system
+                return
+
+
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """While the block runs, Ctrl-C sets the event; a second Ctrl-C interrupts as usual."""
+    cancel = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, before)
