@@ -6,7 +6,6 @@ import pytest
 
 MOVED = [
     ("neounify.evaluate.scenebench", "measure", "neounify.scenes.bench"),
-    ("neounify.data.scenes", "SceneDataset", "neounify.scenes.world"),
 ]
 RENAMED = [
     ("neounify.image", "Source", "neounify.image.io", "ImageSource"),

@@ -13,12 +13,12 @@ import torch
 from neounify.checkpoint import (
     CheckpointFolder,
     choose_dtype,
-    dtypes,
+    load,
     load_checkpoint,
     load_model,
     stored_dtype,
 )
-from neounify.checkpoint.dtypes import memory_bytes, multiplies
+from neounify.checkpoint.load import memory_bytes, multiplies
 from neounify.errors import RequestError
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
@@ -96,8 +96,8 @@ def test_the_fastest_exact_dtype_of_a_cpu(
     expected: torch.dtype,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(dtypes, "multiplies", lambda dtype: fast)
-    monkeypatch.setattr(dtypes, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(load, "multiplies", lambda dtype: fast)
+    monkeypatch.setattr(load, "memory_bytes", lambda: memory)
     checkpoint = _folder(tmp_path, stored, stored, torch.float32)
     caplog.set_level(logging.INFO, "neounify")
     model = load_model(checkpoint)
@@ -127,7 +127,7 @@ def test_memory_is_no_more_than_the_control_group_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(dtypes, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(load, "CGROUP_LIMIT", limit)
     whole = memory_bytes()
     assert whole > 2**28
     limit.write_text("max\n")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from neounify.checkpoint import expected_shapes, from_published, load_model
 from neounify.checkpoint.lora_file import ModuleNames, module_name
-from neounify.checkpoint.lora_save import LoraForm, convert_lora
 from neounify.checkpoint.peft_config import Patterns
 from neounify.errors import CheckpointError
+from neounify.lora.peft import LoraForm, convert_lora
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 LAYER = "language_model.model.layers.1"

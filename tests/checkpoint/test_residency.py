@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint, stream_of
-from neounify.checkpoint.stored import StoredWeight
+from neounify.checkpoint.residency import StoredWeight
 from neounify.config import MlpConfig
 from neounify.errors import CheckpointError
 from neounify.model import NeoUnify

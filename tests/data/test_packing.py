@@ -17,8 +17,14 @@ from hypothesis import strategies as st
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.loader import LoadedPack, LoaderConfig, Position, load_packs
-from neounify.data.packing import first_fit, make_pack
+from neounify.data.loader import (
+    LoadedPack,
+    LoaderConfig,
+    Position,
+    first_fit,
+    load_packs,
+    make_pack,
+)
 from neounify.data.sample import DataError, Sample
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer

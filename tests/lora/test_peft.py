@@ -110,7 +110,7 @@ def test_saving_is_all_or_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("neounify.checkpoint.lora_save.write_json", full)
+        patch.setattr("neounify.lora.peft.write_json", full)
         with pytest.raises(CheckpointError, match="disk full"):
             save_lora(adapted(), everywhere(), folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == before

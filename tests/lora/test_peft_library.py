@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from neounify.checkpoint import from_published, load_model, to_published
-from neounify.checkpoint.lora_save import convert_lora
 from neounify.lora import load_lora, lora_layers, merge_lora, save_lora
+from neounify.lora.peft import convert_lora
 from support.adapted import MODULES, adapted, everywhere, write_base
 from support.checkpoint_folders import CONFIGS
 from support.models import one_thread, random_model  # noqa: F401

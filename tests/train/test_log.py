@@ -16,16 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from neounify.config import MlpConfig
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.packing import Pack, make_pack
+from neounify.data.loader import Pack, make_pack
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
 from neounify.model.stream import SparseMlp
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loss import Counts, LossConfig, loss_of
-from neounify.train.model import freeze, new_model
 from neounify.train.progress import Progress
 from neounify.train.recipe import StageRecipe
+from neounify.train.setup import freeze, new_model
 from neounify.train.speed import (
     Meter,
     StepOperations,

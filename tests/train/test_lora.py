@@ -20,9 +20,8 @@ from neounify.pipeline import Pipeline, load
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.model import new_model
 from neounify.train.recipe import recipe_from_table
-from neounify.train.setup import build_setup
+from neounify.train.setup import build_setup, new_model
 from neounify.train.state import saved_states
 
 CONFIG = SCENES.replace(

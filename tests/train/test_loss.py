@@ -10,15 +10,14 @@ import torch
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
-from neounify.data.loader import LoaderConfig, load_packs
-from neounify.data.packing import Pack, make_pack
+from neounify.data.loader import LoaderConfig, Pack, load_packs, make_pack
 from neounify.flow.path import noise_scale
 from neounify.image.pixels import patchify
 from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
-from neounify.train.model import checkpoint_layers, freeze, new_model
+from neounify.train.setup import checkpoint_layers, freeze, new_model
 from support.models import batch_of
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)

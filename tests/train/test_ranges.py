@@ -17,7 +17,7 @@ from neounify.config.ranges import Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
-from neounify.lora.config import LoraConfig
+from neounify.lora.layers import LoraConfig
 from neounify.text import byte_tokenizer
 from neounify.train.loss import LossConfig
 from neounify.train.optim import OptimizerConfig, Schedule

@@ -4,20 +4,22 @@
     PEFT        NAME.lora_A.weight, NAME.lora_B.weight                   beside a config
 
 and what lies between: pairs of either kind without a config or alpha, with prefixes, flattened
-names (lora_names.py). All mean W ← W + scale · up @ down. The scale of a module is, in this order,
-that of its own alpha (alpha / r), of PEFT's config (alpha / r, or alpha / √r), of an alpha in the
-file's metadata, or 1.
+names. All mean W ← W + strength · scale · up @ down, computed in float32 and cast once, after the
+last of several files. The scale of a module is, in this order, that of its own alpha (alpha / r),
+of PEFT's config (alpha / r, or alpha / √r), of an alpha in the file's metadata, or 1. Everything is
+checked before anything is merged.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +33,8 @@ from neounify.checkpoint.peft_config import (
     PEFT_WEIGHTS,
     PeftConfig,
 )
-from neounify.checkpoint.reader import files_ending
-from neounify.errors import CheckpointError
+from neounify.checkpoint.reader import files_ending, listed
+from neounify.errors import CheckpointError, RequestError
 
 Half = Literal["down", "up", "alpha"]
 
@@ -165,6 +167,17 @@ class LoraPair:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    def to(self, device: torch.device) -> LoraPair:
+        """A float32 copy on a device."""
+        return LoraPair(
+            self.down.to(device, torch.float32), self.up.to(device, torch.float32), self.scale
+        )
+
+    def add_to(self, rows: Tensor, start: int) -> None:
+        """Add its rows `start`… in place to those rows of a float32 weight."""
+        up = self.up[start : start + rows.shape[0]]
+        rows.view(rows.shape[0], -1).addmm_(up, self.down, alpha=self.scale)
 
 
 @dataclass(frozen=True)
@@ -373,3 +386,59 @@ def _several(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
+
+
+PathLike: TypeAlias = str | os.PathLike[str]
+LoraSpec: TypeAlias = PathLike | tuple[PathLike, float]
+"""A file or PEFT folder, alone or with its strength."""
+
+
+def read_loras(
+    lora: LoraSpec | Sequence[LoraSpec] | None,
+    strength: float,
+    expected: Mapping[str, torch.Size],
+) -> dict[str, tuple[LoraPair, ...]]:
+    """The pairs of one or many LoRAs: our tensor name → pairs, in the files' order.
+
+    Each is a file as `read_lora_file` takes it, or a PEFT folder. `strength` is
+    that of those given without their own; `expected` maps our tensor names to shapes. Raises one
+    CheckpointError that lists every unknown target, missing half, wrong shape and value that is
+    not finite, of all files.
+    """
+    updates: dict[str, tuple[LoraPair, ...]] = {}
+    problems: list[str] = []
+    for path, factor in _with_strengths(lora, strength):
+        file = read_lora_file(Path(path), expected)
+        mine = [] if abs(factor) <= MAX_NUMBER else [f"strength {factor} is not a number in range"]
+        problems += [f"{Path(path).name}: {problem}" for problem in (*mine, *file.problems)]
+        for name, pair in file.pairs.items():
+            scale = factor * pair.scale
+            if not abs(scale) <= MAX_NUMBER:
+                problems.append(f"{Path(path).name}: strength {factor} makes the scale {scale:g}")
+                break
+            updates[name] = (*updates.get(name, ()), LoraPair(pair.down, pair.up, scale))
+    if problems:
+        raise CheckpointError(
+            f"the LoRA does not fit the model, nothing was merged; problems: {len(problems)}\n"
+            + "\n".join(listed(problems))
+        )
+    return updates
+
+
+def _with_strengths(
+    lora: LoraSpec | Sequence[LoraSpec] | None, strength: float
+) -> list[tuple[PathLike, float]]:
+    if lora is None:
+        return []
+    if isinstance(lora, str | os.PathLike):
+        if not isinstance(strength, int | float):
+            raise RequestError(f"the strength of a LoRA is {strength!r}, not a number")
+        return [(lora, strength)]
+    if isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float):
+        return [(lora[0], float(lora[1]))]
+    if not isinstance(lora, Sequence):
+        raise RequestError(f"{lora!r:.80} is no LoRA: give a path, (path, strength), or a list")
+    pairs: list[tuple[PathLike, float]] = []
+    for item in cast("Sequence[LoraSpec]", lora):
+        pairs += _with_strengths(item, strength)
+    return pairs

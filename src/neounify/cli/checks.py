@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import PIL.Image
 
-from neounify.checkpoint.dtypes import choose_dtype
-from neounify.checkpoint.load import Memory, resolve_device
+from neounify.checkpoint.load import Memory, choose_dtype, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder

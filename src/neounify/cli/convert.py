@@ -125,7 +125,7 @@ def _convert_loras(
 ) -> None:
     with lasting_imports():
         from neounify.checkpoint import CheckpointFolder, expected_shapes
-        from neounify.checkpoint.lora_save import LoraForm, convert_lora
+        from neounify.lora.peft import LoraForm, convert_lora
 
     if form not in get_args(LoraForm):
         raise UsageError(f"--lora-form {form} is unknown; known: {', '.join(get_args(LoraForm))}")

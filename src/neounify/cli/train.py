@@ -86,8 +86,7 @@ def _train(
         from neounify.checkpoint.load import resolve_device
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
-        from neounify.train.preview import SampleGrid
-        from neounify.train.progress import Progress, stages_to_run
+        from neounify.train.progress import Progress, SampleGrid, stages_to_run
         from neounify.train.setup import StageSources, build_setup
 
     state = _state(folder, resume, display)

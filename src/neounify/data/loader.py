@@ -1,9 +1,10 @@
-"""Endless packs from a mixture of samples, read by worker processes, from an exact position.
+"""Packs of documents without end, read by worker processes, from an exact position.
 
-Sample i of a source is a function of i alone, so a position is a few integers: the next sample of
-every worker, the samples it has carried over, and which worker is next. Each pack comes with the
-position after it; a loader built from that position continues as if it had never stopped. Samples
-that cannot be used are skipped and reported; `check_sources` refuses a source without usable ones.
+Documents are packed first-fit decreasing. Sample i of a source is a function of i alone, so a
+position is a few integers: the next sample of every worker, the samples it has carried over, and
+which worker is next. Each pack comes with the position after it; a loader built from that position
+continues as if it had never stopped. Samples that cannot be used are skipped and reported;
+`check_sources` refuses a source without usable ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
@@ -19,13 +20,93 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from neounify.data.encode import Encoded, Encoder, GuidanceDropout
-from neounify.data.packing import Pack, first_fit, make_pack
-from neounify.data.sample import DataError, Sample
+from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
+from neounify.data.sample import TASKS, DataError, Sample
 from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
+from neounify.model.layout import Layout
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into bins of at most `capacity`, the longest first; the bins hold item numbers.
+
+    First-fit decreasing: at most 11/9 of the fewest bins (Johnson, 1973). Documents of like
+    length end up together, which also keeps padded attention short. ValueError for an item
+    over the capacity.
+    """
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"an item of {max(lengths)} tokens does not fit a pack of {capacity}")
+    bins: list[list[int]] = []
+    free: list[int] = []
+    shortest = min(lengths, default=0)
+    first_open = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        while first_open < len(bins) and free[first_open] < shortest:
+            first_open += 1
+        for number in range(first_open, len(bins)):
+            if lengths[item] <= free[number]:
+                break
+        else:
+            number = len(bins)
+            bins.append([])
+            free.append(capacity)
+        bins[number].append(item)
+        free[number] -= lengths[item]
+    return bins
+
+
+@dataclass(eq=False)
+class Pack:
+    """Documents of one forward pass, as tensors.
+
+    N text tokens, L labels, I clean and J noisy images; U understanding rows.
+    `label_rows` index the understanding rows; `label_tasks` [L] and `target_tasks` [J] are
+    indices in `TASKS`. Images are arrays uint8 [height, width, 3] and not tensors: torch sends each
+    tensor between processes as an open file, and there can be hundreds.
+    """
+
+    layout: Layout
+    ids: Tensor
+    label_rows: Tensor
+    label_ids: Tensor
+    label_tasks: Tensor
+    images: list[Pixels]
+    targets: list[Pixels]
+    target_tasks: Tensor
+    samples: list[str] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of both streams."""
+        return self.layout["und"].length + self.layout["gen"].length
+
+
+def make_pack(documents: Sequence[Encoded]) -> Pack:
+    """Join encoded samples into one pack."""
+    rows: list[int] = []
+    first = 0
+    for d in documents:
+        rows += [first + row for row in d.label_rows]
+        first += d.document.und_length()
+    task = [TASKS.index(d.task) for d in documents]
+    per_label = [len(d.label_ids) for d in documents]
+    per_target = [len(d.targets) for d in documents]
+    return Pack(
+        layout=Layout(d.document for d in documents),
+        ids=torch.tensor([i for d in documents for i in d.ids], dtype=torch.int64),
+        label_rows=torch.tensor(rows, dtype=torch.int64),
+        label_ids=torch.tensor([i for d in documents for i in d.label_ids], dtype=torch.int64),
+        label_tasks=torch.from_numpy(np.repeat(task, per_label)),
+        images=[image for d in documents for image in d.images],
+        targets=[image for d in documents for image in d.targets],
+        target_tasks=torch.from_numpy(np.repeat(task, per_target)),
+        samples=[d.sample for d in documents],
+    )
+
 
 WINDOW_PACKS = 16
 """Packs that are filled together; more fill better and wait longer."""

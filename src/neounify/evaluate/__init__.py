@@ -1,1 +1,1 @@
-"""Evaluation of any model on any data: similarity of images, rates with confidence intervals."""
+"""Evaluation of any model on any data: metrics of images and rates of success."""

@@ -1,24 +1,39 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters on disk: written in PEFT's format or the published one, read again to be trained on."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.lora_file import LoraFile, LoraPair, read_lora_file
-from neounify.checkpoint.lora_save import LoraForm, write_lora
+from neounify.checkpoint.lora_file import (
+    LoraFile,
+    LoraPair,
+    LoraSpec,
+    module_name,
+    read_lora_file,
+    read_loras,
+)
 from neounify.checkpoint.names import stream_of, to_published
-from neounify.checkpoint.peft_config import PeftConfig
+from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
 from neounify.checkpoint.reader import listed
+from neounify.checkpoint.save import atomic_checkpoint, write_shard
 from neounify.errors import CheckpointError, ConfigError
-from neounify.lora.config import LoraConfig
-from neounify.lora.layers import LoraLinear, lora_layers, trainable_only_lora
+from neounify.files import atomic_file, check_absent, check_empty, is_empty, write_json
+from neounify.lora.layers import LoraConfig, LoraLinear, lora_layers, trainable_only_lora
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import STREAMS
+
+LoraForm: TypeAlias = Literal["peft", "published"]
+
+SUFFIX = ".safetensors"
 
 
 def save_lora(
@@ -104,3 +119,120 @@ def _config(folder: Path, file: LoraFile, linear: list[str]) -> LoraConfig:
         )
     except ValueError as error:
         raise CheckpointError(f"{folder} cannot be trained on: {error}") from error
+
+
+def write_lora(
+    pairs: Mapping[str, LoraPair],
+    shapes: Mapping[str, torch.Size],
+    target: str | os.PathLike[str],
+    form: LoraForm,
+    *,
+    config: PeftConfig | None = None,
+    base: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write pairs (by our weight names), all or nothing; the file or folder that was written.
+
+    "peft" makes a folder, `config` its config (None: the one that fits the pairs) and `base` the
+    name of the checkpoint in it. "published" makes one file. Kernels get their shape back from
+    `shapes`. An adapter that is there is replaced with `overwrite`. Raises CheckpointError.
+    """
+    if not pairs:
+        raise CheckpointError("there are no adapters to save")
+    path = Path(target).resolve()
+    if form == "published":
+        return _write_published(pairs, shapes, path, overwrite)
+    _check_folder(path, overwrite)
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        down, up = _shaped(pair, shapes[name])
+        tensors[f"base_model.model.{module_name(name)}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module_name(name)}.lora_B.weight"] = up
+    document = (config or fitting_config(pairs)).document(
+        list(map(module_name, pairs)), base or None
+    )
+    with atomic_checkpoint(path) as aside:
+        write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
+        write_json(aside / PEFT_CONFIG, document)
+    return path
+
+
+def convert_lora(
+    lora: LoraSpec | Sequence[LoraSpec],
+    shapes: Mapping[str, torch.Size],
+    target: str | os.PathLike[str],
+    form: LoraForm,
+    *,
+    base: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write LoRAs of any form anew, as one; several become one of their ranks together.
+
+    `shapes` are those of the model they are for, by our names. The rest is as in `write_lora`.
+    Raises CheckpointError, as reading and writing do.
+    """
+    updates = read_loras(lora, 1.0, shapes)
+    pairs = {name: _joined(several) for name, several in updates.items()}
+    return write_lora(pairs, shapes, target, form, base=base, overwrite=overwrite)
+
+
+def fitting_config(pairs: Mapping[str, LoraPair]) -> PeftConfig:
+    """The config of pairs: the commonest rank and alpha, and patterns for modules that differ."""
+    ranks = {module_name(name): pair.rank for name, pair in pairs.items()}
+    alphas = {module_name(name): pair.scale * pair.rank for name, pair in pairs.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return PeftConfig(
+        rank,
+        alpha,
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+    )
+
+
+def _write_published(
+    pairs: Mapping[str, LoraPair], shapes: Mapping[str, torch.Size], path: Path, overwrite: bool
+) -> Path:
+    if path.is_dir() or path.suffix.lower() != SUFFIX:
+        raise CheckpointError(f"{path}: a LoRA of the published form is one file, NAME{SUFFIX}")
+    if not overwrite:
+        check_absent(path, CheckpointError, "choose another name, or overwrite it")
+    tensors: dict[str, Tensor] = {}
+    for name, pair in pairs.items():
+        module = module_name(name)
+        down, up = _shaped(pair, shapes[name])
+        tensors[f"{module}.lora_down.weight"] = down
+        tensors[f"{module}.lora_up.weight"] = up
+        tensors[f"{module}.alpha"] = torch.tensor(pair.scale * pair.rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as aside:
+            write_shard(aside, tensors, list(tensors))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be saved: {error}") from error
+    return path
+
+
+def _joined(updates: Sequence[LoraPair]) -> LoraPair:
+    """Updates of one weight as one pair, of their ranks together where they are several."""
+    if len(updates) == 1:
+        return updates[0]
+    ups = [update.scale * update.up.float() for update in updates]
+    return LoraPair(torch.cat([u.down.float() for u in updates]), torch.cat(ups, dim=1), 1.0)
+
+
+def _shaped(pair: LoraPair, weight: torch.Size) -> tuple[Tensor, Tensor]:
+    """down and up as matrices, of a kernel as kernels."""
+    ones = [1] * len(weight[2:])
+    down = pair.down.reshape(pair.rank, *weight[1:])
+    return down.contiguous(), pair.up.reshape(weight[0], pair.rank, *ones).contiguous()
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    check_empty(folder, "an adapter", CheckpointError, overwrite=True)
+    if not folder.exists() or is_empty(folder):
+        return
+    if not (folder / PEFT_CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not empty and holds no adapter; choose another folder")
+    if not overwrite:
+        raise CheckpointError(f"{folder} holds an adapter already; choose another, or overwrite it")

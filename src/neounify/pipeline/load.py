@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from neounify.checkpoint.dtypes import Dtype
-from neounify.checkpoint.load import Memory, load_checkpoint
-from neounify.checkpoint.lora import LoraSpec
+from neounify.checkpoint.load import Dtype, Memory, load_checkpoint
+from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.errors import CheckpointError
 from neounify.files import read_text

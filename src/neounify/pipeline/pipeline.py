@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from neounify.checkpoint.dtypes import DtypeChoice
+from neounify.checkpoint.load import DtypeChoice
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling

@@ -18,20 +18,18 @@ import torch
 from torch import Tensor
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
-from neounify.data.loader import nothing_usable, probe_sources
-from neounify.data.packing import Pack, make_pack
+from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
 from neounify.errors import ImageError
-from neounify.evaluate.similarity import psnr, seam_ratio
+from neounify.evaluate.metrics import psnr, seam_ratio
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
 from neounify.train.loss import T_INTERVALS, Counts, Metrics, loss_of
 from neounify.train.method import seeded
-from neounify.train.model import freeze
 from neounify.train.optim import OptimizerSet
 from neounify.train.recipe import StageRecipe
-from neounify.train.setup import TrainSetup, build_mixture
+from neounify.train.setup import TrainSetup, build_mixture, freeze
 from neounify.train.supervised import build_encoder
 
 SAMPLES = 400

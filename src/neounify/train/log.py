@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,18 +18,11 @@ from rich.progress import Progress as Bar
 
 from neounify.files import write_bytes
 from neounify.terminal import duration, progress_bar
+from neounify.train.recipe import StageRecipe
 from neounify.train.speed import Meter
 
 if TYPE_CHECKING:
     from neounify.train.progress import Progress
-    from neounify.train.recipe import StageRecipe
-
-
-from collections import deque
-from dataclasses import dataclass, field
-from statistics import median
-
-from neounify.train.recipe import StageRecipe
 
 MAX_SHOWN = 10
 """Damaged samples that the terminal shows; all are in skipped.txt."""

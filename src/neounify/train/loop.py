@@ -22,14 +22,12 @@ from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
-from neounify.train.ema import Ema, load_ema
 from neounify.train.log import DivergenceWatch, Log, settings_against_divergence
 from neounify.train.method import DROPOUT, Batch, Method, MethodConfig, StageContext, Step, seeded
-from neounify.train.model import checkpoint_layers, freeze
-from neounify.train.optim import OptimizerSet, all_names, load_optimizers
+from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.setup import StageSources, TrainSetup
+from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, freeze
 from neounify.train.speed import Meter
 from neounify.train.state import (
     flatten_optimizer,

@@ -25,7 +25,7 @@ from neounify.attention import select_for
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_weights
 from neounify.data.encode import Pixels
-from neounify.data.packing import Pack
+from neounify.data.loader import Pack
 from neounify.data.sample import TASKS
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.pixels import normalise_und, patchify

@@ -1,4 +1,4 @@
-"""Progress of a run: counters, the stages that are left, and samples used per data source."""
+"""Progress of a run: counters, stages that are left, samples per data source, sample grids."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from neounify.data.loader import LoadedPack, Skipped
+from neounify.data.sample import DataError, Sample
 from neounify.data.sources import FileSource, Mixture, source_name
 from neounify.errors import ConfigError
+from neounify.image.contact_sheet import contact_sheet
+from neounify.pipeline import Pipeline
 from neounify.train.method import Batch
 from neounify.train.recipe import Recipe
+from neounify.train.setup import StageSources
 
 
 @dataclass
@@ -137,3 +144,37 @@ class Tally:
                 self.used[number] = int(item["used"])
                 self.skipped[number] = int(item["skipped"])
                 self.damaged[number] = {int(n) for n in item["damaged"]}
+
+
+MAX_PROMPTS = 16
+GRID_STEPS = 30
+"""Sampling steps of a grid's images."""
+
+
+class SampleGrid:
+    """Generates the recipe's prompts, or those of its first samples, as samples/step-….png."""
+
+    def __init__(self, recipe: Recipe, folder: Path, sources: StageSources | None = None) -> None:
+        self.recipe, self.folder = recipe, folder / "samples"
+        self.sources = sources or StageSources(recipe)
+
+    def __call__(self, pipe: Pipeline, progress: Progress) -> dict[str, float]:
+        prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
+        if not prompts:
+            return {}
+        generated = pipe.generate(prompts, seed=list(range(len(prompts))), steps=GRID_STEPS)
+        images = [np.asarray(image) for image in generated.images]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet = contact_sheet(images, prompts, [True] * len(prompts), columns=8)
+        sheet.save(self.folder / f"step-{progress.step:08d}.png")
+        return {}
+
+    def _prompts(self, stage: int) -> list[str]:
+        """User texts of the first text-to-image samples of the stage's data."""
+        source = self.sources.of(self.recipe.stages[stage])
+        samples: list[Sample] = []
+        for index in range(200):
+            with suppress(DataError):  # the loader counts damaged samples
+                samples.append(source[index])
+        prompts = [sample.text("user") for sample in samples if sample.task == "t2i"]
+        return prompts[:MAX_PROMPTS]

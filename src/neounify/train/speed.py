@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from neounify.config import ModelConfig
-from neounify.data.packing import Pack
+from neounify.data.loader import Pack
 from neounify.model.layout import Block, Layout
 from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
 from neounify.model.stream import SparseMlp

@@ -6,8 +6,7 @@
 """
 
 from neounify.deprecation import moved
-from neounify.evaluate.rates import Rate, wilson_interval
-from neounify.evaluate.similarity import psnr, seam_ratio, ssim
+from neounify.evaluate.metrics import Rate, psnr, seam_ratio, ssim, wilson_interval
 from neounify.image.contact_sheet import contact_sheet
 from neounify.scenes.bench.category import Category, Example, Outcome, Score, score
 from neounify.scenes.bench.checks import (

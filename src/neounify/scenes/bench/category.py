@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neounify.data.sample import DataError
-from neounify.evaluate.rates import Rate
+from neounify.evaluate.metrics import Rate
 from neounify.scenes.bench.checks import Verdict
 
 Pixels = NDArray[np.uint8]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.data.sample import DataError
-from neounify.evaluate.similarity import psnr
+from neounify.evaluate.metrics import psnr
 from neounify.scenes.bench.perceive import Percept, SeenObject, as_array, perceive
 from neounify.scenes.world.edits import SceneEdit, Story
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, ObjectFact, SceneFacts, facts_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neounify.evaluate.similarity import psnr, ssim
+from neounify.evaluate.metrics import psnr, ssim
 from neounify.scenes.bench.category import Example, Pixels
 from neounify.scenes.bench.checks import Verdict
 from neounify.scenes.bench.prompts import is_held_out_turn

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from neounify.errors import ImageError
-from neounify.evaluate.similarity import seam_ratio
+from neounify.evaluate.metrics import seam_ratio
 from neounify.scenes.bench.category import Category, Example, Pixels
 from neounify.scenes.bench.checks import (
     MIN_EDIT_PSNR,

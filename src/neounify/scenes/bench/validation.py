@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from neounify.data.sample import DataError
-from neounify.evaluate.rates import Rate
+from neounify.evaluate.metrics import Rate
 from neounify.scenes.bench.checks import check_caption, check_edit, check_image
 from neounify.scenes.bench.prompts import PaintCase, categories, draw_paint_case
 from neounify.scenes.world.draw import pick, sample_rng, shuffled

@@ -1,5 +1,0 @@
-"""Deprecated: this package is `neounify.scenes.world` now."""
-
-from neounify.deprecation import moved
-
-__getattr__ = moved(__name__, "neounify.scenes.world")
