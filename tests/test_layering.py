@@ -38,6 +38,7 @@ data            samples, sources, packing, loading
 evaluate        similarity of images, rates with confidence intervals
 scenes          synthetic scenes and SceneBench
 train           recipes and the trainer
+post_train      reinforcement learning, distillation, merging of experts
 serve           the service, its engines' processes, HTTP
 cli             the command line
 __main__        `python -m neounify`

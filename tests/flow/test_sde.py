@@ -100,7 +100,9 @@ def test_the_last_step_has_no_noise(kind: StepKind) -> None:
     torch.testing.assert_close(step.mean(z, clean), clean, rtol=0, atol=1e-12)
 
 
-def _published_flow(x: Tensor, v: Tensor, u: float, u_next: float, u_max: float, eta: float):
+def _published_flow(
+    x: Tensor, v: Tensor, u: float, u_next: float, u_max: float, eta: float
+) -> tuple[Tensor, float]:
     """Flow-GRPO's step as its paper has it: time u = 1 - t, velocity towards noise, σ = 1."""
     deviation = eta * math.sqrt(u / (1 - (u_max if u == 1 else u)))
     h = u_next - u
