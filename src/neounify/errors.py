@@ -89,6 +89,22 @@ class TensorsGone(ServiceError):
     """Tensors of the request were lost on their way between the engines."""
 
 
+class Overloaded(ServiceError):
+    """More requests than the limits allow; try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(ServiceError):
+    """The request ran out of the time it was given."""
+
+
+class Draining(ServiceError):
+    """The service is shutting down and takes no new requests."""
+
+
 Extra = Literal["grammar", "serve", "ray", "train", "watermark"]
 
 

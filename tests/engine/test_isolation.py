@@ -34,8 +34,7 @@ from neounify.engine.understanding import UnderstandingEngine, UnderstandingSett
 from neounify.errors import OutOfMemory
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
-from neounify.serve.shared_memory import folder
-from neounify.serve.transport import SharedTransport
+from neounify.serve.shared_memory import SharedTransport, folder
 from support.prefilling import pool_of
 
 GRID = Grid(2, 2)

@@ -15,10 +15,8 @@ import neounify
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
-from neounify.serve.engines import EngineThread
-from neounify.serve.events import ServiceRequest
-from neounify.serve.process import EngineSettings
-from neounify.serve.service import EngineService
+from neounify.serve.engines import EngineSettings, EngineThread
+from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest

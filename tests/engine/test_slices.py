@@ -29,7 +29,7 @@ from neounify.engine.messages import (
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
-from neounify.serve.worker import Worker
+from neounify.serve.engines import Worker
 
 SMALL, LARGE = Grid(2, 2), Grid(6, 6)
 

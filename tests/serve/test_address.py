@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from neounify.serve import run as running
-from neounify.serve.address import AddressError, bound
 from neounify.serve.build import ServeSettings
-from neounify.serve.run import RunSettings
+from neounify.serve.run import AddressError, RunSettings, bound
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

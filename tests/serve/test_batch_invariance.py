@@ -16,8 +16,7 @@ import neounify
 from neounify.bundled import bundled_model
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
-from neounify.serve.events import ServiceRequest
-from neounify.serve.service import EngineService
+from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest

@@ -9,13 +9,20 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from neounify.engine.messages import Command, Exported, ImageReady, Prefix, Reply, StepPreview
+from neounify.engine.messages import (
+    Command,
+    Exported,
+    ImageReady,
+    Prefix,
+    Reply,
+    StepPreview,
+    new_number,
+)
 from neounify.errors import EngineDied, OutOfMemory
 from neounify.serve import client as client_module
 from neounify.serve.client import EngineClient
 from neounify.serve.engines import Deliver, Died
-from neounify.serve.shared_memory import folder
-from neounify.serve.transport import SharedTransport
+from neounify.serve.shared_memory import SharedTransport, folder
 
 PIXELS = torch.zeros(3, 8, 8)
 
@@ -86,7 +93,11 @@ def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> 
 
     async def work() -> None:
         await client.start()
-        late, early, ended = client.open_call(), client.open_call(), client.open_call()
+        late, early, ended = (
+            client.open_call(new_number()),
+            client.open_call(new_number()),
+            client.open_call(new_number()),
+        )
         client.close_call(late)
         for call in (late, early, ended):
             engine.deliver(replies(call.number), None)
@@ -111,7 +122,7 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
     async def work() -> None:
         await client.start()
         for turns in range(6):
-            call = client.open_call()
+            call = client.open_call(new_number())
             waiting = asyncio.ensure_future(call.next(5))
             await asyncio.sleep(0)
             engine.deliver(
@@ -135,7 +146,7 @@ def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
         engine = Scripted(works)
         client = EngineClient("generation", engine)
         await client.start()
-        call = client.open_call()
+        call = client.open_call(new_number())
         call.put(Reply(call.number, Exported(()), True))
         with pytest.raises(TimeoutError):
             await call.next(0)
@@ -152,14 +163,14 @@ def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
 
     async def work() -> None:
         await client.start()
-        call = client.open_call()
+        call = client.open_call(new_number())
         engine.died()
         with pytest.raises(EngineDied):
             raise (await call.next(5)).answer.exception()  # type: ignore[union-attr]
         while not client.ready:
             seen.add(client.state)
             with pytest.raises(EngineDied):
-                client.open_call()
+                client.open_call(new_number())
             await asyncio.sleep(0.001)
         seen.add(client.state)
         await client.stop()
@@ -197,13 +208,13 @@ def test_only_those_who_prepare_an_engine_may_call_it_before() -> None:
 
     async def prepare() -> None:
         with pytest.raises(EngineDied):
-            client.open_call()
-        client.close_call(client.open_call(preparing=True))
+            client.open_call(new_number())
+        client.close_call(client.open_call(new_number(), preparing=True))
 
     async def work() -> None:
         client.prepare = prepare
         await client.start()
-        client.close_call(client.open_call())
+        client.close_call(client.open_call(new_number()))
         engine.died()
         await until(lambda: client.restarts == 1 and client.ready)
         await client.stop()
@@ -247,7 +258,7 @@ def test_a_death_while_it_is_prepared_starts_it_once_more() -> None:
     dies = [True]
 
     async def prepare() -> None:
-        call = client.open_call(preparing=True)
+        call = client.open_call(new_number(), preparing=True)
         if engine.started == 2 and dies.pop():
             engine.died()
             answer = (await call.next(5)).answer

@@ -20,9 +20,9 @@ from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.client import EngineClient
-from neounify.serve.engines import EngineProcess, WatchSettings
+from neounify.serve.engine_process import EngineProcess, ProcessSettings
+from neounify.serve.engines import EngineSettings, WatchSettings
 from neounify.serve.http.errors import to_api_error
-from neounify.serve.process import EngineSettings, ProcessSettings
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.requests import ImageRequest

@@ -14,13 +14,20 @@ import pytest
 import neounify
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
-from neounify.errors import EngineDied, ImageError, PromptError, RequestError
+from neounify.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineDied,
+    ImageError,
+    Overloaded,
+    PromptError,
+    RequestError,
+)
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeSettings, build_service, colocated
 from neounify.serve.client import EngineClient
-from neounify.serve.engines import EngineProcess, EngineThread
-from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
-from neounify.serve.process import EngineSettings
+from neounify.serve.engine_process import EngineProcess
+from neounify.serve.engines import EngineSettings, EngineThread
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.chat import CompletionRequest, make_chat_request
 from neounify.tasks.interleave import InterleaveRequest

@@ -15,12 +15,12 @@ import torch
 
 import neounify
 from neounify.config.presets import TINY
+from neounify.errors import DeadlineExceeded
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeSettings, build_service, colocated
-from neounify.serve.events import DeadlineExceeded, ServiceRequest
-from neounify.serve.service import EngineService
+from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest

@@ -23,12 +23,11 @@ from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
-from neounify.serve import context
+from neounify.serve import client
 from neounify.serve.build import ServeSettings, build_service, colocated
-from neounify.serve.context import EngineClients
-from neounify.serve.events import ServiceRequest
-from neounify.serve.process import EngineSettings
-from neounify.serve.service import EngineService, ServiceLimits
+from neounify.serve.client import EngineClients
+from neounify.serve.engines import EngineSettings
+from neounify.serve.service import EngineService, ServiceLimits, ServiceRequest
 from neounify.serve.shared_memory import SharedSpace, folder
 from neounify.tasks.chat import ChatRequest, make_chat_request
 from neounify.tasks.conversation import read_request
@@ -370,7 +369,7 @@ def test_long_work_leaves_the_event_loop(
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
         monkeypatch.setattr(service.clients.transport, "copies", True)
         monkeypatch.setattr(service.clients.transport, "pack", watched("pack", pack))
-        monkeypatch.setattr(context, "_digest", watched("digest", context._digest))
+        monkeypatch.setattr(client, "_digest", watched("digest", client._digest))
         await collect(service, request)
         return threading.get_ident()
 

@@ -18,12 +18,13 @@ from neounify.errors import OutOfMemory
 from neounify.serve import shared_memory
 from neounify.serve.shared_memory import (
     SharedSpace,
+    SharedTensors,
+    SharedTransport,
     folder,
     remove_abandoned,
     remove_after_end,
     remove_pieces,
 )
-from neounify.serve.transport import SharedTensors, SharedTransport
 
 MEGABYTE = torch.zeros(2**18)
 KILLED = """

@@ -7,8 +7,7 @@ import torch
 
 from neounify.engine.messages import LocalTransport, Transport
 from neounify.errors import TensorsGone
-from neounify.serve.shared_memory import folder
-from neounify.serve.transport import SharedTensors, SharedTransport
+from neounify.serve.shared_memory import SharedTensors, SharedTransport, folder
 
 TENSORS = {
     "keys": torch.randn(2, 3, 5),

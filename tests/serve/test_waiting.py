@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from neounify.serve.waiting import within
+from neounify.serve.client import within
 
 
 def test_a_result_in_time() -> None:

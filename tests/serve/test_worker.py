@@ -17,7 +17,7 @@ from neounify.engine.messages import (
     TextInput,
 )
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
-from neounify.serve.worker import Worker
+from neounify.serve.engines import Worker
 
 NAME = (1, "cond")
 

@@ -10,14 +10,14 @@ from PIL import Image
 
 from neounify.config import ModelConfig
 from neounify.config.presets import TINY
-from neounify.serve.events import ServiceEvent, ServiceRequest
+from neounify.serve.service import ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, ImageFinished, Preview, PromptRead, TextPiece
+from neounify.tasks.events import Finished, ImageFinished, Preview, PromptRead, TaskEvent, TextPiece
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest
 from support.patches import to_gen_pixels
 
-Script = Callable[[ServiceRequest, int], Iterable[ServiceEvent | float | Exception]]
+Script = Callable[[ServiceRequest, int], Iterable[TaskEvent | float | Exception]]
 """(request, previews) -> events to give, seconds to wait, an error to end with."""
 
 
@@ -26,7 +26,7 @@ def colour_of(seed: int) -> tuple[int, int, int]:
     return (seed * 40 % 256, seed * 90 % 256, seed * 130 % 256)
 
 
-def plain(request: ServiceRequest, previews: int) -> list[ServiceEvent | float | Exception]:
+def plain(request: ServiceRequest, previews: int) -> list[TaskEvent | float | Exception]:
     """Text that repeats the question, images in the colour of their seed."""
     if isinstance(request, ChatRequest):
         thought = [TextPiece("Hm, ", thought=True), TextPiece("yes.", thought=True)]
@@ -46,7 +46,7 @@ def _painted(request: ImageRequest) -> Finished:
     return Finished("stop", 20 + shown, 0, 3, 16, prompt_image_tokens=shown)
 
 
-def _story(request: InterleaveRequest, previews: int) -> list[ServiceEvent | float | Exception]:
+def _story(request: InterleaveRequest, previews: int) -> list[TaskEvent | float | Exception]:
     image = _image(*request.sizes[-1], request.seed)
     return [
         TextPiece("Once "),
@@ -62,7 +62,7 @@ def _image(width: int, height: int, seed: int) -> torch.Tensor:
     return to_gen_pixels(Image.new("RGB", (width, height), colour_of(seed)))
 
 
-def _painting(image: torch.Tensor, index: int, previews: int) -> list[ServiceEvent]:
+def _painting(image: torch.Tensor, index: int, previews: int) -> list[TaskEvent]:
     steps = [Preview(index, step + 1, 8, image / 2) for step in range(previews)]
     return [*steps, ImageFinished(index, image)]
 
@@ -91,7 +91,7 @@ class Scripted:
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
-    ) -> AsyncIterator[ServiceEvent]:
+    ) -> AsyncIterator[TaskEvent]:
         self.requests.append(request)
         self.deadlines.append(deadline)
         self.open += 1

@@ -11,8 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from neounify.serve.events import ServiceRequest
-from neounify.serve.service import EngineService
+from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
 
 T = TypeVar("T")

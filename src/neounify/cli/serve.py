@@ -146,8 +146,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
     from neounify.engine.generation import GenerationSettings
     from neounify.engine.understanding import UnderstandingSettings
     from neounify.serve.build import Mode, ServeSettings
-    from neounify.serve.engines import WatchSettings
-    from neounify.serve.process import EngineSettings
+    from neounify.serve.engines import EngineSettings, WatchSettings
     from neounify.serve.service import ServiceLimits
 
     if model.mode not in get_args(Mode):

@@ -15,13 +15,11 @@ from neounify.engine.messages import LocalTransport
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution
-from neounify.serve.client import EngineClient
-from neounify.serve.context import EngineClients
-from neounify.serve.engines import EngineProcess, EngineThread, WatchSettings
-from neounify.serve.process import EngineSettings, ProcessSettings, Role
+from neounify.serve.client import EngineClient, EngineClients
+from neounify.serve.engine_process import EngineProcess, ProcessSettings, Role
+from neounify.serve.engines import EngineSettings, EngineThread, WatchSettings
 from neounify.serve.service import EngineService, ServiceLimits
-from neounify.serve.shared_memory import SharedSpace, folder, free_bytes
-from neounify.serve.transport import SharedTransport
+from neounify.serve.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
 from neounify.tasks.processor import Processor
 
 log = logging.getLogger("neounify.serve")

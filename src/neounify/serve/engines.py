@@ -1,37 +1,56 @@
-"""Engines in a thread of this process or in a separate process: start, watch, stop."""
+"""Engines of a server: the worker loop that runs them, in a thread of this process."""
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
-from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Command, LocalTransport, Reply, Report, failed
-from neounify.engine.understanding import UnderstandingEngine
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import Command, LocalTransport, Reply, Report, is_for_generation
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model.neo import NeoUnify
-from neounify.serve.process import (
-    Batch,
-    Beat,
-    EngineSettings,
-    ProcessSettings,
-    Ready,
-    run_process,
-)
-from neounify.serve.shared_memory import PREFIX, remove_pieces
-from neounify.serve.worker import Worker, receive_commands
 
 log = logging.getLogger("neounify.serve")
 
+MAX_YIELDED = 4
+"""Denoising yields to prompts that wait for a first token, that many steps in a row."""
+REPORT_SECONDS = 0.5
+TEXT_SECONDS = 1.0
+"""Denoising steps stay short for so many seconds after the last text."""
+
 Deliver = Callable[[Sequence[Reply], Report | None], None]
 Died = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Settings of both engines."""
+
+    understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """Timeouts of an engine, in seconds.
+
+    `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
+    loads and afterwards; it sends a heartbeat every second, so a longer silence means that it was
+    stopped. `step`: until a step ends. `end`: until the engine ends when it was asked to.
+    """
+
+    start: float = 600.0
+    start_silence: float = 120.0
+    silence: float = 20.0
+    step: float = 600.0
+    end: float = 10.0
 
 
 class EngineHandle(Protocol):
@@ -51,20 +70,128 @@ class EngineHandle(Protocol):
         """End the worker and wait for it; it is not started again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WatchSettings:
-    """Timeouts of an engine, in seconds.
+# --- the worker ---
 
-    `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
-    loads and afterwards; it sends a heartbeat every second, so a longer silence means that it was
-    stopped. `step`: until a step ends. `end`: until the engine ends when it was asked to.
+
+class Channel(Protocol):
+    """A worker's end of the connection to the server."""
+
+    def receive(self, *, wait: bool) -> list[Command] | None:
+        """All commands received, after waiting for one with `wait`; None at the end."""
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        """Send replies, and now and then a report, to the server."""
+
+
+def receive_commands(
+    get: Callable[[], Command | None], pending: Callable[[], bool], *, wait: bool
+) -> list[Command] | None:
+    """Commands from `get` while some are `pending`, at least one with `wait`; see `Channel`."""
+    commands: list[Command] = []
+    while wait or pending():
+        command = get()
+        if command is None:
+            return None
+        commands.append(command)
+        wait = False
+    return commands
+
+
+class Worker:
+    """One or both engines behind one channel.
+
+    With both, a step of text is taken before each denoising step, and a prompt that waits for its
+    first token goes before the images, so that text does not wait behind them.
     """
 
-    start: float = 600.0
-    start_silence: float = 120.0
-    silence: float = 20.0
-    step: float = 600.0
-    end: float = 10.0
+    def __init__(
+        self,
+        channel: Channel,
+        understanding: UnderstandingEngine | None,
+        generation: GenerationEngine | None,
+    ) -> None:
+        self.channel = channel
+        self.understanding, self.generation = understanding, generation
+        self._counters: Counter[str] = Counter()
+        self._yielded = 0
+        self._last_text = -TEXT_SECONDS
+        self._reported = 0.0
+        self._begun: float | None = None
+
+    def step_seconds(self) -> float:
+        """Seconds since the current step began, 0 between steps; for any thread."""
+        begun = self._begun
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def run(self) -> None:
+        """Work until the server hangs up."""
+        while True:
+            self._begun = None
+            commands = self.channel.receive(wait=not self._busy())
+            if commands is None:
+                return
+            self._begun = time.monotonic()
+            for command in commands:
+                self._engine_of(command).submit(command)  # type: ignore[arg-type]
+            self._work()
+            self._send()
+
+    def _busy(self) -> bool:
+        return any(engine is not None and engine.busy for engine in self._engines())
+
+    def _engines(self) -> tuple[UnderstandingEngine | None, GenerationEngine | None]:
+        return self.understanding, self.generation
+
+    def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine:
+        engine = self.generation if is_for_generation(command) else self.understanding
+        assert engine is not None
+        return engine
+
+    def _work(self) -> None:
+        und, gen = self._engines()
+        if und is not None and und.busy:
+            decoding = und.decoding
+            self._timed("und", und.step)
+            if decoding:
+                self._last_text = time.perf_counter()
+        if gen is None or not gen.busy:
+            return
+        if und is not None and und.urgent and self._yielded < MAX_YIELDED:
+            self._yielded += 1
+            return
+        self._yielded = 0
+        beside_text = time.perf_counter() - self._last_text < TEXT_SECONDS
+        self._timed("gen", partial(gen.step, beside_text=beside_text))
+
+    def _timed(self, name: str, step: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        step()
+        self._counters[f"{name}_step_seconds"] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def _send(self) -> None:
+        replies: list[Reply] = []
+        for engine in self._engines():
+            if engine is not None:
+                replies += engine.replies
+                engine.replies = []
+        now = time.monotonic()
+        due = now - self._reported >= REPORT_SECONDS or not self._busy()
+        if due:
+            self._reported = now
+        if replies or due:
+            self.channel.send(replies, self._report() if due else None)
+
+    def _report(self) -> Report:
+        gauges: dict[str, float] = {}
+        counters: dict[str, float] = dict(self._counters)
+        for engine in self._engines():
+            if engine is not None:
+                gauges |= engine.gauges()
+                counters |= engine.counters
+        return Report(gauges, counters)
+
+
+# --- both engines in a thread ---
 
 
 class EngineThread:
@@ -162,168 +289,3 @@ class _QueueChannel:
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
         self._deliver(replies, report)
-
-
-class EngineProcess:
-    """One engine in a separate process, which ends when this one does."""
-
-    def __init__(self, settings: ProcessSettings, watch: WatchSettings | None = None) -> None:
-        self.settings = settings
-        self.watch = watch or WatchSettings()
-        self._current: _ProcessRun | None = None
-        self._starts = 0
-        # A start whose caller is gone may still run in its thread when `stop` is called:
-        # either it finds `_stopping` set, or `stop` finds its process and ends it.
-        self._changing = threading.Lock()
-        self._stopping = False
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._current is None else self._current.pid
-
-    def start(self, deliver: Deliver, died: Died) -> None:
-        with self._changing:
-            if self._stopping:
-                raise RuntimeError("the server is ending")
-            self._end(0.0)
-            self._starts += 1
-            prefix = f"{self.settings.pieces or PREFIX}{self.settings.role}{self._starts}_"
-            run = self._current = _ProcessRun(replace(self.settings, pieces=prefix))
-        try:
-            run.wait_ready(self.watch)
-            run.run(self.watch, deliver, died)
-        except BaseException:  # also where the machine has no threads left
-            run.end(0.0)
-            raise
-
-    def send(self, command: Command) -> None:
-        if self._current is not None:
-            self._current.commands.put(command)
-
-    def stop(self) -> None:
-        self._stopping = True
-        with self._changing:
-            self._end(self.watch.end)
-
-    def _end(self, seconds: float) -> None:
-        if self._current is not None:
-            self._current.end(seconds)
-
-
-class _ProcessRun:
-    """One run of an engine process, with its pipe and the threads that read and write it."""
-
-    def __init__(self, settings: ProcessSettings) -> None:
-        assert settings.pieces is not None
-        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._name, self._pieces, self._last_piece = settings.role, settings.pieces, 0
-        self._asked = self._closed = False
-        self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
-        self._threads: list[threading.Thread] = []
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=run_process, args=(theirs, settings), name=settings.role, daemon=True
-        )
-        try:
-            self._process.start()
-        finally:
-            theirs.close()
-        # Else an interpreter that ends without `end` would wait for the process for ever.
-        atexit.register(self._process.kill)
-        self.pid = self._process.pid
-
-    def wait_ready(self, watch: WatchSettings) -> None:
-        """Wait until the engine takes commands. Raises RuntimeError."""
-        end = time.monotonic() + watch.start
-        try:
-            while not isinstance(self._next(watch.start_silence), Ready):
-                if time.monotonic() > end:
-                    raise RuntimeError(
-                        f"the {self._name} process was not ready after {watch.start:g} s"
-                    )
-        except TimeoutError as error:
-            raise RuntimeError(f"the {self._name} process was stopped while starting") from error
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the {self._name} process ended while starting") from error
-
-    def run(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
-        """Start the threads that pass on commands and replies."""
-        for target, arguments in (
-            (self._write_commands, (deliver,)),
-            (self._read_replies, (watch, deliver, died)),
-        ):
-            thread = threading.Thread(target=target, args=arguments, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def end(self, seconds: float) -> None:
-        """Ask the process to end, kill it after `seconds`, and release its resources."""
-        self._asked = True
-        self.commands.put(None)
-        with self._ending:
-            if self._closed:
-                return
-            if seconds and self._threads:
-                self._process.join(seconds)
-            self._process.kill()
-            self._process.join()
-            for thread in self._threads:
-                thread.join()
-            self._connection.close()
-            atexit.unregister(self._process.kill)
-            self._process.close()
-            self._closed = True
-            # Pieces that were reported belong to their requests; the later ones have no owner.
-            remove_pieces(self._pieces, after=self._last_piece)
-
-    def _next(self, seconds: float) -> object:
-        """The next message. Raises TimeoutError after `seconds` of silence."""
-        if not self._connection.poll(seconds):
-            raise TimeoutError
-        return self._connection.recv()
-
-    def _read_replies(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
-        try:
-            why = self._pass_on(watch, deliver)
-        except (EOFError, OSError):
-            why = "ended"
-        except Exception:
-            log.exception("a message of the %s process cannot be read", self._name)
-            why = "is given up"
-        if not self._asked:
-            log.error("the %s process %s", self._name, why)
-            self._process.kill()
-            died()
-
-    def _pass_on(self, watch: WatchSettings, deliver: Deliver) -> str:
-        """Deliver replies; returns why the process was given up. Raises EOFError and OSError."""
-        while True:
-            try:
-                message = self._next(watch.silence)
-            except TimeoutError:
-                return f"gave no sign for {watch.silence:g} s and is killed"
-            if isinstance(message, Batch):
-                self._last_piece = message.last_piece
-                deliver(message.replies, message.report)
-            elif isinstance(message, Beat) and message.step_seconds > watch.step:
-                return f"was in one step for more than {watch.step:g} s and is killed"
-
-    def _write_commands(self, deliver: Deliver) -> None:
-        try:
-            while (command := self.commands.get()) is not None:
-                _write(self._connection, command, deliver)
-            self._connection.send(None)
-        except OSError:
-            return  # the process is gone, which the reading thread reports
-
-
-def _write(connection: Connection, command: Command, deliver: Deliver) -> None:
-    try:
-        connection.send(command)
-    except OSError:
-        raise
-    except Exception as error:  # it cannot be sent, which concerns this command alone
-        call = getattr(command, "call", None)
-        if call is not None:
-            deliver([failed(call, error)], None)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import uvicorn
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from neounify.errors import NeounifyError
 from neounify.runtime import freeze_objects, switch_threads_often
-from neounify.serve.address import bound
 from neounify.serve.build import ServeSettings, build_service
-from neounify.serve.collector import EngineCollector
 from neounify.serve.http import HttpSettings, create_app
 from neounify.serve.http.connections import server_config
 from neounify.serve.http.media import HttpHooks
@@ -113,3 +116,88 @@ class _Server(uvicorn.Server):
     async def shutdown(self, *args: object, **options: object) -> None:
         self._service.close_doors()
         await super().shutdown(*args, **options)  # type: ignore[arg-type]
+
+
+# --- addresses ---
+
+
+class AddressError(NeounifyError, OSError):
+    """The server cannot listen at an address."""
+
+
+@contextmanager
+def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets at every address of a host, bound but not listening yet. Raises AddressError.
+
+    Clients cannot connect before the server listens, and no other server can take the port.
+    """
+    with ExitStack() as stack:
+        yield [stack.enter_context(one) for one in _bind_all(host, port)]
+
+
+def _bind_all(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise AddressError(f"{host!r} is no address of this machine: {error}") from error
+    for family, kind, protocol, _, address in dict.fromkeys(addresses):
+        yield _bind(socket.socket(family, kind, protocol), address)
+
+
+def _bind(one: socket.socket, address: tuple[object, ...]) -> socket.socket:
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if one.family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(address)
+    except OSError as error:
+        one.close()
+        where = f"{address[0]} port {address[1]}"
+        if error.errno == errno.EADDRINUSE:
+            raise AddressError(
+                f"{where} is in use, perhaps by another server; choose another with --port"
+            ) from error
+        raise AddressError(f"cannot listen at {where}: {error.strerror}") from error
+    return one
+
+
+# --- metrics ---
+
+GAUGES = {
+    "requests": "Requests under way.",
+    "image_tokens": "Tokens of the images of all requests under way.",
+    "und_waiting": "Sequences that wait for room in the cache.",
+    "und_reading": "Calls whose prompts are being read.",
+    "und_writing": "Sequences that are being written.",
+    "und_cache_used": "Share of the key-value cache that sequences use, 0 to 1.",
+    "gen_images": "Images under way in the generation engine.",
+    "gen_batch": "Images that took part in the last denoising step.",
+}
+COUNTERS = {
+    "restarts": "Engines started again after they died.",
+    "und_steps": "Steps of the understanding engine.",
+    "und_step_seconds": "Time spent in them, seconds.",
+    "und_read_tokens": "Tokens of prompts that were read.",
+    "und_known_tokens": "Tokens of prompts that were known from earlier requests.",
+    "und_written_tokens": "Tokens that were written.",
+    "und_preempted": "Sequences that had to give up their room in the cache for others.",
+    "gen_steps": "Denoising steps of the generation engine.",
+    "gen_step_seconds": "Time spent in them, seconds.",
+    "gen_image_steps": "Steps of single images: divided by gen_steps, the mean batch.",
+}
+
+
+class EngineCollector(Collector):
+    """Reads a service whenever Prometheus asks; names without a value are left out."""
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        gauges, counters = self._service.gauges(), self._service.counters()
+        for name, help_text in GAUGES.items():
+            if name in gauges:
+                yield GaugeMetricFamily(f"neounify_{name}", help_text, value=gauges[name])
+        for name, help_text in COUNTERS.items():
+            if name in counters:
+                yield CounterMetricFamily(f"neounify_{name}", help_text, value=counters[name])

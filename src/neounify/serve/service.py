@@ -6,30 +6,52 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from neounify.config import ModelConfig
 from neounify.engine.messages import Prefix
-from neounify.errors import RequestError
-from neounify.serve.client import EngineClient, State
-from neounify.serve.context import EngineClients, RequestContext
-from neounify.serve.events import (
-    Draining,
-    Overloaded,
-    ServiceEvent,
-    ServiceRequest,
-)
+from neounify.errors import Draining, Overloaded, RequestError
+from neounify.serve.client import EngineClient, EngineClients, RequestContext, State
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
+from neounify.tasks.events import TaskEvent
 from neounify.tasks.image import generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.processor import Processor
 from neounify.tasks.program import Program, keep, prefill, read_prefix
 from neounify.tasks.requests import ImageRequest, check_image_tokens, image_tokens
 from neounify.text.template import TextSegment, image_prompt, unconditional_prompt
+
+ServiceRequest = ChatRequest | CompletionRequest | ImageRequest | InterleaveRequest
+
+
+class Service(Protocol):
+    """A service that answers many requests at once."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Config of the model."""
+
+    def check_together(self, requests: Sequence[ServiceRequest]) -> None:
+        """RequestError if the limits can never admit all of these requests at the same time.
+
+        ImageError for an image that is too large by itself.
+        """
+
+    def answer(
+        self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
+    ) -> AsyncIterator[TaskEvent]:
+        """Events of one request; `Finished` comes last.
+
+        `previews` is how many previews of each image are wanted at most, evenly over its steps
+        (the finished image not counted). `deadline` is in seconds from now. Closing the iterator
+        frees the request's work within one step. Raises PromptError, ImageError and RequestError
+        for requests the model cannot answer, and ServiceError.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +78,7 @@ KEPT = {"": "uncond"}
 
 
 class EngineService:
-    """The `events.Service` of two engines."""
+    """The `Service` of two engines."""
 
     def __init__(self, processor: Processor, clients: EngineClients, limits: ServiceLimits) -> None:
         self.processor, self.clients, self.limits = processor, clients, limits
@@ -109,8 +131,8 @@ class EngineService:
 
     async def answer(
         self, request: ServiceRequest, *, previews: int = 0, deadline: float | None = None
-    ) -> AsyncGenerator[ServiceEvent]:
-        """See `events.Service.answer`."""
+    ) -> AsyncGenerator[TaskEvent]:
+        """See `Service.answer`."""
         tokens = self._admit(request)
         start = time.monotonic()
         end = None if deadline is None else start + deadline
@@ -126,7 +148,7 @@ class EngineService:
             context.close()
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
-        """See `events.Service.check_together`."""
+        """See `Service.check_together`."""
         if len(requests) > self.limits.requests:
             raise RequestError(
                 f"{len(requests)} answers are asked for at once, this server works on "

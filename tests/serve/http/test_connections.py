@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.settings import ConnectionLimits
-from neounify.tasks.events import TextPiece
+from neounify.serve.service import ServiceRequest
+from neounify.tasks.events import TaskEvent, TextPiece
 from serve.http.test_middleware import connected
 from support.http_server import running, wait_until
 from support.scripted_service import Scripted
@@ -138,7 +138,7 @@ def test_heads_that_are_refused(
 
 
 def test_a_client_that_never_reads_is_given_up() -> None:
-    def chatty(_: ServiceRequest, __: int) -> Iterator[ServiceEvent]:
+    def chatty(_: ServiceRequest, __: int) -> Iterator[TaskEvent]:
         while True:
             yield TextPiece("x" * 100_000)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from neounify.serve.collector import COUNTERS, GAUGES
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.image_request import ImageBody
+from neounify.serve.run import COUNTERS, GAUGES
 from support.http_server import picture, png, running
 from support.scripted_service import Scripted
 

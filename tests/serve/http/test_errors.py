@@ -12,23 +12,20 @@ from PIL.Image import Image
 
 from neounify.errors import (
     CheckpointError,
+    DeadlineExceeded,
+    Draining,
     EngineDied,
     ImageError,
     InputError,
+    Overloaded,
     PromptError,
     RequestError,
-)
-from neounify.serve.events import (
-    DeadlineExceeded,
-    Draining,
-    Overloaded,
-    ServiceEvent,
-    ServiceRequest,
 )
 from neounify.serve.http import HttpSettings, Limits, MarkingHooks, create_app
 from neounify.serve.http.errors import sanitise
 from neounify.serve.safety.hooks import Refused
-from neounify.tasks.events import TextPiece
+from neounify.serve.service import ServiceRequest
+from neounify.tasks.events import TaskEvent, TextPiece
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 
@@ -45,8 +42,8 @@ def client_of(service: Scripted | None = None, **settings: Any) -> TestClient:
     return TestClient(app, raise_server_exceptions=False)
 
 
-def failing(error: Exception, *before: ServiceEvent) -> Scripted:
-    def script(_: ServiceRequest, __: int) -> Sequence[ServiceEvent | Exception]:
+def failing(error: Exception, *before: TaskEvent) -> Scripted:
+    def script(_: ServiceRequest, __: int) -> Sequence[TaskEvent | Exception]:
         return [*before, error]
 
     return Scripted(script)

@@ -16,10 +16,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
-from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import HttpSettings, Limits, create_app, parse_keys
 from neounify.serve.http.settings import TokenBucket
-from neounify.tasks.events import Finished, TextPiece
+from neounify.serve.service import ServiceRequest
+from neounify.tasks.events import Finished, TaskEvent, TextPiece
 from support.http_server import openai_client, running, wait_until
 from support.scripted_service import Scripted
 
@@ -27,12 +27,12 @@ CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello?"}]}
 
 
-def slow(_: ServiceRequest, __: int) -> Sequence[ServiceEvent | float]:
+def slow(_: ServiceRequest, __: int) -> Sequence[TaskEvent | float]:
     """One word at once, the next after a minute."""
     return [TextPiece("One"), 60.0, TextPiece("two"), Finished("stop", 1, 2)]
 
 
-def mute(_: ServiceRequest, __: int) -> Sequence[ServiceEvent | float]:
+def mute(_: ServiceRequest, __: int) -> Sequence[TaskEvent | float]:
     return [60.0, Finished("stop", 1, 2)]
 
 
@@ -187,7 +187,7 @@ def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any]) -> 
 def test_a_caller_who_does_not_read_frees_the_work_when_he_leaves() -> None:
     """The answer is stuck in the sending, not in the engine, when the connection ends."""
 
-    def chatty(_: ServiceRequest, __: int) -> Iterator[ServiceEvent | float]:
+    def chatty(_: ServiceRequest, __: int) -> Iterator[TaskEvent | float]:
         while True:
             yield TextPiece("x" * 100_000)
 

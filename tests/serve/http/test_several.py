@@ -18,11 +18,10 @@ from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
-from neounify.serve.events import ServiceEvent
 from neounify.serve.http import HttpSettings, Limits, create_app
 from neounify.serve.http.streaming import answers_in_groups
 from neounify.serve.service import EngineService, ServiceLimits
-from neounify.tasks.events import Finished, PromptRead, TextPiece
+from neounify.tasks.events import Finished, PromptRead, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
 from support.http_server import openai_client, serving
@@ -156,7 +155,7 @@ def test_one_answers_error_is_the_error_of_all() -> None:
 def test_later_answers_wait_for_the_prompt() -> None:
     order: list[str] = []
 
-    async def source(name: str, prompt: asyncio.Event | None) -> AsyncGenerator[ServiceEvent]:
+    async def source(name: str, prompt: asyncio.Event | None) -> AsyncGenerator[TaskEvent]:
         order.append(f"{name} begins")
         if prompt is not None:
             await asyncio.sleep(0.05)

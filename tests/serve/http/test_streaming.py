@@ -15,17 +15,24 @@ from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse
 
 from neounify.errors import EngineDied
-from neounify.serve.events import ServiceEvent, ServiceRequest
 from neounify.serve.http import chat_request, create_app, streaming
 from neounify.serve.http.streaming import ALIVE, INLINE_BYTES, merge_streams, start_stream
-from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece, TokenLogProb
+from neounify.serve.service import ServiceRequest
+from neounify.tasks.events import (
+    Finished,
+    ImageFinished,
+    Preview,
+    TaskEvent,
+    TextPiece,
+    TokenLogProb,
+)
 from neounify.tasks.requests import ImageRequest
 from support.scripted_service import Script, Scripted
 
 closed: list[str] = []
 
 
-async def source(name: str, *items: float | Exception) -> AsyncGenerator[ServiceEvent]:
+async def source(name: str, *items: float | Exception) -> AsyncGenerator[TaskEvent]:
     try:
         for item in items:
             if isinstance(item, Exception):
@@ -177,7 +184,7 @@ class Answers(Scripted):
         return super().answer(*args, **options)
 
 
-def noisy(request: ServiceRequest, previews: int) -> Iterable[ServiceEvent]:
+def noisy(request: ServiceRequest, previews: int) -> Iterable[TaskEvent]:
     """An image that takes more than INLINE_BYTES, or as many tokens."""
     import torch
 

@@ -1,4 +1,4 @@
-"""The HTTP layer: OpenAI's routes over any `Service` (`serve/events.py`)."""
+"""The HTTP layer: OpenAI's routes over any `Service` (`serve/service.py`)."""
 
 from neounify.serve.http.app import create_app
 from neounify.serve.http.media import HttpHooks, MarkingHooks

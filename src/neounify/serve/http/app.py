@@ -24,7 +24,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from neounify.pipeline.trained_sizes import trained_sizes
-from neounify.serve.events import Service
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http.context import Context, HttpMetrics, Shared
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
@@ -33,6 +32,7 @@ from neounify.serve.http.media import HttpHooks, ImageDecoder, MarkingHooks, Res
 from neounify.serve.http.middleware import API, PAGE_HEADERS, BrowserMiddleware, LimitMiddleware
 from neounify.serve.http.settings import Accounts, HttpSettings
 from neounify.serve.http.streaming import AnswerModel
+from neounify.serve.service import Service
 
 _Responses = dict[int | str, dict[str, Any]]
 """By status, as FastAPI wants them."""

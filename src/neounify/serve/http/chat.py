@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from neounify.serve.events import ServiceEvent
 from neounify.serve.http.chat_request import read_chat
 from neounify.serve.http.chat_schema import ChatBody, ChatCompletion
 from neounify.serve.http.connections import BoundedRoute
@@ -26,6 +25,7 @@ from neounify.tasks.events import (
     ImageFinished,
     Preview,
     PromptRead,
+    TaskEvent,
     TextPiece,
     ToolCallPiece,
 )
@@ -100,7 +100,7 @@ class ChatAnswer:
             yield sse(self._chunk_head() | {"choices": [], "usage": _usage(choices)})
         yield DONE
 
-    def _events(self) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+    def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
         return self._context.answers([self._requests], self._body)
 
     @property
@@ -122,7 +122,7 @@ class ChatAnswer:
             "logprobs": of_chat(choice.log_probs) if self._body.logprobs else None,
         }
 
-    def _log_probs(self, event: ServiceEvent) -> dict[str, Any] | None:
+    def _log_probs(self, event: TaskEvent) -> dict[str, Any] | None:
         """The `logprobs` of a chunk; None for thoughts."""
         if not self._body.logprobs or not isinstance(event, TextPiece | ToolCallPiece):
             return None
@@ -188,7 +188,7 @@ class _Choice(Choice):
         self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
 
-    def add(self, event: ServiceEvent) -> None:
+    def add(self, event: TaskEvent) -> None:
         """Take in an event, images apart."""
         super().add(event)
         if isinstance(event, TextPiece) and event.thought:
@@ -196,7 +196,7 @@ class _Choice(Choice):
         elif isinstance(event, TextPiece):
             self.content.add_text(event.text)
 
-    def count(self, event: ServiceEvent) -> None:
+    def count(self, event: TaskEvent) -> None:
         super().count(event)
         if isinstance(event, ToolCallPiece):
             function = {"name": event.name, "arguments": event.arguments}

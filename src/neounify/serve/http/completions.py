@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from neounify.serve.events import ServiceEvent
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import bad_request
@@ -35,7 +34,7 @@ from neounify.serve.http.text_answers import (
     text_usage,
 )
 from neounify.tasks.chat import CompletionRequest
-from neounify.tasks.events import Finished, TextPiece, TokenLogProb
+from neounify.tasks.events import Finished, TaskEvent, TextPiece, TokenLogProb
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
@@ -209,7 +208,7 @@ class _CompletionAnswer:
             yield sse(self._head | {"choices": [], "usage": self._usage()})
         yield DONE
 
-    def _events(self) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+    def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
         return self._context.answers(self._groups, self._body)
 
     def _choice(
@@ -245,7 +244,7 @@ class _Choice(Choice):
         super().__init__()
         self.text = ""
 
-    def add(self, event: ServiceEvent) -> None:
+    def add(self, event: TaskEvent) -> None:
         super().add(event)
         if isinstance(event, TextPiece):
             self.text += event.text

@@ -15,13 +15,14 @@ from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.serve.events import Service, ServiceEvent, ServiceRequest
 from neounify.serve.http.errors import ApiError, bad_request, blame
 from neounify.serve.http.fields import ImageFields, RequestFields
 from neounify.serve.http.image_urls import ImageFetcher
 from neounify.serve.http.media import HttpHooks, ImageDecoder, RequestImages, ResultStore
 from neounify.serve.http.settings import HttpSettings
 from neounify.serve.http.streaming import answer, answers_in_groups
+from neounify.serve.service import Service, ServiceRequest
+from neounify.tasks.events import TaskEvent
 from neounify.tasks.requests import output_size, size_of_shape
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -71,9 +72,7 @@ class Context:
     started: int
     """Start of the server, Unix time in seconds."""
 
-    def answer(
-        self, request: ServiceRequest, fields: RequestFields
-    ) -> AsyncGenerator[ServiceEvent]:
+    def answer(self, request: ServiceRequest, fields: RequestFields) -> AsyncGenerator[TaskEvent]:
         """The events of one request, within its own deadline and the server's."""
         max_seconds = self.settings.limits.deadline
         return answer(
@@ -86,7 +85,7 @@ class Context:
 
     def answers(
         self, groups: Sequence[Sequence[ServiceRequest]], fields: RequestFields
-    ) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+    ) -> AsyncGenerator[tuple[int, TaskEvent]]:
         """(number of the request, event) of several requests; those of a group have one prompt.
 
         Raises ApiError 400 at once for more than the service can ever admit together, instead of

@@ -18,16 +18,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from neounify.errors import (
+    DeadlineExceeded,
+    Draining,
     EngineDied,
     ImageError,
     InputError,
     NeounifyError,
     OutOfMemory,
+    Overloaded,
     PromptError,
     RequestError,
     TensorsGone,
 )
-from neounify.serve.events import DeadlineExceeded, Draining, Overloaded
 from neounify.serve.safety.hooks import Refused
 
 INVALID = "invalid_request_error"

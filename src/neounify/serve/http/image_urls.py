@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 import h11
 
 from neounify.errors import ImageError
-from neounify.serve.waiting import within
+from neounify.serve.client import within
 
 MAX_ESCAPED = 4 * 2**20
 """Maximum characters of a URL in which every character may be percent-encoded."""

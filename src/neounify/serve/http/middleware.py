@@ -23,10 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.errors import ConfigError
 from neounify.runtime import MemoryReturner
+from neounify.serve.client import within
 from neounify.serve.http.context import HttpMetrics
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
 from neounify.serve.http.settings import Accounts, Limits
-from neounify.serve.waiting import within
 
 API = "/v1/"
 RESULTS = "/v1/results/"

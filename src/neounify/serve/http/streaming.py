@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from neounify.serve.events import Service, ServiceEvent, ServiceRequest
+from neounify.serve.client import within
 from neounify.serve.http.errors import INTERNAL, to_api_error
-from neounify.serve.waiting import within
+from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, PromptRead
+from neounify.tasks.events import Finished, PromptRead, TaskEvent
 from neounify.tasks.interleave import InterleaveRequest
 
 Item = TypeVar("Item")
@@ -191,7 +191,7 @@ async def answer(
     previews: int,
     deadline: float,
     first_token: Histogram,
-) -> AsyncGenerator[ServiceEvent]:
+) -> AsyncGenerator[TaskEvent]:
     """The events of one request; closing this closes the service's iterator at once.
 
     `previews` is how many previews of each image are wanted, `deadline` in seconds from now.
@@ -210,14 +210,14 @@ async def answer(
 
 
 async def answers_in_groups(
-    groups: Sequence[Sequence[Callable[[], AsyncGenerator[ServiceEvent]]]],
-) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+    groups: Sequence[Sequence[Callable[[], AsyncGenerator[TaskEvent]]]],
+) -> AsyncGenerator[tuple[int, TaskEvent]]:
     """(number of the answer, event) of answers to several prompts, several to each.
 
     The answers of a group have one prompt: the first prefills it, the others begin after that and
     find it in the KV cache. An error of one answer ends them all.
     """
-    sources: list[AsyncGenerator[ServiceEvent]] = []
+    sources: list[AsyncGenerator[TaskEvent]] = []
     for first, *others in groups:
         prefilled = asyncio.Event()
         sources.append(_first_of_group(first, prefilled))
@@ -233,8 +233,8 @@ async def answers_in_groups(
 
 
 async def _first_of_group(
-    answer: Callable[[], AsyncGenerator[ServiceEvent]], prefilled: asyncio.Event
-) -> AsyncGenerator[ServiceEvent]:
+    answer: Callable[[], AsyncGenerator[TaskEvent]], prefilled: asyncio.Event
+) -> AsyncGenerator[TaskEvent]:
     async with aclosing(answer()) as events:
         async for event in events:
             if isinstance(event, PromptRead | Finished):
@@ -243,8 +243,8 @@ async def _first_of_group(
 
 
 async def _after(
-    prefilled: asyncio.Event, answer: Callable[[], AsyncGenerator[ServiceEvent]]
-) -> AsyncGenerator[ServiceEvent]:
+    prefilled: asyncio.Event, answer: Callable[[], AsyncGenerator[TaskEvent]]
+) -> AsyncGenerator[TaskEvent]:
     await prefilled.wait()
     async with aclosing(answer()) as events:
         async for event in events:
@@ -252,8 +252,8 @@ async def _after(
 
 
 async def merge_streams(
-    sources: Sequence[AsyncIterator[ServiceEvent]],
-) -> AsyncGenerator[tuple[int, ServiceEvent]]:
+    sources: Sequence[AsyncIterator[TaskEvent]],
+) -> AsyncGenerator[tuple[int, TaskEvent]]:
     """(number of the source, event) as they come; an error of one source ends them all."""
     async with aclosing(MergedStreams(sources)) as merged:
         while (item := await merged.next()) is not None:

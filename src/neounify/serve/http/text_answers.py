@@ -11,11 +11,10 @@ from pydantic import BaseModel, Field
 from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.config.sampling import MAX_LOGPROBS
-from neounify.serve.events import ServiceEvent
 from neounify.serve.http.fields import MAX_TEXT, Number, RequestFields, seeds_of
 from neounify.serve.http.streaming import AnswerModel
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, TextPiece, TokenLogProb, ToolCallPiece
+from neounify.tasks.events import Finished, TaskEvent, TextPiece, TokenLogProb, ToolCallPiece
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -112,12 +111,12 @@ class Choice:
         self.log_probs: list[TokenLogProb] = []
         self._finished: Finished | None = None
 
-    def count(self, event: ServiceEvent) -> None:
+    def count(self, event: TaskEvent) -> None:
         """Take in the part of an event that the rest of a stream depends on."""
         if isinstance(event, Finished):
             self._finished = event
 
-    def add(self, event: ServiceEvent) -> None:
+    def add(self, event: TaskEvent) -> None:
         """Take in an event for an answer that is sent as a whole."""
         self.count(event)
         if isinstance(event, TextPiece | ToolCallPiece):

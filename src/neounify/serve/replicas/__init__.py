@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neounify.errors import ConfigError, NeounifyError
-from neounify.serve.address import bound
 from neounify.serve.http.media import HttpHooks
-from neounify.serve.run import RunSettings
+from neounify.serve.run import RunSettings, bound
 
 
 class ReplicaError(NeounifyError, RuntimeError):

@@ -18,11 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
-from neounify.serve.collector import EngineCollector
 from neounify.serve.http import create_app
 from neounify.serve.http.media import HttpHooks
 from neounify.serve.replicas import ReplicaError, ReplicaSettings
-from neounify.serve.run import RunSettings, page_folder
+from neounify.serve.run import EngineCollector, RunSettings, page_folder
 
 HEADER = "x-neounify-replica"
 """Header with the name of the replica that answered."""
