@@ -92,6 +92,21 @@ def test_nan_in_one_prefix_or_image_reaches_no_other(
                 torch.testing.assert_close(own, expected[place])
 
 
+def test_gradients(model: NeoUnify, caches: list[SequenceCache]) -> None:
+    """Two steps behind one plan have the gradients of the reference, and caches none."""
+    layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=True))
+    lengths = [rows * columns for rows, columns in GRIDS]
+    noise = torch.randn(2, sum(lengths), model.config.hidden_size)
+    gradients = []
+    for attend in (PrefixAttention(caches, lengths), plan(layout, caches, "blocks")):
+        x = noise.clone().requires_grad_()
+        steps = [hidden(model, layout, step, attend) for step in x]
+        (steps[0].square().sum() + steps[1].sin().sum()).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+    assert not any(cache.keys.requires_grad for cache in caches)
+
+
 def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
     """Company changes nothing beyond the rounding of the numbers themselves."""
     half = NeoUnify(model.config).eval().requires_grad_(False).bfloat16()

@@ -146,7 +146,8 @@ class PrefixAttention:
     """A copy of B prefixes, with room for an image of up to `longest` tokens before each.
 
     The prefixes are copied once and serve all denoising steps, which write their own keys
-    and values over those of the step before.
+    and values over those of the step before. Where gradients are wanted, they are written into a
+    copy, and nothing of the step stays behind.
     """
 
     def __init__(self, caches: Sequence[SequenceCache], lengths: Sequence[int]) -> None:
@@ -187,8 +188,12 @@ class PrefixAttention:
     ) -> dict[StreamName, Tensor]:
         x, (images, _) = streams[GEN], self._shape
         keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(0, self._images, x.k)
-        values.index_copy_(0, self._images, x.v)
+        if x.k.requires_grad or x.v.requires_grad:
+            keys = keys.index_copy(0, self._images, x.k)
+            values = values.index_copy(0, self._images, x.v)
+        else:
+            keys.index_copy_(0, self._images, x.k)
+            values.index_copy_(0, self._images, x.v)
         k, v = (memory.unflatten(0, self._shape).transpose(1, 2) for memory in (keys, values))
         padded = x.q.new_zeros(images * self._longest, *x.q.shape[1:])
         q = padded.index_copy_(0, self._queries, x.q).unflatten(0, (images, -1)).transpose(1, 2)
