@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neounify.errors import ConfigError
+from neounify.flow.sampling import Euler
 from neounify.flow.sde import (
     STEP_KINDS,
     StepKind,
@@ -17,7 +18,6 @@ from neounify.flow.sde import (
     check_step_kind,
     gaussian_step,
 )
-from neounify.flow.solvers import Euler
 
 MEAN, VARIANCE = 0.3, 0.25
 """The data of the toy: values drawn from N(0.3, 0.25), whose best prediction is known."""

@@ -133,7 +133,7 @@ def check_step_kind(kind: str, eta: float) -> None:
 
 
 class StochasticSolver:
-    """A solver (`flow.solvers`) whose steps inside a window are random, Euler's outside.
+    """A solver (`flow.sampling`) whose steps inside a window are random, Euler's outside.
 
     `random_steps` are indices into `times`; `sample_noise(index)` is the standard normal ε of a
     step, in the shape of z. `record` has, for each random step taken, its z, x̂ and ε. The
