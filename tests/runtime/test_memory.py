@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,20 @@ def test_the_system_says_how_large_the_process_is() -> None:
     with mmap.mmap(-1, 64 * 2**20) as held:
         held.write(bytes(len(held)))
         assert runtime.resident_bytes() > before + len(held) // 2
+
+
+def test_memory_that_can_still_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The machine's, or what a control group has left; pages of files can be had again."""
+    monkeypatch.setattr(runtime, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(runtime, "MEMORY_INFO", tmp_path / "meminfo")
+    assert runtime.available_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
+    assert runtime.available_bytes() == 4000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1500000\nfile 1000000\n")
+    assert runtime.available_bytes() == 4000 * 1024
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert runtime.available_bytes() == 3_000_000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert runtime.available_bytes() == 0

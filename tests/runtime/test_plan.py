@@ -11,7 +11,7 @@ from neounify.config.presets import SCENES, U1_8B
 from neounify.engine.generation import GenerationSettings
 from neounify.engine.understanding import UnderstandingSettings
 from neounify.errors import ConfigError
-from neounify.runtime.plan import ExecutionPlan, plan_execution
+from neounify.runtime.plan import ExecutionPlan, free_memory, measured_plan, plan_execution
 
 CPU = torch.device("cpu")
 
@@ -38,11 +38,38 @@ def test_a_large_model_has_less_at_once() -> None:
     assert plan.logits_rows == 441
 
 
-def test_copies_take_half_of_the_free_memory_at_most() -> None:
+def test_copies_and_cache_take_half_of_the_free_memory_at_most() -> None:
     token = SCENES.kv_bytes(4)
-    plan = plan_execution(SCENES, CPU, torch.float32, free_bytes=2 * 100 * token)
-    assert plan.prefix_rows == 100
-    assert plan_execution(SCENES, CPU, torch.float32, free_bytes=0).prefix_rows == 1
+    plan = plan_execution(SCENES, CPU, torch.float32, free_bytes=2**23)
+    assert plan.prefix_rows == 2**22 // token
+    assert plan.kv_blocks == 2**22 // (16 * token)
+    for free in (0, 1, token):
+        least = plan_execution(SCENES, CPU, torch.float32, free_bytes=free)
+        assert (least.prefix_rows, least.kv_blocks) == (1, 1)
+
+
+def test_small_differences_of_free_memory_leave_the_plan_as_it_is() -> None:
+    plans = {
+        plan_execution(U1_8B, CPU, torch.bfloat16, free_bytes=free)
+        for free in (2**32, 2**32 + 5, 2**33 - 1)
+    }
+    assert {plan.kv_blocks for plan in plans} == {2**31 // (16 * U1_8B.kv_bytes(2))}
+    assert len(plans) == 1
+    plenty = plan_execution(U1_8B, CPU, torch.bfloat16, free_bytes=2**40)
+    assert plenty == plan_execution(U1_8B, CPU, torch.bfloat16)
+
+
+def test_training_is_planned_alike_however_much_memory_is_free() -> None:
+    plan = plan_execution(U1_8B, CPU, torch.bfloat16, free_bytes=0)
+    assert plan.logits_rows == plan_execution(U1_8B, CPU, torch.bfloat16).logits_rows
+
+
+def test_the_free_memory_of_a_cpu_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neounify.runtime.plan.available_bytes", lambda: 2**23)
+    assert measured_plan(SCENES, CPU, torch.float32) == plan_execution(
+        SCENES, CPU, torch.float32, free_bytes=2**23
+    )
+    assert free_memory(torch.device("meta")) is None
 
 
 def test_what_an_operator_sets_goes_before_the_plan() -> None:
@@ -50,12 +77,19 @@ def test_what_an_operator_sets_goes_before_the_plan() -> None:
     assert UnderstandingSettings().adjust(plan) == GenerationSettings().adjust(plan) == plan
     small = UnderstandingSettings(cache_tokens=100, block_size=8, prefill_tokens=3).adjust(plan)
     assert (small.kv_blocks, small.kv_block_size, small.prefill_step_rows) == (12, 8, 3)
-    assert GenerationSettings(step_tokens=5).adjust(plan).denoise_step_rows == 5
+    slices = GenerationSettings(step_tokens=5, slice_seconds=7.0).adjust(plan)
+    assert (slices.denoise_step_rows, slices.slice_seconds) == (5, 7.0)
+    assert slices.text_slice_seconds == plan.text_slice_seconds
 
 
 @pytest.mark.parametrize(
-    "name", [f.name for f in dataclasses.fields(ExecutionPlan) if f.type == "int"]
+    ("name", "least"),
+    [
+        (f.name, {"int": 1, "float": 0}[str(f.type)])
+        for f in dataclasses.fields(ExecutionPlan)
+        if f.type != "str"
+    ],
 )
-def test_limits_below_one(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be at least 1, got 0"):
-        ExecutionPlan(**{name: 0})  # type: ignore[arg-type]
+def test_limits_too_low(name: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be at least {least}, got {least - 1}"):
+        ExecutionPlan(**{name: least - 1})  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_sums(
         calls += 1
         loss = original(*args)
         if calls in (2, 6):
-            args[-1].text += float("nan")
+            args[5].text += float("nan")
             return loss * float("inf")
         return loss
 

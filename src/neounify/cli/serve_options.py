@@ -107,7 +107,8 @@ class EngineOptions:
             ENGINES,
             "N",
             "Size of the KV cache, in tokens of all requests together. Default: "
-            f"{ExecutionPlan.kv_blocks * ExecutionPlan.kv_block_size:,}.",
+            f"{ExecutionPlan.kv_blocks * ExecutionPlan.kv_block_size:,}, or what fits into half "
+            "of the free memory.",
             min=64,
         ),
     ] = None

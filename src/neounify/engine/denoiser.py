@@ -163,8 +163,8 @@ class Denoiser:
         That depends on a job alone, so that its numbers do not depend on the batch.
         """
         short = [job for job in jobs if job.longest <= backends.MAX_PREFIX]
-        max_runs = self.plan.prefix_rows // backends.MAX_PREFIX
-        yield from groups(short, lambda job: len(job.branches()), max_runs)
+        rows = min(self.plan.prefix_rows, self.plan.denoise_rows)
+        yield from groups(short, lambda job: backends.MAX_PREFIX * len(job.branches()), rows)
         long = [job for job in jobs if job.longest > backends.MAX_PREFIX]
         rows = self.plan.denoise_rows
         yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), rows)

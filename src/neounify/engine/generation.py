@@ -27,7 +27,7 @@ from neounify.engine.messages import (
 )
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
-from neounify.runtime.plan import ExecutionPlan, plan_execution
+from neounify.runtime.plan import ExecutionPlan, measured_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +36,22 @@ class GenerationSettings:
 
     `max_missed`: an image left out of that many steps in a row goes first. A step that takes
     longer than `slice_seconds` (`beside_text_seconds` while text is being decoded in the same
-    process) is interrupted between two layers of the model to let other work run.
+    process; None: the plan's) is interrupted between two layers of the model to let other work run.
     """
 
     step_tokens: int | None = None
     max_missed: int = 4
-    beside_text_seconds: float = 0.011
-    slice_seconds: float = 0.05
+    beside_text_seconds: float | None = None
+    slice_seconds: float | None = None
 
     def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
         """The plan with the limits that are set here."""
-        return replace(plan, denoise_step_rows=self.step_tokens or plan.denoise_step_rows)
+        limits = {
+            "denoise_step_rows": self.step_tokens,
+            "slice_seconds": self.slice_seconds,
+            "text_slice_seconds": self.beside_text_seconds,
+        }
+        return replace(plan, **{k: v for k, v in limits.items() if v is not None})  # type: ignore[arg-type]
 
 
 # --- scheduling ---
@@ -133,11 +138,20 @@ def running_mean(mean: float, value: float) -> float:
 class GenerationEngine:
     """Denoising loop: `submit` accepts commands, `step` runs them, `replies` collects."""
 
-    def __init__(self, model: NeoUnify, settings: GenerationSettings, transport: Transport) -> None:
+    def __init__(
+        self,
+        model: NeoUnify,
+        settings: GenerationSettings,
+        transport: Transport,
+        plan: ExecutionPlan | None = None,
+    ) -> None:
+        """`plan` is adjusted by the settings; None is that of the free memory of now."""
         self.model, self.settings, self.transport = model, settings, transport
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
-        self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
+        self.plan = settings.adjust(
+            plan or measured_plan(model.config, model.device, model.compute_dtype)
+        )
         self._denoiser = Denoiser(model, self.plan)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
@@ -184,7 +198,7 @@ class GenerationEngine:
         if not self._running:
             return
         current = self._running.popleft()
-        seconds = self.settings.beside_text_seconds if beside_text else self.settings.slice_seconds
+        seconds = self.plan.text_slice_seconds if beside_text else self.plan.slice_seconds
         if self._advance(current, seconds):
             self._end(current)
         else:
@@ -245,10 +259,10 @@ class GenerationEngine:
         self._row_seconds = running_mean(self._row_seconds, step.seconds / step.rows)
 
     def _short_step(self) -> int:
-        """Image tokens of a step of `beside_text_seconds`, estimated from recent steps."""
+        """Image tokens of a step of `text_slice_seconds`, estimated from recent steps."""
         if not self._row_seconds:
             return self.plan.denoise_step_rows
-        fitting = int(self.settings.beside_text_seconds / self._row_seconds)
+        fitting = int(self.plan.text_slice_seconds / self._row_seconds)
         return min(self.plan.denoise_step_rows, max(1, fitting))
 
     def _start(self, command: GenerateImages) -> None:

@@ -35,14 +35,10 @@ from neounify.engine.messages import (
 from neounify.errors import ContextFullError
 from neounify.model.layout import Grid, Image, Span, Text
 from neounify.model.neo import NeoUnify
+from neounify.runtime.plan import ExecutionPlan
 
-HEADROOM = 64
-"""Free tokens required for a sequence that will decode to enter, so that it is not preempted at
-once."""
 MAX_PASSED = 32
 """Maximum number of younger sequences that enter before a waiting one."""
-AHEAD = 64
-"""Tokens a contiguous cache has room for beyond its prompt; it grows when more are written."""
 
 # --- sequences ---
 
@@ -308,8 +304,9 @@ class ContiguousRoom:
     tokens = sys.maxsize
     used = 0.0
 
-    def __init__(self, model: NeoUnify) -> None:
-        self._model = model
+    def __init__(self, model: NeoUnify, *, reserve: int = ExecutionPlan.kv_reserve) -> None:
+        """`reserve` are the tokens a cache has room for beyond its prompt."""
+        self._model, self._reserve = model, reserve
         self.preempted = 0
 
     def allocated(self, tokens: int) -> int:
@@ -321,7 +318,7 @@ class ContiguousRoom:
         entered = sorted(lacking, key=lambda s: s.age)
         model = self._model
         for sequence in entered:
-            capacity = len(sequence.token_keys) + AHEAD
+            capacity = len(sequence.token_keys) + self._reserve
             sequence.cache = SequenceCache(
                 model.config, capacity, dtype=model.compute_dtype, device=model.device
             )
@@ -350,8 +347,15 @@ class ContiguousRoom:
 class PagedRoom:
     """The blocks of a paged cache; exports are copies, so that they take none of them."""
 
-    def __init__(self, pool: PagedKVCache, transport: Transport) -> None:
-        self.pool, self.transport = pool, transport
+    def __init__(
+        self,
+        pool: PagedKVCache,
+        transport: Transport,
+        *,
+        headroom: int = ExecutionPlan.kv_headroom,
+    ) -> None:
+        """`headroom` are the free tokens that a sequence which will decode needs to enter."""
+        self.pool, self.transport, self._headroom = pool, transport, headroom
         self.preempted = 0
         self._inside: set[ServedSequence] = set()
 
@@ -440,7 +444,7 @@ class PagedRoom:
         if working:
             # Each decoding sequence will soon need another block.
             decoding = sum(s.text is not None or s.room > 0 for s in working)
-            spare = self.pool.blocks_for(min(sequence.room, HEADROOM)) + decoding
+            spare = self.pool.blocks_for(min(sequence.room, self._headroom)) + decoding
         idle = sum(len(_paged(s).block_table) for s in self._inside if s not in wanted)
         if needed + spare > self.pool.allocator.available + idle:
             return False

@@ -59,7 +59,7 @@ from neounify.errors import (
 from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import UND
-from neounify.runtime.plan import ExecutionPlan, plan_execution
+from neounify.runtime.plan import ExecutionPlan, measured_plan
 
 Prompts = Mapping[SequenceName, tuple[PromptInput, ...]]
 
@@ -125,12 +125,20 @@ class UnderstandingEngine:
         settings: UnderstandingSettings,
         transport: Transport,
         room: Room | None = None,
+        plan: ExecutionPlan | None = None,
     ) -> None:
-        """`room` allocates the caches; None is a paged cache of the settings' size."""
+        """`room` allocates the caches; None is a paged cache of the settings' size.
+
+        `plan` is adjusted by the settings; None is that of the free memory of now.
+        """
         self.model, self.settings, self.transport = model, settings, transport
-        self.plan = settings.adjust(plan_execution(model.config, model.device, model.compute_dtype))
+        self.plan = settings.adjust(
+            plan or measured_plan(model.config, model.device, model.compute_dtype)
+        )
         self.backend = select_for(model, self.plan.attention)
-        self.room = room or PagedRoom(_paged_cache(model, self.plan), transport)
+        self.room = room or PagedRoom(
+            _paged_cache(model, self.plan), transport, headroom=self.plan.kv_headroom
+        )
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
         self._ages = itertools.count()

@@ -27,7 +27,7 @@ from neounify.engine.understanding import UnderstandingEngine, UnderstandingSett
 from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import StreamName
-from neounify.runtime.plan import plan_execution
+from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.events import TaskEvent
 from neounify.tasks.program import (
     Compute,
@@ -52,21 +52,26 @@ class Driver:
     """
 
     def __init__(
-        self, model: NeoUnify, residency: Residency, cancel: threading.Event | None = None
+        self,
+        model: NeoUnify,
+        residency: Residency,
+        plan: ExecutionPlan,
+        cancel: threading.Event | None = None,
     ) -> None:
         self._residency, self._cancel = residency, cancel
         self._transport = LocalTransport()
-        plan = plan_execution(model.config, model.device, model.compute_dtype)
         self._understanding = UnderstandingEngine(
             model,
             UnderstandingSettings(prefill_tokens=plan.prefill_rows),
             self._transport,
-            ContiguousRoom(model),
+            ContiguousRoom(model, reserve=plan.kv_reserve),
+            plan,
         )
         self._generation = GenerationEngine(
             model,
             GenerationSettings(step_tokens=UNLIMITED, slice_seconds=float("inf")),
             self._transport,
+            plan,
         )
 
     def run(self, programs: Sequence[Program[Any]]) -> Iterator[list[tuple[int, Event]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -25,6 +26,7 @@ from neounify.pipeline.driver import Driver
 from neounify.pipeline.generate import Callback, ChatRun, ChatStream, run_images, run_interleaved
 from neounify.pipeline.results import ChatResult, ImageResult, InterleavePart
 from neounify.pipeline.trained_sizes import warn_untrained
+from neounify.runtime.plan import ExecutionPlan, measured_plan
 from neounify.tasks.chat import ChatOptions, ChatRequest, make_chat_request
 from neounify.tasks.conversation import Conversation, read_images, read_request
 from neounify.tasks.interleave import InterleaveRequest
@@ -90,6 +92,11 @@ class Pipeline:
     @property
     def config(self) -> ModelConfig:
         return self.processor.config
+
+    @cached_property
+    def _plan(self) -> ExecutionPlan:
+        """Limits of all calls, by the memory that is free at the first one."""
+        return measured_plan(self.config, self.model.device, self.model.compute_dtype)
 
     @property
     def residency(self) -> Residency:
@@ -368,4 +375,4 @@ class Pipeline:
         return run_images(self._driver(cancel), self.processor, requests, callback)
 
     def _driver(self, cancel: threading.Event | None) -> Driver:
-        return Driver(self.model, self._residency, cancel)
+        return Driver(self.model, self._residency, self._plan, cancel)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from neounify.config import ModelConfig
 from neounify.config.checks import require
+from neounify.runtime.process import available_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,8 @@ class ExecutionPlan:
     """Limits of one model on one device, measured on two CPU cores (docs/log.md).
 
     Rows are tokens of a packed call of the model. Thresholds between ways to attend stand with
-    those ways (`neounify.attention`). Raises ConfigError for limits below 1.
+    those ways (`neounify.attention`). Raises ConfigError for numbers below 1 and
+    seconds below 0.
     """
 
     device: str = "cpu"
@@ -34,6 +36,11 @@ class ExecutionPlan:
     """Blocks of the paged KV cache, which all requests of a server share."""
     kv_block_size: int = 16
     """Tokens of a block."""
+    kv_headroom: int = 64
+    """Free tokens of the paged cache that a sequence needs to enter if it will decode, so that it
+    is not preempted at once."""
+    kv_reserve: int = 64
+    """Tokens a contiguous cache has room for beyond its prompt; it grows when more are decoded."""
     prefill_rows: int = 32_768
     """Prompt tokens of one call; a longer list of prompts takes several calls."""
     prefill_step_rows: int = 512
@@ -44,6 +51,10 @@ class ExecutionPlan:
     """Image tokens of a server's denoising step, over all guidance branches."""
     prefix_rows: int = 32_768
     """Tokens of prefixes copied side by side for the images of one call."""
+    slice_seconds: float = 0.05
+    """A longer denoising step of a server is interrupted to let other work run."""
+    text_slice_seconds: float = 0.011
+    """The same while text is being decoded in the same process."""
     logits_rows: int = 512
     """Text tokens whose logits are in memory at a time in training; those of the others are
     computed again in the backward pass."""
@@ -51,8 +62,10 @@ class ExecutionPlan:
     def __post_init__(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            if field.name not in ("device", "attention"):
+            if field.type == "int":
                 require(value >= 1, f"{field.name} must be at least 1, got {value}")
+            elif field.type == "float":
+                require(value >= 0, f"{field.name} must be at least 0, got {value}")
 
 
 def plan_execution(
@@ -64,14 +77,38 @@ def plan_execution(
 ) -> ExecutionPlan:
     """The plan of a model of this config in `dtype` on a device.
 
-    `free_bytes` is the device's memory that copies of prefixes may take half of, None for no
-    bound but PREFIX_BYTES. All devices have the limits of CPUs so far.
+    `free_bytes` is the device's free memory (`free_memory`): the paged cache may take half of it,
+    and so may copies of prefixes, up to PREFIX_BYTES; None sets no bound. It is rounded down to a
+    power of two, so that small differences leave the plan of a machine as it is. It decides how
+    much fits at once, not what is computed: training, which is exact to the bit, does not use it.
+    All devices have the limits of CPUs so far.
     """
     defaults = ExecutionPlan()
-    prefix_bytes = PREFIX_BYTES if free_bytes is None else min(PREFIX_BYTES, free_bytes // 2)
-    prefix_rows = prefix_bytes // config.kv_bytes(dtype.itemsize)
+    token = config.kv_bytes(dtype.itemsize)
+    kv_blocks, prefix_bytes = defaults.kv_blocks, PREFIX_BYTES
+    if free_bytes is not None:
+        half = 2 ** max(free_bytes, 1).bit_length() // 4
+        prefix_bytes = min(prefix_bytes, half)
+        kv_blocks = min(kv_blocks, half // (defaults.kv_block_size * token))
     return ExecutionPlan(
         device=str(device),
-        prefix_rows=max(1, min(defaults.denoise_rows, prefix_rows)),
+        kv_blocks=max(1, kv_blocks),
+        prefix_rows=max(1, min(defaults.prefix_rows, prefix_bytes // token)),
         logits_rows=max(1, LOGITS // config.vocab_size),
     )
+
+
+def measured_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ExecutionPlan:
+    """The plan for the memory that is free on the device now, once the model is loaded."""
+    return plan_execution(config, device, dtype, free_bytes=free_memory(device))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free memory of a device in bytes; None where it is not reported."""
+    import torch
+
+    if device.type == "cuda":
+        # Memory that torch holds without using it is free for tensors.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return available_bytes() if device.type == "cpu" else None

@@ -17,6 +17,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 LARGEST_MMAP_THRESHOLD = 32 * 2**20
 """glibc ignores a larger one."""
 
+MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+"""Files of the system about memory: of the machine, and of the process's control group."""
+
 SWITCH_SECONDS = 0.0005
 """Threads of one process take turns this often, instead of every 5 ms; see docs/log.md."""
 
@@ -119,6 +122,26 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def available_bytes() -> int | None:
+    """Memory this process can still take without swapping, in bytes; None where unknown.
+
+    The smaller of what the system and the control group have left. Pages of mapped files count as
+    available.
+    """
+    try:
+        line = next(x for x in MEMORY_INFO.read_text().splitlines() if x.startswith("MemAvailable"))
+        available = int(line.split()[1]) * 1024
+    except (OSError, ValueError, StopIteration):
+        return None
+    try:
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        stat = dict(x.split() for x in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        return max(0, min(available, limit - used + int(stat["file"])))
+    except (OSError, ValueError, KeyError):  # no limit reads as "max"
+        return available
 
 
 def return_freed_memory() -> bool:

@@ -30,7 +30,7 @@ from neounify.data.sample import TASKS
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
-from neounify.runtime.plan import plan_execution
+from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 T_INTERVALS = 5
 """Equal intervals of t over [0, 1] for which the image loss is reported."""
@@ -120,13 +120,18 @@ def loss_of(
     counts: Counts,
     generator: torch.Generator,
     metrics: Metrics | None = None,
+    plan: ExecutionPlan | None = None,
 ) -> Tensor:
-    """The share of one pack in the loss of its step; a scalar to call backward on."""
+    """The share of one pack in the loss of its step; a scalar to call backward on.
+
+    `plan` are the limits of the model on its device; None makes them anew.
+    """
     device = model.device
+    plan = plan or plan_execution(model.config, device, model.compute_dtype)
     noised = add_noise(pack, model.config, config, generator) if pack.targets else None
     batch = ModelBatch(
         layout=pack.layout,
-        attend=select_for(model).plan(pack.layout),
+        attend=select_for(model, plan.attention).plan(pack.layout),
         ids=pack.ids.to(device),
         images=_und_images(pack.images, device),
         z=None if noised is None else noised.z,
@@ -134,8 +139,7 @@ def loss_of(
         noise_scale=None if noised is None else noised.noise_scale,
         logit_rows=pack.label_rows.to(device),
     )
-    rows = plan_execution(model.config, device, model.compute_dtype).logits_rows
-    score = partial(_token_losses, ids=pack.label_ids.to(device), rows=rows)
+    score = partial(_token_losses, ids=pack.label_ids.to(device), rows=plan.logits_rows)
     (losses, correct), clean = model(batch, score)
     loss = torch.zeros((), device=device)
     if len(pack.label_ids):

@@ -14,6 +14,7 @@ from torch import Tensor
 from neounify.config.ranges import STRICT, Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
+from neounify.runtime.plan import plan_execution
 from neounify.train.loss import Counts, LossConfig, Metrics, loss_of
 from neounify.train.method import Batch, Method, StageContext, Step
 from neounify.train.optim import OptimizerSet
@@ -71,6 +72,7 @@ class Supervised(Method):
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
+        self._plan = plan_execution(self.model.config, self.model.device, self.model.compute_dtype)
 
     def optimizers(self) -> list[OptimizerSet]:
         stage = self.context.stage
@@ -110,7 +112,13 @@ class Supervised(Method):
             self._step_metrics = Metrics(device)
         noise = torch.Generator(device).manual_seed(step.batch_seed())
         return loss_of(
-            self.model, batch.content, self.config.loss, self._counts, noise, self._step_metrics
+            self.model,
+            batch.content,
+            self.config.loss,
+            self._counts,
+            noise,
+            self._step_metrics,
+            self._plan,
         )
 
     def end_step(self, step: Step, taken: bool) -> None:
