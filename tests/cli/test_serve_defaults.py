@@ -16,7 +16,7 @@ from neounify.cli.serve import (
     ServeModelOptions,
 )
 from neounify.serve.build import ServeSettings
-from neounify.serve.http import HttpSettings
+from neounify.serve.http import HttpConfig
 from neounify.serve.run import RunSettings
 
 
@@ -30,11 +30,11 @@ def test_engines(toy: Path, mode: str) -> None:
 def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(serve.KEYS_VARIABLE, raising=False)
     options = ListenOptions(name="toy")
-    settings = serve._http_settings(
+    settings = serve._http_config(
         ServeModelOptions(model=toy), options, AccessOptions(), SafetyOptions()
     )
     hosts = settings.allowed_hosts
-    assert settings == dataclasses.replace(HttpSettings(), model_name="toy", allowed_hosts=hosts)
+    assert settings == dataclasses.replace(HttpConfig(), model_name="toy", allowed_hosts=hosts)
     run = RunSettings(serve=ServeSettings(folder=toy))
     assert (options.host, options.port, options.page) == (run.host, run.port, run.page)
     assert options.drain_seconds == run.drain_seconds

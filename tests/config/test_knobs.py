@@ -34,7 +34,7 @@ from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.fields import ImageFields
-from neounify.serve.http.image_request import ImageBody
+from neounify.serve.http.images import ImageBody
 from neounify.tasks.chat import ChatOptions, make_chat_request
 from neounify.text import byte_tokenizer
 from support.scripted_service import Scripted
@@ -185,8 +185,8 @@ def test_every_option_and_field_arrives(name: str, value: Any) -> None:
     form = {name: written if isinstance(written, str) else json.dumps(written)}
     for body in (form, {name: list(value) if isinstance(value, tuple) else value}):
         fields = ImageBody.model_validate({"prompt": "a boat", **body})
-        context = create_app(Scripted()).state.context
-        assert context.sampling(fields, editing=True, steps=fields.steps) == wanted
+        state = create_app(Scripted()).state.server
+        assert state.sampling(fields, editing=True, steps=fields.steps) == wanted
 
 
 # --- text ---

@@ -26,7 +26,7 @@ from neounify.serve.service import EngineService
 def running(app: FastAPI) -> Iterator[str]:
     """The base URL of the app, served by uvicorn on a free port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = app.state.context.settings
+    settings = app.state.server.config
     config = server_config(app, settings, log_level="critical", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -27,9 +27,9 @@ from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
 
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
     from neounify.serve.build import ServeSettings
-    from neounify.serve.http import HttpSettings
-    from neounify.serve.http.media import HttpHooks
+    from neounify.serve.http import HttpConfig
     from neounify.serve.run import RunSettings
+    from neounify.serve.safety.hooks import Hooks
 
 KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
 MAX_KEYS_BYTES = 2**20
@@ -72,7 +72,7 @@ def serve(
     hooks = _make_hooks(safety)
     settings = running.RunSettings(
         serve=_serve_settings(model, engines),
-        http=_http_settings(model, listen, access, safety),
+        http=_http_config(model, listen, access, safety),
         host=listen.host,
         port=listen.port,
         page=listen.page,
@@ -99,7 +99,7 @@ def serve(
 def _run_replicas(
     settings: RunSettings,
     options: ReplicaOptions,
-    make_hooks: Callable[[], HttpHooks],
+    make_hooks: Callable[[], Hooks],
     started: Callable[[], None],
 ) -> None:
     from neounify.serve import replicas
@@ -123,14 +123,12 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _make_hooks(safety: SafetyOptions) -> HttpHooks:
+def _make_hooks(safety: SafetyOptions) -> Hooks:
     from neounify.provenance.watermark import Marker
-    from neounify.serve.http.media import MarkingHooks
     from neounify.serve.safety.hooks import make_hooks
 
-    return MarkingHooks(
-        make_hooks(safety.word_list, safety.hook or []), Marker() if safety.watermark else None
-    )
+    marker = Marker() if safety.watermark else None
+    return make_hooks(safety.word_list, safety.hook or [], marker)
 
 
 def _announce(display: Display, address: str, page: bool) -> None:
@@ -184,17 +182,22 @@ def _engine_threads() -> int:
     return max(1, (os.cpu_count() or 1) - 1)
 
 
-def _http_settings(
+def _http_config(
     model: ServeModelOptions, listen: ListenOptions, access: AccessOptions, safety: SafetyOptions
-) -> HttpSettings:
-    from neounify.serve.http.middleware import default_hosts, parse_origin
-    from neounify.serve.http.settings import MEBIBYTE, HttpSettings, Limits
+) -> HttpConfig:
+    from neounify.serve.http.config import (
+        MEBIBYTE,
+        HttpConfig,
+        Limits,
+        default_hosts,
+        parse_origin,
+    )
 
     keys = _read_keys(access.api_keys)
     hosts = tuple(listen.allowed_host or ())
     if hosts or not keys:
         hosts += default_hosts(listen.host)
-    return HttpSettings(
+    return HttpConfig(
         model_name=listen.name or resolve_model(model.model).resolve().name,
         keys=keys,
         requests_per_minute=access.requests_per_minute,
@@ -214,7 +217,7 @@ def _http_settings(
 
 
 def _read_keys(file: Path | None) -> dict[str, str]:
-    from neounify.serve.http.settings import parse_keys
+    from neounify.serve.http.config import parse_keys
 
     text = os.environ.get(KEYS_VARIABLE, "")
     if file is not None:

@@ -20,9 +20,9 @@ from prometheus_client.registry import Collector
 from neounify.errors import NeounifyError
 from neounify.runtime import freeze_objects, switch_threads_often
 from neounify.serve.build import ServeSettings, build_service
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import HttpConfig, create_app
 from neounify.serve.http.connections import server_config
-from neounify.serve.http.media import HttpHooks
+from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import EngineService
 
 
@@ -31,7 +31,7 @@ class RunSettings:
     """Address and settings of a server; `drain_seconds` bounds draining at the end."""
 
     serve: ServeSettings
-    http: HttpSettings = field(default_factory=HttpSettings)
+    http: HttpConfig = field(default_factory=HttpConfig)
     host: str = "127.0.0.1"
     port: int = 8000
     page: bool = True
@@ -41,7 +41,7 @@ class RunSettings:
 
 def run(
     settings: RunSettings,
-    hooks: HttpHooks | None = None,
+    hooks: Hooks | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises what keeps the engines from starting.
@@ -54,7 +54,7 @@ def run(
 
 def _run(
     settings: RunSettings,
-    hooks: HttpHooks | None,
+    hooks: Hooks | None,
     started: Callable[[], None],
     sockets: list[socket.socket],
 ) -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.serve.http import HttpSettings, Limits, create_app
+from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.connections import parse_json
 from neounify.tasks.events import Finished, TextPiece
 from support.http_server import openai_client, wait_until
@@ -139,7 +139,7 @@ def test_bodies_of_all_requests_together_are_bounded() -> None:
     limits = Limits(body_bytes=1000, uploads_bytes=1500)
     service = Scripted(lambda _, __: [TextPiece("One"), 60.0, Finished("stop", 1, 2)])
     padding = {"metadata": {"x": "y" * 800}}
-    app = create_app(service, HttpSettings(limits=limits))
+    app = create_app(service, HttpConfig(limits=limits))
     with openai_client(app) as client:
 
         def stream() -> Any:

@@ -8,8 +8,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
-from neounify.serve.http import HttpSettings, create_app
-from neounify.serve.http.middleware import default_hosts, parse_origin
+from neounify.serve.http import HttpConfig, create_app
+from neounify.serve.http.config import default_hosts, parse_origin
 from support.http_server import openai_client
 from support.scripted_service import Scripted
 
@@ -19,7 +19,7 @@ ORIGIN = "http://localhost:3000"
 
 
 def client_of(page: Path | None = None, **settings: tuple[str, ...]) -> TestClient:
-    app = create_app(Scripted(), HttpSettings(**settings), page=page)  # type: ignore[arg-type]
+    app = create_app(Scripted(), HttpConfig(**settings), page=page)  # type: ignore[arg-type]
     return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 
 
@@ -120,7 +120,7 @@ def test_preflight_answers_and_errors_carry_cors() -> None:
 
 
 def test_refusals_at_the_gate_and_failures_carry_cors() -> None:
-    settings = HttpSettings(keys={"ann": "secret"}, cors_origins=("*",))
+    settings = HttpConfig(keys={"ann": "secret"}, cors_origins=("*",))
 
     def fails(*_: object) -> list[Exception]:
         return [ValueError("a bug at /home/ann/secret.py")]
@@ -211,7 +211,7 @@ def test_methods_in_metrics_are_known_ones() -> None:
 
 
 def test_openai_streams_with_cors() -> None:
-    app = create_app(Scripted(), HttpSettings(cors_origins=(ORIGIN,)))
+    app = create_app(Scripted(), HttpConfig(cors_origins=(ORIGIN,)))
     with openai_client(app) as client:
         stream = client.chat.completions.with_raw_response.create(
             model="",

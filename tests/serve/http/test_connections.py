@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from neounify.serve.http import HttpSettings, Limits, create_app
-from neounify.serve.http.settings import ConnectionLimits
+from neounify.serve.http import HttpConfig, Limits, create_app
+from neounify.serve.http.config import ConnectionLimits
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.events import TaskEvent, TextPiece
 from serve.http.test_middleware import connected
@@ -32,7 +32,7 @@ def everything(caller: socket.socket) -> bytes:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[str]:
-    settings = HttpSettings(
+    settings = HttpConfig(
         limits=Limits(header_bytes=4096),
         connections=ConnectionLimits(count=4, head=1.0, idle=1.0, write=1.0),
     )
@@ -143,7 +143,7 @@ def test_a_client_that_never_reads_is_given_up() -> None:
             yield TextPiece("x" * 100_000)
 
     service = Scripted(chatty)
-    settings = HttpSettings(connections=ConnectionLimits(write=1.0))
+    settings = HttpConfig(connections=ConnectionLimits(write=1.0))
     with running(create_app(service, settings)) as url, connected(url) as caller:
         body = b'{"stream": true, "messages": [{"role": "user", "content": "x"}]}'
         caller.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)

@@ -10,7 +10,7 @@ import pytest
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
-from neounify.serve.http.image_request import ImageBody
+from neounify.serve.http.images import ImageBody
 from neounify.serve.run import COUNTERS, GAUGES
 from support.http_server import picture, png, running
 from support.scripted_service import Scripted

@@ -11,7 +11,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import HttpConfig, create_app
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.requests import ImageRequest
 from support.http_server import data_url, openai_client, png
@@ -163,7 +163,7 @@ def test_a_result_of_the_server_is_an_image_of_the_next_request(
 
 
 def test_results_of_others_are_fetched_only_from_allowed_hosts() -> None:
-    app = create_app(Scripted(), HttpSettings(remote_hosts=("images.example",)))
+    app = create_app(Scripted(), HttpConfig(remote_hosts=("images.example",)))
     url = "http://127.0.0.1:9/v1/results/" + "a" * 43 + ".png"
     response = TestClient(app).post(EDIT, json={"prompt": "x", "image": url})
     assert response.status_code == 400

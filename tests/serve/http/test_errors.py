@@ -21,9 +21,9 @@ from neounify.errors import (
     PromptError,
     RequestError,
 )
-from neounify.serve.http import HttpSettings, Limits, MarkingHooks, create_app
+from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.errors import sanitise
-from neounify.serve.safety.hooks import Refused
+from neounify.serve.safety.hooks import Hooks, Refused
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.events import TaskEvent, TextPiece
 from support.http_server import data_url, openai_client, png
@@ -38,7 +38,7 @@ def asking(**fields: Any) -> dict[str, Any]:
 
 
 def client_of(service: Scripted | None = None, **settings: Any) -> TestClient:
-    app = create_app(service or Scripted(), HttpSettings(**settings))
+    app = create_app(service or Scripted(), HttpConfig(**settings))
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -206,7 +206,7 @@ def test_wrong_paths_and_methods() -> None:
 
 
 def test_hooks_may_refuse_prompts_and_images() -> None:
-    class Strict(MarkingHooks):
+    class Strict(Hooks):
         def check_prompt(self, text: str, images: Sequence[Image]) -> None:
             if "bad" in text:
                 raise Refused("words", "not here")

@@ -14,7 +14,7 @@ from neounify.config.presets import TINY, U1_8B
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import ALIASES, WRAPPED
-from neounify.serve.http.image_request import ImageBody
+from neounify.serve.http.images import ImageBody
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest, size_of_shape

@@ -6,10 +6,10 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import HttpConfig, create_app
 from support.scripted_service import Scripted
 
-app = create_app(Scripted(), HttpSettings())
+app = create_app(Scripted(), HttpConfig())
 schema = schemathesis.openapi.from_asgi("/openapi.json", app)
 
 

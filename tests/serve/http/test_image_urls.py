@@ -14,8 +14,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError
-from neounify.serve.http import HttpSettings, create_app
-from neounify.serve.http.image_urls import ImageFetcher, is_public
+from neounify.serve.http import HttpConfig, create_app
+from neounify.serve.http.media import ImageFetcher, is_public
 from neounify.tasks.chat import ChatRequest
 from support.http_server import png
 from support.scripted_service import Scripted
@@ -197,7 +197,7 @@ def test_the_server_fetches_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) 
         off = TestClient(create_app(service)).post("/v1/chat/completions", json=body)
         assert off.status_code == 400
         assert "fetches no image URLs" in off.json()["error"]["message"]
-        app = create_app(service, HttpSettings(remote_hosts=(f"{HOST}:{port}",)))
+        app = create_app(service, HttpConfig(remote_hosts=(f"{HOST}:{port}",)))
         assert TestClient(app).post("/v1/chat/completions", json=body).status_code == 200
     assert isinstance(service.last, ChatRequest)
     assert service.last.images[0].getpixel((0, 0)) == (0, 0, 255)

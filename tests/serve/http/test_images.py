@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY
 from neounify.provenance.metadata import read_provenance
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import HttpConfig, create_app
 from neounify.tasks.requests import ImageRequest
 from support.http_server import openai_client, picture, png
 from support.scripted_service import Scripted, colour_of
@@ -206,7 +206,7 @@ def test_a_seed_is_reported_where_none_was_given(client: openai.OpenAI, service:
 def test_prompts_are_metadata_only_where_the_operator_wants_them(
     are_written: bool, kind: str
 ) -> None:
-    client = TestClient(create_app(Scripted(), HttpSettings(metadata_prompts=are_written)))
+    client = TestClient(create_app(Scripted(), HttpConfig(metadata_prompts=are_written)))
     long = '"<&☃>' * 1000
     for negative, text in (("blurry", "blurry"), (long, long[:4000])):
         body = {"prompt": long, "negative_prompt": negative, "output_format": kind, "seed": 3}

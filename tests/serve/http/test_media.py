@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import RequestError
-from neounify.serve.http import HttpSettings, create_app
+from neounify.serve.http import HttpConfig, create_app
 from neounify.serve.http.media import ResultStore
 from support.scripted_service import Scripted
 
@@ -32,7 +32,7 @@ def test_the_oldest_make_room() -> None:
 
 
 def test_urls_begin_as_the_operator_says() -> None:
-    settings = HttpSettings(public_url="https://paint.example/api/", keys={"ann": "1"})
+    settings = HttpConfig(public_url="https://paint.example/api/", keys={"ann": "1"})
     client = TestClient(create_app(Scripted(), settings))
     body = {"prompt": "a boat", "response_format": "url"}
     answer = client.post("/v1/images/generations", json=body, headers={"authorization": "Bearer 1"})
@@ -46,7 +46,7 @@ def test_urls_begin_as_the_operator_says() -> None:
 
 def test_a_server_without_results_says_so_before_it_generates() -> None:
     service = Scripted()
-    client = TestClient(create_app(service, HttpSettings(result_urls=False)))
+    client = TestClient(create_app(service, HttpConfig(result_urls=False)))
     body = {"prompt": "a boat", "response_format": "url"}
     answer = client.post("/v1/images/generations", json=body)
     assert answer.status_code == 400

@@ -16,8 +16,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.errors import ConfigError
-from neounify.serve.http import HttpSettings, Limits, create_app, parse_keys
-from neounify.serve.http.settings import TokenBucket
+from neounify.serve.http import HttpConfig, Limits, create_app, parse_keys
+from neounify.serve.http.middleware import TokenBucket
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.events import Finished, TaskEvent, TextPiece
 from support.http_server import openai_client, running, wait_until
@@ -37,7 +37,7 @@ def mute(_: ServiceRequest, __: int) -> Sequence[TaskEvent | float]:
 
 
 def test_keys_are_asked_for_on_the_api_only() -> None:
-    settings = HttpSettings(keys={"ann": "secret-1", "bob": "secret-2"})
+    settings = HttpConfig(keys={"ann": "secret-1", "bob": "secret-2"})
     client = TestClient(create_app(Scripted(), settings))
     for header in ({}, {"authorization": "Basic secret-1"}, {"authorization": "Bearer "}):
         response = client.post(CHAT, json=BODY, headers=header)
@@ -57,7 +57,7 @@ def test_keys_are_asked_for_on_the_api_only() -> None:
 
 
 def test_the_openai_client_sends_its_key() -> None:
-    app = create_app(Scripted(), HttpSettings(keys={"ann": "secret"}))
+    app = create_app(Scripted(), HttpConfig(keys={"ann": "secret"}))
     with openai_client(app, "secret") as client:
         assert client.models.list().data
         with pytest.raises(openai.AuthenticationError, match="not known"):
@@ -83,7 +83,7 @@ def test_a_bucket_refills() -> None:
 
 
 def test_requests_per_minute_are_counted_by_key() -> None:
-    settings = HttpSettings(keys={"ann": "1", "bob": "2"}, requests_per_minute=2)
+    settings = HttpConfig(keys={"ann": "1", "bob": "2"}, requests_per_minute=2)
     client = TestClient(create_app(Scripted(), settings))
 
     def status(key: str) -> int:
@@ -98,11 +98,11 @@ def test_requests_per_minute_are_counted_by_key() -> None:
 @pytest.mark.parametrize(
     ("settings", "code"),
     [
-        (HttpSettings(concurrent=1), "concurrency_limit_exceeded"),
-        (HttpSettings(limits=Limits(in_flight=1)), "overloaded"),
+        (HttpConfig(concurrent=1), "concurrency_limit_exceeded"),
+        (HttpConfig(limits=Limits(in_flight=1)), "overloaded"),
     ],
 )
-def test_requests_at_a_time(settings: HttpSettings, code: str) -> None:
+def test_requests_at_a_time(settings: HttpConfig, code: str) -> None:
     service = Scripted(slow)
     with openai_client(create_app(service, settings)) as client:
         stream = client.chat.completions.create(model="", stream=True, messages=messages())
@@ -121,7 +121,7 @@ def messages() -> Any:
 
 def test_large_bodies_are_refused_before_and_while_they_are_read() -> None:
     service = Scripted()
-    app = create_app(service, HttpSettings(limits=Limits(body_bytes=1000)))
+    app = create_app(service, HttpConfig(limits=Limits(body_bytes=1000)))
     with running(app) as url:
         for chunked in (False, True):
             connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
@@ -149,7 +149,7 @@ def connected(url: str) -> socket.socket:
 
 
 def test_a_body_that_does_not_come_is_given_up() -> None:
-    app = create_app(Scripted(), HttpSettings(limits=Limits(body_seconds=1.0)))
+    app = create_app(Scripted(), HttpConfig(limits=Limits(body_seconds=1.0)))
     with running(app) as url, connected(url) as caller:
         caller.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
         caller.sendall(b"content-type: application/json\r\ncontent-length: 9\r\n\r\n{")

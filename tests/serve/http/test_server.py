@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, Counter
 
 from neounify.errors import ConfigError
-from neounify.serve.http import HttpSettings, Limits, create_app
+from neounify.serve.http import HttpConfig, Limits, create_app
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
 
@@ -126,4 +126,4 @@ def test_settings_are_checked() -> None:
             Limits(**wrong)
     for settings in ({"model_name": ""}, {"result_seconds": 0}, {"keys": {"ann": ""}}):
         with pytest.raises(ConfigError):
-            HttpSettings(**settings)
+            HttpConfig(**settings)

@@ -18,8 +18,8 @@ from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
-from neounify.serve.http import HttpSettings, Limits, create_app
-from neounify.serve.http.streaming import answers_in_groups
+from neounify.serve.http import HttpConfig, Limits, create_app
+from neounify.serve.http.serving import answers_in_groups
 from neounify.serve.service import EngineService, ServiceLimits
 from neounify.tasks.events import Finished, PromptRead, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
@@ -125,7 +125,7 @@ def test_the_last_seed_is_followed_by_the_first(client: openai.OpenAI) -> None:
 
 
 def test_the_servers_limit_of_answers() -> None:
-    settings = HttpSettings(limits=Limits(n=3))
+    settings = HttpConfig(limits=Limits(n=3))
     with (
         openai_client(create_app(Scripted(), settings)) as client,
         pytest.raises(openai.BadRequestError, match="4 is over this server's 3"),

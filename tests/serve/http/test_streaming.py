@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse
 
 from neounify.errors import EngineDied
-from neounify.serve.http import chat_request, create_app, streaming
-from neounify.serve.http.streaming import ALIVE, INLINE_BYTES, merge_streams, start_stream
+from neounify.serve.http import chat, create_app, serving
+from neounify.serve.http.serving import ALIVE, INLINE_BYTES, merge_streams, start_stream
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.events import (
     Finished,
@@ -81,7 +81,7 @@ BODY = {"messages": [{"role": "user", "content": "x"}], "stream": True}
 
 @pytest.fixture(autouse=True)
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(serving, "SILENCE_SECONDS", 0.05)
 
 
 def ask(script: Script) -> tuple[int, str]:
@@ -156,7 +156,7 @@ NOISE: Any = {"modalities": ["text", "image"]}
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     """(on the event loop, bytes) of every piece of JSON that is written."""
     pieces: list[tuple[bool, int]] = []
-    render, sse_event = JSONResponse.render, streaming.sse
+    render, sse_event = JSONResponse.render, serving.sse
 
     def noted(data: bytes) -> bytes:
         pieces.append((threading.current_thread() in Answers.loops, len(data)))
@@ -169,7 +169,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
         return noted(sse_event(*args))
 
     monkeypatch.setattr(JSONResponse, "render", rendered)
-    monkeypatch.setattr(streaming, "sse", event)
+    monkeypatch.setattr(serving, "sse", event)
     monkeypatch.setattr("neounify.serve.http.chat.sse", event)
     return pieces
 
@@ -229,13 +229,13 @@ def test_long_messages_are_searched_for_images_in_a_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: list[threading.Thread] = []
-    parts = chat_request._parts
+    parts = chat._parts
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread())
         return parts(*args)
 
-    monkeypatch.setattr(chat_request, "_parts", noted)
+    monkeypatch.setattr(chat, "_parts", noted)
     service = Answers()
     client = TestClient(create_app(service))
     for text, on_loop in (("Hi", True), ("word " * 18_000, False)):

@@ -25,13 +25,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 from neounify.pipeline.trained_sizes import trained_sizes
 from neounify.serve.http import chat, completions, images
-from neounify.serve.http.context import Context, HttpMetrics, Shared
+from neounify.serve.http.config import HttpConfig
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
-from neounify.serve.http.image_urls import ImageFetcher
-from neounify.serve.http.media import HttpHooks, ImageDecoder, MarkingHooks, ResultStore
-from neounify.serve.http.middleware import API, PAGE_HEADERS, BrowserMiddleware, LimitMiddleware
-from neounify.serve.http.settings import Accounts, HttpSettings
-from neounify.serve.http.streaming import AnswerModel
+from neounify.serve.http.fields import AnswerModel
+from neounify.serve.http.media import ImageDecoder, ImageFetcher, ResultStore
+from neounify.serve.http.middleware import (
+    API,
+    PAGE_HEADERS,
+    Accounts,
+    BrowserMiddleware,
+    LimitMiddleware,
+)
+from neounify.serve.http.serving import HttpMetrics, ServerState, State
+from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
 
 _Responses = dict[int | str, dict[str, Any]]
@@ -68,9 +74,9 @@ DOCS_HEADERS = {
 
 def create_app(
     service: Service,
-    settings: HttpSettings | None = None,
+    config: HttpConfig | None = None,
     *,
-    hooks: HttpHooks | None = None,
+    hooks: Hooks | None = None,
     registry: CollectorRegistry | None = None,
     ready: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
@@ -82,7 +88,7 @@ def create_app(
     those of HTTP; /health asks `ready`, and `states` for the state of each engine by name; `page`
     is a folder of static files for `/`.
     """
-    settings = settings or HttpSettings()
+    config = config or HttpConfig()
     metrics = HttpMetrics(registry or CollectorRegistry())
     decoder = ImageDecoder()
 
@@ -100,21 +106,21 @@ def create_app(
         lifespan=lifespan,
         responses={"default": {"model": ErrorBody, "description": "Every error"}},
     )
-    app.state.context = Context(
+    app.state.server = ServerState(
         service=service,
-        settings=settings,
-        hooks=hooks or MarkingHooks(),
+        config=config,
+        hooks=Hooks() if hooks is None else hooks,
         metrics=metrics,
-        results=ResultStore(settings.result_bytes, settings.result_seconds),
+        results=ResultStore(config.result_bytes, config.result_seconds),
         fetcher=ImageFetcher(
-            settings.remote_hosts,
-            max_bytes=settings.remote_bytes,
-            seconds=settings.remote_seconds,
+            config.remote_hosts,
+            max_bytes=config.remote_bytes,
+            seconds=config.remote_seconds,
         ),
         decoder=decoder,
         started=int(time.time()),
     )
-    _add_middleware(app, settings, metrics)
+    _add_middleware(app, config, metrics)
     add_handlers(app)
     routers = (chat.router, completions.router, images.router)
     for router in (*routers, info_router(ready, states)):
@@ -129,26 +135,24 @@ def create_app(
     return app
 
 
-def _add_middleware(app: FastAPI, settings: HttpSettings, metrics: HttpMetrics) -> None:
+def _add_middleware(app: FastAPI, config: HttpConfig, metrics: HttpMetrics) -> None:
     """Adds middleware from the inside out: BrowserMiddleware, added last, sees a request first."""
     accounts = Accounts(
-        settings.keys,
-        requests_per_minute=settings.requests_per_minute,
-        concurrent=settings.concurrent,
+        config.keys,
+        requests_per_minute=config.requests_per_minute,
+        concurrent=config.concurrent,
     )
-    app.add_middleware(LimitMiddleware, accounts=accounts, limits=settings.limits, metrics=metrics)
-    if settings.cors_origins:
+    app.add_middleware(LimitMiddleware, accounts=accounts, limits=config.limits, metrics=metrics)
+    if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origins,
+            allow_origins=config.cors_origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=("Retry-After",),
             max_age=600,
         )
-    app.add_middleware(
-        BrowserMiddleware, hosts=settings.allowed_hosts, origins=settings.cors_origins
-    )
+    app.add_middleware(BrowserMiddleware, hosts=config.allowed_hosts, origins=config.cors_origins)
 
 
 class _PageFiles(StaticFiles):
@@ -221,17 +225,17 @@ def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str
     router = APIRouter(tags=["server"])
 
     @router.get("/v1/models", summary="List the model that is served", response_model=ModelList)
-    async def models(context: Shared) -> dict[str, Any]:
-        return {"object": "list", "data": [_model(context)]}
+    async def models(state: State) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(state)]}
 
     @router.get(
         "/v1/models/{name:path}",
         summary="Describe the model that is served",
         response_model=ModelCard,
     )
-    async def model(name: str, context: Shared) -> dict[str, Any]:
-        context.check_model(name)
-        return _model(context)
+    async def model(name: str, state: State) -> dict[str, Any]:
+        state.check_model(name)
+        return _model(state)
 
     @router.get("/health/live", summary="Is the process alive?")
     async def live() -> dict[Literal["live"], bool]:
@@ -262,25 +266,24 @@ def info_router(ready: Callable[[], bool], states: Callable[[], Mapping[str, str
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format"}},
     )
-    async def metrics(context: Shared) -> Response:
-        text = await asyncio.to_thread(generate_latest, context.metrics.registry)
+    async def metrics(state: State) -> Response:
+        text = await asyncio.to_thread(generate_latest, state.metrics.registry)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     return router
 
 
-def _model(context: Context) -> dict[str, Any]:
-    """OpenAI's model object, and under `neounify` what a client needs for its settings."""
-    config, limits = context.service.config, context.settings.limits
-    sampling = config.sampling
+def _model(state: ServerState) -> dict[str, Any]:
+    """OpenAI's model object, and under `neounify` the sampling defaults and the limits."""
+    limits, sampling = state.config.limits, state.service.config.sampling
     sizes, pixels = trained_sizes(sampling)
     return {
-        "id": context.settings.model_name,
+        "id": state.config.model_name,
         "object": "model",
-        "created": context.started,
+        "created": state.started,
         "owned_by": "neounify",
         "neounify": {
-            "token_side": config.token_size,
+            "token_side": state.service.config.token_size,
             "image_size": "x".join(map(str, sampling.image_size)),
             "trained_sizes": [f"{width}x{height}" for width, height in sizes],
             "trained_pixels": pixels,

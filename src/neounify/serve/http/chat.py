@@ -1,25 +1,45 @@
-"""POST /v1/chat/completions: events of the service as completions, whole or in chunks."""
+"""POST /v1/chat/completions: bodies as requests, events as completions, whole or in chunks."""
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import PIL.Image
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
-from neounify.serve.http.chat_request import read_chat
-from neounify.serve.http.chat_schema import ChatBody, ChatCompletion
+from neounify.serve.http.chat_schema import (
+    ChatBody,
+    ChatCompletion,
+    ChatImagePart,
+    ChatMessage,
+    ChatTextPart,
+)
+from neounify.serve.http.completions import Choice, for_each_answer, of_chat, text_usage
 from neounify.serve.http.connections import BoundedRoute
-from neounify.serve.http.context import Context, Shared
-from neounify.serve.http.media import encode_result, image_metadata, to_data_url
-from neounify.serve.http.streaming import DONE, EVENTS, json_response, off_loop, sse, start_stream
-from neounify.serve.http.text_answers import Choice, of_chat, text_usage
+from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.fields import seeds_of
+from neounify.serve.http.media import RequestImages
+from neounify.serve.http.serving import (
+    DONE,
+    EVENTS,
+    ServerState,
+    State,
+    json_response,
+    off_loop,
+    sse,
+    start_stream,
+    to_base64,
+)
 from neounify.tasks.chat import ChatRequest
+from neounify.tasks.conversation import read_conversation, read_request
 from neounify.tasks.events import (
     Finished,
     ImageFinished,
@@ -30,8 +50,189 @@ from neounify.tasks.events import (
     ToolCallPiece,
 )
 from neounify.tasks.interleave import InterleaveRequest
+from neounify.text.message import IMAGE_MARK
+from neounify.text.tools import ToolCall, ToolUse
 
+DEFAULT_TOKENS = 512
+"""`max_tokens` where a body has none."""
+_HOLD_IMAGES = ("user", "assistant")
 router = APIRouter(tags=["chat"], route_class=BoundedRoute)
+
+
+# --- requests ---
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a conversation: its texts and decoded images in their order."""
+
+    role: str
+    pieces: list[str | PIL.Image.Image]
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The text with IMAGE_MARK in the place of each image."""
+        return "".join(p if isinstance(p, str) else IMAGE_MARK for p in self.pieces)
+
+    @property
+    def images(self) -> list[PIL.Image.Image]:
+        return [p for p in self.pieces if isinstance(p, PIL.Image.Image)]
+
+    def for_pipeline(self) -> dict[str, Any]:
+        parts = [
+            {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
+            for p in self.pieces
+        ]
+        return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
+
+
+async def read_turns(body: ChatBody, state: ServerState) -> list[Turn]:
+    """The messages of a body. Raises ApiError for images that are misplaced or unreadable."""
+    parts_of_messages = await off_loop(
+        lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
+        body.text_size,
+    )
+    count = sum(isinstance(part, ChatImagePart) for parts in parts_of_messages for part in parts)
+    images = state.input_images(count, "messages")
+    turns = []
+    for index, (message, parts) in enumerate(zip(body.messages, parts_of_messages, strict=True)):
+        with blame(f"messages.{index}.content"):
+            pieces = [await _read_part(part, images) for part in parts]
+        role = "system" if message.role == "developer" else message.role
+        calls = [call.function for call in message.tool_calls or ()]
+        turns.append(
+            Turn(
+                role,
+                _in_lines(pieces) if role == "user" else pieces,
+                tuple(ToolCall(call.name, call.arguments) for call in calls),
+            )
+        )
+    return turns
+
+
+def _parts(message: ChatMessage, index: int) -> list[ChatTextPart | ChatImagePart]:
+    """The parts of a message. Raises ApiError for images in a role that holds none."""
+    parts = message.parts
+    if message.role not in _HOLD_IMAGES and any(isinstance(p, ChatImagePart) for p in parts):
+        what = "result of a tool" if message.role == "tool" else f"{message.role} message"
+        raise bad_request(
+            f"messages.{index}.content: a {what} is text; put images into user messages",
+            f"messages.{index}.content",
+        )
+    if message.images and message.role != "assistant":
+        raise bad_request(
+            f"messages.{index}.images: is for earlier answers; put images of a {message.role} "
+            "message into its content",
+            f"messages.{index}.images",
+        )
+    return parts
+
+
+def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image]:
+    """The pieces with a line break after each leading image, as in the prompts of training."""
+    leading = list(itertools.takewhile(lambda p: not isinstance(p, str), pieces))
+    rest = pieces[len(leading) :]
+    if not rest:
+        return pieces
+    return [piece for image in leading for piece in (image, "\n")] + rest
+
+
+async def _read_part(
+    part: ChatTextPart | ChatImagePart, images: RequestImages
+) -> str | PIL.Image.Image:
+    if isinstance(part, ChatTextPart):
+        return part.text
+    return await images.read_url(part.image_url.url)
+
+
+async def read_chat(
+    body: ChatBody, state: ServerState
+) -> Sequence[ChatRequest] | Sequence[InterleaveRequest]:
+    """A request for each of the `n` answers.
+
+    Raises ApiError, PromptError, ImageError, RequestError and Refused.
+    """
+    state.check_model(body.model)
+    state.check_n(body.n)
+    turns = await read_turns(body, state)
+    images = [image for turn in turns for image in turn.images]
+    tools = body.tool_use
+    await state.check_prompt(_texts(body, turns, tools), images)
+    if body.wants_images:
+        body.check_interleaved()
+        return [await off_loop(lambda: _interleave_request(body, turns, state), body.text_size)]
+    return await off_loop(lambda: _chat_requests(body, turns, tools, state), body.text_size)
+
+
+def _texts(body: ChatBody, turns: Sequence[Turn], tools: ToolUse) -> Iterator[str]:
+    """Every text in a body, for content checks."""
+    yield from (turn.text for turn in turns)
+    yield from (tool.definition() for tool in tools.offered)
+    yield from (call.arguments for turn in turns for call in turn.tool_calls)
+    if body.negative_prompt:
+        yield body.negative_prompt
+
+
+def _chat_requests(
+    body: ChatBody, turns: Sequence[Turn], tools: ToolUse, state: ServerState
+) -> Sequence[ChatRequest]:
+    messages, images = read_conversation([turn.for_pipeline() for turn in turns], ())
+    request = ChatRequest(
+        messages=messages,
+        images=images,
+        max_new_tokens=_max_tokens(body, state),
+        stop=body.stops,
+        think=body.thinks,
+        sampling=body.sampling(seed=body.seed, logprobs=body.alternatives),
+        tool_use=tools,
+        response_format=body.response_format.schema_of_answer,
+    )
+    return for_each_answer(request, body.n)
+
+
+def _interleave_request(body: ChatBody, turns: list[Turn], state: ServerState) -> InterleaveRequest:
+    system = turns.pop(0).text if turns[0].role == "system" else ""
+    with blame("messages"):
+        text, history, images = read_request([turn.for_pipeline() for turn in turns], ())
+    references = turns[-1].images
+    [seed] = seeds_of(body.seed, 1)
+    max_images = state.config.limits.answer_images
+    if body.max_images is not None and body.max_images > max_images:
+        raise bad_request(
+            f"max_images: {body.max_images} is over this server's {max_images}", "max_images"
+        )
+    return InterleaveRequest(
+        prompt=text,
+        history=history,
+        sizes=[state.size(body, references[0] if references else None)],
+        sampling=state.sampling(body, editing=True, steps=body.steps),
+        images=images,
+        max_images=max_images if body.max_images is None else body.max_images,
+        max_new_tokens=_max_tokens(body, state),
+        seed=seed,
+        negative_prompt=body.negative_prompt,
+        think=body.thinks,
+        system=system,
+        text=body.sampling(seed=seed),
+    )
+
+
+def _max_tokens(body: ChatBody, state: ServerState) -> int:
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise bad_request(
+                "max_tokens and max_completion_tokens are the same setting with different "
+                f"values, {body.max_tokens} and {body.max_completion_tokens}; give one of them",
+                "max_tokens",
+            )
+        return state.check_tokens(body.max_completion_tokens, "max_completion_tokens")
+    if body.max_tokens is not None:
+        return state.check_tokens(body.max_tokens, "max_tokens")
+    return min(DEFAULT_TOKENS, state.config.limits.tokens)
+
+
+# --- answers ---
 
 
 class ChatAnswer:
@@ -41,13 +242,13 @@ class ChatAnswer:
         self,
         body: ChatBody,
         requests: Sequence[ChatRequest] | Sequence[InterleaveRequest],
-        context: Context,
+        state: ServerState,
     ) -> None:
-        self._body, self._requests, self._context = body, requests, context
+        self._body, self._requests, self._state = body, requests, state
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": context.settings.model_name,
+            "model": state.config.model_name,
         }
 
     async def whole(self) -> JSONResponse:
@@ -101,7 +302,7 @@ class ChatAnswer:
         yield DONE
 
     def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
-        return self._context.answers([self._requests], self._body)
+        return self._state.answers([self._requests], self._body)
 
     @property
     def _form(self) -> str:
@@ -151,10 +352,9 @@ class ChatAnswer:
         [request] = self._requests
         if isinstance(request, ChatRequest):
             raise RuntimeError("an answer in text alone came with an image")
-        metadata = image_metadata(request, event, self._context.settings)
         format = self._body.output_format
-        form = partial(to_data_url, format=format)
-        return await encode_result(self._context.hooks, event.pixels, format, metadata, form)
+        file = await self._state.encode(request, event, format, to_base64)
+        return f"data:image/{format};base64,{file}"
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"}
@@ -272,10 +472,10 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
     response_class=JSONResponse,
     responses={200: {"model": ChatCompletion, "content": EVENTS}},
 )
-async def chat_completions(body: ChatBody, context: Shared) -> Response:
+async def chat_completions(body: ChatBody, state: State) -> Response:
     """Text and images in; text, or with `modalities: ["text", "image"]` both, out."""
-    requests = await read_chat(body, context)
-    answer = ChatAnswer(body, requests, context)
+    requests = await read_chat(body, state)
+    answer = ChatAnswer(body, requests, state)
     if body.stream:
         return await start_stream(answer.chunks())
     return await answer.whole()

@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from neounify.serve.http.fields import ImageFields
-from neounify.serve.http.streaming import AnswerModel
-from neounify.serve.http.text_answers import Text, TextFields, TextUsage, TokenCount, TopLogProb
+from neounify.serve.http.completions import TextUsage, TopLogProb
+from neounify.serve.http.errors import bad_request, blame
+from neounify.serve.http.fields import AnswerModel, ImageFields, Text, TextFields, TokenCount
+from neounify.text.tools import Tool, ToolUse
 
 # An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay
 # text, as fetching them is nothing that an answer asks for. Space behind a URL is part of it: two
@@ -292,6 +293,51 @@ class ChatBody(TextFields, ImageFields):
     def wants_images(self) -> bool:
         """Whether the answer may contain images."""
         return "image" in self.modalities
+
+    @property
+    def alternatives(self) -> int | None:
+        """Number of alternatives reported with every token; None for no log-probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """The tools, and which must be called. Raises ApiError and PromptError."""
+        with blame("tools"):
+            tools = tuple(
+                Tool(
+                    name=tool.function.name,
+                    description=tool.function.description or "",
+                    parameters=tool.function.parameters,
+                )
+                for tool in self.tools
+            )
+        parallel, choice = self.parallel_tool_calls, self.tool_choice
+        if isinstance(choice, NamedTool):
+            return ToolUse(
+                tools=tools, choice="required", name=choice.function.name, parallel=parallel
+            )
+        return ToolUse(tools=tools, choice=choice, parallel=parallel)
+
+    def check_interleaved(self) -> None:
+        """Raises ApiError for fields that answers with images do not support."""
+        for name, asked in (
+            ("n", self.n > 1),
+            ("tools", bool(self.tools)),
+            ("response_format", self.response_format.type != "text"),
+            ("logprobs", self.logprobs),
+        ):
+            if asked:
+                message = f"{name}: not supported for answers with images"
+                raise bad_request(message, name, "unsupported")
+        if "text" not in self.modalities:
+            raise bad_request(
+                'modalities: use ["text", "image"], or /v1/images/generations for images alone',
+                "modalities",
+            )
+        if self.stops:
+            raise bad_request("stop: answers with images take no stop strings", "stop")
 
 
 class ImageUrl(AnswerModel):

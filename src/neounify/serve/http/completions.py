@@ -1,49 +1,208 @@
-"""POST /v1/completions: texts that are continued as they stand."""
+"""POST /v1/completions; choices, log-probabilities and usage, which chat completions share."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from neounify.config.sampling import MAX_LOGPROBS
 from neounify.serve.http.connections import BoundedRoute
-from neounify.serve.http.context import Context, Shared
 from neounify.serve.http.errors import bad_request
-from neounify.serve.http.streaming import (
+from neounify.serve.http.fields import AnswerModel, Text, TextFields, seeds_of
+from neounify.serve.http.serving import (
     DONE,
     EVENTS,
-    AnswerModel,
+    ServerState,
+    State,
     json_response,
     sse,
     start_stream,
 )
-from neounify.serve.http.text_answers import (
-    Alternatives,
-    Choice,
-    Text,
-    TextFields,
-    TextUsage,
-    for_each_answer,
-    of_completion,
-    text_usage,
-)
-from neounify.tasks.chat import CompletionRequest
-from neounify.tasks.events import Finished, TaskEvent, TextPiece, TokenLogProb
+from neounify.tasks.chat import ChatRequest, CompletionRequest
+from neounify.tasks.events import Finished, TaskEvent, TextPiece, TokenLogProb, ToolCallPiece
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
 """Maximum answers to a list of prompts, as a multiple of the maximum `n` of one prompt."""
+LEAST = -9999.0
+"""The logarithm of a probability of 0, as JSON has no infinity."""
+_LOG_PROB_BYTES = 60
+"""About what one token takes in JSON."""
 
+Alternatives = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=1_000_000)
 ]
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
 router = APIRouter(tags=["completions"], route_class=BoundedRoute)
+
+
+# --- shared with chat completions ---
+
+
+class TopLogProb(AnswerModel):
+    """A token that could have been sampled, with the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class PromptTokens(AnswerModel):
+    """Tokens of the prompt: those cached from earlier requests, and those of images."""
+
+    audio_tokens: Literal[0]
+    cached_tokens: int
+    image_tokens: int
+
+
+class CompletionTokens(AnswerModel):
+    """Tokens of the answer: those of a thought; besides, those of generated images."""
+
+    accepted_prediction_tokens: Literal[0]
+    audio_tokens: Literal[0]
+    image_tokens: int
+    reasoning_tokens: int
+    rejected_prediction_tokens: Literal[0]
+
+
+class TextUsage(AnswerModel):
+    """Tokens of text and of input images; generated images are not in the totals."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+    completion_tokens_details: CompletionTokens
+
+
+class Choice:
+    """One of the answers to a request in progress."""
+
+    def __init__(self) -> None:
+        self.log_probs: list[TokenLogProb] = []
+        self._finished: Finished | None = None
+
+    def count(self, event: TaskEvent) -> None:
+        """Take in the part of an event that the rest of a stream depends on."""
+        if isinstance(event, Finished):
+            self._finished = event
+
+    def add(self, event: TaskEvent) -> None:
+        """Take in an event for an answer that is sent as a whole."""
+        self.count(event)
+        if isinstance(event, TextPiece | ToolCallPiece):
+            self.log_probs += event.log_probs
+
+    @property
+    def finished(self) -> Finished:
+        """The last event of the answer."""
+        if self._finished is None:
+            raise RuntimeError("the engines ended an answer without Finished")
+        return self._finished
+
+    @property
+    def size(self) -> int:
+        """About the bytes of its log-probabilities as JSON."""
+        return _LOG_PROB_BYTES * sum(1 + len(token.top) for token in self.log_probs)
+
+
+def for_each_answer(request: Request, n: int) -> Sequence[Request]:
+    """The requests of `n` answers with consecutive seeds; without a seed all are random."""
+    seed = request.sampling.seed
+    if seed is None:
+        return [request] * n
+    return [
+        replace(request, sampling=replace(request.sampling, seed=answer_seed))
+        for answer_seed in seeds_of(seed, n)
+    ]
+
+
+def of_chat(tokens: Iterable[TokenLogProb]) -> dict[str, Any]:
+    """The `logprobs` of a choice of a chat completion."""
+    return {
+        "content": [
+            _entry(token.token, token.log_prob)
+            | {"top_logprobs": [_entry(other, value) for other, value in token.top]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+def of_completion(tokens: Iterable[TokenLogProb], offset: int) -> dict[str, Any]:
+    """The `logprobs` of a choice of a text completion; its text begins at `offset` characters.
+
+    The sampled token is among the alternatives, as in OpenAI's answers.
+    """
+    logprobs: dict[str, Any] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
+    for token in tokens:
+        name, value = _name(token.token), max(token.log_prob, LEAST)
+        top = {_name(other): max(value, LEAST) for other, value in token.top}
+        logprobs["tokens"].append(name)
+        logprobs["token_logprobs"].append(value)
+        logprobs["top_logprobs"].append({name: value} | top)
+        logprobs["text_offset"].append(offset)
+        offset += len(_text(token.token))
+    return logprobs
+
+
+def _entry(token: bytes, log_prob: float) -> dict[str, Any]:
+    return {"token": _text(token), "logprob": max(log_prob, LEAST), "bytes": list(token)}
+
+
+def _name(token: bytes) -> str:
+    """The text of a token; its bytes where it is no whole characters, so that names differ."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _text(token: bytes) -> str:
+    return token.decode("utf-8", errors="replace")
+
+
+def text_usage(answers: Sequence[Finished], prompts: Sequence[Finished]) -> dict[str, Any]:
+    """OpenAI's usage of all `answers`; `prompts` has one answer per prompt, which counts once.
+
+    Tokens of generated images are not in the totals.
+    """
+    prompt_tokens = sum(answer.prompt_tokens for answer in prompts)
+    completion_tokens = sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "audio_tokens": 0,
+            "cached_tokens": sum(answer.cached_tokens for answer in prompts),
+            "image_tokens": sum(answer.prompt_image_tokens for answer in prompts),
+        },
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 0,
+            "audio_tokens": 0,
+            "image_tokens": sum(answer.image_tokens for answer in answers),
+            "reasoning_tokens": sum(answer.reasoning_tokens for answer in answers),
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+# --- completions ---
 
 
 class CompletionBody(TextFields):
@@ -110,17 +269,17 @@ class Completion(AnswerModel):
     response_class=JSONResponse,
     responses={200: {"model": Completion, "content": EVENTS}},
 )
-async def completions(body: CompletionBody, context: Shared) -> Response:
+async def completions(body: CompletionBody, state: State) -> Response:
     """Text or token ids in, the text that follows out. Typed special tokens are characters."""
-    answer = _CompletionAnswer(body, await _read(body, context), context)
+    answer = _CompletionAnswer(body, await _read(body, state), state)
     if body.stream:
         return await start_stream(answer.chunks())
     return await answer.whole()
 
 
-async def _read(body: CompletionBody, context: Context) -> list[Sequence[CompletionRequest]]:
+async def _read(body: CompletionBody, state: ServerState) -> list[Sequence[CompletionRequest]]:
     """The requests of every prompt. Raises ApiError, PromptError, RequestError and Refused."""
-    context.check_model(body.model)
+    state.check_model(body.model)
     if body.echo and body.logprobs is not None:
         raise bad_request(
             "echo: not supported together with logprobs, as those of the prompt are not computed",
@@ -129,15 +288,15 @@ async def _read(body: CompletionBody, context: Context) -> list[Sequence[Complet
         )
     prompts = body.prompts
     answers = len(prompts) * body.n
-    max_answers = context.settings.limits.n * ANSWERS_PER_N
-    context.check_n(body.n)
+    max_answers = state.config.limits.n * ANSWERS_PER_N
+    state.check_n(body.n)
     if answers > max_answers:
         raise bad_request(
             f"prompt: {answers} answers are over this server's {max_answers}", "prompt"
         )
-    await context.check_prompt((p for p in prompts if isinstance(p, str)), ())
+    await state.check_prompt((p for p in prompts if isinstance(p, str)), ())
     max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    context.check_tokens(max_tokens, "max_tokens")
+    state.check_tokens(max_tokens, "max_tokens")
     sampling = body.sampling(seed=body.seed, logprobs=body.logprobs)
     return [
         for_each_answer(
@@ -158,15 +317,15 @@ class _CompletionAnswer:
     """The continuations of one body in progress; those of the first prompt come first."""
 
     def __init__(
-        self, body: CompletionBody, groups: list[Sequence[CompletionRequest]], context: Context
+        self, body: CompletionBody, groups: list[Sequence[CompletionRequest]], state: ServerState
     ) -> None:
-        self._body, self._groups, self._context = body, groups, context
+        self._body, self._groups, self._state = body, groups, state
         self._choices = [_Choice() for group in groups for _ in group]
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": context.settings.model_name,
+            "model": state.config.model_name,
         }
 
     async def whole(self) -> JSONResponse:
@@ -209,7 +368,7 @@ class _CompletionAnswer:
         yield DONE
 
     def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
-        return self._context.answers(self._groups, self._body)
+        return self._state.answers(self._groups, self._body)
 
     def _choice(
         self,

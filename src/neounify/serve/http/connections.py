@@ -24,9 +24,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from neounify.runtime import return_freed_memory
+from neounify.serve.http.config import HttpConfig, Limits
 from neounify.serve.http.errors import ApiError, bad_request
 from neounify.serve.http.middleware import HEADERS
-from neounify.serve.http.settings import HttpSettings, Limits
 
 MAX_CHUNKS, MIN_CHUNK_BYTES = 5000, 256
 """Maximum chunks of one body, and minimum bytes per further chunk on average: each chunk takes as
@@ -48,15 +48,15 @@ _INLINE_BYTES = 64 * 1024
 """Bodies up to this are parsed on the event loop, which takes less than a change of threads."""
 
 
-def server_config(app: ASGIApp, settings: HttpSettings, **options: Any) -> uvicorn.Config:
+def server_config(app: ASGIApp, config: HttpConfig, **options: Any) -> uvicorn.Config:
     """uvicorn's config of an app with limits; `options` are uvicorn's, such as host and port."""
-    protocol: Any = partial(BoundedProtocol, settings=settings)
+    protocol: Any = partial(BoundedProtocol, http=config)
     return uvicorn.Config(
         app,
         http=protocol,
         ws="none",
         server_header=False,
-        timeout_keep_alive=max(1, round(settings.connections.idle)),
+        timeout_keep_alive=max(1, round(config.connections.idle)),
         **options,
     )
 
@@ -87,10 +87,10 @@ class _Parser(h11.Connection):
 class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 protocol within ConnectionLimits."""
 
-    def __init__(self, *, settings: HttpSettings, **options: Any) -> None:
+    def __init__(self, *, http: HttpConfig, **options: Any) -> None:
         super().__init__(**options)
-        self._limits = settings.connections
-        self.conn = _Parser(h11.SERVER, settings.limits.header_bytes)
+        self._limits = http.connections
+        self.conn = _Parser(h11.SERVER, http.limits.header_bytes)
         self._watch: asyncio.TimerHandle | None = None
         self._awaits_head_since: float | None = None
         self._unread_since: float | None = None
@@ -197,7 +197,7 @@ class BoundedRequest(Request):
         """The body's value. Raises ApiError 400 for what is not JSON or exceeds the limits."""
         if not hasattr(self, "_json"):
             chunks = [chunk async for chunk in self.stream()]
-            limits = self.app.state.context.settings.limits
+            limits = self.app.state.server.config.limits
             if sum(map(len, chunks)) <= _INLINE_BYTES:
                 self._json = parse_json(chunks, limits)
             else:

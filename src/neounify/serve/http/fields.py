@@ -1,4 +1,4 @@
-"""Fields of request bodies: their rules, the fields of images, and names of other servers' APIs.
+"""Fields of request bodies: their rules, those of images and of text, names of other servers' APIs.
 
 An alias holds only where its own field is in the body, so one table serves chat and images. Objects
 that clients wrap fields into (`extra_body`, `chat_template_kwargs`, …) are unfolded first.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -25,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from neounify.config import TextSampling
 from neounify.config.knobs import knob_doc
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, SolverName
@@ -76,6 +78,9 @@ SEEDS = 2**64
 """Seeds are below it."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Stop = Annotated[str, Field(max_length=1000)]
 
 
 def _as(name: str) -> Unfold:
@@ -270,13 +275,20 @@ def _pair(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-def _doc(knob: str) -> str:
-    """The sentence of a field of ImageSampling."""
+def _image_doc(knob: str) -> str:
+    """The sentence of a field of ImageSampling; none of them is OpenAI's."""
     return f"{knob_doc(ImageSampling, knob)} Extension."
 
 
-def seeds_of(seed: int, n: int) -> list[int]:
-    """The seeds of `n` answers: the given one, then each next; 2^64 - 1 is followed by 0."""
+def _text_doc(knob: str) -> str:
+    """The sentence of a field of TextSampling; OpenAI has temperature and top_p alone."""
+    extension = "" if knob in ("temperature", "top_p") else " Extension."
+    return knob_doc(TextSampling, knob) + extension
+
+
+def seeds_of(seed: int | None, n: int) -> list[int]:
+    """The seeds of `n` answers: the given or a random one, then each next; 0 after 2^64 - 1."""
+    seed = secrets.randbelow(2**32) if seed is None else seed
     return [seed + i if seed + i < SEEDS else seed + i - SEEDS for i in range(n)]
 
 
@@ -349,20 +361,20 @@ class ImageFields(RequestFields):
     aspect_ratio: Ratio | None = Field(
         None, description="WIDTH:HEIGHT, for a size that leaves the shape open. Extension."
     )
-    negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] = Field(
-        "", description="What guidance steers away from. Extension."
+    negative_prompt: Text = Field("", description="What guidance steers away from. Extension.")
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        None, description=_image_doc("steps")
     )
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(None, description=_doc("steps"))
-    guidance: Number | None = Field(None, description=_doc("guidance"))
-    image_guidance: Number | None = Field(None, description=_doc("image_guidance"))
+    guidance: Number | None = Field(None, description=_image_doc("guidance"))
+    image_guidance: Number | None = Field(None, description=_image_doc("image_guidance"))
     guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
-        (0.0, 1.0), description=_doc("guidance_interval")
+        (0.0, 1.0), description=_image_doc("guidance_interval")
     )
-    guidance_norm: Norm = Field("none", description=_doc("guidance_norm"))
-    published_interval: bool = Field(False, description=_doc("published_interval"))
-    shift: Number | None = Field(None, description=_doc("shift"))
-    solver: SolverName = Field("euler", description=_doc("solver"))
-    t_eps: Number | None = Field(None, description=_doc("t_eps"))
+    guidance_norm: Norm = Field("none", description=_image_doc("guidance_norm"))
+    published_interval: bool = Field(False, description=_image_doc("published_interval"))
+    shift: Number | None = Field(None, description=_image_doc("shift"))
+    solver: SolverName = Field("euler", description=_image_doc("solver"))
+    t_eps: Number | None = Field(None, description=_image_doc("t_eps"))
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="Previews of each image on its way; with `stream` only."
@@ -387,3 +399,79 @@ class ImageFields(RequestFields):
             return None
         width, _, height = self.aspect_ratio.partition(":")
         return int(width), int(height)
+
+
+class StreamOptions(BaseModel):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class TextFields(RequestFields):
+    """Fields that chat and completions share."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        (
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        )
+    )
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "frequency_penalty": (0,),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "logit_bias": ({},),
+        "min_tokens": (0,),
+        "presence_penalty": (0,),
+        "priority": (0,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "stop_token_ids": ([],),
+        "typical_p": (1,),
+        "use_beam_search": (False,),
+    }
+
+    model: str = Field("", max_length=200)
+    n: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="Answers to the same prompt; answer i is drawn with seed + i."
+    )
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: Number = Field(0.0, description=_text_doc("temperature"))
+    top_p: Number = Field(1.0, description=_text_doc("top_p"))
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description=_text_doc("top_k"))
+    min_p: Number = Field(0.0, description=_text_doc("min_p"))
+    repetition_penalty: Number = Field(1.0, description=_text_doc("repetition_penalty"))
+    max_tokens: TokenCount | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = Field(default_factory=list)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end the answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, *, seed: int | None, logprobs: int | None = None) -> TextSampling:
+        """Settings of the token sampler. Raises RequestError for values out of range."""
+        return TextSampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=seed,
+            logprobs=logprobs,
+        )
+
+
+class AnswerModel(BaseModel):
+    """Part of an answer, for the API's description; tests check real answers against it."""
+
+    model_config = ConfigDict(extra="forbid")

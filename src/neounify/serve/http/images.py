@@ -4,30 +4,263 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import PIL.Image
 from fastapi import APIRouter
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
+from neounify.errors import ImageError
 from neounify.pipeline.trained_sizes import size_advice
-from neounify.serve.http.connections import BoundedRoute
-from neounify.serve.http.context import Context, Shared
-from neounify.serve.http.errors import ApiError
-from neounify.serve.http.image_request import (
-    ImageBody,
-    edit_body_schema,
-    read_edit,
-    read_image_requests,
+from neounify.serve.http.config import MEBIBYTE
+from neounify.serve.http.connections import BoundedRoute, check_json_type
+from neounify.serve.http.errors import ApiError, bad_request, blame
+from neounify.serve.http.fields import AnswerModel, ImageFields, Text, seeds_of
+from neounify.serve.http.media import RequestImages
+from neounify.serve.http.serving import (
+    EVENTS,
+    ServerState,
+    State,
+    json_response,
+    sse_of,
+    start_stream,
+    to_base64,
 )
-from neounify.serve.http.media import Form, encode_result, image_metadata, to_base64
-from neounify.serve.http.streaming import EVENTS, AnswerModel, json_response, sse_of, start_stream
 from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
 from neounify.tasks.requests import ImageRequest
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)
+Form = TypeVar("Form")
+Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
+
+STEPS_OF_QUALITY: Mapping[str, float] = {
+    "low": 0.25,
+    "medium": 0.5,
+    "high": 1.0,
+    "auto": 1.0,
+    "standard": 1.0,
+    "hd": 1.0,
+}
+"""The share of the checkpoint's default steps."""
+_MAX_FIELDS = 64
+_IMAGE_FIELDS = ("image", "image[]", "images", "images[]", "image_url", "image_urls")
+
+
+# --- requests ---
+
+
+class ImageBody(ImageFields):
+    """Fields of image generation and editing, without the input images of an edit."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(
+        ("input_fidelity", "moderation", "output_compression", "safety_identifier", "style", "user")
+    )
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "background": ("auto", "opaque"),
+        "complexity": (),
+        "enable_safety_checker": (True,),
+        "frame_count": (),
+        "frame_duration_ms": (),
+        "mask": (),
+        "markup": (),
+        "num_frames": (1,),
+        "prompt_extend": (False,),
+        "strength": (1,),
+        "svg": (),
+        "watermark": (False,),
+    }
+
+    model: str = Field("", max_length=200)
+    prompt: Text
+    n: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Image i has seed + i and equals the single image of that seed."
+    )
+    quality: Quality = Field(
+        "auto", description="low: a quarter of the checkpoint's steps; medium: half; else all."
+    )
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+
+    def steps_of(self, default: int) -> int:
+        """The number of steps, for a checkpoint with `default` steps."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(STEPS_OF_QUALITY[self.quality] * default))
+
+
+async def read_image_requests(
+    body: ImageBody, images: tuple[PIL.Image.Image, ...], state: ServerState
+) -> list[ImageRequest]:
+    """One request per image, with consecutive seeds.
+
+    Not one request of several images, since those share one draw of noise: image i would then
+    depend on their number, and its seed alone could not reproduce it.
+
+    Raises ApiError, PromptError, ImageError, RequestError and Refused.
+    """
+    state.check_model(body.model)
+    state.check_n(body.n)
+    if body.stream and body.response_format == "url":
+        raise bad_request("response_format: a stream sends b64_json only", "response_format")
+    if body.response_format == "url" and not state.config.result_urls:
+        raise bad_request(
+            "response_format: this server keeps no results; ask for b64_json", "response_format"
+        )
+    if not body.prompt.strip():
+        raise bad_request("prompt: a text is needed", "prompt", "invalid_prompt")
+    texts = (body.prompt, body.negative_prompt)
+    await state.check_prompt(filter(None, texts), images)
+    width, height = state.size(body, images[0] if images else None)
+    steps = body.steps_of(state.service.config.sampling.steps)
+    sampling = state.sampling(body, editing=bool(images), steps=steps)
+    return [
+        ImageRequest(
+            prompt=body.prompt,
+            width=width,
+            height=height,
+            sampling=sampling,
+            images=images,
+            seed=seed,
+            think=bool(body.think),
+            negative_prompt=body.negative_prompt,
+        )
+        for seed in seeds_of(body.seed, body.n)
+    ]
+
+
+async def read_edit(
+    request: Request, state: ServerState
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    """The fields and the images, in order. Raises ApiError, RequestValidationError."""
+    kind = request.headers.get("content-type")
+    if (kind or "").partition(";")[0].strip().lower() == "multipart/form-data":
+        return await _read_form(request, state)
+    check_json_type(
+        kind,
+        "send an edit as multipart/form-data with files, or as application/json with URLs of "
+        "images",
+    )
+    return await _read_json(await request.json(), state)
+
+
+async def _read_form(
+    request: Request, state: ServerState
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    limits = state.config.limits
+    async with request.form(
+        max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
+    ) as form:
+        body = _fields(form)
+        items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
+        reader = _input_images(len(items), state)
+        images = []
+        for item in items:
+            with blame("image"):
+                if isinstance(item, UploadFile):
+                    images.append(await reader.read(await item.read()))
+                else:
+                    images.append(await reader.read_url(item))
+    return body, tuple(images)
+
+
+async def _read_json(
+    value: Any, state: ServerState
+) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
+    if not isinstance(value, dict):
+        raise bad_request("The body must be a JSON object.")
+    names = [name for name in _IMAGE_FIELDS if value.get(name) is not None]
+    if len(names) > 1:
+        raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
+    body = _validated({n: v for n, v in value.items() if n not in _IMAGE_FIELDS})
+    [name] = names or ["images"]
+    entries = value.get(name)
+    items: list[Any] = [] if entries is None else [entries]
+    if isinstance(entries, list):
+        items = entries
+    reader = _input_images(len(items), state)
+    images = []
+    for index, item in enumerate(items):
+        with blame(name if items is not entries else f"{name}.{index}"):
+            images.append(await reader.read_url(_url_of(item)))
+    return body, tuple(images)
+
+
+def _input_images(count: int, state: ServerState) -> RequestImages:
+    if not count:
+        raise bad_request(
+            "image: at least one is needed: a file in a form, or in JSON "
+            '"images": [{"image_url": "data:image/png;base64,…"}]',
+            "image",
+        )
+    return state.input_images(count, "image")
+
+
+def _url_of(item: Any) -> str:
+    """The URL in an entry of `images`: a string, or one in the objects that clients write."""
+    for key in ("image_url", "url"):
+        if isinstance(item, dict) and item.get(key) is not None:
+            item = item[key]
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict) and item.get("file_id") is not None:
+        raise ImageError("file_id: this server keeps no files; send the image as a data URL")
+    raise ImageError("an image is a URL, or an object with image_url")
+
+
+def edit_body_schema() -> dict[str, Any]:
+    """Both media types of an edit's body for OpenAPI, as the route declares none."""
+    file = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
+    form = _schema("EditForm", "image", file, "The images to edit, in order; also as `image[]`.")
+    url = {"type": "string", "description": "A data URL, or a URL that this server may fetch."}
+    entry = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    text = "The images to edit, in order; also as `image`, a URL or several."
+    json = _schema("EditBody", "images", entry, text)
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": json}}
+    return {"required": True, "content": content}
+
+
+def _schema(title: str, name: str, item: dict[str, Any], description: str) -> dict[str, Any]:
+    schema = ImageBody.model_json_schema()
+    images = {"description": description, "type": "array", "items": item, "minItems": 1}
+    schema["properties"] |= {name: images}
+    schema["required"] = [*schema["required"], name]
+    schema["title"] = title
+    return schema
+
+
+def _fields(form: FormData) -> ImageBody:
+    """The fields of a form without its images. A name that ends in [] is a list."""
+    fields: dict[str, Any] = {}
+    for name in form:
+        values = form.getlist(name)
+        if name in _IMAGE_FIELDS:
+            continue
+        if name.endswith("[]"):
+            fields[name[:-2]] = values
+        elif len(values) > 1:
+            raise bad_request(f"{name[:80]}: given {len(values)} times", name[:80])
+        else:
+            fields[name] = values[0]
+    return _validated(fields)
+
+
+def _validated(fields: dict[str, Any]) -> ImageBody:
+    try:
+        return ImageBody.model_validate(fields)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise RequestValidationError(
+            [e | {"loc": ("body", *e["loc"])} for e in errors], body=fields
+        ) from error
+
+
+# --- answers ---
 
 
 class GeneratedImage(AnswerModel):
@@ -64,8 +297,10 @@ class Images(AnswerModel):
 class ImagesAnswer:
     """The images of one HTTP request in progress; each is one request to the service."""
 
-    def __init__(self, body: ImageBody, requests: Sequence[ImageRequest], context: Context) -> None:
-        self._body, self._requests, self._context = body, requests, context
+    def __init__(
+        self, body: ImageBody, requests: Sequence[ImageRequest], state: ServerState
+    ) -> None:
+        self._body, self._requests, self._state = body, requests, state
         self._thoughts = [""] * len(requests)
         self._finished: list[Finished] = []
         first = requests[0]
@@ -121,7 +356,7 @@ class ImagesAnswer:
         self,
     ) -> AsyncGenerator[tuple[int, Preview | ImageFinished | Finished]]:
         groups = [[request] for request in self._requests]
-        async with aclosing(self._context.answers(groups, self._body)) as events:
+        async with aclosing(self._state.answers(groups, self._body)) as events:
             async for number, event in events:
                 if isinstance(event, TextPiece):
                     self._thoughts[number] += event.text
@@ -134,17 +369,16 @@ class ImagesAnswer:
     async def _write(
         self, number: int, event: Preview | ImageFinished, form: Callable[[bytes], Form]
     ) -> Form:
-        context, format = self._context, self._body.output_format
-        metadata = image_metadata(self._requests[number], event, context.settings)
-        return await encode_result(context.hooks, event.pixels, format, metadata, form)
+        request, format = self._requests[number], self._body.output_format
+        return await self._state.encode(request, event, format, form)
 
     async def _image(self, number: int, event: ImageFinished, http: Request) -> dict[str, Any]:
         if self._body.response_format == "b64_json":
             return {"b64_json": await self._write(number, event, to_base64)}
-        context, suffix = self._context, self._body.output_format
+        state, suffix = self._state, self._body.output_format
         file = await self._write(number, event, bytes)
-        name = context.results.put(file, f"image/{suffix}", suffix)
-        base = context.settings.public_url or str(http.base_url)
+        name = state.results.put(file, f"image/{suffix}", suffix)
+        base = state.config.public_url or str(http.base_url)
         return {"url": f"{base.rstrip('/')}/v1/results/{name}"}
 
     async def _event(self, kind: str, number: int, image: str, fields: dict[str, Any]) -> bytes:
@@ -194,9 +428,9 @@ _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EV
     response_class=JSONResponse,
     responses=_IMAGES,
 )
-async def generations(body: ImageBody, request: Request, context: Shared) -> Response:
+async def generations(body: ImageBody, request: Request, state: State) -> Response:
     """In one answer, or with `stream` as events with partial images."""
-    return await _generate(body, await read_image_requests(body, (), context), request, context)
+    return await _generate(body, await read_image_requests(body, (), state), request, state)
 
 
 @router.post(
@@ -206,10 +440,10 @@ async def generations(body: ImageBody, request: Request, context: Shared) -> Res
     responses=_IMAGES,
     openapi_extra={"requestBody": edit_body_schema()},
 )
-async def edits(request: Request, context: Shared) -> Response:
+async def edits(request: Request, state: State) -> Response:
     """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
-    body, images = await read_edit(request, context)
-    return await _generate(body, await read_image_requests(body, images, context), request, context)
+    body, images = await read_edit(request, state)
+    return await _generate(body, await read_image_requests(body, images, state), request, state)
 
 
 @router.get(
@@ -218,22 +452,22 @@ async def edits(request: Request, context: Shared) -> Response:
     response_class=Response,
     responses={200: {"content": {"image/*": {}}, "description": "The image's file"}},
 )
-async def results(name: str, context: Shared) -> Response:
+async def results(name: str, state: State) -> Response:
     """An image that was generated with `response_format: "url"`; its name is the permission."""
-    result = context.results.get(name)
+    result = state.results.get(name)
     if result is None:
         raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
-    seconds = context.results.seconds_left(result)
+    seconds = state.results.seconds_left(result)
     headers = {"Cache-Control": f"private, max-age={seconds}"}
     return Response(result.data, media_type=result.media_type, headers=headers)
 
 
 async def _generate(
-    body: ImageBody, requests: list[ImageRequest], http: Request, context: Context
+    body: ImageBody, requests: list[ImageRequest], http: Request, state: ServerState
 ) -> Response:
-    answer = ImagesAnswer(body, requests, context)
+    answer = ImagesAnswer(body, requests, state)
     response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)
-    advice = size_advice(context.service.config, requests[0].width, requests[0].height)
+    advice = size_advice(state.service.config, requests[0].width, requests[0].height)
     if advice is not None:
         response.headers["Neounify-Warning"] = advice
     return response

@@ -8,25 +8,24 @@ site), nor by sending forms (Sec-Fetch-Site says so), nor by framing the page.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import ipaddress
 import logging
 import re
-import socket
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from urllib.parse import urlsplit
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from neounify.errors import ConfigError
 from neounify.runtime import MemoryReturner
 from neounify.serve.client import within
-from neounify.serve.http.context import HttpMetrics
+from neounify.serve.http.config import ANY, Limits
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
-from neounify.serve.http.settings import Accounts, Limits
+from neounify.serve.http.serving import HttpMetrics
 
 API = "/v1/"
 RESULTS = "/v1/results/"
@@ -36,10 +35,10 @@ METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """Methods that metrics name; clients may send any other word."""
 LARGE_BODY = 64 * 1024
 """Bytes of a body above which freed memory is returned to the system after its request."""
+EVERYBODY = "everybody"
+"""The name of the only account of a server without keys."""
 _log = logging.getLogger(__name__)
 
-
-ANY = "*"
 CLOSED_CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 """Content-Security-Policy of answers other than pages."""
 HEADERS = {
@@ -295,28 +294,6 @@ def _too_large(limits: Limits) -> ApiError:
     )
 
 
-def default_hosts(bind: str) -> tuple[str, ...]:
-    """Host names of a server bound to `bind` that need no name server of others."""
-    machine = socket.gethostname().lower()
-    return tuple(dict.fromkeys(("localhost", machine, f"{machine}.local", bind.lower())))
-
-
-def parse_origin(text: str) -> str:
-    """The origin `text` as browsers send it: "*" or scheme://host[:port]. Raises ConfigError."""
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"origin {text!r} cannot be read ({error})") from error
-    rest = parts.path.strip("/") or parts.query or parts.fragment or parts.username
-    if text != ANY and (parts.scheme not in ("http", "https") or not parts.hostname or rest):
-        raise ConfigError(f"origin {text!r}: write http://HOST:PORT, https://HOST, or *")
-    if text == ANY:
-        return ANY
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
-
-
 class BrowserMiddleware:
     """ASGI middleware: Host names, cross-site requests, security headers of answers.
 
@@ -389,3 +366,102 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+# --- accounts ---
+
+
+class TokenBucket:
+    """Token bucket: `per_minute` requests a minute on average, as many in one burst."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._size, self._clock = float(per_minute), clock
+        self._rate = per_minute / 60
+        self._tokens, self._updated = self._size, clock()
+
+    def take(self) -> float:
+        """Take one request: 0 when it is allowed, else the seconds until the next one is."""
+        now = self._clock()
+        self._tokens = min(self._size, self._tokens + (now - self._updated) * self._rate)
+        self._updated = now
+        if self._tokens < 1:
+            return (1 - self._tokens) / self._rate
+        self._tokens -= 1
+        return 0.0
+
+
+class Account:
+    """Requests of one API key: their rate, and how many are in flight."""
+
+    def __init__(self, bucket: TokenBucket | None, concurrent: int | None) -> None:
+        self._bucket, self._concurrent = bucket, concurrent
+        self._running = 0
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Context of one request, from its start to its end. Raises ApiError 429 over a limit."""
+        if self._concurrent is not None and self._running >= self._concurrent:
+            raise _over_limit(
+                f"This key may run {self._concurrent} requests at a time; wait for one to end.",
+                "concurrency_limit_exceeded",
+                1.0,
+            )
+        if self._bucket is not None and (wait := self._bucket.take()) > 0:
+            raise _over_limit(
+                f"Too many requests a minute; try again in {wait:.1f} seconds.",
+                "rate_limit_exceeded",
+                wait,
+            )
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+
+class Accounts:
+    """Accounts by API key; keys are compared by their digests in constant time."""
+
+    def __init__(
+        self,
+        keys: Mapping[str, str],
+        *,
+        requests_per_minute: int | None = None,
+        concurrent: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._digests = {name: _digest(key) for name, key in keys.items()}
+
+        def account() -> Account:
+            bucket = TokenBucket(requests_per_minute, clock) if requests_per_minute else None
+            return Account(bucket, concurrent)
+
+        self._accounts = {name: account() for name in keys or (EVERYBODY,)}
+
+    def find(self, authorization: str | None) -> Account:
+        """The account of an Authorization header. Raises ApiError 401 for no or a wrong key."""
+        if not self._digests:
+            return self._accounts[EVERYBODY]
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _unauthorised(
+                "No API key was given; send it as 'Authorization: Bearer KEY'.", "missing_api_key"
+            )
+        digest = _digest(key.strip())
+        # All are compared, so that the time reveals nothing about any of them.
+        names = [n for n, known in self._digests.items() if hmac.compare_digest(known, digest)]
+        if not names:
+            raise _unauthorised("The API key is not known here.", "invalid_api_key")
+        return self._accounts[names[0]]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _unauthorised(message: str, code: str) -> ApiError:
+    return ApiError(401, message, kind="authentication_error", code=code)
+
+
+def _over_limit(message: str, code: str, wait: float) -> ApiError:
+    return ApiError(429, message, kind="rate_limit_error", code=code, retry_after=wait)

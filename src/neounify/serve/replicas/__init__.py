@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neounify.errors import ConfigError, NeounifyError
-from neounify.serve.http.media import HttpHooks
 from neounify.serve.run import RunSettings, bound
+from neounify.serve.safety.hooks import Hooks
 
 
 class ReplicaError(NeounifyError, RuntimeError):
@@ -48,7 +48,7 @@ class ReplicaSettings:
 def run(
     settings: RunSettings,
     replicas: ReplicaSettings,
-    make_hooks: Callable[[], HttpHooks] | None = None,
+    make_hooks: Callable[[], Hooks] | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then refuse new requests and finish those in flight.

@@ -19,9 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
 from neounify.serve.http import create_app
-from neounify.serve.http.media import HttpHooks
 from neounify.serve.replicas import ReplicaError, ReplicaSettings
 from neounify.serve.run import EngineCollector, RunSettings, page_folder
+from neounify.serve.safety.hooks import Hooks
 
 HEADER = "x-neounify-replica"
 """Header with the name of the replica that answered."""
@@ -35,7 +35,7 @@ class Unready(RuntimeError):
 class Replica:
     """Ray Serve deployment class; the names of the methods are Ray's."""
 
-    def __init__(self, settings: RunSettings, make_hooks: Callable[[], HttpHooks] | None) -> None:
+    def __init__(self, settings: RunSettings, make_hooks: Callable[[], Hooks] | None) -> None:
         keep_freed_memory()
         switch_threads_often()
         if settings.serve.threads is not None:
@@ -133,7 +133,7 @@ def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
 def deployed(
     settings: RunSettings,
     replicas: ReplicaSettings,
-    make_hooks: Callable[[], HttpHooks] | None,
+    make_hooks: Callable[[], Hooks] | None,
 ) -> Iterator[None]:
     """Context of running replicas; its end waits for requests in flight. Raises ReplicaError."""
     logs = LoggingConfig(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from PIL import Image
 
 from neounify.errors import NeounifyError, ServiceError
 from neounify.files import read_text
+from neounify.provenance.metadata import Format, encode_image
+
+if TYPE_CHECKING:
+    from neounify.provenance.watermark import Marker
 
 
 class Refused(ServiceError):
@@ -35,10 +39,13 @@ class SafetyHook(Protocol):
 
 
 class Hooks:
-    """Several hooks as one: asked in their order, the first that refuses ends it."""
+    """Several hooks as one: asked in their order, the first that refuses ends it.
 
-    def __init__(self, hooks: Sequence[SafetyHook] = ()) -> None:
-        self._hooks = tuple(hooks)
+    Images are written with provenance metadata, and with an invisible mark if there is a `marker`.
+    """
+
+    def __init__(self, hooks: Sequence[SafetyHook] = (), marker: Marker | None = None) -> None:
+        self._hooks, self._marker = tuple(hooks), marker
 
     def __len__(self) -> int:
         return len(self._hooks)
@@ -52,6 +59,16 @@ class Hooks:
         """Ask every hook; raises Refused."""
         for hook in self._hooks:
             hook.check_image(image)
+
+    def encode_image(
+        self, image: Image.Image, format: Format, metadata: Mapping[str, str]
+    ) -> bytes:
+        """The file of a generated image or preview, checked and marked; raises Refused.
+
+        `metadata` says how it was generated: model, task, seed, steps and so on.
+        """
+        self.check_image(image)
+        return encode_image(self._marker.mark(image) if self._marker else image, format, metadata)
 
 
 # --- the word list ---
@@ -155,13 +172,13 @@ class HookError(NeounifyError, ValueError):
     """A hook that the command line names cannot be loaded."""
 
 
-def make_hooks(word_list: Path | None, names: Sequence[str]) -> Hooks:
+def make_hooks(word_list: Path | None, names: Sequence[str], marker: Marker | None = None) -> Hooks:
     """The hooks a server was started with: the word list first, if there is one, then the others.
 
     Without either nothing is ever refused. Raises WordListError and HookError.
     """
     first: list[SafetyHook] = [] if word_list is None else [WordList.read(word_list)]
-    return Hooks([*first, *(load_hook(name) for name in names)])
+    return Hooks([*first, *(load_hook(name) for name in names)], marker)
 
 
 def load_hook(name: str) -> SafetyHook:

@@ -1,22 +1,17 @@
-"""Settings of the HTTP server: limits, API keys, and the accounts that keys belong to."""
+"""Config of the HTTP server: limits, API keys, host names, origins."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from neounify.errors import ConfigError
-from neounify.serve.http.errors import ApiError
 
 MEBIBYTE = 1024 * 1024
-
-
-EVERYBODY = "everybody"
-"""The name of the only account of a server without keys."""
+ANY = "*"
+"""Every host name, or every origin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +70,8 @@ class ConnectionLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpSettings:
-    """Settings of the API.
+class HttpConfig:
+    """Config of the API.
 
     `keys` are the API keys by the name of their owner; without any, no key is required and all
     callers share one account. `requests_per_minute` and `concurrent` limit each account (None: no
@@ -137,6 +132,28 @@ def parse_keys(text: str) -> dict[str, str]:
     return keys
 
 
+def default_hosts(bind: str) -> tuple[str, ...]:
+    """Host names of a server bound to `bind` that need no name server of others."""
+    machine = socket.gethostname().lower()
+    return tuple(dict.fromkeys(("localhost", machine, f"{machine}.local", bind.lower())))
+
+
+def parse_origin(text: str) -> str:
+    """The origin `text` as browsers send it: "*" or scheme://host[:port]. Raises ConfigError."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"origin {text!r} cannot be read ({error})") from error
+    rest = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+    if text != ANY and (parts.scheme not in ("http", "https") or not parts.hostname or rest):
+        raise ConfigError(f"origin {text!r}: write http://HOST:PORT, https://HOST, or *")
+    if text == ANY:
+        return ANY
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}" + ("" if port is None else f":{port}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -145,99 +162,3 @@ def _at_least_one(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not value >= 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-
-
-class TokenBucket:
-    """Token bucket: `per_minute` requests a minute on average, as many in one burst."""
-
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._size, self._clock = float(per_minute), clock
-        self._rate = per_minute / 60
-        self._tokens, self._updated = self._size, clock()
-
-    def take(self) -> float:
-        """Take one request: 0 when it is allowed, else the seconds until the next one is."""
-        now = self._clock()
-        self._tokens = min(self._size, self._tokens + (now - self._updated) * self._rate)
-        self._updated = now
-        if self._tokens < 1:
-            return (1 - self._tokens) / self._rate
-        self._tokens -= 1
-        return 0.0
-
-
-class Account:
-    """Requests of one API key: their rate, and how many are in flight."""
-
-    def __init__(self, bucket: TokenBucket | None, concurrent: int | None) -> None:
-        self._bucket, self._concurrent = bucket, concurrent
-        self._running = 0
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Context of one request, from its start to its end. Raises ApiError 429 over a limit."""
-        if self._concurrent is not None and self._running >= self._concurrent:
-            raise _too_many(
-                f"This key may run {self._concurrent} requests at a time; wait for one to end.",
-                "concurrency_limit_exceeded",
-                1.0,
-            )
-        if self._bucket is not None and (wait := self._bucket.take()) > 0:
-            raise _too_many(
-                f"Too many requests a minute; try again in {wait:.1f} seconds.",
-                "rate_limit_exceeded",
-                wait,
-            )
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-
-
-class Accounts:
-    """Accounts by API key; keys are compared by their digests in constant time."""
-
-    def __init__(
-        self,
-        keys: Mapping[str, str],
-        *,
-        requests_per_minute: int | None = None,
-        concurrent: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._digests = {name: _digest(key) for name, key in keys.items()}
-
-        def account() -> Account:
-            bucket = TokenBucket(requests_per_minute, clock) if requests_per_minute else None
-            return Account(bucket, concurrent)
-
-        self._accounts = {name: account() for name in keys or (EVERYBODY,)}
-
-    def find(self, authorization: str | None) -> Account:
-        """The account of an Authorization header. Raises ApiError 401 for no or a wrong key."""
-        if not self._digests:
-            return self._accounts[EVERYBODY]
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorised(
-                "No API key was given; send it as 'Authorization: Bearer KEY'.", "missing_api_key"
-            )
-        digest = _digest(key.strip())
-        # All are compared, so that the time reveals nothing about any of them.
-        names = [n for n, known in self._digests.items() if hmac.compare_digest(known, digest)]
-        if not names:
-            raise _unauthorised("The API key is not known here.", "invalid_api_key")
-        return self._accounts[names[0]]
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _unauthorised(message: str, code: str) -> ApiError:
-    return ApiError(401, message, kind="authentication_error", code=code)
-
-
-def _too_many(message: str, code: str, wait: float) -> ApiError:
-    return ApiError(429, message, kind="rate_limit_error", code=code, retry_after=wait)
