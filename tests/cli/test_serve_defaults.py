@@ -15,16 +15,16 @@ from neounify.cli.serve import (
     SafetyOptions,
     ServeModelOptions,
 )
-from neounify.serve.build import ServeSettings
+from neounify.serve.build import ServeConfig
 from neounify.serve.http import HttpConfig
-from neounify.serve.run import RunSettings
+from neounify.serve.run import RunConfig
 
 
 @pytest.mark.parametrize("mode", ["colocate", "separate"])
 def test_engines(toy: Path, mode: str) -> None:
     model = ServeModelOptions(model=toy, mode=mode, device="cpu")
-    default = ServeSettings(folder=toy, mode=mode)  # type: ignore[arg-type]
-    assert serve._serve_settings(model, EngineOptions()) == default
+    default = ServeConfig(folder=toy, mode=mode)  # type: ignore[arg-type]
+    assert serve._serve_config(model, EngineOptions()) == default
 
 
 def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +35,6 @@ def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     hosts = settings.allowed_hosts
     assert settings == dataclasses.replace(HttpConfig(), model_name="toy", allowed_hosts=hosts)
-    run = RunSettings(serve=ServeSettings(folder=toy))
+    run = RunConfig(serve=ServeConfig(folder=toy))
     assert (options.host, options.port, options.page) == (run.host, run.port, run.page)
     assert options.drain_seconds == run.drain_seconds

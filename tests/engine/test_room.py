@@ -15,7 +15,7 @@ import neounify
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
-from neounify.serve.engines import EngineSettings, EngineThread
+from neounify.serve.engines import EngineConfig, EngineThread
 from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
@@ -27,8 +27,8 @@ RNG = np.random.default_rng(0)
 PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
 
 
-def room_of(tokens: int) -> EngineSettings:
-    return EngineSettings(
+def room_of(tokens: int) -> EngineConfig:
+    return EngineConfig(
         understanding=UnderstandingSettings(cache_tokens=tokens, block_size=8, prefill_tokens=64)
     )
 

@@ -16,7 +16,7 @@ from neounify.checkpoint import CheckpointFolder
 from neounify.config.presets import TINY
 from neounify.errors import CheckpointError, RequestError, TokenizerError
 from neounify.model import NeoUnify
-from neounify.serve.build import ServeSettings, build_service
+from neounify.serve.build import ServeConfig, build_service
 from neounify.text import byte_tokenizer
 
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_opened_once_to_choose_its_dtype_and_load(
 def test_a_service_opens_its_checkpoint_once(
     folder: Path, opened: list[Path], mode: Literal["colocate", "separate"]
 ) -> None:
-    service = build_service(ServeSettings(folder=folder, mode=mode, threads=1))
+    service = build_service(ServeConfig(folder=folder, mode=mode, threads=1))
     assert opened == [folder]
     assert service.processor.dtype == torch.float32
 

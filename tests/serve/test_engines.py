@@ -1,4 +1,4 @@
-"""Where engines run: a thread that dies or is stuck, and processes that are killed or stopped."""
+"""Engines: the worker, a thread that dies or is stuck, processes that are killed or stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,24 @@ import pytest
 import torch
 
 import neounify
-from neounify.engine.generation import GenerationEngine
-from neounify.engine.understanding import UnderstandingEngine
+from neounify.config import TextSampling
+from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.messages import (
+    Command,
+    Decode,
+    LocalTransport,
+    Prefill,
+    Reply,
+    Report,
+    TextInput,
+)
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
-from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClient
-from neounify.serve.engine_process import EngineProcess, ProcessSettings
-from neounify.serve.engines import EngineSettings, WatchSettings
+from neounify.serve.engine_process import EngineProcess, ProcessConfig
+from neounify.serve.engines import EngineConfig, WatchConfig, Worker
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
@@ -117,8 +127,8 @@ def test_a_step_without_end_in_a_thread_is_told_and_survived(
         await until(lambda: engine_threads() == threads)
 
     monkeypatch.setattr(GenerationEngine, "step", sticks)
-    watch = WatchSettings(step=5.0, end=0.1)
-    serve(colocated(pipe, EngineSettings(), watch=watch), work)
+    watch = WatchConfig(step=5.0, end=0.1)
+    serve(colocated(pipe, EngineConfig(), watch=watch), work)
 
 
 def process_of(client: EngineClient) -> int:
@@ -128,10 +138,10 @@ def process_of(client: EngineClient) -> int:
 
 
 def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None:
-    settings = ProcessSettings(
+    settings = ProcessConfig(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
-    engine = EngineProcess(settings, WatchSettings(start_silence=0.01))
+    engine = EngineProcess(settings, WatchConfig(start_silence=0.01))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gen process"):
             engine.start(lambda replies, report: None, lambda: None)
@@ -155,7 +165,7 @@ def test_a_machine_without_threads_leaves_no_process(
             raise RuntimeError("can't start new thread")
         start(self)
 
-    settings = ProcessSettings(
+    settings = ProcessConfig(
         role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
     )
     engine = EngineProcess(settings)
@@ -249,12 +259,12 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
         assert open_files() <= files + 2
         assert threading.active_count() <= threads + 2
 
-    settings = ServeSettings(
+    settings = ServeConfig(
         folder=folder,
         mode="separate",
         dtype="float32",
         threads=1,
-        watch=WatchSettings(silence=6.0),
+        watch=WatchConfig(silence=6.0),
     )
     serve(build_service(settings), work)
 
@@ -269,12 +279,67 @@ def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, fol
         assert service.clients.generation.restarts >= 1
         assert (await collect(service, painting(pipe, 1))).finished is not None
 
-    settings = ServeSettings(
+    settings = ServeConfig(
         folder=folder,
         mode="separate",
         dtype="float32",
         threads=1,
         # No step is as short as that, but few are under way at a heartbeat.
-        watch=WatchSettings(step=1e-9),
+        watch=WatchConfig(step=1e-9),
     )
     serve(build_service(settings), work)
+
+
+# --- the worker ---
+
+
+NAME = (1, "cond")
+
+
+class Script:
+    """A channel that gives one list of commands and hangs up when nothing is left to do."""
+
+    def __init__(self, commands: list[Command]) -> None:
+        self.commands: list[list[Command]] = [commands]
+
+    def receive(self, *, wait: bool) -> list[Command] | None:
+        if self.commands:
+            return self.commands.pop()
+        return None if wait else []
+
+    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+        pass
+
+
+class Painting(GenerationEngine):
+    """Has images for some steps, and notes which of the steps were to be short."""
+
+    def __init__(self, pipe: neounify.Pipeline, steps: int) -> None:
+        super().__init__(pipe.model, GenerationSettings(), LocalTransport())
+        self.left, self.short = steps, list[bool]()
+
+    @property
+    def busy(self) -> bool:
+        return self.left > 0
+
+    def step(self, *, beside_text: bool = False) -> None:
+        self.left -= 1
+        self.short.append(beside_text)
+
+
+def steps_beside(pipe: neounify.Pipeline, then: Decode | None) -> list[bool]:
+    command = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
+    understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
+    painting = Painting(pipe, 4)
+    Worker(Script([command]), understanding, painting).run()
+    return painting.short
+
+
+def test_denoising_steps_are_short_beside_text(pipe: neounify.Pipeline) -> None:
+    then = Decode(1, NAME, TextSampling(), frozenset(), 2)
+    assert steps_beside(pipe, then) == [True] * 4
+
+
+def test_prompts_of_images_are_no_text(pipe: neounify.Pipeline) -> None:
+    """Else images that arrive would keep those under way from sharing their steps."""
+    assert steps_beside(pipe, None) == [False] * 4

@@ -24,11 +24,11 @@ from neounify.errors import (
     RequestError,
 )
 from neounify.flow.sampling import ImageSampling
-from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClient
 from neounify.serve.engine_process import EngineProcess
-from neounify.serve.engines import EngineSettings, EngineThread
-from neounify.serve.service import EngineService, ServiceLimits
+from neounify.serve.engines import EngineConfig, EngineThread
+from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.chat import CompletionRequest, make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.requests import ImageRequest
@@ -72,7 +72,7 @@ def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         return answers, await collect(service, chatting())
 
-    answers, later = serve(colocated(pipe, limits=ServiceLimits(requests=4)), work)
+    answers, later = serve(colocated(pipe, admission=AdmissionConfig(requests=4)), work)
     refused = [a for a in answers if isinstance(a, Overloaded)]
     assert len(refused) == 2
     assert all(a.retry_after >= 1 for a in refused)
@@ -86,7 +86,7 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
             *(collect(service, r) for r in requests), return_exceptions=True
         )
 
-    first, second = serve(colocated(pipe, limits=ServiceLimits(image_tokens=12)), work)
+    first, second = serve(colocated(pipe, admission=AdmissionConfig(image_tokens=12)), work)
     assert len(first.images) == 3
     assert isinstance(second, Overloaded)
 
@@ -94,17 +94,21 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
 @pytest.mark.parametrize(
     ("size", "limits", "message"),
     [
-        ((1056, 1024), ServiceLimits(), r"1,056 tokens, this server generates 1,024 at most"),
-        ((96, 96), ServiceLimits(max_image_tokens=8), "9 tokens, this server generates 8 at most"),
+        ((1056, 1024), AdmissionConfig(), r"1,056 tokens, this server generates 1,024 at most"),
         (
             (96, 96),
-            ServiceLimits(image_tokens=17),
+            AdmissionConfig(max_image_tokens=8),
+            "9 tokens, this server generates 8 at most",
+        ),
+        (
+            (96, 96),
+            AdmissionConfig(image_tokens=17),
             "images have 18 tokens, this server generates 17",
         ),
     ],
 )
 def test_images_that_are_too_large_are_an_error_at_once(
-    pipe: neounify.Pipeline, size: tuple[int, int], limits: ServiceLimits, message: str
+    pipe: neounify.Pipeline, size: tuple[int, int], limits: AdmissionConfig, message: str
 ) -> None:
     request = painting(pipe, 3, count=2, width=size[0], height=size[1])
     story = InterleaveRequest(prompt="Tell", sizes=[(64, 64), size], sampling=request.sampling)
@@ -117,12 +121,12 @@ def test_images_that_are_too_large_are_an_error_at_once(
                 await collect(service, story)
         return await settled(service)
 
-    gauges = serve(colocated(pipe, limits=limits), work)
+    gauges = serve(colocated(pipe, admission=limits), work)
     assert gauges["image_tokens"] == gauges["requests"] == 0
 
 
 def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline) -> None:
-    small = EngineSettings(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+    small = EngineConfig(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
 
     async def work(service: EngineService) -> Any:
         answers = await asyncio.gather(*(collect(service, chatting()) for _ in range(9)))
@@ -135,7 +139,7 @@ def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline)
 
 
 def test_what_can_never_fit_is_an_error_at_once(pipe: neounify.Pipeline) -> None:
-    small = EngineSettings(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+    small = EngineConfig(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
     with pytest.raises(RequestError, match=r"needs room for .* tokens, the server has 128"):
         serve(colocated(pipe, small), lambda s: collect(s, chatting(tokens=200)))
     with pytest.raises(PromptError, match="the model reads 8192"):
@@ -293,7 +297,7 @@ def test_a_killed_process_costs_only_its_own_requests(
             collect(service, painting(pipe, 3)), collect(service, chatting())
         )
 
-    settings = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
+    settings = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
     image, chat = serve(build_service(settings), work)
     same_image(image.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
     assert chat.text == pipe.chat("Hello", max_new_tokens=8).text

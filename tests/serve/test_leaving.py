@@ -19,7 +19,7 @@ from neounify.errors import DeadlineExceeded
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart
-from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
 from neounify.tasks.interleave import InterleaveRequest
@@ -86,7 +86,7 @@ def services(
 ) -> dict[str, Callable[[], EngineService]]:
     folder = tmp_path_factory.mktemp("painting") / "tiny"
     pipe.save(folder)
-    separate = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
+    separate = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
     return {"colocate": lambda: colocated(pipe), "separate": lambda: build_service(separate)}
 
 

@@ -24,10 +24,10 @@ from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import client
-from neounify.serve.build import ServeSettings, build_service, colocated
+from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClients
-from neounify.serve.engines import EngineSettings
-from neounify.serve.service import EngineService, ServiceLimits, ServiceRequest
+from neounify.serve.engines import EngineConfig
+from neounify.serve.service import AdmissionConfig, EngineService, ServiceRequest
 from neounify.serve.shared_memory import SharedSpace, folder
 from neounify.tasks.chat import ChatRequest, make_chat_request
 from neounify.tasks.conversation import read_request
@@ -118,7 +118,7 @@ def _alone(pipe: neounify.Pipeline, request: ChatRequest) -> Any:
 
 
 def test_long_prompts_are_read_in_pieces(pipe: neounify.Pipeline) -> None:
-    settings = EngineSettings(understanding=UnderstandingSettings(prefill_tokens=16))
+    settings = EngineConfig(understanding=UnderstandingSettings(prefill_tokens=16))
     text = "".join(chr(97 + n % 26) for n in range(150))
     request = make_chat_request(text + "<image>" + text, [PICTURE], max_new_tokens=6)
     answer = serve(colocated(pipe, settings), lambda service: collect(service, request))
@@ -173,7 +173,7 @@ def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None
     async def all_of_them(service: Any) -> list[Collected]:
         return await asyncio.gather(*(collect(service, r) for r in (request, edit, chat, story)))
 
-    settings = ServeSettings(folder=folder, mode="separate", dtype="float32", threads=1)
+    settings = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
     painted, edited, answered, told = serve(build_service(settings), all_of_them)
     same_image(painted.images[0], expected(pipe, request)[0])
     same_image(edited.images[0], expected(pipe, edit)[0])
@@ -383,7 +383,7 @@ def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:
     cast = neounify.load(folder, dtype="bfloat16")
     chat = make_chat_request("Hello", [], max_new_tokens=4)
     request = painting(cast, width=64, height=64)
-    settings = ServeSettings(folder=folder, mode="separate", dtype="bfloat16", threads=1)
+    settings = ServeConfig(folder=folder, mode="separate", dtype="bfloat16", threads=1)
     answered, painted = serve(
         build_service(settings),
         lambda service: asyncio.gather(collect(service, chat), collect(service, request)),
@@ -401,7 +401,7 @@ def test_an_engine_that_does_not_stop_keeps_no_shared_memory(pipe: neounify.Pipe
     space.open()
     client: Any = Client()
     clients = EngineClients(client, client, LocalTransport(), space)
-    service = EngineService(pipe.processor, clients, ServiceLimits())
+    service = EngineService(pipe.processor, clients, AdmissionConfig())
     with pytest.raises(RuntimeError, match="still running"):
         asyncio.run(service.stop())
     assert not list(folder().glob(f"{space.prefix}*"))

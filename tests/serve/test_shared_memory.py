@@ -1,4 +1,4 @@
-"""Pieces of shared memory: a full memory is one error, and what was left behind is found."""
+"""Shared memory: a full one is one error, what was left is found, tensors arrive as they were."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from neounify.errors import OutOfMemory
+from neounify.engine.messages import LocalTransport, Transport
+from neounify.errors import OutOfMemory, TensorsGone
 from neounify.serve import shared_memory
 from neounify.serve.shared_memory import (
     SharedSpace,
@@ -123,3 +124,38 @@ def test_pieces_are_for_their_owner_only() -> None:
     assert isinstance(parcel, SharedTensors)
     assert (folder() / parcel.memory).stat().st_mode & 0o077 == 0
     parcel.free()
+
+
+# --- the transport of tensors ---
+
+
+TENSORS = {
+    "keys": torch.randn(2, 3, 5),
+    "half": torch.randn(7).bfloat16(),
+    "bytes": torch.arange(9, dtype=torch.uint8).view(3, 3).t(),
+    "nothing": torch.empty(2, 0, 4),
+    "one": torch.tensor(3.5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("transport", [LocalTransport(), SharedTransport()])
+def test_tensors_arrive_as_they_were(transport: Transport) -> None:
+    taken = transport.take(transport.pack(TENSORS))
+    assert list(taken) == list(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert taken[name].dtype == tensor.dtype
+        assert torch.equal(taken[name], tensor)
+    if isinstance(transport, SharedTransport):
+        assert not pieces(transport.prefix)
+
+
+def test_a_freed_parcel_is_gone_and_may_be_freed_again() -> None:
+    transport = SharedTransport()
+    parcel = transport.pack(TENSORS)
+    assert isinstance(parcel, SharedTensors)
+    assert pieces(transport.prefix) == {parcel.memory}
+    parcel.free()
+    parcel.free()
+    assert not pieces(transport.prefix)
+    with pytest.raises(TensorsGone, match="keys"):
+        transport.take(parcel)

@@ -26,9 +26,9 @@ from neounify.files import read_text
 from neounify.runtime import keep_freed_memory, lasting_imports, share_one_arena
 
 if TYPE_CHECKING:  # the libraries of the extra `serve` may be missing
-    from neounify.serve.build import ServeSettings
+    from neounify.serve.build import ServeConfig
     from neounify.serve.http import HttpConfig
-    from neounify.serve.run import RunSettings
+    from neounify.serve.run import RunConfig
     from neounify.serve.safety.hooks import Hooks
 
 KEYS_VARIABLE = "NEOUNIFY_API_KEYS"
@@ -70,8 +70,8 @@ def serve(
         check_threads(model.threads)
         check_threads(model.generation_threads, "--generation-threads")
     hooks = _make_hooks(safety)
-    settings = running.RunSettings(
-        serve=_serve_settings(model, engines),
+    config = running.RunConfig(
+        serve=_serve_config(model, engines),
         http=_http_config(model, listen, access, safety),
         host=listen.host,
         port=listen.port,
@@ -82,39 +82,39 @@ def serve(
     display = Display(quiet=report.quiet, json=report.json)
     share_one_arena()
     keep_freed_memory()
-    if listen.host not in ("127.0.0.1", "localhost", "::1") and not settings.http.keys:
+    if listen.host not in ("127.0.0.1", "localhost", "::1") and not config.http.keys:
         display.note(f"{listen.host}:{listen.port} accepts requests of any client: no --api-keys")
-    choice = serving_dtype(settings.serve, checkpoint)
-    display.note(f"loading {settings.serve.folder.resolve().name} in {choice}")
+    choice = serving_dtype(config.serve, checkpoint)
+    display.note(f"loading {config.serve.folder.resolve().name} in {choice}")
     address = f"http://{listen.host}:{listen.port}"
     started = partial(_announce, display, address, listen.page)
     if replicas.replicas == 1 and replicas.ray_address is None:
-        chosen = replace(settings, serve=replace(settings.serve, dtype=choice))
+        chosen = replace(config, serve=replace(config.serve, dtype=choice))
         running.run(chosen, hooks, started)
     else:
         del hooks  # each replica builds its own
-        _run_replicas(settings, replicas, partial(_make_hooks, safety), started)
+        _run_replicas(config, replicas, partial(_make_hooks, safety), started)
 
 
 def _run_replicas(
-    settings: RunSettings,
+    config: RunConfig,
     options: ReplicaOptions,
     make_hooks: Callable[[], Hooks],
     started: Callable[[], None],
 ) -> None:
     from neounify.serve import replicas
 
-    serve = settings.serve
+    serve = config.serve
     devices = {serve.device, serve.generation_device or serve.device}
     gpus = sum(device.startswith("cuda") for device in devices)
-    wanted = replicas.ReplicaSettings(
+    wanted = replicas.ReplicaConfig(
         count=options.replicas,
         cpus=_given(options.replica_cpus, serve.threads or 1),
         gpus=_given(options.replica_gpus, gpus),
         address=options.ray_address,
     )
     try:
-        replicas.run(settings, wanted, make_hooks, started)
+        replicas.run(config, wanted, make_hooks, started)
     except ImportError as error:
         raise CliError(missing_extra("replicas", "ray", error)) from error
 
@@ -138,14 +138,14 @@ def _announce(display: Display, address: str, page: bool) -> None:
         display.say(f"API {address}/v1, API documentation {address}/docs")
 
 
-def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSettings:
+def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConfig:
     import torch
 
     from neounify.engine.generation import GenerationSettings
     from neounify.engine.understanding import UnderstandingSettings
-    from neounify.serve.build import Mode, ServeSettings
-    from neounify.serve.engines import EngineSettings, WatchSettings
-    from neounify.serve.service import ServiceLimits
+    from neounify.serve.build import Mode, ServeConfig
+    from neounify.serve.engines import EngineConfig, WatchConfig
+    from neounify.serve.service import AdmissionConfig
 
     if model.mode not in get_args(Mode):
         raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")
@@ -153,7 +153,7 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
         if model.generation_device is not None or model.generation_threads is not None:
             raise UsageError("--generation-device and --generation-threads need --mode separate")
         torch.set_num_threads(model.threads or _engine_threads())
-    return ServeSettings(
+    return ServeConfig(
         folder=resolve_model(model.model),
         mode=model.mode,  # type: ignore[arg-type]
         dtype=model.dtype,
@@ -162,18 +162,18 @@ def _serve_settings(model: ServeModelOptions, engines: EngineOptions) -> ServeSe
         threads=model.threads,
         generation_threads=model.generation_threads,
         lora=tuple(parse_loras(model.lora)),
-        engines=EngineSettings(
+        engines=EngineConfig(
             understanding=UnderstandingSettings(
                 cache_tokens=engines.cache_tokens, prefill_tokens=engines.prefill_tokens
             ),
             generation=GenerationSettings(step_tokens=engines.step_tokens),
         ),
-        limits=ServiceLimits(
+        admission=AdmissionConfig(
             requests=engines.requests,
             image_tokens=engines.image_tokens,
             max_image_tokens=engines.max_image_tokens,
         ),
-        watch=WatchSettings(step=engines.step_seconds, silence=engines.silence_seconds),
+        watch=WatchConfig(step=engines.step_seconds, silence=engines.silence_seconds),
     )
 
 

@@ -16,9 +16,9 @@ from neounify.pipeline import Pipeline, load
 from neounify.pipeline.load import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient, EngineClients
-from neounify.serve.engine_process import EngineProcess, ProcessSettings, Role
-from neounify.serve.engines import EngineSettings, EngineThread, WatchSettings
-from neounify.serve.service import EngineService, ServiceLimits
+from neounify.serve.engine_process import EngineProcess, ProcessConfig, Role
+from neounify.serve.engines import EngineConfig, EngineThread, WatchConfig
+from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.serve.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
 from neounify.tasks.processor import Processor
 
@@ -28,8 +28,8 @@ Mode = Literal["colocate", "separate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """Settings of a service: checkpoint, processes, devices, limits.
+class ServeConfig:
+    """Config of a service: checkpoint, processes, devices, limits.
 
     `threads` and `device` are those of the understanding engine, and of the generation engine
     unless `generation_threads` and `generation_device` are set; one process uses the first.
@@ -43,79 +43,74 @@ class ServeSettings:
     threads: int | None = None
     generation_threads: int | None = None
     lora: tuple[tuple[Path, float], ...] = ()
-    engines: EngineSettings = field(default_factory=EngineSettings)
-    limits: ServiceLimits = field(default_factory=ServiceLimits)
-    watch: WatchSettings = field(default_factory=WatchSettings)
+    engines: EngineConfig = field(default_factory=EngineConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
-def build_service(settings: ServeSettings) -> EngineService:
+def build_service(config: ServeConfig) -> EngineService:
     """Service of a checkpoint, to `start`. Raises the errors of `load`."""
-    if settings.mode == "separate":
-        return _separate(settings)
-    pipe = load(
-        settings.folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        lora=settings.lora or None,
-    )
-    return colocated(pipe, settings.engines, settings.limits, settings.watch)
+    if config.mode == "separate":
+        return _separate(config)
+    lora = config.lora or None
+    pipe = load(config.folder, dtype=config.dtype, device=config.device, lora=lora)
+    return colocated(pipe, config.engines, config.admission, config.watch)
 
 
 def colocated(
     pipe: Pipeline,
-    engines: EngineSettings | None = None,
-    limits: ServiceLimits | None = None,
-    watch: WatchSettings | None = None,
+    engines: EngineConfig | None = None,
+    admission: AdmissionConfig | None = None,
+    watch: WatchConfig | None = None,
 ) -> EngineService:
     """Service of a loaded model, both engines in one thread of this process."""
-    engine = EngineThread(pipe.model, engines or EngineSettings(), watch)
+    engine = EngineThread(pipe.model, engines or EngineConfig(), watch)
     client = EngineClient("model", engine)
-    return EngineService(
-        pipe.processor, EngineClients(client, client, LocalTransport()), limits or ServiceLimits()
-    )
+    clients = EngineClients(client, client, LocalTransport())
+    return EngineService(pipe.processor, clients, admission or AdmissionConfig())
 
 
-def serving_dtype(settings: ServeSettings, checkpoint: CheckpointFolder) -> DtypeChoice:
+def serving_dtype(config: ServeConfig, checkpoint: CheckpointFolder) -> DtypeChoice:
     """Dtype of both engines: one, because they hand keys and values to each other.
 
     Devices are not touched: that is for the engines' processes. Raises RequestError for an unknown
     dtype.
     """
-    devices = (settings.device, settings.generation_device or settings.device)
+    devices = (config.device, config.generation_device or config.device)
     types = [device.partition(":")[0] for device in devices]
     accelerator = next((kind for kind in types if kind != "cpu"), "cpu")
-    return choose_dtype(settings.dtype, checkpoint, accelerator)
+    return choose_dtype(config.dtype, checkpoint, accelerator)
 
 
-def _separate(settings: ServeSettings) -> EngineService:
-    checkpoint = CheckpointFolder.open(settings.folder)
-    dtype = serving_dtype(settings, checkpoint)
+def _separate(config: ServeConfig) -> EngineService:
+    checkpoint = CheckpointFolder.open(config.folder)
+    dtype = serving_dtype(config, checkpoint)
     processor = load_processor(checkpoint, dtype.dtype)
-    _check_shared_memory(processor, settings)
+    _check_shared_memory(processor, config)
     space = SharedSpace()
     clients = EngineClients(
-        EngineClient("understanding", _process("und", settings, dtype, space)),
-        EngineClient("generation", _process("gen", settings, dtype, space)),
+        EngineClient("understanding", _process("und", config, dtype, space)),
+        EngineClient("generation", _process("gen", config, dtype, space)),
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
-    return EngineService(processor, clients, settings.limits)
+    return EngineService(processor, clients, config.admission)
 
 
-def shared_memory_needed(config: ModelConfig, dtype: torch.dtype, settings: ServeSettings) -> int:
+def shared_memory_needed(model: ModelConfig, dtype: torch.dtype, config: ServeConfig) -> int:
     """Shared memory in bytes when everything the limits allow is in transit at once.
 
     Keys and values of a full cache, and noise and result of all images, in float32.
     """
-    cached = config.kv_bytes(dtype.itemsize)
-    image = config.token_width * torch.float32.itemsize * 2
-    plan = plan_execution(config, torch.device(settings.device), dtype)
-    plan = settings.engines.understanding.adjust(plan)
-    return plan.kv_blocks * plan.kv_block_size * cached + settings.limits.image_tokens * image
+    cached = model.kv_bytes(dtype.itemsize)
+    image = model.token_width * torch.float32.itemsize * 2
+    plan = plan_execution(model, torch.device(config.device), dtype)
+    plan = config.engines.understanding.adjust(plan)
+    return plan.kv_blocks * plan.kv_block_size * cached + config.admission.image_tokens * image
 
 
-def _check_shared_memory(processor: Processor, settings: ServeSettings) -> None:
-    needed = shared_memory_needed(processor.config, processor.dtype, settings)
+def _check_shared_memory(processor: Processor, config: ServeConfig) -> None:
+    needed = shared_memory_needed(processor.config, processor.dtype, config)
     free = free_bytes()
     if free < needed:
         log.warning(
@@ -128,19 +123,19 @@ def _check_shared_memory(processor: Processor, settings: ServeSettings) -> None:
 
 
 def _process(
-    role: Role, settings: ServeSettings, dtype: DtypeChoice, space: SharedSpace
+    role: Role, config: ServeConfig, dtype: DtypeChoice, space: SharedSpace
 ) -> EngineProcess:
     generates = role == "gen"
     return EngineProcess(
-        ProcessSettings(
+        ProcessConfig(
             role=role,
-            folder=settings.folder,
+            folder=config.folder,
             dtype=dtype,
-            device=(settings.generation_device if generates else None) or settings.device,
-            threads=(settings.generation_threads if generates else None) or settings.threads,
-            lora=settings.lora,
-            engines=settings.engines,
+            device=(config.generation_device if generates else None) or config.device,
+            threads=(config.generation_threads if generates else None) or config.threads,
+            lora=config.lora,
+            engines=config.engines,
             pieces=space.prefix,
         ),
-        settings.watch,
+        config.watch,
     )

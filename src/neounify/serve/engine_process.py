@@ -27,8 +27,8 @@ from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.engines import (
     Deliver,
     Died,
-    EngineSettings,
-    WatchSettings,
+    EngineConfig,
+    WatchConfig,
     Worker,
     receive_commands,
 )
@@ -42,7 +42,7 @@ BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessSettings:
+class ProcessConfig:
     """Settings of an engine process, which keeps only the stream it needs in memory.
 
     Its pieces of shared memory have names that begin with `pieces`.
@@ -54,7 +54,7 @@ class ProcessSettings:
     device: str
     threads: int | None
     lora: tuple[tuple[Path, float], ...] = ()
-    engines: EngineSettings = field(default_factory=EngineSettings)
+    engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str | None = None
 
 
@@ -88,9 +88,9 @@ class Batch:
 class EngineProcess:
     """One engine in a separate process, which ends when this one does."""
 
-    def __init__(self, settings: ProcessSettings, watch: WatchSettings | None = None) -> None:
+    def __init__(self, settings: ProcessConfig, watch: WatchConfig | None = None) -> None:
         self.settings = settings
-        self.watch = watch or WatchSettings()
+        self.watch = watch or WatchConfig()
         self._current: _ProcessRun | None = None
         self._starts = 0
         # A start whose caller is gone may still run in its thread when `stop` is called:
@@ -134,7 +134,7 @@ class EngineProcess:
 class _ProcessRun:
     """One run of an engine process, with its pipe and the threads that read and write it."""
 
-    def __init__(self, settings: ProcessSettings) -> None:
+    def __init__(self, settings: ProcessConfig) -> None:
         assert settings.pieces is not None
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._name, self._pieces, self._last_piece = settings.role, settings.pieces, 0
@@ -154,7 +154,7 @@ class _ProcessRun:
         atexit.register(self._process.kill)
         self.pid = self._process.pid
 
-    def wait_ready(self, watch: WatchSettings) -> None:
+    def wait_ready(self, watch: WatchConfig) -> None:
         """Wait until the engine takes commands. Raises RuntimeError."""
         end = time.monotonic() + watch.start
         try:
@@ -168,7 +168,7 @@ class _ProcessRun:
         except (EOFError, OSError) as error:
             raise RuntimeError(f"the {self._name} process ended while starting") from error
 
-    def run(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
+    def run(self, watch: WatchConfig, deliver: Deliver, died: Died) -> None:
         """Start the threads that pass on commands and replies."""
         for target, arguments in (
             (self._write_commands, (deliver,)),
@@ -204,7 +204,7 @@ class _ProcessRun:
             raise TimeoutError
         return self._connection.recv()
 
-    def _read_replies(self, watch: WatchSettings, deliver: Deliver, died: Died) -> None:
+    def _read_replies(self, watch: WatchConfig, deliver: Deliver, died: Died) -> None:
         try:
             why = self._pass_on(watch, deliver)
         except (EOFError, OSError):
@@ -217,7 +217,7 @@ class _ProcessRun:
             self._process.kill()
             died()
 
-    def _pass_on(self, watch: WatchSettings, deliver: Deliver) -> str:
+    def _pass_on(self, watch: WatchConfig, deliver: Deliver) -> str:
         """Deliver replies; returns why the process was given up. Raises EOFError and OSError."""
         while True:
             try:
@@ -257,7 +257,7 @@ class ServerGone(Exception):
     """The server process has ended."""
 
 
-def run_process(connection: Connection, settings: ProcessSettings) -> None:
+def run_process(connection: Connection, settings: ProcessConfig) -> None:
     """Load the engine, report that it is ready, and work until the server hangs up."""
     # The server drains on a signal and hangs up last; a terminal signals all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -272,7 +272,7 @@ def run_process(connection: Connection, settings: ProcessSettings) -> None:
         remove_after_end(settings.pieces)
 
 
-def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessSettings) -> None:
+def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessConfig) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     keep_freed_memory()

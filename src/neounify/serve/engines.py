@@ -30,7 +30,7 @@ Died = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
+class EngineConfig:
     """Settings of both engines."""
 
     understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
@@ -38,7 +38,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchSettings:
+class WatchConfig:
     """Timeouts of an engine, in seconds.
 
     `start`: until it is ready. `start_silence`, `silence`: without any sign of a process, while it
@@ -198,10 +198,10 @@ class EngineThread:
     """Both engines in one thread over one model."""
 
     def __init__(
-        self, model: NeoUnify, settings: EngineSettings, watch: WatchSettings | None = None
+        self, model: NeoUnify, settings: EngineConfig, watch: WatchConfig | None = None
     ) -> None:
         self.model, self.settings = model, settings
-        self.watch = watch or WatchSettings()
+        self.watch = watch or WatchConfig()
         self.understanding: UnderstandingEngine | None = None
         self._current: _ThreadRun | None = None
 

@@ -1,4 +1,4 @@
-"""Server process: start the engines, serve until a signal, drain."""
+"""Server process: bind the address, start the engines, serve until a signal, drain."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp
 
 from neounify.errors import NeounifyError
 from neounify.runtime import freeze_objects, switch_threads_often
-from neounify.serve.build import ServeSettings, build_service
+from neounify.serve.build import ServeConfig, build_service
 from neounify.serve.http import HttpConfig, create_app
 from neounify.serve.http.connections import server_config
 from neounify.serve.safety.hooks import Hooks
@@ -27,10 +28,10 @@ from neounify.serve.service import EngineService
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """Address and settings of a server; `drain_seconds` bounds draining at the end."""
+class RunConfig:
+    """Config of a server and its address; `drain_seconds` bounds draining at the end."""
 
-    serve: ServeSettings
+    serve: ServeConfig
     http: HttpConfig = field(default_factory=HttpConfig)
     host: str = "127.0.0.1"
     port: int = 8000
@@ -40,7 +41,7 @@ class RunSettings:
 
 
 def run(
-    settings: RunSettings,
+    config: RunConfig,
     hooks: Hooks | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
@@ -48,54 +49,46 @@ def run(
 
     The address is bound first, so that AddressError comes before a model is loaded in vain.
     """
-    with bound(settings.host, settings.port) as sockets:
-        _run(settings, hooks, started, sockets)
+    with bound(config.host, config.port) as sockets:
+        service = build_service(config.serve)
+        server = server_config(
+            build_app(service, config, hooks, CollectorRegistry()),
+            config.http,
+            host=config.host,
+            port=config.port,
+            log_level=config.log_level,
+            timeout_graceful_shutdown=config.drain_seconds,
+        )
+        switch_threads_often()
+        asyncio.run(_serve(_Server(server, service, started), sockets))
 
 
-def _run(
-    settings: RunSettings,
-    hooks: Hooks | None,
-    started: Callable[[], None],
-    sockets: list[socket.socket],
-) -> None:
-    service = build_service(settings.serve)
-    registry = CollectorRegistry()
+def build_app(
+    service: EngineService, config: RunConfig, hooks: Hooks | None, registry: CollectorRegistry
+) -> ASGIApp:
+    """App of a service, with the web UI if wanted; `registry` gets its metrics."""
     registry.register(EngineCollector(service))
-    app = create_app(
+    page = Path(str(resources.files("neounify.serve") / "page"))
+    return create_app(
         service,
-        settings.http,
+        config.http,
         hooks=hooks,
         registry=registry,
         ready=lambda: service.ready,
         states=lambda: service.states,
-        page=page_folder() if settings.page else None,
+        page=page if config.page else None,
     )
-    config = server_config(
-        app,
-        settings.http,
-        host=settings.host,
-        port=settings.port,
-        log_level=settings.log_level,
-        timeout_graceful_shutdown=settings.drain_seconds,
-    )
-    switch_threads_often()
-    asyncio.run(_serve(_Server(config, service, started), service, sockets))
 
 
-def page_folder() -> Path:
-    """The static page's files."""
-    return Path(str(resources.files("neounify.serve") / "page"))
-
-
-async def _serve(server: _Server, service: EngineService, sockets: list[socket.socket]) -> None:
+async def _serve(server: _Server, sockets: list[socket.socket]) -> None:
     # uvicorn raises the signal that ended it once more; by then all is done.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     try:
-        await service.start()
+        await server.service.start()
         await server.serve(sockets)
     finally:
-        await service.stop()
+        await server.service.stop()
 
 
 class _Server(uvicorn.Server):
@@ -105,7 +98,7 @@ class _Server(uvicorn.Server):
         self, config: uvicorn.Config, service: EngineService, started: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self._service, self._on_started = service, started
+        self.service, self._on_started = service, started
 
     async def startup(self, *args: object, **options: object) -> None:
         await super().startup(*args, **options)  # type: ignore[arg-type]
@@ -114,7 +107,7 @@ class _Server(uvicorn.Server):
             self._on_started()
 
     async def shutdown(self, *args: object, **options: object) -> None:
-        self._service.close_doors()
+        self.service.close_doors()
         await super().shutdown(*args, **options)  # type: ignore[arg-type]
 
 
@@ -132,7 +125,7 @@ def bound(host: str, port: int) -> Iterator[list[socket.socket]]:
     Clients cannot connect before the server listens, and no other server can take the port.
     """
     with ExitStack() as stack:
-        yield [stack.enter_context(one) for one in _bind_all(host, port)]
+        yield [stack.enter_context(sock) for sock in _bind_all(host, port)]
 
 
 def _bind_all(host: str, port: int) -> Iterator[socket.socket]:
@@ -144,51 +137,54 @@ def _bind_all(host: str, port: int) -> Iterator[socket.socket]:
         yield _bind(socket.socket(family, kind, protocol), address)
 
 
-def _bind(one: socket.socket, address: tuple[object, ...]) -> socket.socket:
+def _bind(sock: socket.socket, address: tuple[object, ...]) -> socket.socket:
     try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if one.family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        one.bind(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
     except OSError as error:
-        one.close()
+        sock.close()
         where = f"{address[0]} port {address[1]}"
         if error.errno == errno.EADDRINUSE:
             raise AddressError(
                 f"{where} is in use, perhaps by another server; choose another with --port"
             ) from error
         raise AddressError(f"cannot listen at {where}: {error.strerror}") from error
-    return one
+    return sock
 
 
 # --- metrics ---
 
 GAUGES = {
-    "requests": "Requests under way.",
-    "image_tokens": "Tokens of the images of all requests under way.",
-    "und_waiting": "Sequences that wait for room in the cache.",
-    "und_reading": "Calls whose prompts are being read.",
-    "und_writing": "Sequences that are being written.",
-    "und_cache_used": "Share of the key-value cache that sequences use, 0 to 1.",
-    "gen_images": "Images under way in the generation engine.",
-    "gen_batch": "Images that took part in the last denoising step.",
+    "requests": "Requests in progress.",
+    "image_tokens": "Tokens of the images of all requests in progress.",
+    "und_waiting": "Sequences that wait for room in the KV cache.",
+    "und_reading": "Calls in prefill.",
+    "und_writing": "Sequences in decode.",
+    "und_cache_used": "Share of the KV cache in use, 0 to 1.",
+    "gen_images": "Images in progress in the generation engine.",
+    "gen_batch": "Images in the last denoising step.",
 }
 COUNTERS = {
-    "restarts": "Engines started again after they died.",
+    "restarts": "Restarts of engines.",
     "und_steps": "Steps of the understanding engine.",
-    "und_step_seconds": "Time spent in them, seconds.",
-    "und_read_tokens": "Tokens of prompts that were read.",
-    "und_known_tokens": "Tokens of prompts that were known from earlier requests.",
-    "und_written_tokens": "Tokens that were written.",
-    "und_preempted": "Sequences that had to give up their room in the cache for others.",
+    "und_step_seconds": "Seconds in steps of the understanding engine.",
+    "und_read_tokens": "Prompt tokens computed.",
+    "und_known_tokens": "Prompt tokens found in the prefix cache.",
+    "und_written_tokens": "Tokens generated.",
+    "und_preempted": "Sequences preempted: their room in the KV cache was given to others.",
     "gen_steps": "Denoising steps of the generation engine.",
-    "gen_step_seconds": "Time spent in them, seconds.",
+    "gen_step_seconds": "Seconds in denoising steps.",
     "gen_image_steps": "Steps of single images: divided by gen_steps, the mean batch.",
 }
 
 
 class EngineCollector(Collector):
-    """Reads a service whenever Prometheus asks; names without a value are left out."""
+    """Prometheus collector of the metrics of a service and its engines.
+
+    Those without a value, as while an engine starts, are left out.
+    """
 
     def __init__(self, service: EngineService) -> None:
         self._service = service

@@ -55,7 +55,7 @@ class Service(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServiceLimits:
+class AdmissionConfig:
     """Maximum `requests` in progress, and `image_tokens` of all images in progress.
 
     `max_image_tokens` bounds one image; None is four times the tokens of the model's default size,
@@ -80,8 +80,10 @@ KEPT = {"": "uncond"}
 class EngineService:
     """The `Service` of two engines."""
 
-    def __init__(self, processor: Processor, clients: EngineClients, limits: ServiceLimits) -> None:
-        self.processor, self.clients, self.limits = processor, clients, limits
+    def __init__(
+        self, processor: Processor, clients: EngineClients, admission: AdmissionConfig
+    ) -> None:
+        self.processor, self.clients, self.admission = processor, clients, admission
         self._active = 0
         self._image_tokens = 0
         self._draining = False
@@ -149,16 +151,16 @@ class EngineService:
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """See `Service.check_together`."""
-        if len(requests) > self.limits.requests:
+        if len(requests) > self.admission.requests:
             raise RequestError(
                 f"{len(requests)} answers are asked for at once, this server works on "
-                f"{self.limits.requests} at a time; ask for fewer"
+                f"{self.admission.requests} at a time; ask for fewer"
             )
         tokens = sum(map(self._tokens_of, requests))
-        if tokens > self.limits.image_tokens:
+        if tokens > self.admission.image_tokens:
             raise RequestError(
                 f"the request's images have {tokens:,} tokens, this server generates "
-                f"{self.limits.image_tokens:,} at a time; ask for fewer or smaller images"
+                f"{self.admission.image_tokens:,} at a time; ask for fewer or smaller images"
             )
 
     def gauges(self) -> Mapping[str, float]:
@@ -184,16 +186,16 @@ class EngineService:
         for client in self._needed(request):
             if not client.ready:
                 raise client.down()
-        if self._active >= self.limits.requests:
+        if self._active >= self.admission.requests:
             raise Overloaded(
                 f"{self._active} requests are under way, which is the limit", self._retry_after()
             )
         self.check_together([request])
         tokens = self._tokens_of(request)
-        if self._image_tokens + tokens > self.limits.image_tokens:
+        if self._image_tokens + tokens > self.admission.image_tokens:
             raise Overloaded(
                 f"images of {self._image_tokens:,} tokens are in progress and this request's have "
-                f"{tokens:,}, the limit is {self.limits.image_tokens:,}",
+                f"{tokens:,}, the limit is {self.admission.image_tokens:,}",
                 self._retry_after(),
             )
         self._active += 1
@@ -212,7 +214,7 @@ class EngineService:
         elif isinstance(request, InterleaveRequest):
             sizes = list(request.sizes)
         for size in sizes:
-            check_image_tokens(self.config, *size, self.limits.largest_image(self.config))
+            check_image_tokens(self.config, *size, self.admission.largest_image(self.config))
         return count * max((image_tokens(self.config, *size) for size in sizes), default=0)
 
     def _retry_after(self) -> float:

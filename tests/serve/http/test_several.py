@@ -20,7 +20,7 @@ from neounify.model.layout import Text
 from neounify.serve.build import colocated
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.serving import answers_in_groups
-from neounify.serve.service import EngineService, ServiceLimits
+from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.events import Finished, PromptRead, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.special import IM_END
@@ -439,8 +439,8 @@ def test_completions_that_cannot_be(
 def test_more_at_once_than_the_limits_ever_admit_is_400_not_429_for_ever(
     tiny: neounify.Pipeline, ask: Any, param: str, message: str
 ) -> None:
-    limits = ServiceLimits(requests=3, image_tokens=17)
-    with serving(colocated(tiny, limits=limits)) as client:
+    limits = AdmissionConfig(requests=3, image_tokens=17)
+    with serving(colocated(tiny, admission=limits)) as client:
         with pytest.raises(openai.BadRequestError, match=message) as refused:
             ask(client)
         assert refused.value.param == param

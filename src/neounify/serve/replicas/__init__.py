@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neounify.errors import ConfigError, NeounifyError
-from neounify.serve.run import RunSettings, bound
+from neounify.serve.run import RunConfig, bound
 from neounify.serve.safety.hooks import Hooks
 
 
@@ -23,7 +23,7 @@ class ReplicaError(NeounifyError, RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaSettings:
+class ReplicaConfig:
     """`count` replicas, with `cpus` cores and `gpus` GPUs reserved for each.
 
     `address` is that of a running Ray cluster, "auto" for the one of this machine; without one,
@@ -46,8 +46,8 @@ class ReplicaSettings:
 
 
 def run(
-    settings: RunSettings,
-    replicas: ReplicaSettings,
+    config: RunConfig,
+    replicas: ReplicaConfig,
     make_hooks: Callable[[], Hooks] | None = None,
     started: Callable[[], None] = lambda: None,
 ) -> None:
@@ -57,15 +57,15 @@ def run(
     when the replicas do not start, AddressError when the address is taken.
     """
     if replicas.address is None:
-        with bound(settings.host, settings.port):
+        with bound(config.host, config.port):
             pass  # Ray reports a taken address late, and in many lines
         os.environ.update(_private_ray())
     # Ray reads the environment when it is imported.
     from neounify.serve.replicas.deployment import connected, deployed
 
     with (
-        connected(replicas, settings.log_level),
-        deployed(settings, replicas, make_hooks),
+        connected(replicas, config.log_level),
+        deployed(config, replicas, make_hooks),
         _stopped_by_signals() as stopped,
     ):
         started()

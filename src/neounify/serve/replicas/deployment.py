@@ -18,9 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.runtime import freeze_objects, keep_freed_memory, switch_threads_often
 from neounify.serve.build import build_service
-from neounify.serve.http import create_app
-from neounify.serve.replicas import ReplicaError, ReplicaSettings
-from neounify.serve.run import EngineCollector, RunSettings, page_folder
+from neounify.serve.replicas import ReplicaConfig, ReplicaError
+from neounify.serve.run import RunConfig, build_app
 from neounify.serve.safety.hooks import Hooks
 
 HEADER = "x-neounify-replica"
@@ -35,34 +34,25 @@ class Unready(RuntimeError):
 class Replica:
     """Ray Serve deployment class; the names of the methods are Ray's."""
 
-    def __init__(self, settings: RunSettings, make_hooks: Callable[[], Hooks] | None) -> None:
+    def __init__(self, config: RunConfig, make_hooks: Callable[[], Hooks] | None) -> None:
         keep_freed_memory()
         switch_threads_often()
-        if settings.serve.threads is not None:
-            torch.set_num_threads(settings.serve.threads)
-        self._settings = settings
+        if config.serve.threads is not None:
+            torch.set_num_threads(config.serve.threads)
+        # A result's URL could be requested from a replica that does not have it.
+        self._config = replace(config, http=replace(config.http, result_urls=False))
         self._hooks = make_hooks() if make_hooks else None
-        self._service = build_service(settings.serve)
+        self._service = build_service(config.serve)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         await self._service.start()
         name = serve.get_replica_context().replica_tag
         registry = CollectorRegistry()
-        registry.register(EngineCollector(self._service))
         process = Gauge(
             "neounify_replica", "The replica that answers.", ("name", "pid"), registry=registry
         )
         process.labels(name, str(os.getpid())).set(1)
-        app = create_app(
-            self._service,
-            # A result's URL could be requested from a replica that does not have it.
-            replace(self._settings.http, result_urls=False),
-            hooks=self._hooks,
-            registry=registry,
-            ready=lambda: self._service.ready,
-            states=lambda: self._service.states,
-            page=page_folder() if self._settings.page else None,
-        )
+        app = build_app(self._service, self._config, self._hooks, registry)
         freeze_objects()
         return Signed(app, name)
 
@@ -103,7 +93,7 @@ HEALTH_SECONDS = 2.0
 
 
 @contextmanager
-def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
+def connected(replicas: ReplicaConfig, log_level: str) -> Iterator[None]:
     """Context of a connection to Ray: the named cluster, or one for this context.
 
     Raises ReplicaError.
@@ -131,38 +121,38 @@ def connected(replicas: ReplicaSettings, log_level: str) -> Iterator[None]:
 
 @contextmanager
 def deployed(
-    settings: RunSettings,
-    replicas: ReplicaSettings,
+    config: RunConfig,
+    replicas: ReplicaConfig,
     make_hooks: Callable[[], Hooks] | None,
 ) -> Iterator[None]:
     """Context of running replicas; its end waits for requests in flight. Raises ReplicaError."""
     logs = LoggingConfig(
-        log_level=settings.log_level.upper(), enable_access_log=settings.log_level == "info"
+        log_level=config.log_level.upper(), enable_access_log=config.log_level == "info"
     )
-    application = _deployment(settings, replicas).bind(settings, make_hooks)
+    application = _deployment(config, replicas).bind(config, make_hooks)
     try:
         serve.start(
-            http_options=HTTPOptions(host=settings.host, port=settings.port),
+            http_options=HTTPOptions(host=config.host, port=config.port),
             logging_config=logs,
         )
     except RuntimeError as error:
         raise ReplicaError(f"Ray Serve did not start: {error}") from error
     try:
-        _run(application, logs)
+        _start(application, logs)
         yield
     finally:
         serve.delete(NAME)
 
 
-def _run(application: serve.Application, logs: LoggingConfig) -> None:
+def _start(application: serve.Application, logs: LoggingConfig) -> None:
     try:
         serve.run(application, name=NAME, logging_config=logs)
     except RuntimeError as error:
         raise ReplicaError(f"the replicas did not start: {error}") from error
 
 
-def _deployment(settings: RunSettings, replicas: ReplicaSettings) -> serve.Deployment:
-    in_flight = settings.http.limits.in_flight
+def _deployment(config: RunConfig, replicas: ReplicaConfig) -> serve.Deployment:
+    in_flight = config.http.limits.in_flight
     return serve.deployment(
         name="replica",
         num_replicas=replicas.count,
@@ -170,14 +160,14 @@ def _deployment(settings: RunSettings, replicas: ReplicaSettings) -> serve.Deplo
         # Beyond `in_flight` a replica itself answers 429, so it must receive the request.
         max_ongoing_requests=in_flight + SPARE_REQUESTS,
         max_queued_requests=in_flight,
-        graceful_shutdown_timeout_s=settings.drain_seconds,
+        graceful_shutdown_timeout_s=config.drain_seconds,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=HEALTH_SECONDS,
         max_constructor_retry_count=ATTEMPTS,
     )(Replica)
 
 
-def _check_room(replicas: ReplicaSettings) -> None:
+def _check_room(replicas: ReplicaConfig) -> None:
     """Raises ReplicaError for resources that the cluster lacks; Ray would wait for them forever."""
     resources = ray.cluster_resources()
     for name, each in (("CPU", replicas.cpus), ("GPU", replicas.gpus)):

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from neounify.serve import run as running
-from neounify.serve.build import ServeSettings
-from neounify.serve.run import AddressError, RunSettings, bound
+from neounify.serve.build import ServeConfig
+from neounify.serve.run import AddressError, RunConfig, bound
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loads(_: ServeSettings) -> None:
+    def loads(_: ServeConfig) -> None:
         raise AssertionError("the model is loaded for nothing")
 
     monkeypatch.setattr(running, "build_service", loads)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(AddressError, match=rf"127\.0\.0\.1 port {port} is in use.*--port"):
-            running.run(RunSettings(serve=ServeSettings(folder=Path("model")), port=port))
+            running.run(RunConfig(serve=ServeConfig(folder=Path("model")), port=port))
 
 
 def test_an_address_of_another_machine_is_told() -> None:
