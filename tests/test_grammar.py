@@ -43,11 +43,11 @@ def babble(tokenizer: Tokenizer, grammar: Grammar, seed: int, *, thought: int = 
     """Any of the allowed tokens, until the end; None where that takes too long."""
     constraint, draw = grammar.start(), random.Random(seed)
     ids: list[int] = []
-    for place in range(400):
+    for index in range(400):
         choices = allowed(constraint.mask())
-        if place < thought:
+        if index < thought:
             assert tokenizer.id(IM_END) not in choices
-        token = tokenizer.id(THINK_CLOSE) if thought == place + 1 else draw.choice(choices)
+        token = tokenizer.id(THINK_CLOSE) if thought == index + 1 else draw.choice(choices)
         if token == tokenizer.id(IM_END):
             return tokenizer.decode(ids, skip_special=False)
         ids.append(token)
@@ -68,9 +68,9 @@ def vocabulary(request: pytest.FixtureRequest) -> Vocabulary:
 def test_json_by_a_schema(vocabulary: Vocabulary) -> None:
     grammar = json_grammar(vocabulary, PARAMETERS, what="response_format")
     texts = [babble(vocabulary.tokenizer, grammar, seed) for seed in range(8)]
-    found = [json.loads(text) for text in texts if text is not None]
-    assert len(found) > 4
-    for value in found:
+    values = [json.loads(text) for text in texts if text is not None]
+    assert len(values) > 4
+    for value in values:
         jsonschema_rs.validate(PARAMETERS, value)
 
 

@@ -115,15 +115,15 @@ def test_imports_point_up_the_list() -> None:
     order = {package: number for number, package in enumerate(packages())}
     wrong, excused = [], set()
     for path in FILES:
-        own, file = _package(_name(path)), path.relative_to(SOURCE).as_posix()
+        importer, file = _package(_name(path)), path.relative_to(SOURCE).as_posix()
         for line, module, _ in imports(path):
             package = _package(module)
-            if order[package] <= order[own]:
+            if order[package] <= order[importer]:
                 continue
             if (file, package) in EXCUSED:
                 excused.add((file, package))
             else:
-                wrong.append(f"{file}:{line} imports {module}: {package} is below {own}")
+                wrong.append(f"{file}:{line} imports {module}: {package} is below {importer}")
     assert not wrong, "\n".join(wrong)
     assert excused == set(EXCUSED), "an excuse that nothing needs"
 

@@ -47,16 +47,16 @@ def test_ended_sequences_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
     for token in range(12):
         if token in (2, 4, 7, 9):
             running.pop(token % len(running))
-        found = step(MODEL, [together[n] for n in running], token)
+        actual = step(MODEL, [together[n] for n in running], token)
         expected = [step(MODEL, [alone[n]], token)[0] for n in running]
-        torch.testing.assert_close(found, torch.stack(expected))
+        torch.testing.assert_close(actual, torch.stack(expected))
         batches.add(id(together[running[0]].batch))
     assert len(batches) > 2  # it grew, and left the ended sequences behind
-    for mine, own in zip(together, alone, strict=True):
-        assert (mine.length, mine.next_t) == (own.length, own.next_t)
-        rows = slice(0, mine.length)
-        torch.testing.assert_close(mine.keys[:, :, rows], own.keys[:, :, rows])
-        torch.testing.assert_close(mine.values[:, :, rows], own.values[:, :, rows])
+    for joint, single in zip(together, alone, strict=True):
+        assert (joint.length, joint.next_t) == (single.length, single.next_t)
+        rows = slice(0, joint.length)
+        torch.testing.assert_close(joint.keys[:, :, rows], single.keys[:, :, rows])
+        torch.testing.assert_close(joint.values[:, :, rows], single.values[:, :, rows])
 
 
 def test_a_batch_is_copied_only_when_it_must() -> None:
@@ -78,13 +78,13 @@ def test_nan_in_one_sequence_reaches_no_other(broken: int) -> None:
     caches[broken].keys.fill_(float("nan"))
     caches[broken].values.fill_(float("nan"))
     for token in (4, 5):
-        found = step(MODEL, caches, token)
-        for place in range(3):
-            expected = step(MODEL, [alone[place]], token)[0]
-            if place == broken:
-                assert not torch.isfinite(found[place]).any()
+        actual = step(MODEL, caches, token)
+        for index in range(3):
+            expected = step(MODEL, [alone[index]], token)[0]
+            if index == broken:
+                assert not torch.isfinite(actual[index]).any()
             else:
-                torch.testing.assert_close(found[place], expected)
+                torch.testing.assert_close(actual[index], expected)
 
 
 def test_very_unequal_lengths_are_not_padded() -> None:

@@ -30,27 +30,27 @@ def test_nan_in_one_document_reaches_no_other(dtype: torch.dtype) -> None:
     layout = Layout([Document((Text(n), Noise(1, 2))) for n in (3, 7, 4, 5)])
     attend = plan(layout)
     assert isinstance(attend, PaddedAttention)
-    given = {n: Projected(*(y.detach() for y in x)) for n, x in streams(layout, 1, dtype).items()}
-    expected = attend(0, given)
+    inputs = {n: Projected(*(y.detach() for y in x)) for n, x in streams(layout, 1, dtype).items()}
+    expected = attend(0, inputs)
     start, stop = layout[UND].ranges[1]
-    for x in given[UND]:
+    for x in inputs[UND]:
         x[start:stop] = float("nan")
-    found = attend(0, given)
+    actual = attend(0, inputs)
     for name, bad in ((UND, slice(start, stop)), (GEN, slice(2, 4))):
-        others = torch.ones(found[name].shape[0], dtype=torch.bool)
+        others = torch.ones(actual[name].shape[0], dtype=torch.bool)
         others[bad] = False
-        assert not torch.isfinite(found[name][bad]).any()
-        assert torch.equal(found[name][others], expected[name][others])
+        assert not torch.isfinite(actual[name][bad]).any()
+        assert torch.equal(actual[name][others], expected[name][others])
 
 
 def test_half_precision_is_close() -> None:
     layout = Layout(documents(random.Random(0), 12))
-    exact, given = plan(layout)(0, streams(layout)), streams(layout, dtype=torch.bfloat16)
-    rounded = plan(layout)(0, given)
+    exact, inputs = plan(layout)(0, streams(layout)), streams(layout, dtype=torch.bfloat16)
+    rounded = plan(layout)(0, inputs)
     torch.stack([(x.double() ** 2).sum() for x in rounded.values()]).sum().backward()
     for name, x in exact.items():
         assert torch.allclose(x, rounded[name].double(), atol=0.05)
-    assert all(y.grad is not None and y.grad.isfinite().all() for x in given.values() for y in x)
+    assert all(y.grad is not None and y.grad.isfinite().all() for x in inputs.values() for y in x)
 
 
 def test_what_nobody_trains_has_no_gradient() -> None:
@@ -58,17 +58,17 @@ def test_what_nobody_trains_has_no_gradient() -> None:
     layout = Layout(documents(random.Random(0), 12))
     results = []
     for name in ("auto", "blocks"):
-        given = streams(layout, 1)
-        given[UND] = Projected(*(x.detach() for x in given[UND]))
-        out = plan(layout, name=name)(0, given)
+        inputs = streams(layout, 1)
+        inputs[UND] = Projected(*(x.detach() for x in inputs[UND]))
+        out = plan(layout, name=name)(0, inputs)
         assert not out[UND].requires_grad
         out[GEN].square().sum().backward()
-        results.append([out[UND], out[GEN].detach(), *(x.grad for x in given[GEN])])
+        results.append([out[UND], out[GEN].detach(), *(x.grad for x in inputs[GEN])])
     assert len(results[0]) == 5
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
-    given[UND] = given[UND]._replace(k=given[UND].k.clone().requires_grad_())
-    assert plan(layout)(0, given)[UND].requires_grad
+    inputs[UND] = inputs[UND]._replace(k=inputs[UND].k.clone().requires_grad_())
+    assert plan(layout)(0, inputs)[UND].requires_grad
 
 
 def test_one_stream_alone() -> None:

@@ -31,12 +31,12 @@ def model(request: pytest.FixtureRequest) -> NeoUnify:
 @pytest.fixture
 def caches(model: NeoUnify) -> list[SequenceCache]:
     """Of 7, 1, 12 and again these 7 tokens."""
-    made = []
+    built = []
     for length in (7, 1, 12):
         cache = SequenceCache(model.config, 3, dtype=torch.float32, device=CPU)
         forward_und(model, [ModelInput(cache, (Text(length),), [n % 29 for n in range(length)])])
-        made.append(cache)
-    return [*made, made[0]]
+        built.append(cache)
+    return [*built, built[0]]
 
 
 def hidden(model: NeoUnify, layout: Layout, noise: Tensor, attend: AttentionPlan) -> Tensor:
@@ -56,15 +56,15 @@ def test_a_batch_computes_what_each_does_alone(
         torch.testing.assert_close(
             torch.cat(together), hidden(model, layout, noise, plan(layout, caches, "blocks"))
         )
-        for own, found, cache, grid in zip(
+        for x, joint, cache, grid in zip(
             noise.split(lengths), together, caches, GRIDS, strict=True
         ):
             alone = Layout([cache.document(Noise(*grid))])
             torch.testing.assert_close(
-                found, hidden(model, alone, own, plan(alone, [cache], "blocks"))
+                joint, hidden(model, alone, x, plan(alone, [cache], "blocks"))
             )
-            single = PrefixAttention([cache], [own.shape[0]])
-            torch.testing.assert_close(found, hidden(model, alone, own, single))
+            single = PrefixAttention([cache], [x.shape[0]])
+            torch.testing.assert_close(joint, hidden(model, alone, x, single))
     for cache, before in zip(caches, kept, strict=True):
         assert torch.equal(cache.keys[:, :, : cache.length], before[:, :, : cache.length])
 
@@ -80,16 +80,16 @@ def test_nan_in_one_prefix_or_image_reaches_no_other(
     expected = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
     bad = noise.clone()
     bad.split(lengths)[broken].fill_(float("nan"))
-    found = hidden(model, layout, bad, PrefixAttention(caches, lengths)).split(lengths)
+    actual = hidden(model, layout, bad, PrefixAttention(caches, lengths)).split(lengths)
     caches[broken].keys.fill_(float("nan"))
     caches[broken].values.fill_(float("nan"))
     behind = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
-    for place in range(3):
-        for own in (found[place], behind[place]):
-            if place == broken:
-                assert not torch.isfinite(own).any()
+    for index in range(3):
+        for output in (actual[index], behind[index]):
+            if index == broken:
+                assert not torch.isfinite(output).any()
             else:
-                torch.testing.assert_close(own, expected[place])
+                torch.testing.assert_close(output, expected[index])
 
 
 def test_gradients(model: NeoUnify, caches: list[SequenceCache]) -> None:
@@ -117,9 +117,9 @@ def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
     noise = torch.randn(24, model.config.hidden_size).bfloat16()
     together = hidden(half, layout, noise, PrefixAttention(caches, [6] * 4))
     for number, cache in enumerate(caches):
-        own = noise[6 * number : 6 * number + 6]
+        rows = noise[6 * number : 6 * number + 6]
         layout = Layout([cache.document(Noise(2, 3))])
-        alone = hidden(half, layout, own, PrefixAttention([cache], [6]))
+        alone = hidden(half, layout, rows, PrefixAttention([cache], [6]))
         torch.testing.assert_close(together[6 * number : 6 * number + 6], alone, atol=0.05, rtol=0)
 
 

@@ -107,13 +107,13 @@ def outputs(attend: AttentionPlan, layout: Layout, seed: int) -> list[Tensor]:
     results: list[Tensor] = []
     for step in range(2):
         for layer in range(LAYERS):
-            given = streams(layout, 10 * step + seed)
+            inputs = streams(layout, 10 * step + seed)
             with torch.set_grad_enabled(any(d.past for d in layout.documents) is False):
-                out = attend(layer, given)
+                out = attend(layer, inputs)
             results += [x.detach() for x in out.values()]
             if any(x.requires_grad for x in out.values()):
                 torch.stack([x.square().sum() for x in out.values()]).sum().backward()
-                results += [y.grad for x in given.values() for y in x if y.grad is not None]
+                results += [y.grad for x in inputs.values() for y in x if y.grad is not None]
     return results
 
 

@@ -154,13 +154,13 @@ def test_joint_trains_measures_and_takes_finished_runs_again(tmp_path: Path) -> 
 
 
 def test_other_settings_train_anew(tmp_path: Path) -> None:
-    found = []
+    runs = []
     for training in (TRAINING, replace(TRAINING, learning_rate=1e-3), TRAINING):
         table = recipes(training, "easy", 0)["generation"]
-        found.append(train("generation", table, tmp_path))
-    assert [run.reused for run in found] == [False, False, True]
-    assert found[0].folder == found[2].folder != found[1].folder
-    assert found[0].to_json() | {"reused": True} == found[2].to_json()
+        runs.append(train("generation", table, tmp_path))
+    assert [run.reused for run in runs] == [False, False, True]
+    assert runs[0].folder == runs[2].folder != runs[1].folder
+    assert runs[0].to_json() | {"reused": True} == runs[2].to_json()
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +234,9 @@ def test_fixed_noise_keeps_weights_and_the_sigma_of_the_trained_size(small: Pipe
 @pytest.mark.parametrize("side", [64, 96, 128])
 def test_an_oracle_is_right_at_every_side(side: int) -> None:
     flow = SCENES.flow
-    found = noise.compare((oracle(side),) * 2, (flow, flow), BENCH, [side], token_size=16)
-    assert [item.paired.both for item in found] == [CASES] * len(noise.CATEGORIES)
-    assert found[0].sigmas[0] == pytest.approx(3 * side / 64)
+    sized = noise.compare((oracle(side),) * 2, (flow, flow), BENCH, [side], token_size=16)
+    assert [item.paired.both for item in sized] == [CASES] * len(noise.CATEGORIES)
+    assert sized[0].sigmas[0] == pytest.approx(3 * side / 64)
 
 
 def test_noise_as_a_command(folder: Path, tmp_path: Path) -> None:

@@ -125,9 +125,9 @@ class Literal:
 def test_rates_are_those_of_the_cases_a_form_changes() -> None:
     bench = Bench(world="default", cases=10, batch_size=4)
     subject = Literal(bench)
-    found = compare(subject, bench)
+    compared = compare(subject, bench)
     by_kind = {
-        kind: [f for f in found if f.kind == kind] for kind in ("prompt", "edit", "question")
+        kind: [f for f in compared if f.kind == kind] for kind in ("prompt", "edit", "question")
     }
     assert [f.name for f in by_kind["edit"]] == list(EDITS)
     for forms in by_kind.values():
@@ -138,10 +138,10 @@ def test_rates_are_those_of_the_cases_a_form_changes() -> None:
             assert 0 < form.paired.number <= 10
             assert form.paired.second.value == 1
             assert form.paired.first.value == 0, form
-    digits = next(f for f in found if f.name == "digits for numbers")
+    digits = next(f for f in compared if f.name == "digits for numbers")
     assert digits.paired.number < 10
     assert sum("2" in text for text in subject.asked) <= digits.paired.number
-    table = markdown(found)
+    table = markdown(compared)
     assert table.count("right, % (95 %)") == 3
     assert "| Please draw ….: `Please draw" in table
 

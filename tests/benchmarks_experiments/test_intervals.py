@@ -27,50 +27,50 @@ PUBLISHED = [
 def test_independent_rates_as_published(
     first: tuple[int, int], second: tuple[int, int], low: float, high: float
 ) -> None:
-    found = newcombe(Rate(*first), Rate(*second))
-    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    interval = newcombe(Rate(*first), Rate(*second))
+    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
     back = newcombe(Rate(*second), Rate(*first))
-    assert (back.value, back.low, back.high) == (-found.value, -found.high, -found.low)
+    assert (back.value, back.low, back.high) == (-interval.value, -interval.high, -interval.low)
 
 
 def test_pairs_are_counted_in_order() -> None:
-    found = Paired.of([True, True, False, False, True], [True, False, True, False, False])
-    assert found == Paired(both=1, first_only=2, second_only=1, neither=1)
-    assert (found.first, found.second, found.number) == (Rate(3, 5), Rate(2, 5), 5)
+    pairs = Paired.of([True, True, False, False, True], [True, False, True, False, False])
+    assert pairs == Paired(both=1, first_only=2, second_only=1, neither=1)
+    assert (pairs.first, pairs.second, pairs.number) == (Rate(3, 5), Rate(2, 5), 5)
     with pytest.raises(DataError):
         Paired.of([True], [])
 
 
 def test_pairs_without_correlation_are_as_independent() -> None:
     # both · neither = first_only · second_only, so φ is 0.
-    found = Paired(both=20, first_only=40, second_only=10, neither=20)
-    assert found.difference == newcombe(found.first, found.second)
+    pairs = Paired(both=20, first_only=40, second_only=10, neither=20)
+    assert pairs.difference == newcombe(pairs.first, pairs.second)
 
 
 def test_pairs_that_agree_have_a_narrower_interval_and_that_disagree_a_wider_one() -> None:
     alike = Paired(both=45, first_only=10, second_only=5, neither=40)
     unlike = Paired(both=5, first_only=50, second_only=45, neither=0)
-    for found, narrower in ((alike, True), (unlike, False)):
-        own, apart = found.difference, newcombe(found.first, found.second)
-        assert own.value == pytest.approx(0.05)
-        assert (own.high - own.low < apart.high - apart.low) == narrower
+    for pairs, narrower in ((alike, True), (unlike, False)):
+        paired, apart = pairs.difference, newcombe(pairs.first, pairs.second)
+        assert paired.value == pytest.approx(0.05)
+        assert (paired.high - paired.low < apart.high - apart.low) == narrower
 
 
 def test_the_paired_interval_is_near_the_bootstraps() -> None:
-    found = Paired(both=90, first_only=50, second_only=20, neither=40)
-    shares = [found.both, found.first_only, found.second_only, found.neither]
+    pairs = Paired(both=90, first_only=50, second_only=20, neither=40)
+    shares = [pairs.both, pairs.first_only, pairs.second_only, pairs.neither]
     draws = np.random.default_rng(0).multinomial(200, [s / 200 for s in shares], 20_000)
     low, high = np.quantile((draws[:, 1] - draws[:, 2]) / 200, [0.025, 0.975])
-    assert found.difference.low == pytest.approx(low, abs=0.012)
-    assert found.difference.high == pytest.approx(high, abs=0.012)
+    assert pairs.difference.low == pytest.approx(low, abs=0.012)
+    assert pairs.difference.high == pytest.approx(high, abs=0.012)
 
 
 def test_pairs_that_never_change_still_have_an_interval() -> None:
-    found = Paired(both=8, first_only=0, second_only=0, neither=0)
+    pairs = Paired(both=8, first_only=0, second_only=0, neither=0)
     low, high = wilson_interval(8, 8)
-    assert found.difference.value == 0
-    assert found.difference.high == pytest.approx(high - low)
-    assert found.p_value == 1
+    assert pairs.difference.value == 0
+    assert pairs.difference.high == pytest.approx(high - low)
+    assert pairs.p_value == 1
 
 
 def test_mcnemars_exact_p_value() -> None:

@@ -72,9 +72,9 @@ def test_rates_count_what_was_answered_over_the_whole_time() -> None:
 
 
 def test_percentiles_and_slopes() -> None:
-    found = latency([float(n) for n in range(101)])
-    assert found is not None
-    assert (found.p50, found.p95) == (50, 95)
+    measured = latency([float(n) for n in range(101)])
+    assert measured is not None
+    assert (measured.p50, measured.p95) == (50, 95)
     assert latency([]) is None
     assert slope([(n / 2, 7 + 3 * n / 2) for n in range(20)]) == pytest.approx(3)
     assert slope([(1.0, 5.0)]) == 0
@@ -163,15 +163,15 @@ def test_charts_are_written(tmp_path: Path) -> None:
 def test_memory_of_a_tree_is_sampled() -> None:
     command = [sys.executable, "-c", "input()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
-        own = os.getpid()
-        assert tree(own)[0] == own
-        assert child.pid in tree(own)
+        root = os.getpid()
+        assert tree(root)[0] == root
+        assert child.pid in tree(root)
         with MemoryWatch(child.pid, seconds=0.01) as watch:
             assert alive(child.pid)
         assert child.stdin is not None
         child.stdin.close()
     assert watch.samples
-    assert 1 < resident_mb(own) < 100_000
+    assert 1 < resident_mb(root) < 100_000
     assert not alive(child.pid)
     assert tree(child.pid) == []
 

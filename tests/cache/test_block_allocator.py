@@ -59,9 +59,9 @@ def test_any_history_keeps_the_books(history: list[tuple[int, int]]) -> None:
             for block in tables[number % len(tables)]:
                 allocator.register(block, b"%d" % (block % 5))
         elif action == 3:
-            found = allocator.match_prefix([b"%d" % n for n in range(number % 5)])
-            allocator.share(found)
-            tables.append(found)
+            matched = allocator.match_prefix([b"%d" % n for n in range(number % 5)])
+            allocator.share(matched)
+            tables.append(matched)
         elif action == 4:
             allocator.evict(allocator.match_prefix([b"%d" % n for n in range(number % 5)])[-1:])
             allocator.evict(tables[number % len(tables)] if tables else [])

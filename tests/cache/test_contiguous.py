@@ -66,11 +66,11 @@ def test_growing_keeps_the_contents(pieces: list[int], capacity: int) -> None:
 
 def test_no_memory_is_moved_while_there_is_room() -> None:
     cache = _cache(10)
-    place = cache.keys.data_ptr()
+    address = cache.keys.data_ptr()
     cache.reserve(10)
     _append(cache, _tokens(6))
     _append(cache, _tokens(4))
-    assert cache.keys.data_ptr() == place
+    assert cache.keys.data_ptr() == address
     assert cache.capacity == 10
     cache.reserve(0)
     assert cache.capacity == 10

@@ -106,8 +106,8 @@ def test_nan_in_one_sequence_reaches_no_other(model: NeoUnify) -> None:
             p.expect(text_keys([7], p.next_t))
         together = forward_und(model, [ModelInput(p, (Text(1),), [7]) for p in paged])
         assert not torch.isfinite(together[broken]).any()
-        for place in set(range(4)) - {broken}:
-            torch.testing.assert_close(together[place], give(model, alone[place], [7]))
+        for index in set(range(4)) - {broken}:
+            torch.testing.assert_close(together[index], give(model, alone[index], [7]))
         assert not pool.keys[:, pool.zero_slot].any()
         assert not pool.values[:, pool.zero_slot].any()
 

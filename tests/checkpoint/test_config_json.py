@@ -162,8 +162,8 @@ def test_generation_experts_fall_back_to_the_understanding_ones() -> None:
     config = read_config(document(llm=SPARSE_KEYS))
     assert config.gen_mlp == config.und_mlp
     assert not config.und_mlp.normalise_top_k
-    own = {"gen_num_experts": 3, "gen_num_experts_per_tok": 1, "gen_moe_intermediate_size": 7}
-    gen = read_config(document(llm={**SPARSE_KEYS, **own})).gen_mlp
+    gen_keys = {"gen_num_experts": 3, "gen_num_experts_per_tok": 1, "gen_moe_intermediate_size": 7}
+    gen = read_config(document(llm={**SPARSE_KEYS, **gen_keys})).gen_mlp
     assert (gen.num_experts, gen.experts_per_token, gen.expert_width) == (3, 1, 7)
 
 

@@ -37,13 +37,13 @@ Form = Callable[[Path, Pairs], tuple[Path, dict[str, float]]]
 def pairs() -> Pairs:
     """Published module name → (down, up)."""
     generator = torch.Generator().manual_seed(5)
-    weights, made = random_weights(SMALL), {}
+    weights, pairs = random_weights(SMALL), {}
     for target, rank in RANKS.items():
         out, *rest = weights[f"{target}.weight"].shape
         down = torch.randn(rank, *rest, generator=generator) / 4
         up = torch.randn(out, rank, *(1 for _ in rest[1:]), generator=generator) / 4
-        made[target] = (down, up)
-    return made
+        pairs[target] = (down, up)
+    return pairs
 
 
 def named(
@@ -51,9 +51,9 @@ def named(
 ) -> Form:
     """One file whose keys are `template` with the module's name, and a half."""
 
-    def write(folder: Path, made: Pairs) -> tuple[Path, dict[str, float]]:
+    def write(folder: Path, pairs: Pairs) -> tuple[Path, dict[str, float]]:
         tensors: dict[str, Tensor] = {}
-        for target, matrices in made.items():
+        for target, matrices in pairs.items():
             name = template.format(target.replace(".", "_") if flat else target)
             tensors |= {f"{name}.{h}": t for h, t in zip(halves, matrices, strict=True)}
             if alpha is not None:
@@ -68,8 +68,8 @@ def named(
 def peft(**fields: object) -> Form:
     """A folder of PEFT's; rank and alpha of single modules in its patterns."""
 
-    def write(folder: Path, made: Pairs) -> tuple[Path, dict[str, float]]:
-        path, _ = named("base_model.model.{}", AB)(folder, made)
+    def write(folder: Path, pairs: Pairs) -> tuple[Path, dict[str, float]]:
+        path, _ = named("base_model.model.{}", AB)(folder, pairs)
         path.rename(folder / "adapter_model.safetensors")
         document = {
             "peft_type": "LORA",
@@ -91,8 +91,8 @@ def peft(**fields: object) -> Form:
 def metadata(**entries: str) -> Form:
     """One file of A/B pairs that says its alpha, 6, in the metadata."""
 
-    def write(folder: Path, made: Pairs) -> tuple[Path, dict[str, float]]:
-        path, _ = named("transformer.{}", AB)(folder, made)
+    def write(folder: Path, pairs: Pairs) -> tuple[Path, dict[str, float]]:
+        path, _ = named("transformer.{}", AB)(folder, pairs)
         save_file(load_file(path), path, metadata=entries)
         return path, {target: 6 / rank for target, rank in RANKS.items()}
 
@@ -128,11 +128,11 @@ FORMS: dict[str, Form] = {
 }
 
 
-def by_hand(made: Pairs, scales: dict[str, float], strength: float = 1.0) -> dict[str, Tensor]:
+def by_hand(pairs: Pairs, scales: dict[str, float], strength: float = 1.0) -> dict[str, Tensor]:
     """Our name → W + strength · scale · up @ down in float64, of the modules in the file."""
     weights = random_weights(SMALL)
     expected = {}
-    for target, (down, up) in made.items():
+    for target, (down, up) in pairs.items():
         weight = weights[f"{target}.weight"].double()
         delta = up.double().flatten(1) @ down.double().flatten(1)
         name = from_published(f"{target}.weight")

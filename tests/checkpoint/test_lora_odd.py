@@ -30,8 +30,8 @@ def matrices(template: str = "lora_{}.weight", **others: Tensor) -> dict[str, Te
     generator = torch.Generator().manual_seed(1)
     down = torch.randn(2, size_in, generator=generator)
     up = torch.randn(out, 2, generator=generator)
-    made = {f"{TARGET}.{template.format('A')}": down, f"{TARGET}.{template.format('B')}": up}
-    return {**made, **{f"{TARGET}.{name}": value for name, value in others.items()}}
+    tensors = {f"{TARGET}.{template.format('A')}": down, f"{TARGET}.{template.format('B')}": up}
+    return {**tensors, **{f"{TARGET}.{name}": value for name, value in others.items()}}
 
 
 def merged(folder: Path, lora: Any, **options: Any) -> Tensor:

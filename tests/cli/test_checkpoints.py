@@ -37,15 +37,15 @@ def test_toys_of_one_seed_are_equal(run_bare: Callable[..., Any]) -> None:
 
 
 def test_inspect_counts_what_the_model_has(run: Callable[..., Any], toy: Path) -> None:
-    found = run("inspect", "--json").json
+    report = run("inspect", "--json").json
     pipe = neounify.load(toy, device="cpu")
     total = sum(p.numel() for p in pipe.model.parameters())
-    assert found["total"]["parameters"] == total
-    assert sum(row["parameters"] for row in found["rows"]) == total
-    assert {row["stream"] for row in found["streams"]} == {"und", "gen", "shared"}
-    assert found["fingerprint"] == pipe.fingerprint
-    assert found["complete"] is True
-    assert found["config"]["hidden_size"] == pipe.config.hidden_size
+    assert report["total"]["parameters"] == total
+    assert sum(row["parameters"] for row in report["rows"]) == total
+    assert {row["stream"] for row in report["streams"]} == {"und", "gen", "shared"}
+    assert report["fingerprint"] == pipe.fingerprint
+    assert report["complete"] is True
+    assert report["config"]["hidden_size"] == pipe.config.hidden_size
     table = run("inspect", toy)
     assert table.code == 0
     assert f"{total:,}" in table.out

@@ -155,8 +155,8 @@ def test_extras_are_installed_from_a_clone(
     for file in (*root.glob("docs/*.md"), root / "README.md", *root.glob("src/**/*.py")):
         text = file.read_text("utf-8")
         assert "install 'neounify" not in text, file
-        for found in re.findall(r"pip install .*'\.\[(\w+)\]'", text):
-            assert install_command(found) in text, file
+        for extra in re.findall(r"pip install .*'\.\[(\w+)\]'", text):
+            assert install_command(extra) in text, file
 
 
 @pytest.mark.parametrize("columns", ["70", "120"])

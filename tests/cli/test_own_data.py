@@ -55,8 +55,8 @@ def test_the_page_runs_as_it_stands(here: Path) -> None:
 
 
 def write_recipe(folder: Path, data: Path, **stage: object) -> Path:
-    given = {"steps": 6, "tokens_per_pack": 128, "log_every": 2, "save_every": 2, **stage}
-    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in given.items())
+    values = {"steps": 6, "tokens_per_pack": 128, "log_every": 2, "save_every": 2, **stage}
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
     recipe = folder / "r.toml"
     recipe.write_text(
         f'name = "r"\nworkers = 0\nkeep = 3\n[model]\ncheckpoint = "{bundled_model()}"\n'

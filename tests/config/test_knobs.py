@@ -129,11 +129,11 @@ def test_a_value_out_of_range_names_its_field(name: str, value: Any) -> None:
 @pytest.mark.parametrize("editing", [False, True])
 def test_none_stands_for_the_checkpoints_own(editing: bool) -> None:
     for config in (TINY, SCENES):
-        own = config.sampling
+        defaults = config.sampling
         resolved = ImageSampling().resolve(config, editing=editing)
-        assert (resolved.steps, resolved.shift) == (own.steps, own.shift)
+        assert (resolved.steps, resolved.shift) == (defaults.steps, defaults.shift)
         guidance = resolved.guidance
-        assert (guidance.text, guidance.image) == (own.guidance, own.image_guidance)
+        assert (guidance.text, guidance.image) == (defaults.guidance, defaults.image_guidance)
         assert guidance.editing is editing
 
 
@@ -243,7 +243,7 @@ def test_a_value_of_text_out_of_range_names_its_field(name: str, value: Any) -> 
 )
 def test_every_option_and_field_of_text_arrives(name: str, value: Any) -> None:
     wanted = TextSampling(**{name: value})
-    given = cli.ChatOptions(**{name: value}).arguments()
-    assert make_chat_request("Hello?", (), **given).sampling == wanted
+    arguments = cli.ChatOptions(**{name: value}).arguments()
+    assert make_chat_request("Hello?", (), **arguments).sampling == wanted
     body = ChatBody.model_validate({"messages": [{"role": "user", "content": ""}], name: value})
     assert body.sampling(seed=body.seed) == wanted

@@ -57,69 +57,71 @@ def trained_text(encoded: Encoded) -> str:
 
 
 def test_text_to_image_is_the_painting_prompt() -> None:
-    found = encode("t2i", user("a red circle"), model(RED))
+    encoded = encode("t2i", user("a red circle"), model(RED))
     wanted = image_prompt(TOKENIZER, "a red circle", system="Paint well.", think=False)
-    assert list(found.ids) == flat(wanted)
-    assert found.document.spans == (Text(len(found.ids)), Noise(4, 4))
-    assert found.label_ids == ()
-    assert [t.tolist() for t in found.targets] == [RED.tolist()]
-    assert found.images == ()
+    assert list(encoded.ids) == flat(wanted)
+    assert encoded.document.spans == (Text(len(encoded.ids)), Noise(4, 4))
+    assert encoded.label_ids == ()
+    assert [t.tolist() for t in encoded.targets] == [RED.tolist()]
+    assert encoded.images == ()
 
 
 def test_thoughts_are_trained_up_to_their_closing_mark_and_no_further() -> None:
-    found = encode(
+    encoded = encode(
         "t2i_think", user("a red circle"), model("<think>\nred circle\n</think>\n\n", RED)
     )
     wanted = image_prompt(TOKENIZER, "a red circle", system="Paint well.", think=True)
     thought = [*TOKENIZER.encode("red circle\n"), TOKENIZER.id("</think>")]
-    assert list(found.ids) == [*flat(wanted), *thought, *after_think_ids(TOKENIZER)]
-    assert trained_text(found) == "red circle\n</think>"
-    assert found.label_rows[0] == len(flat(wanted)) - 1
+    assert list(encoded.ids) == [*flat(wanted), *thought, *after_think_ids(TOKENIZER)]
+    assert trained_text(encoded) == "red circle\n</think>"
+    assert encoded.label_rows[0] == len(flat(wanted)) - 1
 
 
 def test_edits_show_the_source_and_end_with_the_noisy_target() -> None:
-    found = encode("edit", user(RED, "\nMake it blue."), model(BLUE))
+    encoded = encode("edit", user(RED, "\nMake it blue."), model(BLUE))
     wanted = image_prompt(TOKENIZER, "<image>\nMake it blue.", system="Paint well.", think=False)
-    assert list(found.ids) == flat(wanted)
-    assert [type(s) for s in found.document.spans] == [Text, Image, Text, Noise]
-    assert found.images[0] is RED
-    assert found.targets[0] is BLUE
+    assert list(encoded.ids) == flat(wanted)
+    assert [type(s) for s in encoded.document.spans] == [Text, Image, Text, Noise]
+    assert encoded.images[0] is RED
+    assert encoded.targets[0] is BLUE
 
 
 def test_answers_are_trained_with_their_end() -> None:
-    found = encode("vqa", user(RED, "\nWhat colour?"), model("red"))
+    encoded = encode("vqa", user(RED, "\nWhat colour?"), model("red"))
     wanted = chat_prompt(TOKENIZER, [Message("user", "<image>\nWhat colour?")])
-    assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert trained_text(found) == "red<|im_end|>"
+    assert list(encoded.ids[: len(flat(wanted))]) == flat(wanted)
+    assert trained_text(encoded) == "red<|im_end|>"
     # The rows count the image's tokens too.
-    assert found.label_rows[0] == len(flat(wanted)) - 1 + GRID
-    assert list(found.label_rows) == list(range(found.label_rows[0], found.label_rows[-1] + 1))
+    assert encoded.label_rows[0] == len(flat(wanted)) - 1 + GRID
+    assert list(encoded.label_rows) == list(
+        range(encoded.label_rows[0], encoded.label_rows[-1] + 1)
+    )
 
 
 def test_a_conversation_learns_every_answer() -> None:
-    found = encode("text", user("one?"), model("1"), user("two?"), model("2"))
+    encoded = encode("text", user("one?"), model("1"), user("two?"), model("2"))
     wanted = chat_prompt(
         TOKENIZER, [Message("user", "one?"), Message("assistant", "1"), Message("user", "two?")]
     )
-    assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert trained_text(found) == "1<|im_end|>2<|im_end|>"
+    assert list(encoded.ids[: len(flat(wanted))]) == flat(wanted)
+    assert trained_text(encoded) == "1<|im_end|>2<|im_end|>"
 
 
 def test_stories_learn_text_marks_and_end_and_show_every_image_again() -> None:
-    found = encode("interleave", user("Tell."), model("first\n", RED, "\nthen\n", BLUE))
+    encoded = encode("interleave", user("Tell."), model("first\n", RED, "\nthen\n", BLUE))
     wanted = interleave_prompt(TOKENIZER, "Tell.", system="", think=False)
-    assert list(found.ids[: len(flat(wanted))]) == flat(wanted)
-    assert trained_text(found) == "first\n<img>\nthen\n<img><|im_end|>"
-    kinds = [type(s) for s in found.document.spans]
+    assert list(encoded.ids[: len(flat(wanted))]) == flat(wanted)
+    assert trained_text(encoded) == "first\n<img>\nthen\n<img><|im_end|>"
+    kinds = [type(s) for s in encoded.document.spans]
     assert kinds == [Text, Noise, Image, Text, Noise, Image, Text]
-    assert [i is j for i, j in zip(found.images, found.targets, strict=True)] == [True, True]
+    assert [i is j for i, j in zip(encoded.images, encoded.targets, strict=True)] == [True, True]
 
 
 def test_noise_draws_share_a_document() -> None:
     encoder = Encoder(config=SCENES, tokenizer=TOKENIZER, dropout=KEEP, noise_draws=3)
-    found = encode("t2i", user("a"), model(RED), encoder=encoder)
-    assert found.document.spans[1:] == (Noise(4, 4),) * 3
-    assert len(found.targets) == 3
+    encoded = encode("t2i", user("a"), model(RED), encoder=encoder)
+    assert encoded.document.spans[1:] == (Noise(4, 4),) * 3
+    assert len(encoded.targets) == 3
 
 
 @pytest.mark.parametrize("task", ["t2i", "edit", "interleave"])
@@ -129,20 +131,20 @@ def test_dropout_of_everything_leaves_the_unconditional_prompt(task: str) -> Non
     )
     shown = (RED,) if task == "edit" else ()
     text = ("words\n",) if task == "interleave" else ()
-    found = encode(task, user(*shown, "x"), model(*text, BLUE), encoder=encoder)
-    assert list(found.ids) == flat(unconditional_prompt(TOKENIZER))
-    assert found.label_ids == ()
-    assert found.images == ()
-    assert found.targets[0] is BLUE
+    encoded = encode(task, user(*shown, "x"), model(*text, BLUE), encoder=encoder)
+    assert list(encoded.ids) == flat(unconditional_prompt(TOKENIZER))
+    assert encoded.label_ids == ()
+    assert encoded.images == ()
+    assert encoded.targets[0] is BLUE
 
 
 def test_dropout_of_text_leaves_the_images() -> None:
     encoder = Encoder(
         config=SCENES, tokenizer=TOKENIZER, dropout=GuidanceDropout(text=1.0, all=0.0)
     )
-    found = encode("edit", user(RED, "\nx"), model(BLUE), encoder=encoder)
-    assert list(found.ids) == flat(images_only_prompt(TOKENIZER, 1, open_image=True))
-    assert [type(s) for s in found.document.spans] == [Text, Image, Text, Noise]
+    encoded = encode("edit", user(RED, "\nx"), model(BLUE), encoder=encoder)
+    assert list(encoded.ids) == flat(images_only_prompt(TOKENIZER, 1, open_image=True))
+    assert [type(s) for s in encoded.document.spans] == [Text, Image, Text, Noise]
 
 
 def test_reading_tasks_are_never_dropped() -> None:
@@ -163,8 +165,8 @@ def test_dropout_comes_as_often_as_asked() -> None:
 
 def test_images_are_sized_for_the_model() -> None:
     odd = np.zeros((50, 90, 3), np.uint8)
-    found = encode("edit", user(odd, "\nx"), model(odd))
-    for pixels in (*found.images, *found.targets):
+    encoded = encode("edit", user(odd, "\nx"), model(odd))
+    for pixels in (*encoded.images, *encoded.targets):
         assert pixels.shape[0] % 16 == pixels.shape[1] % 16 == 0
     encoder = Encoder(
         config=SCENES, tokenizer=TOKENIZER, dropout=KEEP, target_buckets=((64, 32), (32, 64))
@@ -180,5 +182,7 @@ def test_a_text_longer_than_the_context_is_a_data_error() -> None:
 def test_every_made_sample_can_be_encoded() -> None:
     source = SceneDataset(0, scene_config("default"), chinese=0.3)
     for number in range(200):
-        found = ENCODER(source[number], np.random.default_rng(number))
-        assert found.length == len(found.ids) + GRID * (len(found.images) + len(found.targets))
+        encoded = ENCODER(source[number], np.random.default_rng(number))
+        assert encoded.length == len(encoded.ids) + GRID * (
+            len(encoded.images) + len(encoded.targets)
+        )

@@ -184,8 +184,8 @@ def test_fields_that_need_not_be_read_are_named_in_the_recipe(tmp_path: Path) ->
 def test_images_of_another_folder(tmp_path: Path) -> None:
     for name in ("data", "images/sub", "secret"):
         (tmp_path / name).mkdir(parents=True)
-    for place in ("images/sub/a.png", "secret/b.png"):
-        (tmp_path / place).write_bytes(png(32, 32))
+    for file in ("images/sub/a.png", "secret/b.png"):
+        (tmp_path / file).write_bytes(png(32, 32))
     (tmp_path / "images" / "link.png").symlink_to(tmp_path / "secret" / "b.png")
     (tmp_path / "images" / "folder").symlink_to(tmp_path / "secret")
     names = ["sub/a.png", str(tmp_path / "images/sub/a.png"), "sub/../sub/a.png"]

@@ -79,10 +79,10 @@ def test_packs_are_at_least_97_percent_full() -> None:
 
 def test_every_sample_comes_exactly_once() -> None:
     loads = islice(load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=1024, workers=0)), 50)
-    found = [int(s.split("-")[-1]) for item in loads for s in item.pack.samples]
-    assert len(set(found)) == len(found)
+    numbers = [int(s.split("-")[-1]) for item in loads for s in item.pack.samples]
+    assert len(set(numbers)) == len(numbers)
     # What is missing waits in the packs of the last window, none of an earlier one.
-    missing = set(range(max(found))) - set(found)
+    missing = set(range(max(numbers))) - set(numbers)
     later = islice(
         load_packs(SOURCE, ENCODER, LoaderConfig(tokens_per_pack=1024, workers=0)), 50, 100
     )

@@ -35,14 +35,14 @@ def shape(sample: Sample) -> object:
 
 def _parts(turn: Turn) -> list[object]:
     """Parts, text that touches joined, as the published schema joins it."""
-    found: list[object] = []
+    content: list[object] = []
     for touching, parts in groupby(turn.parts, key=lambda part: isinstance(part, SampleText)):
         if touching:
             texts = [p for p in parts if isinstance(p, SampleText)]
-            found.append(("".join(p.text for p in texts), texts[0].loss))
+            content.append(("".join(p.text for p in texts), texts[0].loss))
         else:
-            found += [(p.role, p.pixels().tolist()) for p in parts if isinstance(p, SampleImage)]
-    return found
+            content += [(p.role, p.pixels().tolist()) for p in parts if isinstance(p, SampleImage)]
+    return content
 
 
 @pytest.fixture

@@ -83,11 +83,11 @@ def test_probabilities(ranked: int, rows: list[tuple[int, TextSampling]]) -> Non
         patch.setattr(sampler, "MAX_RANKED", ranked)
         logits = torch.stack([_logits(n) for n, _ in rows])
         actual = probabilities(logits, [SamplingState(s) for _, s in rows])
-    for (n, settings), found in zip(rows, actual, strict=True):
+    for (n, settings), row in zip(rows, actual, strict=True):
         wanted = _plain_probabilities(_logits(n).tolist(), settings)
-        assert (found / found.sum()).tolist() == pytest.approx(wanted, abs=1e-5)
-        total = found.sum().item()
-        assert [x > 1e-9 * total for x in found.tolist()] == [x > 1e-9 for x in wanted]
+        assert (row / row.sum()).tolist() == pytest.approx(wanted, abs=1e-5)
+        total = row.sum().item()
+        assert [x > 1e-9 * total for x in row.tolist()] == [x > 1e-9 for x in wanted]
 
 
 @pytest.mark.parametrize("ranked", [0, 1024])
@@ -101,8 +101,8 @@ def test_of_equal_tokens_the_first_stay(ranked: int, seed: int, top_k: int, top_
     wanted = [x > 0 for x in _plain_probabilities(logits, settings)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "MAX_RANKED", ranked)
-        found = probabilities(torch.tensor([logits]), [SamplingState(settings)])[0]
-    assert [x > 0 for x in found.tolist()] == wanted
+        row = probabilities(torch.tensor([logits]), [SamplingState(settings)])[0]
+    assert [x > 0 for x in row.tolist()] == wanted
 
 
 def test_top_p_by_hand() -> None:
@@ -135,10 +135,10 @@ def test_a_flat_distribution_needs_nearly_all_tokens() -> None:
 
 
 def _penalised(logits: Sequence[float], context: Sequence[int], penalty: float) -> list[float]:
-    found = list(logits)
+    scores = list(logits)
     for i in set(context):
-        found[i] = found[i] / penalty if found[i] > 0 else found[i] * penalty
-    return found
+        scores[i] = scores[i] / penalty if scores[i] > 0 else scores[i] * penalty
+    return scores
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
@@ -148,19 +148,19 @@ def test_repetition_penalty(penalty: float) -> None:
     values = ((penalty, 3), (penalty, 4), (1.0, 5))
     logits = torch.stack([_logits(seed) for _, seed in values])
     states = [
-        _state(own, repetition_penalty=p) for own, (p, _) in zip(context, values, strict=True)
+        _state(tokens, repetition_penalty=p) for tokens, (p, _) in zip(context, values, strict=True)
     ]
     for _ in range(8):
         before = logits.clone()
         choices = sample(logits, states)
         assert torch.equal(logits, before)
-        for state, own, choice, row, (p, _) in zip(
+        for state, tokens, choice, row, (p, _) in zip(
             states, context, choices, logits, values, strict=True
         ):
-            wanted = _penalised(row.tolist(), own, p)
+            wanted = _penalised(row.tolist(), tokens, p)
             assert choice.token == wanted.index(max(wanted))
             state.accept(choice.token)
-            own.append(choice.token)
+            tokens.append(choice.token)
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
@@ -220,11 +220,11 @@ def test_a_request_draws_the_same_in_any_company() -> None:
     alone = []
     for row, values in enumerate(COMPANY):
         state = _state([1, 2], **values)
-        own = []
+        drawn = []
         for step in range(12):
-            own.append(sample(logits(row, step)[None], [state])[0])
-            state.accept(own[-1].token)
-        alone.append(own)
+            drawn.append(sample(logits(row, step)[None], [state])[0])
+            state.accept(drawn[-1].token)
+        alone.append(drawn)
     states = [_state([1, 2], **values) for values in COMPANY]
     for step in range(12):
         torch.rand(3)
@@ -299,10 +299,10 @@ def test_one_row_that_is_not_finite_fails_alone(bad: float, values: dict[str, An
     states = [_state(temperature=1.0, seed=1), _state(**values), _state()]
     wanted = sample(logits, [_state(temperature=1.0, seed=1), _state(**values), _state()])
     logits[1, 20] = bad
-    found = sample(logits, states)
-    assert (found[0], found[2]) == (wanted[0], wanted[2])
-    assert found[1].problem == "not finite"
-    assert isinstance(found[1].error(), CheckpointError)
+    choices = sample(logits, states)
+    assert (choices[0], choices[2]) == (wanted[0], wanted[2])
+    assert choices[1].problem == "not finite"
+    assert isinstance(choices[1].error(), CheckpointError)
 
 
 class Allows:
@@ -340,7 +340,7 @@ def test_a_constraint_allows_what_it_allows(packed: bool, temperature: float) ->
             assert one.token == max(tokens, key=lambda n: logits[0, n].item())
         assert other.token == int(logits[1].argmax())
         state.accept(one.token)
-    assert [token in own for token, own in zip(constraint.taken, allowed, strict=True)]
+    assert [token in ids for token, ids in zip(constraint.taken, allowed, strict=True)]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

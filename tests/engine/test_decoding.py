@@ -59,9 +59,9 @@ def test_a_batch_writes_what_each_writes_alone(sampled: bool) -> None:
     ]
     limits = [9, 4, 1, 12]
     rows = list(zip(PROMPTS, limits, settings, strict=True))
-    alone = [_written(prompt, limit, (), own).ids for prompt, limit, own in rows]
+    alone = [_written(prompt, limit, (), sampling).ids for prompt, limit, sampling in rows]
     decoder = Decoder(_model())
-    together = [decoder.start(prompt, limit, (), own) for prompt, limit, own in rows]
+    together = [decoder.start(prompt, limit, (), sampling) for prompt, limit, sampling in rows]
     steps = decoder.run()
     assert [written.ids for written in together] == alone
     assert [len(ids) for ids in alone] == limits
@@ -157,9 +157,9 @@ def test_logprobs_come_with_every_token() -> None:
     written = _written(PROMPTS[0], 5, (), TextSampling(logprobs=2))
     logprobs = [token.logprobs for token in written.tokens if token.logprobs is not None]
     assert len(logprobs) == 5
-    best = [found.top[0] for found in logprobs]
+    best = [entry.top[0] for entry in logprobs]
     assert [token for token, _ in best] == written.ids
-    assert [value for _, value in best] == [found.chosen for found in logprobs]
+    assert [value for _, value in best] == [entry.chosen for entry in logprobs]
 
 
 def test_a_model_that_is_not_finite_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

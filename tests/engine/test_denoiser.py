@@ -67,8 +67,8 @@ def test_company_changes_nothing(
     alone = [painted(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
     monkeypatch.setattr(backends, "MAX_PREFIX", {"none": 1, "some": min(seen), "all": 512}[share])
     together = painted(Denoiser(pipe.model), jobs(pipe), late=2)
-    for expected, found in zip(alone, together, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for expected, actual in zip(alone, together, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("short", [1, 512])
@@ -84,10 +84,10 @@ def test_an_image_that_is_not_finite_fails_alone(
     expected = painted(Denoiser(pipe.model), three())
     broken = three()
     broken[1].z[0, 0] = float("nan")
-    found = painted(Denoiser(pipe.model), broken)
-    assert not torch.isfinite(found[1]).all()
-    for place in (0, 2):
-        torch.testing.assert_close(found[place], expected[place], atol=1e-5, rtol=0)
+    actual = painted(Denoiser(pipe.model), broken)
+    assert not torch.isfinite(actual[1]).all()
+    for index in (0, 2):
+        torch.testing.assert_close(actual[index], expected[index], atol=1e-5, rtol=0)
 
 
 def test_little_memory_means_more_calls(
@@ -106,9 +106,9 @@ def test_little_memory_means_more_calls(
 
     started = jobs(pipe)
     monkeypatch.setattr(pipe.model, "layer_by_layer", counted)
-    found = painted(stepper, started)
+    actual = painted(stepper, started)
     assert max(calls) == 2  # the guidance branches of one image
-    for a, b in zip(expected, found, strict=True):
+    for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
 
 

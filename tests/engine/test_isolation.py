@@ -92,16 +92,16 @@ def answers(engine: Any) -> dict[int, list[Answer]]:
         if not engine.busy:
             break
         engine.step()
-    found: dict[int, list[Answer]] = {}
+    by_call: dict[int, list[Answer]] = {}
     for reply in engine.replies:
-        found.setdefault(reply.call, []).append(reply.answer)
+        by_call.setdefault(reply.call, []).append(reply.answer)
     engine.replies = []
-    return found
+    return by_call
 
 
-def failure(found: list[Answer]) -> str:
-    assert isinstance(found[-1], Failed)
-    return found[-1].kind
+def failure(answers: list[Answer]) -> str:
+    assert isinstance(answers[-1], Failed)
+    return answers[-1].kind
 
 
 def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipeline) -> None:
@@ -120,10 +120,10 @@ def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipe
     for _ in range(3):
         engine.step()
     engine.submit(Release(((1, "cond"),)))
-    found = answers(engine)
-    assert isinstance(found[1][0], Prefilled)
-    assert isinstance(found[2][0], Prefilled)
-    assert failure(found[3]) == "TensorsGone"
+    replies = answers(engine)
+    assert isinstance(replies[1][0], Prefilled)
+    assert isinstance(replies[2][0], Prefilled)
+    assert failure(replies[3]) == "TensorsGone"
     engine.submit(Release(((2, "cond"),)))
     engine.check()
     assert pool_of(engine).allocator.in_use == 0
@@ -138,21 +138,21 @@ def test_one_order_to_the_understanding_engine_fails_alone(
     engine = understanding(pipe, transport)
     for number in (1, 2, 3):
         engine.submit(looking(number, transport))
-    found = answers(engine)
-    assert failure(found[2]) == kind_of(error)
-    assert isinstance(found[1][0], Prefilled)
-    assert isinstance(found[3][0], Prefilled)
+    replies = answers(engine)
+    assert failure(replies[2]) == kind_of(error)
+    assert isinstance(replies[1][0], Prefilled)
+    assert isinstance(replies[3][0], Prefilled)
     names = tuple((n, "cond") for n in (1, 3))
     transport.fails = {"pack": {transport.done["pack"] + 2: error}}
     engine.submit(Export(4, names))
     engine.submit(Export(5, names))
     engine.submit(Append(6, {names[0]: (TextInput((5,)),), (9, "cond"): (TextInput((5,)),)}))
     engine.submit(Append(7, {names[0]: (TextInput((5,)),)}))
-    found = answers(engine)
-    assert failure(found[4]) == kind_of(error)
-    assert isinstance(found[5][0], Exported)
-    assert failure(found[6]) == "EngineDied"  # it has no such sequence: that of an earlier life
-    assert isinstance(found[7][0], Appended)
+    replies = answers(engine)
+    assert failure(replies[4]) == kind_of(error)
+    assert isinstance(replies[5][0], Exported)
+    assert failure(replies[6]) == "EngineDied"  # it has no such sequence: that of an earlier life
+    assert isinstance(replies[7][0], Appended)
     engine.submit(Release(names))
     engine.check()
     assert pool_of(engine).allocator.in_use == 0
@@ -173,10 +173,10 @@ def test_an_order_that_cannot_be_admitted_fails_alone(
     monkeypatch.setattr(pool_of(engine), "open", fails)
     for number in (1, 2, 3):
         engine.submit(looking(number, transport))
-    found = answers(engine)
-    assert failure(found[2]) == "RuntimeError"
-    assert isinstance(found[1][0], Prefilled)
-    assert isinstance(found[3][0], Prefilled)
+    replies = answers(engine)
+    assert failure(replies[2]) == "RuntimeError"
+    assert isinstance(replies[1][0], Prefilled)
+    assert isinstance(replies[3][0], Prefilled)
     engine.submit(Release(tuple((n, "cond") for n in (1, 3))))
     engine.check()
     assert pool_of(engine).allocator.in_use == 0
@@ -211,11 +211,11 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     noise[list(broken)] = float("nan")
     engine.submit(painting(pipe, 1, transport, noise))
     engine.submit(painting(pipe, 2, transport, noise_of(pipe, 2)))
-    found = answers(engine)
-    assert failure(found[1]) == "CheckpointError"
-    assert [type(a) for a in found[2]] == [ImageReady, ImageReady]
+    replies = answers(engine)
+    assert failure(replies[1]) == "CheckpointError"
+    assert [type(a) for a in replies[2]] == [ImageReady, ImageReady]
     assert engine.gauges()["gen_images"] == 0
-    for answer in (*found[1], *found[2]):
+    for answer in (*replies[1], *replies[2]):
         for parcel in refs_of(answer):
             parcel.free()
     assert not list(folder().glob(f"{transport.prefix}*"))
@@ -231,11 +231,11 @@ def test_one_order_to_the_generation_engine_fails_alone(
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     for call in (1, 2):
         engine.submit(painting(pipe, call, transport, noise_of(pipe, 1), previews=frozenset((1,))))
-    found = answers(engine)
-    failing = [call for call, own in found.items() if isinstance(own[-1], Failed)]
+    by_call = answers(engine)
+    failing = [call for call, replies in by_call.items() if isinstance(replies[-1], Failed)]
     assert len(failing) == 1
-    assert failure(found[failing[0]]) == kind_of(error)
-    assert isinstance(found[3 - failing[0]][-1], ImageReady)
+    assert failure(by_call[failing[0]]) == kind_of(error)
+    assert isinstance(by_call[3 - failing[0]][-1], ImageReady)
     assert engine.gauges()["gen_images"] == 0
 
 

@@ -36,13 +36,13 @@ def test_nobody_waits_for_ever(
     for _ in range(200):
         chosen = select_images(waiting, max_rows, max_missed)
         assert chosen
-        rows = sum(waiting[place].rows for place in chosen)
+        rows = sum(waiting[index].rows for index in chosen)
         assert rows <= max_rows or len(chosen) == 1
         # Each that is late is at most one turn of all others away.
         assert max(w.missed for w in waiting) <= max_missed + len(waiting)
-        for place in chosen:
+        for index in chosen:
             # A finished one makes place for another of its kind.
-            waiting[place].steps_left = waiting[place].steps_left - 1 or sizes[place][1]
+            waiting[index].steps_left = waiting[index].steps_left - 1 or sizes[index][1]
 
 
 @pytest.mark.parametrize(

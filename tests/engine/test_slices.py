@@ -61,12 +61,12 @@ def test_the_first_step_sets_the_mean_of_what_steps_take() -> None:
 
 
 def results(engine: GenerationEngine) -> dict[int, torch.Tensor]:
-    found = {}
+    pixels = {}
     for reply in engine.replies:
         assert isinstance(reply.answer, ImageReady)
         assert isinstance(reply.answer.pixels, LocalTensors)
-        found[reply.call] = reply.answer.pixels.tensors["pixels"]
-    return found
+        pixels[reply.call] = reply.answer.pixels.tensors["pixels"]
+    return pixels
 
 
 @pytest.mark.parametrize("beside_text", [False, True])

@@ -62,8 +62,8 @@ def _cache(model: NeoUnify) -> SequenceCache:
 
 def _token_order(rows: int, columns: int) -> Tensor:
     """Where the patches of every token stand in a row-major list of patches, [tokens, M·M]."""
-    places = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
-    return places[..., 0] * columns + places[..., 1]
+    cells = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
+    return cells[..., 0] * columns + cells[..., 1]
 
 
 @every_checkpoint
@@ -81,8 +81,8 @@ def test_patch_embedding_stage_by_stage(
     row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
     rotated = rotate_patches(features, row, column, embed.theta)
     assert_close(rotated, recorded[f"{image}.{stream}.rope"], TOLERANCE)
-    places = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
-    tokens = embed(pixels[_token_order(rows, columns)], places)
+    cells = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
+    tokens = embed(pixels[_token_order(rows, columns)], cells)
     assert_close(tokens, recorded[f"{image}.{stream}.out"], TOLERANCE)
 
 

@@ -84,9 +84,9 @@ def test_initial_noise(name: str, count: int, golden_checkpoint: Checkpoint) -> 
     pipe = pipeline(golden_checkpoint(name))
     arguments = settings(info["cases"]["none" if count == 1 else "none_b2"])
     noise = recorded[f"noise_b{count}"]
-    given = pipe.generate(info["prompt"], **arguments | {"seed": 0}, noise=noise)
+    from_noise = pipe.generate(info["prompt"], **arguments | {"seed": 0}, noise=noise)
     drawn = pipe.generate(info["prompt"], **arguments)
-    assert error(given.pixels, drawn.pixels) <= 1e-6
+    assert error(from_noise.pixels, drawn.pixels) <= 1e-6
 
 
 def test_editing(name: str, golden_checkpoint: Checkpoint) -> None:

@@ -210,8 +210,8 @@ def test_hostile_profiles_are_harmless(
     profile: bytes, edits: list[tuple[int, int]], mode: str
 ) -> None:
     changed = bytearray(profile)
-    for place, value in edits:
-        changed[place % len(changed)] = value
+    for offset, value in edits:
+        changed[offset % len(changed)] = value
     image = Image.new(mode, (4, 4))
     image.info["icc_profile"] = bytes(changed)
     read = read_image(image)

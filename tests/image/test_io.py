@@ -242,8 +242,8 @@ def test_cut_off_files_are_refused(kind: str) -> None:
 @given(edits=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6))
 def test_corrupt_files_never_raise_anything_else(kind: str, edits: list[tuple[int, int]]) -> None:
     data = bytearray(file_bytes(rgb_image(), kind))
-    for place, value in edits:
-        data[place % len(data)] = value
+    for offset, value in edits:
+        data[offset % len(data)] = value
     with suppress(ImageError):
         assert read_image(bytes(data), max_pixels=10**6).mode == "RGB"
 

@@ -60,17 +60,17 @@ def test_text_behind_the_pixels_is_skipped() -> None:
     )
 
 
-@pytest.mark.parametrize("place", ["xmp", "xmp zipped", "eXIf", "raw"])
-def test_the_orientation_survives(place: str) -> None:
+@pytest.mark.parametrize("chunk_name", ["xmp", "xmp zipped", "eXIf", "raw"])
+def test_the_orientation_survives(chunk_name: str) -> None:
     info, exif = PngInfo(), Image.Exif()
     exif[0x0112] = 6
-    if place.startswith("xmp"):
+    if chunk_name.startswith("xmp"):
         packet = '<x:xmpmeta xmlns:tiff="t" tiff:Orientation="6"/>'
-        info.add_itxt("XML:com.adobe.xmp", packet, zip=place.endswith("zipped"))
-    elif place == "raw":
+        info.add_itxt("XML:com.adobe.xmp", packet, zip=chunk_name.endswith("zipped"))
+    elif chunk_name == "raw":
         content = exif.tobytes()
         info.add_text("Raw profile type exif", f"\nexif\n{len(content):8}\n{content.hex()}\n")
-    data = file_bytes(rgb_image(), pnginfo=info, exif=exif if place == "eXIf" else b"")
+    data = file_bytes(rgb_image(), pnginfo=info, exif=exif if chunk_name == "eXIf" else b"")
     assert read_image(data).size == (4, 6)
 
 

@@ -61,7 +61,7 @@ def test_too_narrow(height: int, width: int) -> None:
     fit_size(1, 200, min_pixels=1, max_pixels=10**6)
 
 
-@pytest.mark.parametrize("bad", BAD_NUMBERS, ids=[str(place) for place in range(len(BAD_NUMBERS))])
+@pytest.mark.parametrize("bad", BAD_NUMBERS, ids=[str(index) for index in range(len(BAD_NUMBERS))])
 def test_fit_size_refuses_what_is_no_size(bad: object) -> None:
     good = {"height": 64, "width": 64, "multiple": 32, "min_pixels": 1, "max_pixels": 10**6}
     for name in good:

@@ -196,8 +196,8 @@ def test_denoising_only_reads_and_many_blocks_share_a_cache(backend: str) -> Non
     together = model.backbone(layout, {GEN: torch.cat(embedded)}, attend)[GEN]
     alone = []
     for c, grid, x in zip(caches, grids, embedded, strict=True):
-        own = Layout([c.document(*grid)])
-        alone.append(model.backbone(own, {GEN: x}, plan(own, [c], backend))[GEN])
+        single = Layout([c.document(*grid)])
+        alone.append(model.backbone(single, {GEN: x}, plan(single, [c], backend))[GEN])
     assert_close(together, torch.cat(alone), 1e-6)
     assert (cache.length, cache.next_t) == before[2:]
     np.testing.assert_array_equal(cache.keys.numpy(), before[0].numpy())  # NaN equals NaN here

@@ -111,8 +111,8 @@ def test_order_puts_text_and_images_into_their_rows() -> None:
 
 
 def test_places_of_patches_inside_tokens() -> None:
-    places = grid_patches((Grid(1, 2), Grid(2, 1)), 2, CPU)
-    assert places.shape == (4, 4, 2)
-    assert places[0].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert places[1].tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
-    assert places[3].tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
+    cells = grid_patches((Grid(1, 2), Grid(2, 1)), 2, CPU)
+    assert cells.shape == (4, 4, 2)
+    assert cells[0].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert cells[1].tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert cells[3].tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]

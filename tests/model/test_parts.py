@@ -83,10 +83,10 @@ def test_rotation_keeps_only_relative_places() -> None:
                 rotate(
                     x,
                     attention_rotation(
-                        torch.tensor([place]), 16, theta=50.0, theta_hw=6.0, dtype=torch.float64
+                        torch.tensor([position]), 16, theta=50.0, theta_hw=6.0, dtype=torch.float64
                     ),
                 )
-                for x, place in ((a, p), (b, q))
+                for x, position in ((a, p), (b, q))
             ]
         return float((turned[0] * turned[1]).sum())
 

@@ -57,12 +57,12 @@ def test_the_smallest_preset_runs() -> None:
     assert clean.shape == (1, 3 * 32 * 32)
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(3, 4), (5, 4)])
-def test_a_wrong_number_of_token_ids_is_refused(given: int, wanted: int) -> None:
+@pytest.mark.parametrize(("count", "wanted"), [(3, 4), (5, 4)])
+def test_a_wrong_number_of_token_ids_is_refused(count: int, wanted: int) -> None:
     model = random_model(random_config(random.Random(0)), 0)
     layout = Layout([Document((Text(wanted),))])
-    with pytest.raises(ValueError, match=rf"{given} ids .* the layout: {wanted} ids"):
-        model(batch_of(layout, torch.zeros(given, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=rf"{count} ids .* the layout: {wanted} ids"):
+        model(batch_of(layout, torch.zeros(count, dtype=torch.int64)))
 
 
 def test_an_image_of_another_size_is_refused() -> None:
@@ -107,11 +107,11 @@ def test_images_that_do_not_fit_the_layout_are_refused(case: str) -> None:
         model(batch_of(layout, torch.zeros(ids, dtype=torch.int64), images))
 
 
-@pytest.mark.parametrize("given", [0, 1, 2])
-def test_noise_without_its_numbers_is_refused(given: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_noise_without_its_numbers_is_refused(count: int) -> None:
     config = random_config(random.Random(0))
     model = random_model(config, 0)
     layout = Layout([Document((Text(1), Noise(1, 1)))])
-    numbers = (torch.zeros(1, 3 * config.token_size**2), torch.ones(1), torch.ones(1))[:given]
+    numbers = (torch.zeros(1, 3 * config.token_size**2), torch.ones(1), torch.ones(1))[:count]
     with pytest.raises(ValueError):  # noqa: PT011
         model(batch_of(layout, torch.zeros(1, dtype=torch.int64), (), *numbers))

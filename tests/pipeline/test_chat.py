@@ -36,8 +36,8 @@ def test_batch_equals_one_by_one(pipe: neounify.Pipeline) -> None:
     images: list[Any] = [[], [picture(1), picture(2)], [picture(3)]]
     together = pipe.chat_batch(prompts, images, max_new_tokens=12)
     assert together == [
-        pipe.chat(prompt, own, max_new_tokens=12)
-        for prompt, own in zip(prompts, images, strict=True)
+        pipe.chat(prompt, inputs, max_new_tokens=12)
+        for prompt, inputs in zip(prompts, images, strict=True)
     ]
     assert pipe.chat_batch([]) == []
 

@@ -47,10 +47,10 @@ def test_several_images_of_one_prompt_are_one_draw(pipe: neounify.Pipeline) -> N
     out = pipe.generate("a boat", images_per_prompt=2, seed=9, **SIZE)
     scale = noise_scale(6, pipe.config.flow)
     noise = initial_noise((2, 3, 96, 64), scale, torch.Generator().manual_seed(9))
-    given = pipe.generate("a boat", images_per_prompt=2, noise=noise, **SIZE)
+    from_noise = pipe.generate("a boat", images_per_prompt=2, noise=noise, **SIZE)
     assert out.pixels.shape == (2, 3, 96, 64)
-    assert torch.equal(out.pixels, given.pixels)
-    assert (out.seeds, given.seeds) == ([9], [None])
+    assert torch.equal(out.pixels, from_noise.pixels)
+    assert (out.seeds, from_noise.seeds) == ([9], [None])
     assert [image.size for image in out.images] == [(64, 96)] * 2
 
 

@@ -118,7 +118,7 @@ ENTITY = '<!DOCTYPE x [<!ENTITY a "b">]>' + OTHER.replace("Other", "&a;")
 
 
 @pytest.mark.parametrize(
-    ("packet", "found"),
+    ("packet", "facts"),
     [
         (OTHER, {"made_by": "Other 1.0"}),
         (ENTITY, {}),
@@ -128,8 +128,8 @@ ENTITY = '<!DOCTYPE x [<!ENTITY a "b">]>' + OTHER.replace("Other", "&a;")
         ('<?xml version="1.0" encoding="nonsense"?><x/>', {}),
     ],
 )
-def test_packets_of_others(packet: str, found: dict[str, str]) -> None:
-    assert read_packet(packet.encode("utf-8", "surrogatepass")) == found
+def test_packets_of_others(packet: str, facts: dict[str, str]) -> None:
+    assert read_packet(packet.encode("utf-8", "surrogatepass")) == facts
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,7 +141,7 @@ def test_damaged_files_give_facts_or_a_clear_error(data: st.DataObject, format: 
     cut = data.draw(st.integers(0, len(whole)))
     for damaged in (bytes(whole), bytes(whole[:cut])):
         try:
-            found = read_provenance(damaged)
+            facts = read_provenance(damaged)
         except ImageError:
             continue
-        assert json.dumps(found)
+        assert json.dumps(facts)

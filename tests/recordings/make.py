@@ -100,7 +100,7 @@ def derivatives(
     """By weight, the loss's derivative along `direction`, from central differences."""
     noisy = document[-1]
     assert isinstance(noisy, Noisy)
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for name, weight in weights.items():
         along = direction(weight.shape)
         step = 1e-4 / float(np.linalg.norm(along))
@@ -108,8 +108,8 @@ def derivatives(
         for signed in (step, -step):
             moved = {**weights, name: weight + signed * along}
             ends.append(loss(reference.forward([document], moved, facts)[0], labels, noisy, target))
-        found[name] = (ends[0] - ends[1]) / (2 * step)
-    return found
+        by_name[name] = (ends[0] - ends[1]) / (2 * step)
+    return by_name
 
 
 def times() -> list[float]:

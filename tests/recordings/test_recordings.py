@@ -171,17 +171,17 @@ def test_gradients(name: str, dtype: torch.dtype) -> None:
         loss = cross_entropy(logits, recorded.arrays["mixed.labels"]) + error.square().mean()
         loss.backward()
     bound = 1e-4 if dtype == torch.float32 else 1e-7
-    found = {}
+    computed = {}
     for own_name, parameter in model.named_parameters():
         gradient = torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad
         along = direction(tuple(parameter.shape))
-        found[to_published(own_name)] = (
+        computed[to_published(own_name)] = (
             float((gradient.double().numpy() * along).sum()),
             float(gradient.norm() * np.linalg.norm(along)),
         )
-    assert set(found) == set(recorded.facts["derivatives"])
+    assert set(computed) == set(recorded.facts["derivatives"])
     for key, expected in recorded.facts["derivatives"].items():
-        derivative, scale = found[key]
+        derivative, scale = computed[key]
         assert abs(derivative - expected) <= bound * scale + 1e-9, key
 
 

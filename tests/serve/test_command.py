@@ -143,10 +143,10 @@ def _runs(pid: int) -> bool:
 
 
 def _children(pid: int) -> list[int]:
-    found = subprocess.run(
+    done = subprocess.run(
         ["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True
     )
-    return [int(line) for line in found.stdout.split()]
+    return [int(line) for line in done.stdout.split()]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def _children(pid: int) -> list[int]:
 def test_wrong_options_are_one_clear_error(arguments: tuple[str, ...], message: str) -> None:
     command = [sys.executable, "-m", "neounify", "serve", *arguments]
     environment = {**os.environ, "COLUMNS": "200"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert found.returncode in (1, 2)
-    assert message in found.stderr
-    assert "Traceback" not in found.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

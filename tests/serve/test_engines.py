@@ -64,9 +64,9 @@ async def ready(service: EngineService) -> None:
 
 async def unavailable(request: Awaitable[Any]) -> None:
     """It has to end with 503 and Retry-After."""
-    with pytest.raises(EngineDied) as found:
+    with pytest.raises(EngineDied) as raised:
         await request
-    answer = to_api_error(found.value)
+    answer = to_api_error(raised.value)
     assert answer.status_code == 503
     assert answer.response().headers["Retry-After"] == "2"
 
@@ -107,10 +107,10 @@ def test_a_thread_that_dies_is_started_again_and_leaves_none_behind(
 def test_a_step_without_end_in_a_thread_is_told_and_survived(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, stuck, held = GenerationEngine.step, threading.Event(), [True]
+    step, stuck, pending = GenerationEngine.step, threading.Event(), [True]
 
     def sticks(self: GenerationEngine, **how: bool) -> None:
-        if held.pop() if held else False:
+        if pending.pop() if pending else False:
             stuck.wait(60)
         step(self, **how)
 

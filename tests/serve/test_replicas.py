@@ -103,8 +103,8 @@ def chat(tokens: int) -> dict[str, object]:
 
 
 def counted(text: str, name: str) -> float:
-    found = re.search(rf"^neounify_{name} ([\d.e+]+)$", text, re.MULTILINE)
-    return float(found.group(1)) if found else 0.0
+    match = re.search(rf"^neounify_{name} ([\d.e+]+)$", text, re.MULTILINE)
+    return float(match.group(1)) if match else 0.0
 
 
 def test_two_processes_answer(server: Server) -> None:

@@ -375,7 +375,7 @@ def test_long_work_leaves_the_event_loop(
 
     loop = serve(colocated(pipe), work)
     assert threads["encode"]
-    assert [name for name, own in threads.items() if loop in own] == []
+    assert [name for name, used in threads.items() if loop in used] == []
     assert bool(threads["digest"]) == (kind != "paint")
 
 

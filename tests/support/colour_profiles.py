@@ -81,6 +81,6 @@ def _fixed(value: float) -> bytes:
 def chained_profile(elements: int) -> bytes:
     """An RGB profile with a chain of matrices, each of which does nothing."""
     element = b"matf\0\0\0\0" + struct.pack(">HH12f", 3, 3, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0)
-    place = struct.pack(">II", 16 + 8 * elements, len(element))
-    chain = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, elements) + place * elements + element
+    entry = struct.pack(">II", 16 + 8 * elements, len(element))
+    chain = b"mpet\0\0\0\0" + struct.pack(">HHI", 3, 3, elements) + entry * elements + element
     return _profile(b"RGB ", {b"D2B1": chain}, space=b"Lab ")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def _find() -> Path | None:
-    given = os.environ.get("NEOUNIFY_GOLDEN")
-    places = [Path(given)] if given else [Path(__file__).parents[3] / "shared" / "golden"]
-    return next((place.resolve() for place in places if place.is_dir()), None)
+    variable = os.environ.get("NEOUNIFY_GOLDEN")
+    folders = [Path(variable)] if variable else [Path(__file__).parents[3] / "shared" / "golden"]
+    return next((folder.resolve() for folder in folders if folder.is_dir()), None)
 
 
 GOLDEN: Path | None = _find()

@@ -41,12 +41,12 @@ def prefilled(
     names: list[SequenceName] = [(new_number(), "cond") for _ in prompts]
     side = engine.model.config.token_size
     inputs = {}
-    for name, prompt, own in zip(names, prompts, images, strict=True):
+    for name, prompt, of_prompt in zip(names, prompts, images, strict=True):
         packed = [
             ImageInput(
                 LocalTensors({"pixels": x}), b"", Grid.of_pixels(x.shape[1], x.shape[2], side)
             )
-            for x in own
+            for x in of_prompt
         ]
         inputs[name] = prompt_inputs(prompt, packed)
     engine.submit(Prefill(new_number(), inputs, dict.fromkeys(names, 0)))

@@ -38,7 +38,7 @@ def write_shard(samples: Iterable[Sample], path: Path) -> None:
 
 
 def _write(archive: tarfile.TarFile, key: str, sample: Sample) -> None:
-    names = [f"{key}.{place}.png" for place in range(len(sample.images))]
+    names = [f"{key}.{index}.png" for index in range(len(sample.images))]
     record = json.dumps(sample_to_record(sample, names), ensure_ascii=False)
     _add(archive, f"{key}.json", record.encode())
     for name, part in zip(names, sample.images, strict=True):

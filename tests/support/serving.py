@@ -30,22 +30,22 @@ class Collected:
 
 
 async def collect(service: EngineService, request: ServiceRequest, **options: object) -> Collected:
-    found = Collected()
+    collected = Collected()
     async for event in service.answer(request, **options):  # type: ignore[arg-type]
-        found.order.append(type(event).__name__)
+        collected.order.append(type(event).__name__)
         match event:
             case TextPiece(text, thought):
                 if thought:
-                    found.thought += text
+                    collected.thought += text
                 else:
-                    found.text += text
+                    collected.text += text
             case ImageFinished(index, pixels):
-                found.images[index] = pixels
+                collected.images[index] = pixels
             case Preview():
-                found.previews.append(event)
+                collected.previews.append(event)
             case Finished():
-                found.finished = event
-    return found
+                collected.finished = event
+    return collected
 
 
 @asynccontextmanager

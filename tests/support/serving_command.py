@@ -20,8 +20,8 @@ def free_port() -> int:
     """A port that nobody listens at, for a server that is started in a moment."""
     while True:
         port = random.SystemRandom().choice(PORTS)
-        with socket.socket() as held, suppress(OSError):
-            held.bind(("127.0.0.1", port))
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
             return port
 
 

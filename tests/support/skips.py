@@ -39,10 +39,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def reasons(reports: Iterable[Any]) -> Counter[str]:
     """How many tests, or whole modules, were skipped for each reason."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for report in reports:
         _, _, text = report.longrepr
         reason = str(text).removeprefix("Skipped: ")
         whole = isinstance(report, pytest.CollectReport)
-        found[f"{reason} (all tests of {report.nodeid})" if whole else reason] += 1
-    return found
+        counts[f"{reason} (all tests of {report.nodeid})" if whole else reason] += 1
+    return counts

@@ -45,9 +45,9 @@ def test_the_size_that_is_named_is_allowed(columns: int, rows: int, limit: int) 
     try:
         check_image_tokens(SCENES, columns * side, rows * side, limit)
     except ImageError as error:
-        found = re.search(r"the largest of this shape is (\d+)x(\d+)", str(error))
-        assert found is not None
-        width, height = map(int, found.groups())
+        match = re.search(r"the largest of this shape is (\d+)x(\d+)", str(error))
+        assert match is not None
+        width, height = map(int, match.groups())
         assert columns * rows > limit
         assert width % side == height % side == 0
         assert width <= columns * side

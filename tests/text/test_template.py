@@ -92,9 +92,9 @@ def test_images_are_segments_numbered_over_the_whole_conversation() -> None:
     prompt = chat_prompt(BYTES, turns)
     images = [segment for segment in prompt.segments if isinstance(segment, ImageSegment)]
     assert images == [ImageSegment(0), ImageSegment(1), ImageSegment(2)]
-    for place, segment in enumerate(prompt.segments):
+    for index, segment in enumerate(prompt.segments):
         if isinstance(segment, ImageSegment):
-            before, after = prompt.segments[place - 1], prompt.segments[place + 1]
+            before, after = prompt.segments[index - 1], prompt.segments[index + 1]
             assert isinstance(before, TextSegment)
             assert isinstance(after, TextSegment)
             assert before.ids[-1] == BYTES.id("<img>")
@@ -190,12 +190,12 @@ def test_text_that_is_not_text_is_refused(bad: str) -> None:
     ],
 )
 def test_every_turn_is_written_where_it_stands(roles: list[Any]) -> None:
-    turns = [Message(role, f"{role[0]}{place}") for place, role in enumerate(roles)]
+    turns = [Message(role, f"{role[0]}{index}") for index, role in enumerate(roles)]
     text = "".join(f"<|im_start|>{t.role}\n{t.text}<|im_end|>\n" for t in turns)
     assert written(chat_prompt(BYTES, turns)) == text + "<|im_start|>assistant\n"
     first = "<|im_start|>system\nfirst<|im_end|>\n"
-    own = written(chat_prompt(BYTES, turns, system="first"))
-    assert own == first + text + "<|im_start|>assistant\n"
+    actual = written(chat_prompt(BYTES, turns, system="first"))
+    assert actual == first + text + "<|im_start|>assistant\n"
 
 
 def test_empty_turns_are_written() -> None:

@@ -129,13 +129,13 @@ def read(text: str, size: int) -> list[str | ToolCall]:
     """What a reader makes of a text that arrives in pieces; pieces of text joined."""
     reader = ToolCallReader()
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    found: list[str | ToolCall] = []
+    items: list[str | ToolCall] = []
     for item in [i for piece in pieces for i in reader.put(piece)] + reader.flush():
-        if isinstance(item, str) and found and isinstance(found[-1], str):
-            found[-1] += item
+        if isinstance(item, str) and items and isinstance(items[-1], str):
+            items[-1] += item
         else:
-            found.append(item)
-    return found
+            items.append(item)
+    return items
 
 
 F, G = ToolCall("f", '{"a": "ü"}'), ToolCall("g", "{}")

@@ -203,8 +203,8 @@ def test_no_state_is_saved_while_steps_are_not_finite(
     monkeypatch.setattr(run, "_step", spoilt)
     said: list[str] = []
     monkeypatch.setattr(run.log, "warn", said.append)
-    made = run.recipe.stages[0].max_nonfinite
-    assert made > 6
+    limit = run.recipe.stages[0].max_nonfinite
+    assert limit > 6
     run.run()
     names = [path.name for path in saved_states(tmp_path / "states")]
     assert names == ["step-00000003", "step-00000009"]

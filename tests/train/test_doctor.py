@@ -50,19 +50,19 @@ def findings(recipe: Recipe, start: TrainSetup, steps: int) -> dict[str, Finding
 
 @pytest.mark.slow
 def test_a_healthy_stage_learns_every_task(tmp_path: Path) -> None:
-    found = findings(*case(tmp_path), steps=200)
-    assert found["gradients"].good
-    assert found["freezing"].good
-    learned = {n: f.good for n, f in found.items() if n.endswith(")")}
+    by_name = findings(*case(tmp_path), steps=200)
+    assert by_name["gradients"].good
+    assert by_name["freezing"].good
+    learned = {n: f.good for n, f in by_name.items() if n.endswith(")")}
     assert len(learned) == 11
     assert sum(bool(good) for good in learned.values()) >= 9, learned
 
 
 def test_what_gets_no_gradient_is_named(tmp_path: Path) -> None:
     reading = {"data": [{"world": "easy", "tasks": {"vqa": 1.0}}]}
-    found = findings(*case(tmp_path, **reading), steps=1)
-    assert found["gradients"].good is False
-    assert "gen_patch" in found["gradients"].advice
+    by_name = findings(*case(tmp_path, **reading), steps=1)
+    assert by_name["gradients"].good is False
+    assert "gen_patch" in by_name["gradients"].advice
 
 
 def test_damaged_weights_are_named(tmp_path: Path) -> None:
@@ -70,27 +70,27 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     with torch.no_grad():
         start.model.lm_head.weight[0, 0] = float("nan")
     items = examine(start, recipe.stages[0], steps=1)
-    found = {f.name: f for _, f in zip(range(3), items, strict=False)}
-    assert found["gradients"].good is False
-    assert "NaN" in found["gradients"].advice
+    by_name = {f.name: f for _, f in zip(range(3), items, strict=False)}
+    assert by_name["gradients"].good is False
+    assert "NaN" in by_name["gradients"].advice
 
 
 def test_a_rate_that_is_too_low_is_said(tmp_path: Path) -> None:
     slow = {"optimizer": {"learning_rate": 1e-9}}
-    found = findings(*case(tmp_path, **slow), steps=30)
-    assert found["caption (text)"].good is False
-    assert "raise the learning rate" in found["caption (text)"].advice
+    by_name = findings(*case(tmp_path, **slow), steps=30)
+    assert by_name["caption (text)"].good is False
+    assert "raise the learning rate" in by_name["caption (text)"].advice
 
 
 def test_what_there_was_no_time_for_gets_no_verdict(tmp_path: Path) -> None:
     """A rate that is too low, but one step only: nothing can be said of it yet."""
     recipe, start = case(tmp_path, optimizer={"learning_rate": 1e-9})
-    found = list(examine(start, recipe.stages[0], seconds=0.0))
-    undecided = [f for f in found if f.advice.startswith(NO_TIME)]
+    all_findings = list(examine(start, recipe.stages[0], seconds=0.0))
+    undecided = [f for f in all_findings if f.advice.startswith(NO_TIME)]
     assert {f.good for f in undecided} == {None}
     assert {"caption (text)", "generation"} <= {f.name for f in undecided}
     assert all("a verdict takes 300 (--seconds" in f.advice for f in undecided)
-    assert not [f.name for f in found if f.good is False]
+    assert not [f.name for f in all_findings if f.good is False]
 
 
 def lines(path: Path, records: list[Any]) -> dict[str, str]:
@@ -104,11 +104,11 @@ GOOD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "valu
 def test_a_source_without_a_usable_sample_is_bad(tmp_path: Path) -> None:
     bad = lines(tmp_path / "bad.jsonl", [{**GOOD, "image": "none.png"}] * 3)
     good = lines(tmp_path / "good.jsonl", [GOOD])
-    found = findings(*case(tmp_path, data=[good, bad]), steps=1)
-    assert found["data bad.jsonl"].good is False
-    assert "none.png" in found["data bad.jsonl"].what
-    assert found["data"].good is None
-    assert "3 damaged of 4" in found["data"].what
+    by_name = findings(*case(tmp_path, data=[good, bad]), steps=1)
+    assert by_name["data bad.jsonl"].good is False
+    assert "none.png" in by_name["data bad.jsonl"].what
+    assert by_name["data"].good is None
+    assert "3 damaged of 4" in by_name["data"].what
     only = findings(*case(tmp_path, data=[bad]), steps=1)
     assert list(only) == ["data bad.jsonl", "data"]
     assert only["data"].good is False
@@ -116,12 +116,12 @@ def test_a_source_without_a_usable_sample_is_bad(tmp_path: Path) -> None:
 
 def test_some_damaged_samples_are_a_note(tmp_path: Path) -> None:
     data = lines(tmp_path / "d.jsonl", [GOOD, {"conversations": []}])
-    found = findings(*case(tmp_path, data=[data]), steps=1)
-    assert found["data"].good is None
-    assert "d.jsonl, line 2" in found["data"].advice
+    by_name = findings(*case(tmp_path, data=[data]), steps=1)
+    assert by_name["data"].good is None
+    assert "d.jsonl, line 2" in by_name["data"].advice
 
 
 def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
-    found = findings(*case(tmp_path, tokens_per_pack=3), steps=1)
-    assert found["data SceneDataset"].good is False
-    assert "tokens_per_pack 3" in found["data SceneDataset"].what
+    by_name = findings(*case(tmp_path, tokens_per_pack=3), steps=1)
+    assert by_name["data SceneDataset"].good is False
+    assert "tokens_per_pack 3" in by_name["data SceneDataset"].what

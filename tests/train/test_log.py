@@ -118,9 +118,9 @@ def test_the_machine_is_measured_without_a_trace(dtype: torch.dtype) -> None:
 
 
 def test_peak_memory_is_in_bytes() -> None:
-    held = torch.ones(2**26)
+    tensor = torch.ones(2**26)
     assert 2**28 <= peak_memory(CPU) < 2**40
-    del held
+    del tensor
 
 
 def test_a_report_holds_speeds_since_the_last_one(tmp_path: Path) -> None:

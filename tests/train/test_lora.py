@@ -147,7 +147,7 @@ def test_pickled_adapters_and_those_of_other_models_are_refused(tmp_path: Path) 
 
 def test_a_stage_trains_adapters_and_resumes_exactly(tmp_path: Path) -> None:
     pipeline(new_model(CONFIG, 0)).save(tmp_path / "base")
-    made = recipe_from_table(
+    parsed = recipe_from_table(
         {
             "name": "tune",
             "workers": 0,
@@ -168,7 +168,7 @@ def test_a_stage_trains_adapters_and_resumes_exactly(tmp_path: Path) -> None:
 
     def trainer(folder: Path) -> Trainer:
         log = Log(folder, Console(quiet=True), tensorboard=False)
-        return Trainer(made, build_setup(made, torch.device("cpu"), folder), folder, log)
+        return Trainer(parsed, build_setup(parsed, torch.device("cpu"), folder), folder, log)
 
     trainer(tmp_path / "whole").run()
     trainer(tmp_path / "cut").run(stop_after=3)

@@ -61,7 +61,7 @@ def test_the_loss_is_its_formula() -> None:
     model = new_model(CONFIG, 0)
     objective = LossConfig(text_weight=0.3, image_weight=0.7, task_weights={"vqa": 2.0})
     counts = Counts.of([pack])
-    found = loss_of(model, pack, objective, counts, generator())
+    loss = loss_of(model, pack, objective, counts, generator())
 
     noised = add_noise(pack, CONFIG, objective, generator())
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -76,7 +76,7 @@ def test_the_loss_is_its_formula() -> None:
     t = noised.t.repeat_interleave(16)[:, None]
     image = ((clean - noised.clean) / (1 - t).clamp(min=0.05)).square().mean(1)
     wanted = 0.3 * (text * weights).mean() + 0.7 * image.mean()
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(loss, wanted)
 
 
 def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,12 +140,14 @@ def test_a_frozen_stream_gets_no_gradient(frozen: str) -> None:
 def test_checkpointed_activations_give_the_same_gradients() -> None:
     pack = one_pack()
     model = new_model(CONFIG, 0)
-    found = []
+    gradients = []
     for wanted in (False, True, False):
         checkpoint_layers(model, wanted)
         model.zero_grad()
         loss_of(model, pack, LossConfig(), Counts.of([pack]), generator()).backward()
-        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    for other in found[1:]:
-        assert found[0].keys() == other.keys()
-        assert all(torch.equal(found[0][name], other[name]) for name in other)
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    for other in gradients[1:]:
+        assert gradients[0].keys() == other.keys()
+        assert all(torch.equal(gradients[0][name], other[name]) for name in other)

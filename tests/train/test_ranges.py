@@ -67,14 +67,14 @@ def numbers(hint: Any) -> Iterator[type]:
 
 
 def numeric_fields() -> list[tuple[type, str]]:
-    found: list[tuple[type, str]] = []
+    names: list[tuple[type, str]] = []
     for settings in SETTINGS:
         hints = get_type_hints(settings)
         for item in fields(settings):
             simple = [h for h in numbers(hints[item.name]) if h is not bool]
             if simple and (settings.__name__, item.name) not in UNRESTRICTED:
-                found.append((settings, item.name))
-    return found
+                names.append((settings, item.name))
+    return names
 
 
 FIELDS = numeric_fields()

@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 STREAMS = ("und", "gen")
 
 
-def loud(folder: Path, made: Recipe, evaluate: Any = None) -> tuple[Trainer, io.StringIO]:
+def loud(folder: Path, parsed: Recipe, evaluate: Any = None) -> tuple[Trainer, io.StringIO]:
     """A trainer and what it prints."""
     console = Console(file=io.StringIO(), width=400)
     log = Log(folder, console, tensorboard=False)
-    start = build_setup(made, CPU, folder)
+    start = build_setup(parsed, CPU, folder)
     assert isinstance(console.file, io.StringIO)
-    return Trainer(made, start, folder, log, evaluate), console.file
+    return Trainer(parsed, start, folder, log, evaluate), console.file
 
 
 def stages(**values: Any) -> list[dict[str, Any]]:
@@ -46,9 +46,9 @@ def stages(**values: Any) -> list[dict[str, Any]]:
 
 
 def test_every_pack_has_a_seed_of_its_own() -> None:
-    places = [(s, n, p) for s in range(3) for n in (0, 1, 1009, 1_000_003) for p in (0, 1, 1009)]
-    seeds = {pack_seed(*place) for place in places}
-    assert len(seeds) == len(places)
+    positions = [(s, n, p) for s in range(3) for n in (0, 1, 1009, 1_000_003) for p in (0, 1, 1009)]
+    seeds = {pack_seed(*position) for position in positions}
+    assert len(seeds) == len(positions)
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Far in steps for one seed, near in seeds: once the same noise.
     assert pack_seed(0, 1_000_003, 0) != pack_seed(1, 0, 0)
@@ -107,8 +107,8 @@ def test_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Pa
         modes.append(any(m.training for m in pipe.model.modules()))
         return {}
 
-    made = recipe(stages=stages(lora={"rank": 2, "dropout": 0.5}, sample_every=2))
-    run, _ = loud(tmp_path, made, evaluate)
+    parsed = recipe(stages=stages(lora={"rank": 2, "dropout": 0.5}, sample_every=2))
+    run, _ = loud(tmp_path, parsed, evaluate)
     original = supervised.loss_of
 
     def watched(model: Any, *args: Any) -> Any:
@@ -196,8 +196,8 @@ STAGE = StageRecipe(name="a", steps=100)
 
 def watched(losses: list[float]) -> list[tuple[int, str]]:
     watch = DivergenceWatch()
-    found = [(n, watch.look(n, {"image/loss": loss}, STAGE)) for n, loss in enumerate(losses)]
-    return [(n, warning) for n, warning in found if warning]
+    looks = [(n, watch.look(n, {"image/loss": loss}, STAGE)) for n, loss in enumerate(losses)]
+    return [(n, warning) for n, warning in looks if warning]
 
 
 def test_a_loss_that_stays_far_above_its_level_is_told_once() -> None:
@@ -220,8 +220,8 @@ def test_noise_and_single_spikes_are_no_divergence() -> None:
 
 def test_a_run_that_diverges_says_so(tmp_path: Path) -> None:
     wild = {"name": "adamw", "learning_rate": 30.0}
-    made = recipe(stages=stages(steps=25, optimizer=wild, schedule={"name": "constant"}))
-    run, said = loud(tmp_path, made)
+    parsed = recipe(stages=stages(steps=25, optimizer=wild, schedule={"name": "constant"}))
+    run, said = loud(tmp_path, parsed)
     try:
         run.run()
     except TrainingStopped as error:

@@ -58,10 +58,10 @@ def data(**source: Any) -> dict[str, Any]:
     return {"stages": [{"name": "a", "steps": 1, "data": [source]}]}
 
 
-def trainer(folder: Path, made: Recipe | None = None) -> Trainer:
-    made = made or recipe()
+def trainer(folder: Path, parsed: Recipe | None = None) -> Trainer:
+    parsed = parsed or recipe()
     log = Log(folder, Console(quiet=True), tensorboard=False)
-    return Trainer(made, build_setup(made, torch.device("cpu"), folder), folder, log)
+    return Trainer(parsed, build_setup(parsed, torch.device("cpu"), folder), folder, log)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -104,21 +104,21 @@ def test_stage_by_stage_is_the_same_as_in_one_go(whole: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_may_start_with_any_stage(whole: Path, tmp_path: Path) -> None:
-    made = recipe(model={"checkpoint": str(whole / "model")})
-    trainer(tmp_path, made).run(only=["both"])
+    parsed = recipe(model={"checkpoint": str(whole / "model")})
+    trainer(tmp_path, parsed).run(only=["both"])
     assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_stages_that_would_be_skipped_are_named(tmp_path: Path) -> None:
     third = {"name": "more", "steps": 1}
-    made = recipe(stages=[{"name": "read", "steps": 5}, {"name": "both", "steps": 7}, third])
+    parsed = recipe(stages=[{"name": "read", "steps": 5}, {"name": "both", "steps": 7}, third])
     for names, message in (
         (["both"], "both starts from the result of read, and the run has 0 of 5 steps of read"),
         (["read", "more"], "between the stages named, both is left out"),
         (["reed"], "no stage reed; the recipe has"),
     ):
         with pytest.raises(ConfigError, match=message):
-            trainer(tmp_path / names[0], made).run(only=names)
+            trainer(tmp_path / names[0], parsed).run(only=names)
 
 
 SCRIPT = """
@@ -164,8 +164,8 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_stage_trains_only_what_is_not_frozen(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "read", "steps": 3, "freeze": ["gen"]}])
-    run = trainer(tmp_path, made)
+    parsed = recipe(stages=[{"name": "read", "steps": 3, "freeze": ["gen"]}])
+    run = trainer(tmp_path, parsed)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     run.run()
     changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
@@ -175,16 +175,16 @@ def test_a_stage_trains_only_what_is_not_frozen(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_training_learns(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "a", "steps": 150, "packs_per_step": 1}])
-    trainer(tmp_path, made).run()
-    found = losses(tmp_path)
-    assert sum(x[1] for x in found[-5:]) < 0.8 * sum(x[1] for x in found[:5])
-    assert sum(x[2] for x in found[-5:]) < 0.8 * sum(x[2] for x in found[:5])
+    parsed = recipe(stages=[{"name": "a", "steps": 150, "packs_per_step": 1}])
+    trainer(tmp_path, parsed).run()
+    rows = losses(tmp_path)
+    assert sum(x[1] for x in rows[-5:]) < 0.8 * sum(x[1] for x in rows[:5])
+    assert sum(x[2] for x in rows[-5:]) < 0.8 * sum(x[2] for x in rows[:5])
 
 
 def test_steps_that_are_not_finite_are_skipped_listed_and_end_the_run(tmp_path: Path) -> None:
-    made = recipe(stages=[{"name": "a", "steps": 9, "max_nonfinite": 3}])
-    run = trainer(tmp_path, made)
+    parsed = recipe(stages=[{"name": "a", "steps": 9, "max_nonfinite": 3}])
+    run = trainer(tmp_path, parsed)
     with torch.no_grad():
         run.model.lm_head.weight[0, 0] = float("nan")
     before = run.model.embed_tokens.weight.detach().clone()

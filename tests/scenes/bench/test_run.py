@@ -88,11 +88,11 @@ def test_the_oracle_gets_everything_right(world: str) -> None:
 
 
 def test_the_blind_one_gets_nothing() -> None:
-    found = measure(Blind(), cases_per_category=8, think=True)
-    for score in found.report.scores:
+    measured = measure(Blind(), cases_per_category=8, think=True)
+    for score in measured.report.scores:
         assert score.strict.value == 0, score.category
-    assert found.report.measures["paint/size"][THOUGHT_RIGHT] == 0
-    assert found.report.measures["reconstruction"]["ssim"] < 0.5
+    assert measured.report.measures["paint/size"][THOUGHT_RIGHT] == 0
+    assert measured.report.measures["reconstruction"]["ssim"] < 0.5
 
 
 def test_a_wrong_thought_is_counted_but_does_not_spoil_a_right_picture() -> None:
@@ -227,11 +227,11 @@ def test_a_pipeline_paints_each_case_from_its_own_noise(small: Pipeline) -> None
 
 @pytest.mark.usefixtures("brief")
 def test_an_untrained_pipeline_thinks_tells_and_copies(small: Pipeline) -> None:
-    found = measure(
+    measured = measure(
         small, world="easy", tasks=("paint", "story", "reconstruction"), cases_per_category=1,
         steps=1, think=True,
     )  # fmt: skip
-    by_name = {o.score.category: o for o in found.outcomes}
+    by_name = {o.score.category: o for o in measured.outcomes}
     assert by_name["paint/layout"].examples[0].thought is not None
     assert by_name["reconstruction"].examples[0].thought is None
 
@@ -274,8 +274,8 @@ def test_a_model_with_large_tokens_and_bad_sampling_are_refused(small: Pipeline)
 
 def test_a_folder_holds_report_and_sheets_of_one_run(tmp_path: Path) -> None:
     def files(subject: Any, tasks: tuple[str, ...]) -> set[str]:
-        found = measure(subject, tasks=tasks, cases_per_category=2)
-        written = write_folder(found.report, found.outcomes, tmp_path)
+        measured = measure(subject, tasks=tasks, cases_per_category=2)
+        written = write_folder(measured.report, measured.outcomes, tmp_path)
         assert sorted(written) == sorted(p for p in tmp_path.iterdir() if p.name != "mine.png")
         return {path.name for path in written}
 

@@ -128,7 +128,7 @@ def test_yes_and_no_are_about_as_frequent() -> None:
 
 
 def test_training_questions_name_no_held_out_pair() -> None:
-    held = [f"{colour} {shape}" for shape, colour in HELD_OUT_PAIRS]
+    held_out = [f"{colour} {shape}" for shape, colour in HELD_OUT_PAIRS]
     named_at_all = 0
     for index in range(1500):
         rng = sample_rng(4, index)
@@ -137,7 +137,7 @@ def test_training_questions_name_no_held_out_pair() -> None:
         kind = pick(rng, kinds)
         text = ask(scene, PRESETS["easy"], rng, kind).text
         named_at_all += "red circle" in text
-        assert not any(name in text for name in held), text
+        assert not any(name in text for name in held_out), text
     assert named_at_all > 0
 
 

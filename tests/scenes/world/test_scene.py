@@ -222,8 +222,8 @@ def test_two_red_circles_above_each_other_are_no_held_out_relation() -> None:
 
 def test_every_preset_has_held_out_combinations_of_its_own() -> None:
     for config in PRESETS.values():
-        own = [(s, c) for s, c in HELD_OUT_PAIRS if s in config.shapes and c in config.colours]
-        assert len(own) >= 3
+        pairs = [(s, c) for s, c in HELD_OUT_PAIRS if s in config.shapes and c in config.colours]
+        assert len(pairs) >= 3
 
 
 def test_impossible_wishes_end_in_an_error() -> None:

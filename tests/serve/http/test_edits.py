@@ -146,12 +146,12 @@ def test_a_result_of_the_server_is_an_image_of_the_next_request(
     body = {"prompt": "x", "seed": 4, "response_format": "url"}
     url = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
     generated = client.get(url).content
-    for given in (
+    for image in (
         url,
         url.replace("testserver", "elsewhere.example"),
         url[len("http://testserver") :],
     ):
-        assert client.post(EDIT, json={"prompt": "x", "image": given}).status_code == 200
+        assert client.post(EDIT, json={"prompt": "x", "image": image}).status_code == 200
         client.post(EDIT, json={"prompt": "x", "image": data_url(generated)})
         once, again = service.requests[-2:]
         assert isinstance(once, ImageRequest)

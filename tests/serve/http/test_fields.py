@@ -92,10 +92,10 @@ def test_image_routes(served: Served, fields: dict[str, Any], of: str, value: An
         served.last(ImageRequest, served.client.post(EDIT, json={"prompt": "x"} | edited)),
         *([served.edited(**fields)] if flat else []),  # a form holds no objects
     ]
-    for found in requests:
+    for actual in requests:
         for step in of.split("."):
-            found = getattr(found, step)
-        assert found == value
+            actual = getattr(actual, step)
+        assert actual == value
 
 
 def test_several_images_by_another_name(served: Served) -> None:
@@ -133,10 +133,10 @@ def test_a_seed_of_minus_one_is_a_new_one(served: Served) -> None:
     ],
 )
 def test_chat(served: Served, fields: dict[str, Any], of: str, value: Any) -> None:
-    found: Any = served.chatted(**fields)
+    actual: Any = served.chatted(**fields)
     for step in of.split("."):
-        found = getattr(found, step)
-    assert found == value
+        actual = getattr(actual, step)
+    assert actual == value
 
 
 def test_a_story_takes_the_names_of_image_fields(served: Served) -> None:
@@ -231,10 +231,10 @@ def test_sizes_of_a_shape() -> None:
 
 
 def test_sizes_over_http(served: Served) -> None:
-    own = TINY.sampling.image_size
+    default = TINY.sampling.image_size
     for size in ("1K", "2k", "4K", "auto"):
         request = served.generated(size=size)
-        assert (request.width, request.height) == own
+        assert (request.width, request.height) == default
     wide = served.generated(size="2K", aspect_ratio="2:1")
     assert (wide.width, wide.height) == (160, 64)
     shaped = served.edited(size="1K")
@@ -244,13 +244,13 @@ def test_sizes_over_http(served: Served) -> None:
 def test_every_alias_is_of_a_field_and_in_the_docs() -> None:
     fields = ImageBody.model_fields.keys() | ChatBody.model_fields.keys()
     text = DOCS.read_text(encoding="utf-8")
-    for alias, own in ALIASES.items():
-        assert own in fields
+    for alias, field in ALIASES.items():
+        assert field in fields
         assert alias not in fields
         [row] = [
             line
             for line in text.splitlines()
-            if line.startswith(f"| `{own}` |") and any(f"`{name}`" in line for name in ALIASES)
+            if line.startswith(f"| `{field}` |") and any(f"`{name}`" in line for name in ALIASES)
         ]
         assert f"`{alias}`" in row
     for wrapper, keys in WRAPPED.items():

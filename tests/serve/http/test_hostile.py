@@ -44,11 +44,11 @@ class Server:
 
     def pids(self) -> list[int]:
         """The process and those it started."""
-        found = [self._root]
-        for pid in found:
+        ids = [self._root]
+        for pid in ids:
             for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-                found += map(int, tasks.read_text().split())
-        return found
+                ids += map(int, tasks.read_text().split())
+        return ids
 
     def forget_peak(self) -> None:
         for pid in self.pids():

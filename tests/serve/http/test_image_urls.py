@@ -49,8 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _redirect(self, place: str) -> None:
-        self._send(302, b"", Location=place)
+    def _redirect(self, location: str) -> None:
+        self._send(302, b"", Location=location)
 
     def _drip(self) -> None:
         for _ in range(100):

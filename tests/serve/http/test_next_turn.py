@@ -50,8 +50,8 @@ def tell(client: openai.OpenAI, form: str) -> Any:
 
 def ask(client: openai.OpenAI, answer: Any, **options: Any) -> Any:
     turns: Any = [{"role": "user", "content": STORY}, answer, ASK]
-    given = {"max_tokens": 8} | options
-    answered = client.chat.completions.create(model="", messages=turns, extra_body=given)
+    body = {"max_tokens": 8} | options
+    answered = client.chat.completions.create(model="", messages=turns, extra_body=body)
     return answered.choices[0].message.content
 
 
@@ -114,12 +114,12 @@ def test_a_streamed_story_in_markdown_is_the_whole_one(bundled_client: openai.Op
     )
     chunks = list(stream)
     told = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    found = re.fullmatch(r"([^!]*)!\[image\]\(([^)]*)\)([^!]*)", told)
-    assert found is not None
+    match = re.fullmatch(r"([^!]*)!\[image\]\(([^)]*)\)([^!]*)", told)
+    assert match is not None
     whole = tell(bundled_client, "parts").content
-    texts = [text for text in (found[1], found[3]) if text]
+    texts = [text for text in (match[1], match[3]) if text]
     assert texts == [part["text"] for part in whole if part["type"] == "text"]
-    streamed = np.asarray(picture(found[2]), dtype=np.int16)
+    streamed = np.asarray(picture(match[2]), dtype=np.int16)
     assert np.abs(streamed - pixels(whole)).max() <= 2
     details = chunks[-1].usage.completion_tokens_details
     assert details.image_tokens == 16

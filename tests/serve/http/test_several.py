@@ -187,9 +187,9 @@ def by_hand(tiny: neounify.Pipeline, prompt: list[int], ids: list[int]) -> torch
     rows = []
     for end in range(len(ids)):
         cache = new_cache(tiny, len(prompt) + len(ids))
-        given = [*prompt, *ids[:end]]
+        tokens = [*prompt, *ids[:end]]
         with torch.inference_mode():
-            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])
+            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(tokens)),), tokens)])
             rows.append(tiny.model.logits(hidden)[0].float().log_softmax(dim=0))
     return torch.stack(rows)
 
@@ -238,12 +238,12 @@ def test_streamed_log_probs_are_those_of_the_whole(client: openai.OpenAI) -> Non
     fields: Any = {"model": MODEL, "messages": ASK, "logprobs": True, "max_tokens": 8, "n": 2}
     fields |= {"temperature": 1.0, "seed": 3}
     whole = client.chat.completions.create(**fields)
-    found: list[list[float]] = [[], []]
+    by_choice: list[list[float]] = [[], []]
     for chunk in client.chat.completions.create(stream=True, **fields):
         for choice in chunk.choices:
             if choice.logprobs is not None:
-                found[choice.index] += [e.logprob for e in choice.logprobs.content or ()]
-    for choice, streamed in zip(whole.choices, found, strict=True):
+                by_choice[choice.index] += [e.logprob for e in choice.logprobs.content or ()]
+    for choice, streamed in zip(whole.choices, by_choice, strict=True):
         assert choice.logprobs is not None
         assert [e.logprob for e in choice.logprobs.content or ()] == pytest.approx(
             streamed, abs=1e-4
@@ -278,9 +278,9 @@ def greedily(tiny: neounify.Pipeline, prompt: list[int], count: int) -> str:
     ids: list[int] = []
     for _ in range(count):
         cache = new_cache(tiny, len(prompt) + count)
-        given = [*prompt, *ids]
+        tokens = [*prompt, *ids]
         with torch.inference_mode():
-            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(given)),), given)])
+            hidden = forward_und(tiny.model, [ModelInput(cache, (Text(len(tokens)),), tokens)])
             ids.append(int(tiny.model.logits(hidden)[0].argmax()))
     return BYTES.decode(ids, skip_special=False)
 
@@ -301,10 +301,10 @@ def test_several_prompts_and_several_answers(client: openai.OpenAI) -> None:
     fields: Any = {"model": MODEL, "temperature": 1.0, "seed": 2, "max_tokens": 6}
     answer = client.completions.create(prompt=["one", "two"], n=2, **fields)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    for place, prompt in enumerate(("one", "two")):
+    for index, prompt in enumerate(("one", "two")):
         for number in range(2):
             single = client.completions.create(prompt=prompt, **(fields | {"seed": 2 + number}))
-            assert answer.choices[2 * place + number].text == single.choices[0].text
+            assert answer.choices[2 * index + number].text == single.choices[0].text
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 6
     streamed = ["", "", "", ""]
@@ -356,19 +356,19 @@ def test_log_probs_of_completions(client: openai.OpenAI, tiny: neounify.Pipeline
         )
         if len(answer.choices[0].text) == 2 and answer.choices[0].text.isascii():
             break
-    found: Any = answer.choices[0].logprobs
-    assert "".join(found.tokens) == answer.choices[0].text
-    ids = [next(n for n in range(264) if spelt(n) == token) for token in found.tokens]
+    logprobs: Any = answer.choices[0].logprobs
+    assert "".join(logprobs.tokens) == answer.choices[0].text
+    ids = [next(n for n in range(264) if spelt(n) == token) for token in logprobs.tokens]
     assert len(ids) == 2
     expected = by_hand(tiny, prompt, ids)
     for token, value, top, row in zip(
-        ids, found.token_logprobs, found.top_logprobs, expected, strict=True
+        ids, logprobs.token_logprobs, logprobs.top_logprobs, expected, strict=True
     ):
         assert value == pytest.approx(float(row[token]), abs=1e-4)
         assert top[spelt(token)] == value
         assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-4)
         assert len(top) in (2, 3)
-    assert found.text_offset == [0, len(found.tokens[0])]
+    assert logprobs.text_offset == [0, len(logprobs.tokens[0])]
     plain = client.completions.create(model=MODEL, prompt="abc", max_tokens=2)
     assert plain.choices[0].logprobs is None
 

@@ -70,19 +70,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             if self._allowed():
-                own = {"image_size": "64x64", "steps": STEPS, "guidance": 2.0, "shift": 3.0}
-                own |= {"trained_sizes": ["64x64", "96x64"], "trained_pixels": None}
-                own |= {"limits": {"steps": 200, "n": 10, "answer_images": 10, "tokens": 4096}}
-                model = {"id": "scenes", "object": "model", "neounify": own}
+                details = {"image_size": "64x64", "steps": STEPS, "guidance": 2.0, "shift": 3.0}
+                details |= {"trained_sizes": ["64x64", "96x64"], "trained_pixels": None}
+                details |= {"limits": {"steps": 200, "n": 10, "answer_images": 10, "tokens": 4096}}
+                model = {"id": "scenes", "object": "model", "neounify": details}
                 self._json(200, {"object": "list", "data": [model]})
             return
         name = self.path.split("?")[0].lstrip("/") or "index.html"
-        found = PAGE.joinpath(name)
-        if ".." in name or not found.is_file():
+        path = PAGE.joinpath(name)
+        if ".." in name or not path.is_file():
             self._error(404, "no such page")
             return
         kind = TYPES.get(name.rsplit(".", 1)[-1], "image/png")
-        self._bytes(200, found.read_bytes(), kind)
+        self._bytes(200, path.read_bytes(), kind)
 
     def do_POST(self) -> None:
         body = self._read()

@@ -85,13 +85,13 @@ def test_an_image_on_its_way(browser: Browser, url: str, shoot: Shoot) -> None:
 
 def test_settings_that_are_entered_are_sent(browser: Browser, url: str, script: Script) -> None:
     journeys.open_page(browser, url, "generate")
-    given = {"n": 2, "size": "96x64", "steps": 8, "guidance": 1.5, "shift": 2, "seed": 7}
-    for name, value in given.items():
+    settings = {"n": 2, "size": "96x64", "steps": 8, "guidance": 1.5, "shift": 2, "seed": 7}
+    for name, value in settings.items():
         journeys.enter(browser, f"#setting-{name}", str(value))
     journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
     journeys.wait_until_done(browser, "#generate")
     [body] = script.bodies("/v1/images/generations")
-    assert given.items() <= body.items()
+    assert settings.items() <= body.items()
     browser.refresh()
     assert journeys.find(browser, "#setting-steps").get_property("value") == "8"
 

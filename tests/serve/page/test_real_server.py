@@ -19,8 +19,8 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def url(started_browser: WebDriver) -> Iterator[str]:
     """Without a browser no server is started."""
-    if given := os.environ.get("NEOUNIFY_PAGE_URL"):
-        yield given.rstrip("/")
+    if variable := os.environ.get("NEOUNIFY_PAGE_URL"):
+        yield variable.rstrip("/")
         return
     with served("--dtype", "float32") as (_, address):
         yield address

@@ -95,12 +95,12 @@ def norm_and_rotate(
     """Norm and rotate one query or key head, cut as [t: d/2 | h: d/4 | w: d/4]."""
     d = len(head)
     time = rms_norm(head[: d // 2], norm, facts.eps)
-    place = rms_norm(head[d // 2 :], norm_hw, facts.eps)
+    space = rms_norm(head[d // 2 :], norm_hw, facts.eps)
     t, h, w = position
     return np.concatenate(
         [
             rotate_halves(time, t, facts.theta),
-            rotate_halves(place[: d // 4], h, facts.theta_hw),
-            rotate_halves(place[d // 4 :], w, facts.theta_hw),
+            rotate_halves(space[: d // 4], h, facts.theta_hw),
+            rotate_halves(space[d // 4 :], w, facts.theta_hw),
         ]
     )

@@ -94,8 +94,8 @@ def flow_head(hidden: Array, rows: int, columns: int, weights: Weights, side: in
         for y in range(side):
             for x in range(side):
                 for channel in range(channels):
-                    place = (y * side + x) * channels + channel
-                    out[channel, top + y, left + x] = values[place]
+                    index = (y * side + x) * channels + channel
+                    out[channel, top + y, left + x] = values[index]
     return out
 
 
