@@ -29,15 +29,15 @@ Differences = dict[str, list[float]]
 
 
 def main() -> None:
-    found: Differences = defaultdict(list)
+    by_check: Differences = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for name in NAMES:
             pipe = neounify.load(checkpoint(name, Path(folder)))
-            _prefill(pipe, name, found)
-            _painting(pipe, name, found)
-            _editing(pipe, name, found)
+            _prefill(pipe, name, by_check)
+            _painting(pipe, name, by_check)
+            _editing(pipe, name, by_check)
     print("| what | largest difference | bound |\n|---|---|---|")
-    for what, differences in found.items():
+    for what, differences in by_check.items():
         print(f"| {what} | {max(differences):.1e} | {BOUNDS.get(what, WHOLE):.0e} |")
 
 
@@ -46,12 +46,12 @@ def difference(ours: Tensor, recorded: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _prefill(pipe: Pipeline, name: str, found: Differences) -> None:
+def _prefill(pipe: Pipeline, name: str, by_check: Differences) -> None:
     recorded, _ = load_fixture(name, "text")
     ids = recorded["input_ids"][0].tolist()
     cache = SequenceCache(pipe.config, len(ids), dtype=torch.float32, device=pipe.model.device)
     hidden = forward_und(pipe.model, [ModelInput(cache, (Text(len(ids)),), ids)])
-    differences = found["single pass: logits, keys and values"]
+    differences = by_check["single pass: logits, keys and values"]
     differences.append(difference(pipe.model.logits(hidden), recorded["logits"][0, -1:]))
     for layer in (0, 2):
         keys, values = cache.read(layer, len(ids))
@@ -59,16 +59,16 @@ def _prefill(pipe: Pipeline, name: str, found: Differences) -> None:
         differences.append(difference(values, recorded[f"cache.{layer}.v"][0]))
 
 
-def _painting(pipe: Pipeline, name: str, found: Differences) -> None:
+def _painting(pipe: Pipeline, name: str, by_check: Differences) -> None:
     recorded, info = load_fixture(name, "t2i")
     for case, parameters in info["cases"].items():
         out = pipe.generate(info["prompt"], **_sampling(parameters))
-        found["text to image, whole trajectories"].append(
+        by_check["text to image, whole trajectories"].append(
             difference(out.pixels, recorded[f"{case}.final"])
         )
 
 
-def _editing(pipe: Pipeline, name: str, found: Differences) -> None:
+def _editing(pipe: Pipeline, name: str, by_check: Differences) -> None:
     recorded, info = load_fixture(name, "it2i")
     for case, parameters in info["cases"].items():
         if not isinstance(parameters, dict) or case.endswith("bf16px"):
@@ -77,7 +77,7 @@ def _editing(pipe: Pipeline, name: str, found: Differences) -> None:
         images = [golden_path("fixtures", "images", f"{i}.png") for i in info["images"][group]]
         guidance = {"image_guidance": parameters["img_cfg_scale"], "published_interval": True}
         out = pipe.edit(info["prompts"][group], images, **_sampling(parameters), **guidance)
-        found["editing, whole trajectories"].append(
+        by_check["editing, whole trajectories"].append(
             difference(out.pixels, recorded[f"{case}.final"])
         )
 

@@ -54,8 +54,8 @@ class Stage:
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """(samples, values) of the reports that have the metric."""
-        found = [(x, report[metric]) for x, report in self.reports if metric in report]
-        return [x for x, _ in found], [y for _, y in found]
+        points = [(x, report[metric]) for x, report in self.reports if metric in report]
+        return [x for x, _ in points], [y for _, y in points]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Stage]:
@@ -73,20 +73,20 @@ def read_runs(folders: Sequence[Path]) -> list[Stage]:
 
 def _stages(file: Path, before: int) -> list[Stage]:
     """The stages of one run, whose samples are counted from `before`."""
-    found: list[Stage] = []
+    stages: list[Stage] = []
     for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         if record["kind"] != "train":
             continue
-        if not found or record["stage"] != found[-1].name:
-            found.append(Stage(record["stage"], found[-1].end if found else before))
-        found[-1].reports.append((before + record["samples"], record))
-    return found
+        if not stages or record["stage"] != stages[-1].name:
+            stages.append(Stage(record["stage"], stages[-1].end if stages else before))
+        stages[-1].reports.append((before + record["samples"], record))
+    return stages
 
 
 def smooth(values: Sequence[float]) -> list[float]:
     """The mean of each value and its neighbours, of at most `SMOOTHED` and fewer at the ends."""
     half = min(SMOOTHED, len(values) // 10) // 2
-    reach = [min(half, place, len(values) - 1 - place) for place in range(len(values))]
+    reach = [min(half, index, len(values) - 1 - index) for index in range(len(values))]
     return [sum(values[n - r : n + r + 1]) / (2 * r + 1) for n, r in enumerate(reach)]
 
 

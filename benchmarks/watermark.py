@@ -86,9 +86,9 @@ def survival(kind: str, side: int, number: int) -> str:
     cells = [kind, str(side), f"{np.mean(quality):.1f} ({min(quality):.1f})", f"{milliseconds:.0f}"]
     for trial in TRIALS.values():
         tried = [trial(image) for image in marked]
-        found = np.mean([marker.read(image) == f"neounify:{NUMBER}" for image in tried])
+        rate = np.mean([marker.read(image) == f"neounify:{NUMBER}" for image in tried])
         fewest = min(agreeing(marker.fields(image))[NUMBER] for image in tried)
-        cells.append(f"{found:.1%} ({fewest})")
+        cells.append(f"{rate:.1%} ({fewest})")
     return f"| {' | '.join(cells)} |"
 
 
@@ -99,8 +99,8 @@ def imagined(kind: str, side: int, number: int) -> str:
         int(agreeing(marker.fields(KINDS[kind](10**6 + index, side))).max())
         for index in range(number)
     ]
-    found = sum(count >= MIN_AGREEING for count in most)
-    return f"| {kind} | {side} | {number} | {found} | {max(most)} |"
+    marked = sum(count >= MIN_AGREEING for count in most)
+    return f"| {kind} | {side} | {number} | {marked} | {max(most)} |"
 
 
 def psnr(before: Image.Image, after: Image.Image) -> float:

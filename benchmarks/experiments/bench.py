@@ -51,13 +51,13 @@ def outcomes(
     missing = set(wanted) - set(names(config))
     if missing:
         raise DataError(f"this world has no category {', '.join(sorted(missing))}")
-    found = {}
+    by_category = {}
     for category in plan(subject, config):
         if category.name in wanted:
-            found[category.name] = category.run()
-            strict = found[category.name].score.strict
+            by_category[category.name] = category.run()
+            strict = by_category[category.name].score.strict
             print(f"{label} {category.name} {strict}".strip(), file=sys.stderr)
-    return found
+    return by_category
 
 
 def open_model(folder: Path | None) -> tuple[Pipeline, dict[str, str | None]]:

@@ -51,8 +51,8 @@ class Form:
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain data."""
-        own = {"kind": self.kind, "form": self.name, "example": self.example}
-        return {**own, "n": self.paired.number, **self.paired.to_json()}
+        fields = {"kind": self.kind, "form": self.name, "example": self.example}
+        return {**fields, "n": self.paired.number, **self.paired.to_json()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     started, bench = time.monotonic(), bench_of(arguments)
     pipe, about = open_model(arguments.model)
     subject = PipelineSubject(pipe, steps=bench.steps, guidance=bench.guidance)
-    found = compare(subject, bench, token_size=pipe.config.token_size)
+    compared = compare(subject, bench, token_size=pipe.config.token_size)
     around = circumstances(started)
     report = {
         "experiment": "forms",
@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         "settings": asdict(bench),
         "sampling": subject.sampling,
         "model": about,
-        "forms": [form.to_json() for form in found],
+        "forms": [form.to_json() for form in compared],
     }
-    write(folder, report | around, markdown(found))
+    write(folder, report | around, markdown(compared))
 
 
 def compare(subject: Subject, bench: Bench, **fields: Any) -> list[Form]:
@@ -85,16 +85,16 @@ def compare(subject: Subject, bench: Bench, **fields: Any) -> list[Form]:
         "edit": (EDITS, _edits(subject, config)),
         "question": (QUESTIONS, _questions(subject, config)),
     }
-    found: list[Form] = []
+    compared: list[Form] = []
     for kind, (wordings, (texts, judge)) in kinds.items():
-        found += _forms(kind, wordings, texts, judge, config.seed)
-    return found
+        compared += _forms(kind, wordings, texts, judge, config.seed)
+    return compared
 
 
 def _forms(
     kind: str, wordings: Mapping[str, Wording], texts: list[str], judge: Judge, seed: int
 ) -> list[Form]:
-    found: list[Form] = []
+    compared: list[Form] = []
     first: list[bool] = []
     for name, wording in wordings.items():
         worded = {n: wording(text, sample_rng(seed, 900, n)) for n, text in enumerate(texts)}
@@ -102,24 +102,24 @@ def _forms(
             worded = {n: text for n, text in worded.items() if text != texts[n]}
         if not worded:
             continue  # no case of these has such a word
-        held = judge(worded)
-        first = first or held
+        correct = judge(worded)
+        first = first or correct
         example = next(iter(worded.values()))
-        found.append(Form(kind, name, example, Paired.of(held, [first[n] for n in worded])))
-        print(f"{kind}: {name}: {Rate(sum(held), len(held))}", file=sys.stderr, flush=True)
-    return found
+        compared.append(Form(kind, name, example, Paired.of(correct, [first[n] for n in worded])))
+        print(f"{kind}: {name}: {Rate(sum(correct), len(correct))}", file=sys.stderr, flush=True)
+    return compared
 
 
 def _prompts(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
     each = -(-config.cases // len(CATEGORIES))
     cases = [
-        (case.facts, noise_seed(config, place, index))
-        for place, category in enumerate(CATEGORIES)
+        (case.facts, noise_seed(config, number, index))
+        for number, category in enumerate(CATEGORIES)
         for index, case in enumerate(paint_cases(category, config.world, each, config.seed))
     ][: config.cases]
 
     def judge(texts: Mapping[int, str]) -> list[bool]:
-        held: list[bool] = []
+        correct: list[bool] = []
         for chunk in _chunks(texts, config.batch_size):
             painted = subject.paint(
                 [texts[i] for i in chunk],
@@ -128,8 +128,8 @@ def _prompts(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
                 think=False,
             )
             for i, item in zip(chunk, painted, strict=True):
-                held.append(check_image(cases[i][0], item.image, config.world).correct)
-        return held
+                correct.append(check_image(cases[i][0], item.image, config.world).correct)
+        return correct
 
     return [caption(facts) for facts, _ in cases], judge
 
@@ -139,7 +139,7 @@ def _edits(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
     sources = [render(edit.source, config.world) for edit in edits]
 
     def judge(texts: Mapping[int, str]) -> list[bool]:
-        held: list[bool] = []
+        correct: list[bool] = []
         for chunk in _chunks(texts, config.batch_size):
             painted = subject.edit(
                 [sources[i] for i in chunk],
@@ -149,8 +149,8 @@ def _edits(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
             )
             for i, item in zip(chunk, painted, strict=True):
                 verdict = check_edit(edits[i], sources[i], item.image, config.world)
-                held.append(verdict.correct)
-        return held
+                correct.append(verdict.correct)
+        return correct
 
     return [edit.instruction for edit in edits], judge
 
@@ -161,15 +161,15 @@ def _questions(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]
     cases = [case for kind in kinds for case in vqa_cases(kind, config.world, each, config.seed)][
         : config.cases
     ]
-    pictures = [render(case.scene, config.world) for case in cases]
+    images = [render(case.scene, config.world) for case in cases]
 
     def judge(texts: Mapping[int, str]) -> list[bool]:
-        held: list[bool] = []
+        correct: list[bool] = []
         for chunk in _chunks(texts, config.batch_size):
-            answers = subject.answer([pictures[i] for i in chunk], [texts[i] for i in chunk])
+            answers = subject.answer([images[i] for i in chunk], [texts[i] for i in chunk])
             for i, answer in zip(chunk, answers, strict=True):
-                held.append(check_vqa(cases[i].question, answer).correct)
-        return held
+                correct.append(check_vqa(cases[i].question, answer).correct)
+        return correct
 
     return [case.question.text for case in cases], judge
 
@@ -180,14 +180,14 @@ def _chunks(texts: Mapping[int, str], size: int) -> list[list[int]]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
-def markdown(found: Sequence[Form]) -> str:
+def markdown(compared: Sequence[Form]) -> str:
     """One table per kind of request: rates, and differences to the first form."""
     tables = []
-    for kind in dict.fromkeys(form.kind for form in found):
+    for kind in dict.fromkeys(form.kind for form in compared):
         rows: list[list[object]] = []
-        own = [form for form in found if form.kind == kind]
-        for form in own:
-            against = "" if form is own[0] else form.paired.difference
+        of_kind = [form for form in compared if form.kind == kind]
+        for form in of_kind:
+            against = "" if form is of_kind[0] else form.paired.difference
             example = form.example.replace("|", r"\|")
             rows.append(
                 [f"{form.name}: `{example}`", form.paired.number, form.paired.first, against]

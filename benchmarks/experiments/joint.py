@@ -51,12 +51,12 @@ class Measured:
 
     def rates(self) -> dict[str, Rate]:
         """Strict rates by category; questions and images also in all."""
-        found = {name: score.strict for name, score in self.scores.items()}
+        rates = {name: score.strict for name, score in self.scores.items()}
         for task in ("vqa", "paint"):
-            own = [rate for name, rate in found.items() if name.startswith(f"{task}/")]
-            if own:
-                found[f"{task}, all"] = pooled(own)
-        return found
+            of_task = [rate for name, rate in rates.items() if name.startswith(f"{task}/")]
+            if of_task:
+                rates[f"{task}, all"] = pooled(of_task)
+        return rates
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Compared:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, world="easy", cases=200)
-    own = Training()
-    parser.add_argument("--samples", type=int, default=own.samples, help="of each kind")
-    parser.add_argument("--per-step", type=int, default=own.per_step, help="samples of a step")
+    defaults = Training()
+    parser.add_argument("--samples", type=int, default=defaults.samples, help="of each kind")
+    parser.add_argument("--per-step", type=int, default=defaults.per_step, help="samples of a step")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, from seed 0 on")
     parser.add_argument("--no-compile", action="store_true", help="for a few samples")
 
@@ -112,17 +112,17 @@ def experiment(training: Training, bench: Bench, seeds: int, folder: Path) -> No
         for kind, recipe in recipes(training, bench.world, seed).items()
     ]
     measured = [measure(item, bench) for item in runs]
-    found = compare(measured)
+    compared = compare(measured)
     report = {
         "experiment": "joint",
         "equal": EQUAL,
         "training": asdict(training),
         "settings": asdict(bench),
         "seeds": seeds,
-        "differences": [item.to_json() for item in found],
+        "differences": [item.to_json() for item in compared],
         "runs": [item.to_json() for item in measured],
     }
-    write(folder, report | circumstances(started), markdown(found, runs))
+    write(folder, report | circumstances(started), markdown(compared, runs))
 
 
 def measure(trained: Trained, bench: Bench) -> Measured:
@@ -136,23 +136,23 @@ def measure(trained: Trained, bench: Bench) -> Measured:
     )
     asked = [name for name in names(config) if not name.startswith("paint/") or name in PAINTED]
     label = f"{trained.kind}, seed {trained.seed}:"
-    found = outcomes(subject, config, asked, label)
+    by_category = outcomes(subject, config, asked, label)
     about = {"fingerprint": pipe.fingerprint, "sampling": subject.sampling}
-    return Measured(trained, {name: outcome.score for name, outcome in found.items()}, about)
+    return Measured(trained, {name: outcome.score for name, outcome in by_category.items()}, about)
 
 
 def compare(measured: Sequence[Measured]) -> list[Compared]:
     """Joint against alone, category by category."""
     seeds = sorted({item.run.seed for item in measured})
     rates = {(item.run.kind, item.run.seed): item.rates() for item in measured}
-    found = []
+    compared = []
     for kind in KINDS:
         for category in () if kind == JOINT else rates[kind, seeds[0]]:
             alone = [rates[kind, seed][category] for seed in seeds]
             joint = [rates[JOINT, seed][category] for seed in seeds]
             by_seed = tuple(newcombe(j, a) for j, a in zip(joint, alone, strict=True))
-            found.append(Compared(category, pooled(alone), pooled(joint), by_seed))
-    return found
+            compared.append(Compared(category, pooled(alone), pooled(joint), by_seed))
+    return compared
 
 
 def pooled(rates: Sequence[Rate]) -> Rate:
@@ -160,13 +160,13 @@ def pooled(rates: Sequence[Rate]) -> Rate:
     return Rate(sum(rate.correct for rate in rates), sum(rate.number for rate in rates))
 
 
-def markdown(found: Sequence[Compared], runs: Sequence[Trained]) -> str:
+def markdown(compared: Sequence[Compared], runs: Sequence[Trained]) -> str:
     """A table of the differences, and one of what each run saw."""
     head = ["category", "n", "alone, % (95 %)", "joint, % (95 %)", "joint - alone, points (95 %)"]
     head += ["by seed"]
     rows = [
         [c.category, c.joint.number, c.alone, c.joint, c.difference, _points(c.by_seed)]
-        for c in found
+        for c in compared
     ]
     seen_head = ["run", "seed", "understanding samples", "generation samples", "steps", "tokens"]
     seen = [

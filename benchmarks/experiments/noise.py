@@ -57,11 +57,11 @@ class Sized:
 
     def cells(self) -> list[object]:
         """A row of the table, without category and side."""
-        found: list[object] = [self.paired.number]
+        cells: list[object] = [self.paired.number]
         for sigma, outcome, seam in zip(self.sigmas, self.outcomes, self.seams, strict=True):
             shown = "" if seam is None else f"{seam:.2f}"
-            found += [f"{sigma:.2f}", outcome.score.strict, shown]
-        return found + self.paired.cells()
+            cells += [f"{sigma:.2f}", outcome.score.strict, shown]
+        return cells + self.paired.cells()
 
     def to_json(self) -> dict[str, Any]:
         """Rates and difference as plain data."""
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     subjects = [
         PipelineSubject(p, steps=bench.steps, guidance=bench.guidance) for p in (pipe, other)
     ]
-    found = compare(
+    compared = compare(
         (subjects[0], subjects[1]),
         (pipe.config.flow, other.config.flow),
         bench,
@@ -105,10 +105,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         "trained_side": trained,
         "sampling": subjects[0].sampling,
         "model": about,
-        "sizes": [item.to_json() for item in found],
+        "sizes": [item.to_json() for item in compared],
     }
-    write(folder, report | circumstances(started), markdown(found))
-    sheet(found).save(folder / "sheet.png")
+    write(folder, report | circumstances(started), markdown(compared))
+    sheet(compared).save(folder / "sheet.png")
 
 
 def with_fixed_noise(pipe: Pipeline, side: int) -> Pipeline:
@@ -136,7 +136,7 @@ def compare(
     token_size: int,
 ) -> list[Sized]:
     """Generate every category at every side with both; the world of each side checks its images."""
-    found = []
+    compared = []
     for side in sides:
         world = replace(scene_config(bench.world), side=side)
         config = bench.config(world, ("paint",), token_size=token_size)
@@ -145,11 +145,11 @@ def compare(
             for subject, label in zip(subjects, ("scaled", "fixed"), strict=True)
         )
         sigmas = _sigma(flows[0], side, token_size), _sigma(flows[1], side, token_size)
-        found += [Sized(c, side, sigmas, (scaled[c], fixed[c])) for c in CATEGORIES]
-    return found
+        compared += [Sized(c, side, sigmas, (scaled[c], fixed[c])) for c in CATEGORIES]
+    return compared
 
 
-def markdown(found: Sequence[Sized]) -> str:
+def markdown(compared: Sequence[Sized]) -> str:
     """A row per category and side."""
     head = ["category", "side", "n"]
     for label in ("scaled", "fixed"):
@@ -157,15 +157,16 @@ def markdown(found: Sequence[Sized]) -> str:
     head += ["difference, points (95 %)", "right only scaled", "only fixed", "p"]
     rows = [
         [item.category, item.side, *item.cells()]
-        for item in sorted(found, key=lambda item: CATEGORIES.index(item.category))
+        for item in sorted(compared, key=lambda item: CATEGORIES.index(item.category))
     ]
     return table(head, rows)
 
 
-def sheet(found: Sequence[Sized]) -> Image.Image:
+def sheet(compared: Sequence[Sized]) -> Image.Image:
     """The first prompts of each category: a row each, every side from scaled and fixed noise."""
     by_category: Mapping[str, list[Sized]] = {
-        category: [item for item in found if item.category == category] for category in CATEGORIES
+        category: [item for item in compared if item.category == category]
+        for category in CATEGORIES
     }
     tiles = [
         (outcome.examples[number], f"{item.side} px, noise {sigma:.2f}")
@@ -179,9 +180,9 @@ def sheet(found: Sequence[Sized]) -> Image.Image:
         for example, words in tiles
         if example.image is not None
     ]
-    pictures, captions, passed = zip(*shown, strict=True)
+    images, captions, passed = zip(*shown, strict=True)
     columns = 2 * len(next(iter(by_category.values())))
-    return contact_sheet(pictures, captions, passed, columns=columns)
+    return contact_sheet(images, captions, passed, columns=columns)
 
 
 def _sigma(flow: FlowConfig, side: int, token_size: int) -> float:

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     started, bench = time.monotonic(), bench_of(arguments)
     pipe, about = open_model(arguments.model)
     subject = PipelineSubject(pipe, steps=bench.steps, guidance=bench.guidance)
-    found = compare(subject, bench, token_size=pipe.config.token_size)
+    compared = compare(subject, bench, token_size=pipe.config.token_size)
     report = {
         "experiment": "thinking",
         "first": "with a thought before",
@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         "settings": asdict(bench),
         "sampling": subject.sampling,
         "model": about,
-        "categories": [item.to_json() for item in found],
+        "categories": [item.to_json() for item in compared],
     }
-    write(folder, report | circumstances(started), markdown(found))
+    write(folder, report | circumstances(started), markdown(compared))
 
 
 def compare(subject: Subject, bench: Bench, **fields: Any) -> list[Thought]:
@@ -80,35 +80,42 @@ def compare(subject: Subject, bench: Bench, **fields: Any) -> list[Thought]:
         )
         for think in (True, False)
     }
-    examples = {think: {c: found[c].examples for c in CATEGORIES} for think, found in both.items()}
-    found = [judge(c, examples[True][c], examples[False][c]) for c in CATEGORIES]
-    return [*found, judge("all four", _joined(examples[True]), _joined(examples[False]))]
+    examples = {
+        think: {c: by_category[c].examples for c in CATEGORIES}
+        for think, by_category in both.items()
+    }
+    compared = [judge(c, examples[True][c], examples[False][c]) for c in CATEGORIES]
+    return [*compared, judge("all four", _joined(examples[True]), _joined(examples[False]))]
 
 
 def judge(category: str, thought: Sequence[Example], at_once: Sequence[Example]) -> Thought:
     """Compare the cases of a category, which both hold in the same order."""
     right = [e.thought_verdict is not None and e.thought_verdict.correct for e in thought]
-    held = [(a.verdict.correct, b.verdict.correct) for a, b in zip(thought, at_once, strict=True)]
+    verdicts = [
+        (a.verdict.correct, b.verdict.correct) for a, b in zip(thought, at_once, strict=True)
+    ]
 
     def pairs(wanted: Sequence[bool]) -> Paired | None:
-        chosen = [pair for pair, is_wanted in zip(held, wanted, strict=True) if is_wanted]
+        chosen = [pair for pair, is_wanted in zip(verdicts, wanted, strict=True) if is_wanted]
         return Paired.of(*zip(*chosen, strict=True)) if chosen else None
 
-    whole = Paired.of(*zip(*held, strict=True))
+    whole = Paired.of(*zip(*verdicts, strict=True))
     return Thought(category, whole, pairs(right), pairs([not r for r in right]))
 
 
-def markdown(found: Sequence[Thought]) -> str:
+def markdown(compared: Sequence[Thought]) -> str:
     """Two tables: with against without, and both again by whether the thought was right."""
     head = ["category", "n", "with a thought, % (95 %)", "without", "difference, points (95 %)"]
     head += ["right only with", "only without", "p"]
     rows = [
         [t.category, t.paired.number, t.paired.first, t.paired.second, *t.paired.cells()]
-        for t in found
+        for t in compared
     ]
     split_head = ["category", "correct thoughts, % (95 %)", "image correct after a correct thought"]
     split_head += ["the same cases without", "after a wrong thought", "the same cases without"]
-    split = [[t.category, t.thoughts, *_both(t.after_right), *_both(t.after_wrong)] for t in found]
+    split = [
+        [t.category, t.thoughts, *_both(t.after_right), *_both(t.after_wrong)] for t in compared
+    ]
     return f"{table(head, rows)}\n{table(split_head, split)}"
 
 
@@ -117,4 +124,4 @@ def _both(pairs: Paired | None) -> tuple[object, object]:
 
 
 def _joined(examples: Mapping[str, Sequence[Example]]) -> list[Example]:
-    return [example for own in examples.values() for example in own]
+    return [example for of_category in examples.values() for example in of_category]

@@ -103,11 +103,12 @@ def recipes(training: Training, world: str, seed: int) -> dict[str, dict[str, An
     see as many samples a step.
     """
     data = {
-        kind: {"world": world, "tasks": tasks, "seed": _DATA_SEED + 2 * seed + place}
-        for place, (kind, tasks) in enumerate(ALONE.items())
+        kind: {"world": world, "tasks": tasks, "seed": _DATA_SEED + 2 * seed + number}
+        for number, (kind, tasks) in enumerate(ALONE.items())
     }
     tables = {
-        kind: _table(training, kind, seed, training.steps, [own]) for kind, own in data.items()
+        kind: _table(training, kind, seed, training.steps, [source])
+        for kind, source in data.items()
     }
     sizes = {kind: _tokens_per_pack(table, training.per_step) for kind, table in tables.items()}
     tables[JOINT] = _table(training, JOINT, seed, 2 * training.steps, list(data.values()))

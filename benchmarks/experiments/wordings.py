@@ -86,9 +86,9 @@ def typo(text: str, rng: np.random.Generator) -> str:
     """Two neighbouring letters swapped inside one word of at least four letters."""
     words = [m for m in re.finditer(r"[a-z]{4,}", text) if len(set(m[0][1:])) > 1]
     word = words[int(rng.integers(len(words)))]
-    places = [n for n in range(1, len(word[0]) - 1) if word[0][n] != word[0][n + 1]]
-    place = word.start() + places[int(rng.integers(len(places)))]
-    return f"{text[:place]}{text[place + 1]}{text[place]}{text[place + 2 :]}"
+    starts = [n for n in range(1, len(word[0]) - 1) if word[0][n] != word[0][n + 1]]
+    start = word.start() + starts[int(rng.integers(len(starts)))]
+    return f"{text[:start]}{text[start + 1]}{text[start]}{text[start + 2 :]}"
 
 
 def spaced(text: str, rng: np.random.Generator) -> str:

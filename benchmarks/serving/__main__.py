@@ -49,14 +49,14 @@ def _load(options: argparse.Namespace) -> int:
         return [series async for series in run_load(settings, server, log)]
 
     series = asyncio.run(all_series())
-    found = aims(series, settings, server)
+    figures = aims(series, settings, server)
     record = {
         "server": server.to_json(),
         "settings": asdict(settings),
-        "aims": [asdict(figure) for figure in found],
+        "aims": [asdict(figure) for figure in figures],
         "series": [asdict(one) for one in series],
     }
-    write_report(options.output, record, f"{table(found)}\n\n{series_table(series)}")
+    write_report(options.output, record, f"{table(figures)}\n\n{series_table(series)}")
     draw_load(series, options.output / "load.png")
     return 0
 
@@ -65,30 +65,30 @@ def _soak(options: argparse.Namespace) -> int:
     settings = SoakSettings(minutes=options.minutes, clients=options.clients, pause=options.pause)
     server = _server(options, SOAK_CACHE)
     soak = asyncio.run(run_soak(settings, server, options.output / "server.log"))
-    found = figures(soak, server)
+    measured = figures(soak, server)
     record = {"server": server.to_json(), "settings": asdict(settings), "soak": asdict(soak)}
-    write_report(options.output, record, table(found))
+    write_report(options.output, record, table(measured))
     draw_soak(soak.memory, soak.fitted_from, options.output / "soak.png")
-    return 0 if all(figure.met for figure in found) else 1
+    return 0 if all(figure.met for figure in measured) else 1
 
 
 def _faults(options: argparse.Namespace) -> int:
     server = _server(options)
-    found = scenarios(options.leavers, options.rounds)
-    chosen = {name: found[name] for name in options.only}
+    known = scenarios(options.leavers, options.rounds)
+    chosen = {name: known[name] for name in options.only}
     checks = asyncio.run(run_faults(server, options.output / "server.log", chosen))
     record = {"server": server.to_json(), "checks": [asdict(check) for check in checks]}
     write_report(options.output, record, checks_table(checks))
     return 0 if all(check.passed for check in checks) else 1
 
 
-def _server(options: argparse.Namespace, own: tuple[str, ...] = ()) -> ServerOptions:
+def _server(options: argparse.Namespace, extra: tuple[str, ...] = ()) -> ServerOptions:
     return ServerOptions(
         model=options.model,
         mode=options.mode,
         dtype=options.dtype,
         threads=options.threads,
-        more=(*own, *shlex.split(options.server_options)),
+        more=(*extra, *shlex.split(options.server_options)),
     )
 
 

@@ -40,14 +40,14 @@ def draw_load(series: Sequence[Series], file: Path) -> None:
 
 def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
     for kind, measure, label, colour in _LINES:
-        found: list[tuple[int, Latency]] = [
+        measured: list[tuple[int, Latency]] = [
             (s.clients, value)
             for s in mix
             if kind in s.kinds and (value := getattr(s.kinds[kind], measure)) is not None
         ]
-        clients = [count for count, _ in found]
+        clients = [count for count, _ in measured]
         for name, dashes in (("p50", "--"), ("p95", "-")):
-            values = [getattr(value, name) for _, value in found]
+            values = [getattr(value, name) for _, value in measured]
             axis.plot(clients, values, dashes, color=colour, marker="o", label=f"{label}, {name}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -65,10 +65,10 @@ def _latencies(axis: Axes, mix: Sequence[Series]) -> None:
 
 def _memories(axis: Axes, series: Sequence[Series]) -> None:
     begin = min(s.started for s in series)
-    for place, one in enumerate(series):
+    for number, one in enumerate(series):
         times = [one.started - begin + at for at, _ in one.memory]
         label = one.name if one.asked is None else f"{one.name}, {one.clients}"
-        axis.plot(times, [mb for _, mb in one.memory], color=f"C{place}", label=label)
+        axis.plot(times, [mb for _, mb in one.memory], color=f"C{number}", label=label)
     axis.set_title("Resident memory of the server, new for each series")
     axis.margins(y=0.1)
     axis.set_xlabel("seconds")

@@ -69,10 +69,10 @@ def _closed_series(settings: LoadSettings) -> Iterable[tuple[str, int, list[Call
         "text": [chat(n) for n in range(settings.requests)],
         "images": [paint(n) for n in range(some)],
     }
-    for name, own in calls.items():
+    for name, callers in calls.items():
         if name in settings.groups:
             for clients in settings.levels if name == "mix" else sorted({1, settings.many}):
-                yield name, clients, own
+                yield name, clients, callers
 
 
 def _steady(settings: LoadSettings, painters: int) -> Drive:
@@ -94,20 +94,20 @@ def _steady(settings: LoadSettings, painters: int) -> Drive:
 
 def aims(series: Iterable[Series], settings: LoadSettings, options: ServerOptions) -> list[Figure]:
     """Each ratio the load test is for, against its aim; none for series that were not run."""
-    found = {(s.name, s.clients): s for s in series}
+    by_name = {(s.name, s.clients): s for s in series}
     figures = [
-        _gain(found, settings, options, name, kind, unit, aim)
+        _gain(by_name, settings, options, name, kind, unit, aim)
         for name, kind, unit, aim in (
             ("text", "chat", "tokens/s", TEXT_AIM),
             ("images", "paint", "images/s", IMAGE_AIM),
         )
     ]
-    figures.append(_growth(found, settings, options))
+    figures.append(_growth(by_name, settings, options))
     return [figure for figure in figures if figure is not None]
 
 
 def _gain(
-    found: dict[tuple[str, int], Series],
+    by_name: dict[tuple[str, int], Series],
     settings: LoadSettings,
     options: ServerOptions,
     name: str,
@@ -115,7 +115,7 @@ def _gain(
     unit: str,
     aim: float,
 ) -> Figure | None:
-    one, many = found.get((name, 1)), found.get((name, settings.many))
+    one, many = by_name.get((name, 1)), by_name.get((name, settings.many))
     if one is None or many is None:
         return None
     rates = [_rate(s, kind) for s in (one, many)]
@@ -133,14 +133,14 @@ def _gain(
 
 
 def _rate(series: Series, kind: str) -> float:
-    own = series.kinds[kind]
-    return own.token_rate if kind == "chat" else own.image_rate
+    summary = series.kinds[kind]
+    return summary.token_rate if kind == "chat" else summary.image_rate
 
 
 def _growth(
-    found: dict[tuple[str, int], Series], settings: LoadSettings, options: ServerOptions
+    by_name: dict[tuple[str, int], Series], settings: LoadSettings, options: ServerOptions
 ) -> Figure | None:
-    alone, beside = found.get((ALONE, 0)), found.get((BESIDE, PAINTERS))
+    alone, beside = by_name.get((ALONE, 0)), by_name.get((BESIDE, PAINTERS))
     if alone is None or beside is None:
         return None
     times = [s.kinds["chat"].first_text for s in (alone, beside)]

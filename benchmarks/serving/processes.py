@@ -17,14 +17,14 @@ _GONE = (FileNotFoundError, ProcessLookupError)
 
 def tree(root: int) -> list[int]:
     """A process and all that descend from it, the oldest first; none when it has ended."""
-    found = _running()
-    if root not in found:
+    processes = _running()
+    if root not in processes:
         return []
     members = {root}
-    for pid, (parent, _) in sorted(found.items(), key=lambda item: item[1][1]):
+    for pid, (parent, _) in sorted(processes.items(), key=lambda item: item[1][1]):
         if parent in members:
             members.add(pid)
-    return sorted(members, key=lambda pid: found[pid][1])
+    return sorted(members, key=lambda pid: processes[pid][1])
 
 
 def engines(root: int) -> list[int]:
@@ -94,15 +94,15 @@ class MemoryWatch:
 
 def _running() -> dict[int, tuple[int, int]]:
     """pid → (parent, when it started), without those that have ended."""
-    found = {}
+    processes = {}
     for folder in _PROC.iterdir():
         if folder.name.isdecimal():
             with suppress(*_GONE):
                 # The name in brackets may hold spaces and brackets itself.
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] not in "ZX":
-                    found[int(folder.name)] = int(fields[1]), int(fields[19])
-    return found
+                    processes[int(folder.name)] = int(fields[1]), int(fields[19])
+    return processes
 
 
 def _command(pid: int) -> bytes:

@@ -42,27 +42,31 @@ _HEAD = (
 def series_table(series: Sequence[Series]) -> str:
     """Every series and kind of request; the ratio is that of requests/s."""
     serial = {s.name: s for s in series if s.clients == 1}
-    rows = [_row(s, kind, own, serial.get(s.name)) for s in series for kind, own in s.kinds.items()]
+    rows = [
+        _row(s, kind, summary, serial.get(s.name))
+        for s in series
+        for kind, summary in s.kinds.items()
+    ]
     return markdown(_HEAD, rows)
 
 
-def _row(series: Series, kind: str, own: Summary, serial: Series | None) -> list[str]:
+def _row(series: Series, kind: str, summary: Summary, serial: Series | None) -> list[str]:
     ratio = ""
     if serial is not None and serial.kinds[kind].request_rate:
-        ratio = f"×{own.request_rate / serial.kinds[kind].request_rate:.2f}"
-    errors = ", ".join(f"{count} × {name}" for name, count in own.errors.items())
+        ratio = f"×{summary.request_rate / serial.kinds[kind].request_rate:.2f}"
+    errors = ", ".join(f"{count} × {name}" for name, count in summary.errors.items())
     return [
         series.name + (" (cut short)" if series.cut else ""),
         str(series.clients),
         kind,
-        str(own.requests),
+        str(summary.requests),
         errors or "0",
-        f"{own.request_rate:.2f}",
-        f"{own.token_rate:.1f}",
-        f"{own.image_rate:.2f}",
-        f"{own.mean_tokens:.1f}" if own.mean_tokens else "",
-        _pair(own.first_text),
-        _pair(own.total),
+        f"{summary.request_rate:.2f}",
+        f"{summary.token_rate:.1f}",
+        f"{summary.image_rate:.2f}",
+        f"{summary.mean_tokens:.1f}" if summary.mean_tokens else "",
+        _pair(summary.first_text),
+        _pair(summary.total),
         ratio,
         f"{series.peak_mb:.0f}" if kind == "all" else "",
     ]

@@ -79,20 +79,20 @@ async def run_soak(settings: SoakSettings, options: ServerOptions, log: Path) ->
 
 async def at_rest(server: Server, like: Mapping[str, float] | None = None) -> dict[str, float]:
     """The gauges, once they are as in `like` or after `REST_SECONDS`; without it, after a while."""
-    found: dict[str, float] = {}
+    gauges: dict[str, float] = {}
 
     async def resting() -> bool:
-        nonlocal found
+        nonlocal gauges
         metrics = await server.metrics()
-        found = {name: metrics.get(name, 0.0) for name in IDLE_GAUGES}
-        return found == like
+        gauges = {name: metrics.get(name, 0.0) for name in IDLE_GAUGES}
+        return gauges == like
 
     if like is None:
         await asyncio.sleep(SETTLE_SECONDS)
         await resting()
     else:
         await until(resting, REST_SECONDS)
-    return found
+    return gauges
 
 
 def figures(soak: Soak, options: ServerOptions) -> list[Figure]:

@@ -78,10 +78,10 @@ def summarise(outcomes: Sequence[Outcome], seconds: float) -> Summary:
 def by_kind(outcomes: Sequence[Outcome]) -> dict[str, Summary]:
     """All requests, and those of each kind, over the same time."""
     seconds = span(outcomes)
-    found = {"all": summarise(outcomes, seconds)}
+    by_kind = {"all": summarise(outcomes, seconds)}
     for kind in sorted({o.kind for o in outcomes}):
-        found[kind] = summarise([o for o in outcomes if o.kind == kind], seconds)
-    return found
+        by_kind[kind] = summarise([o for o in outcomes if o.kind == kind], seconds)
+    return by_kind
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

@@ -62,7 +62,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small() -> Pipeline:
-    """Untrained; pictures of 64 pixels are 16 tokens."""
+    """Untrained; images of 64 pixels are 16 tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = NeoUnify(SCENES.replace(**TINY)).requires_grad_(False).eval()
@@ -81,7 +81,7 @@ def oracle(side: int = 64) -> Oracle:
 
 
 class Forgetful(Oracle):
-    """Paints one background picture unless it thinks; the thoughts of odd cases are wrong."""
+    """Paints one background image unless it thinks; the thoughts of odd cases are wrong."""
 
     def paint(
         self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool

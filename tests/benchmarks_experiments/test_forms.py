@@ -102,21 +102,21 @@ class Literal:
 
     def edit(
         self,
-        pictures: Sequence[Pixels],
+        images: Sequence[Pixels],
         instructions: Sequence[str],
         seeds: Sequence[int],
         *,
         think: bool,
     ) -> list[Painting]:
         painted = []
-        for picture, text in zip(pictures, instructions, strict=True):
-            target = self.edits.get((picture.tobytes(), text))
-            painted.append(Painting(picture if target is None else render(target, WORLD)))
+        for image, text in zip(images, instructions, strict=True):
+            target = self.edits.get((image.tobytes(), text))
+            painted.append(Painting(image if target is None else render(target, WORLD)))
         return painted
 
-    def answer(self, pictures: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
-        asked = zip(pictures, questions, strict=True)
-        return [self.answers.get((picture.tobytes(), text), "") for picture, text in asked]
+    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+        asked = zip(images, questions, strict=True)
+        return [self.answers.get((image.tobytes(), text), "") for image, text in asked]
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
         raise NotImplementedError

@@ -83,14 +83,14 @@ def test_percentiles_and_slopes() -> None:
 def test_ratios_are_read_against_their_aims() -> None:
     serial = [answered(n, 1) for n in range(8)]
     many = [answered(0, 2) for _ in range(8)]
-    pictures = [painted(n, 1) for n in range(4)]
+    of_images = [painted(n, 1) for n in range(4)]
     all_series = [
         series("text", 1, serial),
         series("text", 16, many),
-        series("images", 1, pictures),
+        series("images", 1, of_images),
         series("images", 16, [painted(0, 3) for _ in range(4)]),
         series(ALONE, 0, serial),
-        series(BESIDE, PAINTERS, [*(answered(n, 3) for n in range(8)), *pictures]),
+        series(BESIDE, PAINTERS, [*(answered(n, 3) for n in range(8)), *of_images]),
     ]
     text, images, growth = aims(all_series, LoadSettings(), ServerOptions())
     assert text.value == pytest.approx(4)

@@ -78,9 +78,9 @@ def run(run_bare: Run, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    """A small picture in the folder that commands run in."""
+def image_file(tmp_path: Path) -> Path:
+    """A small image in the folder that commands run in."""
     levels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray(levels).save(path)
     return path

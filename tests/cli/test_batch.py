@@ -104,14 +104,14 @@ def test_a_torn_results_file_is_mended(run: Callable[..., Any]) -> None:
     results, whole = Path("out/results.jsonl"), pngs()
     data = results.read_bytes()
     results.write_bytes(data[:-40])
-    Path("out/0002-a-cat_s1_1.png").unlink()  # killed between the record and the picture
+    Path("out/0002-a-cat_s1_1.png").unlink()  # killed between the record and the image
     ran = run(*GENERATE, "--json")
     assert (ran.json["done"], ran.json["skipped"]) == (1, 1)
     assert pngs() == whole
     assert [r["line"] for r in records()] == [1, 2]
 
 
-def test_a_lost_picture_is_painted_again(run: Callable[..., Any]) -> None:
+def test_a_lost_image_is_painted_again(run: Callable[..., Any]) -> None:
     write({"prompt": "a boat"})
     run(*GENERATE)
     Path("out/0001-a-boat_s0_1.png").unlink()
@@ -154,10 +154,10 @@ def test_a_full_disk_ends_the_batch(
     assert not Path("out/results.jsonl").exists()
 
 
-def test_edits_read_pictures_beside_the_file(run: Callable[..., Any], picture: Path) -> None:
-    Path("bad.png").write_bytes(b"no picture")
+def test_edits_read_images_beside_the_file(run: Callable[..., Any], image_file: Path) -> None:
+    Path("bad.png").write_bytes(b"no image")
     write(
-        {"prompt": "bluer", "images": ["picture.png"]},
+        {"prompt": "bluer", "images": ["image.png"]},
         {"prompt": "bluer", "images": ["bad.png"]},
         {"prompt": "bluer", "images": ["nowhere.png"]},
         {"prompt": "bluer"},
@@ -171,9 +171,9 @@ def test_edits_read_pictures_beside_the_file(run: Callable[..., Any], picture: P
     assert pngs() == ["0001-bluer_s0_1.png"]
 
 
-def test_answers_go_into_the_results(run: Callable[..., Any], toy: Path, picture: Path) -> None:
+def test_answers_go_into_the_results(run: Callable[..., Any], toy: Path, image_file: Path) -> None:
     write(
-        {"prompt": "what?", "images": ["picture.png"]},
+        {"prompt": "what?", "images": ["image.png"]},
         {"prompt": "who are you?", "max_new_tokens": 3},
         {"prompt": "draw", "temperature": 1, "stop": "x"},
         {"prompt": "<image>"},
@@ -184,7 +184,7 @@ def test_answers_go_into_the_results(run: Callable[..., Any], toy: Path, picture
     assert "line 4: " in ran.err
     answers = {r["line"]: r.get("answer") for r in records()}
     pipe = neounify.load(toy, device="cpu")
-    assert answers[1] == pipe.chat("what?", picture, max_new_tokens=5).text
+    assert answers[1] == pipe.chat("what?", image_file, max_new_tokens=5).text
     assert answers[2] == pipe.chat("who are you?", max_new_tokens=3).text
     drawn = pipe.chat("draw", max_new_tokens=5, temperature=1.0, seed=42, stop="x")
     assert answers[3] == drawn.text

@@ -21,9 +21,9 @@ def pipe(toy: Path) -> Pipeline:
     return neounify.load(toy, device="cpu")
 
 
-def test_an_answer_on_stdout(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
-    ran = run("chat", "what is it?", "--image", picture, *SHORT)
-    want = pipe.chat("what is it?", picture, max_new_tokens=6).text
+def test_an_answer_on_stdout(run: Callable[..., Any], pipe: Pipeline, image_file: Path) -> None:
+    ran = run("chat", "what is it?", "--image", image_file, *SHORT)
+    want = pipe.chat("what is it?", image_file, max_new_tokens=6).text
     assert ran.code == 0
     assert ran.out == f"{want}\n"
     assert "cut off after 6 tokens" in ran.err
@@ -37,18 +37,20 @@ def test_an_answer_as_json(run: Callable[..., Any], pipe: Pipeline) -> None:
     assert ran.json["settings"]["seed"] == 3
 
 
-def test_a_conversation_remembers(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
-    lines = f"/image {picture}\nwhat is it?\n\nand why?\n/save talk.json\n/exit\nnever read\n"
+def test_a_conversation_remembers(
+    run: Callable[..., Any], pipe: Pipeline, image_file: Path
+) -> None:
+    lines = f"/image {image_file}\nwhat is it?\n\nand why?\n/save talk.json\n/exit\nnever read\n"
     ran = run("chat", *SHORT, input=lines)
     assert ran.code == 0
-    first = pipe.chat("what is it?", picture, max_new_tokens=6).text
+    first = pipe.chat("what is it?", image_file, max_new_tokens=6).text
     second = pipe.chat(
         [
             {"role": "user", "content": "<image>\nwhat is it?"},
             {"role": "assistant", "content": first},
             {"role": "user", "content": "and why?"},
         ],
-        picture,
+        image_file,
         max_new_tokens=6,
     ).text
     saved = json.loads(Path("talk.json").read_text(encoding="utf-8"))

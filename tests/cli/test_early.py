@@ -31,7 +31,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CORES = f"100000: this machine has {os.cpu_count()} core"
-EDIT = ("edit", "bluer", "--image", "picture.png")
+EDIT = ("edit", "bluer", "--image", "image.png")
 BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", ""), "the prompt is empty"),
     (("generate", "a", "  "), "the prompt is empty"),
@@ -44,7 +44,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", "a", "--dtype", "int3"), "int3"),
     (("generate", "a", "--memory", "some"), "all, stream"),
     (("generate", "a", "--size", "4096x4096"), "16,384 tokens, this model's context holds 8,192"),
-    (("edit", "bluer", "--image", "picture.png", "--size", "4096x4096"), "16,384 tokens"),
+    (("edit", "bluer", "--image", "image.png", "--size", "4096x4096"), "16,384 tokens"),
     (("story", "a", "--size", "4096x4096"), "16,384 tokens"),
     (("generate", "a", "--seed", str(2**64)), "seed"),
     (("generate", "a", "--count", "65"), "images_per_prompt"),
@@ -56,7 +56,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", "--input", "nope"), "--input nope: no such file"),
     (("edit", "bluer", "--image", "nope.png"), "nope.png"),
     ((*EDIT, "--image-guidance", "nan"), "guidance"),
-    (("edit", "<image> <image>", "--image", "picture.png"), "2 <image> marks for 1 images"),
+    (("edit", "<image> <image>", "--image", "image.png"), "2 <image> marks for 1 images"),
     (("chat", ""), "the question is empty"),
     (("chat", "the <image> circle"), "1 <image> marks for 0 images"),
     (("chat", "a", "--image", "nope.png"), "nope.png"),
@@ -93,7 +93,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("no_loading", "picture")
+@pytest.mark.usefixtures("no_loading", "image_file")
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(a) for a, _ in BAD])
 def test_refused_before_loading(run: Run, arguments: tuple[str, ...], words: str) -> None:
     Path("text.txt").write_text("text", encoding="utf-8")
@@ -140,11 +140,11 @@ def test_a_file_without_one_usable_line(
     assert words in ran.err
 
 
-def test_a_batch_that_is_done_stays_done(run: Run, picture: Path) -> None:
-    Path("jobs.jsonl").write_text('{"prompt": "a", "images": ["picture.png"]}', encoding="utf-8")
+def test_a_batch_that_is_done_stays_done(run: Run, image_file: Path) -> None:
+    Path("jobs.jsonl").write_text('{"prompt": "a", "images": ["image.png"]}', encoding="utf-8")
     first = ("edit", "--input", "jobs.jsonl", "--size", "64x32", "--steps", "1")
     assert run(*first).code == 0
-    picture.unlink()
+    image_file.unlink()
     ran = run(*first)
     assert ran.code == 0
     assert "1 done in an earlier run" in ran.out
@@ -166,11 +166,11 @@ def test_a_size_never_trained_is_a_line_on_stderr(run_bare: Run, size: str) -> N
     assert words in ran.err
 
 
-def test_a_question_without_an_image_gets_a_hint(run_bare: Run, picture: Path) -> None:
+def test_a_question_without_an_image_gets_a_hint(run_bare: Run, image_file: Path) -> None:
     question = ("chat", "What colour is the star?", "--max-new-tokens", 2)
     assert "no image is given" in run_bare(*question).err
     assert run_bare(*question).code == 0
-    assert "no image" not in run_bare(*question, "--image", picture).err
+    assert "no image" not in run_bare(*question, "--image", image_file).err
     assert "no image" not in run_bare(*question, "-q").err
 
 

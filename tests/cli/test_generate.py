@@ -167,28 +167,28 @@ def test_a_thought_is_shown_and_recorded(run: Callable[..., Any]) -> None:
     assert isinstance(read_record(Path("outputs/boat_s0_1.png"))["thought"], str)
 
 
-def test_edit_of_two_pictures(run: Callable[..., Any], pipe: Pipeline, picture: Path) -> None:
-    arguments = ("--image", picture, "--image", picture, *SMALL, "--image-guidance", 2)
+def test_edit_of_two_images(run: Callable[..., Any], pipe: Pipeline, image_file: Path) -> None:
+    arguments = ("--image", image_file, "--image", image_file, *SMALL, "--image-guidance", 2)
     ran = run("edit", "mix <image> and <image>", *arguments, "--device", "cpu", "--json")
     assert ran.code == 0
     (entry,) = ran.json["files"]
     want = pipe.edit(
-        "mix <image> and <image>", [picture] * 2, width=64, height=32, steps=2, image_guidance=2
+        "mix <image> and <image>", [image_file] * 2, width=64, height=32, steps=2, image_guidance=2
     ).images[0]
     assert np.array_equal(pixels(Path(entry["file"])), np.array(want))
-    assert entry["record"]["images"] == ["picture.png"] * 2
+    assert entry["record"]["images"] == ["image.png"] * 2
     assert entry["record"]["settings"]["image_guidance"] == 2
     assert entry["record"]["task"] == "edit"
 
 
-def test_edit_keeps_the_shape_of_its_picture(run: Callable[..., Any], picture: Path) -> None:
-    ran = run("edit", "bluer", "--image", picture, "--steps", 1, "--json")
+def test_edit_keeps_the_shape_of_its_image(run: Callable[..., Any], image_file: Path) -> None:
+    ran = run("edit", "bluer", "--image", image_file, "--steps", 1, "--json")
     width, height = ran.json["files"][0]["record"]["size"]
     assert width > height
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture"])
-def test_an_unreadable_picture(run: Callable[..., Any], content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_an_unreadable_image(run: Callable[..., Any], content: bytes) -> None:
     Path("bad.png").write_bytes(content)
     ran = run("edit", "bluer", "--image", "bad.png")
     assert ran.code == 1
@@ -209,7 +209,7 @@ def test_memory_by_stream_paints_the_same(run: Callable[..., Any]) -> None:
     assert np.array_equal(pixels(Path("a.png")), pixels(Path("b.png")))
 
 
-def test_inspect_refuses_other_pngs(run: Callable[..., Any], picture: Path) -> None:
-    ran = run("inspect", picture)
+def test_inspect_refuses_other_pngs(run: Callable[..., Any], image_file: Path) -> None:
+    ran = run("inspect", image_file)
     assert ran.code == 1
     assert "no record" in ran.err

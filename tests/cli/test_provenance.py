@@ -27,8 +27,8 @@ def marked(tmp_path: Path) -> Path:
     return path
 
 
-def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, picture: Path) -> None:
-    ran = run_bare("provenance", marked.name, picture.name)
+def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, image_file: Path) -> None:
+    ran = run_bare("provenance", marked.name, image_file.name)
     assert ran.code == 0, ran.err
     assert ran.out.splitlines() == [
         "marked.jpg",
@@ -37,21 +37,21 @@ def test_metadata_and_mark_are_shown(run_bare: Run, marked: Path, picture: Path)
         "  seed: 5",
         "  note: a\ufffd[31mb",
         "  invisible watermark: neounify:9",
-        "picture.png",
+        "image.png",
         "  no metadata about its origin",
         "  invisible watermark: none",
     ]
 
 
-def test_as_json(run_bare: Run, marked: Path, picture: Path) -> None:
-    first, second = run_bare("provenance", marked.name, picture.name, "--json").json["files"]
+def test_as_json(run_bare: Run, marked: Path, image_file: Path) -> None:
+    first, second = run_bare("provenance", marked.name, image_file.name, "--json").json["files"]
     assert first["file"] == "marked.jpg"
     assert first["metadata"]["seed"] == 5
     assert first["mark"] == "neounify:9"
-    assert second == {"file": "picture.png", "metadata": {}, "mark": None}
+    assert second == {"file": "image.png", "metadata": {}, "mark": None}
 
 
-def test_pictures_of_the_command_line_say_who_made_them(run: Run) -> None:
+def test_images_of_the_command_line_say_who_made_them(run: Run) -> None:
     run("generate", "boat", "--size", "64x32", "--steps", "2", "--output", "boat.png")
     (entry,) = run("provenance", "boat.png", "--json").json["files"]
     assert entry["metadata"]["source_type"] == GENERATED
@@ -71,7 +71,7 @@ def test_without_the_library_the_metadata_is_still_shown(
 
 
 @pytest.mark.parametrize("data", [None, b"text"])
-def test_files_that_are_no_pictures(run_bare: Run, tmp_path: Path, data: bytes | None) -> None:
+def test_files_that_are_no_images(run_bare: Run, tmp_path: Path, data: bytes | None) -> None:
     if data is not None:
         (tmp_path / "a.png").write_bytes(data)
     ran = run_bare("provenance", "a.png")
@@ -80,12 +80,14 @@ def test_files_that_are_no_pictures(run_bare: Run, tmp_path: Path, data: bytes |
     assert "Traceback" not in ran.err
 
 
-def test_a_bad_file_does_not_hide_the_others(run_bare: Run, picture: Path, tmp_path: Path) -> None:
+def test_a_bad_file_does_not_hide_the_others(
+    run_bare: Run, image_file: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("text", encoding="utf-8")
-    names = ("nope.png", picture.name, "text.txt", ".")
+    names = ("nope.png", image_file.name, "text.txt", ".")
     ran = run_bare("provenance", *names)
     assert ran.code == 1
-    assert ran.out.splitlines()[0] == picture.name
+    assert ran.out.splitlines()[0] == image_file.name
     missing, text, folder = (line for line in ran.err.splitlines() if line.startswith("error"))
     assert missing == "error: nope.png: cannot be read: No such file or directory"
     assert text.startswith("error: text.txt: not an image, or damaged")

@@ -99,12 +99,14 @@ def test_an_interrupted_story_is_kept_up_to_there(
     assert "![](01.png)" in (folder / "story.md").read_text(encoding="utf-8")
 
 
-def test_a_toy_tells_and_paints(run: Callable[..., Any], painter: Path, picture: Path) -> None:
+def test_a_toy_tells_and_paints(run: Callable[..., Any], painter: Path, image_file: Path) -> None:
     limits = ("--max-new-tokens", 12, "--max-images", 2, "--previews", "--device", "cpu")
-    ran = run("story", "Boats", "--image", picture, "--model", painter, *SMALL, *limits, "--json")
+    ran = run(
+        "story", "Boats", "--image", image_file, "--model", painter, *SMALL, *limits, "--json"
+    )
     pipe = neounify.load(painter, device="cpu")
     told = pipe.interleave(
-        "Boats", picture, width=64, height=32, steps=2, max_new_tokens=12, max_images=2
+        "Boats", image_file, width=64, height=32, steps=2, max_new_tokens=12, max_images=2
     )
     want = [part for part in told if not isinstance(part, PreviewPart)]
     images = [part for part in want if isinstance(part, ImagePart)]

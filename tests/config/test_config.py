@@ -107,7 +107,7 @@ def test_sparse_layers() -> None:
         TINY.replace(und_mlp=_sparse(width=0))
 
 
-def test_bounds_of_edited_pictures() -> None:
+def test_bounds_of_edited_images() -> None:
     sampling = CheckpointDefaults()
     assert sampling.edit_bounds(1) == (512**2, 2048**2)
     assert sampling.edit_bounds(4) == (512**2, 2048**2)

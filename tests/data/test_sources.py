@@ -90,7 +90,7 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_pairs_of_picture_and_caption_are_painting_samples(tmp_path: Path) -> None:
+def test_pairs_of_image_and_caption_are_painting_samples(tmp_path: Path) -> None:
     _tar(tmp_path / "a.tar", {"x/1.png": _png(), "x/1.txt": b" a red wall\n"})
     sample = ShardSource([tmp_path / "a.tar"])[0]
     assert sample.task == "t2i"
@@ -115,7 +115,7 @@ def test_a_cut_off_shard_keeps_what_is_whole(tmp_path: Path) -> None:
         ({"1.json": b"{"}, "1: "),
         ({"1.json": b"[" * 100_000}, "1: "),
         ({"1.txt": b"words"}, "neither a json record nor an image"),
-        ({"1.png": b"no picture", "1.txt": b"x"}, r"1\.png"),
+        ({"1.png": b"no image", "1.txt": b"x"}, r"1\.png"),
         (
             {"1.json": json.dumps({**PAINT, "image": ["../../etc/passwd"]}).encode()},
             "not in the shard",
@@ -226,8 +226,8 @@ def test_buckets_are_chosen_by_shape_and_filled() -> None:
     assert nearest_bucket(1920, 1080, TRAINING_BUCKETS) == (2720, 1536)
     assert nearest_bucket(100, 900, TRAINING_BUCKETS) == (1152, 3456)
     assert nearest_bucket(60, 60, [(64, 64), (128, 128)]) == (64, 64)
-    picture = np.zeros((40, 100, 3), np.uint8)
-    picture[:, 30:70] = 255
-    cut = np.asarray(crop_to(Image.fromarray(picture), (32, 32)))
+    image = np.zeros((40, 100, 3), np.uint8)
+    image[:, 30:70] = 255
+    cut = np.asarray(crop_to(Image.fromarray(image), (32, 32)))
     assert cut.shape == (32, 32, 3)
     assert (cut[:, 2:-2] == 255).all()

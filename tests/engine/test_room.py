@@ -24,7 +24,7 @@ from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
 
 RNG = np.random.default_rng(0)
-PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
+IMAGE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
 
 
 def room_of(tokens: int) -> EngineConfig:
@@ -55,7 +55,7 @@ def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipel
     )
     edits = [
         ImageRequest(
-            prompt="x" * 60, width=64, height=64, sampling=sampling, images=(PICTURE,), seed=seed
+            prompt="x" * 60, width=64, height=64, sampling=sampling, images=(IMAGE,), seed=seed
         )
         for seed in range(2)
     ]
@@ -98,7 +98,7 @@ def test_answers_do_not_depend_on_room(
         for n in range(3)
     ]
     requests += [
-        ImageRequest(prompt="x" * 30, width=64, height=64, sampling=sampling, images=(PICTURE,))
+        ImageRequest(prompt="x" * 30, width=64, height=64, sampling=sampling, images=(IMAGE,))
     ]
     requests += [make_chat_request("y" * (40 * n), [], max_new_tokens=60) for n in range(1, 5)]
     assert all(r.max_images == 10 for r in requests if isinstance(r, InterleaveRequest))

@@ -20,9 +20,9 @@ def scene(index: int) -> Pixels:
     return render(sample_scene(sample_rng(4, index), PRESETS["wide"]), PRESETS["wide"])
 
 
-def noisy(picture: Pixels, sigma: float) -> Pixels:
+def noisy(image: Pixels, sigma: float) -> Pixels:
     rng = np.random.default_rng(0)
-    return np.clip(picture + rng.normal(0, sigma, picture.shape), 0, 255).astype(np.uint8)
+    return np.clip(image + rng.normal(0, sigma, image.shape), 0, 255).astype(np.uint8)
 
 
 def test_psnr_of_a_constant_difference() -> None:
@@ -42,7 +42,7 @@ def test_psnr_looks_at_the_mask_alone() -> None:
         psnr(flat(1), flat(1), np.zeros((32, 32), bool))
 
 
-def test_ssim_of_constant_pictures_is_the_mean_term() -> None:
+def test_ssim_of_constant_images_is_the_mean_term() -> None:
     a, b, c1 = 100.0, 140.0, (0.01 * 255) ** 2
     expected = (2 * a * b + c1) / (a * a + b * b + c1)
     assert ssim(flat(100), flat(140)) == pytest.approx(expected, abs=1e-9)
@@ -66,14 +66,14 @@ def test_ssim_is_the_equation_at_one_window() -> None:
 
 
 def test_ssim_is_one_for_equals_symmetric_and_falls_with_noise() -> None:
-    picture = scene(0)
-    assert ssim(picture, picture) == pytest.approx(1)
-    little, much = noisy(picture, 5), noisy(picture, 40)
-    assert ssim(picture, little) == pytest.approx(ssim(little, picture))
-    assert 1 > ssim(picture, little) > ssim(picture, much) > 0
+    image = scene(0)
+    assert ssim(image, image) == pytest.approx(1)
+    little, much = noisy(image, 5), noisy(image, 40)
+    assert ssim(image, little) == pytest.approx(ssim(little, image))
+    assert 1 > ssim(image, little) > ssim(image, much) > 0
 
 
-def test_pictures_of_two_sizes_cannot_be_compared() -> None:
+def test_images_of_two_sizes_cannot_be_compared() -> None:
     for measure in (psnr, ssim):
         with pytest.raises(ImageError, match="one size"):
             measure(flat(0), flat(0, 16))
@@ -94,8 +94,8 @@ def test_steps_at_token_borders_are_seen_and_grow(token: int) -> None:
     for strength in (2, 6, 30):
         grid = rng.normal(0, strength, (64 // token, 64 // token, 1))
         seams = np.kron(grid, np.ones((token, token, 1)))
-        picture = np.clip(scene(1) * 0.8 + 20 + seams, 0, 255).astype(np.uint8)
-        ratios.append(seam_ratio(picture, token))
+        image = np.clip(scene(1) * 0.8 + 20 + seams, 0, 255).astype(np.uint8)
+        ratios.append(seam_ratio(image, token))
     assert 1.3 < ratios[0] < ratios[1] < ratios[2]
 
 

@@ -87,17 +87,17 @@ def test_patch_embedding_stage_by_stage(
 
 
 @every_checkpoint
-def test_patch_embedding_of_pictures(name: str, model: NeoUnify) -> None:
-    """From whole pictures, one by one and both in one call."""
+def test_patch_embedding_of_images(name: str, model: NeoUnify) -> None:
+    """From whole images, one by one and both in one call."""
     recorded, _ = load_fixture(name, "vision")
-    pictures = [_picture(recorded, "a"), _picture(recorded, "b")]
-    assert_close(model.embed_clean(pictures[:1]), recorded["a.und.out"], TOLERANCE)
-    assert_close(model.embed_clean(pictures[1:]), recorded["b.und.out"], TOLERANCE)
-    assert_close(model.embed_clean(pictures), recorded["ab.und.out"], TOLERANCE)
+    images = [_image_tensor(recorded, "a"), _image_tensor(recorded, "b")]
+    assert_close(model.embed_clean(images[:1]), recorded["a.und.out"], TOLERANCE)
+    assert_close(model.embed_clean(images[1:]), recorded["b.und.out"], TOLERANCE)
+    assert_close(model.embed_clean(images), recorded["ab.und.out"], TOLERANCE)
 
 
 @every_checkpoint
-def test_cutting_pictures(name: str, model: NeoUnify) -> None:
+def test_cutting_images(name: str, model: NeoUnify) -> None:
     recorded, _ = load_fixture(name, "vision")
     images, z = recorded["image"], recorded["image.z"]
     assert torch.equal(patchify(images, 32), z)
@@ -113,7 +113,7 @@ def test_cutting_pictures(name: str, model: NeoUnify) -> None:
     assert_close(tokens, recorded["image.gen.out"], TOLERANCE)
 
 
-def _picture(recorded: dict[str, Tensor], image: str) -> Tensor:
+def _image_tensor(recorded: dict[str, Tensor], image: str) -> Tensor:
     rows, columns = recorded[f"{image}.grid_hw"][0].tolist()
     return from_patches(recorded[f"{image}.pixel_values"][None], rows, columns, PATCH)[0]
 
@@ -158,7 +158,7 @@ def _recorded_prompt(name: str, group: str) -> tuple[dict[str, Tensor], Prompt]:
     images: list[Tensor] = []
     if group == "mm":
         vision, _ = load_fixture(name, "vision")
-        images = [_picture(vision, "a"), _picture(vision, "b")]
+        images = [_image_tensor(vision, "a"), _image_tensor(vision, "b")]
     return recorded, _prompt(recorded, images)
 
 

@@ -22,7 +22,7 @@ from support.golden_steps import (
     Script,
     Steps,
     error,
-    picture,
+    image_file,
     pipeline,
 )
 from support.scripted_sampler import script_sampler
@@ -94,7 +94,7 @@ def test_editing(name: str, golden_checkpoint: Checkpoint) -> None:
     pipe = pipeline(golden_checkpoint(name))
     for case, parameters in edit_cases(info, rounded=False):
         group = case.split(".")[0]
-        images = [picture(image) for image in info["images"][group]]
+        images = [image_file(image) for image in info["images"][group]]
         out = pipe.edit(info["prompts"][group], images, **settings(parameters))
         assert error(out.pixels, recorded[f"{case}.final"]) <= TRAJECTORY, case
 
@@ -112,7 +112,7 @@ def test_editing_with_rounded_pixels(
     monkeypatch.setattr(processor, "prepare_image", rounded)
     for case, parameters in edit_cases(info, rounded=True):
         group = case.split(".")[0]
-        images = [picture(image) for image in info["images"][group]]
+        images = [image_file(image) for image in info["images"][group]]
         out = pipe.edit(info["prompts"][group], images, **settings(parameters))
         assert error(out.pixels, recorded[f"{case}.final"]) <= TRAJECTORY, case
         assert error(embedded(pipe, images), recorded[f"{case}.vit_embeds"]) <= SINGLE_PASS
@@ -125,7 +125,7 @@ def test_editing_step_by_step(
     recorded, info = load_fixture(name, "it2i")
     pipe = pipeline(golden_checkpoint(name))
     steps = Steps(monkeypatch)
-    images = [picture(image) for image in info["images"][group]]
+    images = [image_file(image) for image in info["images"][group]]
     case = settings(info["cases"][f"{group}.4_2"])
     pipe.edit(info["prompts"][group], images, **case, noise=recorded["noise_b1"])
     assert steps.t == pytest.approx(recorded[f"{group}.timesteps"][:-1].tolist(), abs=1e-6)
@@ -155,7 +155,7 @@ def test_positions_of_editing_prompts(
 ) -> None:
     recorded, info = load_fixture(name, "it2i")
     prompts = PromptPositions(monkeypatch)
-    images = [picture(image) for image in info["images"][group]]
+    images = [image_file(image) for image in info["images"][group]]
     pipeline(golden_checkpoint(name)).edit(
         info["prompts"][group],
         images,
@@ -179,13 +179,13 @@ def test_positions_of_chat_and_interleaving_prompts(
     pipe = pipeline(golden_checkpoint(name))
     prompts = PromptPositions(monkeypatch)
     recorded, info = load_fixture(name, "chat")
-    pipe.chat(info["question"], [picture(info["image"])], max_new_tokens=1)
+    pipe.chat(info["question"], [image_file(info["image"])], max_new_tokens=1)
     assert torch.equal(prompts.seen[0], recorded["turn1.indexes"])
     recorded, info = load_fixture(name, "interleave")
     prompts.seen.clear()
     parts = pipe.interleave(
         info["prompt"],
-        [picture("a_512x512")],
+        [image_file("a_512x512")],
         guidance=4,
         image_guidance=2,
         system=info["system_message"],
@@ -201,7 +201,7 @@ def test_positions_of_chat_and_interleaving_prompts(
 def test_chat(name: str, golden_checkpoint: Checkpoint) -> None:
     recorded, info = load_fixture(name, "chat")
     pipe = pipeline(golden_checkpoint(name))
-    image = [picture(info["image"])]
+    image = [image_file(info["image"])]
     history = [
         {"role": "user", "content": info["question"]},
         {"role": "assistant", "content": "A red boat."},
@@ -230,7 +230,7 @@ def test_chat_logits(
 
     script_sampler(monkeypatch, recording)
     pipe = pipeline(golden_checkpoint(name))
-    pipe.chat(info["question"], [picture(info["image"])], max_new_tokens=12)
+    pipe.chat(info["question"], [image_file(info["image"])], max_new_tokens=12)
     assert error(torch.stack(seen)[None], recorded["turn1.greedy_logits"]) <= SINGLE_PASS
 
 
@@ -264,7 +264,7 @@ def test_interleaving(
     parts = list(
         pipeline(golden_checkpoint(name)).interleave(
             info["prompt"],
-            [picture("a_512x512")],
+            [image_file("a_512x512")],
             width=[64, 96],
             height=[96, 32],
             steps=2,
@@ -306,7 +306,7 @@ def test_interleaving_with_given_text(
     monkeypatch.setattr(interleave, "initial_noise", lambda s, scale, g: next(draws) * scale)
     parts = pipe.interleave(
         info["prompt"],
-        [picture("a_512x512")],
+        [image_file("a_512x512")],
         width=[64, 96],
         height=[96, 32],
         steps=2,

@@ -1,4 +1,4 @@
-"""Reading pictures: every mode and file kind, orientation, transparency, hostile files."""
+"""Reading images: every mode and file kind, orientation, transparency, hostile files."""
 
 import io
 import struct
@@ -80,7 +80,7 @@ def test_a_pil_image_is_copied() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     upright = rgb_image()
-    # How a camera that tags `orientation` stores the upright picture.
+    # How a camera that tags `orientation` stores the upright image.
     stored = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],
@@ -280,7 +280,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int, message: str) 
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PPM"])
-def test_large_pictures_below_the_limit_warn_about_nothing(kind: str) -> None:
+def test_large_images_below_the_limit_warn_about_nothing(kind: str) -> None:
     data = bytearray(file_bytes(Image.new("1", (10000, 10000)), kind))
     assert MAX_DECODED_PIXELS > 10000 * 10000
     with pytest.raises(ImageError, match="10000x10000 is 100000000 pixels"):
@@ -296,7 +296,7 @@ def test_max_pixels_is_inclusive() -> None:
         read_image(rgb_image(), max_pixels=23)
 
 
-def test_empty_pictures_are_refused() -> None:
+def test_empty_images_are_refused() -> None:
     with pytest.raises(ImageError, match="has no pixels, its size is 0x5"):
         read_image(Image.new("RGB", (0, 5)))
     with pytest.raises(ImageError):

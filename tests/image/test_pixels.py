@@ -1,4 +1,4 @@
-"""Pixel values: both ranges, the way back to pictures, and the recorded preprocessing."""
+"""Pixel values: both ranges, the way back to images, and the recorded preprocessing."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
         to_pil(torch.zeros(shape))
 
 
-def test_only_rgb_pictures() -> None:
+def test_only_rgb_images() -> None:
     with pytest.raises(ValueError, match="must be RGB, not L"):
         to_und_pixels(Image.new("L", (4, 4)))
 
@@ -95,7 +95,7 @@ def test_prepare_image_leaves_a_legal_size_alone() -> None:
 
 @needs_golden
 @pytest.mark.parametrize("name", ["d_rgba_100x70", "e_rgb_333x200", "f_gray_90x300"])
-def test_prepared_pictures_match_the_recorded(name: str) -> None:
+def test_prepared_images_match_the_recorded(name: str) -> None:
     arrays = load_fixture("common", "preprocess")[0]
     image = prepare_image(read_image(golden_path("fixtures", "images", f"{name}.png")), **BOUNDS)
     patches = to_patches(image[None], 16)[0]
@@ -105,7 +105,7 @@ def test_prepared_pictures_match_the_recorded(name: str) -> None:
 
 @needs_golden
 @pytest.mark.parametrize("name", ["a_512x512", "b_672x416", "c_320x224"])
-def test_large_prepared_pictures_match_the_recorded(name: str) -> None:
+def test_large_prepared_images_match_the_recorded(name: str) -> None:
     arrays = load_fixture("common", "preprocess")[0]
     image = prepare_image(read_image(golden_path("fixtures", "images", f"{name}.png")), **BOUNDS)
     patches = to_patches(image[None], 16)[0]

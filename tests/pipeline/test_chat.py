@@ -17,14 +17,14 @@ from neounify.text import Message, Tokenizer, chat_prompt
 from support.prefilling import contiguous_engine, prefilled
 
 
-def picture(seed: int = 0) -> PIL.Image.Image:
+def example_image(seed: int = 0) -> PIL.Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
 
 
 def test_streamed_pieces_are_the_answer(pipe: neounify.Pipeline) -> None:
-    whole = pipe.chat("tell me", [picture()], max_new_tokens=24)
-    stream = pipe.chat("tell me", [picture()], max_new_tokens=24, stream=True)
+    whole = pipe.chat("tell me", [example_image()], max_new_tokens=24)
+    stream = pipe.chat("tell me", [example_image()], max_new_tokens=24, stream=True)
     assert "".join(stream) == whole.text
     assert stream.result == whole
     assert whole.finish_reason == "length"
@@ -33,7 +33,7 @@ def test_streamed_pieces_are_the_answer(pipe: neounify.Pipeline) -> None:
 
 def test_batch_equals_one_by_one(pipe: neounify.Pipeline) -> None:
     prompts = ["hi", "a rather longer question than that", "and <image>?"]
-    images: list[Any] = [[], [picture(1), picture(2)], [picture(3)]]
+    images: list[Any] = [[], [example_image(1), example_image(2)], [example_image(3)]]
     together = pipe.chat_batch(prompts, images, max_new_tokens=12)
     assert together == [
         pipe.chat(prompt, inputs, max_new_tokens=12)
@@ -60,11 +60,11 @@ def test_stop_string_ends_the_answer(pipe: neounify.Pipeline) -> None:
 
 
 def test_messages_with_parts_equal_marks(pipe: neounify.Pipeline) -> None:
-    marks = pipe.chat("<image> or <image>?", [picture(1), picture(2)], max_new_tokens=8)
+    marks = pipe.chat("<image> or <image>?", [example_image(1), example_image(2)], max_new_tokens=8)
     parts = [
-        {"type": "image", "image": picture(1)},
+        {"type": "image", "image": example_image(1)},
         {"type": "text", "text": " or "},
-        {"type": "image", "image": picture(2)},
+        {"type": "image", "image": example_image(2)},
         {"type": "text", "text": "?"},
     ]
     assert pipe.chat([{"role": "user", "content": parts}], max_new_tokens=8) == marks
@@ -110,24 +110,26 @@ def test_images_of_earlier_answers_are_seen(pipe: neounify.Pipeline) -> None:
         ]
 
     def ask(image: PIL.Image.Image) -> torch.Tensor:
-        messages, images = read_conversation(history(image), [picture(1), picture(2)])
-        assert images == [picture(1), image, picture(2)]
+        messages, images = read_conversation(history(image), [example_image(1), example_image(2)])
+        assert images == [example_image(1), image, example_image(2)]
         prompt = chat_prompt(pipe.tokenizer, messages)
         shown = chat_images(pipe.processor, ChatRequest(messages=messages, images=images))
         [sequence] = prefilled(contiguous_engine(pipe), [prompt], [shown])
         assert sequence.hidden is not None
         return sequence.hidden
 
-    one, other = ask(picture(3)), ask(picture(4))
-    assert torch.equal(one, ask(picture(3)))
+    one, other = ask(example_image(3)), ask(example_image(4))
+    assert torch.equal(one, ask(example_image(3)))
     assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_images_left_over_go_behind_those_of_an_earlier_answer() -> None:
     answer = Message("assistant", "Look.", image_offsets=(0,))
-    messages, images = read_conversation([answer, Message("user", "?")], [picture(1), picture(2)])
+    messages, images = read_conversation(
+        [answer, Message("user", "?")], [example_image(1), example_image(2)]
+    )
     assert [m.n_images for m in messages] == [1, 1]
-    assert images == [picture(1), picture(2)]
+    assert images == [example_image(1), example_image(2)]
 
 
 def test_images_without_marks_go_in_front_of_the_first_question(pipe: neounify.Pipeline) -> None:
@@ -137,7 +139,7 @@ def test_images_without_marks_go_in_front_of_the_first_question(pipe: neounify.P
         {"role": "user", "content": "sure?"},
     ]
     marked = [{"role": "user", "content": "<image>\nwhat?"}, *history[1:]]
-    images = [picture()]
+    images = [example_image()]
     assert pipe.chat(history, images, max_new_tokens=6) == pipe.chat(
         marked, images, max_new_tokens=6
     )
@@ -186,7 +188,11 @@ def test_the_context_limit_ends_an_answer(pipe: neounify.Pipeline) -> None:
             {"think": True},
             PromptError,
         ),
-        ([{"role": "system", "content": [{"type": "image", "image": picture()}]}], {}, PromptError),
+        (
+            [{"role": "system", "content": [{"type": "image", "image": example_image()}]}],
+            {},
+            PromptError,
+        ),
         ("hi", {"max_new_tokens": 0}, RequestError),
         ("hi", {"temperature": -1}, RequestError),
         ("hi", {"temperature": float("nan")}, RequestError),

@@ -14,7 +14,7 @@ from support.prefilling import watch_prefills
 FEW: dict[str, Any] = {"steps": 3, "seed": 1}
 
 
-def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+def example_image(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels)
 
@@ -31,19 +31,21 @@ def test_only_the_prefixes_that_are_needed(
     prefixes: int,
 ) -> None:
     calls = watch_prefills(monkeypatch)
-    pipe.edit("redder", picture(64, 64), guidance=guidance, image_guidance=image_guidance, **FEW)
+    pipe.edit(
+        "redder", example_image(64, 64), guidance=guidance, image_guidance=image_guidance, **FEW
+    )
     assert [len(prompts) for prompts in calls] == [prefixes]
 
 
-def test_size_follows_the_first_picture(pipe: neounify.Pipeline) -> None:
-    out = pipe.edit("redder", [picture(200, 100), picture(50, 90)], **FEW)
+def test_size_follows_the_first_image(pipe: neounify.Pipeline) -> None:
+    out = pipe.edit("redder", [example_image(200, 100), example_image(50, 90)], **FEW)
     assert out.images[0].size == (160, 64)
-    out = pipe.edit("redder", picture(200, 100), width=32, height=64, **FEW)
+    out = pipe.edit("redder", example_image(200, 100), width=32, height=64, **FEW)
     assert out.images[0].size == (32, 64)
 
 
-def test_pictures_and_their_order_matter(pipe: neounify.Pipeline) -> None:
-    a, b = picture(64, 64, 1), picture(64, 64, 2)
+def test_images_and_their_order_matter(pipe: neounify.Pipeline) -> None:
+    a, b = example_image(64, 64, 1), example_image(64, 64, 2)
     ab = pipe.edit("mix <image> and <image>", [a, b], **FEW).pixels
     ba = pipe.edit("mix <image> and <image>", [b, a], **FEW).pixels
     assert not torch.allclose(ab, ba, atol=1e-5)
@@ -52,7 +54,7 @@ def test_pictures_and_their_order_matter(pipe: neounify.Pipeline) -> None:
 def test_interval_from_zero_ends_unless_the_published_behaviour_is_asked_for(
     pipe: neounify.Pipeline,
 ) -> None:
-    image = picture(64, 64)
+    image = example_image(64, 64)
     always = pipe.edit("redder", image, **FEW).pixels
     short = pipe.edit("redder", image, guidance_interval=(0.0, 0.1), **FEW).pixels
     published = pipe.edit(
@@ -64,7 +66,7 @@ def test_interval_from_zero_ends_unless_the_published_behaviour_is_asked_for(
 
 def test_several_images_and_thinking(pipe: neounify.Pipeline) -> None:
     out = pipe.edit(
-        "redder", picture(64, 64), images_per_prompt=2, think=True, max_think_tokens=3, **FEW
+        "redder", example_image(64, 64), images_per_prompt=2, think=True, max_think_tokens=3, **FEW
     )
     assert out.pixels.shape[0] == 2
     assert isinstance(out.thoughts[0], str)
@@ -74,10 +76,10 @@ def test_bad_input(pipe: neounify.Pipeline) -> None:
     with pytest.raises(RequestError, match="at least one image"):
         pipe.edit("redder", [], **FEW)
     with pytest.raises(PromptError, match="2"):
-        pipe.edit("<image> and <image>", picture(64, 64), **FEW)
+        pipe.edit("<image> and <image>", example_image(64, 64), **FEW)
     with pytest.raises(ImageError):
-        pipe.edit("redder", b"not a picture", **FEW)
+        pipe.edit("redder", b"not an image", **FEW)
     with pytest.raises(ImageError, match="200"):
-        pipe.edit("redder", picture(3000, 10), **FEW)
+        pipe.edit("redder", example_image(3000, 10), **FEW)
     with pytest.raises(RequestError, match="cfg_zero_star"):
-        pipe.edit("redder", picture(64, 64), guidance_norm="cfg_zero_star", **FEW)
+        pipe.edit("redder", example_image(64, 64), guidance_norm="cfg_zero_star", **FEW)

@@ -82,11 +82,11 @@ def test_a_painted_image_changes_what_follows(
     assert not torch.allclose(images[0].pixels, images[1].pixels, atol=1e-4)
 
 
-def test_input_pictures_set_the_size(
+def test_input_images_set_the_size(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = PIL.Image.new("RGB", (100, 200), "red")
-    parts = story(pipe, monkeypatch, "<img>", images=picture, width=None, height=None)
+    image = PIL.Image.new("RGB", (100, 200), "red")
+    parts = story(pipe, monkeypatch, "<img>", images=image, width=None, height=None)
     assert [p.image.size for p in parts if isinstance(p, ImagePart)] == [(64, 160)]
 
 

@@ -1,4 +1,4 @@
-"""Facts about pictures survive encoding; damaged and foreign files do no harm."""
+"""Facts about images survive encoding; damaged and foreign files do no harm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
 BASE = {"made_by": f"neounify {neounify.__version__}", "source_type": GENERATED}
 
 
-def picture() -> Image.Image:
+def example_image() -> Image.Image:
     levels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     return Image.fromarray(levels)
 
@@ -34,7 +34,7 @@ def picture() -> Image.Image:
 @pytest.mark.parametrize("format", FORMATS)
 def test_facts_come_back(format: Format) -> None:
     facts = {"model": "scenes", "seed": "7", "created": "2026-01-01T19:04:05+00:00"}
-    data = encode_image(picture(), format, facts)
+    data = encode_image(example_image(), format, facts)
     assert read_provenance(data) == BASE | facts | {"seed": 7}
     with Image.open(BytesIO(data)) as image:
         assert (image.format or "").lower() == format
@@ -53,10 +53,10 @@ def test_any_text_comes_back(facts: dict[str, str], format: Format) -> None:
 
 
 def test_png_keeps_the_pixels_and_the_types_of_values() -> None:
-    data = encode_image(picture(), "png", {"size": [48, 40], "note": '湖 <&">'})
+    data = encode_image(example_image(), "png", {"size": [48, 40], "note": '湖 <&">'})
     assert read_provenance(data) == BASE | {"size": [48, 40], "note": '湖 <&">'}
     with Image.open(BytesIO(data)) as image:
-        assert np.array_equal(np.asarray(image), np.asarray(picture()))
+        assert np.array_equal(np.asarray(image), np.asarray(example_image()))
         assert GENERATED in image.info["XML:com.adobe.xmp"]
 
 
@@ -65,46 +65,49 @@ def test_png_keeps_the_pixels_and_the_types_of_values() -> None:
     [("7", 7), ("1.5", 1.5), ("NaN", "NaN"), ("true", "true"), ("[1]", "[1]"), ("x", "x")],
 )
 def test_numbers_that_were_written_as_text(written: str, read: object) -> None:
-    data = encode_image(picture(), "webp", {"seed": written, "note": written})
+    data = encode_image(example_image(), "webp", {"seed": written, "note": written})
     assert read_provenance(data) == BASE | {"seed": read, "note": written}
 
 
 def test_facts_too_long_for_jpeg() -> None:
     facts = {"prompt": "a" * 70_000}
     with pytest.raises(ImageError, match="choose png or webp"):
-        encode_image(picture(), "jpeg", facts)
+        encode_image(example_image(), "jpeg", facts)
     for format in ("png", "webp"):
-        assert read_provenance(encode_image(picture(), format, facts))["prompt"] == facts["prompt"]
+        assert (
+            read_provenance(encode_image(example_image(), format, facts))["prompt"]
+            == facts["prompt"]
+        )
     long = {"prompt": "a" * 64_000}
-    assert read_provenance(encode_image(picture(), "jpeg", long))["prompt"] == long["prompt"]
+    assert read_provenance(encode_image(example_image(), "jpeg", long))["prompt"] == long["prompt"]
 
 
-def test_what_the_picture_itself_carried_is_not_passed_on() -> None:
-    image = picture()
+def test_what_the_image_itself_carried_is_not_passed_on() -> None:
+    image = example_image()
     image.info = {"comment": b"home address", "xmp": b"<x/>"}
     for format in FORMATS:
         assert b"home address" not in encode_image(image, format, {})
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_pictures_that_say_nothing(format: Format) -> None:
+def test_images_that_say_nothing(format: Format) -> None:
     buffer = BytesIO()
-    picture().save(buffer, format=format)
+    example_image().save(buffer, format=format)
     assert read_provenance(buffer.getvalue()) == {}
 
 
-def test_files_that_are_no_such_picture() -> None:
+def test_files_that_are_no_such_image() -> None:
     for data, message in ((b"", "empty"), (b"text", "not an image")):
         with pytest.raises(ImageError, match=message):
             read_provenance(data)
 
 
 def test_facts_beside_text_of_any_size() -> None:
-    data = encode_image(picture(), "png", {"seed": "1"})
+    data = encode_image(example_image(), "png", {"seed": "1"})
     chunks = PngInfo()
     chunks.add_text("workflow", "x" * 2**22, zip=True)
     buffer = BytesIO()
-    picture().save(buffer, format="png", pnginfo=chunks)
+    example_image().save(buffer, format="png", pnginfo=chunks)
     head, behind = data[:33], buffer.getvalue()
     text = behind[33 : behind.index(b"IDAT") - 4]
     assert read_provenance(head + text + data[33:])["seed"] == 1

@@ -46,7 +46,7 @@ def test_wrong_fields_do_not_matter_until_too_many_are() -> None:
             assert read_fields(fields) == (number if wrong <= FIELDS - MIN_AGREEING else None)
 
 
-def test_marks_are_far_from_each_other_and_from_regular_pictures() -> None:
+def test_marks_are_far_from_each_other_and_from_regular_images() -> None:
     marks = np.stack([write_fields(number) for number in range(MAX_NUMBER + 1)])
     distances = np.count_nonzero(marks[:, None] != marks[None], axis=-1)
     assert distances[distances > 0].min() == 5 * FIELDS // 32
@@ -95,7 +95,7 @@ def test_one_plain_colour(colour: str) -> None:
     assert Marker().read(jpeg(marked)) == "neounify:1"
 
 
-def test_unmarked_pictures_have_no_mark() -> None:
+def test_unmarked_images_have_no_mark() -> None:
     marker = Marker()
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -108,7 +108,7 @@ def test_a_second_mark_replaces_the_first() -> None:
     assert Marker(3).read(Marker(3).mark(Marker(2).mark(scene(0, 128)))) == "neounify:3"
 
 
-def test_pictures_too_small_for_a_mark() -> None:
+def test_images_too_small_for_a_mark() -> None:
     with pytest.raises(ImageError, match="80x63 is too small for an invisible mark"):
         Marker().mark(Image.new("RGB", (80, 63)))
     assert Marker().read(Image.new("RGB", (5, 3))) is None

@@ -40,9 +40,9 @@ def test_the_system_says_how_large_the_process_is() -> None:
     if before == 0:
         pytest.skip("no /proc/self/statm")
     # Mapped, as an allocator might take it from what was freed before.
-    with mmap.mmap(-1, 64 * 2**20) as held:
-        held.write(bytes(len(held)))
-        assert runtime.resident_bytes() > before + len(held) // 2
+    with mmap.mmap(-1, 64 * 2**20) as memory:
+        memory.write(bytes(len(memory)))
+        assert runtime.resident_bytes() > before + len(memory) // 2
 
 
 def test_memory_that_can_still_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

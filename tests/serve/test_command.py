@@ -23,7 +23,7 @@ from neounify.provenance.metadata import read_provenance
 from support.serving_command import fetch, served
 
 
-def picture_of(item: openai.types.Image) -> tuple[bytes, PIL.Image.Image]:
+def image_of(item: openai.types.Image) -> tuple[bytes, PIL.Image.Image]:
     assert item.b64_json is not None
     data = base64.b64decode(item.b64_json)
     return data, PIL.Image.open(io.BytesIO(data))
@@ -45,9 +45,9 @@ def test_the_bundled_model_answers_ordinary_clients() -> None:
         painted = client.images.generate(
             model=model, prompt="a red circle", size="auto", extra_body={"seed": 3, "steps": 6}
         )
-        data, picture = picture_of((painted.data or [])[0])
+        data, image = image_of((painted.data or [])[0])
         mine = pipe.generate("a red circle", seed=3, steps=6).images[0]
-        assert np.abs(np.asarray(picture, int) - np.asarray(mine, int)).max() <= 1
+        assert np.abs(np.asarray(image, int) - np.asarray(mine, int)).max() <= 1
         assert read_provenance(data)["seed"] == 3
 
         question = "What colour is the background?"
@@ -57,7 +57,7 @@ def test_the_bundled_model_answers_ordinary_clients() -> None:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image_url", "image_url": {"url": as_url(picture)}},
+                        {"type": "image_url", "image_url": {"url": as_url(image)}},
                         {"type": "text", "text": question},
                     ],
                 }
@@ -65,7 +65,7 @@ def test_the_bundled_model_answers_ordinary_clients() -> None:
             stream=True,
         )
         answer = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-        assert answer == pipe.chat(question, picture).text
+        assert answer == pipe.chat(question, image).text
 
         assert "neounify" in fetch(f"{address}/")
         assert "neounify_gen_steps_total 6.0" in fetch(f"{address}/metrics")

@@ -36,9 +36,7 @@ from support.leaving import (
 )
 from support.serving import collect, same_image
 
-PICTURE = PIL.Image.fromarray(
-    np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-)
+IMAGE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 PREVIEWS = 2
 KINDS = ("chat", "think", "several", "edit", "story")
 MODES = ("colocate", "separate")
@@ -58,10 +56,10 @@ def requests(pipe: neounify.Pipeline) -> dict[str, ServiceRequest]:
         return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling, **values)
 
     return {
-        "chat": make_chat_request("What is <image>?", [PICTURE], max_new_tokens=3),
+        "chat": make_chat_request("What is <image>?", [IMAGE], max_new_tokens=3),
         "think": painting(think=True, max_think_tokens=3),
         "several": painting(count=2),
-        "edit": painting(images=(PICTURE,)),
+        "edit": painting(images=(IMAGE,)),
         "story": _story(pipe),
     }
 
@@ -71,11 +69,11 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
     for number in range(50):
         prompt = f"Tell {number}"
         options: dict[str, Any] = {"max_images": 1, "max_new_tokens": 4, "seed": 2}
-        parts = pipe.interleave(prompt, [PICTURE], **options, width=64, height=64, steps=2)
+        parts = pipe.interleave(prompt, [IMAGE], **options, width=64, height=64, steps=2)
         if any(isinstance(part, ImagePart) for part in parts):
             sampling = ImageSampling(steps=2).resolve(pipe.config, editing=True)
             return InterleaveRequest(
-                prompt=prompt, sizes=[(64, 64)], sampling=sampling, images=[PICTURE], **options
+                prompt=prompt, sizes=[(64, 64)], sampling=sampling, images=[IMAGE], **options
             )
     raise AssertionError("no prompt lets the model paint")
 

@@ -38,7 +38,7 @@ from support.scripted_sampler import script_sampler
 from support.serving import Collected, collect, same_image, serve
 
 RNG = np.random.default_rng(0)
-PICTURE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
+IMAGE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
 OTHER = PIL.Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
@@ -78,7 +78,7 @@ def expected(pipe: neounify.Pipeline, request: ImageRequest) -> torch.Tensor:
 def test_chat_gives_the_pipelines_answer(pipe: neounify.Pipeline) -> None:
     requests = [
         make_chat_request("Hello", [], max_new_tokens=12),
-        make_chat_request("What is <image>?", [PICTURE], max_new_tokens=9),
+        make_chat_request("What is <image>?", [IMAGE], max_new_tokens=9),
         make_chat_request(
             "Hello", [], max_new_tokens=20, temperature=1.0, seed=5, repetition_penalty=1.2
         ),
@@ -88,7 +88,7 @@ def test_chat_gives_the_pipelines_answer(pipe: neounify.Pipeline) -> None:
                 {"role": "assistant", "content": "yes"},
                 {"role": "user", "content": "more"},
             ],
-            [PICTURE, OTHER],
+            [IMAGE, OTHER],
             max_new_tokens=7,
         ),
     ]
@@ -120,7 +120,7 @@ def _alone(pipe: neounify.Pipeline, request: ChatRequest) -> Any:
 def test_long_prompts_are_read_in_pieces(pipe: neounify.Pipeline) -> None:
     settings = EngineConfig(understanding=UnderstandingSettings(prefill_tokens=16))
     text = "".join(chr(97 + n % 26) for n in range(150))
-    request = make_chat_request(text + "<image>" + text, [PICTURE], max_new_tokens=6)
+    request = make_chat_request(text + "<image>" + text, [IMAGE], max_new_tokens=6)
     answer = serve(colocated(pipe, settings), lambda service: collect(service, request))
     assert answer.text == _alone(pipe, request).text
 
@@ -136,8 +136,8 @@ def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.
         painting(
             pipe, "unguided", sampling=ImageSampling(guidance=1).resolve(pipe.config, editing=False)
         ),
-        painting(pipe, "change", images=(PICTURE,), sampling=editing),
-        painting(pipe, "both", images=(PICTURE, OTHER)),
+        painting(pipe, "change", images=(IMAGE,), sampling=editing),
+        painting(pipe, "both", images=(IMAGE, OTHER)),
         *[painting(pipe, f"boat {n}", seed=n) for n in range(10)],
     ]
 
@@ -166,7 +166,7 @@ def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.
 
 def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None:
     request = painting(pipe, seed=7, negative_prompt="blurry")
-    edit = painting(pipe, "change", images=(PICTURE,))
+    edit = painting(pipe, "change", images=(IMAGE,))
     chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8)
     story = _story(pipe)
 
@@ -188,8 +188,8 @@ def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
     requests = [
         painting(pipe, seed=3, negative_prompt="blurry"),
         painting(pipe, seed=3),
-        painting(pipe, "change", images=(PICTURE,), sampling=editing, negative_prompt="blurry"),
-        painting(pipe, "change", images=(PICTURE,), negative_prompt="dark"),
+        painting(pipe, "change", images=(IMAGE,), sampling=editing, negative_prompt="blurry"),
+        painting(pipe, "change", images=(IMAGE,), negative_prompt="dark"),
     ]
     answers = serve(
         colocated(pipe),
@@ -201,7 +201,7 @@ def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
 
 
 def test_usage_tells_text_from_images_and_thoughts(pipe: neounify.Pipeline) -> None:
-    edit = painting(pipe, "change", images=(PICTURE,), think=True, max_think_tokens=5)
+    edit = painting(pipe, "change", images=(IMAGE,), think=True, max_think_tokens=5)
     chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8, think=True)
     painted, answered = serve(
         colocated(pipe),
@@ -222,7 +222,7 @@ def test_usage_tells_text_from_images_and_thoughts(pipe: neounify.Pipeline) -> N
 def test_histories_are_read_as_in_the_pipeline(pipe: neounify.Pipeline) -> None:
     answer = [
         {"type": "text", "text": "Once"},
-        {"type": "image", "image": PICTURE},
+        {"type": "image", "image": IMAGE},
         {"type": "text", "text": " more"},
     ]
     turns: list[Any] = [
@@ -347,9 +347,9 @@ def test_long_work_leaves_the_event_loop(
     """Tokenising prompts, naming and packing images: other answers go on meanwhile."""
     long = "long " * 100
     requests: dict[str, ServiceRequest] = {
-        "chat": make_chat_request(f"What is <image>? {long}", [PICTURE], max_new_tokens=2),
+        "chat": make_chat_request(f"What is <image>? {long}", [IMAGE], max_new_tokens=2),
         "paint": painting(pipe, long, think=True, max_think_tokens=2),
-        "edit": painting(pipe, long, images=(PICTURE,)),
+        "edit": painting(pipe, long, images=(IMAGE,)),
         "story": replace(_story(pipe), prompt=long),
     }
     request = requests[kind]

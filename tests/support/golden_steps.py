@@ -27,7 +27,7 @@ def error(ours: Tensor, recorded: Tensor) -> float:
     return ((ours - recorded).abs().max() / recorded.abs().max()).item()
 
 
-def picture(name: str) -> Path:
+def image_file(name: str) -> Path:
     return golden_path("fixtures", "images", f"{name}.png")
 
 

@@ -1,4 +1,4 @@
-"""A real server on loopback, and pictures to send to it."""
+"""A real server on loopback, and images to send to it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def wait_until(
 def png(
     colour: tuple[int, int, int] | str = "red", size: tuple[int, int] = (40, 24), kind: str = "png"
 ) -> bytes:
-    """The file of a picture of one colour."""
+    """The file of an image of one colour."""
     file = BytesIO()
     Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
@@ -98,8 +98,8 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def picture(data: bytes | str) -> Image.Image:
-    """The picture in a file, in base64, or in a data URL."""
+def to_image(data: bytes | str) -> Image.Image:
+    """The image in a file, in base64, or in a data URL."""
     if isinstance(data, str):
         data = base64.b64decode(data.rpartition(",")[2])
     image = Image.open(BytesIO(data))

@@ -63,8 +63,8 @@ class Oracle:
 
     def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         return [
-            self.answers[picture.tobytes(), question]
-            for picture, question in zip(images, questions, strict=True)
+            self.answers[image.tobytes(), question]
+            for image, question in zip(images, questions, strict=True)
         ]
 
     def paint(
@@ -84,8 +84,8 @@ class Oracle:
     ) -> list[Painting]:
         self.noise += zip(instructions, seeds, strict=True)
         return [
-            self._painting(self.edits[picture.tobytes(), text], think)
-            for picture, text in zip(images, instructions, strict=True)
+            self._painting(self.edits[image.tobytes(), text], think)
+            for image, text in zip(images, instructions, strict=True)
         ]
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:

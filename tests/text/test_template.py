@@ -31,7 +31,7 @@ COUNTS = {"a_512x512": 256, "b_672x416": 273, "c_320x224": 70}
 
 
 def written(prompt: Prompt) -> str:
-    """Spell a prompt with its special tokens; pictures are left out."""
+    """Spell a prompt with its special tokens; images are left out."""
     ids = prompt.ids([0] * prompt.n_images, BYTES.id(IMAGE_CONTEXT))
     return BYTES.decode(ids, skip_special=False)
 
@@ -159,7 +159,7 @@ def test_a_prompt_is_needed(text: str) -> None:
         interleave_prompt(BYTES, text, system="s", think=False)
 
 
-def test_pictures_alone_are_a_prompt() -> None:
+def test_images_alone_are_a_prompt() -> None:
     assert image_prompt(BYTES, "<image>\n", system="", think=False).n_images == 1
     assert chat_prompt(BYTES, [Message("user", "<image>\n")]).n_images == 1
 
@@ -270,7 +270,7 @@ class Published:
         self.system = (folder / "system_message_generation.txt").read_text(encoding="utf-8")
 
     def check(self, prompt: Prompt, group: str, key: str, images: list[str]) -> None:
-        """Compare with recorded ids, the pictures being the named ones."""
+        """Compare with recorded ids, the images being the named ones."""
         context = self.tokenizer.id(IMAGE_CONTEXT)
         ids = prompt.ids([COUNTS[image] for image in images], context)
         assert ids == load_fixture(self.name, group)[0][key].flatten().tolist()

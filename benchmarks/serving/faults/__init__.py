@@ -54,10 +54,10 @@ async def run_faults(
     checks: list[Check] = []
     for name, scenario in chosen.items():
         start = time.monotonic()
-        found = await _run(name, scenario, options, log)
+        results = await _run(name, scenario, options, log)
         print(f"{name}, {time.monotonic() - start:.0f} s", file=sys.stderr)
-        print(checks_table(found), file=sys.stderr)
-        checks += found
+        print(checks_table(results), file=sys.stderr)
+        checks += results
     return checks
 
 

@@ -1,4 +1,4 @@
-"""Verdicts: strict, split by attribute, for pictures, captions, thoughts, edits and stories."""
+"""Verdicts: strict, split by attribute, for images, captions, thoughts, edits and stories."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ SCENE = Scene("white", (RED, BLUE))
 
 
 def wrong_in(prompt: str, scene: Scene) -> set[str]:
-    """The attributes that a picture of the scene gets wrong."""
+    """The attributes that an image of the scene gets wrong."""
     verdict = check_image(parse_caption(prompt), render(scene, CONFIG), CONFIG)
     assert verdict.correct == all(verdict.attributes.values())
     return {name for name, right in verdict.attributes.items() if not right}
@@ -165,8 +165,8 @@ def test_thoughts_are_held_against_the_prompt() -> None:
     assert check_thought("let me see", facts, CONFIG).attributes == {"readable": False}
 
 
-def edited(edit: SceneEdit, picture: np.ndarray) -> EditVerdict:
-    return check_edit(edit, render(edit.source, CONFIG), picture, CONFIG)
+def edited(edit: SceneEdit, image: np.ndarray) -> EditVerdict:
+    return check_edit(edit, render(edit.source, CONFIG), image, CONFIG)
 
 
 def test_edits_must_reach_the_target_and_leave_the_rest() -> None:
@@ -198,11 +198,11 @@ def test_what_an_edit_must_leave_alone() -> None:
     assert (before[objects] == after[objects]).all()
 
 
-def test_stories_are_checked_picture_by_picture() -> None:
+def test_stories_are_checked_image_by_image() -> None:
     story = sample_story(sample_rng(10, 0), CONFIG, 3)
-    pictures = [render(step.scene, CONFIG) for step in story.steps]
-    assert check_story(story, pictures, CONFIG).correct
-    swapped = [pictures[0], pictures[2], pictures[1]]
+    images = [render(step.scene, CONFIG) for step in story.steps]
+    assert check_story(story, images, CONFIG).correct
+    swapped = [images[0], images[2], images[1]]
     verdict = check_story(story, swapped, CONFIG)
     assert verdict.attributes == {
         "pictures": True,
@@ -210,5 +210,5 @@ def test_stories_are_checked_picture_by_picture() -> None:
         "step 2": False,
         "step 3": False,
     }
-    assert not check_story(story, pictures[:2], CONFIG).correct
-    assert not check_story(story, [*pictures, pictures[0]], CONFIG).correct
+    assert not check_story(story, images[:2], CONFIG).correct
+    assert not check_story(story, [*images, images[0]], CONFIG).correct

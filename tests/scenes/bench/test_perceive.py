@@ -82,7 +82,7 @@ def test_true_renders_are_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("side", [96, 128, 256])
-def test_larger_pictures_are_seen_too(side: int) -> None:
+def test_larger_images_are_seen_too(side: int) -> None:
     for index in range(20):
         scene = sample_scene(sample_rng(22, index), HARD, split="any")
         assert agrees(scene, perceive(Image.fromarray(render(scene, HARD, side)), HARD))
@@ -97,7 +97,7 @@ def test_places_are_measured() -> None:
     assert seen.place == "bottom left"
 
 
-def test_an_empty_picture_has_no_objects() -> None:
+def test_an_empty_image_has_no_objects() -> None:
     seen = perceive(render(Scene("grey"), DEFAULT), DEFAULT)
     assert (seen.background, seen.objects, seen.clutter) == ("grey", (), 0.0)
 
@@ -113,9 +113,9 @@ def test_pure_noise_is_no_scene() -> None:
 
 
 def test_specks_are_clutter_not_objects() -> None:
-    picture = render(Scene("white"), DEFAULT)
-    picture[30:33, 30:33] = (255, 0, 0)
-    seen = perceive(picture, DEFAULT)
+    image = render(Scene("white"), DEFAULT)
+    image[30:33, 30:33] = (255, 0, 0)
+    seen = perceive(image, DEFAULT)
     assert not seen.objects
     assert 0 < seen.clutter < 0.01
 
@@ -126,8 +126,8 @@ def test_stretched_shapes_are_known_up_to_a_point(shape: str, stretch: float, kn
     scene = Scene("white", (SceneObject(shape, "red", "large", (1, 1)),))
     wide = Image.fromarray(render(scene, DEFAULT, 256)).resize((round(256 * stretch), 256))
     left = (wide.width - 256) // 2
-    picture = wide.crop((left, 0, left + 256, 256)).resize((64, 64), Image.Resampling.BOX)
-    (seen,) = perceive(picture, DEFAULT).objects
+    image = wide.crop((left, 0, left + 256, 256)).resize((64, 64), Image.Resampling.BOX)
+    (seen,) = perceive(image, DEFAULT).objects
     assert (seen.shape == shape) == known
 
 
@@ -149,7 +149,7 @@ def test_far_too_small_is_no_size() -> None:
     assert seen.size is None
 
 
-def test_pictures_of_the_wrong_kind_are_errors() -> None:
+def test_images_of_the_wrong_kind_are_errors() -> None:
     with pytest.raises(DataError, match="square"):
         perceive(np.zeros((64, 32, 3), np.uint8), DEFAULT)
     with pytest.raises(DataError, match="uint8"):

@@ -1,4 +1,4 @@
-"""Intervals, counts, tables and the sheet of pictures."""
+"""Intervals, counts, tables and the sheet of images."""
 
 import json
 
@@ -80,10 +80,10 @@ def test_forms_split_the_strict_rate() -> None:
 
 
 def test_the_sheet_frames_right_and_wrong() -> None:
-    pictures = [np.full((64, 64, 3), 77, np.uint8)] * 3
-    sheet = np.asarray(contact_sheet(pictures, ["one", "two", "three"], [True, False, True], 2, 64))
+    images = [np.full((64, 64, 3), 77, np.uint8)] * 3
+    sheet = np.asarray(contact_sheet(images, ["one", "two", "three"], [True, False, True], 2, 64))
     assert tuple(sheet[12, 12]) == (30, 150, 60)
     assert tuple(sheet[12, 12 + 64 + 8 + 10]) == (205, 45, 45)
     assert tuple(sheet[40, 40]) == (77, 77, 77)
     with pytest.raises(ImageError, match="3 images"):
-        contact_sheet(pictures, ["one"], [True])
+        contact_sheet(images, ["one"], [True])

@@ -95,7 +95,7 @@ def test_the_blind_one_gets_nothing() -> None:
     assert measured.report.measures["reconstruction"]["ssim"] < 0.5
 
 
-def test_a_wrong_thought_is_counted_but_does_not_spoil_a_right_picture() -> None:
+def test_a_wrong_thought_is_counted_but_does_not_spoil_a_right_image() -> None:
     asked = config(tasks=("paint",), think=True)
 
     class Muddled(Oracle):

@@ -51,7 +51,7 @@ def test_edits_are_judged_as_they_are() -> None:
         assert rate.value >= (0.95 if "reached" in kind else 0.98), kind
 
 
-def test_every_way_of_being_wrong_is_tried_and_changes_the_picture() -> None:
+def test_every_way_of_being_wrong_is_tried_and_changes_the_image() -> None:
     config = PRESETS["wide"]
     tried: Counter[str] = Counter()
     for index in range(30):
@@ -66,11 +66,11 @@ def test_every_way_of_being_wrong_is_tried_and_changes_the_picture() -> None:
     assert set(tried) == set(WRONGS)
 
 
-def test_worn_pictures_differ_by_about_what_they_say() -> None:
-    picture = np.full((64, 64, 3), 128, np.uint8)
-    noisy = wear_out(picture, "noise", sample_rng(0, 0)).astype(float)
+def test_worn_images_differ_by_about_what_they_say() -> None:
+    image = np.full((64, 64, 3), 128, np.uint8)
+    noisy = wear_out(image, "noise", sample_rng(0, 0)).astype(float)
     assert noisy.std() == pytest.approx(0.08 * 255, rel=0.05)
-    shifted = wear_out(picture, "shift", sample_rng(0, 1)).astype(int) - 128
+    shifted = wear_out(image, "shift", sample_rng(0, 1)).astype(int) - 128
     assert len(np.unique(shifted.reshape(-1, 3), axis=0)) == 1
     assert 0 < np.abs(shifted).max() <= 10
-    assert (wear_out(picture, "blur", sample_rng(0, 2)) == 128).all()
+    assert (wear_out(image, "blur", sample_rng(0, 2)) == 128).all()

@@ -65,14 +65,14 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
     assert 0.3 < tasks["t2i"] / 1500 < 0.4
 
 
-def test_questions_about_one_picture_are_of_different_kinds() -> None:
+def test_questions_about_one_image_are_of_different_kinds() -> None:
     data = SceneDataset(0, DEFAULT, {"vqa": 1})
     texts = [[t.parts[-1].text for t in data[i].turns[::2]] for i in range(200)]  # type: ignore[union-attr]
     assert all(len(set(asked)) == len(asked) for asked in texts)
     assert {len(asked) for asked in texts} == set(range(1, MAX_QUESTIONS + 1))
 
 
-def test_thoughts_are_layouts_of_the_painted_picture() -> None:
+def test_thoughts_are_layouts_of_the_painted_image() -> None:
     data = SceneDataset(1, DEFAULT, {"t2i_think": 1, "edit_think": 1})
     for index in range(60):
         sample = data[index]
@@ -85,7 +85,7 @@ def test_thoughts_are_layouts_of_the_painted_picture() -> None:
         ]
 
 
-def test_training_pictures_and_prompts_hold_nothing_held_out() -> None:
+def test_training_images_and_prompts_hold_nothing_held_out() -> None:
     data = SceneDataset(2, DEFAULT, {"t2i": 2, "edit": 1, "interleave": 1})
     for index in range(250):
         sample = data[index]

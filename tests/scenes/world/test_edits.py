@@ -110,6 +110,6 @@ def test_stories_change_step_by_step(language: Language) -> None:
         assert not any(is_held_out(step.scene) for step in story.steps)
 
 
-def test_a_story_has_two_to_four_pictures() -> None:
+def test_a_story_has_two_to_four_images() -> None:
     with pytest.raises(DataError, match="2 to 4"):
         sample_story(sample_rng(0, 0), DEFAULT, 5)

@@ -23,10 +23,10 @@ DEFAULT = PRESETS["wide"]
 
 
 def test_background_fills_an_empty_scene() -> None:
-    picture = render(Scene("grey"), DEFAULT)
-    assert picture.shape == (64, 64, 3)
-    assert picture.dtype == np.uint8
-    assert (picture == COLOURS["grey"]).all()
+    image = render(Scene("grey"), DEFAULT)
+    assert image.shape == (64, 64, 3)
+    assert image.dtype == np.uint8
+    assert (image == COLOURS["grey"]).all()
 
 
 def test_each_object_lies_in_its_cell_alone() -> None:
@@ -74,13 +74,13 @@ def test_edges_are_smooth() -> None:
 
 
 @pytest.mark.parametrize("side", [96, 128, 200])
-def test_larger_pictures_show_the_same_scene(side: int) -> None:
+def test_larger_images_show_the_same_scene(side: int) -> None:
     scene = sample_scene(sample_rng(0, 5), DEFAULT)
     small = np.asarray(Image.fromarray(render(scene, DEFAULT, side)).resize((64, 64))).astype(float)
     assert np.abs(small - render(scene, DEFAULT)).mean() < 3
 
 
-def test_pictures_of_one_scene_are_equal_and_not_shared() -> None:
+def test_images_of_one_scene_are_equal_and_not_shared() -> None:
     scene = sample_scene(sample_rng(0, 6), DEFAULT)
     first = render(scene, DEFAULT)
     first[:] = 0

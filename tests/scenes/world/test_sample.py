@@ -68,13 +68,13 @@ def test_a_sample_written_and_read_is_the_same(tmp_path: Path) -> None:
         assert (np.asarray(Image.open(path_of(part))) == PIXELS).all()
 
 
-def test_pil_pictures_are_written_too(tmp_path: Path) -> None:
+def test_pil_images_are_written_too(tmp_path: Path) -> None:
     sample = make("t2i", [SampleText("a")], [SampleImage(Image.fromarray(PIXELS), "target")])
     write_sample(sample, tmp_path, "b")
     assert (np.asarray(Image.open(tmp_path / "b-0.png")) == PIXELS).all()
 
 
-def test_pictures_that_are_files_keep_their_paths(tmp_path: Path) -> None:
+def test_images_that_are_files_keep_their_paths(tmp_path: Path) -> None:
     record = write_sample(edit_sample(), tmp_path, "a")
     again = sample_from_record(record, tmp_path)
     assert write_sample(again, tmp_path, "c")["image"] == [

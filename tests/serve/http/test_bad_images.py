@@ -36,7 +36,7 @@ def header_of(width: int, height: int) -> bytes:
 
 BROKEN = {
     "nothing": b"",
-    "text": b"a picture of a boat",
+    "text": b"an image of a boat",
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "cut off": PNG[:60],

@@ -11,7 +11,7 @@ import pytest
 from neounify.serve.http import create_app
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.interleave import InterleaveRequest
-from support.http_server import data_url, openai_client, picture, png
+from support.http_server import data_url, openai_client, png, to_image
 from support.scripted_service import Scripted, colour_of
 
 MODEL = "neounify"
@@ -105,7 +105,7 @@ def test_images_and_earlier_turns_arrive_in_order(client: openai.OpenAI, service
         ("assistant", "Red."),
         ("user", "<image>\n<image>\nAnd these?"),
     ]
-    colours = [picture.getpixel((0, 0)) for picture in request.images]
+    colours = [to_image.getpixel((0, 0)) for to_image in request.images]
     assert colours == [(255, 0, 0), (0, 0, 255), (0, 255, 0)]
 
 
@@ -165,7 +165,7 @@ def test_an_answer_with_images_as_parts(client: openai.OpenAI, service: Scripted
     parts: Any = answer.choices[0].message.content
     assert [p["type"] for p in parts] == ["text", "image_url", "text", "image_url"]
     assert [p["text"] for p in parts[::2]] == ["Once upon a time", " and then"]
-    generated = picture(parts[1]["image_url"]["url"])
+    generated = to_image(parts[1]["image_url"]["url"])
     assert generated.size == (64, 32)
     assert generated.getpixel((5, 5)) == colour_of(2)
     request = service.last
@@ -186,7 +186,7 @@ def test_an_answer_with_images_beside_a_string(client: openai.OpenAI) -> None:
     assert message.content == "Once upon a time and then"
     assert [i["text_offset"] for i in message.images] == [16, 25]
     assert message.images[0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    assert picture(message.images[0]["image_url"]["url"]).format == "JPEG"
+    assert to_image(message.images[0]["image_url"]["url"]).format == "JPEG"
 
 
 def test_a_streamed_answer_with_images(client: openai.OpenAI) -> None:
@@ -202,7 +202,7 @@ def test_a_streamed_answer_with_images(client: openai.OpenAI) -> None:
         (1, 1, 8),
         (1, 2, 8),
     ]
-    assert picture(previews[0]["image_url"]["url"]).size == (64, 32)
+    assert to_image(previews[0]["image_url"]["url"]).size == (64, 32)
     assert [i["index"] for i in images] == [0, 1]
-    assert picture(images[1]["image_url"]["url"]).getpixel((0, 0)) == colour_of(2)
+    assert to_image(images[1]["image_url"]["url"]).getpixel((0, 0)) == colour_of(2)
     assert "".join(d.content or "" for d in deltas) == "Once upon a time and then"

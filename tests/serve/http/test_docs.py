@@ -12,7 +12,7 @@ from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.images import ImageBody
 from neounify.serve.run import COUNTERS, GAUGES
-from support.http_server import picture, png, running
+from support.http_server import png, running, to_image
 from support.scripted_service import Scripted
 
 PAGE = (Path(__file__).parents[3] / "docs" / "serving-api.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_the_examples_run(
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     with running(create_app(Scripted())) as url:
         exec(code.replace("http://127.0.0.1:8000", url) + "\nclient.close()", {})
-    assert picture(Path("circle.png").read_bytes()).size == (64, 64)
+    assert to_image(Path("circle.png").read_bytes()).size == (64, 64)
     printed = capsys.readouterr().out.split("\n")
     assert printed[:2] == ["You said: <image>", "What colour is the star?"]
     assert printed.count("image_generation.partial_image") == 2

@@ -20,7 +20,7 @@ from neounify.tasks.chat import ChatRequest
 from support.http_server import png
 from support.scripted_service import Scripted
 
-HOST = "pictures.test"
+HOST = "images.test"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -31,9 +31,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append((self.headers["Host"], self.path))
         answer: Callable[[], None] = {
-            "/picture.png": lambda: self._send(200, png("blue")),
-            "/away": lambda: self._redirect("http://elsewhere.test/picture.png"),
-            "/near": lambda: self._redirect("/picture.png"),
+            "/image.png": lambda: self._send(200, png("blue")),
+            "/away": lambda: self._redirect("http://elsewhere.test/image.png"),
+            "/near": lambda: self._redirect("/image.png"),
             "/loop": lambda: self._redirect("/loop"),
             "/large": lambda: self._send(200, bytes(5000)),
             "/drip": self._drip,
@@ -97,10 +97,10 @@ def fetcher_for(port: int, *, seconds: float = 10.0) -> ImageFetcher:
 
 def test_a_image_of_a_named_host_is_fetched() -> None:
     with neighbour() as (port, asked):
-        for path in ("picture.png", "near"):
+        for path in ("image.png", "near"):
             url = f"http://{HOST.upper()}:{port}/{path}"
             assert asyncio.run(fetcher_for(port).fetch(url)) == png("blue")
-    assert asked[0] == (f"{HOST}:{port}", "/picture.png")
+    assert asked[0] == (f"{HOST}:{port}", "/image.png")
 
 
 @pytest.mark.parametrize(
@@ -129,15 +129,15 @@ def test_a_slow_server_is_given_up() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://other.test:{port}/picture.png",
-        "http://127.0.0.1:{port}/picture.png",
-        "http://pictures.test/picture.png",
-        "https://pictures.test/picture.png",
-        "http://me:secret@pictures.test:{port}/picture.png",
-        "http://other.test:{port}#@pictures.test:{port}/",
-        "gopher://pictures.test:{port}/",
-        "http://pictures.test:{port}/a b\r\nHost: x",
-        "http:///picture.png",
+        "http://other.test:{port}/image.png",
+        "http://127.0.0.1:{port}/image.png",
+        "http://images.test/image.png",
+        "https://images.test/image.png",
+        "http://me:secret@images.test:{port}/image.png",
+        "http://other.test:{port}#@images.test:{port}/",
+        "gopher://images.test:{port}/",
+        "http://images.test:{port}/a b\r\nHost: x",
+        "http:///image.png",
     ],
 )
 def test_urls_that_are_not_followed(url: str) -> None:
@@ -183,7 +183,7 @@ def test_private_addresses_of_named_hosts_are_refused(monkeypatch: pytest.Monkey
         for resolve in (to_loopback, mixed):
             fetcher = ImageFetcher([f"{HOST}:{port}"], max_bytes=1, seconds=9, resolve=resolve)
             with pytest.raises(ImageError, match="not public"):
-                asyncio.run(fetcher.fetch(f"http://{HOST}:{port}/picture.png"))
+                asyncio.run(fetcher.fetch(f"http://{HOST}:{port}/image.png"))
         assert not asked
 
 
@@ -191,7 +191,7 @@ def test_the_server_fetches_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ImageFetcher, "_address", lambda *_: to_address())
     service = Scripted()
     with neighbour() as (port, _):
-        url = f"http://{HOST}:{port}/picture.png"
+        url = f"http://{HOST}:{port}/image.png"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
         body = {"messages": [{"role": "user", "content": content}]}
         off = TestClient(create_app(service)).post("/v1/chat/completions", json=body)

@@ -15,7 +15,7 @@ from neounify.config.presets import TINY
 from neounify.provenance.metadata import read_provenance
 from neounify.serve.http import HttpConfig, create_app
 from neounify.tasks.requests import ImageRequest
-from support.http_server import openai_client, picture, png
+from support.http_server import openai_client, png, to_image
 from support.scripted_service import Scripted, colour_of
 
 STEPS = TINY.sampling.steps
@@ -49,7 +49,7 @@ def test_images_of_one_prompt_have_seeds_in_turn(client: openai.OpenAI, service:
     assert [entry.seed for entry in answer.data] == [7, 8, 9]  # type: ignore[attr-defined]
     for entry in answer.data:
         assert entry.b64_json is not None
-        image = picture(entry.b64_json)
+        image = to_image(entry.b64_json)
         assert (image.format, image.size) == ("PNG", (64, 32))
         assert image.getpixel((0, 0)) == colour_of(entry.seed)  # type: ignore[attr-defined]
     requests = [generated(service, n) for n in (-3, -2, -1)]
@@ -118,7 +118,7 @@ def test_other_formats_behind_a_url(client: openai.OpenAI, kind: Any) -> None:
     assert len(name) > 40
     response = client.get(f"/results/{name}", cast_to=openai.HttpxBinaryResponseContent)
     assert response.response.headers["content-type"] == f"image/{kind}"
-    assert picture(response.content).format == kind.upper()
+    assert to_image(response.content).format == kind.upper()
 
 
 def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
@@ -129,8 +129,8 @@ def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
     partial, completed = "image_generation.partial_image", "image_generation.completed"
     assert [e.type for e in events] == [partial, partial, completed]
     assert [e.partial_image_index for e in events[:2]] == [0, 1]
-    assert all(picture(e.b64_json).size == (64, 64) for e in events)
-    assert picture(events[-1].b64_json).getpixel((0, 0)) == colour_of(1)
+    assert all(to_image(e.b64_json).size == (64, 64) for e in events)
+    assert to_image(events[-1].b64_json).getpixel((0, 0)) == colour_of(1)
     assert (events[-1].size, events[-1].quality) == ("64x64", "auto")
     assert events[-1].usage.output_tokens == 16
 
@@ -144,7 +144,7 @@ def test_several_images_are_streamed_side_by_side(client: openai.OpenAI) -> None
     assert sorted(e.index for e in completed) == [0, 1, 2]
     for event in completed:
         assert event.seed == 1 + event.index
-        assert picture(event.b64_json).getpixel((0, 0)) == colour_of(event.seed)
+        assert to_image(event.b64_json).getpixel((0, 0)) == colour_of(event.seed)
 
 
 def test_the_last_seed_is_followed_by_the_first(client: openai.OpenAI) -> None:
@@ -175,7 +175,7 @@ def test_an_edit(client: openai.OpenAI, service: Scripted) -> None:
     assert request.width > request.height
     assert answer.data is not None
     assert answer.data[0].b64_json is not None
-    assert picture(answer.data[0].b64_json).getpixel((0, 0)) == colour_of(4)
+    assert to_image(answer.data[0].b64_json).getpixel((0, 0)) == colour_of(4)
 
 
 def test_an_edit_of_several_images_is_streamed(client: openai.OpenAI, service: Scripted) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from neounify.serve.http import create_app
 from neounify.tasks.chat import ChatRequest
 from neounify.tasks.interleave import InterleaveRequest
-from support.http_server import data_url, openai_client, picture, png
+from support.http_server import data_url, openai_client, png, to_image
 from support.scripted_service import Scripted
 
 CHAT = "/v1/chat/completions"
@@ -101,7 +101,7 @@ def test_the_model_sees_a_result_by_its_url(bundled_client: openai.OpenAI) -> No
 def pixels(parts: Any) -> NDArray[np.int16]:
     """Of the only image of an answer."""
     [image] = [part for part in parts if part["type"] == "image_url"]
-    return np.asarray(picture(image["image_url"]["url"]), dtype=np.int16)
+    return np.asarray(to_image(image["image_url"]["url"]), dtype=np.int16)
 
 
 def test_a_streamed_story_in_markdown_is_the_whole_one(bundled_client: openai.OpenAI) -> None:
@@ -119,7 +119,7 @@ def test_a_streamed_story_in_markdown_is_the_whole_one(bundled_client: openai.Op
     whole = tell(bundled_client, "parts").content
     texts = [text for text in (match[1], match[3]) if text]
     assert texts == [part["text"] for part in whole if part["type"] == "text"]
-    streamed = np.asarray(picture(match[2]), dtype=np.int16)
+    streamed = np.asarray(to_image(match[2]), dtype=np.int16)
     assert np.abs(streamed - pixels(whole)).max() <= 2
     details = chunks[-1].usage.completion_tokens_details
     assert details.image_tokens == 16

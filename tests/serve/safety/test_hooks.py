@@ -22,12 +22,12 @@ from neounify.serve.safety.hooks import (
     make_hooks,
 )
 
-PICTURE = Image.new("RGB", (2, 2))
+IMAGE = Image.new("RGB", (2, 2))
 LISTED = ("forbidden", "very bad", "Café", "坏东西", "x坏y", "ＷＩＤＥ")
 
 
 class Noting:
-    """Writes down what it was asked; refuses pictures if told to."""
+    """Writes down what it was asked; refuses images if told to."""
 
     def __init__(self, name: str, asked: list[str], *, refuses: bool = False) -> None:
         self.name, self.asked, self.refuses = name, asked, refuses
@@ -95,7 +95,7 @@ def test_a_list_is_read_with_its_comments(tmp_path: Path) -> None:
     path.write_text("\ufeff# not this: harmless\n\n  forbidden  \r\n坏东西\n", encoding="utf-8")
     hook = WordList.read(path)
     hook.check_prompt("harmless", [])
-    hook.check_image(PICTURE)
+    hook.check_image(IMAGE)
     for text in ("Forbidden!", "坏东西"):
         with pytest.raises(Refused):
             hook.check_prompt(text, [])
@@ -122,11 +122,11 @@ def test_lists_that_cannot_be_used(tmp_path: Path, data: bytes | None, words: st
 def test_hooks_are_asked_in_order_until_one_refuses() -> None:
     asked: list[str] = []
     hooks = Hooks([Noting("a", asked), Noting("b", asked, refuses=True), Noting("c", asked)])
-    hooks.check_prompt("hi", [PICTURE])
+    hooks.check_prompt("hi", [IMAGE])
     assert asked == ["a hi 1", "b hi 1", "c hi 1"]
     asked.clear()
     with pytest.raises(Refused, match="by the rule 'b': not this one"):
-        hooks.check_image(PICTURE)
+        hooks.check_image(IMAGE)
     assert asked == ["a image", "b image"]
 
 
@@ -182,8 +182,8 @@ def test_names_that_lead_to_no_hook(module: Callable[[str], None], name: str, wo
 def test_nothing_is_refused_by_default() -> None:
     hooks = make_hooks(None, [])
     assert len(hooks) == 0
-    hooks.check_prompt("forbidden", [PICTURE])
-    hooks.check_image(PICTURE)
+    hooks.check_prompt("forbidden", [IMAGE])
+    hooks.check_image(IMAGE)
 
 
 def test_the_word_list_and_named_hooks_together(
