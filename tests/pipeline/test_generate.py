@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import neounify
+from neounify.config.presets import TINY
 from neounify.errors import Cancelled, ImageError, PromptError, RequestError
 from neounify.flow.path import initial_noise, noise_scale
+from neounify.model import NeoUnify
 from neounify.pipeline import ImageProgress
+from neounify.text import byte_tokenizer
 from support.prefilling import watch_prefills
 
 SIZE: dict[str, Any] = {"width": 64, "height": 96, "steps": 3}
@@ -166,7 +169,9 @@ def test_result_can_be_used_with_autograd(pipe: neounify.Pipeline) -> None:
         ({"negative_prompt": "an <image>"}, RequestError, "holds no images"),
         ({"negative_prompt": "nul \0"}, RequestError, "negative_prompt"),
         ({"negative_prompt": ["a", "b"]}, RequestError, "2 values"),
-        ({"noise": torch.zeros(1, 3, 32, 32)}, RequestError, "noise"),
+        ({"noise": torch.zeros(1, 3, 32, 32)}, RequestError, "noise must be"),
+        ({"noise": torch.zeros(1, 3, 64, 64, 1)}, RequestError, r"\[prompts .*, 3, H, W\]"),
+        ({"noise": torch.zeros(1, 4, 64, 64)}, RequestError, r"\[prompts .*, 3, H, W\]"),
     ],
 )
 def test_bad_arguments(
@@ -174,6 +179,17 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(kind, match=says):
         pipe.generate("a boat", **{"width": 64, "height": 64, "steps": 1} | arguments)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_have_the_channels_of_the_model(channels: int) -> None:
+    torch.manual_seed(0)
+    model = NeoUnify(TINY.replace(channels=channels)).eval().requires_grad_(False)
+    pipe = neounify.Pipeline(model, byte_tokenizer())
+    sizes: dict[str, Any] = {"width": 96, "height": 64, "steps": 2}
+    result = pipe.generate("a boat", seed=3, **sizes)
+    assert result.pixels.shape == (1, channels, 64, 96)
+    torch.testing.assert_close(pipe.generate("a boat", seed=3, **sizes).pixels, result.pixels)
 
 
 @pytest.mark.parametrize("name", ["image_guidance", "published_interval", "stpes"])

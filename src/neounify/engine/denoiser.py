@@ -12,6 +12,7 @@ from torch import Tensor
 
 from neounify.attention import AttentionBackend, backends, select_for
 from neounify.cache import SequenceCache
+from neounify.config import ModelConfig
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, make_solver
@@ -30,7 +31,7 @@ Item = TypeVar("Item")
 class DenoiseJob:
     """One image being denoised. Prefixes are only read, so several jobs may share them.
 
-    `z` [tokens, 3·C²] float32 is the current point, `times` the N + 1 times of its N
+    `z` [tokens, token_width] float32 is the current point, `times` the N + 1 times of its N
     steps, `noise_scale` σ.
     """
 
@@ -60,7 +61,7 @@ class DenoiseJob:
 
     @property
     def clean(self) -> Tensor:
-        """The guided clean-image prediction of the last step, [tokens, 3·C²]."""
+        """The guided clean-image prediction of the last step, [tokens, token_width]."""
         if self._last is None:
             raise ValueError("no step has been taken yet, so there is no prediction")
         guided, z, t = self._last
@@ -112,10 +113,11 @@ def make_job(
 
 @torch.inference_mode(False)
 def to_pixels(
-    tokens: Sequence[Float[Tensor, "n ccc"]], grid: Grid, token_size: int
-) -> Float[Tensor, "b 3 h w"]:
-    """Images [b, 3, height, width] of one size from their tokens, float32 on the CPU."""
-    return unpatchify(torch.stack(list(tokens)), grid.rows, grid.columns, token_size).cpu()
+    tokens: Float[Tensor, "n ccc"], grid: Grid, config: ModelConfig
+) -> Float[Tensor, "c h w"]:
+    """The image [channels, height, width] of tokens, float32 on the CPU."""
+    images = tokens.unsqueeze(0)
+    return unpatchify(images, grid.rows, grid.columns, config.token_size, config.channels)[0].cpu()
 
 
 # --- many images ---

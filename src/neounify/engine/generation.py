@@ -317,7 +317,7 @@ class GenerationEngine:
         self.replies.append(Reply(image.call, done, last))
 
     def _pack(self, job: DenoiseJob, tokens: torch.Tensor) -> TensorRef:
-        pixels = to_pixels([tokens], job.grid, self.model.config.token_size)[0]
+        pixels = to_pixels(tokens, job.grid, self.model.config)
         return self.transport.pack({"pixels": pixels})
 
     def _drop(self, call: int) -> None:

@@ -115,7 +115,7 @@ class TextInput:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A clean image, normalised: the reference is to `pixels` [3, height, width].
+    """A clean image, normalised: the reference is to `pixels` [channels, height, width].
 
     `digest` stands for the pixels where cached prefixes are compared.
     """
@@ -209,7 +209,7 @@ class KeepPrefix:
 
 @dataclass(frozen=True)
 class GenerateImages:
-    """Generate images behind the same prefixes; `noise` refers to [count, tokens, 3·C²].
+    """Generate images behind the same prefixes; `noise` refers to [count, tokens, token_width].
 
     A prefix is passed, or named if kept. After each of `preview_steps`, counted from 1, a
     StepPreview of each image is sent.
@@ -285,7 +285,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class StepPreview:
-    """Image `index` after `step` of `steps`; `pixels` [3, height, width] its prediction."""
+    """Image `index` after `step` of `steps`; `pixels` [channels, height, width] its prediction."""
 
     index: int
     step: int
@@ -295,7 +295,7 @@ class StepPreview:
 
 @dataclass(frozen=True)
 class ImageReady:
-    """Image `index` is finished; the reference is to its `pixels` [3, height, width]."""
+    """Image `index` is finished; the reference is to its `pixels` [channels, height, width]."""
 
     index: int
     pixels: TensorRef

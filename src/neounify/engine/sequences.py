@@ -47,7 +47,7 @@ MAX_PASSED = 32
 class ModelInput:
     """New tokens of one sequence: `spans` in order, the ids of all text, the clean images.
 
-    Images are ImageNet-normalised pixels [3, height, width].
+    Images are ImageNet-normalised pixels [channels, height, width].
     """
 
     cache: Cache

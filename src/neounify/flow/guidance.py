@@ -1,6 +1,6 @@
 """Classifier-free guidance: which prefixes a step needs and how their velocities combine.
 
-Velocities are those of single images, [tokens, 3·C²]. v_c sees the whole prompt,
+Velocities are those of single images, [tokens, token_width]. v_c sees the whole prompt,
 v_i only its images, v_u nothing.
 """
 

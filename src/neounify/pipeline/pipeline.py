@@ -225,7 +225,7 @@ class Pipeline:
         each = zip(
             prompts,
             per_prompt(seed, len(prompts), "seed"),
-            split_noise(noise, len(prompts)),
+            split_noise(noise, len(prompts), self.config),
             per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )

@@ -18,7 +18,7 @@ from neounify.deprecation import moved
 from neounify.errors import ImageError, PromptError, RequestError
 from neounify.flow.path import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.pixels import RGB, patchify
+from neounify.image.pixels import patchify
 from neounify.image.sizes import TRAINING_BUCKETS, check_size, fit_size
 from neounify.model.layout import Grid
 from neounify.text.template import check_negative
@@ -33,7 +33,7 @@ MAX_THINK_TOKENS = 1024
 class ImageRequest:
     """Request for `count` images of one prompt; with input `images` it is an edit.
 
-    `noise` [count, 3, height, width], already times σ, replaces the draw from `seed`.
+    `noise` [count, channels, height, width], already times σ, replaces the draw from `seed`.
     `system` None means the checkpoint's default message, "" none at all. Guidance steers
     away from `negative_prompt`, which needs guidance. Raises RequestError.
     """
@@ -44,7 +44,7 @@ class ImageRequest:
     sampling: ResolvedSampling
     images: tuple[PIL.Image.Image, ...] = ()
     seed: int = 0
-    noise: Float[Tensor, "count 3 height width"] | None = None
+    noise: Float[Tensor, "count channels height width"] | None = None
     count: int = 1
     think: bool = False
     max_think_tokens: int = MAX_THINK_TOKENS
@@ -58,11 +58,11 @@ class ImageRequest:
                 param="images_per_prompt",
             )
         check_seed(self.seed)
-        expected = (self.count, RGB, self.height, self.width)
-        if self.noise is not None and tuple(self.noise.shape) != expected:
-            raise RequestError(
-                f"noise must be {expected}, got {tuple(self.noise.shape)}", param="noise"
-            )
+        if self.noise is not None:
+            count, *_, height, width = shape = tuple(self.noise.shape)
+            if (count, height, width) != (self.count, self.height, self.width) or len(shape) != 4:
+                expected = f"({self.count}, channels, {self.height}, {self.width})"
+                raise RequestError(f"noise must be {expected}, got {shape}", param="noise")
         if self.noise is not None and not torch.isfinite(self.noise).all():
             raise RequestError(
                 "noise must be finite, it holds NaN or infinite values", param="noise"
@@ -79,7 +79,7 @@ class ImageRequest:
         return Grid.of_pixels(self.height, self.width, config.token_size)
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
-        """Initial scaled noise as tokens [count, n, 3·C²]."""
+        """Initial scaled noise as tokens [count, n, token_width]."""
         noise = self.noise
         if noise is None:
             shape = (self.count, config.channels, self.height, self.width)
@@ -233,13 +233,15 @@ def output_sizes(
     return [output_size(config, w, h, reference) for w, h in zip(widths, heights, strict=True)]
 
 
-def split_noise(noise: Tensor | None, prompts: int) -> list[Tensor | None]:
+def split_noise(noise: Tensor | None, prompts: int, config: ModelConfig) -> list[Tensor | None]:
     """Explicit noise cut into one piece per prompt."""
     if noise is None:
         return [None] * prompts
-    if noise.ndim != 4 or noise.shape[0] % prompts or not noise.shape[0]:
+    fits = noise.ndim == 4 and noise.shape[1] == config.channels
+    if not fits or noise.shape[0] % prompts or not noise.shape[0]:
         raise RequestError(
-            f"noise must be [prompts · images_per_prompt, 3, H, W] for {prompts} prompts, "
+            f"noise must be [prompts · images_per_prompt, {config.channels}, H, W] "
+            f"for {prompts} prompts, "
             f"got {tuple(noise.shape)}",
             param="noise",
         )

@@ -104,7 +104,7 @@ def add_noise(
     device = generator.device
     grids = pack.layout.noise_grids
     lengths = torch.tensor([grid.length for grid in grids], device=device)
-    clean = _tokens(pack.targets, model_config.token_size, device)
+    clean = _tokens(pack.targets, model_config, device)
     t = config.draw_t(len(grids), generator)
     sigma = torch.tensor([noise_scale(grid.length, model_config.flow, cap=False) for grid in grids])
     sigma = sigma.to(device)
@@ -197,22 +197,26 @@ def _image_loss(
 
 
 def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
-    """Clean images for the understanding stream, [3, height, width] each."""
+    """Clean images for the understanding stream, [channels, height, width] each."""
     tensors: list[Tensor] = []
     for stack in _stacks(images, device):
         tensors += normalise_und(stack.float() / 255).unbind()
     return tensors
 
 
-def _tokens(images: Sequence[Pixels], side: int, device: torch.device) -> Float[Tensor, "g ccc"]:
+def _tokens(
+    images: Sequence[Pixels], config: ModelConfig, device: torch.device
+) -> Float[Tensor, "g ccc"]:
     """Target images as token rows in [-1, 1]."""
     stacks = (stack.float() / 127.5 - 1 for stack in _stacks(images, device))
-    return torch.cat([patchify(stack, side).flatten(0, 1) for stack in stacks])
+    return torch.cat(
+        [patchify(stack, config.token_size, config.channels).flatten(0, 1) for stack in stacks]
+    )
 
 
 def _stacks(
     images: Sequence[Pixels], device: torch.device
-) -> Iterator[UInt8[Tensor, "_n 3 _height _width"]]:
+) -> Iterator[UInt8[Tensor, "_n _channels _height _width"]]:
     """Images in order, consecutive ones of one size as one tensor."""
     for _, same in groupby(images, key=lambda image: image.shape):
         yield torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)
