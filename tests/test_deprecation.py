@@ -15,7 +15,6 @@ RENAMED = [
     ("neounify.pipeline", "PaintResult", "neounify.pipeline", "ImageResult"),
     ("neounify.pipeline.results", "PaintResult", "neounify.pipeline.results", "ImageResult"),
     ("neounify.text", "paint_prompt", "neounify.text", "image_prompt"),
-    ("neounify.tasks.requests", "PaintRequest", "neounify.tasks.requests", "ImageRequest"),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from neounify.errors import RequestError
 from neounify.grammar import Grammar, Vocabulary, calls_grammar, check_schema, json_grammar
 from neounify.text import Tokenizer, byte_tokenizer
-from neounify.text.special import IM_END, THINK_CLOSE
+from neounify.text.tokens import IM_END, THINK_CLOSE
 from neounify.text.tools import Tool, ToolCall, ToolCallReader
 from support.golden import golden_path, needs_golden
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # from the modules: in a cycle, mypy takes `pipeline.load` for the module
+if TYPE_CHECKING:  # from the module: in a cycle, mypy takes `neounify.pipeline.load` for a module
     from neounify.errors import NeounifyError as NeounifyError
-    from neounify.pipeline.load import load as load
     from neounify.pipeline.pipeline import Pipeline as Pipeline
+    from neounify.pipeline.pipeline import load as load
 
 _LAZY = {
     "load": "neounify.pipeline",

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from neounify.errors import RequestError, missing_extra, naming_param
-from neounify.text.special import IM_END, THINK_CLOSE
 from neounify.text.tokenizer import Tokenizer
+from neounify.text.tokens import IM_END, THINK_CLOSE
 from neounify.text.tools import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ from neounify.cli.app import app
 from neounify.cli.checks import resolve_sampling
 from neounify.cli.options import EditOptions
 from neounify.config import TextSampling
-from neounify.config.knobs import knob_doc
 from neounify.config.presets import SCENES, TINY
-from neounify.config.sampling import TextKnobs
+from neounify.config.sampling import TextKnobs, knob_doc
 from neounify.errors import RequestError
 from neounify.flow.sampling import (
     EditKnobs,

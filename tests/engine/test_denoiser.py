@@ -19,8 +19,7 @@ from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
-from neounify.tasks.image import branch_prompt
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest, branch_prompt
 from support.prefilling import as_cache, contiguous_engine, prefilled
 
 

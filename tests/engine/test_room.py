@@ -18,8 +18,8 @@ from neounify.serve.build import colocated
 from neounify.serve.engines import EngineConfig, EngineThread
 from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest
 from support.scripted_sampler import script_sampler
 from support.serving import collect, same_image, serve
 

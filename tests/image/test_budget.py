@@ -14,7 +14,7 @@ from PIL import Image
 
 from neounify.errors import ImageError
 from neounify.image import read_image
-from neounify.image.budget import MAX_READS, DecodeBudget, MeteredFile
+from neounify.image.io import MAX_READS, DecodeBudget, MeteredFile
 
 
 def budget(**changes: int) -> DecodeBudget:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neounify.image import read_image
-from neounify.image.colour import MAX_PROFILE_BYTES
+from neounify.image.formats import MAX_PROFILE_BYTES
 from support.colour_profiles import (
     ADOBE_RGB,
     DISPLAY_P3,
@@ -220,7 +220,7 @@ def test_hostile_profiles_are_harmless(
 
 def test_every_reader_takes_the_switch(tmp_path: Path) -> None:
     from neounify.data.sources import read_sample_image
-    from neounify.tasks.conversation import read_conversation, read_images
+    from neounify.tasks.chat import read_conversation, read_images
 
     path = tmp_path / "photo.PNG"
     path.write_bytes(file_bytes(Image.new("RGB", (4, 4), COLOURS[0]), icc_profile=P3))

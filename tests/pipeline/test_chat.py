@@ -11,8 +11,7 @@ import torch
 import neounify
 from neounify.errors import Cancelled, PromptError, RequestError
 from neounify.tasks.answer import AnswerText
-from neounify.tasks.chat import ChatRequest, chat_images
-from neounify.tasks.conversation import read_conversation
+from neounify.tasks.chat import ChatRequest, chat_images, read_conversation
 from neounify.text import Message, Tokenizer, chat_prompt
 from support.prefilling import contiguous_engine, prefilled
 

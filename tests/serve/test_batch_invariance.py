@@ -18,8 +18,8 @@ from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
 from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest
 from support.serving import Collected, collect, serve
 
 STORY = (

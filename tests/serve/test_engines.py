@@ -35,7 +35,7 @@ from neounify.serve.engines import EngineConfig, WatchConfig, Worker
 from neounify.serve.http.errors import to_api_error
 from neounify.serve.service import EngineService
 from neounify.tasks.chat import make_chat_request
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest
 from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve
 

@@ -30,8 +30,8 @@ from neounify.serve.engine_process import EngineProcess
 from neounify.serve.engines import EngineConfig, EngineThread
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.chat import CompletionRequest, make_chat_request
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest
 from support.serving import collect, same_image, serve
 
 

@@ -22,8 +22,8 @@ from neounify.pipeline.results import ImagePart
 from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.service import EngineService, ServiceRequest
 from neounify.tasks.chat import make_chat_request
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest
 from neounify.text import byte_tokenizer
 from support.leaving import (
     at_rest,

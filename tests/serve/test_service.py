@@ -29,10 +29,9 @@ from neounify.serve.client import EngineClients
 from neounify.serve.engines import EngineConfig
 from neounify.serve.service import AdmissionConfig, EngineService, ServiceRequest
 from neounify.serve.shared_memory import SharedSpace, folder
-from neounify.tasks.chat import ChatRequest, make_chat_request
-from neounify.tasks.conversation import read_request
+from neounify.tasks.chat import ChatRequest, make_chat_request, read_request
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest, turn_prompt
-from neounify.tasks.requests import ImageRequest
 from neounify.text.template import TextSegment
 from support.scripted_sampler import script_sampler
 from support.serving import Collected, collect, same_image, serve

@@ -12,9 +12,16 @@ from neounify.config import ModelConfig
 from neounify.config.presets import TINY
 from neounify.serve.service import ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, ImageFinished, Preview, PromptRead, TaskEvent, TextPiece
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.program import (
+    Finished,
+    ImageFinished,
+    Preview,
+    PromptRead,
+    TaskEvent,
+    TextPiece,
+)
 from support.patches import to_gen_pixels
 
 Script = Callable[[ServiceRequest, int], Iterable[TaskEvent | float | Exception]]

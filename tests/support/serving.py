@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neounify.serve.service import EngineService, ServiceRequest
-from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
+from neounify.tasks.program import Finished, ImageFinished, Preview, TextPiece
 
 T = TypeVar("T")
 

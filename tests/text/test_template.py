@@ -22,7 +22,7 @@ from neounify.text import (
     place_images,
     unconditional_prompt,
 )
-from neounify.text.special import IMAGE_CONTEXT
+from neounify.text.tokens import IMAGE_CONTEXT
 from support.golden import golden_path, load_fixture, needs_golden
 
 BYTES = byte_tokenizer()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from neounify.errors import PromptError, TokenizerError
 from neounify.text import BYTE_VOCAB_SIZE, Tokenizer, byte_tokenizer
-from neounify.text import files as text_files
-from neounify.text.special import REQUIRED
+from neounify.text import tokens as text_tokens
+from neounify.text.tokens import REQUIRED
 from support.golden import GOLDEN, golden_path, load_fixture, needs_golden
 
 TEXTS = ["", "hello world", "  two  spaces\t\n", "12 naïve 中文 😀👍🏽", "it's <image> a<b"]
@@ -191,11 +191,10 @@ def test_save_writes_the_source_files_byte_for_byte(tmp_path: Path, merged: Toke
     assert copies == expected
 
 
-def test_from_library_copies_and_never_truncates(tmp_path: Path) -> None:
+def test_truncation_in_a_description_is_dropped(tmp_path: Path) -> None:
     library = tokenizers.Tokenizer.from_str(own_tokenizer_json(BYTES))
     library.enable_truncation(3)
-    tokenizer = Tokenizer.from_library(library)
-    library.encode_special_tokens = True
+    tokenizer = Tokenizer(json.loads(library.to_str()), origin="a truncating tokenizer")
     assert len(tokenizer.encode("12345")) == 5
     assert tokenizer.encode("<img>", allow_special=True) == [tokenizer.id("<img>")]
     tokenizer.save(tmp_path)
@@ -314,7 +313,7 @@ def test_wrong_token_flags_are_named(
 
 def test_too_large_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BYTES.save(tmp_path)
-    monkeypatch.setattr(text_files, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(text_tokens, "MAX_FILE_BYTES", 1000)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: larger than 1000 bytes"):
         Tokenizer.from_folder(tmp_path)
 

@@ -118,7 +118,7 @@ def _answer(
     """Stream the answer to one question on stdout."""
     with lasting_imports():
         from neounify.cli.checks import check_chat, check_model
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     check_model(model)
     inputs = read_images(images, colour_profiles=model.colour_profiles)
@@ -161,7 +161,7 @@ def _answer_batch(
     """Answer every line of a JSONL file that no earlier run has answered."""
     with lasting_imports():
         from neounify.cli.checks import check_chat, check_chat_options, check_jobs_file, check_model
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     assert batch.input is not None
     if question is not None or images:
@@ -193,7 +193,7 @@ def _interactive(
     """Chat until the user leaves."""
     with lasting_imports():
         from neounify.cli.checks import check_chat_options, check_model
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     if report.json:
         raise UsageError("--json needs QUESTION or --input; interactive chat has no JSON output")

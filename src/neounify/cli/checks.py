@@ -29,12 +29,10 @@ from neounify.cli.options import (
 from neounify.config import ModelConfig, TextSampling
 from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.pipeline.trained_sizes import size_advice
 from neounify.tasks.chat import make_chat_request
+from neounify.tasks.image import ImageRequest, output_size, size_advice
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest, output_size
-from neounify.text.message import Message
-from neounify.text.template import place_images
+from neounify.text.template import Message, place_images
 
 if TYPE_CHECKING:
     from neounify.cli.serve_options import ServeModelOptions

@@ -90,7 +90,7 @@ def generate_prompts(
     with lasting_imports():
         from neounify.cli.checks import check_image, check_model, note_size
         from neounify.cli.images import ImageJob, check_free, generate_images, save_image
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     if not prompts:
         raise UsageError("give a PROMPT in quotes, or --input FILE.jsonl")
@@ -147,7 +147,7 @@ def generate_batch(
             note_size,
             resolve_sampling,
         )
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     assert batch.input is not None
     if prompts or images:

@@ -17,7 +17,7 @@ import typer
 
 from neounify.cli.command import CliError, UsageError, checked_value, short_repr
 from neounify.config import TextSampling
-from neounify.config.knobs import knob_doc
+from neounify.config.sampling import knob_doc
 from neounify.flow.sampling import ImageSampling
 
 MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (

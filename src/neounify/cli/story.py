@@ -113,7 +113,7 @@ def _generate_story(
     """Stream the text to stdout, save images as they are finished, and print the folder."""
     with lasting_imports():
         from neounify.cli.checks import check_model, check_story, note_size
-        from neounify.tasks.conversation import read_images
+        from neounify.tasks.chat import read_images
 
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output} names a file; a story is saved as a folder")

@@ -5,9 +5,15 @@ Foreign files become a ModelConfig at the edge, in `checkpoint/config_json.py`.
 
 from __future__ import annotations
 
-from neounify.config.flow import FlowConfig, NoiseScaleMode
-from neounify.config.model import ImageHead, MlpConfig, ModelConfig
-from neounify.config.sampling import CheckpointDefaults, Constraint, ConstraintFactory, TextSampling
+from neounify.config.model import (
+    CheckpointDefaults,
+    FlowConfig,
+    ImageHead,
+    MlpConfig,
+    ModelConfig,
+    NoiseScaleMode,
+)
+from neounify.config.sampling import Constraint, ConstraintFactory, TextSampling
 from neounify.deprecation import moved
 
 __all__ = [

@@ -1,8 +1,6 @@
 """Sizes of the published models; a field that is left out has the published default."""
 
-from neounify.config.flow import FlowConfig
-from neounify.config.model import MlpConfig, ModelConfig
-from neounify.config.sampling import CheckpointDefaults
+from neounify.config.model import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 
 U1_8B = ModelConfig(
     hidden_size=4096,

@@ -84,9 +84,9 @@ def check_names(
             )
 
 
-def check_weights(field: str, weights: Mapping[str, float] | None, known: Iterable[str]) -> None:
+def check_weights(field: str, weights: Mapping[str, float], known: Iterable[str]) -> None:
     """Raise ValueError for unknown names, and for weights that are negative or not finite."""
-    check_names(field, weights or {}, known)
-    for name, value in (weights or {}).items():
+    check_names(field, weights, known)
+    for name, value in weights.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{field}.{name}: must be at least 0, got {value}")

@@ -22,10 +22,10 @@ from pydantic.dataclasses import dataclass as settings
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
 from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
-from neounify.image.sizes import fit_size
+from neounify.image.pixels import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
-from neounify.text.special import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tokenizer import Tokenizer
+from neounify.text.tokens import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
 
 from neounify.config import CheckpointDefaults, ModelConfig
-from neounify.config.knobs import doc
-from neounify.config.sampling import TextKnobs
+from neounify.config.sampling import TextKnobs, doc
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 

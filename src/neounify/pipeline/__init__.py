@@ -1,8 +1,7 @@
 """User-facing tasks (chat, generation, editing, interleaved answers) and `load`."""
 
 from neounify.deprecation import moved
-from neounify.pipeline.load import load
-from neounify.pipeline.pipeline import Pipeline
+from neounify.pipeline.pipeline import Pipeline, load
 from neounify.pipeline.results import (
     ChatResult,
     ImagePart,

@@ -28,7 +28,6 @@ from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
-from neounify.tasks.events import TaskEvent
 from neounify.tasks.program import (
     Compute,
     NextAnswer,
@@ -37,6 +36,7 @@ from neounify.tasks.program import (
     Program,
     Returned,
     Take,
+    TaskEvent,
     resume,
 )
 
@@ -47,6 +47,8 @@ UNLIMITED = 2**62
 class Driver:
     """Both engines over one model for the requests of one call, without any limit on them.
 
+    `residency` None is for a model whose weights are all in memory.
+
     Understanding goes before generation: all prompts are prefilled and all thoughts decoded before
     images are denoised together, so that each stream's weights become resident once.
     """
@@ -54,7 +56,7 @@ class Driver:
     def __init__(
         self,
         model: NeoUnify,
-        residency: Residency,
+        residency: Residency | None,
         plan: ExecutionPlan,
         cancel: threading.Event | None = None,
     ) -> None:
@@ -197,12 +199,12 @@ class _Run:
 class _ResidentStream:
     """The stream whose weights are resident, until another one is used."""
 
-    def __init__(self, residency: Residency, stack: ExitStack) -> None:
+    def __init__(self, residency: Residency | None, stack: ExitStack) -> None:
         self._residency, self._stack = residency, stack.enter_context(ExitStack())
         self._stream: StreamName | None = None
 
     def use(self, stream: StreamName) -> None:
-        if stream != self._stream:
+        if self._residency is not None and stream != self._stream:
             self._stack.close()
             self._stack.enter_context(self._residency.use(stream))
             self._stream = stream

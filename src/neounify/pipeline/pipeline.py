@@ -1,48 +1,139 @@
-"""Public API: one loaded model, every task."""
+"""Public API: `load`, and `Pipeline` with every task of one loaded model."""
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from neounify.checkpoint.load import DtypeChoice
+from neounify.checkpoint.load import Dtype, DtypeChoice, Memory, load_checkpoint
+from neounify.checkpoint.lora_file import LoraSpec
+from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
-from neounify.config.knobs import check_keywords
-from neounify.config.sampling import TextKnobs
-from neounify.errors import RequestError
+from neounify.config.sampling import TextKnobs, check_keywords
+from neounify.errors import CheckpointError, RequestError, SizeWarning
+from neounify.files import read_text
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling, InterleaveKnobs
 from neounify.image.io import ImageSource
+from neounify.model.build import compile_streams
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.driver import Driver
-from neounify.pipeline.generate import Callback, ChatRun, ChatStream, run_images, run_interleaved
-from neounify.pipeline.results import ChatResult, ImageResult, InterleavePart
-from neounify.pipeline.trained_sizes import warn_untrained
+from neounify.pipeline.results import (
+    Callback,
+    ChatResult,
+    ChatRun,
+    ChatStream,
+    ImageResult,
+    InterleavePart,
+    run_images,
+    run_interleaved,
+)
 from neounify.runtime.plan import ExecutionPlan, measured_plan
-from neounify.tasks.chat import ChatOptions, ChatRequest, make_chat_request
-from neounify.tasks.conversation import Conversation, read_images, read_request
-from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.processor import Processor
-from neounify.tasks.requests import (
+from neounify.tasks.chat import (
+    ChatOptions,
+    ChatRequest,
+    Conversation,
+    make_chat_request,
+    read_images,
+    read_request,
+)
+from neounify.tasks.image import (
     MAX_THINK_TOKENS,
     ImageRequest,
     output_size,
-    output_sizes,
-    per_prompt,
+    size_advice,
     split_noise,
 )
+from neounify.tasks.interleave import InterleaveRequest, output_sizes
+from neounify.tasks.program import Processor
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
+T = TypeVar("T", int, str)
+
 SYSTEM_MESSAGE_FILE = "system_message_generation.txt"
+MAX_SYSTEM_MESSAGE_BYTES = 2**20
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Dtype = None,
+    device: str | torch.device = "cpu",
+    lora: LoraSpec | Sequence[LoraSpec] | None = None,
+    lora_strength: float = 1.0,
+    memory: Memory = "all",
+    verify: bool = False,
+    compile: bool = False,
+    colour_profiles: bool = True,
+) -> Pipeline:
+    """Load a checkpoint folder of the published layout and everything needed to use it.
+
+    `dtype` is "float32", "bfloat16" or "float16", or "stored"; None or "auto" is the stored one
+    too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
+    why. Tensors stored in the dtype that is used are
+    memory-mapped, not copied. `lora` merges one or several LoRAs, files of any form (docs/lora.md)
+    or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the active
+    stream resident, for models that fill the memory; `verify` checks all weights for NaN first.
+    `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
+    denoising. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
+    profile they carry, as the published code does.
+
+    Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
+    """
+    path = Path(folder)
+    # Before the weights: a folder without a tokenizer should say so at once.
+    tokenizer = Tokenizer.from_folder(path)
+    loaded = load_checkpoint(
+        path,
+        dtype=dtype,
+        device=device,
+        lora=lora,
+        lora_strength=lora_strength,
+        memory=memory,
+        verify=verify,
+    )
+    if compile:
+        compile_streams(loaded.model)
+    return Pipeline(
+        loaded.model,
+        tokenizer,
+        system_message=_system_message(path),
+        residency=loaded.residency,
+        fingerprint=loaded.checkpoint.fingerprint,
+        loaded_dtype=loaded.dtype,
+        colour_profiles=colour_profiles,
+    )
+
+
+def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
+    """Processor of a checkpoint, without loading weights. Raises the errors of `load`."""
+    tokenizer = Tokenizer.from_folder(checkpoint.path)
+    message = _system_message(checkpoint.path)
+    return Processor(
+        checkpoint.config,
+        tokenizer,
+        default_system_message() if message is None else message,
+        dtype,
+    )
+
+
+def _system_message(folder: Path) -> str | None:
+    file = folder / SYSTEM_MESSAGE_FILE
+    if not file.is_file():
+        return None
+    return read_text(file, MAX_SYSTEM_MESSAGE_BYTES, CheckpointError)
 
 
 class Pipeline:
@@ -79,7 +170,7 @@ class Pipeline:
         message = default_system_message() if system_message is None else system_message
         self.model = model
         self.processor = Processor(model.config, tokenizer, message, model.compute_dtype)
-        self._residency = residency or NullResidency()
+        self._residency = None if isinstance(residency, NullResidency) else residency
         self._fingerprint = fingerprint
         self.loaded_dtype = loaded_dtype
         """The dtype of the weights and the reason for it; None for a model that was not loaded."""
@@ -101,7 +192,7 @@ class Pipeline:
     @property
     def residency(self) -> Residency:
         """Residency of the weights of each stream."""
-        return self._residency
+        return self._residency or NullResidency()
 
     @property
     def fingerprint(self) -> str | None:
@@ -211,7 +302,7 @@ class Pipeline:
         if not prompts:
             raise RequestError("the list of prompts is empty", param="prompt")
         size = output_size(self.config, width, height)
-        warn_untrained(self.config, *size)
+        _warn_untrained(self.config, *size)
         request = ImageRequest(
             prompt=prompts[0],
             width=size[0],
@@ -224,9 +315,9 @@ class Pipeline:
         )
         each = zip(
             prompts,
-            per_prompt(seed, len(prompts), "seed"),
+            _per_prompt(seed, len(prompts), "seed"),
             split_noise(noise, len(prompts), self.config),
-            per_prompt(negative_prompt, len(prompts), "negative_prompt"),
+            _per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )
         requests = [
@@ -268,7 +359,7 @@ class Pipeline:
                 "edit needs at least one image; use generate without images", param="images"
             )
         size = output_size(self.config, width, height, inputs[0])
-        warn_untrained(self.config, *size)
+        _warn_untrained(self.config, *size)
         request = ImageRequest(
             prompt=prompt,
             width=size[0],
@@ -322,7 +413,7 @@ class Pipeline:
         new = inputs[sum(message.n_images for message in history) :]
         sizes = output_sizes(self.config, width, height, new[0] if new else None)
         for size in sizes:
-            warn_untrained(self.config, *size)
+            _warn_untrained(self.config, *size)
         request = InterleaveRequest(
             prompt=text,
             history=history,
@@ -376,3 +467,21 @@ class Pipeline:
 
     def _driver(self, cancel: threading.Event | None) -> Driver:
         return Driver(self.model, self._residency, self._plan, cancel)
+
+
+# --- lists of arguments ---
+
+
+def _per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
+    """One value for every prompt, or a list with as many values as prompts."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != count:
+            raise RequestError(f"{len(value)} values of {name} for {count} prompts", param=name)
+        return list(value)
+    return [value] * count
+
+
+def _warn_untrained(config: ModelConfig, width: int, height: int) -> None:
+    """Issue a SizeWarning at the caller's caller, unless the size is a trained one."""
+    if advice := size_advice(config, width, height):
+        warnings.warn(advice, SizeWarning, stacklevel=3)

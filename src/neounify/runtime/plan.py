@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from neounify.config import ModelConfig
-from neounify.config.checks import require
+from neounify.config.model import require
 from neounify.runtime.process import available_bytes
 
 if TYPE_CHECKING:

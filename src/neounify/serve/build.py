@@ -13,14 +13,14 @@ from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
 from neounify.engine.messages import LocalTransport
 from neounify.pipeline import Pipeline, load
-from neounify.pipeline.load import load_processor
+from neounify.pipeline.pipeline import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient, EngineClients
 from neounify.serve.engine_process import EngineProcess, ProcessConfig, Role
 from neounify.serve.engines import EngineConfig, EngineThread, WatchConfig
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.serve.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
-from neounify.tasks.processor import Processor
+from neounify.tasks.program import Processor
 
 log = logging.getLogger("neounify.serve")
 

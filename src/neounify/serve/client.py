@@ -37,7 +37,6 @@ from neounify.engine.messages import (
 from neounify.errors import DeadlineExceeded, EngineDied, ServiceError
 from neounify.serve.engines import EngineHandle
 from neounify.serve.shared_memory import SharedSpace
-from neounify.tasks.events import TaskEvent
 from neounify.tasks.program import (
     Compute,
     NextAnswer,
@@ -47,6 +46,7 @@ from neounify.tasks.program import (
     Returned,
     Step,
     Take,
+    TaskEvent,
     resume,
 )
 

@@ -18,12 +18,9 @@ from neounify.engine.messages import Prefix
 from neounify.errors import Draining, Overloaded, RequestError
 from neounify.serve.client import EngineClient, EngineClients, RequestContext, State
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
-from neounify.tasks.events import TaskEvent
-from neounify.tasks.image import generate_images
+from neounify.tasks.image import ImageRequest, check_image_tokens, generate_images, image_tokens
 from neounify.tasks.interleave import InterleaveRequest, interleave
-from neounify.tasks.processor import Processor
-from neounify.tasks.program import Program, keep, prefill, read_prefix
-from neounify.tasks.requests import ImageRequest, check_image_tokens, image_tokens
+from neounify.tasks.program import Processor, Program, TaskEvent, keep, prefill, read_prefix
 from neounify.text.template import TextSegment, image_prompt, unconditional_prompt
 
 ServiceRequest = ChatRequest | CompletionRequest | ImageRequest | InterleaveRequest

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from neounify.decode.sampler import LogProbs
 from neounify.engine.messages import Token
 from neounify.errors import RequestError
-from neounify.tasks.events import TextPiece, TokenLogProb, ToolCallPiece
-from neounify.tasks.processor import Processor
-from neounify.text.special import THINK_CLOSE, THINK_OPEN
+from neounify.tasks.program import Processor, TextPiece, TokenLogProb, ToolCallPiece
 from neounify.text.tokenizer import TextStream
+from neounify.text.tokens import THINK_CLOSE, THINK_OPEN
 from neounify.text.tools import ToolCall, ToolCallReader
 
 MAX_STOP_STRINGS = 16

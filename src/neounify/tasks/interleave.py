@@ -25,21 +25,23 @@ from neounify.tasks.image import (
     KeptPrefixes,
     branch_prefixes,
     branches_to_prefill,
+    check_negative_prompt,
     denoise,
+    image_noise_scale,
+    image_tokens,
+    output_size,
     prefill_branches,
 )
-from neounify.tasks.processor import Processor
-from neounify.tasks.program import NEXT, Compute, Program, Usage, pack_images
-from neounify.tasks.requests import check_negative_prompt, image_noise_scale, image_tokens
-from neounify.text.message import Message
-from neounify.text.special import IM_END, IMAGE_CLOSE, IMAGE_OPEN
+from neounify.tasks.program import NEXT, Compute, Processor, Program, Usage, pack_images
 from neounify.text.template import (
+    Message,
     Prompt,
     images_only_prompt,
     interleave_prompt,
     place_images,
     unconditional_prompt,
 )
+from neounify.text.tokens import IM_END, IMAGE_CLOSE, IMAGE_OPEN
 
 MAX_IMAGES = 100
 
@@ -85,6 +87,20 @@ class InterleaveRequest:
     def prompt_images(self) -> int:
         """Number of `images` that belong to the prompt, not to the history."""
         return len(self.images) - sum(message.n_images for message in self.history)
+
+
+def output_sizes(
+    config: ModelConfig,
+    width: int | Sequence[int] | None,
+    height: int | Sequence[int] | None,
+    reference: PIL.Image.Image | None,
+) -> list[tuple[int, int]]:
+    """Sizes of several images in turn; a number stands for a list of one."""
+    widths = list(width) if isinstance(width, Sequence) else [width]
+    heights = list(height) if isinstance(height, Sequence) else [height]
+    if not widths or len(widths) != len(heights):
+        raise RequestError(f"{len(widths)} widths for {len(heights)} heights", param="size")
+    return [output_size(config, w, h, reference) for w, h in zip(widths, heights, strict=True)]
 
 
 def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch) -> Prompt:

@@ -1,4 +1,4 @@
-"""Programs: the workflow of one request as a generator of steps.
+"""Programs: the workflow of one request as a generator of steps, and what they share.
 
 A driver runs a program: it carries out each step that the program yields and sends back the result,
 or throws the error. Programs do no I/O and compute nothing that takes long, so the same one runs
@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
+import PIL.Image
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from neounify.config import ModelConfig
 from neounify.engine.messages import (
     Command,
     Export,
@@ -32,11 +37,93 @@ from neounify.engine.messages import (
     Token,
     new_number,
 )
+from neounify.grammar import Vocabulary
+from neounify.image.pixels import prepare_image
 from neounify.model.layout import Grid
-from neounify.tasks.events import Finished, TaskEvent
 from neounify.text.template import ImageSegment, Prompt, TextSegment
+from neounify.text.tokenizer import Tokenizer
 
 R = TypeVar("R")
+
+# --- events: pieces of an answer as they are ready, `Finished` last ---
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The prompt of a text answer is prefilled; another request can share its cache."""
+
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """A token of an answer, its log-probability, and the likeliest alternatives."""
+
+    token: bytes
+    log_prob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text as soon as it is complete characters; `thought` if it is part of a thought.
+
+    `log_probs` are those of the tokens since the last piece, if requested.
+    """
+
+    text: str
+    thought: bool = False
+    log_probs: tuple[TokenLogProb, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCallPiece:
+    """A complete tool call; `arguments` are JSON, truncated if a limit ended the answer."""
+
+    name: str
+    arguments: str
+    log_probs: tuple[TokenLogProb, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """Clean prediction of image `index` after `step` of `steps`; about [-1, 1], not clamped."""
+
+    index: int
+    step: int
+    steps: int
+    pixels: Float[Tensor, "3 h w"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFinished:
+    """Finished image `index` of the answer; about [-1, 1], float32 on the CPU, not clamped."""
+
+    index: int
+    pixels: Float[Tensor, "3 h w"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Last event of every complete answer.
+
+    `prompt_tokens` are those of the conditional prompt: `prompt_image_tokens` of them are its
+    images', `cached_tokens` were in the cache from earlier requests. `completion_tokens` are text,
+    `reasoning_tokens` of them a thought; `image_tokens` those of generated images.
+    """
+
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    image_tokens: int = 0
+    prompt_image_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+TaskEvent = PromptRead | TextPiece | ToolCallPiece | Preview | ImageFinished | Finished
+
+# --- steps ---
 
 
 @dataclass(frozen=True)
@@ -98,6 +185,47 @@ def resume(program: Program[Any], value: object = None) -> Step | Returned:
         return program.send(value)
     except StopIteration as end:
         return Returned(end.value)
+
+
+# --- what programs share ---
+
+
+class Processor:
+    """Prepares prompts and images for one model; `dtype` is that of prepared images."""
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, system_message: str, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.system_message = system_message
+        self.dtype = dtype
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Vocabulary of grammars; processes that sample tokens must hold one too."""
+        return Vocabulary.of(self.tokenizer)
+
+    def token(self, name: str) -> int:
+        return self.tokenizer.id(name)
+
+    def prepare(
+        self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
+    ) -> list[Tensor]:
+        """Images [3, height, width] for the understanding stream, normalised.
+
+        Each is resized to an area from `min_pixels` to `max_pixels`.
+        """
+        return [
+            prepare_image(
+                image,
+                multiple=self.config.token_size,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                dtype=self.dtype,
+            )
+            for image in images
+        ]
 
 
 def new_sequences(*labels: str) -> dict[str, SequenceName]:

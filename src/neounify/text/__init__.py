@@ -1,10 +1,12 @@
 """Text: special tokens by name, the tokenizer, and the prompts of every task."""
 
 from neounify.deprecation import moved
-from neounify.text.message import IMAGE_MARK, Message, Role
 from neounify.text.template import (
+    IMAGE_MARK,
     ImageSegment,
+    Message,
     Prompt,
+    Role,
     Segment,
     TextSegment,
     after_think_ids,

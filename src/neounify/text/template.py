@@ -1,4 +1,4 @@
-"""Prompts: from messages and images to token ids, in the ChatML format of the models.
+"""Messages and prompts: from a conversation and images to token ids, in ChatML.
 
 A prompt is first a list of pieces: special tokens by name, plain text, images. Plain
 text between two special tokens is tokenised in one go, because cutting it elsewhere
@@ -8,13 +8,14 @@ characters and ends nothing.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
+from typing import Literal
 
 from neounify.errors import PromptError
-from neounify.text.message import IMAGE_MARK, Message, Role, check_text
-from neounify.text.special import (
+from neounify.text.tokenizer import Tokenizer
+from neounify.text.tokens import (
     IM_END,
     IM_START,
     IMAGE_CLOSE,
@@ -22,7 +23,6 @@ from neounify.text.special import (
     THINK_CLOSE,
     THINK_OPEN,
 )
-from neounify.text.tokenizer import Tokenizer
 from neounify.text.tools import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -31,8 +31,81 @@ from neounify.text.tools import (
     RESPONSE_OPEN,
     TOOLS_FOOT,
     Tool,
+    ToolCall,
     tools_head,
 )
+
+IMAGE_MARK = "<image>"
+"""Stands in a user's text where an image belongs."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+_NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    A user's text marks each image with `<image>`. In other roles the mark is plain text; an
+    assistant's images stand at `image_offsets`, ascending numbers of characters of `text`.
+    `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
+    of one of them.
+
+    Raises PromptError for an unknown role, for what is no text, and for offsets out of place.
+    """
+
+    role: Role
+    text: str
+    tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
+    image_offsets: tuple[int, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.role not in ("system", "user", "assistant", "tool"):
+            raise PromptError(
+                f"a message is from system, user, assistant or tool, not {self.role!r}"
+            )
+        check_text(self.text, f"the {self.role} message")
+        if self.tool_calls and self.role != "assistant":
+            raise PromptError(f"only assistant messages hold tool calls, this one is {self.role!r}")
+        for call in self.tool_calls:
+            check_text(call.name + call.arguments, "a tool call")
+        if self.image_offsets and self.role != "assistant":
+            raise PromptError(f"image_offsets are for assistant messages, not for {self.role!r}")
+        cuts = (0, *self.image_offsets, len(self.text))
+        if any(low > high for low, high in pairwise(cuts)):
+            raise PromptError(
+                f"image_offsets {self.image_offsets} must ascend within the text's "
+                f"{len(self.text)} characters"
+            )
+
+    @property
+    def pieces(self) -> list[str]:
+        """The texts around the images: one more than there are images."""
+        if self.role == "user":
+            return self.text.split(IMAGE_MARK)
+        cuts = (0, *self.image_offsets, len(self.text))
+        return [self.text[low:high] for low, high in pairwise(cuts)]
+
+    @property
+    def n_images(self) -> int:
+        """How many images the message holds."""
+        return len(self.pieces) - 1
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise PromptError unless `what`, as the error calls it, is text."""
+    if not isinstance(text, str):
+        raise PromptError(f"{what} must be text, not {type(text).__name__}")
+    wrong = _NOT_TEXT.search(text)
+    if wrong:
+        raise PromptError(
+            f"{what} holds U+{ord(wrong[0]):04X} at character {wrong.start()}; "
+            "NUL and lone surrogates are not text"
+        )
+
+
+# --- prompts ---
 
 
 @dataclass(frozen=True)

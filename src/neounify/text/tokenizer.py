@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from operator import index
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,11 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from neounify.errors import NeounifyError, PromptError, TokenizerError
-from neounify.text.files import (
+from neounify.text.tokens import (
+    CONTROL,
+    END_OF_TEXT,
+    IM_END,
+    REQUIRED,
     SPLIT_PATTERN,
     USABLE_FOLDER,
     added_token,
@@ -25,20 +30,12 @@ from neounify.text.files import (
     read_files,
     settle,
 )
-from neounify.text.special import (
-    CONTROL,
-    END_OF_TEXT,
-    IM_END,
-    REQUIRED,
-    byte_of_character,
-    token_bytes,
-)
 
 
 class Tokenizer:
     """A byte-level BPE tokenizer of Qwen2's kind. Immutable, so threads may share it.
 
-    Make one with `from_folder` or `from_library`.
+    Load one with `from_folder`, or train one with `byte_tokenizer`.
     """
 
     def __init__(
@@ -82,15 +79,6 @@ class Tokenizer:
         files = read_files(folder)
         description, origin = describe(files, folder)
         return cls(description, origin=origin, files=files)
-
-    @classmethod
-    def from_library(cls, library: tokenizers.Tokenizer) -> Tokenizer:
-        """Wrap a copy of an object of the tokenizers library; later changes to it do not count.
-
-        Raises:
-            TokenizerError: not a byte-level BPE, or a required token is missing.
-        """
-        return cls(json.loads(library.to_str()), origin="the given tokenizer")
 
     @property
     def vocab_size(self) -> int:
@@ -185,7 +173,7 @@ class Tokenizer:
         if not 0 <= token_id < self._vocab_size:
             return b""
         token = self._library.id_to_token(token_id)
-        return b"" if token is None else token_bytes(token)
+        return b"" if token is None else _bytes_of_token(token)
 
     def _plain(self) -> tokenizers.Tokenizer:
         plain = self._plain_library
@@ -269,6 +257,33 @@ class TextStream:
     def flush(self) -> str:
         """End the text; return what stands for an incomplete character, normally ''."""
         return self._decoder.decode(b"", final=True)
+
+
+# --- byte-level vocabularies ---
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """Alphabet of vocabularies: 256 characters, each with its byte (0..255).
+
+    Printable Latin-1 bytes stand for themselves; the others, in rising order, are
+    spelled with the characters from U+0100 on, so that no token holds a space or a
+    control character.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in sorted(printable)}
+    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    return table
+
+
+def _bytes_of_token(token: str) -> bytes:
+    """Return the raw bytes of a vocabulary token; one outside the alphabet is plain text."""
+    table = byte_of_character()
+    try:
+        return bytes(table[character] for character in token)
+    except KeyError:
+        return token.encode("utf-8")
 
 
 _ADDED = (END_OF_TEXT, *REQUIRED)

@@ -57,7 +57,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not self.text_weight and not self.image_weight:
             raise ValueError("text_weight and image_weight are both 0: there is nothing to train")
-        check_weights("task_weights", self.task_weights, TASKS)
+        if self.task_weights is not None:
+            check_weights("task_weights", self.task_weights, TASKS)
 
     def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " j"]:
         """One time per image, in (0, 1)."""

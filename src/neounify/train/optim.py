@@ -51,7 +51,8 @@ class OptimizerConfig:
     lr_scale: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        check_weights("lr_scale", self.lr_scale, LABELS)
+        if self.lr_scale is not None:
+            check_weights("lr_scale", self.lr_scale, LABELS)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

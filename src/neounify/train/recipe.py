@@ -144,9 +144,10 @@ class DataRecipe:
             if item.name not in known and getattr(self, item.name) != item.default:
                 raise ValueError(f'data of kind "{self.kind}" has no {item.name}')
         check_names("world", [self.world], PRESETS)
-        check_weights("tasks", self.tasks, TASKS)
-        if self.tasks is not None and not any(self.tasks.values()):
-            raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
+        if self.tasks is not None:
+            check_weights("tasks", self.tasks, TASKS)
+            if not any(self.tasks.values()):
+                raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
         if self.task is not None:
             check_names("task", [self.task], (*TASKS, *TASK_ALIASES), "task")
 

@@ -25,7 +25,7 @@ from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlSource, Mixture, SampleSource
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
-from neounify.image.sizes import fit_size
+from neounify.image.pixels import fit_size
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline import load

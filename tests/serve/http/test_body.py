@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.connections import parse_json
-from neounify.tasks.events import Finished, TextPiece
+from neounify.tasks.program import Finished, TextPiece
 from support.http_server import openai_client, wait_until
 from support.scripted_service import Scripted
 

@@ -11,7 +11,7 @@ import pytest
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.config import ConnectionLimits
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.events import TaskEvent, TextPiece
+from neounify.tasks.program import TaskEvent, TextPiece
 from serve.http.test_middleware import connected
 from support.http_server import running, wait_until
 from support.scripted_service import Scripted

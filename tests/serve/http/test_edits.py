@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from neounify.serve.http import HttpConfig, create_app
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 

@@ -25,7 +25,7 @@ from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.errors import sanitise
 from neounify.serve.safety.hooks import Hooks, Refused
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.events import TaskEvent, TextPiece
+from neounify.tasks.program import TaskEvent, TextPiece
 from support.http_server import data_url, openai_client, png
 from support.scripted_service import Scripted
 

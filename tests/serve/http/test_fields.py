@@ -16,8 +16,8 @@ from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import ALIASES, WRAPPED
 from neounify.serve.http.images import ImageBody
 from neounify.tasks.chat import ChatRequest
+from neounify.tasks.image import ImageRequest, size_of_shape
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest, size_of_shape
 from support.http_server import data_url, png
 from support.scripted_service import Scripted
 

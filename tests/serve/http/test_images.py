@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from neounify.config.presets import TINY
 from neounify.provenance.metadata import read_provenance
 from neounify.serve.http import HttpConfig, create_app
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest
 from support.http_server import openai_client, png, to_image
 from support.scripted_service import Scripted, colour_of
 

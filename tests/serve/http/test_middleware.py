@@ -19,7 +19,7 @@ from neounify.errors import ConfigError
 from neounify.serve.http import HttpConfig, Limits, create_app, parse_keys
 from neounify.serve.http.middleware import TokenBucket
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.events import Finished, TaskEvent, TextPiece
+from neounify.tasks.program import Finished, TaskEvent, TextPiece
 from support.http_server import openai_client, running, wait_until
 from support.scripted_service import Scripted
 

@@ -21,9 +21,9 @@ from neounify.serve.build import colocated
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.serving import answers_in_groups
 from neounify.serve.service import AdmissionConfig, EngineService
-from neounify.tasks.events import Finished, PromptRead, TaskEvent, TextPiece
+from neounify.tasks.program import Finished, PromptRead, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
-from neounify.text.special import IM_END
+from neounify.text.tokens import IM_END
 from support.http_server import openai_client, serving
 from support.scripted_sampler import script_sampler
 from support.scripted_service import Scripted

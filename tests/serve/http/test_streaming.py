@@ -18,7 +18,8 @@ from neounify.errors import EngineDied
 from neounify.serve.http import chat, create_app, serving
 from neounify.serve.http.serving import ALIVE, INLINE_BYTES, merge_streams, start_stream
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.events import (
+from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import (
     Finished,
     ImageFinished,
     Preview,
@@ -26,7 +27,6 @@ from neounify.tasks.events import (
     TextPiece,
     TokenLogProb,
 )
-from neounify.tasks.requests import ImageRequest
 from support.scripted_service import Script, Scripted
 
 closed: list[str] = []

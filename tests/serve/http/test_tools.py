@@ -15,9 +15,9 @@ import neounify
 from neounify.serve.build import colocated
 from neounify.serve.http import create_app
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.events import Finished, PromptRead, TextPiece, ToolCallPiece
+from neounify.tasks.program import Finished, PromptRead, TextPiece, ToolCallPiece
 from neounify.text import byte_tokenizer
-from neounify.text.special import IM_END
+from neounify.text.tokens import IM_END
 from neounify.text.tools import Tool
 from support.http_server import openai_client, serving
 from support.scripted_sampler import script_sampler

@@ -12,7 +12,7 @@ from PIL import Image
 from neounify.flow.sampling import ImageSampling
 from neounify.pipeline import ImagePart, Pipeline
 from neounify.scenes.bench.category import Pixels
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest
 
 MAX_ANSWER_TOKENS = 96
 MAX_STORY_TOKENS = 400

@@ -23,7 +23,6 @@ from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
-from neounify.pipeline.trained_sizes import trained_sizes
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http.config import HttpConfig
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
@@ -39,6 +38,7 @@ from neounify.serve.http.middleware import (
 from neounify.serve.http.serving import HttpMetrics, ServerState, State
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
+from neounify.tasks.image import trained_sizes
 
 _Responses = dict[int | str, dict[str, Any]]
 """By status, as FastAPI wants them."""

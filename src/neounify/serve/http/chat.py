@@ -38,9 +38,9 @@ from neounify.serve.http.serving import (
     start_stream,
     to_base64,
 )
-from neounify.tasks.chat import ChatRequest
-from neounify.tasks.conversation import read_conversation, read_request
-from neounify.tasks.events import (
+from neounify.tasks.chat import ChatRequest, read_conversation, read_request
+from neounify.tasks.interleave import InterleaveRequest
+from neounify.tasks.program import (
     Finished,
     ImageFinished,
     Preview,
@@ -49,8 +49,7 @@ from neounify.tasks.events import (
     TextPiece,
     ToolCallPiece,
 )
-from neounify.tasks.interleave import InterleaveRequest
-from neounify.text.message import IMAGE_MARK
+from neounify.text.template import IMAGE_MARK
 from neounify.text.tools import ToolCall, ToolUse
 
 DEFAULT_TOKENS = 512

@@ -27,7 +27,7 @@ from neounify.serve.http.serving import (
     start_stream,
 )
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, TaskEvent, TextPiece, TokenLogProb, ToolCallPiece
+from neounify.tasks.program import Finished, TaskEvent, TextPiece, TokenLogProb, ToolCallPiece
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10

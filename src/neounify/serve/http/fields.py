@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neounify.config import TextSampling
-from neounify.config.knobs import knob_doc
+from neounify.config.sampling import knob_doc
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, SolverName
 from neounify.provenance.metadata import Format

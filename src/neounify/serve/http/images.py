@@ -17,7 +17,6 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from neounify.errors import ImageError
-from neounify.pipeline.trained_sizes import size_advice
 from neounify.serve.http.config import MEBIBYTE
 from neounify.serve.http.connections import BoundedRoute, check_json_type
 from neounify.serve.http.errors import ApiError, bad_request, blame
@@ -32,8 +31,8 @@ from neounify.serve.http.serving import (
     start_stream,
     to_base64,
 )
-from neounify.tasks.events import Finished, ImageFinished, Preview, TextPiece
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest, size_advice
+from neounify.tasks.program import Finished, ImageFinished, Preview, TextPiece
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)
 Form = TypeVar("Form")

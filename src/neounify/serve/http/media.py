@@ -26,8 +26,7 @@ import h11
 import PIL.Image
 
 from neounify.errors import ImageError, RequestError
-from neounify.image.budget import DecodeBudget
-from neounify.image.io import read_image
+from neounify.image.io import DecodeBudget, read_image
 from neounify.runtime import return_freed_memory
 from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig

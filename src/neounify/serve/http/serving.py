@@ -37,9 +37,9 @@ from neounify.serve.http.media import ImageDecoder, ImageFetcher, RequestImages,
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.events import Finished, ImageFinished, Preview, PromptRead, TaskEvent
+from neounify.tasks.image import ImageRequest, output_size, size_of_shape
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.requests import ImageRequest, output_size, size_of_shape
+from neounify.tasks.program import Finished, ImageFinished, Preview, PromptRead, TaskEvent
 
 EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 """The media type of an answer with `stream`, for the API's description."""

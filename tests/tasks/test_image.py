@@ -12,7 +12,7 @@ from neounify.config import ModelConfig
 from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
 from neounify.errors import ImageError
 from neounify.image import TRAINING_BUCKETS
-from neounify.tasks.requests import check_image_tokens, image_tokens, output_size
+from neounify.tasks.image import check_image_tokens, image_tokens, output_size
 
 
 @pytest.mark.parametrize("config", [U1_8B, U1_A3B])

@@ -1,4 +1,4 @@
-"""Tokenizer folders: from untrusted files to one checked description of a tokenizer.
+"""Special tokens by name, and tokenizer folders: untrusted files become one checked description.
 
 A description is the JSON object that a tokenizer.json holds. A folder with only
 vocab.json and merges.txt gets the same description built here, so both layouts
@@ -10,7 +10,23 @@ from typing import Any
 
 from neounify.errors import TokenizerError
 from neounify.files import parse_json_object, read_bytes
-from neounify.text.special import CONTROL, REQUIRED
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
+IMAGE_CONTEXT = "<IMG_CONTEXT>"
+IMAGE_OPEN = "<img>"
+IMAGE_CLOSE = "</img>"
+END_OF_TEXT = "<|endoftext|>"
+
+REQUIRED = (IM_START, IM_END, THINK_OPEN, THINK_CLOSE, IMAGE_CONTEXT, IMAGE_OPEN, IMAGE_CLOSE)
+"""A tokenizer without all of these cannot drive a model."""
+
+CONTROL = (IM_START, IM_END, IMAGE_CONTEXT, IMAGE_OPEN, IMAGE_CLOSE, END_OF_TEXT)
+"""Tokens that steer the model: typed by a user they must never become the token itself."""
+
+# --- tokenizer folders ---
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """Largest tokenizer file that is read, in bytes."""

@@ -12,7 +12,7 @@ from neounify.config import CheckpointDefaults
 from neounify.config.presets import SCENES, TINY, U1_8B
 from neounify.errors import SizeWarning
 from neounify.pipeline import Pipeline
-from neounify.pipeline.trained_sizes import size_advice
+from neounify.tasks.image import size_advice
 
 
 @pytest.fixture(scope="module")
