@@ -187,7 +187,7 @@ def test_a_thought_can_be_left_out(served: Served) -> None:
         ({"size": "big"}, "size", "size: must be WIDTHxHEIGHT in pixels, such as .*, got 'big'"),
         ({"aspect_ratio": "wide"}, "aspect_ratio", "must be WIDTH:HEIGHT, .*, got 'wide'"),
         ({"size": "64x64", "aspect_ratio": "16:9"}, "size", "has not the aspect_ratio 16:9"),
-        ({"num_inference_steps": 0}, "steps", "steps: "),
+        ({"num_inference_steps": 0}, "steps", "steps must be from 1 to 1000, got 0"),
         ({"num_inference_step": 2}, "num_inference_step", "did you mean 'steps'"),
         ({"guidence": 2}, "guidence", "did you mean 'guidance'"),
         ({"prompt_extend": True}, "prompt_extend", "did you mean 'think'"),

@@ -14,9 +14,10 @@ from fastapi.testclient import TestClient
 from neounify.config.presets import TINY
 from neounify.provenance.metadata import read_provenance
 from neounify.serve.http import HttpConfig, create_app
+from neounify.serve.service import ServiceRequest
 from neounify.tasks.image import ImageRequest
 from support.http_server import openai_client, png, to_image
-from support.scripted_service import Scripted, colour_of
+from support.scripted_service import Scripted, colour_of, plain
 
 STEPS = TINY.sampling.steps
 
@@ -133,6 +134,20 @@ def test_partial_images_are_streamed(client: openai.OpenAI) -> None:
     assert to_image(events[-1].b64_json).getpixel((0, 0)) == colour_of(1)
     assert (events[-1].size, events[-1].quality) == ("64x64", "auto")
     assert events[-1].usage.output_tokens == 16
+
+
+def test_without_a_stream_no_previews_are_generated() -> None:
+    asked: list[int] = []
+
+    def script(request: ServiceRequest, previews: int) -> list[Any]:
+        asked.append(previews)
+        return plain(request, previews)
+
+    client = TestClient(create_app(Scripted(script)))
+    for stream in (False, True):
+        body = {"prompt": "a boat", "partial_images": 3, "stream": stream}
+        assert client.post("/v1/images/generations", json=body).status_code == 200
+    assert asked == [0, 3]
 
 
 def test_several_images_are_streamed_side_by_side(client: openai.OpenAI) -> None:

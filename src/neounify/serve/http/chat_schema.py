@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from neounify.serve.http.completions import TextUsage, TopLogProb
+from neounify.serve.http.completions import Alternatives, TextUsage, TopLogProb
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.fields import AnswerModel, ImageFields, Text, TextFields, TokenCount
 from neounify.text.tools import Tool, ToolUse
@@ -260,14 +260,14 @@ class ChatBody(TextFields, ImageFields):
     )
     response_format: ResponseFormat = ResponseFormat(type="text")
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    top_logprobs: Alternatives = 0
     max_completion_tokens: TokenCount | None = Field(
         None, description="The newer name of max_tokens."
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] = "none"
     include_reasoning: bool = Field(True, description="Return the thought too. Extension.")
     modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
-    max_images: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+    max_images: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Maximum images of an interleaved answer. Extension."
     )
     content_format: Literal["parts", "string", "markdown"] = Field(
@@ -298,7 +298,9 @@ class ChatBody(TextFields, ImageFields):
     def alternatives(self) -> int | None:
         """Number of alternatives reported with every token; None for no log-probabilities."""
         if self.top_logprobs and not self.logprobs:
-            raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs")
+            raise bad_request(
+                f"top_logprobs: {self.top_logprobs} needs logprobs to be true", "top_logprobs"
+            )
         return self.top_logprobs if self.logprobs else None
 
     @property

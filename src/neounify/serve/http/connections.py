@@ -167,9 +167,8 @@ class BoundedProtocol(H11Protocol):
         if _over(self._awaits_head_since, self._limits.head, now):
             self._awaits_head_since = None
             if self.conn.trailing_data[0]:
-                self._refuse(
-                    ApiError(408, "The request's head took too long.", code="head_timeout")
-                )
+                message = f"The request's head took more than {self._limits.head:g} seconds."
+                self._refuse(ApiError(408, message, code="head_timeout"))
             else:
                 self.transport.close()
         self._watch = self.loop.call_later(_TICK_SECONDS, self._tick)

@@ -129,12 +129,7 @@ _KNOWN: dict[type[NeounifyError], _Answer] = {
     RequestError: _Answer(400, INVALID, "invalid_value"),
     Refused: _Answer(400, INVALID, "content_policy_violation"),
     Overloaded: _Answer(429, "rate_limit_error", "overloaded"),
-    DeadlineExceeded: _Answer(
-        504,
-        "timeout_error",
-        "deadline_exceeded",
-        "The request ran out of time; ask for less or allow it more.",
-    ),
+    DeadlineExceeded: _Answer(504, "timeout_error", "deadline_exceeded"),
     EngineDied: _Answer(
         503,
         "server_error",

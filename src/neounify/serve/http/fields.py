@@ -77,7 +77,8 @@ MAX_TEXT = 4_000_000
 SEEDS = 2**64
 """Seeds are below it."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
-Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+"""Ranges are those of ImageSampling and TextSampling, which raise errors with the bounds."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[str, Field(max_length=1000)]
@@ -91,7 +92,8 @@ def _thinking_type(value: Any) -> tuple[str, Any]:
     """The field `thinking.type` of DeepSeek's and GLM's APIs; "auto" leaves it to the server."""
     known = {"enabled": True, "disabled": False, "auto": None}
     if not isinstance(value, str) or value not in known:
-        raise bad_request("thinking.type: enabled, disabled or auto", "thinking.type")
+        message = f"thinking.type: must be enabled, disabled or auto, got {str(value)[:40]!r}"
+        raise bad_request(message, "thinking.type")
     return "think", known[value]
 
 
@@ -344,6 +346,7 @@ class RequestFields(Fields):
     deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds after which the request is given up. Extension."
     )
+    stream: bool = False
 
 
 class ImageFields(RequestFields):
@@ -362,9 +365,7 @@ class ImageFields(RequestFields):
         None, description="WIDTH:HEIGHT, for a size that leaves the shape open. Extension."
     )
     negative_prompt: Text = Field("", description="What guidance steers away from. Extension.")
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        None, description=_image_doc("steps")
-    )
+    steps: int | None = Field(None, description=_image_doc("steps"))
     guidance: Number | None = Field(None, description=_image_doc("guidance"))
     image_guidance: Number | None = Field(None, description=_image_doc("image_guidance"))
     guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
@@ -377,7 +378,7 @@ class ImageFields(RequestFields):
     t_eps: Number | None = Field(None, description=_image_doc("t_eps"))
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
-        0, description="Previews of each image on its way; with `stream` only."
+        0, description="Previews of each image on its way; ignored without `stream`."
     )
     output_format: Format = "png"
 
@@ -443,7 +444,6 @@ class TextFields(RequestFields):
     n: Annotated[int, Field(ge=1, le=1000)] = Field(
         1, description="Answers to the same prompt; answer i is drawn with seed + i."
     )
-    stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: Number = Field(0.0, description=_text_doc("temperature"))
     top_p: Number = Field(1.0, description=_text_doc("top_p"))

@@ -31,7 +31,7 @@ from neounify.serve.http.serving import (
     start_stream,
     to_base64,
 )
-from neounify.tasks.image import ImageRequest, size_advice
+from neounify.tasks.image import MAX_IMAGES_PER_PROMPT, ImageRequest, size_advice
 from neounify.tasks.program import Finished, ImageFinished, Preview, TextPiece
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)
@@ -77,14 +77,13 @@ class ImageBody(ImageFields):
 
     model: str = Field("", max_length=200)
     prompt: Text
-    n: Annotated[int, Field(ge=1, le=64)] = Field(
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES_PER_PROMPT)] = Field(
         1, description="Image i has seed + i and equals the single image of that seed."
     )
     quality: Quality = Field(
         "auto", description="low: a quarter of the checkpoint's steps; medium: half; else all."
     )
     response_format: Literal["b64_json", "url"] = "b64_json"
-    stream: bool = False
 
     def steps_of(self, default: int) -> int:
         """The number of steps, for a checkpoint with `default` steps."""
@@ -112,7 +111,7 @@ async def read_image_requests(
             "response_format: this server keeps no results; ask for b64_json", "response_format"
         )
     if not body.prompt.strip():
-        raise bad_request("prompt: a text is needed", "prompt", "invalid_prompt")
+        raise bad_request("prompt: is empty; describe the image", "prompt", "invalid_prompt")
     texts = (body.prompt, body.negative_prompt)
     await state.check_prompt(filter(None, texts), images)
     width, height = state.size(body, images[0] if images else None)
@@ -455,7 +454,12 @@ async def results(name: str, state: State) -> Response:
     """An image that was generated with `response_format: "url"`; its name is the permission."""
     result = state.results.get(name)
     if result is None:
-        raise ApiError(404, "There is no such result, or it is no longer kept.", code="not_found")
+        seconds = state.config.result_seconds
+        raise ApiError(
+            404,
+            f"There is no result {name[:80]!r}; results are kept for {seconds:g} seconds at most.",
+            code="not_found",
+        )
     seconds = state.results.seconds_left(result)
     headers = {"Cache-Control": f"private, max-age={seconds}"}
     return Response(result.data, media_type=result.media_type, headers=headers)

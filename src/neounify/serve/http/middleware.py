@@ -245,7 +245,10 @@ class _Body:
             message = await within(self._receive(), max(patience, 0.001))
         except TimeoutError:
             raise ApiError(
-                408, "The request's body took too long to arrive.", code="body_timeout"
+                408,
+                f"The request's body took more than {self._limits.body_seconds:g} seconds, or "
+                f"paused for more than {self._limits.body_idle_seconds:g}.",
+                code="body_timeout",
             ) from None
         size = len(message.get("body", b""))
         if self.bytes + size > self._limits.body_bytes:
@@ -375,14 +378,14 @@ class TokenBucket:
     """Token bucket: `per_minute` requests a minute on average, as many in one burst."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._size, self._clock = float(per_minute), clock
+        self.per_minute, self._clock = per_minute, clock
         self._rate = per_minute / 60
-        self._tokens, self._updated = self._size, clock()
+        self._tokens, self._updated = float(per_minute), clock()
 
     def take(self) -> float:
         """Take one request: 0 when it is allowed, else the seconds until the next one is."""
         now = self._clock()
-        self._tokens = min(self._size, self._tokens + (now - self._updated) * self._rate)
+        self._tokens = min(self.per_minute, self._tokens + (now - self._updated) * self._rate)
         self._updated = now
         if self._tokens < 1:
             return (1 - self._tokens) / self._rate
@@ -408,7 +411,8 @@ class Account:
             )
         if self._bucket is not None and (wait := self._bucket.take()) > 0:
             raise _over_limit(
-                f"Too many requests a minute; try again in {wait:.1f} seconds.",
+                f"This key may send {self._bucket.per_minute} requests a minute; try again in "
+                f"{wait:.1f} seconds.",
                 "rate_limit_exceeded",
                 wait,
             )

@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from neounify.errors import DeadlineExceeded
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.image.pixels import to_pil
 from neounify.provenance.metadata import Format
@@ -110,21 +111,26 @@ class ServerState:
         Closing this closes the service's iterator at once.
         """
         max_seconds = self.config.limits.deadline
+        deadline = min(fields.deadline or max_seconds, max_seconds)
+        previews = fields.partial_images if isinstance(fields, ImageFields) else 0
         events = self.service.answer(
-            request,
-            previews=fields.partial_images if isinstance(fields, ImageFields) else 0,
-            deadline=min(fields.deadline or max_seconds, max_seconds),
+            request, previews=previews if fields.stream else 0, deadline=deadline
         )
         started, is_measured = time.perf_counter(), False
         async with AsyncExitStack() as stack:
             if isinstance(events, AsyncGenerator):
                 await stack.enter_async_context(aclosing(events))
-            async for event in events:
-                if not is_measured and not isinstance(event, PromptRead | Finished):
-                    seconds = time.perf_counter() - started
-                    self.metrics.first_token.labels(task_of(request)).observe(seconds)
-                    is_measured = True
-                yield event
+            try:
+                async for event in events:
+                    if not is_measured and not isinstance(event, PromptRead | Finished):
+                        seconds = time.perf_counter() - started
+                        self.metrics.first_token.labels(task_of(request)).observe(seconds)
+                        is_measured = True
+                    yield event
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(
+                    f"The request took more than {deadline:g} seconds; ask for less or allow more."
+                ) from error
 
     def answers(
         self, groups: Sequence[Sequence[ServiceRequest]], fields: RequestFields
@@ -205,7 +211,7 @@ class ServerState:
             text, max_chars = "\n".join(texts), self.config.limits.prompt_chars
             if len(text) > max_chars:
                 raise bad_request(
-                    f"The text has {len(text)} characters; at most {max_chars} are read."
+                    f"The text has {len(text)} characters, over this server's {max_chars}."
                 )
             self.hooks.check_prompt(text, images)
 
@@ -330,11 +336,10 @@ async def answers_in_groups(
     find it in the KV cache. An error of one answer ends them all.
     """
     sources: list[AsyncGenerator[TaskEvent]] = []
-    for first, *others in groups:
+    for group in groups:
         prefilled = asyncio.Event()
-        sources.append(_first_of_group(first, prefilled))
-        sources += [_after(prefilled, other) for other in others]
-    if len(sources) == 1:
+        sources += [_in_group(answer, i == 0, prefilled) for i, answer in enumerate(group)]
+    if len(sources) == 1:  # the usual case, without a task and a queue for every event
         async with aclosing(sources[0]) as events:
             async for event in events:
                 yield 0, event
@@ -344,22 +349,15 @@ async def answers_in_groups(
             yield item
 
 
-async def _first_of_group(
-    answer: Callable[[], AsyncGenerator[TaskEvent]], prefilled: asyncio.Event
+async def _in_group(
+    answer: Callable[[], AsyncGenerator[TaskEvent]], is_first: bool, prefilled: asyncio.Event
 ) -> AsyncGenerator[TaskEvent]:
+    if not is_first:
+        await prefilled.wait()
     async with aclosing(answer()) as events:
         async for event in events:
             if isinstance(event, PromptRead | Finished):
                 prefilled.set()
-            yield event
-
-
-async def _after(
-    prefilled: asyncio.Event, answer: Callable[[], AsyncGenerator[TaskEvent]]
-) -> AsyncGenerator[TaskEvent]:
-    await prefilled.wait()
-    async with aclosing(answer()) as events:
-        async for event in events:
             yield event
 
 
