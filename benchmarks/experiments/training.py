@@ -22,7 +22,7 @@ from neounify.train.loop import Trainer
 from neounify.train.recipe import recipe_from_table
 from neounify.train.setup import build_mixture, build_setup
 from neounify.train.state import saved_states
-from neounify.train.supervised import build_encoder
+from neounify.train.supervised import SupervisedConfig, build_encoder
 
 ALONE = {
     "understanding": {"vqa": 0.6, "caption": 0.3, "text": 0.1},
@@ -114,7 +114,7 @@ def recipes(training: Training, world: str, seed: int) -> dict[str, dict[str, An
     tables[JOINT] = _table(training, JOINT, seed, 2 * training.steps, list(data.values()))
     sizes[JOINT] = round(sum(sizes.values()) / len(sizes))
     for kind, table in tables.items():
-        table["stages"][0]["tokens_per_pack"] = sizes[kind]
+        table["stages"][0]["method"]["tokens_per_pack"] = sizes[kind]
     return tables
 
 
@@ -136,7 +136,9 @@ def train(kind: str, table: dict[str, Any], root: Path) -> Trained:
     if states:
         trainer.resume(states[-1])
     trainer.run()
-    counts = _counts(trainer, recipe.stages[0].method.noise_draws)
+    method = recipe.stages[0].method
+    assert isinstance(method, SupervisedConfig)
+    counts = _counts(trainer, method.noise_draws)
     record.write_text(json.dumps(counts, indent=1) + "\n")
     shutil.rmtree(trainer.states)
     return Trained(kind, table["seed"], folder, counts, table, False)
@@ -188,7 +190,8 @@ def _tokens_per_pack(table: Mapping[str, Any], per_step: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         setup = build_setup(recipe, torch.device("cpu"), Path(folder))
     stage = recipe.stages[0]
-    encode = build_encoder(stage, setup, stage.method)
+    assert isinstance(stage.method, SupervisedConfig)
+    encode = build_encoder(setup, stage.method)
     source = build_mixture(stage.data, recipe.seed)
     lengths = [
         encode(source[index], np.random.default_rng((recipe.seed, 0, index))).length

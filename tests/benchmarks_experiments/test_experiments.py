@@ -113,8 +113,9 @@ def test_recipes_differ_in_their_data_and_steps_alone() -> None:
     assert stages["understanding"]["data"] + stages["generation"]["data"] == stages[JOINT]["data"]
     assert [stages[kind]["steps"] for kind in KINDS] == [3, 3, 6]
     for stage in stages.values():
-        for name in ("name", "steps", "tokens_per_pack", "data"):
+        for name in ("name", "steps", "data"):
             del stage[name]
+        del stage["method"]["tokens_per_pack"]
         stage["schedule"]["warmup"] = 0
     assert stages["understanding"] == stages["generation"] == stages[JOINT]
     assert len({table["seed"] for table in tables.values()}) == 1

@@ -96,13 +96,13 @@ def test_a_damaged_sample_is_new_once_and_then_counted(tmp_path: Path) -> None:
     loaded = list(
         islice(load_packs(mixture, ENCODER, LoaderConfig(tokens_per_pack=64, workers=0)), 40)
     )
-    tally = Tally(mixture)
+    tally = Tally(mixture.sources)
     new = [one for item in loaded for one in tally.add([item])]
     assert [one.message.count("d.jsonl, line 2") for one in new] == [1]
     assert tally.skipped[0] > 5
     assert tally.by_source() == {"d.jsonl": 1}
     assert "2 of 3 samples usable (67 %), 1 listed in skipped.txt" in tally.summary()[0]
-    again = Tally(mixture)
+    again = Tally(mixture.sources)
     again.load(tally.to_json())
     assert again.add(loaded) == []
 

@@ -150,7 +150,7 @@ def test_freezing_beside_adapters_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tokens_per_pack", 2**60),
+        ("method", {"tokens_per_pack": 2**60}),
         ("packs_per_step", 2**60),
         ("method", {"noise_draws": 2**60}),
         ("lora", {"rank": 2**60}),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from neounify.train.doctor import NO_TIME, Finding, examine
+from neounify.train.doctor import examine
+from neounify.train.method import NO_TIME, Finding, StageContext
 from neounify.train.recipe import Recipe, recipe_from_table
-from neounify.train.setup import TrainSetup, build_setup
+from neounify.train.setup import StageSources, TrainSetup, build_setup
+from neounify.train.supervised import SupervisedConfig
 
 
 def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
@@ -43,9 +47,18 @@ def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
     return recipe, build_setup(recipe, torch.device("cpu"), folder)
 
 
+def items(recipe: Recipe, start: TrainSetup, **limits: Any) -> Iterator[Finding]:
+    stage = recipe.stages[0]
+    assert isinstance(stage.method, SupervisedConfig)
+    context = StageContext(
+        recipe=recipe, stage=stage, setup=start, sources=StageSources(recipe), folder=Path()
+    )
+    return examine(context, stage.method, **limits)
+
+
 def findings(recipe: Recipe, start: TrainSetup, steps: int) -> dict[str, Finding]:
     """Bounded by steps, not by time: a busy machine must not change what is found."""
-    return {f.name: f for f in examine(start, recipe.stages[0], 1e9, steps)}
+    return {f.name: f for f in items(recipe, start, seconds=1e9, steps=steps)}
 
 
 @pytest.mark.slow
@@ -69,8 +82,8 @@ def test_damaged_weights_are_named(tmp_path: Path) -> None:
     recipe, start = case(tmp_path)
     with torch.no_grad():
         start.model.lm_head.weight[0, 0] = float("nan")
-    items = examine(start, recipe.stages[0], steps=1)
-    by_name = {f.name: f for _, f in zip(range(3), items, strict=False)}
+    first = islice(items(recipe, start, steps=1), 3)
+    by_name = {f.name: f for f in first}
     assert by_name["gradients"].good is False
     assert "NaN" in by_name["gradients"].advice
 
@@ -85,7 +98,7 @@ def test_a_rate_that_is_too_low_is_said(tmp_path: Path) -> None:
 def test_what_there_was_no_time_for_gets_no_verdict(tmp_path: Path) -> None:
     """A rate that is too low, but one step only: nothing can be said of it yet."""
     recipe, start = case(tmp_path, optimizer={"learning_rate": 1e-9})
-    all_findings = list(examine(start, recipe.stages[0], seconds=0.0))
+    all_findings = list(items(recipe, start, seconds=0.0))
     undecided = [f for f in all_findings if f.advice.startswith(NO_TIME)]
     assert {f.good for f in undecided} == {None}
     assert {"caption (text)", "generation"} <= {f.name for f in undecided}
@@ -122,6 +135,6 @@ def test_some_damaged_samples_are_a_note(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_a_pack_is_bad(tmp_path: Path) -> None:
-    by_name = findings(*case(tmp_path, tokens_per_pack=3), steps=1)
+    by_name = findings(*case(tmp_path, method={"tokens_per_pack": 3}), steps=1)
     assert by_name["data SceneDataset"].good is False
     assert "tokens_per_pack 3" in by_name["data SceneDataset"].what

@@ -73,7 +73,7 @@ def run(console: Console, folder: Path) -> str:
             progress.images += len(pack.targets)
             progress.seconds += 2.0
             log.step(progress, STAGE, operations)
-        log.report(progress, STAGE, {"text/loss": 0.5}, 1e-3, 1.0)
+        log.report(progress, STAGE, {"text/loss": 0.5}, 1e-3, 1.0, headline={"text": "text/loss"})
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -156,7 +156,7 @@ def test_a_stage_trains_adapters_and_resumes_exactly(tmp_path: Path) -> None:
                 {
                     "name": "tune",
                     "steps": 6,
-                    "tokens_per_pack": 600,
+                    "method": {"tokens_per_pack": 600},
                     "save_every": 2,
                     "ema": 0.5,
                     "lora": {"rank": 2},

@@ -53,7 +53,7 @@ NEEDED: dict[type, dict[str, Any]] = {
         "stages": (StageRecipe(name="a", steps=1),),
     },
 }
-UNRESTRICTED = {("LoraConfig", "layers"), ("StageRecipe", "target_buckets")}
+UNRESTRICTED = {("LoraConfig", "layers"), ("SupervisedConfig", "target_buckets")}
 """Checked as a whole, and tested below."""
 
 
@@ -130,8 +130,11 @@ def stage(**values: Any) -> dict[str, Any]:
         (stage(steps=True), r"stages\.0\.steps: .*integer, got True"),
         (stage(steps=1.5), r"stages\.0\.steps: .*, got 1\.5"),
         (stage(name=" "), "a name that is not blank"),
-        (stage(target_pixels=[100, 10]), r"\[least, greatest\] area .* got \[100, 10\]"),
-        (stage(target_buckets=[[0, 32]]), r"target_buckets\.0\.0: must be at least 1"),
+        (
+            stage(method={"target_pixels": [100, 10]}),
+            r"\[least, greatest\] area .* got \[100, 10\]",
+        ),
+        (stage(method={"target_buckets": [[0, 32]]}), r"target_buckets\.0\.0: must be at least 1"),
         (stage(freeze=["gne"]), "freeze: unknown name 'gne'; did you mean 'gen'"),
         (stage(freeze=["und", "gen", "shared"]), "leaves nothing to train"),
         (stage(optimizer={"lr_scale": {"gne": 2.0}}), "unknown name 'gne'; did you mean 'gen'"),

@@ -17,8 +17,15 @@ from neounify.errors import ConfigError
 from neounify.pipeline import load
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.recipe import Recipe, TokenizerRecipe, read_recipe, recipe_from_table
+from neounify.train.recipe import (
+    Recipe,
+    StageRecipe,
+    TokenizerRecipe,
+    read_recipe,
+    recipe_from_table,
+)
 from neounify.train.setup import TrainSetup, build_setup
+from neounify.train.supervised import SupervisedConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.toml"))
@@ -35,10 +42,18 @@ TINY = {
 }
 
 
+def supervised(stage: StageRecipe) -> SupervisedConfig:
+    assert isinstance(stage.method, SupervisedConfig)
+    return stage.method
+
+
 def cut(recipe: Recipe) -> Recipe:
     """The same stages with two steps each, for a tiny model."""
     model = replace(recipe.model, changes=TINY, tokenizer=TokenizerRecipe(samples=50))
-    stages = tuple(replace(s, steps=2, tokens_per_pack=600) for s in recipe.stages)
+    stages = tuple(
+        replace(s, steps=2, method=replace(supervised(s), tokens_per_pack=600))
+        for s in recipe.stages
+    )
     return replace(recipe, model=model, stages=stages, workers=0)
 
 
@@ -65,8 +80,9 @@ def test_the_published_stages_are_all_there(name: str) -> None:
     assert [stage.name for stage in recipe.stages] == STAGES
     for stage, trained in zip(recipe.stages, TRAINED, strict=True):
         assert {"und", "gen", "shared"} - set(stage.freeze) == trained
-        assert (stage.method.loss.text_weight, stage.method.loss.image_weight) == (0.1, 1.0)
-        dropout = stage.method.guidance_dropout
+        method = supervised(stage)
+        assert (method.loss.text_weight, method.loss.image_weight) == (0.1, 1.0)
+        dropout = method.guidance_dropout
         assert (dropout.text, dropout.all) == (0.1, 0.1)
 
 
@@ -94,34 +110,45 @@ OLD: dict[str, Any] = {
     "most_nonfinite": 4,
     "noise_draws": 2,
     "dropout": {"text": 0.2},
+    "target_pixels": [1024, 4096],
+    "input_pixels": [1024, 2048],
 }
 NEW: dict[str, Any] = {
-    "tokens_per_pack": 700,
     "max_nonfinite": 4,
-    "method": {"noise_draws": 2, "guidance_dropout": {"text": 0.2}, "loss": {"t_std": 0.5}},
+    "method": {
+        "tokens_per_pack": 700,
+        "noise_draws": 2,
+        "guidance_dropout": {"text": 0.2},
+        "loss": {"t_std": 0.5},
+        "target_pixels": [1024, 4096],
+        "input_pixels": [1024, 2048],
+    },
 }
 
 
 def test_field_names_of_earlier_versions_are_deprecated() -> None:
     table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
-    stage = {"name": "a", "steps": 1, "objective": {"text_weight": 0.5}}
+    stage: dict[str, Any] = {"name": "a", "steps": 1, "objective": {"text_weight": 0.5}}
+    stage["target_buckets"] = [[32, 64]]
     old = {**table, "defaults": {**OLD, "objective": {"t_std": 0.5}}, "stages": [stage]}
-    loss: dict[str, Any] = {"kind": "supervised", "loss": {"text_weight": 0.5}}
-    new = {**table, "defaults": NEW, "stages": [{"name": "a", "steps": 1, "method": loss}]}
+    method: dict[str, Any] = {"kind": "supervised", "loss": {"text_weight": 0.5}}
+    method["target_buckets"] = [[32, 64]]
+    new = {**table, "defaults": NEW, "stages": [{"name": "a", "steps": 1, "method": method}]}
     with pytest.warns(DeprecationWarning, match="is deprecated, use") as warned:
         read = recipe_from_table(old)
     assert read == recipe_from_table(new)
-    assert read.stages[0].method.loss.t_std == 0.5
+    assert supervised(read.stages[0]).loss.t_std == 0.5
+    assert supervised(read.stages[0]).tokens_per_pack == 700
     said = [str(warning.message) for warning in warned]
-    assert "defaults: budget is deprecated, use tokens_per_pack" in said
+    assert "defaults: budget is deprecated, use method.tokens_per_pack" in said
     assert "stages.0: objective is deprecated, use method.loss" in said
-    assert len(said) == 6
+    assert len(said) == 9
 
 
 def test_an_old_name_beside_its_new_one_is_refused() -> None:
     table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
     stage = {"name": "a", "steps": 1, "budget": 5, "tokens_per_pack": 6}
-    with pytest.raises(ConfigError, match="budget is the old name of tokens_per_pack"):
+    with pytest.raises(ConfigError, match=r"the old name of method\.tokens_per_pack"):
         recipe_from_table({**table, "stages": [stage]})
     stage = {"name": "a", "steps": 1, "noise_draws": 5, "method": "supervised"}
     with pytest.raises(ConfigError, match=r"stages\.0\.method: must be a table"):
@@ -129,14 +156,16 @@ def test_an_old_name_beside_its_new_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "message"),
     [
-        ({"kind": "dreaming"}, r"method\.kind: Input should be 'supervised', got 'dreaming'"),
+        ({"kind": "dreaming"}, r"method: kind: unknown method 'dreaming'; known are supervised"),
+        ({"kind": 3}, r"method: kind: unknown method '3'; known are supervised"),
+        ([], r"stages\.0\.method: must be a table"),
         ({"noise_draws": 0}, r"method\.noise_draws: must be within \[1, 65536\], got 0"),
         ({"loss": {"beta": 1}}, r"method\.loss\.beta is not a field"),
     ],
 )
-def test_wrong_method_tables_are_refused(method: dict[str, Any], said: str) -> None:
+def test_wrong_method_tables_are_refused(method: Any, message: str) -> None:
     table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         recipe_from_table({**table, "stages": [{"name": "a", "steps": 1, "method": method}]})

@@ -20,7 +20,7 @@ from neounify.train import supervised
 from neounify.train.log import REPORTS, DivergenceWatch, Log
 from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.loss import Metrics
-from neounify.train.method import DROPOUT, Step, pack_seed, seeded
+from neounify.train.method import DROPOUT, TrainStep, pack_seed, seeded
 from neounify.train.optim import OptimizerConfig, OptimizerSet
 from neounify.train.progress import Progress
 from neounify.train.recipe import Recipe, StageRecipe
@@ -94,7 +94,7 @@ def test_dropout_differs_from_step_to_step(tmp_path: Path) -> None:
     stage = run.recipe.stages[0]
     drawn = []
     for number in range(3):
-        step = Step(number=number, stage_step=0, batches=(), seed=0)
+        step = TrainStep(number=number, stage_step=0, batches=(), seed=0)
         with run._dropout(stage, step):
             drawn.append(torch.rand(1).item())
     assert len(set(drawn)) == 3

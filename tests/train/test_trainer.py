@@ -39,7 +39,7 @@ def recipe(**changes: Any) -> Recipe:
         "workers": 0,
         "model": {"preset": "scenes", "changes": TINY, "tokenizer": {"samples": 50}},
         "defaults": {
-            "tokens_per_pack": 600,
+            "method": {"tokens_per_pack": 600},
             "log_every": 1,
             "save_every": 4,
             "ema": 0.9,

@@ -41,9 +41,9 @@ def doctor(
     """
     with lasting_imports():
         from neounify.checkpoint.load import resolve_device
-        from neounify.train.doctor import NO_TIME, Finding, examine
+        from neounify.train.method import NO_TIME, Finding, StageContext
         from neounify.train.recipe import read_recipe
-        from neounify.train.setup import build_mixture, build_setup
+        from neounify.train.setup import StageSources, build_setup
 
     display = Display(quiet=report.quiet, json=report.json)
     with display.deprecations():
@@ -55,16 +55,21 @@ def doctor(
     if not math.isfinite(seconds):
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
     device = resolve_device(place.device or default_device())
-    source = build_mixture(chosen.data, 0)  # unreadable data is reported before a model is loaded
+    sources = StageSources(parsed)
+    sources.list(chosen)  # unreadable data is reported before a model is loaded
     keep_freed_memory()
-    with tempfile.TemporaryDirectory() as folder:
-        setup = build_setup(parsed, device, Path(folder))
     findings: list[Finding] = []
-    for finding in examine(setup, chosen, seconds, source=source):
-        findings.append(finding)
-        display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
-        if finding.advice:
-            display.say(f"     {finding.advice}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        setup = build_setup(parsed, device, folder)
+        context = StageContext(
+            recipe=parsed, stage=chosen, setup=setup, sources=sources, folder=folder
+        )
+        for finding in chosen.method.examine(context, seconds):
+            findings.append(finding)
+            display.say(f"{MARKS[finding.good]} {finding.name:20} {finding.what}")
+            if finding.advice:
+                display.say(f"     {finding.advice}")
     wrong = [finding.name for finding in findings if finding.good is False]
     undecided = [finding.name for finding in findings if finding.advice.startswith(NO_TIME)]
     display.emit({"stage": chosen.name, "findings": [asdict(f) for f in findings]})

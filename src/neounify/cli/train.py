@@ -95,7 +95,7 @@ def _train(
     numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
     sources = StageSources(recipe)
     for number in numbers:
-        sources.of(recipe.stages[number])
+        sources.list(recipe.stages[number])
     if place.threads is not None:
         torch.set_num_threads(place.threads)
     keep_freed_memory()

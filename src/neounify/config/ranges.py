@@ -71,7 +71,10 @@ AreaBounds = Annotated[tuple[int, int], AfterValidator(_area)]
 
 
 def check_names(
-    field: str, names: Iterable[str], known: Iterable[str], kind: Literal["name", "task"] = "name"
+    field: str,
+    names: Iterable[str],
+    known: Iterable[str],
+    kind: Literal["name", "task", "method"] = "name",
 ) -> None:
     """Raise ValueError for names that are not known, with what is near and what there is."""
     listed = list(known)

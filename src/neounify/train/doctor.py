@@ -1,4 +1,4 @@
-"""Checks of a training stage before a long run: what cannot overfit one batch will not train.
+"""Checks of a supervised stage before a long run: what cannot overfit one batch will not train.
 
 One sample per task is overfitted, with the stage's optimizer, in about two minutes. That reveals a
 source without a usable sample, a stream without gradient, a frozen part that changes, a loss that
@@ -9,8 +9,9 @@ than there was time for gives no verdict.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -25,12 +26,12 @@ from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
 from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
-from neounify.train.loss import T_INTERVALS, Counts, Metrics, loss_of
-from neounify.train.method import seeded
+from neounify.train.loss import T_INTERVALS, Counts, LossConfig, Metrics, loss_of
+from neounify.train.method import NO_TIME, Finding, StageContext, seeded
 from neounify.train.optim import OptimizerSet
 from neounify.train.recipe import StageRecipe
-from neounify.train.setup import TrainSetup, build_mixture, freeze
-from neounify.train.supervised import build_encoder
+from neounify.train.setup import TrainSetup, freeze
+from neounify.train.supervised import SupervisedConfig, build_encoder
 
 SAMPLES = 400
 """Samples of all sources together that are searched for one of every task."""
@@ -47,17 +48,6 @@ MAX_CLEAN_ERROR = 0.05
 """Mean square error of clean images (values -1 to 1) above which they are not judged."""
 MAX_SEAM_RATIO = 1.5
 """Pixel differences at token borders over those elsewhere above which a grid is visible."""
-NO_TIME = "not enough time to tell"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Result of one check. `good` None: no verdict, or a remark; `advice`: what to change."""
-
-    name: str
-    good: bool | None
-    what: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,38 +65,33 @@ class Overfit:
 
 
 def examine(
-    setup: TrainSetup,
-    stage: StageRecipe,
-    seconds: float = 100,
-    steps: int = MAX_STEPS,
-    source: Mixture | None = None,
+    context: StageContext, config: SupervisedConfig, seconds: float = 100, steps: int = MAX_STEPS
 ) -> Iterator[Finding]:
     """Check a stage; yields findings as they come. The model's weights are changed.
 
-    Overfitting ends after `seconds` or `steps`, or sooner when all tasks are overfitted. `source`
-    is the stage's data if it is built already.
+    Overfitting ends after `seconds` or `steps`, or sooner when all tasks are overfitted.
     """
-    model = setup.model
+    setup, stage = context.setup, context.stage
     if stage.lora is None:
-        freeze(model, stage.freeze)
+        freeze(setup.model, stage.freeze)
     else:
-        add_lora(model, stage.lora)
+        add_lora(setup.model, stage.lora)
     samples: dict[str, Sample] = {}
-    yield from _data(
-        source or build_mixture(stage.data, 0), build_encoder(stage, setup, stage.method), samples
-    )
+    encoder = build_encoder(setup, config)
+    yield from _data(context.mixture, encoder, samples)
     if not samples:
         return
     encoder = replace(
-        build_encoder(stage, setup, stage.method),
+        encoder,
         dropout=GuidanceDropout(text=0.0, all=0.0),
         noise_draws=4,
         max_tokens=None,  # four noisy copies may well be more than a pack of the stage
     )
     documents = [encoder(s, np.random.default_rng(0)) for s in samples.values()]
     pack = make_pack(documents)
-    yield from _gradients(setup, stage, pack)
-    overfit = _overfit(setup, stage, pack, seconds, steps)
+    loss = partial(_loss, setup, config.loss, pack)
+    yield from _gradients(setup, loss)
+    overfit = _overfit(setup, stage, loss, seconds, steps)
     yield from _losses(overfit, stage)
     yield from _times(overfit)
     yield from _generation(setup, samples, documents, overfit)
@@ -134,10 +119,10 @@ def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Ite
     )
 
 
-def _gradients(setup: TrainSetup, stage: StageRecipe, pack: Pack) -> Iterator[Finding]:
+def _gradients(setup: TrainSetup, loss: Callable[[int], Tensor]) -> Iterator[Finding]:
     model = setup.model
     model.zero_grad(set_to_none=True)
-    _loss(setup, stage, pack, 0).backward()
+    loss(0).backward()
     named = list(model.named_parameters())
     dead = [n for n, p in named if p.requires_grad and (p.grad is None or not p.grad.any())]
     bad = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
@@ -171,7 +156,11 @@ def _gradient_advice(dead: list[str], bad: list[str]) -> str:
 
 
 def _overfit(
-    setup: TrainSetup, stage: StageRecipe, pack: Pack, seconds: float, max_steps: int
+    setup: TrainSetup,
+    stage: StageRecipe,
+    loss: Callable[[int, Metrics], Tensor],
+    seconds: float,
+    max_steps: int,
 ) -> Overfit:
     """Train on one pack until every task is overfitted, or time or steps are used up."""
     optimizers = OptimizerSet(
@@ -183,7 +172,7 @@ def _overfit(
     for step in count(1):
         metrics = first if step <= 5 else recent
         with seeded(setup.model.device, step):
-            _loss(setup, stage, pack, step, metrics).backward()
+            loss(step, metrics).backward()
         optimizers.clip_gradients()
         optimizers.step()
         optimizers.zero_grad()
@@ -200,11 +189,11 @@ def _overfit(
 
 
 def _loss(
-    setup: TrainSetup, stage: StageRecipe, pack: Pack, seed: int, metrics: Metrics | None = None
+    setup: TrainSetup, config: LossConfig, pack: Pack, seed: int, metrics: Metrics | None = None
 ) -> Tensor:
     generator = torch.Generator(setup.model.device).manual_seed(seed)
     counts = Counts.of([pack])
-    return loss_of(setup.model, pack, stage.method.loss, counts, generator, metrics)
+    return loss_of(setup.model, pack, config, counts, generator, metrics)
 
 
 def _tasks(report: dict[str, float]) -> list[str]:

@@ -24,6 +24,8 @@ from neounify.train.speed import Meter
 if TYPE_CHECKING:
     from neounify.train.progress import Progress
 
+MAX_HEADLINE = 4
+"""Metrics that a line of the console shows, where the method names none."""
 MAX_SHOWN = 10
 """Damaged samples that the terminal shows; all are in skipped.txt."""
 
@@ -106,12 +108,16 @@ class Log:
         self,
         progress: Progress,
         stage: StageRecipe,
-        metrics: dict[str, float],
+        metrics: Mapping[str, float],
         rate: float,
         norm: float,
         skipped: Mapping[str, int] | None = None,
+        headline: Mapping[str, str] | None = None,
     ) -> None:
-        """The means since the last report; `skipped`: damaged samples by source so far."""
+        """The means since the last report; `skipped`: damaged samples by source so far.
+
+        `headline`: label → name of the metrics on the console, by default the first ones.
+        """
         speed = self._meter.read(progress)
         left = self._meter.seconds_left(progress, stage.steps)
         record = {
@@ -128,12 +134,12 @@ class Log:
         self._write("train", record)
         damaged = sum((skipped or {}).values())
         self.console.print(
-            f"{progress.stage_step:>7,}/{stage.steps:,}  {_losses(metrics)}"
+            f"{progress.stage_step:>7,}/{stage.steps:,}  {_shown(metrics, headline)}"
             f"norm {norm:.2f}  lr {rate:.1e}  {progress.samples:,} samples  "
             f"{speed['tokens_per_second']:,.0f} tokens/s  "
             f"{speed['images_per_second']:,.0f} images/s  "
-            f"{100 * speed['matmul_share']:.0f} % of matmul  "
-            f"{speed['peak_memory_gb']:.1f} GiB  "
+            + (f"{100 * speed['matmul_share']:.0f} % of matmul  " if speed["matmul_share"] else "")
+            + f"{speed['peak_memory_gb']:.1f} GiB  "
             + (f"{damaged:,} damaged samples skipped  " if damaged else "")
             + f"{duration(left)} left",
             highlight=False,
@@ -210,9 +216,9 @@ def _board(folder: Path) -> Any:
     return SummaryWriter(folder / "tensorboard")
 
 
-def _losses(metrics: dict[str, float]) -> str:
-    names = (("text", "text/loss"), ("image", "image/loss"), ("clean", "image/clean"))
-    return "".join(f"{short} {metrics[name]:.4f}  " for short, name in names if name in metrics)
+def _shown(metrics: Mapping[str, float], headline: Mapping[str, str] | None) -> str:
+    named = headline or {name: name for name in list(metrics)[:MAX_HEADLINE]}
+    return "".join(f"{k} {metrics[name]:.4f}  " for k, name in named.items() if name in metrics)
 
 
 LOSSES = ("text/loss", "image/loss")

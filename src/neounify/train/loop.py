@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,16 @@ from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
-from neounify.train.log import DivergenceWatch, Log, settings_against_divergence
-from neounify.train.method import DROPOUT, Batch, Method, MethodConfig, StageContext, Step, seeded
+from neounify.train.log import Log, settings_against_divergence
+from neounify.train.method import (
+    DROPOUT,
+    Method,
+    MicroBatch,
+    StageContext,
+    TrainingStopped,
+    TrainStep,
+    seeded,
+)
 from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
@@ -37,11 +45,6 @@ from neounify.train.state import (
     save_state,
     unflatten_optimizer,
 )
-
-
-class TrainingStopped(NeounifyError):
-    """Training cannot continue: too many steps in a row were not finite."""
-
 
 Evaluate = Callable[[Pipeline, Progress], dict[str, float]]
 
@@ -57,15 +60,18 @@ class _Running:
     """Those that train the model itself, whose steps the EMA follows."""
     ema: Ema
     tally: Tally
-    watch: DivergenceWatch
     nonfinite_in_a_row: int = 0
+    unreported: int = 0
+    """Steps since the last report."""
+    of_sets: dict[str, float | Tensor] = field(default_factory=dict)
+    """Last learning rate and gradient norm of each optimizer set, where there are several."""
 
 
 class Trainer:
     """One run of a recipe in a folder.
 
     `evaluate` is called with the EMA in the model every `sample_every` steps; its results are
-    logged. `method` trains all stages in place of what their recipes name.
+    logged.
     """
 
     def __init__(
@@ -76,11 +82,10 @@ class Trainer:
         log: Log,
         evaluate: Evaluate | None = None,
         sources: StageSources | None = None,
-        method: MethodConfig | None = None,
     ) -> None:
         self.recipe, self.setup, self.folder = recipe, setup, folder
         self.model = setup.model
-        self.log, self.evaluate, self.method = log, evaluate, method
+        self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
         self.progress = Progress()
         self._tally_record: Any = None
@@ -123,13 +128,14 @@ class Trainer:
         numbers = stages_to_run(self.recipe, self.progress, only)
         for number in numbers:
             stage = self.recipe.stages[number]
-            self._method_config(stage).check_data(self._context(stage))
+            stage.method.check_data(self._context(stage))
         self.log.rewind(self.progress.step)
         with self.log.live():
             for number in numbers:
                 stage = self.recipe.stages[number]
                 if number != self.progress.stage:
                     self.progress.stage, self.progress.stage_step = number, 0
+                    self.progress.ended = False
                     self._position = self._tally_record = None
                 if not self._run_stage(stage, stop_after):
                     return
@@ -140,43 +146,76 @@ class Trainer:
         """Train one stage; False when `stop_after` ended it."""
         running = self._begin(stage)
         batches = running.method.batches(self._position)
+        try:
+            if not self._run_steps(running, batches, stop_after):
+                return False
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()
+        self._finish(running)
+        return True
+
+    def _run_steps(
+        self, running: _Running, batches: Iterator[MicroBatch], stop_after: int | None
+    ) -> bool:
+        """The steps that are left of a stage; False when `stop_after` ended them."""
+        stage, p = running.stage, self.progress
         clock = time.monotonic()
-        while self.progress.stage_step < stage.steps:
-            if stop_after is not None and self.progress.step >= stop_after:
+        while p.stage_step < stage.steps and not p.ended:
+            if stop_after is not None and p.step >= stop_after:
                 self._save(running)
                 return False
-            rate, norm, drawn = self._next_step(running, batches)
-            p = self.progress
+            drawn = list(islice(batches, stage.packs_per_step))
+            if len(drawn) < stage.packs_per_step:
+                self._end_early(running, len(drawn))
+            rate, norm = self._next_step(running, drawn) if drawn else (0.0, torch.zeros(()))
             p.seconds += time.monotonic() - clock
             self.log.step(p, stage, sum(batch.operations for batch in drawn))
-            last = p.stage_step == stage.steps
-            if p.stage_step % stage.log_every == 0 or last:
-                means = running.method.report()
-                self.log.report(p, stage, means, rate, float(norm), running.tally.by_source())
-                if warning := running.watch.look(p.stage_step, means, stage):
-                    self.log.warn(warning)
+            last = p.ended or p.stage_step == stage.steps
+            if running.unreported and (p.stage_step % stage.log_every == 0 or last):
+                self._report(running, rate, float(norm))
             # Weights that give no finite loss must not take the place of earlier ones.
             if last or (p.stage_step % stage.save_every == 0 and not running.nonfinite_in_a_row):
                 self._save(running)
             if p.stage_step % stage.sample_every == 0 or last:
                 self._evaluate(running.ema)
             clock = time.monotonic()
-        self._finish(running)
         return True
+
+    def _end_early(self, running: _Running, drawn: int) -> None:
+        """Mark a stage as ended whose batches ended, `drawn` of them in its last step."""
+        stage, p = running.stage, self.progress
+        p.ended = True
+        steps = p.stage_step + (drawn > 0)
+        self.log.warn(
+            f"stage {stage.name}: the batches of its method ({stage.method.kind}) ended after "
+            f"{steps:,} of {stage.steps:,} steps, so the stage ends here"
+        )
+
+    def _report(self, running: _Running, rate: float, norm: float) -> None:
+        """Log the means since the last report, and what the method warns of."""
+        p, method = self.progress, running.method
+        running.unreported = 0
+        means = method.report()
+        metrics = {**means, **{name: float(value) for name, value in running.of_sets.items()}}
+        skipped = running.tally.by_source()
+        self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline)
+        for warning in method.warnings(p.stage_step, means):
+            self.log.warn(warning)
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
         self._add_adapters(stage)
         if stage.lora is None:
             freeze(self.model, stage.freeze)
-        context = self._context(stage)
-        method = self._method_config(stage).build(context)
-        tally = Tally(context.mixture)
+        method = stage.method.build(self._context(stage))
+        sources = self.sources.list(stage)
+        tally = Tally(sources)
         tally.load(self._tally_record)
         optimizers = method.optimizers()
         of_model = [one for one in optimizers if one.trains(self.model)]
         ema = Ema(self.model, stage.ema)
-        running = _Running(stage, method, optimizers, of_model, ema, tally, DivergenceWatch())
+        running = _Running(stage, method, optimizers, of_model, ema, tally)
         if self._resumed is not None:
             self._restore(running, self._resumed)
             self._resumed = None
@@ -186,7 +225,6 @@ class Trainer:
         checkpoint_layers(self.model, stage.checkpoint_activations)
         meter = Meter(self.model.device, stage.precision, self.progress)
         self.log.stage(stage, self.progress, meter)
-        sources = context.mixture.sources
         self.log.damaged(d for s in sources if isinstance(s, FileSource) for d in s.damage)
         return running
 
@@ -200,6 +238,7 @@ class Trainer:
             )
         self.log.sources(running.tally.summary())
         load_ema(self.model, running.ema.mean)
+        running.method.end_stage()
         if stage.lora is not None:
             base = str(self.recipe.model.checkpoint or "")
             save_lora(self.model, stage.lora, self.folder / "adapter", base)
@@ -207,12 +246,13 @@ class Trainer:
             self._has_adapters = False
         self.export(self.folder / "model")
 
-    def _method_config(self, stage: StageRecipe) -> MethodConfig:
-        return self.method or stage.method
-
     def _context(self, stage: StageRecipe) -> StageContext:
         return StageContext(
-            recipe=self.recipe, stage=stage, setup=self.setup, mixture=self.sources.of(stage)
+            recipe=self.recipe,
+            stage=stage,
+            setup=self.setup,
+            sources=self.sources,
+            folder=self.folder,
         )
 
     def _add_adapters(self, stage: StageRecipe) -> None:
@@ -223,28 +263,35 @@ class Trainer:
 
     # --- a step ---
 
-    def _next_step(
-        self, running: _Running, batches: Iterator[Batch]
-    ) -> tuple[float, Tensor, Sequence[Batch]]:
-        """Draw the batches of a step, take or skip it, count it; (rate, norm, batches)."""
+    def _next_step(self, running: _Running, drawn: Sequence[MicroBatch]) -> tuple[float, Tensor]:
+        """Take or skip the step of some batches and count it; (learning rate, gradient norm).
+
+        Without an active optimizer the step is counted and changes nothing.
+        """
         p = self.progress
-        drawn = list(islice(batches, running.stage.packs_per_step))
-        step = Step(number=p.step, stage_step=p.stage_step, batches=drawn, seed=self.recipe.seed)
-        rate, norm, taken = self._step(running, step)
+        step = TrainStep(
+            number=p.step, stage_step=p.stage_step, batches=drawn, seed=self.recipe.seed
+        )
+        active = [one for one in running.optimizers if one.active(step.stage_step)]
+        rate, norm, taken = 0.0, torch.zeros(()), False
+        if active:
+            rate, norm, taken = self._step(running, step, active)
+            running.nonfinite_in_a_row = 0 if taken else running.nonfinite_in_a_row + 1
         running.method.end_step(step, taken)
-        running.nonfinite_in_a_row = 0 if taken else running.nonfinite_in_a_row + 1
-        if not taken:
+        if active and not taken:
             self._nonfinite(drawn, running)
         self._count(drawn, running.tally)
-        return rate, norm, drawn
+        running.unreported += 1
+        return rate, norm
 
-    def _step(self, running: _Running, step: Step) -> tuple[float, Tensor, bool]:
-        """One optimizer step; (learning rate, gradient norm, whether it was taken).
+    def _step(
+        self, running: _Running, step: TrainStep, active: Sequence[OptimizerSet]
+    ) -> tuple[float, Tensor, bool]:
+        """One step of the active optimizers; (learning rate, gradient norm, whether it was taken).
 
         When the norm is not finite, weights, optimizers and EMA are as before.
         """
         stage = running.stage
-        active = [one for one in running.optimizers if one.active(step.stage_step)]
         rates = [one.set_rate(step.stage_step) for one in active]
         device = self.model.device.type
         bfloat16 = stage.precision == "bfloat16"
@@ -256,6 +303,10 @@ class Trainer:
                 if loss.requires_grad:
                     loss.backward()
         norms = [one.clip_gradients() for one in active]
+        if len(running.optimizers) > 1:
+            for one, rate, of_set in zip(active, rates, norms, strict=True):
+                running.of_sets[f"learning_rate/{one.name}"] = rate
+                running.of_sets[f"gradient_norm/{one.name}"] = of_set
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         taken = bool(torch.isfinite(norm))
         if taken:
@@ -263,17 +314,18 @@ class Trainer:
                 one.step()
             if any(one in running.of_model for one in active):
                 running.ema.update()
+        self.model.zero_grad(set_to_none=True)
         for one in running.optimizers:
             one.zero_grad()
         return rates[0], norm, taken
 
-    def _dropout(self, stage: StageRecipe, step: Step) -> AbstractContextManager[None]:
+    def _dropout(self, stage: StageRecipe, step: TrainStep) -> AbstractContextManager[None]:
         """Dropout of adapters draws from torch's global generators: seeded for one batch."""
         if stage.lora is None or not stage.lora.dropout:
             return nullcontext()
         return seeded(self.model.device, step.batch_seed(DROPOUT))
 
-    def _count(self, batches: Sequence[Batch], tally: Tally) -> None:
+    def _count(self, batches: Sequence[MicroBatch], tally: Tally) -> None:
         p = self.progress
         p.step += 1
         p.stage_step += 1
@@ -287,7 +339,7 @@ class Trainer:
         self.log.damaged(skipped.message for skipped in new)
         self._position = batches[-1].position
 
-    def _nonfinite(self, batches: Sequence[Batch], running: _Running) -> None:
+    def _nonfinite(self, batches: Sequence[MicroBatch], running: _Running) -> None:
         p, stage = self.progress, running.stage
         p.nonfinite += 1
         self.log.nonfinite(p, [sample for batch in batches for sample in batch.samples])
@@ -323,7 +375,7 @@ class Trainer:
             "sources": running.tally.to_json(),
             "optimizer_parameters": all_names(running.optimizers),
             "method": {
-                "kind": self._method_config(running.stage).kind,
+                "kind": running.stage.method.kind,
                 "facts": dict(method.facts),
             },
             "config": write_config(self.model.config),
@@ -339,7 +391,7 @@ class Trainer:
 
     def _restore(self, running: _Running, state: Path) -> None:
         tensors, facts = load_state(state)
-        kind = self._method_config(running.stage).kind
+        kind = running.stage.method.kind
         running.method.load(method_state(state, kind, tensors, facts))
         load_optimizers(
             running.optimizers,

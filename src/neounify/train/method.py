@@ -1,34 +1,57 @@
-"""Method protocol: what the training loop asks of a way to train.
+"""Method protocol: what the training loop asks of a way to train, and the table of the methods.
 
 The loop (`loop.py`) keeps the position, accumulation, clipping, the skip of steps that are not
 finite, the EMA, saved states and the log. A method brings batches, their loss and optimizers.
 Supervised training (`supervised.py`) is one. Reinforcement learning yields its rollouts as batches
 and keeps reference models in its state; distillation returns one optimizer set per model, with
 separate rates, clipping and turns; a method may shard its models before it builds optimizers.
+
+A new method is a file with a `MethodConfig` and a `Method`, and a line in `METHODS`.
 """
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from neounify.config import ModelConfig
+from neounify.config.ranges import check_names
 from neounify.data.loader import Skipped
 from neounify.data.sources import Mixture
+from neounify.errors import NeounifyError
 from neounify.train.optim import OptimizerSet
 
 if TYPE_CHECKING:
     from neounify.train.recipe import Recipe, StageRecipe
-    from neounify.train.setup import TrainSetup
+    from neounify.train.setup import StageSources, TrainSetup
+
+METHODS = {"supervised": "neounify.train.supervised:SupervisedConfig"}
+"""The `MethodConfig` of every kind, as "module:class"; imported when a recipe names it."""
+DEFAULT_METHOD = "supervised"
 
 NOISE, DROPOUT = 0, 1
 """Purposes of random numbers; their sequences are independent."""
+
+NO_TIME = "not enough time to tell"
+"""Begin of the advice of a finding that had too little time for a verdict."""
+
+Size = tuple[int, int]
+
+
+class TrainingStopped(NeounifyError):
+    """Training cannot continue: steps that are not finite, or a policy that collapsed."""
 
 
 def pack_seed(seed: int, step: int, pack: int, purpose: int = NOISE) -> int:
@@ -47,7 +70,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Batch:
+class MicroBatch:
     """One micro-batch: `content` is for the method's `loss`, the rest for the loop.
 
     `position` is a JSON value from which `batches` continues after this one. `samples` are ids for
@@ -67,7 +90,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Step:
+class TrainStep:
     """One optimizer step: its micro-batches, and the `index` of the one at hand.
 
     `number` counts the steps of the run before it, `stage_step` those of the stage.
@@ -75,7 +98,7 @@ class Step:
 
     number: int
     stage_step: int
-    batches: Sequence[Batch]
+    batches: Sequence[MicroBatch]
     seed: int
     index: int = 0
 
@@ -86,13 +109,26 @@ class Step:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageContext:
-    """Inputs of a method at the start of its stage. The model holds the weights of the stage
-    before and the stage's adapters; frozen parameters need no gradient."""
+    """Inputs of a method at the start of its stage.
+
+    The model holds the weights of the stage before and the stage's adapters; frozen parameters need
+    no gradient. On a resume it holds the saved weights already: what a method copied from the
+    model at the start of the stage (a teacher, a reference) must be in its state. A method may
+    write files of its own into `folder`, the run's folder, under names that the loop does not use
+    (states, model, adapter, samples, tokenizer, tensorboard, log.jsonl, skipped.txt,
+    nonfinite.jsonl).
+    """
 
     recipe: Recipe
     stage: StageRecipe
     setup: TrainSetup
-    mixture: Mixture
+    sources: StageSources
+    folder: Path
+
+    @property
+    def mixture(self) -> Mixture:
+        """The stage's data. Raises DataError where it cannot be read, or there is none."""
+        return self.sources.of(self.stage)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,29 +146,51 @@ class Method(Protocol):
     """A way to train. The loop calls `optimizers`, then `load` on a resume, then `batches`.
 
     Per step: all its batches are drawn, then `loss` and backward for each, then the active
-    optimizers step, unless a gradient is not finite, then `end_step`. A subclass inherits the
-    defaults of the last four methods: no metrics and no state.
+    optimizers step, unless a gradient is not finite, then `end_step`. In a step without an active
+    optimizer batches are drawn and counted, and no loss is computed. The stage ends after its
+    steps, or when the batches end. Subclasses inherit the defaults of all but the first three
+    methods: no metrics, warnings or state.
     """
 
+    headline: ClassVar[Mapping[str, str]] = {}
+    """Label → name of the metrics that the console shows; the first four where there are none."""
+
     def optimizers(self) -> Sequence[OptimizerSet]:
-        """The optimizers, in an order that never changes; names of parameters differ in all."""
+        """The optimizers, in an order that never changes; names of parameters differ in all.
+
+        Sets of other models than the trained one have a `prefix`, which also names their learning
+        rate and gradient norm in the log.
+        """
         ...
 
-    def batches(self, position: Any) -> Iterator[Batch]:
-        """Micro-batches without end from a position on; None is the beginning."""
+    def batches(self, position: Any) -> Iterator[MicroBatch]:
+        """Micro-batches from a position on; None is the beginning.
+
+        It is called once per run of the stage and read between steps, so it may sample from the
+        weights as they are. A generator is closed when the stage ends, also by an error.
+        """
         ...
 
-    def loss(self, batch: Batch, step: Step) -> Tensor:
+    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """The share of one micro-batch in the step's loss, a scalar; gradients are summed."""
         ...
 
-    def end_step(self, step: Step, taken: bool) -> None:
-        """Called after every step; `taken` is False when a gradient was not finite."""
+    def end_step(self, step: TrainStep, taken: bool) -> None:
+        """Called after every step; `taken` is False when no optimizer was active or a gradient was
+        not finite. May raise TrainingStopped."""
         return
 
     def report(self) -> dict[str, float]:
         """Metrics by name, means since the last report over steps that were taken."""
         return {}
+
+    def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
+        """Warnings after a report: what is wrong, and which setting to change."""
+        return ()
+
+    def end_stage(self) -> None:
+        """Called with the EMA in the model, before it is exported; may change `model.config`."""
+        return
 
     def state(self) -> MethodState:
         """State for a resume, beside model, EMA, optimizers and position."""
@@ -143,14 +201,68 @@ class Method(Protocol):
         return
 
 
-class MethodConfig(Protocol):
-    """The settings of a method, as a recipe's `method` table holds them."""
+@dataclass(frozen=True)
+class Finding:
+    """Result of one check of the doctor. `good` None: no verdict, or a remark; `advice`: what to
+    change."""
 
-    @property
-    def kind(self) -> str: ...
+    name: str
+    good: bool | None
+    what: str
+    advice: str = ""
+
+
+class MethodConfig(ABC):
+    """The settings of a method: a frozen pydantic dataclass, as a recipe's `method` table holds it.
+
+    Its `kind` is its name in `METHODS`. Fields are checked when the recipe is read; the checks
+    below have defaults that find nothing wrong.
+    """
+
+    kind: str
+    needs_data: ClassVar[bool] = True
+    """Whether a stage must have data; with False, `data = []` is allowed."""
+
+    @abstractmethod
+    def build(self, context: StageContext) -> Method:
+        """The method at the start of a stage."""
+
+    def check_stage(self, stage: StageRecipe) -> None:
+        """Raise ValueError for a stage that cannot be trained so; before anything is loaded."""
+        return
 
     def check_data(self, context: StageContext) -> None:
         """Raise DataError for data that cannot be used; called before any stage is trained."""
-        ...
+        return
 
-    def build(self, context: StageContext) -> Method: ...
+    def trained_sizes(
+        self, stage: StageRecipe, config: ModelConfig
+    ) -> tuple[Sequence[Size], Sequence[Size]]:
+        """Image sizes of a stage for the checkpoint's config.
+
+        (width, height) pairs, and (least, greatest) areas of images of any shape.
+        """
+        return (), ()
+
+    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
+        """The doctor's checks of a stage, in about `seconds`; the model's weights may change."""
+        yield Finding("method", None, f"the method {self.kind} has no checks of its own")
+
+
+def method_class(kind: Any) -> type[MethodConfig]:
+    """The config class of a kind. Raises ValueError that lists the kinds."""
+    check_names("kind", [str(kind)], METHODS, "method")
+    module, _, name = METHODS[str(kind)].partition(":")
+    config_class: type[MethodConfig] = getattr(import_module(module), name)
+    return config_class
+
+
+def read_method(value: Any) -> MethodConfig:
+    """A recipe's `method` table by its `kind`; a config is taken as it is. Raises ValueError."""
+    if isinstance(value, MethodConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError('must be a table such as { kind = "supervised" }')
+    config = TypeAdapter(method_class(value.get("kind", DEFAULT_METHOD)))
+    # As JSON, so that strict validation takes lists for tuples.
+    return config.validate_json(json.dumps(value, default=str), strict=True)

@@ -122,6 +122,7 @@ class OptimizerSet:
         prefix: str = "",
     ) -> None:
         self.config, self.clip, self.schedule, self.active = config, clip, schedule, active
+        self.name = prefix.rstrip(".") or "model"
         ordered = (parameters[name] for name in _norm_order(parameters))
         self.parameters = [p for p in ordered if p.requires_grad]
         self.members: list[torch.optim.Optimizer] = []

@@ -13,11 +13,11 @@ import numpy as np
 
 from neounify.data.loader import LoadedPack, Skipped
 from neounify.data.sample import DataError, Sample
-from neounify.data.sources import FileSource, Mixture, source_name
+from neounify.data.sources import FileSource, SampleSource, source_name
 from neounify.errors import ConfigError
 from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import Pipeline
-from neounify.train.method import Batch
+from neounify.train.method import MicroBatch
 from neounify.train.recipe import Recipe
 from neounify.train.setup import StageSources
 
@@ -27,7 +27,7 @@ class Progress:
     """Counters of a run. `step` counts all stages, `stage_step` the current one.
 
     `damaged` counts how often a damaged sample was skipped, `damaged_samples` how many different
-    ones there were in each stage.
+    ones there were in each stage. `ended`: the stage's batches ended before its steps.
     """
 
     stage: int = 0
@@ -40,6 +40,7 @@ class Progress:
     damaged_samples: int = 0
     nonfinite: int = 0
     seconds: float = 0.0
+    ended: bool = False
 
 
 def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> range:
@@ -58,7 +59,7 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
     numbers = sorted(names.index(name) for name in only)
     first, last = numbers[0], numbers[-1]
     current = stages[progress.stage]
-    finished = progress.stage_step >= current.steps
+    finished = progress.ended or progress.stage_step >= current.steps
     if left_out := [name for name in names[first : last + 1] if name not in only]:
         raise ConfigError(f"between the stages named, {', '.join(left_out)} is left out")
     if last < progress.stage:
@@ -75,19 +76,18 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
 
 
 class Tally:
-    """Counts per source of a mixture; part of a training state.
+    """Counts per data source of a stage; part of a training state.
 
     `used` and `skipped` count draws, `damaged` holds the numbers of different damaged samples.
     """
 
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
-        count = len(mixture.sources)
+    def __init__(self, sources: Sequence[SampleSource]) -> None:
+        self.sources = sources
         self.used: Counter[int] = Counter()
         self.skipped: Counter[int] = Counter()
-        self.damaged: list[set[int]] = [set() for _ in range(count)]
+        self.damaged: list[set[int]] = [set() for _ in sources]
 
-    def add(self, batches: Sequence[Batch | LoadedPack]) -> list[Skipped]:
+    def add(self, batches: Sequence[MicroBatch | LoadedPack]) -> list[Skipped]:
         """Count batches; the damaged samples among them that are new."""
         new = []
         for batch in batches:
@@ -101,7 +101,7 @@ class Tally:
 
     def by_source(self) -> dict[str, int]:
         """Different damaged samples by the name of their source, where there are any."""
-        names = [source_name(source) for source in self.mixture.sources]
+        names = [source_name(source) for source in self.sources]
         counts: Counter[str] = Counter()
         for name, numbers in zip(names, self.damaged, strict=True):
             counts[name] += len(numbers)
@@ -110,7 +110,7 @@ class Tally:
     def summary(self) -> list[str]:
         """A line per source of files: the usable share of the samples drawn so far."""
         lines = []
-        for number, source in enumerate(self.mixture.sources):
+        for number, source in enumerate(self.sources):
             if not isinstance(source, FileSource):
                 continue
             drawn, damaged = self.used[number] + self.skipped[number], len(self.damaged[number])
@@ -171,6 +171,8 @@ class SampleGrid:
 
     def _prompts(self, stage: int) -> list[str]:
         """User texts of the first text-to-image samples of the stage's data."""
+        if not self.recipe.stages[stage].data:
+            return []
         source = self.sources.of(self.recipe.stages[stage])
         samples: list[Sample] = []
         for index in range(200):

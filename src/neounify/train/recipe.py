@@ -4,11 +4,11 @@
     [model]
     preset = "scenes"            # or: checkpoint = "folder"
     [defaults]                   # what all stages share
-    tokens_per_pack = 4096
+    method = { kind = "supervised", tokens_per_pack = 4096 }
     [[stages]]
     name = "joint"
     steps = 10000
-    method = { kind = "supervised", noise_draws = 2 }
+    method = { noise_draws = 2 }
     [[stages.data]]
     kind = "scenes"
     [stages.optimizer]
@@ -28,12 +28,11 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from neounify.config.ranges import (
     STRICT,
-    AreaBounds,
     BelowOne,
     Count,
     Fraction,
@@ -51,8 +50,8 @@ from neounify.model.parts import LABELS
 from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.tokenizer import BYTE_VOCAB_SIZE
+from neounify.train.method import DEFAULT_METHOD, MethodConfig, read_method
 from neounify.train.optim import OptimizerConfig, Schedule
-from neounify.train.supervised import SupervisedConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,21 +60,21 @@ else:
 
 MAX_RECIPE_BYTES = 2**18
 MAX_WORKERS = 1024
-MAX_TOKENS_PER_PACK = 2**24
 MAX_PACKS_PER_STEP = 2**16
 MAX_NAME_CHARS = 200
 
 RENAMED = {
-    "budget": ("tokens_per_pack",),
+    "budget": ("method", "tokens_per_pack"),
+    "tokens_per_pack": ("method", "tokens_per_pack"),
+    "target_pixels": ("method", "target_pixels"),
+    "target_buckets": ("method", "target_buckets"),
+    "input_pixels": ("method", "input_pixels"),
     "most_nonfinite": ("max_nonfinite",),
     "objective": ("method", "loss"),
     "dropout": ("method", "guidance_dropout"),
     "noise_draws": ("method", "noise_draws"),
 }
 """Fields of a stage under the names of earlier versions, and where they are now."""
-
-MethodConfig = SupervisedConfig
-"""The tagged union of the methods, by `kind`; supervised training is the only one so far."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -154,12 +153,11 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StageRecipe:
-    """One stage of training by a method. A step is `packs_per_step` packs of `tokens_per_pack`.
+    """One stage of training by a method. A step is `packs_per_step` of the method's batches.
 
-    `freeze` names streams ("und", "gen", and "shared": token embedding and lm head) or parts of
-    the model (checkpoint/names.py). `target_pixels` and `input_pixels` bound the area of target
-    and input images, by default as the checkpoint does; `target_buckets` are (width, height) pairs
-    to crop targets to.
+    `method` is a table with a `kind` of `METHODS` and the fields of its config; `data` is what the
+    method draws from. `freeze` names streams ("und", "gen", and "shared": token embedding and lm
+    head) or parts of the model (checkpoint/names.py).
     """
 
     name: str
@@ -168,12 +166,10 @@ class StageRecipe:
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""
-    method: MethodConfig = field(default_factory=SupervisedConfig)
-    tokens_per_pack: Annotated[int, AfterValidator(Range(1, MAX_TOKENS_PER_PACK))] = 4096
+    method: Annotated[MethodConfig, PlainValidator(read_method)] = field(
+        default_factory=lambda: read_method({})
+    )
     packs_per_step: Annotated[int, AfterValidator(Range(1, MAX_PACKS_PER_STEP))] = 1
-    target_pixels: AreaBounds | None = None
-    target_buckets: tuple[tuple[Count, Count], ...] = ()
-    input_pixels: AreaBounds | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: Schedule = field(default_factory=Schedule)
     clip: Positive = 1.0
@@ -191,8 +187,10 @@ class StageRecipe:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("name: a stage needs a name that is not blank")
-        if not self.data:
-            raise ValueError("a stage needs at least one source of data")
+        if not self.data and self.method.needs_data:
+            raise ValueError(
+                f"data: the method {self.method.kind} needs at least one source of data"
+            )
         check_names("freeze", self.freeze, LABELS)
         if self.freeze and self.lora is not None:
             raise ValueError(
@@ -202,6 +200,7 @@ class StageRecipe:
             )
         if {"und", "gen", "shared"} <= set(self.freeze):
             raise ValueError(f"freeze: {list(self.freeze)} leaves nothing to train")
+        self.method.check_stage(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -256,6 +255,9 @@ def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
     if not isinstance(defaults, dict) or not isinstance(stages, list):
         raise ConfigError("[defaults] must be a table and [[stages]] a list of tables")
     defaults = _renamed(defaults, "defaults")
+    if isinstance(defaults.get("method"), dict):
+        # So that a stage of another method does not take over its fields.
+        defaults["method"] = {"kind": DEFAULT_METHOD, **defaults["method"]}
     values["stages"] = [
         _merged(defaults, _renamed(stage, f"stages.{number}")) if isinstance(stage, dict) else stage
         for number, stage in enumerate(stages)
@@ -269,7 +271,7 @@ def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
 
 def _renamed(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A stage's table with names of earlier versions replaced. Raises ConfigError for both."""
-    values = dict(table)
+    values, used = dict(table), []
     for old, (name, *inner) in RENAMED.items():
         if old not in values:
             continue
@@ -284,7 +286,9 @@ def _renamed(table: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key in holder:
             raise ConfigError(f"{where}: {old} is the old name of {new}; give {new} alone")
         holder[key] = value
-        warnings.warn(f"{where}: {old} is deprecated, use {new}", DeprecationWarning, stacklevel=3)
+        used.append(f"{where}: {old} is deprecated, use {new}")
+    for message in used:
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
     return values
 
 

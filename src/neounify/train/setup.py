@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -25,7 +24,6 @@ from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlSource, Mixture, SampleSource
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
-from neounify.image.pixels import fit_size
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline import load
@@ -84,8 +82,13 @@ class StageSources:
         self._built: list[tuple[DataRecipe, SampleSource]] = []
 
     def of(self, stage: StageRecipe) -> Mixture:
-        """The mixture of one stage. Raises DataError."""
-        return Mixture([(self._source(d), d.weight) for d in stage.data], self.recipe.seed)
+        """The mixture of one stage. Raises DataError, for a stage without data too."""
+        weights = [data.weight for data in stage.data]
+        return Mixture(list(zip(self.list(stage), weights, strict=True)), self.recipe.seed)
+
+    def list(self, stage: StageRecipe) -> list[SampleSource]:
+        """The sources of one stage, which may be none. Raises DataError."""
+        return [self._source(data) for data in stage.data]
 
     def _source(self, data: DataRecipe) -> SampleSource:
         alike = replace(data, weight=1.0)
@@ -235,51 +238,21 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
     return byte_tokenizer(texts, settings.vocab_size)
 
 
-_GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}
-
-Size = tuple[int, int]
-
-
 def with_trained_sizes(config: ModelConfig, recipe: Recipe) -> ModelConfig:
-    """The config with the sizes of all stages of a recipe, besides those it already has.
-
-    Buckets and scenes give (width, height) pairs, files of images of any shape a range of areas.
-    """
+    """The config with the image sizes of all stages of a recipe, besides those it already has."""
     sampling = config.sampling
-    sizes, ranges = list(sampling.trained_sizes), []
-    if sampling.trained_pixels is not None:
-        ranges.append(sampling.trained_pixels)
+    sizes = list(sampling.trained_sizes)
+    areas = [] if sampling.trained_pixels is None else [sampling.trained_pixels]
     for stage in recipe.stages:
-        for data in stage.data:
-            of_data = _sizes_of(stage, data, config)
-            if isinstance(of_data, list):
-                sizes += of_data
-            else:
-                ranges.append(of_data)
-    sampling = dataclasses.replace(
+        of_stage = stage.method.trained_sizes(stage, config)
+        sizes += of_stage[0]
+        areas += of_stage[1]
+    sampling = replace(
         sampling,
         trained_sizes=tuple(dict.fromkeys(sizes)),
-        trained_pixels=(min(r[0] for r in ranges), max(r[1] for r in ranges)) if ranges else None,
+        trained_pixels=(min(a[0] for a in areas), max(a[1] for a in areas)) if areas else None,
     )
     return config.replace(sampling=sampling)
-
-
-def _sizes_of(stage: StageRecipe, data: DataRecipe, config: ModelConfig) -> list[Size] | Size:
-    """(width, height) pairs, or (least, greatest) area, of the targets of one source."""
-    tasks = set(data.tasks or _GENERATING) if data.task is None else {data.task}
-    if not _GENERATING & tasks:
-        return []
-    if stage.target_buckets:
-        return list(stage.target_buckets)
-    default = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)
-    low, high = stage.target_pixels or default
-    if data.kind != "scenes":
-        return low, high
-    side = data.side or scene_config(data.world).side
-    height, width = fit_size(
-        side, side, multiple=config.token_size, min_pixels=low, max_pixels=high
-    )
-    return [(width, height)]
 
 
 RESIDUAL = ("o_proj.weight", "down_proj.weight")

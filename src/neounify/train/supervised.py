@@ -2,53 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from neounify.config.ranges import STRICT, Range
+from neounify.config import ModelConfig
+from neounify.config.ranges import STRICT, AreaBounds, Count, Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
+from neounify.image.pixels import fit_size
 from neounify.runtime.plan import plan_execution
+from neounify.scenes.world import scene_config
+from neounify.train.log import DivergenceWatch
 from neounify.train.loss import Counts, LossConfig, Metrics, loss_of
-from neounify.train.method import Batch, Method, StageContext, Step
+from neounify.train.method import (
+    Finding,
+    Method,
+    MethodConfig,
+    MicroBatch,
+    Size,
+    StageContext,
+    TrainStep,
+)
 from neounify.train.optim import OptimizerSet
 from neounify.train.speed import StepOperations
 
 if TYPE_CHECKING:
-    from neounify.train.recipe import StageRecipe
+    from neounify.train.recipe import DataRecipe, StageRecipe
     from neounify.train.setup import TrainSetup
 
 MAX_NOISE_DRAWS = 2**16
+MAX_TOKENS_PER_PACK = 2**24
+GENERATING = {"t2i", "t2i_think", "edit", "edit_think", "interleave"}
+"""Tasks with target images."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SupervisedConfig:
+class SupervisedConfig(MethodConfig):
     """Supervised training, `kind = "supervised"`, the default method.
 
-    `noise_draws` noisy copies of each target image share one pass over the text before them;
-    `guidance_dropout` are the chances that a sample loses its prompt.
+    A micro-batch is a pack of `tokens_per_pack` tokens. `noise_draws` noisy copies of each target
+    image share one pass over the text before them; `guidance_dropout` are the chances that a
+    sample loses its prompt. `target_pixels` and `input_pixels` bound the area of target and input
+    images, by default as the checkpoint does; `target_buckets` are (width, height) pairs to crop
+    targets to.
     """
 
     kind: Literal["supervised"] = "supervised"
+    tokens_per_pack: Annotated[int, AfterValidator(Range(1, MAX_TOKENS_PER_PACK))] = 4096
     loss: LossConfig = field(default_factory=LossConfig)
     noise_draws: Annotated[int, AfterValidator(Range(1, MAX_NOISE_DRAWS))] = 1
     guidance_dropout: GuidanceDropout = field(default_factory=GuidanceDropout)
-
-    def check_data(self, context: StageContext) -> None:
-        """Raise DataError for a source without usable samples."""
-        check_sources(context.mixture, build_encoder(context.stage, context.setup, self))
+    target_pixels: AreaBounds | None = None
+    target_buckets: tuple[tuple[Count, Count], ...] = ()
+    input_pixels: AreaBounds | None = None
 
     def build(self, context: StageContext) -> Supervised:
         return Supervised(self, context)
 
+    def check_data(self, context: StageContext) -> None:
+        """Raise DataError for a source without usable samples."""
+        check_sources(context.mixture, build_encoder(context.setup, self))
 
-def build_encoder(stage: StageRecipe, setup: TrainSetup, config: SupervisedConfig) -> Encoder:
+    def trained_sizes(
+        self, stage: StageRecipe, config: ModelConfig
+    ) -> tuple[list[Size], list[Size]]:
+        """Buckets and sizes of scenes as pairs, files of images of any shape as areas."""
+        sizes: list[Size] = []
+        areas: list[Size] = []
+        for data in stage.data:
+            if not GENERATING & (set(data.tasks or GENERATING) if not data.task else {data.task}):
+                continue
+            if self.target_buckets:
+                sizes += self.target_buckets
+            elif data.kind == "scenes":
+                sizes.append(self._size_of(data, config))
+            else:
+                areas.append(self._target_area(config))
+        return sizes, areas
+
+    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
+        from neounify.train.doctor import examine
+
+        return examine(context, self, seconds)
+
+    def _size_of(self, data: DataRecipe, config: ModelConfig) -> Size:
+        """(width, height) of the targets of synthetic scenes."""
+        side = data.side or scene_config(data.world).side
+        low, high = self._target_area(config)
+        height, width = fit_size(
+            side, side, multiple=config.token_size, min_pixels=low, max_pixels=high
+        )
+        return width, height
+
+    def _target_area(self, config: ModelConfig) -> Size:
+        default = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)
+        return self.target_pixels or default
+
+
+def build_encoder(setup: TrainSetup, config: SupervisedConfig) -> Encoder:
     """The encoder of a stage's samples."""
     return Encoder(
         config=setup.model.config,
@@ -56,15 +113,17 @@ def build_encoder(stage: StageRecipe, setup: TrainSetup, config: SupervisedConfi
         system_message=setup.system_message,
         dropout=config.guidance_dropout,
         noise_draws=config.noise_draws,
-        target_pixels=stage.target_pixels,
-        target_buckets=stage.target_buckets,
-        input_pixels=stage.input_pixels,
-        max_tokens=stage.tokens_per_pack,
+        target_pixels=config.target_pixels,
+        target_buckets=config.target_buckets,
+        input_pixels=config.input_pixels,
+        max_tokens=config.tokens_per_pack,
     )
 
 
 class Supervised(Method):
     """Packs of samples, `loss_of` each pack, one optimizer set over the model."""
+
+    headline: ClassVar = {"text": "text/loss", "image": "image/loss", "clean": "image/clean"}
 
     def __init__(self, config: SupervisedConfig, context: StageContext) -> None:
         self.config, self.context = config, context
@@ -73,6 +132,7 @@ class Supervised(Method):
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
         self._plan = plan_execution(self.model.config, self.model.device, self.model.compute_dtype)
+        self._watch = DivergenceWatch()
 
     def optimizers(self) -> list[OptimizerSet]:
         stage = self.context.stage
@@ -80,20 +140,20 @@ class Supervised(Method):
         schedule = stage.schedule.over(stage.steps)
         return [OptimizerSet(parameters, stage.optimizer, clip=stage.clip, schedule=schedule)]
 
-    def batches(self, position: Any) -> Iterator[Batch]:
+    def batches(self, position: Any) -> Iterator[MicroBatch]:
         """Packs from a position on. Raises DataError for a damaged position or unusable data."""
         context = self.context
         config = LoaderConfig(
-            tokens_per_pack=context.stage.tokens_per_pack,
+            tokens_per_pack=self.config.tokens_per_pack,
             seed=context.recipe.seed,
             workers=context.recipe.workers,
         )
-        encoder = build_encoder(context.stage, context.setup, self.config)
+        encoder = build_encoder(context.setup, self.config)
         start = None if position is None else Position.from_json(position)
         operations = StepOperations(self.model)
         for loaded in load_packs(context.mixture, encoder, config, start):
             pack = loaded.pack
-            yield Batch(
+            yield MicroBatch(
                 content=pack,
                 position=loaded.position.to_json(),
                 samples=pack.samples,
@@ -104,7 +164,7 @@ class Supervised(Method):
                 skipped=loaded.skipped,
             )
 
-    def loss(self, batch: Batch, step: Step) -> Tensor:
+    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """Sums over the pack, divided by the label and token counts of the whole step."""
         device = self.model.device
         if step.index == 0:
@@ -121,7 +181,7 @@ class Supervised(Method):
             self._plan,
         )
 
-    def end_step(self, step: Step, taken: bool) -> None:
+    def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken:
             self.metrics.merge(self._step_metrics)
 
@@ -129,3 +189,7 @@ class Supervised(Method):
         means = self.metrics.report()
         self.metrics = Metrics(self.model.device)
         return means
+
+    def warnings(self, stage_step: int, report: Mapping[str, float]) -> list[str]:
+        warning = self._watch.look(stage_step, report, self.context.stage)
+        return [warning] if warning else []
