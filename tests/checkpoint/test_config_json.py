@@ -152,6 +152,20 @@ def test_own_section() -> None:
     assert read_config(written) == config
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ('{"shift": 0.0005}', "sampling.shift must be from 0.001 to 1000, got 0.0005"),
+        ('{"guidance": NaN}', "sampling.guidance must be from 0 to 100, got nan"),
+        ('{"image_guidance": 1e9}', "sampling.image_guidance must be from 0 to 100, got 10000"),
+        ('{"steps": 100000}', "sampling.steps must be from 1 to 1000, got 100000"),
+    ],
+)
+def test_sampling_values_that_every_request_would_fail_with(values: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(document(top={"neounify": {"sampling": json.loads(values)}}))
+
+
 @pytest.mark.parametrize("key", ["llm_hidden_size", "downsample_ratio"])
 def test_values_stored_as_lists(key: str) -> None:
     value = {"llm_hidden_size": 32, "downsample_ratio": 0.5}[key]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from neounify.config.sampling import IMAGE_RANGES, range_error
 from neounify.errors import ConfigError
 
 ImageHead = Literal["flow", "pixel"]
@@ -69,13 +70,13 @@ class CheckpointDefaults:
     edit_max_total_pixels: int = 4096**2
     """Area of all input images of an edit together."""
     steps: int = 50
-    """Denoising steps; at least 1."""
+    """Denoising steps, 1 to MAX_STEPS."""
     guidance: float = 4.0
-    """Guidance scale of the prompt; 0 to 1 is none."""
+    """Guidance scale of the prompt, 0 to MAX_GUIDANCE; 0 to 1 is none."""
     image_guidance: float = 1.0
-    """Guidance scale of the input images of an edit; 1 is none."""
+    """Guidance scale of the input images of an edit, 0 to MAX_GUIDANCE; 1 is none."""
     shift: float = 3.0
-    """Timestep shift towards noise; above 0, 1 is none."""
+    """Timestep shift towards noise, 1 / MAX_SHIFT to MAX_SHIFT; 1 is none."""
     trained_sizes: tuple[tuple[int, int], ...] = ()
     """Sizes the model was trained to generate; empty: not recorded."""
     trained_pixels: tuple[int, int] | None = None
@@ -90,8 +91,9 @@ class CheckpointDefaults:
             require(1 <= low <= high, f"sampling: pixel bounds {low}..{high} are not a range")
         low, high = self.trained_pixels or (1, 1)
         require(1 <= low <= high, f"sampling.trained_pixels {low}..{high} is not a range")
-        require(self.steps >= 1, f"sampling.steps must be at least 1, got {self.steps}")
-        require(self.shift > 0, f"sampling.shift must be positive, got {self.shift}")
+        for name in IMAGE_RANGES:
+            error = range_error(name, getattr(self, name))
+            require(error is None, f"sampling.{error}")
 
     def edit_bounds(self, num_images: int) -> tuple[int, int]:
         """(minimum, maximum) area of each of the `num_images` input images of an edit."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
@@ -10,6 +10,20 @@ from neounify.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAX_STEPS = 1000
+MAX_SHIFT = 1000
+"""Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
+MAX_GUIDANCE = 100
+"""Images are useless long before; far beyond it values overflow, which would look like damaged
+weights."""
+IMAGE_RANGES: Mapping[str, tuple[float, float]] = {
+    "steps": (1, MAX_STEPS),
+    "shift": (1 / MAX_SHIFT, MAX_SHIFT),
+    "guidance": (0, MAX_GUIDANCE),
+    "image_guidance": (0, MAX_GUIDANCE),
+}
+"""Least and greatest value of the numbers that an image is sampled with."""
 
 MAX_LOGPROBS = 20
 """Alternatives whose log-probability may be asked for with every token."""
@@ -24,6 +38,14 @@ def knob_doc(config: type, name: str) -> str:
     """The sentence of one field."""
     sentences = {field.name: field.metadata["doc"] for field in fields(config)}
     return str(sentences[name])
+
+
+def range_error(name: str, value: float) -> str | None:
+    """Message about a value outside its range in IMAGE_RANGES, or steps that are not whole."""
+    low, high = IMAGE_RANGES[name]
+    if low <= value <= high and not (name == "steps" and value % 1):
+        return None
+    return f"{name} must be from {low:g} to {high:g}, got {value}"
 
 
 def check_keywords(call: str, names: Collection[str], knobs: type) -> None:

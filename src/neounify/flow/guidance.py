@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from neounify.config.sampling import range_error
 from neounify.errors import RequestError
 
 if TYPE_CHECKING:  # `flow.sampling` is read by command lines, which do not wait for torch.
@@ -24,9 +25,9 @@ EPS = 1e-8
 class Guidance:
     """Guidance of one request. Raises RequestError for values out of range.
 
-    `text` is g, `image` is m (1 means none). Without input images nothing is guided at
-    g ≤ 1: every value from 0 to 1 gives the conditional image. An edit follows its formula
-    at any g ≥ 0; below 1 the text pulls less than in the conditional image.
+    `text` is g, `image` is m (1 means none), both from 0 to MAX_GUIDANCE. Without input images
+    nothing is guided at g ≤ 1: every value from 0 to 1 gives the conditional image. An edit
+    follows its formula at any g; below 1 the text pulls less than in the conditional image.
 
     `interval` = (lo, hi) is the range of t in which guidance acts. Text-to-image (`editing`
     false) acts for lo ≤ t ≤ hi, editing for lo < t < hi and at t = 0 when lo = 0.
@@ -58,8 +59,8 @@ class Guidance:
                 "guidance_norm 'cfg_zero_star' is for text-to-image only", param="guidance_norm"
             )
         for name, value in (("guidance", self.text), ("image_guidance", self.image)):
-            if not 0 <= value < float("inf"):
-                raise RequestError(f"{name} must be a number from 0 up, got {value}", param=name)
+            if (error := range_error(name, value)) is not None:
+                raise RequestError(error, param=name)
 
     def branches(self) -> tuple[Branch, ...]:
         """The prefixes a guided step needs, the conditional one first."""

@@ -6,16 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
 
 from neounify.config import CheckpointDefaults, ModelConfig
-from neounify.config.sampling import TextKnobs, doc
+from neounify.config.sampling import MAX_GUIDANCE, MAX_SHIFT, MAX_STEPS, TextKnobs, doc, range_error
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 
 if TYPE_CHECKING:  # Command lines read the settings and do not wait for torch.
     from torch import Tensor
-
-MAX_STEPS = 1000
-MAX_SHIFT = 1000
-"""Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
 
 
 # --- solvers ---
@@ -112,16 +108,22 @@ class ImageSampling:
     shift: float | None = field(
         default=None,
         metadata=doc(
-            "Timestep shift: above 1, more of the steps are spent at high noise; 1 is none."
+            f"Timestep shift, {1 / MAX_SHIFT:g} to {MAX_SHIFT}: above 1, more of the steps are "
+            "spent at high noise; 1 is none."
         ),
     )
     guidance: float | None = field(
         default=None,
-        metadata=doc("Classifier-free guidance scale; 0 to 1 is none, and twice as fast."),
+        metadata=doc(
+            f"Classifier-free guidance scale, 0 to {MAX_GUIDANCE}; up to 1 is none, and twice as "
+            "fast."
+        ),
     )
     image_guidance: float | None = field(
         default=None,
-        metadata=doc("Guidance scale of the input images of an edit; 1 is none."),
+        metadata=doc(
+            f"Guidance scale of the input images of an edit, 0 to {MAX_GUIDANCE}; 1 is none."
+        ),
     )
     guidance_interval: tuple[float, float] = field(
         default=(0.0, 1.0),
@@ -225,15 +227,9 @@ class ResolvedSampling:
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
-        if not 1 <= self.steps <= MAX_STEPS or self.steps % 1:
-            raise RequestError(
-                f"steps must be from 1 to {MAX_STEPS}, got {self.steps}", param="steps"
-            )
-        if not 1 / MAX_SHIFT <= self.shift <= MAX_SHIFT:
-            raise RequestError(
-                f"shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, 1 is none, got {self.shift}",
-                param="shift",
-            )
+        for name, value in (("steps", self.steps), ("shift", self.shift)):
+            if (error := range_error(name, value)) is not None:
+                raise RequestError(error, param=name)
         if self.t_eps is not None and not 0 < self.t_eps <= 1:
             raise RequestError(
                 f"t_eps must be above 0 and at most 1, got {self.t_eps}", param="t_eps"
