@@ -27,7 +27,7 @@ from neounify.train.loss import T_INTERVALS
 
 ACCURACIES = {"vqa": "answers", "caption": "captions", "t2i_think": "thoughts before images"}
 SMOOTHED = 25
-"""Reports that are averaged, where a stage has many more of them than the eye can tell apart."""
+"""Reports that are averaged, where a stage has many more of them than a chart can show."""
 FAINT = 0.25
 LOGARITHMIC = 4
 """A loss that falls by more than this factor is drawn on a logarithmic axis."""

@@ -1,4 +1,4 @@
-"""Names that moved go on working for one version, with a warning that names the new place."""
+"""Moved names keep working for one version, with a warning that names the new module."""
 
 from importlib import import_module
 

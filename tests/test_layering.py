@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "neounify"
 
 ORDER = """
 errors          exceptions and warnings
-deprecation     old names that go on working
+deprecation     old names that keep working
 files           bounded reads, atomic writes, folders with one writer
 terminal        progress bars
 bundled         the folder of the model that comes with the package

@@ -15,7 +15,7 @@ HEAVY = {
     *("PIL.AvifImagePlugin", "PIL.TiffImagePlugin", "neounify.serve", "neounify.train"),
     *("neounify.data", "neounify.scenes", "neounify.lora"),
 }
-"""Modules that painting one image needs nothing of."""
+"""Modules that generating one image does not need."""
 
 COMMAND = """
 import sys
@@ -36,7 +36,7 @@ PRINT = "import sys\nprint(*sys.modules, sep='\\n')\n"
 
 
 @pytest.mark.parametrize("code", [COMMAND, LIBRARY], ids=["command", "library"])
-def test_painting_an_image_imports_nothing_heavy_but_torch(code: str, tmp_path: Path) -> None:
+def test_generating_an_image_imports_nothing_heavy_but_torch(code: str, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code + PRINT]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def test_lasting_imports_are_exempt_from_garbage_collection() -> None:
         gc.unfreeze()
 
 
-def test_collection_goes_on_after_a_failed_import() -> None:
+def test_collection_continues_after_a_failed_import() -> None:
     try:
         with pytest.raises(ImportError), lasting_imports():
             raise ImportError

@@ -121,13 +121,13 @@ def _prompts(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
     def judge(texts: Mapping[int, str]) -> list[bool]:
         correct: list[bool] = []
         for chunk in _chunks(texts, config.batch_size):
-            painted = subject.paint(
+            generated = subject.paint(
                 [texts[i] for i in chunk],
                 config.world.side,
                 [cases[i][1] for i in chunk],
                 think=False,
             )
-            for i, item in zip(chunk, painted, strict=True):
+            for i, item in zip(chunk, generated, strict=True):
                 correct.append(check_image(cases[i][0], item.image, config.world).correct)
         return correct
 
@@ -141,13 +141,13 @@ def _edits(subject: Subject, config: BenchConfig) -> tuple[list[str], Judge]:
     def judge(texts: Mapping[int, str]) -> list[bool]:
         correct: list[bool] = []
         for chunk in _chunks(texts, config.batch_size):
-            painted = subject.edit(
+            generated = subject.edit(
                 [sources[i] for i in chunk],
                 [texts[i] for i in chunk],
                 [noise_seed(config, EDIT_SEEDS, i) for i in chunk],
                 think=False,
             )
-            for i, item in zip(chunk, painted, strict=True):
+            for i, item in zip(chunk, generated, strict=True):
                 verdict = check_edit(edits[i], sources[i], item.image, config.world)
                 correct.append(verdict.correct)
         return correct

@@ -17,7 +17,7 @@ from benchmarks.serving.workload import Call, chat, mixed, paint
 
 TEXT_AIM, IMAGE_AIM, GROWTH_AIM = 3.0, 1.5, 2.0
 PAINTERS = 4
-"""Clients that paint without a pause while the latency of chats is measured."""
+"""Clients that generate images without a pause while the latency of chats is measured."""
 IMAGE_SHARE = 2
 """Series of images alone have so many times fewer requests."""
 ALL_GROUPS = ("mix", "text", "images", "steady")

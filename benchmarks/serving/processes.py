@@ -28,7 +28,7 @@ def tree(root: int) -> list[int]:
 
 
 def engines(root: int) -> list[int]:
-    """The server's engines in processes of their own, the oldest first."""
+    """The server's engines in separate processes, the oldest first."""
     return [pid for pid in tree(root) if b"spawn_main" in _command(pid)]
 
 

@@ -1,4 +1,4 @@
-"""A moderate mix for minutes: does memory stay, does nothing fail, does all come to rest?"""
+"""A moderate mix for minutes: constant memory, no failures, an idle server at the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Soak:
 
 
 async def run_soak(settings: SoakSettings, options: ServerOptions, log: Path) -> Soak:
-    """Start a server, load it for that long, and see it come to rest."""
+    """Start a server, load it for that long, and wait until it is idle."""
     seconds = settings.minutes * 60
     async with running_server(options, log) as server:
         await warm_up(server.port)

@@ -1,4 +1,4 @@
-"""The requests that are sent: chats about scenes and scenes to paint, each different.
+"""Requests of the load: chats about scenes and images of scenes, each different.
 
 Request `number` is the same whenever it is asked for.
 """
@@ -68,7 +68,7 @@ def chat(number: int, *, stream: bool = True) -> Call:
 
 
 def paint(number: int, **fields: Any) -> Call:
-    """A scene to paint with the model's own settings, but for `fields`."""
+    """The generation of a scene with the model's default settings, except for `fields`."""
     body = {"prompt": _sentence(_scene(number)), "seed": number}
     return Call("paint", IMAGES, body | fields)
 

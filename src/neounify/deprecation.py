@@ -1,4 +1,4 @@
-"""Deprecated names, which go on working for one version."""
+"""Deprecated names, which keep working for one version."""
 
 from __future__ import annotations
 

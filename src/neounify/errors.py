@@ -82,7 +82,7 @@ class EngineDied(ServiceError):
 
 
 class OutOfMemory(ServiceError):
-    """There is no memory left for the request at the moment; others go on."""
+    """There is no memory left for the request at the moment; others continue."""
 
 
 class TensorsGone(ServiceError):

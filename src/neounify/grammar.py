@@ -157,8 +157,8 @@ _lock = threading.Lock()
 class Vocabulary:
     """The tokens of one tokenizer, ended by `<|im_end|>`. Threads may share it.
 
-    A grammar travels between processes as text and finds the vocabulary that it was made for by
-    its name, so every process that decodes holds one, made with `of`.
+    A grammar travels between processes as text and finds the vocabulary that it was built for by
+    its name, so every process that decodes holds one, built by `of`.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str) -> None:
@@ -184,7 +184,7 @@ class Vocabulary:
         """The vocabulary of that name in this process. Raises RequestError without one."""
         vocabulary = _vocabularies.get(name)
         if vocabulary is None:
-            raise RequestError("the grammar was made for another tokenizer")
+            raise RequestError("the grammar was built for another tokenizer")
         return vocabulary
 
     def prepare(self) -> None:

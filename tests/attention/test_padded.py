@@ -53,7 +53,7 @@ def test_half_precision_is_close() -> None:
     assert all(y.grad is not None and y.grad.isfinite().all() for x in inputs.values() for y in x)
 
 
-def test_what_nobody_trains_has_no_gradient() -> None:
+def test_untrained_inputs_have_no_gradient() -> None:
     """Backward does not pass through a frozen understanding stream because of the other one."""
     layout = Layout(documents(random.Random(0), 12))
     results = []
@@ -88,7 +88,7 @@ def test_where_padding_would_not_pay(lengths: list[int]) -> None:
     assert PaddedAttention.plan(layout, None, CPU) is None
 
 
-def test_a_plan_made_in_inference_serves_training() -> None:
+def test_a_plan_from_inference_serves_training() -> None:
     layout = Layout(documents(random.Random(1), 8))
     with torch.inference_mode():
         attend = plan(layout)

@@ -86,13 +86,13 @@ class Forgetful(Oracle):
     def paint(
         self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
-        painted = super().paint(prompts, side, seeds, think=think)
+        generated = super().paint(prompts, side, seeds, think=think)
         if not think:
             empty = render(replace(self.scenes[prompts[0]], objects=()), self._config.world)
-            return [replace(item, image=empty) for item in painted]
+            return [replace(item, image=empty) for item in generated]
         return [
             replace(item, thought="?") if number % 2 else item
-            for number, item in enumerate(painted)
+            for number, item in enumerate(generated)
         ]
 
 
@@ -164,7 +164,7 @@ def test_other_settings_train_anew(tmp_path: Path) -> None:
     assert runs[0].to_json() | {"reused": True} == runs[2].to_json()
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = recipes(TRAINING, "easy", 0)["understanding"]
     whole = Trainer.run
 

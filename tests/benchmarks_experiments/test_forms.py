@@ -71,7 +71,7 @@ def test_a_typo_swaps_two_letters_inside_one_word() -> None:
 
 
 class Literal:
-    """Is right about requests in the words it has learnt, and about no others."""
+    """Is right about requests in the trained wordings, and about no others."""
 
     def __init__(self, bench: Bench) -> None:
         config = BenchConfig(world=WORLD, cases=bench.cases)
@@ -108,11 +108,11 @@ class Literal:
         *,
         think: bool,
     ) -> list[Painting]:
-        painted = []
+        edited = []
         for image, text in zip(images, instructions, strict=True):
             target = self.edits.get((image.tobytes(), text))
-            painted.append(Painting(image if target is None else render(target, WORLD)))
-        return painted
+            edited.append(Painting(image if target is None else render(target, WORLD)))
+        return edited
 
     def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         asked = zip(images, questions, strict=True)

@@ -83,5 +83,5 @@ def test_mcnemars_exact_p_value() -> None:
     assert math.isclose(p(2, 9), 2 * (1 + 11 + 55) / 2**11)
 
 
-def test_a_difference_is_told_in_points() -> None:
+def test_a_difference_is_in_points() -> None:
     assert str(newcombe(Rate(56, 70), Rate(48, 80))) == "+20.0 (+5.2 to +33.4)"

@@ -1,4 +1,4 @@
-"""Percentiles, rates, slopes, ratios and tables, from outcomes that are made up."""
+"""Percentiles, rates, slopes, ratios and tables, from invented outcomes."""
 
 from __future__ import annotations
 

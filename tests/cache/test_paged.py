@@ -1,4 +1,4 @@
-"""A paged sequence computes what a sequence of its own would, shared beginnings included."""
+"""Paged sequences compute what contiguous ones do, shared prefixes included."""
 
 from __future__ import annotations
 

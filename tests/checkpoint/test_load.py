@@ -219,7 +219,7 @@ def test_peak_memory_is_that_of_the_weights_kept(tmp_path: Path, small: Path) ->
         tmp_path / "half", WIDE, {name: t.to(torch.bfloat16) for name, t in weights.items()}
     )
     cases = [f"{half}:float32", f"{single}:bfloat16", f"{single}:float32"]
-    # In a process of its own: here, memory freed by other tests would hide what loading takes.
+    # In a separate process: here, memory freed by other tests would hide what loading takes.
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, str(small), *cases], capture_output=True, text=True
     )

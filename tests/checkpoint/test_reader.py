@@ -278,7 +278,7 @@ def test_fingerprint_does_not_depend_on_shards_or_on_how_config_is_written(
     assert len(first) == 64
 
 
-def test_fingerprint_tells_checkpoints_apart(small: Path) -> None:
+def test_fingerprints_of_different_checkpoints_differ(small: Path) -> None:
     prints = {CheckpointFolder.open(small).fingerprint()}
     weights = random_weights(SMALL)
     weights["language_model.lm_head.weight"][0, 0] += 1

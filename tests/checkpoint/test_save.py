@@ -124,7 +124,7 @@ def test_the_stored_dtype_follows_the_weights(small: Path, tmp_path: Path) -> No
     assert document["torch_dtype"] == "float32"
 
 
-def test_a_model_made_here_says_its_dtype(tmp_path: Path) -> None:
+def test_a_model_from_random_weights_has_its_dtype(tmp_path: Path) -> None:
     model = NeoUnify(SMALL).to(torch.float16)
     document = read_json(save_model(model, tmp_path / "new") / "config.json")
     assert document["torch_dtype"] == "float16"

@@ -1,4 +1,4 @@
-"""A toy model made once, and a way to run commands in a folder of their own."""
+"""A toy model, built once, and a way to run commands, each in an empty folder."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_torn_results_file_is_mended(run: Callable[..., Any]) -> None:
     assert [r["line"] for r in records()] == [1, 2]
 
 
-def test_a_lost_image_is_painted_again(run: Callable[..., Any]) -> None:
+def test_a_lost_image_is_generated_again(run: Callable[..., Any]) -> None:
     write({"prompt": "a boat"})
     run(*GENERATE)
     Path("out/0001-a-boat_s0_1.png").unlink()

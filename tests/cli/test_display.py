@@ -36,10 +36,10 @@ def test_long_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> Non
     shown = Display()
     with shown.bar("jobs.jsonl", 4, "line") as outer:
         outer(1)
-        with shown.bar("painting", 50) as inner:
+        with shown.bar("generating", 50) as inner:
             inner(20)
             wait_for(lambda: heard("jobs.jsonl: 1 of 4 lines, "))
-            wait_for(lambda: heard("; painting: 20 of 50 steps, "))
+            wait_for(lambda: heard("; generating: 20 of 50 steps, "))
         with shown.bar("loading"):
             wait_for(lambda: heard("; loading: 0:00 so far"))
     capsys.readouterr()
@@ -51,9 +51,9 @@ def test_long_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> Non
 def test_short_and_quiet_work_says_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Display(quiet=True).bar("painting", 50):
+    with Display(quiet=True).bar("generating", 50):
         time.sleep(0.05)
     monkeypatch.setattr(display, "FIRST_LINE", 60)
-    with Display().bar("painting", 50):
+    with Display().bar("generating", 50):
         pass
     assert capsys.readouterr().err == ""

@@ -47,7 +47,7 @@ def test_one_line_of_json(run: Callable[..., Any]) -> None:
     assert [s["category"] for s in ran.json["scores"]] == ["caption"]
 
 
-def test_quiet_tells_the_folder_alone(run: Callable[..., Any]) -> None:
+def test_quiet_prints_only_the_folder(run: Callable[..., Any]) -> None:
     ran = run(*QUICK, "--tasks", "caption", "--quiet", "--out", "here")
     assert (ran.out, ran.err) == ("here\n", "")
 

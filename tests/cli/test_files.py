@@ -35,7 +35,7 @@ def test_slugs_fit_into_file_names(tmp_path: Path) -> None:
         (tmp_path / f"{slug(letter * 300)}_s18446744073709551615_64-100.png").touch()
 
 
-def test_new_files_take_nobodys_place(tmp_path: Path) -> None:
+def test_new_files_replace_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a"
     assert write_new(path, b"one")
     assert not write_new(path, b"two")

@@ -1,4 +1,4 @@
-"""A disk that fills up: the file, what was saved, and how to go on."""
+"""A disk that fills up: the error names the file, what was saved, and how to resume."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_real_limit(run: Run, command: str) -> None:
     assert not [name for name in left_over(Path("outputs")) if name.endswith(".saving")]
 
 
-def test_a_batch_goes_on_where_it_stopped(run: Run, full_after: Callable[[int], None]) -> None:
+def test_a_batch_resumes_where_it_stopped(run: Run, full_after: Callable[[int], None]) -> None:
     lines = [json.dumps({"prompt": name}) for name in ("one", "two", "three")]
     Path("jobs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     command = ("generate", "--input", "jobs.jsonl", *SMALL, "--batch-size", 1)
@@ -137,7 +137,7 @@ def test_models(run: Run, toy: Path) -> None:
         assert not Path("mine").exists()
 
 
-def test_a_conversation_that_cannot_be_saved_goes_on(
+def test_a_conversation_that_cannot_be_saved_continues(
     run: Run, full_after: Callable[[int], None]
 ) -> None:
     full_after(0)

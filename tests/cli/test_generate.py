@@ -28,7 +28,7 @@ def pixels(path: Path) -> Any:
         return np.array(image)
 
 
-def test_the_file_holds_exactly_the_painted_pixels(
+def test_the_file_holds_exactly_the_generated_pixels(
     run: Callable[..., Any], pipe: Pipeline, tmp_path: Path
 ) -> None:
     ran = run("generate", "A Red Boat!", *SMALL, "--seed", 5, "--device", "cpu")
@@ -196,14 +196,14 @@ def test_an_unreadable_image(run: Callable[..., Any], content: bytes) -> None:
     assert not Path("outputs").exists()
 
 
-def test_an_output_folder_that_cannot_be_made(run: Callable[..., Any]) -> None:
+def test_an_output_folder_that_cannot_be_created(run: Callable[..., Any]) -> None:
     Path("file").write_text("", encoding="utf-8")
     ran = run("generate", "boat", *SMALL, "-o", "file/inside")
     assert ran.code == 1
     assert "cannot be created" in ran.err
 
 
-def test_memory_by_stream_paints_the_same(run: Callable[..., Any]) -> None:
+def test_memory_by_stream_generates_the_same(run: Callable[..., Any]) -> None:
     run("generate", "boat", *SMALL, "-o", "a.png")
     assert run("generate", "boat", *SMALL, "-o", "b.png", "--memory", "stream").code == 0
     assert np.array_equal(pixels(Path("a.png")), pixels(Path("b.png")))

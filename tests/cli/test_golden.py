@@ -31,7 +31,7 @@ def check_file(file: str, final: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_painted_file_holds_the_recorded_image(
+def test_the_file_holds_the_recorded_image(
     run: Callable[..., Any], golden_checkpoint: Callable[[str], Path], name: str
 ) -> None:
     arrays, facts = load_fixture(name, "t2i")

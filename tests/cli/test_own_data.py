@@ -126,7 +126,7 @@ def test_data_that_is_all_wrong_ends_at_once_in_one_line(
     assert not (here / "run" / "log.jsonl").exists()
 
 
-def test_images_larger_than_a_pack_are_told_with_both_ways_out(here: Path) -> None:
+def test_images_larger_than_a_pack_are_reported_with_both_ways_out(here: Path) -> None:
     (here / "a.png").write_bytes(png(256, 256))
     data = write_lines(here / "d.jsonl", [text_record("x", "<image>", image="a.png")])
     result = neounify("train", str(write_recipe(here, data, tokens_per_pack=40)), "--out", "run")

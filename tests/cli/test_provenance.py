@@ -51,7 +51,7 @@ def test_as_json(run_bare: Run, marked: Path, image_file: Path) -> None:
     assert second == {"file": "image.png", "metadata": {}, "mark": None}
 
 
-def test_images_of_the_command_line_say_who_made_them(run: Run) -> None:
+def test_images_of_the_command_line_carry_their_origin(run: Run) -> None:
     run("generate", "boat", "--size", "64x32", "--steps", "2", "--output", "boat.png")
     (entry,) = run("provenance", "boat.png", "--json").json["files"]
     assert entry["metadata"]["source_type"] == GENERATED

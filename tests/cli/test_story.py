@@ -21,12 +21,12 @@ SMALL = ("--size", "64x32", "--steps", "2")
 
 
 @pytest.fixture(scope="module")
-def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy that opens an image about every other token."""
     pipe = toy_pipeline(seed=0)
     with torch.no_grad():
         pipe.model.lm_head.weight[pipe.tokenizer.id("<img>")] *= 10
-    folder = tmp_path_factory.mktemp("models") / "painter"
+    folder = tmp_path_factory.mktemp("models") / "model"
     pipe.save(folder)
     return folder
 
@@ -46,8 +46,10 @@ def image(level: float) -> ImagePart:
 
 
 def test_the_folder(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    told = parts(TextPart("Once <b>"), TextPart(" upon"), image(-1.0), TextPart("End."), image(1.0))
-    monkeypatch.setattr(Pipeline, "interleave", told)
+    scripted = parts(
+        TextPart("Once <b>"), TextPart(" upon"), image(-1.0), TextPart("End."), image(1.0)
+    )
+    monkeypatch.setattr(Pipeline, "interleave", scripted)
     ran = run("story", "A boat & a lake", *SMALL)
     assert ran.code == 0
     folder = Path("outputs/a-boat-a-lake_s0")
@@ -89,8 +91,8 @@ def test_a_second_story_gets_its_own_folder(
 def test_an_interrupted_story_is_kept_up_to_there(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = parts(TextPart("Once"), image(0.0), KeyboardInterrupt())
-    monkeypatch.setattr(Pipeline, "interleave", told)
+    scripted = parts(TextPart("Once"), image(0.0), KeyboardInterrupt())
+    monkeypatch.setattr(Pipeline, "interleave", scripted)
     ran = run("story", "A boat", *SMALL)
     assert ran.code == 130
     folder = Path("outputs/a-boat_s0")
@@ -99,16 +101,18 @@ def test_an_interrupted_story_is_kept_up_to_there(
     assert "![](01.png)" in (folder / "story.md").read_text(encoding="utf-8")
 
 
-def test_a_toy_tells_and_paints(run: Callable[..., Any], painter: Path, image_file: Path) -> None:
+def test_a_toy_writes_a_story_with_images(
+    run: Callable[..., Any], drawing_model: Path, image_file: Path
+) -> None:
     limits = ("--max-new-tokens", 12, "--max-images", 2, "--previews", "--device", "cpu")
     ran = run(
-        "story", "Boats", "--image", image_file, "--model", painter, *SMALL, *limits, "--json"
+        "story", "Boats", "--image", image_file, "--model", drawing_model, *SMALL, *limits, "--json"
     )
-    pipe = neounify.load(painter, device="cpu")
-    told = pipe.interleave(
+    pipe = neounify.load(drawing_model, device="cpu")
+    expected = pipe.interleave(
         "Boats", image_file, width=64, height=32, steps=2, max_new_tokens=12, max_images=2
     )
-    want = [part for part in told if not isinstance(part, PreviewPart)]
+    want = [part for part in expected if not isinstance(part, PreviewPart)]
     images = [part for part in want if isinstance(part, ImagePart)]
     assert len(images) == 2
     assert sum(isinstance(part, TextPart) for part in want) > 0

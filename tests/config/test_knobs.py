@@ -191,7 +191,7 @@ def test_every_option_and_field_arrives(name: str, value: Any) -> None:
 # --- text ---
 
 NOT_OPTIONS = {"logprobs", "constraint"}
-"""Values of programs: a command line prints text, and a schema is a file of its own."""
+"""Values of programs: a command line prints text, and a schema is a separate file."""
 TEXT_OUT_OF_RANGE: dict[str, Any] = {
     "repetition_penalty": 0.0,
     "temperature": -1.0,

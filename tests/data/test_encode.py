@@ -56,7 +56,7 @@ def trained_text(encoded: Encoded) -> str:
     return TOKENIZER.decode(encoded.label_ids, skip_special=False)
 
 
-def test_text_to_image_is_the_painting_prompt() -> None:
+def test_text_to_image_is_the_prompt_of_inference() -> None:
     encoded = encode("t2i", user("a red circle"), model(RED))
     wanted = image_prompt(TOKENIZER, "a red circle", system="Paint well.", think=False)
     assert list(encoded.ids) == flat(wanted)
@@ -179,7 +179,7 @@ def test_a_text_longer_than_the_context_is_a_data_error() -> None:
         encode("t2i", user("long " * 3000), model(RED))
 
 
-def test_every_made_sample_can_be_encoded() -> None:
+def test_every_synthetic_sample_can_be_encoded() -> None:
     source = SceneDataset(0, scene_config("default"), chinese=0.3)
     for number in range(200):
         encoded = ENCODER(source[number], np.random.default_rng(number))

@@ -161,7 +161,7 @@ def test_one_usable_sample_among_the_first_is_enough(tmp_path: Path) -> None:
     check_sources(Mixture([(JsonlSource(tmp_path / "d.jsonl"), 1.0)], 0), ENCODER)
 
 
-def test_what_is_longer_than_a_pack_is_told_with_both_ways_out(tmp_path: Path) -> None:
+def test_a_sample_longer_than_a_pack_is_reported_with_both_ways_out(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(512, 512))
     short = Encoder(config=SCENES, tokenizer=byte_tokenizer(), max_tokens=200)
     for record, setting in (

@@ -139,7 +139,7 @@ def test_patterns_that_name_no_shard(tmp_path: Path, pattern: str, said: str) ->
         build_mixture([DataRecipe(kind="shards", path=str(tmp_path / pattern))], 0)
 
 
-def test_an_image_of_its_own_name_is_painted_not_its_companion(tmp_path: Path) -> None:
+def test_the_image_of_the_records_name_is_used_not_its_companion(tmp_path: Path) -> None:
     members = {"a.depth.png": png(96, 96), "a.png": png(64, 64), "a.txt": b"noise"}
     sample = ShardSource([write_tar(tmp_path / "d.tar", members)])[0]
     assert sample.images[0].pixels().shape == (64, 64, 3)

@@ -90,7 +90,7 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_pairs_of_image_and_caption_are_painting_samples(tmp_path: Path) -> None:
+def test_pairs_of_image_and_caption_are_text_to_image_samples(tmp_path: Path) -> None:
     _tar(tmp_path / "a.tar", {"x/1.png": _png(), "x/1.txt": b" a red wall\n"})
     sample = ShardSource([tmp_path / "a.tar"])[0]
     assert sample.task == "t2i"

@@ -56,6 +56,6 @@ def test_endings_in_capitals_and_profiles(kind: str, tmp_path: Path) -> None:
     assert abs(converted[0, 0].astype(int) - (213, 94, 33)).max() <= 4
 
 
-def test_made_scenes_have_no_profiles() -> None:
+def test_synthetic_scenes_have_no_profiles() -> None:
     with pytest.raises(ValueError, match="has no colour_profiles"):
         DataRecipe(colour_profiles=False)

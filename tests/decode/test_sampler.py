@@ -213,7 +213,7 @@ COMPANY: list[dict[str, Any]] = [
 ]
 
 
-def test_a_request_draws_the_same_in_any_company() -> None:
+def test_a_request_draws_the_same_in_any_batch() -> None:
     def logits(row: int, step: int) -> Tensor:
         return _logits(100 * row + step, 500)
 

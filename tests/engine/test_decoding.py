@@ -1,4 +1,4 @@
-"""Decoding: alone and in company, and the ways to end."""
+"""Decoding: alone and in a batch, and the ways to end."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_stop_at_once_writes_nothing() -> None:
     assert written.decoded.stopped_by == stop[0]
 
 
-def test_one_stops_and_the_others_go_on() -> None:
+def test_one_stops_and_the_others_continue() -> None:
     free = _by_full_forwards(PROMPTS[0], 6)
     decoder = Decoder(_model())
     first = decoder.start(PROMPTS[0], 6, free[2:3])
@@ -108,7 +108,7 @@ def test_one_stops_and_the_others_go_on() -> None:
         assert written.ids == _by_full_forwards(prompt, 6)
 
 
-def test_decoding_goes_on_after_a_stop_token() -> None:
+def test_decoding_continues_after_a_stop_token() -> None:
     """The caller appends the stop token itself; the limit counts over both parts."""
     free = _by_full_forwards(PROMPTS[0], 12)
     stop = free[4]
@@ -128,13 +128,13 @@ def test_decoding_goes_on_after_a_stop_token() -> None:
 
 
 def test_pending_holds_what_the_limit_cut_off() -> None:
-    """With the pending token appended, the text goes on as if there had been no limit."""
+    """With the pending token appended, the text continues as if there had been no limit."""
     written = _written(PROMPTS[3], 4)
     more = _written([*PROMPTS[3], *written.ids[:-1], *written.decoded.pending], 5)
     assert written.ids + more.ids == _by_full_forwards(PROMPTS[3], 9)
 
 
-def test_a_released_sequence_ends_and_the_others_go_on() -> None:
+def test_a_released_sequence_ends_and_the_others_continue() -> None:
     decoder = Decoder(_model())
     first, other = decoder.start(PROMPTS[0], 8), decoder.start(PROMPTS[2], 8)
     for _ in range(3):

@@ -46,7 +46,7 @@ def jobs(pipe: neounify.Pipeline) -> list[DenoiseJob]:
 
 
 @torch.inference_mode()
-def painted(stepper: Denoiser, started: list[DenoiseJob], late: int = 0) -> list[torch.Tensor]:
+def denoised(stepper: Denoiser, started: list[DenoiseJob], late: int = 0) -> list[torch.Tensor]:
     """The finished jobs; the first `late` of them join two steps after the others."""
     step = 0
     while running := [j for n, j in enumerate(started) if not j.done and (step > 1 or n >= late)]:
@@ -56,16 +56,16 @@ def painted(stepper: Denoiser, started: list[DenoiseJob], late: int = 0) -> list
 
 
 @pytest.mark.parametrize("share", ["none", "some", "all"])
-def test_company_changes_nothing(
+def test_a_batch_changes_nothing(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, share: str
 ) -> None:
     """However many of the jobs are read side by side."""
     seen = [j.longest for j in jobs(pipe)]
     assert min(seen) < max(seen) <= 512
     monkeypatch.setattr(backends, "MAX_PREFIX", 1)
-    alone = [painted(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
+    alone = [denoised(Denoiser(pipe.model), [j])[0] for j in jobs(pipe)]
     monkeypatch.setattr(backends, "MAX_PREFIX", {"none": 1, "some": min(seen), "all": 512}[share])
-    together = painted(Denoiser(pipe.model), jobs(pipe), late=2)
+    together = denoised(Denoiser(pipe.model), jobs(pipe), late=2)
     for expected, actual in zip(alone, together, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
@@ -80,10 +80,10 @@ def test_an_image_that_is_not_finite_fails_alone(
     def three() -> list[DenoiseJob]:
         return [job(pipe, text, 64, 3, guidance_norm=norm) for text in ("a", "boat", "a cat")]
 
-    expected = painted(Denoiser(pipe.model), three())
+    expected = denoised(Denoiser(pipe.model), three())
     broken = three()
     broken[1].z[0, 0] = float("nan")
-    actual = painted(Denoiser(pipe.model), broken)
+    actual = denoised(Denoiser(pipe.model), broken)
     assert not torch.isfinite(actual[1]).all()
     for index in (0, 2):
         torch.testing.assert_close(actual[index], expected[index], atol=1e-5, rtol=0)
@@ -92,7 +92,7 @@ def test_an_image_that_is_not_finite_fails_alone(
 def test_little_memory_means_more_calls(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = painted(Denoiser(pipe.model), jobs(pipe))
+    expected = denoised(Denoiser(pipe.model), jobs(pipe))
     stepper = Denoiser(pipe.model, ExecutionPlan(prefix_rows=1))
     calls: list[int] = []
     layer_by_layer = pipe.model.layer_by_layer
@@ -105,7 +105,7 @@ def test_little_memory_means_more_calls(
 
     started = jobs(pipe)
     monkeypatch.setattr(pipe.model, "layer_by_layer", counted)
-    actual = painted(stepper, started)
+    actual = denoised(stepper, started)
     assert max(calls) == 2  # the guidance branches of one image
     for a, b in zip(expected, actual, strict=True):
         torch.testing.assert_close(b, a, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""What goes wrong with one order fails that call alone; the engines go on."""
+"""Errors of one command fail that call alone; the engines continue."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def failure(answers: list[Answer]) -> str:
     return answers[-1].kind
 
 
-def test_an_image_freed_before_there_is_room_disturbs_nobody(pipe: neounify.Pipeline) -> None:
-    """Callers who leave free what they sent, whether or not the engine has come to it."""
+def test_an_image_freed_before_there_is_room_disturbs_no_other(pipe: neounify.Pipeline) -> None:
+    """Callers who disconnect free what they sent, whether or not the engine has read it."""
     transport = SharedTransport()
     engine = understanding(pipe, transport, cache_tokens=32)
     first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
@@ -182,7 +182,7 @@ def test_an_order_that_cannot_be_admitted_fails_alone(
     assert pool_of(engine).allocator.in_use == 0
 
 
-def painting(
+def image_command(
     pipe: neounify.Pipeline,
     call: int,
     transport: Any,
@@ -209,8 +209,8 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     noise = noise_of(pipe, 3)
     noise[list(broken)] = float("nan")
-    engine.submit(painting(pipe, 1, transport, noise))
-    engine.submit(painting(pipe, 2, transport, noise_of(pipe, 2)))
+    engine.submit(image_command(pipe, 1, transport, noise))
+    engine.submit(image_command(pipe, 2, transport, noise_of(pipe, 2)))
     replies = answers(engine)
     assert failure(replies[1]) == "CheckpointError"
     assert [type(a) for a in replies[2]] == [ImageReady, ImageReady]
@@ -230,7 +230,9 @@ def test_one_order_to_the_generation_engine_fails_alone(
     transport = Failing(**{what: {number: error}})
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
     for call in (1, 2):
-        engine.submit(painting(pipe, call, transport, noise_of(pipe, 1), previews=frozenset((1,))))
+        engine.submit(
+            image_command(pipe, call, transport, noise_of(pipe, 1), previews=frozenset((1,)))
+        )
     by_call = answers(engine)
     failing = [call for call, replies in by_call.items() if isinstance(replies[-1], Failed)]
     assert len(failing) == 1
@@ -242,7 +244,7 @@ def test_one_order_to_the_generation_engine_fails_alone(
 def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify.Pipeline) -> None:
     transport = LocalTransport()
     engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
-    order = painting(pipe, 1, transport, noise_of(pipe, 1))
+    order = image_command(pipe, 1, transport, noise_of(pipe, 1))
     sampling = ImageSampling(steps=2).resolve(pipe.config, editing=False)
     early = GenerateImages(
         1, order.noise, GRID, sampling, {**order.prefixes, "uncond": "uncond"}, frozenset()

@@ -40,7 +40,7 @@ def engine_of(service: EngineService) -> UnderstandingEngine:
     return engine.understanding
 
 
-async def until_painting(service: EngineService, tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def until_generating(service: EngineService, tasks: Sequence[asyncio.Task[Any]]) -> None:
     while service.gauges().get("gen_images", 0) < len(tasks):
         for task in tasks:
             if task.done():
@@ -48,8 +48,8 @@ async def until_painting(service: EngineService, tasks: Sequence[asyncio.Task[An
         await asyncio.sleep(0.01)
 
 
-def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipeline) -> None:
-    """Two edits fill the cache with their prompts; a chat begins and ends while they paint."""
+def test_text_does_not_wait_for_the_room_of_images(pipe: neounify.Pipeline) -> None:
+    """Two edits fill the cache with their prompts; a chat begins and ends while they run."""
     sampling = ImageSampling(steps=600, guidance=3, image_guidance=2).resolve(
         pipe.config, editing=True
     )
@@ -63,13 +63,13 @@ def test_text_does_not_wait_for_the_room_of_what_is_painted(pipe: neounify.Pipel
     request = make_chat_request("y" * 350, [], max_new_tokens=40)
 
     async def work(service: EngineService) -> Any:
-        painting = [asyncio.ensure_future(collect(service, edit)) for edit in edits]
-        await until_painting(service, painting)
+        generating = [asyncio.ensure_future(collect(service, edit)) for edit in edits]
+        await until_generating(service, generating)
         chat = await collect(service, request)
-        still = [task for task in painting if not task.done()]
-        for task in painting:
+        still = [task for task in generating if not task.done()]
+        for task in generating:
             task.cancel()
-        await asyncio.gather(*painting, return_exceptions=True)
+        await asyncio.gather(*generating, return_exceptions=True)
         return chat, len(still)
 
     chat, still = serve(colocated(pipe, room_of(512)), work)

@@ -1,4 +1,4 @@
-"""With little room in the cache the same answers come, in any order of events; nobody starves."""
+"""Small caches give the same answers in any order of events, and no request starves."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Life:
     done: bool = False
 
     def next_order(self) -> Any:
-        """None when it has come to its end; the same for the same seed."""
+        """None when it has ended; the same for the same seed."""
         kind = self.left.pop(0) if self.left else "close"
         rng = random.Random(f"{self.seed} {len(self.left)}")
         cond, other = (self.number, "cond"), (self.number, "image")
@@ -158,7 +158,7 @@ def live(
 
 @cache
 def alone(pipe: neounify.Pipeline, seed: int) -> Life:
-    """A request with nobody beside it and all the room: the same in every example."""
+    """A request alone with the whole cache: the same in every example."""
     return live(engine_with(pipe, LARGE), [seed], random.Random(1))[0]
 
 

@@ -1,4 +1,4 @@
-"""Who takes the next denoising step: soonest done first, nobody left out for long."""
+"""Scheduling of denoising steps: shortest remaining first, and no image waits for long."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def test_one_larger_than_the_limit_goes_alone() -> None:
     st.integers(1, 60),
     st.integers(1, 5),
 )
-def test_nobody_waits_for_ever(
-    sizes: list[tuple[int, int]], max_rows: int, max_missed: int
-) -> None:
+def test_no_image_starves(sizes: list[tuple[int, int]], max_rows: int, max_missed: int) -> None:
     waiting = [Waiting(rows, steps) for rows, steps in sizes]
     for _ in range(200):
         chosen = select_images(waiting, max_rows, max_missed)

@@ -1,4 +1,4 @@
-"""Denoising steps are interrupted between layers: nobody waits for a whole large step."""
+"""Denoising steps are interrupted between layers: text never waits for a whole large step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from neounify.serve.engines import Worker
 SMALL, LARGE = Grid(2, 2), Grid(6, 6)
 
 
-def paint(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> GenerateImages:
+def image_command(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) -> GenerateImages:
     config = pipe.config
     random = torch.Generator().manual_seed(call)
     shape = (config.num_layers, config.num_kv_heads, 3, config.head_dim)
@@ -75,14 +75,14 @@ def test_slices_give_what_whole_steps_give(pipe: neounify.Pipeline, beside_text:
     expected: dict[int, torch.Tensor] = {}
     for call, grid in grids.items():
         alone = engine(pipe, 1e9)
-        alone.submit(paint(pipe, call, grid, 5))
+        alone.submit(image_command(pipe, call, grid, 5))
         while alone.busy:
             alone.step()
         assert alone.counters["gen_steps"] == 5
         expected |= results(alone)
     sliced = engine(pipe, 0.0)
     for call, grid in grids.items():
-        sliced.submit(paint(pipe, call, grid, 5))
+        sliced.submit(image_command(pipe, call, grid, 5))
     calls = 0
     while sliced.busy:
         sliced.step(beside_text=beside_text)
@@ -94,15 +94,15 @@ def test_slices_give_what_whole_steps_give(pipe: neounify.Pipeline, beside_text:
             assert torch.equal(pixels, expected[call])
 
 
-def test_small_images_go_on_during_a_large_step(pipe: neounify.Pipeline) -> None:
+def test_small_images_proceed_during_a_large_step(pipe: neounify.Pipeline) -> None:
     """A small image of three steps is finished before one step of the large one is."""
     sliced = engine(pipe, 0.0)
-    sliced.submit(paint(pipe, 1, LARGE, 2))
+    sliced.submit(image_command(pipe, 1, LARGE, 2))
     sliced.step()
     whole: list[Any] = []
     sliced._denoiser.slices = lambda jobs: iter(whole.append(len(jobs)) or [None])  # type: ignore
-    sliced.submit(paint(pipe, 2, SMALL, 3))
-    sliced.submit(paint(pipe, 3, LARGE, 2))
+    sliced.submit(image_command(pipe, 2, SMALL, 3))
+    sliced.submit(image_command(pipe, 3, LARGE, 2))
     for _ in range(2):
         sliced.step()
     assert whole == [1]  # the small one alone: a second large one has to wait for the first
@@ -110,12 +110,12 @@ def test_small_images_go_on_during_a_large_step(pipe: neounify.Pipeline) -> None
 
 def test_a_call_given_up_in_the_middle_of_a_step_is_gone(pipe: neounify.Pipeline) -> None:
     sliced = engine(pipe, 0.0)
-    sliced.submit(paint(pipe, 1, LARGE, 2))
+    sliced.submit(image_command(pipe, 1, LARGE, 2))
     sliced.step()
     sliced.submit(Cancel(1))
     assert sliced.gauges()["gen_images"] == 0
     assert len(sliced._running) == 0
-    sliced.submit(paint(pipe, 2, SMALL, 2))
+    sliced.submit(image_command(pipe, 2, SMALL, 2))
     while sliced.busy:
         sliced.step()
     assert list(results(sliced)) == [2]
@@ -157,7 +157,7 @@ def test_the_next_token_is_one_slice_away(
     then = Decode(2, name, TextSampling(), frozenset(), 20)
     commands: list[Command] = [
         Prefill(1, {name: (TextInput((1, 2, 3)),)}, {name: 20}, then),
-        paint(pipe, 3, LARGE, 30),
+        image_command(pipe, 3, LARGE, 30),
     ]
     script = Script(commands, layers)
     understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())

@@ -95,8 +95,8 @@ def test_transparency_is_laid_on_white_after_the_conversion(mode: str) -> None:
         image.putpixel((1, 0), 1)
         image.info["transparency"] = 1
     image.info["icc_profile"] = P3
-    painted, empty = np.asarray(read_image(image))[0]
-    assert np.abs(painted - by_hand(COLOURS[0], DISPLAY_P3, None)).max() <= 2
+    opaque, empty = np.asarray(read_image(image))[0]
+    assert np.abs(opaque - by_hand(COLOURS[0], DISPLAY_P3, None)).max() <= 2
     assert empty.tolist() == [255, 255, 255]
 
 
@@ -104,8 +104,8 @@ def test_a_transparent_colour_is_found_before_the_conversion() -> None:
     image = Image.new("RGB", (2, 1), COLOURS[0])
     image.putpixel((1, 0), (9, 200, 9))
     data = file_bytes(image, icc_profile=P3, transparency=(9, 200, 9))
-    painted, empty = np.asarray(read_image(data))[0]
-    assert np.abs(painted - by_hand(COLOURS[0], DISPLAY_P3, None)).max() <= 2
+    opaque, empty = np.asarray(read_image(data))[0]
+    assert np.abs(opaque - by_hand(COLOURS[0], DISPLAY_P3, None)).max() <= 2
     assert empty.tolist() == [255, 255, 255]
 
 

@@ -1,4 +1,4 @@
-"""The resize rule, the training buckets, and the legal sizes of painted images."""
+"""The resize rule, the training buckets, and the legal sizes of generated images."""
 
 import numpy as np
 import pytest

@@ -165,7 +165,7 @@ def test_convolutions_can_be_merged_but_not_trained(folder: Path, tmp_path: Path
         load_lora(random_model(SMALL, 0), folder)
 
 
-def test_an_adapter_goes_on_a_plain_model_only(folder: Path) -> None:
+def test_an_adapter_needs_a_plain_model(folder: Path) -> None:
     with pytest.raises(ConfigError, match="already"):
         load_lora(adapted(), folder)
 

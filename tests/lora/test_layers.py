@@ -145,7 +145,7 @@ for model in (before, after):
 
 def test_compiled_streams() -> None:
     """Adapters may come before or after; no kernel is built here, the graphs are what counts."""
-    # In a process of its own: the shape checks of the tests cannot be compiled.
+    # In a separate process: the shape checks of the tests cannot be compiled.
     ran = subprocess.run(
         [sys.executable, "-c", COMPILED],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

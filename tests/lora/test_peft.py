@@ -56,7 +56,7 @@ def test_there_and_back(kind: str, rslora: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::neounify.errors.SizeWarning")
-def test_the_pipeline_paints_the_same(tmp_path: Path) -> None:
+def test_the_pipeline_generates_the_same(tmp_path: Path) -> None:
     config = LoraConfig(rank=2, streams=("gen",), layers=(1, 2))
     base = write_base(tmp_path / "base", BYTES)
     byte_tokenizer().save(base)
@@ -67,9 +67,9 @@ def test_the_pipeline_paints_the_same(tmp_path: Path) -> None:
     wanted = pipe.generate("a boat", width=64, height=64, steps=2).pixels
     save_lora(pipe.model, config, tmp_path / "adapter")
     for lora in (tmp_path / "adapter", tmp_path / "adapter" / "adapter_model.safetensors"):
-        painted = load(base, lora=lora).generate("a boat", width=64, height=64, steps=2).pixels
-        torch.testing.assert_close(painted, wanted, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(painted, plain, rtol=1e-2, atol=1e-2)
+        result = load(base, lora=lora).generate("a boat", width=64, height=64, steps=2).pixels
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(result, plain, rtol=1e-2, atol=1e-2)
 
 
 def test_both_formats_say_the_same(folder: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_we_read_what_peft_writes(peft: Any, targets: Any, tmp_path: Path) -> No
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_peft_goes_on_training_where_we_stopped(peft: Any, tmp_path: Path) -> None:
+def test_peft_resumes_training_where_we_stopped(peft: Any, tmp_path: Path) -> None:
     save_lora(adapted(), everywhere(), tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(
         tree("dense"), str(tmp_path / "ours"), is_trainable=True

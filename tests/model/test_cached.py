@@ -204,7 +204,7 @@ def test_denoising_only_reads_and_many_blocks_share_a_cache(backend: str) -> Non
     np.testing.assert_array_equal(cache.values.numpy(), before[1].numpy())
 
 
-def test_a_painted_image_goes_back_to_where_its_noise_stood() -> None:
+def test_a_generated_image_replaces_its_noise() -> None:
     config, model, maker = _setup(6)
     cache = _cache(config)
     forward_und(model, [_input_of(cache, [maker.text(3)], config)])

@@ -42,7 +42,7 @@ def test_parameters_of_the_sparse_model() -> None:
     assert round(counts.total() / 1e9) == 39
     mlp = U1_A3B.und_mlp
     idle = (mlp.num_experts - mlp.experts_per_token) * 3 * 2048 * mlp.expert_width * 48
-    assert 2.5e9 < counts["und"] - idle + counts["shared"] < 3.5e9  # "A3B": 3 billion at work
+    assert 2.5e9 < counts["und"] - idle + counts["shared"] < 3.5e9  # "A3B": 3 billion active
 
 
 def test_the_smallest_preset_runs() -> None:

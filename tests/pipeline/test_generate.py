@@ -1,4 +1,4 @@
-"""Painting: batches, noise, callbacks, cancelling, input that cannot be used."""
+"""Image generation: batches, noise, callbacks, cancelling, input that cannot be used."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ SIZE: dict[str, Any] = {"width": 64, "height": 96, "steps": 3}
 PROMPTS = ["a red boat", "two green stars on a blue ground, far away", "x"]
 
 
-def test_an_image_does_not_depend_on_its_company(pipe: neounify.Pipeline) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipe: neounify.Pipeline) -> None:
     together = pipe.generate(PROMPTS, seed=[5, 6, 7], **SIZE).pixels
     for number, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6, 7], strict=True)):
         alone = pipe.generate(prompt, seed=seed, **SIZE).pixels

@@ -22,7 +22,7 @@ FEW: dict[str, Any] = {"width": 64, "height": 32, "steps": 2}
 
 
 class Scripted:
-    """Writes what it is told, whatever the model thinks."""
+    """Writes a given text, whatever the model predicts."""
 
     def __init__(self, pipe: neounify.Pipeline, text: str) -> None:
         ids = pipe.tokenizer.encode(text, allow_special=True)
@@ -53,7 +53,7 @@ def test_parts_come_in_order(pipe: neounify.Pipeline, monkeypatch: pytest.Monkey
     assert image.image.size == (64, 32)
 
 
-def test_after_the_last_image_text_goes_on_and_a_further_one_ends(
+def test_after_the_last_image_text_continues_and_a_further_one_ends(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert shape(story(pipe, monkeypatch, "a<img>b<img>c", max_images=1)) == "a..[]b"
@@ -72,7 +72,7 @@ def test_sizes_in_turn(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch)
     assert sizes == [(32, 64), (64, 32), (64, 32)]
 
 
-def test_a_painted_image_changes_what_follows(
+def test_a_generated_image_changes_what_follows(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [

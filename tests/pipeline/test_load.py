@@ -27,7 +27,7 @@ def folder(pipe: neounify.Pipeline, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def paint(pipe: neounify.Pipeline) -> torch.Tensor:
+def generated(pipe: neounify.Pipeline) -> torch.Tensor:
     return pipe.generate("a boat", width=64, height=64, steps=3, seed=2).pixels
 
 
@@ -37,30 +37,35 @@ def test_saved_and_loaded_is_the_same(pipe: neounify.Pipeline, folder: Path) -> 
     ours, theirs = pipe.model.state_dict(), loaded.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # Mapped weights lie elsewhere in memory, and some processors' products round by alignment.
-    torch.testing.assert_close(paint(loaded), paint(pipe), rtol=0, atol=1e-5)
+    torch.testing.assert_close(generated(loaded), generated(pipe), rtol=0, atol=1e-5)
     assert loaded.chat("hi", max_new_tokens=5) == pipe.chat("hi", max_new_tokens=5)
 
 
 def test_system_message_belongs_to_the_checkpoint(pipe: neounify.Pipeline, tmp_path: Path) -> None:
     other = neounify.Pipeline(pipe.model, pipe.tokenizer, system_message="Paint in blue.")
     other.save(tmp_path / "model")
-    assert not torch.allclose(paint(neounify.load(tmp_path / "model")), paint(pipe), atol=1e-3)
-    mine = paint(neounify.load(tmp_path / "model"))
-    torch.testing.assert_close(mine, paint(other), rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        generated(neounify.load(tmp_path / "model")), generated(pipe), atol=1e-3
+    )
+    mine = generated(neounify.load(tmp_path / "model"))
+    torch.testing.assert_close(mine, generated(other), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_by_stream_changes_no_result(folder: Path, dtype: str) -> None:
     full = neounify.load(folder, dtype=dtype)
     lean = neounify.load(folder, dtype=dtype, memory="stream")
-    assert torch.equal(paint(full), paint(lean))
+    assert torch.equal(generated(full), generated(lean))
     assert full.chat("hi", max_new_tokens=5) == lean.chat("hi", max_new_tokens=5)
     parts = lean.interleave("tell", width=32, height=32, steps=2, max_new_tokens=5, max_images=1)
     assert list(parts)
 
 
 def test_bfloat16_is_close_to_float32(folder: Path) -> None:
-    exact, rounded = paint(neounify.load(folder)), paint(neounify.load(folder, dtype="bfloat16"))
+    exact, rounded = (
+        generated(neounify.load(folder)),
+        generated(neounify.load(folder, dtype="bfloat16")),
+    )
     assert (exact - rounded).norm() < 0.1 * exact.norm()
 
 
@@ -87,12 +92,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(pipe: neounify.Pipeline) -
         neounify.Pipeline(small, pipe.tokenizer)
 
 
-def test_nan_weights_are_found_at_work_or_by_looking(
+def test_nan_weights_are_found_in_use_or_by_verification(
     pipe: neounify.Pipeline, tmp_path: Path
 ) -> None:
     for name, call in (
         ("layers.1.und.out.mlp.up_proj.weight", lambda p: p.chat("hi", max_new_tokens=1)),
-        ("layers.1.gen.out.mlp.up_proj.weight", paint),
+        ("layers.1.gen.out.mlp.up_proj.weight", generated),
     ):
         model = copy.deepcopy(pipe.model)
         with torch.no_grad():
@@ -115,8 +120,8 @@ assert torch.allclose(paint(), paint(compile=True), atol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_paints_the_same(folder: Path) -> None:
-    # In a process of its own: the shape checks of the tests cannot be compiled.
+def test_compiled_generates_the_same(folder: Path) -> None:
+    # In a separate process: the shape checks of the tests cannot be compiled.
     subprocess.run([sys.executable, "-c", COMPARE, str(folder)], check=True)
 
 

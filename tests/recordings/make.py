@@ -159,7 +159,7 @@ def prompt_ids(tokenizer: Any) -> list[list[int]]:
 
 
 def record(name: str, config: ModelConfig, seed: int, folder: Path = FOLDER) -> None:
-    """Write the arrays of the model in its folder, which is made with random weights if missing."""
+    """Write the arrays of the model in its folder, created with random weights if missing."""
     tokenizer = byte_tokenizer()
     if not (folder / name).exists():
         pipe = neounify.Pipeline(random_model(config, seed), tokenizer, system_message=SYSTEM)

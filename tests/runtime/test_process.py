@@ -27,7 +27,7 @@ PAGES = 2 * 10 * (1 + 4 + 16) * 2**20 // 4096
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_kept_memory_needs_no_new_pages() -> None:
-    # In a process of its own: the setting is the whole process's.
+    # In a separate process: the setting is the whole process's.
     command = [sys.executable, "-c", MEASURE]
     faults = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     # Without the setting nearly all of them; some where the system takes idle ones back.

@@ -45,10 +45,10 @@ def test_a_file_is_entered_by_a_call_and_not_by_an_import(
 def test_ways_in_this_process_enter_model_and_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     count = script("count_files")
-    painting, training = count.prompt_to_png(), count.sample_to_gradient()
-    assert {"model/neo.py", "flow/path.py", "pipeline/pipeline.py"} <= painting
+    generation, training = count.prompt_to_png(), count.sample_to_gradient()
+    assert {"model/neo.py", "flow/path.py", "pipeline/pipeline.py"} <= generation
     assert {"model/neo.py", "flow/path.py", "data/sources.py"} <= training
-    assert not any(file.startswith(("serve/", "cli/")) for file in painting | training)
+    assert not any(file.startswith(("serve/", "cli/")) for file in generation | training)
 
 
 def test_sizes_are_of_all_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def left(transport: SharedTransport) -> int:
     return len(list(folder().glob(f"{transport.prefix}*")))
 
 
-def test_what_nobody_waits_for_any_more_is_freed(transport: SharedTransport) -> None:
+def test_abandoned_results_are_freed(transport: SharedTransport) -> None:
     """Whether the reply comes after the call was closed, before it, or after the loop has ended."""
     engine = Scripted(works)
     client = EngineClient("generation", engine)

@@ -42,10 +42,10 @@ def test_the_bundled_model_answers_ordinary_clients() -> None:
     with served("--dtype", "float32") as (process, address):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
         model = client.models.list().data[0].id
-        painted = client.images.generate(
+        generated = client.images.generate(
             model=model, prompt="a red circle", size="auto", extra_body={"seed": 3, "steps": 6}
         )
-        data, image = image_of((painted.data or [])[0])
+        data, image = image_of((generated.data or [])[0])
         mine = pipe.generate("a red circle", seed=3, steps=6).images[0]
         assert np.abs(np.asarray(image, int) - np.asarray(mine, int)).max() <= 1
         assert read_provenance(data)["seed"] == 3
@@ -135,7 +135,7 @@ def test_a_killed_server_leaves_nothing_behind(folder: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for yet has."""
+    """Whether a process is running; a zombie, which awaits its parent, is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

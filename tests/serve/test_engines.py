@@ -40,7 +40,7 @@ from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve
 
 
-def painting(pipe: neounify.Pipeline, steps: int) -> ImageRequest:
+def image_request(pipe: neounify.Pipeline, steps: int) -> ImageRequest:
     sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
     return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling)
 
@@ -88,11 +88,11 @@ def test_a_thread_that_dies_is_started_again_and_leaves_none_behind(
         threads, gauges = engine_threads(), await at_rest(service)
         for _ in range(3):
             deaths[0] = 1
-            requests = [collect(service, painting(pipe, 50)), collect(service, chatting(400))]
+            requests = [collect(service, image_request(pipe, 50)), collect(service, chatting(400))]
             await asyncio.gather(*map(unavailable, requests))
             await unavailable(collect(service, chatting(4)))
             await ready(service)
-        answer = await collect(service, painting(pipe, 3))
+        answer = await collect(service, image_request(pipe, 3))
         same_image(
             answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
         )
@@ -104,7 +104,7 @@ def test_a_thread_that_dies_is_started_again_and_leaves_none_behind(
     serve(colocated(pipe), work)
 
 
-def test_a_step_without_end_in_a_thread_is_told_and_survived(
+def test_a_step_without_end_in_a_thread_is_reported_and_survived(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, stuck, pending = GenerationEngine.step, threading.Event(), [True]
@@ -116,14 +116,14 @@ def test_a_step_without_end_in_a_thread_is_told_and_survived(
 
     async def work(service: EngineService) -> None:
         threads = engine_threads()
-        await unavailable(collect(service, painting(pipe, 3)))
+        await unavailable(collect(service, image_request(pipe, 3)))
         await until(lambda: service.counters()["restarts"] > 1)  # it cannot begin beside the other
         assert not service.ready
         assert engine_threads() <= threads
         await unavailable(collect(service, chatting(4)))
         stuck.set()
         await ready(service)
-        assert (await collect(service, painting(pipe, 3))).finished is not None
+        assert (await collect(service, image_request(pipe, 3))).finished is not None
         await until(lambda: engine_threads() == threads)
 
     monkeypatch.setattr(GenerationEngine, "step", sticks)
@@ -199,10 +199,10 @@ def test_a_machine_without_threads_starts_the_engines_later(
         start(self)
 
     async def work(service: EngineService) -> None:
-        await unavailable(collect(service, painting(pipe, 3)))
+        await unavailable(collect(service, image_request(pipe, 3)))
         await ready(service)
         assert service.counters()["restarts"] == 3
-        assert (await collect(service, painting(pipe, 3))).finished is not None
+        assert (await collect(service, image_request(pipe, 3))).finished is not None
 
     monkeypatch.setattr(GenerationEngine, "step", dies)
     monkeypatch.setattr(threading.Thread, "start", refuses)
@@ -222,21 +222,23 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
     kills = (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL)
 
     async def work(service: EngineService) -> None:
-        paints = victim == "generation"
+        generates = victim == "generation"
         client = getattr(service.clients, victim)
         gauges = await at_rest(service)
         files = threads = 0
         for number, kill in enumerate(kills):
             hit = asyncio.ensure_future(
-                collect(service, painting(pipe, 1000) if paints else chatting(7000), previews=50)
+                collect(
+                    service, image_request(pipe, 1000) if generates else chatting(7000), previews=50
+                )
             )
-            name = "gen_images" if paints else "und_writing"
+            name = "gen_images" if generates else "und_writing"
             await until(lambda name=name: service.gauges().get(name, 0) >= 1)  # type: ignore[misc]
             old = process_of(client)
             os.kill(old, kill)
             await unavailable(hit)
-            meanwhile = [collect(service, painting(pipe, 3))]
-            if paints:
+            meanwhile = [collect(service, image_request(pipe, 3))]
+            if generates:
                 assert (await collect(service, chatting(4))).finished is not None
             else:
                 meanwhile.append(collect(service, chatting(4)))
@@ -247,7 +249,7 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
                 os.kill(old, 0)
             if number == 0:
                 files, threads = open_files(), threading.active_count()
-        answer = await collect(service, painting(pipe, 3))
+        answer = await collect(service, image_request(pipe, 3))
         same_image(
             answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
         )
@@ -271,13 +273,13 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
 
 @pytest.mark.slow
 def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, folder: Path) -> None:
-    """Its heartbeat goes on, and says how long the step has been taking."""
+    """Its heartbeat continues, and reports how long the step has been taking."""
 
     async def work(service: EngineService) -> None:
-        await unavailable(collect(service, painting(pipe, 1000)))
+        await unavailable(collect(service, image_request(pipe, 1000)))
         await ready(service)
         assert service.clients.generation.restarts >= 1
-        assert (await collect(service, painting(pipe, 1))).finished is not None
+        assert (await collect(service, image_request(pipe, 1))).finished is not None
 
     settings = ServeConfig(
         folder=folder,
@@ -311,7 +313,7 @@ class Script:
         pass
 
 
-class Painting(GenerationEngine):
+class CountingSteps(GenerationEngine):
     """Has images for some steps, and notes which of the steps were to be short."""
 
     def __init__(self, pipe: neounify.Pipeline, steps: int) -> None:
@@ -330,9 +332,9 @@ class Painting(GenerationEngine):
 def steps_beside(pipe: neounify.Pipeline, then: Decode | None) -> list[bool]:
     command = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
     understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
-    painting = Painting(pipe, 4)
-    Worker(Script([command]), understanding, painting).run()
-    return painting.short
+    generation = CountingSteps(pipe, 4)
+    Worker(Script([command]), understanding, generation).run()
+    return generation.short
 
 
 def test_denoising_steps_are_short_beside_text(pipe: neounify.Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""Limits, deadlines, clients that go away, engines that die: nobody else notices."""
+"""Limits, deadlines, clients that go away, engines that die: no other request is affected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from neounify.tasks.interleave import InterleaveRequest
 from support.serving import collect, same_image, serve
 
 
-def painting(pipe: neounify.Pipeline, steps: int, **values: Any) -> ImageRequest:
+def image_request(pipe: neounify.Pipeline, steps: int, **values: Any) -> ImageRequest:
     sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
     options: dict[str, Any] = {"prompt": "a boat", "width": 64, "height": 64, "sampling": sampling}
     return ImageRequest(**(options | values))
@@ -63,7 +63,7 @@ async def settled(service: EngineService) -> dict[str, float]:
         gauges = dict(service.gauges())
         if not any(gauges.get(name) for name in ("requests", "und_writing", "gen_images")):
             return gauges
-    raise AssertionError(f"the engines never came to rest: {gauges}")
+    raise AssertionError(f"the engines never became idle: {gauges}")
 
 
 def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline) -> None:
@@ -81,7 +81,7 @@ def test_over_the_limit_is_refused_and_the_rest_finishes(pipe: neounify.Pipeline
 
 def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
     async def work(service: EngineService) -> list[Any]:
-        requests = [painting(pipe, 3, count=3), painting(pipe, 3)]
+        requests = [image_request(pipe, 3, count=3), image_request(pipe, 3)]
         return await asyncio.gather(
             *(collect(service, r) for r in requests), return_exceptions=True
         )
@@ -110,7 +110,7 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
 def test_images_that_are_too_large_are_an_error_at_once(
     pipe: neounify.Pipeline, size: tuple[int, int], limits: AdmissionConfig, message: str
 ) -> None:
-    request = painting(pipe, 3, count=2, width=size[0], height=size[1])
+    request = image_request(pipe, 3, count=2, width=size[0], height=size[1])
     story = InterleaveRequest(prompt="Tell", sizes=[(64, 64), size], sampling=request.sampling)
 
     async def work(service: EngineService) -> dict[str, float]:
@@ -146,9 +146,9 @@ def test_what_can_never_fit_is_an_error_at_once(pipe: neounify.Pipeline) -> None
         serve(colocated(pipe), lambda s: collect(s, chatting("x" * 9000)))
 
 
-@pytest.mark.parametrize("kind", ["chat", "paint"])
+@pytest.mark.parametrize("kind", ["chat", "image"])
 def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: str) -> None:
-    request = chatting(tokens=4000) if kind == "chat" else painting(pipe, 900)
+    request = chatting(tokens=4000) if kind == "chat" else image_request(pipe, 900)
 
     async def work(service: EngineService) -> dict[str, float]:
         events = service.answer(request)
@@ -174,7 +174,7 @@ def test_a_client_that_goes_away_frees_its_work(pipe: neounify.Pipeline, kind: s
 
 def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
     async def work(service: EngineService) -> None:
-        for request in (chatting(tokens=4000), painting(pipe, 900)):
+        for request in (chatting(tokens=4000), image_request(pipe, 900)):
             with pytest.raises(DeadlineExceeded):
                 await collect(service, request, deadline=0.3)
         await settled(service)
@@ -184,7 +184,7 @@ def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
 
 def test_closed_doors_let_what_was_begun_finish(pipe: neounify.Pipeline) -> None:
     async def work(service: EngineService) -> Any:
-        task = asyncio.ensure_future(collect(service, painting(pipe, 12)))
+        task = asyncio.ensure_future(collect(service, image_request(pipe, 12)))
         await asyncio.sleep(0.05)
         service.close_doors()
         with pytest.raises(Draining):
@@ -205,7 +205,7 @@ def test_known_beginnings_are_not_read_again(pipe: neounify.Pipeline) -> None:
             {"role": "user", "content": "And then?"},
         ]
         second = await collect(service, make_chat_request(turn, [], max_new_tokens=4))
-        image = await collect(service, painting(pipe, 2))
+        image = await collect(service, image_request(pipe, 2))
         engine_of(service).check()
         return first, second, image
 
@@ -227,7 +227,7 @@ def test_texts_need_no_generation_engine(pipe: neounify.Pipeline) -> None:
             for text in (chatting(), CompletionRequest(prompt="Hello", max_new_tokens=4)):
                 assert (await collect(service, text)).finished is not None
             with pytest.raises(EngineDied, match="generation engine"):
-                await collect(service, painting(pipe, 2))
+                await collect(service, image_request(pipe, 2))
         finally:
             service.clients = clients
 
@@ -250,13 +250,13 @@ def test_an_engine_that_fails_is_started_again(
 
     async def work(service: EngineService) -> Any:
         with pytest.raises(EngineDied):
-            await collect(service, painting(pipe, 3))
+            await collect(service, image_request(pipe, 3))
         for _ in range(100):
             if service.ready:
                 break
             await asyncio.sleep(0.02)
         assert service.counters()["restarts"] == 1
-        return await collect(service, painting(pipe, 3))
+        return await collect(service, image_request(pipe, 3))
 
     answer = serve(colocated(pipe), work)
     same_image(answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
@@ -273,9 +273,9 @@ def test_a_killed_process_costs_only_its_own_requests(
         os.kill(client.engine.pid, signal.SIGKILL)
 
     async def work(service: EngineService) -> Any:
-        # Whoever is killed must still be at work then, on a machine of any speed.
+        # The killed engine must still be computing then, on a machine of any speed.
         steps, tokens = 1000, 50 if victim == "gen" else 6000
-        image = asyncio.ensure_future(collect(service, painting(pipe, steps)))
+        image = asyncio.ensure_future(collect(service, image_request(pipe, steps)))
         chat = asyncio.ensure_future(collect(service, chatting(tokens=tokens)))
         while service.gauges().get("gen_images", 0) < 1:
             await asyncio.sleep(0.02)
@@ -285,7 +285,7 @@ def test_a_killed_process_costs_only_its_own_requests(
         with pytest.raises(EngineDied):
             await died
         assert not ready(service)
-        if victim == "gen":  # text needs no painting
+        if victim == "gen":  # text needs no generation engine
             text = await collect(service, CompletionRequest(prompt="A red", max_new_tokens=2))
             assert text.finished is not None
             assert not ready(service)
@@ -294,7 +294,7 @@ def test_a_killed_process_costs_only_its_own_requests(
         while not ready(service):
             await asyncio.sleep(0.05)
         return await asyncio.gather(
-            collect(service, painting(pipe, 3)), collect(service, chatting())
+            collect(service, image_request(pipe, 3)), collect(service, chatting())
         )
 
     settings = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)

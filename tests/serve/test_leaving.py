@@ -51,21 +51,21 @@ def pipe() -> neounify.Pipeline:
 
 @pytest.fixture(scope="module")
 def requests(pipe: neounify.Pipeline) -> dict[str, ServiceRequest]:
-    def painting(**values: Any) -> ImageRequest:
+    def image_request(**values: Any) -> ImageRequest:
         sampling = ImageSampling(steps=3).resolve(pipe.config, editing="images" in values)
         return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling, **values)
 
     return {
         "chat": make_chat_request("What is <image>?", [IMAGE], max_new_tokens=3),
-        "think": painting(think=True, max_think_tokens=3),
-        "several": painting(count=2),
-        "edit": painting(images=(IMAGE,)),
+        "think": image_request(think=True, max_think_tokens=3),
+        "several": image_request(count=2),
+        "edit": image_request(images=(IMAGE,)),
         "story": _story(pipe),
     }
 
 
 def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
-    """One that does paint: whether it does depends on the prompt."""
+    """One that generates an image: whether it does depends on the prompt."""
     for number in range(50):
         prompt = f"Tell {number}"
         options: dict[str, Any] = {"max_images": 1, "max_new_tokens": 4, "seed": 2}
@@ -75,14 +75,14 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
             return InterleaveRequest(
                 prompt=prompt, sizes=[(64, 64)], sampling=sampling, images=[IMAGE], **options
             )
-    raise AssertionError("no prompt lets the model paint")
+    raise AssertionError("no prompt lets the model generate an image")
 
 
 @pytest.fixture(scope="module")
 def services(
     pipe: neounify.Pipeline, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Callable[[], EngineService]]:
-    folder = tmp_path_factory.mktemp("painting") / "tiny"
+    folder = tmp_path_factory.mktemp("model") / "tiny"
     pipe.save(folder)
     separate = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
     return {"colocate": lambda: colocated(pipe), "separate": lambda: build_service(separate)}

@@ -43,7 +43,7 @@ class Server:
 
     @contextmanager
     def asked(self, path: str, body: object = None) -> Iterator[http.client.HTTPResponse]:
-        """The answer to a request on a connection of its own, which ends with this."""
+        """The answer to a request on a separate connection, which ends with this."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             method, data = ("GET", None) if body is None else ("POST", json.dumps(body))
@@ -113,7 +113,7 @@ def test_two_processes_answer(server: Server) -> None:
     assert len({*replicas.values(), server.process.pid}) == 3
 
 
-def test_an_image_is_the_pipelines_whoever_paints_it(
+def test_an_image_is_the_pipelines_from_any_replica(
     server: Server, pipe: neounify.Pipeline
 ) -> None:
     body = {"prompt": "a boat", "size": "128x96", "seed": 3, "steps": 4}

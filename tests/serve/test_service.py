@@ -1,4 +1,4 @@
-"""Results of the service are those of the pipeline: alone, in company, in either mode."""
+"""Results of the service are those of the pipeline: alone, in a batch, in either mode."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ IMAGE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
 OTHER = PIL.Image.fromarray(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
-def painting(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> ImageRequest:
+def image_request(pipe: neounify.Pipeline, prompt: str = "a boat", **values: Any) -> ImageRequest:
     options: dict[str, Any] = {
         "width": 128,
         "height": 96,
@@ -129,15 +129,15 @@ def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.
         pipe.config, editing=True
     )
     requests = [
-        painting(pipe, seed=3),
-        painting(pipe, "two", width=64, height=64, count=2),
-        painting(pipe, "thoughtful", think=True, max_think_tokens=8),
-        painting(
+        image_request(pipe, seed=3),
+        image_request(pipe, "two", width=64, height=64, count=2),
+        image_request(pipe, "thoughtful", think=True, max_think_tokens=8),
+        image_request(
             pipe, "unguided", sampling=ImageSampling(guidance=1).resolve(pipe.config, editing=False)
         ),
-        painting(pipe, "change", images=(IMAGE,), sampling=editing),
-        painting(pipe, "both", images=(IMAGE, OTHER)),
-        *[painting(pipe, f"boat {n}", seed=n) for n in range(10)],
+        image_request(pipe, "change", images=(IMAGE,), sampling=editing),
+        image_request(pipe, "both", images=(IMAGE, OTHER)),
+        *[image_request(pipe, f"boat {n}", seed=n) for n in range(10)],
     ]
 
     async def alone_and_together(service: Any) -> tuple[Collected, list[Collected]]:
@@ -164,8 +164,8 @@ def test_images_are_the_pipelines_alone_and_among_sixteen_others(pipe: neounify.
 
 
 def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None:
-    request = painting(pipe, seed=7, negative_prompt="blurry")
-    edit = painting(pipe, "change", images=(IMAGE,))
+    request = image_request(pipe, seed=7, negative_prompt="blurry")
+    edit = image_request(pipe, "change", images=(IMAGE,))
     chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8)
     story = _story(pipe)
 
@@ -173,11 +173,11 @@ def test_both_modes_give_the_same(pipe: neounify.Pipeline, folder: Path) -> None
         return await asyncio.gather(*(collect(service, r) for r in (request, edit, chat, story)))
 
     settings = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
-    painted, edited, answered, told = serve(build_service(settings), all_of_them)
-    same_image(painted.images[0], expected(pipe, request)[0])
+    generated, edited, answered, collected = serve(build_service(settings), all_of_them)
+    same_image(generated.images[0], expected(pipe, request)[0])
     same_image(edited.images[0], expected(pipe, edit)[0])
     assert answered.text == _alone(pipe, chat).text
-    _same_story(pipe, told)
+    _same_story(pipe, collected)
 
 
 def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
@@ -185,10 +185,10 @@ def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
         pipe.config, editing=True
     )
     requests = [
-        painting(pipe, seed=3, negative_prompt="blurry"),
-        painting(pipe, seed=3),
-        painting(pipe, "change", images=(IMAGE,), sampling=editing, negative_prompt="blurry"),
-        painting(pipe, "change", images=(IMAGE,), negative_prompt="dark"),
+        image_request(pipe, seed=3, negative_prompt="blurry"),
+        image_request(pipe, seed=3),
+        image_request(pipe, "change", images=(IMAGE,), sampling=editing, negative_prompt="blurry"),
+        image_request(pipe, "change", images=(IMAGE,), negative_prompt="dark"),
     ]
     answers = serve(
         colocated(pipe),
@@ -199,23 +199,23 @@ def test_negative_prompts_are_the_pipelines(pipe: neounify.Pipeline) -> None:
     assert not torch.allclose(answers[0].images[0], answers[1].images[0], atol=1e-3)
 
 
-def test_usage_tells_text_from_images_and_thoughts(pipe: neounify.Pipeline) -> None:
-    edit = painting(pipe, "change", images=(IMAGE,), think=True, max_think_tokens=5)
+def test_usage_separates_text_images_and_thoughts(pipe: neounify.Pipeline) -> None:
+    edit = image_request(pipe, "change", images=(IMAGE,), think=True, max_think_tokens=5)
     chat = make_chat_request("<image>What?", [OTHER], max_new_tokens=8, think=True)
-    painted, answered = serve(
+    generated, answered = serve(
         colocated(pipe),
         lambda service: asyncio.gather(collect(service, edit), collect(service, chat)),
     )
-    for request, collected in ((edit, painted), (chat, answered)):
+    for request, collected in ((edit, generated), (chat, answered)):
         finished = collected.finished
         assert finished is not None
         prompt = pipe.tokenizer.encode("What?" if request is chat else "change")
         text = finished.prompt_tokens - finished.prompt_image_tokens
         assert text > len(prompt)
         assert finished.reasoning_tokens == finished.completion_tokens > 0
-    assert painted.finished is not None
-    assert painted.finished.prompt_image_tokens == 12
-    assert painted.finished.image_tokens == 12
+    assert generated.finished is not None
+    assert generated.finished.prompt_image_tokens == 12
+    assert generated.finished.image_tokens == 12
 
 
 def test_histories_are_read_as_in_the_pipeline(pipe: neounify.Pipeline) -> None:
@@ -236,13 +236,13 @@ def test_histories_are_read_as_in_the_pipeline(pipe: neounify.Pipeline) -> None:
     text, history, images = read_request(asked, [OTHER])
     story = dataclasses.replace(_story(pipe), prompt=text, history=history, images=images)
     requests: list[ServiceRequest] = [*chats, story]
-    *answers, told = serve(
+    *answers, interleaved = serve(
         colocated(pipe),
         lambda service: asyncio.gather(*(collect(service, r) for r in requests)),
     )
     for chat, collected in zip(chats, answers, strict=True):
         assert collected.text == _alone(pipe, chat).text
-    _same_story(pipe, told, asked, [OTHER])
+    _same_story(pipe, interleaved, asked, [OTHER])
 
 
 def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
@@ -259,7 +259,7 @@ def _story(pipe: neounify.Pipeline) -> InterleaveRequest:
 
 def _same_story(
     pipe: neounify.Pipeline,
-    told: Collected,
+    collected: Collected,
     prompt: Any = "Tell",
     images: Any = (OTHER,),
     **options: Any,
@@ -277,11 +277,11 @@ def _same_story(
             **options,
         )
     )
-    painted = [part.pixels for part in parts if isinstance(part, ImagePart)]
-    assert told.text == "".join(part.text for part in parts if isinstance(part, TextPart))
-    assert len(told.images) == len(painted)
-    for index, pixels in enumerate(painted):
-        same_image(told.images[index], pixels)
+    generated = [part.pixels for part in parts if isinstance(part, ImagePart)]
+    assert collected.text == "".join(part.text for part in parts if isinstance(part, TextPart))
+    assert len(collected.images) == len(generated)
+    for index, pixels in enumerate(generated):
+        same_image(collected.images[index], pixels)
 
 
 def _open_images(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,11 +312,11 @@ def test_stories_alternate_as_in_the_pipeline(
     steered: dict[str, Any] = {"guidance": 3, "image_guidance": 2, "negative_prompt": "blurry"}
     for story, options in ((plain, {}), (negative, steered)):
         _open_images(pipe, monkeypatch)
-        told = serve(colocated(pipe), partial(collect, request=story))
-        assert len(told.images) == 2
-        assert told.order[-1] == "Finished"
+        collected = serve(colocated(pipe), partial(collect, request=story))
+        assert len(collected.images) == 2
+        assert collected.order[-1] == "Finished"
         _open_images(pipe, monkeypatch)
-        _same_story(pipe, told, **options)
+        _same_story(pipe, collected, **options)
 
 
 @pytest.mark.parametrize("room", [5, 6, 7, 8])
@@ -331,24 +331,24 @@ def test_a_story_ends_where_the_context_does(
     model = NeoUnify(config).eval().requires_grad_(False)
     model.load_state_dict(pipe.model.state_dict())
     small = neounify.Pipeline(model, pipe.tokenizer, system_message="Paint well.")
-    told = serve(colocated(small), lambda service: collect(service, _story(small)))
-    assert told.finished is not None
-    assert told.finished.finish_reason == "length"
-    assert len(told.images) == 1
+    collected = serve(colocated(small), lambda service: collect(service, _story(small)))
+    assert collected.finished is not None
+    assert collected.finished.finish_reason == "length"
+    assert len(collected.images) == 1
     _open_images(pipe, monkeypatch)
-    _same_story(small, told)
+    _same_story(small, collected)
 
 
-@pytest.mark.parametrize("kind", ["chat", "paint", "edit", "story"])
+@pytest.mark.parametrize("kind", ["chat", "generate", "edit", "story"])
 def test_long_work_leaves_the_event_loop(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Tokenising prompts, naming and packing images: other answers go on meanwhile."""
+    """Tokenising prompts, naming and packing images: other answers continue meanwhile."""
     long = "long " * 100
     requests: dict[str, ServiceRequest] = {
         "chat": make_chat_request(f"What is <image>? {long}", [IMAGE], max_new_tokens=2),
-        "paint": painting(pipe, long, think=True, max_think_tokens=2),
-        "edit": painting(pipe, long, images=(IMAGE,)),
+        "generate": image_request(pipe, long, think=True, max_think_tokens=2),
+        "edit": image_request(pipe, long, images=(IMAGE,)),
         "story": replace(_story(pipe), prompt=long),
     }
     request = requests[kind]
@@ -375,20 +375,20 @@ def test_long_work_leaves_the_event_loop(
     loop = serve(colocated(pipe), work)
     assert threads["encode"]
     assert [name for name, used in threads.items() if loop in used] == []
-    assert bool(threads["digest"]) == (kind != "paint")
+    assert bool(threads["digest"]) == (kind != "generate")
 
 
 def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:
     cast = neounify.load(folder, dtype="bfloat16")
     chat = make_chat_request("Hello", [], max_new_tokens=4)
-    request = painting(cast, width=64, height=64)
+    request = image_request(cast, width=64, height=64)
     settings = ServeConfig(folder=folder, mode="separate", dtype="bfloat16", threads=1)
-    answered, painted = serve(
+    answered, generated = serve(
         build_service(settings),
         lambda service: asyncio.gather(collect(service, chat), collect(service, request)),
     )
     assert answered.text == _alone(cast, chat).text
-    torch.testing.assert_close(painted.images[0], expected(cast, request)[0], rtol=0, atol=0.05)
+    torch.testing.assert_close(generated.images[0], expected(cast, request)[0], rtol=0, atol=0.05)
 
 
 def test_an_engine_that_does_not_stop_keeps_no_shared_memory(pipe: neounify.Pipeline) -> None:

@@ -106,16 +106,16 @@ def test_an_engine_waits_for_the_end_of_a_server_that_is_being_killed() -> None:
     assert pieces(prefix) == set()
 
 
-def test_only_what_was_not_told_of_is_removed_after_a_death() -> None:
+def test_only_unreported_pieces_are_removed_after_a_crash() -> None:
     transport = SharedTransport()
-    told, *untold = (transport.pack({"pixels": MEGABYTE}) for _ in range(3))
-    assert isinstance(told, SharedTensors)
+    reported, *unreported = (transport.pack({"pixels": MEGABYTE}) for _ in range(3))
+    assert isinstance(reported, SharedTensors)
     try:
         assert transport.last_piece == 3
-        assert remove_pieces(transport.prefix, after=1) == len(untold)
-        assert pieces(transport.prefix) == {told.memory}
+        assert remove_pieces(transport.prefix, after=1) == len(unreported)
+        assert pieces(transport.prefix) == {reported.memory}
     finally:
-        told.free()
+        reported.free()
 
 
 def test_pieces_are_for_their_owner_only() -> None:

@@ -1,4 +1,4 @@
-"""Text decoded by an understanding engine whose sequences have caches of their own."""
+"""Text decoded by an understanding engine whose sequences have separate caches."""
 
 from __future__ import annotations
 

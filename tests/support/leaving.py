@@ -20,8 +20,8 @@ When = Literal["early", "late"]
 class LeaveAt(Generic[T]):
     """Awaits `work`, and cancels the task it runs in at the `number`-th time that it waits.
 
-    "early" while what is waited for is still to come; "late" when it has come, but before the task
-    was told. `waits` counts on.
+    "early" while the awaited result is still to come; "late" when it has come, but before the task
+    runs again. `waits` counts on.
     """
 
     def __init__(self, work: Awaitable[T], number: int | None = None, when: When = "early") -> None:
@@ -61,7 +61,7 @@ def _throwing(steps: Any, error: BaseException) -> Callable[[], Any]:
 
 
 async def waits_of(work: Awaitable[Any]) -> int:
-    """How often it waits when nobody leaves."""
+    """How often it waits when no caller leaves."""
     counted = LeaveAt(work)
 
     async def run() -> None:

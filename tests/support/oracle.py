@@ -27,7 +27,7 @@ from neounify.scenes.world.scene import Scene
 
 
 class Oracle:
-    """Knows all cases of a run: paints true renders and answers truly."""
+    """Knows all cases of a run: gives true renders and true answers."""
 
     def __init__(self, config: BenchConfig) -> None:
         self._config, world = config, config.world
@@ -56,7 +56,7 @@ class Oracle:
             self.edits[self.seen(copied.scene), copied.request] = copied.scene
         self.stories = {case.story.request: case.story for case in story_cases(*drawn)}
         self.noise: list[tuple[str, int]] = []
-        """Every (prompt, seed) that was painted or edited."""
+        """Every (prompt, seed) that was generated or edited."""
 
     def seen(self, scene: Scene) -> bytes:
         return render(scene, self._config.world).tobytes()
@@ -97,7 +97,7 @@ class Oracle:
 
 
 class Blind:
-    """Sees nothing, says nothing, paints grey noise."""
+    """Sees nothing, says nothing, generates grey noise."""
 
     def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
         return [""] * len(questions)

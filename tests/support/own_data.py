@@ -30,7 +30,7 @@ def png(width: int = 32, height: int = 32, seed: int = 0) -> bytes:
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> Path:
-    """JSON lines; a record that is text already is a line of its own."""
+    """JSON lines; a record that is text already becomes a line as it is."""
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path

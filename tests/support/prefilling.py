@@ -29,7 +29,7 @@ from neounify.text import Prompt
 
 
 def contiguous_engine(pipe: neounify.Pipeline) -> UnderstandingEngine:
-    """An engine whose sequences have caches of their own, as in a pipeline."""
+    """An engine whose sequences have separate caches, as in a pipeline."""
     settings = UnderstandingSettings(prefill_tokens=32_768)
     return UnderstandingEngine(pipe.model, settings, LocalTransport(), ContiguousRoom(pipe.model))
 

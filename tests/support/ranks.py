@@ -22,7 +22,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class RankError(AssertionError):
-    """A rank raised, died, or did not come to an end in time."""
+    """A rank raised, died, or did not finish in time."""
 
 
 def run_ranks(
@@ -101,7 +101,7 @@ def _run(
             timeout=timedelta(seconds=seconds),
         )
         result = getattr(_module(source), name)(*arguments)
-        distributed.barrier()  # nobody leaves while another still needs the connection
+        distributed.barrier()  # no rank leaves while another still needs the connection
     except BaseException:
         send.send((traceback.format_exc(), None))
     else:

@@ -1,4 +1,4 @@
-"""`neounify serve` in a process of its own."""
+"""`neounify serve` in a separate process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PORTS = range(20_000, 32_768)
 
 
 def free_port() -> int:
-    """A port that nobody listens at, for a server that is started in a moment."""
+    """A free port, for a server that is started in a moment."""
     while True:
         port = random.SystemRandom().choice(PORTS)
         with socket.socket() as listener, suppress(OSError):

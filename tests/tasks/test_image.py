@@ -1,4 +1,4 @@
-"""What is asked of a model before any work: sizes it can paint."""
+"""Checks of requests before any work: sizes that the model can generate."""
 
 from __future__ import annotations
 

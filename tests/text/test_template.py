@@ -62,8 +62,8 @@ def test_place_images_refuses_more_marks_than_images(numbered: bool) -> None:
 def test_image_prompt() -> None:
     system = "<|im_start|>system\nPaint.<|im_end|>\n"
     turn = "<|im_start|>user\na cat<|im_end|>\n<|im_start|>assistant\n"
-    painted = image_prompt(BYTES, "a cat", system="Paint.", think=False)
-    assert written(painted) == system + turn + "<think>\n\n</think>\n\n<img>"
+    prompt = image_prompt(BYTES, "a cat", system="Paint.", think=False)
+    assert written(prompt) == system + turn + "<think>\n\n</think>\n\n<img>"
     assert written(image_prompt(BYTES, "a cat", system="", think=True)) == turn + "<think>\n"
 
 

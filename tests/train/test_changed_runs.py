@@ -1,4 +1,4 @@
-"""Runs that go on under changed settings, diverge or were killed: an error, and nothing is lost."""
+"""Runs resumed with changed settings, diverged or killed: an error, and nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: counted operations, speeds, the line, the bar."""
+"""Run logging: counted operations, speeds, the line, the bar."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def made(head: str = "flow") -> NeoUnify:
 
 
 def packed() -> Pack:
-    """One story: text to learn, images to read and to paint."""
+    """One story: text to learn, images to read and to generate."""
     encoder = Encoder(config=SCENES, tokenizer=byte_tokenizer())
     source = SceneDataset(0, scene_config("easy"), {"interleave": 1.0})
     return make_pack([encoder(source[0], np.random.default_rng(0))])

@@ -34,7 +34,7 @@ def pipeline(model: NeoUnify) -> Pipeline:
     return Pipeline(model, byte_tokenizer(), system_message="")
 
 
-def paint(pipe: Pipeline) -> torch.Tensor:
+def generated(pipe: Pipeline) -> torch.Tensor:
     return pipe.generate("a red circle", steps=2).pixels
 
 
@@ -52,10 +52,10 @@ def filled(config: LoraConfig = EVERYWHERE, base: ModelConfig = CONFIG) -> NeoUn
 
 def test_fresh_adapters_change_nothing_at_all() -> None:
     model = new_model(CONFIG, 0).eval()
-    before = paint(pipeline(model))
+    before = generated(pipeline(model))
     names = add_lora(model, EVERYWHERE)
     assert len(names) == 2 * 2 * 7 + 2 + 1 + 1
-    assert torch.equal(paint(pipeline(model)), before)
+    assert torch.equal(generated(pipeline(model)), before)
 
 
 def test_an_adapter_computes_its_formula() -> None:
@@ -69,10 +69,10 @@ def test_an_adapter_computes_its_formula() -> None:
 
 def test_merged_is_the_same() -> None:
     model = filled()
-    before = paint(pipeline(model))
+    before = generated(pipeline(model))
     merge_lora(model)
     assert not any(isinstance(m, LoraLinear) for m in model.modules())
-    torch.testing.assert_close(paint(pipeline(model)), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generated(pipeline(model)), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -1,4 +1,4 @@
-"""The seam between loop and method: two models with rates and turns of their own, and a state."""
+"""The seam between loop and method: two models with separate rates and turns, and a state."""
 
 from __future__ import annotations
 

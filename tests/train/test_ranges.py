@@ -195,7 +195,7 @@ def test_parts_of_a_config_can_be_changed(tmp_path: Path) -> None:
     assert is_dataclass(config.flow)
 
 
-def test_buckets_are_made_of_tokens() -> None:
+def test_buckets_consist_of_tokens() -> None:
     side = SCENES.token_size
     buckets = ((side, side), (side + 1, side))
     with pytest.raises(DataError, match=f"multiples of {side}"):

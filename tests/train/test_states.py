@@ -1,4 +1,4 @@
-"""States on disk: damage is found before training goes on from it, and costs one state only."""
+"""States on disk: damage is found before training resumes from it, and costs one state only."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_damaged_newest_state_is_passed_over(states: Path, file: str, damage: 
     assert tensors["model"]["w"][0, 0] == 2
 
 
-def test_whole_states_are_passed_over_by_nobody(states: Path) -> None:
+def test_whole_states_are_never_passed_over(states: Path) -> None:
     assert newest_whole_state(states, pytest.fail) == states / "step-00000003"
 
 

@@ -45,7 +45,7 @@ def stages(**values: Any) -> list[dict[str, Any]]:
     return [{"name": "a", "steps": 4, **values}]
 
 
-def test_every_pack_has_a_seed_of_its_own() -> None:
+def test_every_pack_has_a_different_seed() -> None:
     positions = [(s, n, p) for s in range(3) for n in (0, 1, 1009, 1_000_003) for p in (0, 1, 1009)]
     seeds = {pack_seed(*position) for position in positions}
     assert len(seeds) == len(positions)
@@ -100,7 +100,7 @@ def test_dropout_differs_from_step_to_step(tmp_path: Path) -> None:
     assert len(set(drawn)) == 3
 
 
-def test_evaluation_is_without_dropout_and_training_goes_on_with_it(tmp_path: Path) -> None:
+def test_evaluation_is_without_dropout_and_training_resumes_with_it(tmp_path: Path) -> None:
     modes: list[bool] = []
 
     def evaluate(pipe: Pipeline, _: Progress) -> dict[str, float]:
@@ -200,7 +200,7 @@ def watched(losses: list[float]) -> list[tuple[int, str]]:
     return [(n, warning) for n, warning in looks if warning]
 
 
-def test_a_loss_that_stays_far_above_its_level_is_told_once() -> None:
+def test_a_loss_that_stays_far_above_its_level_is_reported_once() -> None:
     falling = [1 / (1 + n) for n in range(10)]
     assert watched(falling) == []
     ((step, warning),) = watched([*falling, *[4.0] * 20])
@@ -238,7 +238,7 @@ def test_steps_that_are_not_finite_name_the_settings(tmp_path: Path) -> None:
         run.run()
 
 
-def test_a_warm_up_longer_than_its_stage_is_told(tmp_path: Path) -> None:
+def test_a_warm_up_longer_than_its_stage_is_reported(tmp_path: Path) -> None:
     run, said = loud(tmp_path, recipe(stages=stages(schedule={"warmup": 9})))
     run.run()
     assert "schedule.warmup (9) is not below steps (4)" in said.getvalue()

@@ -62,9 +62,9 @@ async def run_faults(
 
 
 async def _run(name: str, scenario: Scenario, options: ServerOptions, log: Path) -> list[Check]:
-    """A scenario's checks; one that does not come to its end has failed."""
+    """A scenario's checks; one that does not finish has failed."""
     try:
         return await asyncio.wait_for(scenario(options, log), MOST_SECONDS)
     except (RuntimeError, OSError, asyncio.TimeoutError, subprocess.TimeoutExpired) as error:
         seen = f"{type(error).__name__} {error}".strip()
-        return [Check(scenario=name, what="comes to its end", passed=False, seen=seen)]
+        return [Check(scenario=name, what="finishes", passed=False, seen=seen)]

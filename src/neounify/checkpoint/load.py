@@ -87,7 +87,7 @@ def load_checkpoint(
         raise RequestError(
             f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
         )
-    # An opened folder is opened again: each model has mappings of its own, so that what one
+    # An opened folder is opened again: each model has separate mappings, so that what one
     # writes to its weights neither shows in another nor is lost when another drops its pages.
     path = folder.path if isinstance(folder, CheckpointFolder) else folder
     checkpoint = CheckpointFolder.open(path)

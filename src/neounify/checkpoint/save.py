@@ -46,7 +46,7 @@ def save_model(
     """Write config.json, weights, the tokenizer's files and `extra_files` (name → text).
 
     One model.safetensors when the weights fit into `max_shard_bytes`, else shards and an index;
-    a larger tensor gets a shard of its own. `config` stands in for `model.config`; its stored
+    a larger tensor gets a separate shard. `config` stands in for `model.config`; its stored
     torch_dtype follows the weights.
 
     Everything is first written beside the target, then moved into place: after an error (a full

@@ -79,7 +79,7 @@ TINY = ModelConfig(
         steps=8,
     ),
 )
-"""A toy to try things with, for `text.byte_tokenizer`; it paints in a second, untrained."""
+"""A toy to try things with, for `text.byte_tokenizer`; it generates in a second, untrained."""
 
 SCENES = ModelConfig(
     hidden_size=192,
@@ -110,6 +110,6 @@ SCENES = ModelConfig(
         shift=1.0,
     ),
 )
-"""The model bundled with the package: 64×64 pictures of scenes, 16 tokens each."""
+"""The model bundled with the package: 64×64 images of scenes, 16 tokens each."""
 
 PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY, "scenes": SCENES}

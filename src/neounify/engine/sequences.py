@@ -213,7 +213,7 @@ class PendingExport:
         return [s for s in self.sequences if s.name not in self.done]
 
     def free(self) -> None:
-        """Free the copies made so far."""
+        """Free the copies so far."""
         for prefix in self.done.values():
             prefix.ref.free()
 

@@ -39,7 +39,7 @@ _ORIENTATION_KEYS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"Raw profi
 def essential_png(
     data: bytes, max_profile_bytes: int, keys: Sequence[str] = ()
 ) -> tuple[bytes, bytes | None]:
-    """A PNG's pixels and orientation as a file of their own, and its ICC profile if it has one.
+    """A PNG's pixels and orientation as a separate file, and its ICC profile if it has one.
 
     Text chunks with one of `keys` are kept too, up to MAX_METADATA_BYTES each.
     A profile that is damaged or larger than `max_profile_bytes` counts as none. Where the chunks

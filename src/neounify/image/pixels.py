@@ -168,7 +168,7 @@ TRAINING_BUCKETS: tuple[tuple[int, int], ...] = (
     (3456, 1152),
     (1152, 3456),
 )
-"""The (width, height) that the published models were trained to paint, in pixels."""
+"""The (width, height) that the published models were trained to generate, in pixels."""
 
 _MAX_SIDE = 2**31 - 1
 
@@ -255,7 +255,7 @@ def nearest_legal_sizes(
 
 
 def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
-    """Refuse the size of an image to be painted unless the model can paint it.
+    """Refuse the size of an image unless the model can generate it.
 
     Args:
         width: in pixels.

@@ -141,7 +141,7 @@ class StreamRows:
         return self.positions_on(torch.device("cpu"))
 
     def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
-        """(t, h, w) of every row, made once per device."""
+        """(t, h, w) of every row, built once per device."""
         return _kept(self._positions, device, self._make_positions)
 
     def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
@@ -212,7 +212,7 @@ class Layout:
             rows.ranges.append((firsts[name], rows.length))
 
     def und_order_on(self, device: torch.device) -> Int64[Tensor, " u"] | None:
-        """Rows of cat([text tokens, image tokens]) in packed order, made once per device.
+        """Rows of cat([text tokens, image tokens]) in packed order, built once per device.
 
         None where that is the packed order.
         """

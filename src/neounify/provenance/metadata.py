@@ -76,7 +76,7 @@ def _chunks(packet: bytes, facts: Mapping[str, object]) -> PngInfo:
 
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""The IPTC's term for images that a trained model made."""
+"""The IPTC's term for images that a trained model generated."""
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMP = "http://ns.adobe.com/xap/1.0/"
@@ -98,7 +98,7 @@ Iptc4xmpExt:AISystemVersionUsed={version} neounify:Facts={facts}/></rdf:RDF></x:
 
 
 def write_packet(facts: Mapping[str, object]) -> bytes:
-    """A packet that says what made the image, that a model did, and the facts as JSON."""
+    """A packet that names the generating program, marks the image as synthetic, and lists facts."""
     version = neounify.__version__
     return _PACKET.format(
         rdf=_RDF,

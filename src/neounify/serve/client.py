@@ -57,7 +57,7 @@ log = logging.getLogger("neounify.serve")
 State = Literal["ready", "starting", "failing", "stopped"]
 
 MAX_DEATHS, DEATH_SECONDS = 5, 60.0
-"""An engine that crashes more often than that in so many seconds is "failing"; restarts go on."""
+"""An engine that crashes more often in so many seconds is "failing"; it is still restarted."""
 FREE_DEATHS, MAX_PAUSE = 3, 10.0
 """After that many deaths each new start waits a second longer, up to so many seconds."""
 PREPARE_PAUSE = 0.5

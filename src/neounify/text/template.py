@@ -221,7 +221,7 @@ def chat_prompt(
     think: bool = False,
     tools: Sequence[Tool] = (),
 ) -> Prompt:
-    """Build the prompt of a conversation, up to where the model's answer starts or goes on.
+    """Build the prompt of a conversation, up to where the model's answer starts or continues.
 
     Every turn is written where it stands, whatever its role: several system messages, two user
     turns in a row and an answer first are all read as they come. A last message of the
@@ -266,7 +266,7 @@ def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -
 
     Args:
         tokenizer: of the model that will read it.
-        text: what to paint, with an `<image>` mark per input image.
+        text: what to generate, with an `<image>` mark per input image.
         system: the system message; left out when empty.
         think: end with an open thought; `after_think_ids` follow it. Else the thought is empty
             and `<img>` ends the prompt.
@@ -316,7 +316,7 @@ def images_only_prompt(
     Args:
         tokenizer: of the model that will read it.
         n_images: how many, at least 0.
-        open_image: end with `<img>` (editing); interleaving adds it when it paints.
+        open_image: end with `<img>` (editing); interleaving adds it for an image.
         negative: what guidance steers away from; it follows the images as an instruction would.
     """
     if check_negative(negative):
@@ -340,7 +340,7 @@ def after_think_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def default_system_message() -> str:
-    """Return the system message for painting of models that do not come with their own."""
+    """Return the system message of image generation for models without one."""
     file = resources.files("neounify.text") / "system_message_generation.txt"
     return file.read_text(encoding="utf-8").strip()
 

@@ -46,7 +46,7 @@ class Tokenizer:
         Args:
             description: the tokenizer.json object.
             origin: where it came from, for error messages.
-            files: the files that `save` writes; by default they are made from the description.
+            files: the files that `save` writes; by default they are generated from the description.
 
         Raises:
             TokenizerError: the description is damaged or a required token is missing.
@@ -54,7 +54,7 @@ class Tokenizer:
         description = settle(description, origin)
         self._library = _build_library(description, origin)
         # Setting a flag on a shared library object is not thread-safe, so plain text has an
-        # object of its own, made at first use.
+        # separate object, built at first use.
         self._plain_library: tokenizers.Tokenizer | None = None
         added = description["added_tokens"]
         self._added = {token["id"]: token["content"].encode("utf-8") for token in added}
@@ -154,7 +154,7 @@ class Tokenizer:
         return TextStream(self._bytes_of)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the tokenizer files into `folder`, made if needed.
+        """Write the tokenizer files into `folder`, created if needed.
 
         A tokenizer loaded from a folder is written back byte for byte, another one as
         tokenizer.json and tokenizer_config.json.

@@ -80,9 +80,9 @@ class Tool:
 class ToolUse:
     """Which functions a model may call in an answer, and whether it must.
 
-    With `choice` "none" it is not told of them, with "required" the answer must be a call, of the
-    function called `name` where that is given. `parallel` allows several calls in one answer.
-    Raises PromptError for two tools of one name, and for a choice that no tool is there for.
+    With `choice` "none" the prompt does not list them, with "required" the answer must be a call,
+    of the function called `name` where that is given. `parallel` allows several calls in one
+    answer. Raises PromptError for two tools of one name, and for a choice without a tool.
     """
 
     tools: tuple[Tool, ...] = ()

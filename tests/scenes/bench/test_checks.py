@@ -84,7 +84,7 @@ def test_alike_objects_may_take_any_place() -> None:
     assert not wrong_in("a red circle in the bottom right and a red circle in the top left", two)
 
 
-def test_nothing_painted_fails_everything_asked() -> None:
+def test_an_empty_image_fails_everything_asked() -> None:
     wrong = wrong_in("a small red circle in the centre on a black background", Scene("white"))
     assert wrong == {"count", "shape", "colour", "size", "place", "background"}
 

@@ -136,16 +136,16 @@ def test_stretched_shapes_are_known_up_to_a_point(shape: str, stretch: float, kn
     [(0.40, "small"), (0.45, "small"), (0.58, "small"), (0.67, "large"), (0.76, "large")],
 )
 def test_a_size_goes_to_the_nearer_class(radius_share: float, size: str) -> None:
-    painted = replace(DEFAULT, sizes=("small",), small=radius_share, large=0.785)
+    drawn = replace(DEFAULT, sizes=("small",), small=radius_share, large=0.785)
     scene = Scene("white", (SceneObject("circle", "red", "small", (0, 0)),))
-    (seen,) = perceive(render(scene, painted), DEFAULT).objects
+    (seen,) = perceive(render(scene, drawn), DEFAULT).objects
     assert seen.size == size
 
 
 def test_far_too_small_is_no_size() -> None:
-    painted = replace(DEFAULT, sizes=("small",), small=0.32)
+    drawn = replace(DEFAULT, sizes=("small",), small=0.32)
     scene = Scene("white", (SceneObject("circle", "red", "small", (0, 0)),))
-    (seen,) = perceive(render(scene, painted), DEFAULT).objects
+    (seen,) = perceive(render(scene, drawn), DEFAULT).objects
     assert seen.size is None
 
 

@@ -107,7 +107,7 @@ def test_a_wrong_thought_is_counted_but_does_not_spoil_a_right_image() -> None:
         assert outcome.measures[THOUGHT_RIGHT] == 0
 
 
-def test_seen_and_held_out_cases_are_told_apart() -> None:
+def test_seen_and_held_out_cases_are_separated() -> None:
     asked = config(cases=8, tasks=("caption", "edit", "story", "reconstruction"))
     for outcome in run_scenebench(Oracle(asked), asked):
         score = outcome.score
@@ -124,11 +124,11 @@ def test_edits_and_relations_are_split_by_form() -> None:
         """Leaves removals undone and says yes to every question of relation."""
 
         def edit(self, images: Any, instructions: Any, *rest: Any, **more: Any) -> Any:
-            painted = super().edit(images, instructions, *rest, **more)
+            drawn = super().edit(images, instructions, *rest, **more)
             removals = ("Remove", "Take", "Delete", "Erase")
             return [
                 replace(item, image=source) if text.startswith(removals) else item
-                for item, source, text in zip(painted, images, instructions, strict=True)
+                for item, source, text in zip(drawn, images, instructions, strict=True)
             ]
 
         def answer(self, images: Any, questions: Any) -> list[str]:
@@ -142,8 +142,8 @@ def test_edits_and_relations_are_split_by_form() -> None:
         kind: float(kind != "remove") for kind in EDIT_KINDS
     }
     assert sum(rate.number for rate in edits.values()) == 30
-    told = scores["vqa/relation_yes_no"].forms
-    assert {form: rate.value for form, rate in told.items()} == {"answer no": 0, "answer yes": 1}
+    rates = scores["vqa/relation_yes_no"].forms
+    assert {form: rate.value for form, rate in rates.items()} == {"answer no": 0, "answer yes": 1}
     assert set(scores["vqa/relation"].forms) == {"left or right?", "above or below?"}
     assert not scores["vqa/shape"].forms
 
@@ -156,29 +156,29 @@ def test_copies_are_asked_for_in_all_words_and_of_held_out_scenes_too() -> None:
 
 
 def test_noise_depends_on_the_case_alone() -> None:
-    def painted(batch_size: int, cases: int = 5, seed: int = 0) -> list[tuple[str, int]]:
+    def drawn(batch_size: int, cases: int = 5, seed: int = 0) -> list[tuple[str, int]]:
         asked = config(batch_size=batch_size, cases=cases, seed=seed)
         oracle = Oracle(asked)
         assert all(o.score.strict.value == 1 for o in run_scenebench(oracle, asked))
         return oracle.noise
 
-    alone = painted(1)
-    assert painted(64) == alone
+    alone = drawn(1)
+    assert drawn(64) == alone
     assert len({seed for _, seed in alone}) == len(alone)
-    assert set(alone) <= set(painted(3, cases=7))
-    assert not set(alone) & set(painted(3, seed=1))
+    assert set(alone) <= set(drawn(3, cases=7))
+    assert not set(alone) & set(drawn(3, seed=1))
 
 
 def test_progress_counts_cases() -> None:
-    told: list[tuple[str, int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     measure(
         Blind(),
         tasks=["caption"],
         cases_per_category=5,
         batch_size=2,
-        progress=lambda *now: told.append(now),
+        progress=lambda *now: calls.append(now),
     )
-    assert told == [("caption", 2, 5), ("caption", 4, 5), ("caption", 5, 5)]
+    assert calls == [("caption", 2, 5), ("caption", 4, 5), ("caption", 5, 5)]
 
 
 def test_what_is_finished_is_kept_when_the_rest_is_not() -> None:
@@ -214,7 +214,7 @@ def test_an_untrained_pipeline_runs_whatever_the_batch_size(small: Pipeline) -> 
     assert together.report.about["torch"] == torch.__version__
 
 
-def test_a_pipeline_paints_each_case_from_its_own_noise(small: Pipeline) -> None:
+def test_a_pipeline_generates_each_case_from_separate_noise(small: Pipeline) -> None:
     subject = PipelineSubject(small, steps=1)
     source = np.full((64, 64, 3), 90, np.uint8)
     for first, second in (
@@ -226,7 +226,7 @@ def test_a_pipeline_paints_each_case_from_its_own_noise(small: Pipeline) -> None
 
 
 @pytest.mark.usefixtures("brief")
-def test_an_untrained_pipeline_thinks_tells_and_copies(small: Pipeline) -> None:
+def test_an_untrained_pipeline_thinks_writes_and_copies(small: Pipeline) -> None:
     measured = measure(
         small, world="easy", tasks=("paint", "story", "reconstruction"), cases_per_category=1,
         steps=1, think=True,

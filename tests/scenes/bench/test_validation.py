@@ -22,7 +22,7 @@ from neounify.scenes.world import PRESETS, render, sample_rng
 @pytest.mark.parametrize(
     ("name", "number"), [("easy", 12), ("default", 20), ("wide", 30), ("hard", 16)]
 )
-def test_paintings_are_judged_as_they_are(name: str, number: int) -> None:
+def test_images_are_judged_as_they_are(name: str, number: int) -> None:
     rates = validate_painting(PRESETS[name], number, seed=1)
     assert set(rates) == set(categories(PRESETS[name]))
     total: Counter[str] = Counter()

@@ -52,12 +52,12 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
         asked = [p for turn in questions for p in turn.parts]
         answered = [p for turn in answers for p in turn.parts]
         shown = [p for p in asked if isinstance(p, SampleImage)]
-        painted = [p for p in answered if isinstance(p, SampleImage)]
+        answer_images = [p for p in answered if isinstance(p, SampleImage)]
         assert len(shown) == (1 if sample.task in ("vqa", "caption", "edit", "edit_think") else 0)
         if sample.task == "interleave":
-            assert 2 <= len(painted) <= 4
+            assert 2 <= len(answer_images) <= 4
         else:
-            assert len(painted) == sample.task.startswith(("t2i", "edit"))
+            assert len(answer_images) == sample.task.startswith(("t2i", "edit"))
         assert all(p.loss for p in answered)
         assert not any(p.loss for p in asked)
         assert sample.task.endswith("_think") == sample.text("assistant").startswith("<think>\n")
@@ -72,7 +72,7 @@ def test_questions_about_one_image_are_of_different_kinds() -> None:
     assert {len(asked) for asked in texts} == set(range(1, MAX_QUESTIONS + 1))
 
 
-def test_thoughts_are_layouts_of_the_painted_image() -> None:
+def test_thoughts_are_layouts_of_the_target_image() -> None:
     data = SceneDataset(1, DEFAULT, {"t2i_think": 1, "edit_think": 1})
     for index in range(60):
         sample = data[index]

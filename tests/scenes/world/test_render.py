@@ -33,8 +33,8 @@ def test_each_object_lies_in_its_cell_alone() -> None:
     for row in range(3):
         for column in range(3):
             scene = Scene("white", (SceneObject("square", "blue", "large", (row, column)),))
-            painted = (render(scene, DEFAULT, 96) != 255).any(-1)
-            ys, xs = np.nonzero(painted)
+            covered = (render(scene, DEFAULT, 96) != 255).any(-1)
+            ys, xs = np.nonzero(covered)
             assert row * 32 <= ys.min() <= ys.max() < (row + 1) * 32
             assert column * 32 <= xs.min() <= xs.max() < (column + 1) * 32
             assert (

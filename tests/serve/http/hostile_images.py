@@ -1,4 +1,4 @@
-"""Image files that are small, and cost memory or time to whoever decodes them without a limit."""
+"""Image files that are small, and cost memory or time if they are decoded without a limit."""
 
 from __future__ import annotations
 

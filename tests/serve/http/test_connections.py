@@ -86,7 +86,7 @@ def test_pipelined_requests_are_answered_in_turn(impatient: str) -> None:
         assert everything(caller).count(b"HTTP/1.1 200 ") == 5
 
 
-def test_connections_over_the_limit_are_told(impatient: str) -> None:
+def test_connections_over_the_limit_get_503(impatient: str) -> None:
     callers = [connected(impatient) for _ in range(4)]
     try:
         with connected(impatient) as one_more:

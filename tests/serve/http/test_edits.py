@@ -96,7 +96,7 @@ def test_bad_json(client: TestClient, body: dict[str, Any], param: str, says: st
     assert any(one in error["message"] for one in says.split("|")), error["message"]
 
 
-def test_another_content_type_is_told_both(client: TestClient) -> None:
+def test_another_content_type_gets_both_in_the_error(client: TestClient) -> None:
     response = client.post(EDIT, content=b"x", headers={"content-type": "text/plain"})
     message = response.json()["error"]["message"]
     assert response.status_code == 415

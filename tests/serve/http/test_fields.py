@@ -225,9 +225,9 @@ def test_sizes_of_a_shape() -> None:
     small = TINY.sampling.image_size
     assert size_of_shape(TINY, small, 2048**2) == small
     trained = dataclasses.replace(TINY.sampling, trained_sizes=((64, 64), (128, 64), (128, 128)))
-    learnt = dataclasses.replace(TINY, sampling=trained)
-    assert size_of_shape(learnt, (16, 9)) == (128, 64)
-    assert size_of_shape(learnt, (1, 1), 1024**2) == (128, 128)
+    config = dataclasses.replace(TINY, sampling=trained)
+    assert size_of_shape(config, (16, 9)) == (128, 64)
+    assert size_of_shape(config, (1, 1), 1024**2) == (128, 128)
 
 
 def test_sizes_over_http(served: Served) -> None:

@@ -81,7 +81,7 @@ class Server:
         return answer.status
 
     def health_delay(self, work: Callable[[], None]) -> float:
-        """The longest answer of /health/live while `work` goes on, in seconds."""
+        """The longest answer of /health/live while `work` runs, in seconds."""
         thread = threading.Thread(target=work)
         longest = 0.0
         thread.start()

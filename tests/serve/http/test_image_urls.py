@@ -187,7 +187,7 @@ def test_private_addresses_of_named_hosts_are_refused(monkeypatch: pytest.Monkey
         assert not asked
 
 
-def test_the_server_fetches_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_fetches_from_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFetcher, "_address", lambda *_: to_address())
     service = Scripted()
     with neighbour() as (port, _):

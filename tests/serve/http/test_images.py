@@ -1,4 +1,4 @@
-"""Painting and editing as OpenAI's own client sees them."""
+"""Image generation and editing through OpenAI's client."""
 
 from __future__ import annotations
 

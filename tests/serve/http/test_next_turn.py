@@ -1,4 +1,4 @@
-"""Conversations go on: an answer with images is sent back as it came, and the model sees it."""
+"""Conversations continue: an answer with images is sent back as it came, and the model sees it."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_a_streamed_story_in_markdown_is_the_whole_one(bundled_client: openai.Op
         extra_body=IMAGE_FIELDS | {"content_format": "markdown"},
     )
     chunks = list(stream)
-    told = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    match = re.fullmatch(r"([^!]*)!\[image\]\(([^)]*)\)([^!]*)", told)
+    joined = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    match = re.fullmatch(r"([^!]*)!\[image\]\(([^)]*)\)([^!]*)", joined)
     assert match is not None
     whole = tell(bundled_client, "parts").content
     texts = [text for text in (match[1], match[3]) if text]

@@ -117,8 +117,8 @@ def editing(browser: WebDriver, base_url: str) -> None:
     wait_until_done(browser, "#edit")
     assert_finished(browser, "#edit", 1)
     click_text(browser, "#edit .tile button", "Edit this")
-    painted = find(browser, "#edit .tile img").get_attribute("src")
-    assert find(browser, "#edit .attached img").get_attribute("src") == painted
+    source = find(browser, "#edit .tile img").get_attribute("src")
+    assert find(browser, "#edit .attached img").get_attribute("src") == source
 
 
 def upload(browser: WebDriver, base_url: str, image: Path) -> None:

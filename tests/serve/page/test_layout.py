@@ -44,7 +44,7 @@ def test_scrolled_far_everything_is_in_reach(browser: Browser, url: str, width: 
     journeys.open_gallery(browser)
 
 
-def test_a_row_of_examples_shows_that_it_goes_on(browser: Browser, url: str) -> None:
+def test_a_row_of_examples_shows_that_it_scrolls(browser: Browser, url: str) -> None:
     set_device(browser, 320, 640)
     journeys.open_page(browser, url, "generate")
     first, second = journeys.find_all(browser, "#generate .example")[:2]

@@ -1,7 +1,7 @@
 """The page in a real Chromium against a scripted server.
 
 The page is a static one of our own, not Gradio: it has one origin with the API, and uses the same
-public API as everybody else, so that what it can do, any client can. No second framework comes in.
+public API like any client, so that what it can do, any client can. No second framework comes in.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ LISTED = ("forbidden", "very bad", "Café", "坏东西", "x坏y", "ＷＩＤＥ"
 
 
 class Noting:
-    """Writes down what it was asked; refuses images if told to."""
+    """Records its calls; refuses images with `refuses`."""
 
     def __init__(self, name: str, asked: list[str], *, refuses: bool = False) -> None:
         self.name, self.asked, self.refuses = name, asked, refuses

@@ -227,7 +227,7 @@ def _with_size(
 
 
 def _side(name: str, value: Any) -> int:
-    """A side in pixels, as JSON or as a form writes it; 64.0 is as good as 64."""
+    """A side in pixels, as JSON or as a form writes it; 64.0 means 64."""
     text = str(value)
     if isinstance(value, bool) or not _SIDE.fullmatch(text):
         message = f"{name}: must be a whole number of pixels from 1 to 999999, got {text[:40]}"
