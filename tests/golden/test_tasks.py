@@ -11,7 +11,7 @@ from torch import Tensor
 import neounify
 from neounify.image.io import read_image
 from neounify.pipeline import ImagePart, TextPart
-from neounify.tasks import interleave, processor
+from neounify.tasks import interleave, program
 from neounify.tasks.image import edit_images
 from support.golden import load_fixture, needs_golden
 from support.golden_steps import (
@@ -104,12 +104,12 @@ def test_editing_with_rounded_pixels(
 ) -> None:
     recorded, info = load_fixture(name, "it2i")
     pipe = pipeline(golden_checkpoint(name))
-    prepare = processor.prepare_image
+    prepare = program.prepare_image
 
     def rounded(*arguments: Any, **options: Any) -> Tensor:
         return prepare(*arguments, **options).bfloat16().float()
 
-    monkeypatch.setattr(processor, "prepare_image", rounded)
+    monkeypatch.setattr(program, "prepare_image", rounded)
     for case, parameters in edit_cases(info, rounded=True):
         group = case.split(".")[0]
         images = [image_file(image) for image in info["images"][group]]
