@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -203,11 +204,75 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    for name in (".step-1.ab.saving", ".step-2.cd.replaced", ".other.ab.saving", "step-3"):
+    for name in (".step-1.ab.saving", ".step-3.cd.replaced", ".other.ab.saving", "step-3"):
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path, "step-*")
     assert names(tmp_path) == [".other.ab.saving", "step-3"]
     remove_leftovers(tmp_path / "gone", "*")
+
+
+def test_a_folder_that_was_moved_away_and_not_replaced_comes_back(tmp_path: Path) -> None:
+    """A process was killed between the two renames of a system that cannot exchange folders."""
+    for name in (".step-2.cd.replaced", ".step-2.cd.saving"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name[-6:]).touch()
+    long = f".step-{'x' * 35}.cd.replaced"
+    (tmp_path / long).mkdir()
+    remove_leftovers(tmp_path, "step-*")
+    assert names(tmp_path) == [long, "step-2"]
+    assert names(tmp_path / "step-2") == ["placed"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Where folders can be exchanged; elsewhere the content of before has another name."""
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    folder = tmp_path / "folder"
+    seen: list[list[list[str]]] = []
+    rename = Path.rename
+
+    def look(path: Path, target: Path) -> Path:
+        seen.append([names(path) for path in tmp_path.iterdir()])
+        return rename(path, target)
+
+    for name in ("a", "b"):
+        with atomic_folder(folder) as aside:
+            (aside / name).touch()
+        assert names(folder) == [name]
+        monkeypatch.setattr(Path, "rename", look)
+    assert names(tmp_path) == ["folder"]
+    assert [sorted(contents) for contents in seen] == ([] if exchange else [[["a"], ["b"]]] * 2)
+
+
+def test_what_is_written_reaches_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its name before the call returns."""
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_sync(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def record_replace(path: Path, target: Path) -> Path:
+        events.append("replace")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    write_bytes(tmp_path / "a", b"one")
+    assert events == ["file", "replace", "folder"]
+    events.clear()
+    assert write_new(tmp_path / "b", b"one")
+    assert events == ["file", "folder"]
+    events.clear()
+    with atomic_folder(tmp_path / "c") as aside:
+        (aside / "d").touch()
+    assert events == ["file", "folder", "folder"]
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:

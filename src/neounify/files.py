@@ -1,7 +1,11 @@
-"""Files: bounded reads, atomic writes, and output folders with one writer at a time."""
+"""Files: bounded reads, atomic writes, and output folders with one writer at a time.
+
+What an atomic write has written is on the disk, name and all, when it returns.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -21,8 +25,9 @@ LOCK_FILE = ".neounify.lock"
 ASIDE_SUFFIX = ".saving"
 """Ending of hidden files and folders that are being written; a killed process leaves them."""
 REPLACED_SUFFIX = ".replaced"
-"""Ending of hidden folders that are being replaced."""
+"""Ending of hidden folders that are being replaced, where a system cannot exchange two folders."""
 _MAX_ASIDE_CHARACTERS = 40
+_CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def read_bytes(path: Path, max_bytes: int, error: type[NeounifyError]) -> bytes:
@@ -79,6 +84,7 @@ def write_new(path: Path, data: bytes) -> bool:
     aside = _aside(path)
     try:
         aside.write_bytes(data)
+        _sync(aside)
         try:
             os.link(aside, path)
         except FileExistsError:
@@ -87,6 +93,7 @@ def write_new(path: Path, data: bytes) -> bool:
             if path.exists():
                 return False
             aside.replace(path)
+        _sync(path.parent)
         return True
     finally:
         aside.unlink(missing_ok=True)
@@ -101,9 +108,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     aside = _aside(path)
     try:
         yield aside
+        _sync(aside)
         aside.replace(path)
+        _sync(path.parent)
     except OSError as error:
-        if error.filename == str(aside):
+        if str(error.filename) == str(aside):
             error.filename = str(path)
         raise
     finally:
@@ -112,7 +121,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` that replaces `path` at the end of the block, synced to disk.
+    """An empty folder beside `path` that replaces `path` at the end of the block.
 
     After an error the folder of before is unchanged. Missing parents are created.
     """
@@ -128,10 +137,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left beside names of `pattern` while they wrote them."""
-    for suffix in (ASIDE_SUFFIX, REPLACED_SUFFIX) if folder.is_dir() else ():
-        for path in folder.glob(f".{pattern}{suffix}"):
+    """Remove what killed processes left beside names of `pattern` while they wrote them.
+
+    A folder that was moved away and never replaced gets its name back.
+    """
+    if not folder.is_dir():
+        return
+    for path in folder.glob(f".{pattern}{REPLACED_SUFFIX}"):
+        name = path.name[1:].rsplit(".", 2)[0]
+        if len(name) == _MAX_ASIDE_CHARACTERS:
+            continue  # maybe cut, so that the folder it belongs to is unknown
+        if (folder / name).exists():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(folder / name)
+    for path in folder.glob(f".{pattern}{ASIDE_SUFFIX}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_absent(path: Path, error: type[NeounifyError], hint: str) -> None:
@@ -236,6 +257,14 @@ def _aside(path: Path) -> Path:
 
 
 def _swap(aside: Path, target: Path) -> None:
+    """Give `aside` the name of `target`, whose folder of before goes.
+
+    In one step where the system can exchange two folders; elsewhere there is a moment without
+    `target`, in which `remove_leftovers` finds the folder of before.
+    """
+    if target.exists() and _exchange(aside, target):
+        shutil.rmtree(aside, ignore_errors=True)
+        return
     old = aside.with_suffix(REPLACED_SUFFIX)
     if target.exists():
         target.rename(old)
@@ -248,10 +277,26 @@ def _swap(aside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:  # a C library without it
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0)
+
+
 def _sync(*paths: Path) -> None:
-    for path in paths:
+    """Flush files and folders to the disk."""
+    for path in paths if sys.platform != "win32" else ():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # some network file systems cannot flush folders
+                raise
         finally:
             os.close(descriptor)
