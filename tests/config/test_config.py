@@ -125,6 +125,10 @@ def test_bounds_of_edited_images() -> None:
     assert sampling.edit_bounds(4) == (512**2, 2048**2)
     assert sampling.edit_bounds(5) == (512**2, 4096**2 // 5)
     assert sampling.edit_bounds(0) == sampling.edit_bounds(1)
+    # From 65 on, the share of an image is below the minimum of one.
+    assert sampling.edit_bounds(64) == (512**2, 512**2)
+    assert sampling.edit_bounds(65) == (4096**2 // 65, 4096**2 // 65)
+    assert sampling.edit_bounds(10**9) == (1, 1)
 
 
 def _row(c: ModelConfig) -> tuple[object, ...]:

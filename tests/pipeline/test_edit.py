@@ -9,6 +9,7 @@ import torch
 
 import neounify
 from neounify.errors import ImageError, PromptError, RequestError
+from neounify.tasks.image import edit_images
 from support.prefilling import watch_prefills
 
 FEW: dict[str, Any] = {"steps": 3, "seed": 1}
@@ -83,3 +84,25 @@ def test_bad_input(pipe: neounify.Pipeline) -> None:
         pipe.edit("redder", example_image(3000, 10), **FEW)
     with pytest.raises(RequestError, match="cfg_zero_star"):
         pipe.edit("redder", example_image(64, 64), guidance_norm="cfg_zero_star", **FEW)
+    with pytest.raises(RequestError, match=r"noise must be \[.*, 3, H, W\] for 1 prompts"):
+        pipe.edit("redder", example_image(64, 64), noise=torch.zeros(1, 4, 64, 64), **FEW)
+    with pytest.raises(RequestError, match=r"noise must be .* got \(4,\)"):
+        pipe.edit("redder", example_image(64, 64), noise=torch.zeros(4), **FEW)
+
+
+@pytest.mark.parametrize("name", ["temperature", "stpes"])
+def test_names_that_are_no_arguments(pipe: neounify.Pipeline, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"edit\(\) got an unexpected keyword argument '{name}'"):
+        pipe.edit("redder", b"not an image", **{name: 1})  # type: ignore[arg-type]
+
+
+def test_more_images_than_the_total_area_has_room_for(pipe: neounify.Pipeline) -> None:
+    """Each becomes smaller than the minimum of one image, so that all of them keep the total."""
+    sampling = pipe.config.sampling
+    count = sampling.edit_max_total_pixels // sampling.edit_min_pixels + 1
+    images = [example_image(64, 64, seed) for seed in range(count)]
+    prepared = edit_images(pipe.processor, images)
+    sizes = [image.shape[1] * image.shape[2] for image in prepared]
+    assert sum(sizes) <= sampling.edit_max_total_pixels
+    out = pipe.edit("redder", images, width=64, height=64, **FEW)
+    assert out.images[0].size == (64, 64)

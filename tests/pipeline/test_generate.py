@@ -55,6 +55,17 @@ def test_several_images_of_one_prompt_are_one_draw(pipe: neounify.Pipeline) -> N
     assert torch.equal(out.pixels, from_noise.pixels)
     assert (out.seeds, from_noise.seeds) == ([9], [None])
     assert [image.size for image in out.images] == [(64, 96)] * 2
+    alone = pipe.generate("a boat", seed=9, **SIZE).pixels
+    assert torch.allclose(out.pixels[:1], alone, atol=1e-5)
+
+
+def test_one_seed_per_prompt_gives_the_images_of_these_seeds(pipe: neounify.Pipeline) -> None:
+    """As `n` images over HTTP have seed + i: see docs/serving-api.md."""
+    out = pipe.generate(["a boat"] * 2, seed=[9, 10], **SIZE)
+    alone = [pipe.generate("a boat", seed=seed, **SIZE).pixels for seed in (9, 10)]
+    assert torch.allclose(out.pixels, torch.cat(alone), atol=1e-5)
+    drawn_together = pipe.generate("a boat", images_per_prompt=2, seed=9, **SIZE).pixels
+    assert not torch.allclose(drawn_together[1:], alone[1], atol=1e-3)
 
 
 def test_callback_sees_every_step_and_the_last_is_close(pipe: neounify.Pipeline) -> None:

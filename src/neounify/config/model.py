@@ -96,9 +96,13 @@ class CheckpointDefaults:
             require(error is None, f"sampling.{error}")
 
     def edit_bounds(self, num_images: int) -> tuple[int, int]:
-        """(minimum, maximum) area of each of the `num_images` input images of an edit."""
+        """(minimum, maximum) area of each of the `num_images` input images of an edit.
+
+        The total goes before the minimum: so many images share it that each may be smaller.
+        """
         share = self.edit_max_total_pixels // max(1, num_images)
-        return self.edit_min_pixels, min(self.edit_max_pixels, share)
+        maximum = max(1, min(self.edit_max_pixels, share))
+        return min(self.edit_min_pixels, maximum), maximum
 
     def check_sizes(self, token_size: int) -> None:
         """ConfigError unless all sizes are multiples of the token side."""

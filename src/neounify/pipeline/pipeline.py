@@ -353,6 +353,7 @@ class Pipeline:
         reproduces the published code, where a guidance interval that starts at 0 never
         ends. The rest is as in `generate`.
         """
+        check_keywords("edit", sampling, EditKnobs)
         inputs = read_images(images, colour_profiles=self.colour_profiles)
         if not inputs:
             raise RequestError(
@@ -367,7 +368,7 @@ class Pipeline:
             sampling=ImageSampling(**sampling).resolve(self.config, editing=True),
             images=tuple(inputs),
             seed=seed,
-            noise=noise,
+            noise=split_noise(noise, 1, self.config)[0],
             count=images_per_prompt,
             think=think,
             max_think_tokens=max_think_tokens,

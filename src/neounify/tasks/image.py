@@ -102,10 +102,13 @@ class ImageRequest:
             )
         check_seed(self.seed)
         if self.noise is not None:
-            count, *_, height, width = shape = tuple(self.noise.shape)
-            if (count, height, width) != (self.count, self.height, self.width) or len(shape) != 4:
-                expected = f"({self.count}, channels, {self.height}, {self.width})"
-                raise RequestError(f"noise must be {expected}, got {shape}", param="noise")
+            shape, expected = tuple(self.noise.shape), (self.count, self.height, self.width)
+            if len(shape) != 4 or (shape[0], *shape[2:]) != expected:
+                raise RequestError(
+                    f"noise must be ({self.count}, channels, {self.height}, {self.width}), "
+                    f"got {shape}",
+                    param="noise",
+                )
         if self.noise is not None and not torch.isfinite(self.noise).all():
             raise RequestError(
                 "noise must be finite, it holds NaN or infinite values", param="noise"

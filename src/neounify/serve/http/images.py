@@ -97,8 +97,8 @@ async def read_image_requests(
 ) -> list[ImageRequest]:
     """One request per image, with consecutive seeds.
 
-    Not one request of several images, since those share one draw of noise: image i would then
-    depend on their number, and its seed alone could not reproduce it.
+    Not one request of several images, since those share one draw of noise, so that a seed of its
+    own could not reproduce image i.
 
     Raises ApiError, PromptError, ImageError, RequestError and Refused.
     """
