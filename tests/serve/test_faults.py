@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from neounify.errors import (
 )
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeConfig, build_service, colocated
-from neounify.serve.client import EngineClient
+from neounify.serve.client import EngineClient, RequestContext
 from neounify.serve.engine_process import EngineProcess
 from neounify.serve.engines import EngineConfig, EngineThread
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.chat import CompletionRequest, make_chat_request
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
+from neounify.tasks.program import Compute, Program
 from support.serving import collect, same_image, serve
 
 
@@ -178,6 +180,24 @@ def test_a_deadline_ends_a_request(pipe: neounify.Pipeline) -> None:
             with pytest.raises(DeadlineExceeded):
                 await collect(service, request, deadline=0.3)
         await settled(service)
+
+    serve(colocated(pipe), work)
+
+
+def test_a_deadline_ends_a_request_whose_preparation_takes_long(pipe: neounify.Pipeline) -> None:
+    prepared = threading.Event()
+
+    def program() -> Program[None]:
+        yield Compute(lambda: prepared.wait(60))
+
+    async def work(service: EngineService) -> None:
+        context = RequestContext(service.clients, 0.2)
+        try:
+            with pytest.raises(DeadlineExceeded, match=r"not finished after 0\.2 s"):
+                await context.result(program())
+        finally:
+            prepared.set()
+            context.close()
 
     serve(colocated(pipe), work)
 

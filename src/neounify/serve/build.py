@@ -12,11 +12,12 @@ import torch
 from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
 from neounify.engine.messages import LocalTransport
+from neounify.model.parts import StreamName
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.pipeline import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient, EngineClients
-from neounify.serve.engine_process import EngineProcess, ProcessConfig, Role
+from neounify.serve.engine_process import EngineProcess, ProcessConfig
 from neounify.serve.engines import EngineConfig, EngineThread, WatchConfig
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.serve.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
@@ -123,7 +124,7 @@ def _check_shared_memory(processor: Processor, config: ServeConfig) -> None:
 
 
 def _process(
-    role: Role, config: ServeConfig, dtype: DtypeChoice, space: SharedSpace
+    role: StreamName, config: ServeConfig, dtype: DtypeChoice, space: SharedSpace
 ) -> EngineProcess:
     generates = role == "gen"
     return EngineProcess(

@@ -7,7 +7,8 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
@@ -64,6 +65,9 @@ PREPARE_PAUSE = 0.5
 """Seconds between two tries to prepare an engine that waits for the other one."""
 
 
+# --- calls ---
+
+
 async def within(work: Awaitable[R], seconds: float | None) -> R:
     """The result of `work`; cancels it and raises TimeoutError when it takes longer.
 
@@ -85,10 +89,10 @@ async def within(work: Awaitable[R], seconds: float | None) -> R:
 
 
 class Call:
-    """One call to an engine: its number, and the answers as they come."""
+    """One call to an engine: its number, and the replies as they come."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, number: int, client: EngineClient) -> None:
+        self.number, self.client = number, client
         self.answered = False
         """Whether the last reply was taken."""
         self._replies: deque[Reply] = deque()
@@ -118,8 +122,11 @@ class Call:
             discard(self._replies.popleft())
 
 
+# --- the engine ---
+
+
 class EngineClient:
-    """Calls one worker and starts it again when it dies.
+    """Calls one engine and starts it again when it dies.
 
     `prepare` is awaited after every start, before the client is `ready`. An engine that cannot be
     started again is tried without end, with pauses; meanwhile calls are refused.
@@ -154,9 +161,9 @@ class EngineClient:
         return "failing" if self._recent_deaths() > MAX_DEATHS else "starting"
 
     async def start(self) -> None:
-        """Start the worker and wait until it can be used; raises what keeps it from starting.
+        """Start the engine and wait until it is ready; raises what keeps it from starting.
 
-        From then on it is kept up.
+        From then on it is restarted whenever it dies.
         """
         self._loop = asyncio.get_running_loop()
         await self._bring_up()
@@ -175,7 +182,10 @@ class EngineClient:
 
     def down(self) -> EngineDied:
         """The error for calls to an engine that is not up."""
-        return EngineDied(f"the {self.name} engine is being started again; try again soon")
+        return EngineDied(
+            f"the {self.name} engine is being started (crashes in the last {DEATH_SECONDS:g} s: "
+            f"{self._recent_deaths()}); try again in a few seconds"
+        )
 
     def open_call(self, number: int, *, preparing: bool = False) -> Call:
         """A call of this number, which its commands carry.
@@ -185,7 +195,7 @@ class EngineClient:
         """
         if not self._alive or (self._preparing and not preparing):
             raise self.down()
-        call = Call(number)
+        call = Call(number, self)
         self._calls[call.number] = call
         return call
 
@@ -232,7 +242,7 @@ class EngineClient:
             await self._dead.wait()
             await asyncio.sleep(self._pause())
             self.restarts += 1
-            log.warning("starting the %s engine again", self.name)
+            log.warning("starting the %s engine again (restart %d)", self.name, self.restarts)
             try:
                 await self._bring_up()
             except Exception:
@@ -251,7 +261,13 @@ class EngineClient:
             call.put(Reply(call.number, died, True))
         self._deaths.append(time.monotonic())
         if self._recent_deaths() > MAX_DEATHS:
-            log.critical("the %s engine keeps crashing", self.name)
+            log.critical(
+                "the %s engine crashed %d times in %g s; restarts go on, up to %g s apart",
+                self.name,
+                self._recent_deaths(),
+                DEATH_SECONDS,
+                MAX_PAUSE,
+            )
         self._dead.set()
 
     def _recent_deaths(self) -> int:
@@ -311,6 +327,10 @@ class EngineClients:
         same = self.understanding is self.generation
         return [self.understanding] if same else [self.understanding, self.generation]
 
+    def of(self, command: Command) -> EngineClient:
+        """Client of the engine that runs a command."""
+        return self.generation if is_for_generation(command) else self.understanding
+
 
 class RequestContext:
     """Runs programs on the engines, on the event loop; see `tasks.program`.
@@ -319,17 +339,17 @@ class RequestContext:
     """
 
     def __init__(
-        self, clients: EngineClients, deadline: float | None = None, *, preparing: bool = False
+        self, clients: EngineClients, seconds: float | None = None, *, preparing: bool = False
     ) -> None:
-        """`deadline` is a time of `time.monotonic`; `preparing` engines may be called already."""
-        self.clients, self.deadline = clients, deadline
-        self._preparing = preparing
+        """`seconds` from now is the deadline; `preparing` engines may be called already."""
+        self.clients, self._preparing = clients, preparing
+        self._seconds = seconds
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self._closed = False
         self._sequences: list[SequenceName] = []
         self._refs: dict[int, TensorRef] = {}
         self._call: Call | None = None
-        self._client: EngineClient | None = None
-        self._generates = False
+        self._is_denoising = False
 
     async def events(self, program: Program[object]) -> AsyncGenerator[TaskEvent]:
         """Run a program to its end; yields its events."""
@@ -399,7 +419,8 @@ class RequestContext:
             case NextAnswer():
                 return await self._answer()
             case Compute(function):
-                return await asyncio.to_thread(function)
+                with self._before_deadline() as seconds:
+                    return await within(asyncio.to_thread(function), seconds)
             case Pack(tensors):
                 return await self.pack(tensors)
             case PackImage(pixels, grid):
@@ -419,30 +440,25 @@ class RequestContext:
     def _send(self, command: Command) -> None:
         assert not isinstance(command, Release)
         self._end_call()
-        self._generates = isinstance(command, GenerateImages)
-        generates = is_for_generation(command)
-        client = self.clients.generation if generates else self.clients.understanding
+        client = self.clients.of(command)
         self._call = client.open_call(command.call, preparing=self._preparing)
-        self._client = client
+        self._is_denoising = isinstance(command, GenerateImages)
         if isinstance(command, Prefill):
             self._sequences += command.prompts
         client.send(command)
 
     def _end_call(self) -> None:
-        if self._call is None or self._client is None:
+        call, self._call = self._call, None
+        if call is None:
             return
-        if self._generates and not self._call.answered:
-            self._client.send(Cancel(self._call.number))
-        self._client.close_call(self._call)
-        self._call = self._client = None
+        if self._is_denoising and not call.answered:
+            call.client.send(Cancel(call.number))
+        call.client.close_call(call)
 
     async def _answer(self) -> Answer:
         assert self._call is not None
-        seconds = None if self.deadline is None else self.deadline - time.monotonic()
-        try:
+        with self._before_deadline() as seconds:
             reply = await self._call.next(seconds)
-        except TimeoutError as error:
-            raise DeadlineExceeded("the request took longer than it was given") from error
         for ref in refs_of(reply.answer):
             self._hold(ref)
         if reply.final:
@@ -450,6 +466,16 @@ class RequestContext:
         if isinstance(reply.answer, Failed):
             raise reply.answer.exception()
         return reply.answer
+
+    @contextmanager
+    def _before_deadline(self) -> Iterator[float | None]:
+        """Seconds left until the deadline; a TimeoutError inside is DeadlineExceeded."""
+        try:
+            yield None if self._deadline is None else self._deadline - time.monotonic()
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"the request was not finished after {self._seconds:g} s, its deadline"
+            ) from error
 
     # --- references ---
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,6 +21,7 @@ from neounify.checkpoint import Dtype
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, Reply, Report, failed
 from neounify.engine.understanding import UnderstandingEngine
+from neounify.model.parts import StreamName
 from neounify.pipeline import load
 from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.engines import (
@@ -36,26 +36,24 @@ from neounify.serve.shared_memory import PREFIX, SharedTransport, remove_after_e
 
 log = logging.getLogger("neounify.serve")
 
-Role = Literal["und", "gen"]
-
 BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig:
-    """Settings of an engine process, which keeps only the stream it needs in memory.
+    """Config of an engine process, which keeps only the stream it needs in memory.
 
     Its pieces of shared memory have names that begin with `pieces`.
     """
 
-    role: Role
+    role: StreamName
     folder: Path
     dtype: Dtype
     device: str
     threads: int | None
     lora: tuple[tuple[Path, float], ...] = ()
     engines: EngineConfig = field(default_factory=EngineConfig)
-    pieces: str | None = None
+    pieces: str = PREFIX
 
 
 # --- messages to the server process ---
@@ -88,8 +86,8 @@ class Batch:
 class EngineProcess:
     """One engine in a separate process, which ends when this one does."""
 
-    def __init__(self, settings: ProcessConfig, watch: WatchConfig | None = None) -> None:
-        self.settings = settings
+    def __init__(self, config: ProcessConfig, watch: WatchConfig | None = None) -> None:
+        self.config = config
         self.watch = watch or WatchConfig()
         self._current: _ProcessRun | None = None
         self._starts = 0
@@ -108,8 +106,8 @@ class EngineProcess:
                 raise RuntimeError("the server is ending")
             self._end(0.0)
             self._starts += 1
-            prefix = f"{self.settings.pieces or PREFIX}{self.settings.role}{self._starts}_"
-            run = self._current = _ProcessRun(replace(self.settings, pieces=prefix))
+            prefix = f"{self.config.pieces}{self.config.role}{self._starts}_"
+            run = self._current = _ProcessRun(replace(self.config, pieces=prefix))
         try:
             run.wait_ready(self.watch)
             run.run(self.watch, deliver, died)
@@ -134,17 +132,16 @@ class EngineProcess:
 class _ProcessRun:
     """One run of an engine process, with its pipe and the threads that read and write it."""
 
-    def __init__(self, settings: ProcessConfig) -> None:
-        assert settings.pieces is not None
+    def __init__(self, config: ProcessConfig) -> None:
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._name, self._pieces, self._last_piece = settings.role, settings.pieces, 0
+        self._name, self._pieces, self._last_piece = config.role, config.pieces, 0
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
         self._threads: list[threading.Thread] = []
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=run_process, args=(theirs, settings), name=settings.role, daemon=True
+            target=run_process, args=(theirs, config), name=config.role, daemon=True
         )
         try:
             self._process.start()
@@ -164,7 +161,9 @@ class _ProcessRun:
                         f"the {self._name} process was not ready after {watch.start:g} s"
                     )
         except TimeoutError as error:
-            raise RuntimeError(f"the {self._name} process was stopped while starting") from error
+            raise RuntimeError(
+                f"the {self._name} process gave no sign for {watch.start_silence:g} s of its start"
+            ) from error
         except (EOFError, OSError) as error:
             raise RuntimeError(f"the {self._name} process ended while starting") from error
 
@@ -257,44 +256,43 @@ class ServerGone(Exception):
     """The server process has ended."""
 
 
-def run_process(connection: Connection, settings: ProcessConfig) -> None:
+def run_process(connection: Connection, config: ProcessConfig) -> None:
     """Load the engine, report that it is ready, and work until the server hangs up."""
     # The server drains on a signal and hangs up last; a terminal signals all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    line = _Line(connection)
-    assert settings.pieces is not None
-    heartbeat = Heartbeat(line.send, settings.pieces)
+    server = _ServerPipe(connection)
+    heartbeat = Heartbeat(server.send, config.pieces)
     heartbeat.start()
     try:
-        _work(line, heartbeat, settings)
+        _work(server, heartbeat, config)
     except ServerGone:
-        remove_after_end(settings.pieces)
+        remove_after_end(config.pieces)
 
 
-def _work(line: _Line, heartbeat: Heartbeat, settings: ProcessConfig) -> None:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     keep_freed_memory()
     pipe = load(
-        settings.folder,
-        dtype=settings.dtype,
-        device=settings.device,
-        lora=settings.lora or None,
+        config.folder,
+        dtype=config.dtype,
+        device=config.device,
+        lora=config.lora or None,
         memory="stream",
     )
-    transport = SharedTransport(settings.pieces)
+    transport = SharedTransport(config.pieces)
     und = gen = None
-    with pipe.residency.use(settings.role):
-        if settings.role == "und":
+    with pipe.residency.use(config.role):
+        if config.role == "und":
             pipe.processor.vocabulary.prepare_soon()  # grammars in commands refer to it
-            und = UnderstandingEngine(pipe.model, settings.engines.understanding, transport)
+            und = UnderstandingEngine(pipe.model, config.engines.understanding, transport)
         else:
-            gen = GenerationEngine(pipe.model, settings.engines.generation, transport)
-        worker = Worker(_PipeChannel(line, transport), und, gen)
+            gen = GenerationEngine(pipe.model, config.engines.generation, transport)
+        worker = Worker(_PipeChannel(server, transport), und, gen)
         heartbeat.step_seconds = worker.step_seconds
         freeze_objects()
-        line.send(Ready())
+        server.send(Ready())
         worker.run()
 
 
@@ -319,7 +317,7 @@ class Heartbeat(threading.Thread):
                 os._exit(1)  # in the middle of a step, whose results are not needed any more
 
 
-class _Line:
+class _ServerPipe:
     """The pipe to the server: the worker and the heartbeat send, only the worker receives."""
 
     def __init__(self, connection: Connection) -> None:
@@ -347,13 +345,13 @@ class _Line:
 
 
 class _PipeChannel:
-    """The worker's end of the line; see `engines.Channel`."""
+    """The worker's end of the pipe; see `engines.Channel`."""
 
-    def __init__(self, line: _Line, transport: SharedTransport) -> None:
-        self._line, self._transport = line, transport
+    def __init__(self, server: _ServerPipe, transport: SharedTransport) -> None:
+        self._server, self._transport = server, transport
 
     def receive(self, *, wait: bool) -> list[Command] | None:
-        return receive_commands(self._line.receive, self._line.poll, wait=wait)
+        return receive_commands(self._server.receive, self._server.poll, wait=wait)
 
     def send(self, replies: Sequence[Reply], report: Report | None) -> None:
-        self._line.send(Batch(replies, report, self._transport.last_piece))
+        self._server.send(Batch(replies, report, self._transport.last_piece))

@@ -31,7 +31,7 @@ Died = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of both engines."""
+    """Configs of both engines."""
 
     understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -198,9 +198,9 @@ class EngineThread:
     """Both engines in one thread over one model."""
 
     def __init__(
-        self, model: NeoUnify, settings: EngineConfig, watch: WatchConfig | None = None
+        self, model: NeoUnify, config: EngineConfig, watch: WatchConfig | None = None
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.config = model, config
         self.watch = watch or WatchConfig()
         self.understanding: UnderstandingEngine | None = None
         self._current: _ThreadRun | None = None
@@ -208,18 +208,17 @@ class EngineThread:
     def start(self, deliver: Deliver, died: Died) -> None:
         """A thread cannot be killed: RuntimeError while the earlier one is still in its step."""
         if self._current is not None and not self._current.end(self.watch.end):
-            raise RuntimeError("the engines' thread has not come to the end of its step")
+            raise RuntimeError(
+                f"the engines' thread is still in a step, {self.watch.end:g} s after it was to end"
+            )
         # Free the earlier engines' memory before the new ones take theirs.
         self._current = self.understanding = None
         transport = LocalTransport()
-        self.understanding = UnderstandingEngine(self.model, self.settings.understanding, transport)
-        generation = GenerationEngine(self.model, self.settings.generation, transport)
-        self._current = _ThreadRun(
-            lambda channel: Worker(channel, self.understanding, generation),
-            self.watch.step,
-            deliver,
-            died,
-        )
+        self.understanding = UnderstandingEngine(self.model, self.config.understanding, transport)
+        generation = GenerationEngine(self.model, self.config.generation, transport)
+        commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        worker = Worker(_QueueChannel(commands, deliver), self.understanding, generation)
+        self._current = _ThreadRun(worker, commands, self.watch.step, died)
 
     def send(self, command: Command) -> None:
         if self._current is not None:
@@ -227,7 +226,7 @@ class EngineThread:
 
     def stop(self) -> None:
         if self._current is not None and not self._current.end(self.watch.end):
-            log.warning("the engines' thread is left in its step")
+            log.warning("the engines' thread is left in a step of %g s", self._current.step_seconds)
 
 
 class _ThreadRun:
@@ -235,14 +234,13 @@ class _ThreadRun:
 
     def __init__(
         self,
-        make_worker: Callable[[_QueueChannel], Worker],
+        worker: Worker,
+        commands: queue.SimpleQueue[Command | None],
         step_seconds: float,
-        deliver: Deliver,
         died: Died,
     ) -> None:
-        self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._worker = make_worker(_QueueChannel(self.commands, deliver))
-        self._step_seconds, self._died = step_seconds, died
+        self.commands = commands
+        self._worker, self._step_seconds, self._died = worker, step_seconds, died
         self._ended, self._asked = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         # The watch first: it can be ended when the other cannot be started, not the other way.
@@ -259,6 +257,11 @@ class _ThreadRun:
         self.commands.put(None)
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds since the current step began."""
+        return self._worker.step_seconds()
 
     def _run(self) -> None:
         try:
@@ -281,6 +284,8 @@ class _ThreadRun:
 
 
 class _QueueChannel:
+    """The worker's end of the two queues in one process; see `Channel`."""
+
     def __init__(self, commands: queue.SimpleQueue[Command | None], deliver: Deliver) -> None:
         self._commands, self._deliver = commands, deliver
 

@@ -75,7 +75,7 @@ KEPT = {"": "uncond"}
 
 
 class EngineService:
-    """The `Service` of two engines."""
+    """The `Service` of two engines, which may be in this process or in separate ones."""
 
     def __init__(
         self, processor: Processor, clients: EngineClients, admission: AdmissionConfig
@@ -134,8 +134,7 @@ class EngineService:
         """See `Service.answer`."""
         tokens = self._admit(request)
         start = time.monotonic()
-        end = None if deadline is None else start + deadline
-        context = RequestContext(self.clients, end)
+        context = RequestContext(self.clients, deadline)
         try:
             async with aclosing(context.events(self._program(request, previews))) as events:
                 async for event in events:
