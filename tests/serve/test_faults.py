@@ -26,10 +26,10 @@ from neounify.errors import (
 )
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeConfig, build_service, colocated
-from neounify.serve.client import EngineClient, RequestContext
+from neounify.serve.client import EngineClient
 from neounify.serve.engine_process import EngineProcess
 from neounify.serve.engines import EngineConfig, EngineThread
-from neounify.serve.service import AdmissionConfig, EngineService
+from neounify.serve.service import AdmissionConfig, EngineService, RequestContext
 from neounify.tasks.chat import CompletionRequest, make_chat_request
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest

@@ -23,7 +23,7 @@ from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
-from neounify.serve import client
+from neounify.serve import service as service_module
 from neounify.serve.build import ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClients
 from neounify.serve.engines import EngineConfig
@@ -368,7 +368,7 @@ def test_long_work_leaves_the_event_loop(
         monkeypatch.setattr(pipe.tokenizer, "encode", watched("encode", encode))
         monkeypatch.setattr(service.clients.transport, "copies", True)
         monkeypatch.setattr(service.clients.transport, "pack", watched("pack", pack))
-        monkeypatch.setattr(client, "_digest", watched("digest", client._digest))
+        monkeypatch.setattr(service_module, "_digest", watched("digest", service_module._digest))
         await collect(service, request)
         return threading.get_ident()
 

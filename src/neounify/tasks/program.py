@@ -2,7 +2,7 @@
 
 A driver runs a program: it carries out each step that the program yields and sends back the result,
 or throws the error. Programs do no I/O and compute nothing that takes long, so the same one runs
-in the caller's thread (`pipeline.driver`) and on an event loop (`serve.client`).
+in the caller's thread (`pipeline.driver`) and on an event loop (`serve.service`).
 """
 
 from __future__ import annotations
