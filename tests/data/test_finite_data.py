@@ -14,11 +14,12 @@ from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoadedPack, LoaderConfig, Position, check_sources, load_packs
 from neounify.data.sample import DataError, Sample
-from neounify.data.sources import JsonlSource, Mixture, SampleSource
+from neounify.data.shards import ShardData
+from neounify.data.sources import JsonlData, JsonlSource, Mixture, SampleSource
 from neounify.scenes.world import SceneDataset, scene_config
+from neounify.scenes.world.samples import SceneData
 from neounify.text import byte_tokenizer
 from neounify.train.progress import Tally
-from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
@@ -28,7 +29,7 @@ ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
 def lines(folder: Path, count: int = 3) -> SampleSource:
     records = [text_record(f"question {n}", id=f"s{n}") for n in range(count)]
     write_lines(folder / "d.jsonl", records)
-    return build_mixture([DataRecipe(kind="jsonl", path=str(folder / "d.jsonl"))], 0)
+    return build_mixture([JsonlData(path=str(folder / "d.jsonl"))], 0)
 
 
 def shard(folder: Path) -> SampleSource:
@@ -36,7 +37,7 @@ def shard(folder: Path) -> SampleSource:
     for n in range(3):
         members |= {f"s{n}.png": png(64, 64, n), f"s{n}.txt": b"noise"}
     write_tar(folder / "d.tar", members)
-    return build_mixture([DataRecipe(kind="shards", path=str(folder / "d.tar"))], 0)
+    return build_mixture([ShardData(path=str(folder / "d.tar"))], 0)
 
 
 def samples(loaded: list[LoadedPack]) -> list[str]:
@@ -109,7 +110,7 @@ def test_a_damaged_sample_is_new_once_and_then_counted(tmp_path: Path) -> None:
 
 def test_an_endless_source_keeps_its_order() -> None:
     scenes = SceneDataset(0, scene_config("easy"))
-    mixture = build_mixture([DataRecipe(world="easy")], 9)
+    mixture = build_mixture([SceneData(world="easy")], 9)
     assert [mixture[n].id for n in (0, 1, 1500)] == [scenes[n].id for n in (0, 1, 1500)]
 
 
@@ -148,9 +149,7 @@ def test_a_worker_that_is_killed_ends_loading_with_one_message() -> None:
 def test_a_source_without_a_usable_sample_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "bad.jsonl", [paint_record("x", "none.png") for _ in range(70)])
     write_lines(tmp_path / "good.jsonl", [text_record("x")])
-    recipes = [
-        DataRecipe(kind="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("good", "bad")
-    ]
+    recipes = [JsonlData(path=str(tmp_path / f"{name}.jsonl")) for name in ("good", "bad")]
     with pytest.raises(DataError, match=r"bad\.jsonl: cannot use any of 50 of 70 .*none\.png"):
         check_sources(build_mixture(recipes, 0), ENCODER)
     check_sources(build_mixture(recipes[:1], 0), ENCODER)

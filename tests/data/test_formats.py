@@ -13,8 +13,7 @@ import pytest
 
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
-from neounify.data.sources import JsonlSource
-from neounify.train.recipe import DataRecipe
+from neounify.data.sources import JsonlData, JsonlSource, read_data
 from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
@@ -24,7 +23,7 @@ LINE = json.dumps(ONE) + "\n"
 
 def message(kind: str, path: Path | str) -> str:
     with pytest.raises(DataError) as raised:
-        build_mixture([DataRecipe(kind=kind, path=str(path))], 0)  # type: ignore[arg-type]
+        build_mixture([read_data({"kind": kind, "path": str(path)})], 0)
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -177,7 +176,7 @@ def test_names_that_mean_the_same(tmp_path: Path) -> None:
 
 def test_fields_that_need_not_be_read_are_named_in_the_recipe(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "x.jsonl", [{**ONE, "source": "web", "width": 3}])
-    recipe = DataRecipe(kind="jsonl", path=str(path), ignore=("source", "width"))
+    recipe = JsonlData(path=str(path), ignore=("source", "width"))
     assert build_mixture([recipe], 0)[0].task == "text"
 
 
@@ -191,14 +190,14 @@ def test_images_of_another_folder(tmp_path: Path) -> None:
     names = ["sub/a.png", str(tmp_path / "images/sub/a.png"), "sub/../sub/a.png"]
     outside = ["../secret/b.png", str(tmp_path / "secret/b.png"), "link.png", "folder/b.png"]
     path = write_lines(tmp_path / "data/x.jsonl", [paint_record("x", n) for n in names + outside])
-    recipe = DataRecipe(kind="jsonl", path=str(path), images=str(tmp_path / "images"))
+    recipe = JsonlData(path=str(path), images=str(tmp_path / "images"))
     (source,) = build_mixture([recipe], 0).sources
     for n in range(len(names)):
         assert source[n].images[0].pixels().shape == (32, 32, 3)
     for n in range(len(names), len(names + outside)):
         with pytest.raises(DataError, match=r"lies outside .*images = FOLDER"):
             source[n]
-    gone = DataRecipe(kind="jsonl", path=str(path), images=str(tmp_path / "none"))
+    gone = JsonlData(path=str(path), images=str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"folder of images .* is not there"):
         build_mixture([gone], 0)
 

@@ -18,11 +18,10 @@ from neounify.data import sources
 from neounify.data.encode import Encoder
 from neounify.data.loader import MAX_MESSAGE_CHARS, LoaderConfig, load_packs, skipped_sample
 from neounify.data.sample import DataError
-from neounify.data.shards import ShardSource
+from neounify.data.shards import ShardData, ShardSource
 from neounify.data.sources import JsonlSource, Mixture
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
-from neounify.train.recipe import DataRecipe
 from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
 
@@ -118,7 +117,7 @@ def test_folders_give_their_visible_files_only(tmp_path: Path) -> None:
     assert JsonlSource(tmp_path).files == [tmp_path / "a.jsonl"]
     write_tar(tmp_path / "a.TAR", {"a.png": png(), "a.txt": b"x"})
     write_tar(tmp_path / ".b.tar", {"a.png": png(), "a.txt": b"x"})
-    assert build_mixture([DataRecipe(kind="shards", path=str(tmp_path))], 0).sources[0].size == 1
+    assert build_mixture([ShardData(path=str(tmp_path))], 0).sources[0].size == 1
     (tmp_path / "gone.jsonl").symlink_to("nowhere")
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         JsonlSource(tmp_path)
@@ -136,7 +135,7 @@ def test_a_pointer_of_git_lfs_is_recognised(tmp_path: Path) -> None:
 )
 def test_patterns_that_name_no_shard(tmp_path: Path, pattern: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
-        build_mixture([DataRecipe(kind="shards", path=str(tmp_path / pattern))], 0)
+        build_mixture([ShardData(path=str(tmp_path / pattern))], 0)
 
 
 def test_the_image_of_the_records_name_is_used_not_its_companion(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from neounify.data.sources import SampleSource
-from neounify.train.recipe import DataRecipe
+from neounify.data.sources import SampleSource, read_data
 from neounify.train.setup import build_mixture
 from support.colour_profiles import DISPLAY_P3, rgb_profile
 
@@ -26,7 +25,7 @@ def photo() -> bytes:
 
 
 def source(path: Path, kind: str, **fields: object) -> SampleSource:
-    return build_mixture([DataRecipe(kind=kind, path=str(path), **fields)], 0)  # type: ignore[arg-type]
+    return build_mixture([read_data({"kind": kind, "path": str(path), **fields})], 0)
 
 
 def write(folder: Path, kind: str) -> Path:
@@ -58,4 +57,4 @@ def test_endings_in_capitals_and_profiles(kind: str, tmp_path: Path) -> None:
 
 def test_synthetic_scenes_have_no_profiles() -> None:
     with pytest.raises(ValueError, match="has no colour_profiles"):
-        DataRecipe(colour_profiles=False)
+        read_data({"colour_profiles": False})

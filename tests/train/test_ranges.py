@@ -16,13 +16,15 @@ from neounify.config.presets import SCENES
 from neounify.config.ranges import Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.sample import DataError
+from neounify.data.shards import ShardData
+from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
 from neounify.lora.layers import LoraConfig
+from neounify.scenes.world.samples import SceneData
 from neounify.text import byte_tokenizer
 from neounify.train.loss import LossConfig
 from neounify.train.optim import OptimizerConfig, Schedule
 from neounify.train.recipe import (
-    DataRecipe,
     ModelRecipe,
     Recipe,
     StageRecipe,
@@ -33,7 +35,9 @@ from neounify.train.setup import build_setup
 from neounify.train.supervised import SupervisedConfig
 
 SETTINGS = (
-    DataRecipe,
+    SceneData,
+    JsonlData,
+    ShardData,
     GuidanceDropout,
     LoraConfig,
     ModelRecipe,

@@ -13,8 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from neounify.checkpoint.names import stream_of
+from neounify.data.shards import ShardData
+from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
 from neounify.pipeline import load
+from neounify.scenes.world.samples import SceneData
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import (
@@ -71,7 +74,7 @@ def test_every_recipe_can_be_read(file: Path) -> None:
     recipe = read_recipe(file)
     assert recipe.stages
     for item in (item for stage in recipe.stages for item in stage.data):
-        assert (item.kind == "scenes") == (item.path is None)
+        assert isinstance(item, SceneData | JsonlData | ShardData)
 
 
 @pytest.mark.parametrize("name", ["published", "miniature"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Annotated, Literal
+from importlib import import_module
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, ConfigDict, TypeAdapter
 
 STRICT = ConfigDict(extra="forbid", str_strip_whitespace=False, arbitrary_types_allowed=True)
 """For `pydantic.dataclasses.dataclass(config=STRICT)`."""
@@ -70,12 +72,7 @@ AreaBounds = Annotated[tuple[int, int], AfterValidator(_area)]
 """(least, greatest) area of an image in pixels."""
 
 
-def check_names(
-    field: str,
-    names: Iterable[str],
-    known: Iterable[str],
-    kind: Literal["name", "task", "method"] = "name",
-) -> None:
+def check_names(field: str, names: Iterable[str], known: Iterable[str], kind: str = "name") -> None:
     """Raise ValueError for names that are not known, with what is near and what there is."""
     listed = list(known)
     for name in names:
@@ -93,3 +90,27 @@ def check_weights(field: str, weights: Mapping[str, float], known: Iterable[str]
     for name, value in weights.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{field}.{name}: must be at least 0, got {value}")
+
+
+def read_kind(value: Any, kinds: Mapping[str, str], default: str, what: str) -> Any:
+    """A table of settings as the dataclass that `kinds` has for its "kind", as "module:class".
+
+    The module is imported when its kind is named. Raises ValueError for an unknown kind or field,
+    with those there are, and ValidationError for a wrong value.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f'must be a table such as {{ kind = "{default}" }}')
+    kind = str(value.get("kind", default))
+    check_names("kind", [kind], kinds, what)
+    module, _, name = kinds[kind].partition(":")
+    config_class = getattr(import_module(module), name)
+    known = [item.name for item in fields(config_class)]
+    for field in value:
+        if field not in known:
+            close = get_close_matches(str(field), known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(
+                f'{what} of kind "{kind}" has no {field}; {hint}it has {", ".join(known)}'
+            )
+    # As JSON, so that strict validation takes lists for tuples but no text for numbers.
+    return TypeAdapter(config_class).validate_json(json.dumps(value, default=str), strict=True)

@@ -15,13 +15,24 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
+from pydantic.dataclasses import dataclass
 
-from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, foreign_file, named
+from neounify.config.ranges import STRICT
+from neounify.data.formats import (
+    CAPTION_ENDINGS,
+    IMAGE_ENDINGS,
+    files_below,
+    foreign_file,
+    foreign_folder,
+    named,
+)
 from neounify.data.sample import (
     DataError,
     Sample,
@@ -31,7 +42,7 @@ from neounify.data.sample import (
     parse_json,
     sample_from_record,
 )
-from neounify.data.sources import map_images, read_sample_image
+from neounify.data.sources import FileData, map_images, read_sample_image
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
@@ -41,7 +52,7 @@ Member = tuple[int, int]
 """Offset and size in bytes of a file's content in its shard."""
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class _Entry:
     """One sample: its shard, its key, and its files by what follows the key, in lower case."""
 
@@ -59,6 +70,22 @@ class _Entry:
     def is_sample(self) -> bool:
         """Whether it has files other than images."""
         return not all(_is_image(ending) for ending in self.members)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ShardData(FileData):
+    """`kind = "shards"`: tar files or a folder of them; `path` may hold `*`."""
+
+    kind: Literal["shards"] = "shards"
+
+    def build(self) -> ShardSource:
+        return ShardSource(
+            _shards(self.path),
+            task=self.task,
+            ignored=self.ignore,
+            name=self.path,
+            colour_profiles=self.colour_profiles,
+        )
 
 
 class ShardSource:
@@ -150,6 +177,38 @@ class ShardSource:
             f"the image {str(path)!r} is not in the shard; name a file that shares the key, such "
             f"as {entry.key}.0.png, or one by its path in the shard (siblings here: {siblings})"
         )
+
+
+def _shards(pattern: str) -> list[Path]:
+    """The files a pattern names, or the tar files below a folder; endings in any case.
+
+    Raises DataError when there are none.
+    """
+    path = Path(pattern)
+    try:
+        if path.is_file():
+            return [path]
+        shards = files_below(path, ".tar") if path.is_dir() else _matching(path)
+    except (OSError, ValueError) as error:  # ValueError: "**" beside other characters
+        raise DataError(
+            f"the data {pattern[:200]!r} cannot be looked for: {error}"[:500]
+        ) from error
+    if not shards:
+        what = foreign_folder(path) if path.is_dir() else "is not there"
+        if "{" in path.name:
+            what += "; braces are not expanded, write * (it matches any characters of a name)"
+        raise DataError(f"the data {pattern} {what}")
+    return sorted(shards)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Files whose names match a pattern, in any case."""
+    folders = [pattern.parent]
+    if "*" in str(pattern.parent):
+        base = Path(pattern.anchor)
+        folders = list(base.glob(str(pattern.parent.relative_to(base))))
+    name = pattern.name.lower()
+    return [f for folder in folders for f in folder.glob("*") if fnmatch(f.name.lower(), name)]
 
 
 def _index(path: Path, damage: list[str]) -> list[_Entry]:

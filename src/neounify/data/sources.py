@@ -1,19 +1,27 @@
-"""Sample sources: the protocol, mixtures by weight, JSON lines and their images."""
+"""Sample sources: protocol and table of formats, mixtures by weight, JSON lines and their images.
+
+A new format is a file with a source and its `DataConfig`, and a line in `FORMATS`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic.dataclasses import dataclass
 
+from neounify.config.ranges import STRICT, Positive, check_names, read_kind
 from neounify.data.formats import files_below, foreign_folder, foreign_lines
 from neounify.data.sample import (
+    TASK_ALIASES,
+    TASKS,
     DataError,
     Part,
     Sample,
@@ -25,6 +33,14 @@ from neounify.data.sample import (
 from neounify.errors import ImageError
 from neounify.image import read_image
 from neounify.image.io import MAX_DECODED_PIXELS
+
+FORMATS = {
+    "scenes": "neounify.scenes.world.samples:SceneData",
+    "jsonl": "neounify.data.sources:JsonlData",
+    "shards": "neounify.data.shards:ShardData",
+}
+"""The `DataConfig` of every kind of data, as "module:class"; imported when a recipe names it."""
+DEFAULT_FORMAT = "scenes"
 
 
 @runtime_checkable
@@ -51,6 +67,37 @@ class FileSource(SampleSource, Protocol):
     def location(self, index: int) -> str:
         """Location of a sample, such as "train.jsonl, line 7"."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig(ABC):
+    """The settings of one source of a stage, as an item of a recipe's `data` holds them.
+
+    Its `kind` is its name in `FORMATS`. A mixture draws from it in proportion to `weight`.
+    """
+
+    kind: str
+    weight: Positive = 1.0
+
+    @abstractmethod
+    def build(self) -> SampleSource:
+        """The source. Raises DataError for data that cannot be read."""
+
+    def tasks_drawn(self) -> Collection[str]:
+        """Tasks that its samples may have."""
+        return TASKS
+
+    def image_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels of all its images; None where they differ."""
+        return None
+
+
+def read_data(value: Any) -> DataConfig:
+    """An item of a recipe's `data` by its `kind`; a config is taken as it is. Raises ValueError."""
+    if isinstance(value, DataConfig):
+        return value
+    config: DataConfig = read_kind(value, FORMATS, DEFAULT_FORMAT, "data")
+    return config
 
 
 def source_name(source: SampleSource) -> str:
@@ -200,6 +247,50 @@ def _inside(path: Path, root: Path) -> Path:
     if "\\" in path.name and not resolved.exists():
         raise DataError(f"there is no image {path.name}; paths are written with /")
     return resolved
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FileData(DataConfig):
+    """Files of samples.
+
+    `task` overrides what the records say, `ignore` names fields of records that are not to be
+    read, and `colour_profiles = false` takes all pixels for sRGB, as the published code does.
+    """
+
+    path: str = ""
+    task: str | None = None
+    ignore: tuple[str, ...] = ()
+    colour_profiles: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError(f'data of kind "{self.kind}" needs a path')
+        if self.task is not None:
+            check_names("task", [self.task], (*TASKS, *TASK_ALIASES), "task")
+
+    def tasks_drawn(self) -> Collection[str]:
+        return TASKS if self.task is None else (self.task,)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class JsonlData(FileData):
+    """`kind = "jsonl"`: a file or folder of the published schema.
+
+    `images` is the folder that paths of images are relative to and must stay below, by default
+    that of each file.
+    """
+
+    kind: Literal["jsonl"] = "jsonl"
+    images: str | None = None
+
+    def build(self) -> JsonlSource:
+        return JsonlSource(
+            Path(self.path),
+            root=None if self.images is None else Path(self.images),
+            task=self.task,
+            ignored=self.ignore,
+            colour_profiles=self.colour_profiles,
+        )
 
 
 MAX_LINE_BYTES = 16 * 2**20

@@ -11,23 +11,20 @@ A new method is a file with a `MethodConfig` and a `Method`, and a line in `METH
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from neounify.config import ModelConfig
-from neounify.config.ranges import check_names
+from neounify.config.ranges import read_kind
 from neounify.data.loader import Skipped
 from neounify.data.sources import Mixture
 from neounify.errors import NeounifyError
@@ -249,20 +246,9 @@ class MethodConfig(ABC):
         yield Finding("method", None, f"the method {self.kind} has no checks of its own")
 
 
-def method_class(kind: Any) -> type[MethodConfig]:
-    """The config class of a kind. Raises ValueError that lists the kinds."""
-    check_names("kind", [str(kind)], METHODS, "method")
-    module, _, name = METHODS[str(kind)].partition(":")
-    config_class: type[MethodConfig] = getattr(import_module(module), name)
-    return config_class
-
-
 def read_method(value: Any) -> MethodConfig:
     """A recipe's `method` table by its `kind`; a config is taken as it is. Raises ValueError."""
     if isinstance(value, MethodConfig):
         return value
-    if not isinstance(value, Mapping):
-        raise ValueError('must be a table such as { kind = "supervised" }')
-    config = TypeAdapter(method_class(value.get("kind", DEFAULT_METHOD)))
-    # As JSON, so that strict validation takes lists for tuples.
-    return config.validate_json(json.dumps(value, default=str), strict=True)
+    config: MethodConfig = read_kind(value, METHODS, DEFAULT_METHOD, "method")
+    return config

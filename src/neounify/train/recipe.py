@@ -24,7 +24,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,19 +35,16 @@ from neounify.config.ranges import (
     STRICT,
     BelowOne,
     Count,
-    Fraction,
     Positive,
     Range,
     Seed,
     check_names,
-    check_weights,
 )
-from neounify.data.sample import TASK_ALIASES, TASKS
+from neounify.data.sources import DataConfig, read_data
 from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
 from neounify.model.parts import LABELS
-from neounify.scenes.world.scene import PRESETS
 from neounify.text import IMAGE_MARK
 from neounify.text.tokenizer import BYTE_VOCAB_SIZE
 from neounify.train.method import DEFAULT_METHOD, MethodConfig, read_method
@@ -101,68 +98,20 @@ class ModelRecipe:
     system_message: str = ""
 
 
-_FILE_FIELDS = ("path", "task", "ignore", "colour_profiles")
-_FIELDS_OF = {
-    "scenes": ("world", "tasks", "chinese", "side", "seed", "split"),
-    "jsonl": (*_FILE_FIELDS, "images"),
-    "shards": _FILE_FIELDS,
-}
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataRecipe:
-    """One source of a stage's mixture, drawn in proportion to `weight`.
-
-    `scenes`: synthetic scenes (`world`, `tasks`, `chinese`, `side`, `seed`, `split`). `jsonl`: a
-    file or folder of the published schema; `images` is the folder that paths of images are
-    relative to and must stay below, by default that of each file. `shards`: tar files or a folder
-    of them, `path` may hold `*`. For both, `task` overrides what the records say, `ignore` names
-    fields of records that are not to be read, and `colour_profiles = false` takes all pixels for
-    sRGB, as the published code does.
-    """
-
-    kind: Literal["scenes", "jsonl", "shards"] = "scenes"
-    weight: Positive = 1.0
-    world: str = "default"
-    tasks: dict[str, float] | None = None
-    chinese: Fraction = 0.0
-    side: Count | None = None
-    seed: Seed = 0
-    split: Literal["train", "held_out", "any"] = "train"
-    path: str | None = None
-    task: str | None = None
-    colour_profiles: bool = True
-    images: str | None = None
-    ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind != "scenes" and not self.path:
-            raise ValueError(f'data of kind "{self.kind}" needs a path')
-        known = {"kind", "weight", *_FIELDS_OF[self.kind]}
-        for item in fields(self):
-            if item.name not in known and getattr(self, item.name) != item.default:
-                raise ValueError(f'data of kind "{self.kind}" has no {item.name}')
-        check_names("world", [self.world], PRESETS)
-        if self.tasks is not None:
-            check_weights("tasks", self.tasks, TASKS)
-            if not any(self.tasks.values()):
-                raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
-        if self.task is not None:
-            check_names("task", [self.task], (*TASKS, *TASK_ALIASES), "task")
-
-
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StageRecipe:
     """One stage of training by a method. A step is `packs_per_step` of the method's batches.
 
-    `method` is a table with a `kind` of `METHODS` and the fields of its config; `data` is what the
-    method draws from. `freeze` names streams ("und", "gen", and "shared": token embedding and lm
-    head) or parts of the model (checkpoint/names.py).
+    `method` is a table with a `kind` of `METHODS` and the fields of its config; `data` are tables
+    with a `kind` of `FORMATS`, which the method draws from. `freeze` names streams ("und", "gen",
+    and "shared": token embedding and lm head) or parts of the model (checkpoint/names.py).
     """
 
     name: str
     steps: Count
-    data: tuple[DataRecipe, ...] = field(default_factory=lambda: (DataRecipe(),))
+    data: tuple[Annotated[DataConfig, PlainValidator(read_data)], ...] = field(
+        default_factory=lambda: (read_data({}),)
+    )
     freeze: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,16 @@ from neounify.checkpoint.names import part_of, stream_of
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
-from neounify.data.formats import files_below, foreign_folder
-from neounify.data.sample import DataError
-from neounify.data.shards import ShardSource
-from neounify.data.sources import JsonlSource, Mixture, SampleSource
+from neounify.data.sources import DataConfig, Mixture, SampleSource
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline import load
 from neounify.scenes.world import SceneDataset, scene_config
+from neounify.scenes.world.samples import SceneData
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer
-from neounify.train.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe
+from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe
 
 TOKENIZER_SEED = 2**31
 """Seed of the samples that a tokenizer is trained on; no training run uses it."""
@@ -69,9 +66,9 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
     return TrainSetup(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
 
 
-def build_mixture(data: Sequence[DataRecipe], seed: int) -> Mixture:
+def build_mixture(data: Sequence[DataConfig], seed: int) -> Mixture:
     """The mixture of a stage's sources, which never ends. Raises DataError."""
-    return Mixture([(_source(item), item.weight) for item in data], seed)
+    return Mixture([(item.build(), item.weight) for item in data], seed)
 
 
 class StageSources:
@@ -79,7 +76,7 @@ class StageSources:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self._built: list[tuple[DataRecipe, SampleSource]] = []
+        self._built: list[tuple[DataConfig, SampleSource]] = []
 
     def of(self, stage: StageRecipe) -> Mixture:
         """The mixture of one stage. Raises DataError, for a stage without data too."""
@@ -90,74 +87,14 @@ class StageSources:
         """The sources of one stage, which may be none. Raises DataError."""
         return [self._source(data) for data in stage.data]
 
-    def _source(self, data: DataRecipe) -> SampleSource:
+    def _source(self, data: DataConfig) -> SampleSource:
         alike = replace(data, weight=1.0)
         for built, source in self._built:
             if built == alike:
                 return source
-        source = _source(data)
+        source = data.build()
         self._built.append((alike, source))
         return source
-
-
-def _source(data: DataRecipe) -> SampleSource:
-    if data.kind == "scenes":
-        return SceneDataset(
-            data.seed,
-            scene_config(data.world),
-            data.tasks,
-            split=data.split,
-            side=data.side,
-            chinese=data.chinese,
-        )
-    assert data.path is not None
-    if data.kind == "jsonl":
-        return JsonlSource(
-            Path(data.path),
-            root=None if data.images is None else Path(data.images),
-            task=data.task,
-            ignored=data.ignore,
-            colour_profiles=data.colour_profiles,
-        )
-    return ShardSource(
-        _shards(data.path),
-        task=data.task,
-        ignored=data.ignore,
-        name=data.path,
-        colour_profiles=data.colour_profiles,
-    )
-
-
-def _shards(pattern: str) -> list[Path]:
-    """The files a pattern names, or the tar files below a folder; endings in any case.
-
-    Raises DataError when there are none.
-    """
-    path = Path(pattern)
-    try:
-        if path.is_file():
-            return [path]
-        shards = files_below(path, ".tar") if path.is_dir() else _matching(path)
-    except (OSError, ValueError) as error:  # ValueError: "**" beside other characters
-        raise DataError(
-            f"the data {pattern[:200]!r} cannot be looked for: {error}"[:500]
-        ) from error
-    if not shards:
-        what = foreign_folder(path) if path.is_dir() else "is not there"
-        if "{" in path.name:
-            what += "; braces are not expanded, write * (it matches any characters of a name)"
-        raise DataError(f"the data {pattern} {what}")
-    return sorted(shards)
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """Files whose names match a pattern, in any case."""
-    folders = [pattern.parent]
-    if "*" in str(pattern.parent):
-        base = Path(pattern.anchor)
-        folders = list(base.glob(str(pattern.parent.relative_to(base))))
-    name = pattern.name.lower()
-    return [f for folder in folders for f in folder.glob("*") if fnmatch(f.name.lower(), name)]
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
@@ -226,7 +163,8 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
     settings = recipe.model.tokenizer
-    scenes = [item for stage in recipe.stages for item in stage.data if item.kind == "scenes"]
+    data = (item for stage in recipe.stages for item in stage.data)
+    scenes = [item for item in data if isinstance(item, SceneData)]
     if not scenes:
         raise ConfigError(
             "the tokenizer of a fresh model is trained on synthetic scenes, but no stage has data "

@@ -17,7 +17,6 @@ from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
 from neounify.image.pixels import fit_size
 from neounify.runtime.plan import plan_execution
-from neounify.scenes.world import scene_config
 from neounify.train.log import DivergenceWatch
 from neounify.train.loss import Counts, LossConfig, Metrics, loss_of
 from neounify.train.method import (
@@ -33,7 +32,7 @@ from neounify.train.optim import OptimizerSet
 from neounify.train.speed import StepOperations
 
 if TYPE_CHECKING:
-    from neounify.train.recipe import DataRecipe, StageRecipe
+    from neounify.train.recipe import StageRecipe
     from neounify.train.setup import TrainSetup
 
 MAX_NOISE_DRAWS = 2**16
@@ -72,16 +71,21 @@ class SupervisedConfig(MethodConfig):
     def trained_sizes(
         self, stage: StageRecipe, config: ModelConfig
     ) -> tuple[list[Size], list[Size]]:
-        """Buckets and sizes of scenes as pairs, files of images of any shape as areas."""
+        """Buckets and data of one size as pairs, images of any shape as areas."""
         sizes: list[Size] = []
         areas: list[Size] = []
         for data in stage.data:
-            if not GENERATING & (set(data.tasks or GENERATING) if not data.task else {data.task}):
+            if not GENERATING & set(data.tasks_drawn()):
                 continue
+            size = data.image_size()
             if self.target_buckets:
                 sizes += self.target_buckets
-            elif data.kind == "scenes":
-                sizes.append(self._size_of(data, config))
+            elif size is not None:
+                low, high = self._target_area(config)
+                height, width = fit_size(
+                    *size, multiple=config.token_size, min_pixels=low, max_pixels=high
+                )
+                sizes.append((width, height))
             else:
                 areas.append(self._target_area(config))
         return sizes, areas
@@ -90,15 +94,6 @@ class SupervisedConfig(MethodConfig):
         from neounify.train.doctor import examine
 
         return examine(context, self, seconds)
-
-    def _size_of(self, data: DataRecipe, config: ModelConfig) -> Size:
-        """(width, height) of the targets of synthetic scenes."""
-        side = data.side or scene_config(data.world).side
-        low, high = self._target_area(config)
-        height, width = fit_size(
-            side, side, multiple=config.token_size, min_pixels=low, max_pixels=high
-        )
-        return width, height
 
     def _target_area(self, config: ModelConfig) -> Size:
         default = (config.sampling.edit_min_pixels, config.sampling.edit_max_pixels)

@@ -6,11 +6,14 @@ shard it by index alone and a position in it is one number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
+from neounify.config.ranges import STRICT, Count, Fraction, Seed, check_names, check_weights
 from neounify.data.sample import (
     TASKS,
     THINK_CLOSE,
@@ -22,6 +25,7 @@ from neounify.data.sample import (
     SampleText,
     Turn,
 )
+from neounify.data.sources import DataConfig
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
 from neounify.scenes.world.edits import KEEP_REQUESTS, edit_thought, sample_edit, sample_story
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
@@ -29,7 +33,14 @@ from neounify.scenes.world.language import caption, layout_text
 from neounify.scenes.world.lexicon import LANGUAGES, Language
 from neounify.scenes.world.questions import ask, ask_several
 from neounify.scenes.world.render import render
-from neounify.scenes.world.scene import Scene, SceneConfig, Split, sample_scene
+from neounify.scenes.world.scene import (
+    PRESETS,
+    Scene,
+    SceneConfig,
+    Split,
+    sample_scene,
+    scene_config,
+)
 
 TASK_WEIGHTS: dict[str, float] = {
     "t2i": 0.35,
@@ -58,6 +69,43 @@ MAX_QUESTIONS = 4
 """About one image, turn by turn: an image costs more tokens than a question."""
 CAPTION_STYLES = {"brief": CaptionStyle(), "full": FULL_STYLE}
 """What an answer to each kind of caption request mentions."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SceneData(DataConfig):
+    """`kind = "scenes"`: synthetic scenes of a preset `world`; the rest is as in `SceneDataset`."""
+
+    kind: Literal["scenes"] = "scenes"
+    world: str = "default"
+    tasks: dict[str, float] | None = None
+    chinese: Fraction = 0.0
+    side: Count | None = None
+    seed: Seed = 0
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        check_names("world", [self.world], PRESETS)
+        if self.tasks is not None:
+            check_weights("tasks", self.tasks, TASKS)
+            if not any(self.tasks.values()):
+                raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
+
+    def build(self) -> SceneDataset:
+        return SceneDataset(
+            self.seed,
+            scene_config(self.world),
+            self.tasks,
+            split=self.split,
+            side=self.side,
+            chinese=self.chinese,
+        )
+
+    def tasks_drawn(self) -> Collection[str]:
+        return self.tasks or TASKS
+
+    def image_size(self) -> tuple[int, int]:
+        side = self.side or scene_config(self.world).side
+        return side, side
 
 
 class SceneDataset:
