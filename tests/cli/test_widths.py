@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cli.test_help import COMMANDS
 from neounify.cli.app import app
-from neounify.cli.command import Command, with_options
+from neounify.cli.command import CliCommand, with_options
 
 Run = Callable[..., Any]
 WIDTHS = (40, 80, 200)
@@ -62,7 +62,7 @@ def test_brackets_in_help_stay(
     command.__doc__ = f"About {text}.\n\n\\b\n  example {text}\n"
     command.__annotations__["flag"] = Annotated[bool, typer.Option("--flag", help=f"See {text}.")]
     small = typer.Typer(rich_markup_mode="rich")
-    small.command(cls=Command)(with_options(command))
+    small.command(cls=CliCommand)(with_options(command))
     out = CliRunner().invoke(small, ["--help"]).stdout
     assert out.count(text) == 3, out
 

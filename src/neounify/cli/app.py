@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import neounify
-from neounify.cli.command import Group
+from neounify.cli.command import CliGroup
 
 COMMANDS = {
     "generate": "generate",
@@ -26,7 +26,7 @@ COMMANDS = {
 """The function of every command, in the module of this package that has the command's name."""
 
 app = typer.Typer(
-    cls=Group.of(COMMANDS),
+    cls=CliGroup.of(COMMANDS),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -47,7 +47,7 @@ MAX_NAMED = 3
 _LATER_OPTIONS = ("min_p",)
 """Options younger than the first recorded batches: not part of a job's hash unless they are set."""
 
-Outcome = dict[str, Any]
+LineOutcome = dict[str, Any]
 """The record of a line in the results file, without its number and job."""
 
 
@@ -335,12 +335,12 @@ class Task(Protocol):
 
     def group(self, line: Line[Any]) -> Hashable: ...
 
-    def do(self, lines: Sequence[Line[Any]]) -> list[Outcome]:
+    def do(self, lines: Sequence[Line[Any]]) -> list[LineOutcome]:
         """One outcome per line; an exception means that none of them was processed."""
 
 
 @dataclass
-class Summary:
+class RunSummary:
     """Counts of a run."""
 
     done: int = 0
@@ -352,7 +352,7 @@ class Summary:
         return self.done + self.skipped + len(self.failed)
 
 
-class Batch:
+class BatchRun:
     """A run over the lines that earlier runs have not finished."""
 
     def __init__(
@@ -366,9 +366,9 @@ class Batch:
     ) -> None:
         self._task, self._results, self._display = task, results, display
         self._batch_size, self._debug = batch_size, debug
-        self.summary = Summary()
+        self.summary = RunSummary()
 
-    def run(self, path: Path, defaults: Any, *, images: bool) -> Summary:
+    def run(self, path: Path, defaults: Any, *, images: bool) -> RunSummary:
         total = count_lines(path)
         with _resumable(self.summary), self._display.bar(path.name, total, "line") as tick:
             jobs = self._pending(read_lines(path, defaults, images=images))
@@ -415,7 +415,7 @@ class Batch:
             self._record(line, outcome)
         tick(self.summary.seen)
 
-    def _record(self, line: Line[Any], outcome: Outcome) -> None:
+    def _record(self, line: Line[Any], outcome: LineOutcome) -> None:
         self.summary.done += 1
         head = {"line": line.number, "id": line.id, "status": "done", "prompt": line.prompt}
         self._results.append({**head, **outcome, "job": self._task.job(line)})
@@ -427,7 +427,7 @@ class Batch:
 
 
 @contextmanager
-def _resumable(summary: Summary) -> Iterator[None]:
+def _resumable(summary: RunSummary) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -439,7 +439,7 @@ def _resumable(summary: Summary) -> Iterator[None]:
         ) from error
 
 
-def finish(summary: Summary, results: Results, display: Display) -> None:
+def finish(summary: RunSummary, results: Results, display: Display) -> None:
     """Print the summary and every failed line; exit code 1 if there are any."""
     failed = sorted(summary.failed, key=lambda line: line.number)
     counts = [f"{summary.done} done"]

@@ -17,10 +17,10 @@ import typer
 
 from neounify.bundled import bundled_model
 from neounify.cli.batch import (
-    Batch,
     BatchOptions,
+    BatchRun,
     Line,
-    Outcome,
+    LineOutcome,
     Results,
     check_lines,
     finish,
@@ -117,12 +117,12 @@ def _answer(
 ) -> None:
     """Stream the answer to one question on stdout."""
     with lasting_imports():
-        from neounify.cli.checks import check_chat, check_model
+        from neounify.cli.checks import check_chat_request, check_model
         from neounify.tasks.chat import read_images
 
     check_model(model)
     inputs = read_images(images, colour_profiles=model.colour_profiles)
-    check_chat(question, inputs, options)
+    check_chat_request(question, inputs, options)
     display = Display(quiet=report.quiet, json=report.json)
     if not images and asks_about_image(question, model.model):
         display.note(NO_IMAGE)
@@ -160,7 +160,12 @@ def _answer_batch(
 ) -> None:
     """Answer every line of a JSONL file that no earlier run has answered."""
     with lasting_imports():
-        from neounify.cli.checks import check_chat, check_chat_options, check_jobs_file, check_model
+        from neounify.cli.checks import (
+            check_chat_options,
+            check_chat_request,
+            check_jobs_file,
+            check_model,
+        )
         from neounify.tasks.chat import read_images
 
     assert batch.input is not None
@@ -173,13 +178,13 @@ def _answer_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[ChatOptions]) -> None:
-        check_chat(line.prompt, read_images(line.paths), line.options)
+        check_chat_request(line.prompt, read_images(line.paths), line.options)
 
     with locked_folder(folder):
         results = Results(folder)
         check_lines(batch.input, options, check, display, results, images=True)
         task = ChatLines(open_model(model, display), display)
-        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        runner = BatchRun(task, results, display, batch_size=batch.batch_size, debug=report.debug)
         finish(runner.run(batch.input, options, images=True), results, display)
 
 
@@ -232,7 +237,7 @@ class ChatLines:
         # Sampled lines have different seeds, and a call takes one.
         return line.number if (line.options.temperature or 0) > 0 else settings_key(line.options)
 
-    def do(self, lines: Sequence[Line[ChatOptions]]) -> list[Outcome]:
+    def do(self, lines: Sequence[Line[ChatOptions]]) -> list[LineOutcome]:
         arguments = lines[0].options.arguments()
         with self._display.bar("answering"):
             answers = self._model.pipe.chat_batch(

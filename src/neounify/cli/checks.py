@@ -41,7 +41,7 @@ _SAMPLING = tuple(field.name for field in fields(ImageSampling))
 _TEXT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _COMMON = ("system", "negative_prompt")
 
-Images = Sequence[PIL.Image.Image]
+InputImages = Sequence[PIL.Image.Image]
 
 
 def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
@@ -104,8 +104,8 @@ def check_prompt(prompt: str, images: int) -> None:
         raise PromptError("the prompt is empty; describe what you want, in quotes")
 
 
-def check_image(
-    prompt: str, options: GenerateOptions, config: ModelConfig, images: Images = ()
+def check_image_request(
+    prompt: str, options: GenerateOptions, config: ModelConfig, images: InputImages = ()
 ) -> None:
     """Check one image request. Raises the errors that generating it would raise."""
     if isinstance(options, EditOptions) and not images:
@@ -126,7 +126,7 @@ def check_image(
     _check_system(options.system)
 
 
-def check_chat(question: str, images: Images, options: ChatOptions) -> None:
+def check_chat_request(question: str, images: InputImages, options: ChatOptions) -> None:
     """Check a question. Raises the errors that answering it would raise."""
     if not question.strip() and not images:
         raise PromptError("the question is empty; write it in quotes")
@@ -139,8 +139,8 @@ def check_chat_options(options: ChatOptions) -> None:
     make_chat_request("?", (), **options.arguments())
 
 
-def check_story(
-    prompt: str, options: StoryOptions, config: ModelConfig, images: Images = ()
+def check_story_request(
+    prompt: str, options: StoryOptions, config: ModelConfig, images: InputImages = ()
 ) -> None:
     """Check a story request. Raises the errors that generating it would raise."""
     check_prompt(prompt, len(images))
@@ -159,12 +159,14 @@ def check_story(
 
 def resolve_sampling(options: ImageOptions, config: ModelConfig) -> ResolvedSampling:
     """The sampling settings with the checkpoint's defaults resolved. Raises RequestError."""
-    given = _chosen(options.arguments(), _SAMPLING)
-    return ImageSampling(**given).resolve(config, editing=isinstance(options, ImageGuidanceOptions))
+    chosen = _chosen(options.arguments(), _SAMPLING)
+    return ImageSampling(**chosen).resolve(
+        config, editing=isinstance(options, ImageGuidanceOptions)
+    )
 
 
 def note_size(
-    options: ImageOptions, config: ModelConfig, display: Display, images: Images = ()
+    options: ImageOptions, config: ModelConfig, display: Display, images: InputImages = ()
 ) -> None:
     """A line on stderr for a size the model was not trained at."""
     size = output_size(config, *options.dimensions(), *images[:1])

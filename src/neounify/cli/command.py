@@ -85,7 +85,7 @@ def _command(name: str, function: Callable[..., None]) -> Any:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    single.command(name, cls=Command)(with_options(function))
+    single.command(name, cls=CliCommand)(with_options(function))
     return typer.main.get_command(single)
 
 
@@ -188,7 +188,7 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-class Command(TyperCommand):
+class CliCommand(TyperCommand):
     """A command whose help fits any width."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -198,15 +198,15 @@ class Command(TyperCommand):
             typer.echo(_stacked(self, ctx), nl=False)
 
 
-class Group(TyperGroup):
+class CliGroup(TyperGroup):
     """A group of commands whose modules are imported on use, with help for any width."""
 
     functions: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def of(cls, functions: Mapping[str, str]) -> type[Group]:
+    def of(cls, functions: Mapping[str, str]) -> type[CliGroup]:
         """The group of these functions by command, in modules of this package named as these."""
-        return type("Group", (cls,), {"functions": functions})
+        return type("CliGroup", (cls,), {"functions": functions})
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.functions)

@@ -28,7 +28,7 @@ def doctor(
     seconds: Annotated[
         float, typer.Option(metavar="S", help="Time for overfitting samples.", min=1)
     ] = 90,
-    place: DeviceOptions,
+    where: DeviceOptions,
     report: ReportOptions,
 ) -> None:
     """Check a training stage before a long run: data, gradients, freezing, losses, images.
@@ -54,7 +54,7 @@ def doctor(
     chosen = parsed.stages[0] if stage is None else stages[stage]
     if not math.isfinite(seconds):
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
-    device = resolve_device(place.device or default_device())
+    device = resolve_device(where.device or default_device())
     sources = StageSources(parsed)
     sources.list(chosen)  # unreadable data is reported before a model is loaded
     keep_freed_memory()

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neounify.cli.batch import (
-    Batch,
     BatchOptions,
+    BatchRun,
     Line,
-    Outcome,
+    LineOutcome,
     Results,
     check_lines,
     finish,
@@ -88,8 +88,8 @@ def generate_prompts(
 ) -> None:
     """Generate or edit for the prompts of the command line, and print where the images are."""
     with lasting_imports():
-        from neounify.cli.checks import check_image, check_model, note_size
-        from neounify.cli.images import ImageJob, check_free, generate_images, save_image
+        from neounify.cli.checks import check_image_request, check_model, note_size
+        from neounify.cli.images import ImageJob, check_free, generate_jobs, save_image
         from neounify.tasks.chat import read_images
 
     if not prompts:
@@ -101,7 +101,7 @@ def generate_prompts(
     config = check_model(model).config
     inputs = read_images(images, colour_profiles=model.colour_profiles)
     for prompt in prompts:
-        check_image(prompt, options, config, inputs)
+        check_image_request(prompt, options, config, inputs)
     if exact is not None and not output.overwrite:
         check_free(exact)
     folder = writable_folder(output.output if exact is None else exact.parent)
@@ -116,7 +116,7 @@ def generate_prompts(
     start_time = time.perf_counter()
     for start in range(0, len(jobs), size):
         chunk = jobs[start : start + size]
-        results = generate_images(loaded, chunk, display, previews=output.previews)
+        results = generate_jobs(loaded, chunk, display, previews=output.previews)
         for job, result in _each(chunk, results):
             wanted = exact or folder / _name(job, result)
             try:
@@ -141,7 +141,7 @@ def generate_batch(
     """Generate or edit for every line of a JSONL file that no earlier run has finished."""
     with lasting_imports():
         from neounify.cli.checks import (
-            check_image,
+            check_image_request,
             check_jobs_file,
             check_model,
             note_size,
@@ -162,7 +162,7 @@ def generate_batch(
     display = Display(quiet=report.quiet, json=report.json)
 
     def check(line: Line[GenerateOptions]) -> None:
-        check_image(line.prompt, line.options, config, read_images(line.paths))
+        check_image_request(line.prompt, line.options, config, read_images(line.paths))
 
     with locked_folder(folder):
         results = Results(folder)
@@ -170,7 +170,7 @@ def generate_batch(
         if not editing:
             note_size(options, config, display)
         task = ImageLines(open_model(model, display), display, output)
-        runner = Batch(task, results, display, batch_size=batch.batch_size, debug=report.debug)
+        runner = BatchRun(task, results, display, batch_size=batch.batch_size, debug=report.debug)
         finish(runner.run(batch.input, options, images=editing), results, display)
 
 
@@ -187,17 +187,17 @@ class ImageLines:
         # Edits, the lines with images, are generated one at a time.
         return line.number if line.paths else settings_key(line.options)
 
-    def do(self, lines: Sequence[Line[GenerateOptions]]) -> list[Outcome]:
-        from neounify.cli.images import ImageJob, generate_images
+    def do(self, lines: Sequence[Line[GenerateOptions]]) -> list[LineOutcome]:
+        from neounify.cli.images import ImageJob, generate_jobs
 
         jobs = [
             ImageJob(prompt=n.prompt, options=n.options, images=n.paths, job=self.job(n))
             for n in lines
         ]
-        results = generate_images(self._model, jobs, self._display, previews=self._output.previews)
+        results = generate_jobs(self._model, jobs, self._display, previews=self._output.previews)
         return [self._save(line, images) for line, images in zip(lines, results, strict=True)]
 
-    def _save(self, line: Line[GenerateOptions], images: Sequence[RecordedImage]) -> Outcome:
+    def _save(self, line: Line[GenerateOptions], images: Sequence[RecordedImage]) -> LineOutcome:
         from neounify.cli.images import save_image, settings_record, sheet_path
 
         folder = self._output.output

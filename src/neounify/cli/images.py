@@ -83,7 +83,7 @@ class PreviewSheets:
 # --- generation ---
 
 
-def generate_images(
+def generate_jobs(
     model: LoadedModel, jobs: Sequence[ImageJob], display: Display, *, previews: bool = False
 ) -> list[list[RecordedImage]]:
     """The images of each job. The options of all jobs are equal but for the seed.

@@ -29,11 +29,11 @@ def resolve_model(option: Path | None, name: str = "--model") -> Path:
     if option is None:
         return bundled_model()
     if not option.is_dir():
-        given = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
+        source = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
         kind = "is not a folder" if option.exists() else "does not exist"
-        default = "" if given == "MODEL" else " (without it, the bundled model is used)"
+        default = "" if source == "MODEL" else " (without it, the bundled model is used)"
         raise CliError(
-            f"{given} {option} {kind}; a model is a folder with config.json, *.safetensors and "
+            f"{source} {option} {kind}; a model is a folder with config.json, *.safetensors and "
             f"tokenizer files{default}"
         )
     return option

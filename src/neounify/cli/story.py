@@ -112,14 +112,14 @@ def _generate_story(
 ) -> None:
     """Stream the text to stdout, save images as they are finished, and print the folder."""
     with lasting_imports():
-        from neounify.cli.checks import check_model, check_story, note_size
+        from neounify.cli.checks import check_model, check_story_request, note_size
         from neounify.tasks.chat import read_images
 
     if output.output.suffix.lower() in (".png", ".html", ".md"):
         raise UsageError(f"--output {output.output} names a file; a story is saved as a folder")
     config = check_model(model).config
     inputs = read_images(images, colour_profiles=model.colour_profiles)
-    check_story(prompt, options, config, inputs)
+    check_story_request(prompt, options, config, inputs)
     check_writable(output.output)
     display = Display(quiet=report.quiet, json=report.json)
     note_size(options, config, display, inputs)

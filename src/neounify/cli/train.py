@@ -42,7 +42,7 @@ def train(
             FILES, "DIR", "Do not train: write the newest state as a bfloat16 checkpoint into DIR."
         ),
     ] = None,
-    place: ThreadOptions,
+    where: ThreadOptions,
     report: ReportOptions,
 ) -> None:
     """Train or fine-tune a model with a recipe: all of its stages, or some.
@@ -59,7 +59,7 @@ def train(
         from neounify.cli.checks import check_threads
         from neounify.train.recipe import read_recipe
 
-    check_threads(place.threads)
+    check_threads(where.threads)
     display = Display(quiet=report.quiet, json=report.json)
     with display.deprecations():
         parsed = read_recipe(recipe)
@@ -68,7 +68,7 @@ def train(
         _export_newest(parsed, folder, export, display)
         return
     with locked_folder(folder):
-        _train(parsed, folder, resume, stages or [], place, display)
+        _train(parsed, folder, resume, stages or [], where, display)
 
 
 def _train(
@@ -76,7 +76,7 @@ def _train(
     folder: Path,
     resume: str | None,
     stages: list[str],
-    place: ThreadOptions,
+    where: ThreadOptions,
     display: Display,
 ) -> None:
     with lasting_imports():
@@ -90,14 +90,14 @@ def _train(
         from neounify.train.setup import StageSources, build_setup
 
     state = _state(folder, resume, display)
-    device = resolve_device(place.device or default_device())
+    device = resolve_device(where.device or default_device())
     # Unknown stages and unreadable data are reported before a model is loaded.
     numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
     sources = StageSources(recipe)
     for number in numbers:
         sources.list(recipe.stages[number])
-    if place.threads is not None:
-        torch.set_num_threads(place.threads)
+    if where.threads is not None:
+        torch.set_num_threads(where.threads)
     keep_freed_memory()
     log = Log(folder, Console(stderr=True, quiet=display.quiet))
     setup = build_setup(recipe, device, folder)
