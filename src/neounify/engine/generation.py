@@ -20,6 +20,7 @@ from neounify.engine.messages import (
     LocalCache,
     Prefix,
     Reply,
+    StepMemory,
     StepPreview,
     TensorRef,
     Transport,
@@ -191,7 +192,8 @@ class GenerationEngine:
 
         Selected images share a step. An image that alone exceeds the token limit of a step does
         not delay the others: its steps alternate with theirs. Raises errors that concern all
-        images; an error of one is the answer to its call.
+        images; an error of one is the answer to its call, and a step that finds no memory that to
+        the calls of its images.
         """
         max_rows = self._short_step() if beside_text else self.plan.denoise_step_rows
         self._begin(max_rows)
@@ -199,10 +201,22 @@ class GenerationEngine:
             return
         current = self._running.popleft()
         seconds = self.plan.text_slice_seconds if beside_text else self.plan.slice_seconds
-        if self._advance(current, seconds):
+        done = False
+        with StepMemory(f"denoise {current.rows} image tokens in a step") as memory:
+            done = self._advance(current, seconds)
+        if memory.error is not None:
+            self._fail(current, memory.error)
+        elif done:
             self._end(current)
         else:
             self._running.append(current)
+
+    def _fail(self, step: _Step, error: Exception) -> None:
+        """Answer all calls that have an image in a step with its error."""
+        for call in {image.call: None for image in step.images}:
+            if call in self._unfinished:
+                self._drop(call)
+                self.replies.append(failed(call, error))
 
     def _begin(self, max_rows: int) -> None:
         """Begin a step of waiting images, unless one is in progress."""

@@ -337,11 +337,46 @@ class Reply:
     final: bool
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; torch has no class for the host's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class StepMemory:
+    """Context of the work of a step: `error` is set, and not raised, if there is no memory for it.
+
+    Other errors are raised. `work` says what the memory was for.
+    """
+
+    def __init__(self, work: str) -> None:
+        self.work = work
+        self.error: OutOfMemory | None = None
+
+    def __enter__(self) -> StepMemory:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception) or not is_out_of_memory(error):
+            return False
+        log.error("no memory is left to %s", self.work, exc_info=error)
+        self.error = OutOfMemory(
+            f"no memory is left to {self.work}; try again later, or a smaller request"
+        )
+        # The frames of the error hold the tensors of the step.
+        error.__traceback__ = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return True
+
+
 def failed(call: int, error: Exception) -> Reply:
     """The last reply to a call that cannot be answered; an unexpected error is logged."""
     if not isinstance(error, NeounifyError):
         log.error("a command failed", exc_info=error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             error = OutOfMemory("no memory is left for the request")
     return Reply(call, Failed(type(error).__name__, str(error), error), True)
 

@@ -315,14 +315,18 @@ class ContiguousRoom:
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
     ) -> list[ServedSequence]:
-        entered = sorted(lacking, key=lambda s: s.age)
-        model = self._model
-        for sequence in entered:
+        model, entered = self._model, list[ServedSequence]()
+        for sequence in sorted(lacking, key=lambda s: s.age):
             capacity = len(sequence.token_keys) + self._reserve
-            sequence.cache = SequenceCache(
-                model.config, capacity, dtype=model.compute_dtype, device=model.device
-            )
+            try:
+                sequence.cache = SequenceCache(
+                    model.config, capacity, dtype=model.compute_dtype, device=model.device
+                )
+            except Exception as error:  # any error concerns this sequence alone
+                sequence.error = error
+                continue
             sequence.cached = 0
+            entered.append(sequence)
         return entered
 
     def grow(

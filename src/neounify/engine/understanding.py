@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from neounify.engine.messages import (
     Release,
     Reply,
     SequenceName,
+    StepMemory,
     Token,
     Transport,
     failed,
@@ -198,7 +199,8 @@ class UnderstandingEngine:
     def step(self) -> None:
         """Prefill a piece of the waiting prompts, then decode one token of each decoding sequence.
 
-        Raises errors that concern all sequences; an error of one command is its answer.
+        Raises errors that concern all sequences; an error of one command is its answer, and work
+        that finds no memory fails the calls that take part in it.
         """
         self._allocate()
         self._prefill_step()
@@ -288,9 +290,18 @@ class UnderstandingEngine:
         for sequence in self.room.enter(lacking, wanted):
             assert sequence.cache is not None
             self.counters["und_known_tokens"] += sequence.cache.length
-        for sequence in [s for s in lacking if s.error is not None]:
-            self._fail(sequence)
+        for sequence in lacking:
+            if sequence.error is not None:
+                self._fail([sequence], sequence.error)
         self._waiting = sum(s.cache is None and s.error is None for s in lacking)
+
+    def _grow(self, sequence: ServedSequence, tokens: int, wanted: set[ServedSequence]) -> bool:
+        """Whether there is room for `tokens` more; a sequence that memory lacks for fails."""
+        with StepMemory(f"grow the cache of a sequence by {tokens} tokens") as memory:
+            return self.room.grow(sequence, tokens, wanted)
+        assert memory.error is not None
+        self._fail([sequence], memory.error)
+        return False
 
     def _prefill_step(self) -> None:
         left = self.plan.prefill_step_rows
@@ -306,15 +317,20 @@ class UnderstandingEngine:
             tokens = sum(piece.tokens for piece in pieces)
             if tokens > left and batch:
                 continue  # an image larger than a step is prefilled alone
-            if self.room.grow(sequence, tokens, wanted):
+            if self._grow(sequence, tokens, wanted):
                 batch.append((sequence, pieces))
                 left -= tokens
         if not batch:
             return
-        self.counters["und_read_tokens"] += self.plan.prefill_step_rows - left
-        inputs = [s.model_input(pieces) for s, pieces in batch]
-        states = forward_und(self.model, inputs, self.backend)
-        finite = torch.isfinite(states).all(dim=1).tolist()
+        total = self.plan.prefill_step_rows - left
+        with StepMemory(f"prefill {total} tokens in a step") as memory:
+            inputs = [s.model_input(pieces) for s, pieces in batch]
+            states = forward_und(self.model, inputs, self.backend)
+            finite = torch.isfinite(states).all(dim=1).tolist()
+        if memory.error is not None:
+            self._fail([s for s, _ in batch], memory.error)
+            return
+        self.counters["und_read_tokens"] += total
         for (sequence, _), state, is_finite in zip(batch, states, finite, strict=True):
             sequence.take_state(state, finite=is_finite)
             if not is_finite:
@@ -349,8 +365,12 @@ class UnderstandingEngine:
         rows = self._decodable()
         if not rows:
             return
-        logits = self.model.logits(torch.stack([_state(s) for s in rows]))
-        choices = sample(logits, [_text(s).sampling for s in rows])
+        with StepMemory(f"sample tokens of {len(rows)} sequences in a step") as memory:
+            logits = self.model.logits(torch.stack([_state(s) for s in rows]))
+            choices = sample(logits, [_text(s).sampling for s in rows])
+        if memory.error is not None:
+            self._fail(rows, memory.error)
+            return
         continuing = [
             (sequence, token)
             for sequence, choice in zip(rows, choices, strict=True)
@@ -360,8 +380,12 @@ class UnderstandingEngine:
             return
         for sequence, token in continuing:
             sequence.append_token(token)
-        inputs = [s.model_input([Piece(ids=[token])]) for s, token in continuing]
-        states = forward_und(self.model, inputs, self.backend)
+        with StepMemory(f"decode tokens of {len(continuing)} sequences in a step") as memory:
+            inputs = [s.model_input([Piece(ids=[token])]) for s, token in continuing]
+            states = forward_und(self.model, inputs, self.backend)
+        if memory.error is not None:
+            self._fail([s for s, _ in continuing], memory.error)
+            return
         for (sequence, _), state in zip(continuing, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []
@@ -380,7 +404,7 @@ class UnderstandingEngine:
                 text.finish_reason = "length"
                 self._end_decoding(sequence.name)
                 wanted.discard(sequence)
-            elif sequence.ready and self.room.grow(sequence, 1, wanted):
+            elif sequence.ready and self._grow(sequence, 1, wanted):
                 ready.append(sequence)
         return ready
 
@@ -439,15 +463,15 @@ class UnderstandingEngine:
             del self._sequences[sequence.name]
             self.room.leave(sequence)
 
-    def _fail(self, sequence: ServedSequence) -> None:
-        """Answer all calls that wait for a sequence with its error, and release it."""
-        assert sequence.error is not None
-        calls = [r.call for r in self._prefills if sequence in r.sequences]
-        calls += [e.call for e in self._exports if sequence in e.sequences]
-        if sequence.name in self._decoding:
-            calls.append(self._decoding[sequence.name].call)
-        self._close((sequence.name,))
-        self.replies += [failed(call, sequence.error) for call in calls]
+    def _fail(self, sequences: Iterable[ServedSequence], error: Exception) -> None:
+        """Answer all calls that wait for the sequences with an error, and release them."""
+        for sequence in sequences:
+            calls = [r.call for r in self._prefills if sequence in r.sequences]
+            calls += [e.call for e in self._exports if sequence in e.sequences]
+            if sequence.name in self._decoding:
+                calls.append(self._decoding[sequence.name].call)
+            self._close((sequence.name,))
+            self.replies += [failed(call, error) for call in calls]
 
     def _sequence(self, name: SequenceName) -> ServedSequence:
         if name not in self._sequences:
