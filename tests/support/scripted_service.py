@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -42,26 +43,31 @@ def plain(request: ServiceRequest, previews: int) -> list[TaskEvent | float | Ex
     if isinstance(request, CompletionRequest):
         return [PromptRead(), TextPiece(" and so on"), Finished("stop", 4, 3)]
     if isinstance(request, ImageRequest):
-        thought = [TextPiece("A plan.", thought=True)] if request.think else []
-        image = _image(request.width, request.height, request.seed)
-        return [*thought, *_painting(image, 0, previews), _painted(request)]
+        return _images(request, previews)
     return _story(request, previews)
 
 
-def _painted(request: ImageRequest) -> Finished:
+def _images(request: ImageRequest, previews: int) -> list[TaskEvent | float | Exception]:
     shown = 12 * len(request.images)
-    return Finished("stop", 20 + shown, 0, 3, 16, prompt_image_tokens=shown)
+    usage = Finished("stop", 20 + shown, 0, 3, 16, prompt_image_tokens=shown)
+    events: list[TaskEvent | float | Exception] = []
+    if request.think:
+        events.append(TextPiece("A plan.", thought=True))
+    for index, seed in enumerate(request.seeds or [request.seed]):
+        image = _image(request.width, request.height, seed)
+        events += _painting(image, index, previews, usage)
+    return [*events, replace(usage, image_tokens=16 * request.count)]
 
 
 def _story(request: InterleaveRequest, previews: int) -> list[TaskEvent | float | Exception]:
-    image = _image(*request.sizes[-1], request.seed)
+    image, usage = _image(*request.sizes[-1], request.seed), Finished("stop", 20, 9, 0, 32)
     return [
         TextPiece("Once "),
         TextPiece("upon a time"),
-        *_painting(image, 0, previews),
+        *_painting(image, 0, previews, usage),
         TextPiece(" and then"),
-        *_painting(image, 1, previews),
-        Finished("stop", 20, 9, 0, 32),
+        *_painting(image, 1, previews, usage),
+        usage,
     ]
 
 
@@ -69,9 +75,9 @@ def _image(width: int, height: int, seed: int) -> torch.Tensor:
     return to_gen_pixels(Image.new("RGB", (width, height), colour_of(seed)))
 
 
-def _painting(image: torch.Tensor, index: int, previews: int) -> list[TaskEvent]:
+def _painting(image: torch.Tensor, index: int, previews: int, usage: Finished) -> list[TaskEvent]:
     steps = [Preview(index, step + 1, 8, image / 2) for step in range(previews)]
-    return [*steps, ImageFinished(index, image)]
+    return [*steps, ImageFinished(index, image, usage)]
 
 
 class Scripted:

@@ -88,6 +88,7 @@ class Service(Protocol):
 class AdmissionConfig:
     """Maximum `requests` in progress, and `image_tokens` of all images in progress.
 
+    A request of several images counts as often as it has images.
     `max_image_tokens` bounds one image; None is four times the tokens of the model's default size,
     at least 1,024.
     """
@@ -176,15 +177,16 @@ class EngineService:
                     yield event
         finally:
             self._durations.append(time.monotonic() - start)
-            self._active -= 1
+            self._active -= _answers_of(request)
             self._image_tokens -= tokens
             context.close()
 
     def check_together(self, requests: Sequence[ServiceRequest]) -> None:
         """See `Service.check_together`."""
-        if len(requests) > self.admission.requests:
+        answers = sum(map(_answers_of, requests))
+        if answers > self.admission.requests:
             raise RequestError(
-                f"{len(requests)} answers are asked for at once, this server works on "
+                f"{answers} answers are asked for at once, this server works on "
                 f"{self.admission.requests} at a time; ask for fewer"
             )
         tokens = sum(map(self._tokens_of, requests))
@@ -217,11 +219,13 @@ class EngineService:
         for client in self._needed(request):
             if not client.ready:
                 raise client.down()
-        if self._active >= self.admission.requests:
-            raise Overloaded(
-                f"{self._active} requests are under way, which is the limit", self._retry_after()
-            )
         self.check_together([request])
+        answers = _answers_of(request)
+        if self._active + answers > self.admission.requests:
+            raise Overloaded(
+                f"{self._active} requests are under way, the limit is {self.admission.requests}",
+                self._retry_after(),
+            )
         tokens = self._tokens_of(request)
         if self._image_tokens + tokens > self.admission.image_tokens:
             raise Overloaded(
@@ -229,7 +233,7 @@ class EngineService:
                 f"{tokens:,}, the limit is {self.admission.image_tokens:,}",
                 self._retry_after(),
             )
-        self._active += 1
+        self._active += answers
         self._image_tokens += tokens
         return tokens
 
@@ -287,6 +291,11 @@ class EngineService:
         if shared:
             self._pinned = RequestContext(self.clients, preparing=True)
             await self._pinned.result(prefill(shared))
+
+
+def _answers_of(request: ServiceRequest) -> int:
+    """Answers of a request: its images if it is for images, else one."""
+    return request.count if isinstance(request, ImageRequest) else 1
 
 
 def _shared_beginning(processor: Processor) -> tuple[int, ...]:

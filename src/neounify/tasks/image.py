@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -76,7 +76,9 @@ MAX_THINK_TOKENS = 1024
 class ImageRequest:
     """Request for `count` images of one prompt; with input `images` it is an edit.
 
-    `noise` [count, channels, height, width], already times σ, replaces the draw from `seed`.
+    The noise of all images is one draw from `seed`, unless each has its own in `seeds`, and then
+    equals the single image of that seed. `noise` [count, channels, height, width], already times
+    σ, replaces both.
     `system` None means the checkpoint's default message, "" none at all. Guidance steers
     away from `negative_prompt`, which needs guidance. Raises RequestError.
     """
@@ -87,6 +89,7 @@ class ImageRequest:
     sampling: ResolvedSampling
     images: tuple[PIL.Image.Image, ...] = ()
     seed: int = 0
+    seeds: tuple[int, ...] = ()
     noise: Float[Tensor, "count channels height width"] | None = None
     count: int = 1
     think: bool = False
@@ -100,7 +103,10 @@ class ImageRequest:
                 f"images_per_prompt must be from 1 to {MAX_IMAGES_PER_PROMPT}, got {self.count}",
                 param="images_per_prompt",
             )
-        check_seed(self.seed)
+        for seed in (self.seed, *self.seeds):
+            check_seed(seed)
+        if self.seeds and len(self.seeds) != self.count:
+            raise RequestError(f"{len(self.seeds)} seeds for {self.count} images", param="seeds")
         if self.noise is not None:
             shape, expected = tuple(self.noise.shape), (self.count, self.height, self.width)
             if len(shape) != 4 or (shape[0], *shape[2:]) != expected:
@@ -127,11 +133,17 @@ class ImageRequest:
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
         """Initial scaled noise as tokens [count, n, token_width]."""
         noise = self.noise
-        if noise is None:
-            shape = (self.count, config.channels, self.height, self.width)
-            generator = torch.Generator().manual_seed(self.seed)
-            noise = initial_noise(shape, image_noise_scale(self.grid(config), config), generator)
+        if noise is None and self.seeds:
+            noise = torch.cat([self._draw(1, seed, config) for seed in self.seeds])
+        elif noise is None:
+            noise = self._draw(self.count, self.seed, config)
         return patchify(noise.float(), config.token_size, config.channels)
+
+    def _draw(self, count: int, seed: int, config: ModelConfig) -> Tensor:
+        """Scaled noise [count, channels, height, width]."""
+        shape = (count, config.channels, self.height, self.width)
+        generator = torch.Generator().manual_seed(seed)
+        return initial_noise(shape, image_noise_scale(self.grid(config), config), generator)
 
 
 def split_noise(noise: Tensor | None, prompts: int, config: ModelConfig) -> list[Tensor | None]:
@@ -446,7 +458,8 @@ def denoise(
         if isinstance(answer, ImageReady):
             images[answer.index] = pixels
             usage.images += grid.length
-            yield ImageFinished(first + answer.index, pixels)
+            alone = replace(usage, images=grid.length).finished(None)
+            yield ImageFinished(first + answer.index, pixels, alone)
             if len(images) == noise.shape[0]:
                 return [images[index] for index in sorted(images)]
         else:

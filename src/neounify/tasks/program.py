@@ -97,10 +97,14 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class ImageFinished:
-    """Finished image `index` of the answer; about [-1, 1], float32 on the CPU, not clamped."""
+    """Finished image `index` of the answer; about [-1, 1], float32 on the CPU, not clamped.
+
+    `usage` counts the prompt, the text so far, and this image alone.
+    """
 
     index: int
     pixels: Float[Tensor, "3 h w"]
+    usage: Finished
 
 
 @dataclass(frozen=True)

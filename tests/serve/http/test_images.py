@@ -53,8 +53,12 @@ def test_images_of_one_prompt_have_seeds_in_turn(client: openai.OpenAI, service:
         image = to_image(entry.b64_json)
         assert (image.format, image.size) == ("PNG", (64, 32))
         assert image.getpixel((0, 0)) == colour_of(entry.seed)  # type: ignore[attr-defined]
-    requests = [generated(service, n) for n in (-3, -2, -1)]
-    assert all(r.count == 1 and r.prompt == "a boat" for r in requests)
+    request = generated(service)
+    assert (request.prompt, request.count, request.seeds) == ("a boat", 3, (7, 8, 9))
+    files = [base64.b64decode(entry.b64_json or "") for entry in answer.data]
+    written = [read_provenance(file) for file in files]
+    # Each is the first image of its own seed, with which it can be generated again.
+    assert [(one["seed"], one["index"]) for one in written] == [(7, 0), (8, 0), (9, 0)]
     assert answer.usage is not None
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (20, 48)
 

@@ -158,14 +158,15 @@ def test_a_body_that_does_not_come_is_given_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("path", "body", "requests"),
     [
-        (CHAT, BODY | {"stream": True}),
-        (CHAT, BODY),
-        ("/v1/images/generations", {"prompt": "a boat", "n": 3}),
+        (CHAT, BODY | {"stream": True}, 1),
+        (CHAT, BODY, 1),
+        ("/v1/completions", {"prompt": ["a", "b", "c"]}, 3),
+        ("/v1/images/generations", {"prompt": "a boat", "n": 3}, 1),
     ],
 )
-def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any]) -> None:
+def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any], requests: int) -> None:
     service = Scripted(slow if body.get("stream") else mute)
     with running(create_app(service)) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
@@ -174,7 +175,7 @@ def test_a_caller_who_leaves_frees_the_work(path: str, body: dict[str, Any]) -> 
             response = connection.getresponse()
             assert b"assistant" in response.readline()
             response.close()
-        wait_until(lambda: service.open == body.get("n", 1))
+        wait_until(lambda: service.open == requests)
         connection.close()
         wait_until(lambda: service.open == 0)
         metrics = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)

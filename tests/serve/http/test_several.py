@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import openai
 import pytest
 import torch
+from PIL import Image
 
 import neounify
 from neounify.cache import SequenceCache
@@ -18,13 +20,14 @@ from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.model.layout import Text
 from neounify.serve.build import colocated
+from neounify.serve.engines import EngineThread
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.serving import answers_in_groups
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.program import Finished, PromptRead, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
-from neounify.text.tokens import IM_END
-from support.http_server import openai_client, serving
+from neounify.text.tokens import IM_END, THINK_CLOSE
+from support.http_server import openai_client, serving, to_image
 from support.scripted_sampler import script_sampler
 from support.scripted_service import Scripted
 
@@ -85,6 +88,38 @@ def test_the_prompt_is_read_once(client: openai.OpenAI, service: EngineService) 
         client.chat.completions.create(model=MODEL, messages=ASK, max_tokens=20)
         deadline -= 1
     assert known() - start >= 2 * (prompt - 17)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_the_prompt_of_several_images_is_read_once_and_each_is_that_of_its_seed(
+    client: openai.OpenAI,
+    service: EngineService,
+    monkeypatch: pytest.MonkeyPatch,
+    think: bool,
+) -> None:
+    thought = itertools.cycle([*BYTES.encode("Hm."), BYTES.id(THINK_CLOSE)])
+    script_sampler(monkeypatch, lambda row: next(thought))
+
+    def generate(prompt: str, seed: int, n: int) -> tuple[list[Image.Image], int, int]:
+        """The images, prompt tokens prefilled and text tokens decoded."""
+        engine = service.clients.understanding.engine
+        assert isinstance(engine, EngineThread)
+        assert engine.understanding is not None
+        counters = engine.understanding.counters
+        read, written = counters["und_read_tokens"], counters["und_written_tokens"]
+        fields: Any = {"seed": seed, "steps": 2, "guidance": 3, "think": think}
+        answer = client.images.generate(prompt=prompt, n=n, size="64x32", extra_body=fields)
+        images = [to_image(entry.b64_json or "") for entry in answer.data or ()]
+        return images, counters["und_read_tokens"] - read, counters["und_written_tokens"] - written
+
+    generate("2 cups on the desk", 5, 1)  # from here on the template's beginning is in the cache
+    several, read, written = generate("a boat on the lake", 5, 3)
+    alone = [generate("a boat on the lake", 5 + number, 1)[0][0] for number in range(3)]
+    _, read_of_one, written_of_one = generate("1 cart in the town", 5, 1)
+    assert (read, written) == (read_of_one, written_of_one)
+    assert written == (3 if think else 0)
+    assert [one.tobytes() for one in several] == [one.tobytes() for one in alone]
+    assert len({one.tobytes() for one in several}) == 3
 
 
 def test_streamed_answers_carry_their_index(client: openai.OpenAI, tiny: neounify.Pipeline) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -92,13 +92,10 @@ class ImageBody(ImageFields):
         return max(1, round(STEPS_OF_QUALITY[self.quality] * default))
 
 
-async def read_image_requests(
+async def read_image_request(
     body: ImageBody, images: tuple[PIL.Image.Image, ...], state: ServerState
-) -> list[ImageRequest]:
-    """One request per image, with consecutive seeds.
-
-    Not one request of several images, since those share one draw of noise, so that a seed of its
-    own could not reproduce image i.
+) -> ImageRequest:
+    """The request of all `n` images, with consecutive seeds; their prompt is prefilled once.
 
     Raises ApiError, PromptError, ImageError, RequestError and Refused.
     """
@@ -117,19 +114,19 @@ async def read_image_requests(
     width, height = state.size(body, images[0] if images else None)
     steps = body.steps_of(state.service.config.sampling.steps)
     sampling = state.sampling(body, editing=bool(images), steps=steps)
-    return [
-        ImageRequest(
-            prompt=body.prompt,
-            width=width,
-            height=height,
-            sampling=sampling,
-            images=images,
-            seed=seed,
-            think=bool(body.think),
-            negative_prompt=body.negative_prompt,
-        )
-        for seed in seeds_of(body.seed, body.n)
-    ]
+    seeds = seeds_of(body.seed, body.n)
+    return ImageRequest(
+        prompt=body.prompt,
+        width=width,
+        height=height,
+        sampling=sampling,
+        images=images,
+        seed=seeds[0],
+        seeds=tuple(seeds),
+        count=body.n,
+        think=bool(body.think),
+        negative_prompt=body.negative_prompt,
+    )
 
 
 async def read_edit(
@@ -293,128 +290,111 @@ class Images(AnswerModel):
 
 
 class ImagesAnswer:
-    """The images of one HTTP request in progress; each is one request to the service."""
+    """The images of one request in progress."""
 
-    def __init__(
-        self, body: ImageBody, requests: Sequence[ImageRequest], state: ServerState
-    ) -> None:
-        self._body, self._requests, self._state = body, requests, state
-        self._thoughts = [""] * len(requests)
-        self._finished: list[Finished] = []
-        first = requests[0]
+    def __init__(self, body: ImageBody, request: ImageRequest, state: ServerState) -> None:
+        self._body, self._request, self._state = body, request, state
+        self._thought = ""
         self._about = {
             "background": "opaque",
             "output_format": body.output_format,
             "quality": body.quality,
-            "size": f"{first.width}x{first.height}",
+            "size": f"{request.width}x{request.height}",
         }
 
     async def whole(self, http: Request) -> JSONResponse:
         """OpenAI's images response."""
         images: dict[int, dict[str, Any]] = {}
+        usage: dict[str, Any] = {}
         async with aclosing(self._events()) as events:
-            async for number, event in events:
+            async for event in events:
                 if isinstance(event, ImageFinished):
-                    images[number] = await self._image(number, event, http)
-        if len(images) != len(self._requests):
-            raise RuntimeError(f"{len(self._requests)} images were due, {len(images)} came")
+                    images[event.index] = await self._image(event, http)
+                elif isinstance(event, Finished):
+                    usage = image_usage(event)
+        if len(images) != self._request.count:
+            raise RuntimeError(f"{self._request.count} images were due, {len(images)} came")
         content = {
             "created": int(time.time()),
-            "data": [images[number] | self._seed_and_thought(number) for number in sorted(images)],
+            "data": [images[index] | self._seed_and_thought(index) for index in sorted(images)],
             **self._about,
-            "usage": self._usage(),
+            "usage": usage,
         }
         size = sum(len(image.get("b64_json", "")) for image in images.values())
         return await json_response(lambda: content, size)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """OpenAI's events of partial and completed images."""
-        kind = "image_edit" if self._requests[0].images else "image_generation"
-        partial: Counter[int] = Counter()
-        finished: dict[int, str] = {}
+        kind = "image_edit" if self._request.images else "image_generation"
+        previews: Counter[int] = Counter()
         async with aclosing(self._events()) as events:
-            async for number, event in events:
+            async for event in events:
                 if isinstance(event, Preview):
                     fields = {
-                        "partial_image_index": partial[number],
+                        "partial_image_index": previews[event.index],
                         "step": event.step,
                         "steps": event.steps,
                     }
-                    partial[number] += 1
-                    image = await self._write(number, event, to_base64)
-                    yield await self._event(f"{kind}.partial_image", number, image, fields)
+                    previews[event.index] += 1
+                    yield await self._chunk(f"{kind}.partial_image", event, fields)
                 elif isinstance(event, ImageFinished):
-                    finished[number] = await self._write(number, event, to_base64)
-                elif isinstance(event, Finished):
-                    usage = {"usage": self._usage_of([event])}
-                    image = finished.pop(number)
-                    yield await self._event(f"{kind}.completed", number, image, usage)
+                    usage = {"usage": image_usage(event.usage)}
+                    yield await self._chunk(f"{kind}.completed", event, usage)
 
-    async def _events(
-        self,
-    ) -> AsyncGenerator[tuple[int, Preview | ImageFinished | Finished]]:
-        groups = [[request] for request in self._requests]
-        async with aclosing(self._state.answers(groups, self._body)) as events:
-            async for number, event in events:
+    async def _events(self) -> AsyncGenerator[Preview | ImageFinished | Finished]:
+        async with aclosing(self._state.answers([[self._request]], self._body)) as events:
+            async for _, event in events:
                 if isinstance(event, TextPiece):
-                    self._thoughts[number] += event.text
-                    continue
-                if isinstance(event, Finished):
-                    self._finished.append(event)
-                if isinstance(event, Preview | ImageFinished | Finished):
-                    yield number, event
+                    self._thought += event.text
+                elif isinstance(event, Preview | ImageFinished | Finished):
+                    yield event
 
-    async def _write(
-        self, number: int, event: Preview | ImageFinished, form: Callable[[bytes], Form]
-    ) -> Form:
-        request, format = self._requests[number], self._body.output_format
-        return await self._state.encode(request, event, format, form)
+    async def _encode(self, event: Preview | ImageFinished, form: Callable[[bytes], Form]) -> Form:
+        return await self._state.encode(self._request, event, self._body.output_format, form)
 
-    async def _image(self, number: int, event: ImageFinished, http: Request) -> dict[str, Any]:
+    async def _image(self, event: ImageFinished, http: Request) -> dict[str, Any]:
         if self._body.response_format == "b64_json":
-            return {"b64_json": await self._write(number, event, to_base64)}
+            return {"b64_json": await self._encode(event, to_base64)}
         state, suffix = self._state, self._body.output_format
-        file = await self._write(number, event, bytes)
+        file = await self._encode(event, bytes)
         name = state.results.put(file, f"image/{suffix}", suffix)
         base = state.config.public_url or str(http.base_url)
         return {"url": f"{base.rstrip('/')}/v1/results/{name}"}
 
-    async def _event(self, kind: str, number: int, image: str, fields: dict[str, Any]) -> bytes:
+    async def _chunk(
+        self, kind: str, event: Preview | ImageFinished, fields: dict[str, Any]
+    ) -> bytes:
+        image = await self._encode(event, to_base64)
         data = {
             "type": kind,
             "b64_json": image,
             "created_at": int(time.time()),
             **self._about,
-            "index": number,
-            **self._seed_and_thought(number),
+            "index": event.index,
+            **self._seed_and_thought(event.index),
             **fields,
         }
         return await sse_of(lambda: data, len(image), kind)
 
-    def _seed_and_thought(self, number: int) -> dict[str, Any]:
-        thought = self._thoughts[number]
-        seed = {"seed": self._requests[number].seed}
-        return seed | ({"reasoning_content": thought} if thought else {})
+    def _seed_and_thought(self, index: int) -> dict[str, Any]:
+        seed = {"seed": self._request.seeds[index]}
+        return seed | ({"reasoning_content": self._thought} if self._thought else {})
 
-    def _usage(self) -> dict[str, Any]:
-        return self._usage_of(self._finished)
 
-    def _usage_of(self, finished: Sequence[Finished]) -> dict[str, Any]:
-        """OpenAI's usage. The prompt counts once, as it is the same for all images."""
-        prompt, prompt_images = finished[0].prompt_tokens, finished[0].prompt_image_tokens
-        images = sum(f.image_tokens for f in finished)
-        text = sum(f.completion_tokens for f in finished)
-        return {
-            "input_tokens": prompt,
-            "input_tokens_details": {
-                "cached_tokens": finished[0].cached_tokens,
-                "image_tokens": prompt_images,
-                "text_tokens": prompt - prompt_images,
-            },
-            "output_tokens": images + text,
-            "output_tokens_details": {"image_tokens": images, "text_tokens": text},
-            "total_tokens": prompt + images + text,
-        }
+def image_usage(counts: Finished) -> dict[str, Any]:
+    """OpenAI's usage of images; their prompt and thought count once."""
+    images, text = counts.image_tokens, counts.completion_tokens
+    return {
+        "input_tokens": counts.prompt_tokens,
+        "input_tokens_details": {
+            "cached_tokens": counts.cached_tokens,
+            "image_tokens": counts.prompt_image_tokens,
+            "text_tokens": counts.prompt_tokens - counts.prompt_image_tokens,
+        },
+        "output_tokens": images + text,
+        "output_tokens_details": {"image_tokens": images, "text_tokens": text},
+        "total_tokens": counts.prompt_tokens + images + text,
+    }
 
 
 _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EVENTS}}
@@ -428,7 +408,7 @@ _IMAGES: dict[int | str, dict[str, Any]] = {200: {"model": Images, "content": EV
 )
 async def generations(body: ImageBody, request: Request, state: State) -> Response:
     """In one answer, or with `stream` as events with partial images."""
-    return await _generate(body, await read_image_requests(body, (), state), request, state)
+    return await _generate(body, await read_image_request(body, (), state), request, state)
 
 
 @router.post(
@@ -441,7 +421,7 @@ async def generations(body: ImageBody, request: Request, state: State) -> Respon
 async def edits(request: Request, state: State) -> Response:
     """A form with files or JSON with URLs: the fields of a generation, and one or more images."""
     body, images = await read_edit(request, state)
-    return await _generate(body, await read_image_requests(body, images, state), request, state)
+    return await _generate(body, await read_image_request(body, images, state), request, state)
 
 
 @router.get(
@@ -466,11 +446,11 @@ async def results(name: str, state: State) -> Response:
 
 
 async def _generate(
-    body: ImageBody, requests: list[ImageRequest], http: Request, state: ServerState
+    body: ImageBody, request: ImageRequest, http: Request, state: ServerState
 ) -> Response:
-    answer = ImagesAnswer(body, requests, state)
+    answer = ImagesAnswer(body, request, state)
     response = await start_stream(answer.chunks()) if body.stream else await answer.whole(http)
-    advice = size_advice(state.service.config, requests[0].width, requests[0].height)
+    advice = size_advice(state.service.config, request.width, request.height)
     if advice is not None:
         response.headers["Neounify-Warning"] = advice
     return response

@@ -141,8 +141,9 @@ class ServerState:
         429 each time the caller tries again.
         """
         together = [request for group in groups for request in group]
-        if len(together) > 1:
-            with blame("n" if getattr(fields, "n", 1) > 1 else "prompt"):
+        asks_for_several = getattr(fields, "n", 1) > 1
+        if len(together) > 1 or asks_for_several:
+            with blame("n" if asks_for_several else "prompt"):
                 self.service.check_together(together)
         return answers_in_groups(
             [[partial(self.answer, request, fields) for request in group] for group in groups]
@@ -284,14 +285,16 @@ def image_metadata(
     Without the text of prompts unless the operator wants it (`metadata_prompts`): an image is
     passed on more freely than the words it was asked for with.
     """
-    sampling = request.sampling
+    sampling, seed, index = request.sampling, request.seed, event.index
+    if isinstance(request, ImageRequest) and request.seeds:
+        seed, index = request.seeds[event.index], 0  # the image is the first of its own seed
     height, width = event.pixels.shape[-2:]
     metadata = {
         "generator": "neounify",
         "model": config.model_name,
         "task": task_of(request),
-        "seed": str(request.seed),
-        "index": str(event.index),
+        "seed": str(seed),
+        "index": str(index),
         "size": f"{width}x{height}",
         "steps": str(sampling.steps),
         "guidance": f"{sampling.guidance.text:g}",
