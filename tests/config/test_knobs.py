@@ -34,7 +34,7 @@ from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.fields import ImageFields
 from neounify.serve.http.images import ImageBody
-from neounify.tasks.chat import ChatOptions, make_chat_request
+from neounify.tasks.chat import ChatKnobs, make_chat_request
 from neounify.text import byte_tokenizer
 from support.scripted_service import Scripted
 
@@ -211,7 +211,7 @@ def test_every_knob_of_text_is_offered_everywhere(name: str) -> None:
         if name not in ("seed", "logprobs"):  # of the whole answer, and OpenAI's own
             assert (field.description or "").removesuffix(" Extension.") == doc
             assert field.default == getattr(TextSampling(), name)
-    assert name in ChatOptions.__optional_keys__
+    assert name in ChatKnobs.__optional_keys__
     assert name in TextKnobs.__optional_keys__ | {"seed", "logprobs"}
     for command in ("chat", "story"):
         if name in NOT_OPTIONS:

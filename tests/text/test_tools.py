@@ -108,16 +108,16 @@ def test_only_marks_of_ours_become_tokens_of_the_published_tokenizer() -> None:
 def test_wrong_tools_and_turns_are_refused() -> None:
     with pytest.raises(PromptError, match=r"1 to 64 letters.*'a b'"):
         Tool(name="a b")
-    with pytest.raises(PromptError, match="two tools are called 'f'"):
+    with pytest.raises(PromptError, match="2 tools are called 'f'; a name stands for one"):
         ToolUse(tools=(Tool(name="f"), Tool(name="f")))
     with pytest.raises(PromptError, match="there are no tools"):
         ToolUse(choice="required")
-    with pytest.raises(PromptError, match="no tool called 'g'"):
+    with pytest.raises(PromptError, match="no tool called 'g'; tools are f"):
         ToolUse(tools=(Tool(name="f"),), choice="required", name="g")
     for wrong in ({"name": "f"}, {"function": {"name": 1}}, "f", {"function": {"name": "a b"}}):
         with pytest.raises(PromptError):
             read_tool(wrong)  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="JSON schema"):
+    with pytest.raises(PromptError, match=r"of 'f' must be a JSON schema, got \[\]"):
         read_tool({"type": "function", "function": {"name": "f", "parameters": []}})
     with pytest.raises(PromptError, match="only assistant messages hold tool calls"):
         Message("user", "Hi", tool_calls=(CALL,))

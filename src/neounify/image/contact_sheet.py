@@ -30,7 +30,10 @@ def contact_sheet(
         captions: up to `lines` lines are shown; letters the built-in font lacks show as boxes.
     """
     if not images or not len(images) == len(captions) == len(passed):
-        raise ImageError(f"{len(images)} images, {len(captions)} captions, {len(passed)} verdicts")
+        raise ImageError(
+            f"{len(images)} images, {len(captions)} captions, {len(passed)} verdicts; give as many "
+            "of each, at least one"
+        )
     frame, gap, line = 4, 10, 13
     font = ImageFont.load_default(size=11)
     widths = [round(side * pixels.shape[1] / pixels.shape[0]) for pixels in images]

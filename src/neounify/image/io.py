@@ -157,7 +157,7 @@ def _read_bytes(source: object) -> tuple[str, bytes]:
             f"an image is a path, bytes, a binary file or a PIL image, not {type(source).__name__}"
         )
     if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
+        raise ImageError(f"{name}: larger than {MAX_FILE_BYTES} bytes, the largest size allowed")
     if not data:
         raise ImageError(f"{name}: empty")
     return name, data
@@ -214,7 +214,7 @@ def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:
         with _quiet():
             image = Image.open(MeteredFile(data), formats=formats)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too many pixels to decode") from error
+        raise ImageError(f"{name}: too many pixels to decode: {error}") from error
     except ImageError as error:  # of MeteredFile
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:
@@ -295,7 +295,7 @@ _READ = "PNG, JPEG, WebP, GIF, BMP, AVIF or HEIC"
 
 
 class MeteredFile(BytesIO):
-    """A file in memory that fails after MAX_READS reads: nothing sane is cut into more pieces."""
+    """A file in memory that fails after MAX_READS reads: no sound file is cut into more pieces."""
 
     _reads = 0
 
@@ -343,8 +343,9 @@ class DecodeBudget:
         self._left -= _cost(image, file)
         if self._left < 0:
             raise ImageError(
-                f"{name}: the images of a request may have {self._max_pixels} pixels together "
-                "(a quarter of that counts for JPEG); send fewer or smaller ones"
+                f"{name}: the images of a request may have {self._max_pixels:,} pixels together, "
+                f"with this one they have {self._max_pixels - self._left:,.0f} (a quarter of its "
+                "pixels counts for a JPEG); send fewer or smaller ones"
             )
 
     def factor(self, image: Image.Image) -> int:

@@ -221,8 +221,8 @@ def check_aspect(height: int, width: int) -> None:
     """Raises ImageError for a prompt image whose sides, in pixels, differ too much."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ImageError(
-            f"an image of {width}x{height} is too narrow; "
-            f"its sides may differ by a factor of {MAX_ASPECT_RATIO} at most"
+            f"an image of {width}x{height} is too narrow; its sides may differ by a factor of "
+            f"{MAX_ASPECT_RATIO} at most, these by {max(height, width) / min(height, width):.1f}"
         )
 
 
@@ -245,11 +245,11 @@ def nearest_legal_sizes(
     """
     width, height = _integer(width, "width"), _integer(height, "height")
     multiple = _positive(multiple, "multiple")
-    most = _MAX_SIDE if max_side is None else _positive(max_side, "max_side")
-    if most < multiple:
-        raise ImageError(f"no side is legal: the least is {multiple}, the greatest {most}")
+    limit = _MAX_SIDE if max_side is None else _positive(max_side, "max_side")
+    if limit < multiple:
+        raise ImageError(f"no side is legal: the least is {multiple}, the greatest {limit}")
     sizes = [
-        (w, h) for w in _around(width, multiple, most) for h in _around(height, multiple, most)
+        (w, h) for w in _around(width, multiple, limit) for h in _around(height, multiple, limit)
     ]
     return sorted(sizes, key=lambda size: (size[0] - width) ** 2 + (size[1] - height) ** 2)
 
@@ -280,9 +280,9 @@ def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
         )
 
 
-def _around(side: int, multiple: int, most: int) -> list[int]:
+def _around(side: int, multiple: int, limit: int) -> list[int]:
     """Return the legal sides just below and just above `side`, or the one that it is."""
-    highest = most // multiple
+    highest = limit // multiple
     below = min(max(side // multiple, 1), highest)
     above = min(max(-(-side // multiple), 1), highest)
     return sorted({below * multiple, above * multiple})

@@ -108,7 +108,7 @@ class Driver:
             resident.use("gen")
             self._generation.step()
         else:
-            raise RuntimeError("programs wait for answers, and the engines have nothing to do")
+            raise RuntimeError("programs wait for answers, and both engines are idle")
 
     def _deliver(
         self,

@@ -41,7 +41,7 @@ from neounify.pipeline.results import (
 )
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 from neounify.tasks.chat import (
-    ChatOptions,
+    ChatKnobs,
     ChatRequest,
     Conversation,
     make_chat_request,
@@ -164,8 +164,8 @@ class Pipeline:
         """
         if tokenizer.vocab_size > model.config.vocab_size:
             raise RequestError(
-                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, "
-                f"the model embeds {model.config.vocab_size} tokens"
+                f"the tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the model embeds "
+                f"{model.config.vocab_size:,} tokens: ids must be below that"
             )
         message = default_system_message() if system_message is None else system_message
         self.model = model
@@ -207,7 +207,7 @@ class Pipeline:
         *,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
-        **options: Unpack[ChatOptions],
+        **options: Unpack[ChatKnobs],
     ) -> ChatResult: ...
 
     @overload
@@ -218,7 +218,7 @@ class Pipeline:
         *,
         stream: Literal[True],
         cancel: threading.Event | None = None,
-        **options: Unpack[ChatOptions],
+        **options: Unpack[ChatKnobs],
     ) -> ChatStream: ...
 
     def chat(
@@ -228,7 +228,7 @@ class Pipeline:
         *,
         stream: bool = False,
         cancel: threading.Event | None = None,
-        **options: Unpack[ChatOptions],
+        **options: Unpack[ChatKnobs],
     ) -> ChatResult | ChatStream:
         """Answer a question, or the last of several messages, about text and images.
 
@@ -249,13 +249,15 @@ class Pipeline:
         images: Sequence[ImageSource | Sequence[ImageSource]] | None = None,
         *,
         cancel: threading.Event | None = None,
-        **options: Unpack[ChatOptions],
+        **options: Unpack[ChatKnobs],
     ) -> list[ChatResult]:
         """Answer conversations of any lengths together, each as `chat` would alone."""
         image_lists = [()] * len(prompts) if images is None else list(images)
         if len(image_lists) != len(prompts):
             raise RequestError(
-                f"{len(image_lists)} lists of images for {len(prompts)} prompts", param="images"
+                f"{len(image_lists)} lists of images for {len(prompts)} prompts; give one per "
+                "prompt",
+                param="images",
             )
         if not prompts:
             return []
@@ -300,7 +302,9 @@ class Pipeline:
         check_keywords("generate", sampling, GenerateKnobs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
-            raise RequestError("the list of prompts is empty", param="prompt")
+            raise RequestError(
+                "the list of prompts is empty; at least one is needed", param="prompt"
+            )
         size = output_size(self.config, width, height)
         _warn_untrained(self.config, *size)
         request = ImageRequest(
@@ -451,7 +455,7 @@ class Pipeline:
         self,
         prompt: Conversation,
         images: ImageSource | Sequence[ImageSource],
-        options: ChatOptions,
+        options: ChatKnobs,
     ) -> ChatRequest:
         profiles = self.colour_profiles
         inputs = read_images(images, colour_profiles=profiles)
@@ -477,7 +481,10 @@ def _per_prompt(value: T | Sequence[T], count: int, name: str) -> list[T]:
     """One value for every prompt, or a list with as many values as prompts."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != count:
-            raise RequestError(f"{len(value)} values of {name} for {count} prompts", param=name)
+            raise RequestError(
+                f"{len(value)} values of {name} for {count} prompts; give one, or one per prompt",
+                param=name,
+            )
         return list(value)
     return [value] * count
 

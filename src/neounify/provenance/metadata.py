@@ -81,8 +81,8 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _XMP = "http://ns.adobe.com/xap/1.0/"
 _IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-_OWN = "urn:neounify:provenance#"
-_FACTS = f"{{{_OWN}}}Facts"
+_NAMESPACE = "urn:neounify:provenance#"
+_FACTS = f"{{{_NAMESPACE}}}Facts"
 _NAMES = {f"{{{_XMP}}}CreatorTool": "made_by", f"{{{_IPTC}}}DigitalSourceType": "source_type"}
 
 _NUMBERS = frozenset(("seed", "index", "count", "steps", "guidance", "image_guidance", "shift"))
@@ -91,7 +91,7 @@ _NUMBERS = frozenset(("seed", "index", "count", "steps", "guidance", "image_guid
 _PACKET = """\
 <?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{rdf}"><rdf:Description rdf:about="" \
-xmlns:xmp="{xmp}" xmlns:Iptc4xmpExt="{iptc}" xmlns:neounify="{own}" xmp:CreatorTool={tool} \
+xmlns:xmp="{xmp}" xmlns:Iptc4xmpExt="{iptc}" xmlns:neounify="{namespace}" xmp:CreatorTool={tool} \
 Iptc4xmpExt:DigitalSourceType={source} Iptc4xmpExt:AISystemUsed="neounify" \
 Iptc4xmpExt:AISystemVersionUsed={version} neounify:Facts={facts}/></rdf:RDF></x:xmpmeta>\
 <?xpacket end="r"?>"""
@@ -104,7 +104,7 @@ def write_packet(facts: Mapping[str, object]) -> bytes:
         rdf=_RDF,
         xmp=_XMP,
         iptc=_IPTC,
-        own=_OWN,
+        namespace=_NAMESPACE,
         tool=quoteattr(f"neounify {version}"),
         source=quoteattr(GENERATED),
         version=quoteattr(version),

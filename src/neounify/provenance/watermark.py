@@ -56,7 +56,7 @@ class Marker:
             raise MarkError(missing_extra("invisible marks", "watermark", error)) from error
         self._library = imwatermark
         self._bits = [int(bit) for bit in write_fields(number)]
-        self._name = f"neounify:{number}"
+        self._number, self._name = number, f"neounify:{number}"
 
     def mark(self, image: Image.Image) -> Image.Image:
         """A copy of the image, RGB, that carries the mark.
@@ -72,7 +72,11 @@ class Marker:
         for _ in range(_PASSES):
             marked = self._embed(marked)
         if self.read(marked) != self._name:
-            raise MarkError("the image did not take the invisible mark")
+            fields = int(agreeing(self.fields(marked))[self._number])
+            raise MarkError(
+                f"the image did not take the invisible mark: {fields} of {FIELDS} fields hold it "
+                f"after {_PASSES} passes, {MIN_AGREEING} are needed"
+            )
         return marked
 
     def read(self, image: Image.Image) -> str | None:

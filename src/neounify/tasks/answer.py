@@ -18,9 +18,11 @@ Pieces = list[TextPiece | ToolCallPiece]
 
 def check_stop(stop: Sequence[str]) -> None:
     """Check stop strings: at most MAX_STOP_STRINGS, none empty. Raises RequestError."""
-    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and s for s in stop):
+    unusable = [s for s in stop if not (isinstance(s, str) and s)]
+    if unusable or len(stop) > MAX_STOP_STRINGS:
+        got = f"{str(unusable[0])[:40]!r} among them" if unusable else f"{len(stop)}"
         raise RequestError(
-            f"stop must be at most {MAX_STOP_STRINGS} non-empty strings", param="stop"
+            f"stop must be at most {MAX_STOP_STRINGS} non-empty strings, got {got}", param="stop"
         )
 
 

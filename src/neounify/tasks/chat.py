@@ -79,14 +79,15 @@ class ChatRequest:
         check_stop(self.stop)
         if self.response_format is not None and self.tool_use.forced:
             raise RequestError(
-                "response_format: the answer must be a call of a tool, so it has no other format",
+                f"response_format: with tool_choice {self.tool_use.choice!r} the answer is a tool "
+                "call and has no other format; leave one of the two out",
                 param="response_format",
             )
         constrained = self.response_format is not None or bool(self.tool_use.forced)
         if constrained and continues_answer(self.messages):
             name = "tool_choice" if self.tool_use.forced else "response_format"
             raise RequestError(
-                f"{name}: an answer that the last message begins cannot be held to a form; "
+                f"{name}: an answer that the last message begins cannot be constrained; "
                 "leave that message out",
                 param=name,
             )
@@ -131,7 +132,7 @@ class CompletionRequest:
         return tuple(self.prompt)
 
 
-class ChatOptions(TextKnobs, total=False):
+class ChatKnobs(TextKnobs, total=False):
     """The keyword arguments of `make_chat_request`."""
 
     max_new_tokens: int
@@ -204,7 +205,7 @@ def read_conversation(
             raise PromptError("a prompt is needed: the text is empty and there is no image")
         prompt = [Message("user", prompt)]
     if not prompt:
-        raise PromptError("the list of messages is empty")
+        raise PromptError("the list of messages is empty; at least one is needed")
     messages: list[Message] = []
     ordered: list[PIL.Image.Image] = []
     used = 0
@@ -218,7 +219,10 @@ def read_conversation(
         used += marks
         ordered += turn_images
     if used > len(images):
-        raise PromptError(f"the text has {used} {IMAGE_MARK} marks for {len(images)} images")
+        raise PromptError(
+            f"the text has {used} {IMAGE_MARK} marks for {len(images)} images; at most one mark "
+            "for each"
+        )
     return _place_rest(messages, list(images[used:]), ordered)
 
 
@@ -276,7 +280,11 @@ def _place_rest(
         return messages, ordered
     first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
     if first is None:
-        raise PromptError("there are images but no user message to show them in")
+        roles = ", ".join(message.role for message in messages)
+        raise PromptError(
+            f"{len(rest)} images have no mark and no user message to stand in; the messages are of "
+            f"{roles}"
+        )
     text = messages[first].text
     total = text.count(IMAGE_MARK) + len(rest)
     messages[first] = Message("user", place_images(text, total, numbered=False))

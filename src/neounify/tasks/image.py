@@ -115,10 +115,13 @@ class ImageRequest:
                     f"got {shape}",
                     param="noise",
                 )
-        if self.noise is not None and not torch.isfinite(self.noise).all():
-            raise RequestError(
-                "noise must be finite, it holds NaN or infinite values", param="noise"
-            )
+            finite = int(torch.isfinite(self.noise).sum())
+            if finite < self.noise.numel():
+                raise RequestError(
+                    f"noise must be finite, {self.noise.numel() - finite:,} of its "
+                    f"{self.noise.numel():,} values are NaN or infinite",
+                    param="noise",
+                )
         if self.max_think_tokens < 1:
             raise RequestError(
                 f"max_think_tokens must be at least 1, got {self.max_think_tokens}",
@@ -247,7 +250,9 @@ def output_size(
     model, RequestError when only one side is given.
     """
     if (width is None) != (height is None):
-        raise RequestError("give both width and height, or neither", param="size")
+        raise RequestError(
+            f"give both width and height, or neither; got {width} and {height}", param="size"
+        )
     if width is not None and height is not None:
         limit = config.max_grid * config.token_size
         check_size(width, height, config.token_size, limit)

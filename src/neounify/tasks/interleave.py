@@ -99,7 +99,10 @@ def output_sizes(
     widths = list(width) if isinstance(width, Sequence) else [width]
     heights = list(height) if isinstance(height, Sequence) else [height]
     if not widths or len(widths) != len(heights):
-        raise RequestError(f"{len(widths)} widths for {len(heights)} heights", param="size")
+        raise RequestError(
+            f"{len(widths)} widths for {len(heights)} heights; give one of each for every size",
+            param="size",
+        )
     return [output_size(config, w, h, reference) for w, h in zip(widths, heights, strict=True)]
 
 

@@ -52,7 +52,7 @@ class Message:
     `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
     of one of them.
 
-    Raises PromptError for an unknown role, for what is no text, and for offsets out of place.
+    Raises PromptError for an unknown role, text that is not valid, and offsets out of order.
     """
 
     role: Role
@@ -205,9 +205,12 @@ def place_images(text: str, n_images: int, *, numbered: bool) -> str:
     """
     marks = text.count(IMAGE_MARK)
     if marks > n_images:
-        raise PromptError(f"the text has {marks} {IMAGE_MARK} marks for {n_images} images")
+        raise PromptError(
+            f"the text has {marks} {IMAGE_MARK} marks for {n_images} images; at most one mark "
+            "for each"
+        )
     if numbered and marks == 0 and n_images >= 2:
-        front = "".join(f"Image-{place}:{IMAGE_MARK}\n" for place in range(1, n_images + 1))
+        front = "".join(f"Image-{number}:{IMAGE_MARK}\n" for number in range(1, n_images + 1))
     else:
         front = f"{IMAGE_MARK}\n" * (n_images - marks)
     return front + text
@@ -238,7 +241,7 @@ def chat_prompt(
         PromptError: no messages, or a thought asked for behind the beginning of an answer.
     """
     if not messages:
-        raise PromptError("the list of messages is empty")
+        raise PromptError("the list of messages is empty; at least one is needed")
     begun = continues_answer(messages)
     if begun and think:
         raise PromptError(

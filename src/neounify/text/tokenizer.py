@@ -205,9 +205,11 @@ def _build_library(description: dict[str, Any], origin: str) -> tokenizers.Token
     with _library_errors(TokenizerError, f"{origin}: not a usable tokenizer"):
         library = tokenizers.Tokenizer.from_str(json.dumps(description))
     for token in description["added_tokens"]:
-        if library.token_to_id(token["content"]) != token["id"]:
+        actual = library.token_to_id(token["content"])
+        if actual != token["id"]:
             raise TokenizerError(
-                f"{origin}: token {token['content']!r} cannot have the id {token['id']}"
+                f"{origin}: token {token['content']!r} cannot have the id {token['id']}, it gets "
+                f"{actual}"
             )
     return library
 
@@ -273,7 +275,7 @@ def byte_of_character() -> dict[str, int]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     table = {chr(byte): byte for byte in sorted(printable)}
-    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
+    table.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
     return table
 
 
@@ -310,10 +312,10 @@ def byte_tokenizer(merges_from: Sequence[str] = (), vocab_size: int = BYTE_VOCAB
     merges = _learn_merges(merges_from, vocab_size - BYTE_VOCAB_SIZE)
     tokens = [*sorted(byte_of_character()), *("".join(pair) for pair in merges)]
     added = [
-        added_token(name, len(tokens) + place, special=name in CONTROL)
-        for place, name in enumerate(_ADDED)
+        added_token(name, len(tokens) + number, special=name in CONTROL)
+        for number, name in enumerate(_ADDED)
     ]
-    vocab = {token: place for place, token in enumerate(tokens)}
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     description = byte_level_description(vocab, merges, added)
     return Tokenizer(description, origin="a byte tokenizer")
 

@@ -171,17 +171,23 @@ def settle(description: dict[str, Any], origin: str) -> dict[str, Any]:
     """
     model, decoder = description.get("model"), description.get("decoder")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise TokenizerError(f"{origin}: the model must be a BPE")
+        raise TokenizerError(f"{origin}: the model must be a BPE, got {_type_of(model)}")
     if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-        raise TokenizerError(f"{origin}: the decoder must be ByteLevel")
+        raise TokenizerError(f"{origin}: the decoder must be ByteLevel, got {_type_of(decoder)}")
     vocab, added = model.get("vocab"), description.get("added_tokens", [])
     if not isinstance(vocab, dict) or not isinstance(added, list):
-        raise TokenizerError(f"{origin}: the vocabulary must be an object, added tokens a list")
-    for token in added:
+        raise TokenizerError(
+            f"{origin}: the vocabulary must be an object and the added tokens an array, got "
+            f"{type(vocab).__name__} and {type(added).__name__}"
+        )
+    for number, token in enumerate(added):
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise TokenizerError(f"{origin}: an added token is not an object with a content")
+            raise TokenizerError(
+                f"{origin}: added token {number} must be an object with a content, got "
+                f"{str(token)[:80]}"
+            )
         if not token["content"]:
-            raise TokenizerError(f"{origin}: an added token is empty")
+            raise TokenizerError(f"{origin}: added token {number} is empty")
     whole = dict(vocab)
     for token in added:
         known = whole.setdefault(token["content"], token.get("id"))
@@ -278,8 +284,17 @@ def _check_ids(vocab: dict[str, Any], origin: str) -> None:
                 f"{origin}: token {name[:80]!r} needs an id from 0 to {_MAX_ID}, "
                 f"got {str(token_id)[:80]}"
             )
-    if len(set(vocab.values())) != len(vocab):
-        raise TokenizerError(f"{origin}: two tokens share one id")
+    owners: dict[int, str] = {}
+    for name, token_id in vocab.items():
+        if owners.setdefault(token_id, name) != name:
+            raise TokenizerError(
+                f"{origin}: {owners[token_id][:40]!r} and {name[:40]!r} share the id {token_id}"
+            )
+
+
+def _type_of(part: object) -> str:
+    """The type that a part of a description names, for errors."""
+    return repr(part.get("type"))[:80] if isinstance(part, dict) else str(part)[:80]
 
 
 def _kind(value: object) -> str:

@@ -94,7 +94,10 @@ class ToolUse:
         names = [tool.name for tool in self.tools]
         for name in names:
             if names.count(name) > 1:
-                raise PromptError(f"tools: two tools are called {name!r}", param="tools")
+                raise PromptError(
+                    f"tools: {names.count(name)} tools are called {name!r}; a name stands for one",
+                    param="tools",
+                )
         if self.choice not in ("auto", "none", "required"):
             raise PromptError(
                 f"tool_choice: must be auto, none or required, got {self.choice!r}",
@@ -106,7 +109,9 @@ class ToolUse:
             )
         if self.name is not None and (self.choice != "required" or self.name not in names):
             raise PromptError(
-                f"tool_choice: there is no tool called {self.name!r}", param="tool_choice"
+                f"tool_choice: there is no tool called {self.name!r}; tools are "
+                f"{', '.join(names) or 'none'}",
+                param="tool_choice",
             )
 
     @property
@@ -159,7 +164,11 @@ def read_tool(value: Tool | Mapping[str, Any]) -> Tool:
         )
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise PromptError("tools: the parameters of a function are a JSON schema", param="tools")
+        raise PromptError(
+            f"tools: the parameters of {function['name'][:64]!r} must be a JSON schema, got "
+            f"{str(parameters)[:80]}",
+            param="tools",
+        )
     description = function.get("description")
     return Tool(
         name=function["name"],
@@ -185,66 +194,66 @@ def read_call(text: str) -> ToolCall | None:
 class ToolCallReader:
     """Separates the calls from the text of an answer that arrives in pieces.
 
-    Text that may be the beginning of a call is held back. What stands between the marks but is
-    no call stays text, marks included; with `forced` a call that a limit cut off counts.
+    Text that may be the beginning of a call is held back. Text between the marks that is not a
+    call stays text, marks included; with `forced` a call that a limit cut off counts.
     """
 
     def __init__(self, *, forced: bool = False) -> None:
         self._forced = forced
-        self._held = ""
+        self._pending = ""
         self._space = ""
         self._inside = False
         self._called = False
 
     def put(self, piece: str) -> list[str | ToolCall]:
         """Add text; the pieces of text and the calls that are complete now."""
-        self._held += piece
-        found: list[str | ToolCall] = []
+        self._pending += piece
+        pieces: list[str | ToolCall] = []
         while True:
             if self._inside:
-                end = _end_of_call(self._held)
+                end = _end_of_call(self._pending)
                 if end < 0:
-                    return found
-                body = self._held[:end]
-                self._held = self._held[end + len(CALL_CLOSE) :]
+                    return pieces
+                body = self._pending[:end]
+                self._pending = self._pending[end + len(CALL_CLOSE) :]
                 self._inside = False
                 call = read_call(body)
                 self._called |= call is not None
-                found.append(call or f"{self._space}{CALL_OPEN}{body}{CALL_CLOSE}")
+                pieces.append(call or f"{self._space}{CALL_OPEN}{body}{CALL_CLOSE}")
                 continue
-            start = self._held.find(CALL_OPEN)
+            start = self._pending.find(CALL_OPEN)
             if start >= 0:
-                text = self._held[:start].rstrip()
-                self._give(text, found)
-                self._space = self._held[len(text) : start]
-                self._held = self._held[start + len(CALL_OPEN) :]
+                text = self._pending[:start].rstrip()
+                self._add_text(text, pieces)
+                self._space = self._pending[len(text) : start]
+                self._pending = self._pending[start + len(CALL_OPEN) :]
                 self._inside = True
                 continue
-            keep = len(self._held) - _overlap(self._held)
-            keep = len(self._held[:keep].rstrip())  # whitespace in front of a call is not text
-            self._give(self._held[:keep], found)
-            self._held = self._held[keep:]
-            return found
+            keep = len(self._pending) - _overlap(self._pending)
+            keep = len(self._pending[:keep].rstrip())  # whitespace in front of a call is not text
+            self._add_text(self._pending[:keep], pieces)
+            self._pending = self._pending[keep:]
+            return pieces
 
     def flush(self) -> list[str | ToolCall]:
         """The rest at the end of the answer; a call without an end counts if it is whole."""
-        held, inside = self._held, self._inside
-        self._held, self._inside = "", False
+        text, inside = self._pending, self._inside
+        self._pending, self._inside = "", False
         if not inside:
-            return [held] if held and not (self._called and not held.strip()) else []
-        call = read_call(held) or (_cut_call(held) if self._forced else None)
-        return [call or self._space + CALL_OPEN + held]
+            return [text] if text and not (self._called and not text.strip()) else []
+        call = read_call(text) or (_cut_call(text) if self._forced else None)
+        return [call or self._space + CALL_OPEN + text]
 
-    def _give(self, text: str, found: list[str | ToolCall]) -> None:
-        """Show text, without the line ends between and behind calls."""
+    def _add_text(self, text: str, pieces: list[str | ToolCall]) -> None:
+        """Add text to the pieces, without the line ends between and behind calls."""
         if self._called:
             text = text if text.strip() else ""
         if text:
-            found.append(text)
+            pieces.append(text)
 
 
 def _end_of_call(text: str) -> int:
-    """Where the closing mark stands that is no part of a JSON string; -1 where there is none."""
+    """Index of the closing mark that is no part of a JSON string; -1 where there is none."""
     end = text.find(CALL_CLOSE)
     while end >= 0 and _ESCAPED.sub("", text[:end]).count('"') % 2:
         end = text.find(CALL_CLOSE, end + 1)
