@@ -15,6 +15,7 @@ from neounify.engine.messages import (
     Cancel,
     Command,
     Decode,
+    EngineReport,
     GenerateImages,
     ImageReady,
     LocalTensors,
@@ -22,7 +23,6 @@ from neounify.engine.messages import (
     Prefill,
     Prefix,
     Reply,
-    Report,
     TextInput,
     Token,
 )
@@ -133,7 +133,7 @@ class Script:
             return self.commands.pop()
         return None if wait else []
 
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         if any(isinstance(reply.answer, Token) for reply in replies):
             self.since.append(len(self.layers))
             self.layers.clear()

@@ -19,10 +19,10 @@ from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import (
     Command,
     Decode,
+    EngineReport,
     LocalTransport,
     Prefill,
     Reply,
-    Report,
     TextInput,
 )
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -309,7 +309,7 @@ class Script:
             return self.commands.pop()
         return None if wait else []
 
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         pass
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import pytest
 from torch import Tensor
 
-from neounify.decode.sampler import Choice, SamplingState
+from neounify.decode.sampler import SampledToken, SamplingState
 from neounify.engine import understanding
 
 
 def script_sampler(monkeypatch: pytest.MonkeyPatch, choose: Callable[[Tensor], int]) -> None:
     """Let `choose` give the token for each row of logits [vocab], one row after the other."""
 
-    def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice]:
-        return [Choice(choose(row)) for row in logits]
+    def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+        return [SampledToken(choose(row)) for row in logits]
 
     monkeypatch.setattr(understanding, "sample", sample)

@@ -114,7 +114,7 @@ def _run_replicas(
         address=options.ray_address,
     )
     try:
-        replicas.run(config, wanted, make_hooks, started)
+        replicas.run_replicas(config, wanted, make_hooks, started)
     except ImportError as error:
         raise CliError(missing_extra("replicas", "ray", error)) from error
 

@@ -232,7 +232,7 @@ def sample_from_record(
     return Sample(TASK_ALIASES.get(chosen, chosen), turns, name)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_record(content: bytes) -> Any:
     """JSON in UTF-8, with or without a mark in front. Raises DataError for any other text."""
     try:
         return json.loads(content.decode("utf-8-sig"))

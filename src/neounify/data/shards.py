@@ -39,7 +39,7 @@ from neounify.data.sample import (
     SampleImage,
     SampleText,
     Turn,
-    parse_json,
+    parse_record,
     sample_from_record,
 )
 from neounify.data.sources import FileData, map_images, read_sample_image
@@ -148,7 +148,7 @@ class ShardSource:
             raise DataError(f"{self.location(index)}: {error}") from error
 
     def _read(self, entry: _Entry) -> Sample:
-        record = parse_json(_bytes(entry, "json")) if "json" in entry.members else None
+        record = parse_record(_bytes(entry, "json")) if "json" in entry.members else None
         if record is None or (_is_metadata(record) and entry.image is not None):
             sample = _caption_pair(entry, record)
         else:

@@ -27,7 +27,7 @@ from neounify.data.sample import (
     Sample,
     SampleImage,
     Turn,
-    parse_json,
+    parse_record,
     sample_from_record,
 )
 from neounify.errors import ImageError
@@ -185,7 +185,7 @@ MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
 """Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
 
 
-def read_images(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
+def read_sample_images(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
     """The sample with its files read as RGB. Raises DataError that names the file."""
 
     def read(path: Path) -> Image.Image:
@@ -348,10 +348,10 @@ class JsonlSource:
             # Opened each time: worker processes must not share a file offset.
             with file.open("rb") as stream:
                 stream.seek(start)
-                record = parse_json(stream.read(length))
+                record = parse_record(stream.read(length))
             root = self.root or file.parent
             sample = sample_from_record(record, root, self.task, self.ignored)
-            sample = read_images(sample, root, colour_profiles=self.colour_profiles)
+            sample = read_sample_images(sample, root, colour_profiles=self.colour_profiles)
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{where}: {error}") from error
         return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")

@@ -92,7 +92,7 @@ class LogProbs:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """Token of a row, or the `problem` that left it without one.
 
     The logits hold NaN or infinite values, or the constraint allows no token.
@@ -127,7 +127,7 @@ class DecodeState:
     stopped_by: int | None = None
     finish_reason: FinishReason | None = None
 
-    def take(self, choice: Choice) -> int | None:
+    def take(self, choice: SampledToken) -> int | None:
         """Record the next token; None if it ends the sequence. Raises a choice's `error`."""
         if choice.problem is not None:
             raise choice.error()
@@ -157,7 +157,7 @@ class DecodeState:
 
 
 @torch.no_grad()
-def sample(logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]) -> list[Choice]:
+def sample(logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]) -> list[SampledToken]:
     """Choose a token for every row; its state draws one random number where it draws."""
     finite = torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
     scores = logits
@@ -176,10 +176,10 @@ def sample(logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]) ->
     return [_choice(token, prob) for token, prob in zip(tokens, probs, strict=True)]
 
 
-def _choice(token: int, logprobs: LogProbs | None) -> Choice:
+def _choice(token: int, logprobs: LogProbs | None) -> SampledToken:
     if token >= 0:
-        return Choice(token, logprobs)
-    return Choice(token, None, "not finite" if token == NOT_FINITE else "nothing allowed")
+        return SampledToken(token, logprobs)
+    return SampledToken(token, None, "not finite" if token == NOT_FINITE else "nothing allowed")
 
 
 # --- scores ---

@@ -395,7 +395,7 @@ def discard(reply: Reply) -> None:
 
 
 @dataclass(frozen=True)
-class Report:
+class EngineReport:
     """Metrics of an engine: gauges as they are now, counters since it started."""
 
     gauges: Mapping[str, float]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
 from neounify.cache import PagedKVCache
-from neounify.decode.sampler import Choice, DecodeState, SamplingState, sample
+from neounify.decode.sampler import DecodeState, SampledToken, SamplingState, sample
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -408,7 +408,7 @@ class UnderstandingEngine:
                 ready.append(sequence)
         return ready
 
-    def _take_token(self, sequence: ServedSequence, choice: Choice) -> int | None:
+    def _take_token(self, sequence: ServedSequence, choice: SampledToken) -> int | None:
         """Send a sequence's next token; returns None when the sequence ends."""
         text, name = _text(sequence), sequence.name
         call = self._decoding[name].call

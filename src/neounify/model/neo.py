@@ -36,7 +36,7 @@ from neounify.model.stream import (
 )
 
 Logits = Callable[[Tensor], Tensor]
-Score = Callable[[Logits, Tensor], Any]
+ScoreFunction = Callable[[Logits, Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,7 +212,7 @@ class NeoUnify(nn.Module):
         """The predicted clean image x̂: one row per token, pixels as (row, column, channel)."""
         return self.image_head(hidden, grids)
 
-    def forward(self, batch: ModelBatch, score: Score | None = None) -> ModelOutput:
+    def forward(self, batch: ModelBatch, score: ScoreFunction | None = None) -> ModelOutput:
         """Both streams of many packed documents in one call; differentiable.
 
         `score` computes what is wanted of the text, for instance losses in pieces, from the

@@ -31,8 +31,8 @@ from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.program import (
     Compute,
     NextAnswer,
-    Pack,
     PackImage,
+    PackTensors,
     Program,
     Returned,
     Take,
@@ -144,7 +144,7 @@ class Driver:
                 result: object = None
             elif isinstance(step, NextAnswer):
                 return
-            elif isinstance(step, Compute | Pack | PackImage | Take):
+            elif isinstance(step, Compute | PackTensors | PackImage | Take):
                 result = self._effect(step)
             elif isinstance(step, Release):
                 self._release(run, step.sequences)
@@ -164,14 +164,14 @@ class Driver:
         run.returned = True
         self._release(run, tuple(run.sequences))
 
-    def _effect(self, step: Compute | Pack | PackImage | Take) -> object:
+    def _effect(self, step: Compute | PackTensors | PackImage | Take) -> object:
         match step:
             case Compute(function):
                 try:
                     return function()
                 except Exception as error:
                     return error
-            case Pack(tensors):
+            case PackTensors(tensors):
                 return self._transport.pack(tensors)
             case PackImage(pixels, grid):
                 # Contiguous caches share no prefixes, so that the digest is not used.

@@ -13,9 +13,9 @@ from typing import Literal, TypeVar
 
 from neounify.engine.messages import (
     Command,
+    EngineReport,
     Failed,
     Reply,
-    Report,
     Transport,
     discard,
     is_for_generation,
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 log = logging.getLogger("neounify.serve")
 
-State = Literal["ready", "starting", "failing", "stopped"]
+EngineState = Literal["ready", "starting", "failing", "stopped"]
 
 MAX_DEATHS, DEATH_SECONDS = 5, 60.0
 """An engine that crashes more often in so many seconds is "failing"; it is still restarted."""
@@ -112,7 +112,7 @@ class EngineClient:
         self.prepare: Callable[[], Awaitable[None]] | None = None
         self._calls: dict[int, Call] = {}
         self._deaths: deque[float] = deque()
-        self._report = Report({}, {})
+        self._report = EngineReport({}, {})
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._dead = asyncio.Event()
@@ -120,12 +120,12 @@ class EngineClient:
         self._starts = 0
 
     @property
-    def report(self) -> Report:
+    def report(self) -> EngineReport:
         """The newest one; empty while the engine is being started again."""
         return self._report
 
     @property
-    def state(self) -> State:
+    def state(self) -> EngineState:
         """Readiness of the engine, as reported to users."""
         if self._stopped:
             return "stopped"
@@ -227,7 +227,7 @@ class EngineClient:
         if self._stopped or start != self._starts or self._dead.is_set():
             return
         self.ready = self._alive = False
-        self._report = Report({}, {})
+        self._report = EngineReport({}, {})
         died = Failed("EngineDied", f"the {self.name} engine ended while it worked on the request")
         calls, self._calls = self._calls, {}
         for call in calls.values():
@@ -255,7 +255,7 @@ class EngineClient:
 
     # --- callbacks from the engine's threads ---
 
-    def _deliver_soon(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def _deliver_soon(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         if not self._soon(self._deliver, replies, report):
             for reply in replies:
                 discard(reply)
@@ -269,7 +269,7 @@ class EngineClient:
             return False
         return True
 
-    def _deliver(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def _deliver(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         if report is not None:
             self._report = report
         for reply in replies:

@@ -19,7 +19,7 @@ import torch
 
 from neounify.checkpoint import Dtype
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.messages import Command, Reply, Report, failed
+from neounify.engine.messages import Command, EngineReport, Reply, failed
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.parts import StreamName
 from neounify.pipeline import load
@@ -72,11 +72,11 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReplyBatch:
     """Replies of a step. Shared-memory pieces up to number `last_piece` have been reported."""
 
     replies: Sequence[Reply]
-    report: Report | None
+    report: EngineReport | None
     last_piece: int
 
 
@@ -223,7 +223,7 @@ class _ProcessRun:
                 message = self._next(watch.silence)
             except TimeoutError:
                 return f"gave no sign for {watch.silence:g} s and is killed"
-            if isinstance(message, Batch):
+            if isinstance(message, ReplyBatch):
                 self._last_piece = message.last_piece
                 deliver(message.replies, message.report)
             elif isinstance(message, Beat) and message.step_seconds > watch.step:
@@ -353,5 +353,5 @@ class _PipeChannel:
     def receive(self, *, wait: bool) -> list[Command] | None:
         return receive_commands(self._server.receive, self._server.poll, wait=wait)
 
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
-        self._server.send(Batch(replies, report, self._transport.last_piece))
+    def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
+        self._server.send(ReplyBatch(replies, report, self._transport.last_piece))

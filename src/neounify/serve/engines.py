@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from neounify.engine.generation import GenerationEngine, GenerationSettings
-from neounify.engine.messages import Command, LocalTransport, Reply, Report, is_for_generation
+from neounify.engine.messages import Command, EngineReport, LocalTransport, Reply, is_for_generation
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model.neo import NeoUnify
 
@@ -25,7 +25,7 @@ REPORT_SECONDS = 0.5
 TEXT_SECONDS = 1.0
 """Denoising steps stay short for so many seconds after the last text."""
 
-Deliver = Callable[[Sequence[Reply], Report | None], None]
+Deliver = Callable[[Sequence[Reply], EngineReport | None], None]
 Died = Callable[[], object]
 
 
@@ -79,7 +79,7 @@ class Channel(Protocol):
     def receive(self, *, wait: bool) -> list[Command] | None:
         """All commands received, after waiting for one with `wait`; None at the end."""
 
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         """Send replies, and now and then a report, to the server."""
 
 
@@ -181,14 +181,14 @@ class Worker:
         if replies or due:
             self.channel.send(replies, self._report() if due else None)
 
-    def _report(self) -> Report:
+    def _report(self) -> EngineReport:
         gauges: dict[str, float] = {}
         counters: dict[str, float] = dict(self._counters)
         for engine in self._engines():
             if engine is not None:
                 gauges |= engine.gauges()
                 counters |= engine.counters
-        return Report(gauges, counters)
+        return EngineReport(gauges, counters)
 
 
 # --- both engines in a thread ---
@@ -292,5 +292,5 @@ class _QueueChannel:
     def receive(self, *, wait: bool) -> list[Command] | None:
         return receive_commands(self._commands.get, lambda: not self._commands.empty(), wait=wait)
 
-    def send(self, replies: Sequence[Reply], report: Report | None) -> None:
+    def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         self._deliver(replies, report)

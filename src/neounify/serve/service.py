@@ -32,15 +32,15 @@ from neounify.engine.messages import (
     refs_of,
 )
 from neounify.errors import DeadlineExceeded, Draining, Overloaded, RequestError
-from neounify.serve.client import Call, EngineClient, EngineClients, State, within
+from neounify.serve.client import Call, EngineClient, EngineClients, EngineState, within
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
 from neounify.tasks.image import ImageRequest, check_image_tokens, generate_images, image_tokens
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
     Compute,
     NextAnswer,
-    Pack,
     PackImage,
+    PackTensors,
     Processor,
     Program,
     Returned,
@@ -134,7 +134,7 @@ class EngineService:
         return not self._draining and all(client.ready for client in self.clients.all)
 
     @property
-    def states(self) -> Mapping[str, State]:
+    def states(self) -> Mapping[str, EngineState]:
         """State of each engine, by its name."""
         return {client.name: client.state for client in self.clients.all}
 
@@ -409,7 +409,7 @@ class RequestContext:
             case Compute(function):
                 with self._before_deadline() as seconds:
                     return await within(asyncio.to_thread(function), seconds)
-            case Pack(tensors):
+            case PackTensors(tensors):
                 return await self.pack(tensors)
             case PackImage(pixels, grid):
                 digest = await asyncio.to_thread(_digest, pixels)

@@ -42,7 +42,7 @@ from neounify.tasks.program import (
     NEXT,
     Compute,
     ImageFinished,
-    Pack,
+    PackTensors,
     Preview,
     Processor,
     Program,
@@ -454,7 +454,7 @@ def denoise(
     first: int = 0,
 ) -> Program[list[Tensor]]:
     """Images [3, height, width] from `noise` [count, tokens, 3·C²]; events number from `first`."""
-    ref: TensorRef = yield Pack({"noise": noise})
+    ref: TensorRef = yield PackTensors({"noise": noise})
     steps = preview_steps(sampling.steps, previews)
     answer = yield GenerateImages(new_number(), ref, grid, sampling, prefixes, steps)
     images: dict[int, Tensor] = {}

@@ -143,7 +143,7 @@ class Compute:
 
 
 @dataclass(frozen=True, eq=False)
-class Pack:
+class PackTensors:
     """Pack tensors into a reference, which a command can carry; it is sent back."""
 
     tensors: Mapping[str, Tensor]
@@ -165,7 +165,7 @@ class Take:
 
 
 NEXT = NextAnswer()
-Effect = NextAnswer | Compute | Pack | PackImage | Take
+Effect = NextAnswer | Compute | PackTensors | PackImage | Take
 Step = Command | Effect | TaskEvent | Token
 """A command is sent to its engine, and its first answer sent back; `Release` has none.
 

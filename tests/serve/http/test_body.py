@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.serve.http import HttpConfig, Limits, create_app
-from neounify.serve.http.connections import parse_json
+from neounify.serve.http.connections import parse_body
 from neounify.tasks.program import Finished, TextPiece
 from support.http_server import openai_client, wait_until
 from support.scripted_service import Scripted
@@ -110,8 +110,8 @@ def test_harmless_oddities(client: TestClient) -> None:
 
 def test_as_many_values_as_allowed_are_read() -> None:
     limits = Limits(json_values=1000, json_depth=3)
-    assert parse_json([b"[", b"1," * 998 + b"1]"], limits) == [1] * 999
-    assert parse_json([b'{"a": [1]}'], limits) == {"a": [1]}
+    assert parse_body([b"[", b"1," * 998 + b"1]"], limits) == [1] * 999
+    assert parse_body([b'{"a": [1]}'], limits) == {"a": [1]}
 
 
 @pytest.mark.parametrize("character", ["\\ud83d\\ude00", "\U0001f600", "\\u0041", '\\"'])

@@ -14,7 +14,7 @@ from PIL import Image
 
 import neounify
 from neounify.cache import SequenceCache
-from neounify.decode.sampler import Choice, LogProbs
+from neounify.decode.sampler import LogProbs, SampledToken
 from neounify.engine import understanding
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
@@ -291,7 +291,9 @@ def test_tokens_of_a_stop_string_have_none(
 ) -> None:
     ids = iter([*BYTES.encode("abcSTOPx"), BYTES.id(IM_END)])
     monkeypatch.setattr(
-        understanding, "sample", lambda logits, states: [Choice(next(ids), LogProbs(-1.0, ()))]
+        understanding,
+        "sample",
+        lambda logits, states: [SampledToken(next(ids), LogProbs(-1.0, ()))],
     )
     answer = client.chat.completions.create(model=MODEL, messages=ASK, stop=["STOP"], logprobs=True)
     assert answer.choices[0].message.content == "abc"

@@ -62,7 +62,7 @@ router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChatTurn:
     """A message of a conversation: its texts and decoded images in their order."""
 
     role: str
@@ -86,7 +86,7 @@ class Turn:
         return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
 
 
-async def read_turns(body: ChatBody, state: ServerState) -> list[Turn]:
+async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
     """The messages of a body. Raises ApiError for images that are misplaced or unreadable."""
     parts_of_messages = await off_loop(
         lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
@@ -101,7 +101,7 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[Turn]:
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         turns.append(
-            Turn(
+            ChatTurn(
                 role,
                 _in_lines(pieces) if role == "user" else pieces,
                 tuple(ToolCall(call.name, call.arguments) for call in calls),
@@ -164,7 +164,7 @@ async def read_chat(
     return await off_loop(lambda: _chat_requests(body, turns, tools, state), body.text_size)
 
 
-def _texts(body: ChatBody, turns: Sequence[Turn], tools: ToolUse) -> Iterator[str]:
+def _texts(body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse) -> Iterator[str]:
     """Every text in a body, for content checks."""
     yield from (turn.text for turn in turns)
     yield from (tool.definition() for tool in tools.offered)
@@ -174,7 +174,7 @@ def _texts(body: ChatBody, turns: Sequence[Turn], tools: ToolUse) -> Iterator[st
 
 
 def _chat_requests(
-    body: ChatBody, turns: Sequence[Turn], tools: ToolUse, state: ServerState
+    body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse, state: ServerState
 ) -> Sequence[ChatRequest]:
     messages, images = read_conversation([turn.for_pipeline() for turn in turns], ())
     request = ChatRequest(
@@ -190,7 +190,9 @@ def _chat_requests(
     return for_each_answer(request, body.n)
 
 
-def _interleave_request(body: ChatBody, turns: list[Turn], state: ServerState) -> InterleaveRequest:
+def _interleave_request(
+    body: ChatBody, turns: list[ChatTurn], state: ServerState
+) -> InterleaveRequest:
     system = turns.pop(0).text if turns[0].role == "system" else ""
     with blame("messages"):
         text, history, images = read_request([turn.for_pipeline() for turn in turns], ())

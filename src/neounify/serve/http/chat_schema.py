@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from neounify.serve.http.completions import Alternatives, TextUsage, TopLogProb
 from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.fields import AnswerModel, ImageFields, Text, TextFields, TokenCount
+from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, TextFields, TokenCount
 from neounify.text.tools import Tool, ToolUse
 
 # An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay
@@ -32,7 +32,7 @@ class ChatTextPart(BaseModel):
     """A piece of text."""
 
     type: Literal["text"]
-    text: Text
+    text: LimitedText
 
 
 class InputImageUrl(BaseModel):
@@ -74,7 +74,7 @@ def _canonical(part: Any) -> Any:
     return part
 
 
-Part = Annotated[
+ContentPart = Annotated[
     ChatTextPart | ChatImagePart, Field(discriminator="type"), BeforeValidator(_canonical)
 ]
 
@@ -134,7 +134,7 @@ class EarlierFunction(BaseModel):
     """The function of a call, and its arguments as JSON text."""
 
     name: Name
-    arguments: Text = "{}"
+    arguments: LimitedText = "{}"
 
 
 class EarlierToolCall(BaseModel):
@@ -151,7 +151,7 @@ class ChatMessage(BaseModel):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | Annotated[list[Part], Field(max_length=1000)] | None = None
+    content: Content | Annotated[list[ContentPart], Field(max_length=1000)] | None = None
     tool_calls: Annotated[list[EarlierToolCall], Field(max_length=128)] | None = None
 
     images: Annotated[list[AnswerImage], Field(max_length=1000)] | None = Field(
@@ -179,7 +179,7 @@ class Function(BaseModel):
     """A function that the model may call; `strict` is not read: forced calls always follow it."""
 
     name: Name
-    description: Text | None = None
+    description: LimitedText | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
     strict: bool | None = None
 
@@ -208,7 +208,7 @@ class JsonSchema(BaseModel):
     """A JSON schema under a name; it is always followed, whatever `strict` says."""
 
     name: Annotated[str, Field(max_length=200)] = ""
-    description: Text | None = None
+    description: LimitedText | None = None
     definition: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 

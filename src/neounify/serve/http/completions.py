@@ -16,7 +16,7 @@ from pydantic import Field
 from neounify.config.sampling import MAX_LOGPROBS
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.errors import bad_request
-from neounify.serve.http.fields import AnswerModel, Text, TextFields, seeds_of
+from neounify.serve.http.fields import AnswerModel, LimitedText, TextFields, seeds_of
 from neounify.serve.http.serving import (
     DONE,
     EVENTS,
@@ -211,8 +211,8 @@ class CompletionBody(TextFields):
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {**TextFields.only, "suffix": ("",)}
 
     prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1)]
+        LimitedText
+        | Annotated[list[LimitedText], Field(min_length=1)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1)]
     ) = Field(description="A text or token ids, or a list of them.")

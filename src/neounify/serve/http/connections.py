@@ -198,9 +198,9 @@ class BoundedRequest(Request):
             chunks = [chunk async for chunk in self.stream()]
             limits = self.app.state.server.config.limits
             if sum(map(len, chunks)) <= _INLINE_BYTES:
-                self._json = parse_json(chunks, limits)
+                self._json = parse_body(chunks, limits)
             else:
-                self._json = await asyncio.to_thread(parse_json, chunks, limits)
+                self._json = await asyncio.to_thread(parse_body, chunks, limits)
         return self._json
 
 
@@ -246,7 +246,7 @@ def check_json_type(
         )
 
 
-def parse_json(chunks: list[bytes], limits: Limits) -> Any:
+def parse_body(chunks: list[bytes], limits: Limits) -> Any:
     """The value of a JSON text in UTF-8. Raises ApiError 400.
 
     `chunks` is emptied and its memory freed: only the value is kept.

@@ -79,7 +79,7 @@ SEEDS = 2**64
 Seed = Annotated[int, Field(ge=-(2**63), lt=SEEDS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """Ranges are those of ImageSampling and TextSampling, which raise errors with the bounds."""
-Text = Annotated[str, Field(max_length=MAX_TEXT)]
+LimitedText = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[str, Field(max_length=1000)]
 
@@ -364,7 +364,9 @@ class ImageFields(RequestFields):
     aspect_ratio: Ratio | None = Field(
         None, description="WIDTH:HEIGHT, for a size that leaves the shape open. Extension."
     )
-    negative_prompt: Text = Field("", description="What guidance steers away from. Extension.")
+    negative_prompt: LimitedText = Field(
+        "", description="What guidance steers away from. Extension."
+    )
     steps: int | None = Field(None, description=_image_doc("steps"))
     guidance: Number | None = Field(None, description=_image_doc("guidance"))
     image_guidance: Number | None = Field(None, description=_image_doc("image_guidance"))

@@ -20,7 +20,7 @@ from neounify.errors import ImageError
 from neounify.serve.http.config import MEBIBYTE
 from neounify.serve.http.connections import BoundedRoute, check_json_type
 from neounify.serve.http.errors import ApiError, bad_request, blame
-from neounify.serve.http.fields import AnswerModel, ImageFields, Text, seeds_of
+from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.serving import (
     EVENTS,
@@ -76,7 +76,7 @@ class ImageBody(ImageFields):
     }
 
     model: str = Field("", max_length=200)
-    prompt: Text
+    prompt: LimitedText
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES_PER_PROMPT)] = Field(
         1, description="Image i has seed + i and equals the single image of that seed."
     )

@@ -45,7 +45,7 @@ class ReplicaConfig:
             )
 
 
-def run(
+def run_replicas(
     config: RunConfig,
     replicas: ReplicaConfig,
     make_hooks: Callable[[], Hooks] | None = None,

@@ -119,14 +119,14 @@ class WordList:
 
     def check_prompt(self, text: str, images: Sequence[Image.Image]) -> None:
         """Raise Refused if the text holds a listed phrase; images are not checked."""
-        if self._holds(normalise(text)):
+        if self._holds(normalise_text(text)):
             raise Refused(self.rule, "its text holds words that are not allowed here.")
 
     def check_image(self, image: Image.Image) -> None:
         """Accept every image: a word list does not apply."""
 
     def _add(self, phrase: str) -> None:
-        text = normalise(phrase)
+        text = normalise_text(phrase)
         words = tuple(_WORD.findall(text))
         if _HAS_UNSPACED.search(text):
             self._pieces.add(_bare(text))
@@ -147,7 +147,7 @@ class WordList:
         return any(piece in bare for piece in self._pieces)
 
 
-def normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
     """The text as lists are compared with it: NFKC, without case, without invisible characters."""
     visible = "".join(c for c in text if not _is_invisible(c))
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
