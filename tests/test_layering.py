@@ -16,6 +16,7 @@ errors          exceptions and warnings
 deprecation     old names that keep working
 files           bounded reads, atomic writes, folders with one writer
 terminal        progress bars
+plugins         objects of the user, by name
 bundled         the folder of the model that comes with the package
 config          what a model and a request consist of
 runtime         settings of the whole process, limits of a model on a device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from PIL import Image
 
 from neounify.errors import NeounifyError, ServiceError
 from neounify.files import read_text
+from neounify.plugins import load_object
 from neounify.provenance.metadata import Format, encode_image
 
 if TYPE_CHECKING:
@@ -165,8 +165,6 @@ def _bare(text: str) -> str:
 
 # --- hooks of a command line; requests never name code ---
 
-_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
 
 class HookError(NeounifyError, ValueError):
     """A hook that the command line names cannot be loaded."""
@@ -186,24 +184,12 @@ def load_hook(name: str) -> SafetyHook:
 
     Imports the module, so the name must come from the operator of the server. Raises HookError.
     """
-    hook = _find(name)
+    hook = load_object(name, "hook", HookError)
     if isinstance(hook, type) or not isinstance(hook, SafetyHook):
         hook = _make(name, hook)
     if not isinstance(hook, SafetyHook):
         raise HookError(f"{name}: a hook has the methods check_prompt and check_image")
     return hook
-
-
-def _find(name: str) -> object:
-    if not _NAME.fullmatch(name):
-        raise HookError(f"{name!r} does not name a hook; write package.module:attribute")
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except AttributeError as error:
-        raise HookError(f"{name}: the module has no {attribute!r}") from error
-    except Exception as error:  # a module's own code may fail in any way
-        raise HookError(f"{name}: cannot be imported ({error})") from error
 
 
 def _make(name: str, factory: object) -> object:

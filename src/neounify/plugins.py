@@ -1,0 +1,26 @@
+"""Objects of the user by name: "package.module:attribute"."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+from neounify.errors import NeounifyError
+
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
+def load_object(name: str, kind: str, error: type[NeounifyError]) -> object:
+    """The object behind "package.module:attribute", a `kind` in messages. Raises `error`.
+
+    Imports the module, so the name must come from the operator, never from a request.
+    """
+    if not NAME.fullmatch(name):
+        raise error(f"{name!r} does not name a {kind}; write package.module:attribute")
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except AttributeError as failure:
+        raise error(f"{name}: the module has no {attribute!r}") from failure
+    except Exception as failure:  # a module's own code may fail in any way
+        raise error(f"{name}: cannot be imported ({failure})") from failure

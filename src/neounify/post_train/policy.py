@@ -1,0 +1,180 @@
+"""Predictions of the generation stream behind cached prompts, with gradients; frozen copies.
+
+The understanding stream is frozen in post-training of images, so the keys and values of a prompt are
+constants: they are computed once and shared by all steps, images of a group and models.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.attention import select_for
+from neounify.cache import SequenceCache
+from neounify.engine.denoiser import groups
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
+from neounify.flow.guidance import Branch, Guidance
+from neounify.flow.path import noise_scale, velocity
+from neounify.model.layout import Grid, Image, Layout, Noise, Span, Text
+from neounify.model.neo import NeoUnify
+from neounify.model.parts import GEN
+from neounify.post_train.prompts import PromptCase
+from neounify.runtime.plan import plan_execution
+from neounify.tasks.image import branch_prompt, edit_images
+from neounify.tasks.processor import Processor
+from neounify.tasks.requests import ImageRequest
+from neounify.text.template import ImageSegment, Prompt
+
+Key = tuple[object, int | None]
+"""A prompt's content: its segments, and which case its images are of."""
+Prefixes = Mapping[Branch, SequenceCache]
+"""KV caches of a prompt's guidance branches."""
+
+
+class NoisyImages:
+    """Noisy images of one size behind cached prompts: layout and attention are planned once.
+
+    `prefixes` is one cache per image. Any model that shares the understanding stream can be asked.
+    """
+
+    def __init__(self, model: NeoUnify, grid: Grid, prefixes: Sequence[SequenceCache]) -> None:
+        plan = plan_execution(model.config, model.device, model.compute_dtype)
+        self.grid, self.count = grid, len(prefixes)
+        self.sigma = noise_scale(grid.length, model.config.flow)
+        self.layout = Layout(cache.document(Noise.of(grid)) for cache in prefixes)
+        self.attend = select_for(model, plan.attention).plan(self.layout, prefixes)
+
+    def clean(
+        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: Float[Tensor, " images"]
+    ) -> Float[Tensor, "images n ccc"]:
+        """x̂ of a model at z and t, float32."""
+        sigma = torch.full_like(t, self.sigma)
+        x = model.embed_noisy([self.grid] * self.count, z.flatten(0, 1), t, sigma)
+        hidden = model.backbone(self.layout, {GEN: x}, self.attend)[GEN]
+        clean = model.clean_prediction(hidden, self.layout.noise_grids)
+        return clean.float().unflatten(0, (self.count, -1))
+
+
+class GuidedImages:
+    """`NoisyImages` behind the prompts of all guidance branches, which run as one batch."""
+
+    def __init__(
+        self,
+        model: NeoUnify,
+        grid: Grid,
+        prefixes: Sequence[Prefixes],
+        guidance: Guidance,
+    ) -> None:
+        self.guidance, self.images = guidance, len(prefixes)
+        self.branches = guidance.branches()
+        caches = [p[branch] for branch in self.branches for p in prefixes]
+        self.noisy = NoisyImages(model, grid, caches)
+
+    def velocity(
+        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: float
+    ) -> Float[Tensor, "images n ccc"]:
+        """The guided velocity of a model at z and t < 1."""
+        times = torch.full((self.noisy.count,), t, device=z.device)
+        repeated = z.repeat(len(self.branches), 1, 1)
+        clean = self.noisy.clean(model, repeated, times).unflatten(0, (-1, self.images))
+        v = {b: velocity(x, z, t, 0.0) for b, x in zip(self.branches, clean, strict=True)}
+        if not self.guidance.acts_at(t):
+            return v["cond"]
+        rows = [
+            self.guidance.combine({b: v[b][i] for b in v}, first_step=t == 0)
+            for i in range(self.images)
+        ]
+        return torch.stack(rows)
+
+    def clean(
+        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: float
+    ) -> Float[Tensor, "images n ccc"]:
+        """The guided x̂ of a model at z and t < 1."""
+        return z + (1 - t) * self.velocity(model, z, t)
+
+
+@torch.no_grad()
+def prefill(
+    model: NeoUnify,
+    processor: Processor,
+    cases: Sequence[PromptCase],
+    requests: Sequence[ImageRequest],
+) -> list[dict[Branch, SequenceCache]]:
+    """KV caches of the branches that each request's guidance needs; equal prompts share theirs."""
+    limit = plan_execution(model.config, model.device, model.compute_dtype).prefill_rows
+    known: dict[Key, ModelInput] = {}
+    wanted: list[dict[Branch, Key]] = []
+    for case, request in zip(cases, requests, strict=True):
+        images = edit_images(processor, request.images) if request.images else []
+        keys: dict[Branch, Key] = {}
+        for branch in request.sampling.guidance.branches():
+            prompt = branch_prompt(processor, request, branch)
+            keys[branch] = key = (prompt.segments, id(case) if prompt.n_images else None)
+            if key not in known:
+                known[key] = _model_input(model, prompt, images)
+        wanted.append(keys)
+    for group in groups(known.values(), _tokens, limit):
+        forward_und(model, group)
+    return [
+        {branch: cast(SequenceCache, known[key].cache) for branch, key in keys.items()}
+        for keys in wanted
+    ]
+
+
+def _tokens(item: ModelInput) -> int:
+    return sum(span.length for span in item.spans)
+
+
+def _model_input(model: NeoUnify, prompt: Prompt, images: Sequence[Tensor]) -> ModelInput:
+    spans: list[Span] = []
+    ids: list[int] = []
+    used: list[Tensor] = []
+    for segment in prompt.segments:
+        if isinstance(segment, ImageSegment):
+            image = images[segment.image]
+            spans.append(Image.of(model.token_grid(image)))
+            used.append(image)
+        else:
+            spans.append(Text(len(segment.ids)))
+            ids += segment.ids
+    length = sum(span.length for span in spans)
+    cache = SequenceCache(model.config, length, dtype=model.compute_dtype, device=model.device)
+    return ModelInput(cache, tuple(spans), ids, used)
+
+
+def frozen_copy(model: NeoUnify) -> NeoUnify:
+    """A copy whose frozen parameters are those of the model and whose others are frozen copies.
+
+    A reference, an old policy or a teacher thus costs the memory of what is trained: of adapters
+    with LoRA, of the generation stream otherwise.
+    """
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    twin = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    for parameter in twin.parameters():
+        if id(parameter) not in shared:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return twin.eval()
+
+
+def trained_parameters(model: NeoUnify, twin: NeoUnify) -> dict[str, tuple[Tensor, Tensor]]:
+    """(model's, copy's) tensors by name, of the parameters that are trained."""
+    theirs = dict(twin.named_parameters())
+    return {
+        name: (parameter.data, theirs[name].data)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@torch.no_grad()
+def move_towards(model: NeoUnify, twin: NeoUnify, decay: float) -> None:
+    """twin ← decay·twin + (1 - decay)·model, of the parameters that are trained."""
+    for new, old in trained_parameters(model, twin).values():
+        old.lerp_(new, 1 - decay)

@@ -1,0 +1,233 @@
+"""Prompts of post-training: case i of a source is a function of i, so that runs resume exactly.
+
+    { kind = "scenes", categories = { two_object = 1, attribution = 2, edit = 1 } }
+    { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, width, height, …
+    { kind = "text", path = "prompts.txt" }         one prompt a line
+
+Scenes are those of the train split; no benchmark draws from the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import PIL.Image
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from neounify.config.ranges import STRICT, Count, Positive, Seed
+from neounify.data.sample import DataError
+from neounify.errors import ConfigError, ImageError
+from neounify.files import read_text
+from neounify.image import read_image
+from neounify.scenes.bench.prompts import categories, draw_paint_case
+from neounify.scenes.world.draw import sample_rng
+from neounify.scenes.world.edits import sample_edit
+from neounify.scenes.world.render import render
+from neounify.scenes.world.scene import PRESETS, SceneConfig, scene_config
+
+STREAM = 10_000
+"""First number of the paths that random numbers of prompts have; benchmarks stay below."""
+MAX_PROMPT_FILE_BYTES = 2**28
+EDIT = "edit"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptCase:
+    """One prompt to generate images of, and what a reward needs to know about it.
+
+    `images` are input images of an edit. `target` is what rewards of scenes compare with, `record`
+    the JSON object of a file's line.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    category: str = ""
+    images: tuple[PIL.Image.Image, ...] = ()
+    target: Any = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PromptSource(Protocol):
+    """Cases by number, without end."""
+
+    def case(self, number: int) -> PromptCase:
+        """Case `number`, from 0 up."""
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptConfig:
+    """Prompts of a stage. `categories` are shares of kinds of prompts, by default alike.
+
+    `width` and `height` are of images whose prompt names no size; None is the checkpoint's default.
+    """
+
+    kind: Literal["scenes", "jsonl", "text"] = "scenes"
+    categories: Mapping[str, Positive] | None = None
+    world: str = "default"
+    seed: Seed = 0
+    path: str | None = None
+    width: Count | None = None
+    height: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind != "scenes" and not self.path:
+            raise ValueError(f'prompts of kind "{self.kind}" need a path')
+        if self.kind == "scenes" and self.path:
+            raise ValueError("prompts of scenes have no path")
+        if self.kind == "text" and self.categories:
+            raise ValueError("prompts of a text file have no categories")
+        if self.world not in PRESETS:
+            raise ValueError(f"world {self.world!r} is unknown; known: {', '.join(PRESETS)}")
+
+
+def build_prompts(config: PromptConfig, size: tuple[int, int], token_size: int) -> PromptSource:
+    """The source of a config; `size` is the checkpoint's (width, height), sides multiples of C.
+
+    Raises ConfigError for unknown categories or sizes, DataError for a file that cannot be used.
+    """
+    width, height = config.width or size[0], config.height or size[1]
+    for side in (width, height):
+        if side % token_size:
+            raise ConfigError(
+                f"prompts: images of {width}x{height} pixels; both sides must be multiples of "
+                f"{token_size}"
+            )
+    if config.kind == "scenes":
+        if width != height:
+            raise ConfigError(f"prompts: scenes are square, got {width}x{height}")
+        return ScenePrompts(config, width)
+    return FilePrompts(config, (width, height), token_size)
+
+
+class ScenePrompts:
+    """Prompts of SceneBench's painting categories and edits, from scenes of the train split."""
+
+    def __init__(self, config: PromptConfig, side: int) -> None:
+        self.world: SceneConfig = scene_config(config.world)
+        known = (*categories(self.world), EDIT)
+        shares = dict(config.categories or dict.fromkeys(known, 1.0))
+        if unknown := sorted(set(shares) - set(known)):
+            raise ConfigError(
+                f"prompts: no category {', '.join(unknown)}; there are {', '.join(known)}"
+            )
+        self.names = list(shares)
+        total = sum(shares.values())
+        self.chances = [share / total for share in shares.values()]
+        self.seed, self.side = config.seed, side
+
+    def case(self, number: int) -> PromptCase:
+        rng = sample_rng(self.seed, STREAM, number)
+        category = self.names[int(rng.choice(len(self.names), p=self.chances))]
+        if category == EDIT:
+            edit = sample_edit(rng, self.world, split="train")
+            source = render(edit.source, self.world, self.side)
+            return PromptCase(
+                prompt=edit.instruction,
+                width=self.side,
+                height=self.side,
+                category=EDIT,
+                images=(PIL.Image.fromarray(np.asarray(source)),),
+                target=edit,
+            )
+        can_hold_out = category not in ("single_object", "two_object")
+        drawn = draw_paint_case(category, rng, self.world, False if can_hold_out else None)
+        return PromptCase(
+            prompt=drawn.prompt,
+            width=self.side,
+            height=self.side,
+            category=category,
+            target=drawn.facts,
+        )
+
+
+class FilePrompts:
+    """Prompts of a text file, or of JSON lines: prompt, width, height, category, images.
+
+    Each epoch shuffles them anew; with shares of categories, each case draws its category first.
+    Raises DataError, with the line, for a file that cannot be used.
+    """
+
+    def __init__(self, config: PromptConfig, size: tuple[int, int], token_size: int) -> None:
+        assert config.path is not None
+        self.path, self.seed, self.size = Path(config.path), config.seed, size
+        self.token_size = token_size
+        lines = _lines(self.path)
+        parse = self._record if config.kind == "jsonl" else _plain_record
+        self.records = [parse(number, line) for number, line in lines]
+        self.by_category: dict[str, list[int]] = {}
+        for index, record in enumerate(self.records):
+            self.by_category.setdefault(str(record.get("category", "")), []).append(index)
+        self.shares = dict(config.categories or {})
+        if missing := sorted(set(self.shares) - set(self.by_category)):
+            raise DataError(f"{self.path}: no prompt of category {', '.join(missing)}")
+
+    def case(self, number: int) -> PromptCase:
+        index = self._shared(number) if self.shares else self._shuffled(number)
+        record = self.records[index]
+        images = record.get("images", ())
+        return PromptCase(
+            prompt=record["prompt"],
+            width=record.get("width", self.size[0]),
+            height=record.get("height", self.size[1]),
+            category=str(record.get("category", "")),
+            images=tuple(self._image(name) for name in images),
+            record=record,
+        )
+
+    def _shuffled(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.records))
+        return int(sample_rng(self.seed, STREAM, epoch, 0).permutation(len(self.records))[place])
+
+    def _shared(self, number: int) -> int:
+        rng = sample_rng(self.seed, STREAM, number)
+        weights = np.array(list(self.shares.values()))
+        name = list(self.shares)[int(rng.choice(len(weights), p=weights / weights.sum()))]
+        indices = self.by_category[name]
+        return indices[int(rng.integers(len(indices)))]
+
+    def _record(self, number: int, line: str) -> Mapping[str, Any]:
+        where = f"{self.path} line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is no JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise DataError(f'{where}: expected an object with a text "prompt"')
+        for side in ("width", "height"):
+            value = record.get(side, self.token_size)
+            if type(value) is not int or value < 1 or value % self.token_size:
+                raise DataError(
+                    f"{where}: {side} must be a multiple of {self.token_size}, got {value!r}"
+                )
+        images = record.get("images", [])
+        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            raise DataError(f"{where}: images must be a list of paths")
+        for name in images:
+            if not (self.path.parent / name).resolve().is_relative_to(self.path.parent.resolve()):
+                raise DataError(f"{where}: the image {name!r} lies outside the folder of the file")
+        return record
+
+    def _image(self, name: str) -> PIL.Image.Image:
+        try:
+            return read_image(self.path.parent / name)
+        except ImageError as error:
+            raise DataError(f"{self.path}: {error}") from error
+
+
+def _lines(path: Path) -> Sequence[tuple[int, str]]:
+    text = read_text(path, MAX_PROMPT_FILE_BYTES, DataError)
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line]
+    if not lines:
+        raise DataError(f"{path} holds no prompts")
+    return lines
+
+
+def _plain_record(number: int, line: str) -> Mapping[str, Any]:
+    return {"prompt": line}

@@ -1,0 +1,379 @@
+"""Rewards: (images, cases) → named parts in [0, 1], and their combination.
+
+A reward is a callable on a batch. `[[rewards]]` of a recipe lists any number of them:
+
+    { kind = "scenes" }                                       the exact checker of SceneBench
+    { kind = "program", name = "package.module:object" }      a callable, or what makes one
+    { kind = "http", url = "http://127.0.0.1:9000/reward" }   a service
+    { kind = "judge", checkpoint = "folder", question = "…" } a model that answers yes or no
+    { kind = "ocr", reader = "package.module:object" }        images → texts, compared with `text`
+
+A sample whose reward fails, takes too long or is no number in [0, 1] has none (NaN): it is left out
+of the update and counted. Above a share of such samples the run stops (`RewardFailure`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+from pydantic import AfterValidator
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from neounify.config.ranges import STRICT, Count, NonNegative, Positive, Range
+from neounify.errors import ConfigError, NeounifyError
+from neounify.plugins import load_object
+from neounify.post_train.prompts import PromptCase
+from neounify.scenes.bench.checks import MIN_EDIT_PSNR, check_edit, check_image
+from neounify.scenes.world.edits import SceneEdit
+from neounify.scenes.world.facts import SceneFacts
+from neounify.scenes.world.scene import SceneConfig, scene_config
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+Parts = Mapping[str, float]
+MAX_RESPONSE_BYTES = 2**22
+MAX_MESSAGES = 20
+"""Messages of failed rewards that a report keeps."""
+
+
+class Reward(Protocol):
+    """A reward of a batch; one mapping of named parts in [0, 1] per image, in order."""
+
+    def __call__(
+        self, images: Sequence[Pixels], cases: Sequence[PromptCase]
+    ) -> Sequence[Parts]: ...
+
+
+class RewardFailure(NeounifyError):
+    """Too many samples have no reward."""
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class RewardConfig:
+    """One reward: its kind and fields, the `weight` of its mean part, and limits.
+
+    `weights` are those of its parts by name, by default alike; `minimum` takes the least part in
+    place of the mean. `timeout` is in seconds per batch, `retries` further attempts of a service.
+    """
+
+    kind: Literal["scenes", "program", "http", "judge", "ocr"] = "scenes"
+    weight: Positive = 1.0
+    weights: Mapping[str, NonNegative] | None = None
+    minimum: bool = False
+    timeout: Positive = 60.0
+    retries: Annotated[int, AfterValidator(Range(0, 10))] = 2
+    batch: Count = 64
+    name: str | None = None
+    url: str | None = None
+    checkpoint: str | None = None
+    question: str = 'Does the image show "{prompt}"? Answer yes or no.'
+    reader: str | None = None
+    world: str = "default"
+
+    def __post_init__(self) -> None:
+        needed = {"program": "name", "http": "url", "judge": "checkpoint", "ocr": "reader"}
+        key = needed.get(self.kind)
+        if key is not None and not getattr(self, key):
+            raise ValueError(f'a reward of kind "{self.kind}" needs {key}')
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must begin with http:// or https://, got {self.url[:80]!r}")
+
+
+def build_reward(config: RewardConfig) -> Reward:
+    """The reward of a config. Raises ConfigError for a program or model that cannot be loaded."""
+    builders: dict[str, Callable[[RewardConfig], Reward]] = {
+        "scenes": lambda c: SceneReward(scene_config(c.world)),
+        "program": lambda c: _program(str(c.name)),
+        "http": lambda c: HttpReward(str(c.url), c.timeout, c.retries),
+        "judge": lambda c: JudgeReward(str(c.checkpoint), c.question),
+        "ocr": lambda c: OcrReward(_program(str(c.reader))),
+    }
+    return builders[config.kind](config)
+
+
+@dataclass(frozen=True, eq=False)
+class Rewarded:
+    """Rewards of a batch: `total` and `parts` by name, [images] each; NaN is no reward."""
+
+    total: np.ndarray
+    parts: dict[str, np.ndarray]
+    failures: list[str] = field(default_factory=list)
+
+
+class Rewards:
+    """The weighted mean of several rewards, robust to each of them failing.
+
+    Raises RewardFailure when more than `max_failed` of a batch have no reward.
+    """
+
+    def __init__(self, configs: Sequence[RewardConfig], max_failed: float = 0.2) -> None:
+        self.configs, self.max_failed = list(configs), max_failed
+        self.rewards = [build_reward(config) for config in configs]
+        self.failed = 0
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> Rewarded:
+        total = np.zeros(len(images))
+        parts: dict[str, np.ndarray] = {}
+        failures: list[str] = []
+        for config, reward in zip(self.configs, self.rewards, strict=True):
+            rows = self._measure(config, reward, images, cases, failures)
+            names = dict.fromkeys(name for row in rows for name in row)
+            for name in names:
+                values = np.array([row.get(name, math.nan) for row in rows])
+                key = name if len(self.configs) == 1 else f"{config.kind}/{name}"
+                parts[key] = values
+            total += config.weight * np.array([_combined(config, row) for row in rows])
+        total /= sum(config.weight for config in self.configs)
+        failed = int(np.isnan(total).sum())
+        self.failed += failed
+        if failed > self.max_failed * len(images):
+            listed = "; ".join(dict.fromkeys(failures))
+            raise RewardFailure(
+                f"{failed} of {len(images)} images have no reward (max_failed_rewards "
+                f"{self.max_failed:g}): {listed[:1000]}"
+            )
+        return Rewarded(total, parts, failures[:MAX_MESSAGES])
+
+    def _measure(
+        self,
+        config: RewardConfig,
+        reward: Reward,
+        images: Sequence[Pixels],
+        cases: Sequence[PromptCase],
+        failures: list[str],
+    ) -> list[Parts]:
+        rows: list[Parts] = []
+        for start in range(0, len(images), config.batch):
+            chunk = slice(start, start + config.batch)
+            rows += self._batch(config, reward, images[chunk], cases[chunk], failures)
+        return rows
+
+    def _batch(
+        self,
+        config: RewardConfig,
+        reward: Reward,
+        images: Sequence[Pixels],
+        cases: Sequence[PromptCase],
+        failures: list[str],
+    ) -> list[Parts]:
+        """Parts of some images; a batch that fails is tried again image by image."""
+        try:
+            rows = list(self._call(config, reward, images, cases))
+            if len(rows) != len(images):
+                raise ValueError(f"{len(rows)} rewards for {len(images)} images")
+        except FutureTimeout:
+            failures.append(f"{config.kind} reward: no result after {config.timeout:g} s")
+            return [{}] * len(images)
+        except Exception as error:  # a reward's own code may fail in any way
+            if len(images) == 1:
+                failures.append(f"{config.kind} reward of {cases[0].prompt[:80]!r}: {error!r}")
+                return [{}]
+            return [
+                self._batch(config, reward, [image], [case], failures)[0]
+                for image, case in zip(images, cases, strict=True)
+            ]
+        for number, (row, case) in enumerate(zip(rows, cases, strict=True)):
+            if (problem := _problem(row)) is not None:
+                failures.append(f"{config.kind} reward of {case.prompt[:80]!r}: {problem}")
+                rows[number] = {}
+        return rows
+
+    def _call(
+        self,
+        config: RewardConfig,
+        reward: Reward,
+        images: Sequence[Pixels],
+        cases: Sequence[PromptCase],
+    ) -> Sequence[Parts]:
+        if config.kind not in ("program", "ocr"):  # ours end, or have a limit of their service
+            return reward(images, cases)
+        future = self._pool.submit(reward, images, cases)
+        try:
+            return future.result(config.timeout)
+        except FutureTimeout:
+            # The thread cannot be ended; the next batch must not wait for it.
+            self._pool = ThreadPoolExecutor(max_workers=1)
+            raise
+
+
+def _problem(row: Any) -> str | None:
+    """Why a row is no reward; None if it is one."""
+    if not isinstance(row, Mapping) or not row:
+        return f"expected named parts, got {str(row)[:80]}"
+    for name, value in row.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return f"{name} is no number: {str(value)[:80]}"
+        if not 0 <= number <= 1:
+            return f"{name} must be in [0, 1], got {number}"
+    return None
+
+
+def _combined(config: RewardConfig, row: Parts) -> float:
+    if not row:
+        return math.nan
+    weights = config.weights or dict.fromkeys(row, 1.0)
+    chosen = [(float(row[name]), weight) for name, weight in weights.items() if name in row]
+    if len(chosen) < len(weights) or not sum(weight for _, weight in chosen):
+        return math.nan
+    if config.minimum:
+        return min(value for value, _ in chosen)
+    return sum(value * weight for value, weight in chosen) / sum(weight for _, weight in chosen)
+
+
+# --- kinds ---
+
+
+class SceneReward:
+    """The checker of SceneBench: "strict" and "share", the share of attributes that are right.
+
+    An edit's parts are "achieved", half strict and half the share of the target's attributes, and
+    "unchanged", the PSNR outside the edited region over the 30 dB that the benchmark asks for.
+    Their rewards are the least of both parts.
+    """
+
+    def __init__(self, world: SceneConfig) -> None:
+        self.world = world
+
+    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
+        return [self._one(image, case) for image, case in zip(images, cases, strict=True)]
+
+    def _one(self, image: Pixels, case: PromptCase) -> Parts:
+        if isinstance(case.target, SceneFacts):
+            verdict = check_image(case.target, image, self.world)
+            share = sum(verdict.attributes.values()) / len(verdict.attributes)
+            return {"strict": float(verdict.correct), "share": share}
+        if isinstance(case.target, SceneEdit):
+            edited = check_edit(case.target, np.asarray(case.images[0]), image, self.world)
+            right = edited.target.attributes.values()
+            achieved = (edited.target.correct + sum(right) / len(right)) / 2
+            elsewhere = edited.psnr_elsewhere
+            unchanged = 1.0 if elsewhere is None else min(1.0, elsewhere / MIN_EDIT_PSNR)
+            least = min(achieved, unchanged)
+            return {"strict": float(edited.correct) * least, "share": least}
+        raise TypeError("rewards of scenes need prompts of scenes")
+
+
+class HttpReward:
+    """A service: POST of JSON with base64 PNGs, prompts and records; it answers {"rewards": [{…}]}.
+
+    A connection error or a status from 500 up is tried again after 0.5, 1, 2, … seconds.
+    """
+
+    def __init__(self, url: str, timeout: float, retries: int) -> None:
+        self.url, self.timeout, self.retries = url, timeout, retries
+
+    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
+        items = [
+            {"image": _png(image), "prompt": case.prompt, "category": case.category}
+            | ({"record": dict(case.record)} if case.record else {})
+            for image, case in zip(images, cases, strict=True)
+        ]
+        body = json.dumps({"items": items}).encode()
+        document = json.loads(self._post(body))
+        rewards = document.get("rewards") if isinstance(document, dict) else None
+        if not isinstance(rewards, list):
+            raise ValueError('the answer has no list "rewards"')
+        return rewards
+
+    def _post(self, body: bytes) -> bytes:
+        request = urllib.request.Request(
+            self.url, body, {"Content-Type": "application/json"}, method="POST"
+        )
+        for attempt in range(self.retries + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                    data: bytes = answer.read(MAX_RESPONSE_BYTES + 1)
+                if len(data) > MAX_RESPONSE_BYTES:
+                    raise ValueError(f"the answer has more than {MAX_RESPONSE_BYTES} bytes")
+                return data
+            except OSError as error:
+                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                if refused or attempt == self.retries:
+                    raise
+                time.sleep(0.5 * 2**attempt)
+        raise AssertionError  # the loop returns or raises
+
+
+class JudgeReward:
+    """A model of ours that is asked about each image: "yes" is 1 if its answer begins with yes."""
+
+    def __init__(self, checkpoint: str, question: str) -> None:
+        from neounify.pipeline import load
+
+        try:
+            question.format(prompt="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"question may hold {{prompt}} and nothing else in braces: {question!r}"
+            ) from error
+        self.question = question
+        self.pipe = load(Path(checkpoint))
+
+    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
+        shown = [PIL.Image.fromarray(image) for image in images]
+        questions = [self.question.format(prompt=case.prompt) for case in cases]
+        answers = self.pipe.chat_batch(questions, shown, max_new_tokens=8)
+        return [{"yes": float(a.text.strip().lower().startswith("yes"))} for a in answers]
+
+
+class OcrReward:
+    """Text in images: what `reader` reads, against `text` of the record (`text_similarity`)."""
+
+    def __init__(self, reader: Callable[[Sequence[Pixels]], Sequence[str]]) -> None:
+        self.reader = reader
+
+    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
+        texts = self.reader(images)
+        return [
+            {"text": text_similarity(text, str(case.record["text"]))}
+            for text, case in zip(texts, cases, strict=True)
+        ]
+
+
+def text_similarity(text: str, wanted: str) -> float:
+    """1 - Levenshtein distance / length of `wanted`, at least 0; case and spaces do not count."""
+    a, b = ("".join(value.lower().split()) for value in (text, wanted))
+    if not b:
+        return float(not a)
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return max(0.0, 1 - row[-1] / len(b))
+
+
+def _program(name: str) -> Any:
+    """A callable of the user: the object itself, or what its class makes."""
+    found = load_object(name, "reward", ConfigError)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except Exception as error:  # a class's own code may fail in any way
+            raise ConfigError(f"{name}: calling it failed ({error})") from error
+    if not callable(found):
+        raise ConfigError(f"{name}: a reward is a callable of (images, cases)")
+    return found
+
+
+def _png(image: Pixels) -> str:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,160 @@
+"""Rollouts: groups of images of each prompt, sampled by the policy and rewarded.
+
+Images are denoised by the engine's `Denoiser` behind prompts that are prefilled once. All noise is a
+function of (seed, iteration, image), so a resumed run samples what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
+from neounify.flow.guidance import Branch
+from neounify.flow.path import noise_scale
+from neounify.flow.sampling import ResolvedSampling
+from neounify.flow.sde import GaussianStep, RandomStep, StepKind, StochasticSolver, gaussian_step
+from neounify.image.pixels import to_pil, unpatchify
+from neounify.model.layout import Grid
+from neounify.model.neo import NeoUnify
+from neounify.post_train.policy import prefill
+from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rewards import Pixels
+from neounify.tasks.processor import Processor
+from neounify.tasks.requests import ImageRequest
+
+START, STEP = 0, 1
+"""Purposes of noise."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RandomSteps:
+    """Which steps of a rollout are random, and how; `noise_per_group` gives a group one start."""
+
+    kind: StepKind = "ode"
+    eta: float = 0.0
+    window: Sequence[int] = ()
+    noise_per_group: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollout:
+    """Images of one size and one schedule: `count` = prompts · group, those of a prompt together.
+
+    `final` is their tokens [count, n, 3·C²]; `random` holds z, x̂ and ε [count, n, 3·C²] of the
+    random steps, by step.
+    """
+
+    cases: Sequence[PromptCase]
+    group: int
+    grid: Grid
+    times: Sequence[float]
+    prefixes: Sequence[Mapping[Branch, SequenceCache]]
+    final: Float[Tensor, "count n ccc"]
+    random: Mapping[int, RandomStep]
+    steps: Mapping[int, GaussianStep]
+
+    @property
+    def count(self) -> int:
+        return self.final.shape[0]
+
+    def pixels(self, token_size: int) -> list[Pixels]:
+        """The images, uint8 [height, width, 3]."""
+        images = unpatchify(self.final, self.grid.rows, self.grid.columns, token_size)
+        return [np.asarray(image) for image in to_pil(images)]
+
+
+def noise_generator(seed: int, iteration: int, purpose: int, image: int, step: int = 0) -> torch.Generator:
+    """A CPU generator for one draw of noise, independent of all others."""
+    sequence = np.random.SeedSequence((seed, iteration, purpose, image, step))
+    value = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(value)
+
+
+@torch.no_grad()
+def sample_groups(
+    model: NeoUnify,
+    processor: Processor,
+    cases: Sequence[PromptCase],
+    group: int,
+    sampling: ResolvedSampling,
+    steps: RandomSteps,
+    *,
+    seed: int,
+    iteration: int,
+) -> Rollout:
+    """`group` images of each case, which all have one size.
+
+    Raises RequestError for sampling that a case cannot have (edits need their guidance formula).
+    """
+    requests = [image_request(case, sampling) for case in cases]
+    prefixes = [p for p in prefill(model, processor, cases, requests) for _ in range(group)]
+    grid = requests[0].grid(model.config)
+    shape = (grid.length, model.config.token_width)
+    sigma = noise_scale(grid.length, model.config.flow)
+    times = sampling.times()
+    jobs: list[DenoiseJob] = []
+    solvers: list[StochasticSolver] = []
+    for number, caches in enumerate(prefixes):
+        start = number // group if steps.noise_per_group else number
+        noise = torch.randn(shape, generator=noise_generator(seed, iteration, START, start)) * sigma
+        job = make_job(model, noise, grid, dict(caches), sampling)
+        solver = StochasticSolver(
+            steps.kind,
+            steps.eta,
+            times,
+            sigma,
+            random_steps=steps.window,
+            sample_noise=partial(_step_noise, seed, iteration, number, shape, model.device),
+        )
+        job.solver = solver
+        jobs.append(job)
+        solvers.append(solver)
+    denoiser = Denoiser(model)
+    while not jobs[0].done:
+        denoiser.step(jobs)
+    return Rollout(
+        cases=cases,
+        group=group,
+        grid=grid,
+        times=times,
+        prefixes=prefixes,
+        final=torch.stack([job.z for job in jobs]),
+        random={k: _stacked([s.record[k] for s in solvers]) for k in sorted(solvers[0].record)},
+        steps={
+            k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in solvers[0].record
+        },
+    )
+
+
+def image_request(case: PromptCase, sampling: ResolvedSampling) -> ImageRequest:
+    """The request for an image of a case."""
+    return ImageRequest(
+        prompt=case.prompt,
+        width=case.width,
+        height=case.height,
+        images=case.images,
+        sampling=sampling,
+    )
+
+
+def _step_noise(
+    seed: int, iteration: int, image: int, shape: tuple[int, int], device: torch.device, step: int
+) -> Tensor:
+    generator = noise_generator(seed, iteration, STEP, image, step)
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _stacked(steps: Sequence[RandomStep]) -> RandomStep:
+    return RandomStep(
+        z=torch.stack([s.z for s in steps]),
+        clean=torch.stack([s.clean for s in steps]),
+        noise=torch.stack([s.noise for s in steps]),
+    )
