@@ -8,11 +8,39 @@ the teacher's own velocity at z is the target, and each sample's capability choo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
+
+from neounify.cache import SequenceCache
+from neounify.config.ranges import STRICT, Count, NonNegativeInt
+from neounify.errors import CheckpointError, ConfigError
+from neounify.flow.guidance import Branch, Guidance, Norm
+from neounify.flow.path import noise_scale
+from neounify.flow.sampling import ResolvedSampling
+from neounify.model.layout import Grid
+from neounify.model.neo import NeoUnify
+from neounify.post_train.method import (
+    ImagePostTrainConfig,
+    PromptMethod,
+    SamplerConfig,
+    TwinState,
+)
+from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
+from neounify.post_train.prompts import PromptCase, PromptConfig
+from neounify.post_train.rollout import START, image_request, noise_generator
+from neounify.train.method import MethodState, MicroBatch, StageContext, TrainStep
+
+if TYPE_CHECKING:
+    pass
 
 Velocity = Callable[[Tensor, float], Tensor]
 """The (guided) velocity of a model: (z, t) → v of z's shape."""
@@ -57,3 +85,337 @@ def stopping_time_parameters(progress: float) -> tuple[float, float]:
     Beta(2 + 3p, 5 - 3p): from the noisy half of the path to its clean half.
     """
     return 2 + 3 * progress, 5 - 3 * progress
+
+
+# --- methods ---
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class DistillConfig(ImagePostTrainConfig):
+    """What both methods share: `prompts_per_step` images, how student and teacher sample."""
+
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    prompts_per_step: Count = 8
+    seed: NonNegativeInt = 0
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrajectoryConfig(DistillConfig):
+    """Trajectory distillation, `kind = "trajectory"`: K steps of a student for K·m of its teacher.
+
+    `student` is how the student will be sampled; its steps, guidance and shift are stored in the
+    checkpoint at the end. `teacher` is its guidance, by default the checkpoint's, and takes
+    `teacher_steps` m for each step of the student. The teacher has the weights at the start of the
+    stage, or those of `teacher_checkpoint`, a folder of a model of the same shape.
+    """
+
+    kind: Literal["trajectory"] = "trajectory"
+    student: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
+    teacher: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(guidance=None, edit_guidance=None)
+    )
+    teacher_steps: Count = 2
+    teacher_checkpoint: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.student.steps is None:
+            raise ValueError("student.steps: give the number of steps the student shall need")
+        if (self.student.guidance or 0) > 1 or (self.student.edit_guidance or 0) > 1:
+            raise ValueError(
+                "student.guidance must be 1: a student is sampled without guidance, its teacher's "
+                "guidance is what it learns"
+            )
+        if self.teacher.steps is not None or self.teacher.shift is not None:
+            raise ValueError(
+                "teacher.steps and teacher.shift follow from the student's times and teacher_steps"
+            )
+
+    def build(self, context: StageContext) -> Trajectory:
+        return Trajectory(self, context)
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """States of the student and their targets, images of one size.
+
+    `z` and `target` (x̂*) [states, n, 3·C²], `t` [states]; `prefixes` and `step` (k) per state.
+    """
+
+    grid: Grid
+    guidance: Guidance
+    prefixes: Sequence[Prefixes]
+    z: Float[Tensor, "states n ccc"]
+    t: Float[Tensor, " states"]
+    target: Float[Tensor, "states n ccc"]
+    step: Sequence[int]
+
+    def chosen(self, indices: Sequence[int]) -> States:
+        """Some of the states."""
+        rows = torch.tensor(indices, device=self.z.device)
+        return replace(
+            self,
+            prefixes=[self.prefixes[i] for i in indices],
+            z=self.z[rows],
+            t=self.t[rows],
+            target=self.target[rows],
+            step=[self.step[i] for i in indices],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StatesOfStep:
+    """A micro-batch: states by image size, and how many the whole step has."""
+
+    parts: Sequence[States]
+    total: int
+
+
+class Distill(PromptMethod):
+    """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
+
+    headline: Mapping[str, str] = {"loss": "loss"}
+
+    def __init__(self, config: DistillConfig, context: StageContext) -> None:
+        super().__init__(config.prompts, context)
+        self.config = config
+
+    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+        """The states of one rollout of the student, of cases of one size."""
+        raise NotImplementedError
+
+    def state_loss(
+        self,
+        clean: Float[Tensor, "states n ccc"],
+        target: Float[Tensor, "states n ccc"],
+        t: Float[Tensor, " states"],
+    ) -> Float[Tensor, " states"]:
+        """The loss of each state."""
+        return clean_loss(clean, target)
+
+    def batches(self, position: Any) -> Iterator[MicroBatch]:
+        step = 0 if position is None else checked_step(position)
+        parts = self.context.stage.packs_per_step
+        while True:
+            training = self.model.training
+            self.model.eval()
+            with torch.no_grad():
+                groups = self.cases(
+                    step * self.config.prompts_per_step, self.config.prompts_per_step
+                )
+                states = [self.states(cases, step, n) for n, cases in enumerate(groups)]
+            self.model.train(training)
+            pairs = [(n, i) for n, one in enumerate(states) for i in range(len(one.step))]
+            order = np.random.default_rng((self.config.seed, step)).permutation(len(pairs))
+            for part, dealt in enumerate(np.array_split(order, parts)):
+                mine = sorted(pairs[index] for index in dealt)
+                chosen = [
+                    one.chosen([i for other, i in mine if other == n])
+                    for n, one in enumerate(states)
+                    if any(other == n for other, _ in mine)
+                ]
+                yield MicroBatch(
+                    content=StatesOfStep(chosen, len(pairs)),
+                    position=step + (part + 1 == parts),
+                    samples=[f"step {step} state {i}" for _, i in mine],
+                    images=len(mine),
+                    tokens=sum(one.grid.length * len(one.step) for one in chosen),
+                )
+            step += 1
+
+    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
+        content: StatesOfStep = batch.content
+        total = torch.zeros((), device=self.model.device)
+        for part in content.parts:
+            images = GuidedImages(self.model, part.grid, part.prefixes, part.guidance)
+            losses = self.state_loss(images.clean(self.model, part.z, part.t), part.target, part.t)
+            for k, value in zip(part.step, losses.tolist(), strict=True):
+                self.metrics.add("loss", value)
+                self.metrics.add(f"loss/step{k}", value)
+            total = total + losses.sum()
+        return total / content.total
+
+    def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
+        """Initial scaled noise [count, n, 3·C²] of a rollout."""
+        config = self.model.config
+        shape = (grid.length, config.token_width)
+        draws = [
+            torch.randn(shape, generator=noise_generator(self.config.seed + place, step, START, i))
+            for i in range(count)
+        ]
+        return torch.stack(draws).to(self.model.device) * noise_scale(grid.length, config.flow)
+
+    def prefixes(
+        self, cases: Sequence[PromptCase], sampling: ResolvedSampling
+    ) -> tuple[Grid, list[dict[Branch, SequenceCache]]]:
+        """Grid and cached prompts of cases of one size."""
+        requests = [image_request(case, sampling) for case in cases]
+        return requests[0].grid(self.model.config), prefill(
+            self.model, self.processor, cases, requests
+        )
+
+
+class Trajectory(Distill):
+    """All K states of each rollout; the teacher goes m guided steps from each."""
+
+    config: TrajectoryConfig
+
+    def __init__(self, config: TrajectoryConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self._twin: TwinState | None = None
+        if config.teacher_checkpoint is None:
+            self._twin = TwinState("teacher", self.model)
+            self.teacher = self._twin.model
+        else:
+            self.teacher = load_teacher(config.teacher_checkpoint, self.model)
+
+    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+        student = self.resolve(self.config.student, cases)
+        guided = self.resolve(self.config.teacher, cases)
+        grid, prefixes = self.prefixes(cases, guided)
+        z = self.noise(step, place, len(cases), grid)
+        one = GuidedImages(self.model, grid, prefixes, student.guidance)
+        many = GuidedImages(self.model, grid, prefixes, guided.guidance)
+        times = student.times()
+        states, targets = [], []
+        for t, t_next in pairwise(times):
+            path = between(t, t_next, self.config.teacher_steps)
+            reached = euler_path(lambda x, at: many.velocity(self.teacher, x, at), z, path)
+            states.append(z)
+            targets.append(trajectory_target(z, reached, t, t_next))
+            z = z + (t_next - t) * one.velocity(self.model, z, t)
+        number = len(cases)
+        return States(
+            grid=grid,
+            guidance=student.guidance,
+            prefixes=prefixes * len(states),
+            z=torch.cat(states),
+            t=torch.tensor(times[:-1], device=z.device).repeat_interleave(number),
+            target=torch.cat(targets),
+            step=[k for k in range(len(states)) for _ in range(number)],
+        )
+
+    def end_stage(self) -> None:
+        """The checkpoint's own sampling becomes the student's."""
+        store_sampling(self.model, self.config.student)
+
+    def state(self) -> MethodState:
+        return MethodState(tensors={} if self._twin is None else self._twin.tensors())
+
+    def load(self, state: MethodState) -> None:
+        if self._twin is not None:
+            self._twin.load(state.tensors)
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class MopdConfig(DistillConfig):
+    """Merging of experts by on-policy distillation, `kind = "mopd"`.
+
+    `teachers` are folders of checkpoints by capability, a category of the prompts; each sample has
+    one teacher. Student and teachers are guided alike by `sampler`, rescaled by `guidance_norm`.
+    Expert checkpoints and student must have started from one model.
+    """
+
+    kind: Literal["mopd"] = "mopd"
+    teachers: Mapping[str, Path] = field(default_factory=dict)
+    sampler: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(steps=30, guidance=4.0, edit_guidance=1.0)
+    )
+    guidance_norm: Norm = "global"
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ValueError('teachers: name a checkpoint for each capability: { edit = "folder" }')
+        if self.prompts.categories is not None:
+            missing = sorted(set(self.prompts.categories) - set(self.teachers))
+            if missing:
+                raise ValueError(f"teachers: none for prompts of {', '.join(missing)}")
+
+    def build(self, context: StageContext) -> Mopd:
+        return Mopd(self, context)
+
+
+class Mopd(Distill):
+    """One state of each rollout, at a time drawn from Beta; an expert gives its velocity there."""
+
+    config: MopdConfig
+
+    def __init__(self, config: MopdConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.teachers = {n: load_teacher(path, self.model) for n, path in config.teachers.items()}
+
+    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+        resolved = self.resolve(self.config.sampler, cases)
+        guidance = resolved.guidance
+        if len(guidance.branches()) > 1:
+            guidance = replace(guidance, norm=self.config.guidance_norm)
+        grid, prefixes = self.prefixes(cases, resolved)
+        times = resolved.times()
+        ends = self._ends(times, step, place, len(cases))
+        z = self.noise(step, place, len(cases), grid)
+        student = GuidedImages(self.model, grid, prefixes, guidance)
+        reached = z.clone()
+        for k, (t, t_next) in enumerate(pairwise(times)):
+            reached[ends == k] = z[ends == k]
+            if k == int(ends.max()):
+                break
+            z = z + (t_next - t) * student.velocity(self.model, z, t)
+        t = torch.tensor(times, device=z.device)[ends]
+        target = torch.empty_like(reached)
+        names = [self._teacher(case) for case in cases]
+        for name in dict.fromkeys(names):
+            rows = [i for i, other in enumerate(names) if other == name]
+            images = GuidedImages(self.model, grid, [prefixes[i] for i in rows], guidance)
+            target[rows] = images.clean(self.teachers[name], reached[rows], t[rows])
+        return States(
+            grid=grid,
+            guidance=guidance,
+            prefixes=prefixes,
+            z=reached,
+            t=t,
+            target=target,
+            step=ends.tolist(),
+        )
+
+    def _ends(self, times: Sequence[float], step: int, place: int, count: int) -> Tensor:
+        """The step of the sampler that each rollout stops at."""
+        progress = step / max(1, self.context.stage.steps - 1)
+        rng = np.random.default_rng((self.config.seed, step, place))
+        drawn = rng.beta(*stopping_time_parameters(min(1.0, progress)), size=count)
+        places = np.searchsorted(np.asarray(times[:-1]), drawn, side="right") - 1
+        return torch.from_numpy(places.clip(0)).to(self.model.device)
+
+    def _teacher(self, case: PromptCase) -> str:
+        if case.category not in self.teachers:
+            raise ConfigError(
+                f"method.teachers: none for category {case.category!r} of the prompt "
+                f"{case.prompt[:80]!r}; there are {', '.join(self.teachers)}"
+            )
+        return case.category
+
+    def state_loss(
+        self,
+        clean: Float[Tensor, "states n ccc"],
+        target: Float[Tensor, "states n ccc"],
+        t: Float[Tensor, " states"],
+    ) -> Float[Tensor, " states"]:
+        return velocity_loss(clean, target, t)
+
+
+def store_sampling(model: NeoUnify, student: SamplerConfig) -> None:
+    """Make a student's steps, guidance and shift the defaults of its checkpoint."""
+    defaults = model.config.sampling
+    sampling = replace(
+        defaults,
+        steps=student.steps or defaults.steps,
+        guidance=1.0,
+        image_guidance=1.0,
+        shift=defaults.shift if student.shift is None else student.shift,
+    )
+    model.config = replace(model.config, sampling=sampling)
+
+
+def checked_step(position: Any) -> int:
+    """A position that is a number of steps. Raises CheckpointError."""
+    if type(position) is not int or position < 0:
+        raise CheckpointError(f"position must be a number of steps, got {position!r}")
+    return position

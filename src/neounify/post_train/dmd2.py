@@ -10,10 +10,25 @@ Sources: DMD2 (arXiv 2405.14867), Phased DMD (2510.27684), Decoupled DMD (2511.2
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
+
+from neounify.config.ranges import STRICT, AboveZero, Count, Fraction
+from neounify.flow.path import noisy
+from neounify.post_train.distill import Distill, DistillConfig, checked_step, store_sampling
+from neounify.post_train.dpo import prediction_error
+from neounify.post_train.method import SamplerConfig, TwinState
+from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
+from neounify.post_train.prompts import PromptCase
+from neounify.train.method import MethodState, MicroBatch, StageContext, TrainStep
+from neounify.train.optim import OptimizerConfig, OptimizerSet
 
 EPS = 1e-6
 
@@ -93,3 +108,241 @@ def adversarial_losses(
     """The discriminator's softplus(-real) + softplus(generated), means over images."""
     softplus = torch.nn.functional.softplus
     return softplus(-real).mean() + softplus(generated).mean()
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dmd2Config(DistillConfig):
+    """DMD2, `kind = "dmd2"`.
+
+    `student` and `teacher` as in trajectory distillation. After each step of the student the fake
+    takes `fake_steps` R with `fake_optimizer`; all are steps of the stage. `min_tau` and `max_tau`
+    bound the times that images are noised to. `sub_intervals` matches the student's next state in
+    place of x̂ (Phased DMD). `ida` F ← (1 - ida)·F + ida·G after each step of the student
+    (SenseFlow, arXiv 2506.00523). `decoupled` guides at a separate time (Decoupled DMD).
+    """
+
+    kind: Literal["dmd2"] = "dmd2"
+    student: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
+    teacher: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(guidance=None, edit_guidance=None)
+    )
+    fake_steps: Count = 5
+    fake_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=4e-7)
+    )
+    fake_clip: AboveZero = 1.0
+    min_tau: AboveZero = 0.02
+    max_tau: AboveZero = 0.98
+    sub_intervals: bool = False
+    ida: Fraction = 0.0
+    decoupled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.student.steps is None:
+            raise ValueError("student.steps: give the number of steps the student shall need")
+        if (self.student.guidance or 0) > 1 or (self.student.edit_guidance or 0) > 1:
+            raise ValueError("student.guidance must be 1: a student is sampled without guidance")
+        if not self.min_tau < self.max_tau < 1:
+            raise ValueError(f"min_tau and max_tau must be 0 < {self.min_tau} < {self.max_tau} < 1")
+        if self.sub_intervals and self.decoupled:
+            raise ValueError("sub_intervals and decoupled exclude one another")
+
+    def build(self, context: StageContext) -> Dmd2:
+        return Dmd2(self, context)
+
+
+@dataclass(frozen=True, eq=False)
+class DmdContent:
+    """A micro-batch: cases by image size, and the images of the whole step."""
+
+    groups: Sequence[tuple[int, Sequence[PromptCase]]]
+    step_images: int
+
+
+class Dmd2(Distill):
+    """Student and fake in turn: one step of the student, then `fake_steps` of the fake."""
+
+    config: Dmd2Config
+
+    def __init__(self, config: Dmd2Config, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.teacher = TwinState("teacher", self.model)
+        self.fake = TwinState("fake", self.model, trained=True)
+
+    def is_students_turn(self, stage_step: int) -> bool:
+        return stage_step % (self.config.fake_steps + 1) == 0
+
+    def optimizers(self) -> list[OptimizerSet]:
+        stage = self.context.stage
+        schedule = stage.schedule.over(stage.steps)
+        student = OptimizerSet(
+            dict(self.model.named_parameters()),
+            stage.optimizer,
+            clip=stage.clip,
+            schedule=schedule,
+            active=self.is_students_turn,
+        )
+        fake = OptimizerSet(
+            self.fake.parameters(),
+            self.config.fake_optimizer,
+            clip=self.config.fake_clip,
+            schedule=schedule,
+            active=lambda step: not self.is_students_turn(step),
+            prefix="fake.",
+        )
+        return [student, fake]
+
+    def batches(self, position: Any) -> Iterator[MicroBatch]:
+        step = 0 if position is None else checked_step(position)
+        parts, count = self.context.stage.packs_per_step, self.config.prompts_per_step
+        while True:
+            for part in range(parts):
+                first = step * count + part * count // parts
+                stop = step * count + (part + 1) * count // parts
+                groups = list(enumerate(self.cases(first, stop - first)))
+                yield MicroBatch(
+                    content=DmdContent(groups, count),
+                    position=step + (part + 1 == parts),
+                    samples=[f"prompt {number}" for number in range(first, stop)],
+                    images=stop - first,
+                    tokens=0,
+                )
+            step += 1
+
+    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
+        content: DmdContent = batch.content
+        students = self.is_students_turn(step.stage_step)
+        generator = torch.Generator().manual_seed(step.batch_seed())
+        losses = []
+        for place, cases in content.groups:
+            turn = _Turn(self, cases, step, place, generator)
+            losses.append((turn.student_loss() if students else turn.fake_loss()).sum())
+        total = torch.stack(losses).sum() / content.step_images
+        self.metrics.add("loss" if students else "loss/fake", float(total.detach()))
+        return total
+
+    def end_step(self, step: TrainStep, taken: bool) -> None:
+        if taken and self.config.ida and self.is_students_turn(step.stage_step):
+            move_towards(self.model, self.fake.model, 1 - self.config.ida)
+
+    def end_stage(self) -> None:
+        """The checkpoint's own sampling becomes the student's."""
+        store_sampling(self.model, self.config.student)
+
+    def state(self) -> MethodState:
+        return MethodState(tensors=self.teacher.tensors() | self.fake.tensors())
+
+    def load(self, state: MethodState) -> None:
+        self.teacher.load(state.tensors)
+        self.fake.load(state.tensors)
+
+
+class _Turn:
+    """The images of one micro-batch and size: backward simulation, and both losses."""
+
+    def __init__(
+        self,
+        method: Dmd2,
+        cases: Sequence[PromptCase],
+        step: TrainStep,
+        place: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.method, self.config, self.generator = method, method.config, generator
+        student = method.resolve(self.config.student, cases)
+        guided = method.resolve(self.config.teacher, cases)
+        self.guidance, self.times = guided.guidance, student.times()
+        self.grid, self.prefixes = method.prefixes(cases, guided)
+        conditions = [p["cond"] for p in self.prefixes]
+        self.images = NoisyImages(method.model, self.grid, conditions)
+        self.z = method.noise(step.number, place + 100 * step.index, len(cases), self.grid)
+        steps = len(self.times) - 1
+        self.k = int(torch.randint(steps, (), generator=generator))
+
+    def generated(self) -> tuple[Tensor, float]:
+        """The student's image behind k steps without gradient, and the t it belongs to.
+
+        That is x̂ and 1; with sub-intervals the next state and its time.
+        """
+        model, z = self.method.model, self.z
+        with torch.no_grad():
+            for t, t_next in pairwise(self.times[: self.k + 1]):
+                z = z + (t_next - t) * (self._clean(model, z, t) - z) / (1 - t)
+        t, t_next = self.times[self.k], self.times[self.k + 1]
+        clean = self._clean(model, z, t)
+        if not self.config.sub_intervals or t_next >= 1:
+            return clean, 1.0
+        return z + (t_next - t) * (clean - z) / (1 - t), t_next
+
+    def student_loss(self) -> Float[Tensor, " images"]:
+        """`matching_loss` with the gradient of teacher and fake at a random τ."""
+        image, end = self.generated()
+        method = self.method
+        with torch.no_grad():
+            tau, noise = self._drawn(end)
+            z = self._noised(image, noise, tau, end)
+            fake = self._predicted(method.fake.model, z, tau)
+            if self.config.decoupled:
+                gradient = self._decoupled(image, fake, z, tau)
+            else:
+                gradient = dmd_gradient(image, self._teacher(z, tau), fake)
+            method.metrics.add("log_gradient", float(gradient.abs().mean().clamp(min=1e-12).log()))
+        return matching_loss(image, gradient)
+
+    def fake_loss(self) -> Float[Tensor, " images"]:
+        """The training loss of the fake on the student's images."""
+        with torch.no_grad():
+            image, end = self.generated()
+            tau, noise = self._drawn(end)
+            z = self._noised(image, noise, tau, end)
+        clean = self._predicted(self.method.fake.model, z, tau)
+        if end >= 1:
+            return prediction_error(clean, image, tau)
+        target, weight = sub_interval_target(
+            image, noise, tau.view(-1, 1, 1), end, self.images.sigma
+        )
+        weights = torch.as_tensor(weight, device=clean.device).flatten()
+        return (clean - target).square().flatten(1).mean(1) * weights
+
+    def _decoupled(self, image: Tensor, fake: Tensor, z: Tensor, tau: Tensor) -> Tensor:
+        method, guidance = self.method, self.guidance
+        plain = self._predicted(method.teacher.model, z, tau)
+        if len(guidance.branches()) == 1:
+            return dmd_gradient(image, plain, fake)
+        low = self.times[self.k]
+        u = torch.rand(len(tau), generator=self.generator).to(tau.device)
+        later = low + (self.config.max_tau - low) * u if low < self.config.max_tau else tau
+        noise = torch.randn(image.shape, generator=self.generator).to(image.device)
+        there = noisy(image.detach(), noise, later.view(-1, 1, 1), self.images.sigma)
+        cond = self._predicted(method.teacher.model, there, later)
+        other = NoisyImages(
+            method.model, self.grid, [p[guidance.branches()[1]] for p in self.prefixes]
+        )
+        uncond = other.clean(method.teacher.model, there, later)
+        return decoupled_gradient(image, fake, plain, (cond, uncond), guidance.text)
+
+    def _teacher(self, z: Tensor, tau: Tensor) -> Tensor:
+        guided = GuidedImages(self.method.model, self.grid, self.prefixes, self.guidance)
+        return guided.clean(self.method.teacher.model, z, tau)
+
+    def _clean(self, model: Any, z: Tensor, t: float) -> Tensor:
+        return self.images.clean(model, z, torch.full((z.shape[0],), t, device=z.device))
+
+    def _predicted(self, model: Any, z: Tensor, tau: Tensor) -> Tensor:
+        return self.images.clean(model, z, tau)
+
+    def _drawn(self, end: float) -> tuple[Tensor, Tensor]:
+        """τ of each image, below `end`, and ε."""
+        count = self.z.shape[0]
+        low = self.config.min_tau
+        high = min(self.config.max_tau, end * 0.98)
+        low = min(low, high / 2)
+        u = torch.rand(count, generator=self.generator)
+        noise = torch.randn(self.z.shape, generator=self.generator)
+        return (low + (high - low) * u).to(self.z.device), noise.to(self.z.device)
+
+    def _noised(self, image: Tensor, noise: Tensor, tau: Tensor, end: float) -> Tensor:
+        times = tau.view(-1, 1, 1)
+        if end >= 1:
+            return noisy(image.detach(), noise, times, self.images.sigma)
+        return renoise(image.detach(), noise, times, end, self.images.sigma)

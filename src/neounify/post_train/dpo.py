@@ -6,11 +6,22 @@ Source: Diffusion-DPO (arXiv 2311.12908), with the error of a velocity, ‖x̂ -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
+from typing import Literal
 
+import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from neounify.config.ranges import STRICT, AboveZero, Fraction, Positive
+from neounify.flow.path import noisy
+from neounify.post_train.advantage import informative
+from neounify.post_train.method import Iteration, RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.policy import NoisyImages
+from neounify.train.method import MethodState, StageContext, TrainStep
 
 MIN_REMAINING = 0.05
 """The smallest 1 - t that errors are divided by."""
@@ -44,3 +55,77 @@ def dpo_loss(
 def best_and_worst(rewards: Float[Tensor, "prompts group"]) -> tuple[Tensor, Tensor]:
     """Indices of the best and worst image of each group, [prompts]; NaN is no reward."""
     return rewards.nan_to_num(nan=-inf).argmax(1), rewards.nan_to_num(nan=inf).argmin(1)
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class DpoConfig(RolloutConfig):
+    """DPO on the best and worst image of each group, `kind = "dpo"`.
+
+    `beta` is for errors that are means over the values of an image; about 2000.
+    """
+
+    kind: Literal["dpo"] = "dpo"
+    beta: Positive = 2000.0
+    min_t: Fraction = 0.0
+    max_t: AboveZero = 0.98
+
+    def __post_init__(self) -> None:
+        if not self.min_t < self.max_t < 1:
+            raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
+
+    def build(self, context: StageContext) -> Dpo:
+        return Dpo(self, context)
+
+
+class Dpo(RolloutMethod):
+    """`dpo_loss` of pairs; a share's images are better and worse in turn."""
+
+    config: DpoConfig
+
+    def __init__(self, config: DpoConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.reference = TwinState("reference", self.model)
+
+    def units(self, iteration: Iteration) -> list[tuple[int, tuple[int, ...]]]:
+        """The pairs of an iteration: (rollout, (better, worse))."""
+        units = []
+        for place, (rollout, rewards) in enumerate(
+            zip(iteration.rollouts, iteration.rewards, strict=True)
+        ):
+            best, worst = best_and_worst(rewards)
+            for prompt, differs in enumerate(informative(rewards).tolist()):
+                first = prompt * rollout.group
+                if differs:
+                    pair = (first + int(best[prompt]), first + int(worst[prompt]))
+                    units.append((place, pair))
+        return units
+
+    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
+        """Half of a pair's loss for each of its images."""
+        rollout, chosen = share.rollout, share.images
+        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
+        images = NoisyImages(self.model, rollout.grid, prefixes)
+        image = rollout.final[chosen]
+        pairs = len(chosen) // 2
+        generator = torch.Generator().manual_seed(step.batch_seed())
+        u = torch.rand(pairs, generator=generator).to(image.device)
+        t = (self.config.min_t + (self.config.max_t - self.config.min_t) * u).repeat_interleave(2)
+        noise = torch.randn((pairs, *image.shape[1:]), generator=generator).to(image.device)
+        z = noisy(image, noise.repeat_interleave(2, 0), t.view(-1, 1, 1), images.sigma)
+        errors = prediction_error(images.clean(self.model, z, t), image, t)
+        with torch.no_grad():
+            reference = prediction_error(images.clean(self.reference.model, z, t), image, t)
+        loss, ordered = dpo_loss(
+            (errors[0::2], errors[1::2]), (reference[0::2], reference[1::2]), self.config.beta
+        )
+        self.metrics.add("ordered", float(ordered.float().mean()), pairs)
+        self.metrics.add("loss", float(loss.detach().mean()), pairs)
+        return (loss / 2).repeat_interleave(2)
+
+    def state(self) -> MethodState:
+        state = super().state()
+        return replace(state, tensors={**state.tensors, **self.reference.tensors()})
+
+    def load(self, state: MethodState) -> None:
+        super().load(state)
+        self.reference.load(state.tensors)

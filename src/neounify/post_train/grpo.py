@@ -8,13 +8,29 @@ Sources: Flow-GRPO (arXiv 2505.05470), GRPO-Guard (2510.22319), Flow-DPPO (2606.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from neounify.flow.sde import GaussianStep
+from neounify.config.ranges import STRICT, Count, NonNegative, Positive
+from neounify.errors import ConfigError
+from neounify.flow.sde import GaussianStep, StepKind, check_step_kind
+from neounify.post_train.method import RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.policy import NoisyImages
+from neounify.post_train.rollout import RandomSteps, noise_generator
+from neounify.train.method import MethodState, StageContext, TrainStep
+
+if TYPE_CHECKING:
+    pass
+
+WINDOW_DRAW = 2
+"""Purpose of the random numbers that choose a window."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,3 +83,153 @@ def policy_terms(
         divergence=divergence.detach(),
         clipped=clipped & (advantage != 0),
     )
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class FlowGrpoConfig(RolloutConfig):
+    """Flow-GRPO, `kind = "flow-grpo"`.
+
+    `step_kind` and `eta` are of the random steps (`flow.sde`), which stand in a window of `window`
+    steps, by default all but the last. `window_start` "random" draws it anew in each iteration, in
+    the first half of the steps; "sliding" moves it by one step every `window_every` iterations;
+    "first" leaves it at the beginning. `clip` is c, `guard` GRPO-Guard's ratio, `kl_mask` δ of
+    Flow-DPPO in place of the clip, `kl` β of the divergence from the weights at the start.
+    `noise_per_group` starts a group from one noise, so that its images differ by the window alone.
+    """
+
+    kind: Literal["flow-grpo"] = "flow-grpo"
+    step_kind: StepKind = "cps"
+    eta: float = 0.7
+    window: Count | None = None
+    window_start: Literal["random", "sliding", "first"] = "random"
+    window_every: Count = 25
+    clip: Positive = 1e-4
+    guard: bool = False
+    kl_mask: Positive | None = None
+    kl: NonNegative = 0.0
+    noise_per_group: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            check_step_kind(self.step_kind, self.eta)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if self.step_kind == "ode" or self.eta == 0:
+            raise ValueError(
+                "flow-grpo needs random steps: another step_kind than ode, eta above 0"
+            )
+        steps = self.sampler.steps
+        if steps is not None and steps < 2:
+            raise ValueError("sampler.steps must be at least 2: the last step is never random")
+        if steps is not None and self.window is not None and self.window >= steps:
+            raise ValueError(
+                f"window must be at most {steps - 1} of {steps} steps (the last is never random), "
+                f"got {self.window}"
+            )
+        if (self.sampler.guidance or 0) > 1 or (self.sampler.edit_guidance or 0) > 1:
+            raise ValueError(
+                "sampler.guidance: guided rollouts need the gradient of all branches, which this "
+                "method does not compute; give guidance = 1 and edit_guidance = 1"
+            )
+
+    def build(self, context: StageContext) -> FlowGrpo:
+        return FlowGrpo(self, context)
+
+
+class FlowGrpo(RolloutMethod):
+    """The mean over the window's steps of `policy_terms`, and β times the divergence."""
+
+    config: FlowGrpoConfig
+
+    def __init__(self, config: FlowGrpoConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.reference = TwinState("reference", self.model) if config.kl else None
+        steps = config.sampler.steps or self.model.config.sampling.steps
+        if (config.window or 1) >= steps:
+            raise ConfigError(
+                f"method.window must be at most {steps - 1} of the checkpoint's {steps} steps, got "
+                f"{config.window}"
+            )
+        self.steps = steps
+
+    def random_steps(self, iteration: int) -> RandomSteps:
+        config = self.config
+        return RandomSteps(
+            kind=config.step_kind,
+            eta=config.eta,
+            window=self.window(iteration),
+            noise_per_group=config.noise_per_group,
+        )
+
+    def window(self, iteration: int) -> range:
+        """The random steps of an iteration."""
+        config, last = self.config, self.steps - 1
+        if config.window is None:
+            return range(last)
+        if config.window_start == "first":
+            start = 0
+        elif config.window_start == "sliding":
+            start = iteration // config.window_every % (last - config.window + 1)
+        else:
+            starts = max(1, min(self.steps // 2, last) - config.window + 1)
+            generator = noise_generator(config.seed, iteration, WINDOW_DRAW, 0)
+            start = int(torch.randint(starts, (), generator=generator))
+        return range(start, start + config.window)
+
+    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
+        config, rollout, chosen = self.config, share.rollout, share.images
+        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
+        noisy = NoisyImages(self.model, rollout.grid, prefixes)
+        total = torch.zeros(len(chosen), device=self.model.device)
+        for k, taken in rollout.random.items():
+            z, old, noise = taken.z[chosen], taken.clean[chosen], taken.noise[chosen]
+            t = torch.full((len(chosen),), rollout.times[k], device=self.model.device)
+            clean = noisy.clean(self.model, z, t)
+            terms = policy_terms(
+                rollout.steps[k],
+                clean,
+                old,
+                noise,
+                share.advantages,
+                clip=config.clip,
+                guard=config.guard,
+                kl_mask=config.kl_mask,
+            )
+            total = total + terms.loss
+            self._measure(k, terms, old.shape[1:].numel())
+            if self.reference is not None:
+                with torch.no_grad():
+                    there = noisy.clean(self.reference.model, z, t)
+                divergence = rollout.steps[k].divergence(clean, there)
+                self.metrics.add("kl_reference", float(divergence.mean().detach()), len(chosen))
+                total = total + config.kl * divergence
+        return total / len(rollout.random)
+
+    def _measure(self, k: int, terms: PolicyTerms, values: int) -> None:
+        """Log D·b in nats, √(2b/D), the clipped share and the ratio, in all and for step k."""
+        count = len(terms.loss)
+        b = float(terms.divergence.mean())
+        for end in ("", f"/step{k}"):
+            self.metrics.add(f"kl{end}", b * values, count)
+            self.metrics.add(f"ratio_spread{end}", math.sqrt(2 * b / values), count)
+            self.metrics.add(f"clipped{end}", float(terms.clipped.float().mean()), count)
+            self.metrics.add(f"ratio{end}", float(terms.log_ratio.exp().mean()), count)
+
+    def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
+        found = list(super().warnings(stage_step, report))
+        if self.config.updates == 1 and abs(report.get("ratio", 1.0) - 1) > 1e-6:
+            found.append(
+                f"the ratio is {report['ratio']:.8f} in the only update of an iteration, not 1: "
+                'other values are computed than when sampling; use precision = "float32"'
+            )
+        return found
+
+    def state(self) -> MethodState:
+        state = super().state()
+        twin = {} if self.reference is None else self.reference.tensors()
+        return MethodState(tensors={**state.tensors, **twin}, facts=state.facts)
+
+    def load(self, state: MethodState) -> None:
+        super().load(state)
+        if self.reference is not None:
+            self.reference.load(state.tensors)

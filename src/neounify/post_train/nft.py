@@ -5,8 +5,19 @@ Source: DiffusionNFT (arXiv 2509.16117), for a network that predicts the clean i
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from jaxtyping import Float
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
+
+from neounify.config.ranges import STRICT, AboveZero, Fraction, NonNegative, Positive
+from neounify.flow.path import noisy as noised
+from neounify.model.neo import NeoUnify
+from neounify.post_train.method import RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.policy import NoisyImages, move_towards
+from neounify.train.method import MethodState, StageContext, TrainStep
 
 
 def positive_share(
@@ -42,3 +53,84 @@ def _normalised(difference: Float[Tensor, "images ..."]) -> Float[Tensor, " imag
     flat = difference.flatten(1)
     distance = flat.detach().abs().mean(1).clamp(min=1e-5)
     return flat.square().mean(1) / distance
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class NftConfig(RolloutConfig):
+    """DiffusionNFT, `kind = "nft"`.
+
+    `beta` is β of the two implicit policies, `max_advantage` A_max, `kl` the weight of the squared
+    distance to the weights at the start. After iteration i, old ← d·old + (1 - d)·θ with
+    d = min(i·`decay_rate`, `decay_limit`). `t_range` are the times that images are noised to.
+    """
+
+    kind: Literal["nft"] = "nft"
+    beta: Positive = 1.0
+    max_advantage: Positive = 5.0
+    kl: NonNegative = 1e-4
+    decay_rate: NonNegative = 1e-3
+    decay_limit: Fraction = 0.5
+    min_t: Fraction = 0.0
+    max_t: AboveZero = 0.98
+
+    def __post_init__(self) -> None:
+        if not self.min_t < self.max_t < 1:
+            raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
+
+    def build(self, context: StageContext) -> Nft:
+        return Nft(self, context)
+
+
+class Nft(RolloutMethod):
+    """`nft_loss` at a random t of each image, with the old policy's prediction."""
+
+    config: NftConfig
+
+    def __init__(self, config: NftConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.old = TwinState("old", self.model)
+        self.reference = TwinState("reference", self.model) if config.kl else None
+
+    @property
+    def sampler(self) -> NeoUnify:
+        return self.old.model
+
+    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
+        config, rollout, chosen = self.config, share.rollout, share.images
+        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
+        images = NoisyImages(self.model, rollout.grid, prefixes)
+        image = rollout.final[chosen]
+        generator = torch.Generator().manual_seed(step.batch_seed())
+        u = torch.rand(len(chosen), generator=generator).to(image.device)
+        t = config.min_t + (config.max_t - config.min_t) * u
+        noise = torch.randn(image.shape, generator=generator).to(image.device)
+        z = noised(image, noise, t.view(-1, 1, 1), images.sigma)
+        clean = images.clean(self.model, z, t)
+        with torch.no_grad():
+            old = images.clean(self.old.model, z, t)
+        positive = positive_share(share.advantages, config.max_advantage)
+        loss = nft_loss(clean, old, image, positive, config.beta)
+        moved = (clean.detach() - old).square().mean()
+        self.metrics.add("distance_old", float(moved), len(chosen))
+        if self.reference is not None:
+            with torch.no_grad():
+                there = images.clean(self.reference.model, z, t)
+            distance = (clean - there).square().flatten(1).mean(1)
+            self.metrics.add("distance_reference", float(distance.mean().detach()), len(chosen))
+            loss = loss + config.kl * distance
+        return loss
+
+    def end_iteration(self, number: int) -> None:
+        decay = old_decay(number, self.config.decay_rate, self.config.decay_limit)
+        move_towards(self.model, self.old.model, decay)
+
+    def state(self) -> MethodState:
+        state = super().state()
+        twins = self.old.tensors() | ({} if self.reference is None else self.reference.tensors())
+        return MethodState(tensors={**state.tensors, **twins}, facts=state.facts)
+
+    def load(self, state: MethodState) -> None:
+        super().load(state)
+        self.old.load(state.tensors)
+        if self.reference is not None:
+            self.reference.load(state.tensors)

@@ -1,13 +1,14 @@
 """Predictions of the generation stream behind cached prompts, with gradients; frozen copies.
 
-The understanding stream is frozen in post-training of images, so the keys and values of a prompt are
-constants: they are computed once and shared by all steps, images of a group and models.
+The understanding stream is frozen in post-training of images, so the keys and values of a prompt
+are constants: they are computed once and shared by all steps, images of a group and models.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from neounify.attention import select_for
 from neounify.cache import SequenceCache
+from neounify.checkpoint.names import stream_of
 from neounify.engine.denoiser import groups
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
+from neounify.errors import ConfigError
 from neounify.flow.guidance import Branch, Guidance
-from neounify.flow.path import noise_scale, velocity
+from neounify.flow.path import noise_scale
+from neounify.lora.layers import HALVES, weight_name
 from neounify.model.layout import Grid, Image, Layout, Noise, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
+from neounify.pipeline import load
 from neounify.post_train.prompts import PromptCase
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.image import branch_prompt, edit_images
@@ -77,26 +82,34 @@ class GuidedImages:
         self.noisy = NoisyImages(model, grid, caches)
 
     def velocity(
-        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: float
+        self,
+        model: NeoUnify,
+        z: Float[Tensor, "images n ccc"],
+        t: Float[Tensor, " images"] | float,
     ) -> Float[Tensor, "images n ccc"]:
         """The guided velocity of a model at z and t < 1."""
-        times = torch.full((self.noisy.count,), t, device=z.device)
-        repeated = z.repeat(len(self.branches), 1, 1)
-        clean = self.noisy.clean(model, repeated, times).unflatten(0, (-1, self.images))
-        v = {b: velocity(x, z, t, 0.0) for b, x in zip(self.branches, clean, strict=True)}
-        if not self.guidance.acts_at(t):
-            return v["cond"]
+        times = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(self.images)
+        branches = len(self.branches)
+        clean = self.noisy.clean(model, z.repeat(branches, 1, 1), times.repeat(branches))
+        s = (1 - times).view(-1, 1, 1)
+        v = {b: (x - z) / s for b, x in zip(self.branches, clean.chunk(branches), strict=True)}
         rows = [
-            self.guidance.combine({b: v[b][i] for b in v}, first_step=t == 0)
-            for i in range(self.images)
+            self.guidance.combine({b: v[b][i] for b in v}, first_step=at == 0)
+            if self.guidance.acts_at(at)
+            else v["cond"][i]
+            for i, at in enumerate(times.tolist())
         ]
         return torch.stack(rows)
 
     def clean(
-        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: float
+        self,
+        model: NeoUnify,
+        z: Float[Tensor, "images n ccc"],
+        t: Float[Tensor, " images"] | float,
     ) -> Float[Tensor, "images n ccc"]:
         """The guided x̂ of a model at z and t < 1."""
-        return z + (1 - t) * self.velocity(model, z, t)
+        times = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(self.images)
+        return z + (1 - times).view(-1, 1, 1) * self.velocity(model, z, times)
 
 
 @torch.no_grad()
@@ -163,18 +176,49 @@ def frozen_copy(model: NeoUnify) -> NeoUnify:
     return twin.eval()
 
 
-def trained_parameters(model: NeoUnify, twin: NeoUnify) -> dict[str, tuple[Tensor, Tensor]]:
-    """(model's, copy's) tensors by name, of the parameters that are trained."""
-    theirs = dict(twin.named_parameters())
-    return {
-        name: (parameter.data, theirs[name].data)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 @torch.no_grad()
 def move_towards(model: NeoUnify, twin: NeoUnify, decay: float) -> None:
     """twin ← decay·twin + (1 - decay)·model, of the parameters that are trained."""
-    for new, old in trained_parameters(model, twin).values():
-        old.lerp_(new, 1 - decay)
+    theirs = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            theirs[name].lerp_(parameter, 1 - decay)
+
+
+def load_teacher(folder: Path, model: NeoUnify) -> NeoUnify:
+    """The model of a checkpoint, frozen, for prompts that `model` has cached.
+
+    Its understanding stream must be that of `model`, whose memory it then shares. Raises
+    ConfigError for another shape or another understanding stream.
+    """
+    teacher = load(folder, dtype=model.compute_dtype, device=model.device).model
+    ours = {
+        weight_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith(HALVES)
+    }
+    theirs = dict(teacher.named_parameters())
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            raise ConfigError(
+                f"the teacher {folder} has another shape than the model: {name} is "
+                f"{_shape(b)} there and {_shape(a)} here"
+            )
+        if stream_of(name) == GEN:
+            continue
+        if not torch.equal(a, b):
+            raise ConfigError(
+                f"the teacher {folder} has another understanding stream than the model ({name} "
+                "differs), so it cannot share cached prompts; both must start from one model"
+            )
+        module, _, leaf = name.rpartition(".")
+        setattr(teacher.get_submodule(module), leaf, a)
+    for name, parameter in theirs.items():
+        if stream_of(name) == GEN:
+            parameter.requires_grad_(False)
+    return teacher.eval()
+
+
+def _shape(parameter: Tensor | None) -> str:
+    return "absent" if parameter is None else str(list(parameter.shape))

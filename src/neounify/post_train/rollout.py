@@ -1,7 +1,7 @@
 """Rollouts: groups of images of each prompt, sampled by the policy and rewarded.
 
-Images are denoised by the engine's `Denoiser` behind prompts that are prefilled once. All noise is a
-function of (seed, iteration, image), so a resumed run samples what an uninterrupted one does.
+Images are denoised by the engine's `Denoiser` behind prompts that are prefilled once. All noise is
+a function of (seed, iteration, image), so a resumed run samples what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -70,8 +70,53 @@ class Rollout:
         images = unpatchify(self.final, self.grid.rows, self.grid.columns, token_size)
         return [np.asarray(image) for image in to_pil(images)]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What cannot be computed again, by name."""
+        tensors = {"final": self.final}
+        for k, step in self.random.items():
+            tensors |= {f"{k}.z": step.z, f"{k}.clean": step.clean, f"{k}.noise": step.noise}
+        return tensors
 
-def noise_generator(seed: int, iteration: int, purpose: int, image: int, step: int = 0) -> torch.Generator:
+
+def restored_rollout(
+    model: NeoUnify,
+    processor: Processor,
+    cases: Sequence[PromptCase],
+    group: int,
+    sampling: ResolvedSampling,
+    steps: RandomSteps,
+    tensors: Mapping[str, Tensor],
+) -> Rollout:
+    """The rollout whose `tensors` were saved. Raises KeyError or ValueError for others."""
+    requests = [image_request(case, sampling) for case in cases]
+    grid = requests[0].grid(model.config)
+    shape = (len(cases) * group, grid.length, model.config.token_width)
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
+    moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    prefixes = prefill(model, processor, cases, requests)
+    times, sigma = sampling.times(), noise_scale(grid.length, model.config.flow)
+    made = {k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in sorted(steps.window)}
+    random = {k: step for k, step in made.items() if step.is_random}
+    return Rollout(
+        cases=cases,
+        group=group,
+        grid=grid,
+        times=times,
+        prefixes=[p for p in prefixes for _ in range(group)],
+        final=moved["final"],
+        random={
+            k: RandomStep(z=moved[f"{k}.z"], clean=moved[f"{k}.clean"], noise=moved[f"{k}.noise"])
+            for k in random
+        },
+        steps=random,
+    )
+
+
+def noise_generator(
+    seed: int, iteration: int, purpose: int, image: int, step: int = 0
+) -> torch.Generator:
     """A CPU generator for one draw of noise, independent of all others."""
     sequence = np.random.SeedSequence((seed, iteration, purpose, image, step))
     value = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -128,9 +173,7 @@ def sample_groups(
         prefixes=prefixes,
         final=torch.stack([job.z for job in jobs]),
         random={k: _stacked([s.record[k] for s in solvers]) for k in sorted(solvers[0].record)},
-        steps={
-            k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in solvers[0].record
-        },
+        steps={k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in solvers[0].record},
     )
 
 
