@@ -140,7 +140,7 @@ class Means:
 
 @dataclass(frozen=True, eq=False)
 class Iteration:
-    """Rollouts of an iteration by image size, with their [prompts, group] rewards and advantages."""
+    """Rollouts by image size, and [prompts, group] rewards and advantages of each."""
 
     number: int
     rollouts: Sequence[Rollout]
