@@ -31,7 +31,7 @@ from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
 from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
-from neounify.tasks.processor import Processor
+from neounify.tasks.program import Processor
 from neounify.train.method import (
     Method,
     MethodConfig,

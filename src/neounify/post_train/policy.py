@@ -31,9 +31,8 @@ from neounify.model.parts import GEN
 from neounify.pipeline import load
 from neounify.post_train.prompts import PromptCase
 from neounify.runtime.plan import plan_execution
-from neounify.tasks.image import branch_prompt, edit_images
-from neounify.tasks.processor import Processor
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest, branch_prompt, edit_images
+from neounify.tasks.program import Processor
 from neounify.text.template import ImageSegment, Prompt
 
 Key = tuple[object, int | None]

@@ -27,8 +27,8 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.policy import prefill
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rewards import Pixels
-from neounify.tasks.processor import Processor
-from neounify.tasks.requests import ImageRequest
+from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import Processor
 
 START, STEP = 0, 1
 """Purposes of noise."""
