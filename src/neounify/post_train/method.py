@@ -31,6 +31,7 @@ from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
 from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
+from neounify.post_train.watch import RewardWatch, state_before
 from neounify.tasks.program import Processor
 from neounify.train.method import (
     Method,
@@ -38,6 +39,7 @@ from neounify.train.method import (
     MethodState,
     MicroBatch,
     StageContext,
+    TrainingStopped,
     TrainStep,
 )
 from neounify.train.optim import OptimizerSet
@@ -104,7 +106,8 @@ class RolloutConfig(ImagePostTrainConfig):
 
     `advantage` is what the standard deviation of rewards is taken over. `sheet_every` is in
     iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of an
-    iteration's images have no reward.
+    iteration's images have no reward, or when the running mean of the reward falls below `collapse`
+    times its best.
     """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -115,6 +118,7 @@ class RolloutConfig(ImagePostTrainConfig):
     updates: Count = 1
     advantage: Scope = "iteration"
     max_failed_rewards: Fraction = 0.2
+    collapse: Fraction = 0.5
     sheet_every: NonNegativeInt = 20
     seed: NonNegativeInt = 0
 
@@ -215,6 +219,8 @@ class RolloutMethod(PromptMethod):
         super().__init__(config.prompts, context)
         self.config = config
         self.rewards = Rewards(config.rewards, config.max_failed_rewards)
+        self.watch = RewardWatch()
+        self._sampled: dict[str, float] = {}
         self._iteration: Iteration | None = None
         self._updates_done = config.updates
 
@@ -304,11 +310,18 @@ class RolloutMethod(PromptMethod):
         content: MicroContent = step.batches[-1].content
         self._updates_done = content.update + 1
         if self._updates_done == self.config.updates:
+            self.watch.add(self._sampled, step.number + 1)
             self.end_iteration(content.iteration + 1)
+            if self.watch.has_collapsed(self.config.collapse):
+                raise TrainingStopped(self._collapse(step))
 
     def state(self) -> MethodState:
         """The iteration's rollouts, while some of its updates are to come."""
-        facts: dict[str, Any] = {"failed_rewards": self.rewards.failed}
+        facts: dict[str, Any] = {
+            "failed_rewards": self.rewards.failed,
+            "watch": self.watch.to_json(),
+            "sampled": dict(self._sampled),
+        }
         tensors: dict[str, Tensor] = {}
         if self._iteration is not None and self._updates_done < self.config.updates:
             facts["iteration"] = self._iteration.number
@@ -322,8 +335,30 @@ class RolloutMethod(PromptMethod):
         if type(failed) is not int or failed < 0:
             raise CheckpointError(f"failed_rewards must be a number from 0 up, got {failed!r}")
         self.rewards.failed = failed
+        try:
+            self.watch = RewardWatch.from_json(state.facts["watch"])
+            self._sampled = dict(state.facts["sampled"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the state of {self.config.kind} does not fit: {error}"
+            ) from error
         if (number := state.facts.get("iteration")) is not None:
             self._iteration = self._saved_iteration(number, state.tensors)
+
+    def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
+        return self.watch.warnings(report)
+
+    def _collapse(self, step: TrainStep) -> str:
+        watch = self.watch
+        states = self.context.folder / "states"
+        names = [path.name for path in states.glob("step-*")] if states.is_dir() else []
+        good = state_before(names, watch.best_step)
+        return (
+            f"the policy collapsed: at step {step.number + 1:,} the mean reward is "
+            f"{watch.mean['reward']:.3f}, below {self.config.collapse:g} times its best of "
+            f"{watch.best:.3f} (method.collapse). The last good state is {good or 'none'} of "
+            f"{states}; lower optimizer.learning_rate or raise method.kl"
+        )
 
     # --- an iteration ---
 
@@ -426,6 +461,7 @@ class RolloutMethod(PromptMethod):
     ) -> None:
         add = self.metrics.add
         present = ~np.isnan(rewarded.total)
+        self._sampled = {"reward": float(rewarded.total[present].mean())} if present.any() else {}
         for name, values in {"reward": rewarded.total, **rewarded.parts}.items():
             key = name if name == "reward" else f"reward/{name}"
             known = values[~np.isnan(values)]

@@ -1,0 +1,83 @@
+"""Prompts as a function of their number, and files that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from neounify.data.sample import DataError
+from neounify.errors import ConfigError
+from neounify.post_train.prompts import PromptConfig, build_prompts
+
+
+def test_scenes_are_a_function_of_the_number() -> None:
+    config = PromptConfig(categories={"two_object": 1.0, "attribution": 2.0, "edit": 1.0})
+    one, two = (build_prompts(config, (64, 64), 32) for _ in range(2))
+    cases = [one.case(number) for number in range(40)]
+    assert [two.case(n).prompt for n in reversed(range(40))] == [c.prompt for c in cases[::-1]]
+    counts = Counter(case.category for case in cases)
+    assert set(counts) == {"two_object", "attribution", "edit"}
+    assert counts["attribution"] > counts["two_object"]
+    assert all(bool(case.images) == (case.category == "edit") for case in cases)
+
+
+def test_scenes_of_another_seed_and_unknown_categories() -> None:
+    one, two = (build_prompts(PromptConfig(seed=seed), (64, 64), 32) for seed in (0, 1))
+    assert [one.case(n).prompt for n in range(9)] != [two.case(n).prompt for n in range(9)]
+    with pytest.raises(ConfigError, match="no category beauty; there are single_object"):
+        build_prompts(PromptConfig(categories={"beauty": 1.0}), (64, 64), 32)
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        build_prompts(PromptConfig(width=70), (64, 64), 32)
+
+
+def test_text_files_are_shuffled_anew_in_each_epoch(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\n three \n", encoding="utf-8")
+    source = build_prompts(PromptConfig(kind="text", path=str(file)), (64, 96), 32)
+    prompts = [source.case(number).prompt for number in range(30)]
+    for epoch in range(10):
+        assert sorted(prompts[3 * epoch : 3 * epoch + 3]) == ["one", "three", "two"]
+    assert len({tuple(prompts[3 * e : 3 * e + 3]) for e in range(10)}) > 1
+    assert (source.case(0).width, source.case(0).height) == (64, 96)
+
+
+def test_json_lines_with_shares_of_categories(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    records = [
+        {"prompt": "a sign", "category": "text", "text": "Open", "width": 96},
+        {"prompt": "a boat", "category": "objects"},
+        {"prompt": "a tree", "category": "objects"},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    config = PromptConfig(kind="jsonl", path=str(file), categories={"text": 9.0, "objects": 1.0})
+    source = build_prompts(config, (64, 64), 32)
+    cases = [source.case(number) for number in range(50)]
+    counts = Counter(case.category for case in cases)
+    assert counts["text"] > 35
+    sign = next(case for case in cases if case.category == "text")
+    assert (sign.width, sign.record["text"]) == (96, "Open")
+    with pytest.raises(DataError, match="no prompt of category music"):
+        build_prompts(
+            PromptConfig(kind="jsonl", path=str(file), categories={"music": 1.0}), (64, 64), 32
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1 is no JSON"),
+        ("[]", 'expected an object with a text "prompt"'),
+        ('{"prompt": "a", "width": 33}', "width must be a multiple of 32, got 33"),
+        ('{"prompt": "a", "images": ["../secret.png"]}', "lies outside the folder"),
+        ('{"prompt": "a", "images": "x.png"}', "must be a list"),
+        ("", "holds no prompts"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        build_prompts(PromptConfig(kind="jsonl", path=str(file)), (64, 64), 32)

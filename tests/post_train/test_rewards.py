@@ -1,0 +1,238 @@
+"""Rewards: their kinds, their combination, and samples that have none."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neounify.bundled import bundled_model
+from neounify.errors import ConfigError
+from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
+from neounify.post_train.rewards import (
+    Pixels,
+    RewardConfig,
+    RewardFailure,
+    Rewards,
+    build_reward,
+    text_similarity,
+)
+from neounify.scenes.world.render import render
+from neounify.scenes.world.scene import scene_config
+
+BLACK = np.zeros((64, 64, 3), np.uint8)
+CASE = PromptCase(prompt="a red circle", width=64, height=64, record={"text": "Open now"})
+
+
+def brightness(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """A reward of a user."""
+    return [{"bright": float(image.mean()) / 255, "dark": 0.5} for image in images]
+
+
+def fails_on_black(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    if any(not image.any() for image in images):
+        raise RuntimeError("no light")
+    return [{"light": 1.0} for _ in images]
+
+
+def sleeps(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    time.sleep(1)
+    return [{"late": 1.0} for _ in images]
+
+
+def out_of_range(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Any]:
+    return [{"a": 1.5}, {"a": float("nan")}, {"a": "much"}, {}, "good", {"a": 0.25}][: len(images)]
+
+
+def reads_open(images: Sequence[Pixels]) -> list[str]:
+    """An OCR reader."""
+    return ["open n0w" for _ in images]
+
+
+def program(name: str, **options: Any) -> RewardConfig:
+    return RewardConfig(kind="program", name=f"{__name__}:{name}", **options)
+
+
+# --- scenes ---
+
+
+def test_scenes_reward_what_the_benchmark_accepts() -> None:
+    world = scene_config("default")
+    prompts = build_prompts(PromptConfig(categories={"edit": 1.0}), (64, 64), 32)
+    reward = build_reward(RewardConfig())
+    for number in range(6):
+        case = prompts.case(number)
+        edited = np.asarray(render(case.target.target, world, 64))
+        done, untouched, black = reward([edited, np.asarray(case.images[0]), BLACK], [case] * 3)
+        assert done == {"strict": 1.0, "share": 1.0}
+        assert untouched["strict"] == 0
+        assert black["share"] < 1
+
+
+def test_scenes_split_a_painting_by_attribute() -> None:
+    prompts = build_prompts(PromptConfig(categories={"attribution": 1.0}), (64, 64), 32)
+    case = prompts.case(0)
+    [parts] = build_reward(RewardConfig())([BLACK], [case])
+    assert parts["strict"] == 0
+    assert 0 <= parts["share"] < 1
+
+
+# --- combination ---
+
+
+def test_weights_and_minimum() -> None:
+    white = np.full_like(BLACK, 255)
+    images, cases = [BLACK, white], [CASE, CASE]
+    assert Rewards([program("brightness")])(images, cases).total.tolist() == [0.25, 0.75]
+    weighted = program("brightness", weights={"bright": 3.0, "dark": 1.0})
+    assert Rewards([weighted])(images, cases).total.tolist() == [0.125, 0.875]
+    least = program("brightness", minimum=True)
+    assert Rewards([least])(images, cases).total.tolist() == [0.0, 0.5]
+    two = Rewards([program("brightness", weight=3.0), program("fails_on_black")], max_failed=1.0)
+    rewarded = two(images, cases)
+    assert np.isnan(rewarded.total[0])
+    assert rewarded.total[1] == pytest.approx((3 * 0.75 + 1) / 4)
+    assert set(rewarded.parts) == {"program/bright", "program/dark", "program/light"}
+
+
+# --- samples without a reward ---
+
+
+def test_an_error_costs_one_sample() -> None:
+    rewards = Rewards([program("fails_on_black")], max_failed=0.5)
+    white = np.full_like(BLACK, 255)
+    rewarded = rewards([white, BLACK, white], [CASE] * 3)
+    assert np.isnan(rewarded.total).tolist() == [False, True, False]
+    assert rewards.failed == 1
+    assert "no light" in rewarded.failures[0]
+    with pytest.raises(RewardFailure, match="2 of 3 images have no reward"):
+        rewards([BLACK, BLACK, white], [CASE] * 3)
+
+
+def test_values_that_are_no_rewards() -> None:
+    rewarded = Rewards([program("out_of_range")], max_failed=0.9)([BLACK] * 6, [CASE] * 6)
+    assert np.isnan(rewarded.total).tolist() == [True] * 5 + [False]
+    expected = ("got 1.5", "got nan", "no number: much", "named parts", "got good")
+    for message, part in zip(rewarded.failures, expected, strict=True):
+        assert part in message
+
+
+def test_a_program_that_takes_too_long() -> None:
+    rewards = Rewards([program("sleeps", timeout=0.05)], max_failed=1.0)
+    started = time.monotonic()
+    rewarded = rewards([BLACK], [CASE])
+    assert time.monotonic() - started < 0.9
+    assert np.isnan(rewarded.total).all()
+    assert "no result after 0.05 s" in rewarded.failures[0]
+
+
+# --- services, judges, readers ---
+
+
+class _Service(BaseHTTPRequestHandler):
+    """Rewards by the length of the prompt; the first request is refused with 503."""
+
+    requests = 0
+    received: Mapping[str, Any] = {}
+
+    def do_POST(self) -> None:
+        cls = type(self)
+        cls.requests += 1
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if cls.requests == 1:
+            self.send_error(503)
+            return
+        items = json.loads(body)["items"]
+        cls.received = items[0]
+        answer = json.dumps({"rewards": [{"length": len(i["prompt"]) / 100} for i in items]})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Keep the output of tests clean."""
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    _Service.requests = 0
+    server = HTTPServer(("127.0.0.1", 0), _Service)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/reward"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_service_is_tried_again(service: str) -> None:
+    reward = build_reward(RewardConfig(kind="http", url=service, timeout=5.0, retries=1))
+    assert reward([BLACK, BLACK], [CASE, CASE]) == [{"length": 0.12}] * 2
+    assert _Service.requests == 2
+    assert _Service.received["record"] == {"text": "Open now"}
+    with pytest.raises(RewardFailure, match="have no reward"):
+        Rewards([RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0)])([BLACK], [CASE])
+
+
+def test_a_reader_and_text_similarity() -> None:
+    reward = build_reward(RewardConfig(kind="ocr", reader=f"{__name__}:reads_open"))
+    [parts] = reward([BLACK], [CASE])
+    assert parts["text"] == pytest.approx(1 - 1 / 7)
+    assert text_similarity("", "abc") == 0
+    assert text_similarity("ABC ", "a bc") == 1
+    assert text_similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
+
+
+def test_a_model_as_judge() -> None:
+    question = "Is there a circle in the image?"
+    config = RewardConfig(kind="judge", checkpoint=str(bundled_model()), question=question)
+    world = scene_config("default")
+    prompts = build_prompts(PromptConfig(categories={"edit": 1.0}), (64, 64), 32)
+    images = [render(prompts.case(n).target.source, world, 64) for n in range(4)]
+    rows = build_reward(config)(images, [CASE] * 4)
+    assert all(row["yes"] in (0.0, 1.0) for row in rows)
+    with pytest.raises(ConfigError, match="question may hold"):
+        build_reward(RewardConfig(kind="judge", checkpoint="x", question="{who}?"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "http"}, "needs url"),
+        ({"kind": "http", "url": "file:///etc/passwd"}, "must begin with http"),
+        ({"kind": "program"}, "needs name"),
+        ({"weight": 0.0}, "weight"),
+    ],
+)
+def test_configs_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**options)
+
+
+def test_programs_that_cannot_be_loaded() -> None:
+    for name, message in (
+        ("nothing:here", "cannot be imported"),
+        (f"{__name__}:CASE", "is a callable"),
+        ("no name", "does not name a reward"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_reward(RewardConfig(kind="program", name=name))
+
+
+def test_images_reach_a_service_as_png(tmp_path: Path) -> None:
+    import base64
+    import io
+
+    from neounify.post_train.rewards import _png
+
+    image = Image.open(io.BytesIO(base64.b64decode(_png(BLACK))))
+    assert image.format == "PNG"
+    assert image.size == (64, 64)
