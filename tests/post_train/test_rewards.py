@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from neounify.bundled import bundled_model
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.post_train.rewards import (
-    Pixels,
     RewardConfig,
     RewardFailure,
     Rewards,
+    _png,
     build_reward,
     text_similarity,
 )
@@ -32,33 +34,8 @@ BLACK = np.zeros((64, 64, 3), np.uint8)
 CASE = PromptCase(prompt="a red circle", width=64, height=64, record={"text": "Open now"})
 
 
-def brightness(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
-    """A reward of a user."""
-    return [{"bright": float(image.mean()) / 255, "dark": 0.5} for image in images]
-
-
-def fails_on_black(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
-    if any(not image.any() for image in images):
-        raise RuntimeError("no light")
-    return [{"light": 1.0} for _ in images]
-
-
-def sleeps(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
-    time.sleep(1)
-    return [{"late": 1.0} for _ in images]
-
-
-def out_of_range(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Any]:
-    return [{"a": 1.5}, {"a": float("nan")}, {"a": "much"}, {}, "good", {"a": 0.25}][: len(images)]
-
-
-def reads_open(images: Sequence[Pixels]) -> list[str]:
-    """An OCR reader."""
-    return ["open n0w" for _ in images]
-
-
 def program(name: str, **options: Any) -> RewardConfig:
-    return RewardConfig(kind="program", name=f"{__name__}:{name}", **options)
+    return RewardConfig(kind="program", name=f"support.rewards:{name}", **options)
 
 
 # --- scenes ---
@@ -183,7 +160,7 @@ def test_a_service_is_tried_again(service: str) -> None:
 
 
 def test_a_reader_and_text_similarity() -> None:
-    reward = build_reward(RewardConfig(kind="ocr", reader=f"{__name__}:reads_open"))
+    reward = build_reward(RewardConfig(kind="ocr", reader="support.rewards:reads_open"))
     [parts] = reward([BLACK], [CASE])
     assert parts["text"] == pytest.approx(1 - 1 / 7)
     assert text_similarity("", "abc") == 0
@@ -220,7 +197,7 @@ def test_configs_that_cannot_work(options: dict[str, Any], message: str) -> None
 def test_programs_that_cannot_be_loaded() -> None:
     for name, message in (
         ("nothing:here", "cannot be imported"),
-        (f"{__name__}:CASE", "is a callable"),
+        ("support.rewards:LEVELS", "is a callable"),
         ("no name", "does not name a reward"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -228,10 +205,6 @@ def test_programs_that_cannot_be_loaded() -> None:
 
 
 def test_images_reach_a_service_as_png(tmp_path: Path) -> None:
-    import base64
-    import io
-
-    from neounify.post_train.rewards import _png
 
     image = Image.open(io.BytesIO(base64.b64decode(_png(BLACK))))
     assert image.format == "PNG"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,12 +28,7 @@ from neounify.flow.path import noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
-from neounify.post_train.method import (
-    ImagePostTrainConfig,
-    PromptMethod,
-    SamplerConfig,
-    TwinState,
-)
+from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.rollout import START, image_request, noise_generator
@@ -173,7 +168,7 @@ class StatesOfStep:
 class Distill(PromptMethod):
     """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
 
-    headline: Mapping[str, str] = {"loss": "loss"}
+    headline: ClassVar[Mapping[str, str]] = {"loss": "loss"}
 
     def __init__(self, config: DistillConfig, context: StageContext) -> None:
         super().__init__(config.prompts, context)
@@ -359,19 +354,19 @@ class Mopd(Distill):
             if k == int(ends.max()):
                 break
             z = z + (t_next - t) * student.velocity(self.model, z, t)
-        t = torch.tensor(times, device=z.device)[ends]
+        stopped = torch.tensor(times, device=z.device)[ends]
         target = torch.empty_like(reached)
         names = [self._teacher(case) for case in cases]
         for name in dict.fromkeys(names):
             rows = [i for i, other in enumerate(names) if other == name]
             images = GuidedImages(self.model, grid, [prefixes[i] for i in rows], guidance)
-            target[rows] = images.clean(self.teachers[name], reached[rows], t[rows])
+            target[rows] = images.clean(self.teachers[name], reached[rows], stopped[rows])
         return States(
             grid=grid,
             guidance=guidance,
             prefixes=prefixes,
             z=reached,
-            t=t,
+            t=stopped,
             target=target,
             step=ends.tolist(),
         )

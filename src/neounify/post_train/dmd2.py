@@ -22,9 +22,9 @@ from torch import Tensor
 
 from neounify.config.ranges import STRICT, AboveZero, Count, Fraction
 from neounify.flow.path import noisy
+from neounify.post_train.base import SamplerConfig, TwinState
 from neounify.post_train.distill import Distill, DistillConfig, checked_step, store_sampling
 from neounify.post_train.dpo import prediction_error
-from neounify.post_train.method import SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
 from neounify.train.method import MethodState, MicroBatch, StageContext, TrainStep

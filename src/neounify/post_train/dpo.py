@@ -19,7 +19,8 @@ from torch.nn.functional import logsigmoid
 from neounify.config.ranges import STRICT, AboveZero, Fraction, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.advantage import informative
-from neounify.post_train.method import Iteration, RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.base import TwinState
+from neounify.post_train.groups import Iteration, RolloutConfig, RolloutMethod, Share, Unit
 from neounify.post_train.policy import NoisyImages
 from neounify.train.method import MethodState, StageContext, TrainStep
 
@@ -86,9 +87,9 @@ class Dpo(RolloutMethod):
         super().__init__(config, context)
         self.reference = TwinState("reference", self.model)
 
-    def units(self, iteration: Iteration) -> list[tuple[int, tuple[int, ...]]]:
+    def units(self, iteration: Iteration) -> list[Unit]:
         """The pairs of an iteration: (rollout, (better, worse))."""
-        units = []
+        units: list[Unit] = []
         for place, (rollout, rewards) in enumerate(
             zip(iteration.rollouts, iteration.rewards, strict=True)
         ):

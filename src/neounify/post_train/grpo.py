@@ -21,7 +21,8 @@ from torch import Tensor
 from neounify.config.ranges import STRICT, Count, NonNegative, Positive
 from neounify.errors import ConfigError
 from neounify.flow.sde import GaussianStep, StepKind, check_step_kind
-from neounify.post_train.method import RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.base import TwinState
+from neounify.post_train.groups import RolloutConfig, RolloutMethod, Share
 from neounify.post_train.policy import NoisyImages
 from neounify.post_train.rollout import RandomSteps, noise_generator
 from neounify.train.method import MethodState, StageContext, TrainStep

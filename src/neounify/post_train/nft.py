@@ -15,7 +15,8 @@ from torch import Tensor
 from neounify.config.ranges import STRICT, AboveZero, Fraction, NonNegative, Positive
 from neounify.flow.path import noisy as noised
 from neounify.model.neo import NeoUnify
-from neounify.post_train.method import RolloutConfig, RolloutMethod, Share, TwinState
+from neounify.post_train.base import TwinState
+from neounify.post_train.groups import RolloutConfig, RolloutMethod, Share
 from neounify.post_train.policy import NoisyImages, move_towards
 from neounify.train.method import MethodState, StageContext, TrainStep
 

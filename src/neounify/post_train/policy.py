@@ -167,7 +167,7 @@ def frozen_copy(model: NeoUnify) -> NeoUnify:
     with LoRA, of the generation stream otherwise.
     """
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    twin = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    twin = copy.deepcopy(model, shared)
     for parameter in twin.parameters():
         if id(parameter) not in shared:
             parameter.requires_grad_(False)

@@ -64,7 +64,8 @@ class _Running:
     unreported: int = 0
     """Steps since the last report."""
     of_sets: dict[str, float | Tensor] = field(default_factory=dict)
-    """Last learning rate and gradient norm of each optimizer set, where there are several."""
+    """Learning rate and gradient norm of each set that moved since the last report, where there
+    are several."""
 
 
 class Trainer:
@@ -198,6 +199,7 @@ class Trainer:
         running.unreported = 0
         means = method.report()
         metrics = {**means, **{name: float(value) for name, value in running.of_sets.items()}}
+        running.of_sets.clear()
         skipped = running.tally.by_source()
         self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline)
         for warning in method.warnings(p.stage_step, means):

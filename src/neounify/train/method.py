@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from neounify.train.recipe import Recipe, StageRecipe
     from neounify.train.setup import StageSources, TrainSetup
 
-METHODS = {"supervised": "neounify.train.supervised:SupervisedConfig"}
+METHODS = {
+    "supervised": "neounify.train.supervised:SupervisedConfig",
+    "flow-grpo": "neounify.post_train.grpo:FlowGrpoConfig",
+    "nft": "neounify.post_train.nft:NftConfig",
+    "dpo": "neounify.post_train.dpo:DpoConfig",
+    "trajectory": "neounify.post_train.distill:TrajectoryConfig",
+    "dmd2": "neounify.post_train.dmd2:Dmd2Config",
+    "mopd": "neounify.post_train.distill:MopdConfig",
+}
 """The `MethodConfig` of every kind, as "module:class"; imported when a recipe names it."""
 DEFAULT_METHOD = "supervised"
 

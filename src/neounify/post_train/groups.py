@@ -7,7 +7,6 @@ micro-batches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -18,86 +17,32 @@ from jaxtyping import Float
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
-from torch.nn import Parameter
 
 from neounify.config.ranges import STRICT, Count, Fraction, NonNegativeInt, Range
-from neounify.errors import CheckpointError, RequestError
+from neounify.errors import CheckpointError
 from neounify.files import atomic_file
-from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.image.contact_sheet import contact_sheet
 from neounify.model.neo import NeoUnify
 from neounify.post_train.advantage import Scope, group_advantages, informative
-from neounify.post_train.policy import frozen_copy
-from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
+from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, SamplerConfig
+from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
 from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
-from neounify.post_train.watch import RewardWatch, state_before
-from neounify.tasks.program import Processor
+from neounify.post_train.watch import BY, RewardWatch, state_before
 from neounify.train.method import (
-    Method,
-    MethodConfig,
     MethodState,
     MicroBatch,
     StageContext,
     TrainingStopped,
     TrainStep,
 )
-from neounify.train.optim import OptimizerSet
 
 if TYPE_CHECKING:
-    from neounify.train.recipe import StageRecipe
+    pass
 
 MAX_GROUP = 256
-
-
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class SamplerConfig:
-    """How a policy or student samples: `steps`, `guidance` (1 is none) and `shift`.
-
-    None is the checkpoint's value. `edit_guidance` is the guidance of edits.
-    """
-
-    steps: Count | None = None
-    guidance: float | None = 1.0
-    edit_guidance: float | None = 1.0
-    shift: float | None = None
-
-    def __post_init__(self) -> None:
-        self.sampling(editing=False)
-        self.sampling(editing=True)
-
-    def sampling(self, *, editing: bool) -> ImageSampling:
-        """The request's form of it. Raises ValueError for values out of range."""
-        try:
-            return ImageSampling(
-                steps=self.steps,
-                guidance=self.edit_guidance if editing else self.guidance,
-                shift=self.shift,
-            )
-        except RequestError as error:
-            raise ValueError(str(error)) from error
-
-
-class ImagePostTrainConfig(MethodConfig):
-    """What all methods on images share: they train the generation stream only, without data."""
-
-    needs_data: ClassVar[bool] = False
-
-    def check_stage(self, stage: StageRecipe) -> None:
-        """Raise ValueError where the understanding stream would be trained, or data is given."""
-        if stage.data:
-            raise ValueError(
-                f"data: {self.kind} draws from method.prompts; give the stage data = []"
-            )
-        if stage.lora is not None and tuple(stage.lora.streams) != ("gen",):
-            raise ValueError(
-                f'lora.streams: {self.kind} trains the generation stream: streams = ["gen"]'
-            )
-        if stage.lora is None and not {"und", "shared"} <= set(stage.freeze):
-            raise ValueError(
-                f"freeze: {self.kind} keeps the keys and values of prompts, so the understanding "
-                'stream must be frozen: freeze = ["und", "shared"]'
-            )
+Unit = tuple[int, tuple[int, ...]]
+"""A rollout and images of it that stay together in a micro-batch."""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,25 +66,6 @@ class RolloutConfig(ImagePostTrainConfig):
     collapse: Fraction = 0.5
     sheet_every: NonNegativeInt = 20
     seed: NonNegativeInt = 0
-
-
-class Means:
-    """Means of metrics since the last report, weighted."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
-
-    def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        """Count a value; NaN is left out."""
-        if weight and not math.isnan(value):
-            total, count = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (total + value * weight, count + weight)
-
-    def take(self) -> dict[str, float]:
-        """The means, and begin anew."""
-        means = {name: total / count for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        return means
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,49 +97,14 @@ class MicroContent:
     step_images: int
 
 
-class PromptMethod(Method):
-    """Model, prompts and one optimizer set over what the stage trains."""
-
-    def __init__(self, prompts: PromptConfig, context: StageContext) -> None:
-        self.context = context
-        self.model = context.setup.model
-        self.processor = Processor(
-            self.model.config,
-            context.setup.tokenizer,
-            context.setup.system_message,
-            self.model.compute_dtype,
-        )
-        self.prompts = build_prompts(
-            prompts, self.model.config.sampling.image_size, self.model.config.token_size
-        )
-        self.metrics = Means()
-
-    def optimizers(self) -> Sequence[OptimizerSet]:
-        stage = self.context.stage
-        parameters = dict(self.model.named_parameters())
-        schedule = stage.schedule.over(stage.steps)
-        return [OptimizerSet(parameters, stage.optimizer, clip=stage.clip, schedule=schedule)]
-
-    def cases(self, first: int, count: int) -> list[list[PromptCase]]:
-        """`count` cases from `first` on, those of one size and guidance formula together."""
-        alike: dict[tuple[int, int, bool], list[PromptCase]] = {}
-        for case in (self.prompts.case(first + i) for i in range(count)):
-            alike.setdefault((case.width, case.height, bool(case.images)), []).append(case)
-        return list(alike.values())
-
-    def resolve(self, sampler: SamplerConfig, cases: Sequence[PromptCase]) -> ResolvedSampling:
-        """Sampling of cases that are all edits, or all not."""
-        editing = bool(cases[0].images)
-        return sampler.sampling(editing=editing).resolve(self.model.config, editing=editing)
-
-    def report(self) -> dict[str, float]:
-        return self.metrics.take()
-
-
 class RolloutMethod(PromptMethod):
     """Sampling, rewards and bookkeeping; a subclass gives `random_steps` and `share_loss`."""
 
-    headline: Mapping[str, str] = {"reward": "reward", "strict": "reward/strict", "equal": "equal"}
+    headline: ClassVar[Mapping[str, str]] = {
+        "reward": "reward",
+        "strict": "reward/strict",
+        "equal": "equal",
+    }
 
     def __init__(self, config: RolloutConfig, context: StageContext) -> None:
         super().__init__(config.prompts, context)
@@ -239,11 +130,8 @@ class RolloutMethod(PromptMethod):
         """The loss of each image."""
         raise NotImplementedError
 
-    def units(self, iteration: Iteration) -> list[tuple[int, tuple[int, ...]]]:
-        """What is dealt to micro-batches: (rollout, images that stay together).
-
-        Here every image that has a reward, of groups whose rewards differ.
-        """
+    def units(self, iteration: Iteration) -> Sequence[Unit]:
+        """What is dealt to micro-batches: here every image with a reward, of groups that differ."""
         return [
             (place, (prompt * rollout.group + member,))
             for place, (rollout, rewards) in enumerate(
@@ -277,6 +165,7 @@ class RolloutMethod(PromptMethod):
         last = update + 1 == self.config.updates
         after = [iteration.number + 1, 0] if last else [iteration.number, update + 1]
         total = sum(len(images) for _, images in units)
+        sampled = sum(rollout.count for rollout in iteration.rollouts)
         for part, dealt in enumerate(np.array_split(rng.permutation(len(units)), parts)):
             chosen = sorted(units[index] for index in dealt)
             places = sorted({place for place, _ in chosen})
@@ -286,13 +175,12 @@ class RolloutMethod(PromptMethod):
                 content=MicroContent(iteration.number, update, shares, total),
                 position=after if part + 1 == parts else [iteration.number, update],
                 samples=[f"iteration {iteration.number} image {image}" for image in images],
-                images=len(images),
+                # Images that were sampled, not those that are trained on.
+                images=0 if update else sampled * (part + 1) // parts - sampled * part // parts,
                 tokens=sum(s.rollout.grid.length * len(s.images) for s in shares),
             )
 
-    def _share(
-        self, iteration: Iteration, place: int, units: Sequence[tuple[int, tuple[int, ...]]]
-    ) -> Share:
+    def _share(self, iteration: Iteration, place: int, units: Sequence[Unit]) -> Share:
         images = torch.tensor([i for other, images in units if other == place for i in images])
         advantages = iteration.advantages[place].flatten()[images]
         device = self.model.device
@@ -446,7 +334,7 @@ class RolloutMethod(PromptMethod):
             for reward, advantage, prompt in zip(rewards, advantages, prompts, strict=True)
         ]
         sheet = contact_sheet(
-            images, captions, [a > 0 for a in advantages], columns=rollout.group, side=96
+            images, captions, [a >= 0 for a in advantages], columns=rollout.group, side=96
         )
         folder = self.context.folder / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
@@ -470,43 +358,12 @@ class RolloutMethod(PromptMethod):
         for category in dict.fromkeys(case.category for case in cases if case.category):
             chosen = np.array([case.category == category for case in cases]) & present
             if chosen.any():
-                add(
-                    f"reward/by/{category}", float(rewarded.total[chosen].mean()), int(chosen.sum())
-                )
+                mean = float(rewarded.total[chosen].mean())
+                self._sampled[f"{BY}{category}"] = mean
+                add(f"{BY}{category}", mean, int(chosen.sum()))
         add("reward/failed", float(1 - present.mean()), len(present))
         differ = informative(rewards)
         add("equal", float(1 - differ.float().mean()), len(differ))
-
-
-class TwinState:
-    """A copy of what is trained: a reference, an old policy, a fake. It is saved with the method.
-
-    Its tensors are frozen, or with `trained` parameters of a second optimizer set.
-    """
-
-    def __init__(self, name: str, model: NeoUnify, *, trained: bool = False) -> None:
-        self.name = name
-        self.model = frozen_copy(model)
-        names = {n for n, p in model.named_parameters() if p.requires_grad}
-        self._parameters = {n: p for n, p in self.model.named_parameters() if n in names}
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(trained)
-
-    def parameters(self) -> dict[str, Parameter]:
-        """Its own parameters, by the names they have in the model."""
-        return dict(self._parameters)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its own tensors for a saved state."""
-        return {f"{self.name}.{n}": p.detach() for n, p in self._parameters.items()}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore them. Raises CheckpointError."""
-        for name, tensor in self.tensors().items():
-            saved = tensors.get(name)
-            if saved is None or saved.shape != tensor.shape:
-                raise CheckpointError(f"the state has no {name} of shape {list(tensor.shape)}")
-            tensor.copy_(saved)
 
 
 def _checked_position(position: Any) -> tuple[int, int]:

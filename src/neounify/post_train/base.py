@@ -1,0 +1,167 @@
+"""Base of all post-training methods on images: prompts, sampler, metrics, copies of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic.dataclasses import dataclass as checked_dataclass
+from torch import Tensor
+from torch.nn import Parameter
+
+from neounify.config.ranges import STRICT, Count
+from neounify.errors import CheckpointError, RequestError
+from neounify.flow.sampling import ImageSampling, ResolvedSampling
+from neounify.model.neo import NeoUnify
+from neounify.post_train.policy import frozen_copy
+from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
+from neounify.tasks.program import Processor
+from neounify.train.method import (
+    Method,
+    MethodConfig,
+    StageContext,
+)
+from neounify.train.optim import OptimizerSet
+
+if TYPE_CHECKING:
+    from neounify.train.recipe import StageRecipe
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class SamplerConfig:
+    """How a policy or student samples: `steps`, `guidance` (1 is none) and `shift`.
+
+    None is the checkpoint's value. `edit_guidance` is the guidance of edits.
+    """
+
+    steps: Count | None = None
+    guidance: float | None = 1.0
+    edit_guidance: float | None = 1.0
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        self.sampling(editing=False)
+        self.sampling(editing=True)
+
+    def sampling(self, *, editing: bool) -> ImageSampling:
+        """The request's form of it. Raises ValueError for values out of range."""
+        try:
+            return ImageSampling(
+                steps=self.steps,
+                guidance=self.edit_guidance if editing else self.guidance,
+                shift=self.shift,
+            )
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+
+
+class ImagePostTrainConfig(MethodConfig):
+    """What all methods on images share: they train the generation stream only, without data."""
+
+    needs_data: ClassVar[bool] = False
+
+    def check_stage(self, stage: StageRecipe) -> None:
+        """Raise ValueError where the understanding stream would be trained, or data is given."""
+        if stage.data:
+            raise ValueError(
+                f"data: {self.kind} draws from method.prompts; give the stage data = []"
+            )
+        if stage.lora is not None and tuple(stage.lora.streams) != ("gen",):
+            raise ValueError(
+                f'lora.streams: {self.kind} trains the generation stream: streams = ["gen"]'
+            )
+        if stage.lora is None and not {"und", "shared"} <= set(stage.freeze):
+            raise ValueError(
+                f"freeze: {self.kind} keeps the keys and values of prompts, so the understanding "
+                'stream must be frozen: freeze = ["und", "shared"]'
+            )
+
+
+class PromptMethod(Method):
+    """Model, prompts and one optimizer set over what the stage trains."""
+
+    def __init__(self, prompts: PromptConfig, context: StageContext) -> None:
+        self.context = context
+        self.model = context.setup.model
+        self.processor = Processor(
+            self.model.config,
+            context.setup.tokenizer,
+            context.setup.system_message,
+            self.model.compute_dtype,
+        )
+        self.prompts = build_prompts(
+            prompts, self.model.config.sampling.image_size, self.model.config.token_size
+        )
+        self.metrics = Means()
+
+    def optimizers(self) -> Sequence[OptimizerSet]:
+        stage = self.context.stage
+        parameters = dict(self.model.named_parameters())
+        schedule = stage.schedule.over(stage.steps)
+        return [OptimizerSet(parameters, stage.optimizer, clip=stage.clip, schedule=schedule)]
+
+    def cases(self, first: int, count: int) -> list[list[PromptCase]]:
+        """`count` cases from `first` on, those of one size and guidance formula together."""
+        alike: dict[tuple[int, int, bool], list[PromptCase]] = {}
+        for case in (self.prompts.case(first + i) for i in range(count)):
+            alike.setdefault((case.width, case.height, bool(case.images)), []).append(case)
+        return list(alike.values())
+
+    def resolve(self, sampler: SamplerConfig, cases: Sequence[PromptCase]) -> ResolvedSampling:
+        """Sampling of cases that are all edits, or all not."""
+        editing = bool(cases[0].images)
+        return sampler.sampling(editing=editing).resolve(self.model.config, editing=editing)
+
+    def report(self) -> dict[str, float]:
+        return self.metrics.take()
+
+
+class Means:
+    """Means of metrics since the last report, weighted."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, value: float, weight: float = 1.0) -> None:
+        """Count a value; NaN is left out."""
+        if weight and not math.isnan(value):
+            total, count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + value * weight, count + weight)
+
+    def take(self) -> dict[str, float]:
+        """The means, and begin anew."""
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+
+class TwinState:
+    """A copy of what is trained: a reference, an old policy, a fake. It is saved with the method.
+
+    Its tensors are frozen, or with `trained` parameters of a second optimizer set.
+    """
+
+    def __init__(self, name: str, model: NeoUnify, *, trained: bool = False) -> None:
+        self.name = name
+        self.model = frozen_copy(model)
+        names = {n for n, p in model.named_parameters() if p.requires_grad}
+        self._parameters = {n: p for n, p in self.model.named_parameters() if n in names}
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(trained)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Its own parameters, by the names they have in the model."""
+        return dict(self._parameters)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its own tensors for a saved state."""
+        return {f"{self.name}.{n}": p.detach() for n, p in self._parameters.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them. Raises CheckpointError."""
+        for name, tensor in self.tensors().items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != tensor.shape:
+                raise CheckpointError(f"the state has no {name} of shape {list(tensor.shape)}")
+            tensor.copy_(saved)

@@ -1,0 +1,61 @@
+"""Rewards of a user, as recipes of tests name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rewards import Pixels
+
+CALLS = {"falling": 0}
+LEVELS = (8, 0.9)
+"""Calls of `falling` that are rewarded, and how much."""
+
+
+def redness(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """The mean of the red channel: rewards that differ within a group."""
+    return [{"red": float(image[..., 0].mean()) / 255} for image in images]
+
+
+def none(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """No reward for anything."""
+    return [{"red": float("nan")} for _ in images]
+
+
+def falling(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """High rewards at first, then almost none."""
+    CALLS["falling"] += 1
+    level = LEVELS[1] if CALLS["falling"] <= LEVELS[0] else 0.0
+    return [{"r": level + 0.01 * (i % 3)} for i in range(len(images))]
+
+
+def brightness(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """Two parts."""
+    return [{"bright": float(image.mean()) / 255, "dark": 0.5} for image in images]
+
+
+def fails_on_black(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """An error for a batch with a black image."""
+    if any(not image.any() for image in images):
+        raise RuntimeError("no light")
+    return [{"light": 1.0} for _ in images]
+
+
+def sleeps(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """A second for any batch."""
+    import time
+
+    time.sleep(1)
+    return [{"late": 1.0} for _ in images]
+
+
+def out_of_range(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Any]:
+    """Values that are no rewards, and one that is."""
+    values = [{"a": 1.5}, {"a": float("nan")}, {"a": "much"}, {}, "good", {"a": 0.25}]
+    return values[: len(images)]
+
+
+def reads_open(images: Sequence[Pixels]) -> list[str]:
+    """An OCR reader."""
+    return ["open n0w" for _ in images]
