@@ -224,8 +224,8 @@ def test_targets_inside_an_interval_are_unbiased() -> None:
 
     exact = tau * VARIANCE / (tau**2 * VARIANCE + (1 - tau) ** 2 * sigma**2)
     assert exact == pytest.approx(0.0123, abs=1e-4)
-    found, error = slope(target)
-    assert found == pytest.approx(exact, abs=3 * error)
+    measured, error = slope(target)
+    assert measured == pytest.approx(exact, abs=3 * error)
     assert slope(state / t)[0] == pytest.approx(0.209, abs=0.005)
 
 

@@ -160,10 +160,10 @@ def test_a_teacher_that_equals_its_student_has_nothing_to_teach(tmp_path: Path) 
 @pytest.fixture
 def experts(tmp_path: Path) -> dict[str, Path]:
     """Checkpoints by capability: the base model, and one with another image head."""
-    made = trainer(tmp_path / "experts", described("trajectory"))
+    expert = trainer(tmp_path / "experts", described("trajectory"))
     with torch.no_grad():
-        made.model.get_parameter("image_head.linear2.weight").mul_(1.5)
-    made.export(tmp_path / "editor")
+        expert.model.get_parameter("image_head.linear2.weight").mul_(1.5)
+    expert.export(tmp_path / "editor")
     return {"single_object": BASE[0], "edit": tmp_path / "editor"}
 
 
@@ -215,10 +215,10 @@ def test_merging_experts_runs_and_resumes(tmp_path: Path, experts: dict[str, Pat
 def test_an_expert_with_another_understanding_stream(
     tmp_path: Path, experts: dict[str, Path]
 ) -> None:
-    made = trainer(tmp_path / "made", described("trajectory"))
+    expert = trainer(tmp_path / "made", described("trajectory"))
     with torch.no_grad():
-        made.model.embed_tokens.weight.add_(1)
-    made.export(tmp_path / "foreign")
+        expert.model.embed_tokens.weight.add_(1)
+    expert.export(tmp_path / "foreign")
     with pytest.raises(ConfigError, match="another understanding stream"):
         built(tmp_path, "mopd", merging({**experts, "edit": tmp_path / "foreign"}))
 

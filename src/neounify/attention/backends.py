@@ -73,13 +73,13 @@ class ContiguousAttention:
     def plan(
         cls, layout: Layout, caches: Caches, device: torch.device
     ) -> ContiguousAttention | None:
-        own = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
-        if not own or len(own) < len(layout.documents) or not layout.is_decode:
+        contiguous = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
+        if not contiguous or len(contiguous) < len(layout.documents) or not layout.is_decode:
             return None
-        lengths = [cache.length + 1 for cache in own]
-        if len(own) * max(lengths) > MAX_PADDING * sum(lengths):
+        lengths = [cache.length + 1 for cache in contiguous]
+        if len(contiguous) * max(lengths) > MAX_PADDING * sum(lengths):
             return None
-        return cls(own)
+        return cls(contiguous)
 
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
@@ -273,14 +273,14 @@ class PaddedAttention:
 
 def _mark(mask: np.ndarray, block: Block, first: int, context: bool) -> None:
     """Let the queries of a block, the first of them at place `first`, see their keys."""
-    own = mask[block.document, first : first + block.length]
+    block_mask = mask[block.document, first : first + block.length]
     if block.causal:
         before = block.visible - block.length
-        own[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
+        block_mask[:, : block.visible] = np.tri(block.length, block.visible, before, dtype=bool)
     else:
-        own[:, : block.visible] = True
+        block_mask[:, : block.visible] = True
     if not context:
-        own[:, first : first + block.length] = True
+        block_mask[:, first : first + block.length] = True
 
 
 def masked_attention(

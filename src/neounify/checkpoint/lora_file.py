@@ -120,9 +120,9 @@ class ModuleNames:
     def find(self, target: str) -> str | None:
         """Our name of the weight that a module's written name means, None if there is none."""
         if "." not in target:
-            found = self._flat_name(target)
-            if found is not None:
-                return found
+            flat_name = self._flat_name(target)
+            if flat_name is not None:
+                return flat_name
         while True:
             name = from_published(f"{target}.weight")
             if name in self._weights:

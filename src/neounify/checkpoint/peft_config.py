@@ -42,13 +42,13 @@ class Patterns:
 
     def __init__(self, values: Mapping[str, float]) -> None:
         self.values = dict(values)
-        self._places: dict[str, int] = {}
+        self._index_of: dict[str, int] = {}
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
-        for place, pattern in enumerate(self.values):
+        for index, pattern in enumerate(self.values):
             if re.fullmatch(r"[\w.-]+", pattern):
-                self._places[pattern] = place
+                self._index_of[pattern] = index
             else:
-                self._expressions.append((place, _expression(pattern)))
+                self._expressions.append((index, _expression(pattern)))
         if len(self._expressions) > MAX_EXPRESSIONS:
             raise ValueError(
                 f"{len(self._expressions)} regular expressions, at most {MAX_EXPRESSIONS}"
@@ -57,9 +57,9 @@ class Patterns:
 
     def get(self, module: str, default: float) -> float:
         """The value of the first pattern that fits a module's full name."""
-        places = [self._places[end] for end in _ends(module) if end in self._places]
-        places += [place for place, pattern in self._expressions if pattern.match(module)]
-        return self._numbers[min(places)] if places else default
+        indices = [self._index_of[end] for end in _ends(module) if end in self._index_of]
+        indices += [index for index, pattern in self._expressions if pattern.match(module)]
+        return self._numbers[min(indices)] if indices else default
 
 
 def _ends(module: str) -> Iterable[str]:

@@ -291,14 +291,14 @@ class PatchEmbed(nn.Module):
         self.theta = config.rope_theta_vision
 
     def forward(
-        self, patches: Float[Tensor, "n mm cpp"], places: Int[Tensor, "n mm 2"]
+        self, patches: Float[Tensor, "n mm cpp"], cells: Int[Tensor, "n mm 2"]
     ) -> Float[Tensor, "n d"]:
         """Embed N tokens of M·M patches each.
 
-        `patches` holds pixels in order (channel, row, column); `places` the (row,
+        `patches` holds pixels in order (channel, row, column); `cells` the (row,
         column) of each patch in its image, in patch units.
         """
-        rows, columns = places.flatten(0, 1).unbind(-1)
+        rows, columns = cells.flatten(0, 1).unbind(-1)
         x = gelu(self.patch(patches.flatten(0, 1)))
         x = rotate_patches(x, rows, columns, self.theta)
         # The order of the merging convolution's weight.

@@ -191,7 +191,7 @@ class SparseMlp(nn.Module):
     def _run_each(self, rows: Tensor, counts: Tensor) -> Tensor:
         slices = rows.split(counts.tolist())
         pairs = zip(self.experts, slices, strict=True)
-        return torch.cat([expert(own) for expert, own in pairs if own.shape[0] > 0])
+        return torch.cat([expert(x) for expert, x in pairs if x.shape[0] > 0])
 
 
 # --- halves of a stream, and the layer ---

@@ -109,6 +109,6 @@ def free_memory(device: torch.device) -> int | None:
 
     if device.type == "cuda":
         # Memory that torch holds without using it is free for tensors.
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     return available_bytes() if device.type == "cpu" else None

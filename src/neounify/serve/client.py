@@ -235,7 +235,7 @@ class EngineClient:
         self._deaths.append(time.monotonic())
         if self._recent_deaths() > MAX_DEATHS:
             log.critical(
-                "the %s engine crashed %d times in %g s; restarts go on, up to %g s apart",
+                "the %s engine crashed %d times in %g s; restarts continue, up to %g s apart",
                 self.name,
                 self._recent_deaths(),
                 DEATH_SECONDS,
