@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY, U1_8B
+from neounify.config.sampling import MAX_GUIDANCE
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import ALIASES, WRAPPED
@@ -188,6 +189,8 @@ def test_a_thought_can_be_left_out(served: Served) -> None:
         ({"aspect_ratio": "wide"}, "aspect_ratio", "must be WIDTH:HEIGHT, .*, got 'wide'"),
         ({"size": "64x64", "aspect_ratio": "16:9"}, "size", "has not the aspect_ratio 16:9"),
         ({"num_inference_steps": 0}, "steps", "steps must be from 1 to 1000, got 0"),
+        ({"guidance": MAX_GUIDANCE + 1}, "guidance", f"from 0 to {MAX_GUIDANCE:g}"),
+        ({"image_guidance": -1}, "image_guidance", f"from 0 to {MAX_GUIDANCE:g}"),
         ({"num_inference_step": 2}, "num_inference_step", "did you mean 'steps'"),
         ({"guidence": 2}, "guidence", "did you mean 'guidance'"),
         ({"prompt_extend": True}, "prompt_extend", "did you mean 'think'"),

@@ -170,7 +170,6 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
 
     monkeypatch.setattr(JSONResponse, "render", rendered)
     monkeypatch.setattr(serving, "sse", event)
-    monkeypatch.setattr("neounify.serve.http.chat.sse", event)
     return pieces
 
 

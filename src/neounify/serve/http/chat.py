@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -22,20 +19,16 @@ from neounify.serve.http.chat_schema import (
     ChatMessage,
     ChatTextPart,
 )
-from neounify.serve.http.completions import Choice, for_each_answer, of_chat, text_usage
+from neounify.serve.http.completions import Choice, TextAnswer, for_each_answer, of_chat
 from neounify.serve.http.connections import BoundedRoute
 from neounify.serve.http.errors import bad_request, blame
 from neounify.serve.http.fields import seeds_of
 from neounify.serve.http.media import RequestImages
 from neounify.serve.http.serving import (
-    DONE,
     EVENTS,
     ServerState,
     State,
-    json_response,
     off_loop,
-    sse,
-    start_stream,
     to_base64,
 )
 from neounify.tasks.chat import ChatRequest, read_conversation, read_request
@@ -236,150 +229,6 @@ def _max_tokens(body: ChatBody, state: ServerState) -> int:
 # --- answers ---
 
 
-class ChatAnswer:
-    """The answer to one body in progress: one choice, or `n` of them to the same messages."""
-
-    def __init__(
-        self,
-        body: ChatBody,
-        requests: Sequence[ChatRequest] | Sequence[InterleaveRequest],
-        state: ServerState,
-    ) -> None:
-        self._body, self._requests, self._state = body, requests, state
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": state.config.model_name,
-        }
-
-    async def whole(self) -> JSONResponse:
-        """The `chat.completion`."""
-        choices = [_Choice() for _ in self._requests]
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                if isinstance(event, ImageFinished):
-                    choices[index].content.add_image(event.index, await self._url(event))
-                else:
-                    choices[index].add(event)
-        size = sum(choice.size for choice in choices)
-        return await json_response(partial(self._whole, choices), size)
-
-    def _whole(self, choices: Sequence[_Choice]) -> dict[str, Any]:
-        return self._head | {
-            "object": "chat.completion",
-            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-            "usage": _usage(choices),
-        }
-
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        """The `chat.completion.chunk`s as server-sent events, ended by [DONE]."""
-        choices = [_Choice() for _ in self._requests]
-        begun: set[int] = set()
-        silent = not self._body.include_reasoning
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                if isinstance(event, PromptRead):
-                    continue
-                if silent and isinstance(event, TextPiece) and event.thought:
-                    continue
-                if index not in begun:
-                    yield self._chunk(index, {"role": "assistant", "content": ""})
-                    begun.add(index)
-                choice = choices[index]
-                choice.count(event)
-                if isinstance(event, Finished):
-                    yield self._chunk(index, {}, finish_reason=choice.finish_reason)
-                    continue
-                if isinstance(event, Preview | ImageFinished):
-                    url = await self._url(event)
-                    yield await off_loop(partial(self._image_chunk, index, event, url), len(url))
-                    continue
-                *deltas, last = self._deltas(choice, event)
-                for delta in deltas:
-                    yield self._chunk(index, delta)
-                yield self._chunk(index, last, self._log_probs(event))
-        if self._body.stream_options.include_usage:
-            yield sse(self._chunk_head() | {"choices": [], "usage": _usage(choices)})
-        yield DONE
-
-    def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
-        return self._state.answers([self._requests], self._body)
-
-    @property
-    def _form(self) -> str:
-        return self._body.content_format if self._body.wants_images else "string"
-
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "refusal": None}
-        message |= choice.content.message(self._form)
-        if choice.calls:
-            message["tool_calls"] = choice.calls
-            message["content"] = message["content"] or None
-        if self._body.thinks and self._body.include_reasoning:
-            message["reasoning_content"] = choice.reasoning
-        return {
-            "index": index,
-            "message": message,
-            "finish_reason": choice.finish_reason,
-            "logprobs": of_chat(choice.log_probs) if self._body.logprobs else None,
-        }
-
-    def _log_probs(self, event: TaskEvent) -> dict[str, Any] | None:
-        """The `logprobs` of a chunk; None for thoughts."""
-        if not self._body.logprobs or not isinstance(event, TextPiece | ToolCallPiece):
-            return None
-        if isinstance(event, TextPiece) and event.thought:
-            return None
-        return of_chat(event.log_probs)
-
-    def _deltas(self, choice: _Choice, event: TextPiece | ToolCallPiece) -> list[dict[str, Any]]:
-        if isinstance(event, TextPiece):
-            return [{"reasoning_content" if event.thought else "content": event.text}]
-        index, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
-        head = call | {"function": {"name": event.name, "arguments": ""}}
-        arguments = {"function": {"arguments": event.arguments}}
-        return [{"tool_calls": [index | head]}, {"tool_calls": [index | arguments]}]
-
-    def _image_chunk(self, index: int, event: Preview | ImageFinished, url: str) -> bytes:
-        image = _image(url, event.index)
-        if isinstance(event, Preview):
-            progress = {"step": event.step, "steps": event.steps}
-            return self._chunk(index, {"image_preview": image | progress})
-        if self._form == "markdown":
-            return self._chunk(index, {"content": _markdown(image)})
-        return self._chunk(index, {"images": [image]})
-
-    async def _url(self, event: Preview | ImageFinished) -> str:
-        [request] = self._requests
-        if isinstance(request, ChatRequest):
-            raise RuntimeError("an answer in text alone came with an image")
-        format = self._body.output_format
-        file = await self._state.encode(request, event, format, to_base64)
-        return f"data:image/{format};base64,{file}"
-
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head | {"object": "chat.completion.chunk"}
-
-    def _chunk(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        log_probs: dict[str, Any] | None = None,
-        *,
-        finish_reason: str | None = None,
-    ) -> bytes:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "finish_reason": finish_reason,
-            "logprobs": log_probs,
-        }
-        chunk = self._chunk_head() | {"choices": [choice]}
-        if self._body.stream_options.include_usage:
-            chunk["usage"] = None
-        return sse(chunk)
-
-
 class _Choice(Choice):
     """One choice in progress."""
 
@@ -388,6 +237,8 @@ class _Choice(Choice):
         self.content = _Content()
         self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
+        self.is_begun = False
+        """Whether a stream has sent its first chunk, which names the role."""
 
     def add(self, event: TaskEvent) -> None:
         """Take in an event, images apart."""
@@ -406,15 +257,91 @@ class _Choice(Choice):
 
     @property
     def size(self) -> int:
-        """About the bytes of the answer as JSON."""
+        """Approximate bytes of the answer as JSON."""
         calls = sum(len(call["function"]["arguments"]) for call in self.calls)
         return super().size + self.content.size + len(self.reasoning) + calls
 
     @property
     def finish_reason(self) -> str:
-        """Why the answer ended."""
+        """Reason why the answer ended."""
         reason = self.finished.finish_reason
         return "tool_calls" if self.calls and reason == "stop" else reason
+
+
+class ChatAnswer(TextAnswer[ChatBody, _Choice]):
+    """The answer to one body in progress: one choice, or `n` of them to the same messages."""
+
+    id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    async def add(self, choice: _Choice, event: TaskEvent) -> None:
+        if isinstance(event, ImageFinished):
+            choice.content.add_image(event.index, await self._url(event))
+        else:
+            choice.add(event)
+
+    def choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        message |= choice.content.message(self._form)
+        if choice.calls:
+            message["tool_calls"] = choice.calls
+            message["content"] = message["content"] or None
+        if self.body.thinks and self.body.include_reasoning:
+            message["reasoning_content"] = choice.reasoning
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": choice.finish_reason,
+            "logprobs": of_chat(choice.log_probs) if self.body.logprobs else None,
+        }
+
+    async def chunks(self, index: int, choice: _Choice, event: TaskEvent) -> list[dict[str, Any]]:
+        is_thought = isinstance(event, TextPiece) and event.thought
+        if isinstance(event, PromptRead) or (is_thought and not self.body.include_reasoning):
+            return []
+        choice.count(event)
+        deltas = await self._deltas(choice, event)
+        if not choice.is_begun:
+            choice.is_begun = True
+            deltas.insert(0, {"role": "assistant", "content": ""})
+        chunks: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+            for delta in deltas
+        ]
+        if isinstance(event, Finished):
+            chunks[-1]["finish_reason"] = choice.finish_reason
+        elif self.body.logprobs and isinstance(event, TextPiece | ToolCallPiece) and not is_thought:
+            chunks[-1]["logprobs"] = of_chat(event.log_probs)
+        return chunks
+
+    async def _deltas(self, choice: _Choice, event: TaskEvent) -> list[dict[str, Any]]:
+        """The `delta` of every chunk that an event becomes."""
+        if isinstance(event, TextPiece):
+            return [{"reasoning_content" if event.thought else "content": event.text}]
+        if isinstance(event, ToolCallPiece):
+            index, call = {"index": len(choice.calls) - 1}, choice.calls[-1]
+            head = call | {"function": {"name": event.name, "arguments": ""}}
+            arguments = {"function": {"arguments": event.arguments}}
+            return [{"tool_calls": [index | head]}, {"tool_calls": [index | arguments]}]
+        if not isinstance(event, Preview | ImageFinished):
+            return [{}]
+        image = _image(await self._url(event), event.index)
+        if isinstance(event, Preview):
+            return [{"image_preview": image | {"step": event.step, "steps": event.steps}}]
+        if self._form == "markdown":
+            return [{"content": _markdown(image)}]
+        return [{"images": [image]}]
+
+    @property
+    def _form(self) -> str:
+        return self.body.content_format if self.body.wants_images else "string"
+
+    async def _url(self, event: Preview | ImageFinished) -> str:
+        [[request]] = self.groups
+        if not isinstance(request, InterleaveRequest):
+            raise RuntimeError("an answer in text alone came with an image")
+        format = self.body.output_format
+        file = await self.state.encode(request, event, format, to_base64)
+        return f"data:image/{format};base64,{file}"
 
 
 class _Content:
@@ -461,12 +388,6 @@ def _markdown(image: dict[str, Any]) -> str:
     return f"![image]({image['image_url']['url']})"
 
 
-def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
-    """The usage of answers to one prompt."""
-    finished = [choice.finished for choice in choices]
-    return text_usage(finished, finished[:1])
-
-
 @router.post(
     "/v1/chat/completions",
     summary="Continue a conversation, in text or in text and images",
@@ -476,7 +397,4 @@ def _usage(choices: Sequence[_Choice]) -> dict[str, Any]:
 async def chat_completions(body: ChatBody, state: State) -> Response:
     """Text and images in; text, or with `modalities: ["text", "image"]` both, out."""
     requests = await read_chat(body, state)
-    answer = ChatAnswer(body, requests, state)
-    if body.stream:
-        return await start_stream(answer.chunks())
-    return await answer.whole()
+    return await ChatAnswer(body, [requests], state, _Choice).response()

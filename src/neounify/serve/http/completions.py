@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
@@ -24,10 +25,20 @@ from neounify.serve.http.serving import (
     State,
     json_response,
     sse,
+    sse_of,
     start_stream,
 )
+from neounify.serve.service import ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.program import Finished, TaskEvent, TextPiece, TokenLogProb, ToolCallPiece
+from neounify.tasks.program import (
+    Finished,
+    ImageFinished,
+    Preview,
+    TaskEvent,
+    TextPiece,
+    TokenLogProb,
+    ToolCallPiece,
+)
 
 DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
@@ -35,13 +46,15 @@ ANSWERS_PER_N = 10
 LEAST = -9999.0
 """The logarithm of a probability of 0, as JSON has no infinity."""
 _LOG_PROB_BYTES = 60
-"""About what one token takes in JSON."""
+"""Approximate bytes of one token in JSON."""
 
 Alternatives = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, max_length=1_000_000)
 ]
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=TextFields)
+AnyChoice = TypeVar("AnyChoice", bound="Choice")
 router = APIRouter(tags=["completions"], route_class=BoundedRoute)
 
 
@@ -111,8 +124,83 @@ class Choice:
 
     @property
     def size(self) -> int:
-        """About the bytes of its log-probabilities as JSON."""
+        """Approximate bytes of its log-probabilities as JSON."""
         return _LOG_PROB_BYTES * sum(1 + len(token.top) for token in self.log_probs)
+
+
+class TextAnswer(Generic[Body, AnyChoice]):
+    """The answers to one body in progress, sent as one JSON object or as a stream of chunks.
+
+    `groups` are the requests of each prompt; the answers are numbered in their order.
+    """
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        body: Body,
+        groups: Sequence[Sequence[ServiceRequest]],
+        state: ServerState,
+        new_choice: Callable[[], AnyChoice],
+    ) -> None:
+        self.body, self.groups, self.state = body, groups, state
+        self.choices = [new_choice() for group in groups for _ in group]
+        self._head = {
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": state.config.model_name,
+        }
+
+    async def add(self, choice: AnyChoice, event: TaskEvent) -> None:
+        """Take in an event for an answer that is sent as a whole."""
+        choice.add(event)
+
+    def choice(self, index: int, choice: AnyChoice) -> dict[str, Any]:
+        """A choice of an answer that is sent as a whole."""
+        raise NotImplementedError
+
+    async def chunks(
+        self, index: int, choice: AnyChoice, event: TaskEvent
+    ) -> Sequence[dict[str, Any]]:
+        """The choices, one for each chunk, that an event becomes in a stream."""
+        raise NotImplementedError
+
+    async def response(self) -> Response:
+        """The response that the body asks for."""
+        return await (start_stream(self._stream()) if self.body.stream else self._whole())
+
+    async def _whole(self) -> JSONResponse:
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                await self.add(self.choices[index], event)
+        return await json_response(self._content, sum(choice.size for choice in self.choices))
+
+    def _content(self) -> dict[str, Any]:
+        choices = [self.choice(index, choice) for index, choice in enumerate(self.choices)]
+        answer = {"object": self.whole_object, "choices": choices, "usage": self._usage()}
+        return self._head | answer
+
+    async def _stream(self) -> AsyncGenerator[bytes]:
+        head = self._head | {"object": self.chunk_object}
+        has_usage = self.body.stream_options.include_usage
+        usage = {"usage": None} if has_usage else {}
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                size = event.pixels.nbytes if isinstance(event, Preview | ImageFinished) else 0
+                for choice in await self.chunks(index, self.choices[index], event):
+                    yield await sse_of(partial(dict, head, choices=[choice], **usage), size)
+        if has_usage:
+            yield sse(head | {"choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
+        return self.state.answers(self.groups, self.body)
+
+    def _usage(self) -> dict[str, Any]:
+        finished = [choice.finished for choice in self.choices]
+        return text_usage(finished, finished[:: self.body.n])
 
 
 def for_each_answer(request: Request, n: int) -> Sequence[Request]:
@@ -271,10 +359,7 @@ class Completion(AnswerModel):
 )
 async def completions(body: CompletionBody, state: State) -> Response:
     """Text or token ids in, the text that follows out. Typed special tokens are characters."""
-    answer = _CompletionAnswer(body, await _read(body, state), state)
-    if body.stream:
-        return await start_stream(answer.chunks())
-    return await answer.whole()
+    return await _CompletionAnswer(body, await _read(body, state), state, _Choice).response()
 
 
 async def _read(body: CompletionBody, state: ServerState) -> list[Sequence[CompletionRequest]]:
@@ -313,89 +398,6 @@ async def _read(body: CompletionBody, state: ServerState) -> list[Sequence[Compl
     ]
 
 
-class _CompletionAnswer:
-    """The continuations of one body in progress; those of the first prompt come first."""
-
-    def __init__(
-        self, body: CompletionBody, groups: list[Sequence[CompletionRequest]], state: ServerState
-    ) -> None:
-        self._body, self._groups, self._state = body, groups, state
-        self._choices = [_Choice() for group in groups for _ in group]
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": state.config.model_name,
-        }
-
-    async def whole(self) -> JSONResponse:
-        """The `text_completion`."""
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                self._choices[index].add(event)
-        return await json_response(self._whole, sum(choice.size for choice in self._choices))
-
-    def _whole(self) -> dict[str, Any]:
-        choices = [
-            self._choice(
-                index,
-                choice.text,
-                choice.log_probs,
-                offset=0,
-                finish_reason=choice.finished.finish_reason,
-            )
-            for index, choice in enumerate(self._choices)
-        ]
-        return self._head | {"choices": choices, "usage": self._usage()}
-
-    async def chunks(self) -> AsyncGenerator[bytes]:
-        """The pieces as server-sent events, ended by [DONE]."""
-        async with aclosing(self._events()) as events:
-            async for index, event in events:
-                choice = self._choices[index]
-                offset = len(choice.text)
-                choice.add(event)
-                if isinstance(event, TextPiece):
-                    piece = self._choice(index, event.text, event.log_probs, offset=offset)
-                elif isinstance(event, Finished):
-                    reason = event.finish_reason
-                    piece = self._choice(index, "", (), offset=offset, finish_reason=reason)
-                else:
-                    continue
-                yield self._chunk([piece])
-        if self._body.stream_options.include_usage:
-            yield sse(self._head | {"choices": [], "usage": self._usage()})
-        yield DONE
-
-    def _events(self) -> AsyncGenerator[tuple[int, TaskEvent]]:
-        return self._state.answers(self._groups, self._body)
-
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        log_probs: Sequence[TokenLogProb],
-        *,
-        offset: int,
-        finish_reason: str | None = None,
-    ) -> dict[str, Any]:
-        has_logprobs = self._body.logprobs is not None
-        return {
-            "index": index,
-            "text": text,
-            "finish_reason": finish_reason,
-            "logprobs": of_completion(log_probs, offset) if has_logprobs else None,
-        }
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {"usage": None} if self._body.stream_options.include_usage else {}
-        return sse(self._head | {"choices": choices} | usage)
-
-    def _usage(self) -> dict[str, Any]:
-        finished = [choice.finished for choice in self._choices]
-        return text_usage(finished, finished[:: self._body.n])
-
-
 class _Choice(Choice):
     """One continuation in progress."""
 
@@ -410,5 +412,41 @@ class _Choice(Choice):
 
     @property
     def size(self) -> int:
-        """About the bytes of the continuation as JSON."""
+        """Approximate bytes of the continuation as JSON."""
         return super().size + len(self.text)
+
+
+class _CompletionAnswer(TextAnswer[CompletionBody, _Choice]):
+    """The continuations of one body in progress; those of the first prompt come first."""
+
+    id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        reason = choice.finished.finish_reason
+        return self._part(index, choice.text, choice.log_probs, 0, reason)
+
+    async def chunks(self, index: int, choice: _Choice, event: TaskEvent) -> list[dict[str, Any]]:
+        offset = len(choice.text)
+        choice.add(event)
+        if isinstance(event, TextPiece):
+            return [self._part(index, event.text, event.log_probs, offset, None)]
+        if isinstance(event, Finished):
+            return [self._part(index, "", (), offset, event.finish_reason)]
+        return []
+
+    def _part(
+        self,
+        index: int,
+        text: str,
+        log_probs: Sequence[TokenLogProb],
+        offset: int,
+        finish_reason: str | None,
+    ) -> dict[str, Any]:
+        """A text of choice `index` that begins at `offset` characters."""
+        has_logprobs = self.body.logprobs is not None
+        return {
+            "index": index,
+            "text": text,
+            "finish_reason": finish_reason,
+            "logprobs": of_completion(log_probs, offset) if has_logprobs else None,
+        }

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neounify.config import TextSampling
-from neounify.config.sampling import knob_doc
+from neounify.config.sampling import TextKnobs, knob_doc
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, SolverName
 from neounify.provenance.metadata import Format
@@ -462,15 +462,8 @@ class TextFields(RequestFields):
 
     def sampling(self, *, seed: int | None, logprobs: int | None = None) -> TextSampling:
         """Settings of the token sampler. Raises RequestError for values out of range."""
-        return TextSampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=seed,
-            logprobs=logprobs,
-        )
+        knobs = {name: getattr(self, name) for name in TextKnobs.__annotations__}
+        return TextSampling(**knobs, seed=seed, logprobs=logprobs)
 
 
 class AnswerModel(BaseModel):
