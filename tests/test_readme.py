@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there."""
+"""Commands and code of the README, run as they stand there."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a process imports before it works: start-up time, stated without a clock."""
+"""Imports of a process before it works: start-up time, stated without a clock."""
 
 import gc
 import subprocess

@@ -24,7 +24,7 @@ class TokenizerError(NeounifyError, ValueError):
 
 
 class InputError(NeounifyError, ValueError):
-    """What a caller gave cannot be used; `param` names the parameter at fault, if it is one."""
+    """Unusable input of a caller; `param` names the parameter at fault, if it is one."""
 
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
         super().__init__(message)
@@ -62,7 +62,7 @@ class Cancelled(NeounifyError):
 
 
 def not_finite() -> CheckpointError:
-    """What to raise when a model computes NaN."""
+    """The error for a model that computes NaN."""
     return CheckpointError(
         "the model computes NaN or infinite values: its weights are damaged, which "
         "load(..., verify=True) would locate, or they overflow in float16"

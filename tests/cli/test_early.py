@@ -1,4 +1,4 @@
-"""What can be known without the model is said before it is loaded."""
+"""Errors that need no model are reported before it is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a newcomer meets first: help, wrong usage, the model of the package."""
+"""First steps: help, wrong usage, the bundled model."""
 
 from __future__ import annotations
 

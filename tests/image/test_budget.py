@@ -1,4 +1,4 @@
-"""What decoding may cost: memory, pixels, reads; and what reducing leaves of an image."""
+"""Budget of decoding: memory, pixels, reads; and the result of reducing an image."""
 
 from __future__ import annotations
 

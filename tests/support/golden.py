@@ -1,4 +1,4 @@
-"""Where the recorded arrays of the published implementation lie, if they are here at all."""
+"""Recorded arrays of the published implementation, if they are available."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""How many workers `pytest -n auto` starts."""
+"""Number of workers that `pytest -n auto` starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What single steps leave behind: sums, seeds, modes, compiled functions, warnings."""
+"""Effects of single steps: sums, seeds, modes, compiled functions, warnings."""
 
 from __future__ import annotations
 

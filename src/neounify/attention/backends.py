@@ -202,7 +202,7 @@ class PrefixAttention:
 
 
 def _slots(lengths: Sequence[int], width: int) -> Int64[np.ndarray, " n"]:
-    """Where each token of some images stands, `width` places apart."""
+    """Slot of each image token in a padded batch, with `width` slots per image."""
     return np.concatenate([np.arange(n) + number * width for number, n in enumerate(lengths)])
 
 
@@ -212,10 +212,10 @@ class PaddedAttention:
     Training packs hundreds of short documents into a call. Attention block by block would spend its
     time on the calls; padded to the longest, one masked product serves them all.
 
-    The tokens of each document lie behind one another, stream by stream, in one of `documents`
-    rows of `longest` places. `slots` is the place of each token of a stream, `mask` [documents,
-    longest, longest] who sees whom. Empty places see themselves only, so that every softmax has
-    something to add up.
+    The tokens of each document are concatenated, stream by stream, in one of `documents` rows of
+    `longest` slots. `slots` is the slot of each token of a stream; `mask` [documents, longest,
+    longest] is True where a query sees a key. Empty slots see only themselves, so that no row of
+    the softmax is empty.
     """
 
     def __init__(self, layout: Layout, longest: int, device: torch.device) -> None:
@@ -272,7 +272,7 @@ class PaddedAttention:
 
 
 def _mark(mask: np.ndarray, block: Block, first: int, context: bool) -> None:
-    """Let the queries of a block, the first of them at place `first`, see their keys."""
+    """Let the queries of a block, the first of them in slot `first`, see their keys."""
     block_mask = mask[block.document, first : first + block.length]
     if block.causal:
         before = block.visible - block.length

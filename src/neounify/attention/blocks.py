@@ -38,7 +38,7 @@ class AttentionPlan(Protocol):
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
     ) -> dict[StreamName, Tensor]:
-        """What the queries of each stream gather, [N, heads, d], from the values they see."""
+        """Attention output of each stream, [N, heads, d]: the values that its queries gather."""
 
 
 CAUSAL_CHUNK = 256

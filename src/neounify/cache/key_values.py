@@ -192,7 +192,7 @@ class PagedKVCache:
     def blocks_needed(
         self, keys: Sequence[TokenKey], hashes: Sequence[BlockHash] | None = None
     ) -> int:
-        """How many of the available blocks `open` would allocate for tokens with these keys."""
+        """Number of available blocks that `open` would allocate for tokens with these keys."""
         shared = sum(self.allocator.used(block) for block in self._cached(keys, hashes))
         return self.blocks_for(len(keys)) - shared
 

@@ -45,7 +45,7 @@ PAIRS = (
     ("lora.down.weight", "lora.up.weight"),
     ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
 )
-"""What the two matrices are called: [r, in], [out, r]."""
+"""Names of the two matrices: [r, in], [out, r]."""
 ALPHA = "alpha"
 HALVES: dict[str, Half] = {
     **{down: "down" for down, _ in PAIRS},
@@ -99,7 +99,7 @@ def variant_of(key: str) -> str | None:
 
 
 def partner(spelling: str) -> str:
-    """What the other matrix of a pair is called."""
+    """The name of the other matrix of a pair."""
     for down, up in PAIRS:
         if spelling in (down, up):
             return up if spelling == down else down
@@ -149,10 +149,10 @@ def module_name(weight: str) -> str:
 
 MAX_RANK = 8192
 MAX_NAMED = 3
-"""How many of many names a message lists."""
+"""Names that a message lists, of many."""
 
 METADATA_CONFIG = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's config in a file's metadata."""
+"""Key of a file's metadata under which diffusers keeps PEFT's config."""
 METADATA_ALPHAS = ("ss_network_alpha", "lora_alpha", "alpha")
 
 
@@ -182,7 +182,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What is usable in a file (our weight name → pair), and one line for all that is not."""
+    """Usable pairs of a file (our weight name → pair), and one line about the unusable rest."""
 
     pairs: Mapping[str, LoraPair]
     problems: tuple[str, ...]
@@ -316,7 +316,7 @@ class _Reader:
         return placed
 
     def _problem(self, target: str, halves: dict[str, _Entry], weight: torch.Size) -> str | None:
-        """What is wrong with a module's tensors, None if nothing."""
+        """The problem of a module's tensors, None if there is none."""
         there = [halves[half] for half in ("down", "up") if half in halves]
         if len(there) == 1:
             return f"{target} has no {partner(there[0].parts.spelling)}"

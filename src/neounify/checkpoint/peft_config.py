@@ -80,7 +80,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What an adapter's matrices share. Dropout matters to training only.
+    """Settings of an adapter's matrices. Dropout matters to training only.
 
     `rank_pattern` and `alpha_pattern` override rank and alpha of the modules they match.
     """

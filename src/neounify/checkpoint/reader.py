@@ -161,7 +161,7 @@ def read_document(path: Path, limit: int) -> dict[str, Any]:
 
 
 def files_ending(folder: Path, ending: str) -> list[Path]:
-    """What a folder holds under names of an ending, in any case, by name; hidden ones left out."""
+    """Files of a folder with this ending, in upper or lower case, sorted; without hidden ones."""
     return sorted(
         path
         for path in folder.iterdir()

@@ -38,7 +38,7 @@ _HEAD = "correct, % (95 % interval)"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What to measure, how to sample, and the folder of the report."""
+    """Tasks, sampling and report of an evaluation."""
 
     world: Annotated[
         str,

@@ -55,7 +55,7 @@ def text_knob(name: str, metavar: str, *flags: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
-    """Which model."""
+    """Folder of the model."""
 
     model: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ class NamedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOptions:
-    """How a checkpoint's weights are read."""
+    """Number format and LoRAs of a checkpoint's weights."""
 
     dtype: Annotated[
         str | None,
@@ -95,7 +95,7 @@ class WeightOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """Where a command computes."""
+    """Device of a command."""
 
     device: Annotated[
         str | None,
@@ -105,7 +105,7 @@ class DeviceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadOptions(DeviceOptions):
-    """Where a command computes, and with how many threads."""
+    """Device and threads of a command."""
 
     threads: Annotated[
         int | None,
@@ -120,7 +120,7 @@ class ThreadOptions(DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ColourOptions:
-    """How the colours of input images are read."""
+    """Colour management of input images."""
 
     colour_profiles: Annotated[
         bool,
@@ -136,7 +136,7 @@ class ColourOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
-    """Which model runs, and where."""
+    """The model of a command, its weights and its device."""
 
     memory: Annotated[
         str,
@@ -151,7 +151,7 @@ class ModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """What is shown."""
+    """Output of a command: quiet, JSON, tracebacks."""
 
     quiet: Annotated[
         bool,
@@ -179,7 +179,7 @@ class OverwriteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFileOptions(OverwriteOptions):
-    """How generated images are saved."""
+    """Files of generated images."""
 
     previews: Annotated[
         bool,
@@ -209,7 +209,7 @@ class _ImageTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOutputOptions(ImageFileOptions, _ImageTarget):
-    """Where generated images are saved."""
+    """Files of generated images, and their folder."""
 
 
 # --- tasks ---
@@ -217,7 +217,7 @@ class ImageOutputOptions(ImageFileOptions, _ImageTarget):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """How an image is generated."""
+    """Image generation, without guidance by images."""
 
     size: Annotated[
         str | None,
@@ -331,7 +331,7 @@ class EditOptions(ImageGuidanceOptions, GenerateOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How text is generated."""
+    """Text generation."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -358,7 +358,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(TextOptions):
-    """How a question is answered."""
+    """Answers to questions."""
 
     stop: Annotated[
         list[str] | None,

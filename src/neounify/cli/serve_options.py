@@ -22,7 +22,7 @@ REPLICAS = "Replicas"
 
 @dataclass(frozen=True, kw_only=True)
 class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
-    """Which model is served, and where it runs."""
+    """The served model, its engines' devices and threads."""
 
     mode: Annotated[
         str,
@@ -49,7 +49,7 @@ class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel)
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions:
-    """Where the server listens."""
+    """Address and names of the server."""
 
     host: Annotated[
         str,

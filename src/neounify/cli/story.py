@@ -72,7 +72,7 @@ class _StoryTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class StoryOutputOptions(ImageFileOptions, _StoryTarget):
-    """Where stories are saved."""
+    """Folder of stories."""
 
 
 def story(

@@ -12,7 +12,7 @@ from neounify.errors import ConfigError
 
 ImageHead = Literal["flow", "pixel"]
 NoiseScaleMode = Literal["fixed", "resolution", "dynamic", "dynamic_sqrt"]
-"""How σ depends on the number of image tokens; the formulas are in `flow/path.py`."""
+"""Dependence of σ on the number of image tokens; the formulas are in `flow/path.py`."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -28,7 +28,7 @@ class FlowConfig:
     noise_scale: float = 1.0
     """s, the noise scale at `noise_scale_base_tokens` tokens; above 0."""
     noise_scale_mode: NoiseScaleMode = "resolution"
-    """How σ grows with the number of image tokens."""
+    """Growth of σ with the number of image tokens."""
     noise_scale_base_tokens: int = 64
     """n0, the number of image tokens at which σ equals `noise_scale`."""
     noise_scale_max: float = 8.0

@@ -84,7 +84,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling:
-    """How tokens are drawn. Raises RequestError for values out of range.
+    """Sampling of text tokens. Raises RequestError for values out of range.
 
     The filters apply in the order of the fields; a field here has an option of the command line
     and a field of the HTTP API, described by the same sentence (`knob_doc`).

@@ -131,7 +131,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """How often something was right."""
+    """A rate of success: `correct` of `number`."""
 
     correct: int
     number: int

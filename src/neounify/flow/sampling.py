@@ -91,7 +91,7 @@ def make_solver(name: str) -> Solver:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSampling:
-    """How a request wants its images sampled. Raises RequestError for values out of range.
+    """Sampling of images as a request names it. Raises RequestError for values out of range.
 
     None stands for the checkpoint's default (`config.sampling`); for `t_eps`, for the value that
     fits the times. `resolve` gives the values that are used. A field here has an option of the
@@ -212,7 +212,7 @@ class InterleaveKnobs(EditKnobs, TextKnobs, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSampling:
-    """How an image is sampled, every value known. Raises RequestError for values out of range."""
+    """Sampling of an image with every value known. Raises RequestError for values out of range."""
 
     steps: int
     """Denoising steps, 1 to MAX_STEPS."""

@@ -34,7 +34,7 @@ from neounify.image.formats import (
 from neounify.image.pixels import check_aspect
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is always read, by PIL's names; AVIF and HEIC are where there is a decoder."""
+"""Formats that are always read, by PIL's names; AVIF and HEIC need a decoder."""
 
 MAX_DECODED_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels: half a gigabyte as RGB. PIL's own limit."""
@@ -191,7 +191,7 @@ def _profile(image: Image.Image) -> bytes | None:
 
 
 def read_metadata(source: bytes | str | PathLike[str], keys: Sequence[str]) -> dict[str, Any]:
-    """What Pillow calls an image's info, its pixels undecoded.
+    """Metadata of an image (Pillow's `info`), without decoding its pixels.
 
     Of a PNG's text chunks, those of `keys` alone. Raises ImageError as `read_image` does.
     """
@@ -245,7 +245,7 @@ def _check_pixels(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """How to turn an image upright, None where it is."""
+    """The transposition that turns an image upright, None if it is."""
     try:
         with _quiet():
             orientation = image.getexif().get(_ORIENTATION_TAG)
@@ -320,7 +320,7 @@ class DecodeBudget:
         self._keep_pixels = keep_pixels
         self._left = float(max_pixels)
         self.last_bytes = 0
-        """What the last image took while it was decoded, in bytes."""
+        """Bytes that decoding the last image took."""
 
     def check_format(self, data: bytes, name: str) -> None:
         """ImageError for formats that pack into a small file what takes long to read."""

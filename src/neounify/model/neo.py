@@ -229,7 +229,7 @@ class NeoUnify(nn.Module):
         return ModelOutput(text, self.clean_prediction(hidden[GEN], batch.layout.noise_grids))
 
     def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
-        """What enters the first layer, for each stream."""
+        """Input of the first layer, for each stream."""
         layout = batch.layout
         embedded = {UND: self.embed_und(layout, batch.ids, batch.images)}
         z, t, noise_scale = batch.z, batch.t, batch.noise_scale

@@ -16,11 +16,11 @@ GEN: StreamName = "gen"
 
 @dataclass(frozen=True)
 class StreamRule:
-    """Who sees the tokens of a stream.
+    """Visibility of a stream's tokens.
 
-    Those of a `context` stream are seen by what follows them in their document, in every stream,
-    and their keys and values are cached. Those of any other stream are seen by their own block
-    alone and never cached.
+    Tokens of a `context` stream are visible to the later tokens of their document, in every stream,
+    and their keys and values are cached. Tokens of any other stream are visible only to their own
+    block and never cached.
     """
 
     context: bool

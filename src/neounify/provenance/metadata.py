@@ -26,7 +26,7 @@ QUALITY = 95
 """Of JPEG and lossy WebP, on the scale of 0 to 100 that both share."""
 
 MAX_JPEG_PACKET_BYTES = 65504
-"""What one XMP segment of a JPEG holds, in bytes."""
+"""Capacity of one XMP segment of a JPEG, in bytes."""
 
 _XMP_CHUNK = "XML:com.adobe.xmp"
 
@@ -54,7 +54,7 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """What an image file says of its origin; empty if it says nothing.
+    """Origin that an image file declares; empty if it declares none.
 
     Values are what JSON can say: numbers are numbers, settings are a dictionary.
     `made_by` and `source_type` are also read where other software wrote them. All of it can be
@@ -114,7 +114,7 @@ def write_packet(facts: Mapping[str, object]) -> bytes:
 
 
 def read_packet(packet: bytes) -> dict[str, Any]:
-    """What a packet says: `made_by`, `source_type`, and facts if neounify wrote it.
+    """Content of a packet: `made_by`, `source_type`, and facts if neounify wrote it.
 
     Packets of other software give what they share with ours; damaged ones give nothing.
     """

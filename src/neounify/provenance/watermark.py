@@ -142,7 +142,7 @@ def write_fields(number: int) -> Bits:
 
 
 def agreeing(fields: Bits) -> NDArray[np.int64]:
-    """How many fields agree with the mark of each number."""
+    """Number of fields that agree with the mark of each number."""
     return np.count_nonzero(_marks() == fields, axis=1)
 
 

@@ -199,7 +199,7 @@ PUBLISHED_PIXELS = (512**2, 2048**2)
 """(least, greatest) area the published models were trained to generate, in pixels."""
 
 MAX_NAMED = 6
-"""How many sizes a message lists."""
+"""Sizes that a message lists."""
 
 
 def max_image_tokens(config: ModelConfig) -> int:

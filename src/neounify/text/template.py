@@ -89,7 +89,7 @@ class Message:
 
     @property
     def n_images(self) -> int:
-        """How many images the message holds."""
+        """Number of images in the message."""
         return len(self.pieces) - 1
 
 
@@ -133,7 +133,7 @@ class Prompt:
 
     @property
     def n_images(self) -> int:
-        """How many images the prompt holds."""
+        """Number of images in the prompt."""
         return sum(isinstance(segment, ImageSegment) for segment in self.segments)
 
     def ids(self, tokens_per_image: Sequence[int], context_id: int) -> list[int]:
@@ -451,7 +451,7 @@ def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> Prompt:
 
 
 def _typed(marks: Sequence[str]) -> re.Pattern[str]:
-    """Where to cut text so that the spelling of a tool mark is not read as its token."""
+    """Positions at which text is cut, so that a typed tool mark is not read as its token."""
     inside = "|".join(re.escape(mark[1:]) for mark in marks)
     return re.compile(f"(?<=<)(?={inside})" if inside else "(?!)")
 

@@ -267,7 +267,7 @@ def _cut_call(text: str) -> ToolCall | None:
 
 
 def _overlap(text: str) -> int:
-    """How many characters at the end of `text` may begin the mark of a call."""
+    """Number of characters at the end of `text` that may begin the mark of a call."""
     return max((n for n in range(1, len(CALL_OPEN)) if text.endswith(CALL_OPEN[:n])), default=0)
 
 

@@ -1,4 +1,4 @@
-"""What the browser pretends to be."""
+"""Device that the browser emulates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a visitor does on the page, and must see: the same against a scripted and a real server.
+"""Journeys of a visitor on the page: the same against a scripted and a real server.
 
 Every journey takes (browser, base_url) and begins by opening the page anew.
 """

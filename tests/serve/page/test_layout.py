@@ -1,4 +1,4 @@
-"""How the page is laid out, on phones and desktops, against a scripted server."""
+"""Layout of the page on phones and desktops, against a scripted server."""
 
 from __future__ import annotations
 

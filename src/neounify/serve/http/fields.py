@@ -143,7 +143,7 @@ VALUES: Mapping[str, Callable[[Any], Any]] = {
     "aspect_ratio": _unless("", "auto"),
     "output_format": lambda value: "jpeg" if value == "jpg" else value,
 }
-"""How values of other servers are read, by field; None means absent."""
+"""Readers of the values of other servers, by field; None means absent."""
 
 
 def to_our_names(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
