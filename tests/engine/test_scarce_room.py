@@ -258,3 +258,34 @@ def test_what_can_never_fit_is_refused_with_numbers(pipe: neounify.Pipeline, whe
     assert isinstance(answer, Failed)
     assert "needs room for 64 tokens, the server has 48" in answer.message
     assert not engine.busy
+
+
+def steps_to_idle(engine: UnderstandingEngine) -> int:
+    for steps in range(50):
+        if not engine.busy:
+            return steps
+        engine.step()
+    raise AssertionError("it is never idle")
+
+
+def test_a_pinned_sequence_is_prefilled_again_when_there_is_room(pipe: neounify.Pipeline) -> None:
+    engine = engine_with(pipe, 48)
+    shared, pinned = TextInput(tuple(range(20))), (0, "shared")
+    engine.submit(Prefill(0, {pinned: (shared,)}, {pinned: 0}, pinned=True))
+    large, waiting = (1, "large"), (2, "waiting")
+    engine.submit(Prefill(1, {large: (TextInput(tuple(range(100, 141))),)}, {large: 7}))
+    assert steps_to_idle(engine) == 3, "there is no room to prefill the pinned one again"
+    assert engine.room.preempted == 1
+    assert pool_of(engine).allocator.in_use == 11, "the large one's alone"
+    engine.submit(Prefill(2, {waiting: (TextInput((1, 2)),)}, {waiting: 0}))
+    engine.submit(Release((large, waiting)))
+    assert steps_to_idle(engine) == 1
+    assert pool_of(engine).allocator.in_use == 5
+    engine.replies.clear()
+    engine.submit(Prefill(3, {(3, "cond"): (shared, TextInput((7,)))}, {(3, "cond"): 0}))
+    steps_to_idle(engine)
+    assert engine.replies[-1].answer == Prefilled(21, 20)
+    engine.submit(Release((pinned, (3, "cond"))))
+    engine.check()
+    assert steps_to_idle(engine) == 0
+    assert pool_of(engine).allocator.in_use == 0

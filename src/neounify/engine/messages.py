@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -130,6 +130,24 @@ class ImageInput:
 
 
 PromptInput = TextInput | ImageInput
+Prompts = Mapping[SequenceName, tuple[PromptInput, ...]]
+
+
+def with_images(prompts: Prompts, transport: Transport) -> Prompts:
+    """The prompts with their images out of their references. Raises TensorsGone.
+
+    The prompts of guidance branches share the references of their images.
+    """
+    taken: dict[int, LocalTensors] = {}
+
+    def take(part: PromptInput) -> PromptInput:
+        if not isinstance(part, ImageInput):
+            return part
+        if id(part.pixels) not in taken:
+            taken[id(part.pixels)] = LocalTensors(dict(transport.take(part.pixels)))
+        return replace(part, pixels=taken[id(part.pixels)])
+
+    return {name: tuple(map(take, parts)) for name, parts in prompts.items()}
 
 
 # --- to the understanding engine ---
@@ -156,12 +174,15 @@ class Prefill:
 
     Prompts that can never fit into the cache are refused, all others wait until there is room.
     `then` is decoded at once, without a round trip to the caller, under the same call number.
+    `pinned` sequences stay for others to share: preempted, they are prefilled again once nothing
+    else is to do and there is room.
     """
 
     call: int
-    prompts: Mapping[SequenceName, tuple[PromptInput, ...]]
+    prompts: Prompts
     room: Mapping[SequenceName, int]
     then: Decode | None = None
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +190,7 @@ class Append:
     """Append to sequences."""
 
     call: int
-    parts: Mapping[SequenceName, tuple[PromptInput, ...]]
+    parts: Prompts
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,9 @@ class Room(Protocol):
     ) -> bool:
         """Room for `tokens` more behind what is in the cache; False if it has to wait."""
 
+    def fits(self, sequence: ServedSequence) -> bool:
+        """Whether a sequence is in the cache, or could be without preempting others."""
+
     def leave(self, sequence: ServedSequence) -> None:
         """Release a sequence's cache, if it has one."""
 
@@ -332,6 +335,9 @@ class ContiguousRoom:
     def grow(
         self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
     ) -> bool:
+        return True
+
+    def fits(self, sequence: ServedSequence) -> bool:
         return True
 
     def leave(self, sequence: ServedSequence) -> None:
@@ -428,6 +434,13 @@ class PagedRoom:
         if lacking > 0:
             cache.grow(lacking)
         return True
+
+    def fits(self, sequence: ServedSequence) -> bool:
+        if sequence.cache is not None:
+            return True
+        hashes = sequence.block_hashes(self.pool.block_size)
+        needed = self.pool.blocks_needed(sequence.token_keys, hashes)
+        return needed <= self.pool.allocator.available
 
     def preempt(self, sequence: ServedSequence) -> None:
         """Take a sequence's blocks; their content can be matched until they are reused."""

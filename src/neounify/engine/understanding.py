@@ -25,10 +25,7 @@ from neounify.engine.messages import (
     Decoded,
     Export,
     Exported,
-    ImageInput,
-    LocalTensors,
     Prefill,
-    PromptInput,
     Release,
     Reply,
     SequenceName,
@@ -36,6 +33,7 @@ from neounify.engine.messages import (
     Token,
     Transport,
     failed,
+    with_images,
 )
 from neounify.engine.sequences import (
     ModelInput,
@@ -61,8 +59,6 @@ from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import UND
 from neounify.runtime.plan import ExecutionPlan, measured_plan
-
-Prompts = Mapping[SequenceName, tuple[PromptInput, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +143,12 @@ class UnderstandingEngine:
         self._prefills: list[PendingPrefill] = []
         self._exports: list[PendingExport] = []
         self._decoding: dict[SequenceName, Decode] = {}
+        self._pinned: list[ServedSequence] = []
         self._waiting = 0
 
     @property
     def busy(self) -> bool:
-        return bool(self._prefills or self._exports or self._decoding)
+        return bool(self._prefills or self._exports or self._decoding or self._preempted_pins())
 
     @property
     def urgent(self) -> bool:
@@ -223,12 +220,14 @@ class UnderstandingEngine:
             if end > limit:
                 raise PromptError(f"the prompt is {end} positions long, the model reads {limit}")
         # Taken at once: the caller may leave before there is room, and frees its references.
-        prompts = self._with_images(command.prompts)
+        prompts = with_images(command.prompts, self.transport)
         for name, parts in prompts.items():
             sequence = ServedSequence(name, next(self._ages), command.room[name])
             sequence.append(parts)
             self._sequences[name] = sequence
         opened = tuple(self._sequences[name] for name in prompts)
+        if command.pinned:
+            self._pinned += opened
         self._prefills.append(PendingPrefill(command.call, opened, True, command.then))
 
     def _check_room(self, tokens: int) -> None:
@@ -239,24 +238,8 @@ class UnderstandingEngine:
                 "ask for fewer tokens"
             )
 
-    def _with_images(self, prompts: Prompts) -> Prompts:
-        """The prompts with their images out of their references. Raises TensorsGone.
-
-        The prompts of guidance branches share the references of their images.
-        """
-        taken: dict[int, LocalTensors] = {}
-
-        def take(part: PromptInput) -> PromptInput:
-            if not isinstance(part, ImageInput):
-                return part
-            if id(part.pixels) not in taken:
-                taken[id(part.pixels)] = LocalTensors(dict(self.transport.take(part.pixels)))
-            return replace(part, pixels=taken[id(part.pixels)])
-
-        return {name: tuple(map(take, parts)) for name, parts in prompts.items()}
-
     def _extend(self, command: Append) -> None:
-        taken = self._with_images(command.parts)
+        taken = with_images(command.parts, self.transport)
         for name, parts in taken.items():
             sequence = self._sequence(name)
             check_context(sequence.next_t + positions_of(parts), self.model.config.max_positions)
@@ -273,13 +256,17 @@ class UnderstandingEngine:
     # --- allocation and prefill ---
 
     def _wanted(self) -> set[ServedSequence]:
-        """Sequences with a pending call."""
+        """Sequences with a pending call; without any, pinned ones that were preempted."""
         wanted = {self._sequences[name] for name in self._decoding}
         for pending in self._prefills:
             wanted.update(s for s in pending.sequences if not s.prefilled)
         for export in self._exports:
             wanted.update(export.left)
-        return wanted
+        return wanted or set(self._preempted_pins())
+
+    def _preempted_pins(self) -> list[ServedSequence]:
+        """Pinned sequences that are not in the cache although there is room."""
+        return [s for s in self._pinned if not s.ready and self.room.fits(s)]
 
     def _allocate(self) -> None:
         wanted = self._wanted()
@@ -458,6 +445,7 @@ class UnderstandingEngine:
         for export in [e for e in self._exports if gone.intersection(e.sequences)]:
             self._exports.remove(export)
             export.free()
+        self._pinned = [s for s in self._pinned if s not in gone]
         for sequence in gone:
             self._decoding.pop(sequence.name, None)
             del self._sequences[sequence.name]

@@ -48,7 +48,7 @@ from neounify.tasks.program import (
     Take,
     TaskEvent,
     keep,
-    prefill,
+    pin,
     read_prefix,
     resume,
 )
@@ -290,7 +290,7 @@ class EngineService:
         shared = _shared_beginning(self.processor)
         if shared:
             self._pinned = RequestContext(self.clients, preparing=True)
-            await self._pinned.result(prefill(shared))
+            await self._pinned.result(pin(shared))
 
 
 def _answers_of(request: ServiceRequest) -> int:

@@ -277,10 +277,10 @@ def read_prefix(prompt: Prompt) -> Program[Prefix]:
     return prefix
 
 
-def prefill(ids: Sequence[int]) -> Program[None]:
-    """Prefill text whose sequence stays until its context is closed."""
+def pin(ids: Sequence[int]) -> Program[None]:
+    """Prefill text for others to share; its sequence stays until its context is closed."""
     (name,) = new_sequences("shared").values()
-    yield Prefill(new_number(), {name: (TextInput(tuple(ids)),)}, {name: 0})
+    yield Prefill(new_number(), {name: (TextInput(tuple(ids)),)}, {name: 0}, pinned=True)
 
 
 def keep(name: str, prefix: Prefix) -> Program[None]:
