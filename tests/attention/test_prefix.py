@@ -48,7 +48,7 @@ def test_a_batch_computes_what_each_does_alone(
 ) -> None:
     layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=True))
     lengths = [rows * columns for rows, columns in GRIDS]
-    attend = PrefixAttention(caches, lengths)
+    attend = PrefixAttention(layout, caches, CPU)
     kept = [cache.keys.clone() for cache in caches]
     for _ in range(2):  # the second step must find nothing of the first
         noise = torch.randn(sum(lengths), model.config.hidden_size)
@@ -63,7 +63,7 @@ def test_a_batch_computes_what_each_does_alone(
             torch.testing.assert_close(
                 joint, hidden(model, alone, x, plan(alone, [cache], "blocks"))
             )
-            single = PrefixAttention([cache], [x.shape[0]])
+            single = PrefixAttention(alone, [cache], CPU)
             torch.testing.assert_close(joint, hidden(model, alone, x, single))
     for cache, before in zip(caches, kept, strict=True):
         assert torch.equal(cache.keys[:, :, : cache.length], before[:, :, : cache.length])
@@ -77,13 +77,13 @@ def test_nan_in_one_prefix_or_image_reaches_no_other(
     lengths = [rows * columns for rows, columns in GRIDS[:3]]
     layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=False))
     noise = torch.randn(sum(lengths), model.config.hidden_size)
-    expected = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
+    expected = hidden(model, layout, noise, PrefixAttention(layout, caches, CPU)).split(lengths)
     bad = noise.clone()
     bad.split(lengths)[broken].fill_(float("nan"))
-    actual = hidden(model, layout, bad, PrefixAttention(caches, lengths)).split(lengths)
+    actual = hidden(model, layout, bad, PrefixAttention(layout, caches, CPU)).split(lengths)
     caches[broken].keys.fill_(float("nan"))
     caches[broken].values.fill_(float("nan"))
-    behind = hidden(model, layout, noise, PrefixAttention(caches, lengths)).split(lengths)
+    behind = hidden(model, layout, noise, PrefixAttention(layout, caches, CPU)).split(lengths)
     for index in range(3):
         for output in (actual[index], behind[index]):
             if index == broken:
@@ -98,7 +98,7 @@ def test_gradients(model: NeoUnify, caches: list[SequenceCache]) -> None:
     lengths = [rows * columns for rows, columns in GRIDS]
     noise = torch.randn(2, sum(lengths), model.config.hidden_size)
     gradients = []
-    for attend in (PrefixAttention(caches, lengths), plan(layout, caches, "blocks")):
+    for attend in (PrefixAttention(layout, caches, CPU), plan(layout, caches, "blocks")):
         x = noise.clone().requires_grad_()
         steps = [hidden(model, layout, step, attend) for step in x]
         (steps[0].square().sum() + steps[1].sin().sum()).backward()
@@ -115,11 +115,11 @@ def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
         cache.keys, cache.values = cache.keys.bfloat16(), cache.values.bfloat16()
     layout = Layout(c.document(Noise(2, 3)) for c in caches)
     noise = torch.randn(24, model.config.hidden_size).bfloat16()
-    together = hidden(half, layout, noise, PrefixAttention(caches, [6] * 4))
+    together = hidden(half, layout, noise, PrefixAttention(layout, caches, CPU))
     for number, cache in enumerate(caches):
         rows = noise[6 * number : 6 * number + 6]
         layout = Layout([cache.document(Noise(2, 3))])
-        alone = hidden(half, layout, rows, PrefixAttention([cache], [6]))
+        alone = hidden(half, layout, rows, PrefixAttention(layout, [cache], CPU))
         torch.testing.assert_close(together[6 * number : 6 * number + 6], alone, atol=0.05, rtol=0)
 
 

@@ -130,3 +130,16 @@ def test_images_take_one_step_and_noise_none() -> None:
     assert (document.past, document.start_t) == (12, 4)
     cache.advance(document)
     assert (cache.length, cache.next_t) == (12, 4)
+
+
+def test_heads_are_those_of_the_first_keys() -> None:
+    """A rank of several computes a share of the model's heads."""
+    cache = SequenceCache(CONFIG, 4, dtype=torch.float32, device=torch.device("cpu"))
+    heads = CONFIG.num_kv_heads + 1
+    k = torch.randn(2, heads, CONFIG.head_dim)
+    for layer in range(CONFIG.num_layers):
+        cache.write(layer, k, k)
+    cache.advance(cache.document(Text(2)))
+    assert torch.equal(cache.read(0, 2)[0], k.transpose(0, 1))
+    with pytest.raises(ValueError, match=f"keys of 7 heads in a cache of {heads}"):
+        cache.write(0, torch.zeros(1, 7, CONFIG.head_dim), torch.zeros(1, 7, CONFIG.head_dim))

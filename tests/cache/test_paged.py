@@ -194,3 +194,16 @@ def test_room_is_all_or_nothing(model: NeoUnify) -> None:
     assert pool.allocator.in_use == 0
     with pytest.raises(ValueError, match="in a room of 8"):
         one.reserve(9)
+
+
+def test_heads_are_those_of_the_first_keys(model: NeoUnify) -> None:
+    pool = PagedKVCache(model.config, 4, 2, dtype=torch.float32, device=CPU)
+    sequence = pool.open(text_keys(range(3), 0), 0)
+    heads = model.config.num_kv_heads + 1
+    k = torch.randn(3, heads, model.config.head_dim)
+    for layer in range(model.config.num_layers):
+        sequence.write(layer, k, k)
+    sequence.advance(sequence.document(Text(3)))
+    assert torch.equal(sequence.read(0, 3)[0], k.transpose(0, 1))
+    with pytest.raises(ValueError, match=f"keys of 7 heads in a cache of {heads}"):
+        sequence.write(0, *(torch.zeros(1, 7, model.config.head_dim) for _ in "kv"))

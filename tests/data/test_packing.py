@@ -66,8 +66,8 @@ def test_a_pack_is_its_documents_side_by_side() -> None:
         rows += [first + row for row in d.label_rows]
         first = stop
     assert pack.label_rows.tolist() == rows
-    assert len(pack.targets) == len(pack.layout.noise_grids) == len(pack.target_tasks)
-    assert len(pack.images) == len(pack.layout.image_grids)
+    assert len(pack.targets) == len(pack.layout["gen"].grids) == len(pack.target_tasks)
+    assert len(pack.images) == len(pack.layout["und"].grids)
 
 
 def test_packs_are_at_least_97_percent_full() -> None:

@@ -184,7 +184,7 @@ def test_images_without_memory_fail_and_others_continue(
     settings = GenerationSettings(step_tokens=16)
     engine = GenerationEngine(pipe.model, settings, LocalTransport())
     layers = failing(pipe, monkeypatch, "layer_by_layer", error)
-    layers.when = lambda layout, *rest: layout.noise_grids[0].length == 36
+    layers.when = lambda layout, *rest: layout["gen"].grids[0].length == 36
     for call, side in ((1, 6), (2, 2), (3, 2)):
         engine.submit(image(pipe, call, Grid(side, side)))
     answers = steps(engine)

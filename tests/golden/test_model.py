@@ -22,12 +22,12 @@ from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, Grid, grid_patches
 from neounify.model.parts import GEN, UND
-from neounify.model.stream import SparseMlp, rotate_patches
+from neounify.model.stream import SparseMlp, patch_rotation, rotate_patches
 from support import reference
 from support.attention import plan
 from support.decoding import Decoder, parts_of
 from support.golden import load_fixture, needs_golden
-from support.models import assert_close, batch_of, facts_of, one_thread, weights_of
+from support.models import assert_close, batch_of, embed_clean, facts_of, one_thread, weights_of
 from support.patches import from_patches, to_patches
 from support.scripted_sampler import script_sampler
 
@@ -78,11 +78,13 @@ def test_patch_embedding_stage_by_stage(
     rows, columns = recorded[f"{image}.grid_hw"][0].tolist()
     features = gelu(linear(pixels, embed.patch.weight.flatten(1), embed.patch.bias))
     assert_close(features, recorded[f"{image}.{stream}.patch_gelu"], TOLERANCE)
-    row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).unbind(1)
-    rotated = rotate_patches(features, row, column, embed.theta)
+    channels, theta = model.config.vision_hidden_size, model.config.rope_theta_vision
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    rotated = rotate_patches(features, patch_rotation(places, channels, theta))
     assert_close(rotated, recorded[f"{image}.{stream}.rope"], TOLERANCE)
     cells = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
-    tokens = embed(pixels[_token_order(rows, columns)], cells)
+    rotation = patch_rotation(cells.flatten(0, 1), channels, theta)
+    tokens = embed(pixels[_token_order(rows, columns)], rotation)
     assert_close(tokens, recorded[f"{image}.{stream}.out"], TOLERANCE)
 
 
@@ -91,9 +93,9 @@ def test_patch_embedding_of_images(name: str, model: NeoUnify) -> None:
     """From whole images, one by one and both in one call."""
     recorded, _ = load_fixture(name, "vision")
     images = [_image_tensor(recorded, "a"), _image_tensor(recorded, "b")]
-    assert_close(model.embed_clean(images[:1]), recorded["a.und.out"], TOLERANCE)
-    assert_close(model.embed_clean(images[1:]), recorded["b.und.out"], TOLERANCE)
-    assert_close(model.embed_clean(images), recorded["ab.und.out"], TOLERANCE)
+    assert_close(embed_clean(model, images[:1]), recorded["a.und.out"], TOLERANCE)
+    assert_close(embed_clean(model, images[1:]), recorded["b.und.out"], TOLERANCE)
+    assert_close(embed_clean(model, images), recorded["ab.und.out"], TOLERANCE)
 
 
 @every_checkpoint
@@ -108,7 +110,9 @@ def test_cutting_images(name: str, model: NeoUnify) -> None:
     t, scale = torch.tensor([0.3, 0.6]), torch.tensor([1.0, 2.0])
     extra = model.timestep_embedder(t)
     extra += model.noise_scale_embedder(scale / model.config.flow.noise_scale_max)
-    tokens = model.embed_noisy([Grid(3, 2), Grid(3, 2)], z.flatten(0, 1), t, scale)
+    tokens = model.embed_noisy(
+        Layout([Document((Noise(3, 2), Noise(3, 2)))]), z.flatten(0, 1), t, scale
+    )
     tokens = tokens.view(2, 6, -1) - extra[:, None]
     assert_close(tokens, recorded["image.gen.out"], TOLERANCE)
 
@@ -258,11 +262,11 @@ def test_velocity(name: str, prefix: str, model: NeoUnify) -> None:
     assert torch.equal(patchify(recorded["noise"], 32)[0], z)
     for t in (0.0, 0.3, 0.97, 0.99):
         scale = torch.tensor([facts["noise_scale"]])
-        embedded = model.embed_noisy([Grid(3, 2)], z, torch.tensor([t]), scale)
+        embedded = model.embed_noisy(layout, z, torch.tensor([t]), scale)
         assert_close(embedded, recorded[f"t{t}.input_embeds"][0], TOLERANCE)
         hidden = model.backbone(layout, {GEN: embedded}, plan(layout, [cache]))[GEN]
         assert_close(hidden, recorded[f"t{t}.{prefix}.hidden"][0], TOLERANCE)
-        clean = model.clean_prediction(hidden, layout.noise_grids)
+        clean = model.clean_prediction(hidden, layout[GEN].grids)
         assert_close(clean, recorded[f"t{t}.{prefix}.x_pred"][0], TOLERANCE)
         v = velocity(clean, z, t, 0.02)
         assert_close(v, recorded[f"t{t}.{prefix}.v_pred"][0], TOLERANCE)

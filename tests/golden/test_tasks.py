@@ -25,6 +25,7 @@ from support.golden_steps import (
     image_file,
     pipeline,
 )
+from support.models import embed_clean
 from support.scripted_sampler import script_sampler
 
 pytestmark = [needs_golden, pytest.mark.parametrize("name", NAMES)]
@@ -146,7 +147,7 @@ def edit_cases(info: dict[str, Any], *, rounded: bool) -> list[tuple[str, dict[s
 @torch.inference_mode()
 def embedded(pipe: neounify.Pipeline, images: list[Path]) -> Tensor:
     """The understanding embedding of all input images of an edit."""
-    return pipe.model.embed_clean(edit_images(pipe.processor, [read_image(i) for i in images]))
+    return embed_clean(pipe.model, edit_images(pipe.processor, [read_image(i) for i in images]))
 
 
 @pytest.mark.parametrize("group", ["1img", "2img", "2img_auto"])

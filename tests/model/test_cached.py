@@ -145,7 +145,7 @@ def _tokens_of_noise(span: Noisy, model: NeoUnify) -> Tensor:
     assert packed.z is not None
     assert packed.t is not None
     assert packed.noise_scale is not None
-    return model.embed_noisy(packed.layout.noise_grids, packed.z, packed.t, packed.noise_scale)
+    return model.embed_noisy(packed.layout, packed.z, packed.t, packed.noise_scale)
 
 
 @pytest.mark.parametrize("head", ["flow", "pixel"])
@@ -171,7 +171,7 @@ def test_denoising_over_a_prefix_equals_the_mixed_forward(head: str) -> None:
             noise = {GEN: _tokens_of_noise(span, model)}
             hidden = model.backbone(layout, noise, plan(layout, [cache]))
             assert set(hidden) == {GEN}
-            actual = model.clean_prediction(hidden[GEN], layout.noise_grids)
+            actual = model.clean_prediction(hidden[GEN], layout[GEN].grids)
             image = next(clean)
             packed = pack([[Noisy(image, "x", 0.5, 0.5)]], config, torch.float64)
             assert packed.z is not None

@@ -10,6 +10,7 @@ import torch
 
 from neounify.model import Document, Image, Layout, Noise, Text
 from neounify.model.layout import Grid, grid_patches
+from neounify.model.parts import GEN, UND
 from support import reference
 from support.models import Maker, by_stream, pack, random_config
 
@@ -104,8 +105,8 @@ def test_order_puts_text_and_images_into_their_rows() -> None:
     order = layout.und_order_on(CPU)
     assert order is not None
     assert [mixed[row] for row in order] == ["a", "b", "I", "J", "c", "K", "L", "d"]
-    assert layout.image_grids == [Grid(1, 2), Grid(2, 1)]
-    assert layout.noise_grids == [Grid(1, 1)]
+    assert layout[UND].grids == [Grid(1, 2), Grid(2, 1)]
+    assert layout[GEN].grids == [Grid(1, 1)]
     assert Layout([Document((Text(4), Noise(1, 1)))]).und_order_on(CPU) is None
     assert Layout([Document((Image(2, 2),))]).und_order_on(CPU) is None
 

@@ -124,12 +124,50 @@ def test_order_of_tokens_does_not_matter() -> None:
     assert_close(block(x[order]), block(x)[order], 1e-12)
 
 
-def test_router_and_chosen_experts_get_gradients() -> None:
-    block, x = _block(8, 2).requires_grad_(True), _inputs(2)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_router_and_experts_get_gradients(dtype: torch.dtype) -> None:
+    """Of zero where no token was routed to an expert, as on any rank of several."""
+    block, x = _block(8, 2, dtype=dtype).requires_grad_(True), _inputs(2).to(dtype)
     _, experts = block.route(x)
     block(x).square().sum().backward()
     assert block.router.weight.grad is not None
     assert block.router.weight.grad.abs().sum() > 0
     for number, expert in enumerate(block.experts):
-        used = number in experts
-        assert all((p.grad is not None) == used for p in expert.parameters())
+        for parameter in expert.parameters():
+            assert parameter.grad is not None
+            assert bool(parameter.grad.any()) == (number in experts)
+
+
+def _wide(dtype: torch.dtype) -> tuple[SparseMlp, Tensor]:
+    """A block whose widths grouped products serve, and input of it."""
+    config = MlpConfig(width=0, num_experts=6, experts_per_token=2, expert_width=8, sparse=(True,))
+    torch.manual_seed(0)
+    block = SparseMlp(16, config).requires_grad_(False)
+    return block.to(dtype), torch.randn(9, 16).to(dtype)
+
+
+def test_experts_are_trained_without_waiting_for_counts() -> None:
+    """In grouped products, which give the gradients that each expert by itself gives."""
+    (each, x), (grouped, _) = _wide(torch.float64), _wide(torch.float32)
+    each.requires_grad_(True)(x).square().sum().backward()
+    grouped.requires_grad_(True)(x.float()).square().sum().backward()
+    for one, other in zip(each.parameters(), grouped.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(other.grad.double(), one.grad, atol=1e-5, rtol=1e-4)
+    # Tensors without values have none to wait for.
+    block, x = _wide(torch.bfloat16)
+    block, x = block.to("meta"), x.to("meta")
+    block.requires_grad_(True)(x).square().sum().backward()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"), torch.no_grad():
+        block(x)
+
+
+def test_grouped_experts_follow_autocast() -> None:
+    block, x = _wide(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = block(x)
+        block.requires_grad_(True)
+        actual = block(x)
+    assert_close(actual, wanted, 1e-6)
+    assert (block(x) != wanted).any()

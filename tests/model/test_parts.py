@@ -9,12 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from neounify.model import Document, Layout, Noise
 from neounify.model.layout import Grid
 from neounify.model.neo import FlowHead, PixelHead, ScalarEmbed, sinusoids
-from neounify.model.stream import RMSNorm, attention_rotation, frequencies, rotate, rotate_patches
+from neounify.model.stream import (
+    RMSNorm,
+    attention_rotation,
+    frequencies,
+    patch_rotation,
+    rotate,
+    rotate_patches,
+)
 from support import reference
 from support.models import (
     assert_close,
+    embed_clean,
     exact,
     facts_of,
     random_config,
@@ -113,12 +122,9 @@ def test_rotation_of_patches() -> None:
     x = np.random.default_rng(0).normal(size=(3, 5, 12))
     rows, columns = torch.meshgrid(torch.arange(3), torch.arange(5), indexing="ij")
     with exact():
-        actual = rotate_patches(
-            torch.from_numpy(x).flatten(0, 1),
-            rows.flatten(),
-            columns.flatten(),
-            config.rope_theta_vision,
-        )
+        places = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+        rotation = patch_rotation(places, 12, config.rope_theta_vision)
+        actual = rotate_patches(torch.from_numpy(x).flatten(0, 1), rotation)
     assert_close(actual, reference.rotate_patches(x, facts_of(config)).reshape(15, 12), 1e-13)
 
 
@@ -134,10 +140,10 @@ def test_patch_embeddings(seed: int, channels: int) -> None:
     grids = [Grid(2, 3), Grid(1, 1), Grid(3, 1)]
     images = [numbers.normal(size=(channels, g.rows * side, g.columns * side)) for g in grids]
     with exact():
-        und = model.embed_clean([torch.from_numpy(image) for image in images])
+        und = embed_clean(model, [torch.from_numpy(image) for image in images])
         z = torch.from_numpy(np.concatenate([to_tokens(image, config) for image in images]))
         t, noise = torch.tensor([0.1, 0.5, 0.9]).double(), torch.tensor([0.3, 2.0, 1.0]).double()
-        gen = model.embed_noisy(grids, z, t, noise)
+        gen = model.embed_noisy(Layout([Document(tuple(map(Noise.of, grids)))]), z, t, noise)
     wanted = [reference.patch_embed(image, weights, False, facts) for image in images]
     assert_close(und, np.concatenate(wanted), 1e-12)
     wanted = []

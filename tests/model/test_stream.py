@@ -80,11 +80,7 @@ def test_a_rank_may_hold_half_of_the_heads() -> None:
         torch.testing.assert_close(torch.cat(list(parts), dim=1), both)
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "parameter", "load"])
-def test_joined_norms_follow_their_weights(how: str) -> None:
-    model, packed = _setup()
-    packed.run(model)
-    name = "layers.1.gen.qkv.k_norm_hw"
+def _change(model: NeoUnify, name: str, how: str) -> None:
     norm = model.get_submodule(name)
     new = norm.get_parameter("weight").detach() * 3
     if how == "in place":
@@ -95,10 +91,42 @@ def test_joined_norms_follow_their_weights(how: str) -> None:
         norm.register_parameter("weight", nn.Parameter(new, requires_grad=False))
     else:
         model.load_state_dict({**model.state_dict(), f"{name}.weight": new})
+
+
+def _assert_like_a_fresh_one(model: NeoUnify, packed: Packed) -> None:
     fresh = NeoUnify(model.config).double().requires_grad_(False)
     fresh.load_state_dict(model.state_dict())
     for actual, wanted in zip(packed.run(model), packed.run(fresh), strict=True):
         torch.testing.assert_close(actual, wanted, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "parameter", "load"])
+def test_norms_follow_their_weights(how: str) -> None:
+    model, packed = _setup()
+    packed.run(model)
+    _change(model, "layers.1.gen.qkv.k_norm_hw", how)
+    _assert_like_a_fresh_one(model, packed)
+
+
+@pytest.mark.parametrize("undo", ["load", "train", "grad"])
+def test_fused_norms(undo: str) -> None:
+    """They compute the same; loading and training undo them."""
+    model, packed = _setup()
+    expected = packed.run(model)
+    model.fuse()
+    half = model.get_submodule("layers.1.gen.qkv")
+    assert isinstance(half, QKVProjection)
+    assert half.head_weights is not None
+    assert not any("head_weights" in name for name in model.state_dict())
+    for actual, wanted in zip(packed.run(model), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=0, rtol=0)
+    if undo == "train":
+        model.train()
+    if undo == "grad":
+        model.requires_grad_(True)
+    with torch.no_grad():
+        _change(model, "layers.1.gen.qkv.k_norm_hw", "load" if undo == "load" else "in place")
+    _assert_like_a_fresh_one(model, packed)
 
 
 def test_trained_norms_get_gradients() -> None:
@@ -132,16 +160,17 @@ def test_stacked_experts_compute_the_same() -> None:
     model, packed = _setup(und_mlp=config, gen_mlp=config, hidden_size=16)
     model.float()
     expected = packed.run(model)
-    model.stack_experts()
     sparse = [m for m in model.modules() if isinstance(m, SparseMlp)]
     assert sparse
-    assert all(m._is_stacked() for m in sparse)
+    for mlp in sparse:
+        mlp.fuse()
+    calls: list[nn.Module] = []
+    for mlp in sparse:
+        for expert in mlp.experts:
+            expert.register_forward_hook(lambda module, *_: calls.append(module))
     for actual, wanted in zip(packed.run(model), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
-    first = sparse[0].experts[0].get_submodule("up_proj")
-    first.get_parameter("weight").data = first.get_parameter("weight").clone()
-    assert not sparse[0]._is_stacked()
-    packed.run(model)
+    assert not calls
 
 
 def test_output_of_a_stream() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from neounify.checkpoint import to_published
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.model import Document, Image, Layout, ModelBatch, NeoUnify, Noise, Span, Text
+from neounify.model.neo import sinusoid_frequencies
 from neounify.model.stream import frequencies
 from support import reference
 from support.attention import plan
@@ -107,14 +108,23 @@ def exact() -> Iterator[None]:
     The model computes angles and router weights in float32 whatever its dtype. Inside this
     context those places do it in float64, so that its equations can be checked without rounding.
     """
-    frequencies.cache_clear()
+    caches = (frequencies, sinusoid_frequencies)
+    for function in caches:
+        function.cache_clear()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             patch.setattr(torch, "float32", torch.float64)
             yield
     finally:
-        frequencies.cache_clear()
+        for function in caches:
+            function.cache_clear()
+
+
+def embed_clean(model: NeoUnify, images: Sequence[Tensor]) -> Tensor:
+    """The understanding stream's embedding of clean images alone."""
+    spans = tuple(Image.of(model.token_grid(image)) for image in images)
+    return model.embed_und(Layout([Document(spans)]), torch.empty(0, dtype=torch.int64), images)
 
 
 # --- the same for the reference ------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches
+from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches, attend_apart
 from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.key_values import CacheBatch
 from neounify.errors import ConfigError
@@ -73,7 +73,7 @@ class ContiguousAttention:
     def plan(
         cls, layout: Layout, caches: Caches, device: torch.device
     ) -> ContiguousAttention | None:
-        contiguous = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
+        contiguous = [c for c in caches or () if isinstance(c, SequenceCache) and c.length]
         if not contiguous or len(contiguous) < len(layout.documents) or not layout.is_decode:
             return None
         lengths = [cache.length + 1 for cache in contiguous]
@@ -119,7 +119,7 @@ class PagedAttention:
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PagedAttention | None:
-        sequences = [cache for cache in caches or () if isinstance(cache, PagedSequence)]
+        sequences = [c for c in caches or () if isinstance(c, PagedSequence) and c.length]
         if len(sequences) < 2 or len(sequences) < len(layout.documents):
             return None
         if not layout.is_decode or len({id(sequence.pool) for sequence in sequences}) > 1:
@@ -145,15 +145,32 @@ class PagedAttention:
 class PrefixAttention:
     """A copy of B prefixes, with room for an image of up to `longest` tokens before each.
 
-    The prefixes are copied once and serve all denoising steps, which write their own keys
-    and values over those of the step before. Where gradients are wanted, they are written into a
-    copy, and nothing of the step stays behind.
+    The prefixes are copied once and serve all denoising steps, which write their own keys and
+    values over those of the step before. Where gradients are wanted, they are written into a copy,
+    and nothing of the step stays behind. Images that see more than MAX_PREFIX tokens attend block
+    by block in the same call; that depends on an image alone, not on its batch.
     """
 
-    def __init__(self, caches: Sequence[SequenceCache], lengths: Sequence[int]) -> None:
-        """`lengths` are the tokens of the images."""
+    def __init__(
+        self, layout: Layout, caches: Sequence[SequenceCache], device: torch.device
+    ) -> None:
+        self._caches = caches
+        blocks = layout[GEN].blocks
+        short = [block for block in blocks if _is_short(block)]
+        self._long = [block for block in blocks if not _is_short(block)]
+        rows = np.concatenate([np.arange(block.start, block.stop) for block in short])
+        self._rows = torch.from_numpy(rows).to(device) if self._long else None
+        lengths = [block.length for block in short]
+        self._copy([caches[block.document] for block in short], lengths, device)
+        self._same = len(set(lengths)) == 1
+        self._queries = torch.from_numpy(_slots(lengths, self._longest)).to(device)
+        self._images = torch.from_numpy(_slots(lengths, self._shape[1])).to(device)
+
+    def _copy(
+        self, caches: Sequence[SequenceCache], lengths: Sequence[int], device: torch.device
+    ) -> None:
+        """Copy the prefixes; `lengths` are the tokens of the images."""
         layers, heads, _, d = caches[0].keys.shape
-        device = caches[0].keys.device
         longest = max(lengths)
         width = longest + max(cache.length for cache in caches)
         keys = caches[0].keys.new_zeros(layers, len(caches) * width, heads, d)
@@ -168,25 +185,33 @@ class PrefixAttention:
         self._keys, self._values = keys.unbind(0), values.unbind(0)
         self._shape, self._longest = (len(caches), width), longest
         self._mask = torch.from_numpy(mask).to(device)[:, None, None]
-        self._queries = torch.from_numpy(_slots(lengths, longest)).to(device)
-        self._images = torch.from_numpy(_slots(lengths, width)).to(device)
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PrefixAttention | None:
-        prefixes = [cache for cache in caches or () if isinstance(cache, SequenceCache)]
-        images = layout[GEN]
+        prefixes = [c for c in caches or () if isinstance(c, SequenceCache) and c.length]
+        blocks = layout[GEN].blocks
         if not prefixes or len(prefixes) < len(layout.documents) or layout[UND].length:
             return None
-        if [block.document for block in images.blocks] != list(range(len(prefixes))):
+        if [block.document for block in blocks] != list(range(len(prefixes))):
             return None
-        if max(block.length + block.visible for block in images.blocks) > MAX_PREFIX:
-            return None
-        return cls(prefixes, [block.length for block in images.blocks])
+        return cls(layout, prefixes, device) if any(map(_is_short, blocks)) else None
 
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
     ) -> dict[StreamName, Tensor]:
-        x, (images, _) = streams[GEN], self._shape
+        x = streams[GEN]
+        if self._rows is None:
+            return {GEN: self._side_by_side(layer, x)}
+        short = Projected(*(tensor.index_select(0, self._rows) for tensor in x))
+        out = torch.empty_like(x.q)
+        out.index_copy_(0, self._rows, self._side_by_side(layer, short))
+        for block in self._long:
+            k, v = self._caches[block.document].read(layer, block.visible)
+            out[block.start : block.stop] = attend_apart(x, block, k, v)
+        return {GEN: out}
+
+    def _side_by_side(self, layer: int, x: Projected) -> Tensor:
+        (images, _), longest = self._shape, self._longest
         keys, values = self._keys[layer], self._values[layer]
         if x.k.requires_grad or x.v.requires_grad:
             keys = keys.index_copy(0, self._images, x.k)
@@ -195,10 +220,16 @@ class PrefixAttention:
             keys.index_copy_(0, self._images, x.k)
             values.index_copy_(0, self._images, x.v)
         k, v = (memory.unflatten(0, self._shape).transpose(1, 2) for memory in (keys, values))
-        padded = x.q.new_zeros(images * self._longest, *x.q.shape[1:])
-        q = padded.index_copy_(0, self._queries, x.q).unflatten(0, (images, -1)).transpose(1, 2)
-        out = masked_attention(q, k, v, self._mask)
-        return {GEN: out.transpose(1, 2).flatten(0, 1).index_select(0, self._queries)}
+        q = x.q
+        if not self._same:
+            q = q.new_zeros(images * longest, *q.shape[1:]).index_copy_(0, self._queries, q)
+        q = q.unflatten(0, (images, longest)).transpose(1, 2)
+        out = masked_attention(q, k, v, self._mask).transpose(1, 2).flatten(0, 1)
+        return out if self._same else out.index_select(0, self._queries)
+
+
+def _is_short(block: Block) -> bool:
+    return block.length + block.visible <= MAX_PREFIX
 
 
 def _slots(lengths: Sequence[int], width: int) -> Int64[np.ndarray, " n"]:
@@ -221,21 +252,30 @@ class PaddedAttention:
     def __init__(self, layout: Layout, longest: int, device: torch.device) -> None:
         mask = np.tile(np.eye(longest, dtype=bool), (len(layout.documents), 1, 1))
         firsts = np.arange(len(layout.documents)) * longest
-        self._slots: dict[StreamName, Tensor] = {}
+        self._slots: dict[StreamName, np.ndarray] = {}
+        for name in STREAMS:
+            rows = layout[name]
+            slots = np.concatenate(
+                [
+                    firsts[number] + np.arange(stop - start)
+                    for number, (start, stop) in enumerate(rows.ranges)
+                ]
+            )
+            firsts = firsts + np.array([stop - start for start, stop in rows.ranges])
+            for block in rows.blocks:
+                _mark(mask, block, slots[block.start] % longest, STREAMS[name].context)
+            self._slots[name] = slots
+        self._indices: dict[tuple[StreamName, ...], Tensor] = {}
         with torch.inference_mode(False):
-            for name in STREAMS:
-                rows = layout[name]
-                slots = np.concatenate(
-                    [
-                        firsts[number] + np.arange(stop - start)
-                        for number, (start, stop) in enumerate(rows.ranges)
-                    ]
-                )
-                firsts = firsts + np.array([stop - start for start, stop in rows.ranges])
-                for block in rows.blocks:
-                    _mark(mask, block, slots[block.start] % longest, STREAMS[name].context)
-                self._slots[name] = torch.from_numpy(slots).to(device)
             self._mask = torch.from_numpy(mask).to(device).unsqueeze(1)
+
+    def _index(self, streams: tuple[StreamName, ...]) -> Tensor:
+        """The place of each token of these streams, made once."""
+        if streams not in self._indices:
+            slots = np.concatenate([self._slots[name] for name in streams])
+            with torch.inference_mode(False):
+                self._indices[streams] = torch.from_numpy(slots).to(self._mask.device)
+        return self._indices[streams]
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PaddedAttention | None:
@@ -252,8 +292,7 @@ class PaddedAttention:
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
     ) -> dict[StreamName, Tensor]:
-        slots = [self._slots[name] for name in streams]
-        index = slots[0] if len(slots) == 1 else torch.cat(slots)
+        index = self._index(tuple(streams))
         documents, longest = self._mask.shape[0], self._mask.shape[-1]
 
         def side_by_side(rows: Sequence[Tensor]) -> Tensor:
@@ -263,7 +302,8 @@ class PaddedAttention:
 
         q, k, v = (side_by_side(parts) for parts in zip(*streams.values(), strict=True))
         out = masked_attention(q, k, v, self._mask)
-        rows = out.transpose(1, 2).flatten(0, 1)[index].split([s.shape[0] for s in slots])
+        lengths = [x.q.shape[0] for x in streams.values()]
+        rows = out.transpose(1, 2).flatten(0, 1).index_select(0, index).split(lengths)
         attended = dict(zip(streams, rows, strict=True))
         if UND in streams and not any(x.requires_grad for x in streams[UND]):
             # Nothing that the context sees is trained; it only shared a product with the others.
@@ -355,6 +395,10 @@ class AttentionBackend:
             if plan is not None:
                 return plan
         raise ValueError(f"attention backend {self.name!r} cannot serve this layout")
+
+    def copied_rows(self, tokens: int) -> int:
+        """Rows of keys that a plan copies for a noisy image which sees `tokens` tokens."""
+        return MAX_PREFIX if PrefixAttention in self.kinds and tokens <= MAX_PREFIX else 0
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -48,16 +48,22 @@ CAUSAL_CHUNK = 256
 class BlockAttention:
     """One product per block."""
 
-    def __init__(self, layout: Layout, caches: Caches) -> None:
+    def __init__(self, layout: Layout, caches: Caches, device: torch.device) -> None:
         self._blocks = {name: layout[name].blocks for name in STREAMS}
         self._ranges = layout[UND].ranges
         self._caches = caches
+        with torch.inference_mode(False):
+            self._masks = {
+                block.start: _causal_masks(block, device)
+                for block in layout[UND].blocks
+                if block.causal and 1 < block.length < block.visible
+            }
         for cache, (start, stop) in zip(caches or (), self._ranges, strict=caches is not None):
             cache.reserve(stop - start)
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> BlockAttention:
-        return cls(layout, caches)
+        return cls(layout, caches, device)
 
     def __call__(
         self, layer: int, streams: Mapping[StreamName, Projected]
@@ -69,10 +75,23 @@ class BlockAttention:
                     cache.write(layer, context.k[start:stop], context.v[start:stop])
         attended = {}
         for name, x in streams.items():
-            attend = _attend_context if STREAMS[name].context else _attend_apart
+            attend = self._attend_context if STREAMS[name].context else attend_apart
             blocks = self._blocks[name]
             attended[name] = _join([attend(x, b, *self._keys(layer, b, streams)) for b in blocks])
         return attended
+
+    def _attend_context(self, x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
+        """A block of the context: the last of the keys are its own."""
+        q = x.q[block.start : block.stop]
+        if not block.causal or block.length == 1:
+            return _attend(q, k, v)
+        if block.length == block.visible:
+            return _attend(q, k, v, is_causal=True)
+        pieces = []
+        for rows, mask in self._masks[block.start]:
+            seen = mask.shape[1]
+            pieces.append(_attend(q[rows], k[:, :seen], v[:, :seen], mask=mask))
+        return _join(pieces)
 
     def _keys(
         self, layer: int, block: Block, streams: Mapping[StreamName, Projected]
@@ -91,36 +110,26 @@ def _join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def _attend_apart(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
+def attend_apart(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
     """A block of a stream that is not context: it sees the context and itself."""
-    rows = slice(block.start, block.stop)
-    k = torch.cat([k, x.k[rows].transpose(0, 1)], dim=1)
-    v = torch.cat([v, x.v[rows].transpose(0, 1)], dim=1)
-    return _attend(x.q[rows], k, v)
+    q, block_k, block_v = (tensor[block.start : block.stop] for tensor in x)
+    block_k, block_v = block_k.transpose(0, 1), block_v.transpose(0, 1)
+    if block.visible:
+        block_k, block_v = torch.cat([k, block_k], dim=1), torch.cat([v, block_v], dim=1)
+    return _attend(q, block_k, block_v)
 
 
-def _attend_context(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
-    q = x.q[block.start : block.stop]
-    return _attend_causal(q, k, v) if block.causal else _attend(q, k, v)
+Masks = Sequence[tuple[slice, Bool[Tensor, "_n _m"]]]
 
 
-def _attend_causal(
-    q: Float[Tensor, "n heads d"], k: Float[Tensor, "kv m d"], v: Float[Tensor, "kv m d"]
-) -> Float[Tensor, "n heads d"]:
-    """The last n of m tokens look at themselves and at what came before."""
-    length, before = q.shape[0], k.shape[1] - q.shape[0]
-    if length == 1:
-        return _attend(q, k, v)
-    if before == 0:
-        return _attend(q, k, v, is_causal=True)
-    chunks = []
-    for start in range(0, length, CAUSAL_CHUNK):
-        stop = min(start + CAUSAL_CHUNK, length)
-        seen = before + stop
-        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q.device)
-        mask = mask.tril(before + start)
-        chunks.append(_attend(q[start:stop], k[:, :seen], v[:, :seen], mask=mask))
-    return _join(chunks)
+def _causal_masks(block: Block, device: torch.device) -> Masks:
+    """Masks of a causal block behind others: for pieces of its queries, the keys that each sees."""
+    before, masks = block.visible - block.length, []
+    for start in range(0, block.length, CAUSAL_CHUNK):
+        stop = min(start + CAUSAL_CHUNK, block.length)
+        mask = torch.ones(stop - start, before + stop, dtype=torch.bool, device=device)
+        masks.append((slice(start, stop), mask.tril(before + start)))
+    return masks
 
 
 def _attend(

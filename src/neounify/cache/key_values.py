@@ -98,9 +98,19 @@ class SequenceCache:
         return new
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if k.shape[1] != self.keys.shape[1]:
+            self._take_heads(k.shape[1])
         stop = self.length + k.shape[0]
         self.keys[layer, :, self.length : stop] = k.transpose(0, 1)
         self.values[layer, :, self.length : stop] = v.transpose(0, 1)
+
+    def _take_heads(self, heads: int) -> None:
+        """Hold the heads of the first keys: those of a rank, not of the whole model."""
+        layers, cached, capacity, d = self.keys.shape
+        if self.length:
+            raise ValueError(f"keys of {heads} heads in a cache of {cached}")
+        self.keys = self.keys.new_empty(layers, heads, capacity, d)
+        self.values = torch.empty_like(self.keys)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer, :, :length], self.values[layer, :, :length]
@@ -185,6 +195,17 @@ class PagedKVCache:
     def zero_slot(self) -> int:
         """The slot that no sequence writes to."""
         return self.keys.shape[1] - 1
+
+    def take_heads(self, heads: int) -> None:
+        """Hold so many heads, those of the first keys: of a rank, its share.
+
+        Raises ValueError when a sequence has tokens already.
+        """
+        layers, slots, cached, d = self.keys.shape
+        if any(sequence.length for sequence in self._sequences.values()):
+            raise ValueError(f"keys of {heads} heads in a cache of {cached}")
+        self.keys = self.keys.new_zeros(layers, slots, heads, d)
+        self.values = torch.zeros_like(self.keys)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -292,6 +313,8 @@ class PagedSequence:
         self.token_keys += keys
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if k.shape[1] != self.pool.keys.shape[2]:
+            self.pool.take_heads(k.shape[1])
         slots = self.slot_mapping[self.length : self.length + k.shape[0]]
         self.pool.keys[layer].index_copy_(0, slots, k)
         self.pool.values[layer].index_copy_(0, slots, v)

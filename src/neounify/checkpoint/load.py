@@ -109,8 +109,8 @@ def load_checkpoint(
             tensor = _first_values(source, choice.dtype, target_device, keep=keep, verify=verify)
             _assign(model, name, tensor)
     model.compute_dtype = choice.dtype
-    if memory == "all" and target_device.type != "cpu":
-        model.stack_experts()
+    if memory == "all":
+        model.fuse()
     residency: Residency = NullResidency()
     if memory == "stream":
         residency = StreamResidency(model, sources)

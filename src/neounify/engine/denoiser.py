@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.attention import AttentionBackend, backends, select_for
+from neounify.attention import AttentionBackend, select_for
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, make_solver
 from neounify.image.pixels import unpatchify
-from neounify.model.layout import Grid, Layout, Noise
+from neounify.model.layout import Document, Grid, Layout, Noise
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
 from neounify.runtime.plan import ExecutionPlan, plan_execution
@@ -151,7 +151,7 @@ class Denoiser:
         calls: dict[tuple[Run, ...], _Call] = {}
         for group in self._grouped(jobs):
             runs = tuple((job, branch) for job in group for branch in job.branches())
-            calls[runs] = self._calls.get(runs) or _Call(runs, self.backend)
+            calls[runs] = self._calls.get(runs) or _Call(group, runs, self.backend)
             yield from self._move(group, calls[runs])
         self._calls = calls
 
@@ -160,33 +160,31 @@ class Denoiser:
         self._calls = {}
 
     def _grouped(self, jobs: Sequence[DenoiseJob]) -> Iterator[list[DenoiseJob]]:
-        """Jobs that share a call of the model: short ones apart from long ones.
+        """Jobs that share a call of the model, within the limits of the plan."""
 
-        That depends on a job alone, so that its numbers do not depend on the batch.
-        """
-        short = [job for job in jobs if job.longest <= backends.MAX_PREFIX]
-        rows = min(self.plan.prefix_rows, self.plan.denoise_rows)
-        yield from groups(short, lambda job: backends.MAX_PREFIX * len(job.branches()), rows)
-        long = [job for job in jobs if job.longest > backends.MAX_PREFIX]
-        rows = self.plan.denoise_rows
-        yield from groups(long, lambda job: job.z.shape[0] * len(job.branches()), rows)
+        def share_of(job: DenoiseJob) -> float:
+            """Of one call's limits, how much a job takes."""
+            rows = job.z.shape[0] / self.plan.denoise_rows
+            copied = self.backend.copied_rows(job.longest)
+            share = max(rows, copied / min(self.plan.prefix_rows, self.plan.denoise_rows))
+            return len(job.branches()) * share
+
+        yield from groups(jobs, share_of, 1)
 
     def _move(self, jobs: Sequence[DenoiseJob], call: _Call) -> Iterator[None]:
         model = self.model
         embedded = model.embed_noisy(
-            [job.grid for job in jobs],
+            call.images,
             torch.cat([job.z for job in jobs]),
-            torch.tensor([job.t for job in jobs], dtype=torch.float32, device=model.device),
-            torch.tensor(
-                [job.noise_scale for job in jobs], dtype=torch.float32, device=model.device
-            ),
+            torch.stack([call.times[job][job.steps_done] for job in jobs]),
+            call.noise_scale,
         ).split([job.z.shape[0] for job in jobs])
         # The noisy image is the same behind every prefix, so it is embedded once per job.
         by_job = dict(zip(jobs, embedded, strict=True))
         x = torch.cat([by_job[job] for job, _ in call.runs])
         hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
         yield
-        clean = model.clean_prediction(hidden, call.layout.noise_grids).float().split(call.lengths)
+        clean = model.clean_prediction(hidden, call.layout[GEN].grids).float().split(call.lengths)
         predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
         for (job, branch), prediction in zip(call.runs, clean, strict=True):
             predictions[job][branch] = prediction
@@ -195,10 +193,22 @@ class Denoiser:
 
 
 class _Call:
-    """Layout and attention plan of a call of the model, the same in every step."""
+    """Layouts, attention plan and tensors of a call of the model, the same in every step.
 
-    def __init__(self, runs: tuple[Run, ...], backend: AttentionBackend) -> None:
+    `layout` has an image for every run, `images` one for every job; `times` [steps + 1] of each job
+    and `noise_scale` [jobs] are on the model's device.
+    """
+
+    def __init__(
+        self, jobs: Sequence[DenoiseJob], runs: tuple[Run, ...], backend: AttentionBackend
+    ) -> None:
         self.runs = runs
+        self.images = Layout(Document((Noise.of(job.grid),)) for job in jobs)
+        scales = [job.noise_scale for job in jobs]
+        self.noise_scale = torch.tensor(scales, dtype=torch.float32, device=backend.device)
+        self.times = {
+            job: torch.tensor(job.times, dtype=torch.float32, device=backend.device) for job in jobs
+        }
         self.lengths = [job.z.shape[0] for job, _ in runs]
         caches = [job.prefixes[branch] for job, branch in runs]
         self.layout = Layout(
@@ -207,15 +217,17 @@ class _Call:
         self.attend = backend.plan(self.layout, caches)
 
 
-def groups(items: Iterable[Item], rows: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+def groups(
+    items: Iterable[Item], rows: Callable[[Item], float], limit: float
+) -> Iterator[list[Item]]:
     """Consecutive items whose `rows` add up to at most `limit`; a larger item stands alone."""
     group: list[Item] = []
-    total = 0
+    total = 0.0
     for item in items:
         new = rows(item)
         if group and total + new > limit:
             yield group
-            group, total = [], 0
+            group, total = [], 0.0
         group.append(item)
         total += new
     if group:

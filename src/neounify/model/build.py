@@ -23,13 +23,12 @@ def compile_streams(model: NeoUnify, wanted: bool = True) -> None:
 
     The first calls take some seconds longer, and a C++ compiler must be there on a CPU. It
     pays for prefill and denoising; attention and the decoding of single tokens stay as they are.
-    `wanted` False puts the plain functions back.
+    Hooks of the halves and of what is in them are called as before. `wanted` False undoes it.
     """
     for module in model.modules():
         if isinstance(module, (QKVProjection, OutputMlp)):
-            module.__dict__.pop("forward", None)
-            if wanted:
-                module.forward = _compiled(module.forward)  # type: ignore[method-assign]
+            # Where `Module.compile` puts its result too, which is called in place of `_call_impl`.
+            module._compiled_call_impl = _compiled(module._call_impl) if wanted else None
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,10 +7,9 @@ the kind of a token; the layout has decided it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 
 G = TypeVar("G", bound="Grid")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,18 +122,36 @@ class Block:
         return self.stop - self.start
 
 
-class StreamRows:
+class _Derived:
+    """An object with values that follow from it, such as index tensors, each built once."""
+
+    def __init__(self) -> None:
+        self._values: dict[Hashable, Any] = {}
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of this key, built by the first call that asks for it."""
+        if key not in self._values:
+            # Made in inference mode, a kept tensor could not serve a training call later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._values[key] = make()
+        value: T = self._values[key]
+        return value
+
+
+class StreamRows(_Derived):
     """The rows of one stream: `blocks` cover them in order, `ranges` are those of each document.
 
-    `spans` pairs every span with its t.
+    `spans` pairs every span with its t; `grids` are those of all images, clean ones of `und`, noisy
+    ones of `gen`.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.length = 0
         self.blocks: list[Block] = []
         self.ranges: list[tuple[int, int]] = []
         self.spans: list[tuple[Span, int]] = []
-        self._positions: dict[torch.device, Tensor] = {}
+        self.grids: list[Grid] = []
 
     @property
     def positions(self) -> Int64[Tensor, "n 3"]:
@@ -142,7 +160,14 @@ class StreamRows:
 
     def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
         """(t, h, w) of every row, built once per device."""
-        return _kept(self._positions, device, self._make_positions)
+        return self.derived(("positions", device), lambda: _tensor(self._make_positions(), device))
+
+    def owners_on(self, device: torch.device) -> Int64[Tensor, " n"]:
+        """For each token of an image, the number of that image, built once per device."""
+        lengths = [grid.length for grid in self.grids]
+        return self.derived(
+            ("owners", device), lambda: _tensor(np.repeat(np.arange(len(lengths)), lengths), device)
+        )
 
     def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
         positions = np.zeros((self.length, 3), dtype=np.int64)
@@ -158,20 +183,17 @@ class StreamRows:
         return positions
 
 
-class Layout:
+class Layout(_Derived):
     """The packed tokens of some documents; `layout[stream]` are the rows of one stream.
 
-    `image_grids` and `noise_grids` are the (rows, columns) of all clean and all noisy images, in
-    packed order, `text_length` the number of text tokens.
+    `text_length` is the number of text tokens.
     """
 
     def __init__(self, documents: Iterable[Document]) -> None:
+        super().__init__()
         self.documents = tuple(documents)
         self._streams = {name: StreamRows() for name in STREAMS}
         self.text_length = 0
-        self.image_grids: list[Grid] = []
-        self.noise_grids: list[Grid] = []
-        self._und_order: dict[torch.device, Tensor] = {}
         for number, document in enumerate(self.documents):
             self._add(number, document)
 
@@ -203,10 +225,8 @@ class Layout:
                 rows.length = stop
             if isinstance(span, Text):
                 self.text_length += span.length
-            elif span.stream == GEN:
-                self.noise_grids.append(Grid.of(span))
             else:
-                self.image_grids.append(Grid.of(span))
+                rows.grids.append(Grid.of(span))
             t += span.steps
         for name, rows in self._streams.items():
             rows.ranges.append((firsts[name], rows.length))
@@ -218,7 +238,7 @@ class Layout:
         """
         if self.text_length in (0, self[UND].length):
             return None
-        return _kept(self._und_order, device, self._make_und_order)
+        return self.derived(("order", device), lambda: _tensor(self._make_und_order(), device))
 
     def _make_und_order(self) -> Int64[np.ndarray, " u"]:
         text, image, pieces = 0, self.text_length, []
@@ -236,20 +256,12 @@ class Layout:
         return [stop - 1 for _, stop in self[UND].ranges]
 
 
-@lru_cache(maxsize=64)
 def grid_patches(
-    grids: tuple[Grid, ...], merge: int, device: torch.device
+    grids: Sequence[Grid], merge: int, device: torch.device
 ) -> Int64[Tensor, "n mm 2"]:
     """(row, column) in patch units of the merge × merge patches of every token of some images."""
     tokens = np.concatenate([_cells(grid) for grid in grids])
     return _tensor(tokens[:, None] * merge + _cells(Grid(merge, merge)), device)
-
-
-@lru_cache(maxsize=64)
-def grid_owners(grids: tuple[Grid, ...], device: torch.device) -> Int64[Tensor, " n"]:
-    """The number of the image that each token belongs to."""
-    lengths = [grid.length for grid in grids]
-    return _tensor(np.repeat(np.arange(len(grids)), lengths), device)
 
 
 def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
@@ -257,15 +269,5 @@ def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
     return np.stack(np.divmod(np.arange(grid.length), grid.columns), axis=1)
 
 
-def _kept(
-    tensors: dict[torch.device, Tensor], device: torch.device, make: Callable[[], np.ndarray]
-) -> Tensor:
-    if device not in tensors:
-        tensors[device] = _tensor(make(), device)
-    return tensors[device]
-
-
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    # Made in inference mode, a kept tensor could not serve a training call later.
-    with torch.inference_mode(False):
-        return torch.from_numpy(values).to(device)
+    return torch.from_numpy(values).to(device)

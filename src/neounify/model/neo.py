@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -23,15 +24,17 @@ from torch.nn.functional import gelu, linear, pixel_shuffle, silu
 
 from neounify.config import ModelConfig
 from neounify.image.pixels import patchify
-from neounify.model.layout import Grid, Layout, grid_owners, grid_patches
+from neounify.model.layout import Grid, Layout, StreamRows, grid_patches
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import (
     Attend,
     Layer,
+    QKVProjection,
     RMSNorm,
     Rotation,
     SparseMlp,
     attention_rotation,
+    patch_rotation,
     rotate_patches,
 )
 
@@ -116,60 +119,52 @@ class NeoUnify(nn.Module):
         images: Sequence[Float[Tensor, "c _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
         """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
+        rows = layout[UND]
         grids = [self.token_grid(image) for image in images]
-        if grids != layout.image_grids or token_ids.shape[0] != layout.text_length:
+        if grids != rows.grids or token_ids.shape[0] != layout.text_length:
             raise ValueError(
                 f"{token_ids.shape[0]} ids and images of {_sizes(grids)} tokens do not fit the "
-                f"layout: {layout.text_length} ids and images of {_sizes(layout.image_grids)}"
+                f"layout: {layout.text_length} ids and images of {_sizes(rows.grids)}"
             )
         parts = []
         if token_ids.numel():
             parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
         if images:
-            parts.append(self.embed_clean(images))
+            c = self.config
+            patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
+            parts.append(self._embed_patches(self.und_patch, patches, rows))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
         order = layout.und_order_on(x.device)
         return x if order is None else x.index_select(0, order)
 
-    def embed_clean(
-        self, images: Sequence[Float[Tensor, "c _height _width"]]
-    ) -> Float[Tensor, "n d"]:
-        """The understanding stream's embedding of clean images, all tokens in a row."""
-        c = self.config
-        grids = [self.token_grid(image) for image in images]
-        patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
-        cells = grid_patches(tuple(grids), c.merge, patches.device)
-        return self.und_patch(patches.to(self.compute_dtype), cells)
-
     def embed_noisy(
         self,
-        grids: Sequence[Grid],
+        layout: Layout,
         z: Float[Tensor, "g ccc"],
         t: Float[Tensor, " j"],
         noise_scale: Float[Tensor, " j"],
     ) -> Float[Tensor, "g d"]:
-        """The generation stream's embedding of noisy images.
+        """The generation stream's embedding of all noisy images, in packed order.
 
         `z` holds one row per token, pixels in order (row, column, channel); `t` in
-        [0, 1] and `noise_scale` (σ) are per image, as are `grids`.
+        [0, 1] and `noise_scale` (σ) are per image.
         """
-        c = self.config
-        m, p = c.merge, c.patch_size
-        count = sum(grid.length for grid in grids)
-        if not grids or not t.shape == noise_scale.shape == (len(grids),) or z.shape[0] != count:
+        c, rows = self.config, layout[GEN]
+        m, p, count = c.merge, c.patch_size, len(rows.grids)
+        if not count or not t.shape == noise_scale.shape == (count,) or z.shape[0] != rows.length:
             raise ValueError(
                 f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
-                f"{tuple(noise_scale.shape)} do not fit images of {_sizes(grids)} tokens"
+                f"{tuple(noise_scale.shape)} do not fit images of {_sizes(rows.grids)} tokens"
             )
         # (row, column, channel) of a token -> M·M patches of (channel, row, column)
         cut = "n (m1 p1 m2 p2 c) -> n (m1 m2) (c p1 p2)"
         patches = rearrange(z, cut, m1=m, m2=m, p1=p, p2=p, c=c.channels)
-        x = self.gen_patch(patches.to(self.compute_dtype), grid_patches(tuple(grids), m, z.device))
+        x = self._embed_patches(self.gen_patch, patches, rows)
         condition = self.timestep_embedder(t, self.compute_dtype)
         if c.flow.noise_scale_embedding:
             relative = noise_scale / c.flow.noise_scale_max
             condition = condition + self.noise_scale_embedder(relative, self.compute_dtype)
-        return x + condition.index_select(0, grid_owners(tuple(grids), z.device))
+        return x + condition.index_select(0, rows.owners_on(z.device))
 
     def backbone(
         self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
@@ -226,7 +221,7 @@ class NeoUnify(nn.Module):
         text = self.logits(states) if score is None else score(self.logits, states)
         if GEN not in hidden:
             return ModelOutput(text, None)
-        return ModelOutput(text, self.clean_prediction(hidden[GEN], batch.layout.noise_grids))
+        return ModelOutput(text, self.clean_prediction(hidden[GEN], batch.layout[GEN].grids))
 
     def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
         """Input of the first layer, for each stream."""
@@ -234,10 +229,10 @@ class NeoUnify(nn.Module):
         embedded = {UND: self.embed_und(layout, batch.ids, batch.images)}
         z, t, noise_scale = batch.z, batch.t, batch.noise_scale
         if z is not None and t is not None and noise_scale is not None:
-            embedded[GEN] = self.embed_noisy(layout.noise_grids, z, t, noise_scale)
-        elif layout.noise_grids or any(x is not None for x in (z, t, noise_scale)):
+            embedded[GEN] = self.embed_noisy(layout, z, t, noise_scale)
+        elif layout[GEN].grids or any(x is not None for x in (z, t, noise_scale)):
             raise ValueError(
-                f"{len(layout.noise_grids)} noisy images need z, t and noise_scale, all of them"
+                f"{len(layout[GEN].grids)} noisy images need z, t and noise_scale, all of them"
             )
         return embedded
 
@@ -246,21 +241,43 @@ class NeoUnify(nn.Module):
         _, height, width = image.shape
         return Grid.of_pixels(height, width, self.config.token_size)
 
-    def stack_experts(self) -> None:
-        """Let the experts of every sparse MLP run in grouped products, see `SparseMlp.stack`."""
+    def fuse(self) -> None:
+        """Join frozen weights that inference reads together: head norms, and off the CPU experts.
+
+        See `QKVProjection.fuse` and `SparseMlp.fuse`. `train()` undoes it.
+        """
         for module in self.modules():
-            if isinstance(module, SparseMlp):
-                module.stack()
+            if isinstance(module, QKVProjection) or (
+                isinstance(module, SparseMlp) and self.device.type != "cpu"
+            ):
+                module.fuse()
+
+    def _embed_patches(self, embed: PatchEmbed, patches: Tensor, rows: StreamRows) -> Tensor:
+        """Tokens of the images of a stream from their patches [N, M·M, channels·P·P]."""
+        c, device = self.config, patches.device
+
+        def make() -> Rotation:
+            places = grid_patches(rows.grids, c.merge, device).flatten(0, 1)
+            return patch_rotation(places, c.vision_hidden_size, c.rope_theta_vision)
+
+        key = ("patches", c.merge, c.vision_hidden_size, c.rope_theta_vision, device)
+        return embed(patches.to(self.compute_dtype), rows.derived(key, make))
 
     def _rotation(self, layout: Layout, stream: StreamName, x: Tensor) -> Rotation:
-        c = self.config
-        return attention_rotation(
-            layout[stream].positions_on(x.device),
-            c.head_dim,
-            theta=c.rope_theta,
-            theta_hw=c.rope_theta_hw,
-            dtype=x.dtype,
-        )
+        """Rotary embedding of a stream's tokens, made once for the layout."""
+        c, rows = self.config, layout[stream]
+
+        def make() -> Rotation:
+            return attention_rotation(
+                rows.positions_on(x.device),
+                c.head_dim,
+                theta=c.rope_theta,
+                theta_hw=c.rope_theta_hw,
+                dtype=x.dtype,
+            )
+
+        key = ("rotation", c.head_dim, c.rope_theta, c.rope_theta_hw, x.dtype, x.device)
+        return rows.derived(key, make)
 
 
 def _sizes(grids: Sequence[Grid]) -> str:
@@ -288,19 +305,17 @@ class PatchEmbed(nn.Module):
         hidden, patch, merge = config.vision_hidden_size, config.patch_size, config.merge
         self.patch = PatchProjection(config.channels, hidden, patch)
         self.merge = PatchProjection(hidden, config.hidden_size, merge)
-        self.theta = config.rope_theta_vision
 
     def forward(
-        self, patches: Float[Tensor, "n mm cpp"], cells: Int[Tensor, "n mm 2"]
+        self, patches: Float[Tensor, "n mm cpp"], rotation: Rotation
     ) -> Float[Tensor, "n d"]:
         """Embed N tokens of M·M patches each.
 
-        `patches` holds pixels in order (channel, row, column); `cells` the (row,
-        column) of each patch in its image, in patch units.
+        `patches` holds pixels in order (channel, row, column); `rotation` is that of every patch,
+        see `patch_rotation`.
         """
-        rows, columns = cells.flatten(0, 1).unbind(-1)
         x = gelu(self.patch(patches.flatten(0, 1)))
-        x = rotate_patches(x, rows, columns, self.theta)
+        x = rotate_patches(x, rotation)
         # The order of the merging convolution's weight.
         return self.merge(rearrange(x, "(n mm) hidden -> n (hidden mm)", n=patches.shape[0]))
 
@@ -316,11 +331,18 @@ def token_patches(
 NUM_FEATURES = 256
 
 
+@cache
+def sinusoid_frequencies(device: torch.device) -> Float[Tensor, " 128"]:
+    """10000^(-i/128), float32."""
+    half = NUM_FEATURES // 2
+    with torch.inference_mode(False):
+        exponent = torch.arange(half, dtype=torch.float32, device=device) / half
+        return torch.exp(-math.log(10_000) * exponent)
+
+
 def sinusoids(values: Float[Tensor, " n"]) -> Float[Tensor, "n 256"]:
     """[cos(v·f), sin(v·f)] with f_i = 10000^(-i/128), float32; v is used as it is, in [0, 1]."""
-    half = NUM_FEATURES // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angle = values.float()[:, None] * torch.exp(-math.log(10_000) * exponent)
+    angle = values.float()[:, None] * sinusoid_frequencies(values.device)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 

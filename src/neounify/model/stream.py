@@ -14,25 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import rms_norm, silu
+from torch.utils.checkpoint import checkpoint
 
 from neounify.config import MlpConfig, ModelConfig
 from neounify.model.parts import STREAMS, StreamName
 
 _grouped_mm = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # --- rotary embeddings ---
 
 
 class Rotation(NamedTuple):
-    """cos and signed sin of every token's angles, [N, 1, d], in the layout of a head."""
+    """cos and sin of angles: of tokens [N, 1, d], sin signed, in the layout of a head; or of
+    patches [N, channels / 2]."""
 
     cos: Tensor
     sin: Tensor
@@ -81,21 +85,23 @@ def rotate(x: Float[Tensor, "n heads d"], rotation: Rotation) -> Float[Tensor, "
     return torch.addcmul(x * rotation.cos, partner, rotation.sin)
 
 
-def rotate_patches(
-    x: Float[Tensor, "n channels"],
-    rows: Int[Tensor, " n"],
-    columns: Int[Tensor, " n"],
-    theta: float,
-) -> Float[Tensor, "n channels"]:
-    """Rotate patch features: first half of the channels by column, second half by row.
+def patch_rotation(places: Int[Tensor, "n 2"], channels: int, theta: float) -> Rotation:
+    """cos and sin [N, channels / 2], float32: first half by column, second half by row.
 
-    Coordinates are in patch units from the top left of the patch's own image;
-    returned in the dtype of `x`.
+    `places` are (row, column) in patch units from the top left of the patch's own image.
     """
-    freqs = frequencies(x.shape[-1] // 2, theta, x.device)
+    rows, columns = places.unbind(-1)
+    freqs = frequencies(channels // 2, theta, places.device)
     angle = torch.cat([columns[:, None].float() * freqs, rows[:, None].float() * freqs], dim=-1)
+    return Rotation(angle.cos(), angle.sin())
+
+
+def rotate_patches(
+    x: Float[Tensor, "n channels"], rotation: Rotation
+) -> Float[Tensor, "n channels"]:
+    """Rotate patch features, in float32; returned in the dtype of `x`."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = rotation
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
@@ -131,7 +137,7 @@ class SparseMlp(nn.Module):
         self.experts = nn.ModuleList(
             SwiGLU(size, config.expert_width) for _ in range(config.num_experts)
         )
-        self._stacked: dict[str, Tensor] = {}
+        self._fused: tuple[Tensor, ...] | None = None
 
     def route(self, x: Float[Tensor, "n size"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         """Weights (float32) and numbers of each token's experts, best first."""
@@ -144,54 +150,101 @@ class SparseMlp(nn.Module):
     def forward(self, x: Float[Tensor, "n size"]) -> Float[Tensor, "n size"]:
         weights, experts = self.route(x)
         # Sorting the (token, expert) pairs by expert makes every expert's tokens one slice.
-        order = experts.flatten().argsort(stable=True)
+        chosen, order = experts.flatten().sort(stable=True)
         tokens = order // self.top_k
-        counts = experts.flatten().bincount(minlength=len(self.experts))
+        numbers = torch.arange(len(self.experts), device=x.device)
+        ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
         rows = x.index_select(0, tokens)
-        run = self._run_stacked if self._is_stacked() else self._run_each
-        weighted = run(rows, counts) * weights.flatten()[order, None].to(x.dtype)
+        weighted = self._run(rows, ends) * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, tokens, weighted)
 
+    def _run(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
+        """Each expert on its slice of the rows; `ends` are those of the slices.
+
+        In training, and in inference when the experts are fused, all run in one grouped product
+        per projection, so that the processor need not wait to learn how many rows each one has.
+        """
+        trained = torch.is_grad_enabled() and any(
+            weight.requires_grad for weight in self.experts[0].parameters()
+        )
+        if self._fused is not None and not trained:
+            return _grouped_swiglu(rows, ends, *self._fused)
+        stack = trained or (torch.is_grad_enabled() and rows.device.type != "cpu")
+        if stack and self._may_stack(_product_dtype(rows)):
+            return _grouped_swiglu(rows, ends, *self._stack())
+        starts = [0, *ends.tolist()]
+        slices = [rows[start:stop] for start, stop in pairwise(starts)]
+        # In training an expert without rows runs too: it has a gradient, of zero.
+        pairs = zip(self.experts, slices, strict=True)
+        return torch.cat([expert(x) for expert, x in pairs if trained or x.shape[0]])
+
     @torch.no_grad()
-    def stack(self) -> None:
+    def fuse(self) -> None:
         """Move the experts' weights into one tensor per projection, which they become views of.
 
-        Then all experts run in one grouped product each, and the processor need not wait for the
-        device to learn how many tokens each expert has. For frozen weights on an accelerator.
+        For frozen weights on an accelerator. `train()`, casts and moves undo it.
         """
-        if _grouped_mm is None:
+        if not self._may_stack(self.router.weight.dtype):
             return
-        for name in PROJECTIONS:
-            linears = [expert.get_submodule(name) for expert in self.experts]
-            stacked = torch.stack([linear.get_parameter("weight") for linear in linears])
-            for linear, weight in zip(linears, stacked, strict=True):
-                linear.get_parameter("weight").data = weight
-            self._stacked[name] = stacked
+        self._fused = self._stack()
+        for name, fused in zip(PROJECTIONS, self._fused, strict=True):
+            for expert, weight in zip(self.experts, fused, strict=True):
+                expert.get_submodule(name).get_parameter("weight").data = weight
 
-    def _is_stacked(self) -> bool:
-        """Whether the first and last experts' weights still are views, and plain linear layers."""
-        if not self._stacked:
-            return False
-        for name, stacked in self._stacked.items():
-            for number in (0, len(self.experts) - 1):
-                linear = self.experts[number].get_submodule(name)
-                weight = linear.get_parameter("weight")
-                same = weight.data_ptr() == stacked[number].data_ptr()
-                if type(linear) is not nn.Linear or weight.requires_grad or not same:
-                    return False
-        return True
+    def unfuse(self) -> None:
+        self._fused = None
 
-    def _run_stacked(self, rows: Tensor, counts: Tensor) -> Tensor:
-        ends = counts.cumsum(0, dtype=torch.int32)
-        gate, up, down = (self._stacked[name].transpose(1, 2) for name in PROJECTIONS)
-        assert _grouped_mm is not None
-        inner = silu(_grouped_mm(rows, gate, offs=ends)) * _grouped_mm(rows, up, offs=ends)
-        return _grouped_mm(inner, down, offs=ends)
+    def train(self, mode: bool = True) -> SparseMlp:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
 
-    def _run_each(self, rows: Tensor, counts: Tensor) -> Tensor:
-        slices = rows.split(counts.tolist())
-        pairs = zip(self.experts, slices, strict=True)
-        return torch.cat([expert(x) for expert, x in pairs if x.shape[0] > 0])
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMlp:
+        self.unfuse()
+        return super()._apply(fn, recurse)
+
+    def _may_stack(self, dtype: torch.dtype) -> bool:
+        """Whether grouped products serve this dtype, these widths and the experts' layers."""
+        layers = [self.experts[0].get_submodule(name) for name in PROJECTIONS]
+        return (
+            _grouped_mm is not None
+            and dtype in GROUPED_DTYPES
+            and all(
+                type(layer) is nn.Linear and layer.in_features * dtype.itemsize % 16 == 0
+                for layer in layers
+            )
+        )
+
+    def _stack(self) -> tuple[Tensor, ...]:
+        """The weights of all experts, [experts, out, in] of each projection."""
+        return tuple(
+            torch.stack([expert.get_parameter(f"{name}.weight") for expert in self.experts])
+            for name in PROJECTIONS
+        )
+
+
+def _product_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype of matrix products with these rows: under autocast, that of autocast."""
+    device = rows.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return rows.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _grouped_swiglu(
+    rows: Float[Tensor, "m size"],
+    ends: Int[Tensor, " experts"],
+    gate: Float[Tensor, "experts width size"],
+    up: Float[Tensor, "experts width size"],
+    down: Float[Tensor, "experts size width"],
+) -> Float[Tensor, "m size"]:
+    """SwiGLU of every expert on its slice of the rows, as `SwiGLU.forward`."""
+    dtype = _product_dtype(rows)
+    assert _grouped_mm is not None
+    x, gate, up, down = (tensor.to(dtype) for tensor in (rows, gate, up, down))
+    inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
+    inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
+    return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
 # --- halves of a stream, and the layer ---
@@ -236,7 +289,8 @@ class QKVProjection(nn.Module):
 
     Each head has one norm over the half that is rotated by t, and one over the half rotated by h
     and w. Head counts follow from the widths of the projections, so that a rank may hold a share
-    of the heads.
+    of the heads. `head_weights` [heads + kv_heads, d] are the joined weights of the head norms, of
+    a fused module.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -252,7 +306,8 @@ class QKVProjection(nn.Module):
         self.q_norm_hw = RMSNorm(d // 2, eps)
         self.k_norm = RMSNorm(d // 2, eps)
         self.k_norm_hw = RMSNorm(d // 2, eps)
-        self._joined: tuple[object, Tensor] | None = None
+        self.head_weights: Tensor | None
+        self.register_buffer("head_weights", None, persistent=False)
 
     def forward(self, x: Float[Tensor, "n size"], rotation: Rotation) -> Projected:
         x, d = self.input_norm(x), self.head_dim
@@ -263,35 +318,37 @@ class QKVProjection(nn.Module):
         # Queries and keys go together: for a single token the number of operators counts.
         heads = torch.cat([q, k], dim=-1).view(-1, sum(counts), d)
         halves = normalise(heads.view(-1, sum(counts), 2, d // 2), self.q_norm.eps)
-        heads = rotate(halves.view(heads.shape) * self._head_weights(*counts), rotation)
-        q, k = heads.split_with_sizes(counts, dim=1)
+        weights = self.head_weights
+        if weights is None or self.q_norm.weight.requires_grad:
+            weights = self._join_norms(*counts)
+        q, k = rotate(halves.view(heads.shape) * weights, rotation).split_with_sizes(counts, dim=1)
         return Projected(q, k, v.view(-1, counts[1], d))
 
-    def _head_weights(self, heads: int, kv_heads: int) -> Float[Tensor, "heads d"]:
-        """Norm weights of all query and key heads; joined once where they are frozen."""
-        weights = (
-            self.q_norm.weight,
-            self.q_norm_hw.weight,
-            self.k_norm.weight,
-            self.k_norm_hw.weight,
-        )
-        if torch.compiler.is_compiling() or any(
-            w.requires_grad or w.is_inference() for w in weights
-        ):
-            return _join_heads(*weights, heads, kv_heads)
-        # A write in place changes the version of a weight, a replacement its address.
-        key = (heads, kv_heads, *[(id(w), w.data_ptr(), w._version) for w in weights])
-        if self._joined is None or self._joined[0] != key:
-            with torch.inference_mode(False):
-                self._joined = key, _join_heads(*weights, heads, kv_heads)
-        return self._joined[1]
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Join the weights of the head norms once, for frozen ones.
 
+        They must not be changed in place from then on. `train()` and `load_state_dict` undo it.
+        """
+        counts = [linear.weight.shape[0] // self.head_dim for linear in (self.q_proj, self.k_proj)]
+        self.head_weights = self._join_norms(*counts)
 
-def _join_heads(
-    q: Tensor, q_hw: Tensor, k: Tensor, k_hw: Tensor, heads: int, kv_heads: int
-) -> Float[Tensor, "heads d"]:
-    queries, keys = torch.cat([q, q_hw]), torch.cat([k, k_hw])
-    return torch.cat([queries.expand(heads, -1), keys.expand(kv_heads, -1)])
+    def unfuse(self) -> None:
+        self.head_weights = None
+
+    def train(self, mode: bool = True) -> QKVProjection:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.unfuse()
+        super()._load_from_state_dict(*arguments)
+
+    def _join_norms(self, heads: int, kv_heads: int) -> Float[Tensor, "all_heads d"]:
+        queries = torch.cat([self.q_norm.weight, self.q_norm_hw.weight])
+        keys = torch.cat([self.k_norm.weight, self.k_norm_hw.weight])
+        return torch.cat([queries.expand(heads, -1), keys.expand(kv_heads, -1)])
 
 
 class OutputMlp(nn.Module):
@@ -324,7 +381,13 @@ class Stream(nn.Module):
 
 
 class Layer(nn.ModuleDict):
-    """One Stream per name, joined by one attention. A call may leave streams out."""
+    """One Stream per name, joined by one attention. A call may leave streams out.
+
+    With `recompute` the layer keeps its input only and computes its activations again in the
+    backward pass (Chen et al. 2016).
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__({name: Stream(config, config.mlp(name), number) for name in STREAMS})
@@ -340,6 +403,16 @@ class Layer(nn.ModuleDict):
         attend: Attend,
     ) -> dict[StreamName, Tensor]:
         """Hidden states [N, size] of each stream in, the next ones out."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, hidden, rotations, attend, use_reentrant=False)
+        return self._run(hidden, rotations, attend)
+
+    def _run(
+        self,
+        hidden: Mapping[StreamName, Tensor],
+        rotations: Mapping[StreamName, Rotation],
+        attend: Attend,
+    ) -> dict[StreamName, Tensor]:
         projected = {name: self[name].qkv(x, rotations[name]) for name, x in hidden.items()}
         attended = attend(self.number, projected)
         return {name: self[name].out(x, attended[name]) for name, x in hidden.items()}

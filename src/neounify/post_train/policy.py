@@ -59,9 +59,9 @@ class NoisyImages:
     ) -> Float[Tensor, "images n ccc"]:
         """x̂ of a model at z and t, float32."""
         sigma = torch.full_like(t, self.sigma)
-        x = model.embed_noisy([self.grid] * self.count, z.flatten(0, 1), t, sigma)
+        x = model.embed_noisy(self.layout, z.flatten(0, 1), t, sigma)
         hidden = model.backbone(self.layout, {GEN: x}, self.attend)[GEN]
-        clean = model.clean_prediction(hidden, self.layout.noise_grids)
+        clean = model.clean_prediction(hidden, self.layout[GEN].grids)
         return clean.float().unflatten(0, (self.count, -1))
 
 

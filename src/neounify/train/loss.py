@@ -30,6 +30,7 @@ from neounify.data.sample import TASKS
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
+from neounify.model.parts import GEN
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 T_INTERVALS = 5
@@ -83,7 +84,7 @@ class Counts:
     def of(packs: Sequence[Pack]) -> Counts:
         return Counts(
             sum(len(pack.label_ids) for pack in packs),
-            sum(pack.layout["gen"].length for pack in packs),
+            sum(pack.layout[GEN].length for pack in packs),
         )
 
 
@@ -103,7 +104,7 @@ def add_noise(
 ) -> Noised:
     """Draw t and noise for every target of a pack, on the generator's device."""
     device = generator.device
-    grids = pack.layout.noise_grids
+    grids = pack.layout[GEN].grids
     lengths = torch.tensor([grid.length for grid in grids], device=device)
     clean = _tokens(pack.targets, model_config, device)
     t = config.draw_t(len(grids), generator)

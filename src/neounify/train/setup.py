@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.config import ModelConfig
@@ -230,13 +228,7 @@ def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:
     """
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        layer.__dict__.pop("forward", None)
-        if enabled:
-            layer.forward = partial(_checkpointed, layer.forward)  # type: ignore[method-assign]
-
-
-def _checkpointed(forward: Any, *inputs: Any) -> Any:
-    return checkpoint(forward, *inputs, use_reentrant=False)
+        layer.recompute = enabled
 
 
 def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
