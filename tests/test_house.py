@@ -77,7 +77,8 @@ def test_every_module_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("pattern", DIALECT)
 def test_words_that_the_field_does_not_use_become_fewer(pattern: str) -> None:
-    files = [path for path in FILES if "src" in path.parts]
+    # The phrasebook holds what users say, in their own words.
+    files = [p for p in FILES if "src" in p.parts and p.name != "phrasebook.py"]
     count = sum(len(re.findall(rf"\b({pattern})\b", path.read_text("utf-8"))) for path in files)
     assert count <= DIALECT[pattern], "use the field's word instead"
 

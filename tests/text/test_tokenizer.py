@@ -360,3 +360,40 @@ def test_published_files_are_saved_unchanged(tmp_path: Path, name: str) -> None:
     assert {"merges.txt", "vocab.json", "tokenizer_config.json", "added_tokens.json"} <= saved
     for file in saved:
         assert (tmp_path / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_an_extended_tokenizer_keeps_its_ids_and_gains_words_and_characters() -> None:
+    small = byte_tokenizer(["a red circle"] * 9, 280)
+    texts = ["A RED CIRCLE and 一个圆形"] * 5
+    large = small.extended(texts, 320)
+    assert small.vocab_size < large.vocab_size <= 320
+    assert [large.token_bytes(n) for n in range(small.vocab_size)] == small.all_bytes()
+    assert large.added_ids == small.added_ids
+    old, new = small.encode(texts[0]), large.encode(texts[0])
+    assert len(new) < len(old) / 2
+    assert large.decode(new) == texts[0]
+    assert large.encode("red circle <img>") == small.encode("red circle <img>")
+    gained = [large.token_bytes(n) for n in range(small.vocab_size, large.vocab_size)]
+    assert "个".encode() in gained
+    assert b" CIRCLE" in gained
+
+
+def test_an_extended_tokenizer_joins_no_two_characters_outside_ascii() -> None:
+    large = byte_tokenizer().extended(["红色圆形"] * 99, 400)
+    gained = [large.token_bytes(n) for n in range(256 + 8, large.vocab_size)]
+    assert gained
+    assert max(map(len, gained)) == 3
+
+
+def test_an_extended_tokenizer_is_read_back_from_its_files(tmp_path: Path) -> None:
+    large = byte_tokenizer(["a red circle"] * 9, 280).extended(["RED 红色"] * 5, 300)
+    large.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.encode("RED 红色 red") == large.encode("RED 红色 red")
+    assert again.all_bytes() == large.all_bytes()
+
+
+def test_a_tokenizer_is_not_extended_by_what_occurs_once_or_below_its_size() -> None:
+    small = byte_tokenizer()
+    assert small.extended(["abc"], 400).vocab_size == small.vocab_size
+    assert small.extended(["abc"] * 9, 10).vocab_size == small.vocab_size

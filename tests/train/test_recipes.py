@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from neounify.bundled import bundled_model
 from neounify.checkpoint.names import stream_of
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData
@@ -172,3 +173,55 @@ def test_wrong_method_tables_are_refused(method: Any, message: str) -> None:
     table: dict[str, Any] = {"name": "x", "model": {"preset": "scenes"}}
     with pytest.raises(ConfigError, match=message):
         recipe_from_table({**table, "stages": [{"name": "a", "steps": 1, "method": method}]})
+
+
+def test_a_checkpoint_gains_rows_for_the_words_its_tokenizer_learns(tmp_path: Path) -> None:
+    wide = read_recipe(FOLDER / "scenes_wide.toml")
+    model = replace(
+        wide.model,
+        checkpoint=bundled_model(),
+        tokenizer=TokenizerRecipe(vocab_size=560, samples=200),
+    )
+    stages = tuple(
+        replace(s, steps=2, compile=False, method=replace(supervised(s), tokens_per_pack=600))
+        for s in wide.stages
+    )
+    recipe = replace(wide, model=model, stages=stages, workers=0)
+    old = load(bundled_model())
+    setup = build_setup(recipe, torch.device("cpu"), tmp_path)
+    text = "a red circle"
+    assert setup.tokenizer.vocab_size == setup.model.config.vocab_size == 560
+    assert setup.tokenizer.encode(text) == old.tokenizer.encode(text)
+    for name, value in old.model.named_parameters():
+        grown = weights(setup)[name]
+        assert torch.equal(grown[: len(value)], value.float()), name
+    gained = [setup.tokenizer.token_bytes(n) for n in range(512, 560)]
+    upper = next(
+        t
+        for t in gained
+        if t.isascii() and t.strip() and len(old.tokenizer.encode(t.decode().lower())) == 1
+    )
+    row = setup.model.embed_tokens.weight[512 + gained.index(upper)]
+    read_as = old.tokenizer.encode(upper.decode().lower())[0]
+    assert torch.equal(row, old.model.embed_tokens.weight[read_as].float())
+    train(recipe, setup, tmp_path)
+    again = build_setup(recipe, torch.device("cpu"), tmp_path)
+    assert again.tokenizer.digest() == setup.tokenizer.digest()
+    assert load(tmp_path / "model").model.config.vocab_size == 560
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "scenes", "sizes": [[64, 64, 0]]},
+        {"kind": "scenes", "sizes": [[64, 64, 1], [64, 64, 1]]},
+        {"kind": "scenes", "sizes": [[64, 16, 1]]},
+        {"kind": "scenes", "sizes": [[64, 64, 1]], "side": 64},
+        {"kind": "scenes", "wording": 1.5},
+        {"kind": "jsonl", "path": "x.jsonl", "wording": 0.5},
+    ],
+)
+def test_wordings_and_sizes_out_of_range_are_refused(data: dict[str, Any]) -> None:
+    stage = {"name": "a", "steps": 1, "data": [data]}
+    with pytest.raises(ConfigError):
+        recipe_from_table({"name": "x", "model": {"preset": "scenes"}, "stages": [stage]})

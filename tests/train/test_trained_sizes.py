@@ -32,6 +32,11 @@ def recipe(*stages: dict[str, Any]) -> Recipe:
     [
         ({"data": [{"kind": "scenes"}]}, ((64, 64),), None),
         ({"data": [{"kind": "scenes", "side": 96}]}, ((96, 96),), None),
+        (
+            {"data": [{"kind": "scenes", "sizes": [[64, 64, 2], [128, 64, 0.5]]}]},
+            ((64, 64), (128, 64)),
+            None,
+        ),
         ({"data": [{"kind": "scenes", "tasks": {"vqa": 1.0}}]}, (), None),
         (
             {"data": [JSONL], "method": {"target_buckets": [(64, 96), (96, 64)]}},

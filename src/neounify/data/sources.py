@@ -87,9 +87,9 @@ class DataConfig(ABC):
         """Tasks that its samples may have."""
         return TASKS
 
-    def image_size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of all its images; None where they differ."""
-        return None
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels of all its images; none where they are of any size."""
+        return []
 
 
 def read_data(value: Any) -> DataConfig:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from operator import index
@@ -164,6 +166,35 @@ class Tokenizer:
         for name, data in self._files.items():
             (target / name).write_bytes(data)
 
+    def extended(self, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A tokenizer with further merges, the most frequent ones of `texts`, and their tokens.
+
+        Ids of this one keep their meaning. The new merges come after all others, so a text without
+        new tokens has the same ids as before. Outside ASCII, a new token is one character or less.
+
+        Args:
+            texts: what to learn from; pairs that occur once are left alone.
+            vocab_size: upper bound on the number of ids.
+        """
+        description = json.loads(self._library.to_str())
+        words: Counter[tuple[str, ...]] = Counter()
+        for text in texts:
+            words.update(self._pieces(text))
+        model = description["model"]
+        merges, vocab = list(model["merges"]), dict(model["vocab"])
+        for left, right in _further_merges(words, vocab, vocab_size - self._vocab_size):
+            vocab[left + right] = self._vocab_size + len(merges) - len(model["merges"])
+            merges.append([left, right])
+        description["model"] = {**model, "merges": merges, "vocab": vocab}
+        return Tokenizer(description, origin="the extended tokenizer")
+
+    def _pieces(self, text: str) -> list[tuple[str, ...]]:
+        """The words of a text, each as its tokens."""
+        library = self._plain()
+        normal = text if library.normalizer is None else library.normalizer.normalize_str(text)
+        cut = library.pre_tokenizer.pre_tokenize_str(normal)
+        return [tuple(t.value for t in library.model.tokenize(word)) for word, _ in cut]
+
     def _bytes_of(self, token_id: int, skip_special: bool = True) -> bytes:
         token_id = index(token_id)  # an element of an array or tensor would not match the tables
         if skip_special and token_id in self._special:
@@ -286,6 +317,53 @@ def _bytes_of_token(token: str) -> bytes:
         return bytes(table[character] for character in token)
     except KeyError:
         return token.encode("utf-8")
+
+
+def _further_merges(
+    words: Mapping[tuple[str, ...], int], known: Collection[str], limit: int
+) -> Iterator[tuple[str, str]]:
+    """At most `limit` merges of tokens, the most frequent first, each with a token of its own."""
+    counts = dict(words)
+    tokens = set(known)
+    for _ in range(limit):
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, number in counts.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += number
+        new = {
+            pair: n
+            for pair, n in pairs.items()
+            if n > 1 and "".join(pair) not in tokens and _may_be_token("".join(pair))
+        }
+        if not new:
+            return
+        best = max(new, key=lambda pair: (new[pair], pair))
+        tokens.add("".join(best))
+        merged: Counter[tuple[str, ...]] = Counter()
+        for word, number in counts.items():
+            merged[_merged(word, best)] += number
+        counts = dict(merged)
+        yield best
+
+
+def _may_be_token(token: str) -> bool:
+    """Whether a token's bytes are ASCII, or one character's first bytes.
+
+    Scripts without spaces stay cut into characters: longer tokens would join words of all kinds.
+    """
+    spelt = _bytes_of_token(token)
+    return spelt.isascii() or (spelt[0] >= 0xC0 and all(0x80 <= byte < 0xC0 for byte in spelt[1:]))
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """A word whose neighbouring tokens of a pair are one token."""
+    joined: list[str] = []
+    for token in word:
+        if joined and (joined[-1], token) == pair:
+            joined[-1] += token
+        else:
+            joined.append(token)
+    return tuple(joined)
 
 
 _ADDED = (END_OF_TEXT, *REQUIRED)

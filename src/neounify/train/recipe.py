@@ -87,14 +87,16 @@ class ModelRecipe:
     """Source of the weights: a checkpoint folder, or a preset with fresh weights.
 
     `changes` replace fields of the config; of a checkpoint, what they add or reshape starts from
-    fresh weights (a pixel head in place of the flow head). `tokenizer` and `system_message` are
-    for fresh models; a checkpoint contains them.
+    fresh weights (a pixel head in place of the flow head). `system_message` is for fresh models; a
+    checkpoint contains one. `tokenizer` is that of a fresh model, of 512 ids by default. A
+    checkpoint keeps its own; if `tokenizer.vocab_size` is larger, it gains merges of the recipe's
+    texts, and the model rows for them.
     """
 
     preset: str | None = None
     checkpoint: Path | None = None
     changes: dict[str, Any] = field(default_factory=dict)
-    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    tokenizer: TokenizerRecipe | None = None
     system_message: str = ""
 
 

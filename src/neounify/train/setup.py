@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from neounify.model.stream import Layer
 from neounify.pipeline import load
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.scenes.world.samples import SceneData
-from neounify.text.tokenizer import Tokenizer, byte_tokenizer
-from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe
+from neounify.text.tokenizer import Tokenizer, byte_of_character, byte_tokenizer
+from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe, TokenizerRecipe
 
 TOKENIZER_SEED = 2**31
 """Seed of the samples that a tokenizer is trained on; no training run uses it."""
@@ -47,21 +47,29 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
     source = recipe.model
     if source.checkpoint is not None:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
-        model = _changed(pipe.model, source, recipe.seed)
+        tokenizer, model = pipe.tokenizer, _changed(pipe.model, source, recipe.seed)
+        if source.tokenizer is not None and source.tokenizer.vocab_size > tokenizer.vocab_size:
+            tokenizer = _saved(folder, partial(_extended, tokenizer, recipe, source.tokenizer))
+            model = _with_rows(model, pipe.tokenizer, tokenizer, recipe.seed)
         model.config = with_trained_sizes(model.config, recipe)
-        return TrainSetup(model.train(), pipe.tokenizer, pipe.processor.system_message)
+        return TrainSetup(model.train(), tokenizer, pipe.processor.system_message)
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
-    saved = folder / "tokenizer"
-    if saved.is_dir():
-        tokenizer = Tokenizer.from_folder(saved)
-    else:
-        tokenizer = _tokenizer(recipe)
-        _save_tokenizer(tokenizer, saved)
+    tokenizer = _saved(folder, partial(_tokenizer, recipe))
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
     return TrainSetup(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
+
+
+def _saved(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of a run's folder; made and saved there at its start."""
+    saved = folder / "tokenizer"
+    if saved.is_dir():
+        return Tokenizer.from_folder(saved)
+    tokenizer = make()
+    _save_tokenizer(tokenizer, saved)
+    return tokenizer
 
 
 def build_mixture(data: Sequence[DataConfig], seed: int) -> Mixture:
@@ -109,6 +117,41 @@ def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
             if name in old and old[name].shape == parameter.shape:
                 parameter.copy_(old[name])
     return changed
+
+
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
+
+
+def _with_rows(model: NeoUnify, old: Tokenizer, new: Tokenizer, seed: int) -> NeoUnify:
+    """The model with table rows for the ids that a tokenizer gained.
+
+    A new token is read as its lower-case spelling if that was one token, else as the mean of the
+    tokens that it joins; as an answer, each is as likely as the mean token.
+    """
+    size = max(new.vocab_size, model.config.vocab_size)
+    grown = new_model(model.config.replace(vocab_size=size), seed).to(model.device)
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in grown.named_parameters():
+            rows = slice(len(before[name])) if name in _TABLES else ...
+            parameter[rows].copy_(before[name])
+        embedding, head = (before[name] for name in _TABLES)
+        for token in range(old.vocab_size, new.vocab_size):
+            parts = _parts(new.token_bytes(token), old)
+            grown.embed_tokens.weight[token] = embedding[parts].mean(0)
+            grown.lm_head.weight[token] = head.mean(0)
+    return grown
+
+
+def _parts(token: bytes, old: Tokenizer) -> list[int]:
+    """The ids of an older tokenizer that a token stands for."""
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:  # a part of a character
+        spelt = {byte: character for character, byte in byte_of_character().items()}
+        return [old.id(spelt[byte]) for byte in token]
+    lower = old.encode(text.lower())
+    return lower if len(lower) == 1 else old.encode(text)
 
 
 def _config(base: ModelConfig | None, source: ModelRecipe) -> ModelConfig:
@@ -160,7 +203,16 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
-    settings = recipe.model.tokenizer
+    settings = recipe.model.tokenizer or TokenizerRecipe()
+    return byte_tokenizer(_tokenizer_texts(recipe, settings.samples), settings.vocab_size)
+
+
+def _extended(tokenizer: Tokenizer, recipe: Recipe, settings: TokenizerRecipe) -> Tokenizer:
+    return tokenizer.extended(_tokenizer_texts(recipe, settings.samples), settings.vocab_size)
+
+
+def _tokenizer_texts(recipe: Recipe, samples: int) -> list[str]:
+    """Texts of the recipe's first scenes that no training run sees. Raises ConfigError."""
     data = (item for stage in recipe.stages for item in stage.data)
     scenes = [item for item in data if isinstance(item, SceneData)]
     if not scenes:
@@ -169,9 +221,10 @@ def _tokenizer(recipe: Recipe) -> Tokenizer:
             'of kind "scenes"'
         )
     first = scenes[0]
-    world = SceneDataset(TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese)
-    texts = [world[n].text() for n in range(settings.samples)]
-    return byte_tokenizer(texts, settings.vocab_size)
+    world = SceneDataset(
+        TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese, wording=first.wording
+    )
+    return [world[n].text() for n in range(samples)]
 
 
 def with_trained_sizes(config: ModelConfig, recipe: Recipe) -> ModelConfig:

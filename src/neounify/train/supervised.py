@@ -71,23 +71,22 @@ class SupervisedConfig(MethodConfig):
     def trained_sizes(
         self, stage: StageRecipe, config: ModelConfig
     ) -> tuple[list[Size], list[Size]]:
-        """Buckets and data of one size as pairs, images of any shape as areas."""
+        """Buckets and data of known sizes as pairs, images of any shape as areas."""
         sizes: list[Size] = []
         areas: list[Size] = []
         for data in stage.data:
             if not GENERATING & set(data.tasks_drawn()):
                 continue
-            size = data.image_size()
+            low, high = self._target_area(config)
             if self.target_buckets:
                 sizes += self.target_buckets
-            elif size is not None:
-                low, high = self._target_area(config)
+            elif not data.image_sizes():
+                areas.append((low, high))
+            for size in [] if self.target_buckets else data.image_sizes():
                 height, width = fit_size(
                     *size, multiple=config.token_size, min_pixels=low, max_pixels=high
                 )
                 sizes.append((width, height))
-            else:
-                areas.append(self._target_area(config))
         return sizes, areas
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:

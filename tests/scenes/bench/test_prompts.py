@@ -24,7 +24,7 @@ from neounify.scenes.world import (
     render,
     sample_rng,
 )
-from support.facts import canonical
+from neounify.scenes.world.facts import canonical
 
 CONFIG = PRESETS["wide"]
 NO_COLOUR = ("single_object", "two_object")

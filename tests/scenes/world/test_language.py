@@ -26,9 +26,8 @@ from neounify.scenes.world import (
     sample_scene,
 )
 from neounify.scenes.world.draw import chance, pick
-from neounify.scenes.world.facts import matching, reference
+from neounify.scenes.world.facts import canonical, matching, reference
 from neounify.scenes.world.lexicon import Language
-from support.facts import canonical
 
 DEFAULT = PRESETS["wide"]
 RED = ObjectFact("circle", "red")

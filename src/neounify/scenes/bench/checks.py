@@ -24,7 +24,7 @@ from neounify.scenes.world.language import parse_layout
 from neounify.scenes.world.lexicon import COLOURS, place_name
 from neounify.scenes.world.parse import parse_caption
 from neounify.scenes.world.questions import Question, check_answer
-from neounify.scenes.world.render import object_mask
+from neounify.scenes.world.render import object_mask, size_at
 from neounify.scenes.world.scene import MAX_OBJECTS, Scene, SceneConfig
 
 AnyImage = NDArray[np.uint8] | Image.Image
@@ -168,7 +168,7 @@ def check_edit(
     """
     before, after = as_array(source), as_array(edited)
     target = check_image(facts_of(edit.target, config, FULL_STYLE), after, config)
-    mask = untouched(edit, config, after.shape[0])
+    mask = untouched(edit, config, min(after.shape[:2]))
     elsewhere = psnr(before, after, mask) if mask.any() else None
     attributes = {
         "achieved": target.correct,
@@ -178,8 +178,12 @@ def check_edit(
 
 
 def untouched(edit: SceneEdit, config: SceneConfig, side: int) -> NDArray[np.bool_]:
-    """Pixels [side, side] that an edit must leave alone: all other cells, or all objects."""
-    mask = np.zeros((side, side), bool)
+    """Pixels [height, width] that an edit must leave alone: all other cells, or all objects.
+
+    `side`: pixels of the image's shorter side.
+    """
+    width, height = size_at(config, side)
+    mask = np.zeros((height, width), bool)
     if edit.kind == "background":
         for placed in edit.source.objects:
             y0, x0, cover = object_mask(config, placed, side)
@@ -189,8 +193,8 @@ def untouched(edit: SceneEdit, config: SceneConfig, side: int) -> NDArray[np.boo
     mask[:] = True
     rows, columns = config.grid
     for row, column in edit.cells:
-        y0, y1 = int(row * side / rows), int(np.ceil((row + 1) * side / rows))
-        x0, x1 = int(column * side / columns), int(np.ceil((column + 1) * side / columns))
+        y0, y1 = int(row * height / rows), int(np.ceil((row + 1) * height / rows))
+        x0, x1 = int(column * width / columns), int(np.ceil((column + 1) * width / columns))
         mask[y0:y1, x0:x1] = False
     return mask
 

@@ -44,7 +44,10 @@ SIZE_SLACK = 1.3
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object as seen: names, or None where nothing fits; x, y, radius as shares of a side."""
+    """One object as seen: names, or None where nothing fits.
+
+    x and y are shares of the image's width and height, the radius one of its shorter side.
+    """
 
     shape: str | None
     colour: str | None
@@ -82,13 +85,22 @@ def as_array(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
 
 
 def perceive(image: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Percept:
-    """Perceive a square image of any side; larger ones are averaged down to the config's side."""
+    """Perceive an image of any size of the world's shape; it is scaled to the config's size.
+
+    Raises:
+        DataError: the image has another ratio of width to height.
+    """
     pixels = as_array(image)
-    if pixels.shape[0] != pixels.shape[1]:
-        raise DataError(f"a scene is square; this image is {pixels.shape[1]}×{pixels.shape[0]}")
-    if pixels.shape[0] != config.side:
-        resized = Image.fromarray(pixels).resize((config.side,) * 2, Image.Resampling.BOX)
-        pixels = np.asarray(resized)
+    height, width = pixels.shape[:2]
+    if width * config.height != height * config.width:
+        if config.stretch == (0, 0):
+            raise DataError(f"a scene is square; this image is {width}×{height}")
+        raise DataError(
+            f"this image is {width}×{height}, not of the shape {config.width}×{config.height}"
+        )
+    if (width, height) != (config.width, config.height):
+        size = (config.width, config.height)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
     values = pixels.astype(np.float32)
     ground = _background(values)
     away = np.sqrt(((_smooth(values) - ground) ** 2).sum(-1))
@@ -165,12 +177,12 @@ def _see_object(
     noise: float,
     config: SceneConfig,
 ) -> SeenObject:
-    side = config.side
+    side, width, height = config.side, config.width, config.height
     inside = labels == label
     ys, xs = np.nonzero(inside)
     pad = 3
-    y0, y1 = max(0, ys.min() - pad), min(side, ys.max() + pad + 1)
-    x0, x1 = max(0, xs.min() - pad), min(side, xs.max() + pad + 1)
+    y0, y1 = max(0, ys.min() - pad), min(height, ys.max() + pad + 1)
+    x0, x1 = max(0, xs.min() - pad), min(width, xs.max() + pad + 1)
     # Pixels of other objects are no part of this one's window.
     others = (labels[y0:y1, x0:x1] > 0) & ~inside[y0:y1, x0:x1]
     mine = (~_grown(others)).astype(np.float32)
@@ -189,15 +201,15 @@ def _see_object(
     expected = float(mine.sum()) * (noise**2) / max(float(ink @ ink), 1.0)
     misfit = max(0.0, fit.residual - expected) / max(float((weight * fit.mask).sum()), 1.0)
     cell = (
-        min(config.grid[0] - 1, max(0, int(fit.y / side * config.grid[0]))),
-        min(config.grid[1] - 1, max(0, int(fit.x / side * config.grid[1]))),
+        min(config.grid[0] - 1, max(0, int(fit.y / height * config.grid[0]))),
+        min(config.grid[1] - 1, max(0, int(fit.x / width * config.grid[1]))),
     )
     return SeenObject(
         shape=fit.shape if misfit <= MISFIT else None,
         colour=nearest_colour(rgb),
         size=_size_name(fit.radius / side, config),
-        x=fit.x / side,
-        y=fit.y / side,
+        x=fit.x / width,
+        y=fit.y / height,
         radius=fit.radius / side,
         cell=cell,
         place=place_name(cell, config.grid),

@@ -6,16 +6,18 @@ meant is singled out by its shape, and by colour, size or place where needed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from neounify.data.sample import DataError
-from neounify.scenes.world.draw import pick, shuffled
+from neounify.scenes.world.draw import chance, pick, shuffled
 from neounify.scenes.world.facts import FULL_STYLE, ObjectFact, facts_of, reference
-from neounify.scenes.world.language import caption, definite, layout_text, noun
+from neounify.scenes.world.language import caption, definite, held_out_parts, layout_text, noun
 from neounify.scenes.world.lexicon import Cell, Language, number_word, place_name, stands_out, word
+from neounify.scenes.world.phrasebook import EDIT_FORMS, EDIT_STATEMENTS, POLITE, FormSet
 from neounify.scenes.world.scene import (
     Scene,
     SceneConfig,
@@ -119,20 +121,9 @@ def _recolour(
     colour = pick(rng, others)
     target = source.swap(placed, replace(placed, colour=colour))
     name, new = definite(fact, language), word("colour", colour, language)
-    if language == "zh":
-        wording = pick(rng, (f"把{name}变成{new}", f"将{name}改为{new}"))
-        return SceneEdit("recolour", source, target, wording, f"{name}变成了{new}。")
-    wording = pick(
-        rng,
-        (
-            f"Make {name} {new}.",
-            f"Change the colour of {name} to {new}.",
-            f"Recolour {name} {new}.",
-            f"Paint {name} {new}.",
-            f"Turn {name} {new}.",
-        ),
-    )
-    return SceneEdit("recolour", source, target, wording, f"{_capital(name)} turns {new}.")
+    wording = _plain("recolour", rng, language, name=name, new=new)
+    told = f"{name}变成了{new}。" if language == "zh" else f"{_capital(name)} turns {new}."
+    return SceneEdit("recolour", source, target, wording, told)
 
 
 def _remove(
@@ -144,11 +135,8 @@ def _remove(
     placed, fact = meant
     target = replace(source, objects=tuple(o for o in source.objects if o != placed))
     name = definite(fact, language)
-    if language == "zh":
-        wording = pick(rng, (f"去掉{name}", f"把{name}删除"))
-        return SceneEdit("remove", source, target, wording, f"{name}消失了。")
-    forms = (f"Remove {name}.", f"Take {name} away.", f"Delete {name}.", f"Erase {name}.")
-    return SceneEdit("remove", source, target, pick(rng, forms), f"{_capital(name)} disappears.")
+    told = f"{name}消失了。" if language == "zh" else f"{_capital(name)} disappears."
+    return SceneEdit("remove", source, target, _plain("remove", rng, language, name=name), told)
 
 
 def _add(
@@ -168,17 +156,11 @@ def _add(
     size = new.size if len(config.sizes) > 1 else None
     name = noun(ObjectFact(new.shape, new.colour, size), language)
     place = word("place", place_name(new.cell, config.grid), language)
-    if language == "zh":
-        wording = pick(rng, (f"在{place}加上{name}", f"在{place}添加{name}"))
-        return SceneEdit("add", source, target, wording, f"{place}出现了{name}。")
-    forms = (
-        f"Add {name} in the {place}.",
-        f"Put {name} in the {place}.",
-        f"Draw {name} in the {place}.",
-        f"In the {place}, add {name}.",
-    )
-    narration = f"{_capital(name)} appears in the {place}."
-    return SceneEdit("add", source, target, pick(rng, forms), narration)
+    wording = _plain("add", rng, language, name=name, place=place)
+    told = f"{place}出现了{name}。"
+    if language == "en":
+        told = f"{_capital(name)} appears in the {place}."
+    return SceneEdit("add", source, target, wording, told)
 
 
 def _move(
@@ -191,12 +173,11 @@ def _move(
     cell = pick(rng, free)
     target = source.swap(placed, replace(placed, cell=cell))
     name, place = definite(fact, language), word("place", place_name(cell, config.grid), language)
-    if language == "zh":
-        wording = pick(rng, (f"把{name}移到{place}", f"将{name}移动到{place}"))
-        return SceneEdit("move", source, target, wording, f"{name}移到了{place}。")
-    forms = (f"Move {name} to the {place}.", f"Shift {name} to the {place}.")
-    narration = f"{_capital(name)} moves to the {place}."
-    return SceneEdit("move", source, target, pick(rng, forms), narration)
+    wording = _plain("move", rng, language, name=name, place=place)
+    told = f"{name}移到了{place}。"
+    if language == "en":
+        told = f"{_capital(name)} moves to the {place}."
+    return SceneEdit("move", source, target, wording, told)
 
 
 def _background(
@@ -213,16 +194,65 @@ def _background(
     ground = pick(rng, others)
     target = replace(source, background=ground)
     new = word("colour", ground, language)
-    if language == "zh":
-        wording = pick(rng, (f"把背景换成{new}", f"将背景改为{new}"))
-        return SceneEdit("background", source, target, wording, f"背景变成了{new}。")
-    forms = (
-        f"Make the background {new}.",
-        f"Change the background to {new}.",
-        f"Turn the background {new}.",
-        f"Give it a {new} background.",
+    wording = _plain("background", rng, language, new=new)
+    told = f"背景变成了{new}。" if language == "zh" else f"The background turns {new}."
+    return SceneEdit("background", source, target, wording, told)
+
+
+def _plain(kind: EditKind, rng: np.random.Generator, language: Language, **slots: str) -> str:
+    return pick(rng, EDIT_FORMS["plain"][language][kind]).format_map(slots)
+
+
+def instruct(
+    edit: SceneEdit,
+    config: SceneConfig,
+    rng: np.random.Generator,
+    language: Language = "en",
+    forms: FormSet = "wide",
+) -> str:
+    """An instruction for an edit in other words, which say the same.
+
+    With forms "held_out", the request or the polite form around it is one that training never has.
+    """
+    slots = _slots(edit, config, rng, language)
+    if forms == "wide" and chance(rng, 0.12):
+        return _capital(pick(rng, EDIT_STATEMENTS[language][edit.kind]).format_map(slots))
+    inside, around = held_out_parts(rng) if forms == "held_out" else (forms, forms)
+    request = pick(rng, EDIT_FORMS[inside][language][edit.kind]).format_map(slots)
+    return _capital(pick(rng, POLITE[around][language]).format(x=request))
+
+
+def _slots(
+    edit: SceneEdit, config: SceneConfig, rng: np.random.Generator, language: Language
+) -> dict[str, str]:
+    """The words of an edit: its object, new colour or place."""
+    if edit.kind == "background":
+        return {"new": word("colour", edit.target.background, language)}
+    gone = [o for o in edit.source.objects if o not in edit.target.objects]
+    come = [o for o in edit.target.objects if o not in edit.source.objects]
+    slots: dict[str, str] = {}
+    if come:
+        place = place_name(come[0].cell, config.grid)
+        slots = {
+            "new": word("colour", come[0].colour, language),
+            "place": word("place", place, language),
+        }
+    if not gone:
+        size = come[0].size if len(config.sizes) > 1 else None
+        return slots | {"name": noun(ObjectFact(come[0].shape, come[0].colour, size), language)}
+    fact = reference(edit.source, config, gone[0], rng)
+    assert fact is not None  # the edit was drawn for an object that can be referred to
+    return slots | {"name": definite(fact, language)}
+
+
+def articles_may_go(edit: SceneEdit, text: str) -> bool:
+    """Whether an instruction is as clear without articles.
+
+    "Put star in top left" is not: "the star" moves, "a star" is a new one.
+    """
+    return edit.kind not in ("add", "move") or not re.search(
+        r"\b(?:put|place|want|should|draw)\b", text, re.IGNORECASE
     )
-    return SceneEdit("background", source, target, pick(rng, forms), f"The background turns {new}.")
 
 
 def _free_cells(source: Scene, config: SceneConfig) -> list[Cell]:

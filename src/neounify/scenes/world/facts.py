@@ -15,7 +15,7 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import pick
-from neounify.scenes.world.lexicon import place_name, relations_between
+from neounify.scenes.world.lexicon import OPPOSITE, place_name, relations_between
 from neounify.scenes.world.scene import Scene, SceneConfig, SceneObject
 
 
@@ -107,6 +107,28 @@ def facts_of(
             relation = pick(rng, relations_here) if rng is not None else relations_here[0]
             relations = (RelationFact(index[facts[a]], relation, index[facts[b]]),)
     return SceneFacts(objects, relations, scene.background if style.background else None)
+
+
+def canonical(facts: SceneFacts) -> SceneFacts:
+    """Equal for texts that state the same, whatever their word order."""
+    order = sorted(range(len(facts.objects)), key=lambda i: _sort_key(facts.objects[i]))
+    rank = {old: new for new, old in enumerate(order)}
+    relations = set()
+    for r in facts.relations:
+        subject, relation, other = rank[r.subject], r.relation, rank[r.object]
+        if relation in ("right of", "below"):
+            subject, relation, other = other, OPPOSITE[relation], subject
+        relations.add((subject, relation, other))
+    return SceneFacts(
+        tuple(facts.objects[i] for i in order),
+        tuple(RelationFact(*r) for r in sorted(relations)),
+        facts.background,
+    )
+
+
+def _sort_key(fact: ObjectFact) -> tuple[str, ...]:
+    named = (fact.place, fact.shape, fact.colour, fact.size)
+    return (*(name or "" for name in named), str(fact.count))
 
 
 _WAYS_TO_REFER = (

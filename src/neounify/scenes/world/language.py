@@ -30,6 +30,12 @@ from neounify.scenes.world.lexicon import (
     tokens,
     word,
 )
+from neounify.scenes.world.phrasebook import (
+    POLITE,
+    PROMPT_REQUESTS,
+    PROMPT_STATEMENTS,
+    FormSet,
+)
 from neounify.scenes.world.scene import Scene, SceneConfig, SceneObject
 
 
@@ -255,6 +261,82 @@ class _Chinese(_Writer):
             subject, other = (definite(facts.objects[i], "zh") for i in (r.subject, r.object))
             body += f"，{subject}在{other}的{self.pick(*relation_words(r.relation, 'zh'))}"
         return body
+
+
+def prompt(
+    facts: SceneFacts,
+    rng: np.random.Generator,
+    language: Language = "en",
+    forms: FormSet = "wide",
+) -> str:
+    """A request for an image in words beyond those of captions, before any `Surface`.
+
+    With forms "held_out", the request or the polite form around it is one that training never has.
+    """
+    if language == "en":
+        phrase = _Phrase(rng).write(facts)
+    else:
+        phrase = _Chinese(rng).write(facts).replace("图中有", "")
+    inside, around = held_out_parts(rng) if forms == "held_out" else (forms, forms)
+    if inside == around and chance(rng, 0.5):
+        text = pick(rng, PROMPT_STATEMENTS[forms][language]).format(c=phrase)
+        return _ended(text, rng, language)
+    request = pick(rng, PROMPT_REQUESTS[inside][language]).format(c=phrase)
+    text = pick(rng, POLITE[around][language]).format(x=request)
+    return text[0].upper() + text[1:] if chance(rng, 0.6) else text
+
+
+def held_out_parts(rng: np.random.Generator) -> tuple[FormSet, FormSet]:
+    """Forms of a request and of what stands around it, of which at least one is held out."""
+    parts: tuple[tuple[FormSet, FormSet], ...] = (
+        ("held_out", "held_out"),
+        ("held_out", "wide"),
+        ("wide", "held_out"),
+    )
+    return pick(rng, parts)
+
+
+def _ended(text: str, rng: np.random.Generator, language: Language) -> str:
+    stopped = text[-1] in "?？。." or chance(rng, 0.6)
+    text = text if stopped else text + ("." if language == "en" else "。")
+    return text[0].upper() + text[1:] if chance(rng, 0.5) else text
+
+
+class _Phrase(_Writer):
+    """One phrase for all facts, which any request can hold: "a circle that is red on white"."""
+
+    def write(self, facts: SceneFacts) -> str:
+        facts = self.order(facts)
+        if not facts.objects:
+            return f"a {facts.background} background"
+        names = [self._named(fact) for fact in facts.objects]
+        if len(names) == 2 and len(facts.relations) == 1:
+            r = facts.relations[0]
+            relation = self.pick(*relation_words(r.relation, "en"))
+            body = f"{names[r.subject]} {relation} {names[r.object]}"
+        else:
+            body = _join(names)
+            for r in facts.relations:
+                one, two = definite(facts.objects[r.subject]), definite(facts.objects[r.object])
+                relation = self.pick(*relation_words(r.relation, "en"))
+                body += self.pick(f", {one} {relation} {two}", f", with {one} {relation} {two}")
+        if facts.background is None:
+            return body
+        ground = f"{_indefinite(facts.background)} {facts.background} background"
+        return self.pick(f"{body} on {ground}", f"{body} with {ground}", f"{body}, on {ground}")
+
+    def _named(self, fact: ObjectFact) -> str:
+        name = noun(_unplaced(fact))
+        if fact.colour and self.chance(0.3):
+            bare = noun(replace(fact, colour=None, place=None))
+            be = "is" if fact.count == 1 else "are"
+            colour = fact.colour
+            name = self.pick(
+                f"{bare} that {be} {colour}", f"{bare} which {be} {colour}", f"{bare} in {colour}"
+            )
+        if fact.place is None:
+            return name
+        return f"{name} {self.pick('in', 'in', 'at')} the {fact.place}"
 
 
 def _unplaced(fact: ObjectFact) -> ObjectFact:

@@ -1,13 +1,15 @@
 """Questions about a scene with one short right answer each, and the check of an answer.
 
-Kinds: "shape", "colour", "count", "where", "exists", "relation", "background", "size".
+Kinds: "shape", "colour", "count", "where", "exists", "relation", "background", "size". Every kind
+but "exists" can also be asked for yes or no; "absent" asks about an object that is not there,
+"no_image" about an image that is not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -24,14 +26,25 @@ from neounify.scenes.world.lexicon import (
     number_word,
     phrases,
     place_name,
-    plural,
+    relation_words,
     relations_between,
+    tokens,
     word,
 )
+from neounify.scenes.world.phrasebook import IMAGE_WORDS, NO_IMAGE, QUESTION_FORMS, FormSet
 from neounify.scenes.world.scene import HELD_OUT_PAIRS, Scene, SceneConfig, Split, visible_colours
 
 QuestionKind = Literal[
-    "shape", "colour", "count", "where", "exists", "relation", "background", "size"
+    "shape",
+    "colour",
+    "count",
+    "where",
+    "exists",
+    "relation",
+    "background",
+    "size",
+    "absent",
+    "no_image",
 ]
 QUESTION_KINDS: tuple[QuestionKind, ...] = (
     *("shape", "colour", "count", "where", "exists", "relation", "background", "size"),
@@ -92,8 +105,7 @@ def ask(
     for candidate in [kind] if kind else shuffled(rng, QUESTION_KINDS):
         asked = _ASKERS[candidate](scene, config, rng, language, split)
         if asked is not None:
-            text, value = asked
-            return Question(candidate, text, _answer(candidate, value, language), value, language)
+            return _question(candidate, asked, rng, language, "plain")
     raise DataError(f"the scene allows no question of kind {kind}: {scene}")
 
 
@@ -109,9 +121,10 @@ def ask_several(
     found: list[Question] = []
     for kind in shuffled_by_weight(rng, QUESTION_WEIGHTS):
         asked = _ASKERS[kind](scene, config, rng, language, split)
-        if asked is not None and len(found) < count:
-            text, value = asked
-            found.append(Question(kind, text, _answer(kind, value, language), value, language))
+        if asked is not None:
+            # Drawn even where it is one too many: the next kind's draws must not depend on it.
+            question = _question(kind, asked, rng, language, "plain")
+            found += [question] * (len(found) < count)
     return found
 
 
@@ -120,8 +133,8 @@ def ask_relation_yes_no(
 ) -> Question | None:
     """A question of relation that is answered by yes or no, "Is the star left of the cross?".
 
-    No training data has this form, so it is none of `QUESTION_KINDS`; its answer is read as that of
-    "exists". None where the scene allows no such question. English only.
+    The plain templates do not have this form, so it is none of `QUESTION_KINDS`; its answer is read
+    as that of "exists". None where the scene allows no such question. English only.
     """
     asked = _related(scene, config, rng)
     if asked is None:
@@ -133,6 +146,74 @@ def ask_relation_yes_no(
     return Question("exists", text, value, value)
 
 
+def ask_wide(
+    scene: Scene,
+    config: SceneConfig,
+    rng: np.random.Generator,
+    kind: QuestionKind,
+    language: Language = "en",
+    split: Split = "train",
+    *,
+    forms: FormSet = "wide",
+    yes_no: bool = False,
+) -> Question | None:
+    """A question of a kind in another form; None where the scene allows none.
+
+    `yes_no`: whether something is so, right in half of the cases, read as an answer to "exists".
+    """
+    asked = _ASKERS[kind](scene, config, rng, language, split)
+    if asked is None:
+        return None
+    if not yes_no:
+        return _question(kind, asked, rng, language, forms)
+    claims = {v: w for v, w in _claims(kind, asked, config, language).items() if v != asked.value}
+    if split == "train":
+        claims = {v: w for v, w in claims.items() if not _claims_held_out(kind, asked.fact, v)}
+    if not claims:
+        return None
+    own = _claims(kind, asked, config, language).get(asked.value)
+    is_so = own is not None and chance(rng, 0.5)
+    claim = own if is_so and own is not None else claims[pick(rng, sorted(claims))]
+    value = "yes" if is_so else "no"
+    slots = {**asked.slots, "claim": claim, "rel": claim}
+    asked = _Asked(f"is {kind}", slots, value)
+    return _question("exists", asked, rng, language, forms)
+
+
+def ask_absent(
+    scene: Scene,
+    config: SceneConfig,
+    rng: np.random.Generator,
+    language: Language = "en",
+    split: Split = "train",
+    forms: FormSet = "wide",
+) -> Question | None:
+    """A question about an object that is not there; the answer says so, "there is no red star"."""
+    coloured = chance(rng, 0.4)
+    absent = [
+        fact
+        for shape in config.shapes
+        for colour in (visible_colours(config, scene.background) if coloured else (None,))
+        if (split != "train" or (shape, colour) not in HELD_OUT_PAIRS)
+        and not matching(scene, config, fact := ObjectFact(shape, colour))
+    ]
+    if not absent:
+        return None
+    fact = pick(rng, absent)
+    kinds = ["where", *["size"] * (len(config.sizes) > 1), *["colour", "colour"] * (not coloured)]
+    asked = _Asked(pick(rng, kinds), {"t": definite(fact, language)}, _named(noun(fact, language)))
+    text = _worded(asked, rng, language, forms)
+    bare = noun(fact, language, "")
+    answer = f"there is no {bare}" if language == "en" else f"没有{bare}"
+    return Question("absent", text, answer, asked.value, language)
+
+
+def without_image(question: Question) -> Question:
+    """The same question where no image is given: the answer says so."""
+    answer = NO_IMAGE[question.language]
+    return replace(question, kind="no_image", answer=answer, value="image")
+
+
 def check_answer(question: Question, answer: str) -> bool:
     """Whether an answer in free words names the right value and no other value of its kind."""
     return read_answer(question.kind, answer) == {question.value}
@@ -140,6 +221,8 @@ def check_answer(question: Question, answer: str) -> bool:
 
 def read_answer(kind: QuestionKind, answer: str) -> set[str]:
     """All values of a question's kind that an answer names, in English or Chinese."""
+    if kind in ("absent", "no_image"):
+        return _missing(answer, kind)
     found: set[str] = set()
     for language in LANGUAGES:
         edge = r"\b" if language == "en" else ""
@@ -148,6 +231,59 @@ def read_answer(kind: QuestionKind, answer: str) -> set[str]:
         pattern = edge + "(" + "|".join(map(re.escape, longest_first)) + ")" + edge
         found |= {known[hit] for hit in re.findall(pattern, answer.lower())}
     return found
+
+
+_MISSING = re.compile(r"\b(?:no|not an?|isn't an?)\s+([a-z ]+)|没有(?:一个)?([\u4e00-\u9fff]+)")
+
+
+def _missing(answer: str, kind: QuestionKind) -> set[str]:
+    """What an answer says is not there: "image", or objects as `_named` has them."""
+    found = set[str]()
+    for hit in _MISSING.finditer(answer.lower()):
+        name = (hit[1] or hit[2]).strip()
+        if kind == "no_image":
+            found |= {"image"} if name.startswith(IMAGE_WORDS) else {name}
+            continue
+        try:
+            found.add(_named(name))
+        except DataError:
+            found.add(name)
+    return found
+
+
+def _named(name: str) -> str:
+    """A noun phrase as its canonical words, sorted: "circle red"."""
+    return " ".join(sorted(t.value for t in tokens(name) if t.kind in ("colour", "shape", "size")))
+
+
+def _question(
+    kind: QuestionKind, asked: _Asked, rng: np.random.Generator, language: Language, forms: FormSet
+) -> Question:
+    text = _worded(asked, rng, language, forms)
+    return Question(kind, text, _answer(kind, asked.value, language), asked.value, language)
+
+
+def _claims(
+    kind: QuestionKind, asked: _Asked, config: SceneConfig, language: Language
+) -> dict[str, str]:
+    """What may be claimed of the answer to a question of that kind: words by value."""
+    if asked.claims:
+        return dict(asked.claims)
+    values: Mapping[QuestionKind, Sequence[str]] = {
+        "shape": config.shapes,
+        "colour": config.colours,
+        "background": config.backgrounds,
+        "size": config.sizes,
+        "where": [place_name(cell, config.grid) for cell in config.cells],
+    }
+    return {value: word(_WORD_KINDS[kind], value, language) for value in values[kind]}
+
+
+def _claims_held_out(kind: QuestionKind, fact: ObjectFact, value: str) -> bool:
+    """Whether a claim names a pair of shape and colour that training never shows."""
+    shape = value if kind == "shape" else fact.shape
+    colour = value if kind == "colour" else fact.colour
+    return (shape, colour) in HELD_OUT_PAIRS
 
 
 def _answer(kind: QuestionKind, value: str, language: Language) -> str:
@@ -174,7 +310,23 @@ def _answer_phrases(kind: QuestionKind, language: Language) -> Mapping[str, str]
     return {p: v for p, v in phrases(_WORD_KINDS[kind], language).items() if v}
 
 
-Asked = tuple[str, str] | None
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked: the key of its forms, the words for their slots, and the answer's value."""
+
+    form: str
+    slots: Mapping[str, str]
+    value: str
+    claims: Mapping[str, str] = field(default_factory=dict)
+    """For yes or no: what may be claimed, words by value; by default every value of the kind."""
+    fact: ObjectFact = field(default_factory=ObjectFact)
+    """The object that is meant, if it is one."""
+
+
+def _worded(asked: _Asked, rng: np.random.Generator, language: Language, forms: FormSet) -> str:
+    options = QUESTION_FORMS[forms][language][asked.form]
+    chosen = options[0] if len(options) == 1 else pick(rng, options)
+    return chosen.format_map(asked.slots)
 
 
 def _ask_attribute(
@@ -190,70 +342,53 @@ def _ask_attribute(
 
 def _ask_shape(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
+) -> _Asked | None:
     meant = _ask_attribute(scene, config, rng, "shape")
     if meant is None:
         return None
-    target, value = definite(meant[0], language), scene.objects[meant[1]].shape
-    if language == "zh":
-        return f"{target}是什么形状？", value
-    return pick(rng, (f"What shape is {target}?", f"Which shape does {target} have?")), value
+    slots = {"t": definite(meant[0], language)}
+    return _Asked("shape", slots, scene.objects[meant[1]].shape, fact=meant[0])
 
 
 def _ask_colour(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
+) -> _Asked | None:
     meant = _ask_attribute(scene, config, rng, "colour")
     if meant is None:
         return None
-    target, value = definite(meant[0], language), scene.objects[meant[1]].colour
-    if language == "zh":
-        return f"{target}是什么颜色？", value
-    forms = (f"What colour is {target}?", f"What color is {target}?", f"Which colour is {target}?")
-    return pick(rng, forms), value
+    slots = {"t": definite(meant[0], language)}
+    return _Asked("colour", slots, scene.objects[meant[1]].colour, fact=meant[0])
 
 
 def _ask_size(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
+) -> _Asked | None:
     meant = _ask_attribute(scene, config, rng, "size") if len(config.sizes) > 1 else None
     if meant is None:
         return None
-    target, value = definite(meant[0], language), scene.objects[meant[1]].size
-    if language == "zh":
-        return f"{target}是大的还是小的？", value
-    return pick(rng, (f"Is {target} small or large?", f"What size is {target}?")), value
+    slots = {"t": definite(meant[0], language)}
+    return _Asked("size", slots, scene.objects[meant[1]].size, fact=meant[0])
 
 
 def _ask_where(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
+) -> _Asked | None:
     meant = _ask_attribute(scene, config, rng, "place")
     if meant is None:
         return None
-    target = definite(meant[0], language)
-    value = place_name(scene.objects[meant[1]].cell, config.grid)
-    if language == "zh":
-        return f"{target}在哪里？", value
-    return pick(rng, (f"Where is {target}?", f"In which place is {target}?")), value
+    slots = {"t": definite(meant[0], language)}
+    return _Asked("where", slots, place_name(scene.objects[meant[1]].cell, config.grid))
 
 
 def _ask_background(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
-    if language == "zh":
-        return "背景是什么颜色？", scene.background
-    forms = (
-        "What colour is the background?",
-        "What color is the background?",
-        "Which background does the picture have?",
-    )
-    return pick(rng, forms), scene.background
+) -> _Asked | None:
+    return _Asked("background", {}, scene.background)
 
 
 def _ask_count(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, split: Split
-) -> Asked:
+) -> _Asked | None:
     form = pick(rng, ("shape", "shape", "look", "all"))
     if form == "all":
         wanted = ObjectFact()
@@ -262,17 +397,19 @@ def _ask_count(
     else:
         some = pick(rng, scene.objects)
         wanted = ObjectFact(some.shape, some.colour if form == "look" else None)
-    value = str(len(matching(scene, config, wanted)))
-    if language == "zh":
-        return f"图中有几个{noun(wanted, 'zh', '')}？", value
-    name = f"{wanted.colour} " if wanted.colour else ""
-    name += plural(wanted.shape or "object")
-    return pick(rng, (f"How many {name} are there?", f"How many {name} do you see?")), value
+    count = len(matching(scene, config, wanted))
+    slots = {"ns": noun(replace(wanted, count=2), language, "")}
+    one = "one" if language == "en" else None
+    claims = {
+        str(n): noun(replace(wanted, count=n), language, one if n == 1 else None)
+        for n in range(max(1, count - 1), min(9, count + 1) + 1)
+    }
+    return _Asked("count", slots, str(count), claims)
 
 
 def _ask_exists(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, split: Split
-) -> Asked:
+) -> _Asked | None:
     if not scene.objects:
         return None
     some = pick(rng, scene.objects)
@@ -290,26 +427,30 @@ def _ask_exists(
             return None
         fact = pick(rng, absent)
     value = "yes" if matching(scene, config, fact) else "no"
-    name = noun(fact, language)
-    if language == "zh":
-        return f"图中有{name}吗？", value
-    return pick(rng, (f"Is there {name}?", f"Do you see {name}?")), value
+    slots = {
+        "n": noun(fact, language),
+        "n1": noun(fact, language, ""),
+        "ns": noun(replace(fact, count=2), language, ""),
+    }
+    return _Asked("exists", slots, value)
 
 
 def _ask_relation(
     scene: Scene, config: SceneConfig, rng: np.random.Generator, language: Language, _: Split
-) -> Asked:
+) -> _Asked | None:
     asked = _related(scene, config, rng)
     if asked is None:
         return None
     first, relation, second = asked
-    subject, other = definite(first, language), definite(second, language)
+    slots = {"a": definite(first, language), "b": definite(second, language)}
     across = relation in ("left of", "right of")
-    if language == "zh":
-        choice = "左边还是右边" if across else "上面还是下面"
-        return f"{subject}在{other}的{choice}？", _SIDES[relation]
-    choice = "left or right of" if across else "above or below"
-    return f"Is {subject} {choice} {other}?", _SIDES[relation]
+    claims = {r: relation_words(r, language)[0] for r in (relation, OPPOSITE[relation])}
+    return _Asked(
+        "across" if across else "along",
+        slots,
+        _SIDES[relation],
+        {_SIDES[r]: words for r, words in claims.items()},
+    )
 
 
 def _related(

@@ -91,11 +91,13 @@ def coverage(shape: str, x: Floats, y: Floats, radius: float, softness: float = 
     return np.clip(np.float32(0.5) - distance / np.float32(softness), 0, 1)
 
 
-def _mask(shape: str, cx: float, cy: float, radius: float, side: int) -> tuple[int, int, Floats]:
-    """Top row, left column and coverage [h, w, 1] of one object."""
+def _mask(
+    shape: str, cx: float, cy: float, radius: float, width: int, height: int
+) -> tuple[int, int, Floats]:
+    """Top row, left column and coverage [h, w, 1] of one object in an image of that size."""
     reach = EXTENT * radius + 1
     x0, y0 = max(0, math.floor(cx - reach)), max(0, math.floor(cy - reach))
-    x1, y1 = min(side, math.ceil(cx + reach)), min(side, math.ceil(cy + reach))
+    x1, y1 = min(width, math.ceil(cx + reach)), min(height, math.ceil(cy + reach))
     x = (np.arange(x0, x1, dtype=np.float32) + np.float32(0.5 - cx))[None, :]
     y = (np.arange(y0, y1, dtype=np.float32) + np.float32(0.5 - cy))[:, None]
     mask = coverage(shape, x, y, radius)[..., None]
@@ -108,24 +110,33 @@ _CACHED_RADIUS = 24.0  # pixels: larger masks are drawn anew, so the cache stays
 
 
 def render(scene: Scene, config: SceneConfig, side: int | None = None) -> NDArray[np.uint8]:
-    """A scene as uint8 RGB [side, side, 3]; `side` in pixels, the config's by default."""
-    side = side or config.side
-    if side < 16:
+    """A scene as uint8 RGB [height, width, 3]; `side`: another shorter side in pixels."""
+    width, height = size_at(config, side or config.side)
+    if min(width, height) < 16:
         raise DataError(f"a scene cannot be rendered {side} pixels wide; the minimum is 16")
-    canvas = np.empty((side, side, 3), np.uint8)
+    canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = COLOURS[scene.background]
     ground = np.asarray(COLOURS[scene.background], np.float32)
     for placed in scene.objects:
-        y0, x0, mask = object_mask(config, placed, side)
+        y0, x0, mask = object_mask(config, placed, side or config.side)
         ink = np.asarray(COLOURS[placed.colour], np.float32) - ground
         h, w = mask.shape[:2]
         canvas[y0 : y0 + h, x0 : x0 + w] = mask * ink + (ground + np.float32(0.5))
     return canvas
 
 
+def size_at(config: SceneConfig, side: int) -> tuple[int, int]:
+    """Width and height in pixels of a world's images whose shorter side is `side`."""
+    return round(config.width * side / config.side), round(config.height * side / config.side)
+
+
 def object_mask(config: SceneConfig, placed: SceneObject, side: int) -> tuple[int, int, Floats]:
-    """Position of an object in an image: top row, left column, coverage [h, w, 1]."""
+    """Position of an object in an image: top row, left column, coverage [h, w, 1].
+
+    `side`: pixels of the image's shorter side.
+    """
     x, y = config.centre(placed)
+    width, height = size_at(config, side)
     radius = config.radius(placed.size) * side
     mask_of = _cached_mask if radius <= _CACHED_RADIUS else _mask
-    return mask_of(placed.shape, x * side, y * side, radius, side)
+    return mask_of(placed.shape, x * width, y * height, radius, width, height)

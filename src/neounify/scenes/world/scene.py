@@ -62,6 +62,8 @@ HELD_OUT_RELATIONS = frozenset(
 KIND_WEIGHTS: dict[SceneKind, float] = {"single": 0.3, "pair": 0.3, "group": 0.2, "mixed": 0.2}
 CELL_MARGIN = 0.075
 """Share of a cell's side that stays free on each side of an object."""
+MIN_SIDE = 32
+"""Pixels of an image's shorter side, at least."""
 MAX_OBJECTS = 8
 """Objects of a scene, at most: the checker tries all ways to match words and objects."""
 EXTENT = 1.08
@@ -84,7 +86,9 @@ class SceneConfig:
     """Rows and columns, 1 to 3 each."""
     max_objects: int = 3
     side: int = 64
-    """Pixels of a side; images are square."""
+    """Pixels of the shorter side."""
+    stretch: tuple[int, int] = (0, 0)
+    """Pixels by which width and height exceed `side`; (0, 0): images are square."""
     small: float = 0.5
     large: float = 0.78
     jitter: float = 0.0
@@ -105,8 +109,14 @@ class SceneConfig:
         room_for = min(MAX_OBJECTS, self.grid[0] * self.grid[1])
         if not 1 <= self.max_objects <= room_for:
             raise DataError(f"max_objects {self.max_objects} is outside 1 to {room_for}")
-        if self.side < 32:
-            raise DataError(f"side {self.side} is under 32 pixels: shapes cannot be distinguished")
+        if self.side < MIN_SIDE:
+            raise DataError(
+                f"side {self.side} is under {MIN_SIDE} pixels: shapes cannot be distinguished"
+            )
+        if min(self.stretch) != 0:
+            raise DataError(
+                f"stretch {self.stretch} must hold a 0 and nothing below: side is the shorter side"
+            )
         room = (1 - 2 * CELL_MARGIN) / EXTENT
         if not 0 < self.small < self.large <= room + 1e-9:
             raise DataError(
@@ -122,9 +132,26 @@ class SceneConfig:
                 raise DataError(f"{colour} stands out on no background of {self.backgrounds}")
 
     @property
+    def width(self) -> int:
+        """Pixels of an image from left to right."""
+        return self.side + self.stretch[0]
+
+    @property
+    def height(self) -> int:
+        """Pixels of an image from top to bottom."""
+        return self.side + self.stretch[1]
+
+    def sized(self, width: int, height: int) -> SceneConfig:
+        """The same world in images of another size, in pixels."""
+        side = min(width, height)
+        return replace(self, side=side, stretch=(width - side, height - side))
+
+    @property
     def cell_side(self) -> float:
-        """Side of a cell (the smaller one), as a share of the image."""
-        return 1 / max(self.grid)
+        """Side of a cell (the smaller one), as a share of the image's shorter side."""
+        if self.stretch == (0, 0):
+            return 1 / max(self.grid)
+        return min(self.width / self.grid[1], self.height / self.grid[0]) / self.side
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -132,14 +159,15 @@ class SceneConfig:
         return tuple((r, c) for r in range(self.grid[0]) for c in range(self.grid[1]))
 
     def radius(self, size: str) -> float:
-        """Radius of a size class, as a share of the image's side."""
+        """Radius of a size class, as a share of the image's shorter side."""
         return (self.small if size == "small" else self.large) * self.cell_side / 2
 
     def centre(self, placed: SceneObject) -> tuple[float, float]:
         """Where an object's centre lies: x to the right, y down, both 0 to 1."""
         slack = self.cell_side * (0.5 - CELL_MARGIN) - EXTENT * self.radius(placed.size)
-        x = (placed.cell[1] + 0.5) / self.grid[1] + placed.offset[0] * slack * self.jitter
-        y = (placed.cell[0] + 0.5) / self.grid[0] + placed.offset[1] * slack * self.jitter
+        across, along = self.side / self.width, self.side / self.height
+        x = (placed.cell[1] + 0.5) / self.grid[1] + placed.offset[0] * slack * self.jitter * across
+        y = (placed.cell[0] + 0.5) / self.grid[0] + placed.offset[1] * slack * self.jitter * along
         return x, y
 
 
