@@ -80,7 +80,7 @@ def write_json(path: Path, document: Any, *, indent: int = 2) -> None:
 
 
 def write_new(path: Path, data: bytes) -> bool:
-    """Write a file, all or nothing, unless one is there; whether it was written. Raises OSError."""
+    """Write a file, all or nothing, unless one exists; returns whether it did. Raises OSError."""
     aside = _aside(path)
     try:
         aside.write_bytes(data)
@@ -137,7 +137,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left beside names of `pattern` while they wrote them.
+    """Remove unfinished files and folders of killed processes, for names of `pattern`.
 
     A folder that was moved away and never replaced gets its name back.
     """
@@ -257,10 +257,10 @@ def _aside(path: Path) -> Path:
 
 
 def _swap(aside: Path, target: Path) -> None:
-    """Give `aside` the name of `target`, whose folder of before goes.
+    """Replace the folder `target` by `aside`.
 
     In one step where the system can exchange two folders; elsewhere there is a moment without
-    `target`, in which `remove_leftovers` finds the folder of before.
+    `target`; `remove_leftovers` restores it after a kill.
     """
     if target.exists() and _exchange(aside, target):
         shutil.rmtree(aside, ignore_errors=True)

@@ -52,10 +52,10 @@ Positive = Annotated[float, AfterValidator(Range(0, open_low=True))]
 NonNegative = Annotated[float, AfterValidator(Range(0))]
 Finite = Annotated[float, AfterValidator(Range())]
 Fraction = Annotated[float, AfterValidator(Range(0, 1))]
-"""A share or a chance: 0 to 1, both included."""
+"""A share or a probability: 0 to 1, both included."""
 BelowOne = Annotated[float, AfterValidator(Range(0, 1, open_high=True))]
 AboveZero = Annotated[float, AfterValidator(Range(0, 1, open_low=True))]
-"""A share that is not nothing: above 0, at most 1."""
+"""A positive share: above 0, at most 1."""
 
 
 def _area(value: tuple[int, int]) -> tuple[int, int]:
@@ -73,7 +73,7 @@ AreaBounds = Annotated[tuple[int, int], AfterValidator(_area)]
 
 
 def check_names(field: str, names: Iterable[str], known: Iterable[str], kind: str = "name") -> None:
-    """Raise ValueError for names that are not known, with what is near and what there is."""
+    """Raise ValueError for unknown names, with the nearest and all known ones."""
     listed = list(known)
     for name in names:
         if name not in listed:

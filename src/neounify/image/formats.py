@@ -145,7 +145,7 @@ def check_avif(name: str) -> None:
 
 
 def open_heif(data: bytes, name: str) -> Image.Image:
-    """Open a HEIC file; its pixels are decoded when it is loaded.
+    """A HEIC file, opened; its pixels are decoded when it is loaded.
 
     Raises ImageError when it is damaged or the decoder, pillow-heif, is not installed.
     """
@@ -270,7 +270,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image of any mode to a new RGB image.
+    """A new RGB image of a decoded image of any mode.
 
     Transparency, an alpha channel or a colour marked transparent, is laid on white. Greys of
     16 bits are scaled to 8. Float greys are taken as [0, 1] when they stay within it, else
@@ -303,7 +303,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale greys in [0, 65535]; PIL keeps 32-bit integers for the same range."""
+    """RGB image of greys in [0, 65535]; PIL keeps 32-bit integers for the same range."""
     values = np.asarray(image)
     levels = (np.clip(values, 0, 65535).astype(np.uint32) + 128) // 257
     transparent = image.info.get("transparency")

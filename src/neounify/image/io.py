@@ -110,7 +110,7 @@ def read_image(
         raise
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ImageError(f"{name}: damaged or cut off ({error})") from error
-    rgb.info = {}  # EXIF may hold the place and the owner's name
+    rgb.info = {}  # EXIF may hold GPS positions and names: drop it
     return rgb
 
 
@@ -145,7 +145,7 @@ def _reduced(
 
 
 def _read_bytes(source: object) -> tuple[str, bytes]:
-    """Return a name for messages and the content, at most MAX_FILE_BYTES."""
+    """A name for errors, and the content, at most MAX_FILE_BYTES."""
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = "the image", bytes(source)
     elif isinstance(source, str | PathLike):
@@ -266,7 +266,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-# --- what decoding may cost ---
+# --- decoding budget: memory, time and reads ---
 
 MAX_READS = 200_000
 """Reads of one file by Pillow's parsers, which walk it in Python: some 0.3 s of work."""
@@ -323,7 +323,7 @@ class DecodeBudget:
         """Bytes that decoding the last image took."""
 
     def check_format(self, data: bytes, name: str) -> None:
-        """ImageError for formats that pack into a small file what takes long to read."""
+        """Raise ImageError for formats whose small files can take long to decode."""
         for magic, kind in _SLOW_FORMATS.items():
             if data.startswith(magic):
                 raise ImageError(f"{name}: {kind} files are not read here; send {_READ}")
@@ -349,7 +349,7 @@ class DecodeBudget:
             )
 
     def factor(self, image: Image.Image) -> int:
-        """By what an image's sides are divided."""
+        """Divisor of an image's sides."""
         return max(1, math.isqrt(image.width * image.height // self._keep_pixels))
 
 

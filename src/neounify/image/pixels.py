@@ -30,7 +30,7 @@ STD = (0.229, 0.224, 0.225)
 def to_und_pixels(
     image: Image.Image, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "3 height width"]:
-    """Turn an RGB image into input of the understanding stream: (x - MEAN) / STD.
+    """Input of the understanding stream from an RGB image: (x - MEAN) / STD.
 
     Computed in float32, then cast to `dtype`.
 
@@ -43,7 +43,7 @@ def to_und_pixels(
 def normalise_und(
     x: Float[Tensor, "*batch 3 height width"],
 ) -> Float[Tensor, "*batch 3 height width"]:
-    """Normalise pixels in [0, 1] for the understanding stream, in their own dtype.
+    """Pixels in [0, 1], normalised for the understanding stream, in their dtype.
 
     Values outside [0, 1] are not clamped.
 
@@ -58,7 +58,7 @@ def normalise_und(
 
 
 def to_pil(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """Turn pixels of the generation stream, in [-1, 1], into RGB images.
+    """RGB images of pixels of the generation stream, in [-1, 1].
 
     Values outside are clamped; each is rounded to the nearest of 256 levels.
 
@@ -80,7 +80,7 @@ def prepare_image(
     max_pixels: int,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "3 height width"]:
-    """Resize an RGB prompt image by the rule of `fit_size` (bicubic) and normalise it.
+    """An RGB prompt image, resized by the rule of `fit_size` (bicubic) and normalised.
 
     Args:
         image: of any size.
@@ -102,7 +102,7 @@ def prepare_image(
 
 
 def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """Return the pixels in [0, 1] as float32."""
+    """Pixels in [0, 1], float32."""
     if image.mode != "RGB":
         raise ValueError(f"the image must be RGB, not {image.mode}; read_image converts it")
     levels = torch.from_numpy(np.array(image, dtype=np.uint8))
@@ -115,7 +115,7 @@ def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
 def patchify(
     images: Float[Tensor, "batch c height width"], size: int, channels: int = RGB
 ) -> Float[Tensor, "batch tokens values"]:
-    """Cut images into tokens of `size` x `size` pixels, inside in order (row, column, channel).
+    """Tokens of `size` x `size` pixels, each in order (row, column, channel).
 
     Returns:
         [batch, h·w, size²·channels] where h = height / size, w = width / size.
@@ -136,7 +136,7 @@ def patchify(
 def unpatchify(
     tokens: Float[Tensor, "batch tokens values"], h: int, w: int, size: int, channels: int = RGB
 ) -> Float[Tensor, "batch c height width"]:
-    """Undo `patchify` for a grid of `h` rows and `w` columns of tokens.
+    """Images of a grid of `h` rows and `w` columns of tokens: the inverse of `patchify`.
 
     Raises:
         ValueError: the shape is not [batch, h·w, size²·channels].
@@ -176,7 +176,7 @@ _MAX_SIDE = 2**31 - 1
 def fit_size(
     height: int, width: int, *, multiple: int = 32, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Find the size a prompt image is resized to: near its own size and shape, both sides legal.
+    """Size that a prompt image is resized to: near its size and shape, both sides legal.
 
     Both sides are rounded to the nearest multiple (halves to even). Where the area then
     leaves [min_pixels, max_pixels], the original sides are scaled to the bound that was
@@ -218,7 +218,7 @@ def fit_size(
 
 
 def check_aspect(height: int, width: int) -> None:
-    """Raises ImageError for a prompt image whose sides, in pixels, differ too much."""
+    """Raise ImageError for an image whose sides, in pixels, differ too much."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ImageError(
             f"an image of {width}x{height} is too narrow; its sides may differ by a factor of "
@@ -229,11 +229,11 @@ def check_aspect(height: int, width: int) -> None:
 def nearest_legal_sizes(
     width: int, height: int, multiple: int, max_side: int | None = None
 ) -> list[tuple[int, int]]:
-    """List the one to four legal sizes around a wanted one, nearest first.
+    """One to four legal sizes around the requested one, nearest first.
 
     Args:
-        width: wanted width, in pixels; any integer.
-        height: wanted height, in pixels; any integer.
+        width: requested width, in pixels; any integer.
+        height: requested height, in pixels; any integer.
         multiple: what both sides must be multiples of, in pixels.
         max_side: greatest legal side, in pixels; no bound when None.
 
@@ -255,7 +255,7 @@ def nearest_legal_sizes(
 
 
 def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
-    """Refuse the size of an image unless the model can generate it.
+    """Raise ImageError unless the model can generate an image of this size.
 
     Args:
         width: in pixels.
@@ -281,7 +281,7 @@ def check_size(width: int, height: int, multiple: int, max_side: int) -> None:
 
 
 def _around(side: int, multiple: int, limit: int) -> list[int]:
-    """Return the legal sides just below and just above `side`, or the one that it is."""
+    """Legal sides just below and just above `side`, or `side` itself."""
     highest = limit // multiple
     below = min(max(side // multiple, 1), highest)
     above = min(max(-(-side // multiple), 1), highest)

@@ -54,8 +54,7 @@ class ImageResult:
     """Generated images, prompt by prompt.
 
     `pixels` [B, 3, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
-    prompt, None where the model was not asked to think; `seeds` one per prompt, None where
-    the noise was given.
+    prompt, None without `think`; `seeds` one per prompt, None with explicit noise.
     """
 
     pixels: Float[Tensor, "b 3 h w"]

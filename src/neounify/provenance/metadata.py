@@ -56,7 +56,7 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
 def read_provenance(data: bytes) -> dict[str, Any]:
     """Origin that an image file declares; empty if it declares none.
 
-    Values are what JSON can say: numbers are numbers, settings are a dictionary.
+    Values are those of JSON: numbers are numbers, settings are a dictionary.
     `made_by` and `source_type` are also read where other software wrote them. All of it can be
     forged and removed. Raises ImageError for anything that is not such an image.
     """
@@ -129,7 +129,7 @@ def read_packet(packet: bytes) -> dict[str, Any]:
 
 
 def read_facts(text: str) -> dict[str, Any]:
-    """Facts from their JSON, numbers as numbers. Nothing from damaged JSON."""
+    """Facts from their JSON, numbers as numbers; none from damaged JSON."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):

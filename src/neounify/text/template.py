@@ -127,7 +127,7 @@ Segment = TextSegment | ImageSegment
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose images have no size yet, so it has no length yet either."""
+    """A prompt whose images have no size yet, and which so has no length yet."""
 
     segments: tuple[Segment, ...]
 
@@ -137,7 +137,7 @@ class Prompt:
         return sum(isinstance(segment, ImageSegment) for segment in self.segments)
 
     def ids(self, tokens_per_image: Sequence[int], context_id: int) -> list[int]:
-        """Write the prompt out as ids, every image as its number of `context_id`.
+        """Token ids of the whole prompt, every image as its number of `context_id`.
 
         Args:
             tokens_per_image: token count of each image, in the order of the caller's list.
@@ -190,9 +190,7 @@ _OPEN_IMAGE = (_Special(IMAGE_OPEN),)
 
 
 def place_images(text: str, n_images: int, *, numbered: bool) -> str:
-    """Make a user's text hold exactly one `<image>` mark per image.
-
-    Missing marks go in front of the text.
+    """A user's text with exactly one `<image>` mark per image; missing ones go in front.
 
     Args:
         text: the text, with no mark or with marks of its own.
@@ -224,7 +222,7 @@ def chat_prompt(
     think: bool = False,
     tools: Sequence[Tool] = (),
 ) -> Prompt:
-    """Build the prompt of a conversation, up to where the model's answer starts or continues.
+    """Prompt of a conversation, up to where the model's answer starts or continues.
 
     Every turn is written where it stands, whatever its role: several system messages, two user
     turns in a row and an answer first are all read as they come. A last message of the
@@ -265,7 +263,7 @@ def continues_answer(messages: Sequence[Message]) -> bool:
 
 
 def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
-    """Build the full prompt of text to image and of editing.
+    """Conditional prompt of image generation and of editing.
 
     Args:
         tokenizer: of the model that will read it.
@@ -285,7 +283,7 @@ def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -
 def interleave_prompt(
     tokenizer: Tokenizer, text: str, *, system: str, think: bool, history: Sequence[Message] = ()
 ) -> Prompt:
-    """Build the full prompt of an answer that mixes text and images.
+    """Conditional prompt of an interleaved answer of text and images.
 
     Args:
         tokenizer: of the model that will read it.
@@ -302,7 +300,7 @@ def interleave_prompt(
 
 
 def unconditional_prompt(tokenizer: Tokenizer, negative: str = "") -> Prompt:
-    """Build the prompt that guidance steers away from: a user turn, then `<img>`.
+    """Unconditional prompt, which guidance steers away from: a user turn, then `<img>`.
 
     Args:
         tokenizer: of the model that will read it.
@@ -314,7 +312,7 @@ def unconditional_prompt(tokenizer: Tokenizer, negative: str = "") -> Prompt:
 def images_only_prompt(
     tokenizer: Tokenizer, n_images: int, *, open_image: bool, negative: str = ""
 ) -> Prompt:
-    """Build the prompt that is just the input images.
+    """Prompt of the input images alone, without the instruction.
 
     Args:
         tokenizer: of the model that will read it.
@@ -330,7 +328,7 @@ def images_only_prompt(
 
 
 def check_negative(text: str) -> str:
-    """Return the text of a negative prompt. Raises PromptError for what is none."""
+    """The text of a negative prompt. Raises PromptError for text that is not valid or has marks."""
     check_text(text, "the negative prompt")
     if IMAGE_MARK in text:
         raise PromptError(f"the negative prompt holds no images, but it has an {IMAGE_MARK} mark")
@@ -338,12 +336,12 @@ def check_negative(text: str) -> str:
 
 
 def after_think_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that follow a thought and open the image: a blank line and `<img>`."""
+    """Ids that follow a thought and open the image: a blank line and `<img>`."""
     return [*tokenizer.encode("\n\n"), tokenizer.id(IMAGE_OPEN)]
 
 
 def default_system_message() -> str:
-    """Return the system message of image generation for models without one."""
+    """System message of image generation for models without one."""
     file = resources.files("neounify.text") / "system_message_generation.txt"
     return file.read_text(encoding="utf-8").strip()
 
@@ -371,13 +369,13 @@ def _system_turn(text: str, tools: Sequence[Tool] = ()) -> list[_Piece]:
 
 
 def _with_marks(text: str) -> list[_Piece]:
-    """Text of our own, in which the marks of calls are meant."""
+    """Pieces of the package's own text, whose call marks become tokens."""
     parts = re.split(f"({CALL_OPEN}|{CALL_CLOSE})", text)
     return [_Mark(part) if part in MARKS else _Plain(part) for part in parts]
 
 
 def _turns(messages: Sequence[Message], images: Iterator[int]) -> list[_Piece]:
-    """Turns as they come; results of calls that were made together are one."""
+    """Pieces of the turns in their order; consecutive tool results are one turn."""
     pieces: list[_Piece] = []
     for role, group in groupby(messages, key=lambda turn: turn.role):
         if role == "tool":
@@ -398,7 +396,7 @@ def _calls(turn: Message) -> list[_Piece]:
 
 
 def _responses_turn(turns: Sequence[Message]) -> list[_Piece]:
-    """Results of calls that were made together, as one turn of the user's."""
+    """Pieces of consecutive tool results, as one user turn."""
     content: list[_Piece] = []
     for number, turn in enumerate(turns):
         line = "\n" if number else ""

@@ -108,7 +108,7 @@ class Tokenizer:
         return digest.hexdigest()
 
     def id(self, name: str) -> int:
-        """Return the id of the token spelled `name`.
+        """The id of the token spelled `name`.
 
         Raises:
             TokenizerError: there is no such token.
@@ -119,12 +119,12 @@ class Tokenizer:
         return token_id
 
     def find(self, name: str) -> int | None:
-        """Return the id of the token spelled `name`, None where there is none."""
+        """The id of the token spelled `name`, None if there is no such token."""
         token_id = self._library.token_to_id(name)
         return None if token_id is None else int(token_id)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Turn text into ids; nothing is added around it.
+        """Token ids of a text; nothing is added around it.
 
         Args:
             text: any text without lone surrogates.
@@ -147,12 +147,12 @@ class Tokenizer:
             return list(library.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Turn ids into text; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
         data = b"".join(self._bytes_of(token_id, skip_special) for token_id in ids)
         return data.decode("utf-8", errors="replace")
 
     def stream(self) -> TextStream:
-        """Start an incremental decoding without special tokens."""
+        """Decoder of one token at a time, without special tokens."""
         return TextStream(self._bytes_of)
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -222,7 +222,7 @@ class Tokenizer:
 
 @contextmanager
 def _library_errors(kind: type[NeounifyError], message: str) -> Iterator[None]:
-    """Turn whatever the library raises into an error of ours."""
+    """Block whose exceptions of the library, of any kind, become `kind`."""
     try:
         yield
     except BaseException as error:
@@ -246,7 +246,7 @@ def _build_library(description: dict[str, Any], origin: str) -> tokenizers.Token
 
 
 def _own_files(description: dict[str, Any]) -> dict[str, bytes]:
-    """Make the files of a tokenizer that has none, readable by other tools too."""
+    """Files of a tokenizer that was not loaded from any, readable by other tools too."""
     added = description["added_tokens"]
     names = {token["content"] for token in added}
     config = {
@@ -279,16 +279,16 @@ class TextStream:
     """
 
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        """Make a stream over `bytes_of`, which gives the raw bytes of an id (empty: no text)."""
+        """`bytes_of` gives the raw bytes of an id (empty: no text)."""
         self._bytes_of = bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def put(self, token_id: int) -> str:
-        """Add one id; return the text that is complete now, often a word, sometimes ''."""
+        """Add one id; returns the text that is complete now, often a word, sometimes ''."""
         return self._decoder.decode(self._bytes_of(token_id))
 
     def flush(self) -> str:
-        """End the text; return what stands for an incomplete character, normally ''."""
+        """End the text; returns U+FFFD for an incomplete character, normally ''."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -311,7 +311,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _bytes_of_token(token: str) -> bytes:
-    """Return the raw bytes of a vocabulary token; one outside the alphabet is plain text."""
+    """Raw bytes of a vocabulary token; one outside the alphabet is plain text."""
     table = byte_of_character()
     try:
         return bytes(table[character] for character in token)
@@ -373,7 +373,7 @@ BYTE_VOCAB_SIZE = 256 + len(_ADDED)
 
 
 def byte_tokenizer(merges_from: Sequence[str] = (), vocab_size: int = BYTE_VOCAB_SIZE) -> Tokenizer:
-    """Build a byte-level BPE tokenizer with every required token and `<|endoftext|>`.
+    """Byte-level BPE tokenizer with every required token and `<|endoftext|>`.
 
     Ids are contiguous: the 256 bytes, the merges, the special tokens.
 
@@ -399,7 +399,7 @@ def byte_tokenizer(merges_from: Sequence[str] = (), vocab_size: int = BYTE_VOCAB
 
 
 def _learn_merges(texts: Sequence[str], limit: int) -> list[list[str]]:
-    """Learn at most `limit` merges; texts are cut into words as the tokenizer will cut them."""
+    """At most `limit` merges, learned; texts are cut into words as the tokenizer will cut them."""
     if limit == 0 or not texts:
         return []
     library = tokenizers.Tokenizer(models.BPE())

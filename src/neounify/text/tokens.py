@@ -60,7 +60,7 @@ _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """Read every tokenizer file of `folder`, by name.
+    """Contents of all tokenizer files of `folder`, by name.
 
     Raises:
         TokenizerError: the folder does not exist, or a file is unreadable or above
@@ -76,7 +76,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def describe(files: dict[str, bytes], folder: Path) -> tuple[dict[str, Any], str]:
-    """Turn the files of `folder` into a tokenizer description and the name of its main file.
+    """Tokenizer description of the files of `folder`, and the path of its main file.
 
     Raises:
         TokenizerError: neither layout is complete, or a file is damaged.
@@ -97,7 +97,7 @@ def describe(files: dict[str, bytes], folder: Path) -> tuple[dict[str, Any], str
 def byte_level_description(
     vocab: dict[str, int], merges: list[list[str]], added_tokens: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Describe a tokenizer of Qwen2's kind: NFC, its split pattern, byte-level BPE.
+    """Description of a tokenizer like Qwen2's: NFC, its split pattern, byte-level BPE.
 
     Args:
         vocab: byte-level tokens and their ids.
@@ -150,7 +150,7 @@ def byte_level_description(
 
 
 def added_token(content: str, token_id: int, *, special: bool, **flags: bool) -> dict[str, Any]:
-    """Describe one added token; flags that are not given are false."""
+    """Description of one added token; flags default to false."""
     return {
         "id": token_id,
         "content": content,
@@ -160,7 +160,7 @@ def added_token(content: str, token_id: int, *, special: bool, **flags: bool) ->
 
 
 def settle(description: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Check a description and return a copy of it that this package can rely on.
+    """Checked copy of a description, which this package can rely on.
 
     The copy never truncates, pads or drops merges at random, its control tokens are
     flagged special, and its added tokens stand in the vocabulary too, which is what
@@ -209,7 +209,7 @@ def settle(description: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def parse_object(files: dict[str, bytes], name: str, folder: Path) -> dict[str, Any]:
-    """Parse the JSON object in file `name`, an empty one where the file is missing.
+    """The JSON object in file `name`, an empty one if the file is missing.
 
     Raises:
         TokenizerError: not UTF-8, not JSON, or not an object.
@@ -237,7 +237,7 @@ def _parse_merges(data: bytes, path: Path) -> list[list[str]]:
 
 
 def _added_tokens(files: dict[str, bytes], folder: Path) -> list[dict[str, Any]]:
-    """Join added_tokens.json (ids) with tokenizer_config.json (ids and flags), by rising id."""
+    """Added tokens of added_tokens.json and tokenizer_config.json, with flags, by rising id."""
     config = parse_object(files, "tokenizer_config.json", folder)
     named_special = _named_special(config) | _named_special(
         parse_object(files, "special_tokens_map.json", folder)
@@ -268,7 +268,7 @@ def _added_tokens(files: dict[str, bytes], folder: Path) -> list[dict[str, Any]]
 
 
 def _named_special(config: dict[str, Any]) -> set[str]:
-    """Collect the tokens that a config names as special, written as text or as an object."""
+    """Tokens that a config names as special, written as text or as an object."""
     entries = [config.get(key) for key in _NAMED_TOKENS]
     for key in _TOKEN_LISTS:
         value = config.get(key)
