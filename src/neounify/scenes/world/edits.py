@@ -122,8 +122,8 @@ def _recolour(
     target = source.swap(placed, replace(placed, colour=colour))
     name, new = definite(fact, language), word("colour", colour, language)
     wording = _plain("recolour", rng, language, name=name, new=new)
-    told = f"{name}变成了{new}。" if language == "zh" else f"{_capital(name)} turns {new}."
-    return SceneEdit("recolour", source, target, wording, told)
+    narration = f"{name}变成了{new}。" if language == "zh" else f"{_capital(name)} turns {new}."
+    return SceneEdit("recolour", source, target, wording, narration)
 
 
 def _remove(
@@ -135,8 +135,10 @@ def _remove(
     placed, fact = meant
     target = replace(source, objects=tuple(o for o in source.objects if o != placed))
     name = definite(fact, language)
-    told = f"{name}消失了。" if language == "zh" else f"{_capital(name)} disappears."
-    return SceneEdit("remove", source, target, _plain("remove", rng, language, name=name), told)
+    narration = f"{name}消失了。" if language == "zh" else f"{_capital(name)} disappears."
+    return SceneEdit(
+        "remove", source, target, _plain("remove", rng, language, name=name), narration
+    )
 
 
 def _add(
@@ -157,10 +159,10 @@ def _add(
     name = noun(ObjectFact(new.shape, new.colour, size), language)
     place = word("place", place_name(new.cell, config.grid), language)
     wording = _plain("add", rng, language, name=name, place=place)
-    told = f"{place}出现了{name}。"
+    narration = f"{place}出现了{name}。"
     if language == "en":
-        told = f"{_capital(name)} appears in the {place}."
-    return SceneEdit("add", source, target, wording, told)
+        narration = f"{_capital(name)} appears in the {place}."
+    return SceneEdit("add", source, target, wording, narration)
 
 
 def _move(
@@ -174,10 +176,10 @@ def _move(
     target = source.swap(placed, replace(placed, cell=cell))
     name, place = definite(fact, language), word("place", place_name(cell, config.grid), language)
     wording = _plain("move", rng, language, name=name, place=place)
-    told = f"{name}移到了{place}。"
+    narration = f"{name}移到了{place}。"
     if language == "en":
-        told = f"{_capital(name)} moves to the {place}."
-    return SceneEdit("move", source, target, wording, told)
+        narration = f"{_capital(name)} moves to the {place}."
+    return SceneEdit("move", source, target, wording, narration)
 
 
 def _background(
@@ -195,8 +197,8 @@ def _background(
     target = replace(source, background=ground)
     new = word("colour", ground, language)
     wording = _plain("background", rng, language, new=new)
-    told = f"背景变成了{new}。" if language == "zh" else f"The background turns {new}."
-    return SceneEdit("background", source, target, wording, told)
+    narration = f"背景变成了{new}。" if language == "zh" else f"The background turns {new}."
+    return SceneEdit("background", source, target, wording, narration)
 
 
 def _plain(kind: EditKind, rng: np.random.Generator, language: Language, **slots: str) -> str:
