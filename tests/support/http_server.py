@@ -26,8 +26,8 @@ from neounify.serve.service import EngineService
 def running(app: FastAPI) -> Iterator[str]:
     """The base URL of the app, served by uvicorn on a free port."""
     listener = socket.create_server(("127.0.0.1", 0))
-    settings = app.state.server.config
-    config = server_config(app, settings, log_level="critical", lifespan="off")
+    config = app.state.server.config
+    config = server_config(app, config, log_level="critical", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -18,8 +18,8 @@ BODY = {"messages": [{"role": "user", "content": "Hello?"}]}
 ORIGIN = "http://localhost:3000"
 
 
-def client_of(page: Path | None = None, **settings: tuple[str, ...]) -> TestClient:
-    app = create_app(Scripted(), HttpConfig(**settings), page=page)  # type: ignore[arg-type]
+def client_of(page: Path | None = None, **config: tuple[str, ...]) -> TestClient:
+    app = create_app(Scripted(), HttpConfig(**config), page=page)  # type: ignore[arg-type]
     return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
 
 
@@ -120,12 +120,12 @@ def test_preflight_answers_and_errors_carry_cors() -> None:
 
 
 def test_refusals_at_the_gate_and_failures_carry_cors() -> None:
-    settings = HttpConfig(keys={"ann": "secret"}, cors_origins=("*",))
+    config = HttpConfig(keys={"ann": "secret"}, cors_origins=("*",))
 
     def fails(*_: object) -> list[Exception]:
         return [ValueError("a bug at /home/ann/secret.py")]
 
-    client = TestClient(create_app(Scripted(fails), settings), raise_server_exceptions=False)
+    client = TestClient(create_app(Scripted(fails), config), raise_server_exceptions=False)
     for headers, status in (({}, 401), ({"authorization": "Bearer secret"}, 500)):
         response = client.post(CHAT, json=BODY, headers={"origin": ORIGIN} | headers)
         assert response.status_code == status

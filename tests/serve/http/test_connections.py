@@ -32,11 +32,11 @@ def everything(caller: socket.socket) -> bytes:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[str]:
-    settings = HttpConfig(
+    config = HttpConfig(
         limits=Limits(header_bytes=4096),
         connections=ConnectionLimits(count=4, head=1.0, idle=1.0, write=1.0),
     )
-    with running(create_app(Scripted(), settings)) as url:
+    with running(create_app(Scripted(), config)) as url:
         yield url
 
 
@@ -143,8 +143,8 @@ def test_a_client_that_never_reads_is_given_up() -> None:
             yield TextPiece("x" * 100_000)
 
     service = Scripted(chatty)
-    settings = HttpConfig(connections=ConnectionLimits(write=1.0))
-    with running(create_app(service, settings)) as url, connected(url) as caller:
+    config = HttpConfig(connections=ConnectionLimits(write=1.0))
+    with running(create_app(service, config)) as url, connected(url) as caller:
         body = b'{"stream": true, "messages": [{"role": "user", "content": "x"}]}'
         caller.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: service.open == 1)

@@ -37,8 +37,8 @@ def asking(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hello?"}]} | fields
 
 
-def client_of(service: Scripted | None = None, **settings: Any) -> TestClient:
-    app = create_app(service or Scripted(), HttpConfig(**settings))
+def client_of(service: Scripted | None = None, **config: Any) -> TestClient:
+    app = create_app(service or Scripted(), HttpConfig(**config))
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -37,8 +37,8 @@ def mute(_: ServiceRequest, __: int) -> Sequence[TaskEvent | float]:
 
 
 def test_keys_are_asked_for_on_the_api_only() -> None:
-    settings = HttpConfig(keys={"ann": "secret-1", "bob": "secret-2"})
-    client = TestClient(create_app(Scripted(), settings))
+    config = HttpConfig(keys={"ann": "secret-1", "bob": "secret-2"})
+    client = TestClient(create_app(Scripted(), config))
     for header in ({}, {"authorization": "Basic secret-1"}, {"authorization": "Bearer "}):
         response = client.post(CHAT, json=BODY, headers=header)
         assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
@@ -53,7 +53,7 @@ def test_keys_are_asked_for_on_the_api_only() -> None:
         assert client.get(path).status_code == 200
     assert client.get("/v1/results/x.png").status_code == 404
     assert client.get("/v1/models").status_code == 401
-    assert "secret" not in repr(settings)
+    assert "secret" not in repr(config)
 
 
 def test_the_openai_client_sends_its_key() -> None:
@@ -83,8 +83,8 @@ def test_a_bucket_refills() -> None:
 
 
 def test_requests_per_minute_are_counted_by_key() -> None:
-    settings = HttpConfig(keys={"ann": "1", "bob": "2"}, requests_per_minute=2)
-    client = TestClient(create_app(Scripted(), settings))
+    config = HttpConfig(keys={"ann": "1", "bob": "2"}, requests_per_minute=2)
+    client = TestClient(create_app(Scripted(), config))
 
     def status(key: str) -> int:
         return client.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
@@ -96,15 +96,15 @@ def test_requests_per_minute_are_counted_by_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "code"),
+    ("config", "code"),
     [
         (HttpConfig(concurrent=1), "concurrency_limit_exceeded"),
         (HttpConfig(limits=Limits(in_flight=1)), "overloaded"),
     ],
 )
-def test_requests_at_a_time(settings: HttpConfig, code: str) -> None:
+def test_requests_at_a_time(config: HttpConfig, code: str) -> None:
     service = Scripted(slow)
-    with openai_client(create_app(service, settings)) as client:
+    with openai_client(create_app(service, config)) as client:
         stream = client.chat.completions.create(model="", stream=True, messages=messages())
         next(stream)
         with pytest.raises(openai.RateLimitError) as refused:

@@ -124,6 +124,6 @@ def test_settings_are_checked() -> None:
     for wrong in ({"in_flight": 0}, {"deadline": float("nan")}):
         with pytest.raises(ConfigError):
             Limits(**wrong)
-    for settings in ({"model_name": ""}, {"result_seconds": 0}, {"keys": {"ann": ""}}):
+    for config in ({"model_name": ""}, {"result_seconds": 0}, {"keys": {"ann": ""}}):
         with pytest.raises(ConfigError):
-            HttpConfig(**settings)
+            HttpConfig(**config)

@@ -160,9 +160,9 @@ def test_the_last_seed_is_followed_by_the_first(client: openai.OpenAI) -> None:
 
 
 def test_the_servers_limit_of_answers() -> None:
-    settings = HttpConfig(limits=Limits(n=3))
+    config = HttpConfig(limits=Limits(n=3))
     with (
-        openai_client(create_app(Scripted(), settings)) as client,
+        openai_client(create_app(Scripted(), config)) as client,
         pytest.raises(openai.BadRequestError, match="4 is over this server's 3"),
     ):
         client.chat.completions.create(model=MODEL, messages=ASK, n=4)

@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from neounify.serve.http import chat, completions, images
-from neounify.serve.http.config import HttpConfig
+from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
 from neounify.serve.http.fields import AnswerModel
 from neounify.serve.http.media import ImageDecoder, ImageFetcher, ResultStore
@@ -35,7 +35,7 @@ from neounify.serve.http.middleware import (
     BrowserMiddleware,
     LimitMiddleware,
 )
-from neounify.serve.http.serving import HttpMetrics, ServerState, State
+from neounify.serve.http.serving import ServerState, State
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
 from neounify.tasks.image import trained_sizes

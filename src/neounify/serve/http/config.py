@@ -1,4 +1,4 @@
-"""Config of the HTTP server: limits, API keys, host names, origins."""
+"""Config of the HTTP server: limits, API keys, host names, origins; its metrics."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
 from neounify.errors import ConfigError
 
 MEBIBYTE = 1024 * 1024
 ANY = "*"
 """Every host name, or every origin."""
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Upper bounds of the buckets of durations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +166,33 @@ def _at_least_one(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not value >= 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+class HttpMetrics:
+    """Prometheus metrics of HTTP; those of the engines are collectors in the same `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "neounify_http_requests",
+            "HTTP requests by route and status; 499 when the client went away.",
+            ("method", "route", "status"),
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "neounify_http_in_flight", "HTTP requests being read or answered.", registry=registry
+        )
+        self.first_token = Histogram(
+            "neounify_time_to_first_token_seconds",
+            "From a request's hand-over to the engines to its first text, preview or image.",
+            ("task",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.total = Histogram(
+            "neounify_http_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )

@@ -23,9 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neounify.runtime import MemoryReturner
 from neounify.serve.client import within
-from neounify.serve.http.config import ANY, Limits
+from neounify.serve.http.config import ANY, HttpMetrics, Limits
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request
-from neounify.serve.http.serving import HttpMetrics
 
 API = "/v1/"
 RESULTS = "/v1/results/"

@@ -22,7 +22,6 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import PIL.Image
 from fastapi import Depends, Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,7 +30,7 @@ from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.image.pixels import to_pil
 from neounify.provenance.metadata import Format
 from neounify.serve.client import within
-from neounify.serve.http.config import HttpConfig
+from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, blame, to_api_error
 from neounify.serve.http.fields import ImageFields, RequestFields
 from neounify.serve.http.media import ImageDecoder, ImageFetcher, RequestImages, ResultStore
@@ -55,38 +54,6 @@ INLINE_BYTES = 64 * 1024
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-
-
-class HttpMetrics:
-    """Prometheus metrics of HTTP; those of the engines are collectors in the same `registry`."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.requests = Counter(
-            "neounify_http_requests",
-            "HTTP requests by route and status; 499 when the client went away.",
-            ("method", "route", "status"),
-            registry=registry,
-        )
-        self.in_flight = Gauge(
-            "neounify_http_in_flight", "HTTP requests being read or answered.", registry=registry
-        )
-        self.first_token = Histogram(
-            "neounify_time_to_first_token_seconds",
-            "From a request's hand-over to the engines to its first text, preview or image.",
-            ("task",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self.total = Histogram(
-            "neounify_http_request_seconds",
-            "From a request's arrival to the end of its answer.",
-            ("route",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
 
 
 @dataclass(frozen=True)
