@@ -322,7 +322,7 @@ def _bytes_of_token(token: str) -> bytes:
 def _further_merges(
     words: Mapping[tuple[str, ...], int], known: Collection[str], limit: int
 ) -> Iterator[tuple[str, str]]:
-    """At most `limit` merges of tokens, the most frequent first, each with a token of its own."""
+    """At most `limit` merges of tokens, the most frequent first, each into a new token."""
     counts = dict(words)
     tokens = set(known)
     for _ in range(limit):

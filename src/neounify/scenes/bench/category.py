@@ -85,7 +85,7 @@ def _by_form(verdicts: Sequence[Verdict], forms: Sequence[str]) -> dict[str, Rat
     by_form: dict[str, list[bool]] = {form: [] for form in sorted(set(forms))}
     for form, verdict in zip(forms, verdicts, strict=False):
         by_form[form].append(verdict.correct)
-    return {form: Rate(sum(held), len(held)) for form, held in by_form.items()}
+    return {form: Rate(sum(right), len(right)) for form, right in by_form.items()}
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def _judge(
 ) -> tuple[int, dict[str, bool]]:
     """How many claims hold if the chosen objects are those meant, and which kinds hold wholly."""
     score = 0
-    held: dict[str, bool] = {}
+    holds: dict[str, bool] = {}
     meant: dict[int, SeenObject | None] = {}
     for (index, fact), seen in zip(slots, chosen, strict=True):
         meant[index] = seen
@@ -243,13 +243,13 @@ def _judge(
             if wanted is not None:
                 right = seen is not None and getattr(seen, name) == wanted
                 score += right
-                held[name] = held.get(name, True) and right
+                holds[name] = holds.get(name, True) and right
     for relation in facts.relations:
         a, b = meant.get(relation.subject), meant.get(relation.object)
         right = a is not None and b is not None and _stands(a, relation.relation, b, config)
         score += right
-        held["place"] = held.get("place", True) and right
-    return score, held
+        holds["place"] = holds.get("place", True) and right
+    return score, holds
 
 
 def _stands(a: SeenObject, relation: str, b: SeenObject, config: SceneConfig) -> bool:

@@ -60,17 +60,17 @@ class BenchConfig:
 
 def names(config: BenchConfig) -> list[str]:
     """The categories that a run will measure, in order."""
-    found: list[str] = []
+    listed: list[str] = []
     for task in config.tasks:
         if task == "paint":
-            found += [f"paint/{category}" for category in categories(config.world)]
+            listed += [f"paint/{category}" for category in categories(config.world)]
         elif task == "vqa":
             kinds = question_kinds(config)
-            found += [f"vqa/{kind}" for kind in kinds]
-            found += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
+            listed += [f"vqa/{kind}" for kind in kinds]
+            listed += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
         else:
-            found.append(task)
-    return found
+            listed.append(task)
+    return listed
 
 
 def question_kinds(config: BenchConfig) -> list[QuestionKind]:

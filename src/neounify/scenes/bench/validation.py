@@ -60,7 +60,7 @@ def validate_painting(
                 tally[f"wrong {name}"].append(not verdict.correct)
             torn = check_image(case.facts, malform(case.scene, config, rng), config)
             tally["malformed"].append(not torn.correct)
-        rates[category] = {name: Rate(sum(held), len(held)) for name, held in tally.items()}
+        rates[category] = {name: Rate(sum(right), len(right)) for name, right in tally.items()}
     return rates
 
 
@@ -83,7 +83,7 @@ def validate_answers(config: SceneConfig, number: int, seed: int = 0) -> dict[st
         if wrong is not None:
             lie = caption(facts_of(wrong[1], config, FULL_STYLE), rng, language)
             tally["caption wrong"].append(not check_caption(lie, scene, config).correct)
-    return {name: Rate(sum(held), len(held)) for name, held in tally.items()}
+    return {name: Rate(sum(right), len(right)) for name, right in tally.items()}
 
 
 def validate_edits(config: SceneConfig, number: int, seed: int = 0) -> dict[str, Rate]:
@@ -102,7 +102,7 @@ def validate_edits(config: SceneConfig, number: int, seed: int = 0) -> dict[str,
         if more is not None and more.target != edit.target:
             other = check_edit(edit, source, render(more.target, config), config)
             tally["edit too much"].append(not other.correct)
-    return {name: Rate(sum(held), len(held)) for name, held in tally.items()}
+    return {name: Rate(sum(right), len(right)) for name, right in tally.items()}
 
 
 def make_wrong(

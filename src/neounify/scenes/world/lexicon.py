@@ -204,7 +204,7 @@ def tokens(text: str) -> list[Token]:
     language = language_of(text)
     text = text.lower() if language == "en" else re.sub(r"\s+", "", text.lower())
     table, pattern = _reader(language)
-    found: list[Token] = []
+    words: list[Token] = []
     at = 0
     while at < len(text):
         hit = pattern.match(text, at)
@@ -212,9 +212,9 @@ def tokens(text: str) -> list[Token]:
             unknown = re.match(r"\w+|.", text[at:], re.DOTALL)
             raise DataError(f"cannot read {unknown.group() if unknown else ''!r} in {text!r}")
         if token := table.get(hit.group()):
-            found.append(token)
+            words.append(token)
         at = hit.end()
-    return found
+    return words
 
 
 @cache

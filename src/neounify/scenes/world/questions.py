@@ -118,14 +118,14 @@ def ask_several(
     split: Split = "train",
 ) -> list[Question]:
     """Up to `count` questions of different kinds, hard ones more often; fewer if few fit."""
-    found: list[Question] = []
+    questions: list[Question] = []
     for kind in shuffled_by_weight(rng, QUESTION_WEIGHTS):
         asked = _ASKERS[kind](scene, config, rng, language, split)
         if asked is not None:
             # Drawn even where it is one too many: the next kind's draws must not depend on it.
             question = _question(kind, asked, rng, language, "plain")
-            found += [question] * (len(found) < count)
-    return found
+            questions += [question] * (len(questions) < count)
+    return questions
 
 
 def ask_relation_yes_no(
@@ -171,9 +171,9 @@ def ask_wide(
         claims = {v: w for v, w in claims.items() if not _claims_held_out(kind, asked.fact, v)}
     if not claims:
         return None
-    own = _claims(kind, asked, config, language).get(asked.value)
-    is_so = own is not None and chance(rng, 0.5)
-    claim = own if is_so and own is not None else claims[pick(rng, sorted(claims))]
+    true_claim = _claims(kind, asked, config, language).get(asked.value)
+    is_so = true_claim is not None and chance(rng, 0.5)
+    claim = true_claim if is_so and true_claim is not None else claims[pick(rng, sorted(claims))]
     value = "yes" if is_so else "no"
     slots = {**asked.slots, "claim": claim, "rel": claim}
     asked = _Asked(f"is {kind}", slots, value)
@@ -223,14 +223,14 @@ def read_answer(kind: QuestionKind, answer: str) -> set[str]:
     """All values of a question's kind that an answer names, in English or Chinese."""
     if kind in ("absent", "no_image"):
         return _missing(answer, kind)
-    found: set[str] = set()
+    values: set[str] = set()
     for language in LANGUAGES:
         edge = r"\b" if language == "en" else ""
         known = _answer_phrases(kind, language)
         longest_first = sorted(known, key=len, reverse=True)
         pattern = edge + "(" + "|".join(map(re.escape, longest_first)) + ")" + edge
-        found |= {known[hit] for hit in re.findall(pattern, answer.lower())}
-    return found
+        values |= {known[hit] for hit in re.findall(pattern, answer.lower())}
+    return values
 
 
 _MISSING = re.compile(r"\b(?:no|not an?|isn't an?)\s+([a-z ]+)|没有(?:一个)?([\u4e00-\u9fff]+)")
@@ -238,17 +238,17 @@ _MISSING = re.compile(r"\b(?:no|not an?|isn't an?)\s+([a-z ]+)|没有(?:一个)?
 
 def _missing(answer: str, kind: QuestionKind) -> set[str]:
     """What an answer says is not there: "image", or objects as `_named` has them."""
-    found = set[str]()
+    missing = set[str]()
     for hit in _MISSING.finditer(answer.lower()):
         name = (hit[1] or hit[2]).strip()
         if kind == "no_image":
-            found |= {"image"} if name.startswith(IMAGE_WORDS) else {name}
+            missing |= {"image"} if name.startswith(IMAGE_WORDS) else {name}
             continue
         try:
-            found.add(_named(name))
+            missing.add(_named(name))
         except DataError:
-            found.add(name)
-    return found
+            missing.add(name)
+    return missing
 
 
 def _named(name: str) -> str:

@@ -59,8 +59,8 @@ def wide_prompt(rng: np.random.Generator, facts: SceneFacts, language: Language)
     """A prompt in wider wording that says no more and no less than the facts."""
     wanted = canonical(facts)
     for _ in range(_TRIES):
-        own = chance(rng, 0.65)
-        text = prompt(facts, rng, language) if own else caption(facts, rng, language)
+        is_new = chance(rng, 0.65)
+        text = prompt(facts, rng, language) if is_new else caption(facts, rng, language)
         text = say(text, rng, "paint", language, articles=False)
         # Left-out articles and words behind a noun can join into another meaning.
         with suppress(DataError):
@@ -97,7 +97,7 @@ def draw_wide_question(
 def wide_instruction(
     rng: np.random.Generator, edit: SceneEdit, config: SceneConfig, language: Language
 ) -> str:
-    """An edit's instruction in other words, or its own, written otherwise."""
-    own = chance(rng, 0.7)
-    text = instruct(edit, config, rng, language) if own else edit.instruction
+    """An edit's instruction in other words, or the same ones, written otherwise."""
+    is_new = chance(rng, 0.7)
+    text = instruct(edit, config, rng, language) if is_new else edit.instruction
     return say(text, rng, "edit", language, articles=not articles_may_go(edit, text))

@@ -278,12 +278,12 @@ def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for key, held in value.items():
+        for key, item in value.items():
             if not str(key).startswith("__"):
-                yield from _strings(held)
+                yield from _strings(item)
     elif isinstance(value, tuple | frozenset | list):
-        for held in value:
-            yield from _strings(held)
+        for item in value:
+            yield from _strings(item)
 
 
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -301,11 +301,13 @@ def _neighbours() -> dict[str, str]:
 
 def _typos(word: str) -> set[str]:
     """All that one typo makes of a word: letters swapped, dropped, doubled, or hit beside."""
-    made = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
-    made |= {word[:i] + word[i + 1 :] for i in range(len(word))}
-    made |= {word[: i + 1] + word[i:] for i in range(len(word))}
-    made |= {word[:i] + c + word[i + 1 :] for i in range(len(word)) for c in _neighbours()[word[i]]}
-    return made
+    typos = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    typos |= {word[:i] + word[i + 1 :] for i in range(len(word))}
+    typos |= {word[: i + 1] + word[i:] for i in range(len(word))}
+    typos |= {
+        word[:i] + c + word[i + 1 :] for i in range(len(word)) for c in _neighbours()[word[i]]
+    }
+    return typos
 
 
 @cache
@@ -325,10 +327,10 @@ def _intended() -> dict[str, str]:
 @cache
 def _typos_of() -> dict[str, list[str]]:
     """Misspellings by word, in order."""
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    by_word: defaultdict[str, list[str]] = defaultdict(list)
     for typo, word in sorted(_intended().items()):
-        found[word].append(typo)
-    return dict(found)
+        by_word[word].append(typo)
+    return dict(by_word)
 
 
 UPPER = Surface(case="upper")
