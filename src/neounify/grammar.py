@@ -209,10 +209,10 @@ class Vocabulary:
         """A matcher at the beginning of a grammar. Raises RequestError for one it cannot follow."""
         self.prepare()
         with self._building:
-            known = self._compiled.get(lark)
-            if known is not None:
+            compiled = self._compiled.get(lark)
+            if compiled is not None:
                 self._compiled.move_to_end(lark)
-                return known.deep_copy()
+                return compiled.deep_copy()
         library = self._library
         assert library is not None
         matcher = _package().LLMatcher(library, lark, log_level=0, limits=_limits())

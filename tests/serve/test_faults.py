@@ -105,7 +105,7 @@ def test_too_many_image_tokens_are_refused(pipe: neounify.Pipeline) -> None:
         (
             (96, 96),
             AdmissionConfig(image_tokens=17),
-            "images have 18 tokens, this server generates 17",
+            "images have 18 tokens, this server generates at most 17",
         ),
     ],
 )

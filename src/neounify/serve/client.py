@@ -112,17 +112,13 @@ class EngineClient:
         self.prepare: Callable[[], Awaitable[None]] | None = None
         self._calls: dict[int, Call] = {}
         self._deaths: deque[float] = deque()
-        self._report = EngineReport({}, {})
+        self.report = EngineReport({}, {})
+        """The newest one; empty while the engine is being started again."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._dead = asyncio.Event()
         self._alive = self._preparing = self._stopped = False
         self._starts = 0
-
-    @property
-    def report(self) -> EngineReport:
-        """The newest one; empty while the engine is being started again."""
-        return self._report
 
     @property
     def state(self) -> EngineState:
@@ -227,7 +223,7 @@ class EngineClient:
         if self._stopped or start != self._starts or self._dead.is_set():
             return
         self.ready = self._alive = False
-        self._report = EngineReport({}, {})
+        self.report = EngineReport({}, {})
         died = Failed("EngineDied", f"the {self.name} engine ended while it worked on the request")
         calls, self._calls = self._calls, {}
         for call in calls.values():
@@ -271,7 +267,7 @@ class EngineClient:
 
     def _deliver(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
         if report is not None:
-            self._report = report
+            self.report = report
         for reply in replies:
             call = self._calls.get(reply.call)
             if call is None:

@@ -186,14 +186,14 @@ class EngineService:
         answers = sum(map(_answers_of, requests))
         if answers > self.admission.requests:
             raise RequestError(
-                f"{answers} answers are asked for at once, this server works on "
-                f"{self.admission.requests} at a time; ask for fewer"
+                f"{answers} answers at once, this server works on at most "
+                f"{self.admission.requests}; ask for fewer"
             )
         tokens = sum(map(self._tokens_of, requests))
         if tokens > self.admission.image_tokens:
             raise RequestError(
-                f"the request's images have {tokens:,} tokens, this server generates "
-                f"{self.admission.image_tokens:,} at a time; ask for fewer or smaller images"
+                f"the request's images have {tokens:,} tokens, this server generates at most "
+                f"{self.admission.image_tokens:,} at once; ask for fewer or smaller images"
             )
 
     def gauges(self) -> Mapping[str, float]:
@@ -223,14 +223,15 @@ class EngineService:
         answers = _answers_of(request)
         if self._active + answers > self.admission.requests:
             raise Overloaded(
-                f"{self._active} requests are under way, the limit is {self.admission.requests}",
+                f"too many requests in progress: {self._active} of {self.admission.requests}, "
+                f"this one counts as {answers}",
                 self._retry_after(),
             )
         tokens = self._tokens_of(request)
         if self._image_tokens + tokens > self.admission.image_tokens:
             raise Overloaded(
-                f"images of {self._image_tokens:,} tokens are in progress and this request's have "
-                f"{tokens:,}, the limit is {self.admission.image_tokens:,}",
+                f"too many images in progress: {self._image_tokens:,} of "
+                f"{self.admission.image_tokens:,} image tokens, this request needs {tokens:,}",
                 self._retry_after(),
             )
         self._active += answers
@@ -287,7 +288,7 @@ class EngineService:
 
     async def _pin_system_message(self) -> None:
         """Pin the common prefix of all image prompts in the cache."""
-        shared = _shared_beginning(self.processor)
+        shared = _shared_prefix(self.processor)
         if shared:
             self._pinned = RequestContext(self.clients, preparing=True)
             await self._pinned.result(pin(shared))
@@ -298,11 +299,11 @@ def _answers_of(request: ServiceRequest) -> int:
     return request.count if isinstance(request, ImageRequest) else 1
 
 
-def _shared_beginning(processor: Processor) -> tuple[int, ...]:
+def _shared_prefix(processor: Processor) -> tuple[int, ...]:
     """Token ids that every image prompt begins with; none without a system message."""
     if not processor.system_message:
         return ()
-    one, other = (
+    first, second = (
         [
             token
             for segment in image_prompt(
@@ -313,7 +314,7 @@ def _shared_beginning(processor: Processor) -> tuple[int, ...]:
         ]
         for text in ("a", "b")
     )
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return tuple(token for token, _ in pairs)
 
 

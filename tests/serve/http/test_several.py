@@ -454,22 +454,22 @@ def test_completions_that_cannot_be(
         (
             lambda c: c.chat.completions.create(model=MODEL, messages=ASK, n=4),
             "n",
-            "4 answers are asked for at once, this server works on 3 at a time",
+            "4 answers at once, this server works on at most 3",
         ),
         (
             lambda c: c.completions.create(model=MODEL, prompt=["a", "b", "c", "d"]),
             "prompt",
-            "4 answers are asked for at once, this server works on 3 at a time",
+            "4 answers at once, this server works on at most 3",
         ),
         (
             lambda c: c.images.generate(model=MODEL, prompt="a", n=3, size="64x96"),
             "n",
-            "images have 18 tokens, this server generates 17 at a time",
+            "images have 18 tokens, this server generates at most 17 at once",
         ),
         (
             lambda c: c.images.generate(model=MODEL, prompt="a", n=4, size="32x32", stream=True),
             "n",
-            "4 answers are asked for at once, this server works on 3 at a time",
+            "4 answers at once, this server works on at most 3",
         ),
     ],
 )
