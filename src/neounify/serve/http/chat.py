@@ -21,9 +21,8 @@ from neounify.serve.http.chat_schema import (
 )
 from neounify.serve.http.completions import Choice, TextAnswer, for_each_answer, of_chat
 from neounify.serve.http.connections import BoundedRoute
-from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.fields import seeds_of
-from neounify.serve.http.media import RequestImages
+from neounify.serve.http.errors import bad_request
+from neounify.serve.http.fields import blame, seeds_of
 from neounify.serve.http.serving import (
     EVENTS,
     ServerState,
@@ -85,12 +84,16 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
         lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
         body.text_size,
     )
-    count = sum(isinstance(part, ChatImagePart) for parts in parts_of_messages for part in parts)
-    images = state.input_images(count, "messages")
+    urls = [
+        (f"messages.{index}.content", part.image_url.url)
+        for index, parts in enumerate(parts_of_messages)
+        for part in parts
+        if isinstance(part, ChatImagePart)
+    ]
+    images = iter(await state.read_images(urls, "messages"))
     turns = []
-    for index, (message, parts) in enumerate(zip(body.messages, parts_of_messages, strict=True)):
-        with blame(f"messages.{index}.content"):
-            pieces = [await _read_part(part, images) for part in parts]
+    for message, parts in zip(body.messages, parts_of_messages, strict=True):
+        pieces = [p.text if isinstance(p, ChatTextPart) else next(images) for p in parts]
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         turns.append(
@@ -128,14 +131,6 @@ def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image
     if not rest:
         return pieces
     return [piece for image in leading for piece in (image, "\n")] + rest
-
-
-async def _read_part(
-    part: ChatTextPart | ChatImagePart, images: RequestImages
-) -> str | PIL.Image.Image:
-    if isinstance(part, ChatTextPart):
-        return part.text
-    return await images.read_url(part.image_url.url)
 
 
 async def read_chat(

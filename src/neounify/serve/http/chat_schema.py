@@ -9,8 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from neounify.serve.http.completions import Alternatives, TextUsage, TopLogProb
-from neounify.serve.http.errors import bad_request, blame
-from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, TextFields, TokenCount
+from neounify.serve.http.errors import bad_request
+from neounify.serve.http.fields import (
+    AnswerModel,
+    ImageFields,
+    LimitedText,
+    TextFields,
+    TokenCount,
+    blame,
+)
 from neounify.text.tools import Tool, ToolUse
 
 # An image as Markdown: a data URL, or a result of a server such as this one. Other URLs stay

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -185,17 +184,6 @@ def param_of(error: BaseException) -> str | None:
     """The field at fault, under the API's own name."""
     param = error.param if isinstance(error, InputError) else None
     return None if param is None else PYTHON_NAMES.get(param, param)
-
-
-@contextmanager
-def blame(param: str) -> Iterator[None]:
-    """Context whose errors about images, prompts and values name the field `param`."""
-    try:
-        yield
-    except InputError as error:
-        answer = to_api_error(error)
-        answer.param = param
-        raise answer from error
 
 
 def shorten(text: str, max_chars: int) -> str:

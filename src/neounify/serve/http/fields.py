@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -28,10 +29,11 @@ from pydantic_core import PydanticCustomError
 
 from neounify.config import TextSampling
 from neounify.config.sampling import TextKnobs, knob_doc
+from neounify.errors import InputError
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, SolverName
 from neounify.provenance.metadata import Format
-from neounify.serve.http.errors import ApiError, bad_request
+from neounify.serve.http.errors import ApiError, bad_request, to_api_error
 
 ALIASES: Mapping[str, str] = {
     "num_inference_steps": "steps",
@@ -292,6 +294,17 @@ def seeds_of(seed: int | None, n: int) -> list[int]:
     """The seeds of `n` answers: the given or a random one, then each next; 0 after 2^64 - 1."""
     seed = secrets.randbelow(2**32) if seed is None else seed
     return [seed + i if seed + i < SEEDS else seed + i - SEEDS for i in range(n)]
+
+
+@contextmanager
+def blame(param: str) -> Iterator[None]:
+    """Context whose errors about images, prompts and values name the field `param`."""
+    try:
+        yield
+    except InputError as error:
+        answer = to_api_error(error)
+        answer.param = param
+        raise answer from error
 
 
 class Fields(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -19,9 +19,8 @@ from starlette.requests import Request
 from neounify.errors import ImageError
 from neounify.serve.http.config import MEBIBYTE
 from neounify.serve.http.connections import BoundedRoute, check_json_type
-from neounify.serve.http.errors import ApiError, bad_request, blame
-from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, seeds_of
-from neounify.serve.http.media import RequestImages
+from neounify.serve.http.errors import ApiError, bad_request
+from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, blame, seeds_of
 from neounify.serve.http.serving import (
     EVENTS,
     ServerState,
@@ -152,16 +151,8 @@ async def _read_form(
         max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
     ) as form:
         body = _fields(form)
-        items = [item for name in _IMAGE_FIELDS for item in form.getlist(name)]
-        reader = _input_images(len(items), state)
-        images = []
-        for item in items:
-            with blame("image"):
-                if isinstance(item, UploadFile):
-                    images.append(await reader.read(await item.read()))
-                else:
-                    images.append(await reader.read_url(item))
-    return body, tuple(images)
+        sources = [("image", item) for name in _IMAGE_FIELDS for item in form.getlist(name)]
+        return body, await _read_images(sources, state)
 
 
 async def _read_json(
@@ -178,22 +169,24 @@ async def _read_json(
     items: list[Any] = [] if entries is None else [entries]
     if isinstance(entries, list):
         items = entries
-    reader = _input_images(len(items), state)
-    images = []
+    sources = []
     for index, item in enumerate(items):
-        with blame(name if items is not entries else f"{name}.{index}"):
-            images.append(await reader.read_url(_url_of(item)))
-    return body, tuple(images)
+        field = name if items is not entries else f"{name}.{index}"
+        with blame(field):
+            sources.append((field, _url_of(item)))
+    return body, await _read_images(sources, state)
 
 
-def _input_images(count: int, state: ServerState) -> RequestImages:
-    if not count:
+async def _read_images(
+    sources: Sequence[tuple[str, str | UploadFile]], state: ServerState
+) -> tuple[PIL.Image.Image, ...]:
+    if not sources:
         raise bad_request(
             "image: at least one is needed: a file in a form, or in JSON "
             '"images": [{"image_url": "data:image/png;base64,…"}]',
             "image",
         )
-    return state.input_images(count, "image")
+    return tuple(await state.read_images(sources, "image"))
 
 
 def _url_of(item: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import PIL.Image
 from fastapi import Depends, Request
+from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -31,8 +32,8 @@ from neounify.image.pixels import to_pil
 from neounify.provenance.metadata import Format
 from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig, HttpMetrics
-from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, blame, to_api_error
-from neounify.serve.http.fields import ImageFields, RequestFields
+from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
+from neounify.serve.http.fields import ImageFields, RequestFields, blame
 from neounify.serve.http.media import ImageDecoder, ImageFetcher, RequestImages, ResultStore
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
@@ -134,16 +135,31 @@ class ServerState:
 
         return await asyncio.to_thread(write)
 
-    def input_images(self, count: int, field: str) -> RequestImages:
-        """The reader of the `count` images of one request. Raises ApiError for too many."""
-        max_count = self.config.limits.images
+    async def read_images(
+        self, sources: Sequence[tuple[str, str | UploadFile]], param: str
+    ) -> list[PIL.Image.Image]:
+        """The input images of a request, from (field, URL or uploaded file) of each.
+
+        Raises ApiError: for too many about `param`, for one that cannot be read about its field.
+        """
+        count, max_count = len(sources), self.config.limits.images
         if count > max_count:
-            raise bad_request(f"{count} images in one request; at most {max_count} are read", field)
+            raise bad_request(f"{count} images in one request; at most {max_count} are read", param)
+        if not sources:
+            return []
         sampling = self.service.config.sampling
         max_pixels = max(sampling.chat_max_pixels, sampling.edit_max_pixels)
         # Up to four times the area that the model reads, less the more images there are.
-        keep = max_pixels * max(1, min(4, 8 // max(1, count)))
-        return RequestImages(self.decoder, self.fetcher, self.results, self.config, keep)
+        keep = max_pixels * max(1, min(4, 8 // count))
+        reader = RequestImages(self.decoder, self.fetcher, self.results, self.config, keep)
+        images = []
+        for field, source in sources:
+            with blame(field):
+                if isinstance(source, str):
+                    images.append(await reader.read_url(source))
+                else:
+                    images.append(await reader.read(await source.read()))
+        return images
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 for any model but the served one."""
