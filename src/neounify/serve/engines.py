@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,7 +112,8 @@ class Worker:
     ) -> None:
         self.channel = channel
         self.understanding, self.generation = understanding, generation
-        self._counters: Counter[str] = Counter()
+        self._engines = [engine for engine in (understanding, generation) if engine is not None]
+        self._seconds = defaultdict[str, float](float)
         self._yielded = 0
         self._last_text = -TEXT_SECONDS
         self._reported = 0.0
@@ -137,10 +138,7 @@ class Worker:
             self._send()
 
     def _busy(self) -> bool:
-        return any(engine is not None and engine.busy for engine in self._engines())
-
-    def _engines(self) -> tuple[UnderstandingEngine | None, GenerationEngine | None]:
-        return self.understanding, self.generation
+        return any(engine.busy for engine in self._engines)
 
     def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine:
         engine = self.generation if is_for_generation(command) else self.understanding
@@ -148,7 +146,7 @@ class Worker:
         return engine
 
     def _work(self) -> None:
-        und, gen = self._engines()
+        und, gen = self.understanding, self.generation
         if und is not None and und.busy:
             decoding = und.decoding
             self._timed("und", und.step)
@@ -166,14 +164,13 @@ class Worker:
     def _timed(self, name: str, step: Callable[[], None]) -> None:
         start = time.perf_counter()
         step()
-        self._counters[f"{name}_step_seconds"] += time.perf_counter() - start  # type: ignore[assignment]
+        self._seconds[f"{name}_step_seconds"] += time.perf_counter() - start
 
     def _send(self) -> None:
         replies: list[Reply] = []
-        for engine in self._engines():
-            if engine is not None:
-                replies += engine.replies
-                engine.replies = []
+        for engine in self._engines:
+            replies += engine.replies
+            engine.replies = []
         now = time.monotonic()
         due = now - self._reported >= REPORT_SECONDS or not self._busy()
         if due:
@@ -183,11 +180,10 @@ class Worker:
 
     def _report(self) -> EngineReport:
         gauges: dict[str, float] = {}
-        counters: dict[str, float] = dict(self._counters)
-        for engine in self._engines():
-            if engine is not None:
-                gauges |= engine.gauges()
-                counters |= engine.counters
+        counters = dict(self._seconds)
+        for engine in self._engines:
+            gauges |= engine.gauges()
+            counters |= engine.counters
         return EngineReport(gauges, counters)
 
 
