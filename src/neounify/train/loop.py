@@ -209,7 +209,7 @@ class Trainer:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
         self._add_adapters(stage)
         if stage.lora is None:
-            freeze(self.model, stage.freeze)
+            freeze(self.model, stage.freeze, stage.freeze_last_layers)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
         tally = Tally(sources)

@@ -115,6 +115,8 @@ class StageRecipe:
         default_factory=lambda: (read_data({}),)
     )
     freeze: tuple[str, ...] = ()
+    freeze_last_layers: NonNegativeInt = 0
+    """Freeze the last so many layers as well, in both streams."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights; they are saved beside the merged model."""
     method: Annotated[MethodConfig, PlainValidator(read_method)] = field(
@@ -143,7 +145,7 @@ class StageRecipe:
                 f"data: the method {self.method.kind} needs at least one source of data"
             )
         check_names("freeze", self.freeze, LABELS)
-        if self.freeze and self.lora is not None:
+        if (self.freeze or self.freeze_last_layers) and self.lora is not None:
             raise ValueError(
                 "freeze: a stage with lora trains its adapters alone, all weights are frozen; "
                 "leave freeze out, and choose the layers by lora.streams, lora.modules and "

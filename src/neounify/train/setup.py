@@ -285,13 +285,23 @@ def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:
         layer.recompute = enabled
 
 
-def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Train every parameter but those of the named streams and parts. Raises ConfigError."""
+def freeze(model: NeoUnify, names: tuple[str, ...], last_layers: int = 0) -> None:
+    """Train every parameter but those of the named streams and parts, and of the last layers.
+
+    Raises ConfigError.
+    """
     known: set[str] = set()
+    first_frozen = model.config.num_layers - last_layers
+    if first_frozen < 0:
+        raise ConfigError(
+            f"freeze_last_layers must be at most the model's {model.config.num_layers} layers, "
+            f"got {last_layers}"
+        )
     for name, parameter in model.named_parameters():
         labels = {stream_of(name), part_of(name)}
         known |= labels
-        parameter.requires_grad_(not labels & set(names))
+        is_last = name.startswith("layers.") and int(name.split(".")[1]) >= first_frozen
+        parameter.requires_grad_(not labels & set(names) and not is_last)
     unknown = set(names) - known
     if unknown:
         raise ConfigError(f"freeze: {sorted(unknown)} unknown; known are {sorted(known)}")
