@@ -249,6 +249,23 @@ class Distill(PromptMethod):
         )
 
 
+class Teacher:
+    """A frozen model: the weights at the start of a stage, which are saved, or a checkpoint."""
+
+    def __init__(self, folder: Path | None, model: NeoUnify) -> None:
+        self._twin = TwinState("teacher", model) if folder is None else None
+        self.model = self._twin.model if self._twin else load_teacher(Path(str(folder)), model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a saved state needs of it."""
+        return {} if self._twin is None else self._twin.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore it. Raises CheckpointError."""
+        if self._twin is not None:
+            self._twin.load(tensors)
+
+
 class Trajectory(Distill):
     """All K states of each rollout; the teacher goes m guided steps from each."""
 
@@ -256,12 +273,7 @@ class Trajectory(Distill):
 
     def __init__(self, config: TrajectoryConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self._twin: TwinState | None = None
-        if config.teacher_checkpoint is None:
-            self._twin = TwinState("teacher", self.model)
-            self.teacher = self._twin.model
-        else:
-            self.teacher = load_teacher(config.teacher_checkpoint, self.model)
+        self.teacher = Teacher(config.teacher_checkpoint, self.model)
 
     def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
         student = self.resolve(self.config.student, cases)
@@ -274,7 +286,7 @@ class Trajectory(Distill):
         states, targets = [], []
         for t, t_next in pairwise(times):
             path = between(t, t_next, self.config.teacher_steps)
-            reached = euler_path(lambda x, at: many.velocity(self.teacher, x, at), z, path)
+            reached = euler_path(lambda x, at: many.velocity(self.teacher.model, x, at), z, path)
             states.append(z)
             targets.append(trajectory_target(z, reached, t, t_next))
             z = z + (t_next - t) * one.velocity(self.model, z, t)
@@ -294,11 +306,10 @@ class Trajectory(Distill):
         store_sampling(self.model, self.config.student)
 
     def state(self) -> MethodState:
-        return MethodState(tensors={} if self._twin is None else self._twin.tensors())
+        return MethodState(tensors=self.teacher.tensors())
 
     def load(self, state: MethodState) -> None:
-        if self._twin is not None:
-            self._twin.load(state.tensors)
+        self.teacher.load(state.tensors)
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,16 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from neounify.config.ranges import STRICT, AboveZero, Count, Fraction
+from neounify.config.ranges import STRICT, AboveZero, Count, Fraction, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.base import SamplerConfig, TwinState
-from neounify.post_train.distill import Distill, DistillConfig, checked_step, store_sampling
+from neounify.post_train.distill import (
+    Distill,
+    DistillConfig,
+    Teacher,
+    checked_step,
+    store_sampling,
+)
 from neounify.post_train.dpo import prediction_error
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
@@ -114,11 +121,12 @@ def adversarial_losses(
 class Dmd2Config(DistillConfig):
     """DMD2, `kind = "dmd2"`.
 
-    `student` and `teacher` as in trajectory distillation. After each step of the student the fake
-    takes `fake_steps` R with `fake_optimizer`; all are steps of the stage. `min_tau` and `max_tau`
-    bound the times that images are noised to. `sub_intervals` matches the student's next state in
-    place of x̂ (Phased DMD). `ida` F ← (1 - ida)·F + ida·G after each step of the student
-    (SenseFlow, arXiv 2506.00523). `decoupled` guides at a separate time (Decoupled DMD).
+    `student`, `teacher` and `teacher_checkpoint` as in trajectory distillation. The fake starts
+    from the weights of the stage. After each step of the student it takes `fake_steps` R with
+    `fake_optimizer`; all are steps of the stage. `min_tau` and `max_tau` bound the times that
+    images are noised to. `sub_intervals` matches the student's next state in place of x̂ (Phased
+    DMD). `ida`: F ← (1 - ida)·F + ida·G after each step of the student (SenseFlow, arXiv
+    2506.00523). `decoupled` guides at a separate time (Decoupled DMD).
     """
 
     kind: Literal["dmd2"] = "dmd2"
@@ -126,11 +134,12 @@ class Dmd2Config(DistillConfig):
     teacher: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(guidance=None, edit_guidance=None)
     )
+    teacher_checkpoint: Path | None = None
     fake_steps: Count = 5
     fake_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=4e-7)
     )
-    fake_clip: AboveZero = 1.0
+    fake_clip: Positive = 1.0
     min_tau: AboveZero = 0.02
     max_tau: AboveZero = 0.98
     sub_intervals: bool = False
@@ -166,7 +175,7 @@ class Dmd2(Distill):
 
     def __init__(self, config: Dmd2Config, context: StageContext) -> None:
         super().__init__(config, context)
-        self.teacher = TwinState("teacher", self.model)
+        self.teacher = Teacher(config.teacher_checkpoint, self.model)
         self.fake = TwinState("fake", self.model, trained=True)
 
     def is_students_turn(self, stage_step: int) -> bool:
@@ -230,7 +239,7 @@ class Dmd2(Distill):
         store_sampling(self.model, self.config.student)
 
     def state(self) -> MethodState:
-        return MethodState(tensors=self.teacher.tensors() | self.fake.tensors())
+        return MethodState(tensors={**self.teacher.tensors(), **self.fake.tensors()})
 
     def load(self, state: MethodState) -> None:
         self.teacher.load(state.tensors)

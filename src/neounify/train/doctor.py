@@ -73,7 +73,7 @@ def examine(
     """
     setup, stage = context.setup, context.stage
     if stage.lora is None:
-        freeze(setup.model, stage.freeze)
+        freeze(setup.model, stage.freeze, stage.freeze_last_layers)
     else:
         add_lora(setup.model, stage.lora)
     samples: dict[str, Sample] = {}

@@ -35,6 +35,7 @@ from neounify.config.ranges import (
     STRICT,
     BelowOne,
     Count,
+    NonNegativeInt,
     Positive,
     Range,
     Seed,
