@@ -1,4 +1,4 @@
-"""Checks of requests before any work: sizes that the model can generate."""
+"""Sizes of image requests: those of the model, its context, and the limits of a server."""
 
 from __future__ import annotations
 

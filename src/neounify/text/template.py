@@ -193,7 +193,7 @@ def place_images(text: str, n_images: int, *, numbered: bool) -> str:
     """A user's text with exactly one `<image>` mark per image; missing ones go in front.
 
     Args:
-        text: the text, with no mark or with marks of its own.
+        text: the text, with or without marks.
         n_images: how many images there are, at least 0.
         numbered: the rule of editing and interleaving, where two or more images without
             any mark are announced as `Image-1:`, `Image-2:` and so on.
@@ -287,7 +287,7 @@ def interleave_prompt(
 
     Args:
         tokenizer: of the model that will read it.
-        text: the request, with an `<image>` mark per input image of its own.
+        text: the request, with an `<image>` mark for each of its input images.
         system: the system message; left out when empty.
         think: let the model open a thought itself; else the prompt ends with an empty one.
         history: earlier turns, written as in `chat_prompt`; their images come first.
