@@ -212,6 +212,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(
 def test_an_interrupted_swap_puts_the_old_checkpoint_back(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the system cannot exchange two folders."""
     model = load_model(small)
     before = names(small)
     rename = Path.rename
@@ -221,6 +222,7 @@ def test_an_interrupted_swap_puts_the_old_checkpoint_back(
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr("neounify.files._exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail_for_the_new)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save_model(model, small, overwrite=True)
