@@ -155,7 +155,9 @@ def test_a_time_that_is_over_is_over_even_if_answers_are_there() -> None:
     run(work)
 
 
-def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_that_fail_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(client_module, "MAX_PAUSE", 0.01)
     engine = Scripted(works, *[fails] * 7, works)
     client = EngineClient("generation", engine)
@@ -169,7 +171,7 @@ def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
             raise (await call.next(5)).answer.exception()  # type: ignore[union-attr]
         while not client.ready:
             seen.add(client.state)
-            with pytest.raises(EngineDied):
+            with pytest.raises(EngineDied, match=r"crashes in the last 60 s: [1-8]\)"):
                 client.open_call(new_number())
             await asyncio.sleep(0.001)
         seen.add(client.state)
@@ -180,6 +182,7 @@ def test_starts_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert engine.started == 9
     assert client.restarts == 8
     assert seen == {"starting", "failing", "ready", "stopped"}
+    assert "the generation engine crashed 6 times in 60 s" in caplog.text
     assert engine.stopped
 
 

@@ -63,8 +63,8 @@ def test_a_full_memory_is_one_error_and_leaves_nothing(monkeypatch: pytest.Monke
     with files_of_at_most(2**16), pytest.raises(OutOfMemory, match="no room left for the tensors"):
         transport.pack({"noise": MEGABYTE})
     assert pieces(transport.prefix) == set()
-    parcel = transport.pack({"noise": MEGABYTE})
-    assert torch.equal(transport.take(parcel)["noise"], MEGABYTE)
+    ref = transport.pack({"noise": MEGABYTE})
+    assert torch.equal(transport.take(ref)["noise"], MEGABYTE)
 
 
 def test_a_tensor_that_cannot_be_packed_leaves_nothing() -> None:
@@ -120,10 +120,10 @@ def test_only_unreported_pieces_are_removed_after_a_crash() -> None:
 
 def test_pieces_are_for_their_owner_only() -> None:
     transport = SharedTransport()
-    parcel = transport.pack({"pixels": MEGABYTE})
-    assert isinstance(parcel, SharedTensors)
-    assert (folder() / parcel.memory).stat().st_mode & 0o077 == 0
-    parcel.free()
+    ref = transport.pack({"pixels": MEGABYTE})
+    assert isinstance(ref, SharedTensors)
+    assert (folder() / ref.memory).stat().st_mode & 0o077 == 0
+    ref.free()
 
 
 # --- the transport of tensors ---
@@ -149,13 +149,13 @@ def test_tensors_arrive_as_they_were(transport: Transport) -> None:
         assert not pieces(transport.prefix)
 
 
-def test_a_freed_parcel_is_gone_and_may_be_freed_again() -> None:
+def test_a_freed_reference_is_gone_and_may_be_freed_again() -> None:
     transport = SharedTransport()
-    parcel = transport.pack(TENSORS)
-    assert isinstance(parcel, SharedTensors)
-    assert pieces(transport.prefix) == {parcel.memory}
-    parcel.free()
-    parcel.free()
+    ref = transport.pack(TENSORS)
+    assert isinstance(ref, SharedTensors)
+    assert pieces(transport.prefix) == {ref.memory}
+    ref.free()
+    ref.free()
     assert not pieces(transport.prefix)
     with pytest.raises(TensorsGone, match="keys"):
-        transport.take(parcel)
+        transport.take(ref)
