@@ -123,6 +123,25 @@ def test_half_precision(model: NeoUnify, caches: list[SequenceCache]) -> None:
         torch.testing.assert_close(together[6 * number : 6 * number + 6], alone, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("longest", [3, 8, 13, 14])
+def test_images_that_see_much_attend_block_by_block(
+    model: NeoUnify, caches: list[SequenceCache], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same call, whichever they are; gradients as well."""
+    layout = Layout(c.document(Noise(*grid)) for c, grid in zip(caches, GRIDS, strict=True))
+    noise = torch.randn(layout[GEN].length, model.config.hidden_size)
+    results = []
+    for name in ("blocks", "auto"):
+        monkeypatch.setattr(backends, "MAX_PREFIX", longest)
+        attend = plan(layout, caches, name)
+        assert isinstance(attend, PrefixAttention) == (name == "auto")
+        x = noise.clone().requires_grad_()
+        output = hidden(model, layout, x, attend)
+        output.square().sum().backward()
+        results.append((output.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_what_it_does_not_serve(
     caches: list[SequenceCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("generate", "a", "--device", "cuda:77"), "cuda:77"),
     (("generate", "a", "--dtype", "int3"), "int3"),
     (("generate", "a", "--memory", "some"), "all, stream"),
+    (("generate", "a", "--attention", "flush"), "'flush' is unknown; known are auto, sdpa, blocks"),
     (("generate", "a", "--size", "4096x4096"), "16,384 tokens, this model's context holds 8,192"),
     (("edit", "bluer", "--image", "image.png", "--size", "4096x4096"), "16,384 tokens"),
     (("story", "a", "--size", "4096x4096"), "16,384 tokens"),

@@ -15,6 +15,8 @@ from neounify.cli.serve import (
     SafetyOptions,
     ServeModelOptions,
 )
+from neounify.engine.generation import GenerationSettings
+from neounify.runtime.plan import ExecutionPlan
 from neounify.serve.build import ServeConfig
 from neounify.serve.http import HttpConfig
 from neounify.serve.run import RunConfig
@@ -38,3 +40,10 @@ def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(serve=ServeConfig(folder=toy))
     assert (options.host, options.port, options.page) == (run.host, run.port, run.page)
     assert options.drain_seconds == run.drain_seconds
+
+
+def test_the_attention_backend_reaches_both_engines(toy: Path) -> None:
+    config = serve._serve_config(ServeModelOptions(model=toy, attention="blocks"), EngineOptions())
+    assert config.engines.understanding.adjust(ExecutionPlan()).attention == "blocks"
+    assert config.engines.generation.adjust(ExecutionPlan()).attention == "blocks"
+    assert GenerationSettings().adjust(ExecutionPlan(attention="blocks")).attention == "blocks"

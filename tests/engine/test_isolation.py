@@ -75,7 +75,7 @@ def kind_of(error: Exception) -> str:
     return "OutOfMemory" if memory else type(error).__name__
 
 
-def understanding(pipe: neounify.Pipeline, transport: Any, **options: int) -> UnderstandingEngine:
+def understanding(pipe: neounify.Pipeline, transport: Any, **options: Any) -> UnderstandingEngine:
     return UnderstandingEngine(pipe.model, UnderstandingSettings(**options), transport)
 
 

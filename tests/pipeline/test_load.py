@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import neounify
+from neounify.attention import BACKENDS
 from neounify.checkpoint import CheckpointFolder
 from neounify.config.presets import TINY
-from neounify.errors import CheckpointError, RequestError, TokenizerError
+from neounify.engine.messages import LocalTransport
+from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from neounify.model import NeoUnify
 from neounify.serve.build import ServeConfig, build_service
 from neounify.text import byte_tokenizer
@@ -59,6 +62,23 @@ def test_memory_by_stream_changes_no_result(folder: Path, dtype: str) -> None:
     assert full.chat("hi", max_new_tokens=5) == lean.chat("hi", max_new_tokens=5)
     parts = lean.interleave("tell", width=32, height=32, steps=2, max_new_tokens=5, max_images=1)
     assert list(parts)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_backend_by_name(folder: Path, name: str) -> None:
+    pipe = neounify.load(folder, attention=name)
+    used = UnderstandingEngine(
+        pipe.model, UnderstandingSettings(), LocalTransport(), plan=pipe._plan
+    )
+    assert pipe._plan.attention == used.backend.name == name
+    expected = generated(neounify.load(folder))
+    torch.testing.assert_close(generated(pipe), expected, rtol=0, atol=1e-5)
+
+
+def test_unknown_attention_backend(tmp_path: Path) -> None:
+    """Refused before a checkpoint is looked for."""
+    with pytest.raises(ConfigError, match="'flush' is unknown; known are auto, sdpa, blocks"):
+        neounify.load(tmp_path / "absent", attention="flush")
 
 
 def test_bfloat16_is_close_to_float32(folder: Path) -> None:

@@ -127,6 +127,7 @@ def stage(**values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (stage(attention="flush"), "'flush' is unknown; known are auto, sdpa, blocks"),
         (stage(sample_every=0), r"stages\.0\.sample_every: must be at least 1, got 0"),
         (stage(clip=0.0), r"stages\.0\.clip: must be above 0, got 0"),
         (stage(ema=1.0), r"stages\.0\.ema: must be within \[0, 1\), got 1"),

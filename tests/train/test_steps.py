@@ -12,6 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from neounify.attention.backends import PaddedAttention
+from neounify.attention.blocks import BlockAttention
 from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
 from neounify.model.stream import OutputMlp, QKVProjection
@@ -130,6 +132,16 @@ def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path) -> None:
     assert (tmp_path / "model").is_dir()
     assert "no evaluation: no such size" in said.getvalue()
     assert run.model.training
+
+
+@pytest.mark.parametrize(("name", "kind"), [("auto", PaddedAttention), ("blocks", BlockAttention)])
+def test_a_stage_chooses_its_attention(tmp_path: Path, name: str, kind: type) -> None:
+    run = trainer(tmp_path, recipe(stages=[{"name": "a", "steps": 1, "attention": name}]))
+    kinds: set[type] = set()
+    run.model.register_forward_pre_hook(lambda _, inputs: kinds.add(type(inputs[0].attend)))
+    run.run()
+    assert kinds == {kind}
+    assert run._pipeline().attention == name
 
 
 def test_compiling_ends_with_the_stage_that_wants_it(

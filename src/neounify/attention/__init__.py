@@ -1,6 +1,20 @@
 """Joint attention of the streams: a plan per call of the model, by a backend chosen once."""
 
-from neounify.attention.backends import BACKENDS, AttentionBackend, select, select_for
+from neounify.attention.backends import (
+    BACKENDS,
+    AttentionBackend,
+    check_backend,
+    select,
+    select_for,
+)
 from neounify.attention.blocks import AttentionPlan, Caches
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionPlan", "Caches", "select", "select_for"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionPlan",
+    "Caches",
+    "check_backend",
+    "select",
+    "select_for",
+]

@@ -409,11 +409,16 @@ def select(
 
     All there are now serve every device, dtype and width. Raises ConfigError for an unknown name.
     """
+    check_backend(name)
+    chosen = "sdpa" if name == "auto" else name
+    return AttentionBackend(chosen, device, BACKENDS[chosen])
+
+
+def check_backend(name: str) -> None:
+    """Raise ConfigError for an unknown name of a backend."""
     if name != "auto" and name not in BACKENDS:
         known = ", ".join(["auto", *BACKENDS])
         raise ConfigError(f"attention backend {name!r} is unknown; known are {known}")
-    chosen = "sdpa" if name == "auto" else name
-    return AttentionBackend(chosen, device, BACKENDS[chosen])
 
 
 def select_for(model: NeoUnify, name: str = "auto") -> AttentionBackend:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import PIL.Image
 
+from neounify.attention import check_backend
 from neounify.checkpoint.load import Memory, choose_dtype, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
@@ -52,6 +53,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     """
     checkpoint = CheckpointFolder.open(resolve_model(options.model))
     choose_dtype(options.dtype, checkpoint, "cpu")
+    check_backend(options.attention)
     check_device(options.device)
     if isinstance(options, ModelOptions):
         check_threads(options.threads)

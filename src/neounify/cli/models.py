@@ -100,6 +100,7 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
             device=device,
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
+            attention=options.attention,
             colour_profiles=options.colour_profiles,
         )
     display.note(f"{name} in {pipe.loaded_dtype}")

@@ -135,7 +135,21 @@ class ColourOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
+class AttentionOptions:
+    """Attention backend."""
+
+    attention: Annotated[
+        str,
+        option(
+            MODEL,
+            "auto|sdpa|blocks",
+            "Attention backend: the best one for the device, batched kernels, or the reference.",
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel):
     """The model of a command, its weights and its device."""
 
     memory: Annotated[

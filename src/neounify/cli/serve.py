@@ -164,9 +164,13 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
         lora=tuple(parse_loras(model.lora)),
         engines=EngineConfig(
             understanding=UnderstandingSettings(
-                cache_tokens=engines.cache_tokens, prefill_tokens=engines.prefill_tokens
+                cache_tokens=engines.cache_tokens,
+                prefill_tokens=engines.prefill_tokens,
+                attention=model.attention,
             ),
-            generation=GenerationSettings(step_tokens=engines.step_tokens),
+            generation=GenerationSettings(
+                step_tokens=engines.step_tokens, attention=model.attention
+            ),
         ),
         admission=AdmissionConfig(
             requests=engines.requests,

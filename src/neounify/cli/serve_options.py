@@ -8,6 +8,7 @@ from typing import Annotated
 
 from neounify.cli.options import (
     MODEL,
+    AttentionOptions,
     ColourOptions,
     NamedModel,
     ThreadOptions,
@@ -21,7 +22,7 @@ REPLICAS = "Replicas"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeModelOptions(ColourOptions, ThreadOptions, WeightOptions, NamedModel):
+class ServeModelOptions(AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel):
     """The served model, its engines' devices and threads."""
 
     mode: Annotated[

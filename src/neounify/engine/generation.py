@@ -44,6 +44,8 @@ class GenerationSettings:
     max_missed: int = 4
     beside_text_seconds: float | None = None
     slice_seconds: float | None = None
+    attention: str = "auto"
+    """Attention backend; "auto": the plan's."""
 
     def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
         """The plan with the limits that are set here."""
@@ -51,6 +53,7 @@ class GenerationSettings:
             "denoise_step_rows": self.step_tokens,
             "slice_seconds": self.slice_seconds,
             "text_slice_seconds": self.beside_text_seconds,
+            "attention": None if self.attention == "auto" else self.attention,
         }
         return replace(plan, **{k: v for k, v in limits.items() if v is not None})  # type: ignore[arg-type]
 

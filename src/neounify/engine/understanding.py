@@ -63,11 +63,15 @@ from neounify.runtime.plan import ExecutionPlan, measured_plan
 
 @dataclass(frozen=True, kw_only=True)
 class UnderstandingSettings:
-    """Size of the KV cache of all sequences, and prompt tokens per step; None: the plan's."""
+    """Size of the KV cache of all sequences, prompt tokens per step, attention backend.
+
+    None and "auto" are the plan's.
+    """
 
     cache_tokens: int | None = None
     block_size: int | None = None
     prefill_tokens: int | None = None
+    attention: str = "auto"
 
     def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
         """The plan with the limits that are set here."""
@@ -78,6 +82,7 @@ class UnderstandingSettings:
             kv_blocks=max(1, tokens // size),
             kv_block_size=size,
             prefill_step_rows=self.prefill_tokens or plan.prefill_step_rows,
+            attention=plan.attention if self.attention == "auto" else self.attention,
         )
 
 

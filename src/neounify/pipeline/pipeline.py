@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from neounify.attention import check_backend
 from neounify.checkpoint.load import Dtype, DtypeChoice, Memory, load_checkpoint
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder
@@ -76,23 +77,25 @@ def load(
     memory: Memory = "all",
     verify: bool = False,
     compile: bool = False,
+    attention: str = "auto",
     colour_profiles: bool = True,
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
     `dtype` is "float32", "bfloat16" or "float16", or "stored"; None or "auto" is the stored one
     too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
-    why. Tensors stored in the dtype that is used are
-    memory-mapped, not copied. `lora` merges one or several LoRAs, files of any form (docs/lora.md)
-    or PEFT folders, with `lora_strength` each. `memory="stream"` keeps only the active
-    stream resident, for models that fill the memory; `verify` checks all weights for NaN first.
-    `compile` fuses elementwise work with torch.compile: slower at first, then faster at prefill and
-    denoising. `colour_profiles=False` takes the pixels of all input images for sRGB, whatever
-    profile they carry, as the published code does.
+    why. Tensors stored in the dtype that is used are memory-mapped, not copied. `lora` merges one
+    or several LoRAs, files of any form (docs/lora.md) or PEFT folders, with `lora_strength` each.
+    `memory="stream"` keeps only the active stream resident, for models that fill the memory;
+    `verify` checks all weights for NaN first. `compile` fuses elementwise work with torch.compile:
+    slower at first, then faster at prefill and denoising. `attention` names the attention backend
+    ("sdpa", "blocks"), "auto" the best one for the device. `colour_profiles=False` takes the pixels
+    of all input images for sRGB, whatever profile they carry, as the published code does.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """
     path = Path(folder)
+    check_backend(attention)
     # Before the weights: a folder without a tokenizer should say so at once.
     tokenizer = Tokenizer.from_folder(path)
     loaded = load_checkpoint(
@@ -113,6 +116,7 @@ def load(
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
         loaded_dtype=loaded.dtype,
+        attention=attention,
         colour_profiles=colour_profiles,
     )
 
@@ -156,12 +160,9 @@ class Pipeline:
         fingerprint: Callable[[], str] | None = None,
         colour_profiles: bool = True,
         loaded_dtype: DtypeChoice | None = None,
+        attention: str = "auto",
     ) -> None:
-        """`system_message` begins the prompts of images; None is the package default.
-
-        `colour_profiles` False takes the pixels of all input images for sRGB, whatever profile
-        they carry, as the published code does.
-        """
+        """`system_message` begins the prompts of images; None is the package default."""
         if tokenizer.vocab_size > model.config.vocab_size:
             raise RequestError(
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the model embeds "
@@ -175,6 +176,7 @@ class Pipeline:
         self.loaded_dtype = loaded_dtype
         """The dtype of the weights and the reason for it; None for a model that was not loaded."""
         self.colour_profiles = colour_profiles
+        self.attention = attention
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -187,7 +189,8 @@ class Pipeline:
     @cached_property
     def _plan(self) -> ExecutionPlan:
         """Limits of all calls, by the memory that is free at the first one."""
-        return measured_plan(self.config, self.model.device, self.model.compute_dtype)
+        model = self.model
+        return measured_plan(self.config, model.device, model.compute_dtype, self.attention)
 
     @property
     def residency(self) -> Residency:

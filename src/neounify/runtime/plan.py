@@ -74,8 +74,9 @@ def plan_execution(
     dtype: torch.dtype,
     *,
     free_bytes: int | None = None,
+    attention: str = "auto",
 ) -> ExecutionPlan:
-    """The plan of a model of this config in `dtype` on a device.
+    """The plan of a model of this config in `dtype` on a device, with an attention backend.
 
     `free_bytes` is the device's free memory (`free_memory`): the paged cache may take half of it,
     and so may copies of prefixes, up to PREFIX_BYTES; None sets no bound. It is rounded down to a
@@ -92,15 +93,19 @@ def plan_execution(
         kv_blocks = min(kv_blocks, half // (defaults.kv_block_size * token))
     return ExecutionPlan(
         device=str(device),
+        attention=attention,
         kv_blocks=max(1, kv_blocks),
         prefix_rows=max(1, min(defaults.prefix_rows, prefix_bytes // token)),
         logits_rows=max(1, LOGITS // config.vocab_size),
     )
 
 
-def measured_plan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> ExecutionPlan:
+def measured_plan(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, attention: str = "auto"
+) -> ExecutionPlan:
     """The plan for the memory that is free on the device now, once the model is loaded."""
-    return plan_execution(config, device, dtype, free_bytes=free_memory(device))
+    free = free_memory(device)
+    return plan_execution(config, device, dtype, free_bytes=free, attention=attention)
 
 
 def free_memory(device: torch.device) -> int | None:

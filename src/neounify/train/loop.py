@@ -425,7 +425,12 @@ class Trainer:
             self.model.train(training)
 
     def _pipeline(self) -> Pipeline:
-        return Pipeline(self.model, self.setup.tokenizer, system_message=self.setup.system_message)
+        return Pipeline(
+            self.model,
+            self.setup.tokenizer,
+            system_message=self.setup.system_message,
+            attention=self.recipe.stages[self.progress.stage].attention,
+        )
 
     def export_state(self, state: Path, folder: Path, dtype: torch.dtype) -> None:
         """Write the EMA of a saved state as a checkpoint of the published layout."""

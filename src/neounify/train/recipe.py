@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from neounify.attention import check_backend
 from neounify.config.ranges import (
     STRICT,
     BelowOne,
@@ -132,6 +133,8 @@ class StageRecipe:
     checkpoint_activations: bool = False
     """Store only the input of each layer and recompute the rest in the backward pass."""
     compile: bool = False
+    attention: str = "auto"
+    """Attention backend, see `neounify.attention.BACKENDS`."""
     max_nonfinite: Count = 10
     """Steps in a row without a finite loss and gradient after which training stops."""
     log_every: Count = 20
@@ -146,6 +149,10 @@ class StageRecipe:
                 f"data: the method {self.method.kind} needs at least one source of data"
             )
         check_names("freeze", self.freeze, LABELS)
+        try:
+            check_backend(self.attention)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         if (self.freeze or self.freeze_last_layers) and self.lora is not None:
             raise ValueError(
                 "freeze: a stage with lora trains its adapters alone, all weights are frozen; "

@@ -125,7 +125,12 @@ class Supervised(Method):
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
-        self._plan = plan_execution(self.model.config, self.model.device, self.model.compute_dtype)
+        self._plan = plan_execution(
+            self.model.config,
+            self.model.device,
+            self.model.compute_dtype,
+            attention=context.stage.attention,
+        )
         self._watch = DivergenceWatch()
 
     def optimizers(self) -> list[OptimizerSet]:
