@@ -22,6 +22,7 @@ from neounify.errors import ConfigError
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
 from neounify.scenes.bench import BenchConfig, Painting
+from neounify.scenes.bench.subject import Side
 from neounify.scenes.world import render, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loop import Trainer
@@ -84,7 +85,7 @@ class Forgetful(Oracle):
     """Paints one background image unless it thinks; the thoughts of odd cases are wrong."""
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
         generated = super().paint(prompts, side, seeds, think=think)
         if not think:

@@ -26,6 +26,7 @@ from neounify.scenes.bench import (
 )
 from neounify.scenes.bench.category import Pixels
 from neounify.scenes.bench.plan import BenchConfig, question_kinds
+from neounify.scenes.bench.subject import Side
 from neounify.scenes.world import render, sample_rng, scene_config
 from neounify.scenes.world.language import caption
 from neounify.text import byte_tokenizer
@@ -92,10 +93,10 @@ class Literal:
         self.asked: list[str] = []
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
         self.asked += prompts
-        empty = np.full((side, side, 3), 255, np.uint8)
+        empty = np.full((WORLD.height, WORLD.width, 3), 255, np.uint8)
         return [
             Painting(render(self.scenes[p], WORLD) if p in self.scenes else empty) for p in prompts
         ]
@@ -114,9 +115,10 @@ class Literal:
             edited.append(Painting(image if target is None else render(target, WORLD)))
         return edited
 
-    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Pixels | None], questions: Sequence[str]) -> list[str]:
         asked = zip(images, questions, strict=True)
-        return [self.answers.get((image.tobytes(), text), "") for image, text in asked]
+        seen = [(b"" if image is None else image.tobytes(), text) for image, text in asked]
+        return [self.answers.get(key, "") for key in seen]
 
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
         raise NotImplementedError

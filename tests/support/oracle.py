@@ -20,6 +20,7 @@ from neounify.scenes.bench import (
 )
 from neounify.scenes.bench.category import Pixels
 from neounify.scenes.bench.plan import question_kinds
+from neounify.scenes.bench.subject import Side
 from neounify.scenes.world.facts import FULL_STYLE, facts_of
 from neounify.scenes.world.language import caption, layout_text
 from neounify.scenes.world.render import render
@@ -61,14 +62,15 @@ class Oracle:
     def seen(self, scene: Scene) -> bytes:
         return render(scene, self._config.world).tobytes()
 
-    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Pixels | None], questions: Sequence[str]) -> list[str]:
         return [
             self.answers[image.tobytes(), question]
             for image, question in zip(images, questions, strict=True)
+            if image is not None
         ]
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
         assert side == self._config.world.side
         self.noise += zip(prompts, seeds, strict=True)
@@ -99,11 +101,11 @@ class Oracle:
 class Blind:
     """Sees nothing, says nothing, generates grey noise."""
 
-    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Sequence[Pixels | None], questions: Sequence[str]) -> list[str]:
         return [""] * len(questions)
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
         thought = "grey" if think else None
         return [Painting(self._noise(side, seed), thought) for seed in seeds]
@@ -121,6 +123,7 @@ class Blind:
     def tell(self, request: str, side: int, seed: int) -> list[Pixels]:
         return []
 
-    def _noise(self, side: int, seed: int) -> Pixels:
+    def _noise(self, side: Side, seed: int) -> Pixels:
+        width, height = (side, side) if isinstance(side, int) else side
         rng = np.random.default_rng(seed)
-        return rng.integers(100, 150, (side, side, 3), dtype=np.uint8)
+        return rng.integers(100, 150, (height, width, 3), dtype=np.uint8)

@@ -48,8 +48,8 @@ class EvalOptions:
         str,
         typer.Option(
             metavar="LIST",
-            help="Comma-separated list of paint, vqa, caption, edit, story, reconstruction. "
-            "Default: all.",
+            help="Comma-separated list of paint, vqa, caption, edit, story, reconstruction "
+            "(the default), wording, sizes.",
             show_default=False,
         ),
     ] = "paint,vqa,caption,edit,story,reconstruction"

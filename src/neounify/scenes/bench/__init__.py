@@ -21,7 +21,7 @@ from neounify.scenes.bench.checks import (
     check_vqa,
 )
 from neounify.scenes.bench.perceive import Percept, SeenObject, perceive
-from neounify.scenes.bench.plan import TASKS, BenchConfig, names
+from neounify.scenes.bench.plan import PARTS, TASKS, BenchConfig
 from neounify.scenes.bench.prompts import (
     CATEGORIES,
     CaptionCase,
@@ -40,10 +40,12 @@ from neounify.scenes.bench.prompts import (
 from neounify.scenes.bench.reconstruction import CopyCase, copy_cases
 from neounify.scenes.bench.report import Report, write_folder
 from neounify.scenes.bench.run import Findings, measure, quick_scores, run_scenebench
+from neounify.scenes.bench.runners import names
 from neounify.scenes.bench.subject import Painting, PipelineSubject, Subject, as_subject
 
 __all__ = [
     "CATEGORIES",
+    "PARTS",
     "TASKS",
     "BenchConfig",
     "CaptionCase",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neounify.data.sample import DataError
-from neounify.scenes.bench.prompts import categories, vqa_cases
+from neounify.scenes.bench.prompts import vqa_cases
 from neounify.scenes.world.questions import QUESTION_KINDS, QuestionKind
 from neounify.scenes.world.scene import SceneConfig
 
 TASKS = ("paint", "vqa", "caption", "edit", "story", "reconstruction")
+"""What a run measures by default."""
+PARTS = ("wording", "sizes")
+"""What it measures besides, where it is asked to."""
 EDIT_SEEDS, STORY_SEEDS, COPY_SEEDS = 50, 60, 70
 """Random streams besides those of image categories, which are their indices."""
 RELATION_YES_NO = "relation_yes_no"
@@ -23,7 +26,7 @@ class BenchConfig:
 
     Args:
         world: where the scenes come from.
-        tasks: some of `TASKS`, each once, in the order they are to be measured.
+        tasks: some of `TASKS` and `PARTS`, each once, in the order they are to be measured.
         cases: per category, at least 1.
         seed: 0 to 2³² − 1; of the cases and of the noise.
         batch_size: cases asked at once, at least 1; it changes nothing but speed.
@@ -40,11 +43,12 @@ class BenchConfig:
     token_size: int = 16
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.tasks) - set(TASKS))
+        known = ", ".join((*TASKS, *PARTS))
+        unknown = sorted(set(self.tasks) - {*TASKS, *PARTS})
         if unknown:
-            raise DataError(f"no task {', '.join(unknown)}; there are {', '.join(TASKS)}")
+            raise DataError(f"no task {', '.join(unknown)}; there are {known}")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise DataError(f"tasks must be some of {', '.join(TASKS)}, each once")
+            raise DataError(f"tasks must be some of {known}, each once")
         if self.cases < 1 or self.batch_size < 1:
             raise DataError(
                 f"cases and batch size must be at least 1, not {self.cases} and {self.batch_size}"
@@ -56,21 +60,6 @@ class BenchConfig:
                 f"the world's images of {self.world.side} pixels do not divide into tokens of "
                 f"{self.token_size}: this model cannot paint them"
             )
-
-
-def names(config: BenchConfig) -> list[str]:
-    """The categories that a run will measure, in order."""
-    listed: list[str] = []
-    for task in config.tasks:
-        if task == "paint":
-            listed += [f"paint/{category}" for category in categories(config.world)]
-        elif task == "vqa":
-            kinds = question_kinds(config)
-            listed += [f"vqa/{kind}" for kind in kinds]
-            listed += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
-        else:
-            listed.append(task)
-    return listed
 
 
 def question_kinds(config: BenchConfig) -> list[QuestionKind]:

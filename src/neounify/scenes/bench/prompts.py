@@ -24,7 +24,14 @@ import numpy as np
 
 from neounify.data.sample import DataError
 from neounify.scenes.world.draw import chance, pick, sample_rng
-from neounify.scenes.world.edits import EDIT_KINDS, SceneEdit, Story, sample_edit, sample_story
+from neounify.scenes.world.edits import (
+    EDIT_KINDS,
+    EditKind,
+    SceneEdit,
+    Story,
+    sample_edit,
+    sample_story,
+)
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, SceneFacts, facts_of
 from neounify.scenes.world.language import caption
 from neounify.scenes.world.lexicon import OPPOSITE, Language, cell_of_place, relations_between
@@ -211,11 +218,16 @@ def caption_cases(
     return _draw_cases(200, number, seed, draw)
 
 
+def edit_kinds(config: SceneConfig) -> list[EditKind]:
+    """The kinds of edits that a world allows (no new background where there is one)."""
+    return [k for k in EDIT_KINDS if k != "background" or len(config.backgrounds) > 1]
+
+
 def edit_cases(
     config: SceneConfig, number: int = 200, seed: int = 0, language: Language = "en"
 ) -> tuple[EditCase, ...]:
     """Edits, the five kinds in turn."""
-    kinds = [k for k in EDIT_KINDS if k != "background" or len(config.backgrounds) > 1]
+    kinds = edit_kinds(config)
 
     def draw(rng: np.random.Generator, split: Split) -> EditCase:
         edit = sample_edit(rng, config, pick(rng, kinds), language, split)

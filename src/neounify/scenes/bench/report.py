@@ -13,8 +13,9 @@ from neounify.files import write_bytes, write_json
 from neounify.image.contact_sheet import contact_sheet
 from neounify.scenes.bench.category import Example, Outcome, Pixels, Score
 from neounify.scenes.bench.checks import Verdict
-from neounify.scenes.bench.plan import RELATION_YES_NO, TASKS
+from neounify.scenes.bench.plan import PARTS, RELATION_YES_NO, TASKS
 from neounify.scenes.bench.prompts import CATEGORIES
+from neounify.scenes.bench.wider import wider_names
 from neounify.scenes.world.questions import QUESTION_KINDS
 
 
@@ -38,9 +39,16 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """Tables of percentages with 95 % intervals by category, by form, and of the measures."""
-        forms = f"\n{self._forms()}" if any(s.forms for s in self.scores) else ""
-        return self._scores() + forms + (f"\n{self._measures()}" if self.measures else "")
+        """Tables of percentages with 95 % intervals by category, by form, and of the measures.
+
+        The parts "wording" and "sizes" have a table each.
+        """
+        of_part = {part: [s for s in self.scores if _part(s) == part] for part in ("", *PARTS)}
+        tables = [_scores(some) for part, some in of_part.items() if some and not part]
+        tables += [self._forms()] * any(s.forms for s in self.scores)
+        tables += [_of_part(part, of_part[part]) for part in PARTS if of_part[part]]
+        tables += [self._measures()] * bool(self.measures)
+        return "\n".join(tables)
 
     def _forms(self) -> str:
         lines = [_row(["form", "n", "strict, % (95 %)"]), _row(["---", "--:", "---"])]
@@ -55,24 +63,45 @@ class Report:
             lines += [_row([f"{category}: {name}", f"{v:.3f}"]) for name, v in found.items()]
         return "\n".join(lines) + "\n"
 
-    def _scores(self) -> str:
-        names = list(dict.fromkeys(name for s in self.scores for name in s.attributes))
-        parts = [f"{part}, % (95 %)" for part in ("strict", "seen", "held out")]
-        head = ["category", "n", *parts, *names]
-        lines = [_row(head), _row(["---", "--:", *["---"] * (len(head) - 2)])]
-        for s in self.scores:
-            rates = [s.attributes.get(name) for name in names]
-            lines.append(
-                _row(
-                    [
-                        s.category,
-                        str(s.strict.number),
-                        *(str(rate or "") for rate in (s.strict, s.seen, s.held_out)),
-                        *(f"{100 * rate.value:.1f}" if rate else "" for rate in rates),
-                    ]
-                )
+
+def _part(score: Score) -> str:
+    """The part that a score belongs to; "" for the tasks."""
+    part = score.category.split("/")[0]
+    return part if part in PARTS else ""
+
+
+def _of_part(part: str, scores: Sequence[Score]) -> str:
+    """The table of a part: a row for each form or size, a column for each task."""
+    rates = {tuple(s.category.split("/")[1:]): s.strict for s in scores}
+    tasks = list(dict.fromkeys(task for task, _ in rates))
+    lines = [_row([part, "n", *(f"{task}, % (95 %)" for task in tasks)])]
+    lines.append(_row(["---", "--:", *["---"] * len(tasks)]))
+    for form in dict.fromkeys(form for _, form in rates):
+        cells = [rates.get((task, form)) for task in tasks]
+        number = max(rate.number for rate in cells if rate)
+        lines.append(_row([form, str(number), *(str(rate or "") for rate in cells)]))
+    return "\n".join(lines) + "\n"
+
+
+def _scores(scores: Sequence[Score]) -> str:
+    """The table of the tasks: a row for each category."""
+    names = list(dict.fromkeys(name for s in scores for name in s.attributes))
+    parts = [f"{part}, % (95 %)" for part in ("strict", "seen", "held out")]
+    head = ["category", "n", *parts, *names]
+    lines = [_row(head), _row(["---", "--:", *["---"] * (len(head) - 2)])]
+    for s in scores:
+        rates = [s.attributes.get(name) for name in names]
+        lines.append(
+            _row(
+                [
+                    s.category,
+                    str(s.strict.number),
+                    *(str(rate or "") for rate in (s.strict, s.seen, s.held_out)),
+                    *(f"{100 * rate.value:.1f}" if rate else "" for rate in rates),
+                ]
             )
-        return "\n".join(lines) + "\n"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -150,5 +179,6 @@ def _sheet_names() -> Iterator[str]:
     """The names of all sheets that any run writes."""
     known = [f"paint/{name}" for name in CATEGORIES] + [f"vqa/{kind}" for kind in QUESTION_KINDS]
     known.append(f"vqa/{RELATION_YES_NO}")
+    known += [name for part in PARTS for name in wider_names(part)]
     for category in (*known, *TASKS):
         yield from (_sheet_name(category, label) for label in ("right", "wrong"))

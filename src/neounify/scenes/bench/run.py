@@ -17,9 +17,9 @@ import neounify
 from neounify.pipeline import Pipeline
 from neounify.runtime.process import processor_name
 from neounify.scenes.bench.category import Example, Outcome, Pixels
-from neounify.scenes.bench.plan import TASKS, BenchConfig, names
+from neounify.scenes.bench.plan import TASKS, BenchConfig
 from neounify.scenes.bench.report import Report
-from neounify.scenes.bench.runners import plan
+from neounify.scenes.bench.runners import names, plan
 from neounify.scenes.bench.subject import (
     Painting,
     PipelineSubject,
@@ -91,7 +91,7 @@ def measure(
         pipeline: the model, or another `Subject` (which samples as it likes: `steps` and
             `guidance` are the pipeline's, None its checkpoint's own).
         world: a preset's name or a config; its side must be a multiple of the model's token side.
-        tasks: some of `TASKS`.
+        tasks: some of `TASKS`, and "wording" and "sizes".
         cases_per_category: at least 1.
         seed: of cases and noise, 0 to 2³² − 1.
         batch_size: cases asked at once; it changes nothing but speed and memory.

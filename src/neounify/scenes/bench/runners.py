@@ -25,6 +25,7 @@ from neounify.scenes.bench.checks import (
 from neounify.scenes.bench.plan import (
     COPY_SEEDS,
     EDIT_SEEDS,
+    PARTS,
     RELATION_YES_NO,
     STORY_SEEDS,
     BenchConfig,
@@ -52,9 +53,27 @@ from neounify.scenes.bench.reconstruction import (
     likeness,
 )
 from neounify.scenes.bench.subject import Painting, Subject
+from neounify.scenes.bench.wider import wider_names, wider_plan
 from neounify.scenes.world.facts import FULL_STYLE, SceneFacts, facts_of
 from neounify.scenes.world.render import render
 from neounify.scenes.world.scene import Scene
+
+
+def names(config: BenchConfig) -> list[str]:
+    """The categories that a run will measure, in order."""
+    listed: list[str] = []
+    for task in config.tasks:
+        if task == "paint":
+            listed += [f"paint/{category}" for category in categories(config.world)]
+        elif task == "vqa":
+            kinds = question_kinds(config)
+            listed += [f"vqa/{kind}" for kind in kinds]
+            listed += [f"vqa/{RELATION_YES_NO}"] * ("relation" in kinds)
+        elif task in PARTS:
+            listed += wider_names(task)
+        else:
+            listed.append(task)
+    return listed
 
 
 def plan(subject: Subject, config: BenchConfig) -> Iterator[Category]:
@@ -68,7 +87,10 @@ def plan(subject: Subject, config: BenchConfig) -> Iterator[Category]:
         "reconstruction": _reconstruction,
     }
     for task in config.tasks:
-        yield from runners[task](subject, config)
+        if task in PARTS:
+            yield from wider_plan(subject, config, task)
+        else:
+            yield from runners[task](subject, config)
 
 
 def _paint(subject: Subject, config: BenchConfig) -> Iterator[Category]:

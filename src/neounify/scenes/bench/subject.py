@@ -21,6 +21,10 @@ MAX_STORY_IMAGES = 4
 MAX_THOUGHT_TOKENS = 128
 
 
+Side = int | tuple[int, int]
+"""Pixels of a square image's side, or the width and height of another."""
+
+
 @dataclass(frozen=True)
 class Painting:
     """A painted image and the thought before it, if one was asked for."""
@@ -33,16 +37,16 @@ class Subject(Protocol):
     """What is measured: a model, or anything that answers and paints in its place.
 
     Every call but `tell` takes several cases and gives back one result for each, in order.
-    Images are uint8 [side, side, 3]; `seeds` fix the noise of each painted image.
+    Images are uint8 [height, width, 3]; `seeds` fix the noise of each painted image.
     """
 
-    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
-        """Answer one question about each image."""
+    def answer(self, images: Sequence[Pixels | None], questions: Sequence[str]) -> list[str]:
+        """Answer one question about each image; None: the question comes without one."""
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
-        """Paint each prompt, `side` pixels wide and high."""
+        """Paint each prompt, `side` pixels wide and high, or (width, height)."""
 
     def edit(
         self,
@@ -87,16 +91,17 @@ class PipelineSubject:
             "shift": sampling.shift,
         }
 
-    def answer(self, images: Sequence[Pixels], questions: Sequence[str]) -> list[str]:
-        shown = [Image.fromarray(p) for p in images]
+    def answer(self, images: Sequence[Pixels | None], questions: Sequence[str]) -> list[str]:
+        shown = [() if image is None else (Image.fromarray(image),) for image in images]
         answers = self._pipe.chat_batch(list(questions), shown, max_new_tokens=MAX_ANSWER_TOKENS)
         return [result.text for result in answers]
 
     def paint(
-        self, prompts: Sequence[str], side: int, seeds: Sequence[int], *, think: bool
+        self, prompts: Sequence[str], side: Side, seeds: Sequence[int], *, think: bool
     ) -> list[Painting]:
+        size = (side, side) if isinstance(side, int) else side
         requests = [
-            self._request(prompt, side, seed, think=think)
+            self._request(prompt, size, seed, think=think)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return self._painted(requests)
@@ -110,7 +115,7 @@ class PipelineSubject:
         think: bool,
     ) -> list[Painting]:
         requests = [
-            self._request(text, image.shape[0], seed, think=think, image=image)
+            self._request(text, (image.shape[1], image.shape[0]), seed, think=think, image=image)
             for image, text, seed in zip(images, instructions, seeds, strict=True)
         ]
         return self._painted(requests)
@@ -129,12 +134,18 @@ class PipelineSubject:
         return [np.array(part.image) for part in parts if isinstance(part, ImagePart)]
 
     def _request(
-        self, prompt: str, side: int, seed: int, *, think: bool, image: Pixels | None = None
+        self,
+        prompt: str,
+        size: tuple[int, int],
+        seed: int,
+        *,
+        think: bool,
+        image: Pixels | None = None,
     ) -> ImageRequest:
         return ImageRequest(
             prompt=prompt,
-            width=side,
-            height=side,
+            width=size[0],
+            height=size[1],
             sampling=self._sampling[image is not None],
             images=() if image is None else (Image.fromarray(image),),
             seed=seed,
