@@ -15,6 +15,7 @@ from neounify.engine.messages import (
     Answer,
     Decode,
     Decoded,
+    DecodedToken,
     Failed,
     GenerateImages,
     ImageReady,
@@ -25,7 +26,6 @@ from neounify.engine.messages import (
     Prefix,
     Release,
     TextInput,
-    Token,
 )
 from neounify.engine.sequences import ContiguousRoom
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -92,7 +92,7 @@ def check_failure(answers: list[Answer], message: str) -> None:
 
 def tokens(answers: list[Answer]) -> list[int]:
     assert isinstance(answers[-1], Decoded)
-    return [answer.id for answer in answers if isinstance(answer, Token)]
+    return [answer.id for answer in answers if isinstance(answer, DecodedToken)]
 
 
 @pytest.fixture(params=["paged", "contiguous"])
@@ -151,7 +151,7 @@ def test_text_without_memory_fails_and_prompts_continue(
     function = failing(pipe, monkeypatch, name, error)
     for call in (1, 2):
         engine.submit(prefill(call))
-    assert {type(a) for a in steps(engine, 2)[1]} == {Prefilled, Token}
+    assert {type(a) for a in steps(engine, 2)[1]} == {Prefilled, DecodedToken}
     if name == "backbone":
         function.when = lambda layout, *rest: layout.is_decode
     else:

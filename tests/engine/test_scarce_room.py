@@ -22,6 +22,7 @@ from neounify.engine.messages import (
     Appended,
     Decode,
     Decoded,
+    DecodedToken,
     Export,
     Exported,
     Failed,
@@ -34,7 +35,6 @@ from neounify.engine.messages import (
     Release,
     Reply,
     TextInput,
-    Token,
 )
 from neounify.engine.sequences import MAX_PASSED, PagedRoom, ServedSequence
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
@@ -111,7 +111,7 @@ class Life:
         """Take a reply in; whether the call has been answered."""
         assert reply.call == self.call
         match reply.answer:
-            case Token():
+            case DecodedToken():
                 self.said.append(reply.answer.id)
                 return False
             case Decoded():
@@ -244,7 +244,7 @@ def test_what_grows_beyond_the_cache_ends(pipe: neounify.Pipeline) -> None:
     written = engine.replies[-1].answer
     assert isinstance(written, Decoded)
     assert written.finish_reason == "length"
-    assert sum(isinstance(r.answer, Token) for r in engine.replies) == 45
+    assert sum(isinstance(r.answer, DecodedToken) for r in engine.replies) == 45
     engine.check()
 
 

@@ -15,6 +15,7 @@ from neounify.engine.messages import (
     Cancel,
     Command,
     Decode,
+    DecodedToken,
     EngineReport,
     GenerateImages,
     ImageReady,
@@ -24,7 +25,6 @@ from neounify.engine.messages import (
     Prefix,
     Reply,
     TextInput,
-    Token,
 )
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
@@ -134,7 +134,7 @@ class Script:
         return None if wait else []
 
     def send(self, replies: Sequence[Reply], report: EngineReport | None) -> None:
-        if any(isinstance(reply.answer, Token) for reply in replies):
+        if any(isinstance(reply.answer, DecodedToken) for reply in replies):
             self.since.append(len(self.layers))
             self.layers.clear()
 

@@ -9,6 +9,7 @@ from neounify.config import TextSampling
 from neounify.engine.messages import (
     Decode,
     Decoded,
+    DecodedToken,
     Failed,
     ImageInput,
     LocalTensors,
@@ -17,7 +18,6 @@ from neounify.engine.messages import (
     PromptInput,
     SequenceName,
     TextInput,
-    Token,
     new_number,
 )
 from neounify.engine.sequences import ContiguousRoom, ModelInput, ServedSequence
@@ -31,7 +31,7 @@ class Written:
 
     name: SequenceName
     sequence: ServedSequence
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[DecodedToken] = field(default_factory=list)
     end: Decoded | Failed | None = None
 
     @property
@@ -88,7 +88,7 @@ class Decoder:
             written = self._calls.get(reply.call)
             if written is None:
                 continue
-            if isinstance(reply.answer, Token):
+            if isinstance(reply.answer, DecodedToken):
                 written.tokens.append(reply.answer)
                 tokens += 1
             elif isinstance(reply.answer, Decoded | Failed):

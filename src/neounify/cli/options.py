@@ -11,14 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from neounify.cli.command import CliError, UsageError, checked_value, short_repr
 from neounify.config import TextSampling
 from neounify.config.sampling import knob_doc
-from neounify.flow.sampling import ImageSampling
+from neounify.flow.guidance import Norm
+from neounify.flow.sampling import SOLVERS, ImageSampling
 
 MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (
     "Model",
@@ -252,11 +253,9 @@ class ImageOptions:
         option(IMAGES, "TEXT", "What guidance steers away from; needs --guidance above 1."),
     ] = None
     interval: Annotated[str | None, image_knob("guidance_interval", "LO,HI")] = None
-    norm: Annotated[
-        str | None, image_knob("guidance_norm", "none|global|channel|cfg_zero_star")
-    ] = None
+    norm: Annotated[str | None, image_knob("guidance_norm", "|".join(get_args(Norm)))] = None
     shift: Annotated[float | None, image_knob("shift", "S")] = None
-    solver: Annotated[str | None, image_knob("solver", "euler|ab2")] = None
+    solver: Annotated[str | None, image_knob("solver", "|".join(SOLVERS))] = None
     t_eps: Annotated[float | None, image_knob("t_eps", "E", "--t-eps")] = None
     seed: Annotated[
         int,

@@ -271,7 +271,7 @@ class Prefilled:
 
 
 @dataclass(frozen=True)
-class Token:
+class DecodedToken:
     """The next token of a sequence, with its log-probabilities where they were asked for."""
 
     id: int
@@ -345,7 +345,15 @@ class Failed:
 
 
 Answer = (
-    Prefilled | Token | Decoded | Appended | Exported | Kept | StepPreview | ImageReady | Failed
+    Prefilled
+    | DecodedToken
+    | Decoded
+    | Appended
+    | Exported
+    | Kept
+    | StepPreview
+    | ImageReady
+    | Failed
 )
 
 

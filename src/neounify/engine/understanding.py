@@ -23,6 +23,7 @@ from neounify.engine.messages import (
     Append,
     Decode,
     Decoded,
+    DecodedToken,
     Export,
     Exported,
     Prefill,
@@ -30,7 +31,6 @@ from neounify.engine.messages import (
     Reply,
     SequenceName,
     StepMemory,
-    Token,
     Transport,
     failed,
     with_images,
@@ -413,7 +413,7 @@ class UnderstandingEngine:
             return None
         if token is not None:
             self.counters["und_written_tokens"] += 1
-            self.replies.append(Reply(call, Token(token, choice.logprobs), False))
+            self.replies.append(Reply(call, DecodedToken(token, choice.logprobs), False))
         if text.finish_reason is not None:
             self._end_decoding(name)
             return None

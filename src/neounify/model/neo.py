@@ -257,8 +257,8 @@ class NeoUnify(nn.Module):
         c, device = self.config, patches.device
 
         def make() -> Rotation:
-            places = grid_patches(rows.grids, c.merge, device).flatten(0, 1)
-            return patch_rotation(places, c.vision_hidden_size, c.rope_theta_vision)
+            cells = grid_patches(rows.grids, c.merge, device).flatten(0, 1)
+            return patch_rotation(cells, c.vision_hidden_size, c.rope_theta_vision)
 
         key = ("patches", c.merge, c.vision_hidden_size, c.rope_theta_vision, device)
         return embed(patches.to(self.compute_dtype), rows.derived(key, make))

@@ -85,13 +85,13 @@ def rotate(x: Float[Tensor, "n heads d"], rotation: Rotation) -> Float[Tensor, "
     return torch.addcmul(x * rotation.cos, partner, rotation.sin)
 
 
-def patch_rotation(places: Int[Tensor, "n 2"], channels: int, theta: float) -> Rotation:
+def patch_rotation(cells: Int[Tensor, "n 2"], channels: int, theta: float) -> Rotation:
     """cos and sin [N, channels / 2], float32: first half by column, second half by row.
 
-    `places` are (row, column) in patch units from the top left of the patch's own image.
+    `cells` are (row, column) in patch units from the top left of the patch's own image.
     """
-    rows, columns = places.unbind(-1)
-    freqs = frequencies(channels // 2, theta, places.device)
+    rows, columns = cells.unbind(-1)
+    freqs = frequencies(channels // 2, theta, cells.device)
     angle = torch.cat([columns[:, None].float() * freqs, rows[:, None].float() * freqs], dim=-1)
     return Rotation(angle.cos(), angle.sin())
 

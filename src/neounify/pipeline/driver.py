@@ -13,13 +13,13 @@ from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import (
     Answer,
     Cancel,
+    DecodedToken,
     Failed,
     ImageInput,
     LocalTransport,
     Prefill,
     Release,
     SequenceName,
-    Token,
     is_for_generation,
 )
 from neounify.engine.sequences import ContiguousRoom
@@ -40,7 +40,7 @@ from neounify.tasks.program import (
     resume,
 )
 
-Event = TaskEvent | Token
+Event = TaskEvent | DecodedToken
 UNLIMITED = 2**62
 
 
@@ -139,7 +139,7 @@ class Driver:
         """Resume a program, up to the next answer that it waits for."""
         step = resume(run.program, value)
         while not isinstance(step, Returned):
-            if isinstance(step, TaskEvent | Token):
+            if isinstance(step, TaskEvent | DecodedToken):
                 events.append((run.number, step))
                 result: object = None
             elif isinstance(step, NextAnswer):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neounify.decode.sampler import FinishReason, LogProbs
 from neounify.deprecation import moved
-from neounify.engine.messages import Token
+from neounify.engine.messages import DecodedToken
 from neounify.image.pixels import to_pil
 from neounify.pipeline.driver import Driver, Event
 from neounify.tasks.chat import ChatRequest, chat
@@ -176,7 +176,7 @@ class _Answer:
         match event:
             case PromptRead(tokens):
                 self.read, self._prompt_tokens = True, tokens
-            case Token(token, logprobs):
+            case DecodedToken(token, logprobs):
                 self._ids.append(token)
                 if logprobs is not None:
                     self._logprobs.append(logprobs)
@@ -272,7 +272,7 @@ class _Images:
 
     def put(self, event: Event) -> None:
         match event:
-            case Token(token):
+            case DecodedToken(token):
                 self.thought.append(token)
             case Preview(index):
                 self.previews[index] = event

@@ -90,7 +90,7 @@ class Dpo(RolloutMethod):
     def units(self, iteration: Iteration) -> list[Unit]:
         """The pairs of an iteration: (rollout, (better, worse))."""
         units: list[Unit] = []
-        for place, (rollout, rewards) in enumerate(
+        for index, (rollout, rewards) in enumerate(
             zip(iteration.rollouts, iteration.rewards, strict=True)
         ):
             best, worst = best_and_worst(rewards)
@@ -98,7 +98,7 @@ class Dpo(RolloutMethod):
                 first = prompt * rollout.group
                 if differs:
                     pair = (first + int(best[prompt]), first + int(worst[prompt]))
-                    units.append((place, pair))
+                    units.append((index, pair))
         return units
 
     def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:

@@ -133,8 +133,8 @@ class RolloutMethod(PromptMethod):
     def units(self, iteration: Iteration) -> Sequence[Unit]:
         """What is dealt to micro-batches: here every image with a reward, of groups that differ."""
         return [
-            (place, (prompt * rollout.group + member,))
-            for place, (rollout, rewards) in enumerate(
+            (index, (prompt * rollout.group + member,))
+            for index, (rollout, rewards) in enumerate(
                 zip(iteration.rollouts, iteration.rewards, strict=True)
             )
             for prompt, differs in enumerate(informative(rewards).tolist())
@@ -168,8 +168,8 @@ class RolloutMethod(PromptMethod):
         sampled = sum(rollout.count for rollout in iteration.rollouts)
         for part, dealt in enumerate(np.array_split(rng.permutation(len(units)), parts)):
             chosen = sorted(units[index] for index in dealt)
-            places = sorted({place for place, _ in chosen})
-            shares = [self._share(iteration, place, chosen) for place in places]
+            rollouts = sorted({number for number, _ in chosen})
+            shares = [self._share(iteration, number, chosen) for number in rollouts]
             images = [image for _, images in chosen for image in images]
             yield MicroBatch(
                 content=MicroContent(iteration.number, update, shares, total),
@@ -180,11 +180,11 @@ class RolloutMethod(PromptMethod):
                 tokens=sum(s.rollout.grid.length * len(s.images) for s in shares),
             )
 
-    def _share(self, iteration: Iteration, place: int, units: Sequence[Unit]) -> Share:
-        images = torch.tensor([i for other, images in units if other == place for i in images])
-        advantages = iteration.advantages[place].flatten()[images]
+    def _share(self, iteration: Iteration, index: int, units: Sequence[Unit]) -> Share:
+        images = torch.tensor([i for other, images in units if other == index for i in images])
+        advantages = iteration.advantages[index].flatten()[images]
         device = self.model.device
-        return Share(iteration.rollouts[place], images.to(device), advantages.to(device))
+        return Share(iteration.rollouts[index], images.to(device), advantages.to(device))
 
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """The mean of the step's images, this micro-batch's share of it."""
@@ -213,9 +213,9 @@ class RolloutMethod(PromptMethod):
         tensors: dict[str, Tensor] = {}
         if self._iteration is not None and self._updates_done < self.config.updates:
             facts["iteration"] = self._iteration.number
-            for place, rollout in enumerate(self._iteration.rollouts):
-                tensors |= {f"rollout{place}.{n}": t for n, t in rollout.tensors().items()}
-                tensors[f"rollout{place}.rewards"] = self._iteration.rewards[place]
+            for index, rollout in enumerate(self._iteration.rollouts):
+                tensors |= {f"rollout{index}.{n}": t for n, t in rollout.tensors().items()}
+                tensors[f"rollout{index}.rewards"] = self._iteration.rewards[index]
         return MethodState(tensors=tensors, facts=facts)
 
     def load(self, state: MethodState) -> None:
@@ -256,8 +256,8 @@ class RolloutMethod(PromptMethod):
         self.model.eval()
         try:
             rollouts = [
-                self._rollout(cases, number, place)
-                for place, cases in enumerate(self._cases(number))
+                self._rollout(cases, number, index)
+                for index, cases in enumerate(self._cases(number))
             ]
         finally:
             self.model.train(training)
@@ -267,7 +267,7 @@ class RolloutMethod(PromptMethod):
         count = self.config.prompts_per_iteration
         return self.cases(number * count, count)
 
-    def _rollout(self, cases: Sequence[PromptCase], number: int, place: int) -> Rollout:
+    def _rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> Rollout:
         return sample_groups(
             self.sampler,
             self.processor,
@@ -275,7 +275,7 @@ class RolloutMethod(PromptMethod):
             self.config.group,
             self.resolve(self.config.sampler, cases),
             self.random_steps(number),
-            seed=self.config.seed + place,
+            seed=self.config.seed + index,
             iteration=number,
         )
 
@@ -284,11 +284,13 @@ class RolloutMethod(PromptMethod):
         if type(number) is not int or number < 0:
             raise CheckpointError(f"iteration must be a number from 0 up, got {number!r}")
         rollouts, rewards = [], []
-        for place, cases in enumerate(self._cases(number)):
-            prefix = f"rollout{place}."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for index, cases in enumerate(self._cases(number)):
+            prefix = f"rollout{index}."
+            of_rollout = {
+                n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+            }
             try:
-                rewards.append(own.pop("rewards"))
+                rewards.append(of_rollout.pop("rewards"))
                 rollouts.append(
                     restored_rollout(
                         self.sampler,
@@ -297,7 +299,7 @@ class RolloutMethod(PromptMethod):
                         self.config.group,
                         self.resolve(self.config.sampler, cases),
                         self.random_steps(number),
-                        own,
+                        of_rollout,
                     )
                 )
             except (KeyError, ValueError) as error:
@@ -319,15 +321,15 @@ class RolloutMethod(PromptMethod):
         self._count(rewarded, cases, total.view(-1, self.config.group))
         every = self.config.sheet_every
         if every and number % every == 0:
-            for place, images in enumerate(pixels):
-                self._save_sheet(iteration, place, images)
+            for index, images in enumerate(pixels):
+                self._save_sheet(iteration, index, images)
         return iteration
 
-    def _save_sheet(self, iteration: Iteration, place: int, images: Sequence[Pixels]) -> None:
+    def _save_sheet(self, iteration: Iteration, index: int, images: Sequence[Pixels]) -> None:
         """Save groups as rows, each image over its reward, advantage and prompt."""
-        rollout = iteration.rollouts[place]
-        rewards = iteration.rewards[place].flatten().tolist()
-        advantages = iteration.advantages[place].flatten().tolist()
+        rollout = iteration.rollouts[index]
+        rewards = iteration.rewards[index].flatten().tolist()
+        advantages = iteration.advantages[index].flatten().tolist()
         prompts = [case.prompt for case in rollout.cases for _ in range(rollout.group)]
         captions = [
             f"{reward:.2f} A {advantage:+.1f} {prompt}"
@@ -338,7 +340,7 @@ class RolloutMethod(PromptMethod):
         )
         folder = self.context.folder / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / f"iteration-{iteration.number:06d}-{place}.png") as aside:
+        with atomic_file(folder / f"iteration-{iteration.number:06d}-{index}.png") as aside:
             sheet.save(aside, "PNG")
 
     def _count(

@@ -217,13 +217,13 @@ class FlowGrpo(RolloutMethod):
             self.metrics.add(f"ratio{end}", float(terms.log_ratio.exp().mean()), count)
 
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
-        found = list(super().warnings(stage_step, report))
+        messages = list(super().warnings(stage_step, report))
         if self.config.updates == 1 and abs(report.get("ratio", 1.0) - 1) > 1e-6:
-            found.append(
+            messages.append(
                 f"the ratio is {report['ratio']:.8f} in the only update of an iteration, not 1: "
                 'other values are computed than when sampling; use precision = "float32"'
             )
-        return found
+        return messages
 
     def state(self) -> MethodState:
         state = super().state()

@@ -181,8 +181,8 @@ class FilePrompts:
         )
 
     def _shuffled(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.records))
-        return int(sample_rng(self.seed, STREAM, epoch, 0).permutation(len(self.records))[place])
+        epoch, position = divmod(number, len(self.records))
+        return int(sample_rng(self.seed, STREAM, epoch, 0).permutation(len(self.records))[position])
 
     def _shared(self, number: int) -> int:
         rng = sample_rng(self.seed, STREAM, number)

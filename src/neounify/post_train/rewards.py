@@ -362,15 +362,15 @@ def text_similarity(text: str, wanted: str) -> float:
 
 def _program(name: str) -> Any:
     """A callable of the user: the object itself, or what its class makes."""
-    found = load_object(name, "reward", ConfigError)
-    if isinstance(found, type):
+    reward = load_object(name, "reward", ConfigError)
+    if isinstance(reward, type):
         try:
-            found = found()
+            reward = reward()
         except Exception as error:  # a class's own code may fail in any way
             raise ConfigError(f"{name}: calling it failed ({error})") from error
-    if not callable(found):
+    if not callable(reward):
         raise ConfigError(f"{name}: a reward is a callable of (images, cases)")
-    return found
+    return reward
 
 
 def _png(image: Pixels) -> str:

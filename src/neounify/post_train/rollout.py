@@ -97,8 +97,10 @@ def restored_rollout(
     moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     prefixes = prefill(model, processor, cases, requests)
     times, sigma = sampling.times(), noise_scale(grid.length, model.config.flow)
-    made = {k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in sorted(steps.window)}
-    random = {k: step for k, step in made.items() if step.is_random}
+    gaussians = {
+        k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in sorted(steps.window)
+    }
+    random = {k: step for k, step in gaussians.items() if step.is_random}
     return Rollout(
         cases=cases,
         group=group,

@@ -48,25 +48,25 @@ class RewardWatch:
         return self.iterations > START_ITERATIONS and reward < floor * self.best
 
     def warnings(self, report: Mapping[str, float]) -> list[str]:
-        """What is going wrong, and the setting to change."""
-        found = []
+        """Problems of the run, each with the setting to change."""
+        messages = []
         change = {name: self.mean[name] - self.start[name] for name in self.mean}
         fallen = sorted(n for n, c in change.items() if n.startswith(BY) and c < -FALL)
         if change.get("reward", 0.0) > RISE and fallen:
             falls = ", ".join(
                 f"{n.removeprefix(BY)} {self.start[n]:.2f} to {self.mean[n]:.2f}" for n in fallen
             )
-            found.append(
+            messages.append(
                 f"the reward rises while {falls} falls: the reward does not hold these up. Give "
                 "their prompts a larger share (prompts.categories), or raise method.kl"
             )
         if report.get("equal", 0.0) > MAX_EQUAL:
-            found.append(
+            messages.append(
                 f"{report['equal']:.0%} of the groups have images of one reward and teach nothing: "
                 "draw harder or easier prompts (prompts.categories), a larger method.group, or "
                 "more noise (method.eta)"
             )
-        return found
+        return messages
 
     def to_json(self) -> dict[str, Any]:
         """The state for a resume."""

@@ -20,6 +20,7 @@ from neounify.engine.messages import (
     Answer,
     Cancel,
     Command,
+    DecodedToken,
     Failed,
     GenerateImages,
     ImageInput,
@@ -28,7 +29,6 @@ from neounify.engine.messages import (
     Release,
     SequenceName,
     TensorRef,
-    Token,
     refs_of,
 )
 from neounify.errors import DeadlineExceeded, Draining, Overloaded, RequestError
@@ -348,7 +348,7 @@ class RequestContext:
                 result: object = None
                 if isinstance(step, TaskEvent):
                     yield step
-                elif not isinstance(step, Token):
+                elif not isinstance(step, DecodedToken):
                     result = await self._outcome(step)
                 step = resume(program, result)
         finally:
@@ -422,7 +422,7 @@ class RequestContext:
                 self.clients.understanding.send(step)
                 return None
             case _:
-                assert not isinstance(step, Token | TaskEvent | Cancel)
+                assert not isinstance(step, DecodedToken | TaskEvent | Cancel)
                 self._send(step)
                 return await self._answer()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from neounify.decode.sampler import LogProbs
-from neounify.engine.messages import Token
+from neounify.engine.messages import DecodedToken
 from neounify.errors import RequestError
 from neounify.tasks.program import Processor, TextPiece, TokenLogProb, ToolCallPiece
 from neounify.text.tokenizer import TextStream
@@ -115,7 +115,7 @@ class AnswerEvents:
         """Whether a stop string has ended the answer."""
         return isinstance(self._text, AnswerText) and self._text.stopped
 
-    def put(self, token: Token) -> Pieces:
+    def put(self, token: DecodedToken) -> Pieces:
         """Add a token; returns the pieces that are certain now."""
         if token.id in self._marks:
             pieces = self.flush()

@@ -16,10 +16,10 @@ from neounify.config.sampling import TextKnobs, check_keywords
 from neounify.engine.messages import (
     Decode,
     Decoded,
+    DecodedToken,
     Prefill,
     PromptInput,
     TextInput,
-    Token,
     new_number,
 )
 from neounify.errors import PromptError, RequestError
@@ -458,7 +458,7 @@ def _answer(
     usage = Usage.of(prompt, (yield Prefill(call, {name: prompt}, {name: max_new_tokens}, decode)))
     yield PromptRead(usage.prompt)
     reason: str | None = None
-    while isinstance(answer := (yield NEXT), Token):
+    while isinstance(answer := (yield NEXT), DecodedToken):
         usage.completion += 1
         usage.reasoning += text.thinking
         yield answer

@@ -19,6 +19,7 @@ from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
     Append,
     Decode,
+    DecodedToken,
     GenerateImages,
     ImageInput,
     ImageReady,
@@ -28,7 +29,6 @@ from neounify.engine.messages import (
     SequenceName,
     TensorRef,
     TextInput,
-    Token,
     new_number,
 )
 from neounify.errors import ImageError, PromptError, RequestError
@@ -480,7 +480,7 @@ def _think(
     stops = frozenset((close, processor.token(IM_END)))
     text = AnswerEvents(processor, processor.tokenizer.stream, thinking=True)
     answer = yield Decode(new_number(), name, TextSampling(), stops, request.max_think_tokens)
-    while isinstance(answer, Token):
+    while isinstance(answer, DecodedToken):
         usage.completion += 1
         usage.reasoning += 1
         yield answer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
-from neounify.engine.messages import Append, Decode, Release, TextInput, Token, new_number
+from neounify.engine.messages import Append, Decode, DecodedToken, Release, TextInput, new_number
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.path import initial_noise
@@ -205,7 +205,7 @@ def _decode_text(
     """Decode text up to the next image or the end; returns the finish reason and stop token."""
     stops = frozenset((processor.token(IM_END), processor.token(IMAGE_OPEN)))
     answer = yield Decode(new_number(), name, request.text, stops, request.max_new_tokens)
-    while isinstance(answer, Token):
+    while isinstance(answer, DecodedToken):
         usage.completion += 1
         usage.reasoning += text.thinking
         yield answer

@@ -20,6 +20,7 @@ from torch import Tensor
 from neounify.config import ModelConfig
 from neounify.engine.messages import (
     Command,
+    DecodedToken,
     Export,
     Exported,
     ImageInput,
@@ -34,7 +35,6 @@ from neounify.engine.messages import (
     StepPreview,
     TensorRef,
     TextInput,
-    Token,
     new_number,
 )
 from neounify.grammar import Vocabulary
@@ -166,7 +166,7 @@ class Take:
 
 NEXT = NextAnswer()
 Effect = NextAnswer | Compute | PackTensors | PackImage | Take
-Step = Command | Effect | TaskEvent | Token
+Step = Command | Effect | TaskEvent | DecodedToken
 """A command is sent to its engine, and its first answer sent back; `Release` has none.
 
 Events and tokens go to the caller; nothing is sent back.

@@ -35,7 +35,7 @@ class Report:
         return {
             "about": dict(self.about),
             "scores": [s.to_json() for s in self.scores],
-            "measures": {category: dict(found) for category, found in self.measures.items()},
+            "measures": {category: dict(measured) for category, measured in self.measures.items()},
         }
 
     def to_markdown(self) -> str:
@@ -59,8 +59,8 @@ class Report:
 
     def _measures(self) -> str:
         lines = [_row(["measure", "value"]), _row(["---", "--:"])]
-        for category, found in self.measures.items():
-            lines += [_row([f"{category}: {name}", f"{v:.3f}"]) for name, v in found.items()]
+        for category, measured in self.measures.items():
+            lines += [_row([f"{category}: {name}", f"{v:.3f}"]) for name, v in measured.items()]
         return "\n".join(lines) + "\n"
 
 

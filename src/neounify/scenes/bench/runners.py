@@ -103,12 +103,12 @@ def _paint(subject: Subject, config: BenchConfig) -> Iterator[Category]:
         )
         return [_painted(cases[i], item, config) for i, item in zip(chunk, painted, strict=True)]
 
-    for place, name in enumerate(categories(config.world)):
+    for number, name in enumerate(categories(config.world)):
         cases = paint_cases(name, config.world, config.cases, config.seed)
         yield Category(
             f"paint/{name}",
             [case.held_out for case in cases],
-            partial(take, cases, place),
+            partial(take, cases, number),
             partial(_seams, token_size=config.token_size),
             config.batch_size,
         )
