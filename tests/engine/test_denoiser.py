@@ -158,6 +158,30 @@ def test_an_unknown_attention_backend_is_refused(pipe: neounify.Pipeline) -> Non
         Denoiser(pipe.model, ExecutionPlan(attention="flush"))
 
 
+@pytest.mark.parametrize(("rows", "planned"), [(32_768, 2), (1, 6)])
+def test_alternating_steps_plan_each_call_once(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, rows: int, planned: int
+) -> None:
+    denoiser = Denoiser(pipe.model, ExecutionPlan(prefix_rows=rows))
+    plans: list[int] = []
+    plan = type(denoiser.backend).plan
+
+    def counted(backend: Any, layout: Layout, *rest: Any) -> Any:
+        plans.append(len(layout.documents))
+        return plan(backend, layout, *rest)
+
+    monkeypatch.setattr(type(denoiser.backend), "plan", counted)
+    one, other = job(pipe, "a", 64, 4), job(pipe, "a boat", 96, 4)
+    plans.clear()
+    for _ in range(3):
+        denoiser.step([one])
+        denoiser.step([other])
+    assert len(plans) == planned
+    denoiser.step([one, other])
+    kept = [run for runs in denoiser._calls for run in runs]
+    assert len(kept) == len(set(kept)) == 4, "no call is kept that another one replaced"
+
+
 @given(st.lists(st.integers(0, 20)), st.integers(1, 30))
 def test_groups(sizes: list[int], limit: int) -> None:
     cut = list(groups(sizes, lambda size: size, limit))

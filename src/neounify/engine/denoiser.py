@@ -129,7 +129,8 @@ Run = tuple[DenoiseJob, Branch]
 class Denoiser:
     """Runs denoising steps of any jobs, each at any step.
 
-    The layouts and attention plans of a step are kept for the next, mostly of the same jobs.
+    The layouts and attention plans of a step are kept for the next one of the same jobs; those of
+    earlier steps as well, where steps of different jobs alternate, up to `plan.prefix_rows`.
     """
 
     def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
@@ -153,11 +154,25 @@ class Denoiser:
             runs = tuple((job, branch) for job in group for branch in job.branches())
             calls[runs] = self._calls.get(runs) or _Call(group, runs, self.backend)
             yield from self._move(group, calls[runs])
-        self._calls = calls
+        self._calls = self._earlier(calls) | calls
 
     def forget(self) -> None:
         """Drop the kept layouts and plans."""
         self._calls = {}
+
+    def _earlier(self, calls: Iterable[tuple[Run, ...]]) -> dict[tuple[Run, ...], _Call]:
+        """The latest kept calls of jobs that take no part in these."""
+        taken = {job for runs in calls for job, _ in runs}
+        kept: dict[tuple[Run, ...], _Call] = {}
+        rows = 0
+        for runs, call in reversed(self._calls.items()):
+            if any(job.done or job in taken for job, _ in runs):
+                continue
+            rows += call.rows
+            if rows > self.plan.prefix_rows:
+                break
+            kept[runs] = call
+        return dict(reversed(kept.items()))
 
     def _grouped(self, jobs: Sequence[DenoiseJob]) -> Iterator[list[DenoiseJob]]:
         """Jobs that share a call of the model, within the limits of the plan."""
@@ -215,6 +230,7 @@ class _Call:
             cache.document(Noise.of(job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
         )
         self.attend = backend.plan(self.layout, caches)
+        self.rows = sum(self.lengths) + sum(cache.length for cache in caches)
 
 
 def groups(
