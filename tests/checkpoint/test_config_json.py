@@ -1,6 +1,7 @@
 """config.json: read as the specification says, written back unchanged, refused key by key."""
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from neounify.checkpoint import read_config, write_config
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.config.presets import PRESETS, U1_A3B
 from neounify.errors import ConfigError
-from support.checkpoint_folders import SMALL
+from support.checkpoint_folders import CONFIGS, SMALL
 from support.golden import golden_path, needs_golden
 
 Document = dict[str, Any]
@@ -119,6 +120,34 @@ def test_presets_survive_writing_and_reading(name: str) -> None:
 def test_every_kind_of_model_survives(any_config: ModelConfig) -> None:
     config = any_config.replace(flow_head_width=4096)
     assert read_config(json.loads(json.dumps(write_config(config)))) == config
+
+
+def test_streams_of_different_widths() -> None:
+    """Of a published config too, and back to one width."""
+    config = read_config(DENSE)
+    changed = config.replace(gen_mlp=MlpConfig(width=40))
+    written = write_config(changed)
+    assert written["neounify"]["gen_intermediate_size"] == 40
+    assert read_config(written) == changed
+    assert read_config(write_config(read_config(written).replace(gen_mlp=config.und_mlp))) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalise_top_k": True},
+        {"sparse": (True, False)},
+        {"num_experts": 0, "experts_per_token": 0, "expert_width": 0, "sparse": ()},
+    ],
+)
+def test_what_cannot_be_stated_is_not_written(change: dict[str, Any]) -> None:
+    sparse = CONFIGS["sparse"]
+    config = sparse.replace(gen_mlp=dataclasses.replace(sparse.gen_mlp, **change))
+    with pytest.raises(
+        ConfigError,
+        match=r"config\.json cannot state (gen_mlp MlpConfig|this config: gen: experts)",
+    ):
+        write_config(config)
 
 
 def test_a_changed_config_keeps_what_it_does_not_know() -> None:

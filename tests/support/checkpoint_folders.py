@@ -35,6 +35,7 @@ CONFIGS = {
     ),
     "pixel": SMALL.replace(image_head="pixel", flow_head_width=4096),
     "bias": SMALL.replace(attention_bias=True),
+    "unequal": SMALL.replace(gen_mlp=MlpConfig(width=32)),
     "tied": SMALL.replace(tie_embeddings=True),
     "plain noise": SMALL.replace(flow=FlowConfig(noise_scale_embedding=False)),
 }

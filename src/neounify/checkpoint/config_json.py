@@ -28,10 +28,32 @@ def read_config(document: Mapping[str, Any]) -> ModelConfig:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json document of a model; the inverse of `read_config`."""
+    """The config.json document of a model; the inverse of `read_config`.
+
+    Raises ConfigError for a config that the document cannot state, such as a generation stream with
+    dense layers beside sparse ones.
+    """
     if config.published and read_config(config.published) == config:
         return copy.deepcopy(dict(config.published))
-    return _overlay_document(config)
+    document = _overlay_document(config)
+    _check_stated(config, document)
+    return document
+
+
+def _check_stated(config: ModelConfig, document: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a config is not what its document says."""
+    try:
+        read = read_config(document)
+    except ConfigError as error:
+        raise ConfigError(f"config.json cannot state this config: {error}") from error
+    for field in dataclasses.fields(ModelConfig):
+        value, stated = getattr(config, field.name), getattr(read, field.name)
+        if isinstance(value, MlpConfig) and value.sparse and all(value.sparse):
+            stated = dataclasses.replace(stated, width=value.width)  # of dense layers, unused
+        _require(
+            not field.compare or value == stated,
+            f"config.json cannot state {field.name} {value}: it would be read as {stated}",
+        )
 
 
 def _require(condition: bool, message: str) -> None:
@@ -52,6 +74,7 @@ class _Reader:
     def model(self) -> ModelConfig:
         top, llm, vision = self.top, self.llm, self.vision
         self._check_supported()
+        package = _subsection(top, "neounify")
         sparse = llm["model_type"] == "qwen3_moe"
         num_layers = _integer(llm, "num_hidden_layers")
         heads = _integer(llm, "num_attention_heads")
@@ -63,7 +86,8 @@ class _Reader:
             f"{hidden}",
         )
         width = _integer(llm, "intermediate_size", 0 if sparse else None)
-        und, gen = MlpConfig(width=width), MlpConfig(width=width)
+        und = MlpConfig(width=width)
+        gen = MlpConfig(width=_integer(package, "gen_intermediate_size", width))
         if sparse:
             und, gen = self._experts(width, num_layers)
         return ModelConfig(
@@ -87,7 +111,7 @@ class _Reader:
             vision_hidden_size=_integer(vision, "hidden_size"),
             rope_theta_vision=_number(vision, "rope_theta_vision", 1e4),
             image_head="pixel" if _flag(top, "use_pixel_head", False) else "flow",
-            flow_head_width=_integer(_subsection(top, "neounify"), "flow_head_width", 4096),
+            flow_head_width=_integer(package, "flow_head_width", 4096),
             flow=self._flow(),
             sampling=_read_sampling(top),
             published=copy.deepcopy(dict(top)),
@@ -309,10 +333,15 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
             if llm.get("decoder_sparse_step", 1) == 1
             else llm.get("mlp_only_layers", []),
         )
-    section = _package_section(c)
-    if section:
-        document.setdefault("neounify", {}).update(section)
+    section = document.pop("neounify", {})
+    kept = {key: value for key, value in section.items() if key not in PACKAGE_KEYS}
+    if section := kept | _package_section(c):
+        document["neounify"] = section
     return document
+
+
+PACKAGE_KEYS = ("sampling", "flow_head_width", "gen_intermediate_size")
+"""Keys of the section of this package: what the published layout has no key for."""
 
 
 def _package_section(c: ModelConfig) -> dict[str, Any]:
@@ -328,6 +357,9 @@ def _package_section(c: ModelConfig) -> dict[str, Any]:
         section["sampling"] = {k: v for k, v in (sampling | lists).items() if k not in unset}
     if c.flow_head_width != 4096:
         section["flow_head_width"] = c.flow_head_width
+    if not c.is_sparse and c.gen_mlp.width != c.und_mlp.width:
+        # The published layout has one width for both streams.
+        section["gen_intermediate_size"] = c.gen_mlp.width
     return section
 
 
