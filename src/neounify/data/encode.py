@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
-from pydantic.dataclasses import dataclass as settings
+from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
@@ -61,7 +61,7 @@ Pixels = NDArray[np.uint8]
 _THINK_MARKS = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
 
 
-@settings(frozen=True, kw_only=True, config=STRICT)
+@config_dataclass(frozen=True, kw_only=True, config=STRICT)
 class GuidanceDropout:
     """Probabilities that a generation sample loses its text, or text and images, for guidance."""
 

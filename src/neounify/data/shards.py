@@ -15,14 +15,13 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config.ranges import STRICT
 from neounify.data.formats import (
@@ -52,7 +51,7 @@ Member = tuple[int, int]
 """Offset and size in bytes of a file's content in its shard."""
 
 
-@plain_dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Entry:
     """One sample: its shard, its key, and its files by what follows the key, in lower case."""
 
@@ -72,7 +71,7 @@ class _Entry:
         return not all(_is_image(ending) for ending in self.members)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@config_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ShardData(FileData):
     """`kind = "shards"`: tar files or a folder of them; `path` may hold `*`."""
 

@@ -16,7 +16,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from pydantic.dataclasses import dataclass as settings
+from pydantic.dataclasses import dataclass as config_dataclass
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,7 @@ _TEXT = ("loss", "correct", "count")
 _IMAGE = ("loss", "clean", "count")
 
 
-@settings(frozen=True, kw_only=True, config=STRICT)
+@config_dataclass(frozen=True, kw_only=True, config=STRICT)
 class LossConfig:
     """Weights of the losses and the distribution of t.
 
