@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neounify.config import TextSampling
-from neounify.config.sampling import TextKnobs, knob_doc
+from neounify.config.sampling import IMAGE_RANGES, TextKnobs, knob_doc
 from neounify.errors import InputError
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ImageSampling, SolverName
@@ -205,7 +205,7 @@ def _unfolded(body: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise bad_request(f"{name}: must be an object", name)
+        raise bad_request(f"{name}: must be an object, got {str(value)[:40]!r}", name)
     return value
 
 
@@ -279,15 +279,23 @@ def _pair(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-def _image_doc(knob: str) -> str:
-    """The sentence of a field of ImageSampling; none of them is OpenAI's."""
-    return f"{knob_doc(ImageSampling, knob)} Extension."
+def _image_field(knob: str) -> Any:
+    """A field with the default, the sentence and the range of ImageSampling; none is OpenAI's."""
+    low, high = IMAGE_RANGES.get(knob, (None, None))
+    return Field(
+        ImageSampling.__dataclass_fields__[knob].default,
+        description=f"{knob_doc(ImageSampling, knob)} Extension.",
+        json_schema_extra=None if low is None else {"minimum": low, "maximum": high},
+    )
 
 
-def _text_doc(knob: str) -> str:
-    """The sentence of a field of TextSampling; OpenAI has temperature and top_p alone."""
+def _text_field(knob: str) -> Any:
+    """A field with the default and the sentence of TextSampling."""
     extension = "" if knob in ("temperature", "top_p") else " Extension."
-    return knob_doc(TextSampling, knob) + extension
+    return Field(
+        TextSampling.__dataclass_fields__[knob].default,
+        description=knob_doc(TextSampling, knob) + extension,
+    )
 
 
 def seeds_of(seed: int | None, n: int) -> list[int]:
@@ -380,17 +388,17 @@ class ImageFields(RequestFields):
     negative_prompt: LimitedText = Field(
         "", description="What guidance steers away from. Extension."
     )
-    steps: int | None = Field(None, description=_image_doc("steps"))
-    guidance: Number | None = Field(None, description=_image_doc("guidance"))
-    image_guidance: Number | None = Field(None, description=_image_doc("image_guidance"))
-    guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = Field(
-        (0.0, 1.0), description=_image_doc("guidance_interval")
+    steps: int | None = _image_field("steps")
+    guidance: Number | None = _image_field("guidance")
+    image_guidance: Number | None = _image_field("image_guidance")
+    guidance_interval: Annotated[tuple[Number, Number], BeforeValidator(_pair)] = _image_field(
+        "guidance_interval"
     )
-    guidance_norm: Norm = Field("none", description=_image_doc("guidance_norm"))
-    published_interval: bool = Field(False, description=_image_doc("published_interval"))
-    shift: Number | None = Field(None, description=_image_doc("shift"))
-    solver: SolverName = Field("euler", description=_image_doc("solver"))
-    t_eps: Number | None = Field(None, description=_image_doc("t_eps"))
+    guidance_norm: Norm = _image_field("guidance_norm")
+    published_interval: bool = _image_field("published_interval")
+    shift: Number | None = _image_field("shift")
+    solver: SolverName = _image_field("solver")
+    t_eps: Number | None = _image_field("t_eps")
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="Previews of each image on its way; ignored without `stream`."
@@ -460,11 +468,11 @@ class TextFields(RequestFields):
         1, description="Answers to the same prompt; answer i is drawn with seed + i."
     )
     stream_options: StreamOptions = StreamOptions()
-    temperature: Number = Field(0.0, description=_text_doc("temperature"))
-    top_p: Number = Field(1.0, description=_text_doc("top_p"))
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = Field(0, description=_text_doc("top_k"))
-    min_p: Number = Field(0.0, description=_text_doc("min_p"))
-    repetition_penalty: Number = Field(1.0, description=_text_doc("repetition_penalty"))
+    temperature: Number = _text_field("temperature")
+    top_p: Number = _text_field("top_p")
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = _text_field("top_k")
+    min_p: Number = _text_field("min_p")
+    repetition_penalty: Number = _text_field("repetition_penalty")
     max_tokens: TokenCount | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] = Field(default_factory=list)
 

@@ -159,7 +159,7 @@ async def _read_json(
     value: Any, state: ServerState
 ) -> tuple[ImageBody, tuple[PIL.Image.Image, ...]]:
     if not isinstance(value, dict):
-        raise bad_request("The body must be a JSON object.")
+        raise bad_request(f"The body must be a JSON object, got {str(value)[:40]!r}.")
     names = [name for name in _IMAGE_FIELDS if value.get(name) is not None]
     if len(names) > 1:
         raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
@@ -198,7 +198,7 @@ def _url_of(item: Any) -> str:
         return item
     if isinstance(item, dict) and item.get("file_id") is not None:
         raise ImageError("file_id: this server keeps no files; send the image as a data URL")
-    raise ImageError("an image is a URL, or an object with image_url")
+    raise ImageError(f"an image is a URL, or an object with image_url, got {str(item)[:40]!r}")
 
 
 def edit_body_schema() -> dict[str, Any]:

@@ -369,7 +369,7 @@ class ImageFetcher:
         host = (parts.hostname or "").rstrip(".")
         names = {f"{host}:{port}"} | ({host} if port == _PORTS[parts.scheme] else set())
         if not names & self._hosts:
-            raise ImageError("the host of the image URL is not on this server's list")
+            raise ImageError(f"the image URL's host {host[:100]!r} is not on this server's list")
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Target(parts.scheme == "https", host, port, path)
 
