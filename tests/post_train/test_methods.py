@@ -287,3 +287,35 @@ def test_a_state_of_another_shape(tmp_path: Path) -> None:
     again.resume(saved_states(again.states)[-2])
     with pytest.raises(CheckpointError, match="the state's rollouts do not fit"):
         again.run()
+
+
+# --- the doctor ---
+
+
+def findings(folder: Path, kind: str, method: dict[str, Any] | None = None) -> dict[str, Any]:
+    training = trainer(folder, described(kind, method))
+    stage = training.recipe.stages[0]
+    context = training._context(stage)
+    return {finding.name: finding for finding in stage.method.examine(context, 20)}
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "dmd2"])
+def test_the_doctor_distils_one_batch(tmp_path: Path, kind: str) -> None:
+    result = findings(tmp_path, kind)
+    assert result["gradients"].good
+    if kind == "trajectory":
+        assert result["distillation"].good, result
+
+
+def test_the_doctor_finds_a_teacher_that_equals_its_student(tmp_path: Path) -> None:
+    same = {"teacher": {"guidance": 1.0, "edit_guidance": 1.0}, "teacher_steps": 1}
+    result = findings(tmp_path, "trajectory", same)
+    assert "equals its student" in result["distillation"].advice
+
+
+def test_the_doctor_wants_rewards_that_differ(tmp_path: Path) -> None:
+    alike = {"rewards": [{"kind": "program", "name": "support.rewards:alike"}]}
+    assert findings(tmp_path / "a", "nft", alike)["rewards"].good is False
+    result = findings(tmp_path / "b", "nft", {"kl": 0.0})
+    assert result["gradients"].good
+    assert result["learning"].good is not None

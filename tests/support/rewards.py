@@ -59,3 +59,8 @@ def out_of_range(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[
 def reads_open(images: Sequence[Pixels]) -> list[str]:
     """An OCR reader."""
     return ["open n0w" for _ in images]
+
+
+def alike(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """One reward for everything."""
+    return [{"a": 0.5} for _ in images]

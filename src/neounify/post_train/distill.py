@@ -8,6 +8,7 @@ the teacher's own velocity at z is the target, and each sample's capability choo
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -32,7 +33,7 @@ from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, Sampler
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.rollout import START, image_request, noise_generator
-from neounify.train.method import MethodState, MicroBatch, StageContext, TrainStep
+from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
 
 if TYPE_CHECKING:
     pass
@@ -92,6 +93,14 @@ class DistillConfig(ImagePostTrainConfig):
     prompts: PromptConfig = field(default_factory=PromptConfig)
     prompts_per_step: Count = 8
     seed: NonNegativeInt = 0
+
+    @abstractmethod
+    def build(self, context: StageContext) -> Distill: ...
+
+    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
+        from neounify.post_train.doctor import examine_distillation
+
+        return examine_distillation(context, self, seconds)
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)

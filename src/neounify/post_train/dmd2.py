@@ -34,7 +34,7 @@ from neounify.post_train.distill import (
 from neounify.post_train.dpo import prediction_error
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
-from neounify.train.method import MethodState, MicroBatch, StageContext, TrainStep
+from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
 from neounify.train.optim import OptimizerConfig, OptimizerSet
 
 EPS = 1e-6
@@ -158,6 +158,11 @@ class Dmd2Config(DistillConfig):
 
     def build(self, context: StageContext) -> Dmd2:
         return Dmd2(self, context)
+
+    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
+        from neounify.post_train.doctor import examine_turns
+
+        return examine_turns(context, self, 2 * (self.fake_steps + 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ micro-batches.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -30,6 +31,7 @@ from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
 from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
 from neounify.post_train.watch import BY, RewardWatch, state_before
 from neounify.train.method import (
+    Finding,
     MethodState,
     MicroBatch,
     StageContext,
@@ -66,6 +68,14 @@ class RolloutConfig(ImagePostTrainConfig):
     collapse: Fraction = 0.5
     sheet_every: NonNegativeInt = 20
     seed: NonNegativeInt = 0
+
+    @abstractmethod
+    def build(self, context: StageContext) -> RolloutMethod: ...
+
+    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
+        from neounify.post_train.doctor import examine_rewards
+
+        return examine_rewards(context, self, seconds)
 
 
 @dataclass(frozen=True, eq=False)
