@@ -1,18 +1,20 @@
-"""Sizes of image requests: those of the model, its context, and the limits of a server."""
+"""Image requests: sizes of the model, its context and the limits of a server; seeds."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from neounify.config import ModelConfig
 from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
-from neounify.errors import ImageError
+from neounify.errors import ImageError, RequestError
+from neounify.flow.sampling import ImageSampling
 from neounify.image import TRAINING_BUCKETS
-from neounify.tasks.image import check_image_tokens, image_tokens, output_size
+from neounify.tasks.image import ImageRequest, check_image_tokens, image_tokens, output_size
 
 
 @pytest.mark.parametrize("config", [U1_8B, U1_A3B])
@@ -55,3 +57,25 @@ def test_the_size_that_is_named_is_allowed(columns: int, rows: int, limit: int) 
         assert 0 < image_tokens(SCENES, width, height) <= limit
     else:
         assert columns * rows <= limit
+
+
+def test_images_with_seeds_begin_as_each_does_alone() -> None:
+    sampling = ImageSampling().resolve(TINY, editing=False)
+
+    def noise(**seeds: object) -> torch.Tensor:
+        request = ImageRequest(
+            prompt="a boat",
+            width=64,
+            height=32,
+            sampling=sampling,
+            **seeds,  # type: ignore[arg-type]
+        )
+        return request.start(TINY)
+
+    together = noise(seeds=(5, 2**64 - 1), count=2)
+    assert torch.equal(together, torch.cat([noise(seed=5), noise(seed=2**64 - 1)]))
+    assert not torch.equal(together, noise(seed=5, count=2))
+    with pytest.raises(RequestError, match="2 seeds for 3 images"):
+        noise(seeds=(5, 6), count=3)
+    with pytest.raises(RequestError, match="below 2\\^64"):
+        noise(seeds=(5, 2**64), count=2)
