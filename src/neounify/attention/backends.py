@@ -305,9 +305,10 @@ class PaddedAttention:
         lengths = [x.q.shape[0] for x in streams.values()]
         rows = out.transpose(1, 2).flatten(0, 1).index_select(0, index).split(lengths)
         attended = dict(zip(streams, rows, strict=True))
-        if UND in streams and not any(x.requires_grad for x in streams[UND]):
-            # Nothing that the context sees is trained; it only shared a product with the others.
-            attended[UND] = attended[UND].detach()
+        for name, x in streams.items():
+            if STREAMS[name].context and not any(tensor.requires_grad for tensor in x):
+                # Nothing that the context sees is trained; it only shared a product with others.
+                attended[name] = attended[name].detach()
         return attended
 
 

@@ -212,9 +212,10 @@ class ModelConfig:
         """Numbers in an image token: channels · token_size²."""
         return self.channels * self.token_size**2
 
-    def mlp(self, stream: Literal["und", "gen"]) -> MlpConfig:
-        """MLPs of a stream."""
-        return self.und_mlp if stream == "und" else self.gen_mlp
+    @property
+    def mlps(self) -> Mapping[str, MlpConfig]:
+        """MLPs by the name of the stream."""
+        return {"und": self.und_mlp, "gen": self.gen_mlp}
 
     def kv_bytes(self, itemsize: int) -> int:
         """Bytes of one token's keys and values in all layers, at `itemsize` bytes a number."""
@@ -257,7 +258,7 @@ def _check_model(c: ModelConfig) -> None:
         )
     for name in ("rope_theta", "rope_theta_hw", "rope_theta_vision", "rms_norm_eps"):
         require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
-    for stream, mlp in (("und", c.und_mlp), ("gen", c.gen_mlp)):
+    for stream, mlp in c.mlps.items():
         _check_mlp(stream, mlp, c.num_layers)
     c.sampling.check_sizes(c.token_size)
 

@@ -82,7 +82,7 @@ class Pack:
     @property
     def length(self) -> int:
         """Tokens of both streams."""
-        return self.layout["und"].length + self.layout["gen"].length
+        return sum(self.layout.lengths.values())
 
 
 def make_pack(documents: Sequence[Encoded]) -> Pack:

@@ -390,7 +390,7 @@ class Layer(nn.ModuleDict):
     recompute = False
 
     def __init__(self, config: ModelConfig, number: int) -> None:
-        super().__init__({name: Stream(config, config.mlp(name), number) for name in STREAMS})
+        super().__init__({name: Stream(config, config.mlps[name], number) for name in STREAMS})
         self.number = number
 
     def __getitem__(self, name: str) -> Stream:
