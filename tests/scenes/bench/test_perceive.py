@@ -9,6 +9,7 @@ from PIL import Image
 from neounify.data.sample import DataError
 from neounify.scenes.bench import Percept, perceive
 from neounify.scenes.bench.perceive import label_components
+from neounify.scenes.bench.validation import WEARS, wear_out
 from neounify.scenes.world import (
     PRESETS,
     SHAPES,
@@ -18,6 +19,7 @@ from neounify.scenes.world import (
     sample_rng,
     sample_scene,
 )
+from support import slow_perceive
 
 DEFAULT, HARD = PRESETS["wide"], PRESETS["hard"]
 
@@ -154,3 +156,19 @@ def test_images_of_the_wrong_kind_are_errors() -> None:
         perceive(np.zeros((64, 32, 3), np.uint8), DEFAULT)
     with pytest.raises(DataError, match="uint8"):
         perceive(np.zeros((64, 64, 3), np.float32), DEFAULT)
+
+
+@pytest.mark.parametrize("world", sorted(PRESETS))
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (128, 64)])
+def test_batched_candidates_give_the_percepts_of_one_at_a_time(
+    world: str, size: tuple[int, int]
+) -> None:
+    config = PRESETS[world].sized(*size)
+    for n in range(15):
+        rng = sample_rng(31, 1, n)
+        image = render(sample_scene(rng, config, split="any"), config)
+        noisy = rng.integers(0, 256, image.shape, dtype=np.uint8)
+        images = [image, noisy, *(wear_out(image, wear, rng) for wear in WEARS)]
+        mixed = np.where(rng.random((*image.shape[:2], 1)) < 0.1, noisy, image)
+        for seen in (*images, mixed.astype(np.uint8)):
+            assert perceive(seen, config) == slow_perceive.perceive(seen, config)

@@ -16,6 +16,7 @@ Names are None where nothing of the world is near enough; nothing is guessed fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -102,13 +103,13 @@ def perceive(image: NDArray[np.uint8] | Image.Image, config: SceneConfig) -> Per
         size = (config.width, config.height)
         pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
     values = pixels.astype(np.float32)
-    ground = _background(values)
+    ground = _background(pixels)
     away = np.sqrt(((_smooth(values) - ground) ** 2).sum(-1))
     threshold = np.maximum(FOREGROUND, 0.5 * _largest_near(away, reach=2))
     labels, count = label_components(away > threshold)
     least = MIN_AREA * _smallest_area(config)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    noise = _noise(values, ground, labels)
+    noise = _noise(pixels, labels)
     objects = [
         _see_object(values, ground, away, labels, label, noise, config)
         for label in range(1, count + 1)
@@ -136,36 +137,53 @@ def _colour_table() -> tuple[tuple[str, ...], Floats]:
     return tuple(COLOURS), np.array(list(COLOURS.values()), np.float32)
 
 
-def _background(image: Floats) -> Floats:
+def _background(image: NDArray[np.uint8]) -> Floats:
     rim = (image[:2], image[-2:], image[2:-2, :2], image[2:-2, -2:])
-    return np.median(np.concatenate([side.reshape(-1, 3) for side in rim]), axis=0)
+    return _medians(np.concatenate([side.reshape(-1, 3) for side in rim]))
+
+
+def _medians(pixels: NDArray[np.uint8]) -> Floats:
+    """The median of every channel of pixels [n, 3], counted rather than sorted."""
+    return np.array([_median_of_counts(np.bincount(channel)) for channel in pixels.T], np.float32)
+
+
+def _median_of_counts(counts: NDArray[np.intp]) -> float:
+    """The median of whole numbers from 0, `counts[v]` of which are v."""
+    below = np.cumsum(counts)
+    number = int(below[-1])
+    low, high = np.searchsorted(below, ((number - 1) // 2, number // 2), side="right")
+    return (int(low) + int(high)) / 2
 
 
 def _smooth(image: Floats) -> Floats:
     """Binomial 3×3 smoothing, edges repeated."""
-    for axis in (0, 1):
-        ends = [(1, 1) if a == axis else (0, 0) for a in range(3)]
-        padded = np.pad(image, ends, mode="edge")
-        at = np.arange(image.shape[axis])
-        beside = np.take(padded, at, axis=axis) + np.take(padded, at + 2, axis=axis)
-        image = ((beside + 2 * image) / 4).astype(np.float32)
-    return image
+    padded = np.concatenate([image[:1], image, image[-1:]])
+    image = (padded[:-2] + padded[2:] + 2 * image) / np.float32(4)
+    padded = np.concatenate([image[:, :1], image, image[:, -1:]], axis=1)
+    return (padded[:, :-2] + padded[:, 2:] + 2 * image) / np.float32(4)
 
 
 def _largest_near(values: Floats, reach: int) -> Floats:
     """The maximum over the square of `reach` pixels around each pixel."""
-    side = 2 * reach + 1
-    padded = np.pad(values, reach, mode="edge")
-    across = np.lib.stride_tricks.sliding_window_view(padded, side, axis=1).max(-1)
-    return np.lib.stride_tricks.sliding_window_view(across, side, axis=0).max(-1)
+    for _ in range(2):
+        largest = values.copy()
+        for step in range(1, reach + 1):
+            np.maximum(largest[step:], values[:-step], out=largest[step:])
+            np.maximum(largest[:-step], values[step:], out=largest[:-step])
+        values = largest.T
+    return values
 
 
-def _noise(image: Floats, ground: Floats, labels: NDArray[np.int32]) -> float:
+def _noise(image: NDArray[np.uint8], labels: NDArray[np.int32]) -> float:
     """Standard deviation of one channel over the background, robust against objects' edges."""
-    plain = image[_largest_near((labels > 0).astype(np.float32), 2) == 0]
+    plain = image[_largest_near((labels > 0).astype(np.int8), 2) == 0]
     if len(plain) < 50:
         return 0.0
-    return float(1.4826 * np.median(np.abs(plain - np.median(plain, axis=0))))
+    # Twice the distances are whole numbers, as medians of whole numbers are halves.
+    doubled = np.abs(2 * plain.astype(np.int32) - (2 * _medians(plain)).astype(np.int32))
+    return float(
+        np.float32(1.4826) * np.float32(_median_of_counts(np.bincount(doubled.ravel())) / 2)
+    )
 
 
 def _see_object(
@@ -188,11 +206,11 @@ def _see_object(
     mine = (~_grown(others)).astype(np.float32)
     window = image[y0:y1, x0:x1] - ground
     core = inside & (away >= 0.85 * np.quantile(away[inside], 0.9))
-    colour = np.median(image[core], axis=0)
+    colour = _medians(image[core].astype(np.uint8))
     x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5)
     y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5)
     ink = colour - ground
-    share = (window @ ink) / max(float(ink @ ink), 1.0)
+    share = np.asarray((window @ ink) / max(float(ink @ ink), 1.0), np.float32)
     fit = _fit_shape(share, mine, x, y)
     # With the shape known, its colour is a least-squares estimate over all its pixels.
     weight = fit.mask * mine
@@ -231,38 +249,54 @@ class _Fit:
 def _fit_shape(share: Floats, mine: Floats, x: Floats, y: Floats) -> _Fit:
     """The shape whose coverage lies nearest to the shares, in the mean square."""
     solid = np.clip(share, 0, 1) * mine
-    area = float(solid.sum())
+    area = max(float(solid.sum()), 1e-6)  # a speck of noise may have no area at all
     mean_x, mean_y = float((solid * x).sum() / area), float((solid * y).sum() / area)
     starts = []
-    for shape in SHAPES:
-        unit_area, off_x, off_y = _moments(shape)
+    for shape in range(len(SHAPES)):
+        unit_area, off_x, off_y = _moments(SHAPES[shape])
         radius = max(1.0, float(np.sqrt(area / unit_area)))
-        start = (mean_x - off_x * radius, mean_y - off_y * radius, radius)
-        starts.append(_try(shape, *start, share, mine, x, y))
-    starts.sort(key=lambda fit: fit.residual)
-    rivals = [fit for fit in starts[:3] if fit.residual <= 4 * starts[0].residual + 1]
-    return min((_refine(fit, share, mine, x, y) for fit in rivals), key=lambda f: f.residual)
+        starts.append((shape, mean_x - off_x * radius, mean_y - off_y * radius, radius))
+    window = (share, mine, x, y)
+    residuals = [pair.min() for pair in _residuals(starts, *window)]
+    order = np.argsort(residuals, kind="stable")[:3]
+    least = float(residuals[order[0]])
+    rivals = [(starts[n], float(residuals[n])) for n in order if residuals[n] <= 4 * least + 1]
+    best, _ = min(_refined(rivals, *window), key=lambda rival: rival[1])
+    return _fitted(best, *window)
 
 
-def _try(
-    shape: str,
-    cx: float,
-    cy: float,
-    radius: float,
-    share: Floats,
-    mine: Floats,
-    x: Floats,
-    y: Floats,
-) -> _Fit:
-    """The residual of one shape at one place, at the better of two softnesses of edge."""
-    distance = _distance(shape, x - np.float32(cx), y - np.float32(cy), radius)
-    fits = []
-    for softness in (1.0, 2.5):
-        mask = np.minimum(np.maximum(np.float32(0.5) - distance * np.float32(1 / softness), 0), 1)
-        off = share - mask
-        residual = float((mine * off * off).sum())
-        fits.append(_Fit(shape, cx, cy, radius, mask, residual))
-    return min(fits, key=lambda fit: fit.residual)
+_Candidate = tuple[int, float, float, float]
+"""Index of a shape, centre and radius in pixels."""
+_SOFTNESSES = np.array([1.0, 2.5])
+_SHARPNESSES = (1 / _SOFTNESSES).astype(np.float32)[:, None, None]
+
+
+def _residuals(
+    candidates: Sequence[_Candidate], share: Floats, mine: Floats, x: Floats, y: Floats
+) -> Floats:
+    """Residuals of candidates [n, 2], at both softnesses of edge."""
+    off = _masks(candidates, x, y)
+    np.subtract(share, off, out=off)
+    squares = mine * off
+    squares *= off
+    return squares.reshape(*off.shape[:2], -1).sum(-1)
+
+
+def _masks(candidates: Sequence[_Candidate], x: Floats, y: Floats) -> Floats:
+    """Coverage by candidates [n, 2, h, w], at both softnesses of edge."""
+    masks = _distances(candidates, x, y)[:, None] * _SHARPNESSES
+    np.subtract(np.float32(0.5), masks, out=masks)
+    np.maximum(masks, 0, out=masks)
+    return np.minimum(masks, 1, out=masks)
+
+
+def _fitted(candidate: _Candidate, share: Floats, mine: Floats, x: Floats, y: Floats) -> _Fit:
+    """A candidate at the better softness, with its mask."""
+    shape, cx, cy, radius = candidate
+    masks = _masks([candidate], x, y)[0]
+    residuals = [float(r) for r in _residuals([candidate], share, mine, x, y)[0]]
+    softness = int(residuals[1] < residuals[0])
+    return _Fit(SHAPES[shape], cx, cy, radius, masks[softness], residuals[softness])
 
 
 _TABLE_REACH = 2.0  # radii
@@ -270,32 +304,58 @@ _TABLE_STEP = 0.01
 
 
 @cache
-def _distance_table(shape: str) -> Floats:
+def _distance_tables() -> Floats:
+    """Signed distances of all shapes in radii, one table after the other [shapes · side · side]."""
     at = np.arange(-_TABLE_REACH, _TABLE_REACH + _TABLE_STEP / 2, _TABLE_STEP, dtype=np.float32)
-    return signed_distance(shape, at[None, :], at[:, None])
+    tables = [signed_distance(shape, at[None, :], at[:, None]) for shape in SHAPES]
+    return np.stack(tables).ravel()
 
 
-def _distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
-    """Signed distance in pixels, looked up to a hundredth of the radius."""
-    table = _distance_table(shape)
-    scale, last = 1 / (radius * _TABLE_STEP), len(table) - 1
-    column = np.minimum(np.maximum(x * scale + (last / 2 + 0.5), 0), last).astype(np.intp)
-    row = np.minimum(np.maximum(y * scale + (last / 2 + 0.5), 0), last).astype(np.intp)
-    return table[row, column] * np.float32(radius)
+_TABLE_SIDE = round(2 * _TABLE_REACH / _TABLE_STEP) + 1
 
 
-def _refine(fit: _Fit, share: Floats, mine: Floats, x: Floats, y: Floats) -> _Fit:
-    """Coordinate descent over centre and radius, with steps that halve."""
-    for step in (0.6, 0.3):
-        for move in ((step, 0.0, 0.0), (0.0, step, 0.0), (0.0, 0.0, step)):
-            for sign in (1, -1):
-                dx, dy, dr = (sign * part for part in move)
-                moved = (fit.x + dx, fit.y + dy, fit.radius + dr)
-                tried = _try(fit.shape, *moved, share, mine, x, y)
-                if tried.residual < fit.residual:
-                    fit = tried
+def _distances(candidates: Sequence[_Candidate], x: Floats, y: Floats) -> Floats:
+    """Signed distances in pixels [n, h, w], looked up to a hundredth of the radius."""
+    shapes = np.array([shape for shape, *_ in candidates])[:, None, None]
+    places = np.array([place for _, *place in candidates])
+    cx, cy, radius = places.astype(np.float32).T[:, :, None, None]
+    scale = (1 / (places[:, 2] * _TABLE_STEP)).astype(np.float32)[:, None, None]
+    last = _TABLE_SIDE - 1
+    middle = np.float32(last / 2 + 0.5)
+    column = np.minimum(np.maximum((x - cx) * scale + middle, 0), last).astype(np.intp)
+    row = np.minimum(np.maximum((y - cy) * scale + middle, 0), last).astype(np.intp)
+    distances = _distance_tables().take((shapes * _TABLE_SIDE + row) * _TABLE_SIDE + column)
+    distances *= radius
+    return distances
+
+
+_MOVES = [
+    tuple(step * part for part in axis)
+    for step in (0.6, 0.3)
+    for axis in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+]
+
+
+def _refined(
+    rivals: Sequence[tuple[_Candidate, float]], share: Floats, mine: Floats, x: Floats, y: Floats
+) -> list[tuple[_Candidate, float]]:
+    """Coordinate descent over centre and radius, with steps that halve; all rivals side by side.
+
+    Of a step forth and one back the first that lowers a rival's residual is taken.
+    """
+    best = list(rivals)
+    for dx, dy, dr in _MOVES:
+        moved: list[_Candidate] = []
+        for (shape, cx, cy, radius), _ in best:
+            moved.append((shape, cx + dx, cy + dy, radius + dr))
+            moved.append((shape, cx - dx, cy - dy, radius - dr))
+        residuals = _residuals(moved, share, mine, x, y).min(-1).tolist()
+        for n in range(len(best)):
+            for m in (2 * n, 2 * n + 1):
+                if residuals[m] < best[n][1]:
+                    best[n] = (moved[m], residuals[m])
                     break
-    return fit
+    return best
 
 
 @cache
