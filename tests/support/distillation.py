@@ -16,6 +16,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Count
 from neounify.data.sample import DataError
 from neounify.errors import CheckpointError
@@ -59,6 +60,9 @@ class DistillationConfig(MethodConfig):
     def check_data(self, context: StageContext) -> None:
         if context.stage.data and context.mixture.sources[0].size == 1:
             raise DataError("one prompt is too few")
+
+    def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
+        return config.replace(sampling=replace(config.sampling, steps=self.turn))
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         yield Finding("student", True, f"distils {context.stage.name} in {seconds:g} s")
@@ -158,12 +162,6 @@ class Distillation(Method):
         if stage_step == 5:
             return [f"loss {report['distillation/loss']:.3g} at step {stage_step}: lower turn"]
         return []
-
-    def end_stage(self) -> None:
-        config = self.model.config
-        self.model.config = config.replace(
-            sampling=replace(config.sampling, steps=self.config.turn)
-        )
 
     def state(self) -> MethodState:
         tensors = {

@@ -282,6 +282,19 @@ def test_metrics_warnings_files_and_the_checkpoints_defaults_are_the_methods(
     assert load(tmp_path / "model").model.config.sampling.steps == 3
 
 
+def test_sampling_that_a_stage_sets_is_in_every_export_and_in_later_stages(tmp_path: Path) -> None:
+    described = one_stage(steps=4)
+    trainer(tmp_path / "run", described).run(stop_after=2)
+    again = trainer(tmp_path / "run", described)
+    again.export_state(saved_states(again.states)[-1], tmp_path / "exported", torch.float32)
+    assert load(tmp_path / "exported").model.config.sampling.steps == 3
+    resumed(tmp_path / "run", described).run()
+    assert load(tmp_path / "run" / "model").model.config.sampling.steps == 3
+    last = trainer(tmp_path / "run", described)
+    last.resume(saved_states(last.states)[-1])  # of the second stage
+    assert last.model.config.sampling.steps == 3
+
+
 def test_a_method_has_checks_of_its_own_or_says_that_it_has_none(tmp_path: Path) -> None:
     described = one_stage()
     stage = described.stages[0]

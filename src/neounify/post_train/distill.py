@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from neounify.cache import SequenceCache
+from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Count, NonNegativeInt
 from neounify.errors import CheckpointError, ConfigError
 from neounify.flow.guidance import Branch, Guidance, Norm
@@ -133,6 +134,9 @@ class TrajectoryConfig(DistillConfig):
             raise ValueError(
                 "teacher.steps and teacher.shift follow from the student's times and teacher_steps"
             )
+
+    def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
+        return with_sampling(config, self.student)
 
     def build(self, context: StageContext) -> Trajectory:
         return Trajectory(self, context)
@@ -310,10 +314,6 @@ class Trajectory(Distill):
             step=[k for k in range(len(states)) for _ in range(number)],
         )
 
-    def end_stage(self) -> None:
-        """The checkpoint's own sampling becomes the student's."""
-        store_sampling(self.model, self.config.student)
-
     def state(self) -> MethodState:
         return MethodState(tensors=self.teacher.tensors())
 
@@ -416,9 +416,9 @@ class Mopd(Distill):
         return velocity_loss(clean, target, t)
 
 
-def store_sampling(model: NeoUnify, student: SamplerConfig) -> None:
-    """Make a student's steps, guidance and shift the defaults of its checkpoint."""
-    defaults = model.config.sampling
+def with_sampling(config: ModelConfig, student: SamplerConfig) -> ModelConfig:
+    """A config with a student's steps, guidance and shift as its defaults."""
+    defaults = config.sampling
     sampling = replace(
         defaults,
         steps=student.steps or defaults.steps,
@@ -426,7 +426,7 @@ def store_sampling(model: NeoUnify, student: SamplerConfig) -> None:
         image_guidance=1.0,
         shift=defaults.shift if student.shift is None else student.shift,
     )
-    model.config = replace(model.config, sampling=sampling)
+    return config.replace(sampling=sampling)
 
 
 def checked_step(position: Any) -> int:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
+from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AboveZero, Count, Fraction, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.base import SamplerConfig, TwinState
@@ -29,7 +30,7 @@ from neounify.post_train.distill import (
     DistillConfig,
     Teacher,
     checked_step,
-    store_sampling,
+    with_sampling,
 )
 from neounify.post_train.dpo import prediction_error
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
@@ -156,6 +157,9 @@ class Dmd2Config(DistillConfig):
         if self.sub_intervals and self.decoupled:
             raise ValueError("sub_intervals and decoupled exclude one another")
 
+    def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
+        return with_sampling(config, self.student)
+
     def build(self, context: StageContext) -> Dmd2:
         return Dmd2(self, context)
 
@@ -238,10 +242,6 @@ class Dmd2(Distill):
     def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken and self.config.ida and self.is_students_turn(step.stage_step):
             move_towards(self.model, self.fake.model, 1 - self.config.ida)
-
-    def end_stage(self) -> None:
-        """The checkpoint's own sampling becomes the student's."""
-        store_sampling(self.model, self.config.student)
 
     def state(self) -> MethodState:
         return MethodState(tensors={**self.teacher.tensors(), **self.fake.tensors()})

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.config_json import read_config, write_config
 from neounify.checkpoint.mapped import all_finite
 from neounify.data.sources import FileSource
-from neounify.errors import CheckpointError, NeounifyError
+from neounify.errors import CheckpointError, ConfigError, NeounifyError
 from neounify.lora.layers import add_lora, merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
@@ -102,8 +102,7 @@ class Trainer:
     def resume(self, state: Path) -> None:
         """Continue from a saved state of the same recipe. Raises CheckpointError."""
         tensors, facts = load_state(state)
-        if facts.get("config") != _plain(write_config(self.model.config)):
-            raise CheckpointError(f"{state} is the state of another model than the recipe's")
+        self._adopt_config(facts.get("config"), state)
         try:
             self.progress = Progress(**facts["progress"])
             self._add_adapters(self.recipe.stages[self.progress.stage])
@@ -118,6 +117,17 @@ class Trainer:
                 "settings it had (stages, model, lora), or start a new run"
             ) from error
         self._resumed = state
+
+    def _adopt_config(self, saved: Any, state: Path) -> None:
+        """Take the sampling defaults of a state, which stages before may have changed."""
+        try:
+            sampling = read_config(saved).sampling
+        except (ConfigError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{state} is damaged: its config: {error}") from error
+        config = self.model.config.replace(sampling=sampling)
+        if saved != _plain(write_config(config)):
+            raise CheckpointError(f"{state} is the state of another model than the recipe's")
+        self.model.config = config
 
     def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
         """Train all stages that are left, or those of them that `only` names.
@@ -240,12 +250,12 @@ class Trainer:
             )
         self.log.sources(running.tally.summary())
         load_ema(self.model, running.ema.mean)
-        running.method.end_stage()
         if stage.lora is not None:
             base = str(self.recipe.model.checkpoint or "")
             save_lora(self.model, stage.lora, self.folder / "adapter", base)
             merge_lora(self.model)
             self._has_adapters = False
+        self.model.config = stage.method.checkpoint_config(self.model.config)
         self.export(self.folder / "model")
 
     def _context(self, stage: StageRecipe) -> StageContext:
@@ -439,6 +449,8 @@ class Trainer:
         load_ema(self.model, tensors["ema"])
         merge_lora(self.model)
         self.model.to(dtype)
+        stage = self.recipe.stages[self.progress.stage]
+        self.model.config = stage.method.checkpoint_config(self.model.config)
         self.export(folder)
 
     def export(self, folder: Path) -> None:

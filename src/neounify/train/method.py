@@ -193,10 +193,6 @@ class Method(Protocol):
         """Warnings after a report: what is wrong, and which setting to change."""
         return ()
 
-    def end_stage(self) -> None:
-        """Called with the EMA in the model, before it is exported; may change `model.config`."""
-        return
-
     def state(self) -> MethodState:
         """State for a resume, beside model, EMA, optimizers and position."""
         return MethodState()
@@ -248,6 +244,13 @@ class MethodConfig(ABC):
         (width, height) pairs, and (least, greatest) areas of images of any shape.
         """
         return (), ()
+
+    def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
+        """The model's config after the stage, such as the steps of a distilled model.
+
+        It may change the sampling defaults, which a checkpoint and later stages then have.
+        """
+        return config
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         """The doctor's checks of a stage, in about `seconds`; the model's weights may change."""
