@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 from torch import Tensor
 
 import neounify
+from neounify.config import TextSampling
 from neounify.engine.generation import GenerationEngine, GenerationSettings
 from neounify.engine.messages import (
     Answer,
     Append,
     Appended,
+    Decode,
+    Decoded,
+    DecodedToken,
     Export,
     Exported,
     Failed,
@@ -31,7 +37,7 @@ from neounify.engine.messages import (
     refs_of,
 )
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
-from neounify.errors import OutOfMemory
+from neounify.errors import OutOfMemory, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
 from neounify.serve.shared_memory import SharedTransport, folder
@@ -251,3 +257,54 @@ def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify
     )
     engine.submit(early)
     assert failure(answers(engine)[1]) == "EngineDied"
+
+
+class SlowConstraint:
+    """Takes until it is released to start, and allows the token 9 alone."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.released, self.error = threading.Event(), error
+
+    def start(self) -> SlowConstraint:
+        assert self.released.wait(20)
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def mask(self) -> Tensor:
+        return torch.arange(264) == 9
+
+    def accept(self, token: int) -> None:
+        assert token == 9
+
+
+@pytest.mark.parametrize("error", [None, RequestError("the schema cannot be followed")])
+def test_text_does_not_wait_for_the_grammar_of_others(
+    pipe: neounify.Pipeline, error: Exception | None
+) -> None:
+    engine = understanding(pipe, LocalTransport())
+    constraint = SlowConstraint(error)
+    for call, grammar in ((1, constraint), (2, None)):
+        name = (call, "cond")
+        then = Decode(call, name, TextSampling(constraint=grammar), frozenset(), 3)
+        engine.submit(Prefill(call, {name: (TextInput((1, 2)),)}, {name: 3}, then))
+    for _ in range(6):
+        engine.step()
+    first = [reply for reply in engine.replies if reply.call == 1]
+    other = [reply.answer for reply in engine.replies if reply.call == 2]
+    assert not first
+    assert [type(answer) for answer in other] == [Prefilled, *[DecodedToken] * 3, Decoded]
+    constraint.released.set()
+    engine.replies.clear()
+    deadline = time.monotonic() + 20
+    while engine.busy and time.monotonic() < deadline:
+        engine.step()
+    answers = [reply.answer for reply in engine.replies]
+    if error is not None:
+        assert isinstance(answers[-1], Failed)
+        assert answers[-1].message == "the schema cannot be followed"
+    else:
+        assert [a.id for a in answers if isinstance(a, DecodedToken)] == [9, 9, 9]
+    engine.submit(Release(((1, "cond"), (2, "cond"))))
+    engine.check()
+    assert pool_of(engine).allocator.in_use == 0

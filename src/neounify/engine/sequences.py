@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
 from neounify.cache.key_values import BlockHash, TokenKey, block_hashes, image_keys, text_keys
+from neounify.config import Constraint
 from neounify.decode.sampler import DecodeState
 from neounify.engine.messages import (
     Appended,
@@ -185,12 +187,13 @@ class ServedSequence:
 
 @dataclass(eq=False)
 class PendingPrefill:
-    """A Prefill or Append call, answered once its sequences are prefilled."""
+    """A Prefill or Append call, answered once its sequences and `constraint` are ready."""
 
     call: int
     sequences: tuple[ServedSequence, ...]
     opens: bool
     then: Decode | None = None
+    constraint: Future[Constraint] | None = None
 
     @property
     def answer(self) -> Prefilled | Appended:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
 from neounify.cache import PagedKVCache
-from neounify.decode.sampler import DecodeState, SampledToken, SamplingState, sample
+from neounify.decode.sampler import (
+    DecodeState,
+    SampledToken,
+    SamplingState,
+    compile_constraint,
+    sample,
+)
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -59,6 +66,9 @@ from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import UND
 from neounify.runtime.plan import ExecutionPlan, measured_plan
+
+CONSTRAINT_SECONDS = 0.002
+"""Time a step waits for a grammar that is being compiled, while no text is decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +243,10 @@ class UnderstandingEngine:
         opened = tuple(self._sequences[name] for name in prompts)
         if command.pinned:
             self._pinned += opened
-        self._prefills.append(PendingPrefill(command.call, opened, True, command.then))
+        then = command.then
+        # Compiled beside the steps of others, and beside the prefill of its own prompt.
+        constraint = None if then is None else compile_constraint(then.sampling)
+        self._prefills.append(PendingPrefill(command.call, opened, True, then, constraint))
 
     def _check_room(self, tokens: int) -> None:
         needed = self.room.allocated(tokens)
@@ -332,7 +345,12 @@ class UnderstandingEngine:
         left: list[PendingPrefill] = []
         done: list[PendingPrefill] = []
         for pending in self._prefills:
-            (done if all(s.prefilled for s in pending.sequences) else left).append(pending)
+            ready = all(s.prefilled for s in pending.sequences)
+            if ready and pending.constraint is not None and not pending.constraint.done():
+                if not self._decoding:
+                    wait([pending.constraint], CONSTRAINT_SECONDS)
+                ready = pending.constraint.done()
+            (done if ready else left).append(pending)
         self._prefills = left
         for pending in done:
             if not all(s.finite for s in pending.sequences):
