@@ -339,8 +339,10 @@ class PagedSequence:
     def gather(self) -> tuple[Tensor, Tensor]:
         """A copy of all keys and values, [layers, kv_heads, length, d]."""
         slots = self.slot_mapping[: self.length]
-        k, v = (x.index_select(1, slots) for x in (self.pool.keys, self.pool.values))
-        return k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        memories = (self.pool.keys, self.pool.values)
+        # Transposed first, the selection is the only copy and takes half the time.
+        k, v = (memory.transpose(1, 2).index_select(2, slots) for memory in memories)
+        return k, v
 
     def check(self) -> None:
         """Compare the hashes with the keys. Raises ValueError."""
