@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 import neounify
 from neounify.attention import BACKENDS, backends
 from neounify.engine.denoiser import DenoiseJob, Denoiser, groups, make_job
 from neounify.errors import ConfigError
 from neounify.flow.sampling import ImageSampling
-from neounify.model import Layout
+from neounify.model import Layout, neo
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.image import ImageRequest, branch_prompt
@@ -189,3 +190,27 @@ def test_groups(sizes: list[int], limit: int) -> None:
     assert all(group for group in cut)
     assert all(sum(group) <= limit or len(group) == 1 for group in cut)
     assert all(sum(a) + b[0] > limit for a, b in pairwise(cut))
+
+
+def test_rotations_are_computed_once_for_all_steps(
+    pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of attention and of patches; no step copies anything from the host."""
+    calls: list[str] = []
+    for name in ("attention_rotation", "patch_rotation"):
+        original = getattr(neo, name)
+
+        def count(*args: Any, name: str = name, original: Any = original, **kw: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kw)
+
+        monkeypatch.setattr(neo, name, count)
+    stepper, two = Denoiser(pipe.model), [job(pipe, "a", 64, 4), job(pipe, "a cat", 96, 4)]
+    calls.clear()
+    with torch.inference_mode():
+        stepper.step(two)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            stepper.step(two)
+            stepper.step(two)
+    assert sorted(calls) == ["attention_rotation", "patch_rotation"]
+    assert "aten::lift_fresh" not in {event.key for event in profiled.key_averages()}
