@@ -10,10 +10,12 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from neounify.checkpoint.load import multiplies
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.config.ranges import (
     STRICT,
@@ -84,9 +86,64 @@ class Schedule:
         return partial(self.at, steps=steps)
 
 
+class Muon(torch.optim.Muon):
+    """Muon whose products follow the processor; the state is that of torch's.
+
+    torch.optim.Muon orthogonalises in bfloat16 whatever computes it. On a CPU without products in
+    bfloat16 that is many times as slow as float32 (docs/log.md), which then takes its place. The
+    choice is by the processor's features, not by timing, so a machine always makes the same one.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(params, **settings)
+        device = self.param_groups[0]["params"][0].device
+        self.in_bfloat16 = device.type != "cpu" or multiplies(torch.bfloat16)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step, all parameters in the same precision."""
+        if self.in_bfloat16:
+            return super().step(closure)
+        if closure is not None:
+            raise ValueError("a closure is not supported")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_of(parameter, group)
+        return None
+
+    def _step_of(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+        """torch's update of one matrix, in the matrix's own precision."""
+        state, gradient, momentum = self.state[parameter], parameter.grad, group["momentum"]
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(buffer, momentum)
+        update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonal(
+    matrix: Float[Tensor, "rows columns"],
+    coefficients: tuple[float, float, float],
+    steps: int,
+    eps: float,
+) -> Float[Tensor, "rows columns"]:
+    """The matrix with singular values near 1, by Newton-Schulz iterations in its own dtype."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
 _STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.Muon: {"momentum_buffer"},
+    Muon: {"momentum_buffer"},
 }
 """The state of an optimizer for each parameter."""
 
@@ -137,7 +194,7 @@ class OptimizerSet:
             )
         if muon:
             self.members.append(
-                torch.optim.Muon(
+                Muon(
                     muon,
                     lr=config.learning_rate,
                     momentum=config.momentum,
