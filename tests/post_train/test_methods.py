@@ -135,6 +135,29 @@ def test_a_student_carries_its_own_sampling(tmp_path: Path) -> None:
     assert (sampling.steps, sampling.guidance, sampling.image_guidance) == (2, 1.0, 1.0)
 
 
+def test_a_resume_that_saves_again_at_once_keeps_the_rollouts(tmp_path: Path) -> None:
+    run(tmp_path / "whole", "flow-grpo")
+    for _ in range(2):  # the second run takes no step, and saves
+        again = trainer(tmp_path / "cut", described("flow-grpo"))
+        if saved_states(again.states):
+            again.resume(saved_states(again.states)[-1])
+        again.run(stop_after=1)
+    again = trainer(tmp_path / "cut", described("flow-grpo"))
+    again.resume(saved_states(again.states)[-1])
+    again.run()
+    whole, cut = (state_tensors(tmp_path / name, STEPS) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_in_bfloat16_the_first_update_has_a_ratio_of_one(tmp_path: Path) -> None:
+    for updates in (1, 2):
+        folder = tmp_path / str(updates)
+        run(folder, "flow-grpo", {"clip": 1e-7, "updates": updates}, precision="bfloat16", steps=2)
+        first, second = metrics(folder)
+        assert (first["ratio"], first["clipped"]) == (1.0, 0.0)
+        assert (second["ratio"] == 1.0) == (updates == 1)
+
+
 # --- distillation ---
 
 
@@ -259,16 +282,28 @@ def test_windows(tmp_path: Path) -> None:
     [
         ("nft", {"group": 1}, {}, "group: must be .* 2"),
         ("flow-grpo", {"window": 3}, {}, "window must be at most 2 of 3 steps"),
-        ("flow-grpo", {"sampler": {"guidance": 4.0}}, {}, "guided rollouts"),
+        (
+            "flow-grpo",
+            {"sampler": {"guidance": 4.0}},
+            {},
+            "must be 1, got 4.0",
+        ),
         ("flow-grpo", {"eta": 2.0}, {}, "eta of cps steps must be from 0 to 1"),
         ("flow-grpo", {"step_kind": "ode"}, {}, "needs random steps"),
-        ("trajectory", {"student": {"steps": 2, "guidance": 4.0}}, {}, "guidance must be 1"),
+        (
+            "trajectory",
+            {"student": {"steps": 2, "guidance": 4.0}},
+            {},
+            "student.guidance .* got 4.0",
+        ),
         ("trajectory", {"student": {}}, {}, "give the number of steps"),
         ("dmd2", {"min_tau": 0.99}, {}, "min_tau and max_tau"),
         ("mopd", {}, {}, "name a checkpoint for each capability"),
         ("mopd", {"teachers": {"edit": "x"}, "prompts": PROMPTS}, {}, "none for prompts of single"),
         ("nft", {}, {"freeze": ["gen"]}, "understanding stream must be frozen"),
         ("nft", {}, {"lora": {"rank": 2, "streams": ["und", "gen"]}}, "lora.streams"),
+        ("nft", {}, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout must be 0, got 0.1"),
+        ("nft", {"sampler": {"guidance": None}}, {}, "must be 1, got None"),
         ("nft", {}, {"data": [{"kind": "scenes"}]}, "give the stage data = "),
         ("nft", {"prompts": {"kind": "text"}}, {}, "need a path"),
         ("nft", {"rewards": [{"kind": "http"}]}, {}, "needs url"),

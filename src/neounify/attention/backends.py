@@ -213,12 +213,14 @@ class PrefixAttention:
     def _side_by_side(self, layer: int, x: Projected) -> Tensor:
         (images, _), longest = self._shape, self._longest
         keys, values = self._keys[layer], self._values[layer]
-        if x.k.requires_grad or x.v.requires_grad:
-            keys = keys.index_copy(0, self._images, x.k)
-            values = values.index_copy(0, self._images, x.v)
+        # Under autocast they may differ from the cached prefixes.
+        k, v = x.k.to(keys.dtype), x.v.to(values.dtype)
+        if k.requires_grad or v.requires_grad:
+            keys = keys.index_copy(0, self._images, k)
+            values = values.index_copy(0, self._images, v)
         else:
-            keys.index_copy_(0, self._images, x.k)
-            values.index_copy_(0, self._images, x.v)
+            keys.index_copy_(0, self._images, k)
+            values.index_copy_(0, self._images, v)
         k, v = (memory.unflatten(0, self._shape).transpose(1, 2) for memory in (keys, values))
         q = x.q
         if not self._same:

@@ -50,10 +50,20 @@ class SamplerConfig:
             return ImageSampling(
                 steps=self.steps,
                 guidance=self.edit_guidance if editing else self.guidance,
+                image_guidance=None if self.edit_guidance is None else 1.0,
                 shift=self.shift,
             )
         except RequestError as error:
             raise ValueError(str(error)) from error
+
+    def check_unguided(self, name: str) -> None:
+        """Raise ValueError unless nothing is guided, whatever the checkpoint has."""
+        if self.guidance != 1 or self.edit_guidance != 1:
+            raise ValueError(
+                f"{name}.guidance and {name}.edit_guidance must be 1, got {self.guidance} and "
+                f"{self.edit_guidance}: its samples and gradients are those of one branch, without "
+                "guidance"
+            )
 
 
 class ImagePostTrainConfig(MethodConfig):
@@ -70,6 +80,11 @@ class ImagePostTrainConfig(MethodConfig):
         if stage.lora is not None and tuple(stage.lora.streams) != ("gen",):
             raise ValueError(
                 f'lora.streams: {self.kind} trains the generation stream: streams = ["gen"]'
+            )
+        if stage.lora is not None and stage.lora.dropout:
+            raise ValueError(
+                f"lora.dropout must be 0, got {stage.lora.dropout}: {self.kind} compares what is "
+                "trained with what was sampled, which has no dropout"
             )
         if stage.lora is None and not {"und", "shared"} <= set(stage.freeze):
             raise ValueError(

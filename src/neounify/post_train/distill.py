@@ -125,11 +125,7 @@ class TrajectoryConfig(DistillConfig):
     def __post_init__(self) -> None:
         if self.student.steps is None:
             raise ValueError("student.steps: give the number of steps the student shall need")
-        if (self.student.guidance or 0) > 1 or (self.student.edit_guidance or 0) > 1:
-            raise ValueError(
-                "student.guidance must be 1: a student is sampled without guidance, its teacher's "
-                "guidance is what it learns"
-            )
+        self.student.check_unguided("student")
         if self.teacher.steps is not None or self.teacher.shift is not None:
             raise ValueError(
                 "teacher.steps and teacher.shift follow from the student's times and teacher_steps"

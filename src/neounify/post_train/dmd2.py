@@ -35,6 +35,7 @@ from neounify.post_train.distill import (
 from neounify.post_train.dpo import prediction_error
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rollout import STEP, noise_generator
 from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
 from neounify.train.optim import OptimizerConfig, OptimizerSet
 
@@ -150,8 +151,9 @@ class Dmd2Config(DistillConfig):
     def __post_init__(self) -> None:
         if self.student.steps is None:
             raise ValueError("student.steps: give the number of steps the student shall need")
-        if (self.student.guidance or 0) > 1 or (self.student.edit_guidance or 0) > 1:
-            raise ValueError("student.guidance must be 1: a student is sampled without guidance")
+        self.student.check_unguided("student")
+        if self.teacher.steps is not None or self.teacher.shift is not None:
+            raise ValueError("teacher.steps and teacher.shift have no meaning here: leave them out")
         if not self.min_tau < self.max_tau < 1:
             raise ValueError(f"min_tau and max_tau must be 0 < {self.min_tau} < {self.max_tau} < 1")
         if self.sub_intervals and self.decoupled:
@@ -186,6 +188,8 @@ class Dmd2(Distill):
         super().__init__(config, context)
         self.teacher = Teacher(config.teacher_checkpoint, self.model)
         self.fake = TwinState("fake", self.model, trained=True)
+        assert config.student.steps is not None
+        self.student_steps = config.student.steps
 
     def is_students_turn(self, stage_step: int) -> bool:
         return stage_step % (self.config.fake_steps + 1) == 0
@@ -231,13 +235,18 @@ class Dmd2(Distill):
         content: DmdContent = batch.content
         students = self.is_students_turn(step.stage_step)
         generator = torch.Generator().manual_seed(step.batch_seed())
+        # One k for the whole step.
+        drawn = noise_generator(self.config.seed, step.number, STEP, 0)
+        k = int(torch.randint(self.student_steps, (), generator=drawn))
         losses = []
         for place, cases in content.groups:
-            turn = _Turn(self, cases, step, place, generator)
-            losses.append((turn.student_loss() if students else turn.fake_loss()).sum())
-        total = torch.stack(losses).sum() / content.step_images
-        self.metrics.add("loss" if students else "loss/fake", float(total.detach()))
-        return total
+            turn = _Turn(self, cases, step, place, k, generator)
+            loss = turn.student_loss() if students else turn.fake_loss()
+            name = "loss" if students else "loss/fake"
+            for key in (name, f"{name}/step{k}"):
+                self.metrics.add(key, float(loss.detach().mean()), len(loss))
+            losses.append(loss.sum())
+        return torch.stack(losses).sum() / content.step_images
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken and self.config.ida and self.is_students_turn(step.stage_step):
@@ -260,6 +269,7 @@ class _Turn:
         cases: Sequence[PromptCase],
         step: TrainStep,
         place: int,
+        k: int,
         generator: torch.Generator,
     ) -> None:
         self.method, self.config, self.generator = method, method.config, generator
@@ -270,8 +280,7 @@ class _Turn:
         conditions = [p["cond"] for p in self.prefixes]
         self.images = NoisyImages(method.model, self.grid, conditions)
         self.z = method.noise(step.number, place + 100 * step.index, len(cases), self.grid)
-        steps = len(self.times) - 1
-        self.k = int(torch.randint(steps, (), generator=generator))
+        self.k = k
 
     def generated(self) -> tuple[Tensor, float]:
         """The student's image behind k steps without gradient, and the t it belongs to.

@@ -71,6 +71,7 @@ class DpoConfig(RolloutConfig):
     max_t: AboveZero = 0.98
 
     def __post_init__(self) -> None:
+        self.sampler.check_unguided("sampler")
         if not self.min_t < self.max_t < 1:
             raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
 
@@ -102,16 +103,15 @@ class Dpo(RolloutMethod):
         return units
 
     def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
-        """Half of a pair's loss for each of its images."""
+        """A pair's loss for each of its images, whose mean is that of the pairs."""
         rollout, chosen = share.rollout, share.images
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
         images = NoisyImages(self.model, rollout.grid, prefixes)
         image = rollout.final[chosen]
         pairs = len(chosen) // 2
-        generator = torch.Generator().manual_seed(step.batch_seed())
-        u = torch.rand(pairs, generator=generator).to(image.device)
+        u = torch.rand(pairs, generator=self.generator).to(image.device)
         t = (self.config.min_t + (self.config.max_t - self.config.min_t) * u).repeat_interleave(2)
-        noise = torch.randn((pairs, *image.shape[1:]), generator=generator).to(image.device)
+        noise = torch.randn((pairs, *image.shape[1:]), generator=self.generator).to(image.device)
         z = noisy(image, noise.repeat_interleave(2, 0), t.view(-1, 1, 1), images.sigma)
         errors = prediction_error(images.clean(self.model, z, t), image, t)
         with torch.no_grad():
@@ -121,7 +121,7 @@ class Dpo(RolloutMethod):
         )
         self.metrics.add("ordered", float(ordered.float().mean()), pairs)
         self.metrics.add("loss", float(loss.detach().mean()), pairs)
-        return (loss / 2).repeat_interleave(2)
+        return loss.repeat_interleave(2)
 
     def state(self) -> MethodState:
         state = super().state()

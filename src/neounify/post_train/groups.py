@@ -124,6 +124,7 @@ class RolloutMethod(PromptMethod):
         self._sampled: dict[str, float] = {}
         self._iteration: Iteration | None = None
         self._updates_done = config.updates
+        self.generator = torch.Generator()
 
     # --- what a method adds ---
 
@@ -199,6 +200,7 @@ class RolloutMethod(PromptMethod):
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """The mean of the step's images, this micro-batch's share of it."""
         content: MicroContent = batch.content
+        self.generator = torch.Generator().manual_seed(step.batch_seed())
         losses = [self.share_loss(share, step).sum() for share in content.shares]
         if not losses:
             return torch.zeros((), device=self.model.device)
@@ -242,6 +244,7 @@ class RolloutMethod(PromptMethod):
             ) from error
         if (number := state.facts.get("iteration")) is not None:
             self._iteration = self._saved_iteration(number, state.tensors)
+            self._updates_done = 0
 
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
         return self.watch.warnings(report)

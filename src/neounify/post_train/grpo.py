@@ -127,11 +127,7 @@ class FlowGrpoConfig(RolloutConfig):
                 f"window must be at most {steps - 1} of {steps} steps (the last is never random), "
                 f"got {self.window}"
             )
-        if (self.sampler.guidance or 0) > 1 or (self.sampler.edit_guidance or 0) > 1:
-            raise ValueError(
-                "sampler.guidance: guided rollouts need the gradient of all branches, which this "
-                "method does not compute; give guidance = 1 and edit_guidance = 1"
-            )
+        self.sampler.check_unguided("sampler")
 
     def build(self, context: StageContext) -> FlowGrpo:
         return FlowGrpo(self, context)
@@ -183,9 +179,13 @@ class FlowGrpo(RolloutMethod):
         noisy = NoisyImages(self.model, rollout.grid, prefixes)
         total = torch.zeros(len(chosen), device=self.model.device)
         for k, taken in rollout.random.items():
-            z, old, noise = taken.z[chosen], taken.clean[chosen], taken.noise[chosen]
+            z, noise = taken.z[chosen], taken.noise[chosen]
             t = torch.full((len(chosen),), rollout.times[k], device=self.model.device)
             clean = noisy.clean(self.model, z, t)
+            if step.batches[step.index].content.update == 0:
+                # The same values, in the precision and the batches of the update.
+                taken.clean[chosen] = clean.detach()
+            old = taken.clean[chosen]
             terms = policy_terms(
                 rollout.steps[k],
                 clean,

@@ -75,6 +75,7 @@ class NftConfig(RolloutConfig):
     max_t: AboveZero = 0.98
 
     def __post_init__(self) -> None:
+        self.sampler.check_unguided("sampler")
         if not self.min_t < self.max_t < 1:
             raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
 
@@ -101,10 +102,9 @@ class Nft(RolloutMethod):
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
         images = NoisyImages(self.model, rollout.grid, prefixes)
         image = rollout.final[chosen]
-        generator = torch.Generator().manual_seed(step.batch_seed())
-        u = torch.rand(len(chosen), generator=generator).to(image.device)
+        u = torch.rand(len(chosen), generator=self.generator).to(image.device)
         t = config.min_t + (config.max_t - config.min_t) * u
-        noise = torch.randn(image.shape, generator=generator).to(image.device)
+        noise = torch.randn(image.shape, generator=self.generator).to(image.device)
         z = noised(image, noise, t.view(-1, 1, 1), images.sigma)
         clean = images.clean(self.model, z, t)
         with torch.no_grad():
