@@ -21,6 +21,7 @@ from neounify.flow.guidance import Guidance
 from neounify.flow.sampling import Euler
 from neounify.model import Image, NeoUnify, Text
 from neounify.model.layout import Grid
+from neounify.model.parts import UND
 
 PREFIXES = (64, 13)
 """Tokens of the conditional and the unconditional prefix of an image."""
@@ -98,7 +99,7 @@ def _denoise(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
 
 def _decode(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
     bytes_read = model.lm_head.weight.element_size() * (
-        counting.und_weights(model) + model.lm_head.weight.numel()
+        counting.layer_weights(model, UND) + model.lm_head.weight.numel()
     )
     single = _tokens_per_second(model, 1)
     share = single * bytes_read / machine.read_bytes

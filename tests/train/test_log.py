@@ -18,6 +18,7 @@ from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import Pack, make_pack
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
+from neounify.model.parts import GEN, UND
 from neounify.model.stream import SparseMlp
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
@@ -30,10 +31,9 @@ from neounify.train.speed import (
     Meter,
     StepOperations,
     attention,
-    gen_pairs,
     matmul_rate,
+    pairs,
     peak_memory,
-    und_pairs,
     weights,
 )
 
@@ -91,16 +91,18 @@ def test_operations_are_those_torch_counts(head: str, frozen: tuple[str, ...]) -
         generator = torch.Generator().manual_seed(0)
         loss_of(model, pack, LossConfig(), Counts.of([pack]), generator).backward()
     count = StepOperations(model)
-    und, gen = (attention(model.config, p(pack.layout)) for p in (und_pairs, gen_pairs))
-    attended = und * (1 + 2 * count.und.flows) + gen * (1 + 2 * count.gen.flows)
+    attended = sum(
+        attention(model.config, pairs(pack.layout, s)) * (1 + 2 * part.flows)
+        for s, part in count.layers.items()
+    )
     assert count.of(pack) - attended == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
 def test_pairs_are_those_that_see_each_other() -> None:
     layout = Layout([Document((Text(5), Image(2, 2), Text(3), Noise(2, 2))), Document((Text(2),))])
     text = sum(range(1, 6)) + sum(range(10, 13)) + sum(range(1, 3))
-    assert und_pairs(layout) == text + 4 * (5 + 4)
-    assert gen_pairs(layout) == 4 * (12 + 4)
+    assert pairs(layout, UND) == text + 4 * (5 + 4)
+    assert pairs(layout, GEN) == 4 * (12 + 4)
 
 
 def test_a_sparse_token_passes_its_experts_only() -> None:

@@ -26,7 +26,7 @@ from neounify.engine.sequences import ContiguousRoom
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify
-from neounify.model.parts import StreamName
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.program import (
     Compute,
@@ -102,10 +102,10 @@ class Driver:
 
     def _step(self, resident: _ResidentStream) -> None:
         if self._understanding.busy:
-            resident.use("und")
+            resident.use(UND)
             self._understanding.step()
         elif self._generation.busy:
-            resident.use("gen")
+            resident.use(GEN)
             self._generation.step()
         else:
             raise RuntimeError("programs wait for answers, and both engines are idle")

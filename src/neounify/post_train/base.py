@@ -14,6 +14,7 @@ from neounify.config.ranges import STRICT, Count
 from neounify.errors import CheckpointError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import GEN, UND
 from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.tasks.program import Processor
@@ -77,7 +78,7 @@ class ImagePostTrainConfig(MethodConfig):
             raise ValueError(
                 f"data: {self.kind} draws from method.prompts; give the stage data = []"
             )
-        if stage.lora is not None and tuple(stage.lora.streams) != ("gen",):
+        if stage.lora is not None and tuple(stage.lora.streams) != (GEN,):
             raise ValueError(
                 f'lora.streams: {self.kind} trains the generation stream: streams = ["gen"]'
             )
@@ -86,7 +87,7 @@ class ImagePostTrainConfig(MethodConfig):
                 f"lora.dropout must be 0, got {stage.lora.dropout}: {self.kind} compares what is "
                 "trained with what was sampled, which has no dropout"
             )
-        if stage.lora is None and not {"und", "shared"} <= set(stage.freeze):
+        if stage.lora is None and not {UND, "shared"} <= set(stage.freeze):
             raise ValueError(
                 f"freeze: {self.kind} keeps the keys and values of prompts, so the understanding "
                 'stream must be frozen: freeze = ["und", "shared"]'

@@ -12,7 +12,7 @@ import torch
 from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
 from neounify.engine.messages import LocalTransport
-from neounify.model.parts import StreamName
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.pipeline import load_processor
 from neounify.runtime.plan import plan_execution
@@ -90,8 +90,8 @@ def _separate(config: ServeConfig) -> EngineService:
     _check_shared_memory(processor, config)
     space = SharedSpace()
     clients = EngineClients(
-        EngineClient("understanding", _process("und", config, dtype, space)),
-        EngineClient("generation", _process("gen", config, dtype, space)),
+        EngineClient("understanding", _process(UND, config, dtype, space)),
+        EngineClient("generation", _process(GEN, config, dtype, space)),
         SharedTransport(f"{space.prefix}front_"),
         space,
     )
@@ -126,7 +126,7 @@ def _check_shared_memory(processor: Processor, config: ServeConfig) -> None:
 def _process(
     role: StreamName, config: ServeConfig, dtype: DtypeChoice, space: SharedSpace
 ) -> EngineProcess:
-    generates = role == "gen"
+    generates = role == GEN
     return EngineProcess(
         ProcessConfig(
             role=role,

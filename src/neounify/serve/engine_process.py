@@ -21,7 +21,7 @@ from neounify.checkpoint import Dtype
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, EngineReport, Reply, failed
 from neounify.engine.understanding import UnderstandingEngine
-from neounify.model.parts import StreamName
+from neounify.model.parts import UND, StreamName
 from neounify.pipeline import load
 from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.engines import (
@@ -284,7 +284,7 @@ def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> N
     transport = SharedTransport(config.pieces)
     und = gen = None
     with pipe.residency.use(config.role):
-        if config.role == "und":
+        if config.role == UND:
             pipe.processor.vocabulary.prepare_soon()  # grammars in commands refer to it
             und = UnderstandingEngine(pipe.model, config.engines.understanding, transport)
         else:

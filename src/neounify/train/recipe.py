@@ -46,7 +46,7 @@ from neounify.data.sources import DataConfig, read_data
 from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
-from neounify.model.parts import LABELS
+from neounify.model.parts import LABELS, STREAMS
 from neounify.text import IMAGE_MARK
 from neounify.text.tokenizer import BYTE_VOCAB_SIZE
 from neounify.train.method import DEFAULT_METHOD, MethodConfig, read_method
@@ -159,7 +159,7 @@ class StageRecipe:
                 "leave freeze out, and choose the layers by lora.streams, lora.modules and "
                 "lora.layers"
             )
-        if {"und", "gen", "shared"} <= set(self.freeze):
+        if {*STREAMS, "shared"} <= set(self.freeze):
             raise ValueError(f"freeze: {list(self.freeze)} leaves nothing to train")
         self.method.check_stage(self)
 

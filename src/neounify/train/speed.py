@@ -23,8 +23,9 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.loader import Pack
-from neounify.model.layout import Block, Layout
+from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
+from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
 
 if TYPE_CHECKING:
@@ -51,14 +52,9 @@ def weights(module: nn.Module) -> int:
     return direct + sum(weights(child) for child in module.children())
 
 
-def und_weights(model: NeoUnify) -> int:
-    """Weights every understanding token passes, without embedding and logits."""
-    return sum(weights(layer.get_submodule("und")) for layer in model.layers)
-
-
-def gen_weights(model: NeoUnify) -> int:
-    """Weights every noisy token passes, without embedding and head."""
-    return sum(weights(layer.get_submodule("gen")) for layer in model.layers)
+def layer_weights(model: NeoUnify, stream: StreamName) -> int:
+    """Weights every token of a stream passes, without embedding, logits and image head."""
+    return sum(weights(layer.get_submodule(stream)) for layer in model.layers)
 
 
 def attention(config: ModelConfig, pairs: int) -> int:
@@ -66,19 +62,18 @@ def attention(config: ModelConfig, pairs: int) -> int:
     return 4 * pairs * config.num_heads * config.head_dim * config.num_layers
 
 
-def und_pairs(layout: Layout) -> int:
-    """(query, key) pairs of the understanding stream: in text, no key behind the query counts."""
-    return sum(_pairs(block) for block in layout["und"].blocks)
+def pairs(layout: Layout, stream: StreamName) -> int:
+    """(query, key) pairs of a stream: in text, no key behind the query counts.
 
-
-def gen_pairs(layout: Layout) -> int:
-    """(query, key) pairs of the noisy tokens: the prefix they see, and their own image."""
-    return sum(block.length * (block.visible + block.length) for block in layout["gen"].blocks)
-
-
-def _pairs(block: Block) -> int:
-    behind = block.length * (block.length - 1) // 2 if block.causal else 0
-    return block.length * block.visible - behind
+    Noisy tokens see their prefix and their own image.
+    """
+    context = STREAMS[stream].context
+    total = 0
+    for block in layout[stream].blocks:
+        total += block.length * (block.visible if context else block.visible + block.length)
+        if block.causal:
+            total -= block.length * (block.length - 1) // 2
+    return total
 
 
 @dataclass(frozen=True)
@@ -99,29 +94,31 @@ class StepOperations:
 
     def __init__(self, model: NeoUnify) -> None:
         self.config = model.config
-        und_layers = [layer.get_submodule("und") for layer in model.layers]
-        gen_layers = [layer.get_submodule("gen") for layer in model.layers]
-        in_und = _share([*und_layers, model.und_patch, model.embed_tokens]) > 0
-        in_gen = in_und or _share([*gen_layers, model.gen_patch]) > 0
+        layers = {s: [layer.get_submodule(s) for layer in model.layers] for s in STREAMS}
+        patches = {UND: model.und_patch, GEN: model.gen_patch}
+        in_und = _share([*layers[UND], patches[UND], model.embed_tokens]) > 0
+        in_gen = in_und or _share([*layers[GEN], patches[GEN]]) > 0
+        flows = {UND: in_und, GEN: in_gen}
         logits = model.embed_tokens if self.config.tie_embeddings else model.lm_head
-        self.und = _Part(und_weights(model), _share(und_layers), in_und)
-        self.gen = _Part(gen_weights(model), _share(gen_layers), in_gen)
+        self.layers = {
+            s: _Part(layer_weights(model, s), _share(modules), flows[s])
+            for s, modules in layers.items()
+        }
+        self.patches = {s: _part(patch, flows=False) for s, patch in patches.items()}
         self.logits = _part(logits, in_und)
         self.head = _part(model.image_head, in_gen)
-        self.und_patch = _part(model.und_patch, flows=False)
-        self.gen_patch = _part(model.gen_patch, flows=False)
 
     def of(self, pack: Pack) -> float:
         layout = pack.layout
-        und, gen = layout["und"].length, layout["gen"].length
-        return (
-            self.und.operations(und, attention(self.config, und_pairs(layout)))
-            + self.gen.operations(gen, attention(self.config, gen_pairs(layout)))
-            + self.logits.operations(len(pack.label_ids))
-            + self.head.operations(gen)
-            + self.und_patch.operations(und - layout.text_length)
-            + self.gen_patch.operations(gen)
+        gen = layout[GEN].length
+        image_rows = {UND: layout[UND].length - layout.text_length, GEN: gen}
+        layers = sum(
+            part.operations(layout[s].length, attention(self.config, pairs(layout, s)))
+            for s, part in self.layers.items()
         )
+        patches = sum(part.operations(image_rows[s]) for s, part in self.patches.items())
+        heads = self.logits.operations(len(pack.label_ids)) + self.head.operations(gen)
+        return layers + patches + heads
 
 
 def _part(module: nn.Module, flows: bool) -> _Part:
