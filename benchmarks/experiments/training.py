@@ -20,7 +20,7 @@ from neounify.data.sample import DataError
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import recipe_from_table
-from neounify.train.setup import build_mixture, build_setup
+from neounify.train.setup import StageSources, build_setup
 from neounify.train.state import saved_states
 from neounify.train.supervised import SupervisedConfig, build_encoder
 
@@ -192,7 +192,7 @@ def _tokens_per_pack(table: Mapping[str, Any], per_step: int) -> int:
     stage = recipe.stages[0]
     assert isinstance(stage.method, SupervisedConfig)
     encode = build_encoder(setup, stage.method)
-    source = build_mixture(stage.data, recipe.seed)
+    source = StageSources(recipe).of(stage)
     lengths = [
         encode(source[index], np.random.default_rng((recipe.seed, 0, index))).length
         for index in range(MEASURED)

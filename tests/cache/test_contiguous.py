@@ -105,23 +105,6 @@ def test_a_read_reaches_into_what_was_just_written() -> None:
     assert torch.equal(k, tokens.transpose(0, 1) * 2)
 
 
-@pytest.mark.parametrize("extra", [0, 5])
-def test_a_fork_is_independent(extra: int) -> None:
-    cache, tokens = _cache(20), _tokens(6)
-    _append(cache, tokens)
-    fork = cache.fork(extra)
-    assert (fork.length, fork.next_t) == (6, 6)
-    assert fork.capacity == 6 + extra
-    _check(fork, tokens)
-    left, right = _tokens(3, 1), _tokens(4, 2)
-    _append(cache, left)
-    _append(fork, right)
-    _check(cache, torch.cat([tokens, left]))
-    _check(fork, torch.cat([tokens, right]))
-    fork.keys.zero_()
-    _check(cache, torch.cat([tokens, left]))
-
-
 def test_images_take_one_step_and_noise_none() -> None:
     cache = _cache(20)
     cache.advance(cache.document(Text(2), Noise(3, 3), Image(3, 3), Text(1)))

@@ -20,8 +20,8 @@ from neounify.scenes.world import SceneDataset, scene_config
 from neounify.scenes.world.samples import SceneData
 from neounify.text import byte_tokenizer
 from neounify.train.progress import Tally
-from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
+from support.samples import build_mixture
 
 ENCODER = Encoder(config=SCENES, tokenizer=byte_tokenizer())
 

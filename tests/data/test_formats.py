@@ -14,8 +14,8 @@ import pytest
 from neounify.data.sample import DataError
 from neounify.data.shards import ShardSource
 from neounify.data.sources import JsonlData, JsonlSource, read_data
-from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
+from support.samples import build_mixture
 
 ONE = text_record("q")
 LINE = json.dumps(ONE) + "\n"

@@ -22,8 +22,8 @@ from neounify.data.shards import ShardData, ShardSource
 from neounify.data.sources import JsonlSource, Mixture
 from neounify.text import byte_tokenizer
 from neounify.train.log import Log
-from neounify.train.setup import build_mixture
 from support.own_data import paint_record, png, text_record, write_lines, write_tar
+from support.samples import build_mixture
 
 BAD_NAME = b"caf\xe9.png".decode("utf-8", "surrogateescape")
 """A name in Latin-1, as Python gives it back."""

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from neounify.data.sources import SampleSource, read_data
-from neounify.train.setup import build_mixture
 from support.colour_profiles import DISPLAY_P3, rgb_profile
+from support.samples import build_mixture
 
 RECORD = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}]}
 COLOUR = (200, 100, 50)

@@ -214,16 +214,3 @@ def test_a_generated_image_replaces_its_noise() -> None:
     assert torch.equal(noise["gen"].positions, clean["und"].positions)
     forward_und(model, [image])
     assert cache.document(Noise(1, 1)).start_t == 4
-
-
-def test_a_fork_goes_its_own_way() -> None:
-    config, model, maker = _setup(7)
-    start, left, right = maker.text(4), maker.text(3), maker.text(5)
-    cache = _cache(config)
-    forward_und(model, [_input_of(cache, [start], config)])
-    fork = cache.fork()
-    after_left = forward_und(model, [_input_of(cache, [left], config)])
-    after_right = forward_und(model, [_input_of(fork, [right], config)])
-    for end, hidden in ((left, after_left), (right, after_right)):
-        wanted = forward_und(model, [_input_of(_cache(config), [start, end], config)])
-        assert_close(hidden, wanted, 1e-6)

@@ -1,17 +1,23 @@
-"""Samples on disk: records with their images, and shards."""
+"""Samples on disk: records with their images, and shards; mixtures of them."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from neounify.data.sample import Sample, sample_to_record
+from neounify.data.sources import DataConfig, Mixture
+
+
+def build_mixture(data: Sequence[DataConfig], seed: int) -> Mixture:
+    """The mixture of a stage's sources, which never ends. Raises DataError."""
+    return Mixture([(item.build(), item.weight) for item in data], seed)
 
 
 def write_sample(sample: Sample, folder: Path, stem: str) -> dict[str, Any]:

@@ -120,13 +120,6 @@ class SequenceCache:
         self.length += document.und_length()
         self.next_t = document.end_t
 
-    def fork(self, extra: int = 0) -> SequenceCache:
-        """An independent copy with room for `extra` more tokens: one prefix, two endings."""
-        keys, values = (self._grown(x, self.length + extra) for x in (self.keys, self.values))
-        copy = SequenceCache.holding(keys, values, self.next_t)
-        copy.length = self.length
-        return copy
-
 
 class CacheBatch:
     """One memory of several caches, [layers, rows, kv_heads, capacity, d].

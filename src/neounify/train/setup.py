@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,11 +71,6 @@ def _saved(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     tokenizer = make()
     _save_tokenizer(tokenizer, saved)
     return tokenizer
-
-
-def build_mixture(data: Sequence[DataConfig], seed: int) -> Mixture:
-    """The mixture of a stage's sources, which never ends. Raises DataError."""
-    return Mixture([(item.build(), item.weight) for item in data], seed)
 
 
 class StageSources:
