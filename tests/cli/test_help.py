@@ -29,6 +29,7 @@ COMMANDS = (
     "inspect",
     "convert",
     "train",
+    "report",
     "doctor",
     "eval",
     "toy",

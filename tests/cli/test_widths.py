@@ -93,6 +93,7 @@ NAME = "[red]x[/]"
         ("serve", "--hook", NAME),
         ("serve", "--word-list", NAME),
         ("train", NAME),
+        ("report", NAME),
         ("doctor", NAME),
     ],
     ids=lambda arguments: " ".join(arguments),

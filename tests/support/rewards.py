@@ -64,3 +64,10 @@ def reads_open(images: Sequence[Pixels]) -> list[str]:
 def alike(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
     """One reward for everything."""
     return [{"a": 0.5} for _ in images]
+
+
+def some_fail(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """An error for one image at a time, by its content, and for any batch."""
+    if len(images) > 1 or images[0].sum() % 3 == 0:
+        raise RuntimeError("no light")
+    return [{"light": float(images[0].mean()) / 255}]

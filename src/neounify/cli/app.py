@@ -19,6 +19,7 @@ COMMANDS = {
     "provenance": "provenance",
     "convert": "convert",
     "train": "train",
+    "report": "report",
     "doctor": "doctor",
     "toy": "toy",
     "eval": "evaluate",

@@ -17,6 +17,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND
 from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
+from neounify.post_train.report import update_report
 from neounify.tasks.program import Processor
 from neounify.train.method import (
     Method,
@@ -131,6 +132,9 @@ class PromptMethod(Method):
 
     def report(self) -> dict[str, float]:
         return self.metrics.take()
+
+    def end_stage(self) -> None:
+        update_report(self.context)
 
 
 class Means:

@@ -27,6 +27,7 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.advantage import Scope, group_advantages, informative
 from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, SamplerConfig
 from neounify.post_train.prompts import PromptCase, PromptConfig
+from neounify.post_train.report import list_failures, update_report
 from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
 from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
 from neounify.post_train.watch import BY, RewardWatch, state_before
@@ -326,6 +327,7 @@ class RolloutMethod(PromptMethod):
         pixels = [rollout.pixels(token_size) for rollout in rollouts]
         cases = [case for r in rollouts for case in r.cases for _ in range(r.group)]
         rewarded = self.rewards([image for images in pixels for image in images], cases)
+        list_failures(self.context.folder, number, rewarded.failures)
         total = torch.from_numpy(rewarded.total).float()
         advantages = group_advantages(total.view(-1, self.config.group), self.config.advantage)
         counts = [len(rollout.cases) for rollout in rollouts]
@@ -336,6 +338,7 @@ class RolloutMethod(PromptMethod):
         if every and number % every == 0:
             for index, images in enumerate(pixels):
                 self._save_sheet(iteration, index, images)
+            update_report(self.context)
         return iteration
 
     def _save_sheet(self, iteration: Iteration, index: int, images: Sequence[Pixels]) -> None:

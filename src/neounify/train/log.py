@@ -31,9 +31,9 @@ MAX_SHOWN = 10
 
 
 class Log:
-    """Writes log.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
+    """Writes log.jsonl, warnings.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
 
-    A resume at some step drops later lines of log.jsonl, so that each step is there once.
+    A resume at some step drops later lines of the first two, so that each step is there once.
     """
 
     def __init__(self, folder: Path, console: Console | None = None, *, tensorboard: bool = True):
@@ -41,6 +41,7 @@ class Log:
         self.folder = folder
         self.console = console or Console()
         self.file = folder / "log.jsonl"
+        self.warnings_file = folder / "warnings.jsonl"
         self.nonfinite_file = folder / "nonfinite.jsonl"
         self._board = _board(folder) if tensorboard else None
         self._bar: Bar | None = None
@@ -51,14 +52,9 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`."""
-        if not self.file.is_file():
-            return
-        lines = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
-        write_bytes(self.file, "".join(line + "\n" for line in lines).encode())
+        for file in (self.file, self.warnings_file):
+            if file.is_file():
+                _rewind(file, step)
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -167,6 +163,11 @@ class Log:
             self._print(f"further damaged samples are counted, and listed in {self.skipped_file}")
         self._shown = min(MAX_SHOWN, self._shown + len(new))
 
+    def warning(self, progress: Progress, message: str) -> None:
+        """Print what a method warns of, and keep it in warnings.jsonl."""
+        _append(self.warnings_file, {"step": progress.step, "message": message})
+        self.warn(message)
+
     def warn(self, message: str) -> None:
         """Print something that the user should act on."""
         self._print(message, "bold yellow")
@@ -181,8 +182,7 @@ class Log:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def nonfinite(self, progress: Progress, samples: Sequence[str]) -> None:
-        with self.nonfinite_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": progress.step, "samples": list(samples)}) + "\n")
+        _append(self.nonfinite_file, {"step": progress.step, "samples": list(samples)})
         self.console.print(
             f"[yellow]step {progress.step:,}: loss or gradient not finite, step skipped[/]"
         )
@@ -193,12 +193,26 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **finite}, allow_nan=False) + "\n")
+        _append(self.file, {"kind": kind, **finite})
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, record["step"])
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def _rewind(file: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and those cut short."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_bytes(file, "".join(line + "\n" for line in kept).encode())
 
 
 def _lines(file: Path) -> set[str]:

@@ -213,7 +213,7 @@ class Trainer:
         skipped = running.tally.by_source()
         self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline)
         for warning in method.warnings(p.stage_step, means):
-            self.log.warn(warning)
+            self.log.warning(p, warning)
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
@@ -257,6 +257,7 @@ class Trainer:
             self._has_adapters = False
         self.model.config = stage.method.checkpoint_config(self.model.config)
         self.export(self.folder / "model")
+        running.method.end_stage()
 
     def _context(self, stage: StageRecipe) -> StageContext:
         return StageContext(

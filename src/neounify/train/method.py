@@ -120,8 +120,8 @@ class StageContext:
     no gradient. On a resume it holds the saved weights already: what a method copied from the
     model at the start of the stage (a teacher, a reference) must be in its state. A method may
     write files of its own into `folder`, the run's folder, under names that the loop does not use
-    (states, model, adapter, samples, tokenizer, tensorboard, log.jsonl, skipped.txt,
-    nonfinite.jsonl).
+    (states, model, adapter, samples, tokenizer, tensorboard, log.jsonl, warnings.jsonl,
+    skipped.txt, nonfinite.jsonl).
     """
 
     recipe: Recipe
@@ -192,6 +192,10 @@ class Method(Protocol):
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
         """Warnings after a report: what is wrong, and which setting to change."""
         return ()
+
+    def end_stage(self) -> None:
+        """Called after the stage's checkpoint is exported, to close or write files of its own."""
+        return
 
     def state(self) -> MethodState:
         """State for a resume, beside model, EMA, optimizers and position."""
