@@ -1,13 +1,21 @@
-"""Answer text from tokens: stop strings cut off, thoughts and tool calls separated."""
+"""Answer text from decoded tokens: stop strings cut off, thoughts and tool calls separated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from neounify.decode.sampler import LogProbs
-from neounify.engine.messages import DecodedToken
+from neounify.engine.messages import Decoded, DecodedToken
 from neounify.errors import RequestError
-from neounify.tasks.program import Processor, TextPiece, TokenLogProb, ToolCallPiece
+from neounify.tasks.program import (
+    NEXT,
+    Processor,
+    Program,
+    TextPiece,
+    TokenLogProb,
+    ToolCallPiece,
+    Usage,
+)
 from neounify.text.tokenizer import TextStream
 from neounify.text.tokens import THINK_CLOSE, THINK_OPEN
 from neounify.text.tools import ToolCall, ToolCallReader
@@ -172,3 +180,22 @@ class AnswerEvents:
 
     def _fresh(self) -> AnswerText | TextStream:
         return AnswerText(self._processor.tokenizer.stream()) if self.thinking else self._answer()
+
+
+def decode_text(
+    answer: DecodedToken | Decoded, text: AnswerEvents, usage: Usage
+) -> Program[Decoded | None]:
+    """Events of a decoded text from its first `answer` on; how decoding ended.
+
+    None when a stop string of the text came first: the release of the sequence ends decoding.
+    """
+    while isinstance(answer, DecodedToken):
+        usage.completion += 1
+        usage.reasoning += text.thinking
+        yield answer
+        yield from text.put(answer)
+        if text.stopped:
+            break
+        answer = yield NEXT
+    yield from text.flush()
+    return answer if isinstance(answer, Decoded) else None

@@ -15,8 +15,6 @@ from neounify.config import TextSampling
 from neounify.config.sampling import TextKnobs, check_keywords
 from neounify.engine.messages import (
     Decode,
-    Decoded,
-    DecodedToken,
     Prefill,
     PromptInput,
     TextInput,
@@ -25,7 +23,7 @@ from neounify.engine.messages import (
 from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
 from neounify.image.io import ImageSource, read_image
-from neounify.tasks.answer import AnswerEvents, AnswerText, check_stop
+from neounify.tasks.answer import AnswerEvents, AnswerText, check_stop, decode_text
 from neounify.tasks.program import (
     NEXT,
     Compute,
@@ -40,6 +38,8 @@ from neounify.tasks.program import (
 )
 from neounify.text.template import (
     IMAGE_MARK,
+    NO_MESSAGES,
+    NO_PROMPT,
     Message,
     Prompt,
     chat_prompt,
@@ -50,6 +50,10 @@ from neounify.text.tokens import END_OF_TEXT, IM_END
 from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]
+CHAT_TOKENS = 512
+"""Tokens of an answer where a request sets no limit."""
+COMPLETION_TOKENS = 16
+"""The same of a completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class ChatRequest:
     images: Sequence[PIL.Image.Image] = ()
     system: str = ""
     think: bool = False
-    max_new_tokens: int = 512
+    max_new_tokens: int = CHAT_TOKENS
     stop: Sequence[str] = ()
     sampling: TextSampling = field(default_factory=TextSampling)
     tool_use: ToolUse = field(default_factory=ToolUse)
@@ -101,7 +105,7 @@ class CompletionRequest:
     """
 
     prompt: str | Sequence[int]
-    max_new_tokens: int = 16
+    max_new_tokens: int = COMPLETION_TOKENS
     stop: Sequence[str] = ()
     echo: bool = False
     sampling: TextSampling = field(default_factory=TextSampling)
@@ -150,7 +154,7 @@ def make_chat_request(
     prompt: Conversation,
     images: Sequence[PIL.Image.Image],
     *,
-    max_new_tokens: int = 512,
+    max_new_tokens: int = CHAT_TOKENS,
     stop: Sequence[str] = (),
     system: str = "",
     think: bool = False,
@@ -202,10 +206,10 @@ def read_conversation(
     """
     if isinstance(prompt, str):
         if not prompt.strip() and not images:
-            raise PromptError("a prompt is needed: the text is empty and there is no image")
+            raise PromptError(NO_PROMPT)
         prompt = [Message("user", prompt)]
     if not prompt:
-        raise PromptError("the list of messages is empty; at least one is needed")
+        raise PromptError(NO_MESSAGES)
     messages: list[Message] = []
     ordered: list[PIL.Image.Image] = []
     used = 0
@@ -457,16 +461,5 @@ def _answer(
     decode = Decode(call, name, sampling, stops, max_new_tokens)
     usage = Usage.of(prompt, (yield Prefill(call, {name: prompt}, {name: max_new_tokens}, decode)))
     yield PromptRead(usage.prompt)
-    reason: str | None = None
-    while isinstance(answer := (yield NEXT), DecodedToken):
-        usage.completion += 1
-        usage.reasoning += text.thinking
-        yield answer
-        yield from text.put(answer)
-        if text.stopped:
-            break
-    else:
-        assert isinstance(answer, Decoded)
-        reason = answer.finish_reason
-    yield from text.flush()
-    yield usage.finished(reason)
+    ended = yield from decode_text((yield NEXT), text, usage)
+    yield usage.finished(None if ended is None else ended.finish_reason)

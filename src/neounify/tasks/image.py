@@ -19,7 +19,6 @@ from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
     Append,
     Decode,
-    DecodedToken,
     GenerateImages,
     ImageInput,
     ImageReady,
@@ -37,7 +36,7 @@ from neounify.flow.path import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import TRAINING_BUCKETS, check_size, fit_size, patchify
 from neounify.model.layout import Grid
-from neounify.tasks.answer import AnswerEvents
+from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.program import (
     NEXT,
     Compute,
@@ -479,14 +478,9 @@ def _think(
     close = processor.token(THINK_CLOSE)
     stops = frozenset((close, processor.token(IM_END)))
     text = AnswerEvents(processor, processor.tokenizer.stream, thinking=True)
-    answer = yield Decode(new_number(), name, TextSampling(), stops, request.max_think_tokens)
-    while isinstance(answer, DecodedToken):
-        usage.completion += 1
-        usage.reasoning += 1
-        yield answer
-        yield from text.put(answer)
-        answer = yield NEXT
-    yield from text.flush()
+    first = yield Decode(new_number(), name, TextSampling(), stops, request.max_think_tokens)
+    answer = yield from decode_text(first, text, usage)
+    assert answer is not None  # a thought has no stop strings
     # As published: a thought cut off by its limit or by <|im_end|> is not closed.
     closing = (close,) if answer.stopped_by == close else ()
     ids = (*answer.pending, *closing, *after_think_ids(processor.tokenizer))

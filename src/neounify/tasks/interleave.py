@@ -13,14 +13,14 @@ from torch import Tensor
 
 from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
-from neounify.engine.messages import Append, Decode, DecodedToken, Release, TextInput, new_number
+from neounify.engine.messages import Append, Decode, Release, TextInput, new_number
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.path import initial_noise
 from neounify.flow.sampling import ResolvedSampling
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.layout import Grid
-from neounify.tasks.answer import AnswerEvents
+from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.image import (
     KeptPrefixes,
     branch_prefixes,
@@ -32,7 +32,7 @@ from neounify.tasks.image import (
     output_size,
     prefill_branches,
 )
-from neounify.tasks.program import NEXT, Compute, Processor, Program, Usage, pack_images
+from neounify.tasks.program import Compute, Processor, Program, pack_images
 from neounify.text.template import (
     Message,
     Prompt,
@@ -160,13 +160,17 @@ def interleave(
     )
     generator = torch.Generator().manual_seed(request.seed)
     opens = processor.token(IMAGE_OPEN)
+    stops = frozenset((processor.token(IM_END), opens))
     text = AnswerEvents(processor, processor.tokenizer.stream, thoughts=thoughts)
     try:
         for index in range(request.max_images + 1):
-            reason, stopped_by = yield from _decode_text(
-                processor, request, names["cond"], text, usage
+            first = yield Decode(
+                new_number(), names["cond"], request.text, stops, request.max_new_tokens
             )
-            if stopped_by != opens or index == request.max_images:
+            answer = yield from decode_text(first, text, usage)
+            assert answer is not None  # the text has no stop strings
+            reason = answer.finish_reason
+            if answer.stopped_by != opens or index == request.max_images:
                 break
             visible = [branch for branch in names if branch != "uncond"]
             yield Append(new_number(), {names[b]: (TextInput((opens,)),) for b in visible})
@@ -193,23 +197,3 @@ def interleave(
     except ContextFullError:
         reason = "length"
     yield usage.finished(reason)
-
-
-def _decode_text(
-    processor: Processor,
-    request: InterleaveRequest,
-    name: tuple[int, str],
-    text: AnswerEvents,
-    usage: Usage,
-) -> Program[tuple[str, int | None]]:
-    """Decode text up to the next image or the end; returns the finish reason and stop token."""
-    stops = frozenset((processor.token(IM_END), processor.token(IMAGE_OPEN)))
-    answer = yield Decode(new_number(), name, request.text, stops, request.max_new_tokens)
-    while isinstance(answer, DecodedToken):
-        usage.completion += 1
-        usage.reasoning += text.thinking
-        yield answer
-        yield from text.put(answer)
-        answer = yield NEXT
-    yield from text.flush()
-    return answer.finish_reason, answer.stopped_by

@@ -38,6 +38,9 @@ from neounify.text.tools import (
 IMAGE_MARK = "<image>"
 """Stands in a user's text where an image belongs."""
 
+NO_PROMPT = "a prompt is needed: the text is empty and there is no image"
+NO_MESSAGES = "the list of messages is empty; at least one is needed"
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 _NOT_TEXT = re.compile("[\\0\ud800-\udfff]")
@@ -239,7 +242,7 @@ def chat_prompt(
         PromptError: no messages, or a thought asked for behind the beginning of an answer.
     """
     if not messages:
-        raise PromptError("the list of messages is empty; at least one is needed")
+        raise PromptError(NO_MESSAGES)
     begun = continues_answer(messages)
     if begun and think:
         raise PromptError(
@@ -457,4 +460,4 @@ def _typed(marks: Sequence[str]) -> re.Pattern[str]:
 def _check_says_something(text: str) -> None:
     check_text(text, "the prompt")
     if not text.strip():
-        raise PromptError("a prompt is needed: the text is empty and there is no image")
+        raise PromptError(NO_PROMPT)

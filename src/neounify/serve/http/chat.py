@@ -30,7 +30,7 @@ from neounify.serve.http.serving import (
     off_loop,
     to_base64,
 )
-from neounify.tasks.chat import ChatRequest, read_conversation, read_request
+from neounify.tasks.chat import CHAT_TOKENS, ChatRequest, read_conversation, read_request
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.program import (
     Finished,
@@ -44,8 +44,6 @@ from neounify.tasks.program import (
 from neounify.text.template import IMAGE_MARK
 from neounify.text.tools import ToolCall, ToolUse
 
-DEFAULT_TOKENS = 512
-"""`max_tokens` where a body has none."""
 _HOLD_IMAGES = ("user", "assistant")
 router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
@@ -218,7 +216,7 @@ def _max_tokens(body: ChatBody, state: ServerState) -> int:
         return state.check_tokens(body.max_completion_tokens, "max_completion_tokens")
     if body.max_tokens is not None:
         return state.check_tokens(body.max_tokens, "max_tokens")
-    return min(DEFAULT_TOKENS, state.config.limits.tokens)
+    return min(CHAT_TOKENS, state.config.limits.tokens)
 
 
 # --- answers ---

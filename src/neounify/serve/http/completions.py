@@ -29,7 +29,7 @@ from neounify.serve.http.serving import (
     start_stream,
 )
 from neounify.serve.service import ServiceRequest
-from neounify.tasks.chat import ChatRequest, CompletionRequest
+from neounify.tasks.chat import COMPLETION_TOKENS, ChatRequest, CompletionRequest
 from neounify.tasks.program import (
     Finished,
     ImageFinished,
@@ -40,7 +40,6 @@ from neounify.tasks.program import (
     ToolCallPiece,
 )
 
-DEFAULT_TOKENS = 16
 ANSWERS_PER_N = 10
 """Maximum answers to a list of prompts, as a multiple of the maximum `n` of one prompt."""
 LEAST = -9999.0
@@ -309,7 +308,7 @@ class CompletionBody(TextFields):
         None, description="That many of the likeliest tokens beside each one."
     )
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
-        None, description=f"{DEFAULT_TOKENS} where nothing is said."
+        None, description=f"{COMPLETION_TOKENS} where nothing is said."
     )
 
     @property
@@ -380,7 +379,7 @@ async def _read(body: CompletionBody, state: ServerState) -> list[Sequence[Compl
             f"prompt: {answers} answers are over this server's {max_answers}", "prompt"
         )
     await state.check_prompt((p for p in prompts if isinstance(p, str)), ())
-    max_tokens = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     state.check_tokens(max_tokens, "max_tokens")
     sampling = body.sampling(seed=body.seed, logprobs=body.logprobs)
     return [
