@@ -117,8 +117,7 @@ def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:
     the adapters can be unfrozen afterwards. Raises ConfigError when a kind of module is not
     there, or the model has adapters already.
     """
-    if lora_layers(model):
-        raise ConfigError("lora: the model has adapters already; merge_lora(model) comes first")
+    check_plain(model)
     chosen = _choose(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
@@ -127,6 +126,15 @@ def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:
         model.set_submodule(name, LoraLinear(base, config, generator))
     trainable_only_lora(model)
     return chosen
+
+
+def check_plain(model: NeoUnify) -> None:
+    """Raise ConfigError where a model has adapters already."""
+    if layers := lora_layers(model):
+        raise ConfigError(
+            f"lora: the model has adapters already, on {len(layers)} layers; "
+            "merge_lora(model) comes first"
+        )
 
 
 def lora_layers(model: NeoUnify) -> dict[str, LoraLinear]:

@@ -27,7 +27,13 @@ from neounify.checkpoint.reader import listed
 from neounify.checkpoint.save import atomic_checkpoint, write_shard
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_file, check_absent, check_empty, is_empty, write_json
-from neounify.lora.layers import LoraConfig, LoraLinear, lora_layers, trainable_only_lora
+from neounify.lora.layers import (
+    LoraConfig,
+    LoraLinear,
+    check_plain,
+    lora_layers,
+    trainable_only_lora,
+)
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import STREAMS
 
@@ -73,8 +79,7 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     modules are those that occur. Raises CheckpointError, with the model unchanged, for
     adapters that are damaged or of another model; ConfigError when the model has some already.
     """
-    if lora_layers(model):
-        raise ConfigError("lora: the model has adapters already; merge_lora(model) comes first")
+    check_plain(model)
     modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     file = read_lora_file(Path(folder), expected_shapes(model.config))
     config = _config(Path(folder), file, sorted(modules.keys() & file.pairs.keys()))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,10 +34,14 @@ from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, Sampler
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.rollout import START, image_request, noise_generator
-from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
-
-if TYPE_CHECKING:
-    pass
+from neounify.train.method import (
+    Finding,
+    MethodState,
+    MicroBatch,
+    StageContext,
+    TrainStep,
+    evaluation_mode,
+)
 
 Velocity = Callable[[Tensor, float], Tensor]
 """The (guided) velocity of a model: (z, t) → v of z's shape."""
@@ -200,14 +204,11 @@ class Distill(PromptMethod):
         step = 0 if position is None else checked_step(position)
         parts = self.context.stage.packs_per_step
         while True:
-            training = self.model.training
-            self.model.eval()
-            with torch.no_grad():
+            with evaluation_mode(self.model), torch.no_grad():
                 groups = self.cases(
                     step * self.config.prompts_per_step, self.config.prompts_per_step
                 )
                 states = [self.states(cases, step, n) for n, cases in enumerate(groups)]
-            self.model.train(training)
             pairs = [(n, i) for n, one in enumerate(states) for i in range(len(one.step))]
             order = np.random.default_rng((self.config.seed, step)).permutation(len(pairs))
             for part, dealt in enumerate(np.array_split(order, parts)):
@@ -262,8 +263,12 @@ class Teacher:
     """A frozen model: the weights at the start of a stage, which are saved, or a checkpoint."""
 
     def __init__(self, folder: Path | None, model: NeoUnify) -> None:
-        self._twin = TwinState("teacher", model) if folder is None else None
-        self.model = self._twin.model if self._twin else load_teacher(Path(str(folder)), model)
+        self._twin: TwinState | None = None
+        if folder is None:
+            self._twin = TwinState("teacher", model)
+            self.model = self._twin.model
+        else:
+            self.model = load_teacher(folder, model)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a saved state needs of it."""

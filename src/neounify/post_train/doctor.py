@@ -8,14 +8,11 @@ from dataclasses import replace
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
-import torch
-
-from neounify.lora.layers import add_lora
 from neounify.post_train.advantage import informative
 from neounify.post_train.prompts import PromptCase
 from neounify.train.method import NO_TIME, Finding, Method, MicroBatch, StageContext, TrainStep
-from neounify.train.optim import constant
-from neounify.train.setup import freeze
+from neounify.train.optim import constant, take_step
+from neounify.train.setup import prepare_parameters
 
 if TYPE_CHECKING:
     from neounify.post_train.distill import DistillConfig
@@ -46,7 +43,7 @@ def examine_rewards(
     context: StageContext, config: RolloutConfig, seconds: float
 ) -> Iterator[Finding]:
     """Train on one prompt; the model's weights are changed."""
-    _prepare(context)
+    prepare_parameters(context.setup.model, context.stage, context.recipe.seed)
     one = replace(config, prompts_per_iteration=1, sheet_every=0)
     method = one.build(context)
     started, sampled = time.monotonic(), None
@@ -91,7 +88,7 @@ def examine_distillation(
     context: StageContext, config: DistillConfig, seconds: float
 ) -> Iterator[Finding]:
     """Overfit the states of one step; the model's weights are changed."""
-    _prepare(context)
+    prepare_parameters(context.setup.model, context.stage, context.recipe.seed)
     method = config.build(context)
     steps = _Steps(method, context)
     drawn = list(islice(method.batches(None), steps.micro_batches))
@@ -119,20 +116,12 @@ def examine_distillation(
 
 def examine_turns(context: StageContext, config: DistillConfig, turns: int) -> Iterator[Finding]:
     """Take some steps of methods with several models, whose losses do not say how well they do."""
-    _prepare(context)
+    prepare_parameters(context.setup.model, context.stage, context.recipe.seed)
     method = config.build(context)
     steps, batches = _Steps(method, context), method.batches(None)
     for _ in range(turns):
         yield from steps.take(list(islice(batches, steps.micro_batches)))
     yield Finding("turns", None, f"{turns} steps of {len(steps.sets)} optimizer sets were taken")
-
-
-def _prepare(context: StageContext) -> None:
-    model, stage = context.setup.model, context.stage
-    if stage.lora is None:
-        freeze(model, stage.freeze, stage.freeze_last_layers)
-    else:
-        add_lora(model, stage.lora)
 
 
 class _Steps:
@@ -155,14 +144,10 @@ class _Steps:
             loss = self.method.loss(batch, replace(step, index=index))
             if loss.requires_grad:
                 loss.backward()
-        norms = [one.clip_gradients() for one in active]
-        finite = all(bool(torch.isfinite(norm)) for norm in norms)
+        norms, _, finite = take_step(active)
         if self.number == 0 or not finite:
             shown = ", ".join(f"{float(norm):.2g}" for norm in norms)
             yield Finding("gradients", finite, f"gradient norm {shown}")
-        if finite:
-            for one in active:
-                one.step()
         for one in self.sets:
             one.zero_grad()
         self.method.end_step(step, finite)

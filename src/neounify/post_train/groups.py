@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,10 +38,8 @@ from neounify.train.method import (
     StageContext,
     TrainingStopped,
     TrainStep,
+    evaluation_mode,
 )
-
-if TYPE_CHECKING:
-    pass
 
 MAX_GROUP = 256
 Unit = tuple[int, tuple[int, ...]]
@@ -266,15 +264,11 @@ class RolloutMethod(PromptMethod):
 
     def sample(self, number: int) -> Iteration:
         """Sample and reward an iteration's groups. Raises RewardFailure."""
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             rollouts = [
                 self._rollout(cases, number, index)
                 for index, cases in enumerate(self._cases(number))
             ]
-        finally:
-            self.model.train(training)
         return self._rewarded(number, rollouts)
 
     def _cases(self, number: int) -> list[list[PromptCase]]:

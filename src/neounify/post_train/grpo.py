@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,9 +26,6 @@ from neounify.post_train.groups import RolloutConfig, RolloutMethod, Share
 from neounify.post_train.policy import NoisyImages
 from neounify.post_train.rollout import RandomSteps, noise_generator
 from neounify.train.method import MethodState, StageContext, TrainStep
-
-if TYPE_CHECKING:
-    pass
 
 WINDOW_DRAW = 2
 """Purpose of the random numbers that choose a window."""

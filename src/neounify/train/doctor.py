@@ -24,13 +24,12 @@ from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
 from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
-from neounify.lora.layers import add_lora
 from neounify.pipeline import Pipeline
 from neounify.train.loss import T_INTERVALS, Counts, LossConfig, Metrics, loss_of
 from neounify.train.method import NO_TIME, Finding, StageContext, seeded
-from neounify.train.optim import OptimizerSet
+from neounify.train.optim import OptimizerSet, take_step
 from neounify.train.recipe import StageRecipe
-from neounify.train.setup import TrainSetup, freeze
+from neounify.train.setup import TrainSetup, prepare_parameters
 from neounify.train.supervised import SupervisedConfig, build_encoder
 
 SAMPLES = 400
@@ -72,10 +71,7 @@ def examine(
     Overfitting ends after `seconds` or `steps`, or sooner when all tasks are overfitted.
     """
     setup, stage = context.setup, context.stage
-    if stage.lora is None:
-        freeze(setup.model, stage.freeze, stage.freeze_last_layers)
-    else:
-        add_lora(setup.model, stage.lora)
+    prepare_parameters(setup.model, stage, context.recipe.seed)
     samples: dict[str, Sample] = {}
     encoder = build_encoder(setup, config)
     yield from _data(context.mixture, encoder, samples)
@@ -173,8 +169,7 @@ def _overfit(
         metrics = first if step <= 5 else recent
         with seeded(setup.model.device, step):
             loss(step, metrics).backward()
-        optimizers.clip_gradients()
-        optimizers.step()
+        take_step([optimizers])
         optimizers.zero_grad()
         elapsed = time.monotonic() - began
         ended = elapsed > seconds or step >= max_steps

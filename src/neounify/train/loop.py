@@ -18,7 +18,7 @@ from neounify.checkpoint.config_json import read_config, write_config
 from neounify.checkpoint.mapped import all_finite
 from neounify.data.sources import FileSource
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
-from neounify.lora.layers import add_lora, merge_lora
+from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
@@ -30,12 +30,13 @@ from neounify.train.method import (
     StageContext,
     TrainingStopped,
     TrainStep,
+    evaluation_mode,
     seeded,
 )
-from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers
+from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers, take_step
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
-from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, freeze
+from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, prepare_parameters
 from neounify.train.speed import Meter
 from neounify.train.state import (
     flatten_optimizer,
@@ -105,7 +106,7 @@ class Trainer:
         self._adopt_config(facts.get("config"), state)
         try:
             self.progress = Progress(**facts["progress"])
-            self._add_adapters(self.recipe.stages[self.progress.stage])
+            self._prepare_parameters(self.recipe.stages[self.progress.stage])
             self._position = facts["position"]
             self._tally_record = facts.get("sources")
             self.model.load_state_dict(tensors["model"])
@@ -217,9 +218,7 @@ class Trainer:
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
-        self._add_adapters(stage)
-        if stage.lora is None:
-            freeze(self.model, stage.freeze, stage.freeze_last_layers)
+        self._prepare_parameters(stage)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
         tally = Tally(sources)
@@ -268,11 +267,11 @@ class Trainer:
             folder=self.folder,
         )
 
-    def _add_adapters(self, stage: StageRecipe) -> None:
-        """Add a stage's adapters, once."""
-        if stage.lora is not None and not self._has_adapters:
-            add_lora(self.model, stage.lora, self.recipe.seed)
-            self._has_adapters = True
+    def _prepare_parameters(self, stage: StageRecipe) -> None:
+        """Add a stage's adapters, once, or freeze what it freezes."""
+        if stage.lora is None or not self._has_adapters:
+            prepare_parameters(self.model, stage, self.recipe.seed)
+            self._has_adapters = self._has_adapters or stage.lora is not None
 
     # --- a step ---
 
@@ -315,18 +314,13 @@ class Trainer:
                     loss = running.method.loss(batch, current)
                 if loss.requires_grad:
                     loss.backward()
-        norms = [one.clip_gradients() for one in active]
+        norms, norm, taken = take_step(active)
         if len(running.optimizers) > 1:
             for one, rate, of_set in zip(active, rates, norms, strict=True):
                 running.of_sets[f"learning_rate/{one.name}"] = rate
                 running.of_sets[f"gradient_norm/{one.name}"] = of_set
-        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-        taken = bool(torch.isfinite(norm))
-        if taken:
-            for one in active:
-                one.step()
-            if any(one in running.of_model for one in active):
-                running.ema.update()
+        if taken and any(one in running.of_model for one in active):
+            running.ema.update()
         self.model.zero_grad(set_to_none=True)
         for one in running.optimizers:
             one.zero_grad()
@@ -423,17 +417,13 @@ class Trainer:
     def _evaluate(self, ema: Ema) -> None:
         if self.evaluate is None:
             return
-        training = self.model.training
-        self.model.eval()
         try:
-            with ema.in_place():
+            with evaluation_mode(self.model), ema.in_place():
                 scores = self.evaluate(self._pipeline(), self.progress)
         except NeounifyError as error:
             self.log.warn(f"step {self.progress.step:,}: no evaluation: {error}")
         else:
             self.log.evaluation(self.progress, scores)
-        finally:
-            self.model.train(training)
 
     def _pipeline(self) -> Pipeline:
         return Pipeline(

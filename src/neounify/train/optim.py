@@ -248,6 +248,22 @@ class OptimizerSet:
             member.load_state_dict({**member.state_dict(), "state": state})
 
 
+def take_step(active: Sequence[OptimizerSet]) -> tuple[list[Tensor], Tensor, bool]:
+    """Clip the gradients of optimizer sets and step, unless their common norm is not finite.
+
+    Returns:
+        The gradient norm of each set and of all, scalars before clipping, and whether the step
+        was taken. Without a set the norm is 0 and the step counts as taken.
+    """
+    norms = [one.clip_gradients() for one in active]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
+    taken = bool(torch.isfinite(norm))
+    if taken:
+        for one in active:
+            one.step()
+    return norms, norm, taken
+
+
 def all_names(sets: Sequence[OptimizerSet]) -> list[list[str]]:
     """Parameter names of all members of all sets, in the order of a saved state."""
     return [names for one in sets for names in one.names()]

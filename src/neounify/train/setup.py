@@ -19,6 +19,7 @@ from neounify.config.ranges import check_names
 from neounify.data.sources import DataConfig, Mixture, SampleSource
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
+from neounify.lora.layers import add_lora
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline import load
@@ -278,6 +279,17 @@ def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:
     for layer in model.layers:
         assert isinstance(layer, Layer)
         layer.recompute = enabled
+
+
+def prepare_parameters(model: NeoUnify, stage: StageRecipe, seed: int) -> None:
+    """Add the adapters of a stage, drawn from `seed`, or freeze what a stage without LoRA freezes.
+
+    Raises ConfigError for names that the model does not have, and where it has adapters already.
+    """
+    if stage.lora is None:
+        freeze(model, stage.freeze, stage.freeze_last_layers)
+    else:
+        add_lora(model, stage.lora, seed)
 
 
 def freeze(model: NeoUnify, names: tuple[str, ...], last_layers: int = 0) -> None:
