@@ -134,7 +134,7 @@ def test_nft_without_an_advantage_does_not_move() -> None:
     nft_loss(clean, old, image, positive_share(torch.zeros(4), 5.0), 0.1).sum().backward()
     torch.testing.assert_close(clean.grad, torch.zeros_like(old), atol=1e-9, rtol=0)
     assert positive_share(torch.tensor([10.0, -10.0]), 5.0).tolist() == [1.0, 0.0]
-    assert [old_decay(i) for i in (0, 100, 9000)] == [0.0, 0.1, 0.5]
+    assert [old_decay(i, 1e-3, 0.5) for i in (0, 100, 9000)] == [0.0, 0.1, 0.5]
 
 
 def test_dpo_prefers_the_better_image() -> None:

@@ -304,7 +304,7 @@ class _Turn:
         with torch.no_grad():
             tau, noise = self._drawn(end)
             z = self._noised(image, noise, tau, end)
-            fake = self._predicted(method.fake.model, z, tau)
+            fake = self.images.clean(method.fake.model, z, tau)
             if self.config.decoupled:
                 gradient = self._decoupled(image, fake, z, tau)
             else:
@@ -318,7 +318,7 @@ class _Turn:
             image, end = self.generated()
             tau, noise = self._drawn(end)
             z = self._noised(image, noise, tau, end)
-        clean = self._predicted(self.method.fake.model, z, tau)
+        clean = self.images.clean(self.method.fake.model, z, tau)
         if end >= 1:
             return prediction_error(clean, image, tau)
         target, weight = sub_interval_target(
@@ -329,7 +329,7 @@ class _Turn:
 
     def _decoupled(self, image: Tensor, fake: Tensor, z: Tensor, tau: Tensor) -> Tensor:
         method, guidance = self.method, self.guidance
-        plain = self._predicted(method.teacher.model, z, tau)
+        plain = self.images.clean(method.teacher.model, z, tau)
         if len(guidance.branches()) == 1:
             return dmd_gradient(image, plain, fake)
         low = self.times[self.k]
@@ -337,7 +337,7 @@ class _Turn:
         later = low + (self.config.max_tau - low) * u if low < self.config.max_tau else tau
         noise = torch.randn(image.shape, generator=self.generator).to(image.device)
         there = noisy(image.detach(), noise, later.view(-1, 1, 1), self.images.sigma)
-        cond = self._predicted(method.teacher.model, there, later)
+        cond = self.images.clean(method.teacher.model, there, later)
         other = NoisyImages(
             method.model, self.grid, [p[guidance.branches()[1]] for p in self.prefixes]
         )
@@ -350,9 +350,6 @@ class _Turn:
 
     def _clean(self, model: Any, z: Tensor, t: float) -> Tensor:
         return self.images.clean(model, z, torch.full((z.shape[0],), t, device=z.device))
-
-    def _predicted(self, model: Any, z: Tensor, tau: Tensor) -> Tensor:
-        return self.images.clean(model, z, tau)
 
     def _drawn(self, end: float) -> tuple[Tensor, Tensor]:
         """τ of each image, below `end`, and ε."""

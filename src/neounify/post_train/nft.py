@@ -45,7 +45,7 @@ def nft_loss(
     return (positive * _normalised(toward) + (1 - positive) * _normalised(away)) / beta
 
 
-def old_decay(iteration: int, rate: float = 1e-3, limit: float = 0.5) -> float:
+def old_decay(iteration: int, rate: float, limit: float) -> float:
     """d of the update old ← d·old + (1 - d)·θ after an iteration: min(i·rate, limit)."""
     return min(iteration * rate, limit)
 

@@ -81,14 +81,14 @@ def _polygon_distance(corners: Floats, x: Floats, y: Floats) -> Floats:
     return np.where(inside, -distance, distance).astype(np.float32)
 
 
-def coverage(shape: str, x: Floats, y: Floats, radius: float, softness: float = 1.0) -> Floats:
+def coverage(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
     """Share of each pixel that a shape covers, 0 to 1; x, y, radius in pixels from its centre.
 
-    `softness`: width of the edge's ramp in pixels, at least 1.
+    The edge's ramp is a pixel wide.
     """
     scale = np.float32(1 / radius)
     distance = signed_distance(shape, x * scale, y * scale) * np.float32(radius)
-    return np.clip(np.float32(0.5) - distance / np.float32(softness), 0, 1)
+    return np.clip(np.float32(0.5) - distance, 0, 1)
 
 
 def _mask(

@@ -13,7 +13,6 @@ Every shape, colour and relation is still seen, only not together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -288,9 +287,8 @@ def sample_scene(
     config: SceneConfig,
     kind: SceneKind | None = None,
     split: Split = "train",
-    accept: Callable[[Scene], bool] | None = None,
 ) -> Scene:
-    """Draw a scene; `accept` may ask for more than the kind does.
+    """Draw a scene of a kind and split.
 
     Kinds: "single": one object; "pair": two, unlike in shape and colour; "group": two or more
     that look alike; "mixed": any objects. Kinds that do not fit the config fall back to "single".
@@ -298,7 +296,7 @@ def sample_scene(
     for _ in range(_MAX_TRIES):
         chosen = pick_weighted(rng, KIND_WEIGHTS) if kind is None else kind
         scene = _draw_scene(rng, config, chosen)
-        if in_split(scene, split) and (accept is None or accept(scene)):
+        if in_split(scene, split):
             return scene
     raise DataError(f"no {kind or 'any'} scene of split {split!r} in {_MAX_TRIES} draws: {config}")
 

@@ -40,8 +40,6 @@ from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
 from neounify.tasks.image import trained_sizes
 
-_Responses = dict[int | str, dict[str, Any]]
-"""By status, as FastAPI wants them."""
 DESCRIPTION = (
     "Chat about text and images, image generation and editing, and interleaved answers of text and "
     "images. The routes are OpenAI's; fields called extensions are this server's own."
