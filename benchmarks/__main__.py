@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bundled, memory, speed
+from benchmarks import bundled, memory, post_training, speed
 from benchmarks.figure import Figure, table
 from benchmarks.timing import describe_machine
 from neounify.runtime import keep_freed_memory
 
-GROUPS = ["speed", "memory", "bundled"]
+GROUPS = ["speed", "memory", "bundled", "post-training"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -31,6 +31,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
     if "bundled" in arguments.only:
         for name in arguments.dtypes:
             yield from bundled.figures(DTYPES[name])
+    if "post-training" in arguments.only:
+        yield from post_training.figures()
 
 
 def bfloat16_gain(figures: list[Figure]) -> Iterator[Figure]:
