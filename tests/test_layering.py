@@ -27,7 +27,7 @@ flow            path, schedule, noise, guidance, solvers
 model           layout, streams, heads: the network
 cache           KV caches: storage
 attention       attention backends over layouts and caches
-decode          the calls of the understanding stream, token sampling
+decode          token sampling
 checkpoint      the published folders, weights
 lora            adapters
 provenance      metadata and watermarks of generated images

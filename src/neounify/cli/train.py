@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -105,11 +106,15 @@ def _train(
     if state is not None:
         trainer.resume(state)
         display.note(f"resuming from {state}")
+    # Schedulers end jobs with SIGTERM: as Ctrl-C, it leaves whole states and a word on resuming.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         trainer.run(only=stages)
     except KeyboardInterrupt:
         display.note(f"stopped; run the same command with --resume auto to resume from {folder}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     display.result(f"saved {folder / 'model'}", folder / "model")
 
 

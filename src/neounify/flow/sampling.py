@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 from neounify.config import CheckpointDefaults, ModelConfig
 from neounify.config.sampling import MAX_GUIDANCE, MAX_SHIFT, MAX_STEPS, TextKnobs, doc, range_error
@@ -67,7 +68,7 @@ class AdamsBashforth2:
         self._previous = None
 
 
-SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {
+SOLVERS: dict[SolverName, Callable[[], Solver]] = {
     "euler": Euler,
     "ab2": AdamsBashforth2,
 }
@@ -75,7 +76,7 @@ SOLVERS: dict[SolverName, type[Euler] | type[AdamsBashforth2]] = {
 
 def check_solver(name: str) -> None:
     """Raise RequestError for an unknown name."""
-    if name not in get_args(SolverName):
+    if not isinstance(name, str) or name not in SOLVERS:
         known = ", ".join(SOLVERS)
         raise RequestError(f"solver {name!r} is unknown; known: {known}", param="solver")
 
@@ -95,7 +96,7 @@ class ImageSampling:
 
     None stands for the checkpoint's default (`config.sampling`); for `t_eps`, for the value that
     fits the times. `resolve` gives the values that are used. A field here has an option of the
-    command line and a field of the HTTP API, described by the same sentence (`config.knobs`).
+    command line and a field of the HTTP API, described by the same sentence (`knob_doc`).
 
     Sources: guidance, Ho and Salimans 2022; with a scale for input images, Brooks et al. 2023; its
     interval, Kynkäänniemi et al. 2024; cfg_zero_star, Fan et al. 2025; shift, Esser et al. 2024.
@@ -144,8 +145,8 @@ class ImageSampling:
     solver: SolverName = field(
         default="euler",
         metadata=doc(
-            "ODE solver: euler, as published, or ab2: second order, needs fewer steps. "
-            "Default: euler."
+            f"ODE solver: {', '.join(SOLVERS)}. euler is as published; ab2 is of second order and "
+            "needs fewer steps. Default: euler."
         ),
     )
     t_eps: float | None = field(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from neounify.post_train.advantage import informative
 from neounify.post_train.prompts import PromptCase
-from neounify.train.method import NO_TIME, Finding, Method, MicroBatch, StageContext, TrainStep
+from neounify.train.method import (
+    NO_TIME,
+    Finding,
+    Method,
+    MicroBatch,
+    StageContext,
+    TrainingStopped,
+    TrainStep,
+)
 from neounify.train.optim import constant, take_step
 from neounify.train.setup import prepare_parameters
 
@@ -69,7 +77,7 @@ def examine_rewards(
         for _ in range(config.updates):
             yield from steps.take(list(islice(batches, steps.micro_batches)))
         means.append(method.report().get("reward", 0.0))
-        if time.monotonic() - started > seconds:
+        if steps.stopped or time.monotonic() - started > seconds:
             break
     third = max(1, len(means) // 3)
     first, last = (sum(part) / third for part in (means[:third], means[-third:]))
@@ -130,6 +138,7 @@ class _Steps:
     def __init__(self, method: Method, context: StageContext) -> None:
         self.method, self.sets = method, method.optimizers()
         self.number = 0
+        self.stopped = False
         # Schedules with a warm-up would leave too few steps.
         for one in self.sets:
             one.schedule = constant
@@ -147,8 +156,14 @@ class _Steps:
         norms, _, finite = take_step(active)
         if self.number == 0 or not finite:
             shown = ", ".join(f"{float(norm):.2g}" for norm in norms)
-            yield Finding("gradients", finite, f"gradient norm {shown}")
+            moving = finite and any(float(norm) > 0 for norm in norms)
+            advice = "nothing would be trained: no gradient reaches what is trained"
+            yield Finding("gradients", moving, f"gradient norm {shown}", "" if moving else advice)
         for one in self.sets:
             one.zero_grad()
-        self.method.end_step(step, finite)
         self.number += 1
+        try:
+            self.method.end_step(step, finite)
+        except TrainingStopped as error:
+            yield Finding("collapse", False, str(error))
+            self.stopped = True
