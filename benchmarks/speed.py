@@ -15,7 +15,7 @@ from benchmarks.timing import Machine, measure_machine, median_seconds
 from neounify.config import TextSampling
 from neounify.engine.denoiser import DenoiseJob, Denoiser
 from neounify.engine.messages import Decode, LocalTransport, Prefill, TextInput, new_number
-from neounify.engine.sequences import ContiguousRoom, ModelInput
+from neounify.engine.sequences import ContiguousCaches, ModelInput
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
 from neounify.flow.guidance import Guidance
 from neounify.flow.sampling import Euler
@@ -129,7 +129,7 @@ def _tokens_per_second(model: NeoUnify, batch: int) -> float:
             model,
             UnderstandingSettings(prefill_tokens=64 * batch),
             LocalTransport(),
-            ContiguousRoom(model),
+            ContiguousCaches(model),
         )
         for _ in range(batch):
             call, name = new_number(), (new_number(), "cond")

@@ -27,7 +27,7 @@ from neounify.engine.messages import (
     Release,
     TextInput,
 )
-from neounify.engine.sequences import ContiguousRoom
+from neounify.engine.sequences import ContiguousCaches
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import OutOfMemory
 from neounify.flow.sampling import ImageSampling
@@ -97,16 +97,16 @@ def tokens(answers: list[Answer]) -> list[int]:
 
 @pytest.fixture(params=["paged", "contiguous"])
 def understanding(request: pytest.FixtureRequest, pipe: neounify.Pipeline) -> UnderstandingEngine:
-    room = ContiguousRoom(pipe.model) if request.param == "contiguous" else None
+    caches = ContiguousCaches(pipe.model) if request.param == "contiguous" else None
     settings = UnderstandingSettings(cache_tokens=512, block_size=8)
-    return UnderstandingEngine(pipe.model, settings, LocalTransport(), room)
+    return UnderstandingEngine(pipe.model, settings, LocalTransport(), caches)
 
 
 def check_empty(engine: UnderstandingEngine, calls: range) -> None:
     engine.submit(Release(tuple((call, "text") for call in calls)))
     engine.check()
     assert not engine.busy
-    if not isinstance(engine.room, ContiguousRoom):
+    if not isinstance(engine.caches, ContiguousCaches):
         assert pool_of(engine).allocator.in_use == 0
 
 
@@ -223,7 +223,7 @@ def test_a_cache_that_cannot_be_allocated_fails_its_call_alone(
         return original(shape, *rest, **options)
 
     engine = UnderstandingEngine(
-        pipe.model, UnderstandingSettings(), LocalTransport(), ContiguousRoom(pipe.model)
+        pipe.model, UnderstandingSettings(), LocalTransport(), ContiguousCaches(pipe.model)
     )
     monkeypatch.setattr(torch, "empty", empty)
     engine.submit(prefill(1, tokens=60))

@@ -36,7 +36,7 @@ from neounify.engine.messages import (
     Reply,
     TextInput,
 )
-from neounify.engine.sequences import MAX_PASSED, PagedRoom, ServedSequence
+from neounify.engine.sequences import MAX_PASSED, PagedCaches, ServedSequence
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model.layout import Grid
 from support.prefilling import pool_of
@@ -188,45 +188,45 @@ def served(order: int, tokens: int, room: int = 0) -> ServedSequence:
 
 def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pipeline) -> None:
     pool = PagedKVCache(pipe.config, 20, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
-    room = PagedRoom(pool, LocalTransport())
+    caches = PagedCaches(pool, LocalTransport())
     inside = [served(n, 5 * BLOCK) for n in range(2)]
     wanted = set(inside)
-    assert room.enter(inside, wanted) == inside
+    assert caches.enter(inside, wanted) == inside
     large = served(2, 16 * BLOCK)
     passed = 0
     for order in itertools.count(3):
         small = served(order, BLOCK)
         wanted = {*inside, large, small}
-        entered = room.enter([small, large], wanted)
+        entered = caches.enter([small, large], wanted)
         if not entered:
             break
         assert entered == [small]
         passed += 1
-        room.leave(small)
+        caches.leave(small)
     assert passed == MAX_PASSED
-    room.leave(inside[0])
-    assert room.enter([small, large], {inside[1], large, small}) == [small, large][:0]
-    room.leave(inside[1])
-    assert room.enter([small, large], {large, small}) == [large, small]
+    caches.leave(inside[0])
+    assert caches.enter([small, large], {inside[1], large, small}) == [small, large][:0]
+    caches.leave(inside[1])
+    assert caches.enter([small, large], {large, small}) == [large, small]
 
 
 def test_idle_ones_give_way_first_then_the_youngest(pipe: neounify.Pipeline) -> None:
     pool = PagedKVCache(pipe.config, 8, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
-    room = PagedRoom(pool, LocalTransport())
+    caches = PagedCaches(pool, LocalTransport())
     oldest, idle, younger, youngest = (served(n, 2 * BLOCK) for n in range(4))
     wanted: set[ServedSequence] = {oldest, younger, youngest}
-    assert room.enter([oldest, idle, younger, youngest], wanted | {idle})
+    assert caches.enter([oldest, idle, younger, youngest], wanted | {idle})
     for sequence in (oldest, younger, youngest):
         assert sequence.cache is not None
         sequence.cache.length = 2 * BLOCK
-    assert not room.grow(youngest, 8 * BLOCK, wanted)
+    assert not caches.grow(youngest, 8 * BLOCK, wanted)
     assert (idle.cache, youngest.cache is None) == (None, False)
-    assert room.grow(younger, 3 * BLOCK, wanted)
+    assert caches.grow(younger, 3 * BLOCK, wanted)
     assert youngest.cache is None
-    assert room.grow(oldest, 6 * BLOCK, wanted)
+    assert caches.grow(oldest, 6 * BLOCK, wanted)
     assert younger.cache is None
     assert pool.allocator.in_use == 8
-    assert room.preempted == 3
+    assert caches.preempted == 3
 
 
 def test_what_grows_beyond_the_cache_ends(pipe: neounify.Pipeline) -> None:
@@ -275,7 +275,7 @@ def test_a_pinned_sequence_is_prefilled_again_when_there_is_room(pipe: neounify.
     large, waiting = (1, "large"), (2, "waiting")
     engine.submit(Prefill(1, {large: (TextInput(tuple(range(100, 141))),)}, {large: 7}))
     assert steps_to_idle(engine) == 3, "there is no room to prefill the pinned one again"
-    assert engine.room.preempted == 1
+    assert engine.caches.preempted == 1
     assert pool_of(engine).allocator.in_use == 11, "the large one's alone"
     engine.submit(Prefill(2, {waiting: (TextInput((1, 2)),)}, {waiting: 0}))
     engine.submit(Release((large, waiting)))

@@ -20,7 +20,7 @@ from neounify.engine.messages import (
     TextInput,
     new_number,
 )
-from neounify.engine.sequences import ContiguousRoom, ModelInput, ServedSequence
+from neounify.engine.sequences import ContiguousCaches, ModelInput, ServedSequence
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.model import NeoUnify, Text
 
@@ -55,7 +55,9 @@ class Decoder:
 
     def __init__(self, model: NeoUnify) -> None:
         settings = UnderstandingSettings(prefill_tokens=32_768)
-        self.engine = UnderstandingEngine(model, settings, LocalTransport(), ContiguousRoom(model))
+        self.engine = UnderstandingEngine(
+            model, settings, LocalTransport(), ContiguousCaches(model)
+        )
         self._calls: dict[int, Written] = {}
 
     def start(

@@ -20,7 +20,12 @@ from neounify.engine.messages import (
     SequenceName,
     new_number,
 )
-from neounify.engine.sequences import ContiguousRoom, ModelInput, PagedRoom, ServedSequence
+from neounify.engine.sequences import (
+    ContiguousCaches,
+    ModelInput,
+    PagedCaches,
+    ServedSequence,
+)
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
 from neounify.model import NeoUnify
 from neounify.model.layout import Grid
@@ -31,7 +36,7 @@ from neounify.text import Prompt
 def contiguous_engine(pipe: neounify.Pipeline) -> UnderstandingEngine:
     """An engine whose sequences have separate caches, as in a pipeline."""
     settings = UnderstandingSettings(prefill_tokens=32_768)
-    return UnderstandingEngine(pipe.model, settings, LocalTransport(), ContiguousRoom(pipe.model))
+    return UnderstandingEngine(pipe.model, settings, LocalTransport(), ContiguousCaches(pipe.model))
 
 
 def prefilled(
@@ -76,5 +81,5 @@ def watch_prefills(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 
 
 def pool_of(engine: UnderstandingEngine) -> PagedKVCache:
-    assert isinstance(engine.room, PagedRoom)
-    return engine.room.pool
+    assert isinstance(engine.caches, PagedCaches)
+    return engine.caches.pool

@@ -19,7 +19,7 @@ from neounify.tasks.program import (
     Finished,
     ImageFinished,
     Preview,
-    PromptRead,
+    PromptPrefilled,
     TaskEvent,
     TextPiece,
 )
@@ -41,7 +41,7 @@ def plain(request: ServiceRequest, previews: int) -> list[TaskEvent | float | Ex
         words = [TextPiece("You said: "), TextPiece(request.messages[-1].text)]
         return [*(thought if request.think else []), *words, Finished("stop", 11, 5, 3)]
     if isinstance(request, CompletionRequest):
-        return [PromptRead(), TextPiece(" and so on"), Finished("stop", 4, 3)]
+        return [PromptPrefilled(), TextPiece(" and so on"), Finished("stop", 4, 3)]
     if isinstance(request, ImageRequest):
         return _images(request, previews)
     return _story(request, previews)

@@ -391,8 +391,12 @@ class AttentionBackend:
 
         Raises ValueError for documents that continue a prefix without their caches.
         """
-        if caches is None and any(document.past for document in layout.documents):
-            raise ValueError("documents that continue a cached prefix need their caches")
+        pasts = [document.past for document in layout.documents]
+        if caches is None and any(pasts):
+            raise ValueError(
+                f"documents that continue a cached prefix need their caches: {pasts} tokens are "
+                "cached of each document, and no caches were given"
+            )
         for kind in self.kinds:
             plan = kind.plan(layout, caches, self.device)
             if plan is not None:

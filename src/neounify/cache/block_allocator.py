@@ -108,16 +108,27 @@ class BlockAllocator:
                 users[block] += 1
         if users != self._users:
             wrong = [b for b in range(self.count) if users[b] != self._users[b]]
-            raise ValueError(f"blocks {wrong} are counted wrongly")
+            counted = [self._users[b] for b in wrong]
+            used = [users[b] for b in wrong]
+            raise ValueError(f"blocks {wrong} are in {used} tables and counted in {counted}")
         unused = {block for block, number in enumerate(users) if not number}
         if unused != set(self._free) | set(self._idle) or set(self._free) & set(self._idle):
-            raise ValueError("the free and idle blocks are not the unused ones")
+            raise ValueError(
+                f"the unused blocks are {sorted(unused)}, each must be either free or idle; "
+                f"free are {sorted(self._free)}, idle {sorted(self._idle)}"
+            )
         if len(self._free) != len(set(self._free)):
-            raise ValueError("a block is free twice")
-        if any(block not in self._hashes for block in self._idle):
-            raise ValueError("an idle block has no hash")
-        if self._hashes != {block: content for content, block in self._blocks.items()}:
-            raise ValueError("hashes and cached blocks differ")
+            raise ValueError(f"a block is free twice: {sorted(self._free)}")
+        if lacking := sorted(self._idle.keys() - self._hashes.keys()):
+            raise ValueError(f"the idle blocks {lacking} have no hash")
+        cached = {block: content for content, block in self._blocks.items()}
+        if self._hashes != cached:
+            differing = sorted(
+                block
+                for block in self._hashes.keys() | cached.keys()
+                if self._hashes.get(block) != cached.get(block)
+            )
+            raise ValueError(f"hashes and cached blocks differ in blocks {differing}")
 
     def _evict_oldest(self) -> int:
         block, _ = self._idle.popitem(last=False)

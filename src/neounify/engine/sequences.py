@@ -1,11 +1,11 @@
 """Sequences of the understanding engine, their pending calls, and the memory of their KV caches.
 
-`PagedRoom` bounds the memory. A sequence gets the blocks for what is to be prefilled when it
+`PagedCaches` bounds the memory. A sequence gets the blocks for what is to be prefilled when it
 enters, and further ones as it grows. When none are left, it takes those of another: first of one
 that no call waits for (its request is denoising, say), then of the youngest that is younger than
 itself. A preempted sequence is prefilled again later. So the oldest always makes progress, and
-every sequence becomes the oldest in the end. `ContiguousRoom` gives every sequence a separate cache
-that grows as needed. Bookkeeping only: no tensors are touched.
+every sequence becomes the oldest in the end. `ContiguousCaches` gives every sequence a separate
+cache that grows as needed. Nothing is computed here: caches are allocated, and copied for export.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def check_context(end: int, limit: int) -> None:
 # --- memory ---
 
 
-class Room(Protocol):
+class KVCacheManager(Protocol):
     """Allocator of KV caches; sequences with a pending call are `wanted`."""
 
     preempted: int
@@ -301,7 +301,7 @@ class Room(Protocol):
         """Check the bookkeeping. Raises ValueError."""
 
 
-class ContiguousRoom:
+class ContiguousCaches:
     """A SequenceCache for every sequence, of the size it needs; exported without a copy.
 
     For callers without concurrent requests: nothing waits, nothing is preempted.
@@ -357,7 +357,7 @@ class ContiguousRoom:
         """There is no bookkeeping."""
 
 
-class PagedRoom:
+class PagedCaches:
     """The blocks of a paged cache; exports are copies, so that they take none of them."""
 
     def __init__(

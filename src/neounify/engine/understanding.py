@@ -43,12 +43,12 @@ from neounify.engine.messages import (
     with_images,
 )
 from neounify.engine.sequences import (
+    KVCacheManager,
     ModelInput,
-    PagedRoom,
+    PagedCaches,
     PendingExport,
     PendingPrefill,
     Piece,
-    Room,
     ServedSequence,
     check_context,
     positions_of,
@@ -114,8 +114,9 @@ def forward_und(
     Only the understanding stream runs. Raises ValueError for an input without tokens.
     """
     layout = Layout(item.cache.document(*item.spans) for item in inputs)
-    if any(start == stop for start, stop in layout[UND].ranges):
-        raise ValueError("every sequence needs at least one new token")
+    new = [stop - start for start, stop in layout[UND].ranges]
+    if 0 in new:
+        raise ValueError(f"every sequence needs at least one new token, got {new}")
     attend = (backend or select_for(model)).plan(layout, [item.cache for item in inputs])
     ids = torch.tensor(
         [i for item in inputs for i in item.ids], dtype=torch.int64, device=model.device
@@ -136,11 +137,10 @@ class UnderstandingEngine:
         model: NeoUnify,
         settings: UnderstandingSettings,
         transport: Transport,
-        room: Room | None = None,
+        caches: KVCacheManager | None = None,
         plan: ExecutionPlan | None = None,
     ) -> None:
-        """`room` allocates the caches; None is a paged cache of the settings' size.
-
+        """`caches` allocates them; None is a paged cache of the plan's size.
         `plan` is adjusted by the settings; None is that of the free memory of now.
         """
         self.model, self.settings, self.transport = model, settings, transport
@@ -148,7 +148,7 @@ class UnderstandingEngine:
             plan or measured_plan(model.config, model.device, model.compute_dtype)
         )
         self.backend = select_for(model, self.plan.attention)
-        self.room = room or PagedRoom(
+        self.caches = caches or PagedCaches(
             _paged_cache(model, self.plan), transport, headroom=self.plan.kv_headroom
         )
         self.replies: list[Reply] = []
@@ -184,7 +184,7 @@ class UnderstandingEngine:
             "und_waiting": self._waiting,
             "und_reading": len(self._prefills),
             "und_writing": len(self._decoding),
-            "und_cache_used": self.room.used,
+            "und_cache_used": self.caches.used,
         }
 
     def submit(self, command: Prefill | Decode | Append | Export | Release) -> None:
@@ -220,11 +220,11 @@ class UnderstandingEngine:
         self._answer_exports()
         self._decode_step()
         self.counters["und_steps"] += 1
-        self.counters["und_preempted"] = self.room.preempted
+        self.counters["und_preempted"] = self.caches.preempted
 
     def check(self) -> None:
         """Check the cache's bookkeeping. Raises ValueError."""
-        self.room.check()
+        self.caches.check()
 
     # --- opening and extending ---
 
@@ -249,10 +249,10 @@ class UnderstandingEngine:
         self._prefills.append(PendingPrefill(command.call, opened, True, then, constraint))
 
     def _check_room(self, tokens: int) -> None:
-        needed = self.room.allocated(tokens)
-        if needed > self.room.tokens:
+        needed = self.caches.allocated(tokens)
+        if needed > self.caches.tokens:
             raise RequestError(
-                f"the request needs room for {needed} tokens, the server has {self.room.tokens}; "
+                f"the request needs room for {needed} tokens, the server has {self.caches.tokens}; "
                 "ask for fewer tokens"
             )
 
@@ -262,9 +262,9 @@ class UnderstandingEngine:
             sequence = self._sequence(name)
             check_context(sequence.next_t + positions_of(parts), self.model.config.max_positions)
             length = len(sequence.token_keys) + tokens_of(parts)
-            if length > self.room.tokens:
+            if length > self.caches.tokens:
                 raise ContextFullError(
-                    f"{length} tokens are more than the server's cache holds, {self.room.tokens}"
+                    f"{length} tokens are more than the server's cache holds, {self.caches.tokens}"
                 )
         for name, parts in taken.items():
             self._sequence(name).append(parts)
@@ -284,7 +284,7 @@ class UnderstandingEngine:
 
     def _preempted_pins(self) -> list[ServedSequence]:
         """Pinned sequences that are not in the cache although there is room."""
-        return [s for s in self._pinned if not s.ready and self.room.fits(s)]
+        return [s for s in self._pinned if not s.ready and self.caches.fits(s)]
 
     def _allocate(self) -> None:
         wanted = self._wanted()
@@ -292,7 +292,7 @@ class UnderstandingEngine:
         if not lacking:
             self._waiting = 0
             return
-        for sequence in self.room.enter(lacking, wanted):
+        for sequence in self.caches.enter(lacking, wanted):
             assert sequence.cache is not None
             self.counters["und_known_tokens"] += sequence.cache.length
         for sequence in lacking:
@@ -303,7 +303,7 @@ class UnderstandingEngine:
     def _grow(self, sequence: ServedSequence, tokens: int, wanted: set[ServedSequence]) -> bool:
         """Whether there is room for `tokens` more; a sequence that memory lacks for fails."""
         with StepMemory(f"grow the cache of a sequence by {tokens} tokens") as memory:
-            return self.room.grow(sequence, tokens, wanted)
+            return self.caches.grow(sequence, tokens, wanted)
         assert memory.error is not None
         self._fail([sequence], memory.error)
         return False
@@ -339,7 +339,7 @@ class UnderstandingEngine:
         for (sequence, _), state, is_finite in zip(batch, states, finite, strict=True):
             sequence.take_state(state, finite=is_finite)
             if not is_finite:
-                self.room.invalidate(sequence)
+                self.caches.invalidate(sequence)
 
     def _answer_prefills(self) -> None:
         left: list[PendingPrefill] = []
@@ -409,7 +409,7 @@ class UnderstandingEngine:
         for sequence in sorted(decoding, key=lambda s: s.age):
             text = _text(sequence)
             positions = self.model.config.max_positions - sequence.next_t
-            tokens = self.room.tokens - len(sequence.token_keys)
+            tokens = self.caches.tokens - len(sequence.token_keys)
             if len(text.ids) >= text.max_new_tokens or min(positions, tokens) <= 0:
                 text.finish_reason = "length"
                 self._end_decoding(sequence.name)
@@ -426,7 +426,7 @@ class UnderstandingEngine:
             token = text.take(choice)
         except NeounifyError as error:
             del self._decoding[name]
-            self.room.invalidate(sequence)
+            self.caches.invalidate(sequence)
             self.replies.append(failed(call, error))
             return None
         if token is not None:
@@ -451,7 +451,7 @@ class UnderstandingEngine:
             try:
                 for sequence in export.left:
                     if sequence.ready:
-                        export.done[sequence.name] = self.room.export(sequence)
+                        export.done[sequence.name] = self.caches.export(sequence)
             except Exception as error:
                 self._exports.remove(export)
                 export.free()
@@ -472,7 +472,7 @@ class UnderstandingEngine:
         for sequence in gone:
             self._decoding.pop(sequence.name, None)
             del self._sequences[sequence.name]
-            self.room.leave(sequence)
+            self.caches.leave(sequence)
 
     def _fail(self, sequences: Iterable[ServedSequence], error: Exception) -> None:
         """Answer all calls that wait for the sequences with an error, and release them."""

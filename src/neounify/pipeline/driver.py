@@ -22,7 +22,7 @@ from neounify.engine.messages import (
     SequenceName,
     is_for_generation,
 )
-from neounify.engine.sequences import ContiguousRoom
+from neounify.engine.sequences import ContiguousCaches
 from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
 from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify
@@ -66,7 +66,7 @@ class Driver:
             model,
             UnderstandingSettings(prefill_tokens=plan.prefill_rows),
             self._transport,
-            ContiguousRoom(model, reserve=plan.kv_reserve),
+            ContiguousCaches(model, reserve=plan.kv_reserve),
             plan,
         )
         self._generation = GenerationEngine(

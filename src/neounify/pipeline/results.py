@@ -24,7 +24,7 @@ from neounify.tasks.program import (
     ImageFinished,
     Preview,
     Processor,
-    PromptRead,
+    PromptPrefilled,
     TextPiece,
     ToolCallPiece,
     keep_prompt,
@@ -174,7 +174,7 @@ class _Answer:
     def put(self, event: Event) -> str:
         """Record an event; returns its text."""
         match event:
-            case PromptRead(tokens):
+            case PromptPrefilled(tokens):
                 self.read, self._prompt_tokens = True, tokens
             case DecodedToken(token, logprobs):
                 self._ids.append(token)

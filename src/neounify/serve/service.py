@@ -49,7 +49,7 @@ from neounify.tasks.program import (
     TaskEvent,
     keep,
     pin,
-    read_prefix,
+    prefill_prefix,
     resume,
 )
 from neounify.text.template import TextSegment, image_prompt, unconditional_prompt
@@ -278,7 +278,7 @@ class EngineService:
         try:
             if self._unconditional is None:
                 prompt = unconditional_prompt(self.processor.tokenizer)
-                prefix = await context.result(read_prefix(prompt))
+                prefix = await context.result(prefill_prefix(prompt))
                 self._unconditional = await context.take(prefix.ref), prefix.next_t
             tensors, next_t = self._unconditional
             kept = Prefix(await context.pack(tensors), next_t)

@@ -29,7 +29,7 @@ from neounify.tasks.program import (
     Compute,
     Processor,
     Program,
-    PromptRead,
+    PromptPrefilled,
     TextPiece,
     Usage,
     new_sequences,
@@ -460,6 +460,6 @@ def _answer(
     call = new_number()
     decode = Decode(call, name, sampling, stops, max_new_tokens)
     usage = Usage.of(prompt, (yield Prefill(call, {name: prompt}, {name: max_new_tokens}, decode)))
-    yield PromptRead(usage.prompt)
+    yield PromptPrefilled(usage.prompt)
     ended = yield from decode_text((yield NEXT), text, usage)
     yield usage.finished(None if ended is None else ended.finish_reason)

@@ -49,7 +49,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class PromptRead:
+class PromptPrefilled:
     """The prompt of a text answer is prefilled; another request can share its cache."""
 
     prompt_tokens: int = 0
@@ -125,7 +125,7 @@ class Finished:
     reasoning_tokens: int = 0
 
 
-TaskEvent = PromptRead | TextPiece | ToolCallPiece | Preview | ImageFinished | Finished
+TaskEvent = PromptPrefilled | TextPiece | ToolCallPiece | Preview | ImageFinished | Finished
 
 # --- steps ---
 
@@ -267,7 +267,7 @@ def take_pixels(answer: StepPreview | ImageReady) -> Program[Tensor]:
     return tensors["pixels"]
 
 
-def read_prefix(prompt: Prompt) -> Program[Prefix]:
+def prefill_prefix(prompt: Prompt) -> Program[Prefix]:
     """Prefill a text prompt and export its prefix; its sequence is released again."""
     (name,) = new_sequences("shared").values()
     text = tuple(TextInput(s.ids) for s in prompt.segments if isinstance(s, TextSegment))
@@ -290,7 +290,7 @@ def keep(name: str, prefix: Prefix) -> Program[None]:
 
 def keep_prompt(name: str, prompt: Prompt) -> Program[None]:
     """Keep the prefix of a text prompt in the generation engine under a name."""
-    prefix = yield from read_prefix(prompt)
+    prefix = yield from prefill_prefix(prompt)
     yield from keep(name, prefix)
 
 

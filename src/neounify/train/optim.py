@@ -202,7 +202,9 @@ class OptimizerSet:
                 )
             )
         if not self.members:
-            raise ValueError("every parameter is frozen: there is nothing to train")
+            raise ValueError(
+                f"all {len(parameters)} parameters are frozen: there is nothing to train"
+            )
 
     def set_rate(self, step: int) -> float:
         """Set the learning rates of a step of the stage; the resulting base rate."""

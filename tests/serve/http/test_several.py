@@ -24,7 +24,7 @@ from neounify.serve.engines import EngineThread
 from neounify.serve.http import HttpConfig, Limits, create_app
 from neounify.serve.http.serving import answers_in_groups
 from neounify.serve.service import AdmissionConfig, EngineService
-from neounify.tasks.program import Finished, PromptRead, TaskEvent, TextPiece
+from neounify.tasks.program import Finished, PromptPrefilled, TaskEvent, TextPiece
 from neounify.text import Message, byte_tokenizer, chat_prompt
 from neounify.text.tokens import IM_END, THINK_CLOSE
 from support.http_server import openai_client, serving, to_image
@@ -175,8 +175,8 @@ def test_one_answers_error_is_the_error_of_all() -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
-            return [PromptRead(), neounify.errors.RequestError("temperature is off")]
-        return [PromptRead(), TextPiece("a"), 5.0, Finished("stop", 1, 1)]
+            return [PromptPrefilled(), neounify.errors.RequestError("temperature is off")]
+        return [PromptPrefilled(), TextPiece("a"), 5.0, Finished("stop", 1, 1)]
 
     service = Scripted(script)
     with (
@@ -195,7 +195,7 @@ def test_later_answers_wait_for_the_prompt() -> None:
         if prompt is not None:
             await asyncio.sleep(0.05)
             order.append("read")
-            yield PromptRead()
+            yield PromptPrefilled()
         yield Finished("stop", 1, 1)
 
     async def main() -> None:

@@ -15,7 +15,7 @@ import neounify
 from neounify.serve.build import colocated
 from neounify.serve.http import create_app
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.program import Finished, PromptRead, TextPiece, ToolCallPiece
+from neounify.tasks.program import Finished, PromptPrefilled, TextPiece, ToolCallPiece
 from neounify.text import byte_tokenizer
 from neounify.text.tokens import IM_END
 from neounify.text.tools import Tool
@@ -303,7 +303,7 @@ def test_results_of_tools_hold_no_images(client: openai.OpenAI) -> None:
 def test_tools_and_turns_arrive() -> None:
     service = Scripted(
         lambda request, previews: [
-            PromptRead(),
+            PromptPrefilled(),
             TextPiece("Well."),
             ToolCallPiece("get_time", "{}"),
             Finished("stop", 5, 3),

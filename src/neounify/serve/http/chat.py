@@ -36,7 +36,7 @@ from neounify.tasks.program import (
     Finished,
     ImageFinished,
     Preview,
-    PromptRead,
+    PromptPrefilled,
     TaskEvent,
     TextPiece,
     ToolCallPiece,
@@ -289,7 +289,7 @@ class ChatAnswer(TextAnswer[ChatBody, _Choice]):
 
     async def chunks(self, index: int, choice: _Choice, event: TaskEvent) -> list[dict[str, Any]]:
         is_thought = isinstance(event, TextPiece) and event.thought
-        if isinstance(event, PromptRead) or (is_thought and not self.body.include_reasoning):
+        if isinstance(event, PromptPrefilled) or (is_thought and not self.body.include_reasoning):
             return []
         choice.count(event)
         deltas = await self._deltas(choice, event)

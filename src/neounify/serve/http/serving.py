@@ -40,7 +40,7 @@ from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
 from neounify.tasks.image import ImageRequest, output_size, size_of_shape
 from neounify.tasks.interleave import InterleaveRequest
-from neounify.tasks.program import Finished, ImageFinished, Preview, PromptRead, TaskEvent
+from neounify.tasks.program import Finished, ImageFinished, Preview, PromptPrefilled, TaskEvent
 
 EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 """The media type of an answer with `stream`, for the API's description."""
@@ -90,7 +90,7 @@ class ServerState:
                 await stack.enter_async_context(aclosing(events))
             try:
                 async for event in events:
-                    if not is_measured and not isinstance(event, PromptRead | Finished):
+                    if not is_measured and not isinstance(event, PromptPrefilled | Finished):
                         seconds = time.perf_counter() - started
                         self.metrics.first_token.labels(task_of(request)).observe(seconds)
                         is_measured = True
@@ -342,7 +342,7 @@ async def _in_group(
         await prefilled.wait()
     async with aclosing(answer()) as events:
         async for event in events:
-            if isinstance(event, PromptRead | Finished):
+            if isinstance(event, PromptPrefilled | Finished):
                 prefilled.set()
             yield event
 
