@@ -1,7 +1,7 @@
 """Classifier-free guidance: which prefixes a step needs and how their velocities combine.
 
-Velocities are those of single images, [tokens, token_width]. v_c sees the whole prompt,
-v_i only its images, v_u nothing.
+Velocities are those of single images, [tokens, token_width], or of several at one time of one
+size, [images, tokens, token_width]. v_c sees the whole prompt, v_i only its images, v_u nothing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Guidance:
         return self.norm == "cfg_zero_star" and first_step
 
     def combine(self, v: Velocities, *, first_step: bool) -> Tensor:
-        """The guided velocity of one image from those of its branches."""
+        """The guided velocity of each image from those of its branches."""
         cond = v["cond"]
         if self.zeroes(first_step=first_step):
             return cond.new_zeros(cond.shape)
@@ -116,14 +116,14 @@ class Guidance:
 
 def _projection(cond: Tensor, uncond: Tensor) -> Tensor:
     """⟨v_c, v_u⟩ / (‖v_u‖² + ε) over the whole image."""
-    return (cond * uncond).sum() / (uncond.square().sum() + EPS)
+    inner, square = ((x * uncond).sum((-2, -1), keepdim=True) for x in (cond, uncond))
+    return inner / (square + EPS)
 
 
 def _rescale(v: Tensor, cond: Tensor, norm: Norm) -> Tensor:
     """Never longer than the conditional velocity: over the image, or token by token."""
-    if norm == "global":
-        return v * (cond.norm() / (v.norm() + EPS)).clamp(max=1)
-    if norm == "channel":
-        ratio = cond.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + EPS)
-        return v * ratio.clamp(max=1)
-    return v
+    if norm == "none":
+        return v
+    dims = (-2, -1) if norm == "global" else (-1,)
+    ratio = cond.norm(dim=dims, keepdim=True) / (v.norm(dim=dims, keepdim=True) + EPS)
+    return v * ratio.clamp(max=1)

@@ -44,16 +44,16 @@ ScoreFunction = Callable[[Logits, Tensor], Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ModelBatch:
-    """Input of one call of both streams without caches, as in training.
+    """Input of one call of the streams: of both without caches, or of `gen` behind cached prompts.
 
-    `ids` of all text tokens and `images`, ImageNet-normalised pixels, as for `embed_und`; `z`, `t`
-    and `noise_scale` as for `embed_noisy`, None without noisy images. `logit_rows` are the
-    understanding rows whose logits are computed, None for all.
+    `ids` of all text tokens and `images`, ImageNet-normalised pixels, as for `embed_und`, None
+    where the prompts are cached; `z`, `t` and `noise_scale` as for `embed_noisy`, None without
+    noisy images. `logit_rows` are the understanding rows whose logits are computed, None for all.
     """
 
     layout: Layout
     attend: Attend
-    ids: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"] | None = None
     images: Sequence[Float[Tensor, "c _height _width"]] = ()
     z: Float[Tensor, "g ccc"] | None = None
     t: Float[Tensor, " j"] | None = None
@@ -62,7 +62,10 @@ class ModelBatch:
 
 
 class ModelOutput(NamedTuple):
-    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, C²·channels]."""
+    """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, C²·channels].
+
+    None of a stream that was not in the call.
+    """
 
     text: Any
     clean: Tensor | None
@@ -208,25 +211,29 @@ class NeoUnify(nn.Module):
         return self.image_head(hidden, grids)
 
     def forward(self, batch: ModelBatch, score: ScoreFunction | None = None) -> ModelOutput:
-        """Both streams of many packed documents in one call; differentiable.
+        """The streams of many packed documents in one call; differentiable.
 
         `score` computes what is wanted of the text, for instance losses in pieces, from the
         function that turns states [n, D] into logits and the states of `logit_rows`; without it,
         the output holds their logits.
         """
         hidden = self.backbone(batch.layout, self.embed(batch), batch.attend)
-        states = hidden[UND]
-        if batch.logit_rows is not None:
-            states = states.index_select(0, batch.logit_rows)
-        text = self.logits(states) if score is None else score(self.logits, states)
-        if GEN not in hidden:
-            return ModelOutput(text, None)
-        return ModelOutput(text, self.clean_prediction(hidden[GEN], batch.layout[GEN].grids))
+        text = clean = None
+        if UND in hidden:
+            states = hidden[UND]
+            if batch.logit_rows is not None:
+                states = states.index_select(0, batch.logit_rows)
+            text = self.logits(states) if score is None else score(self.logits, states)
+        if GEN in hidden:
+            clean = self.clean_prediction(hidden[GEN], batch.layout[GEN].grids)
+        return ModelOutput(text, clean)
 
     def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
         """Input of the first layer, for each stream."""
         layout = batch.layout
-        embedded = {UND: self.embed_und(layout, batch.ids, batch.images)}
+        embedded: dict[StreamName, Tensor] = {}
+        if batch.ids is not None:
+            embedded[UND] = self.embed_und(layout, batch.ids, batch.images)
         z, t, noise_scale = batch.z, batch.t, batch.noise_scale
         if z is not None and t is not None and noise_scale is not None:
             embedded[GEN] = self.embed_noisy(layout, z, t, noise_scale)

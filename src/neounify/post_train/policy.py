@@ -22,11 +22,11 @@ from neounify.engine.denoiser import groups
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.errors import ConfigError
-from neounify.flow.guidance import Branch, Guidance
+from neounify.flow.guidance import Branch, Guidance, Velocities
 from neounify.flow.path import noise_scale
 from neounify.lora.layers import HALVES, weight_name
 from neounify.model.layout import Grid, Image, Layout, Noise, Span, Text
-from neounify.model.neo import NeoUnify
+from neounify.model.neo import ModelBatch, NeoUnify
 from neounify.model.parts import GEN
 from neounify.pipeline import load
 from neounify.post_train.prompts import PromptCase
@@ -58,10 +58,14 @@ class NoisyImages:
         self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: Float[Tensor, " images"]
     ) -> Float[Tensor, "images n ccc"]:
         """x̂ of a model at z and t, float32."""
-        sigma = torch.full_like(t, self.sigma)
-        x = model.embed_noisy(self.layout, z.flatten(0, 1), t, sigma)
-        hidden = model.backbone(self.layout, {GEN: x}, self.attend)[GEN]
-        clean = model.clean_prediction(hidden, self.layout[GEN].grids)
+        batch = ModelBatch(
+            layout=self.layout,
+            attend=self.attend,
+            z=z.flatten(0, 1),
+            t=t,
+            noise_scale=torch.full_like(t, self.sigma),
+        )
+        clean: Tensor = model(batch).clean
         return clean.float().unflatten(0, (self.count, -1))
 
 
@@ -86,19 +90,17 @@ class GuidedImages:
         z: Float[Tensor, "images n ccc"],
         t: Float[Tensor, " images"] | float,
     ) -> Float[Tensor, "images n ccc"]:
-        """The guided velocity of a model at z and t < 1."""
-        times = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(self.images)
-        branches = len(self.branches)
+        """The guided velocity of a model at z and t < 1, of each image or of all."""
+        times, branches = self._times(t, z), len(self.branches)
         clean = self.noisy.clean(model, z.repeat(branches, 1, 1), times.repeat(branches))
         s = (1 - times).view(-1, 1, 1)
         v = {b: (x - z) / s for b, x in zip(self.branches, clean.chunk(branches), strict=True)}
-        rows = [
-            self.guidance.combine({b: v[b][i] for b in v}, first_step=at == 0)
-            if self.guidance.acts_at(at)
-            else v["cond"][i]
-            for i, at in enumerate(times.tolist())
-        ]
-        return torch.stack(rows)
+        if branches == 1:
+            return v["cond"]
+        if not isinstance(t, Tensor):
+            return self._guided(v, t)
+        each = enumerate(t.tolist())
+        return torch.stack([self._guided({b: v[b][i] for b in v}, at) for i, at in each])
 
     def clean(
         self,
@@ -107,8 +109,16 @@ class GuidedImages:
         t: Float[Tensor, " images"] | float,
     ) -> Float[Tensor, "images n ccc"]:
         """The guided x̂ of a model at z and t < 1."""
-        times = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(self.images)
-        return z + (1 - times).view(-1, 1, 1) * self.velocity(model, z, times)
+        return z + (1 - self._times(t, z)).view(-1, 1, 1) * self.velocity(model, z, t)
+
+    def _times(self, t: Tensor | float, z: Tensor) -> Float[Tensor, " images"]:
+        """t of each image; a number is not copied from the host."""
+        return t if isinstance(t, Tensor) else z.new_full((self.images,), t, dtype=torch.float32)
+
+    def _guided(self, v: Velocities, t: float) -> Tensor:
+        if not self.guidance.acts_at(t):
+            return v["cond"]
+        return self.guidance.combine(v, first_step=t == 0)
 
 
 @torch.no_grad()
