@@ -11,7 +11,8 @@ from torch import Tensor
 import neounify
 from neounify.image.io import read_image
 from neounify.pipeline import ImagePart, TextPart
-from neounify.tasks import interleave, program
+from neounify.tasks import image as image_task
+from neounify.tasks import program
 from neounify.tasks.image import edit_images
 from support.golden import load_fixture, needs_golden
 from support.golden_steps import (
@@ -304,7 +305,7 @@ def test_interleaving_with_given_text(
     script = Script([*ids, *tokenizer.encode(end), tokenizer.id("<|im_end|>")])
     draws = iter([recorded[f"image_only.image{n}.randn"] for n in range(2)])
     script_sampler(monkeypatch, script)
-    monkeypatch.setattr(interleave, "initial_noise", lambda s, scale, g: next(draws) * scale)
+    monkeypatch.setattr(image_task, "initial_noise", lambda s, scale, g: next(draws) * scale)
     parts = pipe.interleave(
         info["prompt"],
         [image_file("a_512x512")],

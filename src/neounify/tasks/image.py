@@ -134,18 +134,21 @@ class ImageRequest:
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
         """Initial scaled noise as tokens [count, n, token_width]."""
-        noise = self.noise
-        if noise is None and self.seeds:
-            noise = torch.cat([self._draw(1, seed, config) for seed in self.seeds])
-        elif noise is None:
-            noise = self._draw(self.count, self.seed, config)
-        return patchify(noise.float(), config.token_size, config.channels)
+        if self.noise is not None:
+            return patchify(self.noise.float(), config.token_size, config.channels)
+        draw = partial(draw_noise, config, self.width, self.height)
+        if self.seeds:
+            return torch.cat([draw(torch.Generator().manual_seed(seed)) for seed in self.seeds])
+        return draw(torch.Generator().manual_seed(self.seed), self.count)
 
-    def _draw(self, count: int, seed: int, config: ModelConfig) -> Tensor:
-        """Scaled noise [count, channels, height, width]."""
-        shape = (count, config.channels, self.height, self.width)
-        generator = torch.Generator().manual_seed(seed)
-        return initial_noise(shape, image_noise_scale(self.grid(config), config), generator)
+
+def draw_noise(
+    config: ModelConfig, width: int, height: int, generator: torch.Generator, count: int = 1
+) -> Float[Tensor, "count n ccc"]:
+    """Initial scaled noise of images of a size as tokens, one draw of all of them."""
+    scale = noise_scale(Grid.of_pixels(height, width, config.token_size).length, config.flow)
+    noise = initial_noise((count, config.channels, height, width), scale, generator)
+    return patchify(noise, config.token_size, config.channels)
 
 
 def split_noise(noise: Tensor | None, prompts: int, config: ModelConfig) -> list[Tensor | None]:
@@ -161,11 +164,6 @@ def split_noise(noise: Tensor | None, prompts: int, config: ModelConfig) -> list
             param="noise",
         )
     return list(noise.chunk(prompts))
-
-
-def image_noise_scale(grid: Grid, config: ModelConfig) -> float:
-    """σ at which an image of this grid is sampled."""
-    return noise_scale(grid.length, config.flow)
 
 
 def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:

@@ -16,9 +16,8 @@ from neounify.config.sampling import check_seed
 from neounify.engine.messages import Append, Decode, Release, TextInput, new_number
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
-from neounify.flow.path import initial_noise
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.pixels import normalise_und, patchify
+from neounify.image.pixels import normalise_und
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.image import (
@@ -27,7 +26,7 @@ from neounify.tasks.image import (
     branches_to_prefill,
     check_negative_prompt,
     denoise,
-    image_noise_scale,
+    draw_noise,
     image_tokens,
     output_size,
     prefill_branches,
@@ -121,15 +120,6 @@ def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch
     )
 
 
-def draw_noise(
-    config: ModelConfig, width: int, height: int, generator: torch.Generator
-) -> Float[Tensor, "n ccc"]:
-    """Scaled noise of the next image as tokens [n, 3·C²], drawn from `generator`."""
-    scale = image_noise_scale(Grid.of_pixels(height, width, config.token_size), config)
-    noise = initial_noise((1, config.channels, height, width), scale, generator)
-    return patchify(noise, config.token_size, config.channels)[0]
-
-
 def to_und_input(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
     """A generated image, normalised for the understanding stream, not clamped."""
     return normalise_und((pixels + 1) / 2).to(dtype)
@@ -188,7 +178,7 @@ def interleave(
             side = processor.config.token_size
             grid = Grid.of_pixels(height, width, side)
             (pixels,) = yield from denoise(
-                noise[None], grid, request.sampling, prefixes, previews, usage, first=index
+                noise, grid, request.sampling, prefixes, previews, usage, first=index
             )
             clean: Tensor = yield Compute(partial(to_und_input, pixels, processor.dtype))
             (image,) = yield from pack_images([clean], side)
