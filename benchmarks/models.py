@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neounify.cache import SequenceCache
+from neounify.cache import SequenceCache, new_cache
 from neounify.config.presets import BENCH
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
@@ -23,10 +23,6 @@ def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:
 def random_ids(model: NeoUnify, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(length)
     return torch.randint(0, model.config.vocab_size, (length,), generator=generator).tolist()
-
-
-def new_cache(model: NeoUnify, capacity: int) -> SequenceCache:
-    return SequenceCache(model.config, capacity, dtype=model.compute_dtype, device=model.device)
 
 
 def read_text(model: NeoUnify, length: int, room: int = 64) -> tuple[SequenceCache, torch.Tensor]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neounify.cache import SequenceCache
+from neounify.cache import SequenceCache, new_cache
 from neounify.config import MlpConfig
 from neounify.model import Image, Noise, Text
-from support.models import random_config
+from support.models import random_config, random_model
 
 CONFIG = random_config(
     random.Random(0),
@@ -115,14 +114,13 @@ def test_images_take_one_step_and_noise_none() -> None:
     assert (cache.length, cache.next_t) == (12, 4)
 
 
-def test_heads_are_those_of_the_first_keys() -> None:
-    """A rank of several computes a share of the model's heads."""
-    cache = SequenceCache(CONFIG, 4, dtype=torch.float32, device=torch.device("cpu"))
-    heads = CONFIG.num_kv_heads + 1
-    k = torch.randn(2, heads, CONFIG.head_dim)
-    for layer in range(CONFIG.num_layers):
-        cache.write(layer, k, k)
-    cache.advance(cache.document(Text(2)))
-    assert torch.equal(cache.read(0, 2)[0], k.transpose(0, 1))
-    with pytest.raises(ValueError, match=f"keys of 7 heads in a cache of {heads}"):
-        cache.write(0, torch.zeros(1, 7, CONFIG.head_dim), torch.zeros(1, 7, CONFIG.head_dim))
+def test_a_cache_has_the_heads_that_its_model_computes() -> None:
+    """A rank of several computes a share of them."""
+    model = random_model(CONFIG, 0, torch.float32)
+    whole = new_cache(model, 4)
+    model.kv_heads += 1
+    share = new_cache(model, 4)
+    layers, d = CONFIG.num_layers, CONFIG.head_dim
+    assert whole.keys.shape == whole.values.shape == (layers, CONFIG.num_kv_heads, 4, d)
+    assert share.keys.shape == share.values.shape == (layers, CONFIG.num_kv_heads + 1, 4, d)
+    assert (whole.keys.dtype, whole.keys.device) == (model.compute_dtype, model.device)

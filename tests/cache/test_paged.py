@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
+from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache, new_paged_cache
 from neounify.cache.block_allocator import OutOfBlocks
 from neounify.cache.key_values import TokenKey, image_keys, text_keys
 from neounify.config import ModelConfig
@@ -196,14 +196,15 @@ def test_room_is_all_or_nothing(model: NeoUnify) -> None:
         one.reserve(9)
 
 
-def test_heads_are_those_of_the_first_keys(model: NeoUnify) -> None:
-    pool = PagedKVCache(model.config, 4, 2, dtype=torch.float32, device=CPU)
-    sequence = pool.open(text_keys(range(3), 0), 0)
+def test_a_paged_cache_has_the_heads_that_its_model_computes(
+    model: NeoUnify, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heads = model.config.num_kv_heads + 1
+    monkeypatch.setattr(model, "kv_heads", heads)
+    pool = new_paged_cache(model, 4, 2)
+    sequence = pool.open(text_keys(range(3), 0), 0)
     k = torch.randn(3, heads, model.config.head_dim)
     for layer in range(model.config.num_layers):
         sequence.write(layer, k, k)
     sequence.advance(sequence.document(Text(3)))
     assert torch.equal(sequence.read(0, 3)[0], k.transpose(0, 1))
-    with pytest.raises(ValueError, match=f"keys of 7 heads in a cache of {heads}"):
-        sequence.write(0, *(torch.zeros(1, 7, model.config.head_dim) for _ in "kv"))

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from neounify.attention import BACKENDS
-from neounify.cache import PagedKVCache, SequenceCache
+from neounify.cache import new_cache, new_paged_cache
 from neounify.cache.key_values import text_keys
 from neounify.config import MlpConfig, ModelConfig
 from neounify.model import Layout, NeoUnify, Noise, Text, build
@@ -49,9 +49,7 @@ def small_config(seed: int = 0) -> ModelConfig:
 def prefill_and_denoise(model: NeoUnify, backend: str) -> Tensor:
     """Prefill of two prompts, one decoding step of each, and a noisy image behind each of them."""
     config, numbers = model.config, torch.Generator().manual_seed(0)
-    caches = [
-        SequenceCache(config, 2, dtype=torch.float64, device=torch.device("cpu")) for _ in range(2)
-    ]
+    caches = [new_cache(model, 2) for _ in range(2)]
     outputs = [decode_paged(model, backend)]
     for lengths in ((5, 3), (1, 1)):
         layout = Layout(c.document(Text(n)) for c, n in zip(caches, lengths, strict=True))
@@ -69,7 +67,7 @@ def prefill_and_denoise(model: NeoUnify, backend: str) -> Tensor:
 def decode_paged(model: NeoUnify, backend: str) -> Tensor:
     """Prefill and three decoding steps of two sequences of one paged cache."""
     numbers = torch.Generator().manual_seed(1)
-    pool = PagedKVCache(model.config, 8, 4, dtype=torch.float64, device=torch.device("cpu"))
+    pool = new_paged_cache(model, 8, 4)
     sequences = [pool.open(text_keys(range(n), 0), 8) for n in (1, 6)]
     outputs = []
     for lengths in ((1, 6), (1, 1), (1, 1)):
@@ -85,6 +83,7 @@ def half_of_the_heads(backend: str) -> object:
     """On each of two ranks: half of every projection, outputs added by hooks."""
     rank = dist.get_rank()
     model = random_model(small_config(), 0, torch.float64)
+    model.kv_heads //= 2
     for layer in model.layers:
         for name, module in layer.named_modules():
             if not isinstance(module, nn.Linear):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,9 @@ from torch import Tensor
 from neounify.cache.block_allocator import BlockAllocator, BlockHash
 from neounify.config import ModelConfig
 from neounify.model.layout import Document, Span
+
+if TYPE_CHECKING:
+    from neounify.model.neo import NeoUnify
 
 HASH_BYTES = 16
 
@@ -49,7 +52,8 @@ class SequenceCache:
     `length` tokens are complete; the next token stands at t = `next_t`. The model
     writes behind `length`; `advance` makes what was written part of the sequence.
     A denoising step only reads, so many steps may share one cache. While several caches are
-    decoded together, `keys` and `values` are row `row` of a `batch`.
+    decoded together, `keys` and `values` are row `row` of a `batch`. `kv_heads` None are those of
+    the config; `new_cache` makes the cache of a model.
     """
 
     GROWTH = 256
@@ -57,9 +61,15 @@ class SequenceCache:
     row: int = 0
 
     def __init__(
-        self, config: ModelConfig, capacity: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_heads: int | None = None,
     ) -> None:
-        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        shape = (config.num_layers, kv_heads or config.num_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
@@ -98,19 +108,9 @@ class SequenceCache:
         return new
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if k.shape[1] != self.keys.shape[1]:
-            self._take_heads(k.shape[1])
         stop = self.length + k.shape[0]
         self.keys[layer, :, self.length : stop] = k.transpose(0, 1)
         self.values[layer, :, self.length : stop] = v.transpose(0, 1)
-
-    def _take_heads(self, heads: int) -> None:
-        """Hold the heads of the first keys: those of a rank, not of the whole model."""
-        layers, cached, capacity, d = self.keys.shape
-        if self.length:
-            raise ValueError(f"keys of {heads} heads in a cache of {cached}")
-        self.keys = self.keys.new_empty(layers, heads, capacity, d)
-        self.values = torch.empty_like(self.keys)
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer, :, :length], self.values[layer, :, :length]
@@ -119,6 +119,29 @@ class SequenceCache:
         """Count the document's understanding tokens, now written in every layer."""
         self.length += document.und_length()
         self.next_t = document.end_t
+
+
+def new_cache(model: NeoUnify, capacity: int) -> SequenceCache:
+    """An empty cache for the keys that a model computes."""
+    return SequenceCache(
+        model.config,
+        capacity,
+        dtype=model.compute_dtype,
+        device=model.device,
+        kv_heads=model.kv_heads,
+    )
+
+
+def new_paged_cache(model: NeoUnify, blocks: int, block_size: int) -> PagedKVCache:
+    """An empty paged cache for the keys that a model computes."""
+    return PagedKVCache(
+        model.config,
+        blocks,
+        block_size,
+        dtype=model.compute_dtype,
+        device=model.device,
+        kv_heads=model.kv_heads,
+    )
 
 
 class CacheBatch:
@@ -165,6 +188,7 @@ class PagedKVCache:
 
     `open` allocates the blocks of a new sequence, `PagedSequence.grow` further ones. Full blocks
     stay cached until their memory is needed, and a new sequence with the same prefix shares them.
+    `kv_heads` None are those of the config; `new_paged_cache` makes the cache of a model.
     """
 
     def __init__(
@@ -175,9 +199,10 @@ class PagedKVCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kv_heads: int | None = None,
     ) -> None:
         slots = blocks * block_size + 1
-        shape = (config.num_layers, slots, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, slots, kv_heads or config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
@@ -188,17 +213,6 @@ class PagedKVCache:
     def zero_slot(self) -> int:
         """The slot that no sequence writes to."""
         return self.keys.shape[1] - 1
-
-    def take_heads(self, heads: int) -> None:
-        """Hold so many heads, those of the first keys: of a rank, its share.
-
-        Raises ValueError when a sequence has tokens already.
-        """
-        layers, slots, cached, d = self.keys.shape
-        if any(sequence.length for sequence in self._sequences.values()):
-            raise ValueError(f"keys of {heads} heads in a cache of {cached}")
-        self.keys = self.keys.new_zeros(layers, slots, heads, d)
-        self.values = torch.zeros_like(self.keys)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -306,8 +320,6 @@ class PagedSequence:
         self.token_keys += keys
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if k.shape[1] != self.pool.keys.shape[2]:
-            self.pool.take_heads(k.shape[1])
         slots = self.slot_mapping[self.length : self.length + k.shape[0]]
         self.pool.keys[layer].index_copy_(0, slots, k)
         self.pool.values[layer].index_copy_(0, slots, v)

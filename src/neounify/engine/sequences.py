@@ -18,7 +18,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache
+from neounify.cache import Cache, PagedKVCache, PagedSequence, SequenceCache, new_cache
 from neounify.cache.key_values import BlockHash, TokenKey, block_hashes, image_keys, text_keys
 from neounify.config import Constraint
 from neounify.decode.sampler import DecodeState
@@ -56,6 +56,16 @@ class ModelInput:
     spans: tuple[Span, ...]
     ids: Sequence[int]
     images: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, cache: Cache, pieces: Sequence[Piece]) -> ModelInput:
+        """Pieces in order behind what is in the cache."""
+        return cls(
+            cache,
+            tuple(Text(len(p.ids)) if p.grid is None else Image.of(p.grid) for p in pieces),
+            [token for piece in pieces for token in piece.ids],
+            [piece.image for piece in pieces if piece.image is not None],
+        )
 
 
 @dataclass
@@ -168,12 +178,7 @@ class ServedSequence:
     def model_input(self, pieces: Sequence[Piece]) -> ModelInput:
         """Pieces as the model's input."""
         assert self.cache is not None
-        return ModelInput(
-            self.cache,
-            tuple(Text(len(p.ids)) if p.grid is None else Image.of(p.grid) for p in pieces),
-            [token for piece in pieces for token in piece.ids],
-            [piece.image for piece in pieces if piece.image is not None],
-        )
+        return ModelInput.of(self.cache, pieces)
 
     def take_state(self, hidden: Tensor, *, finite: bool) -> None:
         """Store the hidden state [hidden_size] after the last token in the cache."""
@@ -321,13 +326,11 @@ class ContiguousCaches:
     def enter(
         self, lacking: Iterable[ServedSequence], wanted: Container[ServedSequence]
     ) -> list[ServedSequence]:
-        model, entered = self._model, list[ServedSequence]()
+        entered = list[ServedSequence]()
         for sequence in sorted(lacking, key=lambda s: s.age):
             capacity = len(sequence.token_keys) + self._reserve
             try:
-                sequence.cache = SequenceCache(
-                    model.config, capacity, dtype=model.compute_dtype, device=model.device
-                )
+                sequence.cache = new_cache(self._model, capacity)
             except Exception as error:  # any error concerns this sequence alone
                 sequence.error = error
                 continue
@@ -426,7 +429,6 @@ class PagedCaches:
     def grow(
         self, sequence: ServedSequence, tokens: int, wanted: Container[ServedSequence]
     ) -> bool:
-        """Room for `tokens` more behind what is in the cache; False if it has to wait."""
         cache = _paged(sequence)
         lacking = self.pool.blocks_for(cache.length + tokens) - len(cache.block_table)
         while self.pool.allocator.available < lacking:
@@ -451,7 +453,6 @@ class PagedCaches:
         self.preempted += 1
 
     def leave(self, sequence: ServedSequence) -> None:
-        """Release a sequence's blocks, if it has any."""
         if sequence.cache is not None:
             self.pool.close(_paged(sequence))
             sequence.cache = None

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
-from neounify.cache import PagedKVCache
+from neounify.cache import new_paged_cache
 from neounify.decode.sampler import (
     DecodeState,
     SampledToken,
@@ -96,16 +96,6 @@ class UnderstandingSettings:
         )
 
 
-def _paged_cache(model: NeoUnify, plan: ExecutionPlan) -> PagedKVCache:
-    return PagedKVCache(
-        model.config,
-        plan.kv_blocks,
-        plan.kv_block_size,
-        dtype=model.compute_dtype,
-        device=model.device,
-    )
-
-
 def forward_und(
     model: NeoUnify, inputs: Sequence[ModelInput], backend: AttentionBackend | None = None
 ) -> Float[Tensor, "b d"]:
@@ -149,7 +139,9 @@ class UnderstandingEngine:
         )
         self.backend = select_for(model, self.plan.attention)
         self.caches = caches or PagedCaches(
-            _paged_cache(model, self.plan), transport, headroom=self.plan.kv_headroom
+            new_paged_cache(model, self.plan.kv_blocks, self.plan.kv_block_size),
+            transport,
+            headroom=self.plan.kv_headroom,
         )
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()

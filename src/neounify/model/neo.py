@@ -77,13 +77,15 @@ class NeoUnify(nn.Module):
     Legend: U, G rows of the understanding and generation stream; D hidden size; C token
     side in pixels, M merge side and P patch side (C = M·P); I clean, J noisy images.
     Single device, no state: caches are arguments. `compute_dtype` is that of activations and
-    caches; weights may be stored in another one.
+    caches; weights may be stored in another one. `kv_heads` are the heads of the keys that each
+    layer computes: what leaves a rank a share of them sets it, and caches have so many.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = torch.get_default_dtype()
+        self.kv_heads = config.num_kv_heads
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.und_patch = PatchEmbed(config)

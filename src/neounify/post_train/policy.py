@@ -16,16 +16,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.attention import select_for
-from neounify.cache import SequenceCache
+from neounify.cache import SequenceCache, new_cache
 from neounify.checkpoint.names import stream_of
 from neounify.engine.denoiser import groups
-from neounify.engine.sequences import ModelInput
+from neounify.engine.sequences import ModelInput, Piece
 from neounify.engine.understanding import forward_und
 from neounify.errors import ConfigError
 from neounify.flow.guidance import Branch, Guidance, Velocities
 from neounify.flow.path import noise_scale
 from neounify.lora.layers import HALVES, weight_name
-from neounify.model.layout import Grid, Image, Layout, Noise, Span, Text
+from neounify.model.layout import Grid, Layout, Noise
 from neounify.model.neo import ModelBatch, NeoUnify
 from neounify.model.parts import GEN
 from neounify.pipeline import load
@@ -154,20 +154,15 @@ def _tokens(item: ModelInput) -> int:
 
 
 def _model_input(model: NeoUnify, prompt: Prompt, images: Sequence[Tensor]) -> ModelInput:
-    spans: list[Span] = []
-    ids: list[int] = []
-    used: list[Tensor] = []
+    pieces: list[Piece] = []
     for segment in prompt.segments:
         if isinstance(segment, ImageSegment):
             image = images[segment.image]
-            spans.append(Image.of(model.token_grid(image)))
-            used.append(image)
+            pieces.append(Piece(image=image, grid=model.token_grid(image)))
         else:
-            spans.append(Text(len(segment.ids)))
-            ids += segment.ids
-    length = sum(span.length for span in spans)
-    cache = SequenceCache(model.config, length, dtype=model.compute_dtype, device=model.device)
-    return ModelInput(cache, tuple(spans), ids, used)
+            pieces.append(Piece(ids=list(segment.ids)))
+    length = sum(piece.tokens for piece in pieces)
+    return ModelInput.of(new_cache(model, length), pieces)
 
 
 def frozen_copy(model: NeoUnify) -> NeoUnify:
