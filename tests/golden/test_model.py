@@ -102,8 +102,8 @@ def test_patch_embedding_of_images(name: str, model: NeoUnify) -> None:
 def test_cutting_images(name: str, model: NeoUnify) -> None:
     recorded, _ = load_fixture(name, "vision")
     images, z = recorded["image"], recorded["image.z"]
-    assert torch.equal(patchify(images, 32), z)
-    assert torch.equal(unpatchify(z, 3, 2, 32), images)
+    assert torch.equal(patchify(images, 32, 3), z)
+    assert torch.equal(unpatchify(z, 3, 2, 32, 3), images)
     assert torch.equal(to_patches(images, 16), recorded["image.patches16"])
     assert torch.equal(from_patches(recorded["image.patches16"], 6, 4, 16), images)
     # The embedding of noisy images, less what it adds for the time and the noise scale.
@@ -259,7 +259,7 @@ def test_velocity(name: str, prefix: str, model: NeoUnify) -> None:
     layout = Layout([cache.document(Noise(3, 2))])
     assert torch.equal(layout["gen"].positions.T, recorded[f"indexes_{prefix}"])
     z = recorded["z"][0]
-    assert torch.equal(patchify(recorded["noise"], 32)[0], z)
+    assert torch.equal(patchify(recorded["noise"], 32, 3)[0], z)
     for t in (0.0, 0.3, 0.97, 0.99):
         scale = torch.tensor([facts["noise_scale"]])
         embedded = model.embed_noisy(layout, z, torch.tensor([t]), scale)

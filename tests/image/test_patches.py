@@ -14,13 +14,13 @@ sides = st.integers(1, 4)
 @given(sides, sides, sides, sides)
 def test_unpatchify_inverts(batch: int, h: int, w: int, size: int) -> None:
     images = torch.randn(batch, 3, h * size, w * size)
-    assert torch.equal(unpatchify(patchify(images, size), h, w, size), images)
+    assert torch.equal(unpatchify(patchify(images, size, 3), h, w, size, 3), images)
 
 
 def test_order_inside() -> None:
     images = torch.zeros(1, 3, 4, 6)
     images[0, 1, 3, 2] = 7  # channel 1; square (1, 1) of side 2, row 1, column 0 inside
-    assert patchify(images, 2)[0, 1 * 3 + 1].nonzero().item() == (1 * 2 + 0) * 3 + 1
+    assert patchify(images, 2, 3)[0, 1 * 3 + 1].nonzero().item() == (1 * 2 + 0) * 3 + 1
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_order_inside() -> None:
 )
 def test_wrong_images(shape: tuple[int, ...], size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        patchify(torch.zeros(shape), size)
+        patchify(torch.zeros(shape), size, 3)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 12), (1, 6, 13), (6, 12)])
 def test_wrong_tokens(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"needs \[batch, 6, 12\], got \("):
-        unpatchify(torch.zeros(shape), 2, 3, 2)
+        unpatchify(torch.zeros(shape), 2, 3, 2, 3)
 
 
 @needs_golden
@@ -48,5 +48,5 @@ def test_wrong_tokens(shape: tuple[int, ...]) -> None:
 def test_the_recorded_layout(name: str) -> None:
     arrays = load_fixture(name, "vision")[0]
     image = arrays["image"]
-    assert torch.equal(patchify(image, 32), arrays["image.z"])
-    assert torch.equal(unpatchify(arrays["image.z"], 3, 2, 32), image)
+    assert torch.equal(patchify(image, 32, 3), arrays["image.z"])
+    assert torch.equal(unpatchify(arrays["image.z"], 3, 2, 32, 3), image)

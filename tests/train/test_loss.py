@@ -40,7 +40,7 @@ def test_noised_targets_lie_between_noise_and_image() -> None:
     assert noised.noise_scale.tolist() == pytest.approx([sigma] * len(pack.targets))
     target = torch.tensor(pack.targets[3]).permute(2, 0, 1).float() / 127.5 - 1
     rows = slice(3 * 16, 4 * 16)
-    torch.testing.assert_close(noised.clean[rows], patchify(target[None], 16)[0])
+    torch.testing.assert_close(noised.clean[rows], patchify(target[None], 16, 3)[0])
     t = noised.t[3]
     noise = (noised.z[rows] - t * noised.clean[rows]) / ((1 - t) * sigma)
     assert abs(noise.std().item() - 1) < 0.05

@@ -113,7 +113,7 @@ def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:
 
 
 def patchify(
-    images: Float[Tensor, "batch c height width"], size: int, channels: int = RGB
+    images: Float[Tensor, "batch c height width"], size: int, channels: int
 ) -> Float[Tensor, "batch tokens values"]:
     """Tokens of `size` x `size` pixels, each in order (row, column, channel).
 
@@ -134,7 +134,7 @@ def patchify(
 
 
 def unpatchify(
-    tokens: Float[Tensor, "batch tokens values"], h: int, w: int, size: int, channels: int = RGB
+    tokens: Float[Tensor, "batch tokens values"], h: int, w: int, size: int, channels: int
 ) -> Float[Tensor, "batch c height width"]:
     """Images of a grid of `h` rows and `w` columns of tokens: the inverse of `patchify`.
 

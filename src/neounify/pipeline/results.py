@@ -53,11 +53,11 @@ class ChatResult:
 class ImageResult:
     """Generated images, prompt by prompt.
 
-    `pixels` [B, 3, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
+    `pixels` [B, channels, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
     prompt, None without `think`; `seeds` one per prompt, None with explicit noise.
     """
 
-    pixels: Float[Tensor, "b 3 h w"]
+    pixels: Float[Tensor, "b c h w"]
     thoughts: list[str | None]
     seeds: list[int | None]
 
@@ -72,7 +72,7 @@ class ImageProgress:
 
     step: int
     steps: int
-    clean: Float[Tensor, "b 3 h w"]
+    clean: Float[Tensor, "b c h w"]
     """The clean images predicted so far, in about [-1, 1]."""
 
     def preview(self) -> list[PIL.Image.Image]:
@@ -100,9 +100,9 @@ class PreviewPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A finished image of an interleaved answer; `pixels` [3, H, W] in about [-1, 1]."""
+    """A finished image of an interleaved answer; `pixels` [channels, H, W] in about [-1, 1]."""
 
-    pixels: Float[Tensor, "3 h w"]
+    pixels: Float[Tensor, "c h w"]
 
     @cached_property
     def image(self) -> PIL.Image.Image:

@@ -146,7 +146,8 @@ class TrajectoryConfig(DistillConfig):
 class States:
     """States of the student and their targets, images of one size.
 
-    `z` and `target` (x̂*) [states, n, 3·C²], `t` [states]; `prefixes` and `step` (k) per state.
+    `z` and `target` (x̂*) [states, n, token_width], `t` [states]; `prefixes` and `step` (k) of
+    each.
     """
 
     grid: Grid
@@ -240,7 +241,7 @@ class Distill(PromptMethod):
         return total / content.total
 
     def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
-        """Initial scaled noise [count, n, 3·C²] of a rollout."""
+        """Initial scaled noise [count, n, token_width] of a rollout."""
         config = self.model.config
         shape = (grid.length, config.token_width)
         draws = [

@@ -317,8 +317,7 @@ class RolloutMethod(PromptMethod):
         return Iteration(number, rollouts, advantages.split(counts), rewards)
 
     def _rewarded(self, number: int, rollouts: Sequence[Rollout]) -> Iteration:
-        token_size = self.model.config.token_size
-        pixels = [rollout.pixels(token_size) for rollout in rollouts]
+        pixels = [rollout.pixels(self.model.config) for rollout in rollouts]
         cases = [case for r in rollouts for case in r.cases for _ in range(r.group)]
         rewarded = self.rewards([image for images in pixels for image in images], cases)
         list_failures(self.context.folder, number, rewarded.failures)

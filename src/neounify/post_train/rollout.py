@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.cache import SequenceCache
-from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
+from neounify.config import ModelConfig
+from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels
 from neounify.flow.guidance import Branch
 from neounify.flow.path import noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.sde import GaussianStep, RandomStep, StepKind, StochasticSolver, gaussian_step
-from neounify.image.pixels import to_pil, unpatchify
+from neounify.image.pixels import to_pil
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
 from neounify.post_train.policy import prefill
@@ -48,7 +49,7 @@ class RandomSteps:
 class Rollout:
     """Images of one size and one schedule: `count` = prompts · group, those of a prompt together.
 
-    `final` is their tokens [count, n, 3·C²]; `random` holds z, x̂ and ε [count, n, 3·C²] of the
+    `final` is their tokens [count, n, token_width]; `random` holds z, x̂ and ε of that shape of the
     random steps, by step.
     """
 
@@ -65,9 +66,9 @@ class Rollout:
     def count(self) -> int:
         return self.final.shape[0]
 
-    def pixels(self, token_size: int) -> list[Pixels]:
+    def pixels(self, config: ModelConfig) -> list[Pixels]:
         """The images, uint8 [height, width, 3]."""
-        images = unpatchify(self.final, self.grid.rows, self.grid.columns, token_size)
+        images = torch.stack([to_pixels(tokens, self.grid, config) for tokens in self.final])
         return [np.asarray(image) for image in to_pil(images)]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -450,7 +450,10 @@ def denoise(
     usage: Usage,
     first: int = 0,
 ) -> Program[list[Tensor]]:
-    """Images [3, height, width] from `noise` [count, tokens, 3·C²]; events number from `first`."""
+    """Images [channels, height, width] from `noise` [count, n, token_width].
+
+    Events number from `first`.
+    """
     ref: TensorRef = yield PackTensors({"noise": noise})
     steps = preview_steps(sampling.steps, previews)
     answer = yield GenerateImages(new_number(), ref, grid, sampling, prefixes, steps)

@@ -120,7 +120,7 @@ def turn_prompt(processor: Processor, request: InterleaveRequest, branch: Branch
     )
 
 
-def to_und_input(pixels: Float[Tensor, "3 h w"], dtype: torch.dtype) -> Float[Tensor, "3 h w"]:
+def to_und_input(pixels: Float[Tensor, "c h w"], dtype: torch.dtype) -> Float[Tensor, "c h w"]:
     """A generated image, normalised for the understanding stream, not clamped."""
     return normalise_und((pixels + 1) / 2).to(dtype)
 

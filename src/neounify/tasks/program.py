@@ -92,7 +92,7 @@ class Preview:
     index: int
     step: int
     steps: int
-    pixels: Float[Tensor, "3 h w"]
+    pixels: Float[Tensor, "c h w"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class ImageFinished:
     """
 
     index: int
-    pixels: Float[Tensor, "3 h w"]
+    pixels: Float[Tensor, "c h w"]
     usage: Finished
 
 
@@ -262,7 +262,7 @@ def export(names: Sequence[SequenceName]) -> Program[tuple[Prefix, ...]]:
 
 
 def take_pixels(answer: StepPreview | ImageReady) -> Program[Tensor]:
-    """Take the pixels [3, height, width] of a preview or an image."""
+    """Take the pixels [channels, height, width] of a preview or an image."""
     tensors: Mapping[str, Tensor] = yield Take(answer.pixels)
     return tensors["pixels"]
 
