@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neounify.config import ModelConfig
 from neounify.model.neo import NeoUnify
-from neounify.model.stream import OutputMlp, QKVProjection
+from neounify.model.stream import Layer, call_half
 
 MIN_ROWS = 32
 """Below, the guards of a compiled function cost more than it saves."""
@@ -23,19 +23,21 @@ def compile_streams(model: NeoUnify, wanted: bool = True) -> None:
 
     The first calls take some seconds longer, and a C++ compiler must be there on a CPU. It
     pays for prefill and denoising; attention and the decoding of single tokens stay as they are.
-    Hooks of the halves and of what is in them are called as before. `wanted` False undoes it.
+    Hooks of the halves and of what is in them are called as before. A copy of the model is not
+    compiled. `wanted` False undoes it.
     """
-    for module in model.modules():
-        if isinstance(module, (QKVProjection, OutputMlp)):
-            # Where `Module.compile` puts its result too, which is called in place of `_call_impl`.
-            module._compiled_call_impl = _compiled(module._call_impl) if wanted else None
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        layer.call = _compiled_call(layer) if wanted else call_half
 
 
-def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(eager, dynamic=True)
+def _compiled_call(layer: Layer) -> Callable[[nn.Module, Tensor, Any], Any]:
+    halves = (half for stream in layer.values() for half in stream.children())
+    compiled = {half: torch.compile(half, dynamic=True) for half in halves}
 
-    def call(x: Tensor, other: Any) -> Any:
-        return (compiled if x.shape[0] >= MIN_ROWS else eager)(x, other)
+    # A copy of the layer has this function too, but other halves: they are called as they are.
+    def call(half: nn.Module, x: Tensor, other: Any) -> Any:
+        return (compiled.get(half, half) if x.shape[0] >= MIN_ROWS else half)(x, other)
 
     return call
 

@@ -371,6 +371,11 @@ class OutputMlp(nn.Module):
         return x + self.mlp(self.post_norm(x))
 
 
+def call_half(half: nn.Module, x: Tensor, other: Any) -> Any:
+    """A half of a stream, called as it is."""
+    return half(x, other)
+
+
 class Stream(nn.Module):
     """Both halves of one stream in one layer."""
 
@@ -384,10 +389,11 @@ class Layer(nn.ModuleDict):
     """One Stream per name, joined by one attention. A call may leave streams out.
 
     With `recompute` the layer keeps its input only and computes its activations again in the
-    backward pass (Chen et al. 2016).
+    backward pass (Chen et al. 2016). `call` is how it calls the halves of its streams.
     """
 
     recompute = False
+    call: Callable[[nn.Module, Tensor, Any], Any] = staticmethod(call_half)
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__({name: Stream(config, config.mlps[name], number) for name in STREAMS})
@@ -413,6 +419,7 @@ class Layer(nn.ModuleDict):
         rotations: Mapping[StreamName, Rotation],
         attend: Attend,
     ) -> dict[StreamName, Tensor]:
-        projected = {name: self[name].qkv(x, rotations[name]) for name, x in hidden.items()}
+        call = self.call
+        projected = {name: call(self[name].qkv, x, rotations[name]) for name, x in hidden.items()}
         attended = attend(self.number, projected)
-        return {name: self[name].out(x, attended[name]) for name, x in hidden.items()}
+        return {name: call(self[name].out, x, attended[name]) for name, x in hidden.items()}
