@@ -16,12 +16,13 @@ from neounify.config import TextSampling
 from neounify.engine.denoiser import DenoiseJob, Denoiser
 from neounify.engine.messages import Decode, LocalTransport, Prefill, TextInput, new_number
 from neounify.engine.sequences import ContiguousCaches, ModelInput
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
+from neounify.engine.understanding import UnderstandingEngine, forward_und
 from neounify.flow.guidance import Guidance
 from neounify.flow.sampling import Euler
 from neounify.model import Image, NeoUnify, Text
 from neounify.model.layout import Grid
 from neounify.model.parts import UND
+from neounify.runtime.plan import ExecutionPlan
 
 PREFIXES = (64, 13)
 """Tokens of the conditional and the unconditional prefix of an image."""
@@ -127,8 +128,8 @@ def _tokens_per_second(model: NeoUnify, batch: int) -> float:
     for _ in range(3):
         engine = UnderstandingEngine(
             model,
-            UnderstandingSettings(prefill_tokens=64 * batch),
             LocalTransport(),
+            ExecutionPlan(prefill_step_rows=64 * batch),
             ContiguousCaches(model),
         )
         for _ in range(batch):

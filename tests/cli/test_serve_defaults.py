@@ -15,8 +15,9 @@ from neounify.cli.serve import (
     SafetyOptions,
     ServeModelOptions,
 )
-from neounify.engine.generation import GenerationSettings
-from neounify.runtime.plan import ExecutionPlan
+from neounify.config.presets import TINY
+from neounify.model.neo import NeoUnify
+from neounify.runtime.plan import measured_plan
 from neounify.serve.build import ServeConfig
 from neounify.serve.http import HttpConfig
 from neounify.serve.run import RunConfig
@@ -44,6 +45,14 @@ def test_http(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_attention_backend_reaches_both_engines(toy: Path) -> None:
     config = serve._serve_config(ServeModelOptions(model=toy, attention="blocks"), EngineOptions())
-    assert config.engines.understanding.adjust(ExecutionPlan()).attention == "blocks"
-    assert config.engines.generation.adjust(ExecutionPlan()).attention == "blocks"
-    assert GenerationSettings().adjust(ExecutionPlan(attention="blocks")).attention == "blocks"
+    assert config.engines.plan(NeoUnify(TINY)).attention == "blocks"
+
+
+def test_limits_of_the_engines_are_fields_of_the_plan(toy: Path) -> None:
+    options = EngineOptions(cache_tokens=100, prefill_tokens=3, step_tokens=5)
+    config = serve._serve_config(ServeModelOptions(model=toy), options)
+    model = NeoUnify(TINY)
+    plan = config.engines.plan(model)
+    assert (plan.kv_blocks, plan.prefill_step_rows, plan.denoise_step_rows) == (6, 3, 5)
+    default = serve._serve_config(ServeModelOptions(model=toy), EngineOptions()).engines.plan(model)
+    assert default == measured_plan(TINY, model.device, model.compute_dtype)

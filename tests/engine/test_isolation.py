@@ -13,7 +13,7 @@ from torch import Tensor
 
 import neounify
 from neounify.config import TextSampling
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import (
     Answer,
     Append,
@@ -36,10 +36,11 @@ from neounify.engine.messages import (
     TextInput,
     refs_of,
 )
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import OutOfMemory, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
+from neounify.runtime.plan import ExecutionPlan
 from neounify.serve.shared_memory import SharedTransport, folder
 from support.prefilling import pool_of
 
@@ -82,7 +83,7 @@ def kind_of(error: Exception) -> str:
 
 
 def understanding(pipe: neounify.Pipeline, transport: Any, **options: Any) -> UnderstandingEngine:
-    return UnderstandingEngine(pipe.model, UnderstandingSettings(**options), transport)
+    return UnderstandingEngine(pipe.model, transport, ExecutionPlan(**options))
 
 
 def looking(call: int, transport: Any) -> Prefill:
@@ -113,7 +114,7 @@ def failure(answers: list[Answer]) -> str:
 def test_an_image_freed_before_there_is_room_disturbs_no_other(pipe: neounify.Pipeline) -> None:
     """Callers who disconnect free what they sent, whether or not the engine has read it."""
     transport = SharedTransport()
-    engine = understanding(pipe, transport, cache_tokens=32)
+    engine = understanding(pipe, transport, kv_blocks=2)
     first, waiting, gone = (looking(n, transport) for n in (1, 2, 3))
     part = gone.prompts[(3, "cond")][1]
     assert isinstance(part, ImageInput)
@@ -212,7 +213,7 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     pipe: neounify.Pipeline, broken: tuple[int, ...]
 ) -> None:
     transport = SharedTransport()
-    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    engine = GenerationEngine(pipe.model, transport)
     noise = noise_of(pipe, 3)
     noise[list(broken)] = float("nan")
     engine.submit(image_command(pipe, 1, transport, noise))
@@ -234,7 +235,7 @@ def test_one_order_to_the_generation_engine_fails_alone(
 ) -> None:
     """Its prefix cannot be taken; its preview, or its result, cannot be packed."""
     transport = Failing(**{what: {number: error}})
-    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    engine = GenerationEngine(pipe.model, transport)
     for call in (1, 2):
         engine.submit(
             image_command(pipe, call, transport, noise_of(pipe, 1), previews=frozenset((1,)))
@@ -249,7 +250,7 @@ def test_one_order_to_the_generation_engine_fails_alone(
 
 def test_a_prefix_that_is_not_there_yet_is_no_fault_of_the_caller(pipe: neounify.Pipeline) -> None:
     transport = LocalTransport()
-    engine = GenerationEngine(pipe.model, GenerationSettings(), transport)
+    engine = GenerationEngine(pipe.model, transport)
     order = image_command(pipe, 1, transport, noise_of(pipe, 1))
     sampling = ImageSampling(steps=2).resolve(pipe.config, editing=False)
     early = GenerateImages(

@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.config import TextSampling
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import (
     Answer,
     Decode,
@@ -28,10 +28,11 @@ from neounify.engine.messages import (
     TextInput,
 )
 from neounify.engine.sequences import ContiguousCaches
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import OutOfMemory
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
+from neounify.runtime.plan import ExecutionPlan
 from support.prefilling import pool_of
 
 ERRORS = [
@@ -98,8 +99,8 @@ def tokens(answers: list[Answer]) -> list[int]:
 @pytest.fixture(params=["paged", "contiguous"])
 def understanding(request: pytest.FixtureRequest, pipe: neounify.Pipeline) -> UnderstandingEngine:
     caches = ContiguousCaches(pipe.model) if request.param == "contiguous" else None
-    settings = UnderstandingSettings(cache_tokens=512, block_size=8)
-    return UnderstandingEngine(pipe.model, settings, LocalTransport(), caches)
+    plan = ExecutionPlan(kv_blocks=64, kv_block_size=8)
+    return UnderstandingEngine(pipe.model, LocalTransport(), plan, caches)
 
 
 def check_empty(engine: UnderstandingEngine, calls: range) -> None:
@@ -181,8 +182,8 @@ def image(pipe: neounify.Pipeline, call: int, grid: Grid) -> GenerateImages:
 def test_images_without_memory_fail_and_others_continue(
     pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    settings = GenerationSettings(step_tokens=16)
-    engine = GenerationEngine(pipe.model, settings, LocalTransport())
+    plan = ExecutionPlan(denoise_step_rows=16)
+    engine = GenerationEngine(pipe.model, LocalTransport(), plan)
     layers = failing(pipe, monkeypatch, "layer_by_layer", error)
     layers.when = lambda layout, *rest: layout["gen"].grids[0].length == 36
     for call, side in ((1, 6), (2, 2), (3, 2)):
@@ -222,9 +223,7 @@ def test_a_cache_that_cannot_be_allocated_fails_its_call_alone(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(shape, *rest, **options)
 
-    engine = UnderstandingEngine(
-        pipe.model, UnderstandingSettings(), LocalTransport(), ContiguousCaches(pipe.model)
-    )
+    engine = UnderstandingEngine(pipe.model, LocalTransport(), caches=ContiguousCaches(pipe.model))
     monkeypatch.setattr(torch, "empty", empty)
     engine.submit(prefill(1, tokens=60))
     engine.submit(prefill(2))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import neounify
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated
 from neounify.serve.engines import EngineConfig, EngineThread
@@ -29,7 +29,7 @@ IMAGE = PIL.Image.fromarray(RNG.integers(0, 255, (96, 128, 3), dtype=np.uint8))
 
 def room_of(tokens: int) -> EngineConfig:
     return EngineConfig(
-        understanding=UnderstandingSettings(cache_tokens=tokens, block_size=8, prefill_tokens=64)
+        limits={"kv_blocks": tokens // 8, "kv_block_size": 8, "prefill_step_rows": 64}
     )
 
 

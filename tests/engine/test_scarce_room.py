@@ -36,9 +36,10 @@ from neounify.engine.messages import (
     Reply,
     TextInput,
 )
-from neounify.engine.sequences import MAX_PASSED, PagedCaches, ServedSequence
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.sequences import PagedCaches, ServedSequence
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.layout import Grid
+from neounify.runtime.plan import ExecutionPlan
 from support.prefilling import pool_of
 
 BLOCK = 4
@@ -46,8 +47,8 @@ SMALL, LARGE = 96, 4096
 
 
 def engine_with(pipe: neounify.Pipeline, tokens: int) -> UnderstandingEngine:
-    room = UnderstandingSettings(cache_tokens=tokens, block_size=BLOCK, prefill_tokens=24)
-    engine = UnderstandingEngine(pipe.model, room, LocalTransport())
+    plan = ExecutionPlan(kv_blocks=tokens // BLOCK, kv_block_size=BLOCK, prefill_step_rows=24)
+    engine = UnderstandingEngine(pipe.model, LocalTransport(), plan)
     pool = pool_of(engine)
     for memory in (pool.keys, pool.values):
         memory[:, : pool.zero_slot] = float("nan")
@@ -203,7 +204,7 @@ def test_a_large_one_is_passed_by_small_ones_but_not_for_ever(pipe: neounify.Pip
         assert entered == [small]
         passed += 1
         caches.leave(small)
-    assert passed == MAX_PASSED
+    assert passed == ExecutionPlan.max_passed
     caches.leave(inside[0])
     assert caches.enter([small, large], {inside[1], large, small}) == [small, large][:0]
     caches.leave(inside[1])

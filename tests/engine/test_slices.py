@@ -10,7 +10,7 @@ import torch
 
 import neounify
 from neounify.config import TextSampling
-from neounify.engine.generation import GenerationEngine, GenerationSettings, running_mean
+from neounify.engine.generation import GenerationEngine, running_mean
 from neounify.engine.messages import (
     Cancel,
     Command,
@@ -26,9 +26,10 @@ from neounify.engine.messages import (
     Reply,
     TextInput,
 )
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
+from neounify.runtime.plan import ExecutionPlan
 from neounify.serve.engines import Worker
 
 SMALL, LARGE = Grid(2, 2), Grid(6, 6)
@@ -49,10 +50,8 @@ def image_command(pipe: neounify.Pipeline, call: int, grid: Grid, steps: int) ->
 
 def engine(pipe: neounify.Pipeline, seconds: float) -> GenerationEngine:
     """A step has 16 image tokens at most, so that LARGE is above and SMALL below."""
-    settings = GenerationSettings(
-        step_tokens=16, slice_seconds=seconds, beside_text_seconds=seconds
-    )
-    return GenerationEngine(pipe.model, settings, LocalTransport())
+    plan = ExecutionPlan(denoise_step_rows=16, slice_seconds=seconds, text_slice_seconds=seconds)
+    return GenerationEngine(pipe.model, LocalTransport(), plan)
 
 
 def test_the_first_step_sets_the_mean_of_what_steps_take() -> None:
@@ -160,7 +159,7 @@ def test_the_next_token_is_one_slice_away(
         image_command(pipe, 3, LARGE, 30),
     ]
     script = Script(commands, layers)
-    understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
+    understanding = UnderstandingEngine(pipe.model, LocalTransport())
     Worker(script, understanding, engine(pipe, 0.0)).run()
     assert len(script.since) == 20
     assert max(script.since) == 1

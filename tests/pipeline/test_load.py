@@ -16,7 +16,7 @@ from neounify.attention import BACKENDS
 from neounify.checkpoint import CheckpointFolder
 from neounify.config.presets import TINY
 from neounify.engine.messages import LocalTransport
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from neounify.model import NeoUnify
 from neounify.serve.build import ServeConfig, build_service
@@ -67,9 +67,7 @@ def test_memory_by_stream_changes_no_result(folder: Path, dtype: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_backend_by_name(folder: Path, name: str) -> None:
     pipe = neounify.load(folder, attention=name)
-    used = UnderstandingEngine(
-        pipe.model, UnderstandingSettings(), LocalTransport(), plan=pipe._plan
-    )
+    used = UnderstandingEngine(pipe.model, LocalTransport(), plan=pipe._plan)
     assert pipe._plan.attention == used.backend.name == name
     expected = generated(neounify.load(folder))
     torch.testing.assert_close(generated(pipe), expected, rtol=0, atol=1e-5)

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from neounify.config.presets import SCENES, U1_8B
-from neounify.engine.generation import GenerationSettings
-from neounify.engine.understanding import UnderstandingSettings
 from neounify.errors import ConfigError
 from neounify.runtime.plan import ExecutionPlan, free_memory, measured_plan, plan_execution
 
@@ -70,16 +68,6 @@ def test_the_free_memory_of_a_cpu_is_that_of_the_process(monkeypatch: pytest.Mon
         SCENES, CPU, torch.float32, free_bytes=2**23
     )
     assert free_memory(torch.device("meta")) is None
-
-
-def test_what_an_operator_sets_goes_before_the_plan() -> None:
-    plan = plan_execution(SCENES, CPU, torch.float32)
-    assert UnderstandingSettings().adjust(plan) == GenerationSettings().adjust(plan) == plan
-    small = UnderstandingSettings(cache_tokens=100, block_size=8, prefill_tokens=3).adjust(plan)
-    assert (small.kv_blocks, small.kv_block_size, small.prefill_step_rows) == (12, 8, 3)
-    slices = GenerationSettings(step_tokens=5, slice_seconds=7.0).adjust(plan)
-    assert (slices.denoise_step_rows, slices.slice_seconds) == (5, 7.0)
-    assert slices.text_slice_seconds == plan.text_slice_seconds
 
 
 @pytest.mark.parametrize(

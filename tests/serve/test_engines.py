@@ -15,7 +15,7 @@ import torch
 
 import neounify
 from neounify.config import TextSampling
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import (
     Command,
     Decode,
@@ -25,7 +25,7 @@ from neounify.engine.messages import (
     Reply,
     TextInput,
 )
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import EngineDied
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import ServeConfig, build_service, colocated
@@ -317,7 +317,7 @@ class CountingSteps(GenerationEngine):
     """Has images for some steps, and notes which of the steps were to be short."""
 
     def __init__(self, pipe: neounify.Pipeline, steps: int) -> None:
-        super().__init__(pipe.model, GenerationSettings(), LocalTransport())
+        super().__init__(pipe.model, LocalTransport())
         self.left, self.short = steps, list[bool]()
 
     @property
@@ -331,7 +331,7 @@ class CountingSteps(GenerationEngine):
 
 def steps_beside(pipe: neounify.Pipeline, then: Decode | None) -> list[bool]:
     command = Prefill(1, {NAME: (TextInput((1, 2, 3)),)}, {NAME: 8}, then)
-    understanding = UnderstandingEngine(pipe.model, UnderstandingSettings(), LocalTransport())
+    understanding = UnderstandingEngine(pipe.model, LocalTransport())
     generation = CountingSteps(pipe, 4)
     Worker(Script([command]), understanding, generation).run()
     return generation.short

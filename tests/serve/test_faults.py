@@ -14,7 +14,7 @@ import pytest
 
 import neounify
 from neounify.engine.generation import GenerationEngine
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import (
     DeadlineExceeded,
     Draining,
@@ -128,7 +128,7 @@ def test_images_that_are_too_large_are_an_error_at_once(
 
 
 def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline) -> None:
-    small = EngineConfig(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+    small = EngineConfig(limits={"kv_blocks": 16, "kv_block_size": 8})
 
     async def work(service: EngineService) -> Any:
         answers = await asyncio.gather(*(collect(service, chatting()) for _ in range(9)))
@@ -141,7 +141,7 @@ def test_more_sequences_than_the_cache_holds_take_turns(pipe: neounify.Pipeline)
 
 
 def test_what_can_never_fit_is_an_error_at_once(pipe: neounify.Pipeline) -> None:
-    small = EngineConfig(understanding=UnderstandingSettings(cache_tokens=128, block_size=8))
+    small = EngineConfig(limits={"kv_blocks": 16, "kv_block_size": 8})
     with pytest.raises(RequestError, match=r"needs room for .* tokens, the server has 128"):
         serve(colocated(pipe, small), lambda s: collect(s, chatting(tokens=200)))
     with pytest.raises(PromptError, match="the model reads 8192"):

@@ -19,7 +19,6 @@ import torch
 import neounify
 from neounify.config.presets import TINY
 from neounify.engine.messages import LocalTransport
-from neounify.engine.understanding import UnderstandingSettings
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
@@ -117,7 +116,7 @@ def _alone(pipe: neounify.Pipeline, request: ChatRequest) -> Any:
 
 
 def test_long_prompts_are_read_in_pieces(pipe: neounify.Pipeline) -> None:
-    settings = EngineConfig(understanding=UnderstandingSettings(prefill_tokens=16))
+    settings = EngineConfig(limits={"prefill_step_rows": 16})
     text = "".join(chr(97 + n % 26) for n in range(150))
     request = make_chat_request(text + "<image>" + text, [IMAGE], max_new_tokens=6)
     answer = serve(colocated(pipe, settings), lambda service: collect(service, request))

@@ -21,8 +21,9 @@ from neounify.engine.messages import (
     new_number,
 )
 from neounify.engine.sequences import ContiguousCaches, ModelInput, ServedSequence
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.model import NeoUnify, Text
+from neounify.runtime.plan import ExecutionPlan
 
 
 @dataclass
@@ -54,10 +55,8 @@ class Decoder:
     """Starts sequences and runs the engine until all of them ended."""
 
     def __init__(self, model: NeoUnify) -> None:
-        settings = UnderstandingSettings(prefill_tokens=32_768)
-        self.engine = UnderstandingEngine(
-            model, settings, LocalTransport(), ContiguousCaches(model)
-        )
+        plan = ExecutionPlan(prefill_step_rows=32_768)
+        self.engine = UnderstandingEngine(model, LocalTransport(), plan, ContiguousCaches(model))
         self._calls: dict[int, Written] = {}
 
     def start(

@@ -26,17 +26,18 @@ from neounify.engine.sequences import (
     PagedCaches,
     ServedSequence,
 )
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings, forward_und
+from neounify.engine.understanding import UnderstandingEngine, forward_und
 from neounify.model import NeoUnify
 from neounify.model.layout import Grid
+from neounify.runtime.plan import ExecutionPlan
 from neounify.tasks.program import prompt_inputs
 from neounify.text import Prompt
 
 
 def contiguous_engine(pipe: neounify.Pipeline) -> UnderstandingEngine:
     """An engine whose sequences have separate caches, as in a pipeline."""
-    settings = UnderstandingSettings(prefill_tokens=32_768)
-    return UnderstandingEngine(pipe.model, settings, LocalTransport(), ContiguousCaches(pipe.model))
+    plan = ExecutionPlan(prefill_step_rows=32_768)
+    return UnderstandingEngine(pipe.model, LocalTransport(), plan, ContiguousCaches(pipe.model))
 
 
 def prefilled(

@@ -141,8 +141,7 @@ def _announce(display: Display, address: str, page: bool) -> None:
 def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConfig:
     import torch
 
-    from neounify.engine.generation import GenerationSettings
-    from neounify.engine.understanding import UnderstandingSettings
+    from neounify.runtime.plan import ExecutionPlan
     from neounify.serve.build import Mode, ServeConfig
     from neounify.serve.engines import EngineConfig, WatchConfig
     from neounify.serve.service import AdmissionConfig
@@ -153,6 +152,13 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
         if model.generation_device is not None or model.generation_threads is not None:
             raise UsageError("--generation-device and --generation-threads need --mode separate")
         torch.set_num_threads(model.threads or _engine_threads())
+    blocks = engines.cache_tokens and max(1, engines.cache_tokens // ExecutionPlan.kv_block_size)
+    limits = {
+        "kv_blocks": blocks,
+        "prefill_step_rows": engines.prefill_tokens,
+        "denoise_step_rows": engines.step_tokens,
+        "attention": None if model.attention == "auto" else model.attention,
+    }
     return ServeConfig(
         folder=resolve_model(model.model),
         mode=model.mode,  # type: ignore[arg-type]
@@ -162,16 +168,7 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
         threads=model.threads,
         generation_threads=model.generation_threads,
         lora=tuple(parse_loras(model.lora)),
-        engines=EngineConfig(
-            understanding=UnderstandingSettings(
-                cache_tokens=engines.cache_tokens,
-                prefill_tokens=engines.prefill_tokens,
-                attention=model.attention,
-            ),
-            generation=GenerationSettings(
-                step_tokens=engines.step_tokens, attention=model.attention
-            ),
-        ),
+        engines=EngineConfig(limits={k: v for k, v in limits.items() if v is not None}),
         admission=AdmissionConfig(
             requests=engines.requests,
             image_tokens=engines.image_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -29,34 +29,6 @@ from neounify.engine.messages import (
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, measured_plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """`step_tokens`: image tokens of a step, over all guidance branches; None: the plan's.
-
-    `max_missed`: an image left out of that many steps in a row goes first. A step that takes
-    longer than `slice_seconds` (`beside_text_seconds` while text is being decoded in the same
-    process; None: the plan's) is interrupted between two layers of the model to let other work run.
-    """
-
-    step_tokens: int | None = None
-    max_missed: int = 4
-    beside_text_seconds: float | None = None
-    slice_seconds: float | None = None
-    attention: str = "auto"
-    """Attention backend; "auto": the plan's."""
-
-    def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
-        """The plan with the limits that are set here."""
-        limits = {
-            "denoise_step_rows": self.step_tokens,
-            "slice_seconds": self.slice_seconds,
-            "text_slice_seconds": self.beside_text_seconds,
-            "attention": None if self.attention == "auto" else self.attention,
-        }
-        return replace(plan, **{k: v for k, v in limits.items() if v is not None})  # type: ignore[arg-type]
-
 
 # --- scheduling ---
 
@@ -145,17 +117,14 @@ class GenerationEngine:
     def __init__(
         self,
         model: NeoUnify,
-        settings: GenerationSettings,
         transport: Transport,
         plan: ExecutionPlan | None = None,
     ) -> None:
-        """`plan` is adjusted by the settings; None is that of the free memory of now."""
-        self.model, self.settings, self.transport = model, settings, transport
+        """`plan` None is that of the free memory of now."""
+        self.model, self.transport = model, transport
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
-        self.plan = settings.adjust(
-            plan or measured_plan(model.config, model.device, model.compute_dtype)
-        )
+        self.plan = plan or measured_plan(model.config, model.device, model.compute_dtype)
         self._denoiser = Denoiser(model, self.plan)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
@@ -237,9 +206,7 @@ class GenerationEngine:
         ]
         if not free:
             return
-        indices = select_images(
-            [image.waiting for image in free], max_rows, self.settings.max_missed
-        )
+        indices = select_images([image.waiting for image in free], max_rows, self.plan.max_missed)
         chosen = [free[index] for index in indices]
         large = any(image.waiting.rows > limit for image in chosen)
         work = self._denoiser.slices([image.job for image in chosen])

@@ -39,9 +39,6 @@ from neounify.model.layout import Grid, Image, Span, Text
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan
 
-MAX_PASSED = 32
-"""Maximum number of younger sequences that enter before a waiting one."""
-
 # --- sequences ---
 
 
@@ -369,9 +366,11 @@ class PagedCaches:
         transport: Transport,
         *,
         headroom: int = ExecutionPlan.kv_headroom,
+        max_passed: int = ExecutionPlan.max_passed,
     ) -> None:
-        """`headroom` are the free tokens that a sequence which will decode needs to enter."""
-        self.pool, self.transport, self._headroom = pool, transport, headroom
+        """Limits are as in ExecutionPlan: `headroom` is its `kv_headroom`."""
+        self.pool, self.transport = pool, transport
+        self._headroom, self._max_passed = headroom, max_passed
         self.preempted = 0
         self._inside: set[ServedSequence] = set()
 
@@ -404,13 +403,13 @@ class PagedCaches:
     ) -> list[ServedSequence]:
         """Allocate blocks, the oldest sequence first; returns the sequences that got them.
 
-        A sequence without room is passed by at most MAX_PASSED younger ones. A failure is stored
+        A sequence without room is passed by at most `max_passed` younger ones. A failure is stored
         as the `error` of its sequence.
         """
         entered: list[ServedSequence] = []
         waiting: list[ServedSequence] = []
         for sequence in sorted(lacking, key=lambda s: s.age):
-            if any(s.passed >= MAX_PASSED for s in waiting):
+            if any(s.passed >= self._max_passed for s in waiting):
                 break
             try:
                 if not self._open(sequence, wanted):

@@ -11,7 +11,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -67,34 +66,6 @@ from neounify.model.neo import NeoUnify
 from neounify.model.parts import UND
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 
-CONSTRAINT_SECONDS = 0.002
-"""Time a step waits for a grammar that is being compiled, while no text is decoded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnderstandingSettings:
-    """Size of the KV cache of all sequences, prompt tokens per step, attention backend.
-
-    None and "auto" are the plan's.
-    """
-
-    cache_tokens: int | None = None
-    block_size: int | None = None
-    prefill_tokens: int | None = None
-    attention: str = "auto"
-
-    def adjust(self, plan: ExecutionPlan) -> ExecutionPlan:
-        """The plan with the limits that are set here."""
-        size = self.block_size or plan.kv_block_size
-        tokens = self.cache_tokens or plan.kv_blocks * plan.kv_block_size
-        return replace(
-            plan,
-            kv_blocks=max(1, tokens // size),
-            kv_block_size=size,
-            prefill_step_rows=self.prefill_tokens or plan.prefill_step_rows,
-            attention=plan.attention if self.attention == "auto" else self.attention,
-        )
-
 
 def forward_und(
     model: NeoUnify, inputs: Sequence[ModelInput], backend: AttentionBackend | None = None
@@ -125,23 +96,19 @@ class UnderstandingEngine:
     def __init__(
         self,
         model: NeoUnify,
-        settings: UnderstandingSettings,
         transport: Transport,
-        caches: KVCacheManager | None = None,
         plan: ExecutionPlan | None = None,
+        caches: KVCacheManager | None = None,
     ) -> None:
-        """`caches` allocates them; None is a paged cache of the plan's size.
-        `plan` is adjusted by the settings; None is that of the free memory of now.
-        """
-        self.model, self.settings, self.transport = model, settings, transport
-        self.plan = settings.adjust(
-            plan or measured_plan(model.config, model.device, model.compute_dtype)
-        )
+        """`plan` None: that of the free memory of now; `caches` None: a paged cache of its size."""
+        self.model, self.transport = model, transport
+        self.plan = plan or measured_plan(model.config, model.device, model.compute_dtype)
         self.backend = select_for(model, self.plan.attention)
         self.caches = caches or PagedCaches(
             new_paged_cache(model, self.plan.kv_blocks, self.plan.kv_block_size),
             transport,
             headroom=self.plan.kv_headroom,
+            max_passed=self.plan.max_passed,
         )
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
@@ -340,7 +307,7 @@ class UnderstandingEngine:
             ready = all(s.prefilled for s in pending.sequences)
             if ready and pending.constraint is not None and not pending.constraint.done():
                 if not self._decoding:
-                    wait([pending.constraint], CONSTRAINT_SECONDS)
+                    wait([pending.constraint], self.plan.constraint_seconds)
                 ready = pending.constraint.done()
             (done if ready else left).append(pending)
         self._prefills = left

@@ -6,10 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from neounify.checkpoint.residency import Residency
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import (
     Answer,
     Cancel,
@@ -23,7 +24,7 @@ from neounify.engine.messages import (
     is_for_generation,
 )
 from neounify.engine.sequences import ContiguousCaches
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import Cancelled
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
@@ -64,16 +65,14 @@ class Driver:
         self._transport = LocalTransport()
         self._understanding = UnderstandingEngine(
             model,
-            UnderstandingSettings(prefill_tokens=plan.prefill_rows),
             self._transport,
+            replace(plan, prefill_step_rows=plan.prefill_rows),
             ContiguousCaches(model, reserve=plan.kv_reserve),
-            plan,
         )
         self._generation = GenerationEngine(
             model,
-            GenerationSettings(step_tokens=UNLIMITED, slice_seconds=float("inf")),
             self._transport,
-            plan,
+            replace(plan, denoise_step_rows=UNLIMITED, slice_seconds=float("inf")),
         )
 
     def run(self, programs: Sequence[Program[Any]]) -> Iterator[list[tuple[int, Event]]]:

@@ -39,18 +39,24 @@ class ExecutionPlan:
     kv_headroom: int = 64
     """Free tokens of the paged cache that a sequence needs to enter if it will decode, so that it
     is not preempted at once."""
+    max_passed: int = 32
+    """Younger sequences that enter the paged cache before one that waits for space."""
     kv_reserve: int = 64
     """Tokens a contiguous cache has room for beyond its prompt; it grows when more are decoded."""
     prefill_rows: int = 32_768
     """Prompt tokens of one call; a longer list of prompts takes several calls."""
     prefill_step_rows: int = 512
     """Prompt tokens of a server's step, for which the text being generated waits."""
+    constraint_seconds: float = 0.002
+    """Time a step waits for a grammar that is being compiled, while no text is decoded."""
     denoise_rows: int = 32_768
     """Image tokens of one call, over all guidance branches; more take several calls a step."""
     denoise_step_rows: int = 1024
     """Image tokens of a server's denoising step, over all guidance branches."""
     prefix_rows: int = 32_768
     """Tokens of prefixes copied side by side for the images of one call."""
+    max_missed: int = 4
+    """An image that so many denoising steps in a row had no place for goes first."""
     slice_seconds: float = 0.05
     """A longer denoising step of a server is interrupted to let other work run."""
     text_slice_seconds: float = 0.011

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -106,7 +106,7 @@ def shared_memory_needed(model: ModelConfig, dtype: torch.dtype, config: ServeCo
     cached = model.kv_bytes(dtype.itemsize)
     image = model.token_width * torch.float32.itemsize * 2
     plan = plan_execution(model, torch.device(config.device), dtype)
-    plan = config.engines.understanding.adjust(plan)
+    plan = replace(plan, **config.engines.limits)
     return plan.kv_blocks * plan.kv_block_size * cached + config.admission.image_tokens * image
 
 

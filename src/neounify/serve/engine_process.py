@@ -284,11 +284,12 @@ def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> N
     transport = SharedTransport(config.pieces)
     und = gen = None
     with pipe.residency.use(config.role):
+        plan = config.engines.plan(pipe.model)
         if config.role == UND:
             pipe.processor.vocabulary.prepare_soon()  # grammars in commands refer to it
-            und = UnderstandingEngine(pipe.model, config.engines.understanding, transport)
+            und = UnderstandingEngine(pipe.model, transport, plan)
         else:
-            gen = GenerationEngine(pipe.model, config.engines.generation, transport)
+            gen = GenerationEngine(pipe.model, transport, plan)
         worker = Worker(_PipeChannel(server, transport), und, gen)
         heartbeat.step_seconds = worker.step_seconds
         freeze_objects()

@@ -7,15 +7,16 @@ import queue
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
-from neounify.engine.generation import GenerationEngine, GenerationSettings
+from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, EngineReport, LocalTransport, Reply, is_for_generation
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
+from neounify.runtime.plan import ExecutionPlan, measured_plan
 
 log = logging.getLogger("neounify.serve")
 
@@ -31,10 +32,14 @@ Died = Callable[[], object]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Configs of both engines."""
+    """Limits of both engines: values of ExecutionPlan's fields, instead of those it measures."""
 
-    understanding: UnderstandingSettings = field(default_factory=UnderstandingSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    def plan(self, model: NeoUnify) -> ExecutionPlan:
+        """The plan of a model in the memory that is free now, with these limits."""
+        measured = measured_plan(model.config, model.device, model.compute_dtype)
+        return replace(measured, **self.limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +215,10 @@ class EngineThread:
         # Free the earlier engines' memory before the new ones take theirs.
         self._current = self.understanding = None
         transport = LocalTransport()
-        self.understanding = UnderstandingEngine(self.model, self.config.understanding, transport)
-        generation = GenerationEngine(self.model, self.config.generation, transport)
+        plan = self.config.plan
+        self.understanding = UnderstandingEngine(self.model, transport, plan(self.model))
+        # Planned once the KV cache above has its memory.
+        generation = GenerationEngine(self.model, transport, plan(self.model))
         commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         worker = Worker(_QueueChannel(commands, deliver), self.understanding, generation)
         self._current = _ThreadRun(worker, commands, self.watch.step, died)
