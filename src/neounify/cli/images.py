@@ -143,7 +143,7 @@ def _label(jobs: Sequence[ImageJob]) -> str:
 def make_record(
     model: LoadedModel, job: ImageJob, size: tuple[int, int], index: int, thought: str | None
 ) -> dict[str, Any]:
-    """Everything needed to generate the image again."""
+    """Record of an image with every setting needed to generate it again."""
     record: dict[str, Any] = {
         "neounify": neounify.__version__,
         "task": job.task,

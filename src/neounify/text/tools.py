@@ -78,7 +78,7 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
-    """Which functions a model may call in an answer, and whether it must.
+    """Functions that a model may call in an answer, and whether it must call one.
 
     With `choice` "none" the prompt does not list them, with "required" the answer must be a call,
     of the function called `name` where that is given. `parallel` allows several calls in one

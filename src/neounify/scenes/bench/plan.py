@@ -22,7 +22,7 @@ _MAX_SEED = 2**32
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What to measure. Raises DataError for values out of range.
+    """Tasks, cases and settings of a benchmark run. Raises DataError for values out of range.
 
     Args:
         world: where the scenes come from.

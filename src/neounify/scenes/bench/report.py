@@ -150,7 +150,7 @@ def _write_sheets(outcome: Outcome, folder: Path) -> Iterator[Path]:
 
 
 def _tile(example: Example) -> Pixels | None:
-    """What a sheet shows of a case: its image, beside what was given to be edited."""
+    """Tile of a case on a contact sheet: its image, beside the source image of an edit."""
     if example.image is None or example.source is None:
         return example.image
     bar = np.full((example.source.shape[0], 2, 3), 248, np.uint8)
@@ -158,7 +158,10 @@ def _tile(example: Example) -> Pixels | None:
 
 
 def _words(example: Example) -> str:
-    """What the checker minded, then what was asked and answered: long texts are cut at the end."""
+    """Label of a tile: what the checker found wrong, the prompt, the answer, the thought.
+
+    The least important comes last, as long labels are cut at the end.
+    """
     words = [_minded("wrong", example.verdict), example.asked]
     words += [f"→ {example.answer}"] if example.answer is not None else []
     if example.thought is not None and example.thought_verdict is not None:

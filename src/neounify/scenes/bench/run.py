@@ -151,7 +151,10 @@ def to_report(outcomes: Sequence[Outcome], about: dict[str, Any]) -> Report:
 
 
 def surroundings(started: float) -> dict[str, Any]:
-    """What a report says of machine and programs; `started` is a time of `time.monotonic`."""
+    """Seconds, processor, threads and versions of a run, for its report.
+
+    `started` is a time of `time.monotonic`.
+    """
     return {
         "seconds": round(time.monotonic() - started, 1),
         "processor": processor_name(),

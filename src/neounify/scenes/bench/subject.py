@@ -34,7 +34,7 @@ class Painting:
 
 
 class Subject(Protocol):
-    """What is measured: a model, or anything that answers and paints in its place.
+    """A model under test, or a stand-in that answers questions and generates images.
 
     Every call but `tell` takes several cases and gives back one result for each, in order.
     Images are uint8 [height, width, 3]; `seeds` fix the noise of each painted image.
@@ -82,7 +82,7 @@ class PipelineSubject:
 
     @property
     def sampling(self) -> dict[str, float]:
-        """How images are sampled, the checkpoint's own values included."""
+        """Sampling settings of images, with the checkpoint's values where none are set."""
         sampling = self._sampling[True]
         return {
             "steps": sampling.steps,

@@ -63,13 +63,13 @@ class SceneFacts:
 
     @property
     def count(self) -> int:
-        """How many objects are claimed in all."""
+        """Number of objects claimed."""
         return sum(fact.count for fact in self.objects)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionStyle:
-    """Which facts a caption mentions. `places`: none, one relation, or every object's cell."""
+    """Kinds of facts in a caption. `places`: "none", one "relation", or every object's "cell"."""
 
     colour: bool = True
     size: bool = False
@@ -88,7 +88,7 @@ FULL_STYLE = CaptionStyle(size=True, background=True, places="cell")
 def facts_of(
     scene: Scene, config: SceneConfig, style: CaptionStyle, rng: np.random.Generator | None = None
 ) -> SceneFacts:
-    """What a caption of that style says of a scene; `rng` chooses the related pair, if any.
+    """Facts of a scene that a caption of that style states; `rng` chooses the related pair, if any.
 
     A relation is stated only between two objects that are uniquely described; without such a
     pair, none is stated. Sizes are not mentioned in a world with a single size.

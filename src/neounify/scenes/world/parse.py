@@ -19,7 +19,7 @@ from neounify.scenes.world.lexicon import Token, TokenKind, language_of, tokens
 
 
 def parse_caption(text: str) -> SceneFacts:
-    """What a caption claims, in English or Chinese.
+    """Facts that a caption in English or Chinese states.
 
     Raises:
         DataError: a word is not of this world, or the words do not make a caption.
@@ -34,7 +34,7 @@ def parse_caption(text: str) -> SceneFacts:
 
 
 class _Unreadable(Exception):
-    """Why a caption makes no sense."""
+    """A caption whose words do not make a statement; the message says why."""
 
 
 _NOTHING = ObjectFact()

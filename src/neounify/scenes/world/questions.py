@@ -237,7 +237,7 @@ _MISSING = re.compile(r"\b(?:no|not an?|isn't an?)\s+([a-z ]+)|没有(?:一个)?
 
 
 def _missing(answer: str, kind: QuestionKind) -> set[str]:
-    """What an answer says is not there: "image", or objects as `_named` has them."""
+    """Names of things an answer calls absent: "image", or objects as `_named` gives them."""
     missing = set[str]()
     for hit in _MISSING.finditer(answer.lower()):
         name = (hit[1] or hit[2]).strip()
@@ -266,7 +266,7 @@ def _question(
 def _claims(
     kind: QuestionKind, asked: _Asked, config: SceneConfig, language: Language
 ) -> dict[str, str]:
-    """What may be claimed of the answer to a question of that kind: words by value."""
+    """Claims for yes-or-no questions of a kind: the words for each value."""
     if asked.claims:
         return dict(asked.claims)
     values: Mapping[QuestionKind, Sequence[str]] = {
@@ -312,7 +312,7 @@ def _answer_phrases(kind: QuestionKind, language: Language) -> Mapping[str, str]
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked: the key of its forms, the words for their slots, and the answer's value."""
+    """Question before its wording: key of its forms, words for their slots, the answer's value."""
 
     form: str
     slots: Mapping[str, str]

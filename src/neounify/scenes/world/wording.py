@@ -43,7 +43,7 @@ MIN_TYPO_LETTERS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """How a sentence is written. The default changes nothing.
+    """Variations of how a sentence is written. The default changes nothing.
 
     Args:
         words: share of words that are replaced by synonyms, 0 to 1.
@@ -183,7 +183,7 @@ def with_right_articles(text: str) -> str:
 
 @cache
 def _synonym_names(language: Language) -> dict[str, tuple[str, bool]]:
-    """What may be replaced: the usual word for each phrase, and whether it is a plural."""
+    """Phrases that have synonyms: the usual word of each, and whether it is a plural."""
     if language == "zh":
         return {name: (name, False) for name in book.CHINESE_SYNONYMS}
     names = {name: (name, False) for name in book.SYNONYMS}
@@ -241,7 +241,7 @@ def _usual_words(text: str, language: Language) -> str:
 
 @cache
 def _frames(language: Language) -> list[tuple[str, str]]:
-    """What may stand before and behind a prompt's phrase, most letters first."""
+    """(head, tail) texts around a prompt's phrase, most letters first."""
     sets: tuple[book.FormSet, ...] = ("wide", "held_out")
     requests = [f for s in sets for f in book.PROMPT_REQUESTS[s][language]]
     polite = [f for s in sets for f in book.POLITE[s][language]]
