@@ -14,7 +14,8 @@ from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
 from neounify.errors import ImageError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.image import TRAINING_BUCKETS
-from neounify.tasks.image import ImageRequest, check_image_tokens, image_tokens, output_size
+from neounify.image.pixels import check_image_tokens, image_tokens, output_size
+from neounify.tasks.image import ImageRequest
 
 
 @pytest.mark.parametrize("config", [U1_8B, U1_A3B])

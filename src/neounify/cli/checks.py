@@ -30,8 +30,9 @@ from neounify.cli.options import (
 from neounify.config import ModelConfig, TextSampling
 from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
+from neounify.image.pixels import output_size, size_advice
 from neounify.tasks.chat import make_chat_request
-from neounify.tasks.image import ImageRequest, output_size, size_advice
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.text.template import Message, place_images
 

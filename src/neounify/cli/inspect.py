@@ -143,7 +143,7 @@ def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
 
 
 def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, str]]:
-    from neounify.tasks.image import named_sizes, trained_sizes
+    from neounify.image.pixels import named_sizes, trained_sizes
 
     c = checkpoint.config
     width, height = c.sampling.image_size

@@ -27,6 +27,7 @@ from neounify.errors import CheckpointError, RequestError, SizeWarning
 from neounify.files import read_text
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling, InterleaveKnobs
 from neounify.image.io import ImageSource
+from neounify.image.pixels import output_size, size_advice
 from neounify.model.build import compile_streams
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.driver import Driver
@@ -49,13 +50,7 @@ from neounify.tasks.chat import (
     read_images,
     read_request,
 )
-from neounify.tasks.image import (
-    MAX_THINK_TOKENS,
-    ImageRequest,
-    output_size,
-    size_advice,
-    split_noise,
-)
+from neounify.tasks.image import MAX_THINK_TOKENS, ImageRequest, split_noise
 from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
 from neounify.text.template import default_system_message

@@ -32,9 +32,10 @@ from neounify.engine.messages import (
     refs_of,
 )
 from neounify.errors import DeadlineExceeded, Draining, Overloaded, RequestError
+from neounify.image.pixels import check_image_tokens, image_tokens
 from neounify.serve.client import Call, EngineClient, EngineClients, EngineState, within
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
-from neounify.tasks.image import ImageRequest, check_image_tokens, generate_images, image_tokens
+from neounify.tasks.image import ImageRequest, generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
     Compute,

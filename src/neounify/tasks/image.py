@@ -1,8 +1,7 @@
-"""Image generation and editing: requests, sizes, prompts of the guidance branches, program."""
+"""Image generation and editing: requests, prompts of the guidance branches, program."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.config import CheckpointDefaults, ModelConfig, TextSampling
+from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
 from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
@@ -30,11 +29,11 @@ from neounify.engine.messages import (
     TextInput,
     new_number,
 )
-from neounify.errors import ImageError, PromptError, RequestError
+from neounify.errors import PromptError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.path import initial_noise, noise_scale
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.pixels import TRAINING_BUCKETS, check_size, fit_size, patchify
+from neounify.image.pixels import patchify
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.program import (
@@ -185,165 +184,6 @@ def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
             f"negative_prompt: {used}, so nothing is steered away from; set guidance above 1",
             param="negative_prompt",
         )
-
-
-# --- sizes ---
-
-Sizes = tuple[tuple[int, int], ...]
-"""(width, height) pairs in pixels."""
-
-PUBLISHED_PIXELS = (512**2, 2048**2)
-"""(least, greatest) area the published models were trained to generate, in pixels."""
-
-MAX_NAMED = 6
-"""Sizes that a message lists."""
-
-
-def max_image_tokens(config: ModelConfig) -> int:
-    """Tokens of the largest image a model generates: its context, or its default size if larger.
-
-    The tokens of an image attend to one another, and the model has never attended to more than
-    its context holds.
-    """
-    return max(config.max_positions, image_tokens(config, *config.sampling.image_size))
-
-
-def image_tokens(config: ModelConfig, width: int, height: int) -> int:
-    """Tokens of an image of a legal size in pixels."""
-    return width * height // config.token_size**2
-
-
-def check_image_tokens(
-    config: ModelConfig, width: int, height: int, limit: int | None = None
-) -> None:
-    """Check the tokens of an image against the model and `limit`. Raises ImageError.
-
-    The message gives the tokens, the limit and the largest size of the same shape.
-    """
-    largest, tokens = max_image_tokens(config), image_tokens(config, width, height)
-    maximum = largest if limit is None else min(largest, limit)
-    if tokens <= maximum:
-        return
-    who = "this model's context holds" if maximum == largest else "this server generates"
-    side, scale = config.token_size, math.sqrt(maximum / tokens)
-    rows, columns = (min(maximum, max(1, int(n // side * scale))) for n in (height, width))
-    raise ImageError(
-        f"an image of {width}x{height} has {tokens:,} tokens, {who} {maximum:,} at most; "
-        f"the largest of this shape is {columns * side}x{rows * side}",
-        param="size",
-    )
-
-
-def output_size(
-    config: ModelConfig,
-    width: int | None,
-    height: int | None,
-    reference: PIL.Image.Image | None = None,
-) -> tuple[int, int]:
-    """(width, height) in pixels: as asked, else like the reference image, else the default.
-
-    A reference gives its aspect ratio at the area of the model's default size.
-    Raises ImageError for sizes that are not multiples of the token side or too large for the
-    model, RequestError when only one side is given.
-    """
-    if (width is None) != (height is None):
-        raise RequestError(
-            f"give both width and height, or neither; got {width} and {height}", param="size"
-        )
-    if width is not None and height is not None:
-        limit = config.max_grid * config.token_size
-        check_size(width, height, config.token_size, limit)
-        check_image_tokens(config, width, height)
-        return width, height
-    default = config.sampling.image_size
-    if reference is None:
-        return default
-    area = math.prod(default)
-    size = fit_size(
-        reference.height,
-        reference.width,
-        multiple=config.token_size,
-        min_pixels=area,
-        max_pixels=area,
-    )
-    return size[1], size[0]
-
-
-def size_of_shape(
-    config: ModelConfig, ratio: tuple[int, int], pixels: int | None = None
-) -> tuple[int, int]:
-    """(width, height) nearest to a shape, at `pixels` or the default area, whichever is less.
-
-    One of the sizes that the checkpoint was trained at, where they are recorded, or of the
-    published buckets at their area; else both sides are fitted. `ratio` is (width, height) of
-    any size. Raises ImageError for a ratio over 200.
-    """
-    sampling = config.sampling
-    default_area = math.prod(sampling.image_size)
-    area = default_area if pixels is None else min(pixels, default_area)
-    width, height = ratio
-    sizes = sampling.trained_sizes
-    if not sizes and (area, config.token_size) == (math.prod(TRAINING_BUCKETS[0]), 32):
-        sizes = TRAINING_BUCKETS
-    if sizes:
-        shape = math.log(width / height)
-
-        def distance(size: tuple[int, int]) -> float:
-            """A wrong shape is worse than a wrong area."""
-            wrong_shape = abs(math.log(size[0] / size[1]) - shape)
-            return 3 * wrong_shape + abs(math.log(size[0] * size[1] / area))
-
-        return min(sizes, key=distance)
-    # Scaled far above the area, so that the sides are rounded towards it from below.
-    scale = 1 + math.isqrt(area)
-    fitted = fit_size(
-        height * scale,
-        width * scale,
-        multiple=config.token_size,
-        min_pixels=area,
-        max_pixels=area,
-    )
-    return fitted[1], fitted[0]
-
-
-def trained_sizes(sampling: CheckpointDefaults) -> tuple[Sizes, tuple[int, int] | None]:
-    """((width, height) pairs, (least, greatest) area) in pixels that a checkpoint was trained at.
-
-    A checkpoint that records neither and has the published default size is a published one.
-    ((), None) if nothing is known.
-    """
-    if sampling.trained_sizes or sampling.trained_pixels:
-        return sampling.trained_sizes, sampling.trained_pixels
-    if sampling.image_size == CheckpointDefaults().image_size:
-        return TRAINING_BUCKETS, PUBLISHED_PIXELS
-    return (), None
-
-
-def size_advice(config: ModelConfig, width: int, height: int) -> str | None:
-    """A sentence that names the trained sizes, if width x height (pixels) is not one of them.
-
-    None for a trained size, and where the checkpoint does not record its sizes.
-    """
-    sizes, pixels = trained_sizes(config.sampling)
-    fits = pixels is not None and pixels[0] <= width * height <= pixels[1]
-    if fits or (width, height) in sizes or not (sizes or pixels):
-        return None
-    return (
-        f"size {width}x{height}: the model was trained at {named_sizes(sizes, pixels)}; "
-        "images of other sizes may come out broken"
-    )
-
-
-def named_sizes(sizes: Sizes, pixels: tuple[int, int] | None) -> str:
-    """Trained sizes in words, as "64x64 only" or "areas from 512x512 to 2048x2048 pixels"."""
-    listed = ", ".join(f"{w}x{h}" for w, h in sizes[:MAX_NAMED])
-    more = f" and {len(sizes) - MAX_NAMED} more" if len(sizes) > MAX_NAMED else ""
-    named = f"{listed}{more}" if len(sizes) != 1 else f"{listed} only"
-    if pixels is None:
-        return named
-    low, high = (f"{math.isqrt(area)}x{math.isqrt(area)}" for area in pixels)
-    area = f"areas from {low} to {high} pixels"
-    return f"{area}, as {listed}{more}" if sizes else area
 
 
 # --- program ---

@@ -17,7 +17,7 @@ from neounify.engine.messages import Append, Decode, Release, TextInput, new_num
 from neounify.errors import ContextFullError, RequestError
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
-from neounify.image.pixels import normalise_und
+from neounify.image.pixels import image_tokens, normalise_und, output_size
 from neounify.model.layout import Grid
 from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.image import (
@@ -27,8 +27,6 @@ from neounify.tasks.image import (
     check_negative_prompt,
     denoise,
     draw_noise,
-    image_tokens,
-    output_size,
     prefill_branches,
 )
 from neounify.tasks.program import Compute, Processor, Program, pack_images

@@ -12,12 +12,13 @@ from fastapi.testclient import TestClient
 
 from neounify.config.presets import TINY, U1_8B
 from neounify.config.sampling import MAX_GUIDANCE
+from neounify.image.pixels import size_of_shape
 from neounify.serve.http import create_app
 from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.fields import ALIASES, WRAPPED
 from neounify.serve.http.images import ImageBody
 from neounify.tasks.chat import ChatRequest
-from neounify.tasks.image import ImageRequest, size_of_shape
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from support.http_server import data_url, png
 from support.scripted_service import Scripted

@@ -23,6 +23,7 @@ from starlette.routing import Match, Mount
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
+from neounify.image.pixels import trained_sizes
 from neounify.serve.http import chat, completions, images
 from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
@@ -38,7 +39,6 @@ from neounify.serve.http.middleware import (
 from neounify.serve.http.serving import ServerState, State
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
-from neounify.tasks.image import trained_sizes
 
 DESCRIPTION = (
     "Chat about text and images, image generation and editing, and interleaved answers of text and "

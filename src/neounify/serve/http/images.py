@@ -17,6 +17,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
 from neounify.errors import ImageError
+from neounify.image.pixels import size_advice
 from neounify.serve.http.config import MEBIBYTE
 from neounify.serve.http.connections import BoundedRoute, check_json_type
 from neounify.serve.http.errors import ApiError, bad_request
@@ -30,7 +31,7 @@ from neounify.serve.http.serving import (
     start_stream,
     to_base64,
 )
-from neounify.tasks.image import MAX_IMAGES_PER_PROMPT, ImageRequest, size_advice
+from neounify.tasks.image import MAX_IMAGES_PER_PROMPT, ImageRequest
 from neounify.tasks.program import Finished, ImageFinished, Preview, TextPiece
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)

@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from neounify.errors import DeadlineExceeded
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
-from neounify.image.pixels import to_pil
+from neounify.image.pixels import output_size, size_of_shape, to_pil
 from neounify.provenance.metadata import Format
 from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig, HttpMetrics
@@ -38,7 +38,7 @@ from neounify.serve.http.media import ImageDecoder, ImageFetcher, RequestImages,
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
-from neounify.tasks.image import ImageRequest, output_size, size_of_shape
+from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.program import Finished, ImageFinished, Preview, PromptPrefilled, TaskEvent
 

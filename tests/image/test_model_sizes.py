@@ -11,8 +11,8 @@ from neounify.bundled import bundled_model
 from neounify.config import CheckpointDefaults
 from neounify.config.presets import SCENES, TINY, U1_8B
 from neounify.errors import SizeWarning
+from neounify.image.pixels import size_advice
 from neounify.pipeline import Pipeline
-from neounify.tasks.image import size_advice
 
 
 @pytest.fixture(scope="module")
