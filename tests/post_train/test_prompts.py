@@ -10,7 +10,8 @@ import pytest
 
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
-from neounify.post_train.prompts import PromptConfig, build_prompts
+from neounify.post_train.prompts import ANSWER_CATEGORIES, PromptConfig, build_prompts
+from neounify.scenes.world.scene import in_split
 
 
 def test_scenes_are_a_function_of_the_number() -> None:
@@ -31,6 +32,21 @@ def test_scenes_of_another_seed_and_unknown_categories() -> None:
         build_prompts(PromptConfig(categories={"beauty": 1.0}), (64, 64), 32)
     with pytest.raises(ConfigError, match="multiples of 32"):
         build_prompts(PromptConfig(width=70), (64, 64), 32)
+
+
+def test_scenes_for_texts_are_of_the_train_split() -> None:
+    config = PromptConfig(categories={"question/where": 2.0, "caption": 1.0})
+    one, two = (build_prompts(config, (64, 64), 32, answers=True) for _ in range(2))
+    cases = [one.case(number) for number in range(40)]
+    assert [two.case(n).prompt for n in range(40)] == [case.prompt for case in cases]
+    assert set(Counter(case.category for case in cases)) == {"question/where", "caption"}
+    assert all(case.images[0].size == (64, 64) for case in cases)
+    assert all(in_split(case.target.scene, "train") for case in cases)
+    every = build_prompts(PromptConfig(), (64, 64), 32, answers=True)
+    assert {every.case(n).category for n in range(150)} == set(ANSWER_CATEGORIES)
+    for answers, wrong in ((True, "edit"), (False, "caption")):
+        with pytest.raises(ConfigError, match=f"no category {wrong}"):
+            build_prompts(PromptConfig(categories={wrong: 1.0}), (64, 64), 32, answers=answers)
 
 
 def test_text_files_are_shuffled_anew_in_each_epoch(tmp_path: Path) -> None:
@@ -73,6 +89,7 @@ def test_json_lines_with_shares_of_categories(tmp_path: Path) -> None:
         ('{"prompt": "a", "width": 33}', "width must be a multiple of 32, got 33"),
         ('{"prompt": "a", "images": ["../secret.png"]}', "lies outside the folder"),
         ('{"prompt": "a", "images": "x.png"}', "must be a list"),
+        ('{"prompt": "a", "answer": 7}', "answer must be a text, got 7"),
         ("", "holds no prompts"),
     ],
 )

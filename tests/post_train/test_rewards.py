@@ -27,6 +27,9 @@ from neounify.post_train.rewards import (
     build_reward,
     text_similarity,
 )
+from neounify.scenes.bench.perceive import perceive
+from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
+from neounify.scenes.world.language import caption
 from neounify.scenes.world.render import render
 from neounify.scenes.world.scene import scene_config
 
@@ -60,6 +63,38 @@ def test_scenes_split_a_painting_by_attribute() -> None:
     [parts] = build_reward(RewardConfig())([BLACK], [case])
     assert parts["strict"] == 0
     assert 0 <= parts["share"] < 1
+
+
+def test_scenes_reward_answers_and_captions() -> None:
+    world = scene_config("default")
+    names = [f"question/{kind}" for kind in ("where", "relation", "count", "exists", "size")]
+    reward = build_reward(RewardConfig())
+    for name in names:
+        prompts = build_prompts(PromptConfig(categories={name: 1.0}), (64, 64), 32, answers=True)
+        for number in range(4):
+            case = prompts.case(number)
+            assert case.category == name
+            assert perceive(np.asarray(case.images[0]), world).objects is not None
+            right = case.target.question.answer
+            rows = reward([f"It is {right}.", "hm"], [case] * 2)
+            assert rows == [{"strict": 1.0}, {"strict": 0.0}]
+    prompts = build_prompts(PromptConfig(categories={"caption": 1.0}), (64, 64), 32, answers=True)
+    case = prompts.case(0)
+    facts = facts_of(case.target.scene, world, FULL_STYLE)
+    right, nonsense = reward([caption(facts), "hm"], [case] * 2)
+    assert right == {"strict": 1.0, "share": 1.0}
+    assert nonsense == {"strict": 0.0, "share": 0.0}
+    part, *_ = reward([caption(facts_of(case.target.scene, world, CaptionStyle()))], [case])
+    assert part["strict"] == 0
+    assert 0 < part["share"] < 1
+
+
+def test_answers_of_a_file() -> None:
+    case = PromptCase(prompt="Who?", width=64, height=64, record={"answer": "Ada Lovelace"})
+    rewards = Rewards([RewardConfig(kind="answer")])
+    rewarded = rewards(["ada  lovelace.", "Ada Lovelice"], [case] * 2)
+    assert rewarded.parts["strict"].tolist() == [1.0, 0.0]
+    assert rewarded.parts["share"].tolist() == [1.0, pytest.approx(10 / 11)]
 
 
 # --- combination ---
@@ -155,6 +190,10 @@ def test_a_service_is_tried_again(service: str) -> None:
     assert reward([BLACK, BLACK], [CASE, CASE]) == [{"length": 0.12}] * 2
     assert _Service.requests == 2
     assert _Service.received["record"] == {"text": "Open now"}
+    assert "image" in _Service.received
+    reward(["an answer"], [CASE])
+    assert _Service.received["text"] == "an answer"
+    assert "image" not in _Service.received
     with pytest.raises(RewardFailure, match="have no reward"):
         Rewards([RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0)])([BLACK], [CASE])
 

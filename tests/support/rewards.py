@@ -71,3 +71,13 @@ def some_fail(images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[dic
     if len(images) > 1 or images[0].sum() % 3 == 0:
         raise RuntimeError("no light")
     return [{"light": float(images[0].mean()) / 255}]
+
+
+def vowels(texts: Sequence[str], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """Whether a text begins with a vowel."""
+    return [{"vowel": float(text[:1].lower() in tuple("aeiou"))} for text in texts]
+
+
+def lengths(texts: Sequence[str], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
+    """Rewards that differ between texts of random tokens."""
+    return [{"length": min(1.0, len(text) / 40)} for text in texts]

@@ -1,11 +1,11 @@
-"""Advantages of rewarded groups: how much better a sample is than the others of its prompt."""
+"""Advantages of rewarded groups, and the clipped objective of policy gradients."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 MAX_ADVANTAGE = 5.0
@@ -42,3 +42,13 @@ def informative(rewards: Float[Tensor, "prompts group"]) -> Tensor:
     high = rewards.nan_to_num(nan=-torch.inf).amax(1)
     low = rewards.nan_to_num(nan=torch.inf).amin(1)
     return high > low
+
+
+def clipped_objective(
+    ratio: Float[Tensor, " n"], advantage: Float[Tensor, " n"], clip: float
+) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+    """max(-Aρ, -A·clip(ρ, 1 - c, 1 + c)), and where the clip takes the gradient away."""
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    moves_away = torch.where(advantage > 0, ratio > 1, ratio < 1)
+    clipped = moves_away & ((ratio - 1).abs() > clip) & (advantage != 0)
+    return loss, clipped.detach()

@@ -1,4 +1,4 @@
-"""Base of all post-training methods on images: prompts, sampler, metrics, copies of the model."""
+"""Base of all post-training methods: prompts, trained streams, metrics, copies of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neounify.config.ranges import STRICT, Count
 from neounify.errors import CheckpointError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.model.neo import NeoUnify
-from neounify.model.parts import GEN, UND
+from neounify.model.parts import GEN, UND, StreamName
 from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.post_train.report import update_report
@@ -68,38 +68,63 @@ class SamplerConfig:
             )
 
 
-class ImagePostTrainConfig(MethodConfig):
-    """What all methods on images share: they train the generation stream only, without data."""
+class PromptMethodConfig(MethodConfig):
+    """What all methods share: they draw from prompts in place of data, and train `streams`."""
 
     needs_data: ClassVar[bool] = False
 
+    @property
+    def streams(self) -> tuple[StreamName, ...]:
+        """The streams that are trained; the others are frozen."""
+        return (GEN,)
+
     def check_stage(self, stage: StageRecipe) -> None:
-        """Raise ValueError where the understanding stream would be trained, or data is given."""
+        """Raise ValueError where other streams would be trained, or data is given."""
         if stage.data:
             raise ValueError(
                 f"data: {self.kind} draws from method.prompts; give the stage data = []"
             )
-        if stage.lora is not None and tuple(stage.lora.streams) != (GEN,):
-            raise ValueError(
-                f'lora.streams: {self.kind} trains the generation stream: streams = ["gen"]'
-            )
-        if stage.lora is not None and stage.lora.dropout:
-            raise ValueError(
-                f"lora.dropout must be 0, got {stage.lora.dropout}: {self.kind} compares what is "
-                "trained with what was sampled, which has no dropout"
-            )
-        if stage.lora is None and not {UND, "shared"} <= set(stage.freeze):
+        if stage.lora is not None:
+            if set(stage.lora.streams) != set(self.streams):
+                listed = ", ".join(f'"{name}"' for name in self.streams)
+                raise ValueError(
+                    f"lora.streams: {self.kind} trains {_named(self.streams)}: streams = [{listed}]"
+                )
+            if stage.lora.dropout:
+                raise ValueError(
+                    f"lora.dropout must be 0, got {stage.lora.dropout}: {self.kind} compares what "
+                    "is trained with what was sampled, which has no dropout"
+                )
+            return
+        if UND not in self.streams and not {UND, "shared"} <= set(stage.freeze):
             raise ValueError(
                 f"freeze: {self.kind} keeps the keys and values of prompts, so the understanding "
                 'stream must be frozen: freeze = ["und", "shared"]'
             )
+        if GEN not in self.streams and GEN not in stage.freeze:
+            raise ValueError(
+                f'freeze: {self.kind} trains {_named(self.streams)} alone: freeze = ["gen"]'
+            )
+        if frozen := sorted(set(self.streams) & set(stage.freeze)):
+            raise ValueError(
+                f"freeze: {self.kind} trains {_named(self.streams)}, so {frozen} cannot be frozen"
+            )
+
+
+def _named(streams: Sequence[StreamName]) -> str:
+    words = {UND: "understanding", GEN: "generation"}
+    named = " and ".join(words[name] for name in streams)
+    return f"the {named} stream{'s' if len(streams) > 1 else ''}"
 
 
 class PromptMethod(Method):
     """Model, prompts and one optimizer set over what the stage trains."""
 
-    def __init__(self, prompts: PromptConfig, context: StageContext) -> None:
-        self.context = context
+    def __init__(
+        self, prompts: PromptConfig, context: StageContext, *, answers: bool = False
+    ) -> None:
+        """`answers`: the prompts ask for texts, not for images."""
+        self.context, self.answers = context, answers
         self.model = context.setup.model
         self.processor = Processor(
             self.model.config,
@@ -107,8 +132,9 @@ class PromptMethod(Method):
             context.setup.system_message,
             self.model.compute_dtype,
         )
+        config = self.model.config
         self.prompts = build_prompts(
-            prompts, self.model.config.sampling.image_size, self.model.config.token_size
+            prompts, config.sampling.image_size, config.token_size, answers=answers
         )
         self.metrics = Means()
 
@@ -119,10 +145,14 @@ class PromptMethod(Method):
         return [OptimizerSet(parameters, stage.optimizer, clip=stage.clip, schedule=schedule)]
 
     def cases(self, first: int, count: int) -> list[list[PromptCase]]:
-        """`count` cases from `first` on, those of one size and guidance formula together."""
-        alike: dict[tuple[int, int, bool], list[PromptCase]] = {}
+        """`count` cases from `first` on, those that are sampled in one batch together.
+
+        Images of one size and guidance formula are; so are all texts.
+        """
+        alike: dict[tuple[int, int, bool] | None, list[PromptCase]] = {}
         for case in (self.prompts.case(first + i) for i in range(count)):
-            alike.setdefault((case.width, case.height, bool(case.images)), []).append(case)
+            key = None if self.answers else (case.width, case.height, bool(case.images))
+            alike.setdefault(key, []).append(case)
         return list(alike.values())
 
     def resolve(self, sampler: SamplerConfig, cases: Sequence[PromptCase]) -> ResolvedSampling:

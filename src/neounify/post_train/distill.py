@@ -30,7 +30,7 @@ from neounify.flow.path import noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
-from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, SamplerConfig, TwinState
+from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.rollout import START, image_request, noise_generator
@@ -92,7 +92,7 @@ def stopping_time_parameters(progress: float) -> tuple[float, float]:
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class DistillConfig(ImagePostTrainConfig):
+class DistillConfig(PromptMethodConfig):
     """What both methods share: `prompts_per_step` images, how student and teacher sample."""
 
     prompts: PromptConfig = field(default_factory=PromptConfig)

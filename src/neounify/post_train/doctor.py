@@ -24,10 +24,10 @@ from neounify.train.setup import prepare_parameters
 
 if TYPE_CHECKING:
     from neounify.post_train.distill import DistillConfig
-    from neounify.post_train.groups import RolloutConfig
+    from neounify.post_train.groups import GroupConfig
 
 TRIED_PROMPTS = 16
-"""Prompts that are searched for one whose images differ in reward."""
+"""Prompts that are searched for one whose samples differ in reward."""
 MIN_ITERATIONS = 6
 MAX_ITERATIONS = 60
 RISE = 0.02
@@ -48,12 +48,13 @@ class _OnePrompt:
 
 
 def examine_rewards(
-    context: StageContext, config: RolloutConfig, seconds: float
+    context: StageContext, config: GroupConfig, seconds: float
 ) -> Iterator[Finding]:
     """Train on one prompt; the model's weights are changed."""
     prepare_parameters(context.setup.model, context.stage, context.recipe.seed)
     one = replace(config, prompts_per_iteration=1, sheet_every=0)
     method = one.build(context)
+    samples = "answers" if config.answers else "images"
     started, sampled = time.monotonic(), None
     for number in range(TRIED_PROMPTS):
         iteration = method.sample(number)
@@ -64,12 +65,12 @@ def examine_rewards(
         yield Finding(
             "rewards",
             False,
-            f"all images of each of {TRIED_PROMPTS} prompts have one reward",
+            f"all {samples} of each of {TRIED_PROMPTS} prompts have one reward",
             "draw other prompts (prompts.categories), a larger group, or more noise (eta)",
         )
         return
     case = sampled.rollouts[0].cases[0]
-    yield Finding("rewards", True, f"images of {case.prompt!r} differ in reward")
+    yield Finding("rewards", True, f"{samples} of {case.prompt!r} differ in reward")
     method.prompts = _OnePrompt(case)
     means: list[float] = []
     batches, steps = method.batches(None), _Steps(method, context)

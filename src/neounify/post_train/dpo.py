@@ -20,8 +20,10 @@ from neounify.config.ranges import STRICT, AboveZero, Fraction, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.advantage import informative
 from neounify.post_train.base import TwinState
-from neounify.post_train.groups import Iteration, RolloutConfig, RolloutMethod, Share, Unit
+from neounify.post_train.groups import Iteration, Share, Unit
+from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import NoisyImages
+from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import MethodState, StageContext, TrainStep
 
 MIN_REMAINING = 0.05
@@ -59,7 +61,7 @@ def best_and_worst(rewards: Float[Tensor, "prompts group"]) -> tuple[Tensor, Ten
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class DpoConfig(RolloutConfig):
+class DpoConfig(ImageGroupConfig):
     """DPO on the best and worst image of each group, `kind = "dpo"`.
 
     `beta` is for errors that are means over the values of an image; about 2000.
@@ -79,7 +81,7 @@ class DpoConfig(RolloutConfig):
         return Dpo(self, context)
 
 
-class Dpo(RolloutMethod):
+class Dpo(ImageGroupMethod):
     """`dpo_loss` of pairs; a share's images are better and worse in turn."""
 
     config: DpoConfig
@@ -88,7 +90,7 @@ class Dpo(RolloutMethod):
         super().__init__(config, context)
         self.reference = TwinState("reference", self.model)
 
-    def units(self, iteration: Iteration) -> list[Unit]:
+    def units(self, iteration: Iteration[ImageRollout]) -> list[Unit]:
         """The pairs of an iteration: (rollout, (better, worse))."""
         units: list[Unit] = []
         for index, (rollout, rewards) in enumerate(
@@ -102,9 +104,9 @@ class Dpo(RolloutMethod):
                     units.append((index, pair))
         return units
 
-    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
+    def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:
         """A pair's loss for each of its images, whose mean is that of the pairs."""
-        rollout, chosen = share.rollout, share.images
+        rollout, chosen = share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
         images = NoisyImages(self.model, rollout.grid, prefixes)
         image = rollout.final[chosen]

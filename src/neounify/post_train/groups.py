@@ -1,8 +1,9 @@
 """Base of the methods that learn from rewarded groups: rollouts, advantages, micro-batches, record.
 
-An iteration samples `group` images of each of `prompts_per_iteration` prompts, rewards them, and
-takes `updates` optimizer steps on them. A step's images are dealt to the stage's `packs_per_step`
-micro-batches.
+An iteration samples `group` images or answers of each of `prompts_per_iteration` prompts, rewards
+them, and takes `updates` optimizer steps on them. A step's samples are dealt to the stage's
+`packs_per_step` micro-batches. How a rollout is sampled is the business of `ImageGroupMethod`
+(`image_groups.py`) and `TextGrpo`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,16 +22,19 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from neounify.config.ranges import STRICT, Count, Fraction, NonNegativeInt, Range
-from neounify.errors import CheckpointError
-from neounify.files import atomic_file
-from neounify.image.contact_sheet import contact_sheet
-from neounify.model.neo import NeoUnify
+from neounify.errors import CheckpointError, ConfigError
 from neounify.post_train.advantage import Scope, group_advantages, informative
-from neounify.post_train.base import ImagePostTrainConfig, PromptMethod, SamplerConfig
-from neounify.post_train.prompts import PromptCase, PromptConfig
+from neounify.post_train.base import PromptMethod, PromptMethodConfig
+from neounify.post_train.prompts import PromptCase, PromptConfig, scene_categories
 from neounify.post_train.report import list_failures, update_report
-from neounify.post_train.rewards import Pixels, RewardConfig, Rewarded, Rewards
-from neounify.post_train.rollout import RandomSteps, Rollout, restored_rollout, sample_groups
+from neounify.post_train.rewards import (
+    IMAGES_ONLY,
+    TEXTS_ONLY,
+    Output,
+    RewardConfig,
+    Rewarded,
+    Rewards,
+)
 from neounify.post_train.watch import BY, RewardWatch, state_before
 from neounify.train.method import (
     Finding,
@@ -41,26 +46,59 @@ from neounify.train.method import (
     evaluation_mode,
 )
 
+if TYPE_CHECKING:
+    from neounify.train.recipe import StageRecipe
+
 MAX_GROUP = 256
 Unit = tuple[int, tuple[int, ...]]
-"""A rollout and images of it that stay together in a micro-batch."""
+"""A rollout and samples of it that stay together in a micro-batch."""
+
+
+class Rollout(Protocol):
+    """Samples of some prompts: `count` = prompts · group, those of a prompt together."""
+
+    @property
+    def cases(self) -> Sequence[PromptCase]:
+        """The prompts."""
+
+    @property
+    def group(self) -> int:
+        """Samples of a prompt."""
+
+    @property
+    def count(self) -> int:
+        """Samples."""
+
+    def outputs(self) -> Sequence[Output]:
+        """What is rewarded, for each sample."""
+
+    def tokens_of(self, chosen: Sequence[int]) -> int:
+        """Tokens of some samples that are trained on."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What cannot be computed again, by name."""
+
+
+R = TypeVar("R", bound=Rollout)
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class RolloutConfig(ImagePostTrainConfig):
+class GroupConfig(PromptMethodConfig):
     """Rollouts and rewards of an iteration, for all methods that learn from groups.
 
     `advantage` is what the standard deviation of rewards is taken over. `sheet_every` is in
     iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of an
-    iteration's images have no reward, or when the running mean of the reward falls below `collapse`
-    times its best.
+    iteration's samples have no reward, or when the running mean of the reward falls below
+    `collapse` times its best.
     """
+
+    answers: ClassVar[bool] = False
+    """Whether samples are texts, not images."""
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     rewards: tuple[RewardConfig, ...] = field(default_factory=lambda: (RewardConfig(),))
     prompts_per_iteration: Count = 16
     group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     updates: Count = 1
     advantage: Scope = "iteration"
     max_failed_rewards: Fraction = 0.2
@@ -69,7 +107,33 @@ class RolloutConfig(ImagePostTrainConfig):
     seed: NonNegativeInt = 0
 
     @abstractmethod
-    def build(self, context: StageContext) -> RolloutMethod: ...
+    def build(self, context: StageContext) -> GroupMethod[Any]: ...
+
+    def check_stage(self, stage: StageRecipe) -> None:
+        """Raise ValueError for prompts and rewards that do not fit each other or the method."""
+        super().check_stage(stage)
+        wrong = IMAGES_ONLY if self.answers else TEXTS_ONLY
+        for reward in self.rewards:
+            if reward.kind in wrong:
+                outputs = "texts" if self.answers else "images"
+                raise ValueError(f'rewards: "{reward.kind}" does not rate {outputs}')
+            if reward.kind == "scenes" and self.prompts.kind != "scenes":
+                raise ValueError(
+                    'rewards: "scenes" needs prompts of kind "scenes", which know what is right; '
+                    f'these are of kind "{self.prompts.kind}"'
+                )
+            if reward.kind == "scenes" and reward.world != self.prompts.world:
+                raise ValueError(
+                    f'rewards: the prompts are of the world "{self.prompts.world}", the reward is '
+                    f'of "{reward.world}"'
+                )
+            if reward.kind == "answer" and self.prompts.kind != "jsonl":
+                raise ValueError('rewards: "answer" needs prompts of kind "jsonl" with an answer')
+        if self.prompts.kind == "scenes":
+            try:
+                scene_categories(self.prompts, answers=self.answers)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         from neounify.post_train.doctor import examine_rewards
@@ -78,36 +142,36 @@ class RolloutConfig(ImagePostTrainConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Iteration:
-    """Rollouts by image size, and [prompts, group] rewards and advantages of each."""
+class Iteration(Generic[R]):
+    """Rollouts, and [prompts, group] rewards and advantages of each."""
 
     number: int
-    rollouts: Sequence[Rollout]
+    rollouts: Sequence[R]
     advantages: Sequence[Float[Tensor, "prompts group"]]
     rewards: Sequence[Float[Tensor, "prompts group"]]
 
 
 @dataclass(frozen=True, eq=False)
-class Share:
-    """Images of one rollout in a micro-batch, and their advantages [images]."""
+class Share(Generic[R]):
+    """Samples `chosen` [n] of one rollout in a micro-batch, and their advantages [n]."""
 
-    rollout: Rollout
-    images: Tensor
-    advantages: Float[Tensor, " images"]
+    rollout: R
+    chosen: Tensor
+    advantages: Float[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
-class MicroContent:
-    """A micro-batch: shares of the rollouts, and the images of the whole step."""
+class MicroContent(Generic[R]):
+    """A micro-batch: shares of the rollouts, and the number of samples of the whole step."""
 
     iteration: int
     update: int
-    shares: Sequence[Share]
-    step_images: int
+    shares: Sequence[Share[R]]
+    step_samples: int
 
 
-class RolloutMethod(PromptMethod):
-    """Sampling, rewards and bookkeeping; a subclass gives `random_steps` and `share_loss`."""
+class GroupMethod(PromptMethod, Generic[R]):
+    """Sampling, rewards and bookkeeping, over rollouts of type R."""
 
     headline: ClassVar[Mapping[str, str]] = {
         "reward": "reward",
@@ -115,33 +179,38 @@ class RolloutMethod(PromptMethod):
         "equal": "equal",
     }
 
-    def __init__(self, config: RolloutConfig, context: StageContext) -> None:
-        super().__init__(config.prompts, context)
+    def __init__(self, config: GroupConfig, context: StageContext) -> None:
+        super().__init__(config.prompts, context, answers=config.answers)
         self.config = config
         self.rewards = Rewards(config.rewards, config.max_failed_rewards)
         self.watch = RewardWatch()
         self._sampled: dict[str, float] = {}
-        self._iteration: Iteration | None = None
+        self._iteration: Iteration[R] | None = None
         self._updates_done = config.updates
         self.generator = torch.Generator()
 
     # --- what a method adds ---
 
-    @property
-    def sampler(self) -> NeoUnify:
-        """The model that samples."""
-        return self.model
+    @abstractmethod
+    def rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> R:
+        """`group` samples of each case: rollout `index` of iteration `number`."""
 
-    def random_steps(self, iteration: int) -> RandomSteps:
-        """Which steps of an iteration's rollouts are random."""
-        return RandomSteps()
+    @abstractmethod
+    def restored(
+        self, cases: Sequence[PromptCase], number: int, tensors: Mapping[str, Tensor]
+    ) -> R:
+        """The rollout whose `tensors` were saved. Raises KeyError or ValueError for others."""
 
-    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
-        """The loss of each image."""
-        raise NotImplementedError
+    @abstractmethod
+    def save_sheet(self, iteration: Iteration[R], index: int) -> None:
+        """Save what a rollout sampled, with rewards and advantages."""
 
-    def units(self, iteration: Iteration) -> Sequence[Unit]:
-        """What is dealt to micro-batches: here every image with a reward, of groups that differ."""
+    @abstractmethod
+    def share_loss(self, share: Share[R], step: TrainStep) -> Float[Tensor, " n"]:
+        """The loss of each sample."""
+
+    def units(self, iteration: Iteration[R]) -> Sequence[Unit]:
+        """What is dealt to micro-batches: every sample with a reward, of groups that differ."""
         return [
             (index, (prompt * rollout.group + member,))
             for index, (rollout, rewards) in enumerate(
@@ -152,6 +221,10 @@ class RolloutMethod(PromptMethod):
             for member in range(rollout.group)
             if not rewards[prompt, member].isnan()
         ]
+
+    def begin_update(self, iteration: Iteration[R], update: int) -> Iteration[R]:
+        """The iteration as an update reads it; called with the weights before the update."""
+        return iteration
 
     def end_iteration(self, number: int) -> None:
         """Called after the last update of an iteration; `number` of them are done."""
@@ -164,49 +237,51 @@ class RolloutMethod(PromptMethod):
             if self._iteration is None or self._iteration.number != number:
                 self._iteration = self.sample(number)
             for update in range(first, self.config.updates):
+                self._iteration = self.begin_update(self._iteration, update)
                 yield from self._update(self._iteration, update)
             number, first = number + 1, 0
 
-    def _update(self, iteration: Iteration, update: int) -> Iterator[MicroBatch]:
+    def _update(self, iteration: Iteration[R], update: int) -> Iterator[MicroBatch]:
         """The micro-batches of one step."""
         parts = self.context.stage.packs_per_step
         units = self.units(iteration)
         rng = np.random.default_rng((self.config.seed, iteration.number, update))
         last = update + 1 == self.config.updates
         after = [iteration.number + 1, 0] if last else [iteration.number, update + 1]
-        total = sum(len(images) for _, images in units)
+        total = sum(len(samples) for _, samples in units)
         sampled = sum(rollout.count for rollout in iteration.rollouts)
         for part, dealt in enumerate(np.array_split(rng.permutation(len(units)), parts)):
             chosen = sorted(units[index] for index in dealt)
             rollouts = sorted({number for number, _ in chosen})
             shares = [self._share(iteration, number, chosen) for number in rollouts]
-            images = [image for _, images in chosen for image in images]
+            samples = [sample for _, several in chosen for sample in several]
+            # Images that were sampled, not those that are trained on.
+            fresh = 0 if update or self.answers else sampled
             yield MicroBatch(
                 content=MicroContent(iteration.number, update, shares, total),
                 position=after if part + 1 == parts else [iteration.number, update],
-                samples=[f"iteration {iteration.number} image {image}" for image in images],
-                # Images that were sampled, not those that are trained on.
-                images=0 if update else sampled * (part + 1) // parts - sampled * part // parts,
-                tokens=sum(s.rollout.grid.length * len(s.images) for s in shares),
+                samples=[f"iteration {iteration.number} sample {sample}" for sample in samples],
+                images=fresh * (part + 1) // parts - fresh * part // parts,
+                tokens=sum(s.rollout.tokens_of(s.chosen.tolist()) for s in shares),
             )
 
-    def _share(self, iteration: Iteration, index: int, units: Sequence[Unit]) -> Share:
-        images = torch.tensor([i for other, images in units if other == index for i in images])
-        advantages = iteration.advantages[index].flatten()[images]
+    def _share(self, iteration: Iteration[R], index: int, units: Sequence[Unit]) -> Share[R]:
+        chosen = torch.tensor([i for other, samples in units if other == index for i in samples])
+        advantages = iteration.advantages[index].flatten()[chosen]
         device = self.model.device
-        return Share(iteration.rollouts[index], images.to(device), advantages.to(device))
+        return Share(iteration.rollouts[index], chosen.to(device), advantages.to(device))
 
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
-        """The mean of the step's images, this micro-batch's share of it."""
-        content: MicroContent = batch.content
+        """The mean of the step's samples, this micro-batch's share of it."""
+        content: MicroContent[R] = batch.content
         self.generator = torch.Generator().manual_seed(step.batch_seed())
         losses = [self.share_loss(share, step).sum() for share in content.shares]
         if not losses:
             return torch.zeros((), device=self.model.device)
-        return torch.stack(losses).sum() / content.step_images
+        return torch.stack(losses).sum() / content.step_samples
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
-        content: MicroContent = step.batches[-1].content
+        content: MicroContent[R] = step.batches[-1].content
         self._updates_done = content.update + 1
         if self._updates_done == self.config.updates:
             self.watch.add(self._sampled, step.number + 1)
@@ -262,32 +337,45 @@ class RolloutMethod(PromptMethod):
 
     # --- an iteration ---
 
-    def sample(self, number: int) -> Iteration:
+    def sample(self, number: int) -> Iteration[R]:
         """Sample and reward an iteration's groups. Raises RewardFailure."""
         with evaluation_mode(self.model):
             rollouts = [
-                self._rollout(cases, number, index)
+                self.rollout(cases, number, index)
                 for index, cases in enumerate(self._cases(number))
             ]
-        return self._rewarded(number, rollouts)
+        cases = [case for r in rollouts for case in r.cases for _ in range(r.group)]
+        rewarded = self.rewards([output for r in rollouts for output in r.outputs()], cases)
+        list_failures(self.context.folder, number, rewarded.failures)
+        total = torch.from_numpy(rewarded.total).float().view(-1, self.config.group)
+        self._count(rewarded, cases, total)
+        counts = [len(rollout.cases) for rollout in rollouts]
+        iteration = self._with_advantages(number, rollouts, total.split(counts))
+        every = self.config.sheet_every
+        if every and number % every == 0:
+            for index in range(len(rollouts)):
+                self.save_sheet(iteration, index)
+            update_report(self.context)
+        return iteration
+
+    def sheet(self, iteration: Iteration[R], index: int, suffix: str) -> Path:
+        """The file for a sheet of a rollout."""
+        folder = self.context.folder / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"iteration-{iteration.number:06d}-{index}{suffix}"
 
     def _cases(self, number: int) -> list[list[PromptCase]]:
         count = self.config.prompts_per_iteration
         return self.cases(number * count, count)
 
-    def _rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> Rollout:
-        return sample_groups(
-            self.sampler,
-            self.processor,
-            cases,
-            self.config.group,
-            self.resolve(self.config.sampler, cases),
-            self.random_steps(number),
-            seed=self.config.seed + index,
-            iteration=number,
-        )
+    def _with_advantages(
+        self, number: int, rollouts: Sequence[R], rewards: Sequence[Float[Tensor, "prompts group"]]
+    ) -> Iteration[R]:
+        advantages = group_advantages(torch.cat(list(rewards)), self.config.advantage)
+        counts = [len(rollout.cases) for rollout in rollouts]
+        return Iteration(number, rollouts, advantages.split(counts), rewards)
 
-    def _saved_iteration(self, number: Any, tensors: Mapping[str, Tensor]) -> Iteration:
+    def _saved_iteration(self, number: Any, tensors: Mapping[str, Tensor]) -> Iteration[R]:
         """The iteration of a saved state. Raises CheckpointError."""
         if type(number) is not int or number < 0:
             raise CheckpointError(f"iteration must be a number from 0 up, got {number!r}")
@@ -299,58 +387,10 @@ class RolloutMethod(PromptMethod):
             }
             try:
                 rewards.append(of_rollout.pop("rewards"))
-                rollouts.append(
-                    restored_rollout(
-                        self.sampler,
-                        self.processor,
-                        cases,
-                        self.config.group,
-                        self.resolve(self.config.sampler, cases),
-                        self.random_steps(number),
-                        of_rollout,
-                    )
-                )
+                rollouts.append(self.restored(cases, number, of_rollout))
             except (KeyError, ValueError) as error:
                 raise CheckpointError(f"the state's rollouts do not fit: {error}") from error
-        counts = [len(rollout.cases) for rollout in rollouts]
-        advantages = group_advantages(torch.cat(rewards), self.config.advantage)
-        return Iteration(number, rollouts, advantages.split(counts), rewards)
-
-    def _rewarded(self, number: int, rollouts: Sequence[Rollout]) -> Iteration:
-        pixels = [rollout.pixels(self.model.config) for rollout in rollouts]
-        cases = [case for r in rollouts for case in r.cases for _ in range(r.group)]
-        rewarded = self.rewards([image for images in pixels for image in images], cases)
-        list_failures(self.context.folder, number, rewarded.failures)
-        total = torch.from_numpy(rewarded.total).float()
-        advantages = group_advantages(total.view(-1, self.config.group), self.config.advantage)
-        counts = [len(rollout.cases) for rollout in rollouts]
-        rewards = total.view(-1, self.config.group).split(counts)
-        iteration = Iteration(number, rollouts, advantages.split(counts), rewards)
-        self._count(rewarded, cases, total.view(-1, self.config.group))
-        every = self.config.sheet_every
-        if every and number % every == 0:
-            for index, images in enumerate(pixels):
-                self._save_sheet(iteration, index, images)
-            update_report(self.context)
-        return iteration
-
-    def _save_sheet(self, iteration: Iteration, index: int, images: Sequence[Pixels]) -> None:
-        """Save groups as rows, each image over its reward, advantage and prompt."""
-        rollout = iteration.rollouts[index]
-        rewards = iteration.rewards[index].flatten().tolist()
-        advantages = iteration.advantages[index].flatten().tolist()
-        prompts = [case.prompt for case in rollout.cases for _ in range(rollout.group)]
-        captions = [
-            f"{reward:.2f} A {advantage:+.1f} {prompt}"
-            for reward, advantage, prompt in zip(rewards, advantages, prompts, strict=True)
-        ]
-        sheet = contact_sheet(
-            images, captions, [a >= 0 for a in advantages], columns=rollout.group, side=96
-        )
-        folder = self.context.folder / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / f"iteration-{iteration.number:06d}-{index}.png") as aside:
-            sheet.save(aside, "PNG")
+        return self._with_advantages(number, rollouts, rewards)
 
     def _count(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,13 +18,33 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
+from neounify.cache import SequenceCache
 from neounify.config.ranges import STRICT, Count, NonNegative, Positive
 from neounify.errors import ConfigError
+from neounify.flow.guidance import Branch
 from neounify.flow.sde import GaussianStep, StepKind, check_step_kind
+from neounify.model.parts import GEN, UND, StreamName
+from neounify.post_train.advantage import clipped_objective
+from neounify.post_train.answers import (
+    Answers,
+    restored_answers,
+    sample_answers,
+    thought_prefixes,
+    thought_prompts,
+)
 from neounify.post_train.base import TwinState
-from neounify.post_train.groups import RolloutConfig, RolloutMethod, Share
-from neounify.post_train.policy import NoisyImages
-from neounify.post_train.rollout import RandomSteps, noise_generator
+from neounify.post_train.groups import Iteration, Share
+from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
+from neounify.post_train.policy import NoisyImages, Prefixes, TokenPrompt
+from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rollout import (
+    THOUGHTS,
+    ImageRollout,
+    RandomSteps,
+    image_request,
+    noise_generator,
+)
+from neounify.post_train.text_grpo import TokenObjective, log_length, save_texts
 from neounify.train.method import MethodState, StageContext, TrainStep
 
 WINDOW_DRAW = 2
@@ -67,24 +87,23 @@ def policy_terms(
     log_ratio = measure(noise, clean, old)
     divergence = step.divergence(clean, old)
     ratio = log_ratio.exp()
-    moves_away = torch.where(advantage > 0, ratio > 1, ratio < 1)
-    unclipped = -advantage * ratio
     if kl_mask is None:
-        loss = torch.maximum(unclipped, -advantage * ratio.clamp(1 - clip, 1 + clip))
-        clipped = moves_away & ((ratio - 1).abs() > clip)
+        loss, clipped = clipped_objective(ratio, advantage, clip)
     else:
-        clipped = moves_away & (divergence > kl_mask)
+        unclipped = -advantage * ratio
+        moves_away = torch.where(advantage > 0, ratio > 1, ratio < 1)
+        clipped = moves_away & (divergence > kl_mask) & (advantage != 0)
         loss = torch.where(clipped, unclipped.detach(), unclipped)
     return PolicyTerms(
         loss=loss,
         log_ratio=log_ratio.detach(),
         divergence=divergence.detach(),
-        clipped=clipped & (advantage != 0),
+        clipped=clipped,
     )
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class FlowGrpoConfig(RolloutConfig):
+class FlowGrpoConfig(ImageGroupConfig):
     """Flow-GRPO, `kind = "flow-grpo"`.
 
     `step_kind` and `eta` are of the random steps (`flow.sde`), which stand in a window of `window`
@@ -93,6 +112,12 @@ class FlowGrpoConfig(RolloutConfig):
     "first" leaves it at the beginning. `clip` is c, `guard` GRPO-Guard's ratio, `kl_mask` δ of
     Flow-DPPO in place of the clip, `kl` β of the divergence from the weights at the start.
     `noise_per_group` starts a group from one noise, so that its images differ by the window alone.
+
+    With `think` each image follows its thought, which is at most `max_think_tokens` long. Thought
+    and image share one advantage: the loss is that of the image and `thought_weight` times that of
+    `text-grpo` with `thought_clip` and `thought_kl`. Both streams are trained, the understanding
+    stream by its thoughts alone: keys and values of prompts and thoughts are constants within an
+    update, computed anew before each.
     """
 
     kind: Literal["flow-grpo"] = "flow-grpo"
@@ -106,6 +131,15 @@ class FlowGrpoConfig(RolloutConfig):
     kl_mask: Positive | None = None
     kl: NonNegative = 0.0
     noise_per_group: bool = False
+    think: bool = False
+    max_think_tokens: Count = 128
+    thought_weight: NonNegative = 1.0
+    thought_clip: Positive = 0.2
+    thought_kl: NonNegative = 0.0
+
+    @property
+    def streams(self) -> tuple[StreamName, ...]:
+        return (UND, GEN) if self.think else (GEN,)
 
     def __post_init__(self) -> None:
         try:
@@ -130,14 +164,18 @@ class FlowGrpoConfig(RolloutConfig):
         return FlowGrpo(self, context)
 
 
-class FlowGrpo(RolloutMethod):
+class FlowGrpo(ImageGroupMethod):
     """The mean over the window's steps of `policy_terms`, and β times the divergence."""
 
     config: FlowGrpoConfig
 
     def __init__(self, config: FlowGrpoConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.reference = TwinState("reference", self.model) if config.kl else None
+        needed = config.kl or (config.think and config.thought_kl)
+        self.reference = TwinState("reference", self.model) if needed else None
+        self.thoughts = TokenObjective(
+            metrics=self.metrics, clip=config.thought_clip, kl=config.thought_kl, prefix="thought/"
+        )
         steps = config.sampler.steps or self.model.config.sampling.steps
         if (config.window or 1) >= steps:
             raise ConfigError(
@@ -170,8 +208,93 @@ class FlowGrpo(RolloutMethod):
             start = int(torch.randint(starts, (), generator=generator))
         return range(start, start + config.window)
 
-    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
-        config, rollout, chosen = self.config, share.rollout, share.images
+    # --- thoughts ---
+
+    def rollout(
+        self,
+        cases: Sequence[PromptCase],
+        number: int,
+        index: int,
+        prefixes: Sequence[Prefixes] | None = None,
+    ) -> ImageRollout:
+        if not self.config.think:
+            return super().rollout(cases, number, index, prefixes)
+        config = self.config
+        thoughts = sample_answers(
+            self.model,
+            self.processor,
+            cases,
+            self._thought_prompts(cases),
+            config.group,
+            config.max_think_tokens,
+            think=True,
+            thoughts_only=True,
+            seed=config.seed + index,
+            iteration=number,
+        )
+        log_length(self.metrics, thoughts, "thought/")
+        images = super().rollout(cases, number, index, self._prefixes(thoughts))
+        return replace(images, thoughts=thoughts)
+
+    def restored(
+        self,
+        cases: Sequence[PromptCase],
+        number: int,
+        tensors: Mapping[str, Tensor],
+        prefixes: Sequence[Prefixes] | None = None,
+    ) -> ImageRollout:
+        if not self.config.think:
+            return super().restored(cases, number, tensors, prefixes)
+        of_thoughts = {n[len(THOUGHTS) :]: t for n, t in tensors.items() if n.startswith(THOUGHTS)}
+        of_images = {n: t for n, t in tensors.items() if not n.startswith(THOUGHTS)}
+        thoughts = restored_answers(
+            cases, self._thought_prompts(cases), self.config.group, of_thoughts, self.model.device
+        )
+        images = super().restored(cases, number, of_images, self._prefixes(thoughts))
+        return replace(images, thoughts=thoughts)
+
+    def begin_update(
+        self, iteration: Iteration[ImageRollout], update: int
+    ) -> Iteration[ImageRollout]:
+        """Read prompts and thoughts anew, where an update has changed the understanding stream."""
+        if not update or not self.config.think:
+            return iteration
+        rollouts = [
+            rollout
+            if rollout.thoughts is None
+            else replace(rollout, prefixes=self._prefixes(rollout.thoughts))
+            for rollout in iteration.rollouts
+        ]
+        return replace(iteration, rollouts=rollouts)
+
+    def _thought_prompts(self, cases: Sequence[PromptCase]) -> list[TokenPrompt]:
+        sampling = self.resolve(self.config.sampler, cases)
+        requests = [image_request(case, sampling) for case in cases]
+        return thought_prompts(self.model, self.processor, requests)
+
+    def _prefixes(self, thoughts: Answers) -> list[dict[Branch, SequenceCache]]:
+        return thought_prefixes(self.model, self.processor, thoughts)
+
+    def save_sheet(self, iteration: Iteration[ImageRollout], index: int) -> None:
+        super().save_sheet(iteration, index)
+        thoughts = iteration.rollouts[index].thoughts
+        if thoughts is not None:
+            save_texts(self, self.processor, iteration, index, thoughts)
+
+    # --- loss ---
+
+    def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " n"]:
+        loss = self._image_loss(share, step)
+        thoughts, config = share.rollout.thoughts, self.config
+        if thoughts is None or not config.thought_weight:
+            return loss
+        reference = self.reference.model if self.reference and config.thought_kl else None
+        return loss + config.thought_weight * self.thoughts.loss(
+            self.model, thoughts, share.chosen.tolist(), share.advantages, reference
+        )
+
+    def _image_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " n"]:
+        config, rollout, chosen = self.config, share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
         noisy = NoisyImages(self.model, rollout.grid, prefixes)
         total = torch.zeros(len(chosen), device=self.model.device)
@@ -195,7 +318,7 @@ class FlowGrpo(RolloutMethod):
             )
             total = total + terms.loss
             self._measure(k, terms, old.shape[1:].numel())
-            if self.reference is not None:
+            if self.reference is not None and config.kl:
                 with torch.no_grad():
                     there = noisy.clean(self.reference.model, z, t)
                 divergence = rollout.steps[k].divergence(clean, there)
@@ -214,7 +337,7 @@ class FlowGrpo(RolloutMethod):
             self.metrics.add(f"ratio{end}", float(terms.log_ratio.exp().mean()), count)
 
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
-        messages = list(super().warnings(stage_step, report))
+        messages = [*super().warnings(stage_step, report), *self.thoughts.warnings(report)]
         if self.config.updates == 1 and abs(report.get("ratio", 1.0) - 1) > 1e-6:
             messages.append(
                 f"the ratio is {report['ratio']:.8f} in the only update of an iteration, not 1: "

@@ -16,8 +16,10 @@ from neounify.config.ranges import STRICT, AboveZero, Fraction, NonNegative, Pos
 from neounify.flow.path import noisy as noised
 from neounify.model.neo import NeoUnify
 from neounify.post_train.base import TwinState
-from neounify.post_train.groups import RolloutConfig, RolloutMethod, Share
+from neounify.post_train.groups import Share
+from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import NoisyImages, move_towards
+from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import MethodState, StageContext, TrainStep
 
 
@@ -57,7 +59,7 @@ def _normalised(difference: Float[Tensor, "images ..."]) -> Float[Tensor, " imag
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class NftConfig(RolloutConfig):
+class NftConfig(ImageGroupConfig):
     """DiffusionNFT, `kind = "nft"`.
 
     `beta` is β of the two implicit policies, `max_advantage` A_max, `kl` the weight of the squared
@@ -83,7 +85,7 @@ class NftConfig(RolloutConfig):
         return Nft(self, context)
 
 
-class Nft(RolloutMethod):
+class Nft(ImageGroupMethod):
     """`nft_loss` at a random t of each image, with the old policy's prediction."""
 
     config: NftConfig
@@ -97,8 +99,8 @@ class Nft(RolloutMethod):
     def sampler(self) -> NeoUnify:
         return self.old.model
 
-    def share_loss(self, share: Share, step: TrainStep) -> Float[Tensor, " images"]:
-        config, rollout, chosen = self.config, share.rollout, share.images
+    def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:
+        config, rollout, chosen = self.config, share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
         images = NoisyImages(self.model, rollout.grid, prefixes)
         image = rollout.final[chosen]

@@ -1,13 +1,14 @@
 """Predictions of the generation stream behind cached prompts, with gradients; frozen copies.
 
-The understanding stream is frozen in post-training of images, so the keys and values of a prompt
-are constants: they are computed once and shared by all steps, images of a group and models.
+Keys and values of a prompt are constants: where the understanding stream is frozen, they are
+computed once and shared by all steps, images of a group and models.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -129,7 +130,6 @@ def prefill(
     requests: Sequence[ImageRequest],
 ) -> list[dict[Branch, SequenceCache]]:
     """KV caches of the branches that each request's guidance needs; equal prompts share theirs."""
-    limit = plan_execution(model.config, model.device, model.compute_dtype).prefill_rows
     known: dict[Key, ModelInput] = {}
     wanted: list[dict[Branch, Key]] = []
     for case, request in zip(cases, requests, strict=True):
@@ -139,30 +139,54 @@ def prefill(
             prompt = branch_prompt(processor, request, branch)
             keys[branch] = key = (prompt.segments, id(case) if prompt.n_images else None)
             if key not in known:
-                known[key] = _model_input(model, prompt, images)
+                known[key] = TokenPrompt.of(model, prompt, images).model_input(model)
         wanted.append(keys)
-    for group in groups(known.values(), _tokens, limit):
-        forward_und(model, group)
+    prefill_all(model, known.values())
     return [
         {branch: cast(SequenceCache, known[key].cache) for branch, key in keys.items()}
         for keys in wanted
     ]
 
 
-def _tokens(item: ModelInput) -> int:
-    return sum(span.length for span in item.spans)
+@torch.no_grad()
+def prefill_all(model: NeoUnify, inputs: Iterable[ModelInput]) -> None:
+    """Append every input to its cache, in calls of limited size."""
+    limit = plan_execution(model.config, model.device, model.compute_dtype).prefill_rows
+    for group in groups(inputs, lambda item: sum(s.length for s in item.spans), limit):
+        forward_und(model, group)
 
 
-def _model_input(model: NeoUnify, prompt: Prompt, images: Sequence[Tensor]) -> ModelInput:
-    pieces: list[Piece] = []
-    for segment in prompt.segments:
-        if isinstance(segment, ImageSegment):
-            image = images[segment.image]
-            pieces.append(Piece(image=image, grid=model.token_grid(image)))
-        else:
-            pieces.append(Piece(ids=list(segment.ids)))
-    length = sum(piece.tokens for piece in pieces)
-    return ModelInput.of(new_cache(model, length), pieces)
+@dataclass(frozen=True, eq=False)
+class TokenPrompt:
+    """A prompt as the model reads it: text ids and prepared images in order."""
+
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, model: NeoUnify, prompt: Prompt, images: Sequence[Tensor]) -> TokenPrompt:
+        """A prompt with its images [channels, height, width]."""
+        pieces: list[Piece] = []
+        for segment in prompt.segments:
+            if isinstance(segment, ImageSegment):
+                image = images[segment.image]
+                pieces.append(Piece(image=image, grid=model.token_grid(image)))
+            else:
+                pieces.append(Piece(ids=list(segment.ids)))
+        return cls(tuple(pieces))
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    def followed_by(self, ids: Sequence[int]) -> TokenPrompt:
+        """The prompt and further text."""
+        return TokenPrompt((*self.pieces, Piece(ids=list(ids)))) if ids else self
+
+    def model_input(self, model: NeoUnify, capacity: int | None = None) -> ModelInput:
+        """The input of a call, behind a new cache of `capacity` tokens, by default its own."""
+        cache = new_cache(model, self.length if capacity is None else capacity)
+        return ModelInput.of(cache, self.pieces)
 
 
 def frozen_copy(model: NeoUnify) -> NeoUnify:

@@ -1,7 +1,8 @@
 """Prompts of post-training: case i of a source is a function of i, so that runs resume exactly.
 
     { kind = "scenes", categories = { two_object = 1, attribution = 2, edit = 1 } }
-    { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, width, height, …
+    { kind = "scenes", categories = { "question/where" = 1, caption = 1 } }       for texts
+    { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, width, answer, …
     { kind = "text", path = "prompts.txt" }         one prompt a line
 
 Scenes are those of the train split; no benchmark draws from the same numbers.
@@ -13,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import PIL.Image
@@ -24,24 +25,31 @@ from neounify.data.sample import DataError
 from neounify.errors import ConfigError, ImageError
 from neounify.files import read_text
 from neounify.image import read_image
-from neounify.scenes.bench.prompts import categories, draw_paint_case
-from neounify.scenes.world.draw import sample_rng
+from neounify.scenes.bench.prompts import CaptionCase, VqaCase, categories, draw_paint_case
+from neounify.scenes.world.draw import pick, sample_rng
 from neounify.scenes.world.edits import sample_edit
+from neounify.scenes.world.facts import FULL_STYLE
+from neounify.scenes.world.questions import QUESTION_KINDS, QuestionKind, ask
 from neounify.scenes.world.render import render
-from neounify.scenes.world.scene import PRESETS, SceneConfig, scene_config
+from neounify.scenes.world.samples import CAPTION_REQUESTS
+from neounify.scenes.world.scene import PRESETS, Scene, SceneConfig, sample_scene, scene_config
 
 STREAM = 10_000
 """First number of the paths that random numbers of prompts have; benchmarks stay below."""
 MAX_PROMPT_FILE_BYTES = 2**28
-EDIT = "edit"
+MAX_SCENES = 500
+"""Scenes that are drawn for a question of one kind; many allow none."""
+EDIT, CAPTION, QUESTION = "edit", "caption", "question/"
+ANSWER_CATEGORIES = (*(f"{QUESTION}{kind}" for kind in QUESTION_KINDS), CAPTION)
+"""Categories of scenes that are answered by text."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptCase:
-    """One prompt to generate images of, and what a reward needs to know about it.
+    """One prompt to generate images of, or to answer, and what a reward needs to know about it.
 
-    `images` are input images of an edit. `target` is what rewards of scenes compare with, `record`
-    the JSON object of a file's line.
+    `images` are input images of an edit, or those that a question is about. `target` is what
+    rewards of scenes compare with, `record` the JSON object of a file's line.
     """
 
     prompt: str
@@ -86,10 +94,24 @@ class PromptConfig:
             raise ValueError(f"world {self.world!r} is unknown; known: {', '.join(PRESETS)}")
 
 
-def build_prompts(config: PromptConfig, size: tuple[int, int], token_size: int) -> PromptSource:
+def scene_categories(config: PromptConfig, *, answers: bool) -> dict[str, float]:
+    """Shares of the categories of scenes, of texts or of images. Raises ConfigError."""
+    known = ANSWER_CATEGORIES if answers else (*categories(scene_config(config.world)), EDIT)
+    shares = dict(config.categories or dict.fromkeys(known, 1.0))
+    if unknown := sorted(set(shares) - set(known)):
+        raise ConfigError(
+            f"prompts: no category {', '.join(unknown)}; there are {', '.join(known)}"
+        )
+    return shares
+
+
+def build_prompts(
+    config: PromptConfig, size: tuple[int, int], token_size: int, *, answers: bool = False
+) -> PromptSource:
     """The source of a config; `size` is the checkpoint's (width, height), sides multiples of C.
 
-    Raises ConfigError for unknown categories or sizes, DataError for a file that cannot be used.
+    With `answers` its prompts are answered by texts. Raises ConfigError for unknown categories or
+    sizes, DataError for a file that cannot be used.
     """
     width, height = config.width or size[0], config.height or size[1]
     for side in (width, height):
@@ -101,21 +123,15 @@ def build_prompts(config: PromptConfig, size: tuple[int, int], token_size: int) 
     if config.kind == "scenes":
         if width != height:
             raise ConfigError(f"prompts: scenes are square, got {width}x{height}")
-        return ScenePrompts(config, width)
+        return ScenePrompts(config, width, scene_categories(config, answers=answers))
     return FilePrompts(config, (width, height), token_size)
 
 
 class ScenePrompts:
-    """Prompts of SceneBench's painting categories and edits, from scenes of the train split."""
+    """Prompts of SceneBench from scenes of the train split: paintings and edits, or texts."""
 
-    def __init__(self, config: PromptConfig, side: int) -> None:
+    def __init__(self, config: PromptConfig, side: int, shares: Mapping[str, float]) -> None:
         self.world: SceneConfig = scene_config(config.world)
-        known = (*categories(self.world), EDIT)
-        shares = dict(config.categories or dict.fromkeys(known, 1.0))
-        if unknown := sorted(set(shares) - set(known)):
-            raise ConfigError(
-                f"prompts: no category {', '.join(unknown)}; there are {', '.join(known)}"
-            )
         self.names = list(shares)
         total = sum(shares.values())
         self.chances = [share / total for share in shares.values()]
@@ -126,15 +142,16 @@ class ScenePrompts:
         category = self.names[int(rng.choice(len(self.names), p=self.chances))]
         if category == EDIT:
             edit = sample_edit(rng, self.world, split="train")
-            source = render(edit.source, self.world, self.side)
-            return PromptCase(
-                prompt=edit.instruction,
-                width=self.side,
-                height=self.side,
-                category=EDIT,
-                images=(PIL.Image.fromarray(np.asarray(source)),),
-                target=edit,
+            return self._about(edit.source, edit.instruction, category, edit)
+        if category == CAPTION:
+            scene = sample_scene(rng, self.world, split="train")
+            request = pick(rng, CAPTION_REQUESTS["en"]["full"])
+            return self._about(
+                scene, request, category, CaptionCase(scene, request, FULL_STYLE, False)
             )
+        if category.startswith(QUESTION):
+            asked = self._question(category.removeprefix(QUESTION), rng)
+            return self._about(asked.scene, asked.question.text, category, asked)
         can_hold_out = category not in ("single_object", "two_object")
         drawn = draw_paint_case(category, rng, self.world, False if can_hold_out else None)
         return PromptCase(
@@ -145,9 +162,31 @@ class ScenePrompts:
             target=drawn.facts,
         )
 
+    def _about(self, scene: Scene, prompt: str, category: str, target: Any) -> PromptCase:
+        """A case whose input image shows a scene."""
+        return PromptCase(
+            prompt=prompt,
+            width=self.side,
+            height=self.side,
+            category=category,
+            images=(PIL.Image.fromarray(np.asarray(render(scene, self.world, self.side))),),
+            target=target,
+        )
+
+    def _question(self, kind: str, rng: np.random.Generator) -> VqaCase:
+        """A question of a kind, about the first scene that allows one."""
+        for _ in range(MAX_SCENES):
+            scene = sample_scene(rng, self.world, split="train")
+            try:
+                question = ask(scene, self.world, rng, cast(QuestionKind, kind), split="train")
+            except DataError:
+                continue  # this scene has no such question
+            return VqaCase(scene, question, False)
+        raise DataError(f"prompts: no scene of this world allows a question of kind {kind}")
+
 
 class FilePrompts:
-    """Prompts of a text file, or of JSON lines: prompt, width, height, category, images.
+    """Prompts of a text file, or of JSON lines: prompt, width, height, category, images, answer.
 
     Each epoch shuffles them anew; with shares of categories, each case draws its category first.
     Raises DataError, with the line, for a file that cannot be used.
@@ -199,6 +238,8 @@ class FilePrompts:
             raise DataError(f"{where} is no JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise DataError(f'{where}: expected an object with a text "prompt"')
+        if not isinstance(record.get("answer", ""), str):
+            raise DataError(f"{where}: answer must be a text, got {record['answer']!r}")
         for side in ("width", "height"):
             value = record.get(side, self.token_size)
             if type(value) is not int or value < 1 or value % self.token_size:

@@ -1,12 +1,13 @@
-"""Rewards: (images, cases) → named parts in [0, 1], and their combination.
+"""Rewards: (outputs, cases) → named parts in [0, 1], and their combination.
 
-A reward is a callable on a batch. `[[rewards]]` of a recipe lists any number of them:
+A reward is a callable on a batch of images or of texts. `rewards` of a recipe lists any number:
 
     { kind = "scenes" }                                       the exact checker of SceneBench
     { kind = "program", name = "package.module:object" }      a callable, or what makes one
     { kind = "http", url = "http://127.0.0.1:9000/reward" }   a service
     { kind = "judge", checkpoint = "folder", question = "…" } a model that answers yes or no
     { kind = "ocr", reader = "package.module:object" }        images → texts, compared with `text`
+    { kind = "answer" }                                       texts, compared with `answer`
 
 A sample whose reward fails, takes too long or is no number in [0, 1] has none (NaN): it is left out
 of the update and counted. Above a share of such samples the run stops (`RewardFailure`).
@@ -38,23 +39,35 @@ from neounify.config.ranges import STRICT, Count, NonNegative, Positive, Range
 from neounify.errors import ConfigError, NeounifyError
 from neounify.plugins import load_object
 from neounify.post_train.prompts import PromptCase
-from neounify.scenes.bench.checks import MIN_EDIT_PSNR, check_edit, check_image
+from neounify.scenes.bench.checks import (
+    MIN_EDIT_PSNR,
+    Verdict,
+    check_caption,
+    check_edit,
+    check_image,
+    check_vqa,
+)
+from neounify.scenes.bench.prompts import CaptionCase, VqaCase
 from neounify.scenes.world.edits import SceneEdit
 from neounify.scenes.world.facts import SceneFacts
 from neounify.scenes.world.scene import SceneConfig, scene_config
 
 Pixels = UInt8[np.ndarray, "height width 3"]
+Output = Pixels | str
+"""What is rewarded: an image, or the text of an answer without its thought."""
 Parts = Mapping[str, float]
+IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
+"""Kinds of rewards that have no other outputs."""
 MAX_RESPONSE_BYTES = 2**22
 MAX_MESSAGES = 20
 """Messages of failed rewards that a report keeps."""
 
 
 class Reward(Protocol):
-    """A reward of a batch; one mapping of named parts in [0, 1] per image, in order."""
+    """A reward of a batch; one mapping of named parts in [0, 1] per output, in order."""
 
     def __call__(
-        self, images: Sequence[Pixels], cases: Sequence[PromptCase]
+        self, outputs: Sequence[Any], cases: Sequence[PromptCase], /
     ) -> Sequence[Parts]: ...
 
 
@@ -70,7 +83,7 @@ class RewardConfig:
     place of the mean. `timeout` is in seconds per batch, `retries` further attempts of a service.
     """
 
-    kind: Literal["scenes", "program", "http", "judge", "ocr"] = "scenes"
+    kind: Literal["scenes", "program", "http", "judge", "ocr", "answer"] = "scenes"
     weight: Positive = 1.0
     weights: Mapping[str, NonNegative] | None = None
     minimum: bool = False
@@ -101,13 +114,14 @@ def build_reward(config: RewardConfig) -> Reward:
         "http": lambda c: HttpReward(str(c.url), c.timeout, c.retries),
         "judge": lambda c: JudgeReward(str(c.checkpoint), c.question),
         "ocr": lambda c: OcrReward(_program(str(c.reader))),
+        "answer": lambda c: answer_reward,
     }
     return builders[config.kind](config)
 
 
 @dataclass(frozen=True, eq=False)
 class Rewarded:
-    """Rewards of a batch: `total` and `parts` by name, [images] each; NaN is no reward."""
+    """Rewards of a batch: `total` and `parts` by name, [outputs] each; NaN is no reward."""
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
@@ -126,12 +140,12 @@ class Rewards:
         self.failed = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
 
-    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> Rewarded:
-        total = np.zeros(len(images))
+    def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> Rewarded:
+        total = np.zeros(len(outputs))
         parts: dict[str, np.ndarray] = {}
         failures: list[str] = []
         for config, reward in zip(self.configs, self.rewards, strict=True):
-            rows = self._measure(config, reward, images, cases, failures)
+            rows = self._measure(config, reward, outputs, cases, failures)
             names = dict.fromkeys(name for row in rows for name in row)
             for name in names:
                 values = np.array([row.get(name, math.nan) for row in rows])
@@ -141,10 +155,11 @@ class Rewards:
         total /= sum(config.weight for config in self.configs)
         failed = int(np.isnan(total).sum())
         self.failed += failed
-        if failed > self.max_failed * len(images):
+        if failed > self.max_failed * len(outputs):
             listed = "; ".join(dict.fromkeys(failures))
+            kind = "texts" if isinstance(outputs[0], str) else "images"
             raise RewardFailure(
-                f"{failed} of {len(images)} images have no reward (max_failed_rewards "
+                f"{failed} of {len(outputs)} {kind} have no reward (max_failed_rewards "
                 f"{self.max_failed:g}): {listed[:1000]}"
             )
         return Rewarded(total, parts, failures[:MAX_MESSAGES])
@@ -153,39 +168,39 @@ class Rewards:
         self,
         config: RewardConfig,
         reward: Reward,
-        images: Sequence[Pixels],
+        outputs: Sequence[Output],
         cases: Sequence[PromptCase],
         failures: list[str],
     ) -> list[Parts]:
         rows: list[Parts] = []
-        for start in range(0, len(images), config.batch):
+        for start in range(0, len(outputs), config.batch):
             chunk = slice(start, start + config.batch)
-            rows += self._batch(config, reward, images[chunk], cases[chunk], failures)
+            rows += self._batch(config, reward, outputs[chunk], cases[chunk], failures)
         return rows
 
     def _batch(
         self,
         config: RewardConfig,
         reward: Reward,
-        images: Sequence[Pixels],
+        outputs: Sequence[Output],
         cases: Sequence[PromptCase],
         failures: list[str],
     ) -> list[Parts]:
-        """Parts of some images; a batch that fails is tried again image by image."""
+        """Parts of some outputs; a batch that fails is tried again one by one."""
         try:
-            rows = list(self._call(config, reward, images, cases))
-            if len(rows) != len(images):
-                raise ValueError(f"{len(rows)} rewards for {len(images)} images")
+            rows = list(self._call(config, reward, outputs, cases))
+            if len(rows) != len(outputs):
+                raise ValueError(f"{len(rows)} rewards for {len(outputs)} outputs")
         except FutureTimeout:
             failures.append(f"{config.kind} reward: no result after {config.timeout:g} s")
-            return [{}] * len(images)
+            return [{}] * len(outputs)
         except Exception as error:  # a reward's own code may fail in any way
-            if len(images) == 1:
+            if len(outputs) == 1:
                 failures.append(f"{config.kind} reward of {cases[0].prompt[:80]!r}: {error!r}")
                 return [{}]
             return [
-                self._batch(config, reward, [image], [case], failures)[0]
-                for image, case in zip(images, cases, strict=True)
+                self._batch(config, reward, [output], [case], failures)[0]
+                for output, case in zip(outputs, cases, strict=True)
             ]
         for number, (row, case) in enumerate(zip(rows, cases, strict=True)):
             if (problem := _problem(row)) is not None:
@@ -197,12 +212,12 @@ class Rewards:
         self,
         config: RewardConfig,
         reward: Reward,
-        images: Sequence[Pixels],
+        outputs: Sequence[Output],
         cases: Sequence[PromptCase],
     ) -> Sequence[Parts]:
         if config.kind not in ("program", "ocr"):  # ours end, or have a limit of their service
-            return reward(images, cases)
-        future = self._pool.submit(reward, images, cases)
+            return reward(outputs, cases)
+        future = self._pool.submit(reward, outputs, cases)
         try:
             return future.result(config.timeout)
         except FutureTimeout:
@@ -243,6 +258,8 @@ def _combined(config: RewardConfig, row: Parts) -> float:
 class SceneReward:
     """The checker of SceneBench: "strict" and "share", the share of attributes that are right.
 
+    Questions have "strict" alone.
+
     An edit's parts are "achieved", half strict and half the share of the target's attributes, and
     "unchanged", the PSNR outside the edited region over the 30 dB that the benchmark asks for.
     Their rewards are the least of both parts.
@@ -251,14 +268,24 @@ class SceneReward:
     def __init__(self, world: SceneConfig) -> None:
         self.world = world
 
-    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
-        return [self._one(image, case) for image, case in zip(images, cases, strict=True)]
+    def __call__(self, outputs: Sequence[Any], cases: Sequence[PromptCase]) -> list[Parts]:
+        return [self._one(output, case) for output, case in zip(outputs, cases, strict=True)]
 
-    def _one(self, image: Pixels, case: PromptCase) -> Parts:
+    def _one(self, output: Any, case: PromptCase) -> Parts:
+        if isinstance(output, str):
+            return self._text(output, case.target)
+        return self._image(output, case)
+
+    def _text(self, text: str, target: Any) -> Parts:
+        if isinstance(target, VqaCase):
+            return {"strict": float(check_vqa(target.question, text).correct)}
+        if isinstance(target, CaptionCase):
+            return _split(check_caption(text, target.scene, self.world, target.style))
+        raise TypeError("rewards of scenes need questions or captions of scenes")
+
+    def _image(self, image: Pixels, case: PromptCase) -> Parts:
         if isinstance(case.target, SceneFacts):
-            verdict = check_image(case.target, image, self.world)
-            share = sum(verdict.attributes.values()) / len(verdict.attributes)
-            return {"strict": float(verdict.correct), "share": share}
+            return _split(check_image(case.target, image, self.world))
         if isinstance(case.target, SceneEdit):
             edited = check_edit(case.target, np.asarray(case.images[0]), image, self.world)
             right = edited.target.attributes.values()
@@ -267,11 +294,18 @@ class SceneReward:
             unchanged = 1.0 if elsewhere is None else min(1.0, elsewhere / MIN_EDIT_PSNR)
             least = min(achieved, unchanged)
             return {"strict": float(edited.correct) * least, "share": least}
-        raise TypeError("rewards of scenes need prompts of scenes")
+        raise TypeError("rewards of scenes need paintings or edits of scenes")
+
+
+def _split(verdict: Verdict) -> Parts:
+    right = verdict.attributes.values()
+    return {"strict": float(verdict.correct), "share": sum(right) / len(right)}
 
 
 class HttpReward:
-    """A service: POST of JSON with base64 PNGs, prompts and records; it answers {"rewards": [{…}]}.
+    """A service: POST of JSON with base64 PNGs or texts, prompts and records.
+
+    It answers {"rewards": [{…}]}.
 
     A connection error or a status from 500 up is tried again after 0.5, 1, 2, … seconds.
     """
@@ -279,11 +313,12 @@ class HttpReward:
     def __init__(self, url: str, timeout: float, retries: int) -> None:
         self.url, self.timeout, self.retries = url, timeout, retries
 
-    def __call__(self, images: Sequence[Pixels], cases: Sequence[PromptCase]) -> list[Parts]:
+    def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> list[Parts]:
         items = [
-            {"image": _png(image), "prompt": case.prompt, "category": case.category}
+            ({"text": output} if isinstance(output, str) else {"image": _png(output)})
+            | {"prompt": case.prompt, "category": case.category}
             | ({"record": dict(case.record)} if case.record else {})
-            for image, case in zip(images, cases, strict=True)
+            for output, case in zip(outputs, cases, strict=True)
         ]
         body = json.dumps({"items": items}).encode()
         document = json.loads(self._post(body))
@@ -347,6 +382,21 @@ class OcrReward:
         ]
 
 
+def answer_reward(texts: Sequence[str], cases: Sequence[PromptCase]) -> list[Parts]:
+    """Answers against `answer` of the record: "strict" if alike, and `text_similarity` as "share".
+
+    Case, outer punctuation and spaces do not count.
+    """
+    rows: list[Parts] = []
+    for text, case in zip(texts, cases, strict=True):
+        said, wanted = (
+            " ".join(value.strip(" \n.!。").split()) for value in (text, case.record["answer"])
+        )
+        share = text_similarity(said, wanted)
+        rows.append({"strict": float(said.lower() == wanted.lower()), "share": share})
+    return rows
+
+
 def text_similarity(text: str, wanted: str) -> float:
     """1 - Levenshtein distance / length of `wanted`, at least 0; case and spaces do not count."""
     a, b = ("".join(value.lower().split()) for value in (text, wanted))
@@ -369,7 +419,7 @@ def _program(name: str) -> Any:
         except Exception as error:  # a class's own code may fail in any way
             raise ConfigError(f"{name}: calling it failed ({error})") from error
     if not callable(reward):
-        raise ConfigError(f"{name}: a reward is a callable of (images, cases)")
+        raise ConfigError(f"{name}: a reward is a callable of (outputs, cases)")
     return reward
 
 

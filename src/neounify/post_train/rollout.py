@@ -15,17 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels
-from neounify.flow.guidance import Branch
 from neounify.flow.path import noise_scale
 from neounify.flow.sampling import ResolvedSampling
 from neounify.flow.sde import GaussianStep, RandomStep, StepKind, StochasticSolver, gaussian_step
 from neounify.image.pixels import to_pil
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
-from neounify.post_train.policy import prefill
+from neounify.post_train.answers import Answers, draw_seed
+from neounify.post_train.policy import Prefixes, prefill
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rewards import Pixels
 from neounify.tasks.image import ImageRequest
@@ -33,6 +32,8 @@ from neounify.tasks.program import Processor
 
 START, STEP = 0, 1
 """Purposes of noise."""
+THOUGHTS = "thoughts."
+"""Prefix of the names of thoughts' tensors."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,36 +47,46 @@ class RandomSteps:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Rollout:
+class ImageRollout:
     """Images of one size and one schedule: `count` = prompts · group, those of a prompt together.
 
-    `final` is their tokens [count, n, token_width]; `random` holds z, x̂ and ε of that shape of the
-    random steps, by step.
+    `prefixes` are the KV caches of each, `final` their tokens [count, n, token_width]; `random`
+    holds z, x̂ and ε of that shape of the random steps, by step. `thoughts` come before the images,
+    if any.
     """
 
     cases: Sequence[PromptCase]
     group: int
     grid: Grid
     times: Sequence[float]
-    prefixes: Sequence[Mapping[Branch, SequenceCache]]
+    prefixes: Sequence[Prefixes]
     final: Float[Tensor, "count n ccc"]
     random: Mapping[int, RandomStep]
     steps: Mapping[int, GaussianStep]
+    config: ModelConfig
+    thoughts: Answers | None = None
 
     @property
     def count(self) -> int:
         return self.final.shape[0]
 
-    def pixels(self, config: ModelConfig) -> list[Pixels]:
+    def outputs(self) -> list[Pixels]:
         """The images, uint8 [height, width, 3]."""
-        images = torch.stack([to_pixels(tokens, self.grid, config) for tokens in self.final])
+        images = torch.stack([to_pixels(tokens, self.grid, self.config) for tokens in self.final])
         return [np.asarray(image) for image in to_pil(images)]
+
+    def tokens_of(self, chosen: Sequence[int]) -> int:
+        """Tokens of some images, their thoughts included."""
+        text = 0 if self.thoughts is None else self.thoughts.tokens_of(chosen)
+        return self.grid.length * len(chosen) + text
 
     def tensors(self) -> dict[str, Tensor]:
         """What cannot be computed again, by name."""
         tensors = {"final": self.final}
         for k, step in self.random.items():
             tensors |= {f"{k}.z": step.z, f"{k}.clean": step.clean, f"{k}.noise": step.noise}
+        if self.thoughts is not None:
+            tensors |= {f"{THOUGHTS}{n}": t for n, t in self.thoughts.tensors().items()}
         return tensors
 
 
@@ -87,8 +98,13 @@ def restored_rollout(
     sampling: ResolvedSampling,
     steps: RandomSteps,
     tensors: Mapping[str, Tensor],
-) -> Rollout:
-    """The rollout whose `tensors` were saved. Raises KeyError or ValueError for others."""
+    *,
+    prefixes: Sequence[Prefixes] | None = None,
+) -> ImageRollout:
+    """The rollout whose `tensors` were saved. Raises KeyError or ValueError for others.
+
+    `prefixes` are the caches of each image, None for those of the cases' prompts.
+    """
     requests = [image_request(case, sampling) for case in cases]
     grid = requests[0].grid(model.config)
     shape = (len(cases) * group, grid.length, model.config.token_width)
@@ -96,24 +112,26 @@ def restored_rollout(
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, not {shape}")
     moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    prefixes = prefill(model, processor, cases, requests)
+    if prefixes is None:
+        prefixes = [p for p in prefill(model, processor, cases, requests) for _ in range(group)]
     times, sigma = sampling.times(), noise_scale(grid.length, model.config.flow)
     gaussians = {
         k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in sorted(steps.window)
     }
     random = {k: step for k, step in gaussians.items() if step.is_random}
-    return Rollout(
+    return ImageRollout(
         cases=cases,
         group=group,
         grid=grid,
         times=times,
-        prefixes=[p for p in prefixes for _ in range(group)],
+        prefixes=prefixes,
         final=moved["final"],
         random={
             k: RandomStep(z=moved[f"{k}.z"], clean=moved[f"{k}.clean"], noise=moved[f"{k}.noise"])
             for k in random
         },
         steps=random,
+        config=model.config,
     )
 
 
@@ -121,9 +139,7 @@ def noise_generator(
     seed: int, iteration: int, purpose: int, image: int, step: int = 0
 ) -> torch.Generator:
     """A CPU generator for one draw of noise, independent of all others."""
-    sequence = np.random.SeedSequence((seed, iteration, purpose, image, step))
-    value = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-    return torch.Generator().manual_seed(value)
+    return torch.Generator().manual_seed(draw_seed(seed, iteration, purpose, image, step))
 
 
 @torch.no_grad()
@@ -137,13 +153,15 @@ def sample_groups(
     *,
     seed: int,
     iteration: int,
-) -> Rollout:
-    """`group` images of each case, which all have one size.
+    prefixes: Sequence[Prefixes] | None = None,
+) -> ImageRollout:
+    """`group` images of each case, which all have one size; `prefixes` as in `restored_rollout`.
 
     Raises RequestError for sampling that a case cannot have (edits need their guidance formula).
     """
     requests = [image_request(case, sampling) for case in cases]
-    prefixes = [p for p in prefill(model, processor, cases, requests) for _ in range(group)]
+    if prefixes is None:
+        prefixes = [p for p in prefill(model, processor, cases, requests) for _ in range(group)]
     grid = requests[0].grid(model.config)
     shape = (grid.length, model.config.token_width)
     sigma = noise_scale(grid.length, model.config.flow)
@@ -168,7 +186,7 @@ def sample_groups(
     denoiser = Denoiser(model)
     while not jobs[0].done:
         denoiser.step(jobs)
-    return Rollout(
+    return ImageRollout(
         cases=cases,
         group=group,
         grid=grid,
@@ -177,6 +195,7 @@ def sample_groups(
         final=torch.stack([job.z for job in jobs]),
         random={k: _stacked([s.record[k] for s in solvers]) for k in sorted(solvers[0].record)},
         steps={k: gaussian_step(steps.kind, steps.eta, times, k, sigma) for k in solvers[0].record},
+        config=model.config,
     )
 
 

@@ -8,7 +8,7 @@ This is the published recipe. The rules of path, time and noise are those of `fl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -160,20 +160,27 @@ def loss_of(
 def _token_losses(
     logits: Logits, states: Float[Tensor, "n d"], ids: Int[Tensor, " n"], rows: int
 ) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Cross-entropy of each label, and whether it is the most likely token.
-
-    Logits of `rows` labels are in memory at a time.
-    """
+    """Cross-entropy of each label, and whether it is the most likely token."""
 
     def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits(states).float()
         return cross_entropy(scores, ids, reduction="none"), scores.detach().argmax(-1) == ids
 
+    return score_in_pieces(score, states, ids, rows)
+
+
+def score_in_pieces(
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    states: Float[Tensor, "n d"],
+    ids: Int[Tensor, " n"],
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Both results of `score` for every label; logits of `rows` labels are in memory at a time."""
     pieces = list(zip(states.split(rows), ids.split(rows), strict=True))
     if len(pieces) == 1:
         return score(states, ids)
     results = [checkpoint(score, s, i, use_reentrant=False) for s, i in pieces]
-    return torch.cat([loss for loss, _ in results]), torch.cat([ok for _, ok in results])
+    return torch.cat([first for first, _ in results]), torch.cat([second for _, second in results])
 
 
 def _image_loss(

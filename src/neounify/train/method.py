@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 METHODS = {
     "supervised": "neounify.train.supervised:SupervisedConfig",
     "flow-grpo": "neounify.post_train.grpo:FlowGrpoConfig",
+    "text-grpo": "neounify.post_train.text_grpo:TextGrpoConfig",
     "nft": "neounify.post_train.nft:NftConfig",
     "dpo": "neounify.post_train.dpo:DpoConfig",
     "trajectory": "neounify.post_train.distill:TrajectoryConfig",

@@ -1,0 +1,104 @@
+"""Groups of images: base of the methods that learn from images of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+
+from pydantic.dataclasses import dataclass as checked_dataclass
+from torch import Tensor
+
+from neounify.config.ranges import STRICT
+from neounify.files import atomic_file
+from neounify.image.contact_sheet import contact_sheet
+from neounify.model.neo import NeoUnify
+from neounify.post_train.base import SamplerConfig
+from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration
+from neounify.post_train.policy import Prefixes
+from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rollout import (
+    ImageRollout,
+    RandomSteps,
+    restored_rollout,
+    sample_groups,
+)
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageGroupConfig(GroupConfig):
+    """Groups of images, and how they are sampled."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+class ImageGroupMethod(GroupMethod[ImageRollout]):
+    """Images by the engine's denoiser; a subclass gives `random_steps` and `share_loss`."""
+
+    config: ImageGroupConfig
+
+    @property
+    def sampler(self) -> NeoUnify:
+        """The model that samples."""
+        return self.model
+
+    def random_steps(self, iteration: int) -> RandomSteps:
+        """Which steps of an iteration's rollouts are random."""
+        return RandomSteps()
+
+    def rollout(
+        self,
+        cases: Sequence[PromptCase],
+        number: int,
+        index: int,
+        prefixes: Sequence[Prefixes] | None = None,
+    ) -> ImageRollout:
+        """Images behind `prefixes`, one per image, or behind the prompts of the cases."""
+        return sample_groups(
+            self.sampler,
+            self.processor,
+            cases,
+            self.config.group,
+            self.resolve(self.config.sampler, cases),
+            self.random_steps(number),
+            seed=self.config.seed + index,
+            iteration=number,
+            prefixes=prefixes,
+        )
+
+    def restored(
+        self,
+        cases: Sequence[PromptCase],
+        number: int,
+        tensors: Mapping[str, Tensor],
+        prefixes: Sequence[Prefixes] | None = None,
+    ) -> ImageRollout:
+        return restored_rollout(
+            self.sampler,
+            self.processor,
+            cases,
+            self.config.group,
+            self.resolve(self.config.sampler, cases),
+            self.random_steps(number),
+            tensors,
+            prefixes=prefixes,
+        )
+
+    def save_sheet(self, iteration: Iteration[ImageRollout], index: int) -> None:
+        """Save groups as rows, each image over its reward, advantage and prompt."""
+        rollout = iteration.rollouts[index]
+        rewards = iteration.rewards[index].flatten().tolist()
+        advantages = iteration.advantages[index].flatten().tolist()
+        prompts = [case.prompt for case in rollout.cases for _ in range(rollout.group)]
+        captions = [
+            f"{reward:.2f} A {advantage:+.1f} {prompt}"
+            for reward, advantage, prompt in zip(rewards, advantages, prompts, strict=True)
+        ]
+        sheet = contact_sheet(
+            rollout.outputs(),
+            captions,
+            [a >= 0 for a in advantages],
+            columns=rollout.group,
+            side=96,
+        )
+        with atomic_file(self.sheet(iteration, index, ".png")) as aside:
+            sheet.save(aside, "PNG")
