@@ -34,7 +34,7 @@ from neounify.engine.messages import (
     TextInput,
     new_number,
 )
-from neounify.engine.understanding import UnderstandingEngine, UnderstandingSettings
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.flow.guidance import Branch
 from neounify.model.neo import NeoUnify
 from neounify.post_train.policy import TokenPrompt, prefill_all
@@ -226,10 +226,10 @@ def _decode(
     """Tokens with their stop token, and log-probabilities without it, of each seed's text."""
     plan = plan_execution(model.config, model.device, model.compute_dtype)
     rooms = [p.length + max_new_tokens + plan.kv_headroom + plan.kv_block_size for p in prompts]
-    tokens = min(plan.kv_blocks * plan.kv_block_size, group * sum(rooms))
+    blocks = min(plan.kv_blocks, group * sum(rooms) // plan.kv_block_size)
+    plan = replace(plan, kv_blocks=blocks, prefill_step_rows=plan.prefill_rows)
     transport = LocalTransport()
-    settings = UnderstandingSettings(cache_tokens=tokens, prefill_tokens=plan.prefill_rows)
-    engine = UnderstandingEngine(model, settings, transport, plan=plan)
+    engine = UnderstandingEngine(model, transport, plan)
     # The prompts first, alone: their groups find them in the cache.
     first = {(new_number(), "prompt"): prompt for prompt in prompts}
     for name, prompt in first.items():
