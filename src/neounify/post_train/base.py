@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class SamplerConfig:
-    """How a policy or student samples: `steps`, `guidance` (1 is none) and `shift`.
+    """Sampling of a policy or student: `steps`, `guidance` (1 is none) and `shift`.
 
     None is the checkpoint's value. `edit_guidance` is the guidance of edits.
     """
@@ -59,7 +59,7 @@ class SamplerConfig:
             raise ValueError(str(error)) from error
 
     def check_unguided(self, name: str) -> None:
-        """Raise ValueError unless nothing is guided, whatever the checkpoint has."""
+        """Check that guidance is 1 for images and edits. Raises ValueError."""
         if self.guidance != 1 or self.edit_guidance != 1:
             raise ValueError(
                 f"{name}.guidance and {name}.edit_guidance must be 1, got {self.guidance} and "

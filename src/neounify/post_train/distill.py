@@ -93,7 +93,7 @@ def stopping_time_parameters(progress: float) -> tuple[float, float]:
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(PromptMethodConfig):
-    """What both methods share: `prompts_per_step` images, how student and teacher sample."""
+    """Settings of every distillation: `prompts_per_step` images, samplers of both models."""
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     prompts_per_step: Count = 8

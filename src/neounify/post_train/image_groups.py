@@ -42,7 +42,7 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
         return self.model
 
     def random_steps(self, iteration: int) -> RandomSteps:
-        """Which steps of an iteration's rollouts are random."""
+        """Random steps of an iteration's rollouts."""
         return RandomSteps()
 
     def rollout(

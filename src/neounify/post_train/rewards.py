@@ -227,7 +227,7 @@ class Rewards:
 
 
 def _problem(row: Any) -> str | None:
-    """Why a row is no reward; None if it is one."""
+    """Error message of a row that is no reward; None for a reward."""
     if not isinstance(row, Mapping) or not row:
         return f"expected named parts, got {str(row)[:80]}"
     for name, value in row.items():

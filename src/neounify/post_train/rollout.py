@@ -38,7 +38,7 @@ THOUGHTS = "thoughts."
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RandomSteps:
-    """Which steps of a rollout are random, and how; `noise_per_group` gives a group one start."""
+    """Random steps of a rollout and their kind; `noise_per_group` gives a group one start."""
 
     kind: StepKind = "ode"
     eta: float = 0.0
@@ -81,7 +81,7 @@ class ImageRollout:
         return self.grid.length * len(chosen) + text
 
     def tensors(self) -> dict[str, Tensor]:
-        """What cannot be computed again, by name."""
+        """Tensors by name that a saved state needs, as they cannot be computed again."""
         tensors = {"final": self.final}
         for k, step in self.random.items():
             tensors |= {f"{k}.z": step.z, f"{k}.clean": step.clean, f"{k}.noise": step.noise}
