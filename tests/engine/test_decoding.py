@@ -41,7 +41,7 @@ def _by_full_forwards(prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens without any cache: the whole text again for every token."""
     ids = list(prompt)
     for _ in range(count):
-        logits, _ = _model()(batch_of(Layout([Document((Text(len(ids)),))]), torch.tensor(ids)))
+        logits, *_ = _model()(batch_of(Layout([Document((Text(len(ids)),))]), torch.tensor(ids)))
         ids.append(int(logits[-1].argmax()))
     return ids[len(prompt) :]
 

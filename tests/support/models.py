@@ -254,7 +254,7 @@ class Packed:
     noise_scale: Tensor | None
 
     def run(self, model: NeoUnify) -> tuple[Tensor, Tensor | None]:
-        logits, clean = model(self.batch())
+        logits, clean, _ = model(self.batch())
         return logits, clean
 
     def batch(self) -> ModelBatch:

@@ -67,7 +67,7 @@ def test_the_loss_is_its_formula() -> None:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = [((torch.tensor(i).float() / 255 - mean) / std).permute(2, 0, 1) for i in pack.images]
     noise = (noised.z, noised.t, noised.noise_scale)
-    logits, clean = model(batch_of(pack.layout, pack.ids, images, *noise))
+    logits, clean, _ = model(batch_of(pack.layout, pack.ids, images, *noise))
     assert clean is not None
     text = torch.nn.functional.cross_entropy(
         logits[pack.label_rows], pack.label_ids, reduction="none"

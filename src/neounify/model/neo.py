@@ -64,11 +64,12 @@ class ModelBatch:
 class ModelOutput(NamedTuple):
     """`text`: logits [rows, vocab], or the result of `score`. `clean`: x̂ [G, C²·channels].
 
-    None of a stream that was not in the call.
+    `states`: what the image head read, [G, D]. None of a stream that was not in the call.
     """
 
     text: Any
     clean: Tensor | None
+    states: Tensor | None
 
 
 class NeoUnify(nn.Module):
@@ -228,7 +229,7 @@ class NeoUnify(nn.Module):
             text = self.logits(states) if score is None else score(self.logits, states)
         if GEN in hidden:
             clean = self.clean_prediction(hidden[GEN], batch.layout[GEN].grids)
-        return ModelOutput(text, clean)
+        return ModelOutput(text, clean, hidden.get(GEN))
 
     def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
         """Input of the first layer, for each stream."""

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
+from torch.nn import Parameter
 
 from neounify.config import ModelConfig
-from neounify.config.ranges import STRICT, AboveZero, Count, Fraction, Positive
+from neounify.config.ranges import STRICT, AboveZero, Count, Fraction, NonNegative, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.base import SamplerConfig, TwinState
 from neounify.post_train.distill import (
@@ -35,6 +36,13 @@ from neounify.post_train.distill import (
 from neounify.post_train.dpo import prediction_error
 from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
+from neounify.post_train.realism import (
+    RealismHead,
+    head_loss,
+    real_tokens,
+    student_realism_loss,
+    without_gradient,
+)
 from neounify.post_train.rollout import STEP, noise_generator
 from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
 from neounify.train.optim import OptimizerConfig, OptimizerSet
@@ -111,14 +119,6 @@ def sub_interval_target(
     return target, gamma**2 / sigma**2
 
 
-def adversarial_losses(
-    real: Float[Tensor, " images"], generated: Float[Tensor, " images"]
-) -> Float[Tensor, ""]:
-    """The discriminator's softplus(-real) + softplus(generated), means over images."""
-    softplus = torch.nn.functional.softplus
-    return softplus(-real).mean() + softplus(generated).mean()
-
-
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Dmd2Config(DistillConfig):
     """DMD2, `kind = "dmd2"`.
@@ -128,7 +128,9 @@ class Dmd2Config(DistillConfig):
     `fake_optimizer`; all are steps of the stage. `min_tau` and `max_tau` bound the times that
     images are noised to. `sub_intervals` matches the student's next state in place of x̂ (Phased
     DMD). `ida`: F ← (1 - ida)·F + ida·G after each step of the student (SenseFlow, arXiv
-    2506.00523). `decoupled` guides at a separate time (Decoupled DMD).
+    2506.00523). `decoupled` guides at a separate time (Decoupled DMD). With `gan` above 0
+    (published 5e-3) a head on the fake's states tells the student's images from real ones, which
+    the prompts must have; `gan` and `gan_fake` weigh its losses of student and fake.
     """
 
     kind: Literal["dmd2"] = "dmd2"
@@ -147,6 +149,8 @@ class Dmd2Config(DistillConfig):
     sub_intervals: bool = False
     ida: Fraction = 0.0
     decoupled: bool = False
+    gan: NonNegative = 0.0
+    gan_fake: NonNegative = 1e-2
 
     def __post_init__(self) -> None:
         if self.student.steps is None:
@@ -156,6 +160,10 @@ class Dmd2Config(DistillConfig):
             raise ValueError("teacher.steps and teacher.shift have no meaning here: leave them out")
         if not self.min_tau < self.max_tau < 1:
             raise ValueError(f"min_tau and max_tau must be 0 < {self.min_tau} < {self.max_tau} < 1")
+        if self.gan and self.prompts.kind == "text":
+            raise ValueError(
+                "gan needs real images: prompts of scenes, or of JSON lines that name an image"
+            )
         if self.sub_intervals and self.decoupled:
             raise ValueError("sub_intervals and decoupled exclude one another")
 
@@ -188,6 +196,10 @@ class Dmd2(Distill):
         super().__init__(config, context)
         self.teacher = Teacher(config.teacher_checkpoint, self.model)
         self.fake = TwinState("fake", self.model, trained=True)
+        self.head: RealismHead | None = None
+        if config.gan:
+            head = RealismHead(self.model.config.hidden_size, context.recipe.seed)
+            self.head = head.to(self.model.device)
         assert config.student.steps is not None
         self.student_steps = config.student.steps
 
@@ -205,7 +217,7 @@ class Dmd2(Distill):
             active=self.is_students_turn,
         )
         fake = OptimizerSet(
-            self.fake.parameters(),
+            self.second_parameters(),
             self.config.fake_optimizer,
             clip=self.config.fake_clip,
             schedule=schedule,
@@ -213,6 +225,11 @@ class Dmd2(Distill):
             prefix="fake.",
         )
         return [student, fake]
+
+    def second_parameters(self) -> dict[str, Parameter]:
+        """Parameters of the fake and of its GAN head."""
+        head = {} if self.head is None else dict(self.head.named_parameters())
+        return {**self.fake.parameters(), **{f"head.{name}": p for name, p in head.items()}}
 
     def batches(self, position: Any) -> Iterator[MicroBatch]:
         step = 0 if position is None else checked_step(position)
@@ -253,11 +270,14 @@ class Dmd2(Distill):
             move_towards(self.model, self.fake.model, 1 - self.config.ida)
 
     def state(self) -> MethodState:
-        return MethodState(tensors={**self.teacher.tensors(), **self.fake.tensors()})
+        head = {} if self.head is None else self.head.tensors()
+        return MethodState(tensors={**self.teacher.tensors(), **self.fake.tensors(), **head})
 
     def load(self, state: MethodState) -> None:
         self.teacher.load(state.tensors)
         self.fake.load(state.tensors)
+        if self.head is not None:
+            self.head.load(state.tensors)
 
 
 class _Turn:
@@ -280,7 +300,7 @@ class _Turn:
         conditions = [p["cond"] for p in self.prefixes]
         self.images = NoisyImages(method.model, self.grid, conditions)
         self.z = method.noise(step.number, place + 100 * step.index, len(cases), self.grid)
-        self.k = k
+        self.k, self.cases = k, cases
 
     def generated(self) -> tuple[Tensor, float]:
         """The student's image behind k steps without gradient, and the t it belongs to.
@@ -310,15 +330,51 @@ class _Turn:
             else:
                 gradient = dmd_gradient(image, self._teacher(z, tau), fake)
             method.metrics.add("log_gradient", float(gradient.abs().mean().clamp(min=1e-12).log()))
-        return matching_loss(image, gradient)
+        loss = matching_loss(image, gradient)
+        if method.head is None:
+            return loss
+        return loss + self.config.gan * self._realism(self._noised(image, noise, tau, end), tau)
+
+    def _realism(self, z: Tensor, tau: Tensor) -> Float[Tensor, " images"]:
+        """The head's loss of the student's images with noise, whose gradient reaches them alone."""
+        method = self.method
+        assert method.head is not None
+        with without_gradient(method.second_parameters().values()):
+            logits = method.head(self.images.clean_and_states(method.fake.model, z, tau)[1])
+        loss = student_realism_loss(logits)
+        method.metrics.add("gan/student", float(loss.detach().mean()), len(tau))
+        return loss
 
     def fake_loss(self) -> Float[Tensor, " images"]:
-        """The training loss of the fake on the student's images."""
+        """The training loss of the fake on the student's images, and that of its head."""
         with torch.no_grad():
             image, end = self.generated()
             tau, noise = self._drawn(end)
             z = self._noised(image, noise, tau, end)
-        clean = self.images.clean(self.method.fake.model, z, tau)
+        clean, states = self.images.clean_and_states(self.method.fake.model, z, tau)
+        loss = self._fake_error(clean, image, noise, tau, end)
+        if self.method.head is None:
+            return loss
+        return loss + self.config.gan_fake * self._head_loss(self.method.head, states, tau)
+
+    def _head_loss(self, head: RealismHead, states: Tensor, tau: Tensor) -> Tensor:
+        """The head's loss of the student's images and of real ones, noised to the same τ."""
+        method = self.method
+        real = real_tokens(self.cases, method.model.config.token_size, tau.device)
+        noise = torch.randn(real.shape, generator=self.generator).to(tau.device)
+        z = noisy(real, noise, tau.view(-1, 1, 1), self.images.sigma)
+        wanted = head(self.images.clean_and_states(method.fake.model, z, tau)[1])
+        generated = head(states)
+        right = torch.cat([generated < 0, wanted > 0]).float().mean()
+        loss = head_loss(wanted, generated)
+        method.metrics.add("gan/fake", float(loss.detach().mean()), len(tau))
+        method.metrics.add("gan/accuracy", float(right), len(tau))
+        return loss
+
+    def _fake_error(
+        self, clean: Tensor, image: Tensor, noise: Tensor, tau: Tensor, end: float
+    ) -> Float[Tensor, " images"]:
+        """The training loss of the fake's x̂ of the student's images with noise."""
         if end >= 1:
             return prediction_error(clean, image, tau)
         target, weight = sub_interval_target(
@@ -364,5 +420,5 @@ class _Turn:
     def _noised(self, image: Tensor, noise: Tensor, tau: Tensor, end: float) -> Tensor:
         times = tau.view(-1, 1, 1)
         if end >= 1:
-            return noisy(image.detach(), noise, times, self.images.sigma)
-        return renoise(image.detach(), noise, times, end, self.images.sigma)
+            return noisy(image, noise, times, self.images.sigma)
+        return renoise(image, noise, times, end, self.images.sigma)

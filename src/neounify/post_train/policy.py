@@ -59,6 +59,12 @@ class NoisyImages:
         self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: Float[Tensor, " images"]
     ) -> Float[Tensor, "images n ccc"]:
         """x̂ of a model at z and t, float32."""
+        return self.clean_and_states(model, z, t)[0]
+
+    def clean_and_states(
+        self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: Float[Tensor, " images"]
+    ) -> tuple[Float[Tensor, "images n ccc"], Float[Tensor, "images n d"]]:
+        """x̂ of a model at z and t, float32, and the states that its image head read."""
         batch = ModelBatch(
             layout=self.layout,
             attend=self.attend,
@@ -66,8 +72,9 @@ class NoisyImages:
             t=t,
             noise_scale=torch.full_like(t, self.sigma),
         )
-        clean: Tensor = model(batch).clean
-        return clean.float().unflatten(0, (self.count, -1))
+        output = model(batch)
+        clean, states = output.clean, output.states
+        return clean.float().unflatten(0, (self.count, -1)), states.unflatten(0, (self.count, -1))
 
 
 class GuidedImages:

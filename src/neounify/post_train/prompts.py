@@ -2,7 +2,7 @@
 
     { kind = "scenes", categories = { two_object = 1, attribution = 2, edit = 1 } }
     { kind = "scenes", categories = { "question/where" = 1, caption = 1 } }       for texts
-    { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, width, answer, …
+    { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, answer, image, …
     { kind = "text", path = "prompts.txt" }         one prompt a line
 
 Scenes are those of the train split; no benchmark draws from the same numbers.
@@ -11,8 +11,9 @@ Scenes are those of the train split; no benchmark draws from the same numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -59,6 +60,8 @@ class PromptCase:
     images: tuple[PIL.Image.Image, ...] = ()
     target: Any = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    real: Callable[[], PIL.Image.Image] | None = None
+    """An image that the prompt describes: the drawn scene, or `image` of the file's line."""
 
 
 class PromptSource(Protocol):
@@ -142,7 +145,7 @@ class ScenePrompts:
         category = self.names[int(rng.choice(len(self.names), p=self.chances))]
         if category == EDIT:
             edit = sample_edit(rng, self.world, split="train")
-            return self._about(edit.source, edit.instruction, category, edit)
+            return self._about(edit.source, edit.instruction, category, edit, edit.target)
         if category == CAPTION:
             scene = sample_scene(rng, self.world, split="train")
             request = pick(rng, CAPTION_REQUESTS["en"]["full"])
@@ -160,17 +163,21 @@ class ScenePrompts:
             height=self.side,
             category=category,
             target=drawn.facts,
+            real=partial(self._rendered, drawn.scene),
         )
 
-    def _about(self, scene: Scene, prompt: str, category: str, target: Any) -> PromptCase:
-        """A case whose input image shows a scene."""
+    def _about(
+        self, scene: Scene, prompt: str, category: str, target: Any, real: Scene | None = None
+    ) -> PromptCase:
+        """A case whose input image shows a scene, and its real image another."""
         return PromptCase(
             prompt=prompt,
             width=self.side,
             height=self.side,
             category=category,
-            images=(PIL.Image.fromarray(np.asarray(render(scene, self.world, self.side))),),
+            images=(self._rendered(scene),),
             target=target,
+            real=None if real is None else partial(self._rendered, real),
         )
 
     def _question(self, kind: str, rng: np.random.Generator) -> VqaCase:
@@ -184,9 +191,12 @@ class ScenePrompts:
             return VqaCase(scene, question, False)
         raise DataError(f"prompts: no scene of this world allows a question of kind {kind}")
 
+    def _rendered(self, scene: Scene) -> PIL.Image.Image:
+        return PIL.Image.fromarray(np.asarray(render(scene, self.world, self.side)))
+
 
 class FilePrompts:
-    """Prompts of a text file, or of JSON lines: prompt, width, height, category, images, answer.
+    """Prompts of a text file, or of JSON lines (prompt, width, height, category, images, …).
 
     Each epoch shuffles them anew; with shares of categories, each case draws its category first.
     Raises DataError, with the line, for a file that cannot be used.
@@ -217,6 +227,7 @@ class FilePrompts:
             category=str(record.get("category", "")),
             images=tuple(self._image(name) for name in images),
             record=record,
+            real=partial(self._image, record["image"]) if "image" in record else None,
         )
 
     def _shuffled(self, number: int) -> int:
@@ -246,10 +257,12 @@ class FilePrompts:
                 raise DataError(
                     f"{where}: {side} must be a multiple of {self.token_size}, got {value!r}"
                 )
-        images = record.get("images", [])
+        images, real = record.get("images", []), record.get("image", "")
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
             raise DataError(f"{where}: images must be a list of paths")
-        for name in images:
+        if not isinstance(real, str):
+            raise DataError(f"{where}: image must be a path, got {real!r}")
+        for name in (*images, real):
             if not (self.path.parent / name).resolve().is_relative_to(self.path.parent.resolve()):
                 raise DataError(f"{where}: the image {name!r} lies outside the folder of the file")
         return record

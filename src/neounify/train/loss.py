@@ -142,7 +142,7 @@ def loss_of(
         logit_rows=pack.label_rows.to(device),
     )
     score = partial(_token_losses, ids=pack.label_ids.to(device), rows=plan.logits_rows)
-    (losses, correct), clean = model(batch, score)
+    (losses, correct), clean, _ = model(batch, score)
     loss = torch.zeros((), device=device)
     if len(pack.label_ids):
         tasks = pack.label_tasks.to(device)
