@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_STEPS = 1000
 MAX_SHIFT = 1000
 """Beyond it, and below its inverse, times run together: the last 1 - t would round to zero."""
-MAX_GUIDANCE = 100
+MAX_GUIDANCE = 1000
 """Images are useless long before; far beyond it values overflow, which would look like damaged
 weights."""
 IMAGE_RANGES: Mapping[str, tuple[float, float]] = {

@@ -125,6 +125,7 @@ class PromptMethod(Method):
     ) -> None:
         """`answers`: the prompts ask for texts, not for images."""
         self.context, self.answers = context, answers
+        self.attention = context.stage.attention
         self.model = context.setup.model
         self.processor = Processor(
             self.model.config,

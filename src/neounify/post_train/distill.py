@@ -232,13 +232,17 @@ class Distill(PromptMethod):
         content: StatesOfStep = batch.content
         total = torch.zeros((), device=self.model.device)
         for part in content.parts:
-            images = GuidedImages(self.model, part.grid, part.prefixes, part.guidance)
+            images = self.guided(part.grid, part.prefixes, part.guidance)
             losses = self.state_loss(images.clean(self.model, part.z, part.t), part.target, part.t)
             for k, value in zip(part.step, losses.tolist(), strict=True):
                 self.metrics.add("loss", value)
                 self.metrics.add(f"loss/step{k}", value)
             total = total + losses.sum()
         return total / content.total
+
+    def guided(self, grid: Grid, prefixes: Sequence[Prefixes], guidance: Guidance) -> GuidedImages:
+        """Images of one size behind these prompts."""
+        return GuidedImages(self.model, grid, prefixes, guidance, self.attention)
 
     def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
         """Initial scaled noise [count, n, token_width] of a rollout."""
@@ -295,8 +299,8 @@ class Trajectory(Distill):
         guided = self.resolve(self.config.teacher, cases)
         grid, prefixes = self.prefixes(cases, guided)
         z = self.noise(step, place, len(cases), grid)
-        one = GuidedImages(self.model, grid, prefixes, student.guidance)
-        many = GuidedImages(self.model, grid, prefixes, guided.guidance)
+        one = self.guided(grid, prefixes, student.guidance)
+        many = self.guided(grid, prefixes, guided.guidance)
         times = student.times()
         states, targets = [], []
         for t, t_next in pairwise(times):
@@ -369,7 +373,7 @@ class Mopd(Distill):
         times = resolved.times()
         ends = self._ends(times, step, place, len(cases))
         z = self.noise(step, place, len(cases), grid)
-        student = GuidedImages(self.model, grid, prefixes, guidance)
+        student = self.guided(grid, prefixes, guidance)
         reached = z.clone()
         for k, (t, t_next) in enumerate(pairwise(times)):
             reached[ends == k] = z[ends == k]
@@ -381,7 +385,7 @@ class Mopd(Distill):
         names = [self._teacher(case) for case in cases]
         for name in dict.fromkeys(names):
             rows = [i for i, other in enumerate(names) if other == name]
-            images = GuidedImages(self.model, grid, [prefixes[i] for i in rows], guidance)
+            images = self.guided(grid, [prefixes[i] for i in rows], guidance)
             target[rows] = images.clean(self.teachers[name], reached[rows], stopped[rows])
         return States(
             grid=grid,

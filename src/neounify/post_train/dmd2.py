@@ -34,7 +34,7 @@ from neounify.post_train.distill import (
     with_sampling,
 )
 from neounify.post_train.dpo import prediction_error
-from neounify.post_train.policy import GuidedImages, NoisyImages, move_towards
+from neounify.post_train.policy import NoisyImages, move_towards
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.realism import (
     RealismHead,
@@ -298,7 +298,7 @@ class _Turn:
         self.guidance, self.times = guided.guidance, student.times()
         self.grid, self.prefixes = method.prefixes(cases, guided)
         conditions = [p["cond"] for p in self.prefixes]
-        self.images = NoisyImages(method.model, self.grid, conditions)
+        self.images = NoisyImages(method.model, self.grid, conditions, method.attention)
         self.z = method.noise(step.number, place + 100 * step.index, len(cases), self.grid)
         self.k, self.cases = k, cases
 
@@ -395,13 +395,16 @@ class _Turn:
         there = noisy(image.detach(), noise, later.view(-1, 1, 1), self.images.sigma)
         cond = self.images.clean(method.teacher.model, there, later)
         other = NoisyImages(
-            method.model, self.grid, [p[guidance.branches()[1]] for p in self.prefixes]
+            method.model,
+            self.grid,
+            [p[guidance.branches()[1]] for p in self.prefixes],
+            method.attention,
         )
         uncond = other.clean(method.teacher.model, there, later)
         return decoupled_gradient(image, fake, plain, (cond, uncond), guidance.text)
 
     def _teacher(self, z: Tensor, tau: Tensor) -> Tensor:
-        guided = GuidedImages(self.method.model, self.grid, self.prefixes, self.guidance)
+        guided = self.method.guided(self.grid, self.prefixes, self.guidance)
         return guided.clean(self.method.teacher.model, z, tau)
 
     def _clean(self, model: Any, z: Tensor, t: float) -> Tensor:

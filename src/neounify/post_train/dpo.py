@@ -108,7 +108,7 @@ class Dpo(ImageGroupMethod):
         """A pair's loss for each of its images, whose mean is that of the pairs."""
         rollout, chosen = share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        images = NoisyImages(self.model, rollout.grid, prefixes)
+        images = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
         image = rollout.final[chosen]
         pairs = len(chosen) // 2
         u = torch.rand(pairs, generator=self.generator).to(image.device)

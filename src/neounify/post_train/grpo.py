@@ -296,7 +296,7 @@ class FlowGrpo(ImageGroupMethod):
     def _image_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " n"]:
         config, rollout, chosen = self.config, share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        noisy = NoisyImages(self.model, rollout.grid, prefixes)
+        noisy = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
         total = torch.zeros(len(chosen), device=self.model.device)
         for k, taken in rollout.random.items():
             z, noise = taken.z[chosen], taken.noise[chosen]

@@ -63,6 +63,7 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
             seed=self.config.seed + index,
             iteration=number,
             prefixes=prefixes,
+            attention=self.attention,
         )
 
     def restored(

@@ -102,7 +102,7 @@ class Nft(ImageGroupMethod):
     def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:
         config, rollout, chosen = self.config, share.rollout, share.chosen
         prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        images = NoisyImages(self.model, rollout.grid, prefixes)
+        images = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
         image = rollout.final[chosen]
         u = torch.rand(len(chosen), generator=self.generator).to(image.device)
         t = config.min_t + (config.max_t - config.min_t) * u

@@ -45,15 +45,21 @@ Prefixes = Mapping[Branch, SequenceCache]
 class NoisyImages:
     """Noisy images of one size behind cached prompts: layout and attention are planned once.
 
-    `prefixes` is one cache per image. Any model that shares the understanding stream can be asked.
+    `prefixes` is one cache per image, `attention` the name of a backend. Any model that shares the
+    understanding stream can be asked.
     """
 
-    def __init__(self, model: NeoUnify, grid: Grid, prefixes: Sequence[SequenceCache]) -> None:
-        plan = plan_execution(model.config, model.device, model.compute_dtype)
+    def __init__(
+        self,
+        model: NeoUnify,
+        grid: Grid,
+        prefixes: Sequence[SequenceCache],
+        attention: str = "auto",
+    ) -> None:
         self.grid, self.count = grid, len(prefixes)
         self.sigma = noise_scale(grid.length, model.config.flow)
         self.layout = Layout(cache.document(Noise.of(grid)) for cache in prefixes)
-        self.attend = select_for(model, plan.attention).plan(self.layout, prefixes)
+        self.attend = select_for(model, attention).plan(self.layout, prefixes)
 
     def clean(
         self, model: NeoUnify, z: Float[Tensor, "images n ccc"], t: Float[Tensor, " images"]
@@ -86,11 +92,12 @@ class GuidedImages:
         grid: Grid,
         prefixes: Sequence[Prefixes],
         guidance: Guidance,
+        attention: str = "auto",
     ) -> None:
         self.guidance, self.images = guidance, len(prefixes)
         self.branches = guidance.branches()
         caches = [p[branch] for branch in self.branches for p in prefixes]
-        self.noisy = NoisyImages(model, grid, caches)
+        self.noisy = NoisyImages(model, grid, caches, attention)
 
     def velocity(
         self,

@@ -27,6 +27,7 @@ from neounify.post_train.answers import Answers, draw_seed
 from neounify.post_train.policy import Prefixes, prefill
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rewards import Pixels
+from neounify.runtime.plan import plan_execution
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import Processor
 
@@ -154,8 +155,11 @@ def sample_groups(
     seed: int,
     iteration: int,
     prefixes: Sequence[Prefixes] | None = None,
+    attention: str = "auto",
 ) -> ImageRollout:
     """`group` images of each case, which all have one size; `prefixes` as in `restored_rollout`.
+
+    `attention` is the name of a backend.
 
     Raises RequestError for sampling that a case cannot have (edits need their guidance formula).
     """
@@ -183,7 +187,9 @@ def sample_groups(
         job.solver = solver
         jobs.append(job)
         solvers.append(solver)
-    denoiser = Denoiser(model)
+    dtype = model.compute_dtype
+    plan = plan_execution(model.config, model.device, dtype, attention=attention)
+    denoiser = Denoiser(model, plan)
     while not jobs[0].done:
         denoiser.step(jobs)
     return ImageRollout(

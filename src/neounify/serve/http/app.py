@@ -7,6 +7,7 @@ import base64
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from html import escape
@@ -79,14 +80,18 @@ def create_app(
     ready: Callable[[], bool] = lambda: True,
     states: Callable[[], Mapping[str, str]] = dict,
     page: Path | None = None,
+    settings: HttpConfig | None = None,
 ) -> FastAPI:
     """The ASGI app over `service`.
 
     `hooks` check prompts and write images; `registry` may hold collectors of the engines, and gets
     those of HTTP; /health asks `ready`, and `states` for the state of each engine by name; `page`
-    is a folder of static files for `/`.
+    is a folder of static files for `/`. `settings` is the deprecated name of `config`.
     """
-    config = config or HttpConfig()
+    if settings is not None:
+        text = "create_app(settings=…) is deprecated: use config="
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+    config = config or settings or HttpConfig()
     metrics = HttpMetrics(registry or CollectorRegistry())
     decoder = ImageDecoder()
 
