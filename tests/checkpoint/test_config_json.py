@@ -185,8 +185,8 @@ def test_own_section() -> None:
     ("values", "message"),
     [
         ('{"shift": 0.0005}', "sampling.shift must be from 0.001 to 1000, got 0.0005"),
-        ('{"guidance": NaN}', "sampling.guidance must be from 0 to 100, got nan"),
-        ('{"image_guidance": 1e9}', "sampling.image_guidance must be from 0 to 100, got 10000"),
+        ('{"guidance": NaN}', "sampling.guidance must be from 0 to 1000, got nan"),
+        ('{"image_guidance": 1e9}', "sampling.image_guidance must be from 0 to 1000, got 10000"),
         ('{"steps": 100000}', "sampling.steps must be from 1 to 1000, got 100000"),
     ],
 )

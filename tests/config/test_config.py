@@ -70,11 +70,15 @@ def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
             {"shift": 0.0005},
             "shift must be from 0.001 to 1000, got 0.0005",
         ),
-        (CheckpointDefaults, {"guidance": float("nan")}, "sampling.guidance must be from 0 to 100"),
+        (
+            CheckpointDefaults,
+            {"guidance": float("nan")},
+            "sampling.guidance must be from 0 to 1000",
+        ),
         (
             CheckpointDefaults,
             {"image_guidance": 1e9},
-            "image_guidance must be from 0 to 100",
+            "image_guidance must be from 0 to 1000",
         ),
         (CheckpointDefaults, {"trained_pixels": (2, 1)}, "trained_pixels 2..1 is not a range"),
         (FlowConfig, {"noise_scale_mode": "loud"}, "'loud' is unknown; known are fixed, resolu"),

@@ -229,10 +229,10 @@ def test_the_published_interval_of_editing_never_ends_when_it_starts_at_zero(
         ({"interval": (float("nan"), 1.0)}, "guidance_interval"),
         ({"norm": "loud"}, "'loud' is unknown; known: none, global, channel, cfg_zero_star"),
         ({"norm": "cfg_zero_star", "editing": True}, "text-to-image only"),
-        ({"text": -1.0}, "guidance must be from 0 to 100, got -1"),
-        ({"text": float("nan")}, "guidance must be from 0 to 100, got nan"),
-        ({"image": float("inf")}, "image_guidance must be from 0 to 100, got inf"),
-        ({"text": 1e9}, "guidance must be from 0 to 100, got 1000000000.0"),
+        ({"text": -1.0}, "guidance must be from 0 to 1000, got -1"),
+        ({"text": float("nan")}, "guidance must be from 0 to 1000, got nan"),
+        ({"image": float("inf")}, "image_guidance must be from 0 to 1000, got inf"),
+        ({"text": 1e9}, "guidance must be from 0 to 1000, got 1000000000.0"),
     ],
 )
 def test_values_out_of_range(values: dict[str, Any], message: str) -> None:

@@ -307,6 +307,8 @@ def test_windows(tmp_path: Path) -> None:
         ("nft", {}, {"data": [{"kind": "scenes"}]}, "give the stage data = "),
         ("nft", {"prompts": {"kind": "text"}}, {}, "need a path"),
         ("nft", {"rewards": [{"kind": "http"}]}, {}, "needs url"),
+        ("nft", {"rewards": []}, {}, "needs at least one reward"),
+        ("nft", {"prompts": {**PROMPTS, "width": 1600000}}, {}, "width"),
     ],
 )
 def test_recipes_that_cannot_work(

@@ -86,7 +86,7 @@ def test_json_lines_with_shares_of_categories(tmp_path: Path) -> None:
     [
         ("{", "line 1 is no JSON"),
         ("[]", 'expected an object with a text "prompt"'),
-        ('{"prompt": "a", "width": 33}', "width must be a multiple of 32, got 33"),
+        ('{"prompt": "a", "width": 33}', "width must be a multiple of 32 up to 16384, got 33"),
         ('{"prompt": "a", "images": ["../secret.png"]}', "lies outside the folder"),
         ('{"prompt": "a", "images": "x.png"}', "must be a list"),
         ('{"prompt": "a", "answer": 7}', "answer must be a text, got 7"),

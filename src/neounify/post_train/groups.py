@@ -112,6 +112,8 @@ class GroupConfig(PromptMethodConfig):
     def check_stage(self, stage: StageRecipe) -> None:
         """Raise ValueError for prompts and rewards that do not fit each other or the method."""
         super().check_stage(stage)
+        if not self.rewards:
+            raise ValueError(f"rewards: {self.kind} needs at least one reward")
         wrong = IMAGES_ONLY if self.answers else TEXTS_ONLY
         for reward in self.rewards:
             if reward.kind in wrong:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import numpy as np
 import PIL.Image
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from neounify.config.ranges import STRICT, Count, Positive, Seed
+from neounify.config.ranges import STRICT, Positive, Range, Seed
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError, ImageError
 from neounify.files import read_text
@@ -38,6 +39,9 @@ from neounify.scenes.world.scene import PRESETS, Scene, SceneConfig, sample_scen
 STREAM = 10_000
 """First number of the paths that random numbers of prompts have; benchmarks stay below."""
 MAX_PROMPT_FILE_BYTES = 2**28
+MAX_SIDE = 2**14
+"""Largest side of an image in pixels."""
+Side = Annotated[int, AfterValidator(Range(1, MAX_SIDE))]
 MAX_SCENES = 500
 """Scenes that are drawn for a question of one kind; many allow none."""
 EDIT, CAPTION, QUESTION = "edit", "caption", "question/"
@@ -83,8 +87,8 @@ class PromptConfig:
     world: str = "default"
     seed: Seed = 0
     path: str | None = None
-    width: Count | None = None
-    height: Count | None = None
+    width: Side | None = None
+    height: Side | None = None
 
     def __post_init__(self) -> None:
         if self.kind != "scenes" and not self.path:
@@ -253,9 +257,10 @@ class FilePrompts:
             raise DataError(f"{where}: answer must be a text, got {record['answer']!r}")
         for side in ("width", "height"):
             value = record.get(side, self.token_size)
-            if type(value) is not int or value < 1 or value % self.token_size:
+            if type(value) is not int or not 1 <= value <= MAX_SIDE or value % self.token_size:
                 raise DataError(
-                    f"{where}: {side} must be a multiple of {self.token_size}, got {value!r}"
+                    f"{where}: {side} must be a multiple of {self.token_size} up to {MAX_SIDE}, "
+                    f"got {value!r}"
                 )
         images, real = record.get("images", []), record.get("image", "")
         if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
