@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,9 @@ def test_sheets_list_texts_with_rewards_and_advantages(tmp_path: Path) -> None:
     for line in sheet:
         assert len(line["samples"]) == TEXT["group"]
         assert sum(sample["advantage"] for sample in line["samples"]) == pytest.approx(0, abs=1e-3)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Newest texts" in page
+    assert escape(sheet[0]["samples"][0]["output"]) in page
     run(tmp_path / "joint", "joint", {"sheet_every": 1, "updates": 1}, steps=1)
     names = {path.suffix for path in (tmp_path / "joint" / "rollouts").iterdir()}
     assert names == {".png", ".jsonl"}

@@ -32,6 +32,8 @@ SETTINGS, FAILED = "stages.json", "failed_rewards.txt"
 """Files of a run's folder."""
 SHEETS = 4
 """Sheets that the page shows, of the newest iterations."""
+TEXT_GROUPS = 6
+"""Groups of texts that the page shows, of the newest iteration."""
 MAX_SHEET_BYTES = 2**23
 MAX_LOG_BYTES = 2**30
 MAX_FAILURES = 20
@@ -41,14 +43,14 @@ MIN_ENDS = 3
 GROUPS: Sequence[tuple[str, str, bool]] = (
     ("reward and its parts", r"reward(/(?!by/|failed$).+)?", False),
     ("reward by category", r"reward/by/.+", False),
-    ("groups without a difference, images without a reward", r"equal|reward/failed", False),
+    ("groups without a difference, samples without a reward", r"equal|reward/failed", False),
     ("loss", r"loss(/(?!step).+)?", True),
     ("loss of each step", r"loss/step\d+", True),
     ("KL of the update, nats", r"kl(/step\d+)?", True),
     ("KL from the reference", r"kl_reference.*", True),
     ("ratio of the policies", r"ratio(/step\d+)?", False),
     ("spread of the ratio", r"ratio_spread(/step\d+)?", True),
-    ("share of images that is clipped", r"clipped(/step\d+)?", False),
+    ("share of samples that is clipped", r"clipped(/step\d+)?", False),
     ("gradient norm", r"gradient_norm(/.+)?", True),
     ("learning rate", r"learning_rate(/.+)?", False),
     ("images a second", r"images_per_second", False),
@@ -170,6 +172,7 @@ def page(folder: Path) -> str:
         ("Rewards", _rewards(log.reports)),
         ("Curves over steps", _charts(log)),
         ("Newest groups", _sheets(folder / "rollouts")),
+        ("Newest texts", _texts(folder / "rollouts")),
         ("Rewards that failed", _failures(folder / FAILED)),
         ("Settings", _settings(settings)),
     )
@@ -299,6 +302,24 @@ def _sheets(folder: Path) -> str:
             name = escape(path.stem)
             parts.append(f'<div>{name}<br><img class="sheet" alt="{name}" src="{source}"></div>')
     return f'<div class="charts">{"".join(parts)}</div>' if parts else ""
+
+
+def _texts(folder: Path) -> str:
+    """The first groups of the newest sheet of texts: reward, advantage and output of each."""
+    sheets = sorted(folder.glob("*.jsonl"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    if not sheets:
+        return ""
+    tables = [f"<p>{escape(sheets[-1].stem)}</p>"]
+    with suppress(NeounifyError, OSError, ValueError, KeyError, TypeError):
+        text = read_text(sheets[-1], MAX_SHEET_BYTES, NeounifyError)
+        for group in map(json.loads, text.splitlines()[:TEXT_GROUPS]):
+            rows = "".join(
+                f'<tr><td class="n">{escape(str(s["reward"]))}<td class="n">'
+                f"{float(s['advantage']):+.1f}<td>{escape(str(s['output']))}</tr>"
+                for s in group["samples"]
+            )
+            tables.append(f"<h3>{escape(str(group['prompt']))}</h3><table>{rows}</table>")
+    return "".join(tables)
 
 
 def _failures(file: Path) -> str:

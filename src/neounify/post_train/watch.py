@@ -62,9 +62,9 @@ class RewardWatch:
             )
         if report.get("equal", 0.0) > MAX_EQUAL:
             messages.append(
-                f"{report['equal']:.0%} of the groups have images of one reward and teach nothing: "
+                f"{report['equal']:.0%} of the groups have equal rewards and teach nothing: "
                 "draw harder or easier prompts (prompts.categories), a larger method.group, or "
-                "more noise (method.eta)"
+                "more noise of images (method.eta)"
             )
         return messages
 
