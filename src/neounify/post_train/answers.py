@@ -204,7 +204,7 @@ def sample_answers(
     decoded = _decode(model, prompts, group, seeds, frozenset(stops), max_new_tokens)
     tokens = [ids for ids, _ in decoded]
     texts = [
-        processor.tokenizer.decode(ids).strip()
+        processor.tokenizer.decode(token for token in ids if token not in stops).strip()
         if thoughts_only
         else answer_text(processor, ids, thinking=think)
         for ids in tokens
