@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,27 @@ def test_a_distillation_has_the_loss_of_each_step(tmp_path: Path) -> None:
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "loss of each step, logarithmic" in names(html)
     assert "step1: " in html
+
+
+def test_a_long_distillation_has_a_page_before_its_end(tmp_path: Path) -> None:
+    training = trainer(tmp_path, described("dmd2", {"report_every": 2}))
+    training.run(stop_after=3)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "step 1, " in html  # the page of step 2 is written before that step's report
+    training = trainer(tmp_path / "none", described("dmd2", {"report_every": 0}))
+    training.run(stop_after=3)
+    assert not (tmp_path / "none" / "report.html").exists()
+
+
+def test_sheets_of_two_stages_stay_apart(tmp_path: Path) -> None:
+    one = described("nft", {"sheet_every": 1}, steps=1)
+    stages = [replace(one.stages[0], name=name) for name in ("first", "second")]
+    trainer(tmp_path, replace(one, stages=tuple(stages))).run()
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == [f"stage-{n}-iteration-000000-{i}.png" for n in (0, 1) for i in (0, 1)]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "first, second: step 2" in html
+    assert html.count("<details>") == 2
 
 
 def test_failed_rewards_are_listed(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
+from neounify.post_train.report import update_report
 from neounify.post_train.rollout import START, image_request, noise_generator
 from neounify.train.method import (
     Finding,
@@ -93,10 +94,14 @@ def stopping_time_parameters(progress: float) -> tuple[float, float]:
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(PromptMethodConfig):
-    """Settings of every distillation: `prompts_per_step` images, samplers of both models."""
+    """Settings of every distillation: `prompts_per_step` images, samplers of both models.
+
+    The report page is written every `report_every` steps; 0 writes it at the end alone.
+    """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     prompts_per_step: Count = 8
+    report_every: NonNegativeInt = 20
     seed: NonNegativeInt = 0
 
     @abstractmethod
@@ -243,6 +248,11 @@ class Distill(PromptMethod):
     def guided(self, grid: Grid, prefixes: Sequence[Prefixes], guidance: Guidance) -> GuidedImages:
         """Images of one size behind these prompts."""
         return GuidedImages(self.model, grid, prefixes, guidance, self.attention)
+
+    def end_step(self, step: TrainStep, taken: bool) -> None:
+        every = self.config.report_every
+        if every and (step.stage_step + 1) % every == 0:
+            update_report(self.context)
 
     def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
         """Initial scaled noise [count, n, token_width] of a rollout."""

@@ -268,6 +268,7 @@ class Dmd2(Distill):
     def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken and self.config.ida and self.is_students_turn(step.stage_step):
             move_towards(self.model, self.fake.model, 1 - self.config.ida)
+        super().end_step(step, taken)
 
     def state(self) -> MethodState:
         head = {} if self.head is None else self.head.tensors()

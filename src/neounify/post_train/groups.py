@@ -364,7 +364,10 @@ class GroupMethod(PromptMethod, Generic[R]):
         """The file for a sheet of a rollout."""
         folder = self.context.folder / "rollouts"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"iteration-{iteration.number:06d}-{index}{suffix}"
+        stages = self.context.recipe.stages
+        # Iterations begin anew with every stage.
+        stage = f"stage-{stages.index(self.context.stage)}-" if len(stages) > 1 else ""
+        return folder / f"{stage}iteration-{iteration.number:06d}-{index}{suffix}"
 
     def _cases(self, number: int) -> list[list[PromptCase]]:
         count = self.config.prompts_per_iteration
