@@ -278,7 +278,7 @@ def test_the_mixed_forward_gives_the_recorded_clean_image(name: str, model: NeoU
     recorded, facts = load_fixture(name, "velocity")
     prompts = [recorded[f"input_ids_{prefix}"][0] for prefix in ("cond", "uncond")]
     layout = Layout(Document((Text(len(ids)), Noise(3, 2))) for ids in prompts)
-    _, clean = model(
+    output = model(
         batch_of(
             layout,
             torch.cat(prompts),
@@ -289,7 +289,7 @@ def test_the_mixed_forward_gives_the_recorded_clean_image(name: str, model: NeoU
         )
     )
     wanted = recorded["t0.3.cond.x_pred"][0], recorded["t0.97.uncond.x_pred"][0]
-    assert_close(clean, torch.cat(wanted), TOLERANCE)
+    assert_close(output.clean, torch.cat(wanted), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["tiny-moe"])
