@@ -52,9 +52,24 @@ def test_scenes_reward_what_the_benchmark_accepts() -> None:
         case = prompts.case(number)
         edited = np.asarray(render(case.target.target, world, 64))
         done, untouched, black = reward([edited, np.asarray(case.images[0]), BLACK], [case] * 3)
-        assert done == {"strict": 1.0, "share": 1.0}
+        assert done == {"strict": 1.0, "achieved": 1.0, "unchanged": 1.0, "total": 1.0}
         assert untouched["strict"] == 0
-        assert black["share"] < 1
+        assert black["total"] == min(black["achieved"], black["unchanged"]) < 1
+
+
+def test_an_edits_reward_is_the_least_of_its_parts() -> None:
+    """The target reached, with a grey veil over the rest: 27 dB of the 30 that are asked for."""
+    world = scene_config("default")
+    prompts = build_prompts(PromptConfig(categories={"edit": 1.0}), (64, 64), 32)
+    case = next(c for c in map(prompts.case, range(20)) if c.target.kind == "recolour")
+    edited = np.asarray(render(case.target.target, world, 64)).astype(int)
+    veiled = np.clip(edited + np.where(edited < 128, 11, -11), 0, 255).astype(np.uint8)
+    rewarded = Rewards([RewardConfig()])([veiled], [case])
+    parts = {name: float(values[0]) for name, values in rewarded.parts.items()}
+    assert parts["strict"] == 0
+    assert (
+        rewarded.total[0] == pytest.approx(parts["unchanged"]) == pytest.approx(27.3 / 30, abs=0.02)
+    )
 
 
 def test_scenes_split_a_painting_by_attribute() -> None:

@@ -59,6 +59,8 @@ Parts = Mapping[str, float]
 IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
 """Kinds of rewards that have no other outputs."""
 MAX_RESPONSE_BYTES = 2**22
+TOTAL = "total"
+"""A part that is the reward of its sample, the other parts being for the log."""
 MAX_MESSAGES = 20
 """Messages of failed rewards that a report keeps."""
 
@@ -243,6 +245,8 @@ def _problem(row: Any) -> str | None:
 def _combined(config: RewardConfig, row: Parts) -> float:
     if not row:
         return math.nan
+    if config.weights is None and TOTAL in row:
+        return float(row[TOTAL])
     weights = config.weights or dict.fromkeys(row, 1.0)
     chosen = [(float(row[name]), weight) for name, weight in weights.items() if name in row]
     if len(chosen) < len(weights) or not sum(weight for _, weight in chosen):
@@ -260,9 +264,9 @@ class SceneReward:
 
     Questions have "strict" alone.
 
-    An edit's parts are "achieved", half strict and half the share of the target's attributes, and
-    "unchanged", the PSNR outside the edited region over the 30 dB that the benchmark asks for.
-    Their rewards are the least of both parts.
+    An edit's parts are "strict", "achieved", half strict and half the share of the target's
+    attributes, and "unchanged", the PSNR outside the edited region over the 30 dB that the
+    benchmark asks for; its total is the least of the last two.
     """
 
     def __init__(self, world: SceneConfig) -> None:
@@ -292,8 +296,12 @@ class SceneReward:
             achieved = (edited.target.correct + sum(right) / len(right)) / 2
             elsewhere = edited.psnr_elsewhere
             unchanged = 1.0 if elsewhere is None else min(1.0, elsewhere / MIN_EDIT_PSNR)
-            least = min(achieved, unchanged)
-            return {"strict": float(edited.correct) * least, "share": least}
+            return {
+                "strict": float(edited.correct),
+                "achieved": achieved,
+                "unchanged": unchanged,
+                TOTAL: min(achieved, unchanged),
+            }
         raise TypeError("rewards of scenes need paintings or edits of scenes")
 
 
