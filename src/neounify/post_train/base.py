@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
@@ -22,6 +22,7 @@ from neounify.tasks.program import Processor
 from neounify.train.method import (
     Method,
     MethodConfig,
+    MethodState,
     StageContext,
 )
 from neounify.train.optim import OptimizerSet
@@ -117,6 +118,19 @@ def _named(streams: Sequence[StreamName]) -> str:
     return f"the {named} stream{'s' if len(streams) > 1 else ''}"
 
 
+class SavedPart(Protocol):
+    """A part of a method that is saved with its state."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of a saved state, under names of its own."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them. Raises CheckpointError."""
+
+
+Part = TypeVar("Part", bound=SavedPart)
+
+
 class PromptMethod(Method):
     """Model, prompts and one optimizer set over what the stage trains."""
 
@@ -126,6 +140,7 @@ class PromptMethod(Method):
         """`answers`: the prompts ask for texts, not for images."""
         self.context, self.answers = context, answers
         self.attention = context.stage.attention
+        self._kept: list[SavedPart] = []
         self.model = context.setup.model
         self.processor = Processor(
             self.model.config,
@@ -138,6 +153,25 @@ class PromptMethod(Method):
             prompts, config.sampling.image_size, config.token_size, answers=answers
         )
         self.metrics = Means()
+
+    def keep(self, part: Part) -> Part:
+        """Save a part with the method's state, and restore it on a resume."""
+        self._kept.append(part)
+        return part
+
+    def reference_copy(self, needed: bool) -> TwinState | None:
+        """A copy of the weights at the start of the stage, None if none is needed."""
+        return self.keep(TwinState("reference", self.model)) if needed else None
+
+    def state(self) -> MethodState:
+        tensors: dict[str, Tensor] = {}
+        for part in self._kept:
+            tensors |= part.tensors()
+        return MethodState(tensors=tensors)
+
+    def load(self, state: MethodState) -> None:
+        for part in self._kept:
+            part.load(state.tensors)
 
     def optimizers(self) -> Sequence[OptimizerSet]:
         stage = self.context.stage

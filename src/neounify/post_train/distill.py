@@ -37,7 +37,6 @@ from neounify.post_train.report import update_report
 from neounify.post_train.rollout import START, image_request, noise_generator
 from neounify.train.method import (
     Finding,
-    MethodState,
     MicroBatch,
     StageContext,
     TrainStep,
@@ -302,7 +301,7 @@ class Trajectory(Distill):
 
     def __init__(self, config: TrajectoryConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.teacher = Teacher(config.teacher_checkpoint, self.model)
+        self.teacher = self.keep(Teacher(config.teacher_checkpoint, self.model))
 
     def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
         student = self.resolve(self.config.student, cases)
@@ -329,12 +328,6 @@ class Trajectory(Distill):
             target=torch.cat(targets),
             step=[k for k in range(len(states)) for _ in range(number)],
         )
-
-    def state(self) -> MethodState:
-        return MethodState(tensors=self.teacher.tensors())
-
-    def load(self, state: MethodState) -> None:
-        self.teacher.load(state.tensors)
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)

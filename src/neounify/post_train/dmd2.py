@@ -44,7 +44,7 @@ from neounify.post_train.realism import (
     without_gradient,
 )
 from neounify.post_train.rollout import STEP, noise_generator
-from neounify.train.method import Finding, MethodState, MicroBatch, StageContext, TrainStep
+from neounify.train.method import Finding, MicroBatch, StageContext, TrainStep
 from neounify.train.optim import OptimizerConfig, OptimizerSet
 
 EPS = 1e-6
@@ -194,12 +194,12 @@ class Dmd2(Distill):
 
     def __init__(self, config: Dmd2Config, context: StageContext) -> None:
         super().__init__(config, context)
-        self.teacher = Teacher(config.teacher_checkpoint, self.model)
-        self.fake = TwinState("fake", self.model, trained=True)
+        self.teacher = self.keep(Teacher(config.teacher_checkpoint, self.model))
+        self.fake = self.keep(TwinState("fake", self.model, trained=True))
         self.head: RealismHead | None = None
         if config.gan:
             head = RealismHead(self.model.config.hidden_size, context.recipe.seed)
-            self.head = head.to(self.model.device)
+            self.head = self.keep(head.to(self.model.device))
         assert config.student.steps is not None
         self.student_steps = config.student.steps
 
@@ -269,16 +269,6 @@ class Dmd2(Distill):
         if taken and self.config.ida and self.is_students_turn(step.stage_step):
             move_towards(self.model, self.fake.model, 1 - self.config.ida)
         super().end_step(step, taken)
-
-    def state(self) -> MethodState:
-        head = {} if self.head is None else self.head.tensors()
-        return MethodState(tensors={**self.teacher.tensors(), **self.fake.tensors(), **head})
-
-    def load(self, state: MethodState) -> None:
-        self.teacher.load(state.tensors)
-        self.fake.load(state.tensors)
-        if self.head is not None:
-            self.head.load(state.tensors)
 
 
 class _Turn:

@@ -6,7 +6,6 @@ Source: Diffusion-DPO (arXiv 2311.12908), with the error of a velocity, ‖x̂ -
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from typing import Literal
 
@@ -24,7 +23,7 @@ from neounify.post_train.groups import Iteration, Share, Unit
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import NoisyImages
 from neounify.post_train.rollout import ImageRollout
-from neounify.train.method import MethodState, StageContext, TrainStep
+from neounify.train.method import StageContext, TrainStep
 
 MIN_REMAINING = 0.05
 """The smallest 1 - t that errors are divided by."""
@@ -88,7 +87,7 @@ class Dpo(ImageGroupMethod):
 
     def __init__(self, config: DpoConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.reference = TwinState("reference", self.model)
+        self.reference = self.keep(TwinState("reference", self.model))
 
     def units(self, iteration: Iteration[ImageRollout]) -> list[Unit]:
         """The pairs of an iteration: (rollout, (better, worse))."""
@@ -124,11 +123,3 @@ class Dpo(ImageGroupMethod):
         self.metrics.add("ordered", float(ordered.float().mean()), pairs)
         self.metrics.add("loss", float(loss.detach().mean()), pairs)
         return loss.repeat_interleave(2)
-
-    def state(self) -> MethodState:
-        state = super().state()
-        return replace(state, tensors={**state.tensors, **self.reference.tensors()})
-
-    def load(self, state: MethodState) -> None:
-        super().load(state)
-        self.reference.load(state.tensors)

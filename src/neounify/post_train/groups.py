@@ -298,7 +298,7 @@ class GroupMethod(PromptMethod, Generic[R]):
             "watch": self.watch.to_json(),
             "sampled": dict(self._sampled),
         }
-        tensors: dict[str, Tensor] = {}
+        tensors = dict(super().state().tensors)
         if self._iteration is not None and self._updates_done < self.config.updates:
             facts["iteration"] = self._iteration.number
             for index, rollout in enumerate(self._iteration.rollouts):
@@ -307,6 +307,7 @@ class GroupMethod(PromptMethod, Generic[R]):
         return MethodState(tensors=tensors, facts=facts)
 
     def load(self, state: MethodState) -> None:
+        super().load(state)
         failed = state.facts.get("failed_rewards", 0)
         if type(failed) is not int or failed < 0:
             raise CheckpointError(f"failed_rewards must be a number from 0 up, got {failed!r}")

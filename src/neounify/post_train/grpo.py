@@ -32,7 +32,6 @@ from neounify.post_train.answers import (
     thought_prefixes,
     thought_prompts,
 )
-from neounify.post_train.base import TwinState
 from neounify.post_train.groups import Iteration, Share
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import NoisyImages, Prefixes, TokenPrompt
@@ -45,7 +44,7 @@ from neounify.post_train.rollout import (
     noise_generator,
 )
 from neounify.post_train.text_grpo import TokenObjective, log_length, save_texts
-from neounify.train.method import MethodState, StageContext, TrainStep
+from neounify.train.method import StageContext, TrainStep
 
 WINDOW_DRAW = 2
 """Purpose of the random numbers that choose a window."""
@@ -172,7 +171,7 @@ class FlowGrpo(ImageGroupMethod):
     def __init__(self, config: FlowGrpoConfig, context: StageContext) -> None:
         super().__init__(config, context)
         needed = config.kl or (config.think and config.thought_kl)
-        self.reference = TwinState("reference", self.model) if needed else None
+        self.reference = self.reference_copy(bool(needed))
         self.thoughts = TokenObjective(
             metrics=self.metrics, clip=config.thought_clip, kl=config.thought_kl, prefix="thought/"
         )
@@ -344,13 +343,3 @@ class FlowGrpo(ImageGroupMethod):
                 'other values are computed than when sampling; use precision = "float32"'
             )
         return messages
-
-    def state(self) -> MethodState:
-        state = super().state()
-        twin = {} if self.reference is None else self.reference.tensors()
-        return MethodState(tensors={**state.tensors, **twin}, facts=state.facts)
-
-    def load(self, state: MethodState) -> None:
-        super().load(state)
-        if self.reference is not None:
-            self.reference.load(state.tensors)

@@ -20,7 +20,7 @@ from neounify.post_train.groups import Share
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import NoisyImages, move_towards
 from neounify.post_train.rollout import ImageRollout
-from neounify.train.method import MethodState, StageContext, TrainStep
+from neounify.train.method import StageContext, TrainStep
 
 
 def positive_share(
@@ -92,8 +92,8 @@ class Nft(ImageGroupMethod):
 
     def __init__(self, config: NftConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.old = TwinState("old", self.model)
-        self.reference = TwinState("reference", self.model) if config.kl else None
+        self.old = self.keep(TwinState("old", self.model))
+        self.reference = self.reference_copy(bool(config.kl))
 
     @property
     def sampler(self) -> NeoUnify:
@@ -126,14 +126,3 @@ class Nft(ImageGroupMethod):
     def end_iteration(self, number: int) -> None:
         decay = old_decay(number, self.config.decay_rate, self.config.decay_limit)
         move_towards(self.model, self.old.model, decay)
-
-    def state(self) -> MethodState:
-        state = super().state()
-        twins = self.old.tensors() | ({} if self.reference is None else self.reference.tensors())
-        return MethodState(tensors={**state.tensors, **twins}, facts=state.facts)
-
-    def load(self, state: MethodState) -> None:
-        super().load(state)
-        self.old.load(state.tensors)
-        if self.reference is not None:
-            self.reference.load(state.tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -32,13 +32,13 @@ from neounify.post_train.answers import (
     restored_answers,
     sample_answers,
 )
-from neounify.post_train.base import Means, TwinState
+from neounify.post_train.base import Means
 from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
 from neounify.post_train.prompts import PromptCase
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.program import Processor
 from neounify.train.loss import score_in_pieces
-from neounify.train.method import MethodState, StageContext, TrainStep
+from neounify.train.method import StageContext, TrainStep
 
 MAX_MISMATCH = 0.02
 """Mean difference of log-probabilities of sampling and update above which a run is warned."""
@@ -214,7 +214,7 @@ class TextGrpo(GroupMethod[Answers]):
 
     def __init__(self, config: TextGrpoConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.reference = TwinState("reference", self.model) if config.kl else None
+        self.reference = self.reference_copy(bool(config.kl))
         limit = config.max_new_tokens if config.length == "limit" else None
         self.objective = TokenObjective(
             metrics=self.metrics, clip=config.clip, kl=config.kl, limit=limit
@@ -254,16 +254,6 @@ class TextGrpo(GroupMethod[Answers]):
 
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
         return [*super().warnings(stage_step, report), *self.objective.warnings(report)]
-
-    def state(self) -> MethodState:
-        state = super().state()
-        twin = {} if self.reference is None else self.reference.tensors()
-        return replace(state, tensors={**state.tensors, **twin})
-
-    def load(self, state: MethodState) -> None:
-        super().load(state)
-        if self.reference is not None:
-            self.reference.load(state.tensors)
 
 
 def log_length(metrics: Means, answers: Answers, prefix: str) -> None:
