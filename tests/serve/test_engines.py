@@ -40,9 +40,9 @@ from support.leaving import at_rest, calls_open, pieces_of
 from support.serving import collect, same_image, serve
 
 
-def image_request(pipe: neounify.Pipeline, steps: int) -> ImageRequest:
+def image_request(pipe: neounify.Pipeline, steps: int, side: int = 64) -> ImageRequest:
     sampling = ImageSampling(steps=steps).resolve(pipe.config, editing=False)
-    return ImageRequest(prompt="a boat", width=64, height=64, sampling=sampling)
+    return ImageRequest(prompt="a boat", width=side, height=side, sampling=sampling)
 
 
 def chatting(tokens: int) -> Any:
@@ -276,7 +276,8 @@ def test_a_step_without_end_in_a_process_is_noticed(pipe: neounify.Pipeline, fol
     """Its heartbeat continues, and reports how long the step has been taking."""
 
     async def work(service: EngineService) -> None:
-        await unavailable(collect(service, image_request(pipe, 1000)))
+        # 1000 steps at 64 pixels take less than the second between two heartbeats.
+        await unavailable(collect(service, image_request(pipe, 1000, side=256)))
         await ready(service)
         assert service.clients.generation.restarts >= 1
         assert (await collect(service, image_request(pipe, 1))).finished is not None
