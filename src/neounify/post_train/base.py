@@ -122,7 +122,7 @@ class SavedPart(Protocol):
     """A part of a method that is saved with its state."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of a saved state, under names of its own."""
+        """Tensors of a saved state, under names that no other part has."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore them. Raises CheckpointError."""
