@@ -15,13 +15,12 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from neounify.config.ranges import STRICT, AboveZero, Fraction, Positive
+from neounify.config.ranges import STRICT, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.advantage import informative
 from neounify.post_train.base import TwinState
 from neounify.post_train.groups import Iteration, Share, Unit
-from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
-from neounify.post_train.policy import NoisyImages
+from neounify.post_train.image_groups import ImageGroupMethod, NoisedGroupConfig
 from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import StageContext, TrainStep
 
@@ -60,7 +59,7 @@ def best_and_worst(rewards: Float[Tensor, "prompts group"]) -> tuple[Tensor, Ten
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class DpoConfig(ImageGroupConfig):
+class DpoConfig(NoisedGroupConfig):
     """DPO on the best and worst image of each group, `kind = "dpo"`.
 
     `beta` is for errors that are means over the values of an image; about 2000.
@@ -68,13 +67,6 @@ class DpoConfig(ImageGroupConfig):
 
     kind: Literal["dpo"] = "dpo"
     beta: Positive = 2000.0
-    min_t: Fraction = 0.0
-    max_t: AboveZero = 0.98
-
-    def __post_init__(self) -> None:
-        self.sampler.check_unguided("sampler")
-        if not self.min_t < self.max_t < 1:
-            raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
 
     def build(self, context: StageContext) -> Dpo:
         return Dpo(self, context)
@@ -106,12 +98,10 @@ class Dpo(ImageGroupMethod):
     def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:
         """A pair's loss for each of its images, whose mean is that of the pairs."""
         rollout, chosen = share.rollout, share.chosen
-        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        images = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
+        images = self.noisy_images(share)
         image = rollout.final[chosen]
         pairs = len(chosen) // 2
-        u = torch.rand(pairs, generator=self.generator).to(image.device)
-        t = (self.config.min_t + (self.config.max_t - self.config.min_t) * u).repeat_interleave(2)
+        t = self.config.draw_t(pairs, self.generator).to(image.device).repeat_interleave(2)
         noise = torch.randn((pairs, *image.shape[1:]), generator=self.generator).to(image.device)
         z = noisy(image, noise.repeat_interleave(2, 0), t.view(-1, 1, 1), images.sigma)
         errors = prediction_error(images.clean(self.model, z, t), image, t)

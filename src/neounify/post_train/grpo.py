@@ -34,7 +34,7 @@ from neounify.post_train.answers import (
 )
 from neounify.post_train.groups import Iteration, Share
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
-from neounify.post_train.policy import NoisyImages, Prefixes, TokenPrompt
+from neounify.post_train.policy import Prefixes, TokenPrompt
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rollout import (
     THOUGHTS,
@@ -294,8 +294,7 @@ class FlowGrpo(ImageGroupMethod):
 
     def _image_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " n"]:
         config, rollout, chosen = self.config, share.rollout, share.chosen
-        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        noisy = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
+        noisy = self.noisy_images(share)
         total = torch.zeros(len(chosen), device=self.model.device)
         for k, taken in rollout.random.items():
             z, noise = taken.z[chosen], taken.noise[chosen]

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+import torch
+from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from neounify.config.ranges import STRICT
+from neounify.config.ranges import STRICT, AboveZero, Fraction
 from neounify.files import atomic_file
 from neounify.image.contact_sheet import contact_sheet
 from neounify.model.neo import NeoUnify
 from neounify.post_train.base import SamplerConfig
-from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration
-from neounify.post_train.policy import Prefixes
+from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
+from neounify.post_train.policy import NoisyImages, Prefixes
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rollout import (
     ImageRollout,
@@ -31,6 +33,26 @@ class ImageGroupConfig(GroupConfig):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
 
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoisedGroupConfig(ImageGroupConfig):
+    """Groups of images that are sampled without guidance and noised again for the update.
+
+    `min_t` and `max_t` bound the times that they are noised to.
+    """
+
+    min_t: Fraction = 0.0
+    max_t: AboveZero = 0.98
+
+    def __post_init__(self) -> None:
+        self.sampler.check_unguided("sampler")
+        if not self.min_t < self.max_t < 1:
+            raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
+
+    def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
+        """Uniform times, on the CPU."""
+        return self.min_t + (self.max_t - self.min_t) * torch.rand(count, generator=generator)
+
+
 class ImageGroupMethod(GroupMethod[ImageRollout]):
     """Images by the engine's denoiser; a subclass gives `random_steps` and `share_loss`."""
 
@@ -44,6 +66,12 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
     def random_steps(self, iteration: int) -> RandomSteps:
         """Random steps of an iteration's rollouts."""
         return RandomSteps()
+
+    def noisy_images(self, share: Share[ImageRollout]) -> NoisyImages:
+        """The images of a share behind their prompts, without guidance."""
+        rollout = share.rollout
+        prefixes = [rollout.prefixes[i]["cond"] for i in share.chosen.tolist()]
+        return NoisyImages(self.model, rollout.grid, prefixes, self.attention)
 
     def rollout(
         self,

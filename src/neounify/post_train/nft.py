@@ -12,13 +12,13 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from neounify.config.ranges import STRICT, AboveZero, Fraction, NonNegative, Positive
+from neounify.config.ranges import STRICT, Fraction, NonNegative, Positive
 from neounify.flow.path import noisy as noised
 from neounify.model.neo import NeoUnify
 from neounify.post_train.base import TwinState
 from neounify.post_train.groups import Share
-from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
-from neounify.post_train.policy import NoisyImages, move_towards
+from neounify.post_train.image_groups import ImageGroupMethod, NoisedGroupConfig
+from neounify.post_train.policy import move_towards
 from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import StageContext, TrainStep
 
@@ -59,12 +59,12 @@ def _normalised(difference: Float[Tensor, "images ..."]) -> Float[Tensor, " imag
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class NftConfig(ImageGroupConfig):
+class NftConfig(NoisedGroupConfig):
     """DiffusionNFT, `kind = "nft"`.
 
     `beta` is β of the two implicit policies, `max_advantage` A_max, `kl` the weight of the squared
     distance to the weights at the start. After iteration i, old ← d·old + (1 - d)·θ with
-    d = min(i·`decay_rate`, `decay_limit`). `t_range` are the times that images are noised to.
+    d = min(i·`decay_rate`, `decay_limit`).
     """
 
     kind: Literal["nft"] = "nft"
@@ -73,13 +73,6 @@ class NftConfig(ImageGroupConfig):
     kl: NonNegative = 1e-4
     decay_rate: NonNegative = 1e-3
     decay_limit: Fraction = 0.5
-    min_t: Fraction = 0.0
-    max_t: AboveZero = 0.98
-
-    def __post_init__(self) -> None:
-        self.sampler.check_unguided("sampler")
-        if not self.min_t < self.max_t < 1:
-            raise ValueError(f"min_t and max_t must be 0 <= {self.min_t} < {self.max_t} < 1")
 
     def build(self, context: StageContext) -> Nft:
         return Nft(self, context)
@@ -101,11 +94,9 @@ class Nft(ImageGroupMethod):
 
     def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:
         config, rollout, chosen = self.config, share.rollout, share.chosen
-        prefixes = [rollout.prefixes[i]["cond"] for i in chosen.tolist()]
-        images = NoisyImages(self.model, rollout.grid, prefixes, self.attention)
+        images = self.noisy_images(share)
         image = rollout.final[chosen]
-        u = torch.rand(len(chosen), generator=self.generator).to(image.device)
-        t = config.min_t + (config.max_t - config.min_t) * u
+        t = config.draw_t(len(chosen), self.generator).to(image.device)
         noise = torch.randn(image.shape, generator=self.generator).to(image.device)
         z = noised(image, noise, t.view(-1, 1, 1), images.sigma)
         clean = images.clean(self.model, z, t)
