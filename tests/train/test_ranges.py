@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import AfterValidator, ValidationError
 
+from neounify.bundled import bundled_model
 from neounify.config.presets import SCENES
 from neounify.config.ranges import Range
 from neounify.data.encode import Encoder, GuidanceDropout
@@ -20,6 +21,7 @@ from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
 from neounify.lora.layers import LoraConfig
+from neounify.pipeline import Pipeline, load
 from neounify.scenes.world.samples import SceneData
 from neounify.text import byte_tokenizer
 from neounify.train.loss import LossConfig
@@ -198,6 +200,19 @@ def test_parts_of_a_config_can_be_changed(tmp_path: Path) -> None:
     assert (config.flow.noise_scale, config.sampling.image_size) == (2.0, (32, 64))
     assert config.flow.noise_scale_mode == SCENES.flow.noise_scale_mode
     assert is_dataclass(config.flow)
+
+
+def test_a_deeper_model_begins_with_the_results_of_the_old_one(tmp_path: Path) -> None:
+    model = {"checkpoint": bundled_model(), "changes": {"num_layers": 9}}
+    recipe = recipe_from_table({"name": "a", "model": model, **stage()})
+    deeper = build_setup(recipe, torch.device("cpu"), tmp_path).model.eval()
+    before = load(bundled_model(), dtype="float32")
+    assert len(deeper.layers) == 9
+    after = Pipeline(
+        deeper, before.tokenizer, system_message=before.processor.system_message
+    )
+    one, two = (pipe.generate("a red circle", steps=2, seed=1).pixels for pipe in (before, after))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_buckets_consist_of_tokens() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -101,7 +101,9 @@ class StageSources:
 
 
 def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
-    """A checkpoint's model with the recipe's changes; what they add has fresh weights."""
+    """A checkpoint's model with the recipe's changes; what they add has fresh weights, but layers
+    are repeated.
+    """
     if not source.changes:
         # Mapped weights are the file's own pages; training needs memory it may write to.
         for parameter in model.parameters():
@@ -109,11 +111,34 @@ def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
         return model.requires_grad_(True)
     changed = new_model(_config(model.config, source), seed).to(model.device)
     old = dict(model.named_parameters())
+    origins = _layer_origins(model.config.num_layers, changed.config.num_layers)
     with torch.no_grad():
         for name, parameter in changed.named_parameters():
-            if name in old and old[name].shape == parameter.shape:
-                parameter.copy_(old[name])
+            origin, repeats = _origin(name, origins)
+            if origin in old and old[origin].shape == parameter.shape:
+                parameter.copy_(old[origin])
+                if repeats and name.endswith(RESIDUAL):
+                    parameter.zero_()
     return changed
+
+
+def _layer_origins(old: int, new: int) -> list[int]:
+    """The old layer that each new one is copied from; where there are more, spread evenly."""
+    return [number * old // new for number in range(new)] if new > old else list(range(new))
+
+
+def _origin(name: str, origins: Sequence[int]) -> tuple[str, bool]:
+    """The parameter that a new one is copied from, and whether its layer repeats the one before.
+
+    A repeated layer starts with nothing to add to its input, so a deeper model begins with the
+    results of the old one (LLaMA Pro, arXiv 2401.02415).
+    """
+    if not name.startswith("layers."):
+        return name, False
+    _, number, rest = name.split(".", 2)
+    layer = int(number)
+    origin = origins[layer]
+    return f"layers.{origin}.{rest}", layer > 0 and origins[layer - 1] == origin
 
 
 _TABLES = ("embed_tokens.weight", "lm_head.weight")
