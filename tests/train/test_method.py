@@ -21,7 +21,7 @@ from neounify.errors import CheckpointError, ConfigError
 from neounify.pipeline import load
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
-from neounify.train.method import METHODS, StageContext, TrainingStopped
+from neounify.train.method import METHODS, StageContext, TrainingStopped, repeatable
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import StageSources, build_setup
 from neounify.train.state import check_state, newest_whole_state, saved_states
@@ -332,3 +332,14 @@ def test_damage_to_a_methods_tensors_is_found(tmp_path: Path) -> None:
     passed_over: list[str] = []
     assert newest_whole_state(training.states, passed_over.append) == first
     assert len(passed_over) == 1
+
+
+def test_a_gpu_trains_with_repeatable_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with repeatable(torch.device("cpu")):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with repeatable(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()

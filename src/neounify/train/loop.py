@@ -31,6 +31,7 @@ from neounify.train.method import (
     TrainingStopped,
     TrainStep,
     evaluation_mode,
+    repeatable,
     seeded,
 )
 from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers, take_step
@@ -142,7 +143,7 @@ class Trainer:
             stage = self.recipe.stages[number]
             stage.method.check_data(self._context(stage))
         self.log.rewind(self.progress.step)
-        with self.log.live():
+        with self.log.live(), repeatable(self.model.device):
             for number in numbers:
                 stage = self.recipe.stages[number]
                 if number != self.progress.stage:
