@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import ANSWER_CATEGORIES, PromptConfig, build_prompts
-from neounify.scenes.world.scene import in_split
+from neounify.post_train.rewards import SceneReward
+from neounify.scenes.world.scene import in_split, scene_config
 
 
 def test_scenes_are_a_function_of_the_number() -> None:
@@ -47,6 +51,31 @@ def test_scenes_for_texts_are_of_the_train_split() -> None:
     for answers, wrong in ((True, "edit"), (False, "caption")):
         with pytest.raises(ConfigError, match=f"no category {wrong}"):
             build_prompts(PromptConfig(categories={wrong: 1.0}), (64, 64), 32, answers=answers)
+
+
+def test_scenes_in_several_sizes_wordings_and_languages() -> None:
+    sizes = ((64, 64, 1.0), (128, 64, 1.0), (64, 96, 1.0))
+    config = PromptConfig(
+        categories={"attribution": 2.0, "edit": 1.0}, sizes=sizes, wording=0.5, chinese=0.5
+    )
+    source = build_prompts(config, (64, 64), 32)
+    cases = [source.case(number) for number in range(60)]
+    assert {(case.width, case.height) for case in cases} == {size[:2] for size in sizes}
+    assert 15 < sum(not case.prompt.isascii() for case in cases) < 45
+    reward = SceneReward(scene_config("default"))
+    for case in cases:
+        assert case.real is not None
+        real = case.real()
+        assert real.size == (case.width, case.height)
+        assert reward([np.asarray(real)], [case])[0]["strict"] == 1.0, case.prompt
+    plain = replace(config, wording=0.0, chinese=0.0)
+    assert all(build_prompts(plain, (64, 64), 32).case(n).prompt.isascii() for n in range(20))
+    with pytest.raises(ValidationError, match="sizes, or width and height"):
+        PromptConfig(sizes=sizes, width=64)
+    with pytest.raises(ValidationError, match="of prompts of scenes alone"):
+        PromptConfig(kind="text", path="a.txt", chinese=0.5)
+    with pytest.raises(ConfigError, match="a side of 70 pixels"):
+        build_prompts(PromptConfig(sizes=((64, 70, 1.0),)), (64, 64), 32)
 
 
 def test_text_files_are_shuffled_anew_in_each_epoch(tmp_path: Path) -> None:

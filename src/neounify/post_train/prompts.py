@@ -1,6 +1,7 @@
 """Prompts of post-training: case i of a source is a function of i, so that runs resume exactly.
 
     { kind = "scenes", categories = { two_object = 1, attribution = 2, edit = 1 } }
+    { kind = "scenes", wording = 0.5, chinese = 0.3, sizes = [[64, 64, 2], [128, 64, 1]] }
     { kind = "scenes", categories = { "question/where" = 1, caption = 1 } }       for texts
     { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, answer, image, …
     { kind = "text", path = "prompts.txt" }         one prompt a line
@@ -22,19 +23,27 @@ import PIL.Image
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from neounify.config.ranges import STRICT, Positive, Range, Seed
+from neounify.config.ranges import STRICT, Fraction, Positive, Range, Seed
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError, ImageError
 from neounify.files import read_text
 from neounify.image import read_image
 from neounify.scenes.bench.prompts import CaptionCase, VqaCase, categories, draw_paint_case
-from neounify.scenes.world.draw import pick, sample_rng
+from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
 from neounify.scenes.world.edits import sample_edit
 from neounify.scenes.world.facts import FULL_STYLE
+from neounify.scenes.world.language import caption
+from neounify.scenes.world.lexicon import Language
 from neounify.scenes.world.questions import QUESTION_KINDS, QuestionKind, ask
 from neounify.scenes.world.render import render
 from neounify.scenes.world.samples import CAPTION_REQUESTS
 from neounify.scenes.world.scene import PRESETS, Scene, SceneConfig, sample_scene, scene_config
+from neounify.scenes.world.wide import (
+    WIDE_EDIT_WEIGHTS,
+    wide_instruction,
+    wide_prompt,
+    wide_question,
+)
 
 STREAM = 10_000
 """First number of the paths that random numbers of prompts have; benchmarks stay below."""
@@ -80,6 +89,8 @@ class PromptConfig:
     """Prompts of a stage. `categories` are shares of kinds of prompts, by default alike.
 
     `width` and `height` are of images whose prompt names no size; None is the checkpoint's default.
+    Of scenes, `sizes` are widths, heights and weights in their place, and `wording` and `chinese`
+    the shares of prompts in wider wordings and in Chinese, as in training data.
     """
 
     kind: Literal["scenes", "jsonl", "text"] = "scenes"
@@ -89,8 +100,15 @@ class PromptConfig:
     path: str | None = None
     width: Side | None = None
     height: Side | None = None
+    sizes: tuple[tuple[Side, Side, Positive], ...] = ()
+    wording: Fraction = 0.0
+    chinese: Fraction = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind != "scenes" and (self.sizes or self.wording or self.chinese):
+            raise ValueError("sizes, wording and chinese are of prompts of scenes alone")
+        if self.sizes and (self.width or self.height):
+            raise ValueError("give sizes, or width and height, not both")
         if self.kind != "scenes" and not self.path:
             raise ValueError(f'prompts of kind "{self.kind}" need a path')
         if self.kind == "scenes" and self.path:
@@ -121,82 +139,105 @@ def build_prompts(
     sizes, DataError for a file that cannot be used.
     """
     width, height = config.width or size[0], config.height or size[1]
-    for side in (width, height):
+    sizes = config.sizes or ((width, height, 1.0),)
+    for side in {side for size in sizes for side in size[:2]}:
         if side % token_size:
             raise ConfigError(
-                f"prompts: images of {width}x{height} pixels; both sides must be multiples of "
+                f"prompts: images with a side of {side} pixels; sides must be multiples of "
                 f"{token_size}"
             )
     if config.kind == "scenes":
-        if width != height:
-            raise ConfigError(f"prompts: scenes are square, got {width}x{height}")
-        return ScenePrompts(config, width, scene_categories(config, answers=answers))
+        return ScenePrompts(config, sizes, scene_categories(config, answers=answers))
     return FilePrompts(config, (width, height), token_size)
 
 
 class ScenePrompts:
     """Prompts of SceneBench from scenes of the train split: paintings and edits, or texts."""
 
-    def __init__(self, config: PromptConfig, side: int, shares: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        config: PromptConfig,
+        sizes: Sequence[tuple[int, int, float]],
+        shares: Mapping[str, float],
+    ) -> None:
         self.world: SceneConfig = scene_config(config.world)
-        self.names = list(shares)
-        total = sum(shares.values())
-        self.chances = [share / total for share in shares.values()]
-        self.seed, self.side = config.seed, side
+        self.sizes = {(width, height): weight for width, height, weight in sizes}
+        self.shares = dict(shares)
+        self.seed, self.wording, self.chinese = config.seed, config.wording, config.chinese
 
     def case(self, number: int) -> PromptCase:
         rng = sample_rng(self.seed, STREAM, number)
-        category = self.names[int(rng.choice(len(self.names), p=self.chances))]
+        category = pick_weighted(rng, self.shares)
+        width, height = pick_weighted(rng, self.sizes)
+        world = self.world.sized(width, height)
+        language: Language = "zh" if chance(rng, self.chinese) else "en"
+        is_wide = chance(rng, self.wording)
         if category == EDIT:
-            edit = sample_edit(rng, self.world, split="train")
-            return self._about(edit.source, edit.instruction, category, edit, edit.target)
+            kind = pick_weighted(rng, WIDE_EDIT_WEIGHTS) if is_wide else None
+            edit = sample_edit(rng, world, kind, language, "train")
+            text = wide_instruction(rng, edit, world, language) if is_wide else edit.instruction
+            return _about(edit.source, text, category, world, edit, edit.target)
         if category == CAPTION:
-            scene = sample_scene(rng, self.world, split="train")
-            request = pick(rng, CAPTION_REQUESTS["en"]["full"])
-            return self._about(
-                scene, request, category, CaptionCase(scene, request, FULL_STYLE, False)
-            )
+            scene = sample_scene(rng, world, split="train")
+            request = pick(rng, CAPTION_REQUESTS[language]["full"])
+            asked_for = CaptionCase(scene, request, FULL_STYLE, False)
+            return _about(scene, request, category, world, asked_for)
         if category.startswith(QUESTION):
-            asked = self._question(category.removeprefix(QUESTION), rng)
-            return self._about(asked.scene, asked.question.text, category, asked)
+            asked = _question(category.removeprefix(QUESTION), rng, world, language, is_wide)
+            return _about(asked.scene, asked.question.text, category, world, asked)
         can_hold_out = category not in ("single_object", "two_object")
-        drawn = draw_paint_case(category, rng, self.world, False if can_hold_out else None)
+        drawn = draw_paint_case(category, rng, world, False if can_hold_out else None)
+        text = drawn.prompt
+        if is_wide:
+            text = wide_prompt(rng, drawn.facts, language)
+        elif language == "zh":
+            text = caption(drawn.facts, rng, language)
         return PromptCase(
-            prompt=drawn.prompt,
-            width=self.side,
-            height=self.side,
+            prompt=text,
+            width=width,
+            height=height,
             category=category,
             target=drawn.facts,
-            real=partial(self._rendered, drawn.scene),
+            real=partial(_rendered, drawn.scene, world),
         )
 
-    def _about(
-        self, scene: Scene, prompt: str, category: str, target: Any, real: Scene | None = None
-    ) -> PromptCase:
-        """A case whose input image shows a scene, and its real image another."""
-        return PromptCase(
-            prompt=prompt,
-            width=self.side,
-            height=self.side,
-            category=category,
-            images=(self._rendered(scene),),
-            target=target,
-            real=None if real is None else partial(self._rendered, real),
-        )
 
-    def _question(self, kind: str, rng: np.random.Generator) -> VqaCase:
-        """A question of a kind, about the first scene that allows one."""
-        for _ in range(MAX_SCENES):
-            scene = sample_scene(rng, self.world, split="train")
-            try:
-                question = ask(scene, self.world, rng, cast(QuestionKind, kind), split="train")
-            except DataError:
-                continue  # this scene has no such question
-            return VqaCase(scene, question, False)
-        raise DataError(f"prompts: no scene of this world allows a question of kind {kind}")
+def _about(
+    scene: Scene,
+    prompt: str,
+    category: str,
+    world: SceneConfig,
+    target: Any,
+    real: Scene | None = None,
+) -> PromptCase:
+    """A case whose input image shows a scene, and its real image another."""
+    return PromptCase(
+        prompt=prompt,
+        width=world.width,
+        height=world.height,
+        category=category,
+        images=(_rendered(scene, world),),
+        target=target,
+        real=None if real is None else partial(_rendered, real, world),
+    )
 
-    def _rendered(self, scene: Scene) -> PIL.Image.Image:
-        return PIL.Image.fromarray(np.asarray(render(scene, self.world, self.side)))
+
+def _question(
+    kind: str, rng: np.random.Generator, world: SceneConfig, language: Language, is_wide: bool
+) -> VqaCase:
+    """A question of a kind, about the first scene that allows one."""
+    for _ in range(MAX_SCENES):
+        scene = sample_scene(rng, world, split="train")
+        try:
+            question = ask(scene, world, rng, cast(QuestionKind, kind), language, "train")
+        except DataError:
+            continue  # this scene has no such question
+        return VqaCase(scene, wide_question(question, rng) if is_wide else question, False)
+    raise DataError(f"prompts: no scene of this world allows a question of kind {kind}")
+
+
+def _rendered(scene: Scene, world: SceneConfig) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.asarray(render(scene, world)))
 
 
 class FilePrompts:

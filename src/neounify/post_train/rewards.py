@@ -288,10 +288,11 @@ class SceneReward:
         raise TypeError("rewards of scenes need questions or captions of scenes")
 
     def _image(self, image: Pixels, case: PromptCase) -> Parts:
+        world = self.world.sized(case.width, case.height)
         if isinstance(case.target, SceneFacts):
-            return _split(check_image(case.target, image, self.world))
+            return _split(check_image(case.target, image, world))
         if isinstance(case.target, SceneEdit):
-            edited = check_edit(case.target, np.asarray(case.images[0]), image, self.world)
+            edited = check_edit(case.target, np.asarray(case.images[0]), image, world)
             right = edited.target.attributes.values()
             achieved = (edited.target.correct + sum(right) / len(right)) / 2
             elsewhere = edited.psnr_elsewhere
