@@ -177,37 +177,40 @@ def test_wrong_method_tables_are_refused(method: Any, message: str) -> None:
 
 def test_a_checkpoint_gains_rows_for_the_words_its_tokenizer_learns(tmp_path: Path) -> None:
     wide = read_recipe(FOLDER / "scenes_wide.toml")
+    old = load(bundled_model())
+    before = old.tokenizer.vocab_size
+    size = before + 48
     model = replace(
         wide.model,
         checkpoint=bundled_model(),
-        tokenizer=TokenizerRecipe(vocab_size=560, samples=200),
+        changes={},
+        tokenizer=TokenizerRecipe(vocab_size=size, samples=2000),
     )
     stages = tuple(
         replace(s, steps=2, compile=False, method=replace(supervised(s), tokens_per_pack=600))
         for s in wide.stages
     )
     recipe = replace(wide, model=model, stages=stages, workers=0)
-    old = load(bundled_model())
     setup = build_setup(recipe, torch.device("cpu"), tmp_path)
     text = "a red circle"
-    assert setup.tokenizer.vocab_size == setup.model.config.vocab_size == 560
+    assert setup.tokenizer.vocab_size == setup.model.config.vocab_size == size
     assert setup.tokenizer.encode(text) == old.tokenizer.encode(text)
     for name, value in old.model.named_parameters():
         grown = weights(setup)[name]
         assert torch.equal(grown[: len(value)], value.float()), name
-    gained = [setup.tokenizer.token_bytes(n) for n in range(512, 560)]
+    gained = [setup.tokenizer.token_bytes(n) for n in range(before, size)]
     upper = next(
         t
         for t in gained
         if t.isascii() and t.strip() and len(old.tokenizer.encode(t.decode().lower())) == 1
     )
-    row = setup.model.embed_tokens.weight[512 + gained.index(upper)]
+    row = setup.model.embed_tokens.weight[before + gained.index(upper)]
     read_as = old.tokenizer.encode(upper.decode().lower())[0]
     assert torch.equal(row, old.model.embed_tokens.weight[read_as].float())
     train(recipe, setup, tmp_path)
     again = build_setup(recipe, torch.device("cpu"), tmp_path)
     assert again.tokenizer.digest() == setup.tokenizer.digest()
-    assert load(tmp_path / "model").model.config.vocab_size == 560
+    assert load(tmp_path / "model").model.config.vocab_size == size
 
 
 @pytest.mark.parametrize(
