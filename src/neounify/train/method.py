@@ -70,8 +70,7 @@ def pack_seed(seed: int, step: int, pack: int, purpose: int = NOISE) -> int:
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed torch's global generators, which dropout draws from; restored afterwards."""
-    index = device.index if device.type == "cuda" else None
-    with torch.random.fork_rng(devices=[] if index is None else [index]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
