@@ -20,10 +20,10 @@ from neounify.train.loop import Trainer
 from neounify.train.recipe import Recipe
 from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
-from post_train.test_methods import METHODS, described
 from recordings.make import GUIDANCE, HEIGHT, PROMPT, SHIFT, STEPS, T_EPS, WIDTH
 from recordings.test_recordings import FOLDER, recording
 from support.models import assert_close
+from support.post_training import BASE, LORA, METHODS, described
 from train.test_trainer import recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -111,7 +111,8 @@ def test_training_resumes_to_the_bit(tmp_path: Path) -> None:
 def test_post_training_resumes_to_the_bit(
     kind: str, lora: bool, tmp_path: Path, base: Path
 ) -> None:
-    stage: dict[str, Any] = {"lora": {"rank": 2, "streams": ["gen"]}} if lora else {}
+    streams = list(METHODS[kind].streams)
+    stage: dict[str, Any] = {"lora": {**LORA, "streams": streams}} if lora else {}
     parsed = described(kind, **stage)
     whole = trained(tmp_path / "whole", parsed, "cuda")
     trained(tmp_path / "cut", parsed, "cuda", 2)
@@ -122,9 +123,7 @@ def test_post_training_resumes_to_the_bit(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from post_train import test_methods
-
     folder = tmp_path_factory.mktemp("base")
     trained(folder, recipe(), "cpu", 1).export(folder / "model")
-    test_methods.BASE[:] = [folder / "model"]
+    BASE[:] = [folder / "model"]
     return folder / "model"

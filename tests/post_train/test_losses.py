@@ -15,7 +15,6 @@ from neounify.post_train.distill import (
     clean_loss,
     euler_path,
     trajectory_target,
-    velocity_loss,
 )
 from neounify.post_train.dmd2 import (
     decoupled_gradient,
@@ -26,6 +25,7 @@ from neounify.post_train.dmd2 import (
 )
 from neounify.post_train.dpo import best_and_worst, dpo_loss, prediction_error
 from neounify.post_train.grpo import policy_terms
+from neounify.post_train.mopd import velocity_loss
 from neounify.post_train.nft import nft_loss, old_decay, positive_share
 
 MEAN, VARIANCE = 0.3, 0.25

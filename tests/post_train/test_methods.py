@@ -2,131 +2,113 @@
 
 from __future__ import annotations
 
-import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from neounify.checkpoint.names import stream_of
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import HALVES, weight_name
 from neounify.pipeline import load
-from neounify.post_train.distill import Mopd, Trajectory
+from neounify.post_train.distill import Trajectory
+from neounify.post_train.dmd2 import Dmd2
 from neounify.post_train.grpo import FlowGrpo
+from neounify.post_train.mopd import Mopd
 from neounify.post_train.policy import GuidedImages
 from neounify.post_train.rewards import RewardFailure
-from neounify.train.loop import Trainer
-from neounify.train.method import TrainingStopped
-from neounify.train.recipe import Recipe
+from neounify.train.method import TrainingStopped, TrainStep
 from neounify.train.state import saved_states
+from support.post_training import (
+    BASE,
+    LORA,
+    METHODS,
+    PROMPTS,
+    STEPS,
+    built,
+    described,
+    metrics,
+    run,
+    state_tensors,
+)
 from support.rewards import CALLS
-from train.test_trainer import recipe, trainer
-
-PROMPTS = {"categories": {"single_object": 1.0, "edit": 1.0}, "width": 32, "height": 32}
-GROUPS = {
-    "prompts": PROMPTS,
-    "prompts_per_iteration": 4,
-    "group": 3,
-    "sampler": {"steps": 3},
-    "sheet_every": 0,
-    "rewards": [{"kind": "program", "name": "support.rewards:redness"}],
-}
-PAIRS = {"prompts": PROMPTS, "prompts_per_step": 3}
-METHODS: dict[str, dict[str, Any]] = {
-    "flow-grpo": {**GROUPS, "window": 1, "guard": True, "kl": 0.1, "updates": 2},
-    "nft": {**GROUPS, "kl": 0.1, "updates": 2, "decay_rate": 0.2},
-    "dpo": {**GROUPS, "beta": 100.0},
-    "trajectory": {**PAIRS, "student": {"steps": 2}, "teacher_steps": 2},
-    "dmd2": {**PAIRS, "student": {"steps": 2}, "fake_steps": 2, "ida": 0.1},
-}
-STEPS = 6
-BASE: list[Path] = []
-"""The folder of a small model with fresh weights."""
+from train.test_trainer import trainer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    trainer(folder).export(folder / "model")
-    BASE[:] = [folder / "model"]
-    return BASE[0]
-
-
-def described(kind: str, method: dict[str, Any] | None = None, **stage: Any) -> Recipe:
-    fields = {"freeze": ["und", "shared"], **stage}
-    if "lora" in fields:
-        del fields["freeze"]
-    one = {
-        "name": "post",
-        "steps": STEPS,
-        "packs_per_step": 2,
-        "data": [],
-        "save_every": 1,
-        "method": {"kind": kind, **METHODS.get(kind, {}), **(method or {})},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
-        **fields,
-    }
-    model = {"checkpoint": str(BASE[0])}
-    return recipe(model=model, defaults={"log_every": 1, "ema": 0.5}, stages=[one], keep=99)
-
-
-def run(folder: Path, kind: str, method: dict[str, Any] | None = None, **stage: Any) -> Trainer:
-    training = trainer(folder, described(kind, method, **stage))
-    training.run()
-    return training
-
-
-def state_tensors(folder: Path, step: int) -> dict[str, Tensor]:
-    from neounify.train.state import load_state
-
-    tensors, _ = load_state(folder / "states" / f"step-{step:08d}")
-    return {f"{file}.{n}": t for file, named in tensors.items() for n, t in named.items()}
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "per_second", "left", "gib", "memory", "matmul", "flops", "share")
-    return [
-        {k: v for k, v in line.items() if not any(part in k for part in timed)} for line in lines
-    ]
-
-
-LORA = {"rank": 2, "streams": ["gen"]}
-
-
-@pytest.mark.parametrize("lora", [None, LORA], ids=["weights", "lora"])
-@pytest.mark.parametrize("kind", METHODS)
-def test_what_is_frozen_keeps_every_bit(tmp_path: Path, kind: str, lora: Any) -> None:
-    stage = {} if lora is None else {"lora": lora}
-    training = trainer(tmp_path, described(kind, **stage))
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_frozen_keeps_every_bit(tmp_path: Path, name: str, lora: bool) -> None:
+    streams = METHODS[name].streams
+    stage = {"lora": {**LORA, "streams": list(streams)}} if lora else {}
+    training = trainer(tmp_path, described(name, **stage))
     before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
     training.run(stop_after=2)
+    trained = {*streams, "shared"} if "und" in streams else set(streams)
     moved = set()
-    for name, parameter in training.model.named_parameters():
-        is_trained = name.endswith(HALVES) if lora else stream_of(weight_name(name)) == "gen"
-        if name in before and not is_trained:
-            assert torch.equal(parameter, before[name]), name
-        elif name not in before or not torch.equal(parameter, before[name]):
-            moved.add(name)
-    assert len(moved) > 3
+    for parameter, value in training.model.named_parameters():
+        stream = stream_of(weight_name(parameter))
+        is_trained = parameter.endswith(HALVES) if lora else stream in trained
+        if parameter in before and not is_trained:
+            assert torch.equal(value, before[parameter]), parameter
+        elif parameter not in before or not torch.equal(value, before[parameter]):
+            moved.add(stream)
+    assert moved >= set(streams)
 
 
-@pytest.mark.parametrize("kind", METHODS)
-def test_resuming_is_exact_to_the_bit(tmp_path: Path, kind: str) -> None:
-    run(tmp_path / "whole", kind)
+@pytest.mark.parametrize("name", METHODS)
+def test_resuming_is_exact_to_the_bit(tmp_path: Path, name: str) -> None:
+    run(tmp_path / "whole", name)
     for stop in (1, 2, 3):
         folder = tmp_path / f"stopped{stop}"
-        trainer(folder, described(kind)).run(stop_after=stop)
-        again = trainer(folder, described(kind))
+        trainer(folder, described(name)).run(stop_after=stop)
+        again = trainer(folder, described(name))
         again.resume(saved_states(again.states)[-1])
         again.run()
         whole, cut = (state_tensors(f, STEPS) for f in (tmp_path / "whole", folder))
         assert whole.keys() == cut.keys()
-        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+        assert all(torch.equal(whole[n], cut[n]) for n in whole)
         assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def test_a_sheet_pairs_student_and_teacher(tmp_path: Path) -> None:
+    for kind in ("trajectory", "dmd2"):
+        folder = tmp_path / kind
+        run(folder, kind, {"sheet_every": 2}, steps=3)
+        sheets = sorted(path.name for path in (folder / "rollouts").iterdir())
+        assert sheets == ["step-000002.png", "step-000003.png"]
+        assert "step-000003" in (folder / "report.html").read_text("utf-8")
+
+
+def test_a_sheet_changes_nothing_of_a_run(tmp_path: Path) -> None:
+    for name, every in (("with", 1), ("without", 0)):
+        run(tmp_path / name, "trajectory", {"sheet_every": every}, steps=2)
+    one, other = (state_tensors(tmp_path / name, 2) for name in ("with", "without"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
+def test_the_fake_starts_from_the_teacher(
+    tmp_path: Path, experts: dict[str, Path], lora: bool
+) -> None:
+    settings = {"teacher_checkpoint": str(experts["edit"]), "ida": 0.0}
+    stage = {"lora": LORA} if lora else {"freeze": ["und", "shared", "timestep"]}
+    training = trainer(tmp_path / "run", described("dmd2", settings, **stage))
+    one = training.recipe.stages[0]
+    training._prepare_parameters(one)
+    method = one.method.build(training._context(one))
+    assert isinstance(method, Dmd2)
+    theirs = dict(load(experts["edit"], dtype="float32").model.named_parameters())
+    fake, student = (dict(m.named_parameters()) for m in (method.fake.model, training.model))
+    assert all(torch.equal(fake[name], theirs[name]) for name in theirs)
+    head = "image_head.linear2.weight"
+    assert not torch.equal(student[head], theirs[head])
+    # It trains tensors of its own, those that the student trains.
+    trained = {name for name, p in student.items() if p.requires_grad}
+    assert {name for name, p in fake.items() if p.requires_grad} == trained
+    shared = {p.data_ptr() for p in student.values()}
+    assert not shared & {fake[name].data_ptr() for name in trained}
 
 
 def test_a_student_carries_its_own_sampling(tmp_path: Path) -> None:
@@ -161,14 +143,6 @@ def test_in_bfloat16_the_first_update_has_a_ratio_of_one(tmp_path: Path) -> None
 # --- distillation ---
 
 
-def built(folder: Path, kind: str, method: dict[str, Any] | None = None) -> Any:
-    training = trainer(folder, described(kind, method))
-    stage = training.recipe.stages[0]
-    for name, parameter in training.model.named_parameters():
-        parameter.requires_grad_(stream_of(name) == "gen")
-    return stage.method.build(training._context(stage))
-
-
 def test_a_teacher_that_equals_its_student_has_nothing_to_teach(tmp_path: Path) -> None:
     same = {"teacher": {"guidance": 1.0, "edit_guidance": 1.0}, "teacher_steps": 1}
     method: Trajectory = built(tmp_path, "trajectory", same)
@@ -192,8 +166,10 @@ def experts(tmp_path: Path) -> dict[str, Path]:
 
 def merging(experts: dict[str, Path]) -> dict[str, Any]:
     return {
-        **PAIRS,
+        "prompts": {"width": 32, "height": 32},
         "prompts_per_step": 6,
+        "epoch_steps": 1,
+        "sheet_every": 0,
         "teachers": {name: str(path) for name, path in experts.items()},
         "sampler": {"steps": 4, "guidance": 4.0, "edit_guidance": 1.0},
     }
@@ -210,7 +186,7 @@ def test_an_expert_is_asked_for_its_own_capability_only(
             asked[name] += inputs[0].shape[0]
 
         teacher.image_head.register_forward_hook(count)
-    [painted, edited] = sorted(method.cases(0, 6), key=lambda cases: bool(cases[0].images))
+    [painted], [edited] = method.cases(0, 6), method.cases(6, 6)
     with torch.no_grad():
         states = method.states(painted, 0, 0)
         assert asked["edit"] == 0
@@ -224,9 +200,32 @@ def test_an_expert_is_asked_for_its_own_capability_only(
     torch.testing.assert_close(clean, states.target, atol=1e-5, rtol=1e-5)  # teacher = student
 
 
+def test_epochs_take_the_capabilities_in_turn(tmp_path: Path, experts: dict[str, Path]) -> None:
+    method: Mopd = built(tmp_path, "mopd", {**merging(experts), "epoch_steps": 2})
+    drawn = [[c for group in method.cases(6 * step, 6) for c in group] for step in range(6)]
+    categories = [{case.category for case in cases} for cases in drawn]
+    assert categories == [{"single_object"}] * 2 + [{"edit"}] * 2 + [{"single_object"}] * 2
+    # An epoch continues where the capability's last one ended.
+    painted = [case.prompt for step in (0, 1, 4, 5) for case in drawn[step]]
+    source = method.sources["single_object"]
+    assert painted == [source.case(number).prompt for number in range(24)]
+
+
+def test_stopping_times_move_with_the_epochs(tmp_path: Path, experts: dict[str, Path]) -> None:
+    settings = {**merging(experts), "epoch_steps": 3, "sampler": {"steps": 30}}
+    method: Mopd = built(tmp_path, "mopd", settings)  # 6 steps, so that I = 2
+    times = [step / 30 for step in range(31)]
+    for step, progress in ((0, 0), (2, 0), (3, 0.5), (5, 0.5)):
+        alpha, beta = 2 + 3 * progress, 5 - 3 * progress
+        stopped = method._ends(times, step, 0, 20_000).double() / 30
+        # The step below a time: half a step earlier on average.
+        assert float(stopped.mean()) == pytest.approx(alpha / (alpha + beta) - 0.5 / 30, abs=0.01)
+
+
 def test_merging_experts_runs_and_resumes(tmp_path: Path, experts: dict[str, Path]) -> None:
     method = merging(experts)
-    run(tmp_path / "whole", "mopd", method, steps=3)
+    run(tmp_path / "whole", "mopd", {**method, "sheet_every": 2}, steps=3)
+    assert len(list((tmp_path / "whole" / "rollouts").iterdir())) == 2
     trainer(tmp_path / "cut", described("mopd", method, steps=3)).run(stop_after=2)
     again = trainer(tmp_path / "cut", described("mopd", method, steps=3))
     again.resume(saved_states(again.states)[-1])
@@ -261,6 +260,28 @@ def test_a_policy_that_collapses_stops_and_names_the_last_good_state(tmp_path: P
     with pytest.raises(TrainingStopped, match=r"last good state is step-0000000\d") as error:
         run(tmp_path, "dpo", {"rewards": rewards}, steps=40)
     assert "method.kl" in str(error.value)
+
+
+def test_the_guard_may_divide_by_the_time_of_a_step(tmp_path: Path) -> None:
+    for divided in (False, True):
+        settings = {
+            "kl": 0.0,
+            "window": 2,
+            "divide_by_time": divided,
+            "sampler": {"shift": 3.0, "steps": 4},
+        }
+        method: FlowGrpo = built(
+            tmp_path / str(divided), "flow-grpo", {**settings, "window_start": "first"}
+        )
+        batches = list(islice(method.batches(None), 2))
+        for index, batch in enumerate(batches):
+            step = TrainStep(number=0, stage_step=0, batches=batches, seed=0, index=index)
+            for share in batch.content.shares:
+                loss = method.share_loss(share, step)
+                times = share.rollout.times
+                steps = [times[1] - times[0], times[2] - times[1]]
+                factor = (1 / steps[0] + 1 / steps[1]) / 2 if divided else 1.0
+                torch.testing.assert_close(loss, -factor * share.advantages)  # ratios are 1
 
 
 def test_windows(tmp_path: Path) -> None:
@@ -298,8 +319,14 @@ def test_windows(tmp_path: Path) -> None:
         ),
         ("trajectory", {"student": {}}, {}, "give the number of steps"),
         ("dmd2", {"min_tau": 0.99}, {}, "min_tau and max_tau"),
+        ("flow-grpo", {"guard": False, "divide_by_time": True}, {}, "belongs to guard = true"),
         ("mopd", {}, {}, "name a checkpoint for each capability"),
-        ("mopd", {"teachers": {"edit": "x"}, "prompts": PROMPTS}, {}, "none for prompts of single"),
+        ("mopd", {"teachers": {"edit": "x"}, "prompts": PROMPTS}, {}, "leave prompts.categories"),
+        ("mopd", {"teachers": {"edits": "x"}}, {}, "no category edits"),
+        ("mopd", {"teachers": {"edit": "x"}}, {}, "steps must be at least 200, .* got 6"),
+        ("mopd", {"teachers": {"a": "x"}, "prompts": {"kind": "text", "path": "a"}}, {}, "text"),
+        ("dmd2", {"teacher_checkpoint": "x"}, {"lora": LORA}, "ida averages"),
+        ("dmd2", {"teacher": {"steps": 4}}, {}, "teacher.steps and teacher.shift"),
         ("nft", {}, {"freeze": ["gen"]}, "understanding stream must be frozen"),
         ("nft", {}, {"lora": {"rank": 2, "streams": ["und", "gen"]}}, "lora.streams"),
         ("nft", {}, {"lora": {**LORA, "dropout": 0.1}}, "lora.dropout must be 0, got 0.1"),

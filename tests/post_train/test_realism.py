@@ -28,19 +28,9 @@ from neounify.scenes.world.facts import SceneFacts
 from neounify.scenes.world.scene import scene_config
 from neounify.train.method import TrainStep
 from neounify.train.state import saved_states
-from post_train.test_methods import (
-    STEPS,
-    base,
-    built,
-    described,
-    metrics,
-    run,
-    state_tensors,
-    trainer,
-)
+from support.post_training import STEPS, built, described, metrics, run, state_tensors
+from train.test_trainer import trainer
 
-__all__ = ["base"]
-"""The fixture of a small model, which runs of methods start from."""
 GAN = {"gan": 5e-3}
 CPU = torch.device("cpu")
 

@@ -25,10 +25,9 @@ from neounify.post_train.curves import (
     ticks,
 )
 from neounify.post_train.report import list_failures, page, write_report
-from post_train.test_methods import base, described, run, trainer
+from support.post_training import described, run
+from train.test_trainer import trainer
 
-__all__ = ["base"]
-"""The fixture of a small model, which runs of methods start from."""
 EVIL = "<script>alert('&')</script>"
 
 
@@ -86,11 +85,11 @@ def test_a_distillation_has_the_loss_of_each_step(tmp_path: Path) -> None:
 
 
 def test_a_long_distillation_has_a_page_before_its_end(tmp_path: Path) -> None:
-    training = trainer(tmp_path, described("dmd2", {"report_every": 2}))
+    training = trainer(tmp_path, described("dmd2", {"sheet_every": 2}))
     training.run(stop_after=3)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "step 1, " in html  # the page of step 2 is written before that step's report
-    training = trainer(tmp_path / "none", described("dmd2", {"report_every": 0}))
+    training = trainer(tmp_path / "none", described("dmd2", {"sheet_every": 0}))
     training.run(stop_after=3)
     assert not (tmp_path / "none" / "report.html").exists()
 

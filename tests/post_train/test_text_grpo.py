@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.names import stream_of
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import CheckpointError, ConfigError
-from neounify.lora.layers import HALVES, weight_name
 from neounify.pipeline import load
 from neounify.post_train.answers import (
     TOKENS,
@@ -32,77 +30,13 @@ from neounify.post_train.policy import TokenPrompt
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
 from neounify.post_train.text_grpo import AnswerBatch, TextGrpo, TokenObjective, divergence
 from neounify.text.template import after_think_ids, image_prompt
-from neounify.train.loop import Trainer
 from neounify.train.method import TrainStep
-from neounify.train.recipe import Recipe
 from neounify.train.state import saved_states
-from post_train.test_methods import GROUPS, metrics, state_tensors
-from train.test_trainer import recipe, trainer
+from support.post_training import BASE, QUESTIONS, TEXT, built, described, metrics, run
+from train.test_trainer import trainer
 
-QUESTIONS = {"categories": {"question/where": 1.0, "caption": 1.0}, "width": 32, "height": 32}
-ROLLOUTS = {"prompts_per_iteration": 4, "group": 3, "sheet_every": 0, "updates": 2}
-REWARDS = [{"kind": "program", "name": "support.rewards:lengths"}]
-TEXT = {
-    **ROLLOUTS,
-    "prompts": QUESTIONS,
-    "rewards": REWARDS,
-    "max_new_tokens": 12,
-    "kl": 0.1,
-}
-JOINT = {
-    **GROUPS,
-    **ROLLOUTS,
-    "window": 1,
-    "think": True,
-    "max_think_tokens": 6,
-    "kl": 0.1,
-    "thought_kl": 0.1,
-}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "text": ("text-grpo", TEXT),
-    "limit": ("text-grpo", {**TEXT, "length": "limit", "kl": 0.0}),
-    "joint": ("flow-grpo", JOINT),
-}
-FREEZE = {"text": ["gen"], "limit": ["gen"], "joint": []}
-STREAMS = {"text": ["und"], "limit": ["und"], "joint": ["und", "gen"]}
-STEPS = 6
-BASE: list[Path] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    trainer(folder).export(folder / "model")
-    BASE[:] = [folder / "model"]
-    return BASE[0]
-
-
-def described(name: str, method: dict[str, Any] | None = None, **stage: Any) -> Recipe:
-    kind, fields = METHODS[name]
-    one = {
-        "name": "post",
-        "steps": STEPS,
-        "packs_per_step": 2,
-        "data": [],
-        "save_every": 1,
-        "method": {"kind": kind, **fields, **(method or {})},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
-        **({} if "lora" in stage else {"freeze": FREEZE[name]}),
-        **stage,
-    }
-    model = {"checkpoint": str(BASE[0])}
-    return recipe(model=model, defaults={"log_every": 1, "ema": 0.5}, stages=[one], keep=99)
-
-
-def run(folder: Path, name: str, method: dict[str, Any] | None = None, **stage: Any) -> Trainer:
-    training = trainer(folder, described(name, method, **stage))
-    training.run()
-    return training
-
-
-def built(folder: Path, name: str, method: dict[str, Any] | None = None) -> Any:
-    training = trainer(folder, described(name, method))
-    return training.recipe.stages[0].method.build(training._context(training.recipe.stages[0]))
+TEXTS = ("text", "limit", "joint")
+"""Methods that sample texts."""
 
 
 def questions(numbers: Iterable[int]) -> list[PromptCase]:
@@ -115,40 +49,7 @@ def questions(numbers: Iterable[int]) -> list[PromptCase]:
 # --- in the trainer ---
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
-@pytest.mark.parametrize("name", METHODS)
-def test_what_is_frozen_keeps_every_bit(tmp_path: Path, name: str, lora: bool) -> None:
-    stage = {"lora": {"rank": 2, "streams": STREAMS[name]}} if lora else {}
-    training = trainer(tmp_path, described(name, **stage))
-    before = {n: p.detach().clone() for n, p in training.model.named_parameters()}
-    training.run(stop_after=2)
-    moved = set()
-    for parameter, value in training.model.named_parameters():
-        stream = stream_of(weight_name(parameter))
-        trained = parameter.endswith(HALVES) if lora else stream in (*STREAMS[name], "shared")
-        if parameter in before and not trained:
-            assert torch.equal(value, before[parameter]), parameter
-        elif parameter not in before or not torch.equal(value, before[parameter]):
-            moved.add(stream)
-    assert moved >= set(STREAMS[name])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_resuming_is_exact_to_the_bit(tmp_path: Path, name: str) -> None:
-    run(tmp_path / "whole", name)
-    for stop in (1, 2, 3):
-        folder = tmp_path / f"stopped{stop}"
-        trainer(folder, described(name)).run(stop_after=stop)
-        again = trainer(folder, described(name))
-        again.resume(saved_states(again.states)[-1])
-        again.run()
-        whole, cut = (state_tensors(f, STEPS) for f in (tmp_path / "whole", folder))
-        assert whole.keys() == cut.keys()
-        assert all(torch.equal(whole[n], cut[n]) for n in whole)
-        assert metrics(folder) == metrics(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_the_ratio_is_one_in_the_first_update(tmp_path: Path, name: str) -> None:
     run(tmp_path, name, {"kl": 0.0})
     lines = [line for line in metrics(tmp_path) if "reward" in line or "ratio" in line]

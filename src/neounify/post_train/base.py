@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -184,16 +185,32 @@ class PromptMethod(Method):
 
         Images of one size and guidance formula are; so are all texts.
         """
-        alike: dict[tuple[int, int, bool] | None, list[PromptCase]] = {}
-        for case in (self.prompts.case(first + i) for i in range(count)):
-            key = None if self.answers else (case.width, case.height, bool(case.images))
-            alike.setdefault(key, []).append(case)
-        return list(alike.values())
+        return self.alike(self.prompts.case(first + i) for i in range(count))
 
-    def resolve(self, sampler: SamplerConfig, cases: Sequence[PromptCase]) -> ResolvedSampling:
-        """Sampling of cases that are all edits, or all not."""
+    def alike(self, cases: Iterable[PromptCase]) -> list[list[PromptCase]]:
+        """Cases by what can be sampled in one batch."""
+        groups: dict[tuple[int, int, bool] | None, list[PromptCase]] = {}
+        for case in cases:
+            key = None if self.answers else (case.width, case.height, bool(case.images))
+            groups.setdefault(key, []).append(case)
+        return list(groups.values())
+
+    def resolve(
+        self, sampler: SamplerConfig, cases: Sequence[PromptCase], model: NeoUnify | None = None
+    ) -> ResolvedSampling:
+        """Sampling of cases that are all edits, or all not; defaults are those of `model`."""
         editing = bool(cases[0].images)
-        return sampler.sampling(editing=editing).resolve(self.model.config, editing=editing)
+        config = (model or self.model).config
+        return sampler.sampling(editing=editing).resolve(config, editing=editing)
+
+    def sheet(self, name: str) -> Path:
+        """The file of a sheet of samples in the run's folder."""
+        folder = self.context.folder / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = self.context.recipe.stages
+        # Steps and iterations begin anew with every stage.
+        stage = f"stage-{stages.index(self.context.stage)}-" if len(stages) > 1 else ""
+        return folder / f"{stage}{name}"
 
     def report(self) -> dict[str, float]:
         return self.metrics.take()

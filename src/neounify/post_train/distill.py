@@ -1,9 +1,8 @@
-"""Distillation on the student's own trajectory: fewer steps, no guidance, merged experts.
+"""Distillation on the student's own trajectory: the base of its methods, and fewer steps.
 
 A student paints without gradient and stops at a state z; a frozen teacher says where the prediction
 there should point. In trajectory distillation the teacher takes several guided steps to the
-student's next time, and the student's one step must land there; in MOPD (U1.5, arXiv 2609.11929)
-the teacher's own velocity at z is the target, and each sample's capability chooses the teacher.
+student's next time, and the student's one step must land there.
 """
 
 from __future__ import annotations
@@ -24,17 +23,19 @@ from torch import Tensor
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Count, NonNegativeInt
-from neounify.errors import CheckpointError, ConfigError
-from neounify.flow.guidance import Branch, Guidance, Norm
-from neounify.flow.path import noise_scale
+from neounify.errors import CheckpointError
+from neounify.files import atomic_file
+from neounify.flow.guidance import Branch, Guidance
 from neounify.flow.sampling import ResolvedSampling
+from neounify.image.contact_sheet import contact_sheet
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
 from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
 from neounify.post_train.report import update_report
-from neounify.post_train.rollout import START, image_request, noise_generator
+from neounify.post_train.rewards import Pixels
+from neounify.post_train.rollout import image_request, initial_noise, pixels_of
 from neounify.train.method import (
     Finding,
     MicroBatch,
@@ -43,6 +44,8 @@ from neounify.train.method import (
     evaluation_mode,
 )
 
+SHEET_PROMPTS = 8
+"""Prompts of a sheet."""
 Velocity = Callable[[Tensor, float], Tensor]
 """The (guided) velocity of a model: (z, t) → v of z's shape."""
 
@@ -71,23 +74,6 @@ def clean_loss(
     return (clean - target).flatten(1).square().mean(1)
 
 
-def velocity_loss(
-    clean: Float[Tensor, "images ..."],
-    target: Float[Tensor, "images ..."],
-    t: Float[Tensor, " images"],
-) -> Float[Tensor, " images"]:
-    """mean ‖v_θ - v_m‖² of two predictions of the clean image at one z: ‖x̂ - x̂_m‖²/(1 - t)²."""
-    return clean_loss(clean, target) / (1 - t).square()
-
-
-def stopping_time_parameters(progress: float) -> tuple[float, float]:
-    """(α, β) of the Beta distribution that t_e is drawn from, at `progress` 0 to 1 of a run.
-
-    Beta(2 + 3p, 5 - 3p): from the noisy half of the path to its clean half.
-    """
-    return 2 + 3 * progress, 5 - 3 * progress
-
-
 # --- methods ---
 
 
@@ -95,12 +81,13 @@ def stopping_time_parameters(progress: float) -> tuple[float, float]:
 class DistillConfig(PromptMethodConfig):
     """Settings of every distillation: `prompts_per_step` images, samplers of both models.
 
-    The report page is written every `report_every` steps; 0 writes it at the end alone.
+    Every `sheet_every` steps a sheet shows images of student and teacher from the same noise, and
+    the report page is written; 0 writes the page at the end alone.
     """
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     prompts_per_step: Count = 8
-    report_every: NonNegativeInt = 20
+    sheet_every: NonNegativeInt = 20
     seed: NonNegativeInt = 0
 
     @abstractmethod
@@ -113,21 +100,19 @@ class DistillConfig(PromptMethodConfig):
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrajectoryConfig(DistillConfig):
-    """Trajectory distillation, `kind = "trajectory"`: K steps of a student for K·m of its teacher.
+class StudentConfig(DistillConfig):
+    """A student of few steps without guidance, and its guided teacher.
 
     `student` is how the student will be sampled; its steps, guidance and shift are stored in the
-    checkpoint at the end. `teacher` is its guidance, by default the checkpoint's, and takes
-    `teacher_steps` m for each step of the student. The teacher has the weights at the start of the
-    stage, or those of `teacher_checkpoint`, a folder of a model of the same shape.
+    checkpoint at the end. `teacher` is the teacher's guidance, by default that of its checkpoint.
+    The teacher has the weights at the start of the stage, or those of `teacher_checkpoint`, a
+    folder of a model of the same shape.
     """
 
-    kind: Literal["trajectory"] = "trajectory"
     student: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
     teacher: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(guidance=None, edit_guidance=None)
     )
-    teacher_steps: Count = 2
     teacher_checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
@@ -136,14 +121,35 @@ class TrajectoryConfig(DistillConfig):
         self.student.check_unguided("student")
         if self.teacher.steps is not None or self.teacher.shift is not None:
             raise ValueError(
-                "teacher.steps and teacher.shift follow from the student's times and teacher_steps"
+                "teacher.steps and teacher.shift must be left out: the teacher's times follow from "
+                "the student's"
             )
 
     def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
         return with_sampling(config, self.student)
 
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrajectoryConfig(StudentConfig):
+    """Trajectory distillation, `kind = "trajectory"`: K steps of a student for K·m of its teacher.
+
+    The teacher takes `teacher_steps` m for each step of the student.
+    """
+
+    kind: Literal["trajectory"] = "trajectory"
+    teacher_steps: Count = 2
+
     def build(self, context: StageContext) -> Trajectory:
         return Trajectory(self, context)
+
+
+@dataclass(frozen=True, eq=False)
+class Painter:
+    """A model as it samples whole images: its sampling, and times from 0 to 1 to take."""
+
+    model: NeoUnify
+    sampling: ResolvedSampling
+    times: Sequence[float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,19 +255,58 @@ class Distill(PromptMethod):
         return GuidedImages(self.model, grid, prefixes, guidance, self.attention)
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
-        every = self.config.report_every
+        every = self.config.sheet_every
         if every and (step.stage_step + 1) % every == 0:
+            self.save_sheet(step.stage_step + 1)
             update_report(self.context)
+
+    def end_stage(self) -> None:
+        """The last sheet is of the exported weights."""
+        if self.config.sheet_every:
+            self.save_sheet(self.context.stage.steps)
+        super().end_stage()
+
+    # --- sheets ---
+
+    @abstractmethod
+    def painters(self, cases: Sequence[PromptCase]) -> tuple[Painter, Painter]:
+        """Student and teacher of cases that are sampled in one batch."""
+
+    def sheet_cases(self) -> list[list[PromptCase]]:
+        """Cases of a sheet, those that are sampled in one batch together."""
+        return self.cases(0, SHEET_PROMPTS)
+
+    def save_sheet(self, step: int) -> None:
+        """Save what teacher and student paint from the same noise, in pairs."""
+        images: list[Pixels] = []
+        captions: list[str] = []
+        with evaluation_mode(self.model), torch.no_grad():
+            for place, cases in enumerate(self.sheet_cases()):
+                student, teacher = (
+                    self._painted(one, cases, place) for one in self.painters(cases)
+                )
+                for case, mine, theirs in zip(cases, student, teacher, strict=True):
+                    images += [theirs, mine]
+                    apart = float(np.abs(mine.astype(int) - theirs).mean())
+                    captions += [f"teacher: {case.prompt}", f"student, {apart:.1f} of 255 apart"]
+        sheet = contact_sheet(images, captions, [True] * len(images), columns=4, side=96)
+        with atomic_file(self.sheet(f"step-{step:06d}.png")) as aside:
+            sheet.save(aside, "PNG")
+
+    def _painted(self, painter: Painter, cases: Sequence[PromptCase], place: int) -> list[Pixels]:
+        grid, prefixes = self.prefixes(cases, painter.sampling)
+        images = self.guided(grid, prefixes, painter.sampling.guidance)
+        z = self.noise(0, place, len(cases), grid)
+        end = euler_path(lambda x, t: images.velocity(painter.model, x, t), z, painter.times)
+        return pixels_of(end, grid, self.model.config)
+
+    # --- rollouts ---
 
     def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
         """Initial scaled noise [count, n, token_width] of a rollout."""
-        config = self.model.config
-        shape = (grid.length, config.token_width)
-        draws = [
-            torch.randn(shape, generator=noise_generator(self.config.seed + place, step, START, i))
-            for i in range(count)
-        ]
-        return torch.stack(draws).to(self.model.device) * noise_scale(grid.length, config.flow)
+        seed, config = self.config.seed + place, self.model.config
+        draws = [initial_noise(seed, step, image, grid, config) for image in range(count)]
+        return torch.stack(draws).to(self.model.device)
 
     def prefixes(
         self, cases: Sequence[PromptCase], sampling: ResolvedSampling
@@ -294,18 +339,43 @@ class Teacher:
             self._twin.load(tensors)
 
 
-class Trajectory(Distill):
+class Student(Distill):
+    """A student of fewer steps, and its teacher."""
+
+    config: StudentConfig
+    sheet_steps = 4
+    """Steps of the teacher on a sheet for each of the student's."""
+
+    def __init__(self, config: StudentConfig, context: StageContext) -> None:
+        super().__init__(config, context)
+        self.teacher = self.keep(Teacher(config.teacher_checkpoint, self.model))
+
+    def sampling(self, cases: Sequence[PromptCase]) -> tuple[ResolvedSampling, ResolvedSampling]:
+        """Sampling of student and teacher."""
+        student = self.resolve(self.config.student, cases)
+        return student, self.resolve(self.config.teacher, cases, self.teacher.model)
+
+    def painters(self, cases: Sequence[PromptCase]) -> tuple[Painter, Painter]:
+        student, guided = self.sampling(cases)
+        times = student.times()
+        finer = [t for pair in pairwise(times) for t in between(*pair, self.sheet_steps)[:-1]]
+        return (
+            Painter(self.model, student, times),
+            Painter(self.teacher.model, guided, [*finer, times[-1]]),
+        )
+
+
+class Trajectory(Student):
     """All K states of each rollout; the teacher goes m guided steps from each."""
 
     config: TrajectoryConfig
 
     def __init__(self, config: TrajectoryConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        self.teacher = self.keep(Teacher(config.teacher_checkpoint, self.model))
+        self.sheet_steps = config.teacher_steps
 
     def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
-        student = self.resolve(self.config.student, cases)
-        guided = self.resolve(self.config.teacher, cases)
+        student, guided = self.sampling(cases)
         grid, prefixes = self.prefixes(cases, guided)
         z = self.noise(step, place, len(cases), grid)
         one = self.guided(grid, prefixes, student.guidance)
@@ -328,101 +398,6 @@ class Trajectory(Distill):
             target=torch.cat(targets),
             step=[k for k in range(len(states)) for _ in range(number)],
         )
-
-
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class MopdConfig(DistillConfig):
-    """Merging of experts by on-policy distillation, `kind = "mopd"`.
-
-    `teachers` are folders of checkpoints by capability, a category of the prompts; each sample has
-    one teacher. Student and teachers are guided alike by `sampler`, rescaled by `guidance_norm`.
-    Expert checkpoints and student must have started from one model.
-    """
-
-    kind: Literal["mopd"] = "mopd"
-    teachers: Mapping[str, Path] = field(default_factory=dict)
-    sampler: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(steps=30, guidance=4.0, edit_guidance=1.0)
-    )
-    guidance_norm: Norm = "global"
-
-    def __post_init__(self) -> None:
-        if not self.teachers:
-            raise ValueError('teachers: name a checkpoint for each capability: { edit = "folder" }')
-        if self.prompts.categories is not None:
-            missing = sorted(set(self.prompts.categories) - set(self.teachers))
-            if missing:
-                raise ValueError(f"teachers: none for prompts of {', '.join(missing)}")
-
-    def build(self, context: StageContext) -> Mopd:
-        return Mopd(self, context)
-
-
-class Mopd(Distill):
-    """One state of each rollout, at a time drawn from Beta; an expert gives its velocity there."""
-
-    config: MopdConfig
-
-    def __init__(self, config: MopdConfig, context: StageContext) -> None:
-        super().__init__(config, context)
-        self.teachers = {n: load_teacher(path, self.model) for n, path in config.teachers.items()}
-
-    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
-        resolved = self.resolve(self.config.sampler, cases)
-        guidance = resolved.guidance
-        if len(guidance.branches()) > 1:
-            guidance = replace(guidance, norm=self.config.guidance_norm)
-        grid, prefixes = self.prefixes(cases, resolved)
-        times = resolved.times()
-        ends = self._ends(times, step, place, len(cases))
-        z = self.noise(step, place, len(cases), grid)
-        student = self.guided(grid, prefixes, guidance)
-        reached = z.clone()
-        for k, (t, t_next) in enumerate(pairwise(times)):
-            reached[ends == k] = z[ends == k]
-            if k == int(ends.max()):
-                break
-            z = z + (t_next - t) * student.velocity(self.model, z, t)
-        stopped = torch.tensor(times, device=z.device)[ends]
-        target = torch.empty_like(reached)
-        names = [self._teacher(case) for case in cases]
-        for name in dict.fromkeys(names):
-            rows = [i for i, other in enumerate(names) if other == name]
-            images = self.guided(grid, [prefixes[i] for i in rows], guidance)
-            target[rows] = images.clean(self.teachers[name], reached[rows], stopped[rows])
-        return States(
-            grid=grid,
-            guidance=guidance,
-            prefixes=prefixes,
-            z=reached,
-            t=stopped,
-            target=target,
-            step=ends.tolist(),
-        )
-
-    def _ends(self, times: Sequence[float], step: int, place: int, count: int) -> Tensor:
-        """The step of the sampler that each rollout stops at."""
-        progress = step / max(1, self.context.stage.steps - 1)
-        rng = np.random.default_rng((self.config.seed, step, place))
-        drawn = rng.beta(*stopping_time_parameters(min(1.0, progress)), size=count)
-        places = np.searchsorted(np.asarray(times[:-1]), drawn, side="right") - 1
-        return torch.from_numpy(places.clip(0)).to(self.model.device)
-
-    def _teacher(self, case: PromptCase) -> str:
-        if case.category not in self.teachers:
-            raise ConfigError(
-                f"method.teachers: none for category {case.category!r} of the prompt "
-                f"{case.prompt[:80]!r}; there are {', '.join(self.teachers)}"
-            )
-        return case.category
-
-    def state_loss(
-        self,
-        clean: Float[Tensor, "states n ccc"],
-        target: Float[Tensor, "states n ccc"],
-        t: Float[Tensor, " states"],
-    ) -> Float[Tensor, " states"]:
-        return velocity_loss(clean, target, t)
 
 
 def with_sampling(config: ModelConfig, student: SamplerConfig) -> ModelConfig:

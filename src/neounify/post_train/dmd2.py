@@ -13,8 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,19 +21,12 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torch.nn import Parameter
 
-from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AboveZero, Count, Fraction, NonNegative, Positive
 from neounify.flow.path import noisy
-from neounify.post_train.base import SamplerConfig, TwinState
-from neounify.post_train.distill import (
-    Distill,
-    DistillConfig,
-    Teacher,
-    checked_step,
-    with_sampling,
-)
+from neounify.post_train.base import TwinState
+from neounify.post_train.distill import Student, StudentConfig, checked_step
 from neounify.post_train.dpo import prediction_error
-from neounify.post_train.policy import NoisyImages, move_towards
+from neounify.post_train.policy import NoisyImages, adopt_weights, move_towards
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.realism import (
     RealismHead,
@@ -46,6 +38,9 @@ from neounify.post_train.realism import (
 from neounify.post_train.rollout import STEP, noise_generator
 from neounify.train.method import Finding, MicroBatch, StageContext, TrainStep
 from neounify.train.optim import OptimizerConfig, OptimizerSet
+
+if TYPE_CHECKING:
+    from neounify.train.recipe import StageRecipe
 
 EPS = 1e-6
 
@@ -120,25 +115,20 @@ def sub_interval_target(
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class Dmd2Config(DistillConfig):
+class Dmd2Config(StudentConfig):
     """DMD2, `kind = "dmd2"`.
 
-    `student`, `teacher` and `teacher_checkpoint` as in trajectory distillation. The fake starts
-    from the weights of the stage. After each step of the student it takes `fake_steps` R with
-    `fake_optimizer`; all are steps of the stage. `min_tau` and `max_tau` bound the times that
-    images are noised to. `sub_intervals` matches the student's next state in place of x̂ (Phased
-    DMD). `ida`: F ← (1 - ida)·F + ida·G after each step of the student (SenseFlow, arXiv
-    2506.00523). `decoupled` guides at a separate time (Decoupled DMD). With `gan` above 0
-    (published 5e-3) a head on the fake's states tells the student's images from real ones, which
-    the prompts must have; `gan` and `gan_fake` weigh its losses of student and fake.
+    The fake starts from the weights of the teacher, and trains what the student does. After each
+    step of the student it takes `fake_steps` R with `fake_optimizer`; all are steps of the stage.
+    `min_tau` and `max_tau` bound the times that images are noised to. `sub_intervals` matches the
+    student's next state in place of x̂ (Phased DMD). `ida`: F ← (1 - ida)·F + ida·G after each step
+    of the student (SenseFlow, arXiv 2506.00523). `decoupled` guides at a separate time (Decoupled
+    DMD). With `gan` above 0 (published 5e-3) a head on the fake's states tells the student's images
+    from real ones, which the prompts must have; `gan` and `gan_fake` weigh its losses of student
+    and fake.
     """
 
     kind: Literal["dmd2"] = "dmd2"
-    student: SamplerConfig = field(default_factory=lambda: SamplerConfig(steps=8))
-    teacher: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(guidance=None, edit_guidance=None)
-    )
-    teacher_checkpoint: Path | None = None
     fake_steps: Count = 5
     fake_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(learning_rate=4e-7)
@@ -153,11 +143,7 @@ class Dmd2Config(DistillConfig):
     gan_fake: NonNegative = 1e-2
 
     def __post_init__(self) -> None:
-        if self.student.steps is None:
-            raise ValueError("student.steps: give the number of steps the student shall need")
-        self.student.check_unguided("student")
-        if self.teacher.steps is not None or self.teacher.shift is not None:
-            raise ValueError("teacher.steps and teacher.shift have no meaning here: leave them out")
+        super().__post_init__()
         if not self.min_tau < self.max_tau < 1:
             raise ValueError(f"min_tau and max_tau must be 0 < {self.min_tau} < {self.max_tau} < 1")
         if self.gan and self.prompts.kind == "text":
@@ -167,8 +153,14 @@ class Dmd2Config(DistillConfig):
         if self.sub_intervals and self.decoupled:
             raise ValueError("sub_intervals and decoupled exclude one another")
 
-    def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
-        return with_sampling(config, self.student)
+    def check_stage(self, stage: StageRecipe) -> None:
+        """Raise ValueError where IDA would average adapters of different weights."""
+        super().check_stage(stage)
+        if self.ida and stage.lora is not None and self.teacher_checkpoint is not None:
+            raise ValueError(
+                "ida averages the weights of student and fake; with lora and teacher_checkpoint "
+                "both have other weights below their adapters: leave ida out, or train weights"
+            )
 
     def build(self, context: StageContext) -> Dmd2:
         return Dmd2(self, context)
@@ -187,15 +179,15 @@ class DmdContent:
     step_images: int
 
 
-class Dmd2(Distill):
+class Dmd2(Student):
     """Student and fake in turn: one step of the student, then `fake_steps` of the fake."""
 
     config: Dmd2Config
 
     def __init__(self, config: Dmd2Config, context: StageContext) -> None:
         super().__init__(config, context)
-        self.teacher = self.keep(Teacher(config.teacher_checkpoint, self.model))
         self.fake = self.keep(TwinState("fake", self.model, trained=True))
+        adopt_weights(self.fake.model, self.teacher.model)
         self.head: RealismHead | None = None
         if config.gan:
             head = RealismHead(self.model.config.hidden_size, context.recipe.seed)
@@ -284,8 +276,7 @@ class _Turn:
         generator: torch.Generator,
     ) -> None:
         self.method, self.config, self.generator = method, method.config, generator
-        student = method.resolve(self.config.student, cases)
-        guided = method.resolve(self.config.teacher, cases)
+        student, guided = method.sampling(cases)
         self.guidance, self.times = guided.guidance, student.times()
         self.grid, self.prefixes = method.prefixes(cases, guided)
         conditions = [p["cond"] for p in self.prefixes]

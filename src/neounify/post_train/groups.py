@@ -361,14 +361,9 @@ class GroupMethod(PromptMethod, Generic[R]):
             update_report(self.context)
         return iteration
 
-    def sheet(self, iteration: Iteration[R], index: int, suffix: str) -> Path:
+    def sheet_of(self, iteration: Iteration[R], index: int, suffix: str) -> Path:
         """The file for a sheet of a rollout."""
-        folder = self.context.folder / "rollouts"
-        folder.mkdir(parents=True, exist_ok=True)
-        stages = self.context.recipe.stages
-        # Iterations begin anew with every stage.
-        stage = f"stage-{stages.index(self.context.stage)}-" if len(stages) > 1 else ""
-        return folder / f"{stage}iteration-{iteration.number:06d}-{index}{suffix}"
+        return self.sheet(f"iteration-{iteration.number:06d}-{index}{suffix}")
 
     def _cases(self, number: int) -> list[list[PromptCase]]:
         count = self.config.prompts_per_iteration

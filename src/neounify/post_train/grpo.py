@@ -108,8 +108,9 @@ class FlowGrpoConfig(ImageGroupConfig):
     `step_kind` and `eta` are of the random steps (`flow.sde`), which stand in a window of `window`
     steps, by default all but the last. `window_start` "random" draws it anew in each iteration, in
     the first half of the steps; "sliding" moves it by one step every `window_every` iterations;
-    "first" leaves it at the beginning. `clip` is c, `guard` GRPO-Guard's ratio, `kl_mask` δ of
-    Flow-DPPO in place of the clip, `kl` β of the divergence from the weights at the start.
+    "first" leaves it at the beginning. `clip` is c, `guard` GRPO-Guard's ratio, with
+    `divide_by_time` a step's loss over its t' - t, `kl_mask` δ of Flow-DPPO in place of the clip,
+    `kl` β of the divergence from the weights at the start.
     `noise_per_group` starts a group from one noise, so that its images differ by the window alone.
 
     With `think` each image follows its thought, which is at most `max_think_tokens` long. Thought
@@ -127,6 +128,7 @@ class FlowGrpoConfig(ImageGroupConfig):
     window_every: Count = 25
     clip: Positive = 1e-4
     guard: bool = False
+    divide_by_time: bool = False
     kl_mask: Positive | None = None
     kl: NonNegative = 0.0
     noise_per_group: bool = False
@@ -149,6 +151,8 @@ class FlowGrpoConfig(ImageGroupConfig):
             raise ValueError(
                 "flow-grpo needs random steps: another step_kind than ode, eta above 0"
             )
+        if self.divide_by_time and not self.guard:
+            raise ValueError("divide_by_time belongs to guard = true: set it too, or leave it out")
         steps = self.sampler.steps
         if steps is not None and steps < 2:
             raise ValueError("sampler.steps must be at least 2: the last step is never random")
@@ -314,7 +318,8 @@ class FlowGrpo(ImageGroupMethod):
                 guard=config.guard,
                 kl_mask=config.kl_mask,
             )
-            total = total + terms.loss
+            time = rollout.times[k + 1] - rollout.times[k] if config.divide_by_time else 1.0
+            total = total + terms.loss / time
             self._measure(k, terms, old.shape[1:].numel())
             if self.reference is not None and config.kl:
                 with torch.no_grad():

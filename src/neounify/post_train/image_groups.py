@@ -129,5 +129,5 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
             columns=rollout.group,
             side=96,
         )
-        with atomic_file(self.sheet(iteration, index, ".png")) as aside:
+        with atomic_file(self.sheet_of(iteration, index, ".png")) as aside:
             sheet.save(aside, "PNG")

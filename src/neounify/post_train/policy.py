@@ -219,6 +219,23 @@ def frozen_copy(model: NeoUnify) -> NeoUnify:
 
 
 @torch.no_grad()
+def adopt_weights(twin: NeoUnify, other: NeoUnify) -> None:
+    """Give a copy the weights of another model of its shape; adapters that only it has stay.
+
+    Frozen weights are then those of `other` itself, the others copies.
+    """
+    theirs = dict(other.named_parameters())
+    for name, parameter in list(twin.named_parameters()):
+        if name not in theirs:
+            continue
+        if parameter.requires_grad:
+            parameter.copy_(theirs[name])
+        else:
+            module, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(module), leaf, theirs[name])
+
+
+@torch.no_grad()
 def move_towards(model: NeoUnify, twin: NeoUnify, decay: float) -> None:
     """twin ← decay·twin + (1 - decay)·model, of the parameters that are trained."""
     theirs = dict(twin.named_parameters())

@@ -72,9 +72,8 @@ class ImageRollout:
         return self.final.shape[0]
 
     def outputs(self) -> list[Pixels]:
-        """The images, uint8 [height, width, 3]."""
-        images = torch.stack([to_pixels(tokens, self.grid, self.config) for tokens in self.final])
-        return [np.asarray(image) for image in to_pil(images)]
+        """The images, uint8 [height, width, channels]."""
+        return pixels_of(self.final, self.grid, self.config)
 
     def tokens_of(self, chosen: Sequence[int]) -> int:
         """Tokens of some images, their thoughts included."""
@@ -136,6 +135,21 @@ def restored_rollout(
     )
 
 
+def pixels_of(final: Float[Tensor, "count n ccc"], grid: Grid, config: ModelConfig) -> list[Pixels]:
+    """The images of clean tokens, uint8 [height, width, channels]."""
+    images = torch.stack([to_pixels(tokens, grid, config) for tokens in final])
+    return [np.asarray(image) for image in to_pil(images)]
+
+
+def initial_noise(
+    seed: int, iteration: int, image: int, grid: Grid, config: ModelConfig
+) -> Float[Tensor, "n ccc"]:
+    """Scaled noise that an image of an iteration begins with, on the CPU."""
+    generator = noise_generator(seed, iteration, START, image)
+    noise = torch.randn((grid.length, config.token_width), generator=generator)
+    return noise * noise_scale(grid.length, config.flow)
+
+
 def noise_generator(
     seed: int, iteration: int, purpose: int, image: int, step: int = 0
 ) -> torch.Generator:
@@ -174,7 +188,7 @@ def sample_groups(
     solvers: list[StochasticSolver] = []
     for number, caches in enumerate(prefixes):
         start = number // group if steps.noise_per_group else number
-        noise = torch.randn(shape, generator=noise_generator(seed, iteration, START, start)) * sigma
+        noise = initial_noise(seed, iteration, start, grid, model.config)
         job = make_job(model, noise, grid, dict(caches), sampling)
         solver = StochasticSolver(
             steps.kind,

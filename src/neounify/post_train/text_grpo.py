@@ -289,5 +289,5 @@ def save_texts(
         ]
         line = {"prompt": case.prompt, "category": case.category, "samples": samples}
         lines.append(json.dumps(line, ensure_ascii=False))
-    with atomic_file(method.sheet(iteration, index, ".jsonl")) as aside:
+    with atomic_file(method.sheet_of(iteration, index, ".jsonl")) as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -43,7 +43,7 @@ METHODS = {
     "dpo": "neounify.post_train.dpo:DpoConfig",
     "trajectory": "neounify.post_train.distill:TrajectoryConfig",
     "dmd2": "neounify.post_train.dmd2:Dmd2Config",
-    "mopd": "neounify.post_train.distill:MopdConfig",
+    "mopd": "neounify.post_train.mopd:MopdConfig",
 }
 """The `MethodConfig` of every kind, as "module:class"; imported when a recipe names it."""
 DEFAULT_METHOD = "supervised"
