@@ -137,6 +137,8 @@ def trained(model: NeoUnify, stage: StageRecipe) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     if stage.lora is not None:
         return {name for name in names if name.endswith(HALVES)}
+    if not _has_images(stage):
+        names = [name for name in names if not name.startswith("und_patch")]
     last = {str(n) for n in range(LAYERS - stage.freeze_last_layers, LAYERS)}
     frozen = set(stage.freeze)
     return {
@@ -145,6 +147,13 @@ def trained(model: NeoUnify, stage: StageRecipe) -> set[str]:
         if not {stream_of(name), part_of(name)} & frozen
         and not (name.startswith("layers.") and name.split(".")[1] in last)
     }
+
+
+def _has_images(stage: StageRecipe) -> bool:
+    """Whether some prompts have images, without which nothing reaches their embedding."""
+    method: Any = stage.method
+    categories = method.prompts.categories or {"edit": 1.0}
+    return any(name in ("edit", "caption") or "question/" in name for name in categories)
 
 
 def stages_of(file: Path, models: list[Path], prompts: Path, service: str) -> Recipe:
