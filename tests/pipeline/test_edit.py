@@ -45,6 +45,16 @@ def test_size_follows_the_first_image(pipe: neounify.Pipeline) -> None:
     assert out.images[0].size == (32, 64)
 
 
+@pytest.mark.parametrize("text", ["", "  ", "<image>"])
+def test_an_empty_instruction_is_refused_as_an_empty_prompt_is(
+    pipe: neounify.Pipeline, text: str
+) -> None:
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        pipe.edit(text, example_image(64, 64), **FEW)
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        pipe.generate(text.replace("<image>", ""), width=64, height=64, **FEW)
+
+
 def test_images_and_their_order_matter(pipe: neounify.Pipeline) -> None:
     a, b = example_image(64, 64, 1), example_image(64, 64, 2)
     ab = pipe.edit("mix <image> and <image>", [a, b], **FEW).pixels

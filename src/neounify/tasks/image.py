@@ -52,6 +52,7 @@ from neounify.tasks.program import (
     take_pixels,
 )
 from neounify.text.template import (
+    IMAGE_MARK,
     Prompt,
     after_think_ids,
     check_negative,
@@ -204,6 +205,8 @@ def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -
         return images_only_prompt(tokenizer, count, open_image=True, negative=negative)
     system = processor.system_message if request.system is None else request.system
     text = place_images(request.prompt, count, numbered=True)
+    if not request.prompt.replace(IMAGE_MARK, "").strip():
+        raise PromptError("the prompt is empty; describe the image, or what to change in it")
     return image_prompt(tokenizer, text, system=system, think=request.think)
 
 

@@ -113,6 +113,16 @@ def question(kind: Any, value: str) -> Question:
         ("background", "light blue", "蓝色", False),
         ("exists", "no", "没有", True),
         ("relation", "above", "上面", True),
+        ("exists", "no", "There is not.", True),
+        ("exists", "no", "It isn't there", True),
+        ("exists", "no", "I do not see a red circle.", True),
+        ("exists", "no", "No. I do not know why.", True),
+        ("exists", "no", "I do not know", False),
+        ("exists", "no", "I'm not sure.", False),
+        ("exists", "no", "It is NOT possible to say", False),
+        ("exists", "no", "I have no idea.", False),
+        ("exists", "no", "没有把握", False),
+        ("exists", "yes", "Yes, but I am not sure", False),
     ],
 )
 def test_answers_in_free_words(kind: Any, value: str, answer: str, right: bool) -> None:

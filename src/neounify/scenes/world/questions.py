@@ -220,9 +220,28 @@ def check_answer(question: Question, answer: str) -> bool:
 
 
 def read_answer(kind: QuestionKind, answer: str) -> set[str]:
-    """All values of a question's kind that an answer names, in English or Chinese."""
+    """All values of a question's kind that an answer names, in English or Chinese.
+
+    An answer that says "no" or "not" only to say that it does not know names none.
+    """
     if kind in ("absent", "no_image"):
         return _missing(answer, kind)
+    values = _named_values(kind, answer)
+    if kind == "exists" and not _named_values(kind, _UNKNOWN.sub(" ", answer)):
+        return set()
+    return values
+
+
+_UNKNOWN = re.compile(
+    r"\bnot\s+(?:really\s+|quite\s+|at all\s+)?"
+    r"(?:know|known|sure|certain|clear|tell|say|able to|possible to|enough)\b"
+    r"|\bno\s+(?:idea|clue|way)\b|没有(?:把握|办法|头绪)",
+    re.IGNORECASE,
+)
+"""Words of not knowing that hold a "no"."""
+
+
+def _named_values(kind: QuestionKind, answer: str) -> set[str]:
     values: set[str] = set()
     for language in LANGUAGES:
         edge = r"\b" if language == "en" else ""
