@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from neounify.errors import NeounifyError
 
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def load_object(name: str, kind: str, error: type[NeounifyError]) -> object:
+def load_object(
+    name: str, kind: str, error: type[NeounifyError], folder: Path | None = None
+) -> object:
     """The object behind "package.module:attribute", a `kind` in messages. Raises `error`.
 
-    Imports the module, so the name must come from the operator, never from a request.
+    Imports the module, so the name must come from the operator, never from a request. Modules that
+    are not installed are looked for in `folder`.
     """
     if not NAME.fullmatch(name):
         raise error(f"{name!r} does not name a {kind}; write package.module:attribute")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        with _importable(folder):
+            return getattr(importlib.import_module(module), attribute)
     except AttributeError as failure:
         raise error(f"{name}: the module has no {attribute!r}") from failure
     except Exception as failure:  # a module's own code may fail in any way
         raise error(f"{name}: cannot be imported ({failure})") from failure
+
+
+@contextmanager
+def _importable(folder: Path | None) -> Iterator[None]:
+    """A folder as the last place of imports; last, so that it replaces no installed module."""
+    if folder is None:
+        yield
+        return
+    place = str(folder.resolve())
+    sys.path.append(place)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(place)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.scenes.world.language import caption
 from neounify.scenes.world.render import render
 from neounify.scenes.world.scene import scene_config
+from neounify.train.recipe import read_recipe
 
 BLACK = np.zeros((64, 64, 3), np.uint8)
 CASE = PromptCase(prompt="a red circle", width=64, height=64, record={"text": "Open now"})
@@ -113,6 +115,48 @@ def test_answers_of_a_file() -> None:
 
 
 # --- combination ---
+
+
+def test_rewards_of_one_kind_have_parts_with_their_number() -> None:
+    two = [program("brightness"), program("brightness", weight=2.0), RewardConfig(kind="answer")]
+    rewards = Rewards(two, max_failed=1.0)
+    assert rewards.labels == ["program-1", "program-2", "answer"]
+    rewarded = rewards([255 - BLACK, BLACK], [CASE, CASE])
+    expected = {f"program-{n}/{part}" for n in (1, 2) for part in ("bright", "dark")}
+    assert set(rewarded.parts) == expected
+    assert rewarded.failures[0].startswith("answer reward of ")
+
+
+def test_a_program_in_the_folder_of_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_reward_helper.py").write_text("LEVEL = 0.25\n")
+    (tmp_path / "own_reward.py").write_text(
+        "from own_reward_helper import LEVEL\n\n"
+        "def level(outputs, cases):\n    return [{'level': LEVEL} for _ in outputs]\n"
+    )
+    (tmp_path / "symtable.py").write_text("raise RuntimeError('not the library')\n")
+    config = RewardConfig(kind="program", name="own_reward:level")
+    with pytest.raises(ConfigError, match="own_reward:level: cannot be imported"):
+        Rewards([config])
+    before = list(sys.path)
+    rewarded = Rewards([config], folder=tmp_path)([BLACK], [CASE])
+    assert rewarded.total.tolist() == [0.25]
+    assert sys.path == before
+    library = RewardConfig(kind="program", name="symtable:symtable")
+    monkeypatch.delitem(sys.modules, "symtable", raising=False)
+    assert Rewards([library], folder=tmp_path).rewards[0] is sys.modules["symtable"].symtable
+    assert str(tmp_path) not in str(sys.modules["symtable"].__file__)
+
+
+def test_a_recipe_knows_the_folder_of_its_file(tmp_path: Path) -> None:
+    text = 'name = "a"\nmodel = { preset = "scenes" }\nstages = [{ name = "b", steps = 1 }]\n'
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    assert read_recipe(file).folder == tmp_path
+    file.write_text('folder = "/tmp"\n' + text)
+    with pytest.raises(ConfigError, match="folder is not a field of a recipe"):
+        read_recipe(file)
 
 
 def test_weights_and_minimum() -> None:

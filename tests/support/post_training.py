@@ -41,6 +41,13 @@ TEXT = {
     "sheet_every": 0,
     "rewards": [{"kind": "program", "name": "support.rewards:lengths"}],
 }
+STORIES = {
+    **TEXT,
+    "prompts": {**QUESTIONS, "categories": {"story": 2.0, "caption": 1.0}},
+    "rewards": [{"kind": "program", "name": "support.rewards:redness_with_text"}],
+    "sampler": {"steps": 1},
+    "max_new_tokens": 40,
+}
 JOINT = {
     **GROUPS,
     "updates": 2,
@@ -70,6 +77,7 @@ METHODS = {
     "trajectory": Described("trajectory", {**PAIRS, "student": {"steps": 2}, "teacher_steps": 2}),
     "dmd2": Described("dmd2", {**PAIRS, "student": {"steps": 2}, "fake_steps": 2, "ida": 0.1}),
     "text": Described("text-grpo", TEXT, ("und",)),
+    "story": Described("text-grpo", STORIES, ("und",)),
     "limit": Described("text-grpo", {**TEXT, "length": "limit", "kl": 0.0}, ("und",)),
     "joint": Described("flow-grpo", JOINT, ("und", "gen")),
 }

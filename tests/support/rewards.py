@@ -81,3 +81,27 @@ def vowels(texts: Sequence[str], cases: Sequence[PromptCase]) -> list[dict[str, 
 def lengths(texts: Sequence[str], cases: Sequence[PromptCase]) -> list[dict[str, float]]:
     """Rewards that differ between texts of random tokens."""
     return [{"length": min(1.0, len(text) / 40)} for text in texts]
+
+
+def redness_with_text(
+    outputs: Sequence[str | tuple[str | Pixels, ...]], cases: Sequence[PromptCase]
+) -> list[dict[str, float]]:
+    """Rewards that differ between texts, and between texts with images in turn."""
+    rows = []
+    for output in outputs:
+        parts = (output,) if isinstance(output, str) else output
+        texts = [part for part in parts if isinstance(part, str)]
+        images = [part[..., 0].mean() / 255 for part in parts if not isinstance(part, str)]
+        length = min(1.0, sum(map(len, texts)) / 80)
+        rows.append({"length": length, "red": float(sum(images) / max(1, len(images)))})
+    return rows
+
+
+def differs_for_some(
+    images: Sequence[Pixels], cases: Sequence[PromptCase]
+) -> list[dict[str, float]]:
+    """The mean of the red channel for half of the prompts, by their length, else one reward."""
+    reds = redness(images, cases)
+    return [
+        red if len(case.prompt) % 2 else {"red": 0.5} for red, case in zip(reds, cases, strict=True)
+    ]

@@ -39,6 +39,7 @@ from neounify.flow.guidance import Branch
 from neounify.model.neo import NeoUnify
 from neounify.post_train.policy import TokenPrompt, prefill_all
 from neounify.post_train.prompts import PromptCase
+from neounify.post_train.rewards import Output, Pixels
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
 from neounify.tasks.image import ImageRequest, branch_prompt, edit_images
@@ -57,6 +58,10 @@ class Answers:
     `prompts` is one per case. `tokens` are those of each text, with the stop token that ended it;
     a text that its limit ended has none. `sampled` are the log-probabilities of all but the stop
     token as the engine had them, `old` those of all tokens in the first update, by sample.
+
+    Interleaved answers have `images` [channels, height, width], normalised for the understanding
+    stream: one for each `<img>` of their tokens, unless it is the last token. `marks` are the ids
+    of `<img>`, which is sampled, and `</img>`, which is not. `parts` are texts and images in turn.
     """
 
     cases: Sequence[PromptCase]
@@ -67,6 +72,10 @@ class Answers:
     old: dict[int, Float[Tensor, " n"]] = field(default_factory=dict)
     texts: Sequence[str] = ()
     """What is rewarded and shown; a saved state does not hold it."""
+    images: Sequence[Sequence[Float[Tensor, "c h w"]]] = ()
+    marks: tuple[int, int] | None = None
+    parts: Sequence[tuple[str | Pixels, ...]] = ()
+    """What is rewarded of interleaved answers; a saved state does not hold it."""
 
     @property
     def count(self) -> int:
@@ -76,9 +85,30 @@ class Answers:
         """The prompt of a sample."""
         return self.prompts[sample // self.group]
 
-    def outputs(self) -> Sequence[str]:
-        """The texts."""
-        return self.texts
+    def outputs(self) -> Sequence[Output]:
+        """The texts, or texts and images in turn."""
+        return self.parts if self.marks is not None else self.texts
+
+    def followed(self, model: NeoUnify, sample: int) -> tuple[TokenPrompt, list[int]]:
+        """Prompt and answer without its last token, and the row before each token of the answer.
+
+        A token is predicted from its row, counted from the first row of the prompt.
+        """
+        prompt, tokens = self.prompt_of(sample), self.tokens[sample]
+        if self.marks is None:
+            first = prompt.length - 1
+            return prompt.followed_by(tokens[:-1]), list(range(first, first + len(tokens)))
+        opens, closes = self.marks
+        images = iter(self.images[sample])
+        rows: list[int] = []
+        text: list[int] = []
+        for token in tokens:
+            rows.append(prompt.length + len(text) - 1)
+            text.append(token)
+            if token == opens and len(rows) < len(tokens):
+                prompt = prompt.followed_by(text).with_image(model, next(images))
+                text = [closes]
+        return prompt.followed_by(text[:-1]), rows
 
     def tokens_of(self, chosen: Sequence[int]) -> int:
         """Tokens of some texts."""
@@ -88,18 +118,33 @@ class Answers:
         """What cannot be computed again, by name; NaN for log-probabilities that there are none."""
         pad = float("nan")
         old = [self.old.get(i, torch.full((len(t),), pad)) for i, t in enumerate(self.tokens)]
-        return {
+        tensors = {
             "ids": torch.tensor([i for ids in self.tokens for i in ids], dtype=torch.int64),
             "lengths": torch.tensor([len(ids) for ids in self.tokens], dtype=torch.int64),
             "decoded": torch.tensor([len(s) for s in self.sampled], dtype=torch.int64),
             "sampled": torch.cat(list(self.sampled)),
             "old": torch.cat([values.cpu() for values in old]),
         }
+        if self.marks is not None:
+            counts = [len(images) for images in self.images]
+            tensors["image_counts"] = torch.tensor(counts, dtype=torch.int64)
+            if images := [image for several in self.images for image in several]:
+                tensors["images"] = torch.stack(images)
+        return tensors
 
 
 def draw_seed(seed: int, iteration: int, purpose: int, sample: int, step: int = 0) -> int:
     """A seed in [0, 2^63) for one purpose of a sample, independent of all others."""
     sequence = np.random.SeedSequence((seed, iteration, purpose, sample, step))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def rollout_seed(seed: int, *place: int) -> int:
+    """A seed in [0, 2^63) for a rollout of an iteration, unlike those of other places and seeds.
+
+    `place` is the rollout's index, and its micro-batch where rollouts are counted in each.
+    """
+    sequence = np.random.SeedSequence((seed, *place))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -109,6 +154,7 @@ def restored_answers(
     group: int,
     tensors: Mapping[str, Tensor],
     device: torch.device,
+    marks: tuple[int, int] | None = None,
 ) -> Answers:
     """The answers whose `tensors` were saved. Raises KeyError or ValueError for others."""
     lengths, decoded = tensors["lengths"].tolist(), tensors["decoded"].tolist()
@@ -117,14 +163,33 @@ def restored_answers(
     if saved != expected:
         raise ValueError(f"(answers, tokens, old and sampled values) are {saved}, not {expected}")
     old = tensors["old"].to(device).split(lengths)
+    tokens = [ids.tolist() for ids in tensors["ids"].split(lengths)]
     return Answers(
         cases=cases,
         group=group,
         prompts=prompts,
-        tokens=[ids.tolist() for ids in tensors["ids"].split(lengths)],
+        tokens=tokens,
         sampled=tensors["sampled"].split(decoded),
         old={i: values for i, values in enumerate(old) if not values.isnan().any()},
+        images=[] if marks is None else _saved_images(tokens, tensors, marks),
+        marks=marks,
     )
+
+
+def _saved_images(
+    tokens: Sequence[Sequence[int]], tensors: Mapping[str, Tensor], marks: tuple[int, int]
+) -> list[list[Tensor]]:
+    """The images of each answer. Raises KeyError or ValueError where they are not as many."""
+    counts = tensors["image_counts"].tolist()
+    opened = [list(ids).count(marks[0]) for ids in tokens]
+    last = [ids[-1] == marks[0] for ids in tokens]
+    if len(counts) != len(opened) or not all(
+        n - ends <= count <= n for n, ends, count in zip(opened, last, counts, strict=True)
+    ):
+        raise ValueError(f"the answers open other numbers of images than {counts}")
+    if not any(counts):
+        return [[] for _ in counts]
+    return [list(images) for images in tensors["images"].split(counts)]
 
 
 # --- prompts ---
@@ -224,30 +289,19 @@ def _decode(
     max_new_tokens: int,
 ) -> list[tuple[list[int], Float[Tensor, " n"]]]:
     """Tokens with their stop token, and log-probabilities without it, of each seed's text."""
-    plan = plan_execution(model.config, model.device, model.compute_dtype)
-    rooms = [p.length + max_new_tokens + plan.kv_headroom + plan.kv_block_size for p in prompts]
-    blocks = min(plan.kv_blocks, group * sum(rooms) // plan.kv_block_size)
-    plan = replace(plan, kv_blocks=blocks, prefill_step_rows=plan.prefill_rows)
     transport = LocalTransport()
-    engine = UnderstandingEngine(model, transport, plan)
-    # The prompts first, alone: their groups find them in the cache.
-    first = {(new_number(), "prompt"): prompt for prompt in prompts}
-    for name, prompt in first.items():
-        engine.submit(Prefill(new_number(), {name: _parts(prompt, transport)}, {name: 0}))
-    for _ in _answers(engine):
-        pass
-    engine.submit(Release(tuple(first)))
+    engine = engine_behind(model, prompts, transport, group, max_new_tokens)
     calls: dict[int, tuple[int, SequenceName]] = {}
     for sample, seed in enumerate(seeds):
         call, name = new_number(), (new_number(), "answer")
         calls[call] = (sample, name)
         sampling = TextSampling(temperature=1.0, seed=seed, logprobs=0)
         then = Decode(call, name, sampling, stops, max_new_tokens)
-        parts = {name: _parts(prompts[sample // group], transport)}
+        parts = {name: prompt_parts(prompts[sample // group], transport)}
         engine.submit(Prefill(call, parts, {name: max_new_tokens}, then))
     ids: list[list[int]] = [[] for _ in seeds]
     log_probs: list[list[float]] = [[] for _ in seeds]
-    for call, answer in _answers(engine):
+    for call, answer in engine_answers(engine):
         sample, name = calls[call]
         if isinstance(answer, DecodedToken):
             ids[sample].append(answer.id)
@@ -259,7 +313,32 @@ def _decode(
     return [(tokens, torch.tensor(values)) for tokens, values in zip(ids, log_probs, strict=True)]
 
 
-def _answers(engine: UnderstandingEngine) -> Iterator[tuple[int, Answer]]:
+def engine_behind(
+    model: NeoUnify,
+    prompts: Sequence[TokenPrompt],
+    transport: LocalTransport,
+    copies: int,
+    room: int,
+) -> UnderstandingEngine:
+    """The engine that serves text, with some prompts in its cache, which sequences then share.
+
+    Blocks are for `copies` sequences of each prompt, with `room` tokens behind it.
+    """
+    plan = plan_execution(model.config, model.device, model.compute_dtype)
+    rooms = [p.length + room + plan.kv_headroom + plan.kv_block_size for p in prompts]
+    blocks = min(plan.kv_blocks, copies * sum(rooms) // plan.kv_block_size)
+    plan = replace(plan, kv_blocks=blocks, prefill_step_rows=plan.prefill_rows)
+    engine = UnderstandingEngine(model, transport, plan)
+    first = {(new_number(), "prompt"): prompt for prompt in prompts}
+    for name, prompt in first.items():
+        engine.submit(Prefill(new_number(), {name: prompt_parts(prompt, transport)}, {name: 0}))
+    for _ in engine_answers(engine):
+        pass
+    engine.submit(Release(tuple(first)))
+    return engine
+
+
+def engine_answers(engine: UnderstandingEngine) -> Iterator[tuple[int, Answer]]:
     """Run an engine until nothing is left to do; (call, answer) pairs. Raises a call's error."""
     while engine.replies or engine.busy:
         replies, engine.replies = engine.replies, []
@@ -271,7 +350,7 @@ def _answers(engine: UnderstandingEngine) -> Iterator[tuple[int, Answer]]:
             engine.step()
 
 
-def _parts(prompt: TokenPrompt, transport: LocalTransport) -> tuple[PromptInput, ...]:
+def prompt_parts(prompt: TokenPrompt, transport: LocalTransport) -> tuple[PromptInput, ...]:
     """A prompt in the form that the engine takes, which uses up references to images."""
     parts: list[PromptInput] = []
     for piece in prompt.pieces:

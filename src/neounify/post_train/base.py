@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
@@ -18,7 +19,7 @@ from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.post_train.policy import frozen_copy
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
-from neounify.post_train.report import update_report
+from neounify.post_train.report import plain, update_report
 from neounify.tasks.program import Processor
 from neounify.train.method import (
     Method,
@@ -168,11 +169,30 @@ class PromptMethod(Method):
         tensors: dict[str, Tensor] = {}
         for part in self._kept:
             tensors |= part.tensors()
-        return MethodState(tensors=tensors)
+        return MethodState(tensors=tensors, facts={"settings": self._settings()})
 
     def load(self, state: MethodState) -> None:
-        for part in self._kept:
-            part.load(state.tensors)
+        try:
+            for part in self._kept:
+                part.load(state.tensors)
+        except CheckpointError as error:
+            changes = self.changed_settings(state)
+            since = f"; the recipe has changed since: {changes}" if changes else ""
+            raise CheckpointError(f"{error}{since}") from error
+
+    def changed_settings(self, state: MethodState, names: Collection[str] | None = None) -> str:
+        """Settings of the method that differ from those of a state, of `names` alone or of all."""
+        now, saved = self._settings(), state.facts.get("settings")
+        if not isinstance(saved, Mapping):  # of an earlier version
+            return ""
+        if names is not None:
+            now = {name: now[name] for name in names}
+            saved = {name: saved.get(name) for name in names}
+        return "; ".join(differences(saved, now, "method"))
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = plain(asdict(self.context.stage.method))
+        return settings
 
     def optimizers(self) -> Sequence[OptimizerSet]:
         stage = self.context.stage
@@ -183,7 +203,8 @@ class PromptMethod(Method):
     def cases(self, first: int, count: int) -> list[list[PromptCase]]:
         """`count` cases from `first` on, those that are sampled in one batch together.
 
-        Images of one size and guidance formula are; so are all texts.
+        Images of one size and guidance formula are; so are all texts, and interleaved answers
+        with images of one size.
         """
         return self.alike(self.prompts.case(first + i) for i in range(count))
 
@@ -191,7 +212,8 @@ class PromptMethod(Method):
         """Cases by what can be sampled in one batch."""
         groups: dict[tuple[int, int, bool] | None, list[PromptCase]] = {}
         for case in cases:
-            key = None if self.answers else (case.width, case.height, bool(case.images))
+            alone = self.answers and case.preceding is None
+            key = None if alone else (case.width, case.height, case.editing)
             groups.setdefault(key, []).append(case)
         return list(groups.values())
 
@@ -199,7 +221,7 @@ class PromptMethod(Method):
         self, sampler: SamplerConfig, cases: Sequence[PromptCase], model: NeoUnify | None = None
     ) -> ResolvedSampling:
         """Sampling of cases that are all edits, or all not; defaults are those of `model`."""
-        editing = bool(cases[0].images)
+        editing = cases[0].editing
         config = (model or self.model).config
         return sampler.sampling(editing=editing).resolve(config, editing=editing)
 
@@ -217,6 +239,16 @@ class PromptMethod(Method):
 
     def end_stage(self) -> None:
         update_report(self.context)
+
+
+def differences(before: Any, now: Any, name: str) -> list[str]:
+    """Settings that differ, each with its name and both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = dict.fromkeys((*before, *now))
+        return [
+            line for n in names for line in differences(before.get(n), now.get(n), f"{name}.{n}")
+        ]
+    return [] if before == now else [f"{name} was {before!r:.80} and is {now!r:.80}"]
 
 
 class Means:

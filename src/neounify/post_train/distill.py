@@ -30,6 +30,7 @@ from neounify.flow.sampling import ResolvedSampling
 from neounify.image.contact_sheet import contact_sheet
 from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
+from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig
@@ -302,9 +303,9 @@ class Distill(PromptMethod):
 
     # --- rollouts ---
 
-    def noise(self, step: int, place: int, count: int, grid: Grid) -> Tensor:
-        """Initial scaled noise [count, n, token_width] of a rollout."""
-        seed, config = self.config.seed + place, self.model.config
+    def noise(self, step: int, place: int, count: int, grid: Grid, part: int = 0) -> Tensor:
+        """Initial scaled noise [count, n, token_width] of rollout `place` of a micro-batch."""
+        seed, config = rollout_seed(self.config.seed, part, place), self.model.config
         draws = [initial_noise(seed, step, image, grid, config) for image in range(count)]
         return torch.stack(draws).to(self.model.device)
 

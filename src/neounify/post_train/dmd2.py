@@ -281,7 +281,7 @@ class _Turn:
         self.grid, self.prefixes = method.prefixes(cases, guided)
         conditions = [p["cond"] for p in self.prefixes]
         self.images = NoisyImages(method.model, self.grid, conditions, method.attention)
-        self.z = method.noise(step.number, place + 100 * step.index, len(cases), self.grid)
+        self.z = method.noise(step.number, place, len(cases), self.grid, step.index)
         self.k, self.cases = k, cases
 
     def generated(self) -> tuple[Tensor, float]:

@@ -17,7 +17,6 @@ from torch.nn.functional import logsigmoid
 
 from neounify.config.ranges import STRICT, Positive
 from neounify.flow.path import noisy
-from neounify.post_train.advantage import informative
 from neounify.post_train.base import TwinState
 from neounify.post_train.groups import Iteration, Share, Unit
 from neounify.post_train.image_groups import ImageGroupMethod, NoisedGroupConfig
@@ -84,15 +83,13 @@ class Dpo(ImageGroupMethod):
     def units(self, iteration: Iteration[ImageRollout]) -> list[Unit]:
         """The pairs of an iteration: (rollout, (better, worse))."""
         units: list[Unit] = []
-        for index, (rollout, rewards) in enumerate(
-            zip(iteration.rollouts, iteration.rewards, strict=True)
+        for index, (rollout, rewards, trained) in enumerate(
+            zip(iteration.rollouts, iteration.rewards, iteration.trained, strict=True)
         ):
             best, worst = best_and_worst(rewards)
-            for prompt, differs in enumerate(informative(rewards).tolist()):
+            for prompt in trained.nonzero().flatten().tolist():
                 first = prompt * rollout.group
-                if differs:
-                    pair = (first + int(best[prompt]), first + int(worst[prompt]))
-                    units.append((index, pair))
+                units.append((index, (first + int(best[prompt]), first + int(worst[prompt]))))
         return units
 
     def share_loss(self, share: Share[ImageRollout], step: TrainStep) -> Float[Tensor, " images"]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, T
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from neounify.train.recipe import StageRecipe
 
 MAX_GROUP = 256
+MAX_DRAWS = 100
 Unit = tuple[int, tuple[int, ...]]
 """A rollout and samples of it that stay together in a micro-batch."""
 
@@ -90,15 +91,26 @@ class GroupConfig(PromptMethodConfig):
     iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of an
     iteration's samples have no reward, or when the running mean of the reward falls below
     `collapse` times its best.
+
+    Groups of one reward teach nothing. With `max_draws` above 1 an iteration continues to draw
+    `prompts_per_iteration` prompts, so many times in all at most, until as many groups differ
+    (dynamic sampling, DAPO, arXiv 2503.14476). The first of these are trained on, and advantages
+    are theirs alone.
     """
 
     answers: ClassVar[bool] = False
     """Whether samples are texts, not images."""
+    rollout_settings: ClassVar[tuple[str, ...]] = (
+        *("prompts", "prompts_per_iteration"),
+        *("group", "max_draws", "seed"),
+    )
+    """Settings that rollouts of a saved state must have been sampled with."""
 
     prompts: PromptConfig = field(default_factory=PromptConfig)
     rewards: tuple[RewardConfig, ...] = field(default_factory=lambda: (RewardConfig(),))
     prompts_per_iteration: Count = 16
     group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
+    max_draws: Annotated[int, AfterValidator(Range(1, MAX_DRAWS))] = 1
     updates: Count = 1
     advantage: Scope = "iteration"
     max_failed_rewards: Fraction = 0.2
@@ -145,12 +157,17 @@ class GroupConfig(PromptMethodConfig):
 
 @dataclass(frozen=True, eq=False)
 class Iteration(Generic[R]):
-    """Rollouts, and [prompts, group] rewards and advantages of each."""
+    """Rollouts of `draws` draws of prompts; [prompts, group] rewards and advantages of each.
+
+    `trained` says of each prompt whether its group is trained on.
+    """
 
     number: int
+    draws: int
     rollouts: Sequence[R]
     advantages: Sequence[Float[Tensor, "prompts group"]]
     rewards: Sequence[Float[Tensor, "prompts group"]]
+    trained: Sequence[Bool[Tensor, " prompts"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +201,7 @@ class GroupMethod(PromptMethod, Generic[R]):
     def __init__(self, config: GroupConfig, context: StageContext) -> None:
         super().__init__(config.prompts, context, answers=config.answers)
         self.config = config
-        self.rewards = Rewards(config.rewards, config.max_failed_rewards)
+        self.rewards = Rewards(config.rewards, config.max_failed_rewards, context.recipe.folder)
         self.watch = RewardWatch()
         self._sampled: dict[str, float] = {}
         self._iteration: Iteration[R] | None = None
@@ -212,14 +229,13 @@ class GroupMethod(PromptMethod, Generic[R]):
         """The loss of each sample."""
 
     def units(self, iteration: Iteration[R]) -> Sequence[Unit]:
-        """What is dealt to micro-batches: every sample with a reward, of groups that differ."""
+        """What is dealt to micro-batches: every sample with a reward, of trained groups."""
         return [
             (index, (prompt * rollout.group + member,))
-            for index, (rollout, rewards) in enumerate(
-                zip(iteration.rollouts, iteration.rewards, strict=True)
+            for index, (rollout, rewards, trained) in enumerate(
+                zip(iteration.rollouts, iteration.rewards, iteration.trained, strict=True)
             )
-            for prompt, differs in enumerate(informative(rewards).tolist())
-            if differs
+            for prompt in trained.nonzero().flatten().tolist()
             for member in range(rollout.group)
             if not rewards[prompt, member].isnan()
         ]
@@ -293,14 +309,17 @@ class GroupMethod(PromptMethod, Generic[R]):
 
     def state(self) -> MethodState:
         """The iteration's rollouts, while some of its updates are to come."""
+        kept = super().state()
         facts: dict[str, Any] = {
+            **kept.facts,
             "failed_rewards": self.rewards.failed,
             "watch": self.watch.to_json(),
             "sampled": dict(self._sampled),
         }
-        tensors = dict(super().state().tensors)
+        tensors = dict(kept.tensors)
         if self._iteration is not None and self._updates_done < self.config.updates:
             facts["iteration"] = self._iteration.number
+            facts["draws"] = self._iteration.draws
             for index, rollout in enumerate(self._iteration.rollouts):
                 tensors |= {f"rollout{index}.{n}": t for n, t in rollout.tensors().items()}
                 tensors[f"rollout{index}.rewards"] = self._iteration.rewards[index]
@@ -320,7 +339,13 @@ class GroupMethod(PromptMethod, Generic[R]):
                 f"the state of {self.config.kind} does not fit: {error}"
             ) from error
         if (number := state.facts.get("iteration")) is not None:
-            self._iteration = self._saved_iteration(number, state.tensors)
+            if changes := self.changed_settings(state, self.config.rollout_settings):
+                raise CheckpointError(
+                    f"the state's rollouts were sampled with other settings: {changes}. Give the "
+                    "recipe those it had, or start a new run"
+                )
+            draws = state.facts.get("draws", 1)
+            self._iteration = self._saved_iteration(number, draws, state.tensors)
             self._updates_done = 0
 
     def warnings(self, stage_step: int, report: Mapping[str, float]) -> Sequence[str]:
@@ -342,18 +367,26 @@ class GroupMethod(PromptMethod, Generic[R]):
 
     def sample(self, number: int) -> Iteration[R]:
         """Sample and reward an iteration's groups. Raises RewardFailure."""
-        with evaluation_mode(self.model):
-            rollouts = [
-                self.rollout(cases, number, index)
-                for index, cases in enumerate(self._cases(number))
-            ]
+        config = self.config
+        rollouts: list[R] = []
+        measured: list[Rewarded] = []
+        differ, draws = 0, 0
+        while draws < config.max_draws and differ < config.prompts_per_iteration:
+            drawn = self._rollouts(number, draws, len(rollouts))
+            cases = [case for r in drawn for case in r.cases for _ in range(r.group)]
+            rewarded = self.rewards([output for r in drawn for output in r.outputs()], cases)
+            list_failures(self.context.folder, number, rewarded.failures)
+            differ += int(informative(_by_group(rewarded, config.group)).sum())
+            rollouts, measured, draws = [*rollouts, *drawn], [*measured, rewarded], draws + 1
+        rewarded = Rewarded.joined(measured)
+        total = _by_group(rewarded, config.group)
         cases = [case for r in rollouts for case in r.cases for _ in range(r.group)]
-        rewarded = self.rewards([output for r in rollouts for output in r.outputs()], cases)
-        list_failures(self.context.folder, number, rewarded.failures)
-        total = torch.from_numpy(rewarded.total).float().view(-1, self.config.group)
         self._count(rewarded, cases, total)
         counts = [len(rollout.cases) for rollout in rollouts]
-        iteration = self._with_advantages(number, rollouts, total.split(counts))
+        iteration = self._with_advantages(number, draws, rollouts, total.split(counts))
+        if config.max_draws > 1:
+            self.metrics.add("draws", draws)
+            self.metrics.add("groups", sum(int(trained.sum()) for trained in iteration.trained))
         every = self.config.sheet_every
         if every and number % every == 0:
             for index in range(len(rollouts)):
@@ -365,23 +398,47 @@ class GroupMethod(PromptMethod, Generic[R]):
         """The file for a sheet of a rollout."""
         return self.sheet(f"iteration-{iteration.number:06d}-{index}{suffix}")
 
-    def _cases(self, number: int) -> list[list[PromptCase]]:
+    def _rollouts(self, number: int, draw: int, first: int) -> list[R]:
+        """Rollouts of one draw of prompts, the `first` of which has that index."""
+        with evaluation_mode(self.model):
+            return [
+                self.rollout(cases, number, index)
+                for index, cases in enumerate(self._cases(number, draw), first)
+            ]
+
+    def _cases(self, number: int, draw: int) -> list[list[PromptCase]]:
         count = self.config.prompts_per_iteration
-        return self.cases(number * count, count)
+        return self.cases((number * self.config.max_draws + draw) * count, count)
 
     def _with_advantages(
-        self, number: int, rollouts: Sequence[R], rewards: Sequence[Float[Tensor, "prompts group"]]
+        self,
+        number: int,
+        draws: int,
+        rollouts: Sequence[R],
+        rewards: Sequence[Float[Tensor, "prompts group"]],
     ) -> Iteration[R]:
-        advantages = group_advantages(torch.cat(list(rewards)), self.config.advantage)
+        config, every = self.config, torch.cat(list(rewards))
+        trained = informative(every)
+        if config.max_draws > 1:
+            trained &= trained.cumsum(0) <= config.prompts_per_iteration
+            every = every.masked_fill(~trained[:, None], torch.nan)
+        advantages = group_advantages(every, config.advantage)
         counts = [len(rollout.cases) for rollout in rollouts]
-        return Iteration(number, rollouts, advantages.split(counts), rewards)
+        return Iteration(
+            number, draws, rollouts, advantages.split(counts), rewards, trained.split(counts)
+        )
 
-    def _saved_iteration(self, number: Any, tensors: Mapping[str, Tensor]) -> Iteration[R]:
+    def _saved_iteration(
+        self, number: Any, draws: Any, tensors: Mapping[str, Tensor]
+    ) -> Iteration[R]:
         """The iteration of a saved state. Raises CheckpointError."""
         if type(number) is not int or number < 0:
             raise CheckpointError(f"iteration must be a number from 0 up, got {number!r}")
+        if type(draws) is not int or not 1 <= draws <= MAX_DRAWS:
+            raise CheckpointError(f"draws must be from 1 to {MAX_DRAWS}, got {draws!r}")
         rollouts, rewards = [], []
-        for index, cases in enumerate(self._cases(number)):
+        drawn = [cases for draw in range(draws) for cases in self._cases(number, draw)]
+        for index, cases in enumerate(drawn):
             prefix = f"rollout{index}."
             of_rollout = {
                 n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
@@ -391,7 +448,7 @@ class GroupMethod(PromptMethod, Generic[R]):
                 rollouts.append(self.restored(cases, number, of_rollout))
             except (KeyError, ValueError) as error:
                 raise CheckpointError(f"the state's rollouts do not fit: {error}") from error
-        return self._with_advantages(number, rollouts, rewards)
+        return self._with_advantages(number, draws, rollouts, rewards)
 
     def _count(
         self,
@@ -416,6 +473,10 @@ class GroupMethod(PromptMethod, Generic[R]):
         add("reward/failed", float(1 - present.mean()), len(present))
         differ = informative(rewards)
         add("equal", float(1 - differ.float().mean()), len(differ))
+
+
+def _by_group(rewarded: Rewarded, group: int) -> Float[Tensor, "prompts group"]:
+    return torch.from_numpy(rewarded.total).float().view(-1, group)
 
 
 def _checked_position(position: Any) -> tuple[int, int]:

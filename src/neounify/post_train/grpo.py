@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ from neounify.post_train.advantage import clipped_objective
 from neounify.post_train.answers import (
     Answers,
     restored_answers,
+    rollout_seed,
     sample_answers,
     thought_prefixes,
     thought_prompts,
@@ -35,7 +36,7 @@ from neounify.post_train.answers import (
 from neounify.post_train.groups import Iteration, Share
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
 from neounify.post_train.policy import Prefixes, TokenPrompt
-from neounify.post_train.prompts import PromptCase
+from neounify.post_train.prompts import STORY, PromptCase
 from neounify.post_train.rollout import (
     THOUGHTS,
     ImageRollout,
@@ -120,6 +121,12 @@ class FlowGrpoConfig(ImageGroupConfig):
     update, computed anew before each.
     """
 
+    rollout_settings: ClassVar[tuple[str, ...]] = (
+        *ImageGroupConfig.rollout_settings,
+        *("step_kind", "eta", "window", "window_start", "window_every", "noise_per_group"),
+        *("think", "max_think_tokens"),
+    )
+
     kind: Literal["flow-grpo"] = "flow-grpo"
     step_kind: StepKind = "cps"
     eta: float = 0.7
@@ -162,6 +169,11 @@ class FlowGrpoConfig(ImageGroupConfig):
                 f"got {self.window}"
             )
         self.sampler.check_unguided("sampler")
+        if self.think and STORY in (self.prompts.categories or ()):
+            raise ValueError(
+                "think: images of a story follow no thought; leave story out of "
+                "prompts.categories, or think = false"
+            )
 
     def build(self, context: StageContext) -> FlowGrpo:
         return FlowGrpo(self, context)
@@ -232,7 +244,7 @@ class FlowGrpo(ImageGroupMethod):
             config.max_think_tokens,
             think=True,
             thoughts_only=True,
-            seed=config.seed + index,
+            seed=rollout_seed(config.seed, index),
             iteration=number,
         )
         log_length(self.metrics, thoughts, "thought/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from neounify.config.ranges import STRICT, AboveZero, Fraction
 from neounify.files import atomic_file
 from neounify.image.contact_sheet import contact_sheet
 from neounify.model.neo import NeoUnify
+from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import SamplerConfig
 from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
 from neounify.post_train.policy import NoisyImages, Prefixes
@@ -29,6 +31,8 @@ from neounify.post_train.rollout import (
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImageGroupConfig(GroupConfig):
     """Groups of images, and how they are sampled."""
+
+    rollout_settings: ClassVar[tuple[str, ...]] = (*GroupConfig.rollout_settings, "sampler")
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
@@ -88,7 +92,7 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
             self.config.group,
             self.resolve(self.config.sampler, cases),
             self.random_steps(number),
-            seed=self.config.seed + index,
+            seed=rollout_seed(self.config.seed, index),
             iteration=number,
             prefixes=prefixes,
             attention=self.attention,

@@ -40,6 +40,9 @@ from neounify.train.method import StageContext
 if TYPE_CHECKING:
     from neounify.train.recipe import StageRecipe
 
+TIMES = 1
+"""Purpose of the random numbers that stopping times are drawn with."""
+
 
 def velocity_loss(
     clean: Float[Tensor, "images ..."],
@@ -174,7 +177,7 @@ class Mopd(Distill):
         """The step of the sampler that each rollout stops at."""
         every = self.config.epoch_steps
         epochs = -(-self.context.stage.steps // every)
-        rng = np.random.default_rng((self.config.seed, step, place))
+        rng = np.random.default_rng((self.config.seed, step, place, TIMES))
         drawn = rng.beta(*stopping_time_parameters(step // every / epochs), size=count)
         places = np.searchsorted(np.asarray(times[:-1]), drawn, side="right") - 1
         return torch.from_numpy(places.clip(0)).to(self.model.device)

@@ -25,6 +25,8 @@ from neounify.engine.understanding import forward_und
 from neounify.errors import ConfigError
 from neounify.flow.guidance import Branch, Guidance, Velocities
 from neounify.flow.path import noise_scale
+from neounify.flow.sampling import ResolvedSampling
+from neounify.image.pixels import to_und_pixels
 from neounify.lora.layers import HALVES, weight_name
 from neounify.model.layout import Grid, Layout, Noise
 from neounify.model.neo import ModelBatch, NeoUnify
@@ -33,11 +35,13 @@ from neounify.pipeline import load
 from neounify.post_train.prompts import PromptCase
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.image import ImageRequest, branch_prompt, edit_images
+from neounify.tasks.interleave import InterleaveRequest, turn_prompt
 from neounify.tasks.program import Processor
 from neounify.text.template import ImageSegment, Prompt
+from neounify.text.tokens import IMAGE_CLOSE, IMAGE_OPEN
 
 Key = tuple[object, int | None]
-"""A prompt's content: its segments, and which case its images are of."""
+"""A prompt's content: its segments or branch, and which case its images or story are of."""
 Prefixes = Mapping[Branch, SequenceCache]
 """KV caches of a prompt's guidance branches."""
 
@@ -149,11 +153,18 @@ def prefill(
     for case, request in zip(cases, requests, strict=True):
         images = edit_images(processor, request.images) if request.images else []
         keys: dict[Branch, Key] = {}
+        key: Key
         for branch in request.sampling.guidance.branches():
-            prompt = branch_prompt(processor, request, branch)
-            keys[branch] = key = (prompt.segments, id(case) if prompt.n_images else None)
+            if case.preceding is not None and branch != "uncond":
+                key = (branch, id(case))
+                read = interleaved_prompt(model, processor, case, request, branch)
+            else:
+                prompt = branch_prompt(processor, request, branch)
+                key = (prompt.segments, id(case) if prompt.n_images else None)
+                read = TokenPrompt.of(model, prompt, images)
+            keys[branch] = key
             if key not in known:
-                known[key] = TokenPrompt.of(model, prompt, images).model_input(model)
+                known[key] = read.model_input(model)
         wanted.append(keys)
     prefill_all(model, known.values())
     return [
@@ -197,10 +208,48 @@ class TokenPrompt:
         """The prompt and further text."""
         return TokenPrompt((*self.pieces, Piece(ids=list(ids)))) if ids else self
 
+    def with_image(self, model: NeoUnify, image: Float[Tensor, "c h w"]) -> TokenPrompt:
+        """The prompt and an image, normalised for the understanding stream."""
+        return TokenPrompt((*self.pieces, Piece(image=image, grid=model.token_grid(image))))
+
     def model_input(self, model: NeoUnify, capacity: int | None = None) -> ModelInput:
         """The input of a call, behind a new cache of `capacity` tokens, by default its own."""
         cache = new_cache(model, self.length if capacity is None else capacity)
         return ModelInput.of(cache, self.pieces)
+
+
+def interleave_request(
+    case: PromptCase, sampling: ResolvedSampling, *, think: bool = False
+) -> InterleaveRequest:
+    """The request for an interleaved answer of a case."""
+    return InterleaveRequest(
+        prompt=case.prompt,
+        sizes=((case.width, case.height),),
+        sampling=sampling,
+        images=case.images,
+        think=think,
+    )
+
+
+def interleaved_prompt(
+    model: NeoUnify, processor: Processor, case: PromptCase, request: ImageRequest, branch: Branch
+) -> TokenPrompt:
+    """What the image that is wanted follows in an interleaved answer: all before it, and `<img>`.
+
+    As `tasks.interleave` has it: branch "cond" sees texts and images, "image" images alone.
+    """
+    assert case.preceding is not None
+    turn = turn_prompt(processor, interleave_request(case, request.sampling), branch)
+    images = edit_images(processor, case.images) if case.images else []
+    prompt = TokenPrompt.of(model, turn, images)
+    for part in case.preceding:
+        if isinstance(part, str):
+            text = processor.tokenizer.encode(part) if branch == "cond" else []
+            prompt = prompt.followed_by([*text, processor.token(IMAGE_OPEN)])
+        else:
+            prompt = prompt.with_image(model, to_und_pixels(part, processor.dtype))
+            prompt = prompt.followed_by([processor.token(IMAGE_CLOSE)])
+    return prompt
 
 
 def frozen_copy(model: NeoUnify) -> NeoUnify:

@@ -3,6 +3,7 @@
     { kind = "scenes", categories = { two_object = 1, attribution = 2, edit = 1 } }
     { kind = "scenes", wording = 0.5, chinese = 0.3, sizes = [[64, 64, 2], [128, 64, 1]] }
     { kind = "scenes", categories = { "question/where" = 1, caption = 1 } }       for texts
+    { kind = "scenes", categories = { story = 1 } }  its texts, or an image of it behind the others
     { kind = "jsonl", path = "prompts.jsonl" }      an object a line: prompt, answer, image, …
     { kind = "text", path = "prompts.txt" }         one prompt a line
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
@@ -30,13 +31,13 @@ from neounify.files import read_text
 from neounify.image import read_image
 from neounify.scenes.bench.prompts import CaptionCase, VqaCase, categories, draw_paint_case
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
-from neounify.scenes.world.edits import sample_edit
-from neounify.scenes.world.facts import FULL_STYLE
+from neounify.scenes.world.edits import sample_edit, sample_story
+from neounify.scenes.world.facts import FULL_STYLE, facts_of
 from neounify.scenes.world.language import caption
 from neounify.scenes.world.lexicon import Language
 from neounify.scenes.world.questions import QUESTION_KINDS, QuestionKind, ask
 from neounify.scenes.world.render import render
-from neounify.scenes.world.samples import CAPTION_REQUESTS
+from neounify.scenes.world.samples import CAPTION_REQUESTS, story_text
 from neounify.scenes.world.scene import PRESETS, Scene, SceneConfig, sample_scene, scene_config
 from neounify.scenes.world.wide import (
     WIDE_EDIT_WEIGHTS,
@@ -53,16 +54,18 @@ MAX_SIDE = 2**14
 Side = Annotated[int, AfterValidator(Range(1, MAX_SIDE))]
 MAX_SCENES = 500
 """Scenes that are drawn for a question of one kind; many allow none."""
-EDIT, CAPTION, QUESTION = "edit", "caption", "question/"
+EDIT, CAPTION, QUESTION, STORY = "edit", "caption", "question/", "story"
 ANSWER_CATEGORIES = (*(f"{QUESTION}{kind}" for kind in QUESTION_KINDS), CAPTION)
-"""Categories of scenes that are answered by text."""
+"""Categories of scenes that are answered by text; stories are text and images."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptCase:
     """One prompt to generate images of, or to answer, and what a reward needs to know about it.
 
-    `images` are input images of an edit, or those that a question is about. `target` is what
+    `images` are input images of an edit, or those that a question is about. `preceding` is for
+    prompts of an interleaved answer: texts and images in turn that precede the image which is
+    wanted; empty where all of the answer is wanted, None for other prompts. `target` is what
     rewards of scenes compare with, `record` the JSON object of a file's line.
     """
 
@@ -71,10 +74,16 @@ class PromptCase:
     height: int
     category: str = ""
     images: tuple[PIL.Image.Image, ...] = ()
+    preceding: tuple[str | PIL.Image.Image, ...] | None = None
     target: Any = None
     record: Mapping[str, Any] = field(default_factory=dict)
     real: Callable[[], PIL.Image.Image] | None = None
     """An image that the prompt describes: the drawn scene, or `image` of the file's line."""
+
+    @property
+    def editing(self) -> bool:
+        """Whether its images are sampled as edits are: with input images, or interleaved."""
+        return bool(self.images) or self.preceding is not None
 
 
 class PromptSource(Protocol):
@@ -87,6 +96,8 @@ class PromptSource(Protocol):
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class PromptConfig:
     """Prompts of a stage. `categories` are shares of kinds of prompts, by default alike.
+
+    Of scenes there is "story" besides, which has to be named.
 
     `width` and `height` are of images whose prompt names no size; None is the checkpoint's default.
     Of scenes, `sizes` are widths, heights and weights in their place, and `wording` and `chinese`
@@ -123,9 +134,9 @@ def scene_categories(config: PromptConfig, *, answers: bool) -> dict[str, float]
     """Shares of the categories of scenes, of texts or of images. Raises ConfigError."""
     known = ANSWER_CATEGORIES if answers else (*categories(scene_config(config.world)), EDIT)
     shares = dict(config.categories or dict.fromkeys(known, 1.0))
-    if unknown := sorted(set(shares) - set(known)):
+    if unknown := sorted(set(shares) - {*known, STORY}):
         raise ConfigError(
-            f"prompts: no category {', '.join(unknown)}; there are {', '.join(known)}"
+            f"prompts: no category {', '.join(unknown)}; there are {', '.join((*known, STORY))}"
         )
     return shares
 
@@ -147,19 +158,26 @@ def build_prompts(
                 f"{token_size}"
             )
     if config.kind == "scenes":
-        return ScenePrompts(config, sizes, scene_categories(config, answers=answers))
+        shares = scene_categories(config, answers=answers)
+        return ScenePrompts(config, sizes, shares, answers=answers)
     return FilePrompts(config, (width, height), token_size)
 
 
 class ScenePrompts:
-    """Prompts of SceneBench from scenes of the train split: paintings and edits, or texts."""
+    """Prompts of SceneBench from scenes of the train split: paintings and edits, or texts.
+
+    With `answers` a story is its request, otherwise the request and all before one of its images.
+    """
 
     def __init__(
         self,
         config: PromptConfig,
         sizes: Sequence[tuple[int, int, float]],
         shares: Mapping[str, float],
+        *,
+        answers: bool = False,
     ) -> None:
+        self.answers = answers
         self.world: SceneConfig = scene_config(config.world)
         self.sizes = {(width, height): weight for width, height, weight in sizes}
         self.shares = dict(shares)
@@ -182,6 +200,8 @@ class ScenePrompts:
             request = pick(rng, CAPTION_REQUESTS[language]["full"])
             asked_for = CaptionCase(scene, request, FULL_STYLE, False)
             return _about(scene, request, category, world, asked_for)
+        if category == STORY:
+            return _story(rng, world, language, answers=self.answers)
         if category.startswith(QUESTION):
             asked = _question(category.removeprefix(QUESTION), rng, world, language, is_wide)
             return _about(asked.scene, asked.question.text, category, world, asked)
@@ -219,6 +239,34 @@ def _about(
         images=(_rendered(scene, world),),
         target=target,
         real=None if real is None else partial(_rendered, real, world),
+    )
+
+
+def _story(
+    rng: np.random.Generator, world: SceneConfig, language: Language, *, answers: bool
+) -> PromptCase:
+    """A story to generate, or one of its images behind all that comes before it."""
+    story = sample_story(rng, world, None, language, "train")
+    whole = PromptCase(
+        prompt=story.request,
+        width=world.width,
+        height=world.height,
+        category=STORY,
+        preceding=(),
+        target=story,
+    )
+    if answers:
+        return whole
+    wanted = int(rng.integers(len(story.steps)))
+    preceding: list[str | PIL.Image.Image] = []
+    for number, step in enumerate(story.steps[:wanted]):
+        preceding += [story_text(story, number), _rendered(step.scene, world)]
+    scene = story.steps[wanted].scene
+    return replace(
+        whole,
+        preceding=(*preceding, story_text(story, wanted)),
+        target=facts_of(scene, world, FULL_STYLE),
+        real=partial(_rendered, scene, world),
     )
 
 

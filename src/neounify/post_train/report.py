@@ -140,7 +140,7 @@ def save_settings(context: StageContext) -> None:
     stages: dict[str, Any] = {}
     with suppress(NeounifyError, OSError):
         stages = read_json(file, MAX_LOG_BYTES, NeounifyError)
-    stages[context.stage.name] = _plain(asdict(context.stage))
+    stages[context.stage.name] = plain(asdict(context.stage))
     write_json(file, stages)
 
 
@@ -366,6 +366,6 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False))]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON has it; paths and other objects as their text."""
     return json.loads(json.dumps(value, default=str))

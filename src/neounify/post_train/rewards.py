@@ -45,16 +45,17 @@ from neounify.scenes.bench.checks import (
     check_caption,
     check_edit,
     check_image,
+    check_story,
     check_vqa,
 )
 from neounify.scenes.bench.prompts import CaptionCase, VqaCase
-from neounify.scenes.world.edits import SceneEdit
+from neounify.scenes.world.edits import SceneEdit, Story
 from neounify.scenes.world.facts import SceneFacts
 from neounify.scenes.world.scene import SceneConfig, scene_config
 
 Pixels = UInt8[np.ndarray, "height width 3"]
-Output = Pixels | str
-"""What is rewarded: an image, or the text of an answer without its thought."""
+Output = Pixels | str | tuple[str | Pixels, ...]
+"""What is rewarded: an image, the text of an answer without its thought, or both in turn."""
 Parts = Mapping[str, float]
 IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
 """Kinds of rewards that have no other outputs."""
@@ -108,14 +109,17 @@ class RewardConfig:
             raise ValueError(f"url must begin with http:// or https://, got {self.url[:80]!r}")
 
 
-def build_reward(config: RewardConfig) -> Reward:
-    """The reward of a config. Raises ConfigError for a program or model that cannot be loaded."""
+def build_reward(config: RewardConfig, folder: Path | None = None) -> Reward:
+    """The reward of a config. Raises ConfigError for a program or model that cannot be loaded.
+
+    Programs are imported from installed packages or from `folder`, that of the recipe.
+    """
     builders: dict[str, Callable[[RewardConfig], Reward]] = {
         "scenes": lambda c: SceneReward(scene_config(c.world)),
-        "program": lambda c: _program(str(c.name)),
+        "program": lambda c: _program(str(c.name), folder),
         "http": lambda c: HttpReward(str(c.url), c.timeout, c.retries),
         "judge": lambda c: JudgeReward(str(c.checkpoint), c.question),
-        "ocr": lambda c: OcrReward(_program(str(c.reader))),
+        "ocr": lambda c: OcrReward(_program(str(c.reader), folder)),
         "answer": lambda c: answer_reward,
     }
     return builders[config.kind](config)
@@ -129,16 +133,40 @@ class Rewarded:
     parts: dict[str, np.ndarray]
     failures: list[str] = field(default_factory=list)
 
+    @classmethod
+    def joined(cls, several: Sequence[Rewarded]) -> Rewarded:
+        """The rewards of several batches as those of one; a part that one lacks is NaN there."""
+        parts = {
+            name: np.concatenate(
+                [one.parts.get(name, np.full(len(one.total), math.nan)) for one in several]
+            )
+            for name in dict.fromkeys(name for one in several for name in one.parts)
+        }
+        total = np.concatenate([one.total for one in several])
+        return cls(total, parts, [message for one in several for message in one.failures])
+
 
 class Rewards:
     """The weighted mean of several rewards, robust to each of them failing.
 
-    Raises RewardFailure when more than `max_failed` of a batch have no reward.
+    Raises RewardFailure when more than `max_failed` of a batch have no reward. With several
+    rewards, parts and messages begin with the kind of theirs, and its number if others have it too.
+    `folder` is where programs are looked for besides installed packages.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], max_failed: float = 0.2) -> None:
+    def __init__(
+        self,
+        configs: Sequence[RewardConfig],
+        max_failed: float = 0.2,
+        folder: Path | None = None,
+    ) -> None:
         self.configs, self.max_failed = list(configs), max_failed
-        self.rewards = [build_reward(config) for config in configs]
+        self.rewards = [build_reward(config, folder) for config in configs]
+        kinds = [config.kind for config in configs]
+        self.labels = [
+            kind if kinds.count(kind) == 1 else f"{kind}-{kinds[:index].count(kind) + 1}"
+            for index, kind in enumerate(kinds)
+        ]
         self.failed = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
 
@@ -146,12 +174,14 @@ class Rewards:
         total = np.zeros(len(outputs))
         parts: dict[str, np.ndarray] = {}
         failures: list[str] = []
-        for config, reward in zip(self.configs, self.rewards, strict=True):
-            rows = self._measure(config, reward, outputs, cases, failures)
+        for label, config, reward in zip(self.labels, self.configs, self.rewards, strict=True):
+            messages: list[str] = []
+            rows = self._measure(config, reward, outputs, cases, messages)
+            failures += [f"{label} reward{message}" for message in messages]
             names = dict.fromkeys(name for row in rows for name in row)
             for name in names:
                 values = np.array([row.get(name, math.nan) for row in rows])
-                key = name if len(self.configs) == 1 else f"{config.kind}/{name}"
+                key = name if len(self.configs) == 1 else f"{label}/{name}"
                 parts[key] = values
             total += config.weight * np.array([_combined(config, row) for row in rows])
         total /= sum(config.weight for config in self.configs)
@@ -159,7 +189,7 @@ class Rewards:
         self.failed += failed
         if failed > self.max_failed * len(outputs):
             listed = "; ".join(dict.fromkeys(failures))
-            kind = "texts" if isinstance(outputs[0], str) else "images"
+            kind = "images" if isinstance(outputs[0], np.ndarray) else "answers"
             raise RewardFailure(
                 f"{failed} of {len(outputs)} {kind} have no reward (max_failed_rewards "
                 f"{self.max_failed:g}): {listed[:1000]}"
@@ -194,11 +224,11 @@ class Rewards:
             if len(rows) != len(outputs):
                 raise ValueError(f"{len(rows)} rewards for {len(outputs)} outputs")
         except FutureTimeout:
-            failures.append(f"{config.kind} reward: no result after {config.timeout:g} s")
+            failures.append(f": no result after {config.timeout:g} s")
             return [{}] * len(outputs)
         except Exception as error:  # a reward's own code may fail in any way
             if len(outputs) == 1:
-                failures.append(f"{config.kind} reward of {cases[0].prompt[:80]!r}: {error!r}")
+                failures.append(f" of {cases[0].prompt[:80]!r}: {error!r}")
                 return [{}]
             return [
                 self._batch(config, reward, [output], [case], failures)[0]
@@ -206,7 +236,7 @@ class Rewards:
             ]
         for number, (row, case) in enumerate(zip(rows, cases, strict=True)):
             if (problem := _problem(row)) is not None:
-                failures.append(f"{config.kind} reward of {case.prompt[:80]!r}: {problem}")
+                failures.append(f" of {case.prompt[:80]!r}: {problem}")
                 rows[number] = {}
         return rows
 
@@ -262,7 +292,7 @@ def _combined(config: RewardConfig, row: Parts) -> float:
 class SceneReward:
     """The checker of SceneBench: "strict" and "share", the share of attributes that are right.
 
-    Questions have "strict" alone.
+    Questions have "strict" alone; the attributes of a story are its images and their number.
 
     An edit's parts are "strict", "achieved", half strict and half the share of the target's
     attributes, and "unchanged", the PSNR outside the edited region over the 30 dB that the
@@ -278,6 +308,8 @@ class SceneReward:
     def _one(self, output: Any, case: PromptCase) -> Parts:
         if isinstance(output, str):
             return self._text(output, case.target)
+        if isinstance(output, tuple):
+            return self._story(output, case)
         return self._image(output, case)
 
     def _text(self, text: str, target: Any) -> Parts:
@@ -286,6 +318,12 @@ class SceneReward:
         if isinstance(target, CaptionCase):
             return _split(check_caption(text, target.scene, self.world, target.style))
         raise TypeError("rewards of scenes need questions or captions of scenes")
+
+    def _story(self, parts: tuple[str | Pixels, ...], case: PromptCase) -> Parts:
+        if not isinstance(case.target, Story):
+            raise TypeError("rewards of scenes need a story of scenes for text and images")
+        images = [part for part in parts if not isinstance(part, str)]
+        return _split(check_story(case.target, images, self.world.sized(case.width, case.height)))
 
     def _image(self, image: Pixels, case: PromptCase) -> Parts:
         world = self.world.sized(case.width, case.height)
@@ -324,7 +362,7 @@ class HttpReward:
 
     def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> list[Parts]:
         items = [
-            ({"text": output} if isinstance(output, str) else {"image": _png(output)})
+            _item(output)
             | {"prompt": case.prompt, "category": case.category}
             | ({"record": dict(case.record)} if case.record else {})
             for output, case in zip(outputs, cases, strict=True)
@@ -419,9 +457,9 @@ def text_similarity(text: str, wanted: str) -> float:
     return max(0.0, 1 - row[-1] / len(b))
 
 
-def _program(name: str) -> Any:
+def _program(name: str, folder: Path | None) -> Any:
     """A callable of the user: the object itself, or what its class makes."""
-    reward = load_object(name, "reward", ConfigError)
+    reward = load_object(name, "reward", ConfigError, folder)
     if isinstance(reward, type):
         try:
             reward = reward()
@@ -430,6 +468,13 @@ def _program(name: str) -> Any:
     if not callable(reward):
         raise ConfigError(f"{name}: a reward is a callable of (outputs, cases)")
     return reward
+
+
+def _item(output: Output) -> dict[str, Any]:
+    """What a service gets of an output."""
+    if isinstance(output, tuple):
+        return {"parts": [_item(part) for part in output]}
+    return {"text": output} if isinstance(output, str) else {"image": _png(output)}
 
 
 def _png(image: Pixels) -> str:

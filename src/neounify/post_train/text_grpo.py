@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from neounify.attention import select_for
-from neounify.config.ranges import STRICT, Count, NonNegative, Positive
+from neounify.config.ranges import STRICT, Count, NonNegative, Positive, Range
 from neounify.files import atomic_file
 from neounify.model.layout import Document, Layout
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
@@ -30,12 +31,16 @@ from neounify.post_train.answers import (
     Answers,
     chat_prompts,
     restored_answers,
+    rollout_seed,
     sample_answers,
 )
-from neounify.post_train.base import Means
+from neounify.post_train.base import Means, SamplerConfig
 from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
+from neounify.post_train.policy import TokenPrompt
 from neounify.post_train.prompts import PromptCase
+from neounify.post_train.stories import image_marks, sample_stories, story_prompts
 from neounify.runtime.plan import plan_execution
+from neounify.tasks.interleave import MAX_IMAGES
 from neounify.tasks.program import Processor
 from neounify.train.loss import score_in_pieces
 from neounify.train.method import StageContext, TrainStep
@@ -59,15 +64,12 @@ class AnswerBatch:
         plan = plan_execution(model.config, model.device, model.compute_dtype)
         device = model.device
         tokens = [answers.tokens[i] for i in chosen]
-        # The last token is only predicted.
-        inputs = [
-            answers.prompt_of(i).followed_by(ids[:-1]).model_input(model, 0)
-            for i, ids in zip(chosen, tokens, strict=True)
-        ]
+        followed = [answers.followed(model, i) for i in chosen]
+        inputs = [prompt.model_input(model, 0) for prompt, _ in followed]
         layout = Layout(Document(item.spans) for item in inputs)
         rows = [
-            torch.arange(stop - len(ids), stop)
-            for (_, stop), ids in zip(layout[UND].ranges, tokens, strict=True)
+            torch.tensor(places) + start
+            for (start, _), (_, places) in zip(layout[UND].ranges, followed, strict=True)
         ]
         self.lengths = torch.tensor([len(ids) for ids in tokens], device=device)
         self.owners = torch.arange(len(tokens), device=device).repeat_interleave(self.lengths)
@@ -144,7 +146,8 @@ class TokenObjective:
             if i not in answers.old:
                 answers.old[i] = values
                 sampled = answers.sampled[i].to(values)
-                self._log("mismatch", values[: len(sampled)] - sampled)
+                difference = values[: len(sampled)] - sampled
+                self._log("mismatch", difference[~difference.isnan()])
         old = torch.cat([answers.old[i] for i in chosen])
         ratio = (now.log_probs - old).exp()
         loss, clipped = clipped_objective(ratio, advantages[batch.owners], self.clip)
@@ -188,9 +191,16 @@ class TextGrpoConfig(GroupConfig):
     do not see. `max_new_tokens` bounds both together. `clip` is c, `kl` β of the divergence from
     the weights at the start. `length` is what the sum over an answer's tokens is divided by: its
     "own" number of tokens, or the "limit" max_new_tokens, which does not favour short answers.
+
+    Of stories the text is trained. `sampler` paints their images, which are inputs of the text that
+    follows, at most `max_images` a story.
     """
 
     answers: ClassVar[bool] = True
+    rollout_settings: ClassVar[tuple[str, ...]] = (
+        *GroupConfig.rollout_settings,
+        *("think", "sampler", "max_new_tokens", "max_images"),
+    )
 
     kind: Literal["text-grpo"] = "text-grpo"
     think: bool = False
@@ -198,6 +208,8 @@ class TextGrpoConfig(GroupConfig):
     clip: Positive = 0.2
     kl: NonNegative = 0.0
     length: Literal["own", "limit"] = "own"
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    max_images: Annotated[int, AfterValidator(Range(1, MAX_IMAGES))] = 4
 
     @property
     def streams(self) -> tuple[StreamName, ...]:
@@ -222,15 +234,32 @@ class TextGrpo(GroupMethod[Answers]):
 
     def rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> Answers:
         config = self.config
+        if cases[0].preceding is not None:
+            stories = sample_stories(
+                self.model,
+                self.processor,
+                cases,
+                self._prompts(cases),
+                config.group,
+                self.resolve(config.sampler, cases),
+                max_new_tokens=config.max_new_tokens,
+                max_images=config.max_images,
+                think=config.think,
+                seed=rollout_seed(config.seed, index),
+                iteration=number,
+                attention=self.attention,
+            )
+            log_length(self.metrics, stories, "")
+            return stories
         answers = sample_answers(
             self.model,
             self.processor,
             cases,
-            chat_prompts(self.model, self.processor, cases, think=config.think),
+            self._prompts(cases),
             config.group,
             config.max_new_tokens,
             think=config.think,
-            seed=config.seed + index,
+            seed=rollout_seed(config.seed, index),
             iteration=number,
         )
         log_length(self.metrics, answers, "")
@@ -239,8 +268,17 @@ class TextGrpo(GroupMethod[Answers]):
     def restored(
         self, cases: Sequence[PromptCase], number: int, tensors: Mapping[str, Tensor]
     ) -> Answers:
-        prompts = chat_prompts(self.model, self.processor, cases, think=self.config.think)
-        return restored_answers(cases, prompts, self.config.group, tensors, self.model.device)
+        marks = None if cases[0].preceding is None else image_marks(self.processor)
+        group, device = self.config.group, self.model.device
+        return restored_answers(cases, self._prompts(cases), group, tensors, device, marks)
+
+    def _prompts(self, cases: Sequence[PromptCase]) -> list[TokenPrompt]:
+        """Prompts of cases that are all stories, or all not."""
+        think = self.config.think
+        if cases[0].preceding is None:
+            return chat_prompts(self.model, self.processor, cases, think=think)
+        sampling = self.resolve(self.config.sampler, cases)
+        return story_prompts(self.model, self.processor, cases, sampling, "cond", think=think)
 
     def share_loss(self, share: Share[Answers], step: TrainStep) -> Float[Tensor, " n"]:
         reference = None if self.reference is None else self.reference.model

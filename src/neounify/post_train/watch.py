@@ -63,8 +63,8 @@ class RewardWatch:
         if report.get("equal", 0.0) > MAX_EQUAL:
             messages.append(
                 f"{report['equal']:.0%} of the groups have equal rewards and teach nothing: "
-                "draw harder or easier prompts (prompts.categories), a larger method.group, or "
-                "more noise of images (method.eta)"
+                "draw harder or easier prompts (prompts.categories), further ones "
+                "(method.max_draws), a larger method.group, or more noise of images (method.eta)"
             )
         return messages
 

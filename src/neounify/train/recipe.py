@@ -166,7 +166,10 @@ class StageRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """A whole run. `keep` checkpoints stay; `workers` processes load data."""
+    """A whole run. `keep` checkpoints stay; `workers` processes load data.
+
+    `folder` is that of the recipe's file, where programs that it names are looked for.
+    """
 
     name: str
     model: ModelRecipe
@@ -176,6 +179,7 @@ class Recipe:
     keep: Count = 2
     prompts: tuple[str, ...] = ()
     """Prompts of the periodic sample grid; by default those of the first samples."""
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
@@ -201,16 +205,19 @@ def read_recipe(path: Path) -> Recipe:
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply") from error
     try:
-        return recipe_from_table(table)
+        return recipe_from_table(table, path.parent)
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def recipe_from_table(table: Mapping[str, Any]) -> Recipe:
-    """A recipe from parsed TOML, defaults applied. Raises ConfigError."""
+def recipe_from_table(table: Mapping[str, Any], folder: Path | None = None) -> Recipe:
+    """A recipe from the parsed TOML of a file in `folder`, defaults applied. Raises ConfigError."""
     values = dict(table)
+    if "folder" in values:
+        raise ConfigError("folder is not a field of a recipe")
+    values["folder"] = None if folder is None else str(folder)
     defaults = values.pop("defaults", {})
     stages = values.get("stages", [])
     if not isinstance(defaults, dict) or not isinstance(stages, list):

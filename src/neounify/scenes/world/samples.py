@@ -39,6 +39,7 @@ from neounify.data.sources import DataConfig
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
 from neounify.scenes.world.edits import (
     KEEP_REQUESTS,
+    Story,
     edit_thought,
     sample_edit,
     sample_story,
@@ -315,14 +316,18 @@ def _edit_think(
     )
 
 
+def story_text(story: Story, number: int) -> str:
+    """The text before image `number` of a story, from 0 up, with its line breaks."""
+    return ("\n" if number else "") + story.steps[number].text + "\n"
+
+
 def _interleave(
     rng: np.random.Generator, config: SceneConfig, language: Language, split: Split
 ) -> Turns:
     story = sample_story(rng, config, None, language, split)
     answer: list[Part] = []
     for number, step in enumerate(story.steps):
-        text = step.text + "\n" if number == 0 else f"\n{step.text}\n"
-        answer += [SampleText(text, loss=True), _painted(step.scene, config)]
+        answer += [SampleText(story_text(story, number), loss=True), _painted(step.scene, config)]
     return _turns((SampleText(story.request),), tuple(answer))
 
 
