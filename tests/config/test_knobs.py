@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from PIL import Image
 from typer.main import get_command
@@ -168,6 +169,10 @@ def test_edits_have_no_cfg_zero_star() -> None:
 def test_half_a_step_is_none() -> None:
     with pytest.raises(RequestError, match=r"steps must be from 1 to 1000, got 8\.5"):
         ImageSampling(steps=8.5)  # type: ignore[arg-type]
+    for steps in (8.0, True):
+        with pytest.raises(RequestError, match=rf"got {steps}, which is no whole number"):
+            ImageSampling(steps=steps)  # type: ignore[arg-type]
+    assert ImageSampling(steps=np.int64(8)).steps == 8
 
 
 def test_the_fields_of_http_are_all_of_the_class() -> None:

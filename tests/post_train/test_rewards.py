@@ -171,7 +171,7 @@ def test_weights_and_minimum() -> None:
     rewarded = two(images, cases)
     assert np.isnan(rewarded.total[0])
     assert rewarded.total[1] == pytest.approx((3 * 0.75 + 1) / 4)
-    assert set(rewarded.parts) == {"program/bright", "program/dark", "program/light"}
+    assert set(rewarded.parts) == {"program-1/bright", "program-1/dark", "program-2/light"}
 
 
 # --- samples without a reward ---

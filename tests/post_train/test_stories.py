@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from neounify.bundled import bundled_model
+from neounify.engine.understanding import UnderstandingEngine
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.pipeline import ImagePart, Pipeline, TextPart, load
@@ -259,3 +260,22 @@ def test_thoughts_before_images_of_a_story_are_refused() -> None:
     prompts = PromptConfig(categories={"story": 1.0})
     with pytest.raises(ValidationError, match="images of a story follow no thought"):
         FlowGrpoConfig(prompts=prompts, think=True, sampler=SamplerConfig(steps=4))
+
+
+def test_a_request_is_read_once_per_group(
+    pipe: Pipeline, cases: list[PromptCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines: list[UnderstandingEngine] = []
+
+    class Recorded(UnderstandingEngine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            engines.append(self)
+
+    monkeypatch.setattr("neounify.post_train.answers.UnderstandingEngine", Recorded)
+    stories = sampled(pipe, cases[:1], limit=1)
+    [engine] = engines
+    shared = stories.prompts[0].length // engine.plan.kv_block_size * engine.plan.kv_block_size
+    assert shared > 0
+    assert engine.counters["und_known_tokens"] == GROUP * shared
+    engine.check()

@@ -43,9 +43,10 @@ def knob_doc(config: type, name: str) -> str:
 def range_error(name: str, value: float) -> str | None:
     """Message about a value outside its range in IMAGE_RANGES, or steps that are not whole."""
     low, high = IMAGE_RANGES[name]
-    if low <= value <= high and not (name == "steps" and value % 1):
-        return None
-    return f"{name} must be from {low:g} to {high:g}, got {value}"
+    message = f"{name} must be from {low:g} to {high:g}, got {value}"
+    if name == "steps" and (isinstance(value, bool) or not hasattr(value, "__index__")):
+        return f"{message}, which is no whole number"
+    return None if low <= value <= high else message
 
 
 def check_keywords(call: str, names: Collection[str], knobs: type) -> None:

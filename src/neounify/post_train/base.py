@@ -191,7 +191,7 @@ class PromptMethod(Method):
         return "; ".join(differences(saved, now, "method"))
 
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = plain(asdict(self.context.stage.method))
+        settings: dict[str, Any] = plain(asdict(self.context.stage))["method"]
         return settings
 
     def optimizers(self) -> Sequence[OptimizerSet]:
