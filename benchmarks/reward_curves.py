@@ -21,7 +21,7 @@ CATEGORIES = ("two_object", "attribution", "counting", "edit")
 COLUMNS = 3
 
 
-def series(stages: Sequence[Stage], metric: str) -> tuple[list[int], list[float]]:
+def series(stages: Sequence[Stage], metric: str) -> tuple[list[float], list[float]]:
     """(images sampled, values) of a metric over the stages of a run."""
     reports = [report for stage in stages for _, report in stage.reports if metric in report]
     return [report["images"] for report in reports], [report[metric] for report in reports]
