@@ -90,6 +90,7 @@ def test_the_record_in_the_file_and_beside_it(
     assert record["model"]["fingerprint"] == pipe.fingerprint
     assert record["model"]["folder"] == toy.name
     assert str(toy.parent) not in json.dumps(record)
+    assert record["evaluations"] == 3  # the first of two steps is outside the interval
     assert record["settings"] == {
         "steps": 2,
         "shift": 3.0,

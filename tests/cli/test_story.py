@@ -42,7 +42,7 @@ def parts(*items: object) -> Callable[..., Iterator[object]]:
 
 
 def image(level: float) -> ImagePart:
-    return ImagePart(torch.full((3, 32, 64), level))
+    return ImagePart(torch.full((3, 32, 64), level), 8.0)
 
 
 def test_the_folder(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,27 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import neounify
 from neounify.attention import BACKENDS, backends
-from neounify.engine.denoiser import DenoiseJob, Denoiser, groups, make_job
+from neounify.engine.denoiser import DenoiseJob, Denoiser, groups
 from neounify.errors import ConfigError
-from neounify.flow.sampling import ImageSampling
 from neounify.model import Layout, neo
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import ExecutionPlan
-from neounify.tasks.image import ImageRequest, branch_prompt
-from support.prefilling import as_cache, contiguous_engine, prefilled
-
-
-def job(
-    pipe: neounify.Pipeline, prompt: str, side: int, steps: int, **options: object
-) -> DenoiseJob:
-    sampling = ImageSampling(steps=steps, **options).resolve(pipe.config, editing=False)  # type: ignore[arg-type]
-    request = ImageRequest(prompt=prompt, width=side, height=side, sampling=sampling, system="")
-    branches = sampling.guidance.branches()
-    prompts = [branch_prompt(pipe.processor, request, b) for b in branches]
-    read = prefilled(contiguous_engine(pipe), prompts, [[]] * len(branches))
-    prefixes = {b: as_cache(sequence) for b, sequence in zip(branches, read, strict=True)}
-    noise = request.start(pipe.config)[0]
-    return make_job(pipe.model, noise, request.grid(pipe.config), prefixes, sampling)
+from support.denoising import denoised
+from support.denoising import started as job
 
 
 def jobs(pipe: neounify.Pipeline) -> list[DenoiseJob]:
@@ -44,16 +30,6 @@ def jobs(pipe: neounify.Pipeline) -> list[DenoiseJob]:
         job(pipe, "a cat", 64, 5, guidance=1.0),
         job(pipe, "a dog", 128, 3, guidance_interval=(0.5, 1.0)),
     ]
-
-
-@torch.inference_mode()
-def denoised(stepper: Denoiser, started: list[DenoiseJob], late: int = 0) -> list[torch.Tensor]:
-    """The finished jobs; the first `late` of them join two steps after the others."""
-    step = 0
-    while running := [j for n, j in enumerate(started) if not j.done and (step > 1 or n >= late)]:
-        stepper.step(running)
-        step += 1
-    return [j.z for j in started]
 
 
 @pytest.mark.parametrize("share", ["none", "some", "all"])

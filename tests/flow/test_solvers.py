@@ -82,7 +82,7 @@ def test_solvers_do_not_share_a_past() -> None:
 
 
 def test_an_unknown_solver() -> None:
-    with pytest.raises(RequestError, match=r"'heun' is unknown; known: euler, ab2"):
+    with pytest.raises(RequestError, match=r"'heun' is unknown; known: euler, ab2, dpm2m"):
         make_solver("heun")
 
 
@@ -102,3 +102,45 @@ def test_a_reset_keeps_second_order_across_a_jump() -> None:
         errors = [_switched(steps, reset=reset) for steps in (200, 400, 800)]
         for coarse, fine in pairwise(errors):
             assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_dpm2m_is_of_second_order_between_the_ends() -> None:
+    """From t = 0.1 to 0.9; at the ends ln(t / (1 - t)) has no bound, which costs a logarithm."""
+
+    def end(steps: int) -> float:
+        solver, z = make_solver("dpm2m"), torch.tensor(1.0, dtype=torch.float64)
+        for t, t_next in pairwise([0.1 + 0.8 * n / steps for n in range(steps + 1)]):
+            z = solver.step(z, math.cos(3 * t) - 2 * z, t, t_next)
+        return float(z)
+
+    exact = end(20_000)
+    errors = [abs(end(steps) - exact) for steps in (100, 200, 400)]
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.15)
+
+
+def test_dpm2m_is_the_published_formula() -> None:
+    """Its form for data predictions: z' = (s'/s) z - a' (exp(-h) - 1) D, a = t, s = 1 - t."""
+    generator = torch.Generator().manual_seed(3)
+    solver, times = make_solver("dpm2m"), [0.15, 0.3, 0.55, 0.6, 0.95]
+    z = torch.randn(6, generator=generator, dtype=torch.float64)
+    half_log_snr = [math.log(t / (1 - t)) for t in times]
+    earlier: torch.Tensor | None = None
+    for n, (t, t_next) in enumerate(pairwise(times)):
+        clean = torch.randn(6, generator=generator, dtype=torch.float64)
+        h = half_log_snr[n + 1] - half_log_snr[n]
+        data = clean
+        if earlier is not None:
+            r = (half_log_snr[n] - half_log_snr[n - 1]) / h
+            data = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * earlier
+        expected = (1 - t_next) / (1 - t) * z - t_next * math.expm1(-h) * data
+        z = solver.step(z, (clean - z) / (1 - t), t, t_next)
+        torch.testing.assert_close(z, expected)
+        earlier = clean
+
+
+def test_dpm2m_ends_in_the_clean_prediction() -> None:
+    solver, z = make_solver("dpm2m"), torch.tensor(0.3, dtype=torch.float64)
+    for clean, t, t_next in ((2.0, 0.0, 0.25), (1.5, 0.25, 0.5), (-1.0, 0.5, 1.0)):
+        z = solver.step(z, (clean - z) / (1 - t), t, t_next)
+    assert float(z) == pytest.approx(-1)

@@ -87,7 +87,7 @@ def test_abandoned_results_are_freed(transport: SharedTransport) -> None:
         pixels, other, prefix = (transport.pack({"x": PIXELS}) for _ in range(3))
         return [
             Reply(call, StepPreview(0, 1, 2, pixels), False),
-            Reply(call, ImageReady(0, other), False),
+            Reply(call, ImageReady(0, other, 2.0), False),
             Reply(call, Exported((Prefix(prefix, 1),)), True),
         ]
 
@@ -126,7 +126,7 @@ def test_a_reply_is_not_lost_when_the_waiting_ends(transport: SharedTransport) -
             waiting = asyncio.ensure_future(call.next(5))
             await asyncio.sleep(0)
             engine.deliver(
-                [Reply(call.number, ImageReady(0, transport.pack({"x": PIXELS})), True)], None
+                [Reply(call.number, ImageReady(0, transport.pack({"x": PIXELS}), 2.0), True)], None
             )
             for _ in range(turns):
                 await asyncio.sleep(0)

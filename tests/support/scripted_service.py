@@ -77,7 +77,7 @@ def _image(width: int, height: int, seed: int) -> torch.Tensor:
 
 def _painting(image: torch.Tensor, index: int, previews: int, usage: Finished) -> list[TaskEvent]:
     steps = [Preview(index, step + 1, 8, image / 2) for step in range(previews)]
-    return [*steps, ImageFinished(index, image, usage)]
+    return [*steps, ImageFinished(index, image, usage, 16.0)]
 
 
 class Scripted:

@@ -108,6 +108,7 @@ def generate_jobs(
             position = number * count + index
             size = images[position].size
             record = make_record(model, job, size, index + 1, result.thoughts[number])
+            record["evaluations"] = result.evaluations[position]
             sheet = None if sheets is None else sheets.sheet(position)
             of_job.append(RecordedImage(images[position], record, sheet))
         recorded.append(of_job)
@@ -184,6 +185,16 @@ def settings_record(options: ImageOptions, config: ModelConfig) -> dict[str, Any
         "think": options.think,
         "system": options.system,
     }
+    if guidance.reuse > 1:
+        settings["guidance_reuse"] = guidance.reuse
+    if guidance.stop:
+        settings["guidance_stop"] = guidance.stop
+    if sampling.cache.threshold:
+        settings |= {
+            "step_cache": sampling.cache.threshold,
+            "step_cache_most": sampling.cache.most,
+            "step_cache_warm": sampling.cache.warm,
+        }
     if guidance.editing:
         settings["image_guidance"] = guidance.image
         settings["published_interval"] = guidance.published_interval

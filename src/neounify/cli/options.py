@@ -19,7 +19,7 @@ from neounify.cli.command import CliError, UsageError, checked_value, short_repr
 from neounify.config import TextSampling
 from neounify.config.sampling import knob_doc
 from neounify.flow.guidance import Norm
-from neounify.flow.sampling import SOLVERS, ImageSampling
+from neounify.flow.sampling import SOLVERS, Fast, ImageSampling
 
 MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (
     "Model",
@@ -257,6 +257,12 @@ class ImageOptions:
     shift: Annotated[float | None, image_knob("shift", "S")] = None
     solver: Annotated[str | None, image_knob("solver", "|".join(SOLVERS))] = None
     t_eps: Annotated[float | None, image_knob("t_eps", "E", "--t-eps")] = None
+    fast: Annotated[str | None, image_knob("fast", "|".join(get_args(Fast)))] = None
+    guidance_reuse: Annotated[int | None, image_knob("guidance_reuse", "K")] = None
+    guidance_stop: Annotated[float | None, image_knob("guidance_stop", "SHARE")] = None
+    step_cache: Annotated[float | None, image_knob("step_cache", "SHARE")] = None
+    step_cache_most: Annotated[int | None, image_knob("step_cache_most", "N")] = None
+    step_cache_warm: Annotated[int | None, image_knob("step_cache_warm", "N")] = None
     seed: Annotated[
         int,
         option(IMAGES, "N", "Random seed: same seed, same image."),
@@ -287,6 +293,12 @@ class ImageOptions:
             "shift": self.shift,
             "solver": self.solver,
             "t_eps": self.t_eps,
+            "fast": self.fast,
+            "guidance_reuse": self.guidance_reuse,
+            "guidance_stop": self.guidance_stop,
+            "step_cache": self.step_cache,
+            "step_cache_most": self.step_cache_most,
+            "step_cache_warm": self.step_cache_warm,
             "system": self.system,
             "think": self.think,
         }

@@ -216,7 +216,7 @@ class StoryFolder:
         from neounify.cli.images import RecordedImage, save_image, sheet_path
 
         self.count += 1
-        image = RecordedImage(part.image, self._image_record(part.image.size), sheet)
+        image = RecordedImage(part.image, self._image_record(part), sheet)
         wanted = self.folder / f"{self.count:02d}.png"
         path = save_image(image, wanted, overwrite=self._overwrite)
         self.parts.append({"image": path.name})
@@ -262,8 +262,9 @@ class StoryFolder:
             "created": now(),
         }
 
-    def _image_record(self, size: tuple[int, int]) -> dict[str, Any]:
-        return {**self._origin(), "index": self.count, "size": list(size)}
+    def _image_record(self, part: ImagePart) -> dict[str, Any]:
+        about = {"index": self.count, "size": list(part.image.size)}
+        return {**self._origin(), **about, "evaluations": part.evaluations}
 
     def _make(self) -> Path:
         make_folder(self._wanted.parent)

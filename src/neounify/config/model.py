@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from neounify.config.sampling import IMAGE_RANGES, range_error
+from neounify.config.sampling import range_error
 from neounify.errors import ConfigError
 
 ImageHead = Literal["flow", "pixel"]
@@ -91,7 +91,7 @@ class CheckpointDefaults:
             require(1 <= low <= high, f"sampling: pixel bounds {low}..{high} are not a range")
         low, high = self.trained_pixels or (1, 1)
         require(1 <= low <= high, f"sampling.trained_pixels {low}..{high} is not a range")
-        for name in IMAGE_RANGES:
+        for name in ("steps", "shift", "guidance", "image_guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"sampling.{error}")
 

@@ -22,8 +22,14 @@ IMAGE_RANGES: Mapping[str, tuple[float, float]] = {
     "shift": (1 / MAX_SHIFT, MAX_SHIFT),
     "guidance": (0, MAX_GUIDANCE),
     "image_guidance": (0, MAX_GUIDANCE),
+    "guidance_reuse": (1, MAX_STEPS),
+    "guidance_stop": (0, 1),
+    "step_cache": (0, 1),
+    "step_cache_most": (1, MAX_STEPS),
+    "step_cache_warm": (1, MAX_STEPS),
 }
 """Least and greatest value of the numbers that an image is sampled with."""
+_COUNTS = frozenset(("steps", "guidance_reuse", "step_cache_most", "step_cache_warm"))
 
 MAX_LOGPROBS = 20
 """Alternatives whose log-probability may be asked for with every token."""
@@ -41,10 +47,10 @@ def knob_doc(config: type, name: str) -> str:
 
 
 def range_error(name: str, value: float) -> str | None:
-    """Message about a value outside its range in IMAGE_RANGES, or steps that are not whole."""
+    """Message about a value outside its range in IMAGE_RANGES, or a count that is not whole."""
     low, high = IMAGE_RANGES[name]
     message = f"{name} must be from {low:g} to {high:g}, got {value}"
-    if name == "steps" and (isinstance(value, bool) or not hasattr(value, "__index__")):
+    if name in _COUNTS and (isinstance(value, bool) or not hasattr(value, "__index__")):
         return f"{message}, which is no whole number"
     return None if low <= value <= high else message
 

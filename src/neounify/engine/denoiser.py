@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from neounify.attention import AttentionBackend, select_for
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
-from neounify.flow.guidance import Branch, Guidance
+from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
-from neounify.flow.sampling import ResolvedSampling, Solver, make_solver
+from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
 from neounify.image.pixels import unpatchify
 from neounify.model.layout import Document, Grid, Layout, Noise
 from neounify.model.neo import NeoUnify
@@ -32,7 +32,8 @@ class DenoiseJob:
     """One image being denoised. Prefixes are only read, so several jobs may share them.
 
     `z` [tokens, token_width] float32 is the current point, `times` the N + 1 times of its N
-    steps, `noise_scale` σ.
+    steps, `noise_scale` σ. `layers_run` counts layers over all steps and branches: over the number
+    of the model's layers, it is the number of evaluations of the network.
     """
 
     z: Tensor
@@ -43,9 +44,15 @@ class DenoiseJob:
     noise_scale: float
     t_eps: float
     solver: Solver
+    cache: StepCache = field(default_factory=StepCache)
     steps_done: int = 0
+    layers_run: int = 0
+    residuals: dict[Branch, Residuals] = field(default_factory=dict)
     _last: tuple[Tensor, Tensor, float] | None = None
-    _last_branches: tuple[Branch, ...] = ()
+    _last_guided: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._guidance_run = GuidanceRun(self.guidance)
 
     @property
     def steps(self) -> int:
@@ -73,22 +80,46 @@ class DenoiseJob:
         return self.z.shape[0] + max(self.prefixes[b].length for b in self.branches())
 
     def branches(self) -> tuple[Branch, ...]:
-        """Guidance branches of the next step."""
-        return self.guidance.branches() if self.guidance.acts_at(self.t) else ("cond",)
+        """Guidance branches that the next step evaluates."""
+        return self._guidance_run.branches(self.t)
+
+    def reuses(self, branch: Branch, first: Tensor) -> bool:
+        """Whether the next step may keep what the layers after the first added in an earlier one.
+
+        `first` is the first layer's residual now. Waits for the device.
+        """
+        last, cache = self.residuals.get(branch), self.cache
+        if last is None or self.steps_done < cache.warm or last.reused == cache.most:
+            return False
+        change = (first - last.first).float().abs().mean()
+        return bool(change < cache.threshold * last.first.float().abs().mean())
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
-        """Take the next step, from the clean images predicted behind each prefix."""
-        t, branches, first = self.t, self.branches(), self.steps_done == 0
-        v = {b: velocity(x, self.z, t, self.t_eps) for b, x in predictions.items()}
-        acts = len(branches) > 1
+        """Take the next step, from the clean images predicted behind each evaluated prefix."""
+        t, first, acts = self.t, self.steps_done == 0, self._guidance_run.acts_at(self.t)
+        clean = self._guidance_run.complete(t, predictions) if acts else predictions
+        v = {b: velocity(x, self.z, t, self.t_eps) for b, x in clean.items()}
         guided = self.guidance.combine(v, first_step=first) if acts else v["cond"]
-        if branches != self._last_branches:
+        if acts != self._last_guided:
             self.solver.reset()
-        self._last, self._last_branches = (guided, self.z, t), branches
+        self._last, self._last_guided = (guided, self.z, t), acts
         self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
         if acts and self.guidance.zeroes(first_step=first):
             self.solver.reset()
         self.steps_done += 1
+
+
+@dataclass(eq=False)
+class Residuals:
+    """What the layers added to an image behind one prefix in the last step that computed them all.
+
+    `first` by the first layer, `rest` by the others, [tokens, D] each; `reused` counts the steps
+    that have kept `rest` since.
+    """
+
+    first: Tensor
+    rest: Tensor
+    reused: int = 0
 
 
 def make_job(
@@ -108,6 +139,7 @@ def make_job(
         noise_scale=noise_scale(grid.length, model.config.flow),
         t_eps=sampling.effective_t_eps(),
         solver=make_solver(sampling.solver),
+        cache=sampling.cache,
     )
 
 
@@ -197,14 +229,67 @@ class Denoiser:
         # The noisy image is the same behind every prefix, so it is embedded once per job.
         by_job = dict(zip(jobs, embedded, strict=True))
         x = torch.cat([by_job[job] for job, _ in call.runs])
-        hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
+        cached = any(job.cache.threshold for job in jobs)
+        residuals: dict[Run, Residuals] = {}
+        if cached:
+            hidden, residuals = yield from self._cached_layers(call, x)
+        else:
+            hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
         yield
         clean = model.clean_prediction(hidden, call.layout[GEN].grids).float().split(call.lengths)
         predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
         for (job, branch), prediction in zip(call.runs, clean, strict=True):
             predictions[job][branch] = prediction
+        for run in call.runs:
+            self._count(run, residuals.get(run))
         for job in jobs:
             job.move(predictions[job])
+
+    def _cached_layers(
+        self, call: _Call, x: Tensor
+    ) -> Generator[None, None, tuple[Tensor, dict[Run, Residuals]]]:
+        """States behind all layers, the later ones only of runs that reuse nothing.
+
+        Also the residuals of the runs that computed them, and changes no job.
+        """
+        model, layers = self.model, self.model.config.num_layers
+        hidden = yield from model.some_layers(call.layout, {GEN: x}, call.attend, range(1))
+        inputs = dict(zip(call.runs, x.split(call.lengths), strict=True))
+        first = dict(zip(call.runs, hidden[GEN].split(call.lengths), strict=True))
+        yield
+        computed = tuple(
+            run for run in call.runs if not run[0].reuses(run[1], first[run] - inputs[run])
+        )
+        last = {
+            run: first[run] + run[0].residuals[run[1]].rest
+            for run in call.runs
+            if run not in computed
+        }
+        if computed:
+            part = call
+            if last:
+                part = _Call(
+                    list(dict.fromkeys(job for job, _ in computed)), computed, self.backend
+                )
+                hidden = {GEN: torch.cat([first[run] for run in computed])}
+            later = range(1, layers)
+            hidden = yield from model.some_layers(part.layout, hidden, part.attend, later)
+            last |= zip(computed, hidden[GEN].split(part.lengths), strict=True)
+        states = model.gen_norm(torch.cat([last[run] for run in call.runs]))
+        return states, {
+            run: Residuals(first[run] - inputs[run], last[run] - first[run]) for run in computed
+        }
+
+    def _count(self, run: Run, residuals: Residuals | None) -> None:
+        """Count a run's layers in this step, and keep its residuals for the next ones."""
+        job, branch = run
+        if job.cache.threshold and residuals is None:
+            job.residuals[branch].reused += 1
+            job.layers_run += 1
+            return
+        job.layers_run += self.model.config.num_layers
+        if job.cache.threshold and residuals is not None:
+            job.residuals[branch] = residuals
 
 
 class _Call:

@@ -292,7 +292,8 @@ class GenerationEngine:
             return
         if not torch.isfinite(job.z).all():
             raise not_finite()
-        done = ImageReady(image.index, self._pack(job, job.z))
+        evaluations = job.layers_run / self.model.config.num_layers
+        done = ImageReady(image.index, self._pack(job, job.z), evaluations)
         self._images.remove(image)
         self._unfinished[image.call] -= 1
         last = not self._unfinished[image.call]

@@ -316,10 +316,15 @@ class StepPreview:
 
 @dataclass(frozen=True)
 class ImageReady:
-    """Image `index` is finished; the reference is to its `pixels` [channels, height, width]."""
+    """Image `index` is finished; the reference is to its `pixels` [channels, height, width].
+
+    `evaluations` of the network were spent on it, each guidance branch counted, parts in
+    proportion to their layers.
+    """
 
     index: int
     pixels: TensorRef
+    evaluations: float
 
 
 @dataclass(frozen=True)

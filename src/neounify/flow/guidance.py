@@ -2,6 +2,7 @@
 
 Velocities are those of single images, [tokens, token_width], or of several at one time of one
 size, [images, tokens, token_width]. v_c sees the whole prompt, v_i only its images, v_u nothing.
+`GuidanceRun` follows one trajectory and saves evaluations of v_i and v_u.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Branch = Literal["cond", "image", "uncond"]
 Norm = Literal["none", "global", "channel", "cfg_zero_star"]
 Velocities = dict[Branch, "Tensor"]
 EPS = 1e-8
+STOP_FROM = 0.1
+"""Time from which guidance may stop: before it the predictions are too coarse to tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,10 @@ class Guidance:
     false) acts for lo ≤ t ≤ hi, editing for lo < t < hi and at t = 0 when lo = 0.
     `published_interval` reproduces the published code, where an editing interval that starts
     at 0 never ends.
+
+    `reuse` = k evaluates the branches besides the conditional one in every k-th guided step only;
+    between, their clean predictions keep their distance from the conditional one. `stop` = θ ends
+    guidance for good once that distance is small, see `GuidanceRun`; 0 is never.
     """
 
     text: float = 4.0
@@ -41,6 +48,8 @@ class Guidance:
     norm: Norm = "none"
     editing: bool = False
     published_interval: bool = False
+    reuse: int = 1
+    stop: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.interval
@@ -58,7 +67,12 @@ class Guidance:
             raise RequestError(
                 "guidance_norm 'cfg_zero_star' is for text-to-image only", param="guidance_norm"
             )
-        for name, value in (("guidance", self.text), ("image_guidance", self.image)):
+        for name, value in (
+            ("guidance", self.text),
+            ("image_guidance", self.image),
+            ("guidance_reuse", self.reuse),
+            ("guidance_stop", self.stop),
+        ):
             if (error := range_error(name, value)) is not None:
                 raise RequestError(error, param=name)
 
@@ -127,3 +141,45 @@ def _rescale(v: Tensor, cond: Tensor, norm: Norm) -> Tensor:
     dims = (-2, -1) if norm == "global" else (-1,)
     ratio = cond.norm(dim=dims, keepdim=True) / (v.norm(dim=dims, keepdim=True) + EPS)
     return v * ratio.clamp(max=1)
+
+
+class GuidanceRun:
+    """Guidance along the trajectory of one image, decided from that image alone.
+
+    `reuse`: with Δ_b = x̂_c - x̂_b of the last step that evaluated branch b, a step between takes
+    x̂_b = x̂_c - Δ_b. `stop`: guidance ends for good after an evaluated step at t ≥ STOP_FROM with
+    ‖Δ_b‖ < θ·‖x̂_c‖ for every b. It is measured in x̂, because velocities in the noise are mostly -z
+    whatever the prompt. Both unset, nothing but the steps is counted.
+    """
+
+    def __init__(self, guidance: Guidance) -> None:
+        self.guidance = guidance
+        self._guided_steps = 0
+        self._stopped = False
+        self._differences: dict[Branch, Tensor] = {}
+
+    def acts_at(self, t: float) -> bool:
+        """Whether the step that starts at t is guided."""
+        return not self._stopped and self.guidance.acts_at(t)
+
+    def branches(self, t: float) -> tuple[Branch, ...]:
+        """The branches that the step at t evaluates, the conditional one first."""
+        if not self.acts_at(t):
+            return ("cond",)
+        evaluates = self._guided_steps % self.guidance.reuse == 0
+        return self.guidance.branches() if evaluates else ("cond",)
+
+    def complete(self, t: float, clean: dict[Branch, Tensor]) -> dict[Branch, Tensor]:
+        """x̂ of all branches of a guided step at t, from those it evaluated; takes the step in."""
+        self._guided_steps += 1
+        cond = clean["cond"]
+        if len(clean) == 1:
+            return clean | {b: cond - apart for b, apart in self._differences.items()}
+        if self.guidance.reuse > 1 or self.guidance.stop > 0:
+            apart: dict[Branch, Tensor] = {b: cond - x for b, x in clean.items() if b != "cond"}
+            if self.guidance.reuse > 1:
+                self._differences = apart
+            if self.guidance.stop > 0 and t >= STOP_FROM:
+                least = self.guidance.stop * float(cond.norm())
+                self._stopped = all(float(x.norm()) < least for x in apart.values())
+        return clean

@@ -191,15 +191,27 @@ class NeoUnify(nn.Module):
         self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
     ) -> Generator[None, None, dict[StreamName, Float[Tensor, "_n d"]]]:
         """The same as `backbone`, with a pause after each layer but the last."""
+        numbers = range(self.config.num_layers)
+        hidden = yield from self.some_layers(layout, hidden, attend, numbers)
+        return {name: self.get_submodule(f"{name}_norm")(x) for name, x in hidden.items()}
+
+    def some_layers(
+        self,
+        layout: Layout,
+        hidden: Mapping[StreamName, Float[Tensor, "_n d"]],
+        attend: Attend,
+        numbers: range,
+    ) -> Generator[None, None, Mapping[StreamName, Float[Tensor, "_n d"]]]:
+        """States behind some layers, before the final norms, with a pause between two layers."""
         rows = {name: x.shape[0] for name, x in hidden.items()}
         if rows != layout.lengths:
             raise ValueError(f"{rows} rows of the streams, the layout has {layout.lengths}")
         rotations = {name: self._rotation(layout, name, x) for name, x in hidden.items()}
-        for number, layer in enumerate(self.layers):
-            if number:
+        for number in numbers:
+            if number > numbers.start:
                 yield
-            hidden = layer(hidden, rotations, attend)
-        return {name: self.get_submodule(f"{name}_norm")(x) for name, x in hidden.items()}
+            hidden = self.layers[number](hidden, rotations, attend)
+        return hidden
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
         """Next-token scores."""

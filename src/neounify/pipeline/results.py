@@ -54,12 +54,14 @@ class ImageResult:
     """Generated images, prompt by prompt.
 
     `pixels` [B, channels, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
-    prompt, None without `think`; `seeds` one per prompt, None with explicit noise.
+    prompt, None without `think`; `seeds` one per prompt, None with explicit noise. `evaluations` of
+    the network were spent on each of the B images, each guidance branch counted.
     """
 
     pixels: Float[Tensor, "b c h w"]
     thoughts: list[str | None]
     seeds: list[int | None]
+    evaluations: list[float]
 
     @cached_property
     def images(self) -> list[PIL.Image.Image]:
@@ -100,9 +102,13 @@ class PreviewPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A finished image of an interleaved answer; `pixels` [channels, H, W] in about [-1, 1]."""
+    """A finished image of an interleaved answer; `pixels` [channels, H, W] in about [-1, 1].
+
+    `evaluations` of the network were spent on it, each guidance branch counted.
+    """
 
     pixels: Float[Tensor, "c h w"]
+    evaluations: float
 
     @cached_property
     def image(self) -> PIL.Image.Image:
@@ -252,12 +258,13 @@ def run_images(
             callback(_progress(collected))
     tokenizer = processor.tokenizer
     return ImageResult(
-        pixels=torch.stack([x for item in collected for x in item.in_order()]),
+        pixels=torch.stack([image.pixels for item in collected for image in item.in_order()]),
         thoughts=[
             tokenizer.decode(item.thought).strip() if item.request.think else None
             for item in collected
         ],
         seeds=[r.seed if r.noise is None else None for r in requests],
+        evaluations=[image.evaluations for item in collected for image in item.in_order()],
     )
 
 
@@ -268,7 +275,7 @@ class _Images:
         self.request = request
         self.thought: list[int] = []
         self.previews: dict[int, Preview] = {}
-        self._images: dict[int, Tensor] = {}
+        self._images: dict[int, ImageFinished] = {}
 
     def put(self, event: Event) -> None:
         match event:
@@ -276,10 +283,10 @@ class _Images:
                 self.thought.append(token)
             case Preview(index):
                 self.previews[index] = event
-            case ImageFinished(index, pixels):
-                self._images[index] = pixels
+            case ImageFinished(index):
+                self._images[index] = event
 
-    def in_order(self) -> list[Tensor]:
+    def in_order(self) -> list[ImageFinished]:
         return [self._images[index] for index in range(self.request.count)]
 
 
@@ -307,8 +314,8 @@ def run_interleaved(
                     yield TextPart(text)
                 case Preview(_, step, steps, pixels):
                     yield PreviewPart(ImageProgress(step, steps, pixels[None]))
-                case ImageFinished(_, pixels):
-                    yield ImagePart(pixels)
+                case ImageFinished():
+                    yield ImagePart(event.pixels, event.evaluations)
 
 
 __getattr__ = moved(

@@ -307,7 +307,7 @@ def denoise(
             images[answer.index] = pixels
             usage.images += grid.length
             alone = replace(usage, images=grid.length).finished(None)
-            yield ImageFinished(first + answer.index, pixels, alone)
+            yield ImageFinished(first + answer.index, pixels, alone, answer.evaluations)
             if len(images) == noise.shape[0]:
                 return [images[index] for index in sorted(images)]
         else:

@@ -99,12 +99,14 @@ class Preview:
 class ImageFinished:
     """Finished image `index` of the answer; about [-1, 1], float32 on the CPU, not clamped.
 
-    `usage` counts the prompt, the text so far, and this image alone.
+    `usage` counts the prompt, the text so far, and this image alone; `evaluations` are those of the
+    network for this image, see `ImageReady`.
     """
 
     index: int
     pixels: Float[Tensor, "c h w"]
     usage: Finished
+    evaluations: float
 
 
 @dataclass(frozen=True)

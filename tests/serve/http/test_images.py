@@ -255,3 +255,22 @@ def test_a_size_the_model_was_not_trained_at_is_a_header(stream: bool) -> None:
         known = client.models.list().data[0].neounify  # type: ignore[attr-defined]
         assert known["trained_sizes"] == ["64x64"]
         assert known["trained_pixels"] is None
+
+
+def test_fewer_steps_by_name(client: openai.OpenAI, service: Scripted) -> None:
+    for fast, steps in (("half", STEPS / 2), ("third", round(0.3 * STEPS))):
+        client.images.generate(prompt="x", extra_body={"fast": fast})
+        assert generated(service).sampling.steps == steps
+    for beside in ({"steps": 4}, {"quality": "low"}):
+        with pytest.raises(openai.BadRequestError, match="sets the number of steps") as refused:
+            client.images.generate(prompt="x", extra_body={"fast": "half"} | beside)
+        assert refused.value.param == "fast"
+
+
+def test_answers_and_files_say_what_was_spent(client: openai.OpenAI) -> None:
+    answer = client.images.generate(prompt="x")
+    assert answer.data is not None
+    [image] = answer.data
+    assert image.model_extra is not None
+    assert image.model_extra["evaluations"] == 16
+    assert read_provenance(base64.b64decode(image.b64_json or ""))["evaluations"] == "16"

@@ -191,7 +191,7 @@ def noisy(request: ServiceRequest, previews: int) -> Iterable[TaskEvent]:
     pixels = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
     if isinstance(request, ImageRequest) or hasattr(request, "sizes"):
         usage = Finished("stop", 1, 0, 0, 16)
-        return [Preview(0, 1, 8, pixels), ImageFinished(0, pixels, usage), usage]
+        return [Preview(0, 1, 8, pixels), ImageFinished(0, pixels, usage, 16.0), usage]
     return [TextPiece("x" * 500, log_probs=(token,) * 900), Finished("stop", 1, 500)]
 
 

@@ -92,8 +92,20 @@ def test_settings_that_are_entered_are_sent(browser: Browser, url: str, script: 
     journeys.wait_until_done(browser, "#generate")
     [body] = script.bodies("/v1/images/generations")
     assert settings.items() <= body.items()
+    assert "fast" not in body
     browser.refresh()
     assert journeys.find(browser, "#setting-steps").get_property("value") == "8"
+
+
+def test_fewer_steps_are_chosen_from_a_list(browser: Browser, url: str, script: Script) -> None:
+    journeys.open_page(browser, url, "generate")
+    journeys.click(browser, "#setting-fast option[value=third]")
+    journeys.enter(browser, "#generate-input", "a red circle" + Keys.ENTER)
+    journeys.wait_until_done(browser, "#generate")
+    [body] = script.bodies("/v1/images/generations")
+    assert body["fast"] == "third"
+    browser.refresh()
+    assert journeys.find(browser, "#setting-fast").get_property("value") == "third"
 
 
 def test_a_new_conversation_forgets_the_old_one(browser: Browser, url: str, script: Script) -> None:

@@ -268,7 +268,7 @@ class ChatAnswer(TextAnswer[ChatBody, _Choice]):
 
     async def add(self, choice: _Choice, event: TaskEvent) -> None:
         if isinstance(event, ImageFinished):
-            choice.content.add_image(event.index, await self._url(event))
+            choice.content.add_image(event.index, await self._url(event), event.evaluations)
         else:
             choice.add(event)
 
@@ -322,7 +322,7 @@ class ChatAnswer(TextAnswer[ChatBody, _Choice]):
             return [{"image_preview": image | {"step": event.step, "steps": event.steps}}]
         if self._form == "markdown":
             return [{"content": _markdown(image)}]
-        return [{"images": [image]}]
+        return [{"images": [image | {"evaluations": event.evaluations}]}]
 
     @property
     def _form(self) -> str:
@@ -351,9 +351,10 @@ class _Content:
         self._parts[-1]["text"] += text
         self._text += text
 
-    def add_image(self, index: int, url: str) -> None:
+    def add_image(self, index: int, url: str, evaluations: float) -> None:
         self._parts.append({"type": "image_url", "image_url": {"url": url}})
-        self._images.append(_image(url, index) | {"text_offset": len(self._text)})
+        about = {"evaluations": evaluations, "text_offset": len(self._text)}
+        self._images.append(_image(url, index) | about)
 
     @property
     def size(self) -> int:

@@ -361,6 +361,7 @@ class ChatImage(AnswerModel):
     type: Literal["image_url"]
     index: int
     image_url: ImageUrl
+    evaluations: float = Field(description="Evaluations of the network, of each guidance branch.")
     text_offset: int = Field(description="Characters of the text that come before it.")
 
 

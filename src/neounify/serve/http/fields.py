@@ -31,7 +31,7 @@ from neounify.config import TextSampling
 from neounify.config.sampling import IMAGE_RANGES, TextKnobs, knob_doc
 from neounify.errors import InputError
 from neounify.flow.guidance import Norm
-from neounify.flow.sampling import ImageSampling, SolverName
+from neounify.flow.sampling import Fast, ImageSampling, SolverName
 from neounify.provenance.metadata import Format
 from neounify.serve.http.errors import ApiError, bad_request, to_api_error
 
@@ -397,8 +397,14 @@ class ImageFields(RequestFields):
     guidance_norm: Norm = _image_field("guidance_norm")
     published_interval: bool = _image_field("published_interval")
     shift: Number | None = _image_field("shift")
-    solver: SolverName = _image_field("solver")
+    solver: SolverName | None = _image_field("solver")
     t_eps: Number | None = _image_field("t_eps")
+    fast: Fast | None = _image_field("fast")
+    guidance_reuse: int = _image_field("guidance_reuse")
+    guidance_stop: Number = _image_field("guidance_stop")
+    step_cache: Number = _image_field("step_cache")
+    step_cache_most: int = _image_field("step_cache_most")
+    step_cache_warm: int = _image_field("step_cache_warm")
     think: bool | None = Field(None, description="Write a thought first. Extension.")
     partial_images: Annotated[int, Field(ge=0, le=3)] = Field(
         0, description="Previews of each image on its way; ignored without `stream`."

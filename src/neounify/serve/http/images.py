@@ -85,9 +85,9 @@ class ImageBody(ImageFields):
     )
     response_format: Literal["b64_json", "url"] = "b64_json"
 
-    def steps_of(self, default: int) -> int:
-        """The number of steps, for a checkpoint with `default` steps."""
-        if self.steps is not None:
+    def steps_of(self, default: int) -> int | None:
+        """The number of steps, for a checkpoint with `default` steps; None with `fast` alone."""
+        if self.steps is not None or (self.fast is not None and self.quality == "auto"):
             return self.steps
         return max(1, round(STEPS_OF_QUALITY[self.quality] * default))
 
@@ -253,11 +253,15 @@ def _validated(fields: dict[str, Any]) -> ImageBody:
 
 
 class GeneratedImage(AnswerModel):
-    """One image: its file in base64, or a URL that is valid for a limited time."""
+    """One image: its file in base64, or a URL that is valid for a limited time.
+
+    `evaluations` of the network were spent on it, each guidance branch counted.
+    """
 
     b64_json: str | None = None
     url: str | None = None
     seed: int
+    evaluations: float
     reasoning_content: str | None = None
 
 
@@ -303,7 +307,8 @@ class ImagesAnswer:
         async with aclosing(self._events()) as events:
             async for event in events:
                 if isinstance(event, ImageFinished):
-                    images[event.index] = await self._image(event, http)
+                    spent = {"evaluations": event.evaluations}
+                    images[event.index] = await self._image(event, http) | spent
                 elif isinstance(event, Finished):
                     usage = image_usage(event)
         if len(images) != self._request.count:
@@ -321,6 +326,7 @@ class ImagesAnswer:
         """OpenAI's events of partial and completed images."""
         kind = "image_edit" if self._request.images else "image_generation"
         previews: Counter[int] = Counter()
+        fields: dict[str, Any]
         async with aclosing(self._events()) as events:
             async for event in events:
                 if isinstance(event, Preview):
@@ -332,8 +338,11 @@ class ImagesAnswer:
                     previews[event.index] += 1
                     yield await self._chunk(f"{kind}.partial_image", event, fields)
                 elif isinstance(event, ImageFinished):
-                    usage = {"usage": image_usage(event.usage)}
-                    yield await self._chunk(f"{kind}.completed", event, usage)
+                    fields = {
+                        "evaluations": event.evaluations,
+                        "usage": image_usage(event.usage),
+                    }
+                    yield await self._chunk(f"{kind}.completed", event, fields)
 
     async def _events(self) -> AsyncGenerator[Preview | ImageFinished | Finished]:
         async with aclosing(self._state.answers([[self._request]], self._body)) as events:

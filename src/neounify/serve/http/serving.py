@@ -291,6 +291,8 @@ def image_metadata(
     if request.negative_prompt:
         negative = request.negative_prompt[:MAX_PROMPT]
         metadata["negative_prompt"] = negative if config.metadata_prompts else "given"
+    if isinstance(event, ImageFinished):
+        metadata["evaluations"] = f"{event.evaluations:g}"
     if isinstance(event, Preview):
         metadata["preview"] = f"{event.step}/{event.steps}"
     return metadata

@@ -1,6 +1,7 @@
 /**
  * All settings: name in the API, label, and the modes they belong to.
  *
+ * `input` are attributes of an input field, `choices` the values of a list and their labels.
  * `help` is its tooltip; `own` and `limit` are the names of the model's default and of the server's
  * maximum in the description of the model.
  */
@@ -41,6 +42,13 @@ export const FIELDS = [
     limit: "steps",
     kinds: IMAGES,
     input: { type: "number", min: 1, max: 1000, step: 1 },
+  },
+  {
+    name: "fast",
+    label: "Fast",
+    help: "Fewer steps than the model's own; instead of a number of steps",
+    kinds: IMAGES,
+    choices: { "": "All steps", half: "Half the steps", third: "A third of the time" },
   },
   {
     name: "guidance",

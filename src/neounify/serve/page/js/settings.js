@@ -96,11 +96,13 @@ export class Settings {
       .filter(([, value]) => value !== undefined);
   }
 
-  makeRow({ name, label, help, input }) {
-    const control = h("input", { id: `setting-${name}`, title: help, placeholder: "default" });
-    for (const [key, value] of Object.entries(input)) control.setAttribute(key, value);
+  makeRow({ name, label, help, input, choices }) {
+    const props = { id: `setting-${name}`, title: help };
+    const control = choices
+      ? h("select", props, ...optionsOf(choices))
+      : h("input", { ...props, placeholder: "default", ...input });
     this.inputs.set(name, control);
-    if (input.type === "checkbox") {
+    if (control.type === "checkbox") {
       return h("label", { class: "row check wide", title: help }, control, label);
     }
     const caption = h("label", { for: control.id, title: help }, label);
@@ -151,6 +153,10 @@ export class Settings {
       else input.value = entered[name] ?? "";
     }
   }
+}
+
+function optionsOf(choices) {
+  return Object.entries(choices).map(([value, label]) => h("option", { value }, label));
 }
 
 function describeTrained(sizes, pixels) {
