@@ -115,6 +115,7 @@ def test_json_lines_with_shares_of_categories(tmp_path: Path) -> None:
     [
         ("{", "line 1 is no JSON"),
         ("[]", 'expected an object with a text "prompt"'),
+        ('{"prompt": " "}', "line 1: the prompt is empty"),
         ('{"prompt": "a", "width": 33}', "width must be a multiple of 32 up to 16384, got 33"),
         ('{"prompt": "a", "images": ["../secret.png"]}', "lies outside the folder"),
         ('{"prompt": "a", "images": "x.png"}', "must be a list"),

@@ -342,6 +342,8 @@ class FilePrompts:
             raise DataError(f"{where} is no JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise DataError(f'{where}: expected an object with a text "prompt"')
+        if not record["prompt"].strip():
+            raise DataError(f"{where}: the prompt is empty")
         if not isinstance(record.get("answer", ""), str):
             raise DataError(f"{where}: answer must be a text, got {record['answer']!r}")
         for side in ("width", "height"):
