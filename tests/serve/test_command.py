@@ -20,6 +20,7 @@ import pytest
 
 import neounify
 from neounify.provenance.metadata import read_provenance
+from support.processes import children_of, runs
 from support.serving_command import fetch, served
 
 
@@ -86,7 +87,7 @@ def test_both_processes_end_and_drain_on_a_signal(folder: Path) -> None:
         "1",
     )
     with served(*settings) as (process, address):
-        children = _children(process.pid)
+        children = children_of(process.pid)
         assert len(children) >= 2
         body = {"prompt": "a boat", "size": "64x64", "steps": 60, "seed": 1}
         asked = json.dumps({**body, "stream": True, "partial_images": 1})
@@ -113,7 +114,7 @@ def test_a_killed_server_leaves_nothing_behind(folder: Path) -> None:
     """Its engines notice within seconds, also in the middle of their steps."""
     settings = ("--model", str(folder), "--dtype", "float32", "--mode", "separate")
     with served(*settings, "--threads", "1") as (process, address):
-        children = _children(process.pid)
+        children = children_of(process.pid)
         files = [entry.readlink() for entry in Path(f"/proc/{process.pid}/fd").iterdir()]
         (lock,) = (file for file in files if file.suffix == ".lock")
         body = {"prompt": "a boat", "size": "64x64", "steps": 200, "n": 4}
@@ -125,28 +126,13 @@ def test_a_killed_server_leaves_nothing_behind(folder: Path) -> None:
         connection.getresponse().readline()  # of a preview: the work is under way
         process.kill()
         for _ in range(600):
-            left = [pid for pid in children if _runs(pid)]
+            left = [pid for pid in children if runs(pid)]
             if not left:
                 break
             time.sleep(0.1)
         assert not left
         connection.close()
     assert not list(lock.parent.glob(f"{lock.stem}*"))
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process is running; a zombie, which awaits its parent, is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _children(pid: int) -> list[int]:
-    done = subprocess.run(
-        ["ps", "--no-headers", "-o", "pid", "--ppid", str(pid)], capture_output=True, text=True
-    )
-    return [int(line) for line in done.stdout.split()]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,6 +131,15 @@ class Answers:
             if images := [image for several in self.images for image in several]:
                 tensors["images"] = torch.stack(images)
         return tensors
+
+    def shown(self) -> Any:
+        """Texts and parts."""
+        return self.texts, self.parts
+
+    def with_shown(self, shown: Any) -> Answers:
+        """The answers with texts and parts."""
+        texts, parts = shown
+        return replace(self, texts=texts, parts=parts)
 
 
 def draw_seed(seed: int, iteration: int, purpose: int, sample: int, step: int = 0) -> int:

@@ -52,7 +52,7 @@ def examine_rewards(
 ) -> Iterator[Finding]:
     """Train on one prompt; the model's weights are changed."""
     prepare_parameters(context.setup.model, context.stage, context.recipe.seed)
-    one = replace(config, prompts_per_iteration=1, max_draws=1, sheet_every=0)
+    one = replace(config, prompts_per_iteration=1, max_draws=1, rollout_workers=0, sheet_every=0)
     method = one.build(context)
     samples = "answers" if config.answers else "images"
     started, sampled = time.monotonic(), None

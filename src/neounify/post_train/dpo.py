@@ -18,8 +18,8 @@ from torch.nn.functional import logsigmoid
 from neounify.config.ranges import STRICT, Positive
 from neounify.flow.path import noisy
 from neounify.post_train.base import TwinState
-from neounify.post_train.groups import Iteration, Share, Unit
 from neounify.post_train.image_groups import ImageGroupMethod, NoisedGroupConfig
+from neounify.post_train.iteration import Iteration, Share, Unit
 from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import StageContext, TrainStep
 

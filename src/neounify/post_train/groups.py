@@ -10,32 +10,34 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from neounify.config.ranges import STRICT, Count, Fraction, NonNegativeInt, Range
 from neounify.errors import CheckpointError, ConfigError
+from neounify.model.neo import NeoUnify
 from neounify.post_train.advantage import Scope, group_advantages, informative
 from neounify.post_train.base import PromptMethod, PromptMethodConfig
+from neounify.post_train.iteration import Iteration, MicroContent, R, Share, Unit
 from neounify.post_train.prompts import PromptCase, PromptConfig, scene_categories
 from neounify.post_train.report import list_failures, update_report
 from neounify.post_train.rewards import (
     IMAGES_ONLY,
     TEXTS_ONLY,
-    Output,
     RewardConfig,
     Rewarded,
     Rewards,
 )
 from neounify.post_train.watch import BY, RewardWatch, state_before
+from neounify.post_train.workers import RolloutWorkers
 from neounify.train.method import (
     Finding,
     MethodState,
@@ -51,41 +53,15 @@ if TYPE_CHECKING:
 
 MAX_GROUP = 256
 MAX_DRAWS = 100
-Unit = tuple[int, tuple[int, ...]]
-"""A rollout and samples of it that stay together in a micro-batch."""
-
-
-class Rollout(Protocol):
-    """Samples of some prompts: `count` = prompts · group, those of a prompt together."""
-
-    @property
-    def cases(self) -> Sequence[PromptCase]:
-        """The prompts."""
-
-    @property
-    def group(self) -> int:
-        """Samples of a prompt."""
-
-    @property
-    def count(self) -> int:
-        """Samples."""
-
-    def outputs(self) -> Sequence[Output]:
-        """What is rewarded, for each sample."""
-
-    def tokens_of(self, chosen: Sequence[int]) -> int:
-        """Tokens of some samples that are trained on."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What cannot be computed again, by name."""
-
-
-R = TypeVar("R", bound=Rollout)
+MAX_ROLLOUT_WORKERS = 256
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class GroupConfig(PromptMethodConfig):
     """Rollouts and rewards of an iteration, for all methods that learn from groups.
+
+    Samples are drawn in rollouts of at most `prompts_per_rollout` prompts, by default of all that
+    fit one batch; `rollout_workers` processes draw them on a CPU, 0 the trainer itself.
 
     `advantage` is what the standard deviation of rewards is taken over. `sheet_every` is in
     iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of an
@@ -102,7 +78,7 @@ class GroupConfig(PromptMethodConfig):
     """Whether samples are texts, not images."""
     rollout_settings: ClassVar[tuple[str, ...]] = (
         *("prompts", "prompts_per_iteration"),
-        *("group", "max_draws", "seed"),
+        *("group", "max_draws", "prompts_per_rollout", "seed"),
     )
     """Settings that rollouts of a saved state must have been sampled with."""
 
@@ -111,6 +87,8 @@ class GroupConfig(PromptMethodConfig):
     prompts_per_iteration: Count = 16
     group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
     max_draws: Annotated[int, AfterValidator(Range(1, MAX_DRAWS))] = 1
+    prompts_per_rollout: Count | None = None
+    rollout_workers: Annotated[int, AfterValidator(Range(0, MAX_ROLLOUT_WORKERS))] = 0
     updates: Count = 1
     advantage: Scope = "iteration"
     max_failed_rewards: Fraction = 0.2
@@ -124,6 +102,17 @@ class GroupConfig(PromptMethodConfig):
     def check_stage(self, stage: StageRecipe) -> None:
         """Raise ValueError for prompts and rewards that do not fit each other or the method."""
         super().check_stage(stage)
+        if self.rollout_workers > 1 and self.prompts_per_rollout is None:
+            share = -(-self.prompts_per_iteration // self.rollout_workers)
+            raise ValueError(
+                f"rollout_workers: {self.rollout_workers} processes share an iteration's rollouts; "
+                f"give prompts_per_rollout, such as {share}"
+            )
+        if self.rollout_workers and stage.compile:
+            raise ValueError(
+                "rollout_workers: processes sample without compilation, which may change bits; "
+                "leave compile out"
+            )
         if not self.rewards:
             raise ValueError(f"rewards: {self.kind} needs at least one reward")
         wrong = IMAGES_ONLY if self.answers else TEXTS_ONLY
@@ -155,40 +144,6 @@ class GroupConfig(PromptMethodConfig):
         return examine_rewards(context, self, seconds)
 
 
-@dataclass(frozen=True, eq=False)
-class Iteration(Generic[R]):
-    """Rollouts of `draws` draws of prompts; [prompts, group] rewards and advantages of each.
-
-    `trained` says of each prompt whether its group is trained on.
-    """
-
-    number: int
-    draws: int
-    rollouts: Sequence[R]
-    advantages: Sequence[Float[Tensor, "prompts group"]]
-    rewards: Sequence[Float[Tensor, "prompts group"]]
-    trained: Sequence[Bool[Tensor, " prompts"]]
-
-
-@dataclass(frozen=True, eq=False)
-class Share(Generic[R]):
-    """Samples `chosen` [n] of one rollout in a micro-batch, and their advantages [n]."""
-
-    rollout: R
-    chosen: Tensor
-    advantages: Float[Tensor, " n"]
-
-
-@dataclass(frozen=True, eq=False)
-class MicroContent(Generic[R]):
-    """A micro-batch: shares of the rollouts, and the number of samples of the whole step."""
-
-    iteration: int
-    update: int
-    shares: Sequence[Share[R]]
-    step_samples: int
-
-
 class GroupMethod(PromptMethod, Generic[R]):
     """Sampling, rewards and bookkeeping, over rollouts of type R."""
 
@@ -207,8 +162,22 @@ class GroupMethod(PromptMethod, Generic[R]):
         self._iteration: Iteration[R] | None = None
         self._updates_done = config.updates
         self.generator = torch.Generator()
+        self._workers: RolloutWorkers | None = None
+        if config.rollout_workers and self.model.device.type != "cpu":
+            raise ConfigError(
+                f"method.rollout_workers must be 0 on {self.model.device}: workers share the "
+                "processors' memory"
+            )
 
     # --- what a method adds ---
+
+    @property
+    def sampler(self) -> NeoUnify:
+        """The model that samples."""
+        return self.model
+
+    def measure(self, rollout: R) -> None:
+        """Log what a rollout shows before it is rewarded."""
 
     @abstractmethod
     def rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> R:
@@ -251,13 +220,17 @@ class GroupMethod(PromptMethod, Generic[R]):
 
     def batches(self, position: Any) -> Iterator[MicroBatch]:
         number, first = (0, 0) if position is None else _checked_position(position)
-        while True:
-            if self._iteration is None or self._iteration.number != number:
-                self._iteration = self.sample(number)
-            for update in range(first, self.config.updates):
-                self._iteration = self.begin_update(self._iteration, update)
-                yield from self._update(self._iteration, update)
-            number, first = number + 1, 0
+        try:
+            while True:
+                if self._iteration is None or self._iteration.number != number:
+                    self._iteration = self.sample(number)
+                for update in range(first, self.config.updates):
+                    self._iteration = self.begin_update(self._iteration, update)
+                    yield from self._update(self._iteration, update)
+                number, first = number + 1, 0
+        finally:
+            if self._workers is not None:
+                self._workers.close()
 
     def _update(self, iteration: Iteration[R], update: int) -> Iterator[MicroBatch]:
         """The micro-batches of one step."""
@@ -373,6 +346,8 @@ class GroupMethod(PromptMethod, Generic[R]):
         differ, draws = 0, 0
         while draws < config.max_draws and differ < config.prompts_per_iteration:
             drawn = self._rollouts(number, draws, len(rollouts))
+            for rollout in drawn:
+                self.measure(rollout)
             cases = [case for r in drawn for case in r.cases for _ in range(r.group)]
             rewarded = self.rewards([output for r in drawn for output in r.outputs()], cases)
             list_failures(self.context.folder, number, rewarded.failures)
@@ -399,16 +374,29 @@ class GroupMethod(PromptMethod, Generic[R]):
         return self.sheet(f"iteration-{iteration.number:06d}-{index}{suffix}")
 
     def _rollouts(self, number: int, draw: int, first: int) -> list[R]:
-        """Rollouts of one draw of prompts, the `first` of which has that index."""
-        with evaluation_mode(self.model):
-            return [
-                self.rollout(cases, number, index)
-                for index, cases in enumerate(self._cases(number, draw), first)
-            ]
+        """Rollouts of one draw of prompts, the `first` of which has that index.
 
-    def _cases(self, number: int, draw: int) -> list[list[PromptCase]]:
+        They are sampled here, or by workers. Raises RolloutFailure.
+        """
+        cases = self.rollout_cases(number, draw)
+        if not self.config.rollout_workers:
+            with evaluation_mode(self.model):
+                return [self.rollout(some, number, i) for i, some in enumerate(cases, first)]
+        if self._workers is None:
+            count = self.config.rollout_workers
+            self._workers = RolloutWorkers(count, self.context, self.sampler)
+        sampled = self._workers.sample([(number, draw, first, i) for i in range(len(cases))])
+        return [
+            self.restored(some, number, tensors).with_shown(shown)
+            for some, (tensors, shown) in zip(cases, sampled, strict=True)
+        ]
+
+    def rollout_cases(self, number: int, draw: int) -> list[list[PromptCase]]:
+        """The cases of each rollout of a draw of prompts."""
         count = self.config.prompts_per_iteration
-        return self.cases((number * self.config.max_draws + draw) * count, count)
+        limit = self.config.prompts_per_rollout or count
+        alike = self.cases((number * self.config.max_draws + draw) * count, count)
+        return [group[i : i + limit] for group in alike for i in range(0, len(group), limit)]
 
     def _with_advantages(
         self,
@@ -437,7 +425,7 @@ class GroupMethod(PromptMethod, Generic[R]):
         if type(draws) is not int or not 1 <= draws <= MAX_DRAWS:
             raise CheckpointError(f"draws must be from 1 to {MAX_DRAWS}, got {draws!r}")
         rollouts, rewards = [], []
-        drawn = [cases for draw in range(draws) for cases in self._cases(number, draw)]
+        drawn = [cases for draw in range(draws) for cases in self.rollout_cases(number, draw)]
         for index, cases in enumerate(drawn):
             prefix = f"rollout{index}."
             of_rollout = {

@@ -33,8 +33,8 @@ from neounify.post_train.answers import (
     thought_prefixes,
     thought_prompts,
 )
-from neounify.post_train.groups import Iteration, Share
 from neounify.post_train.image_groups import ImageGroupConfig, ImageGroupMethod
+from neounify.post_train.iteration import Iteration, Share
 from neounify.post_train.policy import Prefixes, TokenPrompt
 from neounify.post_train.prompts import STORY, PromptCase
 from neounify.post_train.rollout import (
@@ -247,7 +247,6 @@ class FlowGrpo(ImageGroupMethod):
             seed=rollout_seed(config.seed, index),
             iteration=number,
         )
-        log_length(self.metrics, thoughts, "thought/")
         images = super().rollout(cases, number, index, self._prefixes(thoughts))
         return replace(images, thoughts=thoughts)
 
@@ -267,6 +266,10 @@ class FlowGrpo(ImageGroupMethod):
         )
         images = super().restored(cases, number, of_images, self._prefixes(thoughts))
         return replace(images, thoughts=thoughts)
+
+    def measure(self, rollout: ImageRollout) -> None:
+        if rollout.thoughts is not None:
+            log_length(self.metrics, rollout.thoughts, "thought/")
 
     def begin_update(
         self, iteration: Iteration[ImageRollout], update: int

@@ -14,10 +14,10 @@ from torch import Tensor
 from neounify.config.ranges import STRICT, AboveZero, Fraction
 from neounify.files import atomic_file
 from neounify.image.contact_sheet import contact_sheet
-from neounify.model.neo import NeoUnify
 from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import SamplerConfig
-from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
+from neounify.post_train.groups import GroupConfig, GroupMethod
+from neounify.post_train.iteration import Iteration, Share
 from neounify.post_train.policy import NoisyImages, Prefixes
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.rollout import (
@@ -61,11 +61,6 @@ class ImageGroupMethod(GroupMethod[ImageRollout]):
     """Images by the engine's denoiser; a subclass gives `random_steps` and `share_loss`."""
 
     config: ImageGroupConfig
-
-    @property
-    def sampler(self) -> NeoUnify:
-        """The model that samples."""
-        return self.model
 
     def random_steps(self, iteration: int) -> RandomSteps:
         """Random steps of an iteration's rollouts."""

@@ -16,8 +16,8 @@ from neounify.config.ranges import STRICT, Fraction, NonNegative, Positive
 from neounify.flow.path import noisy as noised
 from neounify.model.neo import NeoUnify
 from neounify.post_train.base import TwinState
-from neounify.post_train.groups import Share
 from neounify.post_train.image_groups import ImageGroupMethod, NoisedGroupConfig
+from neounify.post_train.iteration import Share
 from neounify.post_train.policy import move_towards
 from neounify.post_train.rollout import ImageRollout
 from neounify.train.method import StageContext, TrainStep

@@ -7,8 +7,9 @@ a function of (seed, iteration, image), so a resumed run samples what an uninter
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,16 @@ class ImageRollout:
         if self.thoughts is not None:
             tensors |= {f"{THOUGHTS}{n}": t for n, t in self.thoughts.tensors().items()}
         return tensors
+
+    def shown(self) -> Any:
+        """What is shown of thoughts."""
+        return None if self.thoughts is None else self.thoughts.shown()
+
+    def with_shown(self, shown: Any) -> ImageRollout:
+        """The rollout with what is shown of thoughts."""
+        if self.thoughts is None:
+            return self
+        return replace(self, thoughts=self.thoughts.with_shown(shown))
 
 
 def restored_rollout(

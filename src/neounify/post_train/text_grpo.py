@@ -35,7 +35,8 @@ from neounify.post_train.answers import (
     sample_answers,
 )
 from neounify.post_train.base import Means, SamplerConfig
-from neounify.post_train.groups import GroupConfig, GroupMethod, Iteration, Share
+from neounify.post_train.groups import GroupConfig, GroupMethod
+from neounify.post_train.iteration import Iteration, Share
 from neounify.post_train.policy import TokenPrompt
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.stories import image_marks, sample_stories, story_prompts
@@ -235,7 +236,7 @@ class TextGrpo(GroupMethod[Answers]):
     def rollout(self, cases: Sequence[PromptCase], number: int, index: int) -> Answers:
         config = self.config
         if cases[0].preceding is not None:
-            stories = sample_stories(
+            return sample_stories(
                 self.model,
                 self.processor,
                 cases,
@@ -249,9 +250,7 @@ class TextGrpo(GroupMethod[Answers]):
                 iteration=number,
                 attention=self.attention,
             )
-            log_length(self.metrics, stories, "")
-            return stories
-        answers = sample_answers(
+        return sample_answers(
             self.model,
             self.processor,
             cases,
@@ -262,8 +261,9 @@ class TextGrpo(GroupMethod[Answers]):
             seed=rollout_seed(config.seed, index),
             iteration=number,
         )
-        log_length(self.metrics, answers, "")
-        return answers
+
+    def measure(self, rollout: Answers) -> None:
+        log_length(self.metrics, rollout, "")
 
     def restored(
         self, cases: Sequence[PromptCase], number: int, tensors: Mapping[str, Tensor]
