@@ -30,6 +30,7 @@ attention       attention backends over layouts and caches
 decode          token sampling
 checkpoint      the published folders, weights
 lora            adapters
+distributed     ranks, meshes, sharding of a model from outside
 provenance      metadata and watermarks of generated images
 engine          the two loops over the model
 tasks           one program per task, without I/O

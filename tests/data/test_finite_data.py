@@ -49,7 +49,7 @@ def samples(loaded: list[LoadedPack]) -> list[str]:
 def test_data_smaller_than_one_filling_goes_round(
     tmp_path: Path, make: type[SampleSource], workers: int
 ) -> None:
-    config = LoaderConfig(tokens_per_pack=256, workers=workers)
+    config = LoaderConfig(tokens_per_pack=256, workers=workers, streams=2)
     loaded = list(islice(load_packs(make(tmp_path), ENCODER, config), 40))  # type: ignore[call-arg]
     drawn = Counter(samples(loaded))
     assert len(drawn) == 3
@@ -70,7 +70,7 @@ def test_ranks_and_workers_share_an_epoch_out(tmp_path: Path) -> None:
     source = lines(tmp_path, 8)
     drawn: Counter[str] = Counter()
     for rank in range(2):
-        config = LoaderConfig(tokens_per_pack=64, workers=0, rank=rank, ranks=2)
+        config = LoaderConfig(tokens_per_pack=64, workers=0, streams=2, rank=rank, ranks=2)
         drawn.update(samples(list(islice(load_packs(source, ENCODER, config), 200))))
     assert len(drawn) == 8
 
@@ -79,7 +79,7 @@ def test_ranks_and_workers_share_an_epoch_out(tmp_path: Path) -> None:
 def test_resuming_in_any_epoch_is_exact(tmp_path: Path, workers: int) -> None:
     write_lines(tmp_path / "d.jsonl", ["{broken", *(text_record(f"q{n}") for n in range(4))])
     source = JsonlSource(tmp_path / "d.jsonl")
-    config = LoaderConfig(tokens_per_pack=100, workers=workers, seed=5)
+    config = LoaderConfig(tokens_per_pack=100, workers=workers, streams=2, seed=5)
     whole = list(islice(load_packs(source, ENCODER, config), 36))
     for stop in (1, 5, 23):
         position = Position.from_json(whole[stop - 1].position.to_json())

@@ -95,7 +95,7 @@ def _signature(item: LoadedPack) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_position_resumes_exactly(workers: int) -> None:
-    config = LoaderConfig(tokens_per_pack=512, workers=workers, seed=3)
+    config = LoaderConfig(tokens_per_pack=512, workers=workers, streams=2, seed=3)
     whole = list(islice(load_packs(SOURCE, ENCODER, config), 45))
     for stop in (1, 7, 33):
         position = Position.from_json(whole[stop - 1].position.to_json())
@@ -103,10 +103,54 @@ def test_a_position_resumes_exactly(workers: int) -> None:
         assert [_signature(i) for i in again] == [_signature(i) for i in whole[stop:]]
 
 
+def packs_of(count: int, ranks: int, workers: int, **changes: int) -> list[LoadedPack]:
+    """The first packs of all ranks together, in the order of the run."""
+    config = LoaderConfig(tokens_per_pack=300, workers=workers, streams=4, ranks=ranks, **changes)
+    each = [
+        islice(load_packs(SOURCE, ENCODER, replace(config, rank=rank)), count // ranks)
+        for rank in range(ranks)
+    ]
+    return [item for together in zip(*each, strict=True) for item in together]
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (2, 1), (4, 0), (1, 3)])
+def test_neither_ranks_nor_workers_change_a_pack(ranks: int, workers: int) -> None:
+    one = [_signature(item) for item in packs_of(24, 1, 0)]
+    assert [_signature(item) for item in packs_of(24, ranks, workers)] == one
+
+
+def test_a_run_goes_on_with_another_number_of_ranks() -> None:
+    config = LoaderConfig(tokens_per_pack=300, workers=0, streams=4)
+    whole = [_signature(i) for i in islice(load_packs(SOURCE, ENCODER, config), 32)]
+    position, seen = None, []
+    for ranks, each in ((2, 4), (4, 2), (1, 4), (2, 6)):
+        on = replace(config, ranks=ranks)
+        read = [
+            list(islice(load_packs(SOURCE, ENCODER, replace(on, rank=r), position), each))
+            for r in range(ranks)
+        ]
+        seen += [_signature(item) for together in zip(*read, strict=True) for item in together]
+        position = Position.merged([items[-1].position for items in read])
+        position = Position.from_json(position.to_json())
+    assert seen == whole
+
+
+def test_a_position_of_an_earlier_version_is_read() -> None:
+    record = {"turn": 1, "workers": [[3, [1], 0], [2, [], 1]]}
+    position = Position.from_json(record)
+    assert position.to_json() == {"turn": 1, "streams": record["workers"]}
+
+
+def test_ranks_that_cannot_share_the_streams_are_refused() -> None:
+    config = LoaderConfig(tokens_per_pack=300, workers=0, streams=4, ranks=3)
+    with pytest.raises(DataError, match="4 data streams cannot be shared by 3 ranks"):
+        next(load_packs(SOURCE, ENCODER, config))
+
+
 def test_ranks_share_the_samples_out() -> None:
     seen = []
     for rank in range(2):
-        config = LoaderConfig(tokens_per_pack=512, workers=0, rank=rank, ranks=2)
+        config = LoaderConfig(tokens_per_pack=512, workers=0, streams=2, rank=rank, ranks=2)
         packs = islice(load_packs(SOURCE, ENCODER, config), 10)
         seen.append({int(s.split("-")[-1]) for item in packs for s in item.pack.samples})
     assert {n % 2 for n in seen[0]} == {0}
@@ -154,20 +198,17 @@ def test_a_sample_over_the_budget_is_counted_as_damaged() -> None:
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"turn": 0, "workers": []}, {"turn": 2, "workers": [[0, [], 0]]}, None, 3]
+    "record", [{}, {"turn": 0, "streams": []}, {"turn": 2, "streams": [[0, [], 0]]}, None, 3]
 )
 def test_damaged_positions_are_refused(record: object) -> None:
     with pytest.raises(DataError, match="position"):
         Position.from_json(record)
 
 
-def test_another_number_of_workers_is_refused() -> None:
+def test_another_number_of_streams_is_refused() -> None:
+    config = LoaderConfig(tokens_per_pack=512, workers=2, streams=2)
     with pytest.raises(DataError, match="same number"):
-        next(
-            load_packs(
-                SOURCE, ENCODER, LoaderConfig(tokens_per_pack=512, workers=2), Position.start(1)
-            )
-        )
+        next(load_packs(SOURCE, ENCODER, config, Position.start(1)))
 
 
 ORPHANS = """

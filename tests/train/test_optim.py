@@ -97,13 +97,13 @@ def test_states_load_into_either_precision(monkeypatch: pytest.MonkeyPatch, nati
     reached = [parameter.detach().clone() for parameter in parameters.values()]
     saved = copy.deepcopy(one.state())
     again, other = optimizers(reached)
-    load_optimizers([other], [member["state"] for member in saved], [names])
+    load_optimizers([other], saved, [names])
     step(parameters, one, 2)
     step(again, other, 2)
     assert all(torch.equal(again[name], parameters[name]) for name in names)
     choose(monkeypatch, not native)
     there, third = optimizers(reached)
-    load_optimizers([third], [member["state"] for member in saved], [names])
+    load_optimizers([third], saved, [names])
     step(there, third, 2)
     for name in names:
         torch.testing.assert_close(there[name], parameters[name], atol=2e-3, rtol=0)

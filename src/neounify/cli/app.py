@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train",
     "report": "report",
     "doctor": "doctor",
+    "plan": "plan",
     "toy": "toy",
     "eval": "evaluate",
 }

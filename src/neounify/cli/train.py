@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neounify.cli.command import CliError
+from neounify.cli.command import INTERRUPTED, CliError, UsageError, explain
 from neounify.cli.display import Display
 from neounify.cli.models import default_device
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
+from neounify.errors import NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
+    from neounify.distributed.ranks import Ranks
     from neounify.train.recipe import Recipe
+    from neounify.train.setup import TrainSetup
 
 
 def train(
@@ -54,22 +59,32 @@ def train(
     \b
       neounify train recipes/scenes.toml
       neounify train recipes/scenes.toml --resume auto
+      torchrun --nproc-per-node 2 -m neounify train recipes/scenes.toml
       neounify train recipes/scenes.toml --export my-model
     """
     with lasting_imports():
         from neounify.cli.checks import check_threads
+        from neounify.distributed.ranks import joined
         from neounify.train.recipe import read_recipe
 
     check_threads(where.threads)
-    display = Display(quiet=report.quiet, json=report.json)
-    with display.deprecations():
-        parsed = read_recipe(recipe)
-    folder = out or Path("out") / parsed.name
-    if export is not None:
-        _export_newest(parsed, folder, export, display)
-        return
-    with locked_folder(folder):
-        _train(parsed, folder, resume, stages or [], where, display)
+    with joined() as ranks, reported_by_rank(ranks):
+        # The first rank speaks for all.
+        silent = not ranks.first
+        display = Display(quiet=report.quiet or silent, json=report.json or silent)
+        with display.deprecations():
+            parsed = ranks.together(lambda: read_recipe(recipe))
+        folder = out or Path("out") / parsed.name
+        if export is not None:
+            if ranks.size > 1:
+                raise UsageError("--export needs one process, without torchrun")
+            _export_newest(parsed, folder, export, display)
+            return
+        with ExitStack() as stack:
+            ranks.together(
+                lambda: stack.enter_context(locked_folder(folder)) if ranks.first else None
+            )
+            _train(parsed, folder, resume, stages or [], where, display, ranks)
 
 
 def _train(
@@ -79,30 +94,37 @@ def _train(
     stages: list[str],
     where: ThreadOptions,
     display: Display,
+    ranks: Ranks,
 ) -> None:
     with lasting_imports():
         import torch
         from rich.console import Console
 
-        from neounify.checkpoint.load import resolve_device
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
+        from neounify.train.parallel import check_parallel
         from neounify.train.progress import Progress, SampleGrid, stages_to_run
-        from neounify.train.setup import StageSources, build_setup
+        from neounify.train.setup import StageSources
 
-    state = _state(folder, resume, display)
-    device = resolve_device(where.device or default_device())
+    ranks.check_alike("the recipe", repr(recipe))
+    ranks.together(lambda: check_parallel(recipe, ranks.size))
+    found = ranks.together(lambda: _state(folder, resume, display) if ranks.first else None)
+    state = ranks.gather(found)[0]
     # Unknown stages and unreadable data are reported before a model is loaded.
-    numbers = stages_to_run(recipe, Progress(), stages if state is None else [])
+    numbers = ranks.together(
+        lambda: stages_to_run(recipe, Progress(), stages if state is None else [])
+    )
     sources = StageSources(recipe)
-    for number in numbers:
-        sources.list(recipe.stages[number])
+    built = ranks.together(lambda: [sources.list(recipe.stages[number]) for number in numbers])
+    ranks.check_alike("the data", repr([[source.size for source in stage] for stage in built]))
     if where.threads is not None:
         torch.set_num_threads(where.threads)
     keep_freed_memory()
-    log = Log(folder, Console(stderr=True, quiet=display.quiet))
-    setup = build_setup(recipe, device, folder)
-    trainer = Trainer(recipe, setup, folder, log, SampleGrid(recipe, folder, sources), sources)
+    console = Console(stderr=True, quiet=display.quiet)
+    log = ranks.together(lambda: Log(folder, console, writes=ranks.first))
+    setup = _setup(recipe, folder, where, ranks)
+    grid = SampleGrid(recipe, folder, sources, ranks)
+    trainer = Trainer(recipe, setup, folder, log, grid, sources, ranks)
     if state is not None:
         trainer.resume(state)
         display.note(f"resuming from {state}")
@@ -116,6 +138,47 @@ def _train(
     finally:
         signal.signal(signal.SIGTERM, before)
     display.result(f"saved {folder / 'model'}", folder / "model")
+
+
+def _setup(recipe: Recipe, folder: Path, where: ThreadOptions, ranks: Ranks) -> TrainSetup:
+    """Model and tokenizer on this rank's device; the first rank makes the tokenizer for all."""
+    import torch
+
+    from neounify.checkpoint.load import resolve_device
+    from neounify.train.setup import build_setup
+
+    device = resolve_device(where.device or default_device())
+    if ranks.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(device)
+    first = ranks.together(lambda: build_setup(recipe, device, folder) if ranks.first else None)
+    return ranks.together(lambda: first or build_setup(recipe, device, folder))
+
+
+@contextmanager
+def reported_by_rank(ranks: Ranks) -> Iterator[None]:
+    """Errors of a rank as one message that names it; what all ranks meet, the first one tells."""
+    from neounify.distributed.ranks import OtherRankError, is_lost_connection
+    from neounify.train.method import TrainingStopped
+
+    try:
+        yield
+    except OtherRankError:
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if ranks.first:
+            raise
+        raise typer.Exit(INTERRUPTED) from None
+    except (NeounifyError, OSError, MemoryError, RuntimeError) as error:
+        if ranks.size == 1 or (ranks.first and isinstance(error, NeounifyError)):
+            raise
+        if not isinstance(error, TrainingStopped):
+            lost = is_lost_connection(error)
+            message = "the connection to another rank is lost" if lost else explain(error)
+            if message is None:
+                raise
+            typer.echo(f"error: rank {ranks.rank}: {message}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display) -> None:

@@ -1,10 +1,12 @@
 """Packs of documents without end, read by worker processes, from an exact position.
 
-Documents are packed first-fit decreasing. Sample i of a source is a function of i alone, so a
-position is a few integers: the next sample of every worker, the samples it has carried over, and
-which worker is next. Each pack comes with the position after it; a loader built from that position
-continues as if it had never stopped. Samples that cannot be used are skipped and reported;
-`check_sources` refuses a source without usable ones.
+The samples are dealt to S data streams: stream s packs samples s, s + S, s + 2S, … by itself,
+first-fit decreasing, and pack j comes from stream j mod S. Rank r of R reads the packs j with
+j mod R = r, and its workers share its streams: neither ranks nor workers change a pack. Sample i of
+a source is a function of i alone, so a position is a few integers: the next sample of every stream,
+the samples it has carried over, and which stream is next. Each pack comes with the position after
+it; a loader built from that position continues as if it had never stopped. Samples that cannot be
+used are skipped and reported; `check_sources` refuses a source without usable ones.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -145,8 +148,8 @@ def _line(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class WorkerPosition:
-    """Position of one worker: its next sample, those carried over, packs yielded of this window."""
+class StreamPosition:
+    """Position of a data stream: next sample, those carried over, packs yielded of this window."""
 
     next: int
     carried: tuple[int, ...] = ()
@@ -155,35 +158,46 @@ class WorkerPosition:
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a loader: that of every worker, and which worker is next."""
+    """Position of a loader: that of every data stream, and which stream is next."""
 
-    workers: tuple[WorkerPosition, ...]
+    streams: tuple[StreamPosition, ...]
     turn: int = 0
 
     @staticmethod
-    def start(workers: int) -> Position:
-        return Position(tuple(WorkerPosition(next=0) for _ in range(max(1, workers))))
+    def start(streams: int) -> Position:
+        return Position(tuple(StreamPosition(next=0) for _ in range(streams)))
+
+    @staticmethod
+    def merged(parts: Sequence[Position]) -> Position:
+        """The position of all ranks from that of each, after packs that all have read."""
+        ranks = len(parts)
+        streams = (parts[n % ranks].streams[n] for n in range(len(parts[0].streams)))
+        return Position(tuple(streams), parts[-1].turn)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "turn": self.turn,
-            "workers": [[w.next, list(w.carried), w.yielded] for w in self.workers],
+            "streams": [[s.next, list(s.carried), s.yielded] for s in self.streams],
         }
 
     @staticmethod
     def from_json(record: Any) -> Position:
-        """Raises DataError for what `to_json` cannot have written."""
+        """Raises DataError for what `to_json` cannot have written.
+
+        In states of earlier versions each worker had a stream of its own.
+        """
         try:
-            workers = tuple(
-                WorkerPosition(int(first), tuple(int(i) for i in carried), int(yielded))
-                for first, carried, yielded in record["workers"]
+            entries = record["streams" if "streams" in record else "workers"]
+            streams = tuple(
+                StreamPosition(int(first), tuple(int(i) for i in carried), int(yielded))
+                for first, carried, yielded in entries
             )
             turn = int(record["turn"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"a loader position is damaged: {error!r}") from error
-        if not workers or not 0 <= turn < len(workers):
-            raise DataError(f"a loader position has {len(workers)} workers and turn {turn}")
-        return Position(workers, turn)
+        if not streams or not 0 <= turn < len(streams):
+            raise DataError(f"a loader position has {len(streams)} data streams and turn {turn}")
+        return Position(streams, turn)
 
 
 @dataclass(eq=False)
@@ -201,14 +215,45 @@ class LoadedPack:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """Rank r of `ranks` sees samples r, r + ranks, … only."""
+    """Rank `rank` of `ranks` reads every `ranks`-th pack of `streams` data streams."""
 
     tokens_per_pack: int
     seed: int = 0
     workers: int = 1
     prefetch: int = 4
+    streams: int = 1
     rank: int = 0
     ranks: int = 1
+
+    @property
+    def own(self) -> range:
+        """The data streams of this rank."""
+        return range(self.rank, self.streams, self.ranks)
+
+    @property
+    def processes(self) -> int:
+        """The most workers, up to `workers`, that share the rank's streams evenly; 0 for none."""
+        return max((n for n in range(1, self.workers + 1) if len(self.own) % n == 0), default=0)
+
+    def order(self, position: Position) -> list[int]:
+        """The streams of this rank in the order in which it reads them from a position on."""
+        first = position.turn + (self.rank - position.turn) % self.ranks
+        count = len(self.own)
+        return [self.own[(first // self.ranks + n) % count] for n in range(count)]
+
+
+def _check_streams(config: LoaderConfig, position: Position) -> None:
+    """Raise DataError for streams that the ranks cannot share, or that a position is not of."""
+    if config.streams % config.ranks:
+        raise DataError(
+            f"{config.streams} data streams cannot be shared by {config.ranks} ranks: "
+            "parallel.streams of the recipe must be a multiple of the ranks"
+        )
+    if len(position.streams) != config.streams:
+        raise DataError(
+            f"the position is of {len(position.streams)} data streams, the loader has "
+            f"{config.streams}; resume with the same number (parallel.streams of the recipe)"
+        )
 
 
 def load_packs(
@@ -217,41 +262,36 @@ def load_packs(
     """Endless packs from `position` on. With workers = 0 they are built in this process.
 
     Any other source is wrapped in a Mixture, so that finite data repeats in another order.
-    Raises DataError when the position is of another number of workers, when a source yields
-    nothing but damaged samples, or when a worker process fails.
+    Raises DataError when the position is of another number of data streams, when the ranks cannot
+    share them, when a source yields nothing but damaged samples, or when a worker process fails.
     """
-    count = max(1, config.workers)
-    position = position or Position.start(config.workers)
-    if len(position.workers) != count:
-        raise DataError(
-            f"the position is of {len(position.workers)} workers, the loader has {count}; "
-            "resume with the same number"
-        )
+    position = position or Position.start(config.streams)
+    _check_streams(config, position)
     mixture = source if isinstance(source, Mixture) else Mixture([(source, 1.0)], config.seed)
     packs = _Packs(mixture, encoder, config, position)
-    if config.workers == 0:
+    if config.processes == 0:
         items = iter(packs)
     else:
         packs.lifeline, _ours = Pipe(duplex=False)
         loader = DataLoader(
             packs,
             batch_size=None,
-            num_workers=config.workers,
+            num_workers=config.processes,
             prefetch_factor=config.prefetch,
             multiprocessing_context="forkserver",
         )
         items = iter(loader)
-    workers, turn = list(position.workers), position.turn
-    while True:
+    streams = list(position.streams)
+    for number in cycle(config.order(position)):
         try:
             item = next(items)
         except (RuntimeError, OSError) as error:
             _worker_failed(error)
         if isinstance(item, str):
             raise DataError(item)
-        workers[turn] = item.position
-        turn = (turn + 1) % count
-        yield LoadedPack(item.pack, Position(tuple(workers), turn), item.skipped, item.used)
+        streams[number] = item.position
+        after = Position(tuple(streams), (number + 1) % config.streams)
+        yield LoadedPack(item.pack, after, item.skipped, item.used)
 
 
 def _worker_failed(error: Exception) -> NoReturn:
@@ -266,10 +306,10 @@ def _worker_failed(error: Exception) -> NoReturn:
 
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """Message of a worker: a pack, its position after it, the samples skipped and used."""
+    """Message of a worker: a pack, its stream's position after it, the samples skipped and used."""
 
     pack: Pack
-    position: WorkerPosition
+    position: StreamPosition
     skipped: list[Skipped]
     used: Counter[int]
 
@@ -294,7 +334,7 @@ def _end_with(lifeline: Connection) -> None:
 
 
 class _Packs(IterableDataset[Any]):
-    """The packs of one worker, which takes every (ranks · workers)-th sample."""
+    """The packs of one worker: those of its share of the rank's data streams, in turn."""
 
     def __init__(
         self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
@@ -307,36 +347,41 @@ class _Packs(IterableDataset[Any]):
         info = get_worker_info()
         if self.lifeline is not None:
             threading.Thread(target=_end_with, args=(self.lifeline,), daemon=True).start()
-        # torch reads from its workers in turn, starting at the first: number them accordingly.
-        worker = 0 if info is None else (info.id + self.position.turn) % info.num_workers
-        position = self.position.workers[worker]
+        # torch reads from its workers in turn, starting at the first.
+        first, count = (0, 1) if info is None else (info.id, info.num_workers)
+        streams = self.config.order(self.position)[first::count]
+        packs = cycle([self._stream(number) for number in streams])
         while True:
-            skipped: list[Skipped] = []
             try:
-                window, after = self._window(worker, position, skipped)
+                yield next(next(packs))
             except Exception as error:
                 # Raised in a worker, torch would wrap it with a traceback.
                 known = isinstance(error, DataError)
                 yield str(error) if known else f"loading failed: {type(error).__name__}: {error}"
                 return
+
+    def _stream(self, number: int) -> Iterator[_Item]:
+        """The packs of one data stream, from its position on."""
+        position = self.position.streams[number]
+        while True:
+            skipped: list[Skipped] = []
+            window, after = self._window(number, position, skipped)
             if position.yielded:
                 skipped = []  # yielded with the first pack of the window, before the resume
-            for number in range(position.yielded, len(window)):
-                last = number + 1 == len(window)
-                following = after if last else replace(position, yielded=number + 1)
-                pack = make_pack([item.encoded for item in window[number]])
+            for which in range(position.yielded, len(window)):
+                last = which + 1 == len(window)
+                following = after if last else replace(position, yielded=which + 1)
+                pack = make_pack([item.encoded for item in window[which]])
                 yield _Item(
-                    pack, following, skipped, Counter(item.source for item in window[number])
+                    pack, following, skipped, Counter(item.source for item in window[which])
                 )
                 skipped = []
             position = after
 
     def _window(
-        self, worker: int, position: WorkerPosition, skipped: list[Skipped]
-    ) -> tuple[list[list[_Drawn]], WorkerPosition]:
+        self, stream: int, position: StreamPosition, skipped: list[Skipped]
+    ) -> tuple[list[list[_Drawn]], StreamPosition]:
         """Fill some packs; the emptiest is carried over to the next window."""
-        stride = self.config.ranks * max(1, self.config.workers)
-        offset = self.config.rank * max(1, self.config.workers) + worker
         capacity = WINDOW_PACKS * self.config.tokens_per_pack
         items: list[_Drawn] = []
         tokens, number = 0, position.next
@@ -344,7 +389,7 @@ class _Packs(IterableDataset[Any]):
         while tokens < capacity:
             index = next(carried, None)
             if index is None:
-                index = number * stride + offset
+                index = number * self.config.streams + stream
                 number += 1
             drawn = self._draw(index, skipped)
             if drawn is not None:
@@ -355,10 +400,10 @@ class _Packs(IterableDataset[Any]):
         loads = [sum(lengths[n] for n in numbers) for numbers in bins]
         emptiest = loads.index(min(loads))
         left = tuple(items[n].index for n in bins.pop(emptiest)) if len(bins) > 1 else ()
-        rng = np.random.default_rng((self.config.seed, 1, offset, position.next))
+        rng = np.random.default_rng((self.config.seed, 1, stream, position.next))
         order = rng.permutation(len(bins))
         window = [[items[n] for n in bins[which]] for which in order]
-        return window, WorkerPosition(number, left)
+        return window, StreamPosition(number, left)
 
     def _draw(self, index: int, skipped: list[Skipped]) -> _Drawn | None:
         """One encoded draw; None and an entry in `skipped` when its sample cannot be used."""

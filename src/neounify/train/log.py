@@ -34,16 +34,24 @@ class Log:
     """Writes log.jsonl, warnings.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
 
     A resume at some step drops later lines of the first two, so that each step is there once.
+    Of many ranks, only the first one `writes`.
     """
 
-    def __init__(self, folder: Path, console: Console | None = None, *, tensorboard: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None = None,
+        *,
+        tensorboard: bool = True,
+        writes: bool = True,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self._writes = folder, writes
         self.console = console or Console()
         self.file = folder / "log.jsonl"
         self.warnings_file = folder / "warnings.jsonl"
         self.nonfinite_file = folder / "nonfinite.jsonl"
-        self._board = _board(folder) if tensorboard else None
+        self._board = _board(folder) if tensorboard and writes else None
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self.skipped_file = folder / "skipped.txt"
@@ -53,7 +61,7 @@ class Log:
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`."""
         for file in (self.file, self.warnings_file):
-            if file.is_file():
+            if self._writes and file.is_file():
                 _rewind(file, step)
 
     @contextmanager
@@ -109,10 +117,12 @@ class Log:
         norm: float,
         skipped: Mapping[str, int] | None = None,
         headline: Mapping[str, str] | None = None,
+        work: Mapping[str, float | list[float]] | None = None,
     ) -> None:
         """The means since the last report; `skipped`: damaged samples by source so far.
 
-        `headline`: label → name of the metrics on the console, by default the first ones.
+        `headline`: label → name of the metrics on the console, by default the first ones. `work`:
+        memory and waiting of the ranks.
         """
         speed = self._meter.read(progress)
         left = self._meter.seconds_left(progress, stage.steps)
@@ -123,6 +133,7 @@ class Log:
             "gradient_norm": norm,
             "seconds_left": left,
             **speed,
+            **(work or {}),
             **metrics,
         }
         if skipped:
@@ -151,7 +162,7 @@ class Log:
     def damaged(self, messages: Iterable[str]) -> None:
         """Append new damaged samples to skipped.txt; print the first ones of the run."""
         new = [message for message in messages if message not in self._listed]
-        if not new:
+        if not new or not self._writes:
             return
         self._listed.update(new)
         # Names of files may hold bytes that are not UTF-8.
@@ -165,7 +176,7 @@ class Log:
 
     def warning(self, progress: Progress, message: str) -> None:
         """Print what a method warns of, and keep it in warnings.jsonl."""
-        _append(self.warnings_file, {"step": progress.step, "message": message})
+        self._append(self.warnings_file, {"step": progress.step, "message": message})
         self.warn(message)
 
     def warn(self, message: str) -> None:
@@ -182,10 +193,15 @@ class Log:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def nonfinite(self, progress: Progress, samples: Sequence[str]) -> None:
-        _append(self.nonfinite_file, {"step": progress.step, "samples": list(samples)})
+        self._append(self.nonfinite_file, {"step": progress.step, "samples": list(samples)})
         self.console.print(
             f"[yellow]step {progress.step:,}: loss or gradient not finite, step skipped[/]"
         )
+
+    def _append(self, file: Path, record: Mapping[str, Any]) -> None:
+        if self._writes:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         # JSON has no NaN and no infinities.
@@ -193,16 +209,11 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        _append(self.file, {"kind": kind, **finite})
+        self._append(self.file, {"kind": kind, **finite})
         if self._board is not None:
             for name, value in record.items():
                 if isinstance(value, float) and math.isfinite(value):
                     self._board.add_scalar(f"{kind}/{name}", value, record["step"])
-
-
-def _append(file: Path, record: Mapping[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def _rewind(file: Path, step: int) -> None:

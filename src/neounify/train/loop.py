@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.config_json import read_config, write_config
-from neounify.checkpoint.mapped import all_finite
 from neounify.data.sources import FileSource
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
 from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
+from neounify.model.neo import NeoUnify
 from neounify.pipeline import Pipeline
 from neounify.train.log import Log, settings_against_divergence
 from neounify.train.method import (
@@ -34,7 +36,17 @@ from neounify.train.method import (
     repeatable,
     seeded,
 )
-from neounify.train.optim import Ema, OptimizerSet, all_names, load_ema, load_optimizers, take_step
+from neounify.train.optim import (
+    Ema,
+    OptimizerSet,
+    all_names,
+    checked_names,
+    load_ema,
+    load_optimizers,
+    states_like,
+    take_step,
+)
+from neounify.train.parallel import RankWork, first_not_finite, parallelize_run
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, prepare_parameters
@@ -85,9 +97,12 @@ class Trainer:
         log: Log,
         evaluate: Evaluate | None = None,
         sources: StageSources | None = None,
+        ranks: Ranks = ONE,
     ) -> None:
         self.recipe, self.setup, self.folder = recipe, setup, folder
-        self.model = setup.model
+        self.model, self.ranks = setup.model, ranks
+        self.parallel = parallelize_run(recipe, setup.model, ranks)
+        self.work = RankWork(ranks, setup.model.device)
         self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
         self.progress = Progress()
@@ -103,7 +118,7 @@ class Trainer:
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state of the same recipe. Raises CheckpointError."""
-        tensors, facts = load_state(state)
+        tensors, facts = load_state(state, {"model": self.model.state_dict()})
         self._adopt_config(facts.get("config"), state)
         try:
             self.progress = Progress(**facts["progress"])
@@ -141,7 +156,8 @@ class Trainer:
         numbers = stages_to_run(self.recipe, self.progress, only)
         for number in numbers:
             stage = self.recipe.stages[number]
-            stage.method.check_data(self._context(stage))
+            context = self._context(stage)
+            self.ranks.together(partial(stage.method.check_data, context))
         self.log.rewind(self.progress.step)
         with self.log.live(), repeatable(self.model.device):
             for number in numbers:
@@ -178,12 +194,14 @@ class Trainer:
             if stop_after is not None and p.step >= stop_after:
                 self._save(running)
                 return False
-            drawn = list(islice(batches, stage.packs_per_step))
-            if len(drawn) < stage.packs_per_step:
+            self.work.operations = 0.0
+            drawn = list(islice(batches, stage.packs_per_step // self.ranks.size))
+            self.work.data_seconds += time.monotonic() - clock
+            if len(drawn) < stage.packs_per_step // self.ranks.size:
                 self._end_early(running, len(drawn))
             rate, norm = self._next_step(running, drawn) if drawn else (0.0, torch.zeros(()))
             p.seconds += time.monotonic() - clock
-            self.log.step(p, stage, sum(batch.operations for batch in drawn))
+            self.log.step(p, stage, self.work.operations)
             last = p.ended or p.stage_step == stage.steps
             if running.unreported and (p.stage_step % stage.log_every == 0 or last):
                 self._report(running, rate, float(norm))
@@ -212,8 +230,8 @@ class Trainer:
         means = method.report()
         metrics = {**means, **{name: float(value) for name, value in running.of_sets.items()}}
         running.of_sets.clear()
-        skipped = running.tally.by_source()
-        self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline)
+        skipped, work = running.tally.by_source(), self.work.read()
+        self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline, work)
         for warning in method.warnings(p.stage_step, means):
             self.log.warning(p, warning)
 
@@ -235,7 +253,7 @@ class Trainer:
             compile_streams(self.model, stage.compile)
             self._compiled = stage.compile
         checkpoint_layers(self.model, stage.checkpoint_activations)
-        meter = Meter(self.model.device, stage.precision, self.progress)
+        meter = Meter(self.model.device, stage.precision, self.progress, self.ranks.size)
         self.log.stage(stage, self.progress, meter)
         self.log.damaged(d for s in sources if isinstance(s, FileSource) for d in s.damage)
         return running
@@ -266,6 +284,7 @@ class Trainer:
             setup=self.setup,
             sources=self.sources,
             folder=self.folder,
+            parallel=self.parallel,
         )
 
     def _prepare_parameters(self, stage: StageRecipe) -> None:
@@ -283,8 +302,13 @@ class Trainer:
         """
         p = self.progress
         step = TrainStep(
-            number=p.step, stage_step=p.stage_step, batches=drawn, seed=self.recipe.seed
+            number=p.step,
+            stage_step=p.stage_step,
+            batches=drawn,
+            seed=self.recipe.seed,
+            ranks=self.ranks,
         )
+        everyone = self.work.share(drawn)
         active = [one for one in running.optimizers if one.active(step.stage_step)]
         rate, norm, taken = 0.0, torch.zeros(()), False
         if active:
@@ -292,8 +316,9 @@ class Trainer:
             running.nonfinite_in_a_row = 0 if taken else running.nonfinite_in_a_row + 1
         running.method.end_step(step, taken)
         if active and not taken:
-            self._nonfinite(drawn, running)
-        self._count(drawn, running.tally)
+            self._nonfinite(everyone, running)
+        self._count(everyone, running.tally)
+        self._position = drawn[-1].position
         running.unreported += 1
         return rate, norm
 
@@ -308,11 +333,14 @@ class Trainer:
         rates = [one.set_rate(step.stage_step) for one in active]
         device = self.model.device.type
         bfloat16 = stage.precision == "bfloat16"
-        for index, batch in enumerate(step.batches):
+        running.method.begin_step(step)
+        order = self.work.order(step.batches)
+        for index in order:
             current = replace(step, index=index)
+            self.parallel.last_of_step(index == order[-1])
             with self._dropout(stage, current):
                 with torch.autocast(device, dtype=torch.bfloat16, enabled=bfloat16):
-                    loss = running.method.loss(batch, current)
+                    loss = running.method.loss(step.batches[index], current)
                 if loss.requires_grad:
                     loss.backward()
         norms, norm, taken = take_step(active)
@@ -345,7 +373,6 @@ class Trainer:
         new = tally.add(batches)
         p.damaged_samples += len(new)
         self.log.damaged(skipped.message for skipped in new)
-        self._position = batches[-1].position
 
     def _nonfinite(self, batches: Sequence[MicroBatch], running: _Running) -> None:
         p, stage = self.progress, running.stage
@@ -363,13 +390,12 @@ class Trainer:
 
     def _check_finite(self, stage: StageRecipe) -> None:
         """Raise TrainingStopped for weights that are NaN or infinite: no state holds them."""
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not all_finite(parameter.detach()):
-                raise TrainingStopped(
-                    f"training diverges: {name} is NaN or infinite after step "
-                    f"{self.progress.step:,}, which is not saved; earlier states in {self.states} "
-                    f"are unchanged. {settings_against_divergence(stage)}"
-                )
+        if name := first_not_finite(self.model, self.ranks):
+            raise TrainingStopped(
+                f"training diverges: {name} is NaN or infinite after step "
+                f"{self.progress.step:,}, which is not saved; earlier states in {self.states} "
+                f"are unchanged. {settings_against_divergence(stage)}"
+            )
 
     def _save(self, running: _Running) -> None:
         self._check_finite(running.stage)
@@ -378,7 +404,7 @@ class Trainer:
             "recipe": self.recipe.name,
             "stage": running.stage.name,
             "progress": asdict(self.progress),
-            "position": self._position,
+            "position": running.method.join_positions(self.ranks.gather(self._position)),
             "ema_updates": running.ema.updates,
             "sources": running.tally.to_json(),
             "optimizer_parameters": all_names(running.optimizers),
@@ -391,21 +417,24 @@ class Trainer:
         tensors = {
             "model": dict(self.model.state_dict()),
             "ema": running.ema.mean,
-            "optimizer": flatten_optimizer([s for o in running.optimizers for s in o.state()]),
+            "optimizer": flatten_optimizer(
+                {name: state for one in running.optimizers for name, state in one.state().items()}
+            ),
             "method": method.tensors,
         }
-        save_state(self.states, self.progress.step, tensors, facts)
-        prune_states(self.states, self.recipe.keep, self.progress.step)
+        save_state(self.states, self.progress.step, tensors, facts, self.ranks)
+        if self.ranks.first:
+            prune_states(self.states, self.recipe.keep, self.progress.step)
 
     def _restore(self, running: _Running, state: Path) -> None:
-        tensors, facts = load_state(state)
+        like = {"ema": running.ema.mean, "optimizer": states_like(running.optimizers)}
+        tensors, facts = load_state(state, like)
         kind = running.stage.method.kind
         running.method.load(method_state(state, kind, tensors, facts))
-        load_optimizers(
-            running.optimizers,
-            unflatten_optimizer(tensors["optimizer"]),
-            facts.get("optimizer_parameters"),
-        )
+        names = facts.get("optimizer_parameters")
+        before = checked_names(names) or all_names(running.optimizers)
+        states = unflatten_optimizer(tensors["optimizer"], before)
+        load_optimizers(running.optimizers, states, names)
         try:
             running.ema.load(tensors["ema"], int(facts["ema_updates"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -427,8 +456,14 @@ class Trainer:
             self.log.evaluation(self.progress, scores)
 
     def _pipeline(self) -> Pipeline:
+        """The model as it is now; on many ranks a whole copy of it on each."""
+        model = self.parallel.whole(self.model.device)
+        assert model is not None
+        return self._pipeline_of(model)
+
+    def _pipeline_of(self, model: NeoUnify) -> Pipeline:
         return Pipeline(
-            self.model,
+            model,
             self.setup.tokenizer,
             system_message=self.setup.system_message,
             attention=self.recipe.stages[self.progress.stage].attention,
@@ -446,8 +481,17 @@ class Trainer:
         self.export(folder)
 
     def export(self, folder: Path) -> None:
-        """Write the weights as they are now as a checkpoint of the published layout."""
-        self._pipeline().save(folder, overwrite=True)
+        """Write the weights as they are now as a checkpoint of the published layout.
+
+        On many ranks the first one gathers them in its memory, one parameter after the other.
+        """
+        model = self.parallel.whole(torch.device("cpu"), everywhere=False)
+
+        def save() -> None:
+            if model is not None:
+                self._pipeline_of(model).save(folder, overwrite=True)
+
+        self.ranks.together(save)
 
 
 def _plain(document: dict[str, Any]) -> Any:

@@ -28,6 +28,8 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import read_kind
 from neounify.data.loader import Skipped
 from neounify.data.sources import Mixture
+from neounify.distributed.parallelize import Parallel
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import NeounifyError
 from neounify.train.optim import OptimizerSet
 
@@ -110,8 +112,8 @@ class MicroBatch:
 
     `position` is a JSON value from which `batches` continues after this one. `samples` are ids for
     the record of steps that are not finite; `images` and `tokens` are counted; `operations` of
-    forward and backward give the reported speed. `used` and `skipped` are the draws from the
-    stage's mixture, per source, and its damaged samples.
+    forward and backward give the reported speed, and batches of like `cost` take as long. `used`
+    and `skipped` are the draws from the stage's mixture, per source, and its damaged samples.
     """
 
     content: Any
@@ -120,6 +122,7 @@ class MicroBatch:
     images: int = 0
     tokens: int = 0
     operations: float = 0.0
+    cost: float = 0.0
     used: Mapping[int, int] = field(default_factory=Counter)
     skipped: Sequence[Skipped] = ()
 
@@ -128,7 +131,8 @@ class MicroBatch:
 class TrainStep:
     """One optimizer step: its micro-batches, and the `index` of the one at hand.
 
-    `number` counts the steps of the run before it, `stage_step` those of the stage.
+    `number` counts the steps of the run before it, `stage_step` those of the stage. `batches` are
+    those of this rank: of R ranks, rank r has every R-th from the r-th on.
     """
 
     number: int
@@ -136,10 +140,12 @@ class TrainStep:
     batches: Sequence[MicroBatch]
     seed: int
     index: int = 0
+    ranks: Ranks = ONE
 
     def batch_seed(self, purpose: int = NOISE) -> int:
-        """The seed of the micro-batch at hand."""
-        return pack_seed(self.seed, self.number, self.index, purpose)
+        """The seed of the micro-batch at hand, the same on any number of ranks."""
+        pack = self.index * self.ranks.size + self.ranks.rank
+        return pack_seed(self.seed, self.number, pack, purpose)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,6 +165,8 @@ class StageContext:
     setup: TrainSetup
     sources: StageSources
     folder: Path
+    parallel: Parallel | None = None
+    """The model spread over the ranks of the run; None for one rank."""
 
     @property
     def mixture(self) -> Mixture:
@@ -180,9 +188,9 @@ class MethodState:
 class Method(Protocol):
     """A way to train. The loop calls `optimizers`, then `load` on a resume, then `batches`.
 
-    Per step: all its batches are drawn, then `loss` and backward for each, then the active
-    optimizers step, unless a gradient is not finite, then `end_step`. In a step without an active
-    optimizer batches are drawn and counted, and no loss is computed. The stage ends after its
+    Per step: all its batches are drawn, then `begin_step`, then `loss` and backward for each, then
+    the active optimizers step, unless a gradient is not finite, then `end_step`. In a step without
+    an active optimizer batches are drawn and counted, no loss is computed. The stage ends after its
     steps, or when the batches end. Subclasses inherit the defaults of all but the first three
     methods: no metrics, warnings or state.
     """
@@ -205,6 +213,14 @@ class Method(Protocol):
         weights as they are. A generator is closed when the stage ends, also by an error.
         """
         ...
+
+    def begin_step(self, step: TrainStep) -> None:
+        """Called before the first loss of a step; `step.index` is not of a batch yet."""
+        return
+
+    def join_positions(self, positions: Sequence[Any]) -> Any:
+        """One position of the run from those of its ranks."""
+        return positions[0]
 
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """The share of one micro-batch in the step's loss, a scalar; gradients are summed."""
@@ -257,6 +273,8 @@ class MethodConfig(ABC):
     kind: str
     needs_data: ClassVar[bool] = True
     """Whether a stage must have data; with False, `data = []` is allowed."""
+    shards: ClassVar[bool] = False
+    """Whether it can be trained on many ranks."""
 
     @abstractmethod
     def build(self, context: StageContext) -> Method:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from neounify.checkpoint.load import multiplies
@@ -27,6 +28,8 @@ from neounify.config.ranges import (
     Positive,
     check_weights,
 )
+from neounify.distributed.owners import Rows, on_owners
+from neounify.distributed.parallelize import local, whole
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
 from neounify.model.parts import LABELS
@@ -89,6 +92,9 @@ class Schedule:
 class Muon(torch.optim.Muon):
     """Muon whose products follow the processor; the state is that of torch's.
 
+    Of matrices cut over ranks the momentum stays cut, and each is orthogonalised whole by the rank
+    that owns it (`distributed.owners`), with the bits of one rank.
+
     torch.optim.Muon orthogonalises in bfloat16 whatever computes it. On a CPU without products in
     bfloat16 that is many times as slow as float32 (docs/log.md), which then takes its place. The
     choice is by the processor's features, not by timing, so a machine always makes the same one.
@@ -102,26 +108,46 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step, all parameters in the same precision."""
-        if self.in_bfloat16:
-            return super().step(closure)
         if closure is not None:
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_of(parameter, group)
+            trained = [p for p in group["params"] if p.grad is not None]
+            cut = [p for p in trained if isinstance(p, DTensor)]
+            updates = on_owners(
+                [Rows.of(p)._replace(held=self._momentum(p, group)) for p in cut],
+                partial(self._orthogonal, group=group),
+            )
+            for parameter, update in zip(cut, updates, strict=True):
+                self._move(local(parameter), max(parameter.shape), update, group)
+            for parameter in trained:
+                if not isinstance(parameter, DTensor):
+                    update = self._orthogonal(self._momentum(parameter, group), group)
+                    self._move(parameter, max(parameter.shape), update, group)
         return None
 
-    def _step_of(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
-        """torch's update of one matrix, in the matrix's own precision."""
-        state, gradient, momentum = self.state[parameter], parameter.grad, group["momentum"]
-        assert gradient is not None
+    def _momentum(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The gradient with Nesterov's momentum, of the rows held here."""
+        state, momentum = self.state[parameter], group["momentum"]
+        assert parameter.grad is not None
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        update = gradient.lerp(buffer, momentum)
-        update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate = group["lr"] * 0.2 * math.sqrt(max(parameter.shape))
+            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        gradient = local(parameter.grad)
+        buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
+
+    def _orthogonal(self, update: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """The orthogonal matrix next to an update, as torch computes it or in its own dtype."""
+        update = update.bfloat16() if self.in_bfloat16 else update
+        return orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+    def _move(
+        self, parameter: Tensor, longest: int, update: Tensor, group: Mapping[str, Any]
+    ) -> None:
+        """Move a matrix, or the rows held here; `longest` is the longer side of the whole."""
+        # Both are lr · 0.2 · √longest, in the order of each precision's earlier versions.
+        rate = group["lr"] * 0.2 * math.sqrt(longest)
+        if self.in_bfloat16:
+            rate = group["lr"] * (0.2 * math.sqrt(longest))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
@@ -221,8 +247,19 @@ class OptimizerSet:
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients to the norm `clip`; their norm before, a scalar."""
-        with_gradient = [p for p in self.parameters if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(with_gradient, self.clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        return norm
+
+    def fill_gradients(self) -> None:
+        """Give every parameter that nothing reached a gradient of zero.
+
+        It is stepped like the others: a rank that reached it has a gradient, and all must agree.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def step(self) -> None:
         for member in self.members:
@@ -232,9 +269,24 @@ class OptimizerSet:
         for member in self.members:
             member.zero_grad(set_to_none=True)
 
-    def state(self) -> list[dict[str, Any]]:
-        """The state dictionary of each member."""
-        return [member.state_dict() for member in self.members]
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The state of each parameter that has one, by name."""
+        return {
+            name: member.state[parameter]
+            for member in self.members
+            for group in member.param_groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+            if parameter in member.state
+        }
+
+    def named(self) -> dict[str, Parameter]:
+        """The trained parameters by the names of their states."""
+        return {
+            name: parameter
+            for member in self.members
+            for group in member.param_groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
 
     def names(self) -> list[list[str]]:
         """Parameter names of each member, in the order in which its state numbers them."""
@@ -253,10 +305,14 @@ class OptimizerSet:
 def take_step(active: Sequence[OptimizerSet]) -> tuple[list[Tensor], Tensor, bool]:
     """Clip the gradients of optimizer sets and step, unless their common norm is not finite.
 
+    The norms are over all ranks, so that all step or none does.
+
     Returns:
         The gradient norm of each set and of all, scalars before clipping, and whether the step
         was taken. Without a set the norm is 0 and the step counts as taken.
     """
+    for one in active:
+        one.fill_gradients()
     norms = [one.clip_gradients() for one in active]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm() if norms else torch.zeros(())
     taken = bool(torch.isfinite(norm))
@@ -271,35 +327,37 @@ def all_names(sets: Sequence[OptimizerSet]) -> list[list[str]]:
     return [names for one in sets for names in one.names()]
 
 
-def load_optimizers(
-    sets: Sequence[OptimizerSet], saved: Sequence[Mapping[int, Mapping[str, Any]]], names: Any
-) -> None:
-    """Restore optimizers from a saved state, by the `names` its parameters had (`all_names`).
+def states_like(sets: Sequence[OptimizerSet]) -> dict[str, Tensor]:
+    """For every state that is as large as its parameter, by "parameter.key", the parameter."""
+    return {
+        f"{name}.{key}": parameter
+        for one in sets
+        for name, parameter in one.named().items()
+        for keys in _STATE_KEYS.values()
+        for key in keys - {"step"}
+    }
 
-    Settings that changed since may have put parameters in another order. Without names, as in
-    states of earlier versions, the order must be the same. Raises CheckpointError when other
-    parameters were trained, or by another optimizer.
+
+def load_optimizers(
+    sets: Sequence[OptimizerSet], states: Mapping[str, Mapping[str, Any]], names: Any
+) -> None:
+    """Restore optimizers from the saved state of each parameter, by name.
+
+    `names` are those that the run trained (`all_names`); states of earlier versions may have none.
+    Raises CheckpointError when other parameters were trained, or by another optimizer.
     """
     now = all_names(sets)
-    before = _checked_names(names) or now
+    before = checked_names(names) or now
     if changed := sorted(set(chain(*before)) ^ set(chain(*now))):
         raise CheckpointError(
             f"the state is of a run that trained other parameters ({len(changed)} differ, "
             f"{changed[0]} first): give freeze and lora the values they had, or start a new run"
         )
-    try:
-        states = {
-            before[member][number]: values
-            for member, numbers in enumerate(saved)
-            for number, values in numbers.items()
-        }
-    except IndexError as error:
-        raise CheckpointError("the state is of another optimizer or other parameters") from error
     for one in sets:
         one.load_state(states)
 
 
-def _checked_names(names: Any) -> list[list[str]]:
+def checked_names(names: Any) -> list[list[str]]:
     """`all_names` from a state's JSON; empty where it has none."""
     if not isinstance(names, list) or not all(isinstance(row, list) for row in names):
         return []
@@ -406,8 +464,8 @@ class Ema:
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        means = list(self.mean.values())
-        live = [self._live[name].detach().float() for name in self.mean]
+        means = [local(mean) for mean in self.mean.values()]
+        live = [local(self._live[name].detach()).float() for name in self.mean]
         torch._foreach_lerp_(means, live, 1 - decay)
 
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:

@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neounify.data.loader import LoadedPack, Skipped
 from neounify.data.sample import DataError, Sample
 from neounify.data.sources import FileSource, SampleSource, source_name
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import ConfigError
 from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import Pipeline
@@ -152,18 +156,38 @@ GRID_STEPS = 30
 
 
 class SampleGrid:
-    """Generates the recipe's prompts, or those of its first samples, as samples/step-….png."""
+    """Generates the recipe's prompts, or those of its first samples, as samples/step-….png.
 
-    def __init__(self, recipe: Recipe, folder: Path, sources: StageSources | None = None) -> None:
-        self.recipe, self.folder = recipe, folder / "samples"
+    On many ranks, each generates its share of the prompts.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        sources: StageSources | None = None,
+        ranks: Ranks = ONE,
+    ) -> None:
+        self.recipe, self.folder, self.ranks = recipe, folder / "samples", ranks
         self.sources = sources or StageSources(recipe)
 
     def __call__(self, pipe: Pipeline, progress: Progress) -> dict[str, float]:
         prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
         if not prompts:
             return {}
-        generated = pipe.generate(prompts, seed=list(range(len(prompts))), steps=GRID_STEPS)
-        images = [np.asarray(image) for image in generated.images]
+        mine = range(self.ranks.rank, len(prompts), self.ranks.size)
+
+        def generate() -> list[tuple[int, NDArray[np.uint8]]]:
+            if not mine:
+                return []
+            texts = [prompts[number] for number in mine]
+            generated = pipe.generate(texts, seed=list(mine), steps=GRID_STEPS)
+            return [(n, np.asarray(x)) for n, x in zip(mine, generated.images, strict=True)]
+
+        parts = self.ranks.gather(self.ranks.together(generate))
+        images = [image for _, image in sorted(chain(*parts), key=itemgetter(0))]
+        if not self.ranks.first:
+            return {}
         self.folder.mkdir(parents=True, exist_ok=True)
         sheet = contact_sheet(images, prompts, [True] * len(prompts), columns=8)
         sheet.save(self.folder / f"step-{progress.step:08d}.png")

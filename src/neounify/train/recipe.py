@@ -43,6 +43,7 @@ from neounify.config.ranges import (
     check_names,
 )
 from neounify.data.sources import DataConfig, read_data
+from neounify.distributed.mesh import ParallelConfig
 from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.lora.layers import LoraConfig
@@ -166,9 +167,10 @@ class StageRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Recipe:
-    """A whole run. `keep` checkpoints stay; `workers` processes load data.
+    """A whole run. `keep` checkpoints stay; `workers` processes load data, on each rank.
 
-    `folder` is that of the recipe's file, where programs that it names are looked for.
+    `folder` is that of the recipe's file, where programs that it names are looked for. `parallel`
+    says how the run is spread over ranks, by default in shards over all there are.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Recipe:
     seed: Seed = 0
     workers: Annotated[int, AfterValidator(Range(0, MAX_WORKERS))] = 1
     keep: Count = 2
+    parallel: ParallelConfig | None = None
     prompts: tuple[str, ...] = ()
     """Prompts of the periodic sample grid; by default those of the first samples."""
     folder: Path | None = None
@@ -194,6 +197,11 @@ class Recipe:
         for prompt in self.prompts:
             if not prompt.strip() or IMAGE_MARK in prompt:
                 raise ValueError(f"prompts: {prompt!r} must be text, without {IMAGE_MARK}")
+
+    @property
+    def streams(self) -> int:
+        """Data streams: those of `parallel`, without it as many as there are workers."""
+        return self.parallel.streams if self.parallel else max(1, self.workers)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neounify.checkpoint.names import part_of, stream_of
+from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
@@ -62,6 +63,17 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
     return TrainSetup(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
+
+
+def recipe_config(recipe: Recipe) -> ModelConfig:
+    """The config of the model that a recipe trains; of a checkpoint only config.json and headers.
+
+    Raises CheckpointError and ConfigError.
+    """
+    source = recipe.model
+    if source.checkpoint is None:
+        return _config(PRESETS.get(source.preset or ""), source)
+    return _config(CheckpointFolder.open(source.checkpoint).config, source)
 
 
 def _saved(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:

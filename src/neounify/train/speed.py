@@ -94,6 +94,8 @@ class StepOperations:
 
     def __init__(self, model: NeoUnify) -> None:
         self.config = model.config
+        # Multiply-adds of a row in the layers, over those of a (query, key) pair.
+        self.row = layer_weights(model, UND) / (attention(model.config, 1) / 2)
         layers = {s: [layer.get_submodule(s) for layer in model.layers] for s in STREAMS}
         patches = {UND: model.und_patch, GEN: model.gen_patch}
         in_und = _share([*layers[UND], patches[UND], model.embed_tokens]) > 0
@@ -107,6 +109,11 @@ class StepOperations:
         self.patches = {s: _part(patch, flows=False) for s, patch in patches.items()}
         self.logits = _part(logits, in_und)
         self.head = _part(model.image_head, in_gen)
+
+    def cost(self, pack: Pack) -> float:
+        """The time of a pack, in rows: its own, and those that take as long as its attention."""
+        seen = sum(pairs(pack.layout, stream) for stream in pack.layout.lengths)
+        return pack.length + seen / self.row
 
     def of(self, pack: Pack) -> float:
         layout = pack.layout
@@ -164,12 +171,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Meter:
-    """The speed of one stage, read at every report; seconds are those of `Progress`."""
+    """The speed of one stage on all `ranks`, read at every report; seconds are of `Progress`."""
 
-    def __init__(self, device: torch.device, precision: str, progress: Progress) -> None:
+    def __init__(
+        self, device: torch.device, precision: str, progress: Progress, ranks: int = 1
+    ) -> None:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.device = device
-        self.rate = matmul_rate(self.device, dtype)
+        self.rate, self.ranks = matmul_rate(self.device, dtype), ranks
         self._first = self._last = replace(progress)
         self._operations = 0.0
 
@@ -194,7 +203,7 @@ class Meter:
             "tokens_per_second": self.tokens_per_second(progress),
             "images_per_second": (progress.images - self._last.images) / seconds,
             "operations_per_second": self._operations / seconds,
-            "matmul_share": self._operations / seconds / self.rate,
+            "matmul_share": self._operations / seconds / (self.ranks * self.rate),
             "peak_memory_gb": peak_memory(self.device) / 2**30,
         }
         self._last, self._operations = replace(progress), 0.0

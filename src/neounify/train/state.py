@@ -2,7 +2,9 @@
 
 A state is a folder `step-00001000` with safetensors files (weights, EMA, optimizer states, and
 tensors of the method where it has any) and state.json with the rest, and size and SHA-256 of the
-other files. No pickle anywhere.
+other files. One rank writes one file of each, model.safetensors; on many, each rank writes what it
+holds into a folder, model/, by torch's distributed checkpoints (DCP). Either is read by any number
+of ranks. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neounify.checkpoint.names import current_name
-from neounify.errors import CheckpointError
+from neounify.distributed.ranks import ONE, OtherRankError, Ranks
+from neounify.distributed.states import cut_like, files_of, load_sharded, save_sharded
+from neounify.errors import CheckpointError, NeounifyError
 from neounify.files import atomic_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
 
 NAME = re.compile(r"step-(\d{8,})")
+TENSOR_FILE = re.compile(r"\w+(/[\w-]+)?\.safetensors")
+NUMBERED = re.compile(r"\d+\.\d+")
 FILES = ("model", "ema", "optimizer")
 METHOD_FILE = "method"
 """The tensors of the method, where it has any."""
@@ -33,26 +40,66 @@ REQUIRED = ("progress", "position", "ema_updates", "config")
 
 
 def save_state(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: dict[str, Any],
+    ranks: Ranks = ONE,
 ) -> Path:
     """Write `tensors` (by file: model, ema, optimizer) and `facts` as the state of a step.
 
-    Raises CheckpointError when the disk is full or not writable; earlier states stay.
+    Collective; `facts` are those of rank 0. Raises CheckpointError when the disk is full or not
+    writable; earlier states stay.
     """
     target = folder / f"step-{step:08d}"
     try:
-        remove_leftovers(folder, "step-*")
-        with atomic_folder(target) as aside:
-            for name in _present(tensors):
-                stored = {k: v.contiguous() for k, v in tensors[name].items()}
-                save_file(stored, aside / f"{name}.safetensors")
-            facts = {**facts, "files": _fingerprints(aside)}
-            write_json(aside / "state.json", facts, indent=1)
-    except (OSError, SafetensorError) as error:
+        with _aside(folder, target, ranks) as aside:
+            written = ranks.together(lambda: _write(aside, tensors, ranks))
+            files = {name: one for part in ranks.gather(written) for name, one in part.items()}
+            if ranks.first:
+                write_json(aside / "state.json", {**facts, "files": files}, indent=1)
+    except OtherRankError:
+        raise
+    except (OSError, SafetensorError, NeounifyError) as error:
         raise CheckpointError(
             f"the training state {target} could not be saved: {error}; earlier ones are unchanged"
         ) from error
+    ranks.wait()
     return target
+
+
+@contextmanager
+def _aside(folder: Path, target: Path, ranks: Ranks) -> Iterator[Path]:
+    """The folder that all ranks write into, which rank 0 makes and moves into its place."""
+    if not ranks.first:
+        yield Path(ranks.gather("")[0])
+        return
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            remove_leftovers(folder, "step-*")
+            return stack.enter_context(atomic_folder(target))
+
+        if ranks.size == 1:
+            yield begin()
+            return
+        aside = begin()
+        ranks.gather(str(aside))
+        yield aside
+
+
+def _write(
+    aside: Path, tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors that this rank holds; the fingerprints of its files by name."""
+    for part in _present(tensors):
+        stored = {name: tensor.contiguous() for name, tensor in tensors[part].items()}
+        if ranks.size == 1:
+            save_file(stored, aside / f"{part}.safetensors")
+        elif stored:
+            save_sharded(stored, aside / part)
+    files = sorted(aside.glob("*.safetensors" if ranks.size == 1 else f"*/{files_of(ranks.rank)}"))
+    return {file.relative_to(aside).as_posix(): _fingerprint(file) for file in files}
 
 
 def _present(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
@@ -108,33 +155,44 @@ def check_state(path: Path) -> None:
     """Read a state without keeping it. Raises CheckpointError for a file that is cut off, missing
     or not what was written."""
     facts = _facts(path)
-    recorded = facts.get("files")
-    for name in _recorded(facts):
-        file = path / f"{name}.safetensors"
+    for name, known in _recorded(facts).items():
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(path / name, "pt") as opened:
                 opened.keys()
-            known = recorded.get(file.name) if isinstance(recorded, dict) else None
             # States of earlier versions hold no hashes: their headers must do.
-            if known is not None and known != _fingerprint(file):
+            if known is not None and known != _fingerprint(path / name):
                 raise CheckpointError(
-                    f"the training state {path.name} is damaged: {file.name} is not as it was "
+                    f"the training state {path.name} is damaged: {name} is not as it was "
                     "written (its size or SHA-256 differs)"
                 )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"the training state {path.name} is damaged: {file.name} cannot be read ({error})"
+                f"the training state {path.name} is damaged: {name} cannot be read ({error})"
             ) from error
 
 
-def load_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by file, facts) of one state. Raises CheckpointError."""
+def load_state(
+    path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(tensors by file, facts) of one state. Raises CheckpointError.
+
+    A tensor that `like` holds, by file and name, is cut over the ranks as that one is, and read by
+    the rank's own slice; then the call is collective.
+    """
     facts = _facts(path)
+    names = {name.partition("/")[0].removesuffix(".safetensors") for name in _recorded(facts)}
     try:
-        files = {name: load_file(path / f"{name}.safetensors") for name in _recorded(facts)}
-        return {n: _current_names(tensors) for n, tensors in files.items()}, _current_facts(facts)
+        files = {name: _read(path, name, (like or {}).get(name, {})) for name in sorted(names)}
+        return files, _current_facts(facts)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
+
+
+def _read(path: Path, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if (path / part).is_dir():
+        return load_sharded(path / part, like)
+    tensors = _current_names(load_file(path / f"{part}.safetensors"))
+    return {n: cut_like(x, like[n]) if n in like else x for n, x in tensors.items()}
 
 
 def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,11 +227,14 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the tensor files that a state has."""
+def _recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensor files of a state, and the fingerprints they had, which earlier states lack."""
     files = facts.get("files")
-    has_method = isinstance(files, dict) and f"{METHOD_FILE}.safetensors" in files
-    return (*FILES, METHOD_FILE) if has_method else FILES
+    if isinstance(files, dict) and files:
+        if strange := [name for name in files if not TENSOR_FILE.fullmatch(name)]:
+            raise CheckpointError(f"a training state is damaged: its file {strange[0]!r:.80}")
+        return dict(files)
+    return {f"{name}.safetensors": None for name in FILES}
 
 
 def method_state(
@@ -195,11 +256,6 @@ def method_state(
     return MethodState(tensors=tensors.get(METHOD_FILE, {}), facts=record["facts"])
 
 
-def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every tensor file of a state."""
-    return {file.name: _fingerprint(file) for file in sorted(folder.glob("*.safetensors"))}
-
-
 def _fingerprint(file: Path) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with file.open("rb") as stream:
@@ -209,26 +265,35 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def flatten_optimizer(states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Optimizer states as named tensors: "member.parameter.key"."""
+def flatten_optimizer(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Optimizer states by parameter as named tensors: "parameter.key"."""
     return {
-        f"{member}.{parameter}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for member, state in enumerate(states)
-        for parameter, values in state["state"].items()
-        for key, value in values.items()
+        f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, state in states.items()
+        for key, value in state.items()
     }
 
 
-def unflatten_optimizer(tensors: Mapping[str, Tensor]) -> list[dict[int, dict[str, Tensor]]]:
-    """The inverse of `flatten_optimizer`: for each member, by number of the parameter and key."""
-    members: dict[int, dict[int, dict[str, Tensor]]] = {}
-    for name, value in tensors.items():
-        try:
-            member, parameter, key = name.split(".", 2)
-            members.setdefault(int(member), {}).setdefault(int(parameter), {})[key] = value
-        except ValueError as error:
-            raise CheckpointError(f"{name!r} is not of an optimizer's state") from error
-    return [members.get(member, {}) for member in range(max(members, default=-1) + 1)]
+def unflatten_optimizer(
+    tensors: Mapping[str, Tensor], names: Sequence[Sequence[str]]
+) -> dict[str, dict[str, Tensor]]:
+    """The inverse of `flatten_optimizer`. Raises CheckpointError.
+
+    In states of earlier versions the tensors were "member.number.key", of `names[member][number]`.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        name, _, key = full.rpartition(".")
+        if NUMBERED.fullmatch(name):
+            member, number = map(int, name.split("."))
+            try:
+                name = names[member][number]
+            except IndexError as error:
+                raise CheckpointError(
+                    "the state is of another optimizer or other parameters"
+                ) from error
+        states.setdefault(name, {})[key] = value
+    return states
 
 
 def _step(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,6 +15,8 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AreaBounds, Count, Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
+from neounify.distributed.parallelize import parallelize
+from neounify.distributed.ranks import ONE
 from neounify.image.pixels import fit_size
 from neounify.runtime.plan import plan_execution
 from neounify.train.log import DivergenceWatch
@@ -52,6 +54,7 @@ class SupervisedConfig(MethodConfig):
     targets to.
     """
 
+    shards: ClassVar[bool] = True
     kind: Literal["supervised"] = "supervised"
     tokens_per_pack: Annotated[int, AfterValidator(Range(1, MAX_TOKENS_PER_PACK))] = 4096
     loss: LossConfig = field(default_factory=LossConfig)
@@ -122,6 +125,8 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, context: StageContext) -> None:
         self.config, self.context = config, context
         self.model = context.setup.model
+        parallel = context.parallel or parallelize(self.model, ONE)
+        self.objective, self.ranks = parallel.objective, parallel.ranks
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
@@ -142,13 +147,20 @@ class Supervised(Method):
     def batches(self, position: Any) -> Iterator[MicroBatch]:
         """Packs from a position on. Raises DataError for a damaged position or unusable data."""
         context = self.context
+        recipe = context.recipe
+        start = Position.start(recipe.streams)
+        if position is not None:
+            start = Position.from_json(position)
+        # Without a table in the recipe, a run keeps the data streams that it has.
         config = LoaderConfig(
             tokens_per_pack=self.config.tokens_per_pack,
-            seed=context.recipe.seed,
-            workers=context.recipe.workers,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            streams=recipe.streams if recipe.parallel else len(start.streams),
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
         )
         encoder = build_encoder(context.setup, self.config)
-        start = None if position is None else Position.from_json(position)
         operations = StepOperations(self.model)
         for loaded in load_packs(context.mixture, encoder, config, start):
             pack = loaded.pack
@@ -159,19 +171,16 @@ class Supervised(Method):
                 images=len(pack.targets),
                 tokens=pack.length,
                 operations=operations.of(pack),
+                cost=operations.cost(pack),
                 used=loaded.used,
                 skipped=loaded.skipped,
             )
 
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """Sums over the pack, divided by the label and token counts of the whole step."""
-        device = self.model.device
-        if step.index == 0:
-            self._counts = Counts.of([other.content for other in step.batches])
-            self._step_metrics = Metrics(device)
-        noise = torch.Generator(device).manual_seed(step.batch_seed())
-        return loss_of(
-            self.model,
+        noise = torch.Generator(self.model.device).manual_seed(step.batch_seed())
+        loss: Tensor = self.objective(
+            loss_of,
             batch.content,
             self.config.loss,
             self._counts,
@@ -179,12 +188,22 @@ class Supervised(Method):
             self._step_metrics,
             self._plan,
         )
+        return loss
+
+    def begin_step(self, step: TrainStep) -> None:
+        counts = Counts.of([batch.content for batch in step.batches])
+        self._counts = Counts(*self.ranks.total([counts.labels, counts.tokens]))
+        self._step_metrics = Metrics(self.model.device)
+
+    def join_positions(self, positions: Sequence[Any]) -> Any:
+        return Position.merged([Position.from_json(one) for one in positions]).to_json()
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken:
             self.metrics.merge(self._step_metrics)
 
     def report(self) -> dict[str, float]:
+        self.ranks.add_(self.metrics.text, self.metrics.image)
         means = self.metrics.report()
         self.metrics = Metrics(self.model.device)
         return means

@@ -1,0 +1,110 @@
+"""Whole matrices on ranks that hold rows of them: each matrix has one rank that owns it.
+
+One all-to-all brings the rows of every matrix to its owner, which computes what needs all rows; one
+brings the results back. The owner computes what one rank would, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor, Shard
+
+
+class Rows(NamedTuple):
+    """A matrix of which this rank holds rows, and the group of the ranks that hold it."""
+
+    held: Tensor
+    shape: tuple[int, int]
+    group: distributed.ProcessGroup
+
+    @staticmethod
+    def of(matrix: DTensor) -> Rows:
+        """The rows of a matrix cut by rows over the last axis of its mesh."""
+        assert isinstance(matrix.placements[-1], Shard)
+        mesh = matrix.device_mesh
+        group = mesh.get_group(mesh.ndim - 1)
+        return Rows(matrix.to_local(), (matrix.shape[0], matrix.shape[1]), group)
+
+
+def owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
+    """The owner of each matrix: the costliest first, each to the rank with the least so far.
+
+    The cost is that of products of a matrix with itself: rows · columns · the smaller of both.
+    """
+    loads = [0] * ranks
+    chosen = [0] * len(shapes)
+    costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    for number in sorted(range(len(shapes)), key=lambda n: -costs[n]):
+        chosen[number] = loads.index(min(loads))
+        loads[chosen[number]] += costs[number]
+    return chosen
+
+
+def on_owners(matrices: Sequence[Rows], work: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The rows that this rank holds of `work(matrix)`, for every matrix; collective.
+
+    `work` keeps the shape and may change the dtype, to the same for all. All matrices are of one
+    group and dtype.
+    """
+    if not matrices:
+        return []
+    group = matrices[0].group
+    ranks, rank = group.size(), group.rank()
+    chosen = owners([matrix.shape for matrix in matrices], ranks)
+    mine = [matrix.shape for matrix, owner in zip(matrices, chosen, strict=True) if owner == rank]
+    sizes = [[_held(shape, r, ranks) for shape in mine] for r in range(ranks)]
+    # To each owner the rows of its matrices, one after the other.
+    order = sorted(range(len(matrices)), key=lambda n: chosen[n])
+    held = [matrices[n].held for n in order]
+    outgoing = [
+        sum(
+            matrix.held.numel()
+            for matrix, owner in zip(matrices, chosen, strict=True)
+            if owner == r
+        )
+        for r in range(ranks)
+    ]
+    incoming = [sum(of_rank) for of_rank in sizes]
+    received = _exchange(torch.cat([x.flatten() for x in held]), outgoing, incoming, group)
+    parts = received.split(incoming)
+    pieces = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
+    results = [
+        work(torch.cat([pieces[r][n] for r in range(ranks)]).view(shape)).flatten()
+        for n, shape in enumerate(mine)
+    ]
+    dtype = results[0].dtype if results else work(held[0].new_zeros(1, 1)).dtype
+    back = [
+        results[n][start : start + sizes[r][n]]
+        for r in range(ranks)
+        for n, start in enumerate(_starts(sizes, r))
+    ]
+    joined = torch.cat(back) if back else held[0].new_zeros(0, dtype=dtype)
+    returned = _exchange(joined, incoming, outgoing, group).split([x.numel() for x in held])
+    shares: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for place, number in enumerate(order):
+        shares[number] = returned[place].view(held[place].shape)
+    return shares
+
+
+def _starts(sizes: Sequence[Sequence[int]], rank: int) -> list[int]:
+    """Where the elements of a rank begin in each of the owner's matrices."""
+    return [sum(of_rank[n] for of_rank in sizes[:rank]) for n in range(len(sizes[rank]))]
+
+
+def _held(shape: tuple[int, int], rank: int, ranks: int) -> int:
+    """Elements that a rank holds of a matrix cut by rows, as `torch.chunk` cuts."""
+    rows, columns = shape
+    each = -(-rows // ranks)
+    return (min(rows, (rank + 1) * each) - min(rows, rank * each)) * columns
+
+
+def _exchange(
+    values: Tensor, outgoing: list[int], incoming: list[int], group: distributed.ProcessGroup
+) -> Tensor:
+    received = values.new_empty(sum(incoming))
+    distributed.all_to_all_single(received, values.contiguous(), incoming, outgoing, group=group)
+    return received

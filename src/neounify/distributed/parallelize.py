@@ -1,0 +1,119 @@
+"""The fixed order in which a model is spread over ranks for training.
+
+1. The objective becomes one module: whatever a loss calls is below it.
+2. Every layer becomes a unit: its parameters are gathered together, when it runs.
+3. The objective becomes the root unit: all that stands outside the layers, gathered once a step.
+4. Gradients are summed over the ranks, those of parameters that nothing reached being zero.
+
+Freezing, compiling and recomputing are settings inside the units and come after; optimizers and the
+EMA are made last, of what a rank holds. On one rank only the first applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from neounify.distributed.mesh import MeshShape
+from neounify.distributed.ranks import Ranks
+from neounify.model.neo import NeoUnify
+
+
+class Objective(nn.Module):
+    """The root of all units: a function of the model and a pack that gives a loss.
+
+    Its loss always requires a gradient, so that every rank calls backward for every pack, labels
+    and images or not.
+    """
+
+    def __init__(self, model: NeoUnify) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """`function(model, *arguments)`, a scalar."""
+        loss = function(self.model, *arguments)
+        return loss + torch.zeros((), device=loss.device, requires_grad=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Parallel:
+    """A model spread over the ranks of a run."""
+
+    objective: Objective
+    ranks: Ranks
+    shape: MeshShape
+
+    def last_of_step(self, last: bool) -> None:
+        """Called before a forward: copies of the mesh add their gradients in a step's last one."""
+        if isinstance(self.objective, FSDPModule) and self.shape.replicate > 1:
+            self.objective.set_requires_all_reduce(last)
+
+    def whole(self, device: torch.device, *, everywhere: bool = True) -> NeoUnify | None:
+        """The model with all weights: itself on one rank, else a copy on a device; collective.
+
+        Each rank has the copy, or the first one only, and the others None.
+        """
+        if self.ranks.size == 1:
+            return self.objective.model
+        return _gathered(self.objective.model, device if everywhere or self.ranks.first else None)
+
+
+def parallelize(
+    model: NeoUnify, ranks: Ranks, shape: MeshShape | None = None, *, bfloat16: bool = False
+) -> Parallel:
+    """Spread a model over the ranks, its parameters float32 shards.
+
+    With `bfloat16` they are gathered in it, and gradients are summed in float32. On many ranks all
+    must hold the same weights.
+    """
+    shape = shape or MeshShape(shard=ranks.size)
+    objective = Objective(model)
+    if ranks.size > 1:
+        mesh = shape.build(model.device.type)
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bfloat16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        for unit in (*model.layers, objective):
+            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            assert isinstance(unit, FSDPModule)
+            unit.set_gradient_divide_factor(1.0)
+            # gloo has no reduction that multiplies.
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_reduce_scatter_unused_params(True)
+    return Parallel(objective, ranks, shape)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; changes of it in place are changes of the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor gathered from all ranks; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _gathered(model: NeoUnify, device: torch.device | None) -> NeoUnify | None:
+    """A copy of a model, gathered one parameter after the other; None on a rank without device."""
+    copy = None
+    if device is not None:
+        with torch.device("meta"):
+            copy = NeoUnify(model.config)
+        copy = copy.to_empty(device=device).requires_grad_(False)
+        copy.compute_dtype = model.compute_dtype
+    target = {} if copy is None else dict(copy.named_parameters())
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter)
+        if copy is not None:
+            target[name].copy_(gathered)
+    return copy

@@ -1,0 +1,151 @@
+"""The rank of this process among those that `torchrun` started, and what ranks exchange."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from neounify.errors import ConfigError, NeounifyError
+
+T = TypeVar("T")
+
+
+class OtherRankError(NeounifyError):
+    """An error that another rank reports: this one ends without a message of its own."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank `rank` of `size`, number `local` on its machine. One process is the case of size 1.
+
+    The exchanges below are collective: every rank calls each of them, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the files and messages that all share."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """The sum of each number over the ranks."""
+        return [sum(column) for column in zip(*self.gather(list(numbers)), strict=True)]
+
+    def add_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the ranks."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
+    def wait(self) -> None:
+        """Return when all ranks have come here."""
+        self.gather(None)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """The result of `work` on this rank, if it ends well on all.
+
+        Where it fails, rank 0 raises the error, which names the ranks it is of unless it is of all,
+        and the others raise OtherRankError.
+        """
+        result, failure = None, ""
+        try:
+            result = work()
+        except (NeounifyError, OSError, MemoryError) as error:
+            if self.size == 1:
+                raise
+            failure = str(error) or type(error).__name__
+        failures = self.gather(failure)
+        if not any(failures):
+            return result  # type: ignore[return-value]
+        if not self.first:
+            raise OtherRankError("another rank has failed")
+        raise NeounifyError(_joined(failures))
+
+    def check_alike(self, what: str, value: str) -> None:
+        """Raise ConfigError where ranks hold different values, which must be the same on all."""
+        values = self.gather(value)
+        other = [str(rank) for rank, one in enumerate(values) if one != values[0]]
+        if other:
+            raise ConfigError(
+                f"{what}: rank 0 and rank {', '.join(other)} see different ones; every rank must "
+                "read the same files"
+            )
+
+
+ONE = Ranks()
+"""A single process."""
+
+
+def _joined(failures: Sequence[str]) -> str:
+    """One message of what failed on which ranks."""
+    if all(text == failures[0] for text in failures):
+        return failures[0]
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(failures) if text)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an exchange failed because another rank is gone."""
+    text = str(error)
+    return isinstance(error, distributed.DistBackendError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            words in text for words in ("Connection closed", "Connection reset", "[Gloo]", "gloo/")
+        )
+    )
+
+
+def ranks_of(environment: Mapping[str, str]) -> Ranks:
+    """The rank that `torchrun` gives a process by its environment. Raises ConfigError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in environment]
+    if "RANK" not in given or "WORLD_SIZE" not in given:
+        return Ranks()
+    if missing := [name for name in names if name not in given]:
+        raise ConfigError(
+            f"the environment has {', '.join(given)} but not {', '.join(missing)}: start with "
+            "torchrun, or unset them for one process"
+        )
+    try:
+        ranks = Ranks(*(int(environment[name]) for name in names[:3]))
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
+    if not 0 <= ranks.rank < ranks.size:
+        raise ConfigError(f"RANK must be in 0..{ranks.size - 1}, got {ranks.rank}")
+    return ranks
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks of this run, as one process group; none is made for a single process."""
+    ranks = ranks_of(os.environ)
+    if ranks.size == 1:
+        yield ranks
+        return
+    gpus = torch.cuda.is_available()
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"rank {ranks.rank} cannot join the others at {place}: {error}"
+        ) from error
+    yield ranks
+    # After an error others may be gone, and leaving the group would wait for them.
+    distributed.destroy_process_group()

@@ -1,0 +1,128 @@
+"""A run on many ranks: checks before it begins, the share of each rank, what it waits for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from neounify.checkpoint.mapped import all_finite
+from neounify.distributed.mesh import MeshShape, mesh_shape
+from neounify.distributed.parallelize import Parallel, local, parallelize
+from neounify.distributed.ranks import Ranks
+from neounify.errors import ConfigError
+from neounify.model.neo import NeoUnify
+from neounify.train.method import MicroBatch
+from neounify.train.recipe import Recipe, StageRecipe
+from neounify.train.speed import peak_memory
+
+
+def check_parallel(recipe: Recipe, ranks: int) -> MeshShape:
+    """The mesh of a recipe on so many ranks, before anything is loaded.
+
+    Raises ConfigError for degrees that do not fit, and stages that cannot use many ranks.
+    """
+    shape = mesh_shape(recipe.parallel, ranks)
+    if ranks == 1:
+        return shape
+    if recipe.streams % ranks:
+        change = "parallel.streams" if recipe.parallel else "workers, or give [parallel] streams,"
+        raise ConfigError(
+            f"{ranks} ranks cannot share the {recipe.streams} data streams of the recipe: change "
+            f"{change} to a multiple of the ranks"
+        )
+    for stage in recipe.stages:
+        _check_stage(stage, ranks)
+    if len(precisions := sorted({stage.precision for stage in recipe.stages})) > 1:
+        raise ConfigError(
+            f"on many ranks all stages need one precision, the recipe has {', '.join(precisions)}"
+        )
+    return shape
+
+
+def _check_stage(stage: StageRecipe, ranks: int) -> None:
+    where = f"stage {stage.name}"
+    if not stage.method.shards:
+        raise ConfigError(
+            f"{where}: the method {stage.method.kind} runs on one rank, and there are {ranks}"
+        )
+    if stage.lora is not None:
+        raise ConfigError(f"{where}: adapters (lora) are trained on one rank, there are {ranks}")
+    if stage.packs_per_step % ranks:
+        raise ConfigError(
+            f"{where}: packs_per_step ({stage.packs_per_step}) must be a multiple of the "
+            f"{ranks} ranks, such as {ranks * -(-stage.packs_per_step // ranks)}"
+        )
+
+
+def parallelize_run(recipe: Recipe, model: NeoUnify, ranks: Ranks) -> Parallel:
+    """Spread the model of a run over its ranks. Raises ConfigError."""
+    shape = check_parallel(recipe, ranks.size)
+    bfloat16 = recipe.stages[0].precision == "bfloat16"
+    return parallelize(model, ranks, shape, bfloat16=bfloat16)
+
+
+def first_not_finite(model: NeoUnify, ranks: Ranks) -> str | None:
+    """A trained parameter that is NaN or infinite on some rank; collective."""
+    trained = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    found = next((name for name, value in trained if not all_finite(local(value))), None)
+    return next((name for name in ranks.gather(found) if name is not None), None)
+
+
+@dataclass
+class RankWork:
+    """The share of one rank in the steps since the last report.
+
+    `operations` are those of the last step on all ranks.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    operations: float = 0.0
+    data_seconds: float = 0.0
+    others_seconds: float = 0.0
+    slowest: float = 0.0
+    mean: float = 0.0
+
+    def order(self, drawn: Sequence[MicroBatch]) -> list[int]:
+        """The order in which a rank takes its packs of a step.
+
+        On many ranks that of falling cost: they wait for each other after every pack, and so
+        equals meet.
+        """
+        numbers = list(range(len(drawn)))
+        return numbers if self.ranks.size == 1 else sorted(numbers, key=lambda n: -drawn[n].cost)
+
+    def share(self, drawn: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The batches of all ranks in the order of the run, without their content; collective."""
+        clock = time.monotonic()
+        plain = [replace(batch, content=None, position=None) for batch in drawn]
+        parts = self.ranks.gather(plain)
+        self.others_seconds += time.monotonic() - clock
+        for meeting in zip(*(sorted(b.cost for b in part) for part in parts), strict=True):
+            self.slowest += max(meeting)
+            self.mean += sum(meeting) / len(meeting)
+        everyone = [batch for together in zip(*parts, strict=True) for batch in together]
+        self.operations = sum(batch.operations for batch in everyone)
+        return everyone
+
+    def read(self) -> dict[str, float | list[float]]:
+        """Since the last reading, for the log; collective.
+
+        `slowest_over_mean` is by cost, over the packs that ranks compute at the same time.
+        `wait_data_seconds` and `wait_others_seconds` are means over the ranks.
+        """
+        each = self.ranks.gather(
+            (self.data_seconds, self.others_seconds, peak_memory(self.device) / 2**30)
+        )
+        data, others, memory = zip(*each, strict=True)
+        read: dict[str, float | list[float]] = {
+            "slowest_over_mean": self.slowest / self.mean if self.mean else 1.0,
+            "wait_data_seconds": sum(data) / len(data),
+            "wait_others_seconds": sum(others) / len(others),
+            "rank_memory_gb": [round(one, 3) for one in memory],
+        }
+        self.data_seconds = self.others_seconds = self.slowest = self.mean = 0.0
+        return read

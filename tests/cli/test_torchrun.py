@@ -1,0 +1,68 @@
+"""`torchrun -m neounify train`: one program on many ranks, and one message for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+name = "r"
+workers = 1
+[model]
+preset = "scenes"
+changes = { hidden_size = 32, num_layers = 2, num_heads = 2, num_kv_heads = 2, head_dim = 16 }
+tokenizer = { samples = 50 }
+[parallel]
+streams = 2
+[defaults]
+method = { tokens_per_pack = 300 }
+log_every = 1
+sample_every = 2
+data = [{ kind = "scenes", world = "easy" }]
+[[stages]]
+name = "a"
+steps = 2
+packs_per_step = PACKS
+"""
+
+
+def torchrun(folder: Path, packs: int, *options: str) -> subprocess.CompletedProcess[str]:
+    recipe = folder / "r.toml"
+    recipe.write_text(RECIPE.replace("PACKS", str(packs)))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "neounify", "train", str(recipe), "--out", str(folder / "out"), *options),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=540, check=False
+    )
+
+
+def test_two_ranks_train(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved") == 1
+    lines = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(len(line["rank_memory_gb"]) == 2 for line in steps)
+    assert all(line["slowest_over_mean"] >= 1 for line in steps)
+    assert (tmp_path / "out" / "samples" / "step-00000002.png").is_file()
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 3)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "packs_per_step (3) must be a multiple of the 2 ranks, such as 4" in said[0]
+    assert not (tmp_path / "out" / "states").exists()

@@ -1,0 +1,180 @@
+"""Training on many ranks against one process on the same packs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import Parameter
+
+from neounify.distributed.ranks import Ranks
+from neounify.pipeline import load
+from neounify.train import supervised
+from neounify.train.optim import OptimizerConfig, OptimizerSet
+from neounify.train.state import saved_states
+from support.parallel_runs import CASES, losses, numpy, recipe, this_rank, train, trainer
+from support.ranks import run_ranks
+
+Weights = dict[str, dict[str, Any]]
+"""Weights by case and name."""
+ON_FOUR = ("copies", "moved")
+SECONDS = 400.0
+
+
+def on_two_ranks(folder: str) -> dict[str, Any]:
+    """Every case of two ranks, the first steps of a run that moves, and Muon by itself."""
+    results: dict[str, Any] = {
+        case: train(Path(folder) / case, case) for case in CASES if case not in ON_FOUR
+    }
+    results["moved"] = train(Path(folder) / "moved", "moved", stop_after=2)
+    results["owners"] = muon_on_owners()
+    results["spoiled"] = spoiled(Path(folder) / "spoiled")
+    return results
+
+
+def on_four_ranks(folder: str) -> dict[str, Any]:
+    return {
+        "copies": train(Path(folder) / "copies", "copies"),
+        "moved": train(Path(folder) / "moved", "moved", stop_after=4),
+    }
+
+
+def muon_on_owners() -> dict[str, Any]:
+    """Weights after steps of Muon, whole and cut over the ranks, from the same gradients."""
+    shapes = {"layers.0.a": (5, 7), "layers.0.b": (1, 3), "layers.1.a": (16, 4)}
+    mesh = init_device_mesh("cpu", (this_rank().size,))
+    numbers = torch.Generator().manual_seed(0)
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+    whole = {n: Parameter(torch.randn(s, generator=numbers)) for n, s in shapes.items()}
+    parts = {n: Parameter(cut(p.detach().clone())) for n, p in whole.items()}
+    config = OptimizerConfig(name="muon", learning_rate=0.1, weight_decay=0.1)
+    sets = [OptimizerSet(parameters, config) for parameters in (whole, parts)]
+    for _ in range(3):
+        for name, parameter in whole.items():
+            parameter.grad = torch.randn(parameter.shape, generator=numbers)
+            parts[name].grad = cut(parameter.grad.clone())
+        for one in sets:
+            one.step()
+    return {n: (p.detach().numpy(), numpy(parts[n])) for n, p in whole.items()}
+
+
+def spoiled(folder: Path) -> dict[str, int]:
+    """A run in which one rank's loss is NaN in the second step: counts of its progress."""
+    original = supervised.loss_of
+    training = trainer(folder, recipe(), this_rank())
+
+    def loss_of(*arguments: Any) -> torch.Tensor:
+        factor = float("nan") if training.progress.step == 1 and this_rank().rank == 1 else 1.0
+        return original(*arguments) * factor
+
+    supervised.loss_of = loss_of
+    try:
+        training.run()
+    finally:
+        supervised.loss_of = original
+    return {"nonfinite": training.progress.nonfinite, "step": training.progress.step}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Weights:
+    return {case: train(folder / "alone" / case, case) for case in CASES if case != "copies"}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(on_two_ranks, str(folder / "two"), ranks=2, seconds=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path, two: object) -> list[dict[str, Any]]:
+    (folder / "four").mkdir()
+    (folder / "two" / "moved").rename(folder / "four" / "moved")
+    return run_ranks(on_four_ranks, str(folder / "four"), ranks=4, seconds=SECONDS)
+
+
+COUNTED = ("step", "samples", "images", "tokens")
+MEANS = ("text/loss", "image/loss", "gradient_norm")
+
+
+def check_logs(one: Path, other: Path, tolerance: float = 1e-6) -> None:
+    """The logs of two runs: the same samples, and means within a relative tolerance."""
+    mine, theirs = losses(one), losses(other)
+    assert len(mine) == len(theirs) > 0
+    for a, b in zip(mine, theirs, strict=True):
+        assert [a[name] for name in COUNTED] == [b[name] for name in COUNTED]
+        for name in MEANS:
+            assert a.get(name) == pytest.approx(b.get(name), rel=tolerance, abs=tolerance)
+
+
+def check_weights(expected: dict[str, Any], ranks: list[dict[str, Any]], bound: float) -> None:
+    """All ranks have the same bits, and the weights of one process within a bound."""
+    for name, weight in expected.items():
+        assert all(np.array_equal(ranks[0][name], other[name]) for other in ranks[1:]), name
+        assert np.abs(ranks[0][name] - weight).max() < bound, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*ON_FOUR, "muon")])
+def test_two_ranks_train_as_one(
+    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+) -> None:
+    check_logs(folder / "alone" / case, folder / "two" / case)
+    check_weights(alone[case], [rank[case] for rank in two], 1e-5)
+
+
+def test_muon_on_two_ranks(folder: Path, alone: Weights, two: list[dict[str, Any]]) -> None:
+    check_logs(folder / "alone" / "muon", folder / "two" / "muon", 1e-4)
+    check_weights(alone["muon"], [rank["muon"] for rank in two], 1e-2)
+
+
+def test_matrices_dealt_out_to_owners_have_the_bits_of_one_rank(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        for whole, parts in rank["owners"].values():
+            assert np.array_equal(whole, parts)
+
+
+def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[str, Any]]) -> None:
+    assert [rank["spoiled"] for rank in two] == [{"nonfinite": 1, "step": 3}] * 2
+
+
+def test_copies_of_a_mesh_train_as_one(
+    folder: Path, alone: Weights, four: list[dict[str, Any]]
+) -> None:
+    check_logs(folder / "alone" / "dense", folder / "four" / "copies")
+    check_weights(alone["dense"], [rank["copies"] for rank in four], 1e-5)
+
+
+def test_a_run_moves_from_two_ranks_to_four_and_to_one(
+    folder: Path, alone: Weights, four: list[dict[str, Any]]
+) -> None:
+    at = folder / "four" / "moved"
+    states = [path.name for path in saved_states(at / "states")]
+    assert states == ["step-00000002", "step-00000004"]
+    shards = sorted(path.name for path in (at / "states" / states[-1] / "model").iterdir())
+    assert len(shards) == 4
+    facts = json.loads((at / "states" / states[-1] / "state.json").read_text())
+    assert all(len(known["sha256"]) == 64 for known in facts["files"].values())
+    weights = train(at, "moved")
+    check_logs(folder / "alone" / "moved", at)
+    check_weights(alone["moved"], [weights], 1e-5)
+    exported = dict(load(at / "model").model.named_parameters())
+    before = dict(load(folder / "alone" / "moved" / "model").model.named_parameters())
+    for name, weight in before.items():
+        torch.testing.assert_close(exported[name], weight, atol=1e-5, rtol=0)
+
+
+def test_one_process_is_one_rank() -> None:
+    assert this_rank() == Ranks()
