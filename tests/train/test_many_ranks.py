@@ -24,7 +24,7 @@ from support.ranks import run_ranks
 Weights = dict[str, dict[str, Any]]
 """Weights by case and name."""
 ON_FOUR = ("copies", "moved")
-SECONDS = 400.0
+SECONDS = 540.0
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:
