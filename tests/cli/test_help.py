@@ -31,6 +31,7 @@ COMMANDS = (
     "train",
     "report",
     "doctor",
+    "plan",
     "eval",
     "toy",
 )

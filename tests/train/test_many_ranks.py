@@ -76,11 +76,9 @@ def spoiled(folder: Path) -> dict[str, int]:
         factor = float("nan") if training.progress.step == 1 and this_rank().rank == 1 else 1.0
         return original(*arguments) * factor
 
-    supervised.loss_of = loss_of
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "loss_of", loss_of)
         training.run()
-    finally:
-        supervised.loss_of = original
     return {"nonfinite": training.progress.nonfinite, "step": training.progress.step}
 
 

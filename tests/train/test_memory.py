@@ -15,14 +15,13 @@ from neounify.train.recipe import StageRecipe
 from neounify.train.supervised import SupervisedConfig
 
 
-def stage(**fields: object) -> StageRecipe:
-    return StageRecipe(  # type: ignore[arg-type]
+def stage() -> StageRecipe:
+    return StageRecipe(
         name="unified",
         steps=1,
         method=SupervisedConfig(tokens_per_pack=28_672),
         precision="bfloat16",
         checkpoint_activations=True,
-        **fields,
     )
 
 

@@ -30,6 +30,11 @@ def test_the_shape_of_a_mesh(
     assert mesh_shape(config, ranks) == MeshShape(replicate=shape[0], shard=shape[1])
 
 
+GRPO = one_stage(
+    method={"kind": "text-grpo", "prompts": [{"kind": "scenes"}]}, freeze=["gen"], data=[]
+)
+
+
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
@@ -38,7 +43,7 @@ def test_the_shape_of_a_mesh(
         ({"parallel": {"streams": 6}}, 4, "4 ranks cannot share the 6 data streams.*parallel"),
         (one_stage(packs_per_step=6), 4, r"packs_per_step \(6\).* such as 8"),
         (one_stage(lora={"rank": 2}), 2, "lora"),
-        (one_stage(method={"kind": "dpo"}, packs_per_step=2), 2, "the method dpo runs on one rank"),
+        (GRPO, 2, "text-grpo runs on one rank"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], ranks: int, message: str) -> None:

@@ -12,11 +12,13 @@ import torch
 from neounify.errors import CheckpointError
 from neounify.train.state import (
     check_state,
+    flatten_optimizer,
     load_state,
     newest_whole_state,
     prune_states,
     save_state,
     saved_states,
+    unflatten_optimizer,
 )
 
 FACTS: dict[str, Any] = {"progress": {}, "position": None, "ema_updates": 1, "config": {}}
@@ -131,3 +133,23 @@ def test_states_of_earlier_versions_get_the_names_of_now(tmp_path: Path) -> None
     assert sorted(loaded["model"]) == sorted(loaded["ema"]) == sorted(now)
     assert loaded["optimizer"].keys() == optimizer.keys()
     assert facts["optimizer_parameters"] == [now[:1], now[1:]]
+
+
+def test_numbered_states_of_earlier_versions_get_their_names() -> None:
+    names = [["a.weight", "b.weight"], ["c.weight"]]
+    one = torch.ones(2)
+    numbered = {"0.1.exp_avg": one, "1.0.momentum_buffer": one}
+    named = {"b.weight": {"exp_avg": one}, "c.weight": {"momentum_buffer": one}}
+    assert unflatten_optimizer(numbered, names) == named
+    assert unflatten_optimizer(flatten_optimizer(named), names) == named
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        unflatten_optimizer({"1.1.exp_avg": one}, names)
+
+
+def test_files_outside_of_a_state_are_refused(states: Path) -> None:
+    file = states / "step-00000003" / "state.json"
+    facts = json.loads(file.read_text())
+    facts["files"]["../step-00000002/model.safetensors"] = None
+    file.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="damaged: its file"):
+        check_state(file.parent)

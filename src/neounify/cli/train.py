@@ -108,8 +108,8 @@ def _train(
 
     ranks.check_alike("the recipe", repr(recipe))
     ranks.together(lambda: check_parallel(recipe, ranks.size))
-    found = ranks.together(lambda: _state(folder, resume, display) if ranks.first else None)
-    state = ranks.gather(found)[0]
+    newest = ranks.together(lambda: _state(folder, resume, display) if ranks.first else None)
+    state = ranks.gather(newest)[0]
     # Unknown stages and unreadable data are reported before a model is loaded.
     numbers = ranks.together(
         lambda: stages_to_run(recipe, Progress(), stages if state is None else [])

@@ -184,7 +184,7 @@ class Position:
     def from_json(record: Any) -> Position:
         """Raises DataError for what `to_json` cannot have written.
 
-        In states of earlier versions each worker had a stream of its own.
+        In states of earlier versions each worker had one stream.
         """
         try:
             entries = record["streams" if "streams" in record else "workers"]

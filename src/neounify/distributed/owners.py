@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 class Rows(NamedTuple):
     """A matrix of which this rank holds rows, and the group of the ranks that hold it."""
 
-    held: Tensor
+    rows: Tensor
     shape: tuple[int, int]
     group: distributed.ProcessGroup
 
@@ -59,34 +59,34 @@ def on_owners(matrices: Sequence[Rows], work: Callable[[Tensor], Tensor]) -> lis
     sizes = [[_held(shape, r, ranks) for shape in mine] for r in range(ranks)]
     # To each owner the rows of its matrices, one after the other.
     order = sorted(range(len(matrices)), key=lambda n: chosen[n])
-    held = [matrices[n].held for n in order]
+    parts = [matrices[n].rows for n in order]
     outgoing = [
         sum(
-            matrix.held.numel()
+            matrix.rows.numel()
             for matrix, owner in zip(matrices, chosen, strict=True)
             if owner == r
         )
         for r in range(ranks)
     ]
     incoming = [sum(of_rank) for of_rank in sizes]
-    received = _exchange(torch.cat([x.flatten() for x in held]), outgoing, incoming, group)
-    parts = received.split(incoming)
-    pieces = [part.split(of_rank) for part, of_rank in zip(parts, sizes, strict=True)]
+    received = _exchange(torch.cat([x.flatten() for x in parts]), outgoing, incoming, group)
+    of_ranks = received.split(incoming)
+    pieces = [part.split(size) for part, size in zip(of_ranks, sizes, strict=True)]
     results = [
         work(torch.cat([pieces[r][n] for r in range(ranks)]).view(shape)).flatten()
         for n, shape in enumerate(mine)
     ]
-    dtype = results[0].dtype if results else work(held[0].new_zeros(1, 1)).dtype
+    dtype = results[0].dtype if results else work(parts[0].new_zeros(1, 1)).dtype
     back = [
         results[n][start : start + sizes[r][n]]
         for r in range(ranks)
         for n, start in enumerate(_starts(sizes, r))
     ]
-    joined = torch.cat(back) if back else held[0].new_zeros(0, dtype=dtype)
-    returned = _exchange(joined, incoming, outgoing, group).split([x.numel() for x in held])
+    joined = torch.cat(back) if back else parts[0].new_zeros(0, dtype=dtype)
+    returned = _exchange(joined, incoming, outgoing, group).split([x.numel() for x in parts])
     shares: list[Tensor] = [torch.empty(0)] * len(matrices)
     for place, number in enumerate(order):
-        shares[number] = returned[place].view(held[place].shape)
+        shares[number] = returned[place].view(parts[place].shape)
     return shares
 
 

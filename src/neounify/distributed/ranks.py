@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class OtherRankError(NeounifyError):
-    """An error that another rank reports: this one ends without a message of its own."""
+    """An error that another rank reports: this one ends without a message."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def is_lost_connection(error: Exception) -> bool:
 def ranks_of(environment: Mapping[str, str]) -> Ranks:
     """The rank that `torchrun` gives a process by its environment. Raises ConfigError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in environment]
-    if "RANK" not in given or "WORLD_SIZE" not in given:
+    present = [name for name in names if name in environment]
+    if "RANK" not in present or "WORLD_SIZE" not in present:
         return Ranks()
-    if missing := [name for name in names if name not in given]:
+    if missing := [name for name in names if name not in present]:
         raise ConfigError(
-            f"the environment has {', '.join(given)} but not {', '.join(missing)}: start with "
+            f"the environment has {', '.join(present)} but not {', '.join(missing)}: start with "
             "torchrun, or unset them for one process"
         )
     try:

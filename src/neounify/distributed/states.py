@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def load_sharded(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        held = sum(chunk.sizes.numel() for chunk in stored.chunks)
-        if held != stored.size.numel():
+        size = sum(chunk.sizes.numel() for chunk in stored.chunks)
+        if size != stored.size.numel():
             raise CheckpointError(f"{folder} lacks pieces of {name}")
         if name not in like:
             tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -54,7 +55,10 @@ def load_sharded(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         tensors[name] = torch.empty_like(like[name])
     try:
-        dcp.load(tensors, storage_reader=reader)
+        with warnings.catch_warnings():
+            # One process, which is meant, is warned of.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load(tensors, storage_reader=reader)
     except CheckpointException as error:
         raise CheckpointError(_explained(error)) from error
     return tensors

@@ -114,7 +114,7 @@ class Muon(torch.optim.Muon):
             trained = [p for p in group["params"] if p.grad is not None]
             cut = [p for p in trained if isinstance(p, DTensor)]
             updates = on_owners(
-                [Rows.of(p)._replace(held=self._momentum(p, group)) for p in cut],
+                [Rows.of(p)._replace(rows=self._momentum(p, group)) for p in cut],
                 partial(self._orthogonal, group=group),
             )
             for parameter, update in zip(cut, updates, strict=True):
@@ -346,9 +346,9 @@ def load_optimizers(
     `names` are those that the run trained (`all_names`); states of earlier versions may have none.
     Raises CheckpointError when other parameters were trained, or by another optimizer.
     """
-    now = all_names(sets)
-    before = checked_names(names) or now
-    if changed := sorted(set(chain(*before)) ^ set(chain(*now))):
+    now = set(chain(*all_names(sets)))
+    before = set(chain(*checked_names(names)))
+    if changed := sorted(before ^ now if before else set(states) - now):
         raise CheckpointError(
             f"the state is of a run that trained other parameters ({len(changed)} differ, "
             f"{changed[0]} first): give freeze and lora the values they had, or start a new run"

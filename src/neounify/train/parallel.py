@@ -67,8 +67,8 @@ def parallelize_run(recipe: Recipe, model: NeoUnify, ranks: Ranks) -> Parallel:
 def first_not_finite(model: NeoUnify, ranks: Ranks) -> str | None:
     """A trained parameter that is NaN or infinite on some rank; collective."""
     trained = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
-    found = next((name for name, value in trained if not all_finite(local(value))), None)
-    return next((name for name in ranks.gather(found) if name is not None), None)
+    here = next((name for name, value in trained if not all_finite(local(value))), None)
+    return next((name for name in ranks.gather(here) if name is not None), None)
 
 
 @dataclass

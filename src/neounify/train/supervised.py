@@ -196,6 +196,8 @@ class Supervised(Method):
         self._step_metrics = Metrics(self.model.device)
 
     def join_positions(self, positions: Sequence[Any]) -> Any:
+        if positions[0] is None:  # no pack is read yet
+            return None
         return Position.merged([Position.from_json(one) for one in positions]).to_json()
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
