@@ -49,6 +49,17 @@ def test_the_least_degree_that_fits() -> None:
     assert memory.fitting(20 * GB) is None
 
 
+def test_the_published_recipe_fits_64_devices_and_not_8() -> None:
+    recipe = str(Path(__file__).parents[2] / "recipes" / "published.toml")
+    for gpus, code in ((64, 0), (8, 1)):
+        arguments = ["plan", "--train", recipe, "--gpus", str(gpus), "--preset", "8b", "--json"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == code, done.output
+        fits = {stage["stage"]: stage["fits"] for stage in json.loads(done.stdout)["stages"]}
+        assert fits["generation-3"]
+        assert fits["unified"] == fits["sft"] == (code == 0)
+
+
 RECIPE = """
 name = "r"
 [model]

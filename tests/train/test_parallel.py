@@ -30,9 +30,7 @@ def test_the_shape_of_a_mesh(
     assert mesh_shape(config, ranks) == MeshShape(replicate=shape[0], shard=shape[1])
 
 
-GRPO = one_stage(
-    method={"kind": "text-grpo", "prompts": [{"kind": "scenes"}]}, freeze=["gen"], data=[]
-)
+GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
 
 
 @pytest.mark.parametrize(
