@@ -148,6 +148,7 @@ def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[
     assert [rank["spoiled"] for rank in two] == [{"nonfinite": 1, "step": 3}] * 2
 
 
+@pytest.mark.slow
 def test_copies_of_a_mesh_train_as_one(
     folder: Path, alone: Weights, four: list[dict[str, Any]]
 ) -> None:
@@ -155,6 +156,7 @@ def test_copies_of_a_mesh_train_as_one(
     check_weights(alone["dense"], [rank["copies"] for rank in four], 1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_two_ranks_to_four_and_to_one(
     folder: Path, alone: Weights, four: list[dict[str, Any]]
 ) -> None:
