@@ -28,6 +28,7 @@ model           layout, streams, heads: the network
 cache           KV caches: storage
 attention       attention backends over layouts and caches
 decode          token sampling
+quant           formats of quantised weights
 checkpoint      the published folders, weights
 lora            adapters
 distributed     ranks, meshes, sharding of a model from outside

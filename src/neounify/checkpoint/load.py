@@ -70,7 +70,8 @@ def load_checkpoint(
     layers are stored in, None or "auto" the fastest that is exact here (`choose_dtype`), which is
     logged. On the CPU, tensors stored in that dtype stay mapped: nothing is copied, pages are
     read when first touched. The file must not be overwritten in place while the model lives.
-    All others are converted piece by piece, so the peak is little more than the bytes kept.
+    All others are converted piece by piece, so the peak is little more than the bytes kept;
+    quantised weights are decoded to that dtype.
 
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order.
     memory="stream": see StreamResidency; use the returned `residency` around every use of the
@@ -101,8 +102,12 @@ def load_checkpoint(
     sources = {}
     for name in shapes:
         published = to_published(name)
-        source = StoredWeight(checkpoint.file_of(published), published, updates.get(name, ()))
-        sources[name] = source
+        sources[name] = StoredWeight(
+            checkpoint.file_of(published),
+            checkpoint.stored_name(published),
+            updates.get(name, ()),
+            checkpoint.quantised.get(published),
+        )
     with torch.inference_mode(False), torch.no_grad():
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from neounify.config import ModelConfig
 from neounify.errors import CheckpointError
 from neounify.files import read_json
 
+if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
+    from neounify.quant.stored import RowCodes
+
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_LISTED = 20
@@ -33,6 +37,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 LM_HEAD = to_published("lm_head.weight")
 EMBED_TOKENS = to_published("embed_tokens.weight")
 FLOW_HEAD_INPUT = "fm_modules.fm_head.0.weight"
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""Before the published names in files of other tools."""
+QUANTISED = re.compile(
+    r"_quantization_metadata|scaled_fp8|.*\.(comfy_quant|weight_scale|scale_weight)"
+)
+"""Names of tensors and metadata by which files with quantised weights are known."""
 
 
 class CheckpointFolder:
@@ -40,16 +50,26 @@ class CheckpointFolder:
 
     `tensors` maps published names to what is stored; `config` is the model that
     config.json describes, with the flow head's width taken from the weights, since
-    config.json does not say it.
+    config.json does not say it. `quantised` says how weights stored as codes are decoded; scales
+    and descriptions are not in `tensors`.
     """
 
     def __init__(self, path: Path, document: dict[str, Any], files: Iterable[MappedFile]) -> None:
         self.path = path
         self.document = document
-        self._files = {name: file for file in files for name in file.tensors}
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: file.tensors[name] for name, file in self._files.items()
-        }
+        self._files: dict[str, MappedFile] = {}
+        self._stored: dict[str, str] = {}
+        for file in files:
+            for stored in file.tensors:
+                name = _without_prefix(stored)
+                if name in self._files:
+                    raise CheckpointError(f"{path}: {name!r} is there twice, once with a prefix")
+                self._files[name], self._stored[name] = file, stored
+        every = {name: file.tensors[self._stored[name]] for name, file in self._files.items()}
+        self.quantised: Mapping[str, RowCodes] = {}
+        if any(QUANTISED.fullmatch(name) for name in (*every, *self._metadata())):
+            every = self._read_quantised(every)
+        self.tensors: Mapping[str, TensorInfo] = every
         self.config = self._config()
 
     @classmethod
@@ -73,13 +93,17 @@ class CheckpointFolder:
         """The mapped file that holds a tensor (published name)."""
         return self._files[name]
 
+    def stored_name(self, name: str) -> str:
+        """The name of a tensor (published name) in its file, where it may have a prefix."""
+        return self._stored[name]
+
     def tensor(self, name: str) -> Tensor:
-        """A tensor (published name), as a view of its file where possible."""
-        return self._files[name].tensor(name)
+        """A tensor (published name), as a view of its file where possible; codes as stored."""
+        return self._files[name].tensor(self._stored[name])
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from resident memory; they are read again when touched."""
-        self._files[name].release(name)
+        self._files[name].release(self._stored[name])
 
     def fingerprint(self) -> str:
         """A sha256 that identifies a checkpoint without reading it whole.
@@ -90,11 +114,12 @@ class CheckpointFolder:
         """
         digest = hashlib.sha256()
         digest.update(json.dumps(self.document, sort_keys=True, separators=(",", ":")).encode())
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
+        for name in sorted(self._files):
+            file, stored = self._files[name], self._stored[name]
+            info = file.tensors[stored]
             line = json.dumps([name, DTYPE_NAMES[info.dtype], info.shape])
             digest.update(line.encode())
-            digest.update(self._files[name].head(name, FINGERPRINT_BYTES))
+            digest.update(file.head(stored, FINGERPRINT_BYTES))
         return digest.hexdigest()
 
     def check(self, expected: Mapping[str, torch.Size]) -> None:
@@ -117,7 +142,7 @@ class CheckpointFolder:
         not_float = [
             f"{name}: {DTYPE_NAMES[self.tensors[name].dtype]}"
             for name in both
-            if not self.tensors[name].dtype.is_floating_point
+            if name not in self.quantised and not self.tensors[name].dtype.is_floating_point
         ]
         problems = [
             *_listed("missing", sorted(wanted.keys() - self.tensors.keys())),
@@ -131,8 +156,23 @@ class CheckpointFolder:
                 + "\n".join(problems)
             )
 
+    def _metadata(self) -> dict[str, str]:
+        return {k: v for file in set(self._files.values()) for k, v in file.metadata.items()}
+
+    def _read_quantised(self, every: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Read how quantised weights are decoded; the tensors without what describes them."""
+        from neounify.quant.stored import described, read_quantised
+
+        shapes = {name: (info.shape, info.dtype) for name, info in every.items()}
+        metadata = self._metadata()
+        self.quantised = read_quantised(self.path, shapes, metadata, self.tensor, _without_prefix)
+        beside = described(every, self.quantised)
+        return {name: info for name, info in every.items() if name not in beside}
+
     def _has_equal_lm_head(self) -> bool:
         if not self.config.tie_embeddings or EMBED_TOKENS not in self.tensors:
+            return False
+        if LM_HEAD in self.quantised or EMBED_TOKENS in self.quantised:
             return False
         head, embedding = self.tensors[LM_HEAD], self.tensors[EMBED_TOKENS]
         if head.shape != embedding.shape or head.dtype != embedding.dtype:
@@ -151,6 +191,13 @@ class CheckpointFolder:
         if config.image_head != "flow" or first is None or len(first.shape) != 2:
             return config
         return config.replace(flow_head_width=first.shape[0])
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
 
 
 def read_document(path: Path, limit: int) -> dict[str, Any]:

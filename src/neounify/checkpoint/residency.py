@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,24 @@ from neounify.checkpoint.names import stream_of
 from neounify.errors import CheckpointError
 from neounify.model.parts import STREAMS, StreamName
 
+if TYPE_CHECKING:
+    from neounify.quant.stored import RowCodes
+
 CHUNK_ELEMENTS = 2**21
 SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A stored tensor (published name) of a file, to which `updates` are added when it is read."""
+    """A stored tensor (by its name in the file), decoded and updated when it is read.
+
+    `codes` says how a quantised weight is decoded; `updates` are added to its values.
+    """
 
     file: MappedFile
     name: str
     updates: tuple[LoraPair, ...] = ()
+    codes: RowCodes | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -43,6 +50,7 @@ class StoredWeight:
         """Whether the values can be used where they are mapped, without a copy."""
         return (
             not self.updates
+            and self.codes is None
             and device.type == "cpu"
             and self.info.dtype == dtype
             and self.file.is_view(self.name)
@@ -62,6 +70,8 @@ class StoredWeight:
         updates = [update.to(device) for update in self.updates]
         for start, stored in self._pieces():
             piece = torch.atleast_1d(result)[start : start + stored.shape[0]]
+            if self.codes is not None:
+                stored = self.codes.decode(stored.to(device), start)
             if updates:
                 rows = stored.to(device, torch.float32, copy=True)
                 for update in updates:

@@ -1,0 +1,1 @@
+"""Quantised weights: formats of codes and scales, and how files name them."""

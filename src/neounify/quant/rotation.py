@@ -1,0 +1,48 @@
+"""Hadamard rotation of groups of channels, which spreads outliers before weights are rounded.
+
+H is a Kronecker power of ½·[[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]: symmetric
+and orthogonal, so it is its own inverse. It acts on each group of G channels (regular Hadamard
+rotation, as in ConvRot, arXiv 2512.03673).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MAX_GROUP = 256
+
+
+def group_size(channels: int) -> int:
+    """G: the largest power of 4 that divides `channels`, at most 256."""
+    size = 1
+    while size < MAX_GROUP and channels % (4 * size) == 0:
+        size *= 4
+    return size
+
+
+def is_group(size: int, channels: int) -> bool:
+    """Whether groups of `size` channels can be rotated: a power of 4 to 256 that divides them."""
+    return size in (4, 16, 64, 256) and channels % size == 0
+
+
+@cache
+def hadamard(size: int, device: torch.device) -> Float[Tensor, "size size"]:
+    """H of `size` = 4^n channels, float32."""
+    # The cached matrix must serve training too, whatever mode the first caller is in.
+    with torch.inference_mode(False):
+        four = torch.full((4, 4), 0.5, device=device)
+        four[range(4), range(3, -1, -1)] = -0.5
+        matrix = torch.ones(1, 1, device=device)
+        while matrix.shape[0] < size:
+            matrix = torch.kron(matrix, four)
+        return matrix
+
+
+def rotate_groups(rows: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n k"]:
+    """rows · H on each group of `size` channels, in float32; twice gives the rows again."""
+    groups = rows.float().unflatten(-1, (-1, size))
+    return (groups @ hadamard(size, rows.device)).flatten(-2)
