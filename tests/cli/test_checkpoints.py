@@ -115,5 +115,5 @@ def test_a_model_is_named_as_it_was_given(
 
 
 def test_inspect_names_the_trained_sizes(run_bare: Callable[..., Any], toy: Path) -> None:
-    assert "64x64 only" in run_bare("inspect").out
+    assert "64x64, 96x96, 128x64" in run_bare("inspect").out
     assert "not recorded" in run_bare("inspect", toy).out

@@ -20,17 +20,18 @@ def bundled() -> Pipeline:
     return neounify.load(bundled_model(), device="cpu")
 
 
-def test_the_bundled_model_records_its_size(bundled: Pipeline) -> None:
-    assert bundled.config.sampling.trained_sizes == ((64, 64),)
-    assert size_advice(bundled.config, 64, 64) is None
+def test_the_bundled_model_records_its_sizes(bundled: Pipeline) -> None:
+    sizes = bundled.config.sampling.trained_sizes
+    assert {(64, 64), (96, 96), (128, 64)} <= set(sizes)
+    assert all(size_advice(bundled.config, *size) is None for size in sizes)
 
 
-@pytest.mark.parametrize("size", [(96, 96), (128, 64), (128, 128)])
-def test_every_call_warns_of_other_sizes_and_names_the_trained_one(
+@pytest.mark.parametrize("size", [(160, 160), (160, 64), (96, 128)])
+def test_every_call_warns_of_other_sizes_and_names_the_trained_ones(
     bundled: Pipeline, size: tuple[int, int]
 ) -> None:
     width, height = size
-    words = f"size {width}x{height}: the model was trained at 64x64 only"
+    words = f"size {width}x{height}: the model was trained at 64x64, 96x96"
     with pytest.warns(SizeWarning, match=words) as caught:
         image = bundled.generate("a star", width=width, height=height, steps=1).images[0]
     assert caught[0].filename == __file__
@@ -41,15 +42,16 @@ def test_every_call_warns_of_other_sizes_and_names_the_trained_one(
 
 
 def test_a_shape_taken_from_an_input_image_is_warned_of(bundled: Pipeline) -> None:
-    wide = bundled.generate("a star", steps=1).images[0].resize((128, 64))
-    with pytest.warns(SizeWarning, match="64x64 only"):
+    wide = bundled.generate("a star", steps=1).images[0].resize((160, 64))
+    with pytest.warns(SizeWarning, match="size 96x32"):
         bundled.edit("Turn it red.", wide, steps=1)
 
 
-def test_the_trained_size_is_silent(bundled: Pipeline) -> None:
+def test_the_trained_sizes_are_silent(bundled: Pipeline) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bundled.generate("a star", steps=1)
+        for width, height in bundled.config.sampling.trained_sizes:
+            bundled.generate("a star", width=width, height=height, steps=1)
 
 
 @pytest.mark.parametrize(
