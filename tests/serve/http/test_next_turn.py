@@ -31,7 +31,7 @@ IMAGE_FIELDS: dict[str, Any] = {
     "seed": 1,
     "content_format": "parts",
 }
-ASK: Any = {"role": "user", "content": "What colour is the star?"}
+ASK = "What colour is the circle?"
 
 
 @functools.cache
@@ -48,18 +48,19 @@ def tell(client: openai.OpenAI, form: str) -> Any:
     )
 
 
-def ask(client: openai.OpenAI, answer: Any, **options: Any) -> Any:
-    turns: Any = [{"role": "user", "content": STORY}, answer, ASK]
+def ask(client: openai.OpenAI, answer: Any, question: str = ASK, **options: Any) -> Any:
+    asked = {"role": "user", "content": question}
+    turns: Any = [{"role": "user", "content": STORY}, answer, asked]
     body = {"max_tokens": 8} | options
     answered = client.chat.completions.create(model="", messages=turns, extra_body=body)
     return answered.choices[0].message.content
 
 
 @functools.cache
-def green_star(client: openai.OpenAI) -> str:
+def green_circle(client: openai.OpenAI) -> str:
     """The URL of a result."""
     answer = client.images.generate(
-        prompt="a green star", response_format="url", extra_body={"seed": 2, "steps": 16}
+        prompt="a green circle", response_format="url", extra_body={"seed": 2, "steps": 16}
     )
     assert answer.data is not None
     assert answer.data[0].url is not None
@@ -72,19 +73,21 @@ def green_star(client: openai.OpenAI) -> str:
 def test_the_model_sees_its_own_image(bundled_client: openai.OpenAI, form: str) -> None:
     answer = tell(bundled_client, form)
     for sent in (answer, answer.model_dump()):
-        assert ask(bundled_client, sent) == "blue"
+        assert ask(bundled_client, sent) == "red"
 
 
 def test_the_model_sees_another_image_in_its_place(bundled_client: openai.OpenAI) -> None:
-    name = green_star(bundled_client).rpartition("/")[2]
-    star = bundled_client.get(f"/results/{name}", cast_to=openai.HttpxBinaryResponseContent)
-    url = data_url(star.content)
+    name = green_circle(bundled_client).rpartition("/")[2]
+    circle = bundled_client.get(f"/results/{name}", cast_to=openai.HttpxBinaryResponseContent)
+    url = data_url(circle.content)
     parts = tell(bundled_client, "parts").content
     texts = [part for part in parts if part["type"] == "text"]
     other = [*texts[:1], {"type": "image_url", "image_url": {"url": url}}]
     assert ask(bundled_client, {"role": "assistant", "content": other}) == "green"
     first, second, again = (
-        pixels(ask(bundled_client, {"role": "assistant", "content": content}, **IMAGE_FIELDS))
+        pixels(
+            ask(bundled_client, {"role": "assistant", "content": content}, STORY, **IMAGE_FIELDS)
+        )
         for content in (parts, other, parts)
     )
     # Beside other requests an image may differ by the rounding of a sum.
@@ -93,7 +96,7 @@ def test_the_model_sees_another_image_in_its_place(bundled_client: openai.OpenAI
 
 
 def test_the_model_sees_a_result_by_its_url(bundled_client: openai.OpenAI) -> None:
-    text = f"Here it is: ![a star]({green_star(bundled_client)})"
+    text = f"Here it is: ![a circle]({green_circle(bundled_client)})"
     answer = {"role": "assistant", "content": text}
     assert ask(bundled_client, answer) == "green"
 
