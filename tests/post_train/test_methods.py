@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from neounify.checkpoint.names import stream_of
+from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.lora.layers import HALVES, weight_name
 from neounify.pipeline import load
@@ -111,6 +113,12 @@ def test_the_fake_starts_from_the_teacher(
     assert not shared & {fake[name].data_ptr() for name in trained}
 
 
+def test_a_step_of_fewer_prompts_than_micro_batches(tmp_path: Path) -> None:
+    whole = run(tmp_path / "one", "dmd2", {"prompts_per_step": 1}, packs_per_step=1)
+    parts = run(tmp_path / "four", "dmd2", {"prompts_per_step": 1}, packs_per_step=4)
+    assert parts.progress.images == whole.progress.images == STEPS
+
+
 def test_a_student_carries_its_own_sampling(tmp_path: Path) -> None:
     run(tmp_path, "trajectory")
     sampling = load(tmp_path / "model").config.sampling
@@ -207,7 +215,7 @@ def test_epochs_take_the_capabilities_in_turn(tmp_path: Path, experts: dict[str,
     assert categories == [{"single_object"}] * 2 + [{"edit"}] * 2 + [{"single_object"}] * 2
     # An epoch continues where the capability's last one ended.
     painted = [case.prompt for step in (0, 1, 4, 5) for case in drawn[step]]
-    source = method.sources["single_object"]
+    source = method.prompts.sources["single_object"]
     assert painted == [source.case(number).prompt for number in range(24)]
 
 
@@ -324,7 +332,33 @@ def test_windows(tmp_path: Path) -> None:
         ("mopd", {"teachers": {"edit": "x"}, "prompts": PROMPTS}, {}, "leave prompts.categories"),
         ("mopd", {"teachers": {"edits": "x"}}, {}, "no category edits"),
         ("mopd", {"teachers": {"edit": "x"}}, {}, "steps must be at least 200, .* got 6"),
-        ("mopd", {"teachers": {"a": "x"}, "prompts": {"kind": "text", "path": "a"}}, {}, "text"),
+        (
+            "mopd",
+            {"teachers": {"a": "x"}, "prompts": {"kind": "text", "path": "a"}},
+            {},
+            "a text file has no categories",
+        ),
+        (
+            "mopd",
+            {
+                "teachers": {"edit": "x"},
+                "guidance_norm": "cfg_zero_star",
+                "sampler": {"edit_guidance": 2.0},
+            },
+            {},
+            "cfg_zero_star is not for edits: .* got 2.0",
+        ),
+        ("trajectory", {"prompts": {"categories": {"beauty": 1.0}}}, {}, "no category beauty"),
+        ("dmd2", {"prompts": {"categories": {"caption": 1.0}}}, {}, "no category caption"),
+        ("nft", {"prompts": {"sizes": [[64, 64, 1.0], [64, 64, 2.0]]}}, {}, "64x64 more than once"),
+        ("nft", {"prompts": {"sizes": [[64, 16, 1.0]]}}, {}, "side 16 is under 32 pixels"),
+        ("nft", {"rewards": [{"kind": "ocr", "reader": "a:b"}]}, {}, '"ocr" needs prompts of kind'),
+        (
+            "nft",
+            {"rewards": [{"kind": "scenes", "weights": {"strict": 0.0}}]},
+            {},
+            "at least one part must have a weight above 0",
+        ),
         ("dmd2", {"teacher_checkpoint": "x"}, {"lora": LORA}, "ida averages"),
         ("dmd2", {"teacher": {"steps": 4}}, {}, "teacher.steps and teacher.shift"),
         ("nft", {}, {"freeze": ["gen"]}, "understanding stream must be frozen"),
@@ -343,6 +377,17 @@ def test_recipes_that_cannot_work(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         described(kind, method, **stage)
+
+
+def test_prompts_of_all_stages_are_checked_before_the_first(tmp_path: Path) -> None:
+    missing = {"kind": "jsonl", "path": str(tmp_path / "missing.jsonl")}
+    first = described("trajectory", steps=1)
+    second = described("trajectory", {"prompts": missing})
+    stage = replace(second.stages[0], name="second")
+    training = trainer(tmp_path, replace(first, stages=(*first.stages, stage)))
+    with pytest.raises(DataError, match="missing"):
+        training.run()
+    assert training.progress.step == 0
 
 
 # --- the doctor ---

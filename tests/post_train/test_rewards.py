@@ -159,6 +159,11 @@ def test_a_recipe_knows_the_folder_of_its_file(tmp_path: Path) -> None:
         read_recipe(file)
 
 
+def test_weights_of_a_part_that_does_not_exist() -> None:
+    with pytest.raises(RewardFailure, match="weights name sharp, its parts are bright, dark"):
+        Rewards([program("brightness", weights={"bright": 1.0, "sharp": 1.0})])([BLACK], [CASE])
+
+
 def test_weights_and_minimum() -> None:
     white = np.full_like(BLACK, 255)
     images, cases = [BLACK, white], [CASE, CASE]

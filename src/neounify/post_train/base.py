@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
@@ -12,13 +12,20 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torch.nn import Parameter
 
-from neounify.config.ranges import STRICT, Count
-from neounify.errors import CheckpointError, RequestError
+from neounify.config import ModelConfig
+from neounify.config.ranges import STRICT, Count, NonNegativeInt
+from neounify.errors import CheckpointError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.post_train.policy import frozen_copy
-from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
+from neounify.post_train.prompts import (
+    PromptCase,
+    PromptConfig,
+    PromptSource,
+    build_prompts,
+    scene_categories,
+)
 from neounify.post_train.report import plain, update_report
 from neounify.tasks.program import Processor
 from neounify.train.method import (
@@ -50,16 +57,13 @@ class SamplerConfig:
         self.sampling(editing=True)
 
     def sampling(self, *, editing: bool) -> ImageSampling:
-        """The request's form of it. Raises ValueError for values out of range."""
-        try:
-            return ImageSampling(
-                steps=self.steps,
-                guidance=self.edit_guidance if editing else self.guidance,
-                image_guidance=None if self.edit_guidance is None else 1.0,
-                shift=self.shift,
-            )
-        except RequestError as error:
-            raise ValueError(str(error)) from error
+        """The request's form of it. Raises RequestError for values out of range."""
+        return ImageSampling(
+            steps=self.steps,
+            guidance=self.edit_guidance if editing else self.guidance,
+            image_guidance=None if self.edit_guidance is None else 1.0,
+            shift=self.shift,
+        )
 
     def check_unguided(self, name: str) -> None:
         """Check that guidance is 1 for images and edits. Raises ValueError."""
@@ -71,10 +75,21 @@ class SamplerConfig:
             )
 
 
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class PromptMethodConfig(MethodConfig):
-    """What all methods share: they draw from prompts in place of data, and train `streams`."""
+    """What all methods share: they draw from `prompts` in place of data, and train `streams`."""
 
     needs_data: ClassVar[bool] = False
+    answers: ClassVar[bool] = False
+    """Whether the prompts ask for texts, not for images."""
+
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    seed: NonNegativeInt = 0
+
+    @property
+    def drawn(self) -> PromptConfig:
+        """The prompts, with the categories that the method draws."""
+        return self.prompts
 
     @property
     def streams(self) -> tuple[StreamName, ...]:
@@ -82,7 +97,9 @@ class PromptMethodConfig(MethodConfig):
         return (GEN,)
 
     def check_stage(self, stage: StageRecipe) -> None:
-        """Raise ValueError where other streams would be trained, or data is given."""
+        """Raise ValueError for prompts that do not exist, other trained streams, or data."""
+        if self.drawn.kind == "scenes":
+            scene_categories(self.drawn, answers=self.answers)
         if stage.data:
             raise ValueError(
                 f"data: {self.kind} draws from method.prompts; give the stage data = []"
@@ -113,6 +130,15 @@ class PromptMethodConfig(MethodConfig):
                 f"freeze: {self.kind} trains {_named(self.streams)}, so {frozen} cannot be frozen"
             )
 
+    def check_data(self, context: StageContext) -> None:
+        """Raise DataError or ConfigError for prompts that cannot be used."""
+        self.build_prompts(context.setup.model.config)
+
+    def build_prompts(self, model: ModelConfig) -> PromptSource:
+        """The source of the prompts, for a model. Raises DataError or ConfigError."""
+        size, token = model.sampling.image_size, model.token_size
+        return build_prompts(self.drawn, size, token, answers=self.answers)
+
 
 def _named(streams: Sequence[StreamName]) -> str:
     words = {UND: "understanding", GEN: "generation"}
@@ -136,11 +162,10 @@ Part = TypeVar("Part", bound=SavedPart)
 class PromptMethod(Method):
     """Model, prompts and one optimizer set over what the stage trains."""
 
-    def __init__(
-        self, prompts: PromptConfig, context: StageContext, *, answers: bool = False
-    ) -> None:
-        """`answers`: the prompts ask for texts, not for images."""
-        self.context, self.answers = context, answers
+    config: PromptMethodConfig
+
+    def __init__(self, config: PromptMethodConfig, context: StageContext) -> None:
+        self.config, self.context = config, context
         self.attention = context.stage.attention
         self._kept: list[SavedPart] = []
         self.model = context.setup.model
@@ -150,10 +175,7 @@ class PromptMethod(Method):
             context.setup.system_message,
             self.model.compute_dtype,
         )
-        config = self.model.config
-        self.prompts = build_prompts(
-            prompts, config.sampling.image_size, config.token_size, answers=answers
-        )
+        self.prompts = config.build_prompts(self.model.config)
         self.metrics = Means()
 
     def keep(self, part: Part) -> Part:
@@ -212,7 +234,7 @@ class PromptMethod(Method):
         """Cases by what can be sampled in one batch."""
         groups: dict[tuple[int, int, bool] | None, list[PromptCase]] = {}
         for case in cases:
-            alone = self.answers and case.preceding is None
+            alone = self.config.answers and case.preceding is None
             key = None if alone else (case.width, case.height, case.editing)
             groups.setdefault(key, []).append(case)
         return list(groups.values())

@@ -33,7 +33,7 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
-from neounify.post_train.prompts import PromptCase, PromptConfig
+from neounify.post_train.prompts import PromptCase
 from neounify.post_train.report import update_report
 from neounify.post_train.rewards import Pixels
 from neounify.post_train.rollout import image_request, initial_noise, pixels_of
@@ -80,16 +80,14 @@ def clean_loss(
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig(PromptMethodConfig):
-    """Settings of every distillation: `prompts_per_step` images, samplers of both models.
+    """Settings of every distillation: `prompts_per_step` images in a step of the optimizer.
 
     Every `sheet_every` steps a sheet shows images of student and teacher from the same noise, and
     the report page is written; 0 writes the page at the end alone.
     """
 
-    prompts: PromptConfig = field(default_factory=PromptConfig)
     prompts_per_step: Count = 8
     sheet_every: NonNegativeInt = 20
-    seed: NonNegativeInt = 0
 
     @abstractmethod
     def build(self, context: StageContext) -> Distill: ...
@@ -193,11 +191,8 @@ class StatesOfStep:
 class Distill(PromptMethod):
     """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
 
+    config: DistillConfig
     headline: ClassVar[Mapping[str, str]] = {"loss": "loss"}
-
-    def __init__(self, config: DistillConfig, context: StageContext) -> None:
-        super().__init__(config.prompts, context)
-        self.config = config
 
     def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
         """The states of one rollout of the student, of cases of one size."""

@@ -247,15 +247,15 @@ class Dmd2(Student):
         # One k for the whole step.
         drawn = noise_generator(self.config.seed, step.number, STEP, 0)
         k = int(torch.randint(self.student_steps, (), generator=drawn))
-        losses = []
+        total = torch.zeros((), device=self.model.device)
         for place, cases in content.groups:
             turn = _Turn(self, cases, step, place, k, generator)
             loss = turn.student_loss() if students else turn.fake_loss()
             name = "loss" if students else "loss/fake"
             for key in (name, f"{name}/step{k}"):
                 self.metrics.add(key, float(loss.detach().mean()), len(loss))
-            losses.append(loss.sum())
-        return torch.stack(losses).sum() / content.step_images
+            total = total + loss.sum()
+        return total / content.step_images
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
         if taken and self.config.ida and self.is_students_turn(step.stage_step):

@@ -27,7 +27,7 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.advantage import Scope, group_advantages, informative
 from neounify.post_train.base import PromptMethod, PromptMethodConfig
 from neounify.post_train.iteration import Iteration, MicroContent, R, Share, Unit
-from neounify.post_train.prompts import PromptCase, PromptConfig, scene_categories
+from neounify.post_train.prompts import PromptCase
 from neounify.post_train.report import list_failures, update_report
 from neounify.post_train.rewards import (
     IMAGES_ONLY,
@@ -74,15 +74,12 @@ class GroupConfig(PromptMethodConfig):
     are theirs alone.
     """
 
-    answers: ClassVar[bool] = False
-    """Whether samples are texts, not images."""
     rollout_settings: ClassVar[tuple[str, ...]] = (
         *("prompts", "prompts_per_iteration"),
         *("group", "max_draws", "prompts_per_rollout", "seed"),
     )
     """Settings that rollouts of a saved state must have been sampled with."""
 
-    prompts: PromptConfig = field(default_factory=PromptConfig)
     rewards: tuple[RewardConfig, ...] = field(default_factory=lambda: (RewardConfig(),))
     prompts_per_iteration: Count = 16
     group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
@@ -94,7 +91,6 @@ class GroupConfig(PromptMethodConfig):
     max_failed_rewards: Fraction = 0.2
     collapse: Fraction = 0.5
     sheet_every: NonNegativeInt = 20
-    seed: NonNegativeInt = 0
 
     @abstractmethod
     def build(self, context: StageContext) -> GroupMethod[Any]: ...
@@ -130,13 +126,11 @@ class GroupConfig(PromptMethodConfig):
                     f'rewards: the prompts are of the world "{self.prompts.world}", the reward is '
                     f'of "{reward.world}"'
                 )
-            if reward.kind == "answer" and self.prompts.kind != "jsonl":
-                raise ValueError('rewards: "answer" needs prompts of kind "jsonl" with an answer')
-        if self.prompts.kind == "scenes":
-            try:
-                scene_categories(self.prompts, answers=self.answers)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+            of_record = {"answer": "an answer", "ocr": "a text"}.get(reward.kind)
+            if of_record is not None and self.prompts.kind != "jsonl":
+                raise ValueError(
+                    f'rewards: "{reward.kind}" needs prompts of kind "jsonl" with {of_record}'
+                )
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         from neounify.post_train.doctor import examine_rewards
@@ -147,6 +141,7 @@ class GroupConfig(PromptMethodConfig):
 class GroupMethod(PromptMethod, Generic[R]):
     """Sampling, rewards and bookkeeping, over rollouts of type R."""
 
+    config: GroupConfig
     headline: ClassVar[Mapping[str, str]] = {
         "reward": "reward",
         "strict": "reward/strict",
@@ -154,8 +149,7 @@ class GroupMethod(PromptMethod, Generic[R]):
     }
 
     def __init__(self, config: GroupConfig, context: StageContext) -> None:
-        super().__init__(config.prompts, context, answers=config.answers)
-        self.config = config
+        super().__init__(config, context)
         self.rewards = Rewards(config.rewards, config.max_failed_rewards, context.recipe.folder)
         self.watch = RewardWatch()
         self._sampled: dict[str, float] = {}
@@ -247,7 +241,7 @@ class GroupMethod(PromptMethod, Generic[R]):
             shares = [self._share(iteration, number, chosen) for number in rollouts]
             samples = [sample for _, several in chosen for sample in several]
             # Images that were sampled, not those that are trained on.
-            fresh = 0 if update or self.answers else sampled
+            fresh = 0 if update or self.config.answers else sampled
             yield MicroBatch(
                 content=MicroContent(iteration.number, update, shares, total),
                 position=after if part + 1 == parts else [iteration.number, update],

@@ -150,10 +150,7 @@ class FlowGrpoConfig(ImageGroupConfig):
         return (UND, GEN) if self.think else (GEN,)
 
     def __post_init__(self) -> None:
-        try:
-            check_step_kind(self.step_kind, self.eta)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
+        check_step_kind(self.step_kind, self.eta)
         if self.step_kind == "ode" or self.eta == 0:
             raise ValueError(
                 "flow-grpo needs random steps: another step_kind than ode, eta above 0"

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
+from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Count
-from neounify.errors import ConfigError
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.neo import NeoUnify
@@ -34,7 +34,7 @@ from neounify.post_train.distill import (
     clean_loss,
 )
 from neounify.post_train.policy import load_teacher
-from neounify.post_train.prompts import PromptCase, PromptSource, build_prompts, scene_categories
+from neounify.post_train.prompts import PromptCase, PromptConfig, PromptSource, build_prompts
 from neounify.train.method import StageContext
 
 if TYPE_CHECKING:
@@ -87,12 +87,20 @@ class MopdConfig(DistillConfig):
                 "prompts.categories: an epoch has one capability of teachers, whose names are the "
                 "categories; leave prompts.categories out"
             )
-        of_teachers = replace(self.prompts, categories=dict.fromkeys(self.teachers, 1.0))
-        if of_teachers.kind == "scenes":
-            try:
-                scene_categories(of_teachers, answers=False)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+        if self.prompts.kind == "text":
+            raise ValueError(
+                "prompts: a text file has no categories, which name the capabilities of teachers; "
+                'give prompts of kind "scenes" or "jsonl"'
+            )
+        if self.guidance_norm == "cfg_zero_star" and self.sampler.edit_guidance != 1:
+            raise ValueError(
+                "guidance_norm cfg_zero_star is not for edits: sampler.edit_guidance must be 1, "
+                f"got {self.sampler.edit_guidance}"
+            )
+
+    @property
+    def drawn(self) -> PromptConfig:
+        return replace(self.prompts, categories=dict.fromkeys(self.teachers, 1.0))
 
     def check_stage(self, stage: StageRecipe) -> None:
         """Raise ValueError where a capability would have no epoch."""
@@ -104,6 +112,14 @@ class MopdConfig(DistillConfig):
                 f"of {len(self.teachers)} capabilities, got {stage.steps}; lower epoch_steps or "
                 "raise steps"
             )
+
+    def build_prompts(self, model: ModelConfig) -> CapabilityTurns:
+        size, token = model.sampling.image_size, model.token_size
+        sources = {
+            name: build_prompts(replace(self.prompts, categories={name: 1.0}), size, token)
+            for name in self.teachers
+        }
+        return CapabilityTurns(sources, self.epoch_steps * self.prompts_per_step)
 
     def build(self, context: StageContext) -> Mopd:
         return Mopd(self, context)
@@ -125,17 +141,12 @@ class Mopd(Distill):
     """One state of each rollout, at a time drawn from Beta; an expert gives its velocity there."""
 
     config: MopdConfig
+    prompts: CapabilityTurns
 
     def __init__(self, config: MopdConfig, context: StageContext) -> None:
         super().__init__(config, context)
         models = {path: load_teacher(path, self.model) for path in set(config.teachers.values())}
         self.teachers = {name: models[path] for name, path in config.teachers.items()}
-        size, token = self.model.config.sampling.image_size, self.model.config.token_size
-        self.sources = {
-            name: build_prompts(replace(config.prompts, categories={name: 1.0}), size, token)
-            for name in config.teachers
-        }
-        self.prompts = CapabilityTurns(self.sources, config.epoch_steps * config.prompts_per_step)
 
     def sampling(self, cases: Sequence[PromptCase]) -> ResolvedSampling:
         """Sampling of student and experts."""
@@ -192,10 +203,10 @@ class Mopd(Distill):
 
     def sheet_cases(self) -> list[list[PromptCase]]:
         """Cases of every capability, each with its own expert."""
-        each = max(1, SHEET_PROMPTS // len(self.sources))
+        each = max(1, SHEET_PROMPTS // len(self.prompts.sources))
         return [
             group
-            for source in self.sources.values()
+            for source in self.prompts.sources.values()
             for group in self.alike(source.case(number) for number in range(each))
         ]
 

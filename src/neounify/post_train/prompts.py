@@ -128,6 +128,11 @@ class PromptConfig:
             raise ValueError("prompts of a text file have no categories")
         if self.world not in PRESETS:
             raise ValueError(f"world {self.world!r} is unknown; known: {', '.join(PRESETS)}")
+        pairs = [size[:2] for size in self.sizes]
+        for width, height in pairs:
+            scene_config(self.world).sized(width, height)
+            if pairs.count((width, height)) > 1:
+                raise ValueError(f"sizes have {width}x{height} more than once")
 
 
 def scene_categories(config: PromptConfig, *, answers: bool) -> dict[str, float]:
@@ -180,6 +185,8 @@ class ScenePrompts:
         self.answers = answers
         self.world: SceneConfig = scene_config(config.world)
         self.sizes = {(width, height): weight for width, height, weight in sizes}
+        for size in self.sizes:
+            self.world.sized(*size)
         self.shares = dict(shares)
         self.seed, self.wording, self.chinese = config.seed, config.wording, config.chinese
 

@@ -105,6 +105,8 @@ class RewardConfig:
         key = needed.get(self.kind)
         if key is not None and not getattr(self, key):
             raise ValueError(f'a reward of kind "{self.kind}" needs {key}')
+        if self.weights is not None and not any(self.weights.values()):
+            raise ValueError("weights: at least one part must have a weight above 0")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url[:80]!r}")
 
@@ -235,7 +237,7 @@ class Rewards:
                 for output, case in zip(outputs, cases, strict=True)
             ]
         for number, (row, case) in enumerate(zip(rows, cases, strict=True)):
-            if (problem := _problem(row)) is not None:
+            if (problem := _problem(row, config.weights)) is not None:
                 failures.append(f" of {case.prompt[:80]!r}: {problem}")
                 rows[number] = {}
         return rows
@@ -258,8 +260,8 @@ class Rewards:
             raise
 
 
-def _problem(row: Any) -> str | None:
-    """Error message of a row that is no reward; None for a reward."""
+def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
+    """Error message of a row that is no reward, or lacks a part of `weights`; None for a reward."""
     if not isinstance(row, Mapping) or not row:
         return f"expected named parts, got {str(row)[:80]}"
     for name, value in row.items():
@@ -269,6 +271,8 @@ def _problem(row: Any) -> str | None:
             return f"{name} is no number: {str(value)[:80]}"
         if not 0 <= number <= 1:
             return f"{name} must be in [0, 1], got {number}"
+    if missing := sorted(set(weights or ()) - set(row)):
+        return f"weights name {', '.join(missing)}, its parts are {', '.join(row)}"
     return None
 
 
@@ -278,12 +282,10 @@ def _combined(config: RewardConfig, row: Parts) -> float:
     if config.weights is None and TOTAL in row:
         return float(row[TOTAL])
     weights = config.weights or dict.fromkeys(row, 1.0)
-    chosen = [(float(row[name]), weight) for name, weight in weights.items() if name in row]
-    if len(chosen) < len(weights) or not sum(weight for _, weight in chosen):
-        return math.nan
     if config.minimum:
-        return min(value for value, _ in chosen)
-    return sum(value * weight for value, weight in chosen) / sum(weight for _, weight in chosen)
+        return min(float(row[name]) for name in weights)
+    mean = sum(float(row[name]) * weight for name, weight in weights.items())
+    return mean / sum(weights.values())
 
 
 # --- kinds ---
