@@ -10,7 +10,7 @@ import torch
 
 from neounify.errors import RequestError
 from neounify.flow.path import shift_time
-from neounify.flow.sampling import SOLVERS, make_solver
+from neounify.flow.sampling import SOLVERS, ImageSampling, make_solver
 
 
 def _times(steps: int, shift: float) -> list[float]:
@@ -84,6 +84,8 @@ def test_solvers_do_not_share_a_past() -> None:
 def test_an_unknown_solver() -> None:
     with pytest.raises(RequestError, match=r"'heun' is unknown; known: euler, ab2, dpm2m"):
         make_solver("heun")
+    with pytest.raises(RequestError, match="solver '' is unknown"):
+        ImageSampling(solver="")  # type: ignore[arg-type]
 
 
 def _switched(steps: int, *, reset: bool) -> float:

@@ -252,6 +252,8 @@ def test_saved_stories_are_restored(pipe: Pipeline, stories: Answers) -> None:
     assert all(torch.equal(again[n].nan_to_num(7), t.nan_to_num(7)) for n, t in tensors.items())
     with pytest.raises(ValueError, match="other numbers of images"):
         restored({**tensors, "image_counts": tensors["image_counts"].flip(0) + 1})
+    with pytest.raises(ValueError, match=r"there are \d images of answers, not \d"):
+        restored({**tensors, "images": tensors["images"][1:]})
     with pytest.raises(KeyError):
         restored({n: t for n, t in tensors.items() if n != "images"})
 

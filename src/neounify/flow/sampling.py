@@ -289,6 +289,7 @@ class ImageSampling:
                     param="fast",
                 )
         steps = defaults.steps if self.fast is None else fast_steps(self.fast, defaults.steps)
+        solver: SolverName = "ab2" if self.fast == "third" else "euler"
         return ResolvedSampling(
             steps=steps if self.steps is None else self.steps,
             shift=chosen(self.shift, defaults.shift),
@@ -302,7 +303,7 @@ class ImageSampling:
                 reuse=self.guidance_reuse,
                 stop=self.guidance_stop,
             ),
-            solver=self.solver or ("ab2" if self.fast == "third" else "euler"),
+            solver=solver if self.solver is None else self.solver,
             t_eps=self.t_eps,
             cache=StepCache(
                 threshold=self.step_cache, most=self.step_cache_most, warm=self.step_cache_warm

@@ -198,7 +198,9 @@ def _saved_images(
         raise ValueError(f"the answers open other numbers of images than {counts}")
     if not any(counts):
         return [[] for _ in counts]
-    return [list(images) for images in tensors["images"].split(counts)]
+    if len(images := tensors["images"]) != sum(counts):
+        raise ValueError(f"there are {len(images)} images of answers, not {sum(counts)}")
+    return [list(several) for several in images.split(counts)]
 
 
 # --- prompts ---

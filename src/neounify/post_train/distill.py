@@ -189,62 +189,10 @@ class StatesOfStep:
 
 
 class Distill(PromptMethod):
-    """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
+    """Rollouts of a student, and sheets of it and its teacher."""
 
     config: DistillConfig
     headline: ClassVar[Mapping[str, str]] = {"loss": "loss"}
-
-    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
-        """The states of one rollout of the student, of cases of one size."""
-        raise NotImplementedError
-
-    def state_loss(
-        self,
-        clean: Float[Tensor, "states n ccc"],
-        target: Float[Tensor, "states n ccc"],
-        t: Float[Tensor, " states"],
-    ) -> Float[Tensor, " states"]:
-        """The loss of each state."""
-        return clean_loss(clean, target)
-
-    def batches(self, position: Any) -> Iterator[MicroBatch]:
-        step = 0 if position is None else checked_step(position)
-        parts = self.context.stage.packs_per_step
-        while True:
-            with evaluation_mode(self.model), torch.no_grad():
-                groups = self.cases(
-                    step * self.config.prompts_per_step, self.config.prompts_per_step
-                )
-                states = [self.states(cases, step, n) for n, cases in enumerate(groups)]
-            pairs = [(n, i) for n, one in enumerate(states) for i in range(len(one.step))]
-            order = np.random.default_rng((self.config.seed, step)).permutation(len(pairs))
-            for part, dealt in enumerate(np.array_split(order, parts)):
-                mine = sorted(pairs[index] for index in dealt)
-                chosen = [
-                    one.chosen([i for other, i in mine if other == n])
-                    for n, one in enumerate(states)
-                    if any(other == n for other, _ in mine)
-                ]
-                yield MicroBatch(
-                    content=StatesOfStep(chosen, len(pairs)),
-                    position=step + (part + 1 == parts),
-                    samples=[f"step {step} state {i}" for _, i in mine],
-                    images=len(mine),
-                    tokens=sum(one.grid.length * len(one.step) for one in chosen),
-                )
-            step += 1
-
-    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
-        content: StatesOfStep = batch.content
-        total = torch.zeros((), device=self.model.device)
-        for part in content.parts:
-            images = self.guided(part.grid, part.prefixes, part.guidance)
-            losses = self.state_loss(images.clean(self.model, part.z, part.t), part.target, part.t)
-            for k, value in zip(part.step, losses.tolist(), strict=True):
-                self.metrics.add("loss", value)
-                self.metrics.add(f"loss/step{k}", value)
-            total = total + losses.sum()
-        return total / content.total
 
     def guided(self, grid: Grid, prefixes: Sequence[Prefixes], guidance: Guidance) -> GuidedImages:
         """Images of one size behind these prompts."""
@@ -314,6 +262,62 @@ class Distill(PromptMethod):
         )
 
 
+class StateMatching(Distill):
+    """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
+
+    @abstractmethod
+    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+        """The states of one rollout of the student, of cases of one size."""
+
+    def state_loss(
+        self,
+        clean: Float[Tensor, "states n ccc"],
+        target: Float[Tensor, "states n ccc"],
+        t: Float[Tensor, " states"],
+    ) -> Float[Tensor, " states"]:
+        """The loss of each state."""
+        return clean_loss(clean, target)
+
+    def batches(self, position: Any) -> Iterator[MicroBatch]:
+        step = 0 if position is None else checked_step(position)
+        parts = self.context.stage.packs_per_step
+        while True:
+            with evaluation_mode(self.model), torch.no_grad():
+                groups = self.cases(
+                    step * self.config.prompts_per_step, self.config.prompts_per_step
+                )
+                states = [self.states(cases, step, n) for n, cases in enumerate(groups)]
+            pairs = [(n, i) for n, one in enumerate(states) for i in range(len(one.step))]
+            order = np.random.default_rng((self.config.seed, step)).permutation(len(pairs))
+            for part, dealt in enumerate(np.array_split(order, parts)):
+                mine = sorted(pairs[index] for index in dealt)
+                chosen = [
+                    one.chosen([i for other, i in mine if other == n])
+                    for n, one in enumerate(states)
+                    if any(other == n for other, _ in mine)
+                ]
+                yield MicroBatch(
+                    content=StatesOfStep(chosen, len(pairs)),
+                    position=step + (part + 1 == parts),
+                    samples=[f"step {step} state {i}" for _, i in mine],
+                    images=len(mine),
+                    tokens=sum(one.grid.length * len(one.step) for one in chosen),
+                )
+            step += 1
+
+    def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
+        content: StatesOfStep = batch.content
+        total = torch.zeros((), device=self.model.device)
+        for part in content.parts:
+            images = self.guided(part.grid, part.prefixes, part.guidance)
+            losses = self.state_loss(images.clean(self.model, part.z, part.t), part.target, part.t)
+            for k, value in zip(part.step, losses.tolist(), strict=True):
+                self.metrics.add("loss", value)
+                self.metrics.add(f"loss/step{k}", value)
+            total = total + losses.sum()
+        return total / content.total
+
+
 class Teacher:
     """A frozen model: the weights at the start of a stage, which are saved, or a checkpoint."""
 
@@ -361,7 +365,7 @@ class Student(Distill):
         )
 
 
-class Trajectory(Student):
+class Trajectory(StateMatching, Student):
     """All K states of each rollout; the teacher goes m guided steps from each."""
 
     config: TrajectoryConfig

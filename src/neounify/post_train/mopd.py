@@ -27,9 +27,9 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.base import SamplerConfig
 from neounify.post_train.distill import (
     SHEET_PROMPTS,
-    Distill,
     DistillConfig,
     Painter,
+    StateMatching,
     States,
     clean_loss,
 )
@@ -137,7 +137,7 @@ class CapabilityTurns:
         return list(self.sources.values())[capability].case(turn * self.epoch + place)
 
 
-class Mopd(Distill):
+class Mopd(StateMatching):
     """One state of each rollout, at a time drawn from Beta; an expert gives its velocity there."""
 
     config: MopdConfig
