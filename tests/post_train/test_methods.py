@@ -368,6 +368,7 @@ def test_windows(tmp_path: Path) -> None:
         ("nft", {}, {"data": [{"kind": "scenes"}]}, "give the stage data = "),
         ("nft", {"prompts": {"kind": "text"}}, {}, "need a path"),
         ("nft", {"rewards": [{"kind": "http"}]}, {}, "needs url"),
+        ("nft", {"rewards": [{"kind": "scenes", "url": "http://a"}]}, {}, "has no url"),
         ("nft", {"rewards": []}, {}, "needs at least one reward"),
         ("nft", {"prompts": {**PROMPTS, "width": 1600000}}, {}, "width"),
     ],
@@ -386,6 +387,16 @@ def test_prompts_of_all_stages_are_checked_before_the_first(tmp_path: Path) -> N
     stage = replace(second.stages[0], name="second")
     training = trainer(tmp_path, replace(first, stages=(*first.stages, stage)))
     with pytest.raises(DataError, match="missing"):
+        training.run()
+    assert training.progress.step == 0
+
+
+def test_programs_of_all_stages_are_imported_before_the_first(tmp_path: Path) -> None:
+    first = described("trajectory", steps=1)
+    rewards = [{"kind": "program", "name": "support.rewards:missing"}]
+    stage = replace(described("nft", {"rewards": rewards}).stages[0], name="second")
+    training = trainer(tmp_path, replace(first, stages=(*first.stages, stage)))
+    with pytest.raises(ConfigError, match="the module has no 'missing'"):
         training.run()
     assert training.progress.step == 0
 

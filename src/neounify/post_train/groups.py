@@ -35,6 +35,7 @@ from neounify.post_train.rewards import (
     RewardConfig,
     Rewarded,
     Rewards,
+    check_programs,
 )
 from neounify.post_train.watch import BY, RewardWatch, state_before
 from neounify.post_train.workers import RolloutWorkers
@@ -64,8 +65,8 @@ class GroupConfig(PromptMethodConfig):
     fit one batch; `rollout_workers` processes draw them on a CPU, 0 the trainer itself.
 
     `advantage` is what the standard deviation of rewards is taken over. `sheet_every` is in
-    iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of an
-    iteration's samples have no reward, or when the running mean of the reward falls below
+    iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of
+    the samples of a draw have no reward, or when the running mean of the reward falls below
     `collapse` times its best.
 
     Groups of one reward teach nothing. With `max_draws` above 1 an iteration continues to draw
@@ -131,6 +132,11 @@ class GroupConfig(PromptMethodConfig):
                 raise ValueError(
                     f'rewards: "{reward.kind}" needs prompts of kind "jsonl" with {of_record}'
                 )
+
+    def check_data(self, context: StageContext) -> None:
+        """Raise DataError or ConfigError for prompts or programs that cannot be used."""
+        super().check_data(context)
+        check_programs(self.rewards, context.recipe.folder)
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         from neounify.post_train.doctor import examine_rewards

@@ -101,14 +101,23 @@ class RewardConfig:
     world: str = "default"
 
     def __post_init__(self) -> None:
-        needed = {"program": "name", "http": "url", "judge": "checkpoint", "ocr": "reader"}
-        key = needed.get(self.kind)
-        if key is not None and not getattr(self, key):
-            raise ValueError(f'a reward of kind "{self.kind}" needs {key}')
+        of_kinds = {"program": "name", "http": "url", "judge": "checkpoint", "ocr": "reader"}
+        for kind, key in of_kinds.items():
+            given = bool(getattr(self, key))
+            if given != (kind == self.kind):
+                verb = "has no" if given else "needs"
+                raise ValueError(f'a reward of kind "{self.kind}" {verb} {key}')
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights: at least one part must have a weight above 0")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url[:80]!r}")
+
+
+def check_programs(configs: Sequence[RewardConfig], folder: Path | None) -> None:
+    """Import the programs of rewards. Raises ConfigError for one that cannot be imported."""
+    for config in configs:
+        if name := config.name or config.reader:
+            load_object(name, "reward", ConfigError, folder)
 
 
 def build_reward(config: RewardConfig, folder: Path | None = None) -> Reward:
