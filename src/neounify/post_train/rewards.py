@@ -103,9 +103,9 @@ class RewardConfig:
     def __post_init__(self) -> None:
         of_kinds = {"program": "name", "http": "url", "judge": "checkpoint", "ocr": "reader"}
         for kind, key in of_kinds.items():
-            given = bool(getattr(self, key))
-            if given != (kind == self.kind):
-                verb = "has no" if given else "needs"
+            is_set = bool(getattr(self, key))
+            if is_set != (kind == self.kind):
+                verb = "has no" if is_set else "needs"
                 raise ValueError(f'a reward of kind "{self.kind}" {verb} {key}')
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights: at least one part must have a weight above 0")

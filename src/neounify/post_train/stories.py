@@ -107,12 +107,21 @@ def sample_stories(
     every: dict[Branch, Sequence[TokenPrompt]] = {"cond": prompts}
     for branch in sampling.guidance.branches()[1:]:
         every[branch] = story_prompts(model, processor, cases, sampling, branch, think=think)
-    teller = _Teller(
-        model, processor, every, group, sampling, cases[0],
-        max_new_tokens, max_images, seed, iteration, attention,
-    )  # fmt: skip
-    teller.run()
-    stories = teller.stories
+    rollout = _StoryRollout(
+        model=model,
+        processor=processor,
+        prompts=every,
+        group=group,
+        sampling=sampling,
+        case=cases[0],
+        max_new_tokens=max_new_tokens,
+        max_images=max_images,
+        seed=seed,
+        iteration=iteration,
+        attention=attention,
+    )
+    rollout.run()
+    stories = rollout.stories
     return Answers(
         cases=cases,
         group=group,
@@ -137,41 +146,39 @@ class _Story:
     images: list[Float[Tensor, "c h w"]] = field(default_factory=list)
 
 
-class _Teller:
-    """Decodes and paints all stories of a rollout, image by image."""
+@dataclass(eq=False, kw_only=True)
+class _StoryRollout:
+    """Stories of a rollout, decoded and painted image by image; images have the size of `case`."""
 
-    def __init__(
-        self,
-        model: NeoUnify,
-        processor: Processor,
-        prompts: Mapping[Branch, Sequence[TokenPrompt]],
-        group: int,
-        sampling: ResolvedSampling,
-        case: PromptCase,
-        max_new_tokens: int,
-        max_images: int,
-        seed: int,
-        iteration: int,
-        attention: str,
-    ) -> None:
-        self.model, self.processor, self.sampling = model, processor, sampling
-        self.max_new_tokens, self.max_images = max_new_tokens, max_images
-        self.seed, self.iteration = seed, iteration
-        self.width, self.height = case.width, case.height
-        self.prompts, self.group = prompts, group
-        self.opens, self.closes = image_marks(processor)
-        self.stops = frozenset((self.opens, processor.token(IM_END)))
+    model: NeoUnify
+    processor: Processor
+    prompts: Mapping[Branch, Sequence[TokenPrompt]]
+    group: int
+    sampling: ResolvedSampling
+    case: PromptCase
+    max_new_tokens: int
+    max_images: int
+    seed: int
+    iteration: int
+    attention: str
+
+    def __post_init__(self) -> None:
+        model, case = self.model, self.case
+        self.opens, self.closes = image_marks(self.processor)
+        self.stops = frozenset((self.opens, self.processor.token(IM_END)))
         self.transport = LocalTransport()
         each = image_tokens(model.config, case.width, case.height) + 2
-        self.room = max_new_tokens + max_images * each
-        every = [prompt for several in prompts.values() for prompt in several]
-        self.understanding = engine_behind(model, every, self.transport, group, self.room)
-        plan = plan_execution(model.config, model.device, model.compute_dtype, attention=attention)
+        self.room = self.max_new_tokens + self.max_images * each
+        every = [prompt for several in self.prompts.values() for prompt in several]
+        self.understanding = engine_behind(model, every, self.transport, self.group, self.room)
+        plan = plan_execution(
+            model.config, model.device, model.compute_dtype, attention=self.attention
+        )
         plan = replace(plan, denoise_step_rows=UNLIMITED, slice_seconds=math.inf)
         self.generation = GenerationEngine(model, self.transport, plan)
-        count = len(prompts["cond"]) * group
+        count = len(self.prompts["cond"]) * self.group
         self.stories = [
-            _Story(sample, {branch: (new_number(), branch) for branch in prompts})
+            _Story(sample, {branch: (new_number(), branch) for branch in self.prompts})
             for sample in range(count)
         ]
 
@@ -224,13 +231,14 @@ class _Teller:
         opened = TokenPrompt(()).followed_by([self.opens])
         self._append([(story, opened) for story in stories])
         prefixes = self._exported(stories)
-        grid = Grid.of_pixels(self.height, self.width, self.model.config.token_size)
+        case = self.case
+        grid = Grid.of_pixels(case.height, case.width, self.model.config.token_size)
         calls = {}
         for story, known in zip(stories, prefixes, strict=True):
             # A function of story and image, whatever is painted beside it.
             place = (self.iteration, START, story.sample, len(story.images))
             generator = noise_generator(self.seed, *place)
-            noise = draw_noise(self.model.config, self.width, self.height, generator)
+            noise = draw_noise(self.model.config, case.width, case.height, generator)
             call = new_number()
             calls[call] = story
             reference = self.transport.pack({"noise": noise})
