@@ -36,9 +36,11 @@ def test_cases_are_paired() -> None:
     assert "| fast | 4.0 | 25.5 dB (20.0–31.0) | 2 | 1 |" in psnr_table(rows)
 
 
-def test_scenes_of_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scenes_of_a_guided_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
-    main(["--cases", "1", "--rules", "fast third", "--json", str(path)])
+    base = Path(__file__).parents[2] / "recipes" / "scenes-base"
+    words = ["--model", str(base), "--world", "default", "--cases", "1", "--rules", "fast third"]
+    main([*words, "--json", str(path)])
     rows = json.loads(path.read_text())["rows"]
     assert [(row["evaluations"], len(row["right"])) for row in rows] == [(80, 4), (24, 4)]
     assert "| fast third: ab2 12 | 24.0 |" in capsys.readouterr().out
