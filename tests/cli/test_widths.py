@@ -49,7 +49,9 @@ def test_help_is_whole_at_any_width(run_bare: Run, command: str, width: int) -> 
     for name, option, _ in texts():
         assert name != command or option.removeprefix("--") in ran.out or "-" not in option
     if width == 40:
-        examples = [line for line in ran.out.splitlines() if line.startswith(("  neounify ", "  torchrun "))]
+        examples = [
+            line for line in ran.out.splitlines() if line.startswith(("  neounify ", "  torchrun "))
+        ]
         assert all(len(line) <= 40 for line in ran.out.splitlines() if line not in examples)
 
 
