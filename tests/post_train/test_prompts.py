@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from neounify.data.sample import DataError
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import ANSWER_CATEGORIES, PromptConfig, build_prompts
-from neounify.post_train.rewards import SceneReward
+from neounify.post_train.reward_kinds import SceneReward
 from neounify.scenes.world.scene import in_split, scene_config
 
 

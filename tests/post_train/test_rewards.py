@@ -20,14 +20,8 @@ from PIL import Image
 from neounify.bundled import bundled_model
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
-from neounify.post_train.rewards import (
-    RewardConfig,
-    RewardFailure,
-    Rewards,
-    _png,
-    build_reward,
-    text_similarity,
-)
+from neounify.post_train.reward_kinds import _png, text_similarity
+from neounify.post_train.rewards import RewardConfig, RewardFailure, Rewards, build_reward
 from neounify.scenes.bench.perceive import perceive
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.scenes.world.language import caption
@@ -305,6 +299,20 @@ def test_programs_that_cannot_be_loaded() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             build_reward(RewardConfig(kind="program", name=name))
+
+
+def test_a_service_that_is_down_is_asked_once_per_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(request: Any, **_: Any) -> Any:
+        asked.append(request.full_url)
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    config = RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0, batch=4)
+    with pytest.raises(RewardFailure, match="8 of 8 images have no reward.*refused.*1 times"):
+        Rewards([config])([BLACK] * 8, [CASE] * 8)
+    assert len(asked) == 2
 
 
 def test_images_reach_a_service_as_png(tmp_path: Path) -> None:

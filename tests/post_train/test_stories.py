@@ -19,7 +19,7 @@ from neounify.post_train.base import SamplerConfig
 from neounify.post_train.grpo import FlowGrpoConfig
 from neounify.post_train.policy import interleaved_prompt, prefill
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
-from neounify.post_train.rewards import SceneReward
+from neounify.post_train.reward_kinds import SceneReward
 from neounify.post_train.rollout import image_request
 from neounify.post_train.stories import image_marks, sample_stories, story_prompts
 from neounify.post_train.text_grpo import AnswerBatch

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from neounify.post_train.prompts import PromptCase
-from neounify.post_train.rewards import Pixels
+from neounify.post_train.reward_kinds import Pixels
 
 CALLS = {"falling": 0}
 LEVELS = (8, 0.9)

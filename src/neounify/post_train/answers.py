@@ -39,7 +39,7 @@ from neounify.flow.guidance import Branch
 from neounify.model.neo import NeoUnify
 from neounify.post_train.policy import TokenPrompt, prefill_all
 from neounify.post_train.prompts import PromptCase
-from neounify.post_train.rewards import Output, Pixels
+from neounify.post_train.reward_kinds import Output, Pixels
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
 from neounify.tasks.image import ImageRequest, branch_prompt, edit_images

@@ -35,7 +35,7 @@ from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerCo
 from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.report import update_report
-from neounify.post_train.rewards import Pixels
+from neounify.post_train.reward_kinds import Pixels
 from neounify.post_train.rollout import image_request, initial_noise, pixels_of
 from neounify.train.method import (
     Finding,

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from neounify.post_train.prompts import PromptCase
-from neounify.post_train.rewards import Output
+from neounify.post_train.reward_kinds import Output
 
 Unit = tuple[int, tuple[int, ...]]
 """A rollout and samples of it that stay together in a micro-batch."""

@@ -27,7 +27,7 @@ from neounify.model.neo import NeoUnify
 from neounify.post_train.answers import Answers, draw_seed
 from neounify.post_train.policy import Prefixes, prefill
 from neounify.post_train.prompts import PromptCase
-from neounify.post_train.rewards import Pixels
+from neounify.post_train.reward_kinds import Pixels
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import Processor

@@ -52,7 +52,7 @@ from neounify.post_train.answers import (
 )
 from neounify.post_train.policy import TokenPrompt, interleave_request
 from neounify.post_train.prompts import PromptCase
-from neounify.post_train.rewards import Pixels
+from neounify.post_train.reward_kinds import Pixels
 from neounify.post_train.rollout import START, noise_generator
 from neounify.runtime.plan import plan_execution
 from neounify.tasks.image import draw_noise, edit_images
