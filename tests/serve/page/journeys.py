@@ -76,6 +76,7 @@ def follow_up(browser: WebDriver, question: str) -> None:
 def generating(browser: WebDriver, base_url: str) -> list[str]:
     """Generate: at least two different previews before the image; gives the previews' URLs."""
     open_page(browser, base_url, "generate")
+    enter(browser, "#setting-steps", "200")  # long enough to be seen
     enter(browser, "#generate-input", "a red circle")
     click(browser, "#generate .primary")
     wait(browser, lambda: bool(find_all(browser, "#generate [data-state=generating] img")))

@@ -67,7 +67,7 @@ def test_previews_come_before_the_image(
     [body] = script.bodies("/v1/images/generations")
     assert body["prompt"] == "a red circle"
     assert body["partial_images"] == 3
-    assert set(body) == {"prompt", "seed", "stream", "partial_images", "response_format"}
+    assert set(body) == {"prompt", "seed", "steps", "stream", "partial_images", "response_format"}
 
 
 def test_an_image_on_its_way(browser: Browser, url: str, shoot: Shoot) -> None:

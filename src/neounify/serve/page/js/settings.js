@@ -26,10 +26,13 @@ export class Settings {
     size.closest(".row").append(this.sizes);
     this.form = h("form", { class: "fields", on: { submit: stay } }, ...this.rows);
     size.closest(".row").after(this.sizeHint);
-    this.form.addEventListener("input", () => {
-      this.showSizeHint();
-      this.save();
-    });
+    // A list may report its choice as a change alone.
+    for (const event of ["input", "change"]) {
+      this.form.addEventListener(event, () => {
+        this.showSizeHint();
+        this.save();
+      });
+    }
     section.append(
       h(
         "div",
