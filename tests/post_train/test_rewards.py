@@ -310,7 +310,7 @@ def test_a_service_that_is_down_is_asked_once_per_batch(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     config = RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0, batch=4)
-    with pytest.raises(RewardFailure, match="8 of 8 images have no reward.*refused.*1 times"):
+    with pytest.raises(RewardFailure, match=r"8 of 8 images have no reward.*refused.*1 times"):
         Rewards([config])([BLACK] * 8, [CASE] * 8)
     assert len(asked) == 2
 
