@@ -23,7 +23,8 @@ from neounify.pipeline import load
 from neounify.post_train.base import PromptMethodConfig
 from neounify.post_train.rewards import RewardConfig, Rewarded, Rewards
 from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe, read_recipe
-from train.test_trainer import TINY, recipe, trainer
+from support.models import TINY_CHANGES
+from train.test_trainer import recipe, trainer
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = [
@@ -70,7 +71,7 @@ def service() -> Iterator[str]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A tiny model, and two that continued from it with other weights in the generation stream."""
     folder = tmp_path_factory.mktemp("models")
-    changes = {**TINY, "num_layers": LAYERS}
+    changes = {**TINY_CHANGES, "num_layers": LAYERS}
     tiny = recipe(model={"preset": "scenes", "changes": changes, "tokenizer": {"samples": 50}})
     training = trainer(folder, tiny)
     training.export(folder / "base")

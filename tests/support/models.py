@@ -23,6 +23,16 @@ from support.reference import Array, Clean, Facts, Noisy, Token
 
 # --- models --------------------------------------------------------------------------------------
 
+TINY_CHANGES: dict[str, int] = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "flow_head_width": 32,
+}
+"""Changes of the preset `scenes` that make a model for tests of training."""
+
 
 def random_config(rng: random.Random, **fixed: object) -> ModelConfig:
     """A small legal configuration; `fixed` fields are as given."""

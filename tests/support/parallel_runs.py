@@ -17,15 +17,8 @@ from neounify.train.loop import Trainer
 from neounify.train.recipe import Recipe, recipe_from_table
 from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
+from support.models import TINY_CHANGES
 
-TINY = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "flow_head_width": 32,
-}
 DEFAULTS = {
     "method": {"tokens_per_pack": 300},
     "log_every": 1,
@@ -40,7 +33,7 @@ def recipe(**changes: Any) -> Recipe:
     """A recipe of one small stage of four packs a step, in four data streams."""
     changes = dict(changes)
     defaults = {**DEFAULTS, **changes.pop("defaults", {})}
-    model = {"preset": "scenes", "changes": {**TINY, **changes.pop("model", {})}}
+    model = {"preset": "scenes", "changes": {**TINY_CHANGES, **changes.pop("model", {})}}
     return recipe_from_table(
         {
             "name": "test",

@@ -30,20 +30,13 @@ from neounify.train.recipe import (
 )
 from neounify.train.setup import TrainSetup, build_setup
 from neounify.train.supervised import SupervisedConfig
+from support.models import TINY_CHANGES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.toml"))
 STAGES = ["understanding", "generation-1", "generation-2", "generation-3", "unified", "sft"]
 TRAINED = [{"und", "shared"}, {"gen"}, {"gen"}, {"gen"}, {"und", "gen", "shared"}]
 TRAINED.append(TRAINED[-1])
-TINY = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "flow_head_width": 32,
-}
 
 
 def supervised(stage: StageRecipe) -> SupervisedConfig:
@@ -53,7 +46,7 @@ def supervised(stage: StageRecipe) -> SupervisedConfig:
 
 def cut(recipe: Recipe) -> Recipe:
     """The same stages with two steps each, for a tiny model."""
-    model = replace(recipe.model, changes=TINY, tokenizer=TokenizerRecipe(samples=50))
+    model = replace(recipe.model, changes=TINY_CHANGES, tokenizer=TokenizerRecipe(samples=50))
     stages = tuple(
         replace(s, steps=2, method=replace(supervised(s), tokens_per_pack=600))
         for s in recipe.stages
@@ -95,7 +88,7 @@ def test_the_miniature_runs_all_its_stages(tmp_path: Path) -> None:
     train(recipe, build_setup(recipe, torch.device("cpu"), tmp_path), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["stage_step"]) for line in lines] == [(s, 2) for s in STAGES]
-    assert load(tmp_path / "model").model.config.hidden_size == TINY["hidden_size"]
+    assert load(tmp_path / "model").model.config.hidden_size == TINY_CHANGES["hidden_size"]
 
 
 def test_each_stage_moves_what_it_trains_and_not_a_bit_else(tmp_path: Path) -> None:

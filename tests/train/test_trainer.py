@@ -22,22 +22,14 @@ from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.recipe import Recipe, read_recipe, recipe_from_table
 from neounify.train.setup import build_setup
 from neounify.train.state import save_state, saved_states
-
-TINY = {
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "flow_head_width": 32,
-}
+from support.models import TINY_CHANGES
 
 
 def recipe(**changes: Any) -> Recipe:
     table: dict[str, Any] = {
         "name": "test",
         "workers": 0,
-        "model": {"preset": "scenes", "changes": TINY, "tokenizer": {"samples": 50}},
+        "model": {"preset": "scenes", "changes": TINY_CHANGES, "tokenizer": {"samples": 50}},
         "defaults": {
             "method": {"tokens_per_pack": 600},
             "log_every": 1,
@@ -201,7 +193,7 @@ def test_only_the_newest_states_stay(whole: Path) -> None:
 
 
 def test_a_state_of_another_model_is_refused(whole: Path, tmp_path: Path) -> None:
-    other = recipe(model={"preset": "scenes", "changes": {**TINY, "num_layers": 1}})
+    other = recipe(model={"preset": "scenes", "changes": {**TINY_CHANGES, "num_layers": 1}})
     with pytest.raises(CheckpointError, match="another model"):
         trainer(tmp_path, other).resume(saved_states(whole / "states")[-1])
 

@@ -157,7 +157,7 @@ def _setup(recipe: Recipe, folder: Path, where: ThreadOptions, ranks: Ranks) -> 
 
 @contextmanager
 def reported_by_rank(ranks: Ranks) -> Iterator[None]:
-    """Errors of a rank as one message that names it; what all ranks meet, the first one tells."""
+    """Errors of a rank as one message that names it; rank 0 reports what all ranks meet."""
     from neounify.distributed.ranks import OtherRankError, is_lost_connection
     from neounify.train.method import TrainingStopped
 
