@@ -9,7 +9,13 @@ import torch
 
 from neounify.config.presets import SCENES, U1_8B
 from neounify.errors import ConfigError
-from neounify.runtime.plan import ExecutionPlan, free_memory, measured_plan, plan_execution
+from neounify.runtime.plan import (
+    ExecutionPlan,
+    free_memory,
+    measured_plan,
+    plan_execution,
+    row_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -44,6 +50,15 @@ def test_copies_and_cache_take_half_of_the_free_memory_at_most() -> None:
     for free in (0, 1, token):
         least = plan_execution(SCENES, CPU, torch.float32, free_bytes=free)
         assert (least.prefix_rows, least.kv_blocks) == (1, 1)
+
+
+def test_calls_take_half_of_the_free_memory_at_most() -> None:
+    row = row_bytes(U1_8B, "gen", 2)
+    assert row == 2 * (4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 12_288)
+    plan = plan_execution(U1_8B, CPU, torch.bfloat16, free_bytes=2**31)
+    assert plan.prefill_rows == plan.denoise_rows == int(2**30 // row)
+    least = plan_execution(U1_8B, CPU, torch.bfloat16, free_bytes=1)
+    assert least.prefill_rows == least.denoise_rows == 512
 
 
 def test_small_differences_of_free_memory_leave_the_plan_as_it_is() -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PREFIX_BYTES = 2**31
 """Memory of prefixes copied side by side for the images of one call; up to twice as much for very
 unequal images."""
+PREFILL_ROWS, MIN_ROWS = 32_768, 512
+"""Rows of one call of prefill or denoising at most, and the least that they are cut to."""
 LOGITS = 2**26
 """Logits in memory at a time in training."""
 
@@ -43,13 +45,13 @@ class ExecutionPlan:
     """Younger sequences that enter the paged cache before one that waits for space."""
     kv_reserve: int = 64
     """Tokens a contiguous cache has room for beyond its prompt; it grows when more are decoded."""
-    prefill_rows: int = 32_768
+    prefill_rows: int = PREFILL_ROWS
     """Prompt tokens of one call; a longer list of prompts takes several calls."""
     prefill_step_rows: int = 512
     """Prompt tokens of a server's step, for which the text being generated waits."""
     constraint_seconds: float = 0.002
     """Time a step waits for a grammar that is being compiled, while no text is decoded."""
-    denoise_rows: int = 32_768
+    denoise_rows: int = PREFILL_ROWS
     """Image tokens of one call, over all guidance branches; more take several calls a step."""
     denoise_step_rows: int = 1024
     """Image tokens of a server's denoising step, over all guidance branches."""
@@ -85,7 +87,8 @@ def plan_execution(
     """The plan of a model of this config in `dtype` on a device, with an attention backend.
 
     `free_bytes` is the device's free memory (`free_memory`): the paged cache may take half of it,
-    and so may copies of prefixes, up to PREFIX_BYTES; None sets no bound. It is rounded down to a
+    and so may copies of prefixes, up to PREFIX_BYTES, and what one call works with (an image is
+    never cut); None sets no bound. It is rounded down to a
     power of two, so that small differences leave the plan of a machine as it is. It decides how
     much fits at once, not what is computed: training, which is exact to the bit, does not use it.
     All devices have the limits of CPUs so far.
@@ -93,14 +96,20 @@ def plan_execution(
     defaults = ExecutionPlan()
     token = config.kv_bytes(dtype.itemsize)
     kv_blocks, prefix_bytes = defaults.kv_blocks, PREFIX_BYTES
+    rows = {"und": PREFILL_ROWS, "gen": PREFILL_ROWS}
     if free_bytes is not None:
         half = 2 ** max(free_bytes, 1).bit_length() // 4
         prefix_bytes = min(prefix_bytes, half)
         kv_blocks = min(kv_blocks, half // (defaults.kv_block_size * token))
+        for stream, most in rows.items():
+            fitting = int(half // row_bytes(config, stream, dtype.itemsize))
+            rows[stream] = min(most, max(MIN_ROWS, fitting))
     return ExecutionPlan(
         device=str(device),
         attention=attention,
         kv_blocks=max(1, kv_blocks),
+        prefill_rows=rows["und"],
+        denoise_rows=rows["gen"],
         prefix_rows=max(1, min(defaults.prefix_rows, prefix_bytes // token)),
         logits_rows=max(1, LOGITS // config.vocab_size),
     )
@@ -123,3 +132,20 @@ def free_memory(device: torch.device) -> int | None:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
     return available_bytes() if device.type == "cpu" else None
+
+
+def row_bytes(config: ModelConfig, stream: str, itemsize: float) -> float:
+    """Working memory of a row of one stream, in the layer that needs most.
+
+    4 D + 2 Q + 2 V + 3 W numbers, Q and V the widths of queries and values, W that of the MLP; of
+    experts W is the sum over those of a token, and each adds 3 D.
+    """
+    d = config.hidden_size
+    mlp, numbers = config.mlps[stream], range(config.num_layers)
+    widths = []
+    if not all(mlp.is_sparse(n) for n in numbers):
+        widths.append(3 * mlp.width)
+    if any(mlp.is_sparse(n) for n in numbers):
+        widths.append(3 * mlp.experts_per_token * (mlp.expert_width + d))
+    heads = (config.num_heads + config.num_kv_heads) * config.head_dim
+    return itemsize * (4 * d + 2 * heads + max(widths))

@@ -1,0 +1,328 @@
+"""Peak memory and time of inference from sizes alone, before a weight is read.
+
+Units of residency: the layers of each stream, what a stream has besides, the text head, and the
+embedding, whose rows are looked up on the host. With ℓ, the bytes of the largest layer of a stream
+as kept, a device peaks at 1.03 (fragments) times
+
+    all       both streams + text head + A
+    stream    the larger of und + text head + A of prefill, and gen + A of denoising
+    layers    (r + 3) ℓ + rest + A, of the stream that needs most; r layers stay, three are buffers
+
+plus 0.5 GB (context). On the CPU weights are used where the file is mapped: one layer at a time is
+there besides the r, nothing is locked, and the process itself takes PROCESS.
+
+A is the working memory of the largest call: its rows (`runtime.plan.row_bytes`), keys and values
+of the prefixes, and in denoising 24 bytes a value of float32 state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from neounify.config import ModelConfig
+from neounify.runtime.plan import MIN_ROWS, PREFILL_ROWS, row_bytes
+from neounify.runtime.rates import Rates
+
+StreamName = Literal["und", "gen"]
+STREAMS: tuple[StreamName, ...] = get_args(StreamName)
+Mode = Literal["all", "stream", "layers"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+TaskKind = Literal["t2i", "edit", "chat", "interleave"]
+
+FRAGMENTS, CONTEXT = 1.03, 0.5e9
+SLOTS, STAGING = 3, 2
+"""Layers of a device that streamed ones pass through, and buffers of a layer locked on the host."""
+PROCESS = 0.33e9
+"""Resident bytes of Python, torch and the package on the CPU; measured, see docs/memory.md."""
+PROMPT_TOKENS = 256
+"""Tokens of a prompt with its system message, where none is given."""
+SCALE_BYTES = 4
+"""Bytes of the scale of a row of codes, float32."""
+
+# --- weights ---
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters of a unit: `codes` in matrices that a preset quantises, in `rows` rows, `rest`."""
+
+    codes: int = 0
+    rows: int = 0
+    rest: int = 0
+
+    def bytes(self, itemsize: float, bits: int | None = None) -> float:
+        """As kept at `itemsize` bytes a number; with `bits`, codes so wide and a scale per row."""
+        if bits is None:
+            return (self.codes + self.rest) * itemsize
+        return self.codes * bits / 8 + self.rows * SCALE_BYTES + self.rest * itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBytes:
+    """Bytes of the units of residency, as kept.
+
+    `layers` of each stream in order; `rest`: patch embedding and final norm, of the generation
+    stream also the scalar embedders and the image head. `lm_head` counts the embedding where the
+    two are tied.
+    """
+
+    layers: Mapping[StreamName, Sequence[float]]
+    rest: Mapping[StreamName, float]
+    embedding: float
+    lm_head: float
+
+    def stream(self, name: StreamName) -> float:
+        """All layers of a stream."""
+        return sum(self.layers[name])
+
+    def largest(self, name: StreamName) -> float:
+        """ℓ: the largest layer of a stream."""
+        return max(self.layers[name])
+
+
+def layer_unit(config: ModelConfig, stream: StreamName, number: int) -> Unit:
+    """Parameters of one stream in one layer; `codes` are those of its linear layers."""
+    d, q, v = config.hidden_size, _queries(config), _values(config)
+    mlp = config.mlps[stream]
+    matrices = [(q, d), (v, d), (v, d), (d, q)]
+    rest = 2 * d + 2 * config.head_dim + (q + 2 * v + d if config.attention_bias else 0)
+    width, copies = mlp.width, 1
+    if mlp.is_sparse(number):
+        width, copies = mlp.expert_width, mlp.num_experts
+        rest += mlp.num_experts * d
+    matrices += [(width, d), (width, d), (d, width)] * copies
+    return Unit(sum(n * k for n, k in matrices), sum(n for n, _ in matrices), rest)
+
+
+def rest_units(config: ModelConfig) -> dict[StreamName, Unit]:
+    """Parameters of each stream outside its layers."""
+    d, vision = config.hidden_size, config.vision_hidden_size
+    patch = vision * (config.channels * config.patch_size**2 + 1) + d * (
+        vision * config.merge**2 + 1
+    )
+    scalar = (256 + 1) * d + (d + 1) * d
+    scalars = scalar * (2 if config.flow.noise_scale_embedding else 1)
+    return {
+        "und": Unit(rest=patch + d),
+        "gen": Unit(rest=patch + d + scalars + _head_parameters(config)),
+    }
+
+
+def _head_parameters(config: ModelConfig) -> int:
+    d, width = config.hidden_size, 1024
+    if config.image_head == "flow":
+        inner = config.flow_head_width
+        return (d + 1) * inner + (inner + 1) * config.token_width
+    last = config.channels * (config.token_size // 4) ** 2
+    return (d // 4 * 9 + 1) * width + (width // 4 * 9 + 1) * last
+
+
+def weight_bytes(config: ModelConfig, itemsize: float, bits: int | None = None) -> WeightBytes:
+    """Units at `itemsize` bytes a number; with `bits`, linear layers as codes, a scale per row."""
+    numbers = range(config.num_layers)
+    vocabulary = float(config.vocab_size * config.hidden_size * itemsize)
+    return WeightBytes(
+        layers={
+            name: tuple(layer_unit(config, name, n).bytes(itemsize, bits) for n in numbers)
+            for name in STREAMS
+        },
+        rest={name: unit.bytes(itemsize) for name, unit in rest_units(config).items()},
+        embedding=vocabulary,
+        lm_head=vocabulary,
+    )
+
+
+def _queries(config: ModelConfig) -> int:
+    return config.num_heads * config.head_dim
+
+
+def _values(config: ModelConfig) -> int:
+    return config.num_kv_heads * config.head_dim
+
+
+# --- tasks and their working memory ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked of a model: one image at a time, or text.
+
+    `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
+    every branch, `think` tokens are written before the image (or, in a chat, the answer).
+    `step_cache`: residuals of the layers are kept between steps.
+    """
+
+    kind: TaskKind = "t2i"
+    width: int = 2048
+    height: int = 2048
+    steps: int = 50
+    branches: int = 2
+    references: int = 0
+    reference_tokens: int = 0
+    think: int = 0
+    prompt: int = PROMPT_TOKENS
+    step_cache: bool = False
+    jobs: int = 1
+
+    @property
+    def paints(self) -> bool:
+        return self.kind != "chat"
+
+    @property
+    def streams(self) -> tuple[StreamName, ...]:
+        return STREAMS if self.paints else ("und",)
+
+    @property
+    def writes(self) -> bool:
+        """Whether text is written, which needs the text head."""
+        return self.think > 0 or self.kind in ("chat", "interleave")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of the prompt, its images and the thought."""
+        return self.prompt + self.references * self.reference_tokens + self.think
+
+    def tokens(self, config: ModelConfig) -> int:
+        """Tokens of the image; 0 for text."""
+        side = config.token_size
+        return -(-self.width // side) * -(-self.height // side) if self.paints else 0
+
+
+def state_bytes(config: ModelConfig, tokens: int) -> int:
+    """Float32 state of one image being denoised: 72 · C² bytes a token of three channels."""
+    return 24 * config.token_width * tokens
+
+
+def step_cache_bytes(config: ModelConfig, tokens: int, itemsize: float) -> float:
+    """Residuals of one image and branch: of the first layer and of the rest, old ones and new."""
+    return 4 * tokens * config.hidden_size * itemsize
+
+
+def denoise_bytes(config: ModelConfig, task: Task, itemsize: int) -> float:
+    """A of denoising: rows of all branches, state, residuals kept, keys and values of prefixes."""
+    n, runs = task.tokens(config), task.branches * task.jobs
+    cached = step_cache_bytes(config, n, itemsize) if task.step_cache else 0
+    rows = runs * n * row_bytes(config, "gen", itemsize)
+    keys = task.branches * task.prefix * config.kv_bytes(itemsize)
+    return rows + task.jobs * state_bytes(config, n) + runs * cached + keys
+
+
+def prefill_bytes(
+    config: ModelConfig, task: Task, itemsize: int, limit: int = PREFILL_ROWS
+) -> float:
+    """A of prefill: what one call takes, at most `limit` rows, and all keys and values."""
+    branches = task.branches if task.paints else 1
+    rows = min(limit, branches * (task.prefix - task.think))
+    keys = branches * task.prefix * config.kv_bytes(itemsize)
+    return rows * row_bytes(config, "und", itemsize) + keys
+
+
+def least_prefill_rows(task: Task) -> int:
+    """Rows that one call of prefill must be able to take: an image is never cut."""
+    return max(MIN_ROWS, task.reference_tokens)
+
+
+def working_bytes(
+    config: ModelConfig, task: Task, itemsize: int, prefill_rows: int = PREFILL_ROWS
+) -> dict[StreamName, float]:
+    """A of each stream that a task uses, with prompts cut into calls of so many rows."""
+    working: dict[StreamName, float] = {"und": prefill_bytes(config, task, itemsize, prefill_rows)}
+    if task.paints:
+        working["gen"] = denoise_bytes(config, task, itemsize)
+    return working
+
+
+# --- modes ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A device of `device` bytes and a host of `host` bytes, in bytes, with its rates.
+
+    `unified`: the device computes in the host's memory (CPU), where mapped files are used in place.
+    """
+
+    device: float
+    host: float
+    rates: Rates
+    unified: bool = False
+
+
+def resident_layers(count: int, kept: int) -> tuple[bool, ...]:
+    """By layer, whether it stays: `kept` of `count`, spread evenly."""
+    if not 0 <= kept <= count:
+        raise ValueError(f"{kept} of {count} layers cannot stay")
+    return tuple((i + 1) * kept // count > i * kept // count for i in range(count))
+
+
+def stream_bytes(
+    weights: WeightBytes,
+    stream: StreamName,
+    working: float,
+    resident: int | None = None,
+    *,
+    unified: bool = False,
+    writes: bool = True,
+) -> float:
+    """Bytes while one stream works: all of its layers, or `resident` of them and the buffers."""
+    fixed = weights.rest[stream] + working
+    if stream == "und" and writes:
+        fixed += weights.lm_head
+    layers = weights.layers[stream]
+    if resident is None or resident == len(layers):
+        return fixed + weights.stream(stream)
+    kept = sum(
+        b for b, stays in zip(layers, resident_layers(len(layers), resident), strict=True) if stays
+    )
+    return fixed + kept + (1 if unified else SLOTS) * weights.largest(stream)
+
+
+Resident = Mapping[StreamName, int]
+"""Layers of each stream that stay."""
+
+
+def peak_bytes(
+    weights: WeightBytes,
+    mode: Mode,
+    working: Mapping[StreamName, float],
+    resident: Resident | None = None,
+    *,
+    unified: bool = False,
+) -> float:
+    """Peak of a mode on a device, or with `unified` the resident size of the process."""
+    if mode == "all":
+        parts = sum(weights.stream(name) + weights.rest[name] for name in STREAMS)
+        least = parts + weights.lm_head + max(working.values())
+    else:
+        kept = resident if mode == "layers" and resident is not None else {}
+        least = max(
+            stream_bytes(weights, name, a, kept.get(name), unified=unified)
+            for name, a in working.items()
+        )
+    if unified:
+        return least + PROCESS
+    return FRAGMENTS * least + CONTEXT
+
+
+def fitting_layers(
+    weights: WeightBytes,
+    working: Mapping[StreamName, float],
+    device: float,
+    *,
+    unified: bool = False,
+) -> dict[StreamName, int] | None:
+    """The most layers of each stream that may stay; None where not even none fits."""
+    chosen: dict[StreamName, int] = {}
+    for name, a in working.items():
+        count = len(weights.layers[name])
+        fits = [
+            r
+            for r in range(count + 1)
+            if peak_bytes(weights, "layers", {name: a}, {name: r}, unified=unified) <= device
+        ]
+        if not fits:
+            return None
+        chosen[name] = max(fits)
+    return chosen

@@ -1,0 +1,100 @@
+"""Rates of devices: matrix products, copies, memory, disk; of a table, or measured in 0.3 s."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PCIE_4, PCIE_5 = 24e9, 50e9
+"""Bytes a second from pinned memory over 16 lanes."""
+NVME_3, NVME_4 = 3.5e9, 7e9
+PAGE_CACHE = 6.8e9
+"""Bytes a second that one core reads from the page cache."""
+PROBE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """φ, operations a second of matrix products; β, bytes a second to the device; others.
+
+    `memory` is the bandwidth of the device's own memory, `disk` the rate files are read at where
+    the page cache has no room for them, both in bytes a second.
+    """
+
+    name: str
+    products: float
+    copies: float
+    memory: float
+    disk: float = NVME_3
+    bus: str = ""
+
+
+CARDS = {
+    "H100": (80, Rates(name="H100", products=520e12, copies=PCIE_5, memory=3350e9, bus="PCIe 5")),
+    "RTX 5090": (
+        32,
+        Rates(name="RTX 5090", products=190e12, copies=PCIE_5, memory=1792e9, bus="PCIe 5"),
+    ),
+    "RTX 4090": (
+        24,
+        Rates(name="RTX 4090", products=140e12, copies=PCIE_4, memory=1008e9, bus="PCIe 4"),
+    ),
+    "RTX 3090": (
+        24,
+        Rates(name="RTX 3090", products=60e12, copies=PCIE_4, memory=936e9, bus="PCIe 4"),
+    ),
+    "RTX 4070": (
+        12,
+        Rates(name="RTX 4070", products=50e12, copies=PCIE_4, memory=504e9, bus="PCIe 4"),
+    ),
+}
+"""GiB and sustained rates of cards; those of bandwidth are their makers'."""
+
+
+def rates_of_size(gibibytes: float) -> Rates:
+    """Rates of the first card in the table whose memory is nearest to this size."""
+    return min(CARDS.values(), key=lambda card: abs(card[0] - gibibytes))[1]
+
+
+def probe(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a device of this machine, measured for about PROBE_SECONDS."""
+    import torch
+
+    cpu = device.type == "cpu"
+    side = 512 if cpu else 4096
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    product = torch.empty_like(a)
+    large = torch.ones(2**24 if cpu else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(large)
+
+    def wait() -> None:
+        if not cpu:
+            torch.accelerator.synchronize(device)
+
+    share = PROBE_SECONDS / (2 if cpu else 3)
+    products = 2 * side**3 * _per_second(lambda: torch.mm(a, a, out=product), wait, share)
+    memory = 2 * large.numel() * _per_second(lambda: target.copy_(large), wait, share)
+    copies = PAGE_CACHE
+    if not cpu:
+        pinned = torch.empty(2**26, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        part = large[: pinned.numel()]
+        copy = _per_second(lambda: part.copy_(pinned, non_blocking=True), wait, share)
+        copies = pinned.numel() * copy
+    return Rates(name=str(device), products=products, copies=copies, memory=memory)
+
+
+def _per_second(work: Callable[[], object], wait: Callable[[], None], seconds: float) -> float:
+    """How often a second something is done, after a first time that does not count."""
+    work()
+    wait()
+    start, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds or not done:
+        work()
+        wait()
+        done += 1
+    return done / elapsed
