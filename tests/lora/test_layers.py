@@ -18,11 +18,14 @@ from neounify.lora import (
     LoraConfig,
     LoraLinear,
     add_lora,
+    load_lora,
     lora_layers,
     merge_lora,
     merged_lora,
+    save_lora,
     trainable_only_lora,
 )
+from neounify.model.stream import Experts
 from support.adapted import MODULES, adapted, everywhere, fill, outputs, write_base
 from support.checkpoint_folders import CONFIGS, SMALL
 from support.models import one_thread, random_model  # noqa: F401
@@ -179,3 +182,26 @@ def test_memory_by_stream(tmp_path: Path, dtype: str) -> None:
         with pytest.raises(CheckpointError, match="not in memory"):
             merge_lora(loaded.model)
         assert lora_layers(loaded.model)
+
+
+@pytest.mark.parametrize("modules", [("gate_proj", "up_proj", "down_proj"), ("q_proj",)])
+def test_adapters_on_a_model_with_joined_experts(tmp_path: Path, modules: tuple[str, ...]) -> None:
+    """They are those of single experts; experts without stay joined, and files do not differ."""
+    each, joined = (random_model(CONFIGS["sparse"], 0) for _ in range(2))
+    joined.stack_experts()
+    config = LoraConfig(rank=2, modules=modules)
+    assert add_lora(each, config) == add_lora(joined, config)
+    alone = any(".experts." in name for name in lora_layers(joined))
+    assert alone == any(isinstance(mlp.experts, Experts) for mlp in joined.sparse_mlps)
+    for model in (each, joined):
+        for number, layer in enumerate(lora_layers(model).values()):
+            nn.init.constant_(layer.lora_B, 0.01 * (number + 1))
+    for wanted, actual in zip(outputs(each), outputs(joined), strict=True):
+        torch.testing.assert_close(actual, wanted)
+    for model, folder in ((each, "each"), (joined, "joined")):
+        save_lora(model, config, tmp_path / f"{folder}-lora")
+        load_lora(random_model(CONFIGS["sparse"], 0), tmp_path / f"{folder}-lora")
+        merge_lora(model)
+        save_model(model, tmp_path / folder)
+    for file in ("-lora/adapter_model.safetensors", "/model.safetensors"):
+        assert (tmp_path / f"each{file}").read_bytes() == (tmp_path / f"joined{file}").read_bytes()

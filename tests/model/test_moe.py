@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neounify.config import MlpConfig
-from neounify.model.stream import SparseMlp
+from neounify.model.stream import PROJECTIONS, Experts, SparseMlp, StackedExperts, may_group
 from support import reference
 from support.models import assert_close, exact
 
@@ -30,6 +30,16 @@ def _block(
     )
     torch.manual_seed(experts * 10 + top_k)
     return SparseMlp(SIZE, config).to(dtype).requires_grad_(False)
+
+
+def _each(block: SparseMlp) -> Experts:
+    assert isinstance(block.experts, Experts)
+    return block.experts
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _inputs(rows: int) -> Tensor:
@@ -53,7 +63,7 @@ def _rows_per_expert(block: SparseMlp, x: Tensor) -> Counter[int]:
 
     hooks = [
         expert.register_forward_pre_hook(lambda module, args, n=n: count(n, module, args))
-        for n, expert in enumerate(block.experts)
+        for n, expert in enumerate(_each(block))
     ]
     block(x)
     for hook in hooks:
@@ -115,7 +125,7 @@ def test_all_tokens_to_one_expert() -> None:
     block.router.weight.zero_()
     block.router.weight[4] = 1.0
     assert _rows_per_expert(block, x) == {4: 10}
-    assert_close(block(x), block.experts[4](x), 1e-12)
+    assert_close(block(x), _each(block)[4](x), 1e-12)
 
 
 def test_order_of_tokens_does_not_matter() -> None:
@@ -132,7 +142,7 @@ def test_router_and_experts_get_gradients(dtype: torch.dtype) -> None:
     block(x).square().sum().backward()
     assert block.router.weight.grad is not None
     assert block.router.weight.grad.abs().sum() > 0
-    for number, expert in enumerate(block.experts):
+    for number, expert in enumerate(_each(block)):
         for parameter in expert.parameters():
             assert parameter.grad is not None
             assert bool(parameter.grad.any()) == (number in experts)
@@ -146,28 +156,51 @@ def _wide(dtype: torch.dtype) -> tuple[SparseMlp, Tensor]:
     return block.to(dtype), torch.randn(9, 16).to(dtype)
 
 
-def test_experts_are_trained_without_waiting_for_counts() -> None:
+@pytest.mark.parametrize("tokens", [9, 1])
+def test_stacked_experts_are_trained_without_waiting_for_counts(tokens: int) -> None:
     """In grouped products, which give the gradients that each expert by itself gives."""
     (each, x), (grouped, _) = _wide(torch.float64), _wide(torch.float32)
-    each.requires_grad_(True)(x).square().sum().backward()
-    grouped.requires_grad_(True)(x.float()).square().sum().backward()
-    for one, other in zip(each.parameters(), grouped.parameters(), strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
-        torch.testing.assert_close(other.grad.double(), one.grad, atol=1e-5, rtol=1e-4)
+    each.requires_grad_(True)(x[:tokens]).square().sum().backward()
+    grouped.stack()
+    grouped.requires_grad_(True)(x[:tokens].float()).square().sum().backward()
+    assert isinstance(grouped.experts, StackedExperts)
+    for name in PROJECTIONS:
+        wanted = [gradient_of(expert.get_parameter(f"{name}.weight")) for expert in _each(each)]
+        gradient = gradient_of(grouped.experts.get_parameter(name))
+        torch.testing.assert_close(gradient.double(), torch.stack(wanted), atol=1e-5, rtol=1e-4)
     # Tensors without values have none to wait for.
     block, x = _wide(torch.bfloat16)
     block, x = block.to("meta"), x.to("meta")
-    block.requires_grad_(True)(x).square().sum().backward()
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"), torch.no_grad():
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         block(x)
+    block.stack()
+    block.requires_grad_(True)(x).square().sum().backward()
+
+
+@pytest.mark.parametrize("size", [16, 13])
+def test_stacked_experts_without_grouped_products(size: int) -> None:
+    """Of float64, and of widths that they do not serve: one expert after the other."""
+    dtype = torch.float64 if size == 16 else torch.float32
+    config = MlpConfig(width=0, num_experts=6, experts_per_token=2, expert_width=8, sparse=(True,))
+    torch.manual_seed(0)
+    block, x = SparseMlp(size, config).to(dtype), torch.randn(3, size, dtype=dtype)
+    wanted = block(x)
+    wanted.square().sum().backward()
+    router = block.router.weight.grad
+    block.stack()
+    block.zero_grad()
+    actual = block(x)
+    actual.square().sum().backward()
+    torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(block.router.weight.grad, router)
+    assert not may_group(dtype, size)
 
 
 def test_grouped_experts_follow_autocast() -> None:
     block, x = _wide(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = block(x)
-        block.requires_grad_(True)
+        block.stack()
         actual = block(x)
     assert_close(actual, wanted, 1e-6)
     assert (block(x) != wanted).any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neounify.checkpoint.names import each_expert
 from neounify.config import MlpConfig
 from neounify.model import Document, Layout, NeoUnify, Text
 from neounify.model.parts import STREAMS
@@ -162,15 +163,24 @@ def test_stacked_experts_compute_the_same() -> None:
     expected = packed.run(model)
     sparse = [m for m in model.modules() if isinstance(m, SparseMlp)]
     assert sparse
+    each = model.state_dict()
     for mlp in sparse:
-        mlp.fuse()
-    calls: list[nn.Module] = []
-    for mlp in sparse:
-        for expert in mlp.experts:
-            expert.register_forward_hook(lambda module, *_: calls.append(module))
+        mlp.stack()
     for actual, wanted in zip(packed.run(model), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
-    assert not calls
+    joined = model.state_dict()
+    assert [name for name in joined if "experts" in name] == [
+        f"layers.0.{stream}.out.mlp.experts.{part}_proj"
+        for stream in STREAMS
+        for part in ("gate", "up", "down")
+    ]
+    apart = each_expert(joined)
+    assert apart.keys() == each.keys()
+    assert all(torch.equal(apart[name], tensor) for name, tensor in each.items())
+    for mlp in sparse:
+        assert mlp.unstack()
+    for actual, wanted in zip(packed.run(model), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=0, rtol=0)
 
 
 def test_output_of_a_stream() -> None:

@@ -16,7 +16,7 @@ from neounify.attention.backends import PaddedAttention
 from neounify.attention.blocks import BlockAttention
 from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
-from neounify.model.stream import Layer, call_half
+from neounify.model.stream import Layer, call_plain
 from neounify.pipeline import Pipeline
 from neounify.train import supervised
 from neounify.train.log import REPORTS, DivergenceWatch, Log
@@ -152,7 +152,7 @@ def test_compiling_ends_with_the_stage_that_wants_it(
     original = supervised.load_packs
 
     def packs(*args: Any) -> Iterator[Any]:
-        calls = [m.call is not call_half for m in run.model.modules() if isinstance(m, Layer)]
+        calls = [m.call is not call_plain for m in run.model.modules() if isinstance(m, Layer)]
         compiled.extend([all(calls), any(calls)])
         return original(*args)
 

@@ -7,9 +7,12 @@ for a number (the same on both sides) or for one of a few paired spellings.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, cast
+
+from torch import Tensor
 
 from neounify.model.parts import PartName, WeightStream
 
@@ -111,6 +114,8 @@ RULES = (
 
 def to_published(name: str) -> str:
     """The published spelling of one of this package's tensor names; KeyError for another name."""
+    if of_expert(name, 0) is not None:
+        raise KeyError(f"{name!r} joins experts, which are published one by one")
     rule, values = _match_ours(name)
     spelt = {key: _translate(key, value, 0) for key, value in values.items()}
     return rule.published.format(**spelt)
@@ -142,6 +147,26 @@ def current_name(name: str) -> str:
     return name
 
 
+_STACKED = re.compile(r"(layers\.\d+\.(?:und|gen)\.out\.mlp\.experts)\.((?:gate|up|down)_proj)")
+
+
+def of_expert(name: str, expert: int) -> str | None:
+    """The name of an expert's part of the joined weights `name` (ours); None for other tensors."""
+    match = _STACKED.fullmatch(name)
+    return f"{match[1]}.{expert}.{match[2]}.weight" if match else None
+
+
+def each_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by our names, the joined weights of experts apart, as checkpoints have them."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if of_expert(name, 0) is None:
+            apart[name] = tensor
+        else:
+            apart |= {cast(str, of_expert(name, n)): part for n, part in enumerate(tensor)}
+    return apart
+
+
 def stream_of(name: str) -> WeightStream:
     """Which stream a tensor (our name) belongs to; KeyError for an unknown name."""
     rule, values = _match_ours(name)
@@ -155,6 +180,7 @@ def part_of(name: str) -> PartName:
 
 
 def _match_ours(name: str) -> tuple[Rule, dict[str, str]]:
+    name = of_expert(name, 0) or name
     for rule in RULES:
         match = rule.ours_pattern.fullmatch(name)
         if match:

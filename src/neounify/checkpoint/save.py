@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.names import to_published
+from neounify.checkpoint.names import each_expert, to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, RequestError
 from neounify.files import atomic_folder, check_empty, write_json
@@ -69,7 +69,7 @@ def save_model(
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor]:
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {n: tensor.detach() for n, tensor in each_expert(model.state_dict()).items()}
     expected = expected_shapes(config)
     wrong = [
         name
@@ -81,7 +81,7 @@ def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor
             f"{len(wrong)} tensors are not as the config says, {wrong[0]} first: another config, "
             "or a model whose weights are not in memory"
         )
-    return {to_published(name): tensor for name, tensor in tensors.items()}
+    return {to_published(name): tensors[name] for name in expected}
 
 
 def _document(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Any]:

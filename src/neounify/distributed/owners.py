@@ -7,6 +7,8 @@ brings the results back. The owner computes what one rank would, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -21,13 +23,41 @@ class Rows(NamedTuple):
     shape: tuple[int, int]
     group: distributed.ProcessGroup
 
-    @staticmethod
-    def of(matrix: DTensor) -> Rows:
-        """The rows of a matrix cut by rows over the last axis of its mesh."""
-        assert isinstance(matrix.placements[-1], Shard)
-        mesh = matrix.device_mesh
-        group = mesh.get_group(mesh.ndim - 1)
-        return Rows(matrix.to_local(), (matrix.shape[0], matrix.shape[1]), group)
+
+def on_matrices(
+    parameters: Sequence[Tensor], values: Sequence[Tensor], work: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """`work` of matrices [rows, columns] and stacks of them [n, rows, columns]; collective.
+
+    `values` are what this rank holds for each parameter, and so are the results. What it holds
+    whole it works on, all matrices of a stack together; of rows, the owner does.
+    """
+    results = list(values)
+    cut: dict[distributed.ProcessGroup, list[tuple[int, Rows]]] = {}
+    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+        group = _rows_group(parameter)
+        if group is None:
+            results[number] = work(value)
+            continue
+        shape = (parameter.shape[-2], parameter.shape[-1])
+        parts = [value] if value.ndim == 2 else value.unbind()
+        cut.setdefault(group, []).extend((number, Rows(part, shape, group)) for part in parts)
+    for numbered in cut.values():
+        done = on_owners([rows for _, rows in numbered], work)
+        pairs = zip((number for number, _ in numbered), done, strict=True)
+        for number, several in groupby(pairs, key=itemgetter(0)):
+            shares = torch.stack([share for _, share in several])
+            results[number] = shares.view(values[number].shape)
+    return results
+
+
+def _rows_group(parameter: Tensor) -> distributed.ProcessGroup | None:
+    """The group of the ranks that hold rows of a parameter's matrices; None for whole ones."""
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard) and placement.dim == parameter.ndim - 2:
+                return parameter.device_mesh.get_group(axis)
+    return None
 
 
 def owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The fixed order in which a model is spread over ranks for training.
 
-1. The objective becomes one module: whatever a loss calls is below it.
+1. The objective becomes one module: whatever a loss calls is below it. The experts of a layer
+   become one weight per projection.
 2. Every layer becomes a unit: its parameters are gathered together, when it runs.
 3. The objective becomes the root unit: all that stands outside the layers, gathered once a step.
 4. Gradients are summed over the ranks, those of parameters that nothing reached being zero.
@@ -75,6 +76,7 @@ def parallelize(
     """
     shape = shape or MeshShape(shard=ranks.size)
     objective = Objective(model)
+    model.stack_experts()
     if ranks.size > 1:
         mesh = shape.build(model.device.type)
         precision = MixedPrecisionPolicy(
@@ -109,6 +111,7 @@ def _gathered(model: NeoUnify, device: torch.device | None) -> NeoUnify | None:
     if device is not None:
         with torch.device("meta"):
             copy = NeoUnify(model.config)
+            copy.stack_experts()
         copy = copy.to_empty(device=device).requires_grad_(False)
         copy.compute_dtype = model.compute_dtype
     target = {} if copy is None else dict(copy.named_parameters())

@@ -118,14 +118,24 @@ def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:
     there, or the model has adapters already.
     """
     check_plain(model)
-    chosen = _choose(model, config)
     generator = torch.Generator().manual_seed(seed)
-    for name in chosen:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        model.set_submodule(name, LoraLinear(base, config, generator))
+    with linear_experts(model):
+        chosen = _choose(model, config)
+        for name in chosen:
+            base = model.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            model.set_submodule(name, LoraLinear(base, config, generator))
     trainable_only_lora(model)
     return chosen
+
+
+@contextmanager
+def linear_experts(model: NeoUnify) -> Iterator[None]:
+    """Experts as linear layers, which alone take adapters; those left without are joined again."""
+    joined = [mlp for mlp in model.sparse_mlps if mlp.unstack()]
+    yield
+    for mlp in joined:
+        mlp.stack()
 
 
 def check_plain(model: NeoUnify) -> None:

@@ -31,6 +31,7 @@ from neounify.lora.layers import (
     LoraConfig,
     LoraLinear,
     check_plain,
+    linear_experts,
     lora_layers,
     trainable_only_lora,
 )
@@ -80,15 +81,16 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     adapters that are damaged or of another model; ConfigError when the model has some already.
     """
     check_plain(model)
-    modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     file = read_lora_file(Path(folder), expected_shapes(model.config))
-    config = _config(Path(folder), file, sorted(modules.keys() & file.pairs.keys()))
-    for name, pair in file.pairs.items():
-        layer = LoraLinear(modules[name], config)
-        with torch.no_grad():
-            layer.lora_A.copy_(pair.down)
-            layer.lora_B.copy_(pair.up)
-        model.set_submodule(name.removesuffix(".weight"), layer)
+    with linear_experts(model):
+        modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        config = _config(Path(folder), file, sorted(modules.keys() & file.pairs.keys()))
+        for name, pair in file.pairs.items():
+            layer = LoraLinear(modules[name], config)
+            with torch.no_grad():
+                layer.lora_A.copy_(pair.down)
+                layer.lora_B.copy_(pair.up)
+            model.set_submodule(name.removesuffix(".weight"), layer)
     trainable_only_lora(model)
     return config
 

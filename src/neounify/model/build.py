@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from neounify.config import ModelConfig
 from neounify.model.neo import NeoUnify
-from neounify.model.stream import Layer, call_half
+from neounify.model.stream import Layer, call_plain
 
 MIN_ROWS = 32
 """Below, the guards of a compiled function cost more than it saves."""
@@ -28,7 +28,7 @@ def compile_streams(model: NeoUnify, wanted: bool = True) -> None:
     """
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        layer.call = _compiled_call(layer) if wanted else call_half
+        layer.call = _compiled_call(layer) if wanted else call_plain
 
 
 def _compiled_call(layer: Layer) -> Callable[[nn.Module, Tensor, Any], Any]:

@@ -33,6 +33,7 @@ from neounify.model.stream import (
     RMSNorm,
     Rotation,
     SparseMlp,
+    StackedExperts,
     attention_rotation,
     patch_rotation,
     rotate_patches,
@@ -266,13 +267,34 @@ class NeoUnify(nn.Module):
     def fuse(self) -> None:
         """Join frozen weights that inference reads together: head norms, and off the CPU experts.
 
-        See `QKVProjection.fuse` and `SparseMlp.fuse`. `train()` undoes it.
+        `train()` undoes the first, see `QKVProjection.fuse`.
         """
         for module in self.modules():
-            if isinstance(module, QKVProjection) or (
-                isinstance(module, SparseMlp) and self.device.type != "cpu"
-            ):
+            if isinstance(module, QKVProjection):
                 module.fuse()
+        if self.device.type != "cpu":
+            self.stack_experts()
+
+    @property
+    def sparse_mlps(self) -> list[SparseMlp]:
+        """The mixtures of experts, by layer and stream."""
+        return [module for module in self.layers.modules() if isinstance(module, SparseMlp)]
+
+    def stack_experts(self) -> None:
+        """Join the experts of every layer that have no adapters; see `SparseMlp.stack`.
+
+        Checkpoints have each by itself, whatever the model has.
+        """
+        for mlp in self.sparse_mlps:
+            mlp.stack()
+
+    def stack_experts_like(self, other: NeoUnify) -> None:
+        """Join the experts that another model of this config has joined, and no others."""
+        for mlp, theirs in zip(self.sparse_mlps, other.sparse_mlps, strict=False):
+            if isinstance(theirs.experts, StackedExperts):
+                mlp.stack()
+            else:
+                mlp.unstack()
 
     def _embed_patches(self, embed: PatchEmbed, patches: Tensor, rows: StreamRows) -> Tensor:
         """Tokens of the images of a stream from their patches [N, M·M, channels·P·P]."""

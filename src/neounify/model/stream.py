@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from neounify.config import MlpConfig, ModelConfig
@@ -109,6 +109,11 @@ def rotate_patches(
 # --- MLPs ---
 
 
+def call_plain(module: nn.Module, x: Tensor, other: Any) -> Any:
+    """A module called as it is: a half of a stream, or the experts of a layer."""
+    return module(x, other)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate x) · up x), without biases."""
 
@@ -126,18 +131,20 @@ class SparseMlp(nn.Module):
     """Weighted sum of the top-k experts of each token.
 
     Weights are the softmax over all experts (float32), cut to the top k and,
-    with `normalise_top_k`, rescaled to sum to one.
+    with `normalise_top_k`, rescaled to sum to one. `call` is how it calls its experts, with rows in
+    the order of the experts and the ends of their slices.
     """
+
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor] = staticmethod(call_plain)
 
     def __init__(self, size: int, config: MlpConfig) -> None:
         super().__init__()
         self.top_k = config.experts_per_token
         self.normalise_top_k = config.normalise_top_k
         self.router = nn.Linear(size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
+        self.experts: Experts | StackedExperts = Experts(
             SwiGLU(size, config.expert_width) for _ in range(config.num_experts)
         )
-        self._fused: tuple[Tensor, ...] | None = None
 
     def route(self, x: Float[Tensor, "n size"]) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
         """Weights (float32) and numbers of each token's experts, best first."""
@@ -152,75 +159,107 @@ class SparseMlp(nn.Module):
         # Sorting the (token, expert) pairs by expert makes every expert's tokens one slice.
         chosen, order = experts.flatten().sort(stable=True)
         tokens = order // self.top_k
-        numbers = torch.arange(len(self.experts), device=x.device)
+        numbers = torch.arange(self.router.out_features, device=x.device)
         ends = torch.searchsorted(chosen, numbers, right=True, out_int32=True)
         rows = x.index_select(0, tokens)
-        weighted = self._run(rows, ends) * weights.flatten()[order, None].to(x.dtype)
+        weighted = self.call(self.experts, rows, ends) * weights.flatten()[order, None].to(x.dtype)
         return torch.zeros_like(x).index_add(0, tokens, weighted)
 
-    def _run(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
-        """Each expert on its slice of the rows; `ends` are those of the slices.
+    def stack(self) -> None:
+        """Join the weights of the experts, unless they have adapters; they are then trained and
+        computed as one."""
+        if isinstance(self.experts, Experts) and self.experts.plain:
+            self.experts = StackedExperts(self.experts)
 
-        In training, and in inference when the experts are fused, all run in one grouped product
-        per projection, so that the processor need not wait to learn how many rows each one has.
-        """
-        trained = torch.is_grad_enabled() and any(
-            weight.requires_grad for weight in self.experts[0].parameters()
-        )
-        if self._fused is not None and not trained:
-            return _grouped_swiglu(rows, ends, *self._fused)
-        stack = trained or (torch.is_grad_enabled() and rows.device.type != "cpu")
-        if stack and self._may_stack(_product_dtype(rows)):
-            return _grouped_swiglu(rows, ends, *self._stack())
-        starts = [0, *ends.tolist()]
-        slices = [rows[start:stop] for start, stop in pairwise(starts)]
+    def unstack(self) -> bool:
+        """Make each expert a module again, a view of the joined weights; whether they were."""
+        if isinstance(self.experts, Experts):
+            return False
+        self.experts = self.experts.apart()
+        return True
+
+
+class Experts(nn.ModuleList):
+    """The experts of a layer, each a SwiGLU: of mapped weights and with adapters."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether all linear layers are without adapters."""
+        return all(type(layer) is nn.Linear for expert in self for layer in expert.children())
+
+    def forward(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
+        """Each expert on its slice of the rows; `ends` are those of the slices."""
         # In training an expert without rows runs too: it has a gradient, of zero.
-        pairs = zip(self.experts, slices, strict=True)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self[0].parameters())
+        pairs = zip(self, _slices(rows, ends), strict=True)
         return torch.cat([expert(x) for expert, x in pairs if trained or x.shape[0]])
 
+
+class StackedExperts(nn.Module):
+    """The experts of a layer as one weight [experts, out, in] per projection.
+
+    All run in one grouped product per projection, so that the processor need not wait to learn how
+    many rows each has; where torch has none for a dtype and widths, one after the other.
+    """
+
+    gate_proj: nn.Parameter
+    up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
     @torch.no_grad()
-    def fuse(self) -> None:
-        """Move the experts' weights into one tensor per projection, which they become views of.
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        for name in PROJECTIONS:
+            weights = [expert.get_parameter(f"{name}.weight") for expert in experts]
+            trained = weights[0].requires_grad
+            self.register_parameter(name, nn.Parameter(torch.stack(weights), trained))
+            for expert in experts:  # freed here, so that memory holds one projection twice
+                del expert.get_submodule(name).weight
+        self.train(experts.training)
 
-        For frozen weights on an accelerator. `train()`, casts and moves undo it.
-        """
-        if not self._may_stack(self.router.weight.dtype):
-            return
-        self._fused = self._stack()
-        for name, fused in zip(PROJECTIONS, self._fused, strict=True):
-            for expert, weight in zip(self.experts, fused, strict=True):
-                expert.get_submodule(name).get_parameter("weight").data = weight
+    @torch.no_grad()
+    def apart(self) -> Experts:
+        """The experts as modules, whose weights are views of these."""
+        count, width, size = self.gate_proj.shape
+        with torch.device("meta"):
+            experts = Experts(SwiGLU(size, width) for _ in range(count))
+        for name in PROJECTIONS:
+            stack = self.get_parameter(name)
+            for expert, weight in zip(experts, stack, strict=True):
+                layer = expert.get_submodule(name)
+                layer.register_parameter("weight", nn.Parameter(weight, stack.requires_grad))
+        return experts.train(self.training)
 
-    def unfuse(self) -> None:
-        self._fused = None
+    def forward(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
+        """SwiGLU of every expert on its slice of the rows, as `SwiGLU.forward`."""
+        dtype = _product_dtype(rows)
+        stacks = (self.gate_proj, self.up_proj, self.down_proj)
+        if not may_group(dtype, *(stack.shape[-1] for stack in stacks)):
+            parts = zip(_slices(rows, ends), *(stack.unbind() for stack in stacks), strict=True)
+            return torch.cat([_swiglu(x, *weights) for x, *weights in parts])
+        assert _grouped_mm is not None
+        x, gate, up, down = (tensor.to(dtype) for tensor in (rows, *stacks))
+        inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
+        inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
+        return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
-    def train(self, mode: bool = True) -> SparseMlp:
-        if mode:
-            self.unfuse()
-        return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseMlp:
-        self.unfuse()
-        return super()._apply(fn, recurse)
+def may_group(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether grouped products serve this dtype and rows of these widths."""
+    return (
+        _grouped_mm is not None
+        and dtype in GROUPED_DTYPES
+        and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    )
 
-    def _may_stack(self, dtype: torch.dtype) -> bool:
-        """Whether grouped products serve this dtype, these widths and the experts' layers."""
-        layers = [self.experts[0].get_submodule(name) for name in PROJECTIONS]
-        return (
-            _grouped_mm is not None
-            and dtype in GROUPED_DTYPES
-            and all(
-                type(layer) is nn.Linear and layer.in_features * dtype.itemsize % 16 == 0
-                for layer in layers
-            )
-        )
 
-    def _stack(self) -> tuple[Tensor, ...]:
-        """The weights of all experts, [experts, out, in] of each projection."""
-        return tuple(
-            torch.stack([expert.get_parameter(f"{name}.weight") for expert in self.experts])
-            for name in PROJECTIONS
-        )
+def _slices(rows: Tensor, ends: Int[Tensor, " experts"]) -> list[Tensor]:
+    """The rows of each expert."""
+    return [rows[start:stop] for start, stop in pairwise([0, *ends.tolist()])]
+
+
+def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
 def _product_dtype(rows: Tensor) -> torch.dtype:
@@ -229,22 +268,6 @@ def _product_dtype(rows: Tensor) -> torch.dtype:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return rows.dtype
     return torch.get_autocast_dtype(device)
-
-
-def _grouped_swiglu(
-    rows: Float[Tensor, "m size"],
-    ends: Int[Tensor, " experts"],
-    gate: Float[Tensor, "experts width size"],
-    up: Float[Tensor, "experts width size"],
-    down: Float[Tensor, "experts size width"],
-) -> Float[Tensor, "m size"]:
-    """SwiGLU of every expert on its slice of the rows, as `SwiGLU.forward`."""
-    dtype = _product_dtype(rows)
-    assert _grouped_mm is not None
-    x, gate, up, down = (tensor.to(dtype) for tensor in (rows, gate, up, down))
-    inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
-    inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
-    return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
 # --- halves of a stream, and the layer ---
@@ -371,11 +394,6 @@ class OutputMlp(nn.Module):
         return x + self.mlp(self.post_norm(x))
 
 
-def call_half(half: nn.Module, x: Tensor, other: Any) -> Any:
-    """A half of a stream, called as it is."""
-    return half(x, other)
-
-
 class Stream(nn.Module):
     """Both halves of one stream in one layer."""
 
@@ -393,7 +411,7 @@ class Layer(nn.ModuleDict):
     """
 
     recompute = False
-    call: Callable[[nn.Module, Tensor, Any], Any] = staticmethod(call_half)
+    call: Callable[[nn.Module, Tensor, Any], Any] = staticmethod(call_plain)
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__({name: Stream(config, config.mlps[name], number) for name in STREAMS})

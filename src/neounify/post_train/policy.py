@@ -300,6 +300,7 @@ def load_teacher(folder: Path, model: NeoUnify) -> NeoUnify:
     ConfigError for another shape or another understanding stream.
     """
     teacher = load(folder, dtype=model.compute_dtype, device=model.device).model
+    teacher.stack_experts_like(model)
     ours = {
         weight_name(name): parameter
         for name, parameter in model.named_parameters()

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from neounify.checkpoint.load import multiplies
@@ -28,7 +27,7 @@ from neounify.config.ranges import (
     Positive,
     check_weights,
 )
-from neounify.distributed.owners import Rows, on_owners
+from neounify.distributed.owners import on_matrices
 from neounify.distributed.parallelize import local, whole
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
@@ -89,8 +88,14 @@ class Schedule:
         return partial(self.at, steps=steps)
 
 
-class Muon(torch.optim.Muon):
-    """Muon whose products follow the processor; the state is that of torch's.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of a quintic iteration, and how often it is applied (Jordan et al. 2024, Muon)."""
+NEWTON_SCHULZ_STEPS = 5
+SMALLEST_NORM = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and stacks of them; settings and state are those of torch.optim.Muon.
 
     Of matrices cut over ranks the momentum stays cut, and each is orthogonalised whole by the rank
     that owns it (`distributed.owners`), with the bits of one rank.
@@ -100,8 +105,15 @@ class Muon(torch.optim.Muon):
     choice is by the processor's features, not by timing, so a machine always makes the same one.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]], **settings: Any) -> None:
-        super().__init__(params, **settings)
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         device = self.param_groups[0]["params"][0].device
         self.in_bfloat16 = device.type != "cpu" or multiplies(torch.bfloat16)
 
@@ -112,17 +124,10 @@ class Muon(torch.optim.Muon):
             raise ValueError("a closure is not supported")
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
-            cut = [p for p in trained if isinstance(p, DTensor)]
-            updates = on_owners(
-                [Rows.of(p)._replace(rows=self._momentum(p, group)) for p in cut],
-                partial(self._orthogonal, group=group),
-            )
-            for parameter, update in zip(cut, updates, strict=True):
-                self._move(local(parameter), max(parameter.shape), update, group)
-            for parameter in trained:
-                if not isinstance(parameter, DTensor):
-                    update = self._orthogonal(self._momentum(parameter, group), group)
-                    self._move(parameter, max(parameter.shape), update, group)
+            momenta = [self._momentum(parameter, group) for parameter in trained]
+            updates = on_matrices(trained, momenta, self._orthogonal)
+            for parameter, update in zip(trained, updates, strict=True):
+                self._move(local(parameter), max(parameter.shape[-2:]), update, group)
         return None
 
     def _momentum(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -135,10 +140,9 @@ class Muon(torch.optim.Muon):
         buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum)
 
-    def _orthogonal(self, update: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """The orthogonal matrix next to an update, as torch computes it or in its own dtype."""
-        update = update.bfloat16() if self.in_bfloat16 else update
-        return orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    def _orthogonal(self, update: Tensor) -> Tensor:
+        """The orthogonal matrices next to updates, as torch computes them or in their own dtype."""
+        return orthogonal(update.bfloat16() if self.in_bfloat16 else update)
 
     def _move(
         self, parameter: Tensor, longest: int, update: Tensor, group: Mapping[str, Any]
@@ -152,19 +156,21 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(
-    matrix: Float[Tensor, "rows columns"],
-    coefficients: tuple[float, float, float],
-    steps: int,
-    eps: float,
-) -> Float[Tensor, "rows columns"]:
-    """The matrix with singular values near 1, by Newton-Schulz iterations in its own dtype."""
-    a, b, c = coefficients
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    matrix: Float[Tensor, "*stack rows columns"],
+) -> Float[Tensor, "*stack rows columns"]:
+    """A matrix, or each of a stack, with singular values near 1, by Newton-Schulz iterations in
+    its own dtype."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    single = matrix.ndim == 2
+    norm = x.norm() if single else x.flatten(1).norm(dim=1)[:, None, None]
+    add_product = torch.addmm if single else torch.baddbmm
+    x = x / norm.clamp(min=SMALLEST_NORM)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 _STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
@@ -219,14 +225,7 @@ class OptimizerSet:
                 )
             )
         if muon:
-            self.members.append(
-                Muon(
-                    muon,
-                    lr=config.learning_rate,
-                    momentum=config.momentum,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            self.members.append(Muon(muon, lr=config.learning_rate, momentum=config.momentum))
         if not self.members:
             raise ValueError(
                 f"all {len(parameters)} parameters are frozen: there is nothing to train"
@@ -400,7 +399,7 @@ def _groups(
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
-        inner = name.startswith("layers.") and parameter.ndim == 2
+        inner = name.startswith("layers.") and parameter.ndim >= 2
         kind = "muon" if config.name == "muon" and inner else "adamw"
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         scale = math.prod([scales.get(label, 1.0) for label in _labels(name)], start=1.0)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from neounify.checkpoint.names import part_of, stream_of
+from neounify.checkpoint.names import each_expert, part_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
@@ -122,7 +122,7 @@ def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
             parameter.data = parameter.data.clone()
         return model.requires_grad_(True)
     changed = new_model(_config(model.config, source), seed).to(model.device)
-    old = dict(model.named_parameters())
+    old = each_expert(dict(model.named_parameters()))
     origins = _layer_origins(model.config.num_layers, changed.config.num_layers)
     with torch.no_grad():
         for name, parameter in changed.named_parameters():
@@ -164,7 +164,7 @@ def _with_rows(model: NeoUnify, old: Tokenizer, new: Tokenizer, seed: int) -> Ne
     """
     size = max(new.vocab_size, model.config.vocab_size)
     grown = new_model(model.config.replace(vocab_size=size), seed).to(model.device)
-    before = dict(model.named_parameters())
+    before = each_expert(dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in grown.named_parameters():
             rows = slice(len(before[name])) if name in _TABLES else ...
@@ -324,6 +324,7 @@ def prepare_parameters(model: NeoUnify, stage: StageRecipe, seed: int) -> None:
     Raises ConfigError for names that the model does not have, and where it has adapters already.
     """
     if stage.lora is None:
+        model.stack_experts()
         freeze(model, stage.freeze, stage.freeze_last_layers)
     else:
         add_lora(model, stage.lora, seed)

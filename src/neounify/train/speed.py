@@ -41,7 +41,8 @@ def weights(module: nn.Module) -> int:
     Of a sparse MLP, the experts that a token is sent to.
     """
     if isinstance(module, SparseMlp):
-        return weights(module.router) + module.top_k * weights(module.experts[0])
+        experts = module.router.out_features
+        return weights(module.router) + module.top_k * weights(module.experts) // experts
     if isinstance(module, PatchEmbed):
         patches = module.merge.weight[0, 0].numel()
         return patches * module.patch.weight.numel() + module.merge.weight.numel()
