@@ -15,43 +15,92 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neounify.config.presets import SCENES
+from neounify.config import MlpConfig, ModelConfig
+from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
 from neounify.data.encode import Encoder
 from neounify.data.loader import (
     LoadedPack,
     LoaderConfig,
     Position,
-    first_fit,
     load_packs,
     make_pack,
 )
+from neounify.data.packing import Drawn, cost_of, fill_packs, first_fit, pairs_per_row
 from neounify.data.sample import DataError, Sample
+from neounify.model.build import meta_model
+from neounify.model.layout import Document, Image, Layout, Noise, Text
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
+from neounify.train.speed import attention, layer_weights
 
 TOKENIZER = byte_tokenizer(
     [SceneDataset(9, scene_config("default"))[n].text() for n in range(200)], 400
 )
 ENCODER = Encoder(config=SCENES, tokenizer=TOKENIZER)
 SOURCE = SceneDataset(0, scene_config("default"))
+EXPERTS = MlpConfig(
+    width=64,
+    num_experts=4,
+    experts_per_token=2,
+    expert_width=16,
+    sparse=tuple(n % 2 == 0 for n in range(TINY.num_layers)),
+)
+SPARSE = TINY.replace(und_mlp=EXPERTS)
 PAINTINGS = SceneDataset(0, scene_config("default"), {"t2i": 1.0})
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
-def test_every_item_lies_in_one_bin_within_the_budget(lengths: list[int], budget: int) -> None:
-    bins = first_fit(lengths, budget)
-    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
-    loads = [sum(lengths[item] for item in items) for items in bins]
-    assert max(loads) <= budget
-    # First fit: an item of a later bin would not have fitted any earlier one.
-    for earlier, load in enumerate(loads):
-        for items in bins[earlier + 1 :]:
-            assert all(load + lengths[item] > budget for item in items)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=60),
+    st.integers(50, 120),
+    st.integers(50, 120),
+)
+def test_every_item_lies_in_one_bin_within_both_bounds(
+    items: list[tuple[int, int]], capacity: int, bound: int
+) -> None:
+    bins = first_fit([rows for rows, _ in items], [cost for _, cost in items], capacity, bound)
+    assert sorted(item for numbers in bins for item in numbers) == list(range(len(items)))
+    for number, earlier in enumerate(bins):
+        rows, cost = (sum(items[item][which] for item in earlier) for which in (0, 1))
+        assert rows <= capacity
+        assert cost <= bound
+        # First fit: the costliest item of a later bin would not have fitted an earlier one.
+        for later in bins[number + 1 :]:
+            before = [i for i in earlier if (-items[i][1], i) < (-items[later[0]][1], later[0])]
+            rows, cost = (sum(items[i][which] for i in [*before, later[0]]) for which in (0, 1))
+            assert rows > capacity or cost > bound
 
 
 def test_an_item_over_the_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        first_fit([3, 11], 10)
+        first_fit([3, 11], [1, 1], 10, 5)
+    with pytest.raises(ValueError, match="does not fit"):
+        first_fit([3, 4], [1, 6], 10, 5)
+
+
+def test_packs_cost_no_more_than_their_rows_do_on_average() -> None:
+    # Ten cheap and ten dear documents: by rows alone the dear ones would share packs.
+    lengths, costs = [50] * 20, [50.0] * 10 + [100.0] * 10
+    drawn = Drawn().plus(lengths, costs)
+    packs = fill_packs(lengths, costs, 100, drawn)
+    assert [sum(costs[n] for n in pack) for pack in packs] == [150.0] * 10
+    # What was drawn before counts too: among dearer documents the bound is higher.
+    packs = fill_packs(lengths, costs, 100, drawn.plus([10_000], [30_000.0]))
+    assert max(sum(costs[n] for n in pack) for pack in packs) == 200.0
+
+
+@pytest.mark.parametrize(("config", "kappa"), [(U1_8B, 23_552), (U1_A3B, 6_944)])
+def test_rows_of_the_published_models_cost_as_many_pairs(config: ModelConfig, kappa: int) -> None:
+    assert pairs_per_row(config) == kappa
+    layout = Layout([Document((Text(5), Image(2, 2), Noise(2, 2)))])
+    pairs = 15 + 4 * 9 + 4 * 13
+    assert cost_of(layout, kappa) == pytest.approx(13 + pairs / kappa)
+
+
+@pytest.mark.parametrize("config", [SCENES, TINY, SPARSE])
+def test_the_cost_of_a_row_is_that_of_the_models_matrices(config: ModelConfig) -> None:
+    model = meta_model(config)
+    expected = layer_weights(model, "und") / (attention(config, 1) / 2)
+    assert pairs_per_row(config) == pytest.approx(expected)
 
 
 def test_a_pack_is_its_documents_side_by_side() -> None:
@@ -138,7 +187,9 @@ def test_a_run_goes_on_with_another_number_of_ranks() -> None:
 def test_a_position_of_an_earlier_version_is_read() -> None:
     record = {"turn": 1, "workers": [[3, [1], 0], [2, [], 1]]}
     position = Position.from_json(record)
-    assert position.to_json() == {"turn": 1, "streams": record["workers"]}
+    assert position.to_json() == {"turn": 1, "streams": [[3, [1], 0, 0, 0.0], [2, [], 1, 0, 0.0]]}
+    with pytest.raises(DataError, match="damaged"):
+        Position.from_json({"turn": 0, "streams": [[7, [1, 3], 2, 5]]})
 
 
 def test_ranks_that_cannot_share_the_streams_are_refused() -> None:
@@ -215,9 +266,13 @@ ORPHANS = """
 import os, signal
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, load_packs
+from neounify.model.build import meta_model
+from neounify.model.layout import Document, Image, Layout, Noise, Text
 from neounify.scenes.world import SceneDataset, scene_config
-from neounify.config.presets import SCENES
+from neounify.config import MlpConfig, ModelConfig
+from neounify.config.presets import SCENES, TINY, U1_8B, U1_A3B
 from neounify.text import byte_tokenizer
+from neounify.train.speed import attention, layer_weights
 
 if __name__ == "__main__":
     encoder = Encoder(config=SCENES, tokenizer=byte_tokenizer())

@@ -32,7 +32,6 @@ from neounify.train.speed import (
     StepOperations,
     attention,
     matmul_rate,
-    pairs,
     peak_memory,
     weights,
 )
@@ -92,7 +91,7 @@ def test_operations_are_those_torch_counts(head: str, frozen: tuple[str, ...]) -
         loss_of(model, pack, LossConfig(), Counts.of([pack]), generator).backward()
     count = StepOperations(model)
     attended = sum(
-        attention(model.config, pairs(pack.layout, s)) * (1 + 2 * part.flows)
+        attention(model.config, pack.layout.pairs(s)) * (1 + 2 * part.flows)
         for s, part in count.layers.items()
     )
     assert count.of(pack) - attended == pytest.approx(counter.get_total_flops(), rel=0.015)
@@ -101,8 +100,8 @@ def test_operations_are_those_torch_counts(head: str, frozen: tuple[str, ...]) -
 def test_pairs_are_those_that_see_each_other() -> None:
     layout = Layout([Document((Text(5), Image(2, 2), Text(3), Noise(2, 2))), Document((Text(2),))])
     text = sum(range(1, 6)) + sum(range(10, 13)) + sum(range(1, 3))
-    assert pairs(layout, UND) == text + 4 * (5 + 4)
-    assert pairs(layout, GEN) == 4 * (12 + 4)
+    assert layout.pairs(UND) == text + 4 * (5 + 4)
+    assert layout.pairs(GEN) == 4 * (12 + 4)
 
 
 def test_a_sparse_token_passes_its_experts_only() -> None:

@@ -1,12 +1,13 @@
 """Packs of documents without end, read by worker processes, from an exact position.
 
-The samples are dealt to S data streams: stream s packs samples s, s + S, s + 2S, … by itself,
-first-fit decreasing, and pack j comes from stream j mod S. Rank r of R reads the packs j with
-j mod R = r, and its workers share its streams: neither ranks nor workers change a pack. Sample i of
-a source is a function of i alone, so a position is a few integers: the next sample of every stream,
-the samples it has carried over, and which stream is next. Each pack comes with the position after
-it; a loader built from that position continues as if it had never stopped. Samples that cannot be
-used are skipped and reported; `check_sources` refuses a source without usable ones.
+The samples are dealt to S data streams: stream s packs samples s, s + S, s + 2S, … by itself, by
+rows and by cost (`packing.py`), and pack j comes from stream j mod S. Rank r of R reads the packs j
+with j mod R = r, and its workers share its streams: neither ranks nor workers change a pack. Sample
+i of a source is a function of i alone, so a position is a few numbers: the next sample of every
+stream, those it has carried over, what it has drawn, and which stream is next. Each pack comes with
+the position after it; a loader built from that position continues as if it had never stopped.
+Samples that cannot be used are skipped and reported; `check_sources` refuses a source without
+usable ones.
 """
 
 from __future__ import annotations
@@ -28,38 +29,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
+from neounify.data.packing import Drawn, cost_of, fill_packs, pairs_per_row
 from neounify.data.sample import TASKS, DataError, Sample
 from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
 from neounify.model.layout import Layout
-
-
-def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put items into bins of at most `capacity`, the longest first; the bins hold item numbers.
-
-    First-fit decreasing: at most 11/9 of the fewest bins (Johnson, 1973). Documents of like
-    length end up together, which also keeps padded attention short. ValueError for an item
-    over the capacity.
-    """
-    if max(lengths, default=0) > capacity:
-        raise ValueError(f"an item of {max(lengths)} tokens does not fit a pack of {capacity}")
-    bins: list[list[int]] = []
-    free: list[int] = []
-    shortest = min(lengths, default=0)
-    first_open = 0
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        while first_open < len(bins) and free[first_open] < shortest:
-            first_open += 1
-        for number in range(first_open, len(bins)):
-            if lengths[item] <= free[number]:
-                break
-        else:
-            number = len(bins)
-            bins.append([])
-            free.append(capacity)
-        bins[number].append(item)
-        free[number] -= lengths[item]
-    return bins
 
 
 @dataclass(eq=False)
@@ -149,11 +123,13 @@ def _line(text: str) -> str:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Position of a data stream: next sample, those carried over, packs yielded of this window."""
+    """Position of a data stream: next sample, those carried over, packs yielded of this window, and
+    all that was drawn before it."""
 
     next: int
     carried: tuple[int, ...] = ()
     yielded: int = 0
+    drawn: Drawn = field(default_factory=Drawn)
 
 
 @dataclass(frozen=True)
@@ -177,23 +153,31 @@ class Position:
     def to_json(self) -> dict[str, Any]:
         return {
             "turn": self.turn,
-            "streams": [[s.next, list(s.carried), s.yielded] for s in self.streams],
+            "streams": [
+                [s.next, list(s.carried), s.yielded, s.drawn.rows, s.drawn.cost]
+                for s in self.streams
+            ],
         }
 
     @staticmethod
     def from_json(record: Any) -> Position:
         """Raises DataError for what `to_json` cannot have written.
 
-        In states of earlier versions each worker had one stream.
+        In states of earlier versions each worker had one stream, and packs were filled by rows.
         """
         try:
             entries = record["streams" if "streams" in record else "workers"]
             streams = tuple(
-                StreamPosition(int(first), tuple(int(i) for i in carried), int(yielded))
-                for first, carried, yielded in entries
+                StreamPosition(
+                    int(first),
+                    tuple(int(i) for i in carried),
+                    int(yielded),
+                    Drawn(int(drawn[0]), float(drawn[1])) if drawn else Drawn(),
+                )
+                for first, carried, yielded, *drawn in entries
             )
             turn = int(record["turn"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"a loader position is damaged: {error!r}") from error
         if not streams or not 0 <= turn < len(streams):
             raise DataError(f"a loader position has {len(streams)} data streams and turn {turn}")
@@ -315,7 +299,7 @@ class _Item:
 
 
 @dataclass(frozen=True, eq=False)
-class _Drawn:
+class _Document:
     """An encoded draw: its index in the mixture, and the number of its source."""
 
     index: int
@@ -340,6 +324,7 @@ class _Packs(IterableDataset[Any]):
         self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
     ) -> None:
         self.source, self.encoder, self.config, self.position = source, encoder, config, position
+        self._kappa = pairs_per_row(encoder.config)
         self.lifeline: Connection | None = None
         self._in_a_row: Counter[int] = Counter()
 
@@ -380,10 +365,10 @@ class _Packs(IterableDataset[Any]):
 
     def _window(
         self, stream: int, position: StreamPosition, skipped: list[Skipped]
-    ) -> tuple[list[list[_Drawn]], StreamPosition]:
-        """Fill some packs; the emptiest is carried over to the next window."""
+    ) -> tuple[list[list[_Document]], StreamPosition]:
+        """Fill some packs; the cheapest is carried over to the next window."""
         capacity = WINDOW_PACKS * self.config.tokens_per_pack
-        items: list[_Drawn] = []
+        items: list[_Document] = []
         tokens, number = 0, position.next
         carried = iter(position.carried)
         while tokens < capacity:
@@ -391,21 +376,23 @@ class _Packs(IterableDataset[Any]):
             if index is None:
                 index = number * self.config.streams + stream
                 number += 1
-            drawn = self._draw(index, skipped)
-            if drawn is not None:
-                items.append(drawn)
-                tokens += drawn.encoded.length
+            item = self._draw(index, skipped)
+            if item is not None:
+                items.append(item)
+                tokens += item.encoded.length
         lengths = [item.encoded.length for item in items]
-        bins = first_fit(lengths, self.config.tokens_per_pack)
-        loads = [sum(lengths[n] for n in numbers) for numbers in bins]
-        emptiest = loads.index(min(loads))
-        left = tuple(items[n].index for n in bins.pop(emptiest)) if len(bins) > 1 else ()
+        costs = [cost_of(Layout([item.encoded.document]), self._kappa) for item in items]
+        drawn = position.drawn.plus(lengths, costs)
+        bins = fill_packs(lengths, costs, self.config.tokens_per_pack, drawn)
+        loads = [sum(costs[n] for n in numbers) for numbers in bins]
+        cheapest = loads.index(min(loads))
+        left = tuple(items[n].index for n in bins.pop(cheapest)) if len(bins) > 1 else ()
         rng = np.random.default_rng((self.config.seed, 1, stream, position.next))
         order = rng.permutation(len(bins))
         window = [[items[n] for n in bins[which]] for which in order]
-        return window, StreamPosition(number, left)
+        return window, StreamPosition(number, left, drawn=drawn)
 
-    def _draw(self, index: int, skipped: list[Skipped]) -> _Drawn | None:
+    def _draw(self, index: int, skipped: list[Skipped]) -> _Document | None:
         """One encoded draw; None and an entry in `skipped` when its sample cannot be used."""
         source, number = self.source.describe(index)
         try:
@@ -421,7 +408,7 @@ class _Packs(IterableDataset[Any]):
                 ) from error
             return None
         self._in_a_row[source] = 0
-        return _Drawn(index, source, encoded)
+        return _Document(index, source, encoded)
 
     def _encode(self, index: int) -> Encoded:
         rng = np.random.default_rng((self.config.seed, 0, index))

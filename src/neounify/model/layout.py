@@ -205,6 +205,19 @@ class Layout(_Derived):
         """Rows of every stream that has some."""
         return {name: rows.length for name, rows in self._streams.items() if rows.length}
 
+    def pairs(self, stream: StreamName) -> int:
+        """(query, key) pairs of a stream: in text, no key behind the query counts.
+
+        Noisy tokens see their prefix and their own image.
+        """
+        context = STREAMS[stream].context
+        total = 0
+        for block in self[stream].blocks:
+            total += block.length * (block.visible if context else block.visible + block.length)
+            if block.causal:
+                total -= block.length * (block.length - 1) // 2
+        return total
+
     @property
     def is_decode(self) -> bool:
         """Whether every document is one text token."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.loader import Pack
-from neounify.model.layout import Layout
+from neounify.data.packing import cost_of, pairs_per_row
 from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
@@ -63,20 +63,6 @@ def attention(config: ModelConfig, pairs: int) -> int:
     return 4 * pairs * config.num_heads * config.head_dim * config.num_layers
 
 
-def pairs(layout: Layout, stream: StreamName) -> int:
-    """(query, key) pairs of a stream: in text, no key behind the query counts.
-
-    Noisy tokens see their prefix and their own image.
-    """
-    context = STREAMS[stream].context
-    total = 0
-    for block in layout[stream].blocks:
-        total += block.length * (block.visible if context else block.visible + block.length)
-        if block.causal:
-            total -= block.length * (block.length - 1) // 2
-    return total
-
-
 @dataclass(frozen=True)
 class _Part:
     """Matrices that rows pass, their trained share, and whether gradients flow through them."""
@@ -95,8 +81,7 @@ class StepOperations:
 
     def __init__(self, model: NeoUnify) -> None:
         self.config = model.config
-        # Multiply-adds of a row in the layers, over those of a (query, key) pair.
-        self.row = layer_weights(model, UND) / (attention(model.config, 1) / 2)
+        self.kappa = pairs_per_row(model.config)
         layers = {s: [layer.get_submodule(s) for layer in model.layers] for s in STREAMS}
         patches = {UND: model.und_patch, GEN: model.gen_patch}
         in_und = _share([*layers[UND], patches[UND], model.embed_tokens]) > 0
@@ -113,15 +98,14 @@ class StepOperations:
 
     def cost(self, pack: Pack) -> float:
         """The time of a pack, in rows: its own, and those that take as long as its attention."""
-        seen = sum(pairs(pack.layout, stream) for stream in pack.layout.lengths)
-        return pack.length + seen / self.row
+        return cost_of(pack.layout, self.kappa)
 
     def of(self, pack: Pack) -> float:
         layout = pack.layout
         gen = layout[GEN].length
         image_rows = {UND: layout[UND].length - layout.text_length, GEN: gen}
         layers = sum(
-            part.operations(layout[s].length, attention(self.config, pairs(layout, s)))
+            part.operations(layout[s].length, attention(self.config, layout.pairs(s)))
             for s, part in self.layers.items()
         )
         patches = sum(part.operations(image_rows[s]) for s, part in self.patches.items())
