@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from neounify.checkpoint.lora_file import LoraSpec, read_loras
 from neounify.checkpoint.names import from_published, stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
-from neounify.checkpoint.residency import NullResidency, Residency, StoredWeight, StreamResidency
+from neounify.checkpoint.residency import (
+    NullResidency,
+    Residency,
+    Share,
+    StoredWeight,
+    StreamResidency,
+)
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
@@ -63,6 +69,7 @@ def load_checkpoint(
     lora_strength: float = 1.0,
     memory: Memory = "all",
     verify: bool = False,
+    shares: Mapping[str, Share] | None = None,
 ) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
@@ -77,6 +84,7 @@ def load_checkpoint(
     memory="stream": see StreamResidency; use the returned `residency` around every use of the
     model. Rebuilt weights are then not there until their stream is first used.
     The returned `checkpoint` shares its mappings with the model.
+    shares: of the tensors named, only these parts are read, those of a rank.
 
     NaN and infinite weights are refused: every converted value is looked at, of mapped tensors
     the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
@@ -107,6 +115,7 @@ def load_checkpoint(
             checkpoint.stored_name(published),
             updates.get(name, ()),
             checkpoint.quantised.get(published),
+            (shares or {}).get(name),
         )
     with torch.inference_mode(False), torch.no_grad():
         for name, source in sources.items():

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,42 @@ CHUNK_ELEMENTS = 2**21
 SAMPLE_BYTES = 4096
 
 
+class Share(NamedTuple):
+    """The part of a tensor that a rank holds: `places` along the dimension `dim`, 0 or 1."""
+
+    dim: int
+    places: range
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor, not copied."""
+        return tensor.narrow(self.dim, self.places.start, len(self.places))
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """A stored tensor (by its name in the file), decoded and updated when it is read.
 
-    `codes` says how a quantised weight is decoded; `updates` are added to its values.
+    `codes` says how a quantised weight is decoded; `updates` are added to its values. With a
+    `share`, only that part of the tensor is read.
     """
 
     file: MappedFile
     name: str
     updates: tuple[LoraPair, ...] = ()
     codes: RowCodes | None = None
+    share: Share | None = None
 
     @property
     def info(self) -> TensorInfo:
         return self.file.tensors[self.name]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of what is read."""
+        shape = list(self.info.shape)
+        if self.share is not None:
+            shape[self.share.dim] = len(self.share.places)
+        return torch.Size(shape)
 
     def is_view(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the values can be used where they are mapped, without a copy."""
@@ -54,11 +75,13 @@ class StoredWeight:
             and device.type == "cpu"
             and self.info.dtype == dtype
             and self.file.is_view(self.name)
+            and (self.share is None or self.share.dim == 0)
         )
 
     def view(self) -> Tensor:
         """The stored tensor without updates, mapped where the file aligns it."""
-        return self.file.tensor(self.name)
+        stored = self.file.tensor(self.name)
+        return stored if self.share is None else self.share.of(stored)
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new tensor with the values, updates added, in one dtype on one device.
@@ -66,19 +89,19 @@ class StoredWeight:
         Works in pieces and drops the file's pages behind it, so that little more than the
         result is resident. Raises CheckpointError for values that are not finite.
         """
-        result = torch.empty(self.info.shape, dtype=dtype, device=device)
+        result = torch.empty(self.shape, dtype=dtype, device=device)
         updates = [update.to(device) for update in self.updates]
+        columns = self.share is not None and self.share.dim == 1
+        first = 0 if self.share is None or columns else self.share.places.start
         for start, stored in self._pieces():
-            piece = torch.atleast_1d(result)[start : start + stored.shape[0]]
+            piece = torch.atleast_1d(result)[start - first : start - first + stored.shape[0]]
             if self.codes is not None:
                 stored = self.codes.decode(stored.to(device), start)
             if updates:
-                rows = stored.to(device, torch.float32, copy=True)
+                stored = stored.to(device, torch.float32, copy=True)
                 for update in updates:
-                    update.add_to(rows, start)
-                piece.copy_(rows)
-            else:
-                piece.copy_(stored)
+                    update.add_to(stored, start)
+            piece.copy_(self.share.of(stored) if self.share is not None and columns else stored)
             if not all_finite(piece):
                 raise self._not_finite(stored, dtype)
         return result
@@ -99,14 +122,18 @@ class StoredWeight:
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of about two million elements each; a piece's pages go with it."""
-        stored = torch.atleast_1d(self.view())
+        stored = torch.atleast_1d(self.file.tensor(self.name))
         row_elements = max(1, math.prod(stored.shape[1:]))
         row_bytes = row_elements * stored.element_size()
         step = max(1, CHUNK_ELEMENTS // row_elements)
-        for start in range(0, stored.shape[0], step):
-            yield start, stored[start : start + step]
+        rows = range(stored.shape[0])
+        if self.share is not None and self.share.dim == 0:
+            rows = self.share.places
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            yield start, stored[start:stop]
             # From the tensor's start: a page that two pieces share goes with the second.
-            self.file.release(self.name, 0, (start + step) * row_bytes)
+            self.file.release(self.name, 0, stop * row_bytes)
 
     def _not_finite(self, stored: Tensor, dtype: torch.dtype) -> CheckpointError:
         where = f"{self.file.path}: tensor {self.name!r}"
