@@ -12,8 +12,8 @@ from neounify.checkpoint.names import stream_of
 from neounify.config import ModelConfig
 from neounify.config.presets import BENCH, SCENES, TINY, U1_8B, U1_A3B
 from neounify.runtime import memory_plan, memory_rows
-from neounify.runtime.memory_plan import Machine, Mode, Task, weight_bytes, working_bytes
-from neounify.runtime.rates import CARDS, rates_of_size
+from neounify.runtime.memory_plan import Mode, Task, weight_bytes, working_bytes
+from neounify.runtime.rates import CARDS, Machine, rates_of_size
 
 GIB = 2**30
 RTX_4090 = Machine(device=24 * GIB, host=32 * GIB, rates=CARDS["RTX 4090"][1])

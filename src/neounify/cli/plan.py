@@ -1,98 +1,310 @@
-"""`neounify plan`: the memory of a training run on so many devices, from formulas."""
+"""`neounify plan`: memory and time of inference, or the memory of a training run, from formulas."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from neounify.cli.command import CliError, UsageError
+from neounify.cli.command import UsageError
 from neounify.cli.display import Display
-from neounify.cli.options import ReportOptions
+from neounify.cli.options import NamedModel, ReportOptions, option
+from neounify.config.presets import PRESETS
 from neounify.runtime import lasting_imports
+from neounify.runtime.memory_plan import TaskKind
 
 if TYPE_CHECKING:
+    import torch
+
+    from neounify.checkpoint import CheckpointFolder
     from neounify.config import ModelConfig
-    from neounify.train.memory import StageMemory
-    from neounify.train.recipe import Recipe
+    from neounify.runtime.memory_plan import Task
+    from neounify.runtime.memory_rows import Kept, PlanRow
+    from neounify.runtime.rates import Machine
+
+GB = 1e9
+PANEL = "Inference"
+TRAINING = "Training"
+STREAM_NAMES = {"und": "understanding", "gen": "generation"}
 
 
-def plan(
-    *,
-    train: Annotated[Path, typer.Option(metavar="RECIPE", help="TOML file of the run.")],
-    gpus: Annotated[int, typer.Option(metavar="N", help="Devices, one rank each.", min=1)],
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(NamedModel):
+    """What is to be planned: model, machine, task."""
+
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Plan for this preset in place of the recipe's model."),
-    ] = None,
-    device_gb: Annotated[
-        float, typer.Option(metavar="GB", help="Memory of each device, 10⁹ bytes.", min=1)
-    ] = 79,
-    report: ReportOptions,
-) -> None:
-    """Print the memory that each stage of a recipe needs on every device, and whether it fits.
+        option(PANEL, "NAME", "Plan for the sizes of this preset, as 8b or a3b, not for --model."),
+    ] = None
+    gpu: Annotated[
+        str | None,
+        option(
+            PANEL,
+            "24G|NAME",
+            'Memory of a GPU in GiB, or its name, as "RTX 4090"; none for the CPU. Default: that '
+            "of this machine.",
+        ),
+    ] = None
+    ram: Annotated[
+        str | None,
+        option(PANEL, "32G", "Memory of the host in GiB. Default: what is free here."),
+    ] = None
+    task: Annotated[
+        str, option(PANEL, "|".join(get_args(TaskKind)), "What the model is asked for.")
+    ] = "t2i"
+    size: Annotated[
+        str | None,
+        option(PANEL, "WIDTHxHEIGHT", "Pixels of the image. Default: the checkpoint's."),
+    ] = None
+    references: Annotated[
+        int, option(PANEL, "N", "Images before the one that is generated.", min=0, max=64)
+    ] = 0
+    think: Annotated[
+        int, option(PANEL, "N", "Tokens of a thought, or of the answer of a chat.", min=0)
+    ] = 0
 
-    Nothing is loaded or measured. Exit code 1 if a stage does not fit.
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """A recipe and its devices."""
+
+    train: Annotated[
+        Path | None,
+        option(TRAINING, "RECIPE", "TOML file of a run: plan its stages instead of inference."),
+    ] = None
+    gpus: Annotated[
+        int | None, option(TRAINING, "N", "Devices of the run, one rank each.", min=1)
+    ] = None
+    device_gb: Annotated[
+        float, option(TRAINING, "GB", "Memory of each device of the run, 10⁹ bytes.", min=1)
+    ] = 79
+
+
+def plan(*, options: PlanOptions, training: TrainingOptions, report: ReportOptions) -> None:
+    """Print the memory and time that a model needs, and whether it fits.
+
+    Only headers are read, nothing is loaded. Without --train, a table of the ways to keep the
+    weights of a model in memory; a mark stands at the one that --memory auto takes. With --train,
+    the memory of each stage of a recipe on every device. Exit code 1 if nothing fits.
 
     \b
+      neounify plan --preset 8b --gpu 24G --ram 32G
+      neounify plan --model FOLDER --task edit --references 2
       neounify plan --train recipes/published.toml --gpus 64 --preset 8b
     """
-    with lasting_imports():
-        from neounify.train.memory import GB, stage_memory
-        from neounify.train.parallel import check_parallel
-        from neounify.train.recipe import read_recipe
-
     display = Display(quiet=report.quiet, json=report.json)
-    with display.deprecations():
-        recipe = read_recipe(train)
-    shape = check_parallel(recipe, gpus)
-    config = _config(recipe, preset)
-    display.say(
-        f"replicate {shape.replicate} × shard {shape.shard}; GB on each device of {device_gb:g}"
-    )
+    if options.preset is not None and options.preset not in PRESETS:
+        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {options.preset!r}")
+    if training.train is None:
+        if training.gpus is not None:
+            raise UsageError("--gpus is for a training run: name its recipe with --train")
+        _plan_inference(options, display)
+        return
+    if training.gpus is None:
+        raise UsageError("--train needs --gpus, the number of devices")
+    from neounify.cli.plan_train import plan_training
+
+    plan_training(training.train, training.gpus, options.preset, training.device_gb * GB, display)
+
+
+# --- inference ---
+
+
+def _plan_inference(options: PlanOptions, display: Display) -> None:
+    """Print the table. Raises Exit 1 where nothing fits."""
+    with lasting_imports():
+        from neounify.runtime.memory_rows import first_fit, plan_rows
+
+    config, kept, name, notes = _forms(options)
+    task = _task(config, options)
+    machine, host = _machine(options)
+    rows = plan_rows(config, kept, task, machine)
+    chosen = first_fit([row for row in rows if row.weights == kept[0].name])
+    display.say(f"{name}, {_described(task, config)}       {host}")
     display.say(HEADER)
-    stages, fits = [], True
-    for stage in recipe.stages:
-        if not stage.method.shards:
-            display.say(f"{stage.name:<20} the method {stage.method.kind} runs on one device")
-            continue
-        memory = stage_memory(config, stage)
-        least = memory.fitting(device_gb * GB)
-        good = least is not None and least <= shape.shard
-        fits = fits and good
-        display.say(_line(stage.name, memory, shape.shard) + ("" if good else _advice(least)))
-        stages.append({"stage": stage.name, **asdict(memory), "least_shard": least, "fits": good})
-    display.emit({"shard": shape.shard, "replicate": shape.replicate, "stages": stages})
-    if not fits:
+    for row in rows:
+        display.say(_line(row, mark=row is chosen))
+    for note in notes:
+        display.say(note)
+    if chosen is None:
+        display.say(advice(rows, task, machine))
+    display.emit(
+        {
+            "model": name,
+            "task": asdict(task),
+            "machine": asdict(machine),
+            "rows": [{**asdict(row), "chosen": row is chosen} for row in rows],
+            "notes": notes,
+            "advice": None if chosen else advice(rows, task, machine),
+        }
+    )
+    if not any(row.fits for row in rows):
         raise typer.Exit(1)
 
 
-COLUMNS = ("trained B", "frozen B", "states", "unit", "root", "inputs", "layer", "sum")
-HEADER = f"{'stage':<20}" + "".join(f"{name:>11}" for name in COLUMNS)
+HEADER = (
+    f"{'weights':<9}{'mode':<21}{'peak':>10}{'locked':>9}{'per step':>10}{'s/step':>9}"
+    + f"{'image':>9}   text"
+)
 
 
-def _line(name: str, memory: StageMemory, shard: int) -> str:
-    bytes_of = (memory.states / shard, memory.unit, memory.root, memory.inputs, memory.layer)
-    values = (memory.trained, memory.frozen, *bytes_of, memory.on(shard))
-    return f"{name:<20}" + "".join(f"{value / 1e9:>11.1f}" for value in values)
+def _line(row: PlanRow, *, mark: bool) -> str:
+    mode: str = row.mode
+    if row.mode == "layers":
+        kept = dict.fromkeys(row.resident.values())
+        mode += f", r={'/'.join(map(str, kept))}"
+    start = f"{row.weights:<9}{mode:<19}{'✓' if mark else '':<2}{_gb(row.peak):>10}"
+    start += f"{_gb(row.locked):>9}{_gb(row.streamed):>10}"
+    if not row.fits:
+        return f"{start}{'–':>9}   does not fit"
+    step = "–" if row.step is None else _seconds(row.step)
+    image = "–" if row.image is None else _seconds(row.image) + " s"
+    text = "" if row.text is None else f"{row.text:.{0 if row.text >= 10 else 1}f} tokens/s"
+    return f"{start}{step:>9}{image:>9}   {text}"
 
 
-def _advice(least: int | None) -> str:
-    if least is None:
-        return "  does not fit on any number: lower tokens_per_pack or set checkpoint_activations"
-    return f"  does not fit: shard must be at least {least}"
+def _gb(size: float) -> str:
+    return f"{size / GB:.{1 if size >= 0.1 * GB else 2}f} GB" if size else "–"
 
 
-def _config(recipe: Recipe, preset: str | None) -> ModelConfig:
-    """The model that a recipe trains, or a preset."""
-    from neounify.config.presets import PRESETS
-    from neounify.train.setup import recipe_config
+def _seconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
-    if preset is not None and preset not in PRESETS:
-        raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    checkpoint = recipe.model.checkpoint
-    if preset is None and checkpoint is not None and not checkpoint.is_dir():
-        raise CliError(f"there is no checkpoint {checkpoint}: name its model by --preset")
-    return PRESETS[preset] if preset else recipe_config(recipe)
+
+def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str]]:
+    """Config, forms of the weights (those of the model first), its name, notes on its files."""
+    from neounify.runtime.memory_plan import weight_bytes
+    from neounify.runtime.memory_rows import Kept
+
+    if options.preset is not None:
+        config = PRESETS[options.preset]
+        kept = Kept(name="bf16", weights=weight_bytes(config, 2), itemsize=2)
+        name, notes = options.preset.upper(), []
+    else:
+        from neounify.checkpoint import CheckpointFolder, choose_dtype
+        from neounify.checkpoint.sizes import kept_weights
+        from neounify.cli.models import resolve_model
+
+        checkpoint = CheckpointFolder.open(resolve_model(options.model))
+        dtype = choose_dtype(None, checkpoint, "cpu" if _on_cpu(options) else "cuda").dtype
+        config, name = checkpoint.config, checkpoint.path.name
+        kept = kept_weights(checkpoint, dtype)
+        notes = _notes(checkpoint, dtype)
+    int8 = Kept(name="int8", weights=weight_bytes(config, kept.itemsize, 8), itemsize=kept.itemsize)
+    return config, [kept, int8], name, notes
+
+
+def _notes(checkpoint: CheckpointFolder, dtype: torch.dtype) -> list[str]:
+    from neounify.checkpoint.sizes import wider_streams
+
+    return [
+        f"the {STREAM_NAMES[stream]} stream is stored in {wide}: reading it takes "
+        f"{size / GB:.1f} GB of cache; `neounify convert` halves that"
+        for stream, (wide, size) in wider_streams(checkpoint, dtype).items()
+    ]
+
+
+def _task(config: ModelConfig, options: PlanOptions) -> Task:
+    """The task of the options, with the checkpoint's defaults. Raises UsageError."""
+    from neounify.cli.options import parse_size
+    from neounify.flow.guidance import Guidance
+    from neounify.runtime.memory_plan import Task
+
+    if options.task not in get_args(TaskKind):
+        raise UsageError(
+            f"--task must be one of {', '.join(get_args(TaskKind))}, got {options.task!r}"
+        )
+    sampling, kind = config.sampling, options.task
+    references = max(options.references, 1) if kind == "edit" else options.references
+    width, height = parse_size(options.size) if options.size else sampling.image_size
+    editing = kind in ("edit", "interleave")
+    guidance = Guidance(text=sampling.guidance, image=sampling.image_guidance, editing=editing)
+    bounds = sampling.edit_bounds(references) if editing else (0, sampling.chat_max_pixels)
+    return Task(
+        kind=kind,  # type: ignore[arg-type]
+        width=width,
+        height=height,
+        steps=sampling.steps,
+        branches=len(guidance.branches()),
+        references=references,
+        reference_tokens=bounds[1] // config.token_size**2,
+        think=options.think,
+    )
+
+
+def _described(task: Task, config: ModelConfig) -> str:
+    if not task.paints:
+        return f"chat, {task.prefix} tokens"
+    kinds = {"t2i": "generate", "edit": "edit to", "interleave": "interleave"}
+    text = f"{kinds[task.kind]} {task.width}×{task.height}, {task.steps} steps"
+    guidance = config.sampling.guidance
+    text += f", guidance {guidance:g}" if task.branches > 1 else ""
+    return text + (f", {task.references} images before it" if task.references else "")
+
+
+# --- the machine ---
+
+
+def _on_cpu(options: PlanOptions) -> bool:
+    from neounify.cli.models import default_device
+
+    return options.gpu == "none" or (options.gpu is None and default_device() == "cpu")
+
+
+def _machine(options: PlanOptions) -> tuple[Machine, str]:
+    """The machine of the options, and its description; this one where they name none."""
+    import torch
+
+    from neounify.runtime.process import available_bytes
+    from neounify.runtime.rates import CARDS, Machine, probe, rates_of_size, this_machine
+
+    ram = None if options.ram is None else _gibibytes("--ram", options.ram)
+    host = ram or available_bytes() or 0
+    memory = f"{host / 2**30:.0f} GB memory"
+    if _on_cpu(options):
+        rates = probe(torch.device("cpu"), torch.float32)
+        machine = Machine(device=host, host=host, rates=rates, unified=True)
+        return machine, f"CPU, {memory}"
+    if options.gpu is None:
+        machine = replace(this_machine(torch.device("cuda"), torch.bfloat16), host=host)
+        return machine, f"{machine.rates.name} {machine.device / 2**30:.0f} GB free · {memory}"
+    if options.gpu in CARDS:
+        size, rates = CARDS[options.gpu]
+        size *= 2**30
+    else:
+        size = _gibibytes("--gpu", options.gpu)
+        rates = rates_of_size(size / 2**30)
+    card = f"{rates.name} {size / 2**30:.0f} GB, {rates.bus} · {memory}"
+    return Machine(device=size, host=host, rates=rates), card
+
+
+def _gibibytes(name: str, text: str) -> int:
+    """Bytes of a number of GiB, as 24G. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)(?:[Gg](?:i?[Bb])?)?", text)
+    if match is None or not float(match[1]):
+        from neounify.runtime.rates import CARDS
+
+        cards = f", or one of {', '.join(CARDS)}" if name == "--gpu" else ""
+        raise UsageError(f"{name} must be a number of GiB, as 24G{cards}; got {text!r}")
+    return int(float(match[1]) * 2**30)
+
+
+def advice(rows: list[PlanRow], task: Task, machine: Machine) -> str:
+    """What to change where the weights as they are fit in no mode."""
+    device = f"{machine.device / GB:.1f} GB"
+    others = [row for row in rows if row.fits]
+    least = min(rows, key=lambda row: row.peak)
+    if others:
+        best = others[0]
+        return (
+            f"{rows[0].weights} weights do not fit in {device}; {best.weights} with --memory "
+            f"{best.mode} does, with a peak of {_gb(best.peak)}"
+        )
+    less = ", or ask for a smaller --size" if task.paints else ""
+    return (
+        f"nothing fits in {device}: the least is {_gb(least.peak)}, {least.weights} with --memory "
+        f"{least.mode}; take a device or host of that size{less}"
+    )

@@ -23,7 +23,6 @@ from typing import Literal, get_args
 
 from neounify.config import ModelConfig
 from neounify.runtime.plan import MIN_ROWS, PREFILL_ROWS, row_bytes
-from neounify.runtime.rates import Rates
 
 StreamName = Literal["und", "gen"]
 STREAMS: tuple[StreamName, ...] = get_args(StreamName)
@@ -190,6 +189,14 @@ class Task:
         return -(-self.width // side) * -(-self.height // side) if self.paints else 0
 
 
+def default_task(config: ModelConfig) -> Task:
+    """One image of the checkpoint's default size, steps and guidance."""
+    sampling = config.sampling
+    width, height = sampling.image_size
+    branches = 2 if sampling.guidance > 1 else 1
+    return Task(width=width, height=height, steps=sampling.steps, branches=branches)
+
+
 def state_bytes(config: ModelConfig, tokens: int) -> int:
     """Float32 state of one image being denoised: 72 · C² bytes a token of three channels."""
     return 24 * config.token_width * tokens
@@ -235,19 +242,6 @@ def working_bytes(
 
 
 # --- modes ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A device of `device` bytes and a host of `host` bytes, in bytes, with its rates.
-
-    `unified`: the device computes in the host's memory (CPU), where mapped files are used in place.
-    """
-
-    device: float
-    host: float
-    rates: Rates
-    unified: bool = False
 
 
 def resident_layers(count: int, kept: int) -> tuple[bool, ...]:

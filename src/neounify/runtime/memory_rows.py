@@ -15,7 +15,6 @@ from neounify.runtime.memory_plan import (
     PREFILL_ROWS,
     STAGING,
     STREAMS,
-    Machine,
     Mode,
     Resident,
     StreamName,
@@ -29,6 +28,7 @@ from neounify.runtime.memory_plan import (
     rest_units,
     working_bytes,
 )
+from neounify.runtime.rates import Machine
 
 TEXT_SHARE = 0.7
 """Share of a device's bandwidth that decoding reaches."""

@@ -1,4 +1,7 @@
-"""Rates of devices: matrix products, copies, memory, disk; of a table, or measured in 0.3 s."""
+"""Devices and hosts: their memory, and rates of products, copies and reading.
+
+Rates are those of a table of cards, or measured in 0.3 s where the device is there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from neounify.errors import RequestError
+from neounify.runtime.process import available_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +40,19 @@ class Rates:
     bus: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A device of `device` bytes and a host of `host` bytes, with their rates.
+
+    `unified`: the device computes in the host's memory (CPU), where mapped files are used in place.
+    """
+
+    device: float
+    host: float
+    rates: Rates
+    unified: bool = False
+
+
 CARDS = {
     "H100": (80, Rates(name="H100", products=520e12, copies=PCIE_5, memory=3350e9, bus="PCIe 5")),
     "RTX 5090": (
@@ -59,6 +78,33 @@ CARDS = {
 def rates_of_size(gibibytes: float) -> Rates:
     """Rates of the first card in the table whose memory is nearest to this size."""
     return min(CARDS.values(), key=lambda card: abs(card[0] - gibibytes))[1]
+
+
+def this_machine(device: torch.device, dtype: torch.dtype, rates: Rates | None = None) -> Machine:
+    """What is free on a device of this machine and on its host; rates None are measured.
+
+    Raises RequestError where the system does not say how much memory is free.
+    """
+    host = available_bytes()
+    if host is None:
+        raise RequestError("this system does not say how much memory is free: name it with --ram")
+    rates = rates or known_rates(device) or probe(device, dtype)
+    if device.type == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return Machine(device=free, host=host, rates=rates)
+    return Machine(device=host, host=host, rates=rates, unified=True)
+
+
+def known_rates(device: torch.device) -> Rates | None:
+    """Rates of the table for a device of this machine; None for one that is not in it."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    return next((rates for card, (_, rates) in CARDS.items() if card in name), None)
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> Rates:

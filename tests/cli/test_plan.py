@@ -1,0 +1,114 @@
+"""`neounify plan` for inference: the table, its choice, its notes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.cli.conftest import Run
+
+from neounify.checkpoint.names import from_published, stream_of
+from neounify.checkpoint.save import save_model
+from neounify.config.presets import TINY
+from neounify.model import NeoUnify
+from neounify.text import byte_tokenizer
+
+EIGHT_B = ("plan", "--preset", "8b", "--gpu", "24G", "--ram", "32G")
+
+
+def test_the_table_of_the_8b_on_24_gb(run: Run) -> None:
+    done = run(*EIGHT_B)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0] == (
+        "8B, generate 2048×2048, 50 steps, guidance 4       RTX 4090 24 GB, PCIe 4 · 32 GB memory"
+    )
+    assert [" ".join(line.split()) for line in lines[2:]] == [
+        "bf16 all 36.8 GB – – – does not fit",
+        "bf16 stream ✓ 18.8 GB 0.8 GB – 1.13 58 s 40 tokens/s",
+        "bf16 layers, r=0 3.3 GB 0.8 GB 16.2 GB 1.13 58 s 1.5 tokens/s",
+        "int8 all 20.2 GB – – 1.13 57 s 75 tokens/s",
+        "int8 stream 10.5 GB 0.4 GB – 1.13 57 s 75 tokens/s",
+        "int8 layers, r=0 2.7 GB 0.4 GB 8.1 GB 1.13 57 s 3.0 tokens/s",
+    ]
+
+
+def test_json_has_the_same_numbers(run: Run) -> None:
+    document = json.loads(run(*EIGHT_B, "--json").out)
+    chosen = [row for row in document["rows"] if row["chosen"]]
+    assert [(row["weights"], row["mode"]) for row in chosen] == [("bf16", "stream")]
+    assert chosen[0]["peak"] == pytest.approx(18.8e9, abs=0.05e9)
+    assert document["machine"]["device"] == 24 * 2**30
+
+
+def test_more_images_take_more(run: Run) -> None:
+    def peak(*options: object) -> float:
+        rows = json.loads(run(*EIGHT_B, *options, "--json").out)["rows"]
+        return float(rows[1]["peak"])
+
+    assert peak("--task", "edit", "--references", 2) > peak("--task", "edit") > peak()
+    assert peak("--size", "1024x1024") < peak()
+    assert peak("--think", 1000) > peak()
+
+
+def test_a_small_card_keeps_what_fits_of_the_layers(run: Run) -> None:
+    done = run("plan", "--preset", "8b", "--gpu", "12G", "--ram", "32G")
+    (line,) = [line for line in done.out.splitlines() if "✓" in line]
+    assert line.startswith("bf16     layers, r=")
+    assert "r=0" not in line
+
+
+def test_where_the_weights_do_not_fit_int8_is_named(run: Run) -> None:
+    done = run("plan", "--preset", "8b", "--gpu", "3G", "--ram", "32G")
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == (
+        "bf16 weights do not fit in 3.2 GB; int8 with --memory layers does, with a peak of 2.7 GB"
+    )
+
+
+def test_nothing_fits(run: Run) -> None:
+    done = run("plan", "--preset", "8b", "--gpu", "2G", "--ram", "32G")
+    assert done.code == 1
+    assert done.out.splitlines()[-1] == (
+        "nothing fits in 2.1 GB: the least is 2.7 GB, int8 with --memory layers; take a device or "
+        "host of that size, or ask for a smaller --size"
+    )
+
+
+def test_a_folder_is_planned_from_its_headers(run: Run, toy: Path) -> None:
+    done = run("plan", "--model", toy, "--gpu", "none", "--ram", "4G")
+    assert done.code == 0
+    assert "CPU, 4 GB memory" in done.out
+    assert any(" all " in line and "✓" in line for line in done.out.splitlines())
+
+
+def test_a_stream_stored_in_float32_is_noted(run: Run, tmp_path: Path) -> None:
+    save_model(NeoUnify(TINY).to(torch.bfloat16), tmp_path / "mixed", tokenizer=byte_tokenizer())
+    file = tmp_path / "mixed" / "model.safetensors"
+    tensors = load_file(file)
+    generation = {n for n in tensors if stream_of(from_published(n) or "") == "gen"}
+    save_file({n: t.float() if n in generation else t for n, t in tensors.items()}, file)
+    done = run("plan", "--model", tmp_path / "mixed", "--gpu", "24G", "--ram", "32G")
+    assert done.out.splitlines()[-1].startswith(
+        "the generation stream is stored in float32: reading it takes 0.0 GB of cache;"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--preset", "9b"), "--preset must be one of 8b, a3b"),
+        (("--preset", "8b", "--gpu", "big"), "--gpu must be a number of GiB, as 24G"),
+        (("--preset", "8b", "--gpu", "24G", "--ram", "0"), "--ram must be a number of GiB"),
+        (("--preset", "8b", "--gpu", "24G", "--task", "sing"), "--task must be one of t2i"),
+        (("--gpus", "8"), "--gpus is for a training run"),
+        (("--train", "run.toml"), "--train needs --gpus"),
+    ],
+)
+def test_options_that_cannot_be_read(run_bare: Run, options: tuple[str, ...], message: str) -> None:
+    done = run_bare("plan", *options)
+    assert done.code == 2
+    assert message in done.err
