@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from neounify.checkpoint.names import stream_of
 from neounify.data.sample import DataError
-from neounify.errors import ConfigError
+from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import HALVES, weight_name
 from neounify.pipeline import load
 from neounify.post_train.distill import Trajectory
@@ -21,6 +22,7 @@ from neounify.post_train.grpo import FlowGrpo
 from neounify.post_train.mopd import Mopd
 from neounify.post_train.policy import GuidedImages
 from neounify.post_train.rewards import RewardFailure
+from neounify.train.loop import Trainer
 from neounify.train.method import TrainingStopped, TrainStep
 from neounify.train.state import saved_states
 from support.post_training import (
@@ -111,6 +113,29 @@ def test_the_fake_starts_from_the_teacher(
     assert {name for name, p in fake.items() if p.requires_grad} == trained
     shared = {p.data_ptr() for p in student.values()}
     assert not shared & {fake[name].data_ptr() for name in trained}
+
+
+@pytest.mark.parametrize("kind", ["mopd", "trajectory", "dmd2"])
+def test_teachers_are_checked_before_any_stage_is_trained(
+    tmp_path: Path, experts: dict[str, Path], kind: str
+) -> None:
+    def training(teacher: Path) -> Trainer:
+        if kind == "mopd":
+            settings = {**merging(experts), "teachers": {"single_object": str(teacher)}}
+        else:
+            settings = {"teacher_checkpoint": str(teacher)}
+        return trainer(tmp_path / "run", described(kind, settings))
+
+    with pytest.raises(CheckpointError, match=r"missing does not exist; expected a folder"):
+        training(tmp_path / "missing").run()
+    config = experts["edit"] / "config.json"
+    document = json.loads(config.read_text("utf-8"))
+    layers = document["llm_config"]["num_hidden_layers"]
+    document["llm_config"]["num_hidden_layers"] = layers + 1
+    config.write_text(json.dumps(document), "utf-8")
+    with pytest.raises(ConfigError, match=rf"layers\.{layers}.* absent here"):
+        training(experts["edit"]).run()
+    assert not list((tmp_path / "run").glob("states/*"))
 
 
 def test_a_step_of_fewer_prompts_than_micro_batches(tmp_path: Path) -> None:
@@ -349,6 +374,7 @@ def test_windows(tmp_path: Path) -> None:
             "cfg_zero_star is not for edits: .* got 2.0",
         ),
         ("trajectory", {"prompts": {"categories": {"beauty": 1.0}}}, {}, "no category beauty"),
+        ("trajectory", {"prompts": {"categories": {}}}, {}, "categories name no category"),
         ("dmd2", {"prompts": {"categories": {"caption": 1.0}}}, {}, "no category caption"),
         ("nft", {"prompts": {"sizes": [[64, 64, 1.0], [64, 64, 2.0]]}}, {}, "64x64 more than once"),
         ("nft", {"prompts": {"sizes": [[64, 16, 1.0]]}}, {}, "side 16 is under 32 pixels"),

@@ -119,6 +119,8 @@ def test_json_lines_with_shares_of_categories(tmp_path: Path) -> None:
         ('{"prompt": "a", "width": 33}', "width must be a multiple of 32 up to 16384, got 33"),
         ('{"prompt": "a", "images": ["../secret.png"]}', "lies outside the folder"),
         ('{"prompt": "a", "images": "x.png"}', "must be a list"),
+        ('{"prompt": "a", "images": ["x.png"]}', "line 1: there is no image 'x.png' in "),
+        ('{"prompt": "a", "image": "x.png"}', "line 1: there is no image 'x.png' in "),
         ('{"prompt": "a", "answer": 7}', "answer must be a text, got 7"),
         ("", "holds no prompts"),
     ],

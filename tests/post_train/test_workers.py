@@ -113,6 +113,7 @@ def _wait(done: Any) -> None:
     [
         ({"rollout_workers": 2}, {}, "give prompts_per_rollout, such as 2"),
         (SHARED, {"compile": True}, "leave compile out"),
+        ({**SHARED, "rollout_workers": 9}, {}, r"9 processes for \d rollouts of an iteration"),
         ({"rollout_workers": -1}, {}, "rollout_workers"),
     ],
 )

@@ -8,7 +8,7 @@ student's next time, and the student's one step must land there.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ from neounify.model.layout import Grid
 from neounify.model.neo import NeoUnify
 from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import PromptMethod, PromptMethodConfig, SamplerConfig, TwinState
-from neounify.post_train.policy import GuidedImages, Prefixes, load_teacher, prefill
+from neounify.post_train.policy import GuidedImages, Prefixes, check_teacher, load_teacher, prefill
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.report import update_report
 from neounify.post_train.reward_kinds import Pixels
@@ -89,8 +89,19 @@ class DistillConfig(PromptMethodConfig):
     prompts_per_step: Count = 8
     sheet_every: NonNegativeInt = 20
 
+    @property
+    def teacher_folders(self) -> Collection[Path]:
+        """Checkpoints of teachers."""
+        return ()
+
     @abstractmethod
     def build(self, context: StageContext) -> Distill: ...
+
+    def check_data(self, context: StageContext) -> None:
+        """Raise an error for prompts or teachers that cannot be used."""
+        super().check_data(context)
+        for folder in self.teacher_folders:
+            check_teacher(folder, context.setup.model)
 
     def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
         from neounify.post_train.doctor import examine_distillation
@@ -123,6 +134,10 @@ class StudentConfig(DistillConfig):
                 "teacher.steps and teacher.shift must be left out: the teacher's times follow from "
                 "the student's"
             )
+
+    @property
+    def teacher_folders(self) -> Collection[Path]:
+        return () if self.teacher_checkpoint is None else (self.teacher_checkpoint,)
 
     def checkpoint_config(self, config: ModelConfig) -> ModelConfig:
         return with_sampling(config, self.student)
@@ -199,9 +214,9 @@ class Distill(PromptMethod):
         return GuidedImages(self.model, grid, prefixes, guidance, self.attention)
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
-        every = self.config.sheet_every
-        if every and (step.stage_step + 1) % every == 0:
-            self.save_sheet(step.stage_step + 1)
+        every, done = self.config.sheet_every, step.stage_step + 1
+        if every and done % every == 0 and done < self.context.stage.steps:
+            self.save_sheet(done)
             update_report(self.context)
 
     def end_stage(self) -> None:

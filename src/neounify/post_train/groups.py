@@ -52,6 +52,7 @@ from neounify.train.method import (
 if TYPE_CHECKING:
     from neounify.train.recipe import StageRecipe
 
+MAX_PROMPTS = 2**16
 MAX_GROUP = 256
 MAX_DRAWS = 100
 MAX_ROLLOUT_WORKERS = 256
@@ -82,7 +83,7 @@ class GroupConfig(PromptMethodConfig):
     """Settings that rollouts of a saved state must have been sampled with."""
 
     rewards: tuple[RewardConfig, ...] = field(default_factory=lambda: (RewardConfig(),))
-    prompts_per_iteration: Count = 16
+    prompts_per_iteration: Annotated[int, AfterValidator(Range(1, MAX_PROMPTS))] = 16
     group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
     max_draws: Annotated[int, AfterValidator(Range(1, MAX_DRAWS))] = 1
     prompts_per_rollout: Count | None = None
@@ -104,6 +105,12 @@ class GroupConfig(PromptMethodConfig):
             raise ValueError(
                 f"rollout_workers: {self.rollout_workers} processes share an iteration's rollouts; "
                 f"give prompts_per_rollout, such as {share}"
+            )
+        rollouts = -(-self.prompts_per_iteration // (self.prompts_per_rollout or 1))
+        if self.rollout_workers > max(1, rollouts):
+            raise ValueError(
+                f"rollout_workers: {self.rollout_workers} processes for {rollouts} rollouts of an "
+                "iteration; lower it, or prompts_per_rollout"
             )
         if self.rollout_workers and stage.compile:
             raise ValueError(

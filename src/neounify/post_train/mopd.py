@@ -7,7 +7,7 @@ capabilities in turn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +102,10 @@ class MopdConfig(DistillConfig):
     def drawn(self) -> PromptConfig:
         return replace(self.prompts, categories=dict.fromkeys(self.teachers, 1.0))
 
+    @property
+    def teacher_folders(self) -> Collection[Path]:
+        return set(self.teachers.values())
+
     def check_stage(self, stage: StageRecipe) -> None:
         """Raise ValueError where a capability would have no epoch."""
         super().check_stage(stage)
@@ -145,7 +149,7 @@ class Mopd(StateMatching):
 
     def __init__(self, config: MopdConfig, context: StageContext) -> None:
         super().__init__(config, context)
-        models = {path: load_teacher(path, self.model) for path in set(config.teachers.values())}
+        models = {path: load_teacher(path, self.model) for path in config.teacher_folders}
         self.teachers = {name: models[path] for name, path in config.teachers.items()}
 
     def sampling(self, cases: Sequence[PromptCase]) -> ResolvedSampling:

@@ -14,11 +14,12 @@ from typing import cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from neounify.attention import select_for
 from neounify.cache import SequenceCache, new_cache
 from neounify.checkpoint.names import stream_of
+from neounify.checkpoint.reader import CheckpointFolder
 from neounify.engine.denoiser import groups
 from neounify.engine.sequences import ModelInput, Piece
 from neounify.engine.understanding import forward_und
@@ -300,20 +301,9 @@ def load_teacher(folder: Path, model: NeoUnify) -> NeoUnify:
     ConfigError for another shape or another understanding stream.
     """
     teacher = load(folder, dtype=model.compute_dtype, device=model.device).model
-    teacher.stack_experts_like(model)
-    ours = {
-        weight_name(name): parameter
-        for name, parameter in model.named_parameters()
-        if not name.endswith(HALVES)
-    }
-    theirs = dict(teacher.named_parameters())
-    for name in ours.keys() | theirs.keys():
-        a, b = ours.get(name), theirs.get(name)
-        if a is None or b is None or a.shape != b.shape:
-            raise ConfigError(
-                f"the teacher {folder} has another shape than the model: {name} is "
-                f"{_shape(b)} there and {_shape(a)} here"
-            )
+    ours, theirs = _check_shapes(folder, model, teacher)
+    for name, a in ours.items():
+        b = theirs[name]
         if stream_of(name) == GEN:
             continue
         if not torch.equal(a, b):
@@ -327,6 +317,40 @@ def load_teacher(folder: Path, model: NeoUnify) -> NeoUnify:
         if stream_of(name) == GEN:
             parameter.requires_grad_(False)
     return teacher.eval()
+
+
+def check_teacher(folder: Path, model: NeoUnify) -> None:
+    """Raise ConfigError for a teacher of another shape, CheckpointError for one that is none.
+
+    Only headers are read.
+    """
+    config = CheckpointFolder.open(folder).config
+    with torch.device("meta"):
+        _check_shapes(folder, model, NeoUnify(config))
+
+
+def _check_shapes(
+    folder: Path, model: NeoUnify, teacher: NeoUnify
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Parameters of a model, without adapters, and of its teacher, by name.
+
+    The teacher's experts are stacked like the model's. Raises ConfigError for another shape.
+    """
+    teacher.stack_experts_like(model)
+    ours = {
+        weight_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith(HALVES)
+    }
+    theirs = dict(teacher.named_parameters())
+    for name in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            raise ConfigError(
+                f"the teacher {folder} has another shape than the model: {name} is "
+                f"{_shape(b)} there and {_shape(a)} here"
+            )
+    return ours, theirs
 
 
 def _shape(parameter: Tensor | None) -> str:

@@ -120,6 +120,10 @@ class PromptConfig:
             raise ValueError("sizes, wording and chinese are of prompts of scenes alone")
         if self.sizes and (self.width or self.height):
             raise ValueError("give sizes, or width and height, not both")
+        if self.categories is not None and not self.categories:
+            raise ValueError(
+                "categories name no category; leave categories out to have all of them alike"
+            )
         if self.kind != "scenes" and not self.path:
             raise ValueError(f'prompts of kind "{self.kind}" need a path')
         if self.kind == "scenes" and self.path:
@@ -368,6 +372,9 @@ class FilePrompts:
         for name in (*images, real):
             if not (self.path.parent / name).resolve().is_relative_to(self.path.parent.resolve()):
                 raise DataError(f"{where}: the image {name!r} lies outside the folder of the file")
+        for name in (*images, *([real] if real else [])):
+            if not (self.path.parent / name).is_file():
+                raise DataError(f"{where}: there is no image {name!r} in {self.path.parent}")
         return record
 
     def _image(self, name: str) -> PIL.Image.Image:

@@ -30,7 +30,7 @@ from neounify.scenes.world.lexicon import (
     relation_words,
 )
 
-_CASES = {"": 0.5, "lower": 0.12, "upper": 0.2, "title": 0.06, "initial": 0.12}
+_CASES = {"": 0.4, "lower": 0.12, "upper": 0.3, "title": 0.06, "initial": 0.12}
 _ENDS = {"": 0.55, "none": 0.2, ".": 0.1, "!": 0.09, "…": 0.03, "...": 0.03}
 _QUESTION_ENDS = {"": 0.7, "none": 0.2, "??": 0.04, " ?": 0.03, "?!": 0.03}
 _CHINESE_ENDS = {"": 0.5, "none": 0.2, "。": 0.15, "！": 0.1, "…": 0.05}
