@@ -86,9 +86,9 @@ def test_no_folder(tmp_path: Path) -> None:
         CheckpointFolder.open(tmp_path / "nowhere")
 
 
-def test_a_file_instead_of_a_folder(small: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file; expected a folder"):
-        CheckpointFolder.open(small / "model.safetensors")
+def test_a_file_that_holds_no_weights(small: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        CheckpointFolder.open(small / "config.json")
 
 
 def test_no_config(small: Path) -> None:

@@ -149,9 +149,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     paths: list[Path] = []
     read = CheckpointFolder.open
 
-    def counting(path: Any) -> CheckpointFolder:
+    def counting(path: Any, config: Any) -> CheckpointFolder:
         paths.append(Path(path))
-        return read(path)
+        return read(path, config)
 
     monkeypatch.setattr(CheckpointFolder, "open", counting)
     return paths

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import neounify
 from neounify.config.presets import TINY
@@ -23,7 +24,7 @@ from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.serve import service as service_module
-from neounify.serve.build import ServeConfig, build_service, colocated
+from neounify.serve.build import Mode, ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClients
 from neounify.serve.engines import EngineConfig
 from neounify.serve.service import AdmissionConfig, EngineService, ServiceRequest
@@ -32,6 +33,7 @@ from neounify.tasks.chat import ChatRequest, make_chat_request, read_request
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest, turn_prompt
 from neounify.text.template import TextSegment
+from support.gguf_files import gguf_of
 from support.scripted_sampler import script_sampler
 from support.serving import Collected, collect, same_image, serve
 
@@ -388,6 +390,19 @@ def test_a_process_casts_the_weights_it_needs(folder: Path) -> None:
     )
     assert answered.text == _alone(cast, chat).text
     torch.testing.assert_close(generated.images[0], expected(cast, request)[0], rtol=0, atol=0.05)
+
+
+def test_one_file_of_weights_beside_a_config(
+    pipe: neounify.Pipeline, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.gguf"
+    gguf_of(load_file(folder / "model.safetensors")).write(file)
+    request = image_request(pipe, width=64, height=64)
+    modes: tuple[Mode, ...] = ("colocate", "separate")
+    for mode in modes:
+        config = ServeConfig(folder=file, config=folder, mode=mode, dtype="float32", threads=1)
+        generated = serve(build_service(config), lambda service: collect(service, request))
+        same_image(generated.images[0], expected(pipe, request)[0])
 
 
 def test_an_engine_that_does_not_stop_keeps_no_shared_memory(pipe: neounify.Pipeline) -> None:

@@ -106,6 +106,7 @@ class _Reader:
             max_grid=_integer(llm, "max_position_embeddings_hw", 10_000),
             attention_bias=_flag(llm, "attention_bias", False),
             tie_embeddings=_flag(llm, "tie_word_embeddings", False),
+            lm_head=_flag(package, "lm_head", True),
             patch_size=_integer(vision, "patch_size", 16),
             merge=self._merge(),
             vision_hidden_size=_integer(vision, "hidden_size"),
@@ -340,7 +341,7 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
     return document
 
 
-PACKAGE_KEYS = ("sampling", "flow_head_width", "gen_intermediate_size")
+PACKAGE_KEYS = ("sampling", "flow_head_width", "gen_intermediate_size", "lm_head")
 """Keys of the section of this package: what the published layout has no key for."""
 
 
@@ -360,6 +361,8 @@ def _package_section(c: ModelConfig) -> dict[str, Any]:
     if not c.is_sparse and c.gen_mlp.width != c.und_mlp.width:
         # The published layout has one width for both streams.
         section["gen_intermediate_size"] = c.gen_mlp.width
+    if not c.lm_head:
+        section["lm_head"] = False
     return section
 
 

@@ -43,6 +43,7 @@ class LoadedCheckpoint(NamedTuple):
 def load_model(
     folder: str | os.PathLike[str] | CheckpointFolder,
     *,
+    config: str | os.PathLike[str] | None = None,
     dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
@@ -52,6 +53,7 @@ def load_model(
     """The model of a checkpoint folder, all of it in memory; see `load_checkpoint`."""
     return load_checkpoint(
         folder,
+        config=config,
         dtype=dtype,
         device=device,
         lora=lora,
@@ -63,6 +65,7 @@ def load_model(
 def load_checkpoint(
     folder: str | os.PathLike[str] | CheckpointFolder,
     *,
+    config: str | os.PathLike[str] | None = None,
     dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
@@ -73,6 +76,7 @@ def load_checkpoint(
 ) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
+    folder may also be one .safetensors or .gguf file; `config` is then the folder with config.json.
     dtype: "float32", "bfloat16", "float16", "float64" or a torch dtype; "stored" is the one the
     layers are stored in, None or "auto" the fastest that is exact here (`choose_dtype`), which is
     logged. On the CPU, tensors stored in that dtype stay mapped: nothing is copied, pages are
@@ -96,10 +100,7 @@ def load_checkpoint(
         raise RequestError(
             f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
         )
-    # An opened folder is opened again: each model has separate mappings, so that what one
-    # writes to its weights neither shows in another nor is lost when another drops its pages.
-    path = folder.path if isinstance(folder, CheckpointFolder) else folder
-    checkpoint = CheckpointFolder.open(path)
+    checkpoint = _opened(folder, config)
     target_device = resolve_device(device)
     choice = choose_dtype(dtype, checkpoint, target_device.type)
     log.info("loading %s in %s", checkpoint.path.name, choice)
@@ -129,6 +130,16 @@ def load_checkpoint(
     if memory == "stream":
         residency = StreamResidency(model, sources)
     return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
+
+
+def _opened(
+    folder: str | os.PathLike[str] | CheckpointFolder, config: str | os.PathLike[str] | None
+) -> CheckpointFolder:
+    # An opened folder is opened again: each model has separate mappings, so that what one
+    # writes to its weights neither shows in another nor is lost when another drops its pages.
+    if isinstance(folder, CheckpointFolder):
+        return CheckpointFolder.open(folder.path, folder.home)
+    return CheckpointFolder.open(folder, config)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

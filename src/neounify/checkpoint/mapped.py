@@ -1,4 +1,4 @@
-"""One safetensors file, untrusted, memory-mapped: its tensors are views of the file.
+"""One safetensors or GGUF file, untrusted, memory-mapped: its tensors are views of the file.
 
 The mapping is private and copy-on-write: writing to such a tensor never reaches
 the file. Pages that were only read can be dropped from memory at any time
@@ -18,13 +18,16 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neounify.errors import CheckpointError
+
+if TYPE_CHECKING:  # GGUF is read by few, and its formats are imported for them alone.
+    from neounify.quant.blocks import BlockFormat
 
 MAX_HEADER_BYTES = 100 * 2**20
 
@@ -44,18 +47,40 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+GGUF_START = b"GGUF"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor: its shape, dtype, and bytes `start`..`stop` of `file`."""
+    """A stored tensor: its shape, dtype, and bytes `start`..`stop` of `file`.
+
+    The values of a GGUF file in `blocks` have the dtype uint8, and the shape of what they mean.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
     start: int
     stop: int
+    blocks: BlockFormat | None = None
+
+    @property
+    def format(self) -> str:
+        """Name of the dtype or of the block format: "F32", "I8", "Q4_K"."""
+        return DTYPE_NAMES[self.dtype] if self.blocks is None else self.blocks.name
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor; that of blocks is [rows, bytes of a row].
+
+        A row is one block where the rows of the values are not whole blocks.
+        """
+        if self.blocks is None:
+            return self.shape
+        whole = self.numel // self.shape[0] % self.blocks.elements == 0
+        rows = self.shape[0] if whole else self.numel // self.blocks.elements
+        return rows, self.nbytes // rows
 
     @property
     def numel(self) -> int:
@@ -67,9 +92,9 @@ class TensorInfo:
 
 
 class MappedFile:
-    """A validated, memory-mapped safetensors file. Safe to share between threads.
+    """A validated, memory-mapped safetensors or GGUF file. Safe to share between threads.
 
-    Raises CheckpointError when the file is missing, truncated, not safetensors, or
+    Raises CheckpointError when the file is missing, truncated, of another kind, or
     holds a dtype this package does not read. Nothing in it is ever unpickled.
     """
 
@@ -77,12 +102,15 @@ class MappedFile:
         self.path = Path(path)
         header, self._map, self._descriptor = _open(self.path)
         weakref.finalize(self, os.close, self._descriptor)
-        metadata = header.pop("__metadata__", None) or {}
-        self.metadata: Mapping[str, str] = metadata
+        self.metadata: Mapping[str, str] = {}
+        if header is None:
+            from neounify.checkpoint.gguf import read_gguf
+
+            self.tensors: Mapping[str, TensorInfo] = read_gguf(self.path, self._map)
+            return
+        self.metadata = header.pop("__metadata__", None) or {}
         data_start = 8 + int.from_bytes(self._map[:8], "little")
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: self._info(name, entry, data_start) for name, entry in header.items()
-        }
+        self.tensors = {name: self._info(name, entry, data_start) for name, entry in header.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, without touching its data."""
@@ -100,18 +128,18 @@ class MappedFile:
     def tensor(self, name: str) -> Tensor:
         """The tensor: a view of the mapping, or a copy where the file does not align it.
 
-        The view keeps the mapping alive. KeyError for an unknown name.
+        Blocks of a GGUF file are uint8, as `stored_shape` says. The view keeps the mapping alive.
+        KeyError for an unknown name.
         """
         info = self.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         if self.is_view(name):
-            flat = torch.frombuffer(
-                self._map, dtype=info.dtype, count=info.numel, offset=info.start
-            )
+            count = info.nbytes // info.dtype.itemsize
+            flat = torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.start)
         else:
             flat = torch.frombuffer(bytearray(self._map[info.start : info.stop]), dtype=info.dtype)
-        return flat.view(info.shape)
+        return flat.view(info.stored_shape)
 
     def head(self, name: str, count: int) -> bytes:
         """The first `count` bytes the file holds of a tensor (fewer where it is shorter).
@@ -165,14 +193,17 @@ class MappedFile:
         return TensorInfo(shape, dtype, self.path, start, stop)
 
 
-def _open(path: Path) -> tuple[dict[str, Any], mmap.mmap, int]:
+def _open(path: Path) -> tuple[dict[str, Any] | None, mmap.mmap, int]:
+    """(header of a safetensors file or None of a GGUF file, mapping, descriptor)."""
     try:
         # A pipe or a device would block or never end; look before opening.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is not a regular file")
         with path.open("rb") as file:
-            header = _read_header(path, file.read(8), file)
-            _validate(path)
+            start, header = file.read(8), None
+            if not start.startswith(GGUF_START):
+                header = _read_header(path, start, file)
+                _validate(path)
             mapping = _map(file.fileno())
             descriptor = os.dup(file.fileno())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A checkpoint folder: config.json, one or many safetensors files, and what is in them.
+"""A checkpoint folder: config.json, one or many files of weights, and what is in them.
 
 Everything in the folder is untrusted. Opening reads only the JSON files and the
 headers of the weight files; weights are mapped, not read.
@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.config_json import read_config
-from neounify.checkpoint.mapped import DTYPE_NAMES, MappedFile, TensorInfo
+from neounify.checkpoint.mapped import MappedFile, TensorInfo
 from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError
 from neounify.files import read_json
 
 if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
+    from neounify.quant.blocks import BlockCodes
     from neounify.quant.stored import RowCodes
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -48,14 +49,17 @@ QUANTISED = re.compile(
 class CheckpointFolder:
     """The opened folder. Make one with `CheckpointFolder.open(path)`.
 
+    `path` is the folder, or the one file of weights whose config.json is in the folder `home`.
     `tensors` maps published names to what is stored; `config` is the model that
     config.json describes, with the flow head's width taken from the weights, since
-    config.json does not say it. `quantised` says how weights stored as codes are decoded; scales
-    and descriptions are not in `tensors`.
+    config.json does not say it, and without text where the weights lack lm_head. `quantised` says
+    how weights stored as codes are decoded; scales and descriptions are not in `tensors`.
     """
 
-    def __init__(self, path: Path, document: dict[str, Any], files: Iterable[MappedFile]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, home: Path, document: dict[str, Any], files: Iterable[MappedFile]
+    ) -> None:
+        self.path, self.home = path, home
         self.document = document
         self._files: dict[str, MappedFile] = {}
         self._stored: dict[str, str] = {}
@@ -66,28 +70,29 @@ class CheckpointFolder:
                     raise CheckpointError(f"{path}: {name!r} is there twice, once with a prefix")
                 self._files[name], self._stored[name] = file, stored
         every = {name: file.tensors[self._stored[name]] for name, file in self._files.items()}
-        self.quantised: Mapping[str, RowCodes] = {}
+        self.quantised: Mapping[str, RowCodes | BlockCodes] = {}
         if any(QUANTISED.fullmatch(name) for name in (*every, *self._metadata())):
             every = self._read_quantised(every)
+        if any(info.blocks for info in every.values()):
+            self.quantised = {**self.quantised, **_block_codes(every)}
         self.tensors: Mapping[str, TensorInfo] = every
         self.config = self._config()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> CheckpointFolder:
-        """Open a folder with config.json and *.safetensors.
+    def open(
+        cls, path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None
+    ) -> CheckpointFolder:
+        """Open a folder with config.json and weights, or one file of weights.
 
+        `config` is the folder with config.json; by default it is the folder, or that of the file.
         Raises CheckpointError when files are missing, damaged or contradict each other, and
         ConfigError when config.json describes no model this package can build.
         """
-        folder = Path(path)
-        if not folder.is_dir():
-            kind = "is a file" if folder.exists() else "does not exist"
-            raise CheckpointError(
-                f"{folder} {kind}; expected a folder with config.json and *.safetensors"
-            )
-        folder = folder.resolve()
-        document = read_document(_inside(folder, "config.json"), MAX_CONFIG_BYTES)
-        return cls(folder, document, _open_files(folder))
+        home = checkpoint_home(path, config)
+        model = Path(path).resolve()
+        document = read_document(_inside(home, "config.json"), MAX_CONFIG_BYTES)
+        files = _open_files(model) if model.is_dir() else [MappedFile(model)]
+        return cls(model, home, document, files)
 
     def file_of(self, name: str) -> MappedFile:
         """The mapped file that holds a tensor (published name)."""
@@ -117,7 +122,7 @@ class CheckpointFolder:
         for name in sorted(self._files):
             file, stored = self._files[name], self._stored[name]
             info = file.tensors[stored]
-            line = json.dumps([name, DTYPE_NAMES[info.dtype], info.shape])
+            line = json.dumps([name, info.format, info.shape])
             digest.update(line.encode())
             digest.update(file.head(stored, FINGERPRINT_BYTES))
         return digest.hexdigest()
@@ -140,7 +145,7 @@ class CheckpointFolder:
             if self.tensors[name].shape != wanted[name]
         ]
         not_float = [
-            f"{name}: {DTYPE_NAMES[self.tensors[name].dtype]}"
+            f"{name}: {self.tensors[name].format}"
             for name in both
             if name not in self.quantised and not self.tensors[name].dtype.is_floating_point
         ]
@@ -187,10 +192,21 @@ class CheckpointFolder:
 
     def _config(self) -> ModelConfig:
         config = read_config(self.document)
+        if LM_HEAD not in self.tensors and not config.tie_embeddings:
+            config = config.replace(lm_head=False)
         first = self.tensors.get(FLOW_HEAD_INPUT)
         if config.image_head != "flow" or first is None or len(first.shape) != 2:
             return config
         return config.replace(flow_head_width=first.shape[0])
+
+
+def _block_codes(tensors: Mapping[str, TensorInfo]) -> dict[str, BlockCodes]:
+    """Name of each weight in blocks of a GGUF file → how it is decoded."""
+    from neounify.quant.blocks import BlockCodes
+
+    return {
+        name: BlockCodes(info.blocks) for name, info in tensors.items() if info.blocks is not None
+    }
 
 
 def _without_prefix(name: str) -> str:
@@ -198,6 +214,33 @@ def _without_prefix(name: str) -> str:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
+
+
+def checkpoint_home(
+    path: str | os.PathLike[str], config: str | os.PathLike[str] | None = None
+) -> Path:
+    """The folder of config.json and the tokenizer of a model, which is a folder or a file.
+
+    It is `config`, by default the folder, or that of the file. Raises CheckpointError.
+    """
+    model = Path(path)
+    if not model.exists():
+        raise CheckpointError(
+            f"{model} does not exist; expected a folder with config.json and *.safetensors, or "
+            "a .safetensors or .gguf file"
+        )
+    model = model.resolve()
+    if config is None:
+        home = model if model.is_dir() else model.parent
+        if model.is_file() and not (home / "config.json").is_file():
+            raise CheckpointError(
+                f"{model} is one file of weights, and {home} holds no config.json: name the folder "
+                "with config.json and the tokenizer of its model, as config= or --config"
+            )
+        return home
+    if not Path(config).is_dir():
+        raise CheckpointError(f"config {config} is not a folder with config.json and a tokenizer")
+    return Path(config).resolve()
 
 
 def read_document(path: Path, limit: int) -> dict[str, Any]:
@@ -249,6 +292,13 @@ def _open_files(folder: Path) -> list[MappedFile]:
         raise CheckpointError(
             f"{folder} holds {len(files)} weight files but no model{INDEX_SUFFIX} to say which "
             "tensor is where; download it too"
+        )
+    ggufs = files_ending(folder, ".gguf")
+    if len(ggufs) == 1:
+        return [MappedFile(_inside(folder, ggufs[0].name))]
+    if ggufs:
+        raise CheckpointError(
+            f"{folder} holds {len(ggufs)} GGUF files; name the one to use, such as {ggufs[0]}"
         )
     pickles = [file.name for file in files_ending(folder, ".bin")]
     if pickles:
@@ -363,11 +413,12 @@ def summarise(checkpoint: CheckpointFolder) -> Summary:
         name = from_published(published)
         stream = "unknown" if name is None else stream_of(name)
         part = "unknown" if name is None else part_of(name)
-        key = (STREAMS.index(stream), part, str(info.dtype).removeprefix("torch."))
+        dtype = info.blocks.name if info.blocks else str(info.dtype).removeprefix("torch.")
+        key = (STREAMS.index(stream), part, dtype)
         row = sums.setdefault(key, [0, 0, 0])
         row[0] += 1
         row[1] += info.numel
-        row[2] += info.numel * info.dtype.itemsize
+        row[2] += info.nbytes
     return Summary(
         tuple(
             SummaryRow(STREAMS[stream], part, dtype, *sums[stream, part, dtype])

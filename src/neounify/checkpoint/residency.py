@@ -24,6 +24,7 @@ from neounify.errors import CheckpointError
 from neounify.model.parts import STREAMS, StreamName
 
 if TYPE_CHECKING:
+    from neounify.quant.blocks import BlockCodes
     from neounify.quant.stored import RowCodes
 
 CHUNK_ELEMENTS = 2**21
@@ -52,7 +53,7 @@ class StoredWeight:
     file: MappedFile
     name: str
     updates: tuple[LoraPair, ...] = ()
-    codes: RowCodes | None = None
+    codes: RowCodes | BlockCodes | None = None
     share: Share | None = None
 
     @property
@@ -93,8 +94,9 @@ class StoredWeight:
         updates = [update.to(device) for update in self.updates]
         columns = self.share is not None and self.share.dim == 1
         first = 0 if self.share is None or columns else self.share.places.start
+        rows = self._rows_of(result)
         for start, stored in self._pieces():
-            piece = torch.atleast_1d(result)[start - first : start - first + stored.shape[0]]
+            piece = rows[start - first : start - first + stored.shape[0]]
             if self.codes is not None:
                 stored = self.codes.decode(stored.to(device), start)
             if updates:
@@ -105,6 +107,20 @@ class StoredWeight:
             if not all_finite(piece):
                 raise self._not_finite(stored, dtype)
         return result
+
+    def _rows_of(self, result: Tensor) -> Tensor:
+        """The result, cut into rows as it is stored; CheckpointError where that cannot be."""
+        if self.info.blocks is None:
+            return torch.atleast_1d(result)
+        rows = self.info.stored_shape[0]
+        if rows == self.info.shape[0]:
+            return result.flatten(1)
+        if self.updates or self.share is not None:
+            raise CheckpointError(
+                f"{self.file.path}: {self.name!r} is stored in rows of another length, so no LoRA "
+                "can be merged into it, nor can ranks share it; convert the file first"
+            )
+        return result.view(rows, -1)
 
     def verify(self) -> None:
         """Read every value once; CheckpointError when one is NaN or infinite."""

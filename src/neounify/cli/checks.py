@@ -52,7 +52,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     Raises the errors of loading for a folder without a config, a dtype, device, memory or LoRA
     that cannot be used; whether LoRA tensors fit is known only with the model.
     """
-    checkpoint = CheckpointFolder.open(resolve_model(options.model))
+    checkpoint = CheckpointFolder.open(resolve_model(options.model), options.config)
     choose_dtype(options.dtype, checkpoint, "cpu")
     check_backend(options.attention)
     check_device(options.device)

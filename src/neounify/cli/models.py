@@ -18,23 +18,24 @@ if TYPE_CHECKING:
     from neounify.pipeline import Pipeline
 
 VARIABLE = "NEOUNIFY_MODEL"
+WEIGHT_FILES = (".safetensors", ".gguf")
 
 
 def resolve_model(option: Path | None, name: str = "--model") -> Path:
-    """The folder of the model: the one asked for, else the bundled one.
+    """The folder or file of the model: the one asked for, else the bundled one.
 
     `name` is the option or argument it was given as; its default is the environment variable
     NEOUNIFY_MODEL. Raises CliError.
     """
     if option is None:
         return bundled_model()
-    if not option.is_dir():
+    if not option.is_dir() and not (option.is_file() and option.suffix.lower() in WEIGHT_FILES):
         source = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
-        kind = "is not a folder" if option.exists() else "does not exist"
+        kind = "is not one" if option.exists() else "does not exist"
         default = "" if source == "MODEL" else " (without it, the bundled model is used)"
         raise CliError(
             f"{source} {option} {kind}; a model is a folder with config.json, *.safetensors and "
-            f"tokenizer files{default}"
+            f"tokenizer files, or one file, *.safetensors or *.gguf{default}"
         )
     return option
 
@@ -96,6 +97,7 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
     with display.bar(f"loading {name}"):
         pipe = load(
             folder,
+            config=options.config,
             dtype=options.dtype,
             device=device,
             lora=loras or None,

@@ -54,21 +54,36 @@ def text_knob(name: str, metavar: str, *flags: str) -> Any:
 # --- model, output, reporting ---
 
 
+ConfigFolder = Annotated[
+    Path | None,
+    option(
+        MODEL,
+        "FOLDER",
+        "Folder of config.json and the tokenizer, for a model that is one file of weights. "
+        "Default: the folder of the model or file.",
+        "--config",
+    ),
+]
+"""The option --config of every command that opens a model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NamedModel:
-    """Folder of the model."""
+    """Folder or file of the model."""
 
     model: Annotated[
         Path | None,
         option(
             MODEL,
-            "FOLDER",
-            "Folder of the checkpoint: config.json, *.safetensors, tokenizer files.",
+            "FOLDER|FILE",
+            "Folder of the checkpoint: config.json, *.safetensors, tokenizer files. Or one file, "
+            "*.safetensors or *.gguf.",
             "--model",
             "-m",
             envvar="NEOUNIFY_MODEL",
         ),
     ] = None
+    config: ConfigFolder = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,7 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
     }
     return ServeConfig(
         folder=resolve_model(model.model),
+        config=model.config,
         mode=model.mode,  # type: ignore[arg-type]
         dtype=model.dtype,
         device=model.device or default_device(),

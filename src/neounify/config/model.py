@@ -178,6 +178,8 @@ class ModelConfig:
     """Whether the attention projections have biases."""
     tie_embeddings: bool = False
     """Whether the text head shares the token embedding."""
+    lm_head: bool = True
+    """Whether there is a text head; without it the model paints and edits, and writes no text."""
     patch_size: int = 16
     """Side of a patch in pixels."""
     merge: int = 2

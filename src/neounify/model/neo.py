@@ -98,7 +98,7 @@ class NeoUnify(nn.Module):
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
         self.und_norm = RMSNorm(size, eps)
         self.gen_norm = RMSNorm(size, eps)
-        if not config.tie_embeddings:
+        if config.lm_head and not config.tie_embeddings:
             self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
         self.image_head = PixelHead(config) if config.image_head == "pixel" else FlowHead(config)
 
@@ -215,7 +215,9 @@ class NeoUnify(nn.Module):
         return hidden
 
     def logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n vocab"]:
-        """Next-token scores."""
+        """Next-token scores. RuntimeError for a model without a text head."""
+        if not self.config.lm_head:
+            raise RuntimeError("the model has no lm_head, so there are no scores of tokens")
         if self.config.tie_embeddings:
             return linear(hidden, self.embed_tokens.weight)
         return self.lm_head(hidden)

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from neounify.attention import check_backend
 from neounify.checkpoint.load import Dtype, DtypeChoice, Memory, load_checkpoint
 from neounify.checkpoint.lora_file import LoraSpec
-from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
@@ -65,6 +65,7 @@ MAX_SYSTEM_MESSAGE_BYTES = 2**20
 def load(
     folder: str | os.PathLike[str],
     *,
+    config: str | os.PathLike[str] | None = None,
     dtype: Dtype = None,
     device: str | torch.device = "cpu",
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
@@ -77,6 +78,8 @@ def load(
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
+    `folder` may also be one .safetensors or .gguf file; `config` then names the folder with its
+    config.json and tokenizer, by default the one the file is in.
     `dtype` is "float32", "bfloat16" or "float16", or "stored"; None or "auto" is the stored one
     too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
     why. Tensors stored in the dtype that is used are memory-mapped, not copied. `lora` merges one
@@ -89,12 +92,13 @@ def load(
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """
-    path = Path(folder)
     check_backend(attention)
     # Before the weights: a folder without a tokenizer should say so at once.
-    tokenizer = Tokenizer.from_folder(path)
+    home = checkpoint_home(folder, config)
+    tokenizer = Tokenizer.from_folder(home)
     loaded = load_checkpoint(
-        path,
+        folder,
+        config=home,
         dtype=dtype,
         device=device,
         lora=lora,
@@ -107,7 +111,7 @@ def load(
     return Pipeline(
         loaded.model,
         tokenizer,
-        system_message=_system_message(path),
+        system_message=_system_message(home),
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
         loaded_dtype=loaded.dtype,
@@ -118,8 +122,8 @@ def load(
 
 def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
     """Processor of a checkpoint, without loading weights. Raises the errors of `load`."""
-    tokenizer = Tokenizer.from_folder(checkpoint.path)
-    message = _system_message(checkpoint.path)
+    tokenizer = Tokenizer.from_folder(checkpoint.home)
+    message = _system_message(checkpoint.home)
     return Processor(
         checkpoint.config,
         tokenizer,

@@ -32,11 +32,13 @@ Mode = Literal["colocate", "separate"]
 class ServeConfig:
     """Config of a service: checkpoint, processes, devices, limits.
 
+    `folder` and `config` are the checkpoint, as in `neounify.load`.
     `threads` and `device` are those of the understanding engine, and of the generation engine
     unless `generation_threads` and `generation_device` are set; one process uses the first.
     """
 
     folder: Path
+    config: Path | None = None
     mode: Mode = "colocate"
     dtype: str | DtypeChoice | None = None
     device: str = "cpu"
@@ -54,7 +56,9 @@ def build_service(config: ServeConfig) -> EngineService:
     if config.mode == "separate":
         return _separate(config)
     lora = config.lora or None
-    pipe = load(config.folder, dtype=config.dtype, device=config.device, lora=lora)
+    pipe = load(
+        config.folder, config=config.config, dtype=config.dtype, device=config.device, lora=lora
+    )
     return colocated(pipe, config.engines, config.admission, config.watch)
 
 
@@ -84,7 +88,7 @@ def serving_dtype(config: ServeConfig, checkpoint: CheckpointFolder) -> DtypeCho
 
 
 def _separate(config: ServeConfig) -> EngineService:
-    checkpoint = CheckpointFolder.open(config.folder)
+    checkpoint = CheckpointFolder.open(config.folder, config.config)
     dtype = serving_dtype(config, checkpoint)
     processor = load_processor(checkpoint, dtype.dtype)
     _check_shared_memory(processor, config)
@@ -131,6 +135,7 @@ def _process(
         ProcessConfig(
             role=role,
             folder=config.folder,
+            config=config.config,
             dtype=dtype,
             device=(config.generation_device if generates else None) or config.device,
             threads=(config.generation_threads if generates else None) or config.threads,

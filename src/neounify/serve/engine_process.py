@@ -51,6 +51,7 @@ class ProcessConfig:
     dtype: Dtype
     device: str
     threads: int | None
+    config: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
     engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str = PREFIX
@@ -276,6 +277,7 @@ def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> N
     keep_freed_memory()
     pipe = load(
         config.folder,
+        config=config.config,
         dtype=config.dtype,
         device=config.device,
         lora=config.lora or None,

@@ -409,6 +409,7 @@ def answer_text(processor: Processor, request: ChatRequest) -> AnswerText:
 
 def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -> Program[None]:
     """Answer a conversation; with `thoughts` they are events apart from the answer's text."""
+    processor.check_writes_text()
     # One step: each round trip to a thread waits for the interpreter lock beside the engines.
     sampling, prompt, images = yield Compute(partial(_prepare, processor, request))
     packed = yield from pack_images(images, processor.config.token_size)
@@ -433,6 +434,7 @@ def _prepare(
 
 def complete(processor: Processor, request: CompletionRequest) -> Program[None]:
     """Continue a text without a chat template."""
+    processor.check_writes_text()
     ids: tuple[int, ...] = yield Compute(partial(request.ids, processor))
     tokenizer = processor.tokenizer
     text = AnswerEvents(

@@ -217,6 +217,8 @@ def generate_images(
 
     At most `previews` of each image are events, None for one after every step.
     """
+    if request.think:
+        processor.check_writes_text()
     closing = [processor.token(THINK_CLOSE), *after_think_ids(processor.tokenizer)]
     room = request.max_think_tokens + len(closing) if request.think else 0
     prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)

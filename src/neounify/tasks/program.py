@@ -37,6 +37,7 @@ from neounify.engine.messages import (
     TextInput,
     new_number,
 )
+from neounify.errors import RequestError
 from neounify.grammar import Vocabulary
 from neounify.image.pixels import prepare_image
 from neounify.model.layout import Grid
@@ -211,6 +212,14 @@ class Processor:
     def vocabulary(self) -> Vocabulary:
         """Vocabulary of grammars; processes that sample tokens must hold one too."""
         return Vocabulary.of(self.tokenizer)
+
+    def check_writes_text(self) -> None:
+        """RequestError for a model without a text head."""
+        if not self.config.lm_head:
+            raise RequestError(
+                "this checkpoint has no lm_head, so it writes no text: it generates images from "
+                "text and edits them, without thinking first"
+            )
 
     def token(self, name: str) -> int:
         return self.tokenizer.id(name)

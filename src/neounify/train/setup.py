@@ -50,6 +50,8 @@ def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetu
     source = recipe.model
     if source.checkpoint is not None:
         pipe = load(source.checkpoint, dtype=torch.float32, device=device)
+        if not pipe.config.lm_head:
+            raise CheckpointError(f"{source.checkpoint} has no lm_head: it cannot be trained on")
         tokenizer, model = pipe.tokenizer, _changed(pipe.model, source, recipe.seed)
         if source.tokenizer is not None and source.tokenizer.vocab_size > tokenizer.vocab_size:
             tokenizer = _saved(folder, partial(_extended, tokenizer, recipe, source.tokenizer))

@@ -1,0 +1,69 @@
+"""Models in one file of weights, with --config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from neounify.checkpoint import to_published
+from support.gguf_files import gguf_of
+
+HEAD = to_published("lm_head.weight")
+
+
+@pytest.fixture
+def file(toy: Path, tmp_path: Path) -> Path:
+    return gguf_of(load_file(toy / "model.safetensors"), "diffusion_model.").write(
+        tmp_path / "toy.gguf"
+    )
+
+
+@pytest.fixture
+def headless(toy: Path, tmp_path: Path) -> Path:
+    weights = load_file(toy / "model.safetensors")
+    return gguf_of({n: w for n, w in weights.items() if n != HEAD}).write(tmp_path / "images.gguf")
+
+
+def test_commands_take_one_file(run_bare: Callable[..., Any], toy: Path, file: Path) -> None:
+    model = ("--model", file, "--config", toy)
+    ran = run_bare("generate", "a boat", *model, "--steps", 1, "--json")
+    assert ran.json["files"][0]["record"]["model"]["folder"] == "toy.gguf"
+    plain = run_bare("chat", "hello", "--model", toy, "--max-new-tokens", 3)
+    assert run_bare("chat", "hello", *model, "--max-new-tokens", 3).out == plain.out
+    refused = run_bare("generate", "a boat", "--model", file)
+    assert refused.code == 1
+    assert "holds no config.json: name the folder" in refused.err
+    assert "--config" in refused.err
+
+
+def test_inspect_reads_one_file(run_bare: Callable[..., Any], toy: Path, file: Path) -> None:
+    folder = run_bare("inspect", toy, "--json").json
+    single = run_bare("inspect", file, "--config", toy, "--json").json
+    assert single["folder"] == "toy.gguf"
+    assert {**single, "folder": "toy"} == folder
+    assert run_bare("inspect", file).code == 1
+    missing = run_bare("inspect", "nowhere.gguf", "--config", toy)
+    assert "error: MODEL nowhere.gguf does not exist" in missing.err
+
+
+def test_other_files_are_no_models(run_bare: Callable[..., Any], toy: Path) -> None:
+    Path("weights.bin").write_bytes(b"PK")
+    ran = run_bare("generate", "a boat", "--model", "weights.bin", "--config", toy)
+    assert ran.code == 1
+    assert "weights.bin is not one; a model is a folder" in ran.err
+
+
+def test_a_model_without_lm_head(run_bare: Callable[..., Any], toy: Path, headless: Path) -> None:
+    model = ("--model", headless, "--config", toy)
+    inspected = run_bare("inspect", headless, "--config", toy)
+    assert inspected.code == 0
+    assert "no: there is no lm_head" in " ".join(inspected.out.split())
+    assert run_bare("generate", "a boat", *model, "--steps", 1).code == 0
+    for command in (("chat", "hello"), ("story", "a tale"), ("generate", "a boat", "--think")):
+        ran = run_bare(*command, *model)
+        assert ran.code == 1
+        assert "has no lm_head, so it writes no text" in ran.err
