@@ -75,13 +75,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def trainer(folder: Path, parsed: Recipe, ranks: Ranks) -> Trainer:
     folder.mkdir(parents=True, exist_ok=True)
-    if not ranks.first:
-        ranks.wait()
-    setup = build_setup(parsed, torch.device("cpu"), folder)
-    if ranks.first:
-        ranks.wait()
+    setup = build_setup(parsed, torch.device("cpu"), folder, ranks)
     log = Log(folder, Console(quiet=True), tensorboard=False, writes=ranks.first)
-    return Trainer(parsed, setup, folder, log, ranks=ranks)
+    return Trainer(parsed, setup, folder, log)
 
 
 def this_rank() -> Ranks:

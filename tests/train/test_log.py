@@ -26,7 +26,7 @@ from neounify.train.log import Log
 from neounify.train.loss import Counts, LossConfig, loss_of
 from neounify.train.progress import Progress
 from neounify.train.recipe import StageRecipe
-from neounify.train.setup import freeze, new_model
+from neounify.train.setup import freeze
 from neounify.train.speed import (
     Meter,
     StepOperations,
@@ -35,6 +35,7 @@ from neounify.train.speed import (
     peak_memory,
     weights,
 )
+from neounify.train.weights import new_model
 
 CPU = torch.device("cpu")
 STAGE = StageRecipe(name="a-stage", steps=10)

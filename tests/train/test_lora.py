@@ -21,8 +21,9 @@ from neounify.text import byte_tokenizer
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import recipe_from_table
-from neounify.train.setup import build_setup, new_model
+from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
+from neounify.train.weights import new_model
 
 CONFIG = SCENES.replace(
     hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, flow_head_width=32

@@ -17,7 +17,8 @@ from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
-from neounify.train.setup import checkpoint_layers, freeze, new_model
+from neounify.train.setup import checkpoint_layers, freeze
+from neounify.train.weights import new_model
 from support.models import batch_of
 
 CONFIG = SCENES.replace(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16)

@@ -203,11 +203,11 @@ def test_parts_of_a_config_can_be_changed(tmp_path: Path) -> None:
 
 
 def test_a_deeper_model_begins_with_the_results_of_the_old_one(tmp_path: Path) -> None:
-    model = {"checkpoint": bundled_model(), "changes": {"num_layers": 9}}
+    model = {"checkpoint": bundled_model(), "changes": {"num_layers": 12}}
     recipe = recipe_from_table({"name": "a", "model": model, **stage()})
     deeper = build_setup(recipe, torch.device("cpu"), tmp_path).model.eval()
     before = load(bundled_model(), dtype="float32")
-    assert len(deeper.layers) == 9
+    assert len(deeper.layers) == 12
     after = Pipeline(deeper, before.tokenizer, system_message=before.processor.system_message)
     one, two = (pipe.generate("a red circle", steps=2, seed=1).pixels for pipe in (before, after))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from neounify.checkpoint.lora_file import LoraSpec, read_loras
+from neounify.checkpoint.lora_file import LoraPair, LoraSpec, read_loras
 from neounify.checkpoint.names import from_published, stream_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import (
@@ -108,16 +108,7 @@ def load_checkpoint(
     shapes = _shapes(model)
     checkpoint.check(shapes)
     updates = read_loras(lora, lora_strength, shapes)
-    sources = {}
-    for name in shapes:
-        published = to_published(name)
-        sources[name] = StoredWeight(
-            checkpoint.file_of(published),
-            checkpoint.stored_name(published),
-            updates.get(name, ()),
-            checkpoint.quantised.get(published),
-            (shares or {}).get(name),
-        )
+    sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"
@@ -140,6 +131,26 @@ def _opened(
     if isinstance(folder, CheckpointFolder):
         return CheckpointFolder.open(folder.path, folder.home)
     return CheckpointFolder.open(folder, config)
+
+
+def stored_weights(
+    checkpoint: CheckpointFolder,
+    names: Iterable[str],
+    updates: Mapping[str, tuple[LoraPair, ...]] | None = None,
+    shares: Mapping[str, Share] | None = None,
+) -> dict[str, StoredWeight]:
+    """Where a checkpoint holds tensors (our names), with updates of them and the parts to read."""
+    sources = {}
+    for name in names:
+        published = to_published(name)
+        sources[name] = StoredWeight(
+            checkpoint.file_of(published),
+            checkpoint.stored_name(published),
+            (updates or {}).get(name, ()),
+            checkpoint.quantised.get(published),
+            (shares or {}).get(name),
+        )
+    return sources
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

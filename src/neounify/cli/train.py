@@ -19,9 +19,10 @@ from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
+    import torch
+
     from neounify.distributed.ranks import Ranks
     from neounify.train.recipe import Recipe
-    from neounify.train.setup import TrainSetup
 
 
 def train(
@@ -104,7 +105,7 @@ def _train(
         from neounify.train.loop import Trainer
         from neounify.train.parallel import check_parallel
         from neounify.train.progress import Progress, SampleGrid, stages_to_run
-        from neounify.train.setup import StageSources
+        from neounify.train.setup import StageSources, build_setup
 
     ranks.check_alike("the recipe", repr(recipe))
     ranks.together(lambda: check_parallel(recipe, ranks.size))
@@ -122,9 +123,10 @@ def _train(
     keep_freed_memory()
     console = Console(stderr=True, quiet=display.quiet)
     log = ranks.together(lambda: Log(folder, console, writes=ranks.first))
-    setup = _setup(recipe, folder, where, ranks)
+    device = ranks.together(lambda: _device(where.device, ranks))
+    setup = build_setup(recipe, device, folder, ranks)
     grid = SampleGrid(recipe, folder, sources, ranks)
-    trainer = Trainer(recipe, setup, folder, log, grid, sources, ranks)
+    trainer = Trainer(recipe, setup, folder, log, grid, sources)
     if state is not None:
         trainer.resume(state)
         display.note(f"resuming from {state}")
@@ -140,19 +142,17 @@ def _train(
     display.result(f"saved {folder / 'model'}", folder / "model")
 
 
-def _setup(recipe: Recipe, folder: Path, where: ThreadOptions, ranks: Ranks) -> TrainSetup:
-    """Model and tokenizer on this rank's device; the first rank makes the tokenizer for all."""
+def _device(name: str | None, ranks: Ranks) -> torch.device:
+    """The device of this rank, the default one where it has no name."""
     import torch
 
     from neounify.checkpoint.load import resolve_device
-    from neounify.train.setup import build_setup
 
-    device = resolve_device(where.device or default_device())
+    device = resolve_device(name or default_device())
     if ranks.size > 1 and device.type == "cuda":
         device = torch.device("cuda", ranks.local)
         torch.cuda.set_device(device)
-    first = ranks.together(lambda: build_setup(recipe, device, folder) if ranks.first else None)
-    return ranks.together(lambda: first or build_setup(recipe, device, folder))
+    return device
 
 
 @contextmanager

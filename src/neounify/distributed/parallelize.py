@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from neounify.distributed.mesh import MeshShape
 from neounify.distributed.ranks import Ranks
@@ -67,18 +68,23 @@ class Parallel:
 
 
 def parallelize(
-    model: NeoUnify, ranks: Ranks, shape: MeshShape | None = None, *, bfloat16: bool = False
+    model: NeoUnify,
+    ranks: Ranks,
+    shape: MeshShape | None = None,
+    *,
+    device: torch.device | None = None,
+    bfloat16: bool = False,
 ) -> Parallel:
     """Spread a model over the ranks, its parameters float32 shards.
 
-    With `bfloat16` they are gathered in it, and gradients are summed in float32. On many ranks all
-    must hold the same weights.
+    With `bfloat16` they are gathered in it, and gradients are summed in float32. A model without
+    values gets them afterwards, on `device`; else all ranks must hold the same weights.
     """
     shape = shape or MeshShape(shard=ranks.size)
     objective = Objective(model)
     model.stack_experts()
     if ranks.size > 1:
-        mesh = shape.build(model.device.type)
+        mesh = shape.build((device or model.device).type)
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bfloat16 else None,
             reduce_dtype=torch.float32,
@@ -97,6 +103,16 @@ def parallelize(
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor; changes of it in place are changes of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place(tensor: Tensor) -> tuple[slice, ...]:
+    """Where in the whole tensor stands what this rank holds of it, along each dimension."""
+    shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    return tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class RolloutWorkers:
         self._shared = frozen_copy(policy).share_memory()
         theirs = replace(
             context,
-            setup=replace(context.setup, model=self._shared),
+            setup=context.setup.of_model(self._shared),
             sources=StageSources(context.recipe),
         )
         threads = max(1, torch.get_num_threads() // count)

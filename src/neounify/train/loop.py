@@ -17,7 +17,6 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import read_config, write_config
 from neounify.data.sources import FileSource
-from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
 from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
@@ -46,7 +45,7 @@ from neounify.train.optim import (
     states_like,
     take_step,
 )
-from neounify.train.parallel import RankWork, first_not_finite, parallelize_run
+from neounify.train.parallel import RankWork, first_not_finite
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, prepare_parameters
@@ -97,12 +96,10 @@ class Trainer:
         log: Log,
         evaluate: Evaluate | None = None,
         sources: StageSources | None = None,
-        ranks: Ranks = ONE,
     ) -> None:
         self.recipe, self.setup, self.folder = recipe, setup, folder
-        self.model, self.ranks = setup.model, ranks
-        self.parallel = parallelize_run(recipe, setup.model, ranks)
-        self.work = RankWork(ranks, setup.model.device)
+        self.model, self.parallel, self.ranks = setup.model, setup.parallel, setup.ranks
+        self.work = RankWork(self.ranks, setup.model.device)
         self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
         self.progress = Progress()
@@ -284,7 +281,6 @@ class Trainer:
             setup=self.setup,
             sources=self.sources,
             folder=self.folder,
-            parallel=self.parallel,
         )
 
     def _prepare_parameters(self, stage: StageRecipe) -> None:

@@ -28,7 +28,6 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import read_kind
 from neounify.data.loader import Skipped
 from neounify.data.sources import Mixture
-from neounify.distributed.parallelize import Parallel
 from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import NeounifyError
 from neounify.train.optim import OptimizerSet
@@ -166,8 +165,6 @@ class StageContext:
     setup: TrainSetup
     sources: StageSources
     folder: Path
-    parallel: Parallel | None = None
-    """The model spread over the ranks of the run; None for one rank."""
 
     @property
     def mixture(self) -> Mixture:

@@ -57,11 +57,13 @@ def _check_stage(stage: StageRecipe, ranks: int) -> None:
         )
 
 
-def parallelize_run(recipe: Recipe, model: NeoUnify, ranks: Ranks) -> Parallel:
-    """Spread the model of a run over its ranks. Raises ConfigError."""
+def parallelize_run(
+    recipe: Recipe, model: NeoUnify, ranks: Ranks, device: torch.device
+) -> Parallel:
+    """Spread the model of a run, which has no values yet, over its ranks. Raises ConfigError."""
     shape = check_parallel(recipe, ranks.size)
     bfloat16 = recipe.stages[0].precision == "bfloat16"
-    return parallelize(model, ranks, shape, bfloat16=bfloat16)
+    return parallelize(model, ranks, shape, device=device, bfloat16=bfloat16)
 
 
 def first_not_finite(model: NeoUnify, ranks: Ranks) -> str | None:

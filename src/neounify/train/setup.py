@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from neounify.checkpoint.names import each_expert, part_of, stream_of
+from neounify.checkpoint.names import part_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
 from neounify.data.sources import DataConfig, Mixture, SampleSource
+from neounify.distributed.parallelize import Parallel, parallelize
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
 from neounify.lora.layers import add_lora
+from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
-from neounify.pipeline import load
+from neounify.pipeline.pipeline import load_processor
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.scenes.world.samples import SceneData
-from neounify.text.tokenizer import Tokenizer, byte_of_character, byte_tokenizer
+from neounify.text.tokenizer import Tokenizer, byte_tokenizer
+from neounify.train.parallel import parallelize_run
 from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe, TokenizerRecipe
+from neounify.train.weights import (
+    ChangedWeights,
+    CheckpointWeights,
+    FreshWeights,
+    GrownWeights,
+    Weights,
+    fill,
+)
 
 TOKENIZER_SEED = 2**31
 """Seed of the samples that a tokenizer is trained on; no training run uses it."""
@@ -35,36 +45,91 @@ TOKENIZER_SEED = 2**31
 
 @dataclass(frozen=True, eq=False)
 class TrainSetup:
-    """A float32 model to train, with the tokenizer and system message of its checkpoint."""
+    """A float32 model to train, spread over the ranks of a run, with tokenizer and system message
+    of its checkpoint."""
 
-    model: NeoUnify
+    parallel: Parallel
+    tokenizer: Tokenizer
+    system_message: str
+
+    @property
+    def model(self) -> NeoUnify:
+        return self.parallel.objective.model
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.parallel.ranks
+
+    def of_model(self, model: NeoUnify) -> TrainSetup:
+        """The same setup around another model, which one rank holds."""
+        return replace(self, parallel=parallelize(model, ONE))
+
+
+class _Start(NamedTuple):
+    """What a run starts from, before there is a model."""
+
+    config: ModelConfig
+    weights: Weights
     tokenizer: Tokenizer
     system_message: str
 
 
-def build_setup(recipe: Recipe, device: torch.device, folder: Path) -> TrainSetup:
-    """The checkpoint or the fresh model a recipe starts from. Raises the errors of `load`.
+def build_setup(
+    recipe: Recipe, device: torch.device, folder: Path, ranks: Ranks = ONE
+) -> TrainSetup:
+    """The checkpoint or the fresh model a recipe starts from; collective.
 
-    A new tokenizer is saved in the run's `folder`: its training data may change before a resume.
+    Each rank reads the rows of the weights that it holds, one parameter after the other. A new
+    tokenizer is saved in the run's `folder`: its training data may change before a resume. Raises
+    CheckpointError, ConfigError and TokenizerError.
     """
+
+    def start() -> _Start:
+        checkpoint = recipe.model.checkpoint is not None
+        return (_of_checkpoint if checkpoint else _of_fresh)(recipe, folder)
+
+    # The first rank saves the tokenizer that the others read.
+    first = ranks.together(lambda: start() if ranks.first else None)
+    config, weights, tokenizer, message = ranks.together(lambda: first or start())
+    model = meta_model(config)
+    parallel = parallelize_run(recipe, model, ranks, device)
+    ranks.together(lambda: fill(model, weights, device))
+    return TrainSetup(parallel, tokenizer, message)
+
+
+def _of_checkpoint(recipe: Recipe, folder: Path) -> _Start:
     source = recipe.model
-    if source.checkpoint is not None:
-        pipe = load(source.checkpoint, dtype=torch.float32, device=device)
-        if not pipe.config.lm_head:
-            raise CheckpointError(f"{source.checkpoint} has no lm_head: it cannot be trained on")
-        tokenizer, model = pipe.tokenizer, _changed(pipe.model, source, recipe.seed)
-        if source.tokenizer is not None and source.tokenizer.vocab_size > tokenizer.vocab_size:
-            tokenizer = _saved(folder, partial(_extended, tokenizer, recipe, source.tokenizer))
-            model = _with_rows(model, pipe.tokenizer, tokenizer, recipe.seed)
-        model.config = with_trained_sizes(model.config, recipe)
-        return TrainSetup(model.train(), tokenizer, pipe.processor.system_message)
+    assert source.checkpoint is not None
+    checkpoint = CheckpointFolder.open(source.checkpoint)
+    if not checkpoint.config.lm_head:
+        raise CheckpointError(f"{source.checkpoint} has no lm_head: it cannot be trained on")
+    processor = load_processor(checkpoint, torch.float32)
+    tokenizer, config = processor.tokenizer, _config(checkpoint.config, source)
+    stored = CheckpointWeights(checkpoint)
+    weights: Weights = ChangedWeights(stored, config, recipe.seed) if source.changes else stored
+    settings = source.tokenizer
+    if settings is not None and settings.vocab_size > tokenizer.vocab_size:
+        grown = _saved(folder, partial(_extended, tokenizer, recipe, settings))
+        config = config.replace(vocab_size=max(grown.vocab_size, config.vocab_size))
+        weights, tokenizer = GrownWeights(weights, config, tokenizer, grown), grown
+    config = with_trained_sizes(config, recipe)
+    _check_ids(tokenizer, config)
+    return _Start(config, weights, tokenizer, processor.system_message)
+
+
+def _of_fresh(recipe: Recipe, folder: Path) -> _Start:
+    source = recipe.model
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
     tokenizer = _saved(folder, partial(_tokenizer, recipe))
+    _check_ids(tokenizer, config)
+    return _Start(config, FreshWeights(config, recipe.seed), tokenizer, source.system_message)
+
+
+def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}"
         )
-    return TrainSetup(new_model(config, recipe.seed).to(device), tokenizer, source.system_message)
 
 
 def recipe_config(recipe: Recipe) -> ModelConfig:
@@ -112,82 +177,6 @@ class StageSources:
         source = data.build()
         self._built.append((alike, source))
         return source
-
-
-def _changed(model: NeoUnify, source: ModelRecipe, seed: int) -> NeoUnify:
-    """A checkpoint's model with the recipe's changes; what they add has fresh weights, but layers
-    are repeated.
-    """
-    if not source.changes:
-        # Mapped weights are the file's own pages; training needs memory it may write to.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        return model.requires_grad_(True)
-    changed = new_model(_config(model.config, source), seed).to(model.device)
-    old = each_expert(dict(model.named_parameters()))
-    origins = _layer_origins(model.config.num_layers, changed.config.num_layers)
-    with torch.no_grad():
-        for name, parameter in changed.named_parameters():
-            origin, repeats = _origin(name, origins)
-            if origin in old and old[origin].shape == parameter.shape:
-                parameter.copy_(old[origin])
-                if repeats and name.endswith(RESIDUAL):
-                    parameter.zero_()
-    return changed
-
-
-def _layer_origins(old: int, new: int) -> list[int]:
-    """The old layer that each new one is copied from; where there are more, spread evenly."""
-    return [number * old // new for number in range(new)] if new > old else list(range(new))
-
-
-def _origin(name: str, origins: Sequence[int]) -> tuple[str, bool]:
-    """The parameter that a new one is copied from, and whether its layer repeats the one before.
-
-    A repeated layer starts with nothing to add to its input, so a deeper model begins with the
-    results of the old one (LLaMA Pro, arXiv 2401.02415).
-    """
-    if not name.startswith("layers."):
-        return name, False
-    _, number, rest = name.split(".", 2)
-    layer = int(number)
-    origin = origins[layer]
-    return f"layers.{origin}.{rest}", layer > 0 and origins[layer - 1] == origin
-
-
-_TABLES = ("embed_tokens.weight", "lm_head.weight")
-
-
-def _with_rows(model: NeoUnify, old: Tokenizer, new: Tokenizer, seed: int) -> NeoUnify:
-    """The model with table rows for the ids that a tokenizer gained.
-
-    A new token is read as its lower-case spelling if that was one token, else as the mean of the
-    tokens that it joins; as an answer, each is as likely as the mean token.
-    """
-    size = max(new.vocab_size, model.config.vocab_size)
-    grown = new_model(model.config.replace(vocab_size=size), seed).to(model.device)
-    before = each_expert(dict(model.named_parameters()))
-    with torch.no_grad():
-        for name, parameter in grown.named_parameters():
-            rows = slice(len(before[name])) if name in _TABLES else ...
-            parameter[rows].copy_(before[name])
-        embedding, head = (before[name] for name in _TABLES)
-        for token in range(old.vocab_size, new.vocab_size):
-            parts = _parts(new.token_bytes(token), old)
-            grown.embed_tokens.weight[token] = embedding[parts].mean(0)
-            grown.lm_head.weight[token] = head.mean(0)
-    return grown
-
-
-def _parts(token: bytes, old: Tokenizer) -> list[int]:
-    """The ids of an older tokenizer that a token stands for."""
-    try:
-        text = token.decode()
-    except UnicodeDecodeError:  # a part of a character
-        spelt = {byte: character for character, byte in byte_of_character().items()}
-        return [old.id(spelt[byte]) for byte in token]
-    lower = old.encode(text.lower())
-    return lower if len(lower) == 1 else old.encode(text)
 
 
 def _config(base: ModelConfig | None, source: ModelRecipe) -> ModelConfig:
@@ -278,35 +267,6 @@ def with_trained_sizes(config: ModelConfig, recipe: Recipe) -> ModelConfig:
         trained_pixels=(min(a[0] for a in areas), max(a[1] for a in areas)) if areas else None,
     )
     return config.replace(sampling=sampling)
-
-
-RESIDUAL = ("o_proj.weight", "down_proj.weight")
-"""Weights that write into the residual stream: scaled by 1/√(2 · layers), as in GPT-2."""
-
-
-def new_model(config: ModelConfig, seed: int) -> NeoUnify:
-    """A model with fresh weights, the same for the same seed; float32 on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = NeoUnify(config)
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                _fill(name, parameter, config)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-    return model
-
-
-def _fill(name: str, parameter: nn.Parameter, config: ModelConfig) -> None:
-    fan_in = parameter[0].numel()
-    std = 1 / math.sqrt(fan_in)
-    if name.endswith(RESIDUAL):
-        std /= math.sqrt(2 * config.num_layers)
-    elif name == "embed_tokens.weight":
-        std = 0.5
-    elif name == "lm_head.weight":
-        std /= 2
-    nn.init.normal_(parameter, std=std)
 
 
 def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:

@@ -15,8 +15,6 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AreaBounds, Count, Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
-from neounify.distributed.parallelize import parallelize
-from neounify.distributed.ranks import ONE
 from neounify.image.pixels import fit_size
 from neounify.runtime.plan import plan_execution
 from neounify.train.log import DivergenceWatch
@@ -125,8 +123,7 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, context: StageContext) -> None:
         self.config, self.context = config, context
         self.model = context.setup.model
-        parallel = context.parallel or parallelize(self.model, ONE)
-        self.objective, self.ranks = parallel.objective, parallel.ranks
+        self.objective, self.ranks = context.setup.parallel.objective, context.setup.ranks
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
