@@ -67,3 +67,32 @@ def test_a_model_without_lm_head(run_bare: Callable[..., Any], toy: Path, headle
         ran = run_bare(*command, *model)
         assert ran.code == 1
         assert "has no lm_head, so it writes no text" in ran.err
+
+
+def test_convert_to_gguf_and_back(run_bare: Callable[..., Any], toy: Path) -> None:
+    ran = run_bare("convert", toy, "small", "--to", "q8_0", "--json")
+    assert ran.json["files"] == ["model-Q8_0.gguf"]
+    assert "Q8_0" in ran.json["total"]["dtype"]
+    assert run_bare("generate", "a boat", "--model", "small", "--steps", 1).code == 0
+    assert run_bare("convert", "small", "again", "--to", "Q8_0").code == 0
+    first, second = (Path(name, "model-Q8_0.gguf") for name in ("small", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    single = ("convert", first, "plain", "--config", toy, "--dtype", "float32", "--json")
+    assert run_bare(*single).json["files"] == ["model.safetensors"]
+    plain = load_file("plain/model.safetensors")
+    before = load_file(toy / "model.safetensors")
+    assert plain.keys() == before.keys()
+    for name, tensor in before.items():
+        assert (plain[name] - tensor).abs().max() <= 0.01 * tensor.abs().max()
+
+
+def test_convert_refuses_what_does_not_go_together(run_bare: Callable[..., Any], toy: Path) -> None:
+    for wrong, message in (
+        (("--to", "q3"), "'q3' is no GGUF format written here"),
+        (("--to", "q8_0", "--dtype", "float32"), "give one"),
+        (("--to", "q8_0", "--lora-form", "peft"), "no model is written"),
+    ):
+        ran = run_bare("convert", toy, "out", *wrong)
+        assert ran.code != 0
+        assert message in ran.err
+        assert not Path("out").exists()

@@ -33,12 +33,13 @@ DEFAULT_ALIGNMENT = 32
 ALIGNMENT = "general.alignment"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 
-PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+F32, F16 = 0, 1
+PLAIN = {F32: torch.float32, F16: torch.float16, 30: torch.bfloat16}
 BLOCKS = {format.number: format for format in BLOCK_FORMATS.values()}
 NAMES = ("F32", "F16", "BF16", *BLOCK_FORMATS)
 
 # Types of values: u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64
-STRING, ARRAY = 8, 9
+U32, STRING, ARRAY = 4, 8, 9
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 INTEGERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
 SMALLEST_PAIR = 8 + 4 + 1

@@ -64,7 +64,7 @@ def save_model(
         _write_weights(aside, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(aside)
-        _write_texts(extra_files or {}, aside)
+        write_texts(extra_files or {}, aside)
     return target
 
 
@@ -134,7 +134,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) ->
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
+def write_texts(texts: Mapping[str, str], folder: Path) -> None:
     for name, text in texts.items():
         if Path(name).name != name or (folder / name).exists():
             raise CheckpointError(f"{name} cannot be added: not a plain name, or already written")

@@ -12,21 +12,39 @@ import typer
 from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display, human_bytes
 from neounify.cli.files import check_new_folder
-from neounify.cli.models import parse_loras, resolve_model
-from neounify.cli.options import FILES, OverwriteOptions, ReportOptions, WeightOptions, option
+from neounify.cli.models import WEIGHT_FILES, parse_loras, resolve_model
+from neounify.cli.options import (
+    FILES,
+    ConfigFolder,
+    OverwriteOptions,
+    ReportOptions,
+    WeightOptions,
+    option,
+)
 from neounify.runtime import lasting_imports
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of the checkpoint.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Checkpoint, a folder or one file of weights.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     *,
+    config: ConfigFolder = None,
     weights: WeightOptions,
+    to: Annotated[
+        str | None,
+        option(
+            FILES,
+            "f16|q8_0|q5_1|q5_0|q4_1|q4_0",
+            "Write weights as one GGUF file, the layers in this format.",
+        ),
+    ] = None,
     max_shard_size: Annotated[
         str,
-        option(FILES, "SIZE", "Maximum size of a weight file, such as 5GB or 500MB."),
+        option(FILES, "SIZE", "Maximum size of a *.safetensors file, such as 5GB or 500MB."),
     ] = "5GB",
     lora_form: Annotated[
         str | None,
@@ -50,15 +68,27 @@ def convert(
 
     \b
       neounify convert FOLDER smaller --dtype bfloat16
+      neounify convert FOLDER quantised --to q8_0
+      neounify convert model-Q4_K.gguf plain --config FOLDER
       neounify convert FOLDER fast --lora distilled.safetensors:0.8
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
     folder = resolve_model(model, "MODEL")
     display = Display(quiet=report.quiet, json=report.json)
     if lora_form is not None:
-        _convert_loras(folder, out, weights, lora_form, overwrite.overwrite, display)
+        if to is not None:
+            raise UsageError("--to applies to models; with --lora-form no model is written")
+        _convert_loras(folder, config, out, weights, lora_form, overwrite.overwrite, display)
+        return
+    shard = parse_bytes(max_shard_size)
+    if out.resolve() == folder.resolve():
+        raise CliError(f"{out} is the model itself; write to another folder")
+    check_new_folder(out, "a model", overwrite=overwrite.overwrite)
+    if to is not None:
+        _write_gguf(folder, config, out, weights, to, overwrite.overwrite, display)
     else:
-        _convert_model(folder, out, weights, max_shard_size, overwrite.overwrite, display)
+        _convert_model(folder, config, out, weights, shard, overwrite.overwrite, display)
+    print_saved(out, display)
 
 
 def parse_bytes(text: str) -> int:
@@ -75,7 +105,7 @@ def print_saved(folder: Path, display: Display) -> None:
     from neounify.checkpoint.reader import files_ending
 
     checkpoint = CheckpointFolder.open(folder)
-    files = [file.name for file in files_ending(folder, ".safetensors")]
+    files = [file.name for kind in WEIGHT_FILES for file in files_ending(folder, kind)]
     total = summarise(checkpoint).total
     display.result(
         f"saved {folder}  ({total.parameters:,} parameters, {total.dtype}, "
@@ -92,31 +122,66 @@ def print_saved(folder: Path, display: Display) -> None:
     )
 
 
-def _convert_model(
+def _write_gguf(
     model: Path,
+    config: Path | None,
     out: Path,
     weights: WeightOptions,
-    max_shard_size: str,
+    preset: str,
+    overwrite: bool,
+    display: Display,
+) -> None:
+    with lasting_imports():
+        import torch
+
+        from neounify.checkpoint import CheckpointFolder
+        from neounify.checkpoint.gguf_save import save_gguf
+        from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, load_processor
+
+    if weights.dtype is not None:
+        raise UsageError("--dtype and --to are two forms of the weights; give one")
+    checkpoint = CheckpointFolder.open(model, config)
+    processor = load_processor(checkpoint, torch.float32)
+    with display.bar(f"writing {out.name}"):
+        save_gguf(
+            checkpoint,
+            out,
+            preset.lower(),
+            lora=parse_loras(weights.lora) or None,
+            tokenizer=processor.tokenizer,
+            extra_files={SYSTEM_MESSAGE_FILE: processor.system_message},
+            overwrite=overwrite,
+        )
+
+
+def _convert_model(
+    model: Path,
+    config: Path | None,
+    out: Path,
+    weights: WeightOptions,
+    shard: int,
     overwrite: bool,
     display: Display,
 ) -> None:
     with lasting_imports():
         from neounify.pipeline import load
 
-    shard = parse_bytes(max_shard_size)
-    if out.resolve() == model.resolve():
-        raise CliError(f"{out} is the model itself; write to another folder")
-    check_new_folder(out, "a model", overwrite=overwrite)
     loras = parse_loras(weights.lora)
     with display.bar(f"reading {model.resolve().name}"):
-        pipe = load(model, dtype=weights.dtype or "stored", lora=loras or None, verify=True)
+        pipe = load(
+            model,
+            config=config,
+            dtype=weights.dtype or "stored",
+            lora=loras or None,
+            verify=True,
+        )
     with display.bar(f"writing {out.name}"):
         pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
-    print_saved(out, display)
 
 
 def _convert_loras(
     model: Path,
+    config: Path | None,
     out: Path,
     weights: WeightOptions,
     form: str,
@@ -136,7 +201,7 @@ def _convert_loras(
         raise UsageError("--dtype applies to models; a LoRA keeps its number format")
     written = convert_lora(
         loras,
-        expected_shapes(CheckpointFolder.open(model).config),
+        expected_shapes(CheckpointFolder.open(model, config).config),
         out,
         form,  # type: ignore[arg-type]
         base=model.resolve().name,

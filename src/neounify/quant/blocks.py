@@ -25,7 +25,8 @@ class BlockFormat:
     """A format of blocks: `elements` values in `nbytes` bytes; `number` is its type in GGUF.
 
     `decode` gives float32 values [n, elements] of blocks [n, nbytes], on any device; `encode` the
-    inverse, rounded to nearest, None where this package does not write the format.
+    inverse, rounded to nearest, None where this package does not write the format. It raises
+    ValueError for values whose scale does not fit float16.
     """
 
     name: str
@@ -57,7 +58,10 @@ def _half(blocks: Blocks, at: int) -> Float[Tensor, "n 1"]:
 
 
 def _half_bytes(values: Float[Tensor, "n 1"]) -> UInt8[Tensor, "n 2"]:
-    return values.half().view(torch.uint8)
+    halves = values.half()
+    if not bool(halves.isfinite().all()):
+        raise ValueError(f"a scale of {float(values.abs().max()):.3g} does not fit float16")
+    return halves.view(torch.uint8)
 
 
 def _shifted(codes: Tensor, shifts: Sequence[int], mask: int) -> Tensor:
