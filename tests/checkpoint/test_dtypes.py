@@ -17,6 +17,8 @@ from neounify.checkpoint import (
     load_checkpoint,
     load_model,
     stored_dtype,
+    summarise,
+    to_published,
 )
 from neounify.checkpoint.load import memory_bytes, multiplies
 from neounify.errors import RequestError
@@ -105,6 +107,23 @@ def test_the_fastest_exact_dtype_of_a_cpu(
     (line,) = [r.getMessage() for r in caplog.records if r.name == "neounify"]
     name = str(expected).removeprefix("torch.")
     assert re.match(rf"loading model in {name} \({reason}", line)
+
+
+def test_the_layout_of_u1_5_loads_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation stream in float32, the rest in bfloat16, although most bytes are float32."""
+    monkeypatch.setattr(load, "multiplies", lambda dtype: True)
+    checkpoint = _folder(tmp_path, torch.bfloat16, torch.float32, torch.bfloat16)
+    loaded = load_checkpoint(checkpoint)
+    assert loaded.dtype == (torch.bfloat16, "as stored")
+    for name, parameter in loaded.model.named_parameters():
+        stored = checkpoint.tensor(to_published(name))
+        assert torch.equal(parameter, stored.bfloat16())
+    streams = {row.stream: row for row in summarise(checkpoint).streams}
+    layers = "layers.0.gen.out.mlp.up_proj.weight", "layers.0.und.out.mlp.up_proj.weight"
+    assert [checkpoint.tensors[to_published(name)].format for name in layers] == ["F32", "BF16"]
+    assert streams["gen"].bytes > 1.9 * streams["und"].bytes
 
 
 def test_a_dtype_that_is_asked_for_is_taken(tmp_path: Path) -> None:

@@ -114,6 +114,27 @@ def test_a_model_is_named_as_it_was_given(
     assert "error: NEOUNIFY_MODEL nowhere does not exist" in run_bare("chat", "a").err
 
 
+def test_inspect_tells_the_sizes_of_the_layout_of_u1_5(
+    run_bare: Callable[..., Any], toy: Path
+) -> None:
+    shutil.copytree(toy, "published")
+    weights = load_file("published/model.safetensors")
+    for name, tensor in weights.items():
+        if "mot_gen" not in name and "fm_modules" not in name:
+            weights[name] = tensor.bfloat16()
+    save_file(weights, "published/model.safetensors")
+    report = run_bare("inspect", "published", "--json").json
+    assert report["computed_in"] == "bfloat16"
+    sizes = {row["stream"]: (row["dtype"], row["bytes"]) for row in report["streams"]}
+    parameters = {row["stream"]: row["parameters"] for row in report["streams"]}
+    assert sizes == {
+        "und": ("bfloat16", 2 * parameters["und"]),
+        "gen": ("float32", 4 * parameters["gen"]),
+        "shared": ("bfloat16", 2 * parameters["shared"]),
+    }
+    assert "computed in │ bfloat16" in " ".join(run_bare("inspect", "published").out.split())
+
+
 def test_inspect_names_the_trained_sizes(run_bare: Callable[..., Any], toy: Path) -> None:
     assert "64x64, 96x96, 128x64" in run_bare("inspect").out
     assert "not recorded" in run_bare("inspect", toy).out

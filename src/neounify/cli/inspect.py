@@ -77,7 +77,7 @@ def _inspect_image(path: Path, display: Display) -> None:
 def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
     """Print the tables. Raises CheckpointError at the end for missing or unknown tensors."""
     with lasting_imports():
-        from neounify.checkpoint import CheckpointFolder, summarise
+        from neounify.checkpoint import CheckpointFolder, stored_dtype, summarise
 
     checkpoint = CheckpointFolder.open(folder, config)
     summary = summarise(checkpoint)
@@ -88,6 +88,7 @@ def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
             "folder": checkpoint.path.name,
             "fingerprint": fingerprint,
             "complete": problem is None,
+            "computed_in": str(stored_dtype(checkpoint)).removeprefix("torch."),
             "config": config_record(checkpoint.config),
             "rows": [asdict(row) for row in summary.rows],
             "streams": [asdict(row) for row in summary.streams],
@@ -146,6 +147,7 @@ def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
 
 
 def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, str]]:
+    from neounify.checkpoint import stored_dtype
     from neounify.image.pixels import named_sizes, trained_sizes
 
     c = checkpoint.config
@@ -164,6 +166,7 @@ def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, st
         ("vocabulary", f"{c.vocab_size:,} tokens"),
         ("context", f"{c.max_positions:,} positions"),
         ("image token", f"{c.token_size}x{c.token_size} pixels"),
+        ("computed in", str(stored_dtype(checkpoint)).removeprefix("torch.")),
         ("text", "yes" if c.lm_head else "no: there is no lm_head, so it only generates images"),
         (
             "image defaults",
