@@ -115,7 +115,7 @@ class DeviceOptions:
 
     device: Annotated[
         str | None,
-        option(MODEL, "cpu|cuda|cuda:N", "Where to compute. Default: a GPU if there is one."),
+        option(MODEL, "cpu|cuda:N|mps|xpu", "Where to compute. Default: a GPU if there is one."),
     ] = None
 
 

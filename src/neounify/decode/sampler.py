@@ -1,7 +1,8 @@
 """Batched token sampling from logits, and the state of each sequence that is being decoded.
 
 `sample` works on [B, vocab] on the device of the logits, with separate settings per row. Only one
-number per row is copied to the host, and log-probabilities where requested.
+number per row is copied to the host, and log-probabilities where requested. Drawing takes float64,
+so rows are drawn on the host where the device is not of `FLOAT64_DEVICES`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ MIN_TEMPERATURE = 1e-6
 """Lower ones are this one: the quotients of a smaller one would be infinite."""
 
 NOT_FINITE, NOTHING_ALLOWED = -1, -2
+
+FLOAT64_DEVICES = ("cpu", "cuda")
+"""Types of devices that compute in float64; mps and some of xpu do not."""
 
 Problem = Literal["not finite", "nothing allowed"]
 FinishReason = Literal["stop", "length"]
@@ -268,12 +272,12 @@ def _draw_rows(
     rows: Sequence[int],
     states: Sequence[SamplingState],
 ) -> Int[Tensor, " b"]:
-    device = scores.device
+    device = scores.device if scores.device.type in FLOAT64_DEVICES else torch.device("cpu")
     drawing = [states[n] for n in rows]
-    index = torch.tensor(rows, device=device)
-    p = probabilities(scores[index], drawing)
+    index = torch.tensor(rows, device=scores.device)
+    p = probabilities(scores[index].to(device), drawing)
     u = torch.tensor([state.uniform() for state in drawing], dtype=torch.float64, device=device)
-    tokens = draw(p, u)
+    tokens = draw(p, u).to(ids.device)
     # A row with a problem has no distribution; it keeps its negative code.
     return ids.index_copy(0, index, torch.where(ids[index] < 0, ids[index], tokens))
 

@@ -229,8 +229,8 @@ class GenerationEngine:
         return True
 
     def _synchronise(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.model.device)
 
     def _end(self, step: _Step) -> None:
         self._last_batch = len(step.images)

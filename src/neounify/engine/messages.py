@@ -401,8 +401,8 @@ class StepMemory:
         )
         # The frames of the error hold the tensors of the step.
         error.__traceback__ = None
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
         return True
 
 

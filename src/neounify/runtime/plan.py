@@ -127,11 +127,13 @@ def free_memory(device: torch.device) -> int | None:
     """Free memory of a device in bytes; None where it is not reported."""
     import torch
 
-    if device.type == "cuda":
+    if device.type in ("cuda", "xpu"):
+        module = torch.cuda if device.type == "cuda" else torch.xpu
         # Memory that torch holds without using it is free for tensors.
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    return available_bytes() if device.type == "cpu" else None
+        reserved = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + reserved
+    # The memory of mps is the host's.
+    return available_bytes() if device.type in ("cpu", "mps") else None
 
 
 def row_bytes(config: ModelConfig, stream: str, itemsize: float) -> float:
