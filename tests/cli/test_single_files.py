@@ -50,6 +50,19 @@ def test_inspect_reads_one_file(run_bare: Callable[..., Any], toy: Path, file: P
     assert "error: MODEL nowhere.gguf does not exist" in missing.err
 
 
+def test_plan_reads_one_file(run_bare: Callable[..., Any], toy: Path, file: Path) -> None:
+    machine = ("--gpu", "none", "--ram", "4G", "--json")
+    planned = run_bare("plan", "--model", file, "--config", toy, *machine).json
+    of_folder = run_bare("plan", "--model", toy, *machine).json
+    assert planned["model"] == "toy.gguf"
+    # Times follow from rates that are measured anew.
+    kept = [
+        [{key: row[key] for key in ("weights", "mode", "peak")} for row in plan["rows"]]
+        for plan in (planned, of_folder)
+    ]
+    assert kept[0] == kept[1]
+
+
 def test_other_files_are_no_models(run_bare: Callable[..., Any], toy: Path) -> None:
     Path("weights.bin").write_bytes(b"PK")
     ran = run_bare("generate", "a boat", "--model", "weights.bin", "--config", toy)

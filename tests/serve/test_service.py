@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import neounify
 from neounify.config.presets import TINY
 from neounify.engine.messages import LocalTransport
+from neounify.errors import RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
@@ -403,6 +404,18 @@ def test_one_file_of_weights_beside_a_config(
         config = ServeConfig(folder=file, config=folder, mode=mode, dtype="float32", threads=1)
         generated = serve(build_service(config), lambda service: collect(service, request))
         same_image(generated.images[0], expected(pipe, request)[0])
+
+
+def test_without_lm_head_there_is_no_text(pipe: neounify.Pipeline) -> None:
+    config = pipe.config.replace(lm_head=False)
+    model = NeoUnify(config)
+    headless = neounify.Pipeline(model.requires_grad_(False).eval(), pipe.tokenizer)
+    chat = make_chat_request("Hello", [], max_new_tokens=4)
+    with pytest.raises(RequestError, match="has no lm_head"):
+        serve(colocated(headless), lambda service: collect(service, chat))
+    thought = image_request(pipe, width=64, height=64, think=True)
+    with pytest.raises(RequestError, match="has no lm_head"):
+        serve(colocated(headless), lambda service: collect(service, thought))
 
 
 def test_an_engine_that_does_not_stop_keeps_no_shared_memory(pipe: neounify.Pipeline) -> None:

@@ -188,7 +188,7 @@ def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str
         from neounify.checkpoint.sizes import kept_weights
         from neounify.cli.models import resolve_model
 
-        checkpoint = CheckpointFolder.open(resolve_model(options.model))
+        checkpoint = CheckpointFolder.open(resolve_model(options.model), options.config)
         dtype = choose_dtype(None, checkpoint, "cpu" if _on_cpu(options) else "cuda").dtype
         config, name = checkpoint.config, checkpoint.path.name
         kept = kept_weights(checkpoint, dtype)
