@@ -18,6 +18,7 @@ from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.reader import CheckpointFolder, summarise
 from neounify.checkpoint.residency import Share, StoredWeight
 from neounify.errors import CheckpointError
+from neounify.quant.linear import QuantLinear
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from support.gguf_files import (
     ARRAY,
@@ -89,11 +90,17 @@ def test_blocks_of_256(tmp_path: Path, kind: str) -> None:
     file.tensors.append((NAME, stored))
     path = file.write(tmp_path / "model.gguf")
     config = home(tmp_path / "home", WIDE)
-    loaded = load_checkpoint(path, config=config, memory="stream")
+    loaded = load_checkpoint(path, config=config, memory="stream", backend="decoded")
     assert loaded.checkpoint.tensors[NAME].format == kind
     with loaded.residency.use("gen"):
         actual = loaded.model.get_parameter(OURS)
         assert torch.equal(actual, torch.from_numpy(meant).to(actual.dtype))
+    kept = load_checkpoint(path, config=config, memory="stream")
+    layer = kept.model.get_submodule(OURS.removesuffix(".weight"))
+    assert isinstance(layer, QuantLinear)
+    with kept.residency.use("gen"):
+        assert layer.get_parameter("weight").dtype == torch.uint8
+        assert torch.equal(layer.decoded(), torch.from_numpy(meant))
     row = next(r for r in summarise(loaded.checkpoint).rows if r.dtype == kind)
     assert (row.parameters, row.bytes) == (meant.size, len(stored.data))
 

@@ -40,6 +40,22 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return document
 
 
+def quantised_entry(preset: str, fingerprint: str) -> dict[str, Any]:
+    """The entry `quantised` of this package's section: the preset, and the checkpoint before it."""
+    return {"preset": preset, "from": fingerprint, "version": 1}
+
+
+def with_quantised(document: Mapping[str, Any], entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json with this entry `quantised` in this package's section; None takes it out."""
+    changed = dict(document)
+    section = dict(_subsection(document, "neounify"))
+    section.pop("quantised", None)
+    if entry is not None:
+        section["quantised"] = dict(entry)
+    changed.pop("neounify", None)
+    return changed | ({"neounify": section} if section else {})
+
+
 def _check_stated(config: ModelConfig, document: Mapping[str, Any]) -> None:
     """Raise ConfigError where a config is not what its document says."""
     try:

@@ -27,6 +27,8 @@ from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 
 Memory: TypeAlias = Literal["all", "stream"]
+DECODED = "decoded"
+"""The backend of quantised layers that makes plain weights of them."""
 
 log = logging.getLogger("neounify")
 
@@ -49,8 +51,13 @@ def load_model(
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
     verify: bool = False,
+    quantise: str | None = None,
+    backend: str = DECODED,
 ) -> NeoUnify:
-    """The model of a checkpoint folder, all of it in memory; see `load_checkpoint`."""
+    """The model of a checkpoint folder, all of it in memory; see `load_checkpoint`.
+
+    Quantised weights are decoded unless a backend is named.
+    """
     return load_checkpoint(
         folder,
         config=config,
@@ -59,6 +66,8 @@ def load_model(
         lora=lora,
         lora_strength=lora_strength,
         verify=verify,
+        quantise=quantise,
+        backend=backend,
     ).model
 
 
@@ -73,6 +82,8 @@ def load_checkpoint(
     memory: Memory = "all",
     verify: bool = False,
     shares: Mapping[str, Share] | None = None,
+    quantise: str | None = None,
+    backend: str = "auto",
 ) -> LoadedCheckpoint:
     """Load a checkpoint folder: the model in eval mode, no parameter requiring a gradient.
 
@@ -81,10 +92,13 @@ def load_checkpoint(
     layers are stored in, None or "auto" the fastest that is exact here (`choose_dtype`), which is
     logged. On the CPU, tensors stored in that dtype stay mapped: nothing is copied, pages are
     read when first touched. The file must not be overwritten in place while the model lives.
-    All others are converted piece by piece, so the peak is little more than the bytes kept;
-    quantised weights are decoded to that dtype.
+    All others are converted piece by piece, so the peak is little more than the bytes kept.
 
-    lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order.
+    backend: how layers with quantised weights compute, see `neounify.quant.backends`; "auto" is the
+    best one here, "decoded" makes plain weights of them. quantise: a preset ("int8", "int8-all",
+    "fp8", "w4-mixed", "w4") by which weights that are not quantised are, while they are read.
+    lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order; beside
+    the codes of layers that stay quantised.
     memory="stream": see StreamResidency; use the returned `residency` around every use of the
     model. Rebuilt weights are then not there until their stream is first used.
     The returned `checkpoint` shares its mappings with the model.
@@ -96,10 +110,7 @@ def load_checkpoint(
 
     Raises CheckpointError, ConfigError, or RequestError for an unknown dtype, device or memory.
     """
-    if memory not in get_args(Memory):
-        raise RequestError(
-            f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
-        )
+    _check_request(memory, quantise, backend)
     checkpoint = _opened(folder, config)
     target_device = resolve_device(device)
     choice = choose_dtype(dtype, checkpoint, target_device.type)
@@ -110,9 +121,15 @@ def load_checkpoint(
     updates = read_loras(lora, lora_strength, shapes)
     sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
+        codes: dict[str, Tensor] = {}
+        if quantise or (checkpoint.quantised and backend != DECODED):
+            codes = _place_codes(model, sources, checkpoint, target_device, quantise, backend)
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"
-            tensor = _first_values(source, choice.dtype, target_device, keep=keep, verify=verify)
+            kept_dtype = source.kept or choice.dtype
+            tensor = _first_values(source, kept_dtype, target_device, keep=keep, verify=verify)
+            _assign(model, name, tensor)
+        for name, tensor in codes.items():
             _assign(model, name, tensor)
     model.compute_dtype = choice.dtype
     if memory == "all":
@@ -133,6 +150,30 @@ def _opened(
     return CheckpointFolder.open(folder, config)
 
 
+def _check_request(memory: str, quantise: str | None, backend: str) -> None:
+    """Raise RequestError for an unknown name, and for what cannot go together."""
+    if memory not in get_args(Memory):
+        raise RequestError(
+            f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
+        )
+    if backend not in ("auto", DECODED):
+        from neounify.quant.backends import check_backend
+
+        check_backend(backend)
+    if quantise is None:
+        return
+    from neounify.quant.presets import check_preset
+
+    check_preset(quantise)
+    if backend == DECODED or memory != "all":
+        reason = "backend='decoded'" if backend == DECODED else f"memory={memory!r}"
+        raise RequestError(
+            f"quantise={quantise!r} cannot be used with {reason}: write the codes first, with "
+            "`neounify quantise`",
+            param="quantise",
+        )
+
+
 def stored_weights(
     checkpoint: CheckpointFolder,
     names: Iterable[str],
@@ -151,6 +192,24 @@ def stored_weights(
             (shares or {}).get(name),
         )
     return sources
+
+
+def _place_codes(
+    model: NeoUnify,
+    sources: dict[str, StoredWeight],
+    checkpoint: CheckpointFolder,
+    device: torch.device,
+    quantise: str | None,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Put quantised layers in place; the tensors that `sources` do not hold, by our names."""
+    from neounify.checkpoint.quantised import place_new, place_stored, quantised_config
+
+    codes: dict[str, Tensor] = {}
+    if quantise:
+        codes |= place_new(model, sources, quantise, backend, device)
+        model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
+    return codes | place_stored(model, sources, checkpoint, backend, device)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

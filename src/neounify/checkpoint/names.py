@@ -112,23 +112,45 @@ RULES = (
 )
 
 
+CODES_BESIDE = ("weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook")
+"""Last parts of the names of what belongs to the codes of a quantised weight, in both spellings."""
+
+
 def to_published(name: str) -> str:
     """The published spelling of one of this package's tensor names; KeyError for another name."""
     if of_expert(name, 0) is not None:
         raise KeyError(f"{name!r} joins experts, which are published one by one")
-    rule, values = _match_ours(name)
+    weight, beside = _split_beside(name)
+    rule, values = _match_ours(weight)
     spelt = {key: _translate(key, value, 0) for key, value in values.items()}
-    return rule.published.format(**spelt)
+    return _join_beside(rule.published.format(**spelt), beside)
 
 
 def from_published(name: str) -> str | None:
     """This package's spelling of a published tensor name; None for a name not of this layout."""
+    weight, beside = _split_beside(name)
     for rule in RULES:
-        match = rule.published_pattern.fullmatch(name)
+        match = rule.published_pattern.fullmatch(weight)
         if match:
             values = match.groupdict()
-            return rule.ours.format(**{k: _translate(k, v, 1) for k, v in values.items()})
+            ours = rule.ours.format(**{k: _translate(k, v, 1) for k, v in values.items()})
+            return _join_beside(ours, beside)
     return None
+
+
+def is_beside_codes(name: str) -> bool:
+    """Whether a tensor belongs to the codes of a quantised weight, such as its scale."""
+    return name.rpartition(".")[2] in CODES_BESIDE
+
+
+def _split_beside(name: str) -> tuple[str, str]:
+    """The name of the weight that a tensor belongs to, and its own last part if it has one."""
+    module, _, leaf = name.rpartition(".")
+    return (f"{module}.weight", leaf) if is_beside_codes(name) else (name, "")
+
+
+def _join_beside(weight: str, beside: str) -> str:
+    return weight.removesuffix("weight") + beside if beside else weight
 
 
 _HALVES = (
@@ -180,9 +202,9 @@ def part_of(name: str) -> PartName:
 
 
 def _match_ours(name: str) -> tuple[Rule, dict[str, str]]:
-    name = of_expert(name, 0) or name
+    weight, _ = _split_beside(of_expert(name, 0) or name)
     for rule in RULES:
-        match = rule.ours_pattern.fullmatch(name)
+        match = rule.ours_pattern.fullmatch(weight)
         if match:
             return rule, match.groupdict()
     raise KeyError(f"{name!r} is not the name of a tensor of this model")

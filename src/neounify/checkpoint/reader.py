@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -26,8 +27,7 @@ from neounify.errors import CheckpointError
 from neounify.files import read_json
 
 if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
-    from neounify.quant.blocks import BlockCodes
-    from neounify.quant.stored import RowCodes
+    from neounify.quant.stored import StoredCodes
 
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
@@ -70,7 +70,7 @@ class CheckpointFolder:
                     raise CheckpointError(f"{path}: {name!r} is there twice, once with a prefix")
                 self._files[name], self._stored[name] = file, stored
         every = {name: file.tensors[self._stored[name]] for name, file in self._files.items()}
-        self.quantised: Mapping[str, RowCodes | BlockCodes] = {}
+        self.quantised: Mapping[str, StoredCodes] = {}
         if any(QUANTISED.fullmatch(name) for name in (*every, *self._metadata())):
             every = self._read_quantised(every)
         if any(info.blocks for info in every.values()):
@@ -106,6 +106,11 @@ class CheckpointFolder:
         """A tensor (published name), as a view of its file where possible; codes as stored."""
         return self._files[name].tensor(self._stored[name])
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor (published name), of codes that of the weight they stand for."""
+        codes = self.quantised.get(name)
+        return self.tensors[name].shape if codes is None else codes.shape
+
     def release(self, name: str) -> None:
         """Drop a tensor's pages from resident memory; they are read again when touched."""
         self._files[name].release(self._stored[name])
@@ -140,9 +145,9 @@ class CheckpointFolder:
             unexpected.remove(LM_HEAD)
         both = sorted(wanted.keys() & self.tensors.keys())
         wrong_shape = [
-            f"{name}: stored {list(self.tensors[name].shape)}, expected {list(wanted[name])}"
+            f"{name}: stored {list(self.shape_of(name))}, expected {list(wanted[name])}"
             for name in both
-            if self.tensors[name].shape != wanted[name]
+            if self.shape_of(name) != wanted[name]
         ]
         not_float = [
             f"{name}: {self.tensors[name].format}"
@@ -200,12 +205,15 @@ class CheckpointFolder:
         return config.replace(flow_head_width=first.shape[0])
 
 
-def _block_codes(tensors: Mapping[str, TensorInfo]) -> dict[str, BlockCodes]:
-    """Name of each weight in blocks of a GGUF file → how it is decoded."""
-    from neounify.quant.blocks import BlockCodes
+def _block_codes(tensors: Mapping[str, TensorInfo]) -> dict[str, StoredCodes]:
+    """Name of each weight in blocks of a GGUF file → what it is."""
+    from neounify.quant.blocks import BlockRows
+    from neounify.quant.stored import StoredCodes
 
     return {
-        name: BlockCodes(info.blocks) for name, info in tensors.items() if info.blocks is not None
+        name: StoredCodes(BlockRows(info.blocks), info.shape, {})
+        for name, info in tensors.items()
+        if info.blocks is not None
     }
 
 
@@ -374,7 +382,7 @@ STREAMS = ("und", "gen", "shared", "unknown")
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """All tensors of one part of one stream in one dtype; `bytes` as stored."""
+    """All tensors of one part of one stream in one dtype or format; `bytes` as stored."""
 
     stream: str
     part: str
@@ -413,12 +421,12 @@ def summarise(checkpoint: CheckpointFolder) -> Summary:
         name = from_published(published)
         stream = "unknown" if name is None else stream_of(name)
         part = "unknown" if name is None else part_of(name)
-        dtype = info.blocks.name if info.blocks else str(info.dtype).removeprefix("torch.")
-        key = (STREAMS.index(stream), part, dtype)
-        row = sums.setdefault(key, [0, 0, 0])
+        codes = checkpoint.quantised.get(published)
+        dtype = codes.label if codes else str(info.dtype).removeprefix("torch.")
+        row = sums.setdefault((STREAMS.index(stream), part, dtype), [0, 0, 0])
         row[0] += 1
-        row[1] += info.numel
-        row[2] += info.nbytes
+        row[1] += math.prod(checkpoint.shape_of(published))
+        row[2] += info.nbytes + (codes.bytes_beside if codes else 0)
     return Summary(
         tuple(
             SummaryRow(STREAMS[stream], part, dtype, *sums[stream, part, dtype])

@@ -24,11 +24,12 @@ from neounify.errors import CheckpointError
 from neounify.model.parts import STREAMS, StreamName
 
 if TYPE_CHECKING:
-    from neounify.quant.blocks import BlockCodes
-    from neounify.quant.stored import RowCodes
+    from neounify.quant.stored import StoredCodes
 
 CHUNK_ELEMENTS = 2**21
 SAMPLE_BYTES = 4096
+CODES_ALIGNMENT = 16
+"""Bytes at whose multiples operators on codes want them; mapped elsewhere they are copied."""
 
 
 class Share(NamedTuple):
@@ -46,15 +47,17 @@ class Share(NamedTuple):
 class StoredWeight:
     """A stored tensor (by its name in the file), decoded and updated when it is read.
 
-    `codes` says how a quantised weight is decoded; `updates` are added to its values. With a
+    `codes` says how a quantised weight is decoded; `updates` are added to its values. `kept` is the
+    dtype of codes that are not decoded, None for weights in the dtype of the model. With a
     `share`, only that part of the tensor is read.
     """
 
     file: MappedFile
     name: str
     updates: tuple[LoraPair, ...] = ()
-    codes: RowCodes | BlockCodes | None = None
+    codes: StoredCodes | None = None
     share: Share | None = None
+    kept: torch.dtype | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -63,7 +66,9 @@ class StoredWeight:
     @property
     def shape(self) -> torch.Size:
         """Shape of what is read."""
-        shape = list(self.info.shape)
+        shape = list(self.info.shape if self.codes is None else self.codes.shape)
+        if self.kept is not None:
+            shape = list(self.info.stored_shape)
         if self.share is not None:
             shape[self.share.dim] = len(self.share.places)
         return torch.Size(shape)
@@ -77,6 +82,7 @@ class StoredWeight:
             and self.info.dtype == dtype
             and self.file.is_view(self.name)
             and (self.share is None or self.share.dim == 0)
+            and (self.kept is None or self.info.start % CODES_ALIGNMENT == 0)
         )
 
     def view(self) -> Tensor:

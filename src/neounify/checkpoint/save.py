@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.config_json import with_quantised, write_config
 from neounify.checkpoint.load import expected_shapes
-from neounify.checkpoint.names import each_expert, to_published
+from neounify.checkpoint.names import each_expert, is_beside_codes, to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, RequestError
 from neounify.files import atomic_folder, check_empty, write_json
@@ -25,6 +25,8 @@ from neounify.model import NeoUnify
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DESCRIPTION = ".comfy_quant"
+"""End of the name of the tensor that describes a quantised weight."""
 
 
 class SavesFiles(Protocol):
@@ -45,6 +47,7 @@ def save_model(
 ) -> Path:
     """Write config.json, weights, the tokenizer's files and `extra_files` (name → text).
 
+    Quantised layers are written as they are, with the description of their format.
     One model.safetensors when the weights fit into `max_shard_bytes`, else shards and an index;
     a larger tensor gets a separate shard. `config` stands in for `model.config`; its stored
     torch_dtype follows the weights.
@@ -69,8 +72,19 @@ def save_model(
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor]:
+    from neounify.checkpoint.quantised import describe, quant_modules
+
     tensors = {n: tensor.detach() for n, tensor in each_expert(model.state_dict()).items()}
-    expected = expected_shapes(config)
+    expected: dict[str, tuple[int, ...]] = dict(expected_shapes(config))
+    described: dict[str, Tensor] = {}
+    for name, layer in quant_modules(model).items():
+        weight = f"{name}.weight"
+        if expected.get(weight) == layer.shape:
+            del expected[weight]
+            layout = layer.format.layout(layer.shape).items()
+            expected |= {f"{name}.{part}": shape for part, (shape, _) in layout}
+        module = to_published(weight).removesuffix(".weight")
+        described[module + DESCRIPTION] = describe(module, layer)
     wrong = [
         name
         for name in sorted(tensors.keys() | expected.keys())
@@ -81,14 +95,17 @@ def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor
             f"{len(wrong)} tensors are not as the config says, {wrong[0]} first: another config, "
             "or a model whose weights are not in memory"
         )
-    return {to_published(name): tensors[name] for name in expected}
+    return {to_published(name): tensors[name] for name in expected} | described
 
 
 def _document(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Any]:
     document = copy.deepcopy(write_config(config))
+    if not any(name.endswith(DESCRIPTION) for name in tensors):
+        document = with_quantised(document, None)
     counts: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        counts[tensor.dtype] += tensor.numel()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_beside_codes(name):
+            counts[tensor.dtype] += tensor.numel()
     dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     if not config.published:
         document["torch_dtype"] = dtype

@@ -164,6 +164,7 @@ def _convert_model(
     display: Display,
 ) -> None:
     with lasting_imports():
+        from neounify.checkpoint.load import DECODED
         from neounify.pipeline import load
 
     loras = parse_loras(weights.lora)
@@ -174,6 +175,7 @@ def _convert_model(
             dtype=weights.dtype or "stored",
             lora=loras or None,
             verify=True,
+            backend=DECODED,
         )
     with display.bar(f"writing {out.name}"):
         pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)

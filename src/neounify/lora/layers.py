@@ -21,6 +21,7 @@ from torch.nn.functional import dropout, linear
 
 from neounify.checkpoint.lora_file import MAX_RANK
 from neounify.checkpoint.names import part_of, stream_of
+from neounify.checkpoint.quantised import quant_modules
 from neounify.config.ranges import STRICT, BelowOne, Positive, Range
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model.build import without_values
@@ -139,7 +140,12 @@ def linear_experts(model: NeoUnify) -> Iterator[None]:
 
 
 def check_plain(model: NeoUnify) -> None:
-    """Raise ConfigError where a model has adapters already."""
+    """Raise ConfigError where a model has adapters already, or quantised layers."""
+    if quantised := quant_modules(model):
+        raise ConfigError(
+            f"lora: {len(quantised)} layers are quantised, and adapters are trained on plain "
+            'weights; load the model with backend="decoded"'
+        )
     if layers := lora_layers(model):
         raise ConfigError(
             f"lora: the model has adapters already, on {len(layers)} layers; "

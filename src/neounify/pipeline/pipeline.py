@@ -75,20 +75,20 @@ def load(
     compile: bool = False,
     attention: str = "auto",
     colour_profiles: bool = True,
+    quantise: str | None = None,
+    backend: str = "auto",
 ) -> Pipeline:
     """Load a checkpoint folder of the published layout and everything needed to use it.
 
     `folder` may also be one .safetensors or .gguf file; `config` then names the folder with its
-    config.json and tokenizer, by default the one the file is in.
-    `dtype` is "float32", "bfloat16" or "float16", or "stored"; None or "auto" is the stored one
-    too, but float32 on a CPU that is slow in half precision; `Pipeline.loaded_dtype` says which and
-    why. Tensors stored in the dtype that is used are memory-mapped, not copied. `lora` merges one
-    or several LoRAs, files of any form (docs/lora.md) or PEFT folders, with `lora_strength` each.
-    `memory="stream"` keeps only the active stream resident, for models that fill the memory;
-    `verify` checks all weights for NaN first. `compile` fuses elementwise work with torch.compile:
-    slower at first, then faster at prefill and denoising. `attention` names the attention backend
-    ("sdpa", "blocks"), "auto" the best one for the device. `colour_profiles=False` takes the pixels
-    of all input images for sRGB, whatever profile they carry, as the published code does.
+    config.json and tokenizer, by default the one the file is in. `dtype` is "float32", "bfloat16",
+    "float16" or "stored"; None or "auto" is the stored one too, but float32 on a CPU that is slow
+    in half precision; `Pipeline.loaded_dtype` says which and why. Tensors stored in the dtype that
+    is used are memory-mapped. `lora` merges LoRAs (docs/lora.md), with `lora_strength` each.
+    `memory="stream"` keeps only the active stream resident; `verify` checks all weights for NaN
+    first. `compile` makes prefill and denoising faster, after a slow start. `attention` names the
+    backend of attention, `backend` that of layers of codes; `quantise` is a preset such as "int8"
+    (docs/compression.md). `colour_profiles=False` takes the pixels of all input images for sRGB.
 
     Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
     """
@@ -105,6 +105,8 @@ def load(
         lora_strength=lora_strength,
         memory=memory,
         verify=verify,
+        quantise=quantise,
+        backend=backend,
     )
     if compile:
         compile_streams(loaded.model)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from neounify.quant.formats import CODES, Shape, Tensors
+
 Blocks = UInt8[Tensor, "n bytes"]
 Values = Float[Tensor, "n elements"]
 
@@ -38,15 +40,27 @@ class BlockFormat:
 
 
 @dataclass(frozen=True)
-class BlockCodes:
-    """A weight in blocks, whose rows are whole ones."""
+class BlockRows:
+    """The format (`formats.WeightFormat`) of weights in blocks, whose rows are whole ones."""
 
-    format: BlockFormat
+    blocks: BlockFormat
+    group = 1
 
-    def decode(self, codes: UInt8[Tensor, "rows bytes"], start: int) -> Float[Tensor, "rows k"]:
+    @property
+    def name(self) -> str:
+        """The name of the block format, such as Q4_K."""
+        return self.blocks.name
+
+    def layout(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Rows of bytes."""
+        rows, columns = shape
+        return {CODES: ((rows, columns // self.blocks.elements * self.blocks.nbytes), torch.uint8)}
+
+    def dequantise(self, tensors: Tensors) -> Float[Tensor, "rows k"]:
         """Ŵ of some rows, float32 on the device of the codes; all rows are alike."""
-        blocks = codes.reshape(-1, self.format.nbytes)
-        return self.format.decode(blocks).view(codes.shape[0], -1)
+        codes = tensors[CODES]
+        blocks = codes.reshape(-1, self.blocks.nbytes)
+        return self.blocks.decode(blocks).view(codes.shape[0], -1)
 
 
 # --- parts of a block ---

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 MAX_GROUP = 256
+FACTOR = 16
+"""Channels that are rotated in one product; H of larger groups is a product of two."""
 
 
 def group_size(channels: int) -> int:
@@ -43,6 +45,13 @@ def hadamard(size: int, device: torch.device) -> Float[Tensor, "size size"]:
 
 
 def rotate_groups(rows: Float[Tensor, "n k"], size: int) -> Float[Tensor, "n k"]:
-    """rows · H on each group of `size` channels, in float32; twice gives the rows again."""
-    groups = rows.float().unflatten(-1, (-1, size))
-    return (groups @ hadamard(size, rows.device)).flatten(-2)
+    """rows · H on each group of `size` channels, in float32; twice gives the rows again.
+
+    Large groups are taken as matrices, H_ab x = H_a X H_b, which is a tenth of the work.
+    """
+    inner = min(size, FACTOR)
+    right = rows.float().reshape(-1, inner) @ hadamard(inner, rows.device)
+    if size > inner:
+        outer = hadamard(size // inner, rows.device)
+        right = outer @ right.view(-1, size // inner, inner)
+    return right.view(rows.shape)

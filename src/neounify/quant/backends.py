@@ -1,0 +1,218 @@
+"""Backends of quantised linear layers: one function each, chosen once per layer.
+
+| name | of | products |
+|---|---|---|
+| reference | every format and device | float, of slices of rows that are dequantised for the call |
+| torch | int8 on a CPU | `_weight_int8pack_mm` for few rows of x, else as reference |
+| | int8 and 4 bits on a GPU | `w8a8` |
+| | fp8 | `scaled_mm`: x in fp8 too, with a scale per row |
+| w8a8 | int8 and 4 bits | `_int_mm`: x in int8 too, with a scale per row; exact in int32 |
+| comfy-kitchen | int8 and 4 bits on a GPU | the kernels of that package, as w8a8 |
+
+A row of x gives the same bits whatever rows are beside it, but that `torch` on a CPU computes up to
+`FEW_ROWS` rows in another way than more.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from neounify.errors import RequestError
+from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, WeightFormat, rows_of
+from neounify.quant.fp8 import quantise_fp8
+from neounify.quant.int8 import quantise_int8
+from neounify.quant.rotation import rotate_groups
+
+if TYPE_CHECKING:
+    from neounify.quant.linear import QuantLinear
+
+Product: TypeAlias = Callable[["QuantLinear", Tensor], Tensor]
+"""y = x Ŵᵀ + bias for rows x [n, in], in the dtype of x."""
+
+AUTO, DECODED = "auto", "decoded"
+BACKENDS = ("reference", "torch", "w8a8", "comfy-kitchen")
+FEW_ROWS = 32
+"""Rows up to which reading codes is what costs; products with more are faster dequantised."""
+MIN_ROWS = 8
+"""Rows that float products are filled up to: with fewer, libraries add in another order."""
+SLICE_ELEMENTS = 2**18
+"""Elements dequantised at a time on a CPU, 1 MB in float32, which stay in its cache."""
+DEVICE_SLICE_ELEMENTS = 2**21
+"""The same on other devices: with all intermediate results at most 64 MB."""
+INT8PACK_CHANNELS = 16
+"""`_weight_int8pack_mm` reads past the end of rows that are no multiple of this."""
+INT_MM_ROWS = 32
+"""`_int_mm` on a GPU wants more than 16 rows."""
+
+
+class Backend(NamedTuple):
+    """A backend as it was chosen: its name, the operator behind it, and the product."""
+
+    name: str
+    operator: str
+    product: Product
+
+    def __str__(self) -> str:
+        return self.name if self.operator == self.name else f"{self.name} ({self.operator})"
+
+
+def check_backend(name: str) -> None:
+    """Raise RequestError for a name that is no backend of quantised layers."""
+    known = (AUTO, DECODED, *BACKENDS)
+    if name not in known:
+        raise RequestError(
+            f"backend {name!r} of quantised layers is unknown; known are {', '.join(known)}",
+            param="backend",
+        )
+
+
+def choose_backend(name: str, format: WeightFormat, columns: int, device: torch.device) -> Backend:
+    """The backend of a layer whose weight has `columns` channels; "auto" is the best one here.
+
+    A backend that does not serve a format falls back to the reference, layer by layer, so that a
+    name serves models of several formats. Raises RequestError for an unknown name, and for
+    comfy-kitchen where it is not installed.
+    """
+    check_backend(name)
+    if name == "comfy-kitchen" and not has_kitchen():
+        raise RequestError(
+            "backend comfy-kitchen is not installed; pip install comfy-kitchen, or choose another",
+            param="backend",
+        )
+    eights = isinstance(format, Int8Rows | FourBits)
+    on_gpu = device.type == "cuda"
+    if eights and on_gpu and (name == "comfy-kitchen" or (name == AUTO and has_kitchen())):
+        return Backend("comfy-kitchen", "comfy-kitchen", kitchen)
+    if eights and (name == "w8a8" or (on_gpu and name in (AUTO, "torch"))):
+        return Backend("w8a8" if name == "w8a8" else "torch", "_int_mm", w8a8)
+    if isinstance(format, Fp8Rows) and (
+        name == "torch" or (name == AUTO and on_gpu and _has_fp8(device))
+    ):
+        return Backend("torch", "scaled_mm", scaled)
+    packs = isinstance(format, Int8Rows) and columns % INT8PACK_CHANNELS == 0
+    if packs and device.type == "cpu" and name in (AUTO, "torch"):
+        return Backend("torch", "_weight_int8pack_mm", int8pack)
+    return Backend("reference", "reference", reference)
+
+
+def has_kitchen() -> bool:
+    """Whether comfy-kitchen is installed."""
+    return importlib.util.find_spec("comfy_kitchen") is not None
+
+
+def reference(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """Products with slices of rows of Ŵ, dequantised in float32 and cast to the dtype of x."""
+    filled = fill_rows(x, MIN_ROWS)
+    if layer.format.group > 1:
+        filled = rotate_groups(filled, layer.format.group).to(x.dtype)
+    parts = [
+        linear(filled, layer.format.dequantise(tensors).to(x.dtype)) for tensors in _slices(layer)
+    ]
+    return _finish(layer, torch.cat(parts, dim=-1)[: x.shape[0]], x.dtype)
+
+
+def int8pack(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """Few rows in bfloat16 times the codes as they are stored, scaled in float32."""
+    if x.shape[0] > FEW_ROWS:
+        return reference(layer, x)
+    rows, group = x, layer.format.group
+    if group > 1:
+        rows = rotate_groups(fill_rows(x, MIN_ROWS), group)[: x.shape[0]]
+    tensors = layer.tensors()
+    ones = layer.ones(torch.bfloat16)
+    y = torch._weight_int8pack_mm(rows.bfloat16(), tensors["weight"], ones)
+    return _finish(layer, y.float() * tensors["weight_scale"].squeeze(1), x.dtype)
+
+
+def w8a8(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """x in int8 with a scale per row: int32 products, exact, times both scales in float32."""
+    format = layer.format
+    assert isinstance(format, Int8Rows | FourBits)
+    rows, row_scale = quantise_int8(x, format.group)
+    if x.device.type == "cuda":
+        rows = fill_rows(rows, INT_MM_ROWS)
+    # Codes that are int8 already are not copied, so they need no slices.
+    slices = _slices(layer) if isinstance(format, FourBits) else [layer.tensors()]
+    parts = []
+    for tensors in slices:
+        codes, scale = format.int8(tensors)
+        sums = torch._int_mm(rows, codes.t())[: x.shape[0]]
+        parts.append(sums.float() * row_scale * scale.t())
+    return _finish(layer, torch.cat(parts, dim=-1), x.dtype)
+
+
+def scaled(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """x in fp8 with a scale per row, times codes in fp8."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    tensors = layer.tensors()
+    rows, row_scale = quantise_fp8(fill_rows(x, INT_MM_ROWS))
+    by_row = ScalingType.RowWise
+    y = scaled_mm(
+        rows,
+        tensors["weight"].t(),
+        row_scale,
+        by_row,
+        tensors["weight_scale"].t(),
+        by_row,
+        output_dtype=torch.bfloat16,
+    )
+    return _finish(layer, y[: x.shape[0]], x.dtype)
+
+
+def kitchen(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:
+    """The linear operations of comfy-kitchen, which picks kernels for the device."""
+    import comfy_kitchen
+
+    format, tensors = layer.format, layer.tensors()
+    if isinstance(format, FourBits):
+        return comfy_kitchen.w4a8_int8_linear(
+            x,
+            tensors["weight"].view(torch.int8),
+            tensors["weight_s_rel"],
+            tensors["weight_s_channel"],
+            codebook=tensors.get("weight_codebook"),
+            bias=layer.bias,
+            convrot_groupsize=format.group,
+            out_dtype=x.dtype,
+        )
+    return comfy_kitchen.int8_linear(
+        x,
+        tensors["weight"],
+        tensors["weight_scale"],
+        bias=layer.bias,
+        out_dtype=x.dtype,
+        convrot=format.group > 1,
+        convrot_groupsize=format.group,
+    )
+
+
+def _slices(layer: QuantLinear) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a layer, some rows of the weight at a time."""
+    tensors = layer.tensors()
+    elements = DEVICE_SLICE_ELEMENTS
+    if tensors["weight"].device.type == "cpu":
+        elements = SLICE_ELEMENTS
+    step = max(1, elements // layer.in_features)
+    for start in range(0, layer.out_features, step):
+        yield rows_of(tensors, slice(start, start + step))
+
+
+def fill_rows(x: Tensor, least: int) -> Tensor:
+    """`x` with rows of zeros behind it, so that there are at least so many."""
+    return pad(x, (0, 0, 0, least - x.shape[0])) if x.shape[0] < least else x
+
+
+def _finish(layer: QuantLinear, y: Tensor, dtype: torch.dtype) -> Tensor:
+    return (y if layer.bias is None else y + layer.bias.float()).to(dtype)
+
+
+def _has_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
