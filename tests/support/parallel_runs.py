@@ -68,7 +68,14 @@ CASES: dict[str, dict[str, Any]] = {
     "recomputed": {"defaults": {"checkpoint_activations": True}},
     "muon": {"defaults": {"optimizer": MUON}},
     "copies": {"parallel": {"replicate": 2}},
+    "experts": {"model": SPARSE, "parallel": {"expert": 2}},
+    "experts muon": {
+        "model": SPARSE,
+        "parallel": {"expert": 2},
+        "defaults": {"optimizer": MUON, "checkpoint_activations": True},
+    },
     "moved": one_stage(steps=6),
+    "moved experts": {"model": SPARSE, "parallel": {"expert": 2}, **one_stage(steps=6)},
 }
 """Changes of the recipe by the name of a case."""
 
@@ -87,7 +94,11 @@ def this_rank() -> Ranks:
 
 def train(folder: Path, case: str, stop_after: int | None = None) -> dict[str, Any]:
     """Train a case on this rank, from the newest state on if there is one; the weights then."""
-    training = trainer(folder, recipe(**CASES[case]), this_rank())
+    ranks = this_rank()
+    changes = CASES[case]
+    if ranks.size == 1:  # of one rank, which is alone on every axis
+        changes = {**changes, "parallel": {}}
+    training = trainer(folder, recipe(**changes), ranks)
     if states := saved_states(training.states):
         training.resume(states[-1])
     training.run(stop_after=stop_after)

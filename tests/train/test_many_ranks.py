@@ -23,7 +23,9 @@ from support.ranks import run_ranks
 
 Weights = dict[str, dict[str, Any]]
 """Weights by case and name."""
-ON_FOUR = ("copies", "moved")
+MOVED = ("moved", "moved experts")
+ON_FOUR = ("copies", *MOVED)
+OF_MUON = ("muon", "experts muon")
 SECONDS = 540.0
 
 
@@ -32,27 +34,29 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     results: dict[str, Any] = {
         case: train(Path(folder) / case, case) for case in CASES if case not in ON_FOUR
     }
-    results["moved"] = train(Path(folder) / "moved", "moved", stop_after=2)
+    for case in MOVED:
+        results[case] = train(Path(folder) / case, case, stop_after=2)
     results["owners"] = muon_on_owners()
     results["spoiled"] = spoiled(Path(folder) / "spoiled")
     return results
 
 
 def on_four_ranks(folder: str) -> dict[str, Any]:
-    return {
-        "copies": train(Path(folder) / "copies", "copies"),
-        "moved": train(Path(folder) / "moved", "moved", stop_after=4),
-    }
+    moved = {case: train(Path(folder) / case, case, stop_after=4) for case in MOVED}
+    return {"copies": train(Path(folder) / "copies", "copies"), **moved}
 
 
 def muon_on_owners() -> dict[str, Any]:
     """Weights after steps of Muon, whole and cut over the ranks, from the same gradients."""
     shapes = {"layers.0.a": (5, 7), "layers.0.b": (1, 3), "layers.1.a": (16, 4)}
+    # Stacks of matrices, cut by matrices and by rows.
+    shapes |= {"layers.1.b": (3, 8, 4), "layers.2.b": (2, 4, 6)}
     mesh = init_device_mesh("cpu", (this_rank().size,))
     numbers = torch.Generator().manual_seed(0)
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
-        return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+        by_rows = tensor.ndim == 3 and len(tensor) == 2
+        return distribute_tensor(tensor, mesh, [Shard(int(by_rows))], src_data_rank=None)
 
     whole = {n: Parameter(torch.randn(s, generator=numbers)) for n, s in shapes.items()}
     parts = {n: Parameter(cut(p.detach().clone())) for n, p in whole.items()}
@@ -100,7 +104,8 @@ def two(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def four(folder: Path, two: object) -> list[dict[str, Any]]:
     (folder / "four").mkdir()
-    (folder / "two" / "moved").rename(folder / "four" / "moved")
+    for case in MOVED:
+        (folder / "two" / case).rename(folder / "four" / case)
     return run_ranks(on_four_ranks, str(folder / "four"), ranks=4, seconds=SECONDS)
 
 
@@ -125,7 +130,7 @@ def check_weights(expected: dict[str, Any], ranks: list[dict[str, Any]], bound: 
         assert np.abs(ranks[0][name] - weight).max() < bound, name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in (*ON_FOUR, "muon")])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*ON_FOUR, *OF_MUON)])
 def test_two_ranks_train_as_one(
     folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
 ) -> None:
@@ -133,15 +138,21 @@ def test_two_ranks_train_as_one(
     check_weights(alone[case], [rank[case] for rank in two], 1e-5)
 
 
-def test_muon_on_two_ranks(folder: Path, alone: Weights, two: list[dict[str, Any]]) -> None:
-    check_logs(folder / "alone" / "muon", folder / "two" / "muon", 1e-4)
-    check_weights(alone["muon"], [rank["muon"] for rank in two], 1e-2)
+@pytest.mark.parametrize("case", OF_MUON)
+def test_muon_on_two_ranks(
+    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+) -> None:
+    check_logs(folder / "alone" / case, folder / "two" / case, 1e-4)
+    check_weights(alone[case], [rank[case] for rank in two], 1e-2)
 
 
 def test_matrices_dealt_out_to_owners_have_the_bits_of_one_rank(two: list[dict[str, Any]]) -> None:
     for rank in two:
         for whole, parts in rank["owners"].values():
-            assert np.array_equal(whole, parts)
+            if whole.ndim == 2:
+                assert np.array_equal(whole, parts)
+            else:  # matrices of a stack are multiplied together, by other kernels
+                np.testing.assert_allclose(whole, parts, atol=1e-5)
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[str, Any]]) -> None:
@@ -157,21 +168,22 @@ def test_copies_of_a_mesh_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", MOVED)
 def test_a_run_moves_from_two_ranks_to_four_and_to_one(
-    folder: Path, alone: Weights, four: list[dict[str, Any]]
+    folder: Path, alone: Weights, four: list[dict[str, Any]], case: str
 ) -> None:
-    at = folder / "four" / "moved"
+    at = folder / "four" / case
     states = [path.name for path in saved_states(at / "states")]
     assert states == ["step-00000002", "step-00000004"]
     shards = sorted(path.name for path in (at / "states" / states[-1] / "model").iterdir())
     assert len(shards) == 4
     facts = json.loads((at / "states" / states[-1] / "state.json").read_text())
     assert all(len(known["sha256"]) == 64 for known in facts["files"].values())
-    weights = train(at, "moved")
-    check_logs(folder / "alone" / "moved", at)
-    check_weights(alone["moved"], [weights], 1e-5)
+    weights = train(at, case)
+    check_logs(folder / "alone" / case, at)
+    check_weights(alone[case], [weights], 1e-5)
     exported = dict(load(at / "model").model.named_parameters())
-    before = dict(load(folder / "alone" / "moved" / "model").model.named_parameters())
+    before = dict(load(folder / "alone" / case / "model").model.named_parameters())
     for name, weight in before.items():
         torch.testing.assert_close(exported[name], weight, atol=1e-5, rtol=0)
 

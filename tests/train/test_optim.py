@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from neounify.train import optim
-from neounify.train.optim import Muon, OptimizerConfig, OptimizerSet, load_optimizers, orthogonal
+from neounify.train import muon as module
+from neounify.train.muon import Muon, orthogonal
+from neounify.train.optim import OptimizerConfig, OptimizerSet, load_optimizers
 
 SHAPES = [(24, 24), (16, 48), (48, 16)]
 RATE, MOMENTUM, DECAY = 1e-2, 0.95, 0.1
@@ -41,7 +42,7 @@ def reference(start: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(optim, "multiplies", lambda dtype: native)
+    monkeypatch.setattr(module, "multiplies", lambda dtype: native)
 
 
 def muon(parameters: list[Parameter]) -> Muon:

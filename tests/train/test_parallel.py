@@ -10,24 +10,30 @@ from neounify.distributed.mesh import MeshShape, ParallelConfig, mesh_shape
 from neounify.distributed.owners import owners
 from neounify.distributed.ranks import Ranks, ranks_of
 from neounify.errors import ConfigError
-from neounify.train.parallel import check_parallel
+from neounify.train.parallel import check_model, check_parallel
 from neounify.train.recipe import recipe_from_table
-from support.parallel_runs import one_stage, recipe
+from neounify.train.setup import recipe_config
+from support.parallel_runs import SPARSE, one_stage, recipe
 
 
 @pytest.mark.parametrize(
     ("config", "ranks", "shape"),
     [
-        (None, 1, (1, 1)),
-        (None, 6, (1, 6)),
-        (ParallelConfig(replicate=2), 8, (2, 4)),
-        (ParallelConfig(replicate=2, shard=3), 6, (2, 3)),
+        (None, 1, (1, 1, 1)),
+        (None, 6, (1, 6, 1)),
+        (ParallelConfig(replicate=2), 8, (2, 4, 1)),
+        (ParallelConfig(replicate=2, shard=3), 6, (2, 3, 1)),
+        (ParallelConfig(replicate=2, expert=4), 24, (2, 3, 4)),
+        (ParallelConfig(shard=1, expert=4), 4, (1, 1, 4)),
     ],
 )
 def test_the_shape_of_a_mesh(
-    config: ParallelConfig | None, ranks: int, shape: tuple[int, int]
+    config: ParallelConfig | None, ranks: int, shape: tuple[int, int, int]
 ) -> None:
-    assert mesh_shape(config, ranks) == MeshShape(replicate=shape[0], shard=shape[1])
+    replicate, shard, expert = shape
+    wanted = MeshShape(replicate=replicate, shard=shard, expert=expert)
+    assert mesh_shape(config, ranks) == wanted
+    assert wanted.ranks == ranks
 
 
 GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
@@ -37,6 +43,9 @@ GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
     ("changes", "ranks", "message"),
     [
         ({"parallel": {"replicate": 2, "shard": 3}}, 4, "replicate 2 × shard 3 are 6 ranks"),
+        ({"parallel": {"shard": 2, "expert": 4}}, 4, "shard 2 × expert 4 are 8 ranks"),
+        ({"parallel": {"replicate": 2, "expert": 4}}, 4, "2 ranks cannot be divided by 4"),
+        ({"parallel": {"expert": 2}, **one_stage(compile=True)}, 2, "compile is not available"),
         ({"parallel": {"replicate": 3}}, 4, "4 ranks cannot be divided into 3 copies"),
         ({"parallel": {"streams": 6}}, 4, "4 ranks cannot share the 6 data streams.*parallel"),
         (one_stage(packs_per_step=6), 4, r"packs_per_step \(6\).* such as 8"),
@@ -49,10 +58,23 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], ranks: int, messa
         check_parallel(recipe(**changes), ranks)
 
 
-@pytest.mark.parametrize("axis", ["expert", "sequence"])
-def test_axes_that_do_not_exist_are_refused(axis: str) -> None:
-    with pytest.raises(ConfigError, match=f"parallel: {axis}: this axis is not available"):
-        recipe(parallel={axis: 2})
+def test_an_axis_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="parallel: sequence: this axis is not available"):
+        recipe(parallel={"sequence": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expert", "message"),
+    [
+        ({}, 2, "expert is 2, and the model has no experts"),
+        ({"model": SPARSE}, 3, "expert is 3, which does not divide the 4 experts"),
+    ],
+)
+def test_models_that_cannot_use_experts(changes: dict[str, Any], expert: int, message: str) -> None:
+    config = recipe_config(recipe(**changes))
+    with pytest.raises(ConfigError, match=message):
+        check_model(config, MeshShape(expert=expert))
+    check_model(config, MeshShape(shard=3))
 
 
 def test_without_a_table_the_data_streams_are_the_workers() -> None:

@@ -103,12 +103,12 @@ def _train(
 
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
-        from neounify.train.parallel import check_parallel
+        from neounify.train.parallel import check_model, check_parallel
         from neounify.train.progress import Progress, SampleGrid, stages_to_run
-        from neounify.train.setup import StageSources, build_setup
+        from neounify.train.setup import StageSources, build_setup, recipe_config
 
     ranks.check_alike("the recipe", repr(recipe))
-    ranks.together(lambda: check_parallel(recipe, ranks.size))
+    ranks.together(lambda: check_model(recipe_config(recipe), check_parallel(recipe, ranks.size)))
     newest = ranks.together(lambda: _state(folder, resume, display) if ranks.first else None)
     state = ranks.gather(newest)[0]
     # Unknown stages and unreadable data are reported before a model is loaded.

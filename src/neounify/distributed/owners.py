@@ -56,7 +56,8 @@ def _rows_group(parameter: Tensor) -> distributed.ProcessGroup | None:
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
             if isinstance(placement, Shard) and placement.dim == parameter.ndim - 2:
-                return parameter.device_mesh.get_group(axis)
+                group = parameter.device_mesh.get_group(axis)
+                return group if group.size() > 1 else None
     return None
 
 

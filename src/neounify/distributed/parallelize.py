@@ -2,9 +2,11 @@
 
 1. The objective becomes one module: whatever a loss calls is below it. The experts of a layer
    become one weight per projection.
-2. Every layer becomes a unit: its parameters are gathered together, when it runs.
-3. The objective becomes the root unit: all that stands outside the layers, gathered once a step.
-4. Gradients are summed over the ranks, those of parameters that nothing reached being zero.
+2. Experts are dealt out to the ranks of `expert`, which exchange rows (`experts.py`).
+3. Every layer becomes a unit: its parameters are gathered together, when it runs; experts over the
+   ranks that hold the same ones.
+4. The objective becomes the root unit: all that stands outside the layers, gathered once a step.
+5. Gradients are summed over the ranks, those of parameters that nothing reached being zero.
 
 Freezing, compiling and recomputing are settings inside the units and come after; optimizers and the
 EMA are made last, of what a rank holds. On one rank only the first applies.
@@ -18,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from neounify.distributed.experts import call_every_stream, place_experts
 from neounify.distributed.mesh import MeshShape
 from neounify.distributed.ranks import Ranks
 from neounify.model.neo import NeoUnify
@@ -84,20 +88,29 @@ def parallelize(
     objective = Objective(model)
     model.stack_experts()
     if ranks.size > 1:
-        mesh = shape.build((device or model.device).type)
+        kind = (device or model.device).type
+        mesh = shape.build(kind)
+        placed = place_experts(model, shape, kind)
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bfloat16 else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
         for unit in (*model.layers, objective):
-            fully_shard(unit, mesh=mesh, mp_policy=precision)
+            fully_shard(unit, mesh=mesh, mp_policy=precision, shard_placement_fn=placed)
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
             # gloo has no reduction that multiplies.
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_reduce_scatter_unused_params(True)
+        if shape.expert > 1:
+            call_every_stream(objective, model)
     return Parallel(objective, ranks, shape)
+
+
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The mesh that a tensor is cut over, None for a whole one."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def local(tensor: Tensor) -> Tensor:

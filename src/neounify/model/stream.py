@@ -210,7 +210,7 @@ class StackedExperts(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         for name in PROJECTIONS:
-            weights = [expert.get_parameter(f"{name}.weight") for expert in experts]
+            weights: list[Tensor] = [e.get_parameter(f"{name}.weight") for e in experts]
             trained = weights[0].requires_grad
             self.register_parameter(name, nn.Parameter(torch.stack(weights), trained))
             for expert in experts:  # freed here, so that memory holds one projection twice
@@ -232,16 +232,26 @@ class StackedExperts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
         """SwiGLU of every expert on its slice of the rows, as `SwiGLU.forward`."""
-        dtype = _product_dtype(rows)
-        stacks = (self.gate_proj, self.up_proj, self.down_proj)
-        if not may_group(dtype, *(stack.shape[-1] for stack in stacks)):
-            parts = zip(_slices(rows, ends), *(stack.unbind() for stack in stacks), strict=True)
-            return torch.cat([_swiglu(x, *weights) for x, *weights in parts])
-        assert _grouped_mm is not None
-        x, gate, up, down = (tensor.to(dtype) for tensor in (rows, *stacks))
-        inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
-        inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
-        return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
+        return run_experts(rows, ends, self.gate_proj, self.up_proj, self.down_proj)
+
+
+def run_experts(
+    rows: Float[Tensor, "m size"],
+    ends: Int[Tensor, " experts"],
+    gate: Float[Tensor, "experts width size"],
+    up: Float[Tensor, "experts width size"],
+    down: Float[Tensor, "experts size width"],
+) -> Float[Tensor, "m size"]:
+    """SwiGLU of stacked experts, each on its slice of the rows; `ends` are those of the slices."""
+    dtype = product_dtype(rows)
+    if not may_group(dtype, gate.shape[-1], down.shape[-1]):
+        parts = zip(_slices(rows, ends), gate.unbind(), up.unbind(), down.unbind(), strict=True)
+        return torch.cat([_swiglu(x, *weights) for x, *weights in parts])
+    assert _grouped_mm is not None
+    x, gate, up, down = (tensor.to(dtype) for tensor in (rows, gate, up, down))
+    inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
+    inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
+    return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
 def may_group(dtype: torch.dtype, *widths: int) -> bool:
@@ -262,7 +272,7 @@ def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return linear(silu(linear(x, gate)) * linear(x, up), down)
 
 
-def _product_dtype(rows: Tensor) -> torch.dtype:
+def product_dtype(rows: Tensor) -> torch.dtype:
     """The dtype of matrix products with these rows: under autocast, that of autocast."""
     device = rows.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -10,12 +10,11 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from neounify.checkpoint.load import multiplies
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.config.ranges import (
     STRICT,
@@ -27,11 +26,11 @@ from neounify.config.ranges import (
     Positive,
     check_weights,
 )
-from neounify.distributed.owners import on_matrices
-from neounify.distributed.parallelize import local, whole
+from neounify.distributed.parallelize import local, mesh_of, whole
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
 from neounify.model.parts import LABELS
+from neounify.train.muon import Muon
 
 ScheduleName = Literal["cosine", "linear", "constant"]
 OptimizerName = Literal["adamw", "muon"]
@@ -86,91 +85,6 @@ class Schedule:
     def over(self, steps: int) -> Callable[[int], float]:
         """The factor as a function of the step, for a stage of so many steps."""
         return partial(self.at, steps=steps)
-
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of a quintic iteration, and how often it is applied (Jordan et al. 2024, Muon)."""
-NEWTON_SCHULZ_STEPS = 5
-SMALLEST_NORM = 1e-7
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for matrices and stacks of them; settings and state are those of torch.optim.Muon.
-
-    Of matrices cut over ranks the momentum stays cut, and each is orthogonalised whole by the rank
-    that owns it (`distributed.owners`), with the bits of one rank.
-
-    torch.optim.Muon orthogonalises in bfloat16 whatever computes it. On a CPU without products in
-    bfloat16 that is many times as slow as float32 (docs/log.md), which then takes its place. The
-    choice is by the processor's features, not by timing, so a machine always makes the same one.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        momentum: float,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        device = self.param_groups[0]["params"][0].device
-        self.in_bfloat16 = device.type != "cpu" or multiplies(torch.bfloat16)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, all parameters in the same precision."""
-        if closure is not None:
-            raise ValueError("a closure is not supported")
-        for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
-            momenta = [self._momentum(parameter, group) for parameter in trained]
-            updates = on_matrices(trained, momenta, self._orthogonal)
-            for parameter, update in zip(trained, updates, strict=True):
-                self._move(local(parameter), max(parameter.shape[-2:]), update, group)
-        return None
-
-    def _momentum(self, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """The gradient with Nesterov's momentum, of the rows held here."""
-        state, momentum = self.state[parameter], group["momentum"]
-        assert parameter.grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-        gradient = local(parameter.grad)
-        buffer = local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum)
-
-    def _orthogonal(self, update: Tensor) -> Tensor:
-        """The orthogonal matrices next to updates, as torch computes them or in their own dtype."""
-        return orthogonal(update.bfloat16() if self.in_bfloat16 else update)
-
-    def _move(
-        self, parameter: Tensor, longest: int, update: Tensor, group: Mapping[str, Any]
-    ) -> None:
-        """Move a matrix, or the rows held here; `longest` is the longer side of the whole."""
-        # Both are lr · 0.2 · √longest, in the order of each precision's earlier versions.
-        rate = group["lr"] * 0.2 * math.sqrt(longest)
-        if self.in_bfloat16:
-            rate = group["lr"] * (0.2 * math.sqrt(longest))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-
-
-def orthogonal(
-    matrix: Float[Tensor, "*stack rows columns"],
-) -> Float[Tensor, "*stack rows columns"]:
-    """A matrix, or each of a stack, with singular values near 1, by Newton-Schulz iterations in
-    its own dtype."""
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    single = matrix.ndim == 2
-    norm = x.norm() if single else x.flatten(1).norm(dim=1)[:, None, None]
-    add_product = torch.addmm if single else torch.baddbmm
-    x = x / norm.clamp(min=SMALLEST_NORM)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 _STATE_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
@@ -246,9 +160,16 @@ class OptimizerSet:
 
     def clip_gradients(self) -> Tensor:
         """Clip the gradients to the norm `clip`; their norm before, a scalar."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        meshes: dict[DeviceMesh | None, list[Parameter]] = {}
+        for parameter in self.parameters:
+            meshes.setdefault(mesh_of(parameter), []).append(parameter)
+        norms = [
+            whole(torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]))
+            for some in meshes.values()
+        ]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+        for some in meshes.values():
+            torch.nn.utils.clip_grads_with_norm_(some, self.clip, norm)
         return norm
 
     def fill_gradients(self) -> None:
@@ -395,7 +316,8 @@ def _groups(
         raise ConfigError(
             f"lr_scale: this model has no {', '.join(absent)}; it has {sorted(present)}"
         )
-    groups: dict[tuple[str, float, float], list[tuple[str, Parameter]]] = {}
+    # Operators on many tensors at once want all of one mesh.
+    groups: dict[tuple[str, float, float, Any], list[tuple[str, Parameter]]] = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
             continue
@@ -403,7 +325,8 @@ def _groups(
         kind = "muon" if config.name == "muon" and inner else "adamw"
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         scale = math.prod([scales.get(label, 1.0) for label in _labels(name)], start=1.0)
-        groups.setdefault((kind, scale, decay), []).append((name, parameter))
+        key = (kind, scale, decay, mesh_of(parameter))
+        groups.setdefault(key, []).append((name, parameter))
     return [
         (
             kind,
@@ -414,7 +337,7 @@ def _groups(
                 "weight_decay": decay,
             },
         )
-        for (kind, scale, decay), named in groups.items()
+        for (kind, scale, decay, _), named in groups.items()
     ]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from neounify.checkpoint.mapped import all_finite
+from neounify.config import ModelConfig
 from neounify.distributed.mesh import MeshShape, mesh_shape
 from neounify.distributed.parallelize import Parallel, local, parallelize
 from neounify.distributed.ranks import Ranks
@@ -35,6 +36,11 @@ def check_parallel(recipe: Recipe, ranks: int) -> MeshShape:
         )
     for stage in recipe.stages:
         _check_stage(stage, ranks)
+        if stage.compile and shape.expert > 1:
+            raise ConfigError(
+                f"stage {stage.name}: compile is not available with parallel.expert "
+                f"({shape.expert}): leave one of them out"
+            )
     if len(precisions := sorted({stage.precision for stage in recipe.stages})) > 1:
         raise ConfigError(
             f"on many ranks all stages need one precision, the recipe has {', '.join(precisions)}"
@@ -57,11 +63,29 @@ def _check_stage(stage: StageRecipe, ranks: int) -> None:
         )
 
 
+def check_model(config: ModelConfig, shape: MeshShape) -> None:
+    """Raise ConfigError for a model that cannot use the axes of a mesh."""
+    if shape.expert == 1:
+        return
+    counts = {mlp.num_experts for mlp in config.mlps.values() if any(mlp.sparse)}
+    if not counts:
+        raise ConfigError(
+            f"parallel.expert is {shape.expert}, and the model has no experts: leave it at 1"
+        )
+    for count in sorted(counts):
+        if count % shape.expert:
+            raise ConfigError(
+                f"parallel.expert is {shape.expert}, which does not divide the {count} experts of "
+                "the model's layers"
+            )
+
+
 def parallelize_run(
     recipe: Recipe, model: NeoUnify, ranks: Ranks, device: torch.device
 ) -> Parallel:
     """Spread the model of a run, which has no values yet, over its ranks. Raises ConfigError."""
     shape = check_parallel(recipe, ranks.size)
+    check_model(model.config, shape)
     bfloat16 = recipe.stages[0].precision == "bfloat16"
     return parallelize(model, ranks, shape, device=device, bfloat16=bfloat16)
 
