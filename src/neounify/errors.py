@@ -119,3 +119,11 @@ def install_command(extra: Extra) -> str:
 def missing_extra(what: str, extra: Extra, error: ImportError) -> str:
     """A message for an extra that is not installed; `what` is what needs it, in the plural."""
     return f"{what} need the extra {extra!r}; in the repository: {install_command(extra)} ({error})"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of a device is used up, as Python or torch say it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("out of memory", "can't allocate memory")
+    )

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -44,13 +44,17 @@ def save_model(
     tokenizer: SavesFiles | None = None,
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    values: Iterator[Tensor] | None = None,
 ) -> Path:
     """Write config.json, weights, the tokenizer's files and `extra_files` (name → text).
 
     Quantised layers are written as they are, with the description of their format.
     One model.safetensors when the weights fit into `max_shard_bytes`, else shards and an index;
     a larger tensor gets a separate shard. `config` stands in for `model.config`; its stored
-    torch_dtype follows the weights.
+    torch_dtype follows the weights. They are cast to `dtype`. `values` are the tensors of a model
+    that is cut over ranks, whole and in the order of `expected_shapes`; they are read for one file
+    after the other.
 
     Everything is first written beside the target, then moved into place: after an error (a full
     disk, say) whatever was there before is still there. A folder that is not empty is replaced
@@ -59,22 +63,29 @@ def save_model(
     if max_shard_bytes < 1:
         raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     config = config or model.config
-    tensors = _published_tensors(model, config)
+    tensors = _published_tensors(model, config, cut=values is not None)
     target = Path(folder).resolve()
     check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
     with atomic_checkpoint(target) as aside:
-        write_json(aside / "config.json", _document(config, tensors))
-        _write_weights(aside, tensors, max_shard_bytes)
+        write_json(aside / "config.json", _document(config, tensors, dtype))
+        _write_weights(
+            aside, _Tensors(tensors, dtype, values or iter(tensors.values())), max_shard_bytes
+        )
         if tokenizer is not None:
             tokenizer.save(aside)
         write_texts(extra_files or {}, aside)
     return target
 
 
-def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor]:
+def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:
+    """The tensors of a model by published names; without values where it is cut over ranks."""
     from neounify.checkpoint.quantised import describe, quant_modules
 
-    tensors = {n: tensor.detach() for n, tensor in each_expert(model.state_dict()).items()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    absent = [name for name, tensor in state.items() if tensor.is_meta]
+    if cut:
+        state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in state.items()}
+    tensors = each_expert(state)
     expected: dict[str, tuple[int, ...]] = dict(expected_shapes(config))
     described: dict[str, Tensor] = {}
     for name, layer in quant_modules(model).items():
@@ -85,11 +96,8 @@ def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor
             expected |= {f"{name}.{part}": shape for part, (shape, _) in layout}
         module = to_published(weight).removesuffix(".weight")
         described[module + DESCRIPTION] = describe(module, layer)
-    wrong = [
-        name
-        for name in sorted(tensors.keys() | expected.keys())
-        if name not in tensors or tensors[name].shape != expected.get(name) or tensors[name].is_meta
-    ]
+    names = sorted(tensors.keys() | expected.keys())
+    wrong = absent + [n for n in names if n not in tensors or tensors[n].shape != expected.get(n)]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} tensors are not as the config says, {wrong[0]} first: another config, "
@@ -98,54 +106,80 @@ def _published_tensors(model: NeoUnify, config: ModelConfig) -> dict[str, Tensor
     return {to_published(name): tensors[name] for name in expected} | described
 
 
-def _document(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _document(
+    config: ModelConfig, tensors: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Any]:
     document = copy.deepcopy(write_config(config))
     if not any(name.endswith(DESCRIPTION) for name in tensors):
         document = with_quantised(document, None)
     counts: Counter[torch.dtype] = Counter()
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not is_beside_codes(name):
-            counts[tensor.dtype] += tensor.numel()
-    dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+        if _may_cast(tensor) and not is_beside_codes(name):
+            counts[dtype or tensor.dtype] += tensor.numel()
+    stored = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     if not config.published:
-        document["torch_dtype"] = dtype
+        document["torch_dtype"] = stored
     sections = [document, document.get("llm_config"), document.get("vision_config")]
     for section in sections:
         for key in ("torch_dtype", "dtype"):
             if isinstance(section, dict) and key in section:
-                section[key] = dtype
+                section[key] = stored
     return document
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    shards = _shards(tensors, max_shard_bytes)
+class _Tensors(NamedTuple):
+    """Tensors by published names, the dtype they are cast to, and their values in this order."""
+
+    tensors: Mapping[str, Tensor]
+    dtype: torch.dtype | None
+    values: Iterator[Tensor]
+
+    def nbytes(self, name: str) -> int:
+        return self.tensors[name].numel() * self._dtype(name).itemsize
+
+    def next(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The values of the next tensors, whose names these are."""
+        return {name: next(self.values).to(self._dtype(name)) for name in names}
+
+    def _dtype(self, name: str) -> torch.dtype:
+        tensor = self.tensors[name]
+        return self.dtype if self.dtype and _may_cast(tensor) else tensor.dtype
+
+
+def _may_cast(tensor: Tensor) -> bool:
+    """Whether the values are plain numbers and no codes."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _write_weights(folder: Path, weights: _Tensors, max_shard_bytes: int) -> None:
+    shards = _shards(weights, max_shard_bytes)
     if len(shards) == 1:
-        write_shard(folder / SINGLE_FILE, tensors, shards[0])
+        write_shard(folder / SINGLE_FILE, weights.next(shards[0]))
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / file, tensors, names)
+        write_shard(folder / file, weights.next(names))
         weight_map.update(dict.fromkeys(names, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(map(weights.nbytes, weights.tensors))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX_FILE, index)
 
 
-def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+def _shards(weights: _Tensors, max_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+    for name in weights.tensors:
+        if shards[-1] and size + weights.nbytes(name) > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += tensor.nbytes
+        size += weights.nbytes(name)
     return shards
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor], names: Sequence[str]) -> None:
-    shard = {name: tensors[name].contiguous() for name in names}
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    shard = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(shard, path, metadata={"format": "pt"})
     # The library makes files only their owner can read; the folder has the user's own choice.
     path.chmod(path.parent.stat().st_mode & 0o666)

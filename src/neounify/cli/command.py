@@ -24,7 +24,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ParameterInfo
 
-from neounify.errors import NeounifyError, SizeWarning
+from neounify.errors import NeounifyError, SizeWarning, is_out_of_memory
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as of shells."""
@@ -177,9 +177,7 @@ def explain(error: Exception) -> str | None:
         return text
     if isinstance(error, OSError):
         return explain_os_error(error)
-    if isinstance(error, MemoryError) or any(
-        words in text.lower() for words in ("out of memory", "can't allocate memory")
-    ):
+    if is_out_of_memory(error):
         first = text.splitlines()[0] if text else "out of memory"
         return (
             f"{first}\nTo use less memory: --memory stream, --dtype bfloat16, "

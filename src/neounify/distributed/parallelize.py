@@ -61,14 +61,11 @@ class Parallel:
         if isinstance(self.objective, FSDPModule) and self.shape.replicate > 1:
             self.objective.set_requires_all_reduce(last)
 
-    def whole(self, device: torch.device, *, everywhere: bool = True) -> NeoUnify | None:
-        """The model with all weights: itself on one rank, else a copy on a device; collective.
-
-        Each rank has the copy, or the first one only, and the others None.
-        """
+    def whole(self, device: torch.device) -> NeoUnify:
+        """The model with all weights: itself on one rank, else a copy on a device; collective."""
         if self.ranks.size == 1:
             return self.objective.model
-        return _gathered(self.objective.model, device if everywhere or self.ranks.first else None)
+        return _gathered(self.objective.model, device)
 
 
 def parallelize(
@@ -134,18 +131,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _gathered(model: NeoUnify, device: torch.device | None) -> NeoUnify | None:
-    """A copy of a model, gathered one parameter after the other; None on a rank without device."""
-    copy = None
-    if device is not None:
-        with torch.device("meta"):
-            copy = NeoUnify(model.config)
-            copy.stack_experts()
-        copy = copy.to_empty(device=device).requires_grad_(False)
-        copy.compute_dtype = model.compute_dtype
-    target = {} if copy is None else dict(copy.named_parameters())
+def _gathered(model: NeoUnify, device: torch.device) -> NeoUnify:
+    """A copy of a model, gathered one parameter after the other."""
+    with torch.device("meta"):
+        copy = NeoUnify(model.config)
+        copy.stack_experts()
+    copy = copy.to_empty(device=device).requires_grad_(False)
+    copy.compute_dtype = model.compute_dtype
+    target = dict(copy.named_parameters())
     for name, parameter in model.named_parameters():
-        gathered = whole(parameter)
-        if copy is not None:
-            target[name].copy_(gathered)
+        target[name].copy_(whole(parameter))
     return copy

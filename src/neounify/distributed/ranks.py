@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from neounify.errors import ConfigError, NeounifyError
+from neounify.errors import ConfigError, NeounifyError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -30,18 +30,26 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
+    group: distributed.ProcessGroup | None = None
+    """The process group that they exchange by; None is that of the run."""
 
     @property
     def first(self) -> bool:
         """Whether this rank writes the files and messages that all share."""
         return self.rank == 0
 
+    def beside(self) -> Ranks:
+        """The same ranks with a separate process group, for a thread; collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=distributed.new_group(backend="gloo"))
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank."""
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, self.group)
         return values  # type: ignore[return-value]
 
     def total(self, numbers: Sequence[int]) -> list[int]:
@@ -52,7 +60,7 @@ class Ranks:
         """Replace each tensor by its sum over the ranks."""
         if self.size > 1:
             for tensor in tensors:
-                distributed.all_reduce(tensor)
+                distributed.all_reduce(tensor, group=self.group)
 
     def wait(self) -> None:
         """Return when all ranks have come here."""
@@ -67,8 +75,9 @@ class Ranks:
         result, failure = None, ""
         try:
             result = work()
-        except (NeounifyError, OSError, MemoryError) as error:
-            if self.size == 1:
+        except Exception as error:
+            known = isinstance(error, (NeounifyError, OSError)) or is_out_of_memory(error)
+            if self.size == 1 or not known:
                 raise
             failure = str(error) or type(error).__name__
         failures = self.gather(failure)
@@ -79,9 +88,11 @@ class Ranks:
         raise NeounifyError(_joined(failures))
 
     def check_alike(self, what: str, value: str) -> None:
-        """Raise ConfigError where ranks hold different values, which must be the same on all."""
+        """Raise ConfigError on rank 0, and OtherRankError on others, where values differ."""
         values = self.gather(value)
         other = [str(rank) for rank, one in enumerate(values) if one != values[0]]
+        if other and not self.first:
+            raise OtherRankError("another rank reports it")
         if other:
             raise ConfigError(
                 f"{what}: rank 0 and rank {', '.join(other)} see different ones; every rank must "
@@ -123,12 +134,12 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
             "torchrun, or unset them for one process"
         )
     try:
-        ranks = Ranks(*(int(environment[name]) for name in names[:3]))
+        rank, size, local = (int(environment[name]) for name in names[:3])
     except ValueError as error:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {error}") from error
-    if not 0 <= ranks.rank < ranks.size:
-        raise ConfigError(f"RANK must be in 0..{ranks.size - 1}, got {ranks.rank}")
-    return ranks
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK must be in 0..{size - 1}, got {rank}")
+    return Ranks(rank, size, local)
 
 
 @contextmanager

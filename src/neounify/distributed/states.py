@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError
 
 
@@ -21,25 +22,44 @@ def files_of(rank: int) -> str:
     return f"shard-{rank + 1:05d}-*.safetensors"
 
 
-def save_sharded(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def save_sharded(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> None:
     """Write what each rank holds of some tensors into a folder; collective.
 
     Raises CheckpointError on all ranks where one could not write.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
     except CheckpointException as error:
         raise CheckpointError(_explained(error)) from error
 
 
-def load_sharded(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_sharded(folder: Path, like: Mapping[str, Tensor], ranks: Ranks = ONE) -> dict[str, Tensor]:
     """The tensors of a folder by name: cut as those of `like`, else whole; collective.
 
-    Each rank reads the slices that it holds. Raises CheckpointError, also for pieces that are
-    missing and shapes that differ from those of `like`.
+    Each rank reads the slices that it holds. Raises the errors of `Ranks.together`, also for pieces
+    that are missing and shapes that differ from those of `like`.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = ranks.together(lambda: _without_values(reader, folder, like))
+
+    def read() -> None:
+        try:
+            with warnings.catch_warnings():
+                # One process, which is meant, is warned of.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                dcp.load(tensors, storage_reader=reader, process_group=ranks.group)
+        except CheckpointException as error:
+            raise CheckpointError(_explained(error)) from error
+
+    ranks.together(read)
+    return tensors
+
+
+def _without_values(
+    reader: dcp.HuggingFaceStorageReader, folder: Path, like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors for what is in a folder, by the headers of its files."""
     tensors: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
@@ -51,16 +71,10 @@ def load_sharded(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if like[name].shape != stored.size:
             raise CheckpointError(
-                f"{name} has shape {list(stored.size)} in {folder}, here {list(like[name].shape)}"
+                f"it is of another model: {name} has shape {list(stored.size)}, here "
+                f"{list(like[name].shape)}"
             )
         tensors[name] = torch.empty_like(like[name])
-    try:
-        with warnings.catch_warnings():
-            # One process, which is meant, is warned of.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(tensors, storage_reader=reader)
-    except CheckpointException as error:
-        raise CheckpointError(_explained(error)) from error
     return tensors
 
 

@@ -159,7 +159,7 @@ def write_lora(
         list(map(module_name, pairs)), base or None
     )
     with atomic_checkpoint(path) as aside:
-        write_shard(aside / PEFT_WEIGHTS, tensors, list(tensors))
+        write_shard(aside / PEFT_WEIGHTS, tensors)
         write_json(aside / PEFT_CONFIG, document)
     return path
 
@@ -214,7 +214,7 @@ def _write_published(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as aside:
-            write_shard(aside, tensors, list(tensors))
+            write_shard(aside, tensors)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be saved: {error}") from error
     return path

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import read_config, write_config
+from neounify.checkpoint.config_json import write_config
 from neounify.data.sources import FileSource
-from neounify.errors import CheckpointError, ConfigError, NeounifyError
+from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
-from neounify.model.neo import NeoUnify
 from neounify.pipeline import Pipeline
+from neounify.train.export import export_model
 from neounify.train.log import Log, settings_against_divergence
 from neounify.train.method import (
     DROPOUT,
@@ -48,14 +47,15 @@ from neounify.train.optim import (
 from neounify.train.parallel import RankWork, first_not_finite
 from neounify.train.progress import Progress, Tally, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
+from neounify.train.saving import StateWriter
 from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, prepare_parameters
 from neounify.train.speed import Meter
 from neounify.train.state import (
+    METHOD_FILE,
+    config_of,
     flatten_optimizer,
     load_state,
     method_state,
-    prune_states,
-    save_state,
     unflatten_optimizer,
 )
 
@@ -100,6 +100,7 @@ class Trainer:
         self.recipe, self.setup, self.folder = recipe, setup, folder
         self.model, self.parallel, self.ranks = setup.model, setup.parallel, setup.ranks
         self.work = RankWork(self.ranks, setup.model.device)
+        self.writer = StateWriter(self.states, recipe.keep, self.ranks)
         self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
         self.progress = Progress()
@@ -115,14 +116,20 @@ class Trainer:
 
     def resume(self, state: Path) -> None:
         """Continue from a saved state of the same recipe. Raises CheckpointError."""
-        tensors, facts = load_state(state, {"model": self.model.state_dict()})
-        self._adopt_config(facts.get("config"), state)
+        like = {"model": self.model.state_dict()}
+        tensors, facts = load_state(state, like, ("model",), self.ranks)
+        self.ranks.together(lambda: self._adopt(state, tensors["model"], facts))
+        self._resumed = state
+
+    def _adopt(self, state: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take progress, config and weights of a state."""
+        self.model.config = config_of(state, facts, self.model.config)
         try:
             self.progress = Progress(**facts["progress"])
             self._prepare_parameters(self.recipe.stages[self.progress.stage])
             self._position = facts["position"]
             self._tally_record = facts.get("sources")
-            self.model.load_state_dict(tensors["model"])
+            self.model.load_state_dict(weights)
         except (KeyError, TypeError, RuntimeError, IndexError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
@@ -130,18 +137,6 @@ class Trainer:
                 f"{state} does not fit this run: {' '.join(lines[:2])}{more}. Give the recipe the "
                 "settings it had (stages, model, lora), or start a new run"
             ) from error
-        self._resumed = state
-
-    def _adopt_config(self, saved: Any, state: Path) -> None:
-        """Take the sampling defaults of a state, which stages before may have changed."""
-        try:
-            sampling = read_config(saved).sampling
-        except (ConfigError, AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{state} is damaged: its config: {error}") from error
-        config = self.model.config.replace(sampling=sampling)
-        if saved != _plain(write_config(config)):
-            raise CheckpointError(f"{state} is the state of another model than the recipe's")
-        self.model.config = config
 
     def run(self, stop_after: int | None = None, only: Collection[str] = ()) -> None:
         """Train all stages that are left, or those of them that `only` names.
@@ -157,14 +152,21 @@ class Trainer:
             self.ranks.together(partial(stage.method.check_data, context))
         self.log.rewind(self.progress.step)
         with self.log.live(), repeatable(self.model.device):
-            for number in numbers:
-                stage = self.recipe.stages[number]
-                if number != self.progress.stage:
-                    self.progress.stage, self.progress.stage_step = number, 0
-                    self.progress.ended = False
-                    self._position = self._tally_record = None
-                if not self._run_stage(stage, stop_after):
-                    return
+            try:
+                self._run_stages(numbers, stop_after)
+            except BaseException:
+                self.writer.abandon()
+                raise
+            self.writer.wait()
+
+    def _run_stages(self, numbers: Iterable[int], stop_after: int | None) -> None:
+        for number in numbers:
+            if number != self.progress.stage:
+                self.progress.stage, self.progress.stage_step = number, 0
+                self.progress.ended = False
+                self._position = self._tally_record = None
+            if not self._run_stage(self.recipe.stages[number], stop_after):
+                return
 
     # --- a stage ---
 
@@ -304,7 +306,9 @@ class Trainer:
             seed=self.recipe.seed,
             ranks=self.ranks,
         )
-        everyone = self.work.share(drawn)
+        everyone = self.work.share(drawn, stop=self.writer.failed)
+        if self.work.stop:
+            self.writer.wait()
         active = [one for one in running.optimizers if one.active(step.stage_step)]
         rate, norm, taken = 0.0, torch.zeros(()), False
         if active:
@@ -418,13 +422,22 @@ class Trainer:
             ),
             "method": method.tensors,
         }
-        save_state(self.states, self.progress.step, tensors, facts, self.ranks)
-        if self.ranks.first:
-            prune_states(self.states, self.recipe.keep, self.progress.step)
+        self.writer.save(self.progress.step, tensors, facts)
 
     def _restore(self, running: _Running, state: Path) -> None:
         like = {"ema": running.ema.mean, "optimizer": states_like(running.optimizers)}
-        tensors, facts = load_state(state, like)
+        parts = ("ema", "optimizer", METHOD_FILE)
+        tensors, facts = load_state(state, like, parts, self.ranks)
+        self.ranks.together(lambda: self._take_over(running, state, tensors, facts))
+
+    def _take_over(
+        self,
+        running: _Running,
+        state: Path,
+        tensors: dict[str, dict[str, Tensor]],
+        facts: dict[str, Any],
+    ) -> None:
+        """Continue method, optimizers and EMA of a stage from a state."""
         kind = running.stage.method.kind
         running.method.load(method_state(state, kind, tensors, facts))
         names = facts.get("optimizer_parameters")
@@ -453,13 +466,8 @@ class Trainer:
 
     def _pipeline(self) -> Pipeline:
         """The model as it is now; on many ranks a whole copy of it on each."""
-        model = self.parallel.whole(self.model.device)
-        assert model is not None
-        return self._pipeline_of(model)
-
-    def _pipeline_of(self, model: NeoUnify) -> Pipeline:
         return Pipeline(
-            model,
+            self.parallel.whole(self.model.device),
             self.setup.tokenizer,
             system_message=self.setup.system_message,
             attention=self.recipe.stages[self.progress.stage].attention,
@@ -468,27 +476,13 @@ class Trainer:
     def export_state(self, state: Path, folder: Path, dtype: torch.dtype) -> None:
         """Write the EMA of a saved state as a checkpoint of the published layout."""
         self.resume(state)
-        tensors, _ = load_state(state)
-        load_ema(self.model, tensors["ema"])
+        like = {"ema": dict(self.model.named_parameters())}
+        load_ema(self.model, load_state(state, like, ("ema",), self.ranks)[0]["ema"])
         merge_lora(self.model)
-        self.model.to(dtype)
         stage = self.recipe.stages[self.progress.stage]
         self.model.config = stage.method.checkpoint_config(self.model.config)
-        self.export(folder)
+        export_model(self.setup, folder, dtype)
 
     def export(self, folder: Path) -> None:
-        """Write the weights as they are now as a checkpoint of the published layout.
-
-        On many ranks the first one gathers them in its memory, one parameter after the other.
-        """
-        model = self.parallel.whole(torch.device("cpu"), everywhere=False)
-
-        def save() -> None:
-            if model is not None:
-                self._pipeline_of(model).save(folder, overwrite=True)
-
-        self.ranks.together(save)
-
-
-def _plain(document: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(document))
+        """Write the weights as they are now as a checkpoint of the published layout."""
+        export_model(self.setup, folder)

@@ -111,6 +111,8 @@ class RankWork:
     others_seconds: float = 0.0
     slowest: float = 0.0
     mean: float = 0.0
+    stop: bool = False
+    """Whether some rank asked for a stop in the last step."""
 
     def order(self, drawn: Sequence[MicroBatch]) -> list[int]:
         """The order in which a rank takes its packs of a step.
@@ -121,11 +123,13 @@ class RankWork:
         numbers = list(range(len(drawn)))
         return numbers if self.ranks.size == 1 else sorted(numbers, key=lambda n: -drawn[n].cost)
 
-    def share(self, drawn: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def share(self, drawn: Sequence[MicroBatch], stop: bool) -> list[MicroBatch]:
         """The batches of all ranks in the order of the run, without their content; collective."""
         clock = time.monotonic()
         plain = [replace(batch, content=None, position=None) for batch in drawn]
-        parts = self.ranks.gather(plain)
+        gathered = self.ranks.gather((plain, stop))
+        self.stop = any(asked for _, asked in gathered)
+        parts = [part for part, _ in gathered]
         self.others_seconds += time.monotonic() - clock
         for meeting in zip(*(sorted(b.cost for b in part) for part in parts), strict=True):
             self.slowest += max(meeting)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neounify.checkpoint.config_json import read_config, write_config
 from neounify.checkpoint.names import current_name
+from neounify.config import ModelConfig
 from neounify.distributed.ranks import ONE, OtherRankError, Ranks
 from neounify.distributed.states import cut_like, files_of, load_sharded, save_sharded
-from neounify.errors import CheckpointError, NeounifyError
-from neounify.files import atomic_folder, remove_leftovers, write_json
+from neounify.errors import CheckpointError, ConfigError, NeounifyError
+from neounify.files import ASIDE_SUFFIX, atomic_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -97,7 +99,7 @@ def _write(
         if ranks.size == 1:
             save_file(stored, aside / f"{part}.safetensors")
         elif stored:
-            save_sharded(stored, aside / part)
+            save_sharded(stored, aside / part, ranks)
     files = sorted(aside.glob("*.safetensors" if ranks.size == 1 else f"*/{files_of(ranks.rank)}"))
     return {file.relative_to(aside).as_posix(): _fingerprint(file) for file in files}
 
@@ -129,10 +131,12 @@ def saved_states(folder: Path) -> list[Path]:
 def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path | None:
     """The newest state that is not damaged; None when there are no states at all.
 
-    `passed_over` is called with a line for each newer one that is. Raises CheckpointError when
-    all are damaged.
+    `passed_over` is called with a line for each newer one that is, or that was cut off while it was
+    written. Raises CheckpointError when all are damaged.
     """
     states = saved_states(folder)
+    for line in _cut_off(folder, states[-1] if states else None):
+        passed_over(line)
     damage = []
     for path in reversed(states):
         try:
@@ -149,6 +153,17 @@ def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path
         f"all {len(states)} states in {folder} are damaged, so there is none to resume from: "
         + "; ".join(damage)
     )
+
+
+def _cut_off(folder: Path, newest: Path | None) -> list[str]:
+    """A line for each state after the newest whose writing was cut off."""
+    started = {path.name[1:].partition(".")[0] for path in folder.glob(f".step-*{ASIDE_SUFFIX}")}
+    after = -1 if newest is None else _step(newest)
+    return [
+        f"passed over: the state {name} was cut off while it was written"
+        for name in sorted(started)
+        if NAME.fullmatch(name) and int(name.removeprefix("step-")) > after
+    ]
 
 
 def check_state(path: Path) -> None:
@@ -172,27 +187,38 @@ def check_state(path: Path) -> None:
 
 
 def load_state(
-    path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None
+    path: Path,
+    like: Mapping[str, Mapping[str, Tensor]] | None = None,
+    parts: Collection[str] = (*FILES, METHOD_FILE),
+    ranks: Ranks = ONE,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by file, facts) of one state. Raises CheckpointError.
+    """(tensors by file, facts) of one state, of some `parts` of it; collective.
 
     A tensor that `like` holds, by file and name, is cut over the ranks as that one is, and read by
-    the rank's own slice; then the call is collective.
+    the rank's own slice. Raises CheckpointError, where one rank fails on all (`Ranks.together`).
     """
-    facts = _facts(path)
+    facts = ranks.together(lambda: _facts_of_whole(path))
+    ranks.check_alike(f"state.json of {path}", json.dumps(facts))
     names = {name.partition("/")[0].removesuffix(".safetensors") for name in _recorded(facts)}
+    wanted = sorted(names & set(parts))
     try:
-        files = {name: _read(path, name, (like or {}).get(name, {})) for name in sorted(names)}
+        files = {name: _read(path, name, (like or {}).get(name, {}), ranks) for name in wanted}
         return files, _current_facts(facts)
-    except (OSError, SafetensorError, ValueError) as error:
+    except OtherRankError:
+        raise
+    except (OSError, SafetensorError, ValueError, NeounifyError) as error:
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
 
 
-def _read(path: Path, part: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if (path / part).is_dir():
-        return load_sharded(path / part, like)
-    tensors = _current_names(load_file(path / f"{part}.safetensors"))
-    return {n: cut_like(x, like[n]) if n in like else x for n, x in tensors.items()}
+def _read(path: Path, part: str, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    if ranks.together((path / part).is_dir):
+        return load_sharded(path / part, like, ranks)
+
+    def read() -> dict[str, Tensor]:
+        tensors = _current_names(load_file(path / f"{part}.safetensors"))
+        return {n: cut_like(x, like[n]) if n in like else x for n, x in tensors.items()}
+
+    return ranks.together(read)
 
 
 def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -227,6 +253,14 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _facts_of_whole(path: Path) -> dict[str, Any]:
+    """state.json of a state whose other files are there. Raises CheckpointError."""
+    facts = _facts(path)
+    if missing := [name for name in _recorded(facts) if not (path / name).is_file()]:
+        raise CheckpointError(f"the training state {path} lacks {', '.join(missing[:3])}")
+    return facts
+
+
 def _recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The tensor files of a state, and the fingerprints they had, which earlier states lack."""
     files = facts.get("files")
@@ -254,6 +288,21 @@ def method_state(
             "give method.kind the value it had, or start a new run"
         )
     return MethodState(tensors=tensors.get(METHOD_FILE, {}), facts=record["facts"])
+
+
+def config_of(state: Path, facts: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The config of a run with the sampling defaults of its state, which stages may have changed.
+
+    Raises CheckpointError for the state of another model.
+    """
+    saved = facts.get("config")
+    try:
+        adopted = config.replace(sampling=read_config(saved).sampling)  # type: ignore[arg-type]
+    except (ConfigError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{state} is damaged: its config: {error}") from error
+    if saved != json.loads(json.dumps(write_config(adopted))):
+        raise CheckpointError(f"{state} is the state of another model than the recipe's")
+    return adopted
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
