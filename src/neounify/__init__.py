@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # from the module: in a cycle, mypy takes `neounify.pipeline.load` for a module
     from neounify.errors import NeounifyError as NeounifyError
+    from neounify.pipeline.loading import load as load
     from neounify.pipeline.pipeline import Pipeline as Pipeline
-    from neounify.pipeline.pipeline import load as load
 
 _LAZY = {
     "load": "neounify.pipeline",

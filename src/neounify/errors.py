@@ -19,6 +19,10 @@ class CheckpointError(NeounifyError, ValueError):
     """A checkpoint folder or weight file is missing, damaged or does not fit the model."""
 
 
+class MemoryPlanError(NeounifyError):
+    """A model does not fit in the memory that is free, by its plan."""
+
+
 class TokenizerError(NeounifyError, ValueError):
     """Tokenizer files are missing, damaged or lack a token the model needs."""
 

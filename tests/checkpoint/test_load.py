@@ -126,7 +126,7 @@ def test_unusable_devices(small: Path, device: str) -> None:
 
 
 def test_unknown_memory(small: Path) -> None:
-    with pytest.raises(RequestError, match="known are all, stream"):
+    with pytest.raises(RequestError, match="known are auto, all, stream"):
         load_checkpoint(small, memory="some")  # type: ignore[arg-type]
 
 

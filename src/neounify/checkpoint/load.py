@@ -25,8 +25,11 @@ from neounify.config import ModelConfig
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
 from neounify.model.build import meta_model
+from neounify.model.parts import StreamName
+from neounify.runtime.plan import free_memory
 
-Memory: TypeAlias = Literal["all", "stream"]
+Memory: TypeAlias = Literal["auto", "all", "stream", "layers"]
+PlanUse: TypeAlias = Literal["check", "ignore"]
 DECODED = "decoded"
 """The backend of quantised layers that makes plain weights of them."""
 
@@ -66,6 +69,7 @@ def load_model(
         lora=lora,
         lora_strength=lora_strength,
         verify=verify,
+        plan="ignore",
         quantise=quantise,
         backend=backend,
     ).model
@@ -80,6 +84,8 @@ def load_checkpoint(
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
     memory: Memory = "all",
+    resident_layers: int | None = None,
+    plan: PlanUse = "check",
     verify: bool = False,
     shares: Mapping[str, Share] | None = None,
     quantise: str | None = None,
@@ -99,8 +105,12 @@ def load_checkpoint(
     "fp8", "w4-mixed", "w4") by which weights that are not quantised are, while they are read.
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order; beside
     the codes of layers that stay quantised.
-    memory="stream": see StreamResidency; use the returned `residency` around every use of the
-    model. Rebuilt weights are then not there until their stream is first used.
+    memory: "all" keeps everything; "stream" see StreamResidency, "layers" see LayerResidency, which
+    keeps `resident_layers` of each stream, None as many as fit. "auto" takes the first of them that
+    fits. Use the returned `residency` around every use of the model: weights may not be there until
+    their stream is first used.
+    plan: "check" refuses what does not fit in the memory that is free (`checkpoint.fit`), before
+    a weight is read; "ignore" tries.
     The returned `checkpoint` shares its mappings with the model.
     shares: of the tensors named, only these parts are read, those of a rank.
 
@@ -108,9 +118,10 @@ def load_checkpoint(
     the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
     and no memory).
 
-    Raises CheckpointError, ConfigError, or RequestError for an unknown dtype, device or memory.
+    Raises CheckpointError, ConfigError, MemoryPlanError, or RequestError for an unknown dtype,
+    device or memory.
     """
-    _check_request(memory, quantise, backend)
+    _check_request(memory, plan, quantise, backend)
     checkpoint = _opened(folder, config)
     target_device = resolve_device(device)
     choice = choose_dtype(dtype, checkpoint, target_device.type)
@@ -118,6 +129,15 @@ def load_checkpoint(
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
+    memory, resident = _fitted(
+        checkpoint,
+        choice.dtype,
+        target_device,
+        "all" if quantise else memory,
+        resident_layers,
+        "ignore" if quantise else plan,
+        decoded=backend == DECODED,
+    )
     updates = read_loras(lora, lora_strength, shapes)
     sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
@@ -134,10 +154,50 @@ def load_checkpoint(
     model.compute_dtype = choice.dtype
     if memory == "all":
         model.fuse()
-    residency: Residency = NullResidency()
-    if memory == "stream":
-        residency = StreamResidency(model, sources)
+    residency = _residency(model, sources, memory, resident)
     return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
+
+
+def check_memory(memory: str, plan: str = "check") -> None:
+    """RequestError for a mode or a use of the plan that is not known."""
+    for param, value, known in (
+        ("memory", memory, get_args(Memory)),
+        ("plan", plan, get_args(PlanUse)),
+    ):
+        if value not in known:
+            raise RequestError(
+                f"{param} {value!r} is unknown; known are {', '.join(known)}", param=param
+            )
+
+
+def _fitted(
+    checkpoint: CheckpointFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Memory,
+    resident_layers: int | None,
+    plan: PlanUse,
+    decoded: bool,
+) -> tuple[Memory, Mapping[StreamName, int]]:
+    """The mode to load in, and the layers that stay. Raises MemoryPlanError.
+
+    No plan is made where memory is far from full, or everything is to be tried.
+    """
+    if memory in ("auto", "all"):
+        free = free_memory(device)
+        plenty = free is None or PLENTY * _bytes_in(checkpoint, dtype) + SPARE_BYTES < free
+        if plenty or (memory == "all" and plan == "ignore"):
+            return "all", {}
+    if memory == "stream" and plan == "ignore":
+        return "stream", {}
+    from neounify.checkpoint.fit import fit_memory
+    from neounify.checkpoint.sizes import kept_weights
+
+    kept = kept_weights(checkpoint, dtype, decoded=decoded)
+    ignore = plan == "ignore"
+    fitted = fit_memory(checkpoint, kept, device, memory, resident_layers, ignore=ignore)
+    log.info("memory=%r", fitted.memory)
+    return fitted.memory, fitted.resident
 
 
 def _opened(
@@ -150,12 +210,9 @@ def _opened(
     return CheckpointFolder.open(folder, config)
 
 
-def _check_request(memory: str, quantise: str | None, backend: str) -> None:
+def _check_request(memory: str, plan: str, quantise: str | None, backend: str) -> None:
     """Raise RequestError for an unknown name, and for what cannot go together."""
-    if memory not in get_args(Memory):
-        raise RequestError(
-            f"memory {memory!r} is unknown; known are {', '.join(get_args(Memory))}", param="memory"
-        )
+    check_memory(memory, plan)
     if backend not in ("auto", DECODED):
         from neounify.quant.backends import check_backend
 
@@ -165,7 +222,7 @@ def _check_request(memory: str, quantise: str | None, backend: str) -> None:
     from neounify.quant.presets import check_preset
 
     check_preset(quantise)
-    if backend == DECODED or memory != "all":
+    if backend == DECODED or memory in ("stream", "layers"):
         reason = "backend='decoded'" if backend == DECODED else f"memory={memory!r}"
         raise RequestError(
             f"quantise={quantise!r} cannot be used with {reason}: write the codes first, with "
@@ -210,6 +267,21 @@ def _place_codes(
         codes |= place_new(model, sources, quantise, backend, device)
         model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
     return codes | place_stored(model, sources, checkpoint, backend, device)
+
+
+def _residency(
+    model: NeoUnify,
+    sources: Mapping[str, StoredWeight],
+    memory: Memory,
+    resident: Mapping[StreamName, int],
+) -> Residency:
+    if memory == "stream":
+        return StreamResidency(model, sources)
+    if memory == "layers":
+        from neounify.checkpoint.layers import LayerResidency
+
+        return LayerResidency(model, sources, resident)
+    return NullResidency()
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -263,6 +335,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+PLENTY, SPARE_BYTES = 2, 2**30
+"""No plan is needed where so many times the weights, and as many bytes more, are free."""
 MAX_MEMORY_SHARE = 0.5
 """Share of the machine's memory that weights may take after a conversion to float32."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")

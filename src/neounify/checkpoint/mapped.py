@@ -15,7 +15,7 @@ import platform
 import stat
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # GGUF is read by few, and its formats are imported for them 
     from neounify.quant.blocks import BlockFormat
 
 MAX_HEADER_BYTES = 100 * 2**20
+MAX_BUFFERS = 512
+"""Buffers of one system call; Linux allows 1,024."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -149,6 +151,37 @@ class MappedFile:
         """
         info = self.tensors[name]
         return os.pread(self._descriptor, min(count, info.nbytes), info.start)
+
+    def check_length(self) -> None:
+        """Raise CheckpointError when the file has been cut off since it was opened."""
+        length = os.fstat(self._descriptor).st_size
+        if length < len(self._map):
+            raise CheckpointError(
+                f"{self.path} was cut off while it was in use: it has {length} of "
+                f"{len(self._map)} bytes; restore it and load the model again"
+            )
+
+    def read_into(self, start: int, targets: Sequence[memoryview]) -> None:
+        """Read bytes from `start` on into buffers, one after the other, without the mapping.
+
+        Raises CheckpointError for a file that ends before they are full or cannot be read.
+        """
+        left = [target for target in targets if target.nbytes]
+        while left:
+            try:
+                count = os.preadv(self._descriptor, left[:MAX_BUFFERS], start)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path} cannot be read at byte {start}: {error.strerror}"
+                ) from error
+            if not count:
+                self.check_length()
+                raise CheckpointError(f"{self.path} ends at byte {start}, in the middle of a layer")
+            start += count
+            while left and count >= left[0].nbytes:
+                count -= left.pop(0).nbytes
+            if count:
+                left[0] = left[0][count:]
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Drop the pages of a tensor, or of its bytes `start`..`stop`, from resident memory.

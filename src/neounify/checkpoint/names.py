@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 
 from torch import Tensor
 
-from neounify.model.parts import PartName, WeightStream
+from neounify.model.parts import PartName, StreamName, WeightStream
 
 Field: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -194,6 +194,15 @@ def stream_of(name: str) -> WeightStream:
     rule, values = _match_ours(name)
     stream = rule.stream or values.get("stream") or values["vision"]
     return cast(WeightStream, stream)
+
+
+_IN_LAYER = re.compile(r"layers\.(\d+)\.(und|gen)\.")
+
+
+def layer_of(name: str) -> tuple[int, StreamName] | None:
+    """The layer and stream of a tensor (our name); None for one outside the layers."""
+    match = _IN_LAYER.match(name)
+    return None if match is None else (int(match[1]), cast(StreamName, match[2]))
 
 
 def part_of(name: str) -> PartName:

@@ -2,7 +2,8 @@
 
 `memory="all"` keeps everything (NullResidency). `memory="stream"` drops the weights of an unused
 stream as soon as another one is used (prefill needs only one stream, denoising the other), and
-brings them back from the mapped files when it is used again. No host copy is kept.
+brings them back from the mapped files when it is used again. No host copy is kept. "layers" is in
+`checkpoint.layers`.
 """
 
 from __future__ import annotations
@@ -96,12 +97,34 @@ class StoredWeight:
         Works in pieces and drops the file's pages behind it, so that little more than the
         result is resident. Raises CheckpointError for values that are not finite.
         """
+        return self._assembled(self._pieces(), dtype, device, check=True)
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of the stored tensor, elsewhere than in its file: decoded, updates added.
+
+        Where the two are the same, no copy. Values are not checked: that waits for the device.
+        """
+        plain = self.codes is None and self.info.blocks is None and not self.updates
+        if plain and stored.dtype == dtype:
+            return stored
+        pieces = iter([(0, torch.atleast_1d(stored))])
+        return self._assembled(pieces, dtype, stored.device, check=False)
+
+    def _assembled(
+        self,
+        pieces: Iterator[tuple[int, Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        check: bool,
+    ) -> Tensor:
+        """A new tensor from (first row, rows) as they are stored."""
         result = torch.empty(self.shape, dtype=dtype, device=device)
         updates = [update.to(device) for update in self.updates]
         columns = self.share is not None and self.share.dim == 1
         first = 0 if self.share is None or columns else self.share.places.start
         rows = self._rows_of(result)
-        for start, stored in self._pieces():
+        for start, stored in pieces:
             piece = rows[start - first : start - first + stored.shape[0]]
             if self.codes is not None:
                 stored = self.codes.decode(stored.to(device), start)
@@ -110,7 +133,7 @@ class StoredWeight:
                 for update in updates:
                     update.add_to(stored, start)
             piece.copy_(self.share.of(stored) if self.share is not None and columns else stored)
-            if not all_finite(piece):
+            if check and not all_finite(piece):
                 raise self._not_finite(stored, dtype)
         return result
 
@@ -201,12 +224,14 @@ class StreamResidency:
     def __init__(self, model: nn.Module, sources: Mapping[str, StoredWeight]) -> None:
         self._lock = threading.Lock()
         self._users: dict[StreamName, int] = dict.fromkeys(STREAMS, 0)
-        self._weights: dict[StreamName, list[_Weight]] = {name: [] for name in STREAMS}
+        self._weights: dict[StreamName, list[Weight]] = {name: [] for name in STREAMS}
+        # A mapped page behind the end of a file that was cut off would end the process.
+        self._files = {source.file for source in sources.values()}
         parameters = dict(model.named_parameters())
         for name, source in sources.items():
             stream = stream_of(name)
             if stream != "shared":
-                self._weights[stream].append(_make_weight(parameters[name], source))
+                self._weights[stream].append(make_weight(parameters[name], source))
 
     @contextmanager
     def use(self, stream: StreamName) -> Iterator[None]:
@@ -233,6 +258,8 @@ class StreamResidency:
                 self._drop(stream)
 
     def _fill(self, stream: StreamName) -> None:
+        for file in self._files:
+            file.check_length()
         try:
             # A caller's inference mode would make tensors that the parameters cannot take over.
             with torch.inference_mode(False), torch.no_grad():
@@ -251,14 +278,17 @@ class StreamResidency:
             file.release_ranges(ranges)
 
 
-class _Weight(Protocol):
+class Weight(Protocol):
+    """A parameter whose memory can be freed and filled again."""
+
     def fill(self) -> None: ...
 
     def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
         """Free the memory, or add the byte ranges to be dropped to `pages`."""
 
 
-def _make_weight(parameter: nn.Parameter, source: StoredWeight) -> _Weight:
+def make_weight(parameter: nn.Parameter, source: StoredWeight) -> Weight:
+    """The parameter as a view of its file where it is one, else to be rebuilt."""
     if parameter.numel() and source.is_view(parameter.dtype, parameter.device):
         return _MappedWeight(parameter, source)
     return _RebuiltWeight(parameter, source)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
 from neounify.attention import check_backend
-from neounify.checkpoint.load import Memory, choose_dtype, resolve_device
+from neounify.checkpoint.load import check_memory, choose_dtype, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
@@ -58,9 +58,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     check_device(options.device)
     if isinstance(options, ModelOptions):
         check_threads(options.threads)
-        if options.memory not in get_args(Memory):
-            known = ", ".join(get_args(Memory))
-            raise RequestError(f"memory {options.memory!r} is unknown; known are {known}")
+        check_memory(options.memory, options.plan)
     check_loras(options.lora)
     return checkpoint
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import shutil
 import textwrap
 import types
@@ -110,6 +111,23 @@ def _parameters(group: type[Any]) -> list[inspect.Parameter]:
         )
         for field in dataclasses.fields(group)
     ]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from "1024x768". Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT, such as 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """(low, high) from "0.1,0.9". Raises UsageError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"interval {text!r} is not LO,HI, such as 0.1,0.9") from None
+    return low, high
 
 
 def checked_value(name: str, value: Any, hint: Any, written: Any) -> Any:

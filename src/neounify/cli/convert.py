@@ -136,7 +136,8 @@ def _write_gguf(
 
         from neounify.checkpoint import CheckpointFolder
         from neounify.checkpoint.gguf_save import save_gguf
-        from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, load_processor
+        from neounify.pipeline.loading import load_processor
+        from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE
 
     if weights.dtype is not None:
         raise UsageError("--dtype and --to are two forms of the weights; give one")

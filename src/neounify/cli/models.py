@@ -102,6 +102,8 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
             device=device,
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
+            resident_layers=options.resident_layers,
+            plan=options.plan,  # type: ignore[arg-type]
             attention=options.attention,
             colour_profiles=options.colour_profiles,
         )

@@ -7,7 +7,6 @@ the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,14 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from neounify.cli.command import CliError, UsageError, checked_value, short_repr
+from neounify.cli.command import (
+    CliError,
+    UsageError,
+    checked_value,
+    parse_interval,
+    parse_size,
+    short_repr,
+)
 from neounify.config import TextSampling
 from neounify.config.sampling import knob_doc
 from neounify.flow.guidance import Norm
@@ -172,11 +178,20 @@ class ModelOptions(AttentionOptions, ColourOptions, ThreadOptions, WeightOptions
         str,
         option(
             MODEL,
-            "all|stream",
-            "stream keeps only the active stream's weights in memory: slower, for models "
-            "that do not fit.",
+            "auto|all|stream|layers",
+            "Weights kept in memory: all, those of the active stream, or of that only some "
+            "layers. Default: the first that fits.",
         ),
-    ] = "all"
+    ] = "auto"
+    resident_layers: Annotated[
+        int | None,
+        option(
+            MODEL, "N", "Layers that stay with --memory layers. Default: as many as fit.", min=0
+        ),
+    ] = None
+    plan: Annotated[
+        str, option(MODEL, "check|ignore", "Refuse a model that does not fit in memory, or try it.")
+    ] = "check"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,23 +465,6 @@ Options = TypeVar("Options", bound=GenerateOptions | ChatOptions)
 
 
 # --- values ---
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) from "1024x768". Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", text)
-    if match is None:
-        raise UsageError(f"size {text!r} is not WIDTHxHEIGHT, such as 1024x768")
-    return int(match[1]), int(match[2])
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """(low, high) from "0.1,0.9". Raises UsageError."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"interval {text!r} is not LO,HI, such as 0.1,0.9") from None
-    return low, high
 
 
 def with_fields(defaults: Options, fields: dict[str, Any], others: Sequence[str]) -> Options:

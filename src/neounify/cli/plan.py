@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from neounify.cli.command import UsageError
+from neounify.cli.command import UsageError, parse_size
 from neounify.cli.display import Display
 from neounify.cli.options import NamedModel, ReportOptions, option
 from neounify.config.presets import PRESETS
@@ -209,7 +209,6 @@ def _notes(checkpoint: CheckpointFolder, dtype: torch.dtype) -> list[str]:
 
 def _task(config: ModelConfig, options: PlanOptions) -> Task:
     """The task of the options, with the checkpoint's defaults. Raises UsageError."""
-    from neounify.cli.options import parse_size
     from neounify.flow.guidance import Guidance
     from neounify.runtime.memory_plan import Task
 
@@ -259,7 +258,14 @@ def _machine(options: PlanOptions) -> tuple[Machine, str]:
     import torch
 
     from neounify.runtime.process import available_bytes
-    from neounify.runtime.rates import CARDS, Machine, probe, rates_of_size, this_machine
+    from neounify.runtime.rates import (
+        CARDS,
+        Machine,
+        known_rates,
+        probe,
+        rates_of_size,
+        this_machine,
+    )
 
     ram = None if options.ram is None else _gibibytes("--ram", options.ram)
     host = ram or available_bytes() or 0
@@ -269,7 +275,9 @@ def _machine(options: PlanOptions) -> tuple[Machine, str]:
         machine = Machine(device=host, host=host, rates=rates, unified=True)
         return machine, f"CPU, {memory}"
     if options.gpu is None:
-        machine = replace(this_machine(torch.device("cuda"), torch.bfloat16), host=host)
+        device = torch.device("cuda")
+        rates = known_rates(device) or probe(device, torch.bfloat16)
+        machine = replace(this_machine(device, rates), host=host)
         return machine, f"{machine.rates.name} {machine.device / 2**30:.0f} GB free · {memory}"
     if options.gpu in CARDS:
         size, rates = CARDS[options.gpu]

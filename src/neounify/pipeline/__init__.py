@@ -1,7 +1,8 @@
 """User-facing tasks (chat, generation, editing, interleaved answers) and `load`."""
 
 from neounify.deprecation import moved
-from neounify.pipeline.pipeline import Pipeline, load
+from neounify.pipeline.loading import load
+from neounify.pipeline.pipeline import Pipeline
 from neounify.pipeline.results import (
     ChatResult,
     ImagePart,

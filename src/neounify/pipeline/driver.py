@@ -25,7 +25,7 @@ from neounify.engine.messages import (
 )
 from neounify.engine.sequences import ContiguousCaches
 from neounify.engine.understanding import UnderstandingEngine
-from neounify.errors import Cancelled
+from neounify.errors import Cancelled, OutOfMemory
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.runtime.plan import ExecutionPlan
@@ -61,7 +61,7 @@ class Driver:
         plan: ExecutionPlan,
         cancel: threading.Event | None = None,
     ) -> None:
-        self._residency, self._cancel = residency, cancel
+        self._model, self._residency, self._cancel = model, residency, cancel
         self._transport = LocalTransport()
         self._understanding = UnderstandingEngine(
             model,
@@ -98,6 +98,11 @@ class Driver:
                 if self._cancel is not None and self._cancel.is_set():
                     raise Cancelled("the request was cancelled")
                 self._step(resident)
+
+    def _with_peaks(self, error: OutOfMemory) -> OutOfMemory:
+        from neounify.checkpoint.fit import peaks
+
+        return OutOfMemory(f"{error}; {peaks(self._model, self._residency)}")
 
     def _step(self, resident: _ResidentStream) -> None:
         if self._understanding.busy:
@@ -136,6 +141,8 @@ class Driver:
         events: list[tuple[int, Event]],
     ) -> None:
         """Resume a program, up to the next answer that it waits for."""
+        if isinstance(value, OutOfMemory):
+            value = self._with_peaks(value)
         step = resume(run.program, value)
         while not isinstance(step, Returned):
             if isinstance(step, TaskEvent | DecodedToken):

@@ -1,8 +1,7 @@
-"""Public API: `load`, and `Pipeline` with every task of one loaded model."""
+"""Public API: `Pipeline`, with every task of one loaded model."""
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,24 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from neounify.attention import check_backend
-from neounify.checkpoint.load import Dtype, DtypeChoice, Memory, load_checkpoint
-from neounify.checkpoint.lora_file import LoraSpec
-from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
+from neounify.checkpoint.load import DtypeChoice
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling
 from neounify.config.sampling import TextKnobs, check_keywords
-from neounify.errors import CheckpointError, RequestError, SizeWarning
-from neounify.files import read_text
+from neounify.errors import RequestError, SizeWarning
 from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling, InterleaveKnobs
 from neounify.image.io import ImageSource
 from neounify.image.pixels import output_size, size_advice
-from neounify.model.build import compile_streams
 from neounify.model.neo import NeoUnify
 from neounify.pipeline.driver import Driver
 from neounify.pipeline.results import (
@@ -59,86 +52,6 @@ from neounify.text.tokenizer import Tokenizer
 T = TypeVar("T", int, str)
 
 SYSTEM_MESSAGE_FILE = "system_message_generation.txt"
-MAX_SYSTEM_MESSAGE_BYTES = 2**20
-
-
-def load(
-    folder: str | os.PathLike[str],
-    *,
-    config: str | os.PathLike[str] | None = None,
-    dtype: Dtype = None,
-    device: str | torch.device = "cpu",
-    lora: LoraSpec | Sequence[LoraSpec] | None = None,
-    lora_strength: float = 1.0,
-    memory: Memory = "all",
-    verify: bool = False,
-    compile: bool = False,
-    attention: str = "auto",
-    colour_profiles: bool = True,
-    quantise: str | None = None,
-    backend: str = "auto",
-) -> Pipeline:
-    """Load a checkpoint folder of the published layout and everything needed to use it.
-
-    `folder` may also be one .safetensors or .gguf file; `config` then names the folder with its
-    config.json and tokenizer, by default the one the file is in. `dtype` is "float32", "bfloat16",
-    "float16" or "stored"; None or "auto" is the stored one too, but float32 on a CPU that is slow
-    in half precision; `Pipeline.loaded_dtype` says which and why. Tensors stored in the dtype that
-    is used are memory-mapped. `lora` merges LoRAs (docs/lora.md), with `lora_strength` each.
-    `memory="stream"` keeps only the active stream resident; `verify` checks all weights for NaN
-    first. `compile` makes prefill and denoising faster, after a slow start. `attention` names the
-    backend of attention, `backend` that of layers of codes; `quantise` is a preset such as "int8"
-    (docs/compression.md). `colour_profiles=False` takes the pixels of all input images for sRGB.
-
-    Raises CheckpointError, ConfigError or TokenizerError for a folder that cannot be used.
-    """
-    check_backend(attention)
-    # Before the weights: a folder without a tokenizer should say so at once.
-    home = checkpoint_home(folder, config)
-    tokenizer = Tokenizer.from_folder(home)
-    loaded = load_checkpoint(
-        folder,
-        config=home,
-        dtype=dtype,
-        device=device,
-        lora=lora,
-        lora_strength=lora_strength,
-        memory=memory,
-        verify=verify,
-        quantise=quantise,
-        backend=backend,
-    )
-    if compile:
-        compile_streams(loaded.model)
-    return Pipeline(
-        loaded.model,
-        tokenizer,
-        system_message=_system_message(home),
-        residency=loaded.residency,
-        fingerprint=loaded.checkpoint.fingerprint,
-        loaded_dtype=loaded.dtype,
-        attention=attention,
-        colour_profiles=colour_profiles,
-    )
-
-
-def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
-    """Processor of a checkpoint, without loading weights. Raises the errors of `load`."""
-    tokenizer = Tokenizer.from_folder(checkpoint.home)
-    message = _system_message(checkpoint.home)
-    return Processor(
-        checkpoint.config,
-        tokenizer,
-        default_system_message() if message is None else message,
-        dtype,
-    )
-
-
-def _system_message(folder: Path) -> str | None:
-    file = folder / SYSTEM_MESSAGE_FILE
-    if not file.is_file():
-        return None
-    return read_text(file, MAX_SYSTEM_MESSAGE_BYTES, CheckpointError)
 
 
 class Pipeline:

@@ -18,7 +18,7 @@ of the prefixes, and in denoising 24 bytes a value of float32 state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from neounify.config import ModelConfig
@@ -64,13 +64,14 @@ class WeightBytes:
 
     `layers` of each stream in order; `rest`: patch embedding and final norm, of the generation
     stream also the scalar embedders and the image head. `lm_head` counts the embedding where the
-    two are tied.
+    two are tied. `staged`: the largest layer as files hold it, where that is not as kept.
     """
 
     layers: Mapping[StreamName, Sequence[float]]
     rest: Mapping[StreamName, float]
     embedding: float
     lm_head: float
+    staged: Mapping[StreamName, float] = field(default_factory=dict)
 
     def stream(self, name: StreamName) -> float:
         """All layers of a stream."""
@@ -79,6 +80,21 @@ class WeightBytes:
     def largest(self, name: StreamName) -> float:
         """ℓ: the largest layer of a stream."""
         return max(self.layers[name])
+
+    def locked(self, name: StreamName) -> float:
+        """Bytes of the buffers on the host that the layers of a stream pass through."""
+        return STAGING * self.staged.get(name, self.largest(name))
+
+    def slots(self, name: StreamName, *, unified: bool) -> float:
+        """Bytes of layers that come and go: on the CPU the one in use, else the slots.
+
+        A layer that is stored otherwise than it is kept is converted from its slot.
+        """
+        largest = self.largest(name)
+        if unified:
+            return largest
+        staged = self.staged.get(name)
+        return SLOTS * largest if staged is None else SLOTS * staged + largest
 
 
 def layer_unit(config: ModelConfig, stream: StreamName, number: int) -> Unit:
@@ -270,7 +286,7 @@ def stream_bytes(
     kept = sum(
         b for b, stays in zip(layers, resident_layers(len(layers), resident), strict=True) if stays
     )
-    return fixed + kept + (1 if unified else SLOTS) * weights.largest(stream)
+    return fixed + kept + weights.slots(stream, unified=unified)
 
 
 Resident = Mapping[StreamName, int]

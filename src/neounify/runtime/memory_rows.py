@@ -13,7 +13,6 @@ from neounify.config import ModelConfig
 from neounify.runtime.memory_plan import (
     MODES,
     PREFILL_ROWS,
-    STAGING,
     STREAMS,
     Mode,
     Resident,
@@ -130,15 +129,15 @@ def plan_row(
         if peak <= machine.device:
             break
     buffers = mode != "all" and not machine.unified
-    largest = max(weights.largest(name) for name in task.streams)
+    locked = max(weights.locked(name) for name in task.streams) if buffers else 0.0
     row = PlanRow(
         weights=kept.name,
         mode=mode,
         resident=resident if mode == "layers" else {},
         peak=peak,
-        locked=STAGING * largest if buffers else 0.0,
+        locked=locked,
         streamed=_moved(weights, mode, resident, "gen") if task.paints else 0.0,
-        fits=peak <= machine.device and (not buffers or STAGING * largest <= machine.host),
+        fits=peak <= machine.device and locked <= machine.host,
     )
     return _timed(row, config, kept, task, machine) if row.fits else row
 

@@ -75,20 +75,23 @@ CARDS = {
 """GiB and sustained rates of cards; those of bandwidth are their makers'."""
 
 
+UNKNOWN = Rates(name="unknown", products=1e12, copies=PAGE_CACHE, memory=1e10)
+"""For plans of which only the memory counts."""
+
+
 def rates_of_size(gibibytes: float) -> Rates:
     """Rates of the first card in the table whose memory is nearest to this size."""
     return min(CARDS.values(), key=lambda card: abs(card[0] - gibibytes))[1]
 
 
-def this_machine(device: torch.device, dtype: torch.dtype, rates: Rates | None = None) -> Machine:
-    """What is free on a device of this machine and on its host; rates None are measured.
+def this_machine(device: torch.device, rates: Rates) -> Machine:
+    """What is free on a device of this machine and on its host.
 
     Raises RequestError where the system does not say how much memory is free.
     """
     host = available_bytes()
     if host is None:
         raise RequestError("this system does not say how much memory is free: name it with --ram")
-    rates = rates or known_rates(device) or probe(device, dtype)
     if device.type == "cuda":
         import torch
 

@@ -14,7 +14,7 @@ from neounify.config import ModelConfig
 from neounify.engine.messages import LocalTransport
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.pipeline import Pipeline, load
-from neounify.pipeline.pipeline import load_processor
+from neounify.pipeline.loading import load_processor
 from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient, EngineClients
 from neounify.serve.engine_process import EngineProcess, ProcessConfig

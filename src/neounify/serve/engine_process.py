@@ -282,6 +282,7 @@ def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> N
         device=config.device,
         lora=config.lora or None,
         memory="stream",
+        plan="ignore",  # of a model whose streams are in two processes, on one device or two
     )
     transport = SharedTransport(config.pieces)
     und = gen = None

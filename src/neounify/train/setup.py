@@ -24,7 +24,7 @@ from neounify.lora.layers import add_lora
 from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
-from neounify.pipeline.pipeline import load_processor
+from neounify.pipeline.loading import load_processor
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.scenes.world.samples import SceneData
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer

@@ -1,0 +1,306 @@
+"""Layers staged through buffers: the schedule of a device, run on the CPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neounify.checkpoint import load_checkpoint, to_published
+from neounify.checkpoint.layers import LayerResidency
+from neounify.checkpoint.names import layer_of
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.residency import Share, StoredWeight
+from neounify.checkpoint.staging import (
+    ALIGNMENT,
+    Event,
+    HostCopies,
+    Staged,
+    layer_image,
+)
+from neounify.errors import Cancelled, CheckpointError, RequestError
+from neounify.model import NeoUnify
+from neounify.pipeline import load
+from neounify.runtime.memory_plan import SLOTS, STAGING
+from neounify.text import byte_tokenizer
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
+from support.lora_files import lora_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore::neounify.errors.SizeWarning")
+
+LAYERS = 6
+DEEP = SMALL.replace(num_layers=LAYERS, vocab_size=512)
+
+
+class Recorded(HostCopies):
+    """Copies within the host's memory, with a list of what was done."""
+
+    def __init__(self) -> None:
+        self.host: list[int] = []
+        self.device: list[int] = []
+        self.copied = 0
+        self.fails = False
+
+    def host_buffer(self, size: int) -> Tensor:
+        self.host.append(size)
+        return super().host_buffer(size)
+
+    def slot(self, size: int) -> Tensor:
+        self.device.append(size)
+        # Values that would show if a layer were used before its copy.
+        return torch.full((size,), 255, dtype=torch.uint8)
+
+    def copy(self, slot: Tensor, buffer: Tensor, after: Event | None) -> Event:
+        if self.fails:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        self.copied += 1
+        return super().copy(slot, buffer, after)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "deep", DEEP, random_weights(DEEP))
+
+
+def feed_of(folder: Path, dtype: str = "float32") -> tuple[Staged, NeoUnify, Recorded]:
+    """The generation stream of a checkpoint, staged; its model, and the record of its copies."""
+    checkpoint = CheckpointFolder.open(folder)
+    model = load_checkpoint(folder, dtype=dtype).model
+    parameters = dict(model.named_parameters())
+    layers: dict[int, dict[str, StoredWeight]] = {}
+    for name, parameter in parameters.items():
+        place = layer_of(name)
+        if place is not None and place[1] == "gen":
+            published = to_published(name)
+            source = StoredWeight(checkpoint.file_of(published), checkpoint.stored_name(published))
+            layers.setdefault(place[0], {})[name] = source
+            parameter.data = parameter.data.new_empty(0)
+    copies = Recorded()
+    images = {number: layer_image(sources, parameters) for number, sources in layers.items()}
+    return Staged(images, copies, readers=2), model, copies
+
+
+def one_pass(feed: Staged) -> None:
+    for number in range(LAYERS):
+        feed.take(number)
+        feed.give_back(number)
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("neounify-")]
+
+
+def check_layer(model: NeoUnify, expected: NeoUnify, number: int) -> None:
+    for name, tensor in expected.named_parameters():
+        if layer_of(name) == (number, "gen"):
+            assert torch.equal(model.get_parameter(name), tensor), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_are_right_in_any_order(folder: Path, dtype: str) -> None:
+    expected = load_checkpoint(folder, dtype=dtype).model
+    feed, model, copies = feed_of(folder, dtype)
+    orders = [range(LAYERS), range(LAYERS), (0, 0, 0), (3, 1, 5), range(LAYERS), (0, 1), (0, 1)]
+    feed.open()
+    for number in (n for order in orders for n in order):
+        feed.take(number)
+        check_layer(model, expected, number)
+        feed.give_back(number)
+    feed.close()
+    assert threads() == []
+    assert all(p.numel() == 0 for n, p in model.named_parameters() if layer_of(n) and ".gen." in n)
+    assert len(copies.host) == STAGING
+    assert len(copies.device) == SLOTS
+
+
+def test_the_order_wraps(folder: Path) -> None:
+    """Three passes in order copy every layer once a pass, and at most the slots ahead."""
+    feed, _, copies = feed_of(folder)
+    feed.open()
+    for _ in range(3):
+        one_pass(feed)
+    feed.close()
+    assert 3 * LAYERS <= copies.copied <= 3 * LAYERS + SLOTS
+
+
+def test_buffers_are_as_large_as_the_largest_layer(folder: Path) -> None:
+    feed, _, copies = feed_of(folder)
+    feed.open()
+    feed.close()
+    size = max(image.size for image in feed._layers.values())
+    assert copies.host == [size] * STAGING
+    assert copies.device == [size] * SLOTS
+    kept = load_checkpoint(folder).model
+    values = sum(p.nbytes for n, p in kept.named_parameters() if layer_of(n) == (0, "gen"))
+    tensors = sum(layer_of(n) == (0, "gen") for n, _ in kept.named_parameters())
+    assert values <= size <= values + tensors * ALIGNMENT
+
+
+def test_two_threads_share_the_slots(folder: Path) -> None:
+    expected = load_checkpoint(folder).model
+    feed, model, _ = feed_of(folder)
+    lock, failures = threading.Lock(), []
+
+    def work(order: list[int]) -> None:
+        feed.open()
+        try:
+            for number in order * 5:
+                feed.take(number)
+                try:
+                    with lock:
+                        check_layer(model, expected, number)
+                finally:
+                    feed.give_back(number)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            feed.close()
+
+    numbers = list(range(LAYERS))
+    orders = [numbers, numbers[::-1], numbers[2:] + numbers[:2], [3], [1, 4]]
+    workers = [threading.Thread(target=work, args=(order,)) for order in orders]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert not any(worker.is_alive() for worker in workers)
+    assert failures == []
+    assert threads() == []
+
+
+def test_a_file_that_is_cut_off_is_one_error(folder: Path) -> None:
+    feed, _, _ = feed_of(folder)
+    size = (folder / "model.safetensors").stat().st_size
+    os.truncate(folder / "model.safetensors", size // 4)
+    feed.open()
+    with pytest.raises(CheckpointError, match="was cut off while it was in use: it has"):
+        one_pass(feed)
+    feed.close()
+    assert threads() == []
+
+
+def test_an_error_of_the_device_reaches_the_caller_once_and_goes(folder: Path) -> None:
+    feed, _, copies = feed_of(folder)
+    copies.fails = True
+    feed.open()
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        feed.take(0)
+    feed.close()
+    assert threads() == []
+    copies.fails = False
+    feed.open()
+    feed.take(0)
+    feed.give_back(0)
+    feed.close()
+    assert threads() == []
+
+
+def test_a_layer_left_taken_is_freed_at_the_end(folder: Path) -> None:
+    feed, model, _ = feed_of(folder)
+    feed.open()
+    feed.take(2)
+    feed.close()
+    assert threads() == []
+    assert all(p.numel() == 0 for n, p in model.named_parameters() if layer_of(n) == (2, "gen"))
+
+
+def test_touching_tensors_are_read_in_one_piece(folder: Path) -> None:
+    feed, _, _ = feed_of(folder)
+    image = feed._layers[0]
+    reads = {(read.file, read.start): sum(size for _, size in read.places) for read in image.reads}
+    stored = sorted((part.source.info.start, part.source.info.stop) for part in image.parts)
+    runs = 1 + sum(left[1] != right[0] for left, right in pairwise(stored))
+    assert len(reads) == runs < len(stored)
+    assert sum(reads.values()) == sum(stop - start for start, stop in stored)
+
+
+def test_large_tensors_are_cut_into_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neounify.checkpoint.staging.PIECE", 1000)
+    expected = load_checkpoint(folder).model
+    feed, model, _ = feed_of(folder)
+    assert all(sum(size for _, size in read.places) <= 1000 for read in feed._layers[0].reads)
+    feed.open()
+    feed.take(0)
+    check_layer(model, expected, 0)
+    feed.give_back(0)
+    feed.close()
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """The residency of a device, with copies within the host's memory in place of its own."""
+    copies = Recorded()
+    monkeypatch.setattr("neounify.checkpoint.staging.DeviceCopies", lambda device: copies)
+    monkeypatch.setattr("neounify.checkpoint.layers.in_place", lambda device: False)
+    return copies
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_a_model_runs_on_staged_layers(
+    folder: Path, on_a_device: Recorded, tmp_path: Path, adapted: bool
+) -> None:
+    targets = [f"language_model.model.layers.{n}.mlp.down_proj" for n in range(LAYERS)]
+    save_file(lora_tensors(DEEP, targets), tmp_path / "lora.safetensors")
+    lora = tmp_path / "lora.safetensors" if adapted else None
+    plain = load_checkpoint(folder, lora=lora)
+    moved = load_checkpoint(folder, lora=lora, memory="layers", resident_layers=2)
+    assert isinstance(moved.residency, LayerResidency)
+    outputs = []
+    for loaded in (plain, moved):
+        with torch.inference_mode(), loaded.residency.use("und"):
+            outputs.append(forward(loaded.model, torch.arange(4)))
+    assert torch.equal(*outputs)
+    assert on_a_device.copied >= LAYERS - 2
+    assert threads() == []
+
+
+def test_cancelling_and_errors_leave_no_thread(folder: Path, on_a_device: Recorded) -> None:
+    byte_tokenizer().save(folder)
+    pipe = load(folder, memory="layers", resident_layers=1)
+
+    def paint(callback: Callable[..., object]) -> None:
+        event = threading.Event()
+        with pytest.raises((Cancelled, CheckpointError)):
+            pipe.generate(
+                "a boat", width=64, height=64, steps=4, cancel=event,
+                callback=lambda *_: callback(event),
+            )  # fmt: skip
+        assert threads() == []
+        for name, parameter in pipe.model.named_parameters():
+            place = layer_of(name)
+            if place is not None and place[0] < LAYERS - 1:
+                assert parameter.numel() == 0, name
+
+    paint(lambda event: event.set())
+    on_a_device.fails = False
+    size = (folder / "model.safetensors").stat().st_size
+    paint(lambda event: os.truncate(folder / "model.safetensors", size // 2))
+
+
+def forward(model: NeoUnify, ids: Tensor) -> Tensor:
+    """Logits of a text."""
+    from neounify.attention import select_for
+    from neounify.model.layout import Document, Layout, Text
+
+    layout = Layout([Document((Text(len(ids)),))])
+    hidden = {"und": model.embed_und(layout, ids)}
+    attend = select_for(model, "auto").plan(layout, None)
+    return model.logits(model.backbone(layout, hidden, attend)["und"])  # type: ignore[arg-type]
+
+
+def test_shares_of_ranks_are_refused(folder: Path) -> None:
+    checkpoint = CheckpointFolder.open(folder)
+    name = "layers.0.gen.qkv.q_proj.weight"
+    published = to_published(name)
+    share = Share(0, range(4))
+    source = StoredWeight(checkpoint.file_of(published), published, share=share)
+    parameters = dict(load_checkpoint(folder).model.named_parameters())
+    with pytest.raises(RequestError, match="shares of ranks"):
+        layer_image({name: source}, parameters)
