@@ -106,20 +106,15 @@ def load_checkpoint(
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order; beside
     the codes of layers that stay quantised.
     memory: "all" keeps everything; "stream" see StreamResidency, "layers" see LayerResidency, which
-    keeps `resident_layers` of each stream, None as many as fit. "auto" takes the first of them that
-    fits. Use the returned `residency` around every use of the model: weights may not be there until
-    their stream is first used.
-    plan: "check" refuses what does not fit in the memory that is free (`checkpoint.fit`), before
-    a weight is read; "ignore" tries.
+    keeps `resident_layers` of each stream, None as many as fit; "auto" the first that fits. Use the
+    returned `residency` around every use of the model: weights may not be there before. plan:
+    "check" refuses what does not fit before a weight is read (`checkpoint.fit`); "ignore" tries.
     The returned `checkpoint` shares its mappings with the model.
     shares: of the tensors named, only these parts are read, those of a rank.
 
     NaN and infinite weights are refused: every converted value is looked at, of mapped tensors
     the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
-    and no memory).
-
-    Raises CheckpointError, ConfigError, MemoryPlanError, or RequestError for an unknown dtype,
-    device or memory.
+    and no memory). Raises CheckpointError, ConfigError, MemoryPlanError or RequestError.
     """
     _check_request(memory, plan, quantise, backend)
     checkpoint = _opened(folder, config)
@@ -129,31 +124,25 @@ def load_checkpoint(
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
+    if quantise:
+        memory, plan = "all", "ignore"
+    decoded = backend == DECODED
     memory, resident = _fitted(
-        checkpoint,
-        choice.dtype,
-        target_device,
-        "all" if quantise else memory,
-        resident_layers,
-        "ignore" if quantise else plan,
-        decoded=backend == DECODED,
+        checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded
     )
     updates = read_loras(lora, lora_strength, shapes)
     sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
         codes: dict[str, Tensor] = {}
-        if quantise or (checkpoint.quantised and backend != DECODED):
+        if quantise or (checkpoint.quantised and not decoded):
             codes = _place_codes(model, sources, checkpoint, target_device, quantise, backend)
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"
-            kept_dtype = source.kept or choice.dtype
-            tensor = _first_values(source, kept_dtype, target_device, keep=keep, verify=verify)
-            _assign(model, name, tensor)
+            kept = source.kept or choice.dtype
+            codes[name] = _first_values(source, kept, target_device, keep=keep, verify=verify)
         for name, tensor in codes.items():
             _assign(model, name, tensor)
     model.compute_dtype = choice.dtype
-    if memory == "all":
-        model.fuse()
     residency = _residency(model, sources, memory, resident)
     return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
 
@@ -275,12 +264,14 @@ def _residency(
     memory: Memory,
     resident: Mapping[StreamName, int],
 ) -> Residency:
+    """The residency of a mode; a model that is whole is fused."""
     if memory == "stream":
         return StreamResidency(model, sources)
     if memory == "layers":
         from neounify.checkpoint.layers import LayerResidency
 
         return LayerResidency(model, sources, resident)
+    model.fuse()
     return NullResidency()
 
 
