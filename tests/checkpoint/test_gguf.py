@@ -214,20 +214,26 @@ def test_loras_and_shares_of_blocks(tmp_path: Path) -> None:
 
 
 @REFERENCE
-def test_no_lora_goes_into_rows_of_another_length(tmp_path: Path) -> None:
+def test_loras_and_shares_of_rows_of_another_length(tmp_path: Path) -> None:
     name, config = NAME, SMALL.replace(hidden_size=40)
     weights = random_weights(config)
-    stored, _ = blocks(weights[name].reshape(-1, 32), "Q8_0")
+    stored, meant = blocks(weights[name].reshape(-1, 32), "Q8_0")
+    values = torch.from_numpy(meant.reshape(weights[name].shape))
     pairs = [(f"comfy.gguf.orig_shape.{name}", array(5, *weights[name].shape))]
     file = gguf_of({n: w for n, w in weights.items() if n != name}, pairs=pairs)
     file.tensors.append((name, stored))
     path = file.write(tmp_path / "model.gguf")
-    folder = home(tmp_path / "home", config)
+    plain_folder = write_checkpoint(tmp_path / "plain", config, weights | {name: values})
     lora = tmp_path / "lora.safetensors"
     save_file(lora_tensors(config, [name.removesuffix(".weight")]), lora)
-    load_model(path, config=folder)
-    with pytest.raises(CheckpointError, match="no LoRA can be merged into it"):
-        load_model(path, config=folder, lora=lora)
+    expected = load_model(plain_folder, dtype="float32", lora=lora).get_parameter(OURS)
+    model = load_model(path, config=plain_folder, dtype="float32", lora=lora)
+    torch.testing.assert_close(model.get_parameter(OURS), expected, rtol=0, atol=1e-6)
+    codes = CheckpointFolder.open(path, plain_folder).quantised[name]
+    for share in (Share(0, range(8, 20)), Share(1, range(8, 20))):
+        source = StoredWeight(MappedFile(path), name, codes=codes, share=share)
+        part = source.read(torch.float32, torch.device("cpu"))
+        assert torch.equal(part, share.of(values))
 
 
 # --- files that lie ---

@@ -18,6 +18,7 @@ from neounify.cli.models import default_device
 from neounify.config.presets import TINY
 from neounify.errors import RequestError
 from neounify.model import NeoUnify
+from neounify.quant.blocks import BLOCK_FORMATS
 from neounify.text import byte_tokenizer
 from support.other_device import OtherDevice
 
@@ -83,6 +84,16 @@ def test_no_task_needs_float64_or_an_operator_that_mps_lacks(
     )
     dtypes = {dtype for some in device.operators.values() for dtype in some}
     assert dtypes <= {dtype, torch.float32, torch.int64, torch.int32, torch.bool}
+    assert [name for name in device.operators if not has_kernel(name, "MPS")] == []
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_blocks_are_decoded_on_mps(name: str) -> None:
+    format = BLOCK_FORMATS[name]
+    with OtherDevice() as device:
+        format.decode(torch.empty(4, format.nbytes, dtype=torch.uint8, device="meta"))
+    dtypes = {dtype for some in device.operators.values() for dtype in some}
+    assert dtypes <= {torch.float32, torch.float16, torch.int8, torch.uint8}
     assert [name for name in device.operators if not has_kernel(name, "MPS")] == []
 
 

@@ -47,6 +47,16 @@ def test_values_are_those_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_values_are_finite_where_the_scales_are(name: str) -> None:
+    format = BLOCK_FORMATS[name]
+    draw = np.random.default_rng(1)
+    blocks = torch.from_numpy(draw.integers(0, 256, (2000, format.nbytes), dtype=np.uint8))
+    finite = format.scales(blocks).isfinite().all(dim=1)
+    assert torch.equal(finite, format.decode(blocks).isfinite().all(dim=1))
+    assert 0.7 < float(finite.float().mean()) < 1
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_rows_are_decoded_alone(name: str) -> None:
     format = BLOCK_FORMATS[name]
     stored = torch.from_numpy(_random_blocks(format, 200)[:64])

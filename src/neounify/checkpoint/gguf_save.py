@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.gguf import ALIGNMENT, DEFAULT_ALIGNMENT, F16, F32, STRING, U32
-from neounify.checkpoint.load import expected_shapes
+from neounify.checkpoint.load import expected_shapes, stored_weights
 from neounify.checkpoint.lora_file import LoraSpec, read_loras
 from neounify.checkpoint.mapped import GGUF_START, all_finite
 from neounify.checkpoint.names import part_of, to_published
@@ -63,17 +63,11 @@ def save_gguf(
         )
     shapes = expected_shapes(checkpoint.config)
     checkpoint.check(shapes)
-    updates = read_loras(lora, lora_strength, shapes)
-    weights = []
-    for name, shape in shapes.items():
-        published = to_published(name)
-        source = StoredWeight(
-            checkpoint.file_of(published),
-            checkpoint.stored_name(published),
-            updates.get(name, ()),
-            checkpoint.quantised.get(published),
-        )
-        weights.append(_Weight(published, source, shape, _format(name, shape, preset)))
+    sources = stored_weights(checkpoint, shapes, read_loras(lora, lora_strength, shapes))
+    weights = [
+        _Weight(to_published(name), sources[name], shape, _format(name, shape, preset))
+        for name, shape in shapes.items()
+    ]
     target = Path(folder).resolve()
     check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
     with atomic_checkpoint(target) as aside:

@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -97,6 +97,9 @@ class StoredWeight:
         Works in pieces and drops the file's pages behind it, so that little more than the
         result is resident. Raises CheckpointError for values that are not finite.
         """
+        if self._crosses_rows and (self.updates or self.share is not None):
+            whole = replace(self, updates=(), share=None).read(torch.float32, device)
+            return self._part_of(whole, dtype, check=True)
         return self._assembled(self._pieces(), dtype, device, check=True)
 
     def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,9 +107,11 @@ class StoredWeight:
 
         Where the two are the same, no copy. Values are not checked: that waits for the device.
         """
-        plain = self.codes is None and self.info.blocks is None and not self.updates
-        if plain and stored.dtype == dtype:
+        if self.codes is None and not self.updates and stored.dtype == dtype:
             return stored
+        if self._crosses_rows and self.updates:
+            whole = replace(self, updates=()).decode(stored, torch.float32)
+            return self._part_of(whole, dtype, check=False)
         pieces = iter([(0, torch.atleast_1d(stored))])
         return self._assembled(pieces, dtype, stored.device, check=False)
 
@@ -123,7 +128,9 @@ class StoredWeight:
         updates = [update.to(device) for update in self.updates]
         columns = self.share is not None and self.share.dim == 1
         first = 0 if self.share is None or columns else self.share.places.start
-        rows = self._rows_of(result)
+        rows = torch.atleast_1d(result)
+        if self.info.blocks is not None:
+            rows = result.view(self.info.stored_shape[0] if self._crosses_rows else len(result), -1)
         for start, stored in pieces:
             piece = rows[start - first : start - first + stored.shape[0]]
             if self.codes is not None:
@@ -133,36 +140,45 @@ class StoredWeight:
                 for update in updates:
                     update.add_to(stored, start)
             piece.copy_(self.share.of(stored) if self.share is not None and columns else stored)
-            if check and not all_finite(piece):
+            if check and not all_finite(self._checked(piece)):
                 raise self._not_finite(stored, dtype)
         return result
 
-    def _rows_of(self, result: Tensor) -> Tensor:
-        """The result, cut into rows as it is stored; CheckpointError where that cannot be."""
-        if self.info.blocks is None:
-            return torch.atleast_1d(result)
-        rows = self.info.stored_shape[0]
-        if rows == self.info.shape[0]:
-            return result.flatten(1)
-        if self.updates or self.share is not None:
-            raise CheckpointError(
-                f"{self.file.path}: {self.name!r} is stored in rows of another length, so no LoRA "
-                "can be merged into it, nor can ranks share it; convert the file first"
-            )
-        return result.view(rows, -1)
+    @property
+    def _crosses_rows(self) -> bool:
+        """Whether blocks hold the ends of rows, so that rows cannot be read alone."""
+        return self.info.blocks is not None and self.info.stored_shape[0] != self.info.shape[0]
+
+    def _part_of(self, whole: Tensor, dtype: torch.dtype, *, check: bool) -> Tensor:
+        """What is read, from all values in float32: of blocks that cross the ends of rows."""
+        for update in self.updates:
+            update.to(whole.device).add_to(whole, 0)
+        part = whole if self.share is None else self.share.of(whole)
+        result = part.to(dtype, copy=True)
+        if check and not all_finite(result):
+            raise self._not_finite(part, dtype)
+        return result
+
+    def _checked(self, stored: Tensor) -> Tensor:
+        """The numbers of stored rows that may be NaN: of blocks that stay codes, their scales."""
+        if self.info.blocks is None or stored.dtype.is_floating_point:
+            return stored
+        return self.info.blocks.scales(stored.reshape(-1, self.info.blocks.nbytes))
 
     def verify(self) -> None:
         """Read every value once; CheckpointError when one is NaN or infinite."""
         for _, stored in self._pieces():
-            if not all_finite(stored):
+            if not all_finite(self._checked(stored)):
                 raise self._not_finite(stored, stored.dtype)
 
     def verify_sample(self) -> None:
         """`verify` for the first 4 KiB only: one page, where a ruined tensor shows already."""
         dtype = self.info.dtype
         sample = self.file.head(self.name, SAMPLE_BYTES)
+        if self.info.blocks is not None:
+            sample = sample[: len(sample) // self.info.blocks.nbytes * self.info.blocks.nbytes]
         stored = torch.frombuffer(bytearray(sample), dtype=dtype) if sample else torch.empty(0)
-        if not all_finite(stored):
+        if not all_finite(self._checked(stored)):
             raise self._not_finite(stored, dtype)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
@@ -182,7 +198,7 @@ class StoredWeight:
 
     def _not_finite(self, stored: Tensor, dtype: torch.dtype) -> CheckpointError:
         where = f"{self.file.path}: tensor {self.name!r}"
-        if not all_finite(stored):
+        if not all_finite(self._checked(stored)):
             return CheckpointError(f"{where} holds NaN or infinite values; the weights are damaged")
         return CheckpointError(
             f"{where} does not fit in {dtype}: values overflow; load it in a wider dtype"

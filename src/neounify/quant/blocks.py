@@ -35,8 +35,14 @@ class BlockFormat:
     number: int
     elements: int
     nbytes: int
+    halves: tuple[int, ...]
+    """Places of the float16 numbers in a block; values are finite where these are."""
     decode: Callable[[Blocks], Values]
     encode: Callable[[Values], Blocks] | None = None
+
+    def scales(self, blocks: Blocks) -> Float[Tensor, "n s"]:
+        """The float16 numbers of blocks, as float32."""
+        return torch.cat([_half(blocks, at) for at in self.halves], dim=1)
 
 
 @dataclass(frozen=True)
@@ -244,16 +250,16 @@ def _decode_q6_k(blocks: Blocks) -> Values:
 BLOCK_FORMATS = {
     format.name: format
     for format in (
-        BlockFormat("Q4_0", 2, 32, 18, _decode_q4_0, _encode_q4_0),
-        BlockFormat("Q4_1", 3, 32, 20, _decode_q4_1, _encode_q4_1),
-        BlockFormat("Q5_0", 6, 32, 22, _decode_q5_0, _encode_q5_0),
-        BlockFormat("Q5_1", 7, 32, 24, _decode_q5_1, _encode_q5_1),
-        BlockFormat("Q8_0", 8, 32, 34, _decode_q8_0, _encode_q8_0),
-        BlockFormat("Q2_K", 10, 256, 84, _decode_q2_k),
-        BlockFormat("Q3_K", 11, 256, 110, _decode_q3_k),
-        BlockFormat("Q4_K", 12, 256, 144, _decode_q4_k),
-        BlockFormat("Q5_K", 13, 256, 176, _decode_q5_k),
-        BlockFormat("Q6_K", 14, 256, 210, _decode_q6_k),
+        BlockFormat("Q4_0", 2, 32, 18, (0,), _decode_q4_0, _encode_q4_0),
+        BlockFormat("Q4_1", 3, 32, 20, (0, 2), _decode_q4_1, _encode_q4_1),
+        BlockFormat("Q5_0", 6, 32, 22, (0,), _decode_q5_0, _encode_q5_0),
+        BlockFormat("Q5_1", 7, 32, 24, (0, 2), _decode_q5_1, _encode_q5_1),
+        BlockFormat("Q8_0", 8, 32, 34, (0,), _decode_q8_0, _encode_q8_0),
+        BlockFormat("Q2_K", 10, 256, 84, (80, 82), _decode_q2_k),
+        BlockFormat("Q3_K", 11, 256, 110, (108,), _decode_q3_k),
+        BlockFormat("Q4_K", 12, 256, 144, (0, 2), _decode_q4_k),
+        BlockFormat("Q5_K", 13, 256, 176, (0, 2), _decode_q5_k),
+        BlockFormat("Q6_K", 14, 256, 210, (208,), _decode_q6_k),
     )
 }
 """Name → format."""
