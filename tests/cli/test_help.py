@@ -28,6 +28,8 @@ COMMANDS = (
     "provenance",
     "inspect",
     "convert",
+    "quantise",
+    "parity",
     "train",
     "report",
     "doctor",

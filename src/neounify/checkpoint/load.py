@@ -202,16 +202,24 @@ def _opened(
 def _check_request(memory: str, plan: str, quantise: str | None, backend: str) -> None:
     """Raise RequestError for an unknown name, and for what cannot go together."""
     check_memory(memory, plan)
-    if backend not in ("auto", DECODED):
-        from neounify.quant.backends import check_backend
+    check_quantised(memory, quantise, backend)
 
-        check_backend(backend)
-    if quantise is None:
+
+def check_quantised(memory: str, quantise: str | None, backend: str) -> None:
+    """Raise RequestError for an unknown preset or backend, and for a preset that cannot be used.
+
+    Weights that are quantised while they are read are nowhere else, so they cannot be dropped.
+    """
+    if quantise is None and backend in ("auto", DECODED):
         return
+    from neounify.quant.backends import check_backend
     from neounify.quant.presets import check_preset
 
+    check_backend(backend)
+    if quantise is None:
+        return
     check_preset(quantise)
-    if backend == DECODED or memory in ("stream", "layers"):
+    if backend == DECODED or memory not in ("all", "auto"):
         reason = "backend='decoded'" if backend == DECODED else f"memory={memory!r}"
         raise RequestError(
             f"quantise={quantise!r} cannot be used with {reason}: write the codes first, with "

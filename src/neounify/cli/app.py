@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": "inspect",
     "provenance": "provenance",
     "convert": "convert",
+    "quantise": "quantise",
+    "parity": "parity",
     "train": "train",
     "report": "report",
     "doctor": "doctor",

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol
+from typing import Annotated, Any, Generic, Protocol, TypeVar, get_type_hints
 
 import typer
 
-from neounify.cli.command import CliError, WriteError, explain, short_repr
+from neounify.cli.command import CliError, WriteError, checked_value, explain, short_repr
 from neounify.cli.display import Display, Tick
 from neounify.cli.files import append_line
 from neounify.cli.models import LoadedModel
@@ -27,9 +27,7 @@ from neounify.cli.options import (
     BATCH,
     ChatOptions,
     GenerateOptions,
-    Options,
     option,
-    with_fields,
 )
 from neounify.errors import NeounifyError
 
@@ -47,6 +45,7 @@ MAX_NAMED = 3
 _LATER_OPTIONS = ("min_p",)
 """Options younger than the first recorded batches: not part of a job's hash unless they are set."""
 
+Options = TypeVar("Options", bound=GenerateOptions | ChatOptions)
 LineOutcome = dict[str, Any]
 """The record of a line in the results file, without its number and job."""
 
@@ -459,3 +458,34 @@ def finish(summary: RunSummary, results: Results, display: Display) -> None:
     )
     if failed:
         raise typer.Exit(1)
+
+
+def with_fields(defaults: Options, fields: dict[str, Any], others: Sequence[str]) -> Options:
+    """The defaults with the fields of a line of a batch. A size or an interval may be a list.
+
+    `others` are fields of a line that are no options. Raises CliError.
+    """
+    hints = get_type_hints(type(defaults), include_extras=True)
+    known = {field.name for field in dataclasses.fields(type(defaults))}
+    for name in fields:
+        if name not in known:
+            names = ", ".join([*others, *sorted(known)])
+            raise CliError(f"unknown field {short_repr(name)}; known are {names}")
+    values = {}
+    for name, value in fields.items():
+        if (plain := _plain(name, value)) is not None:
+            values[name] = checked_value(name, plain, hints[name], value)
+    sizes = {"size", "width", "height"}
+    if values.keys() & sizes:
+        # A line's size replaces the command line's, however either is written.
+        values = dict.fromkeys(known & sizes) | values
+    return dataclasses.replace(defaults, **values)
+
+
+def _plain(name: str, value: Any) -> Any:
+    separators = {"size": "x", "interval": ","}
+    if name in separators and isinstance(value, list) and len(value) == 2:
+        return separators[name].join(str(part) for part in value)
+    if name == "stop" and isinstance(value, str):
+        return [value]
+    return value

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from neounify.attention import check_backend
-from neounify.checkpoint.load import check_memory, choose_dtype, resolve_device
+from neounify.checkpoint.load import (
+    check_memory,
+    check_quantised,
+    choose_dtype,
+    resolve_device,
+)
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
@@ -59,6 +64,8 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     if isinstance(options, ModelOptions):
         check_threads(options.threads)
         check_memory(options.memory, options.plan)
+    memory = options.memory if isinstance(options, ModelOptions) else "all"
+    check_quantised(memory, options.quantise, options.backend)
     check_loras(options.lora)
     return checkpoint
 

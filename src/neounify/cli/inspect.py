@@ -89,6 +89,7 @@ def _inspect_model(folder: Path, config: Path | None, display: Display) -> None:
             "fingerprint": fingerprint,
             "complete": problem is None,
             "computed_in": str(stored_dtype(checkpoint)).removeprefix("torch."),
+            "quantised": _quantised(checkpoint),
             "config": config_record(checkpoint.config),
             "rows": [asdict(row) for row in summary.rows],
             "streams": [asdict(row) for row in summary.streams],
@@ -174,7 +175,25 @@ def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, st
             f"shift {c.sampling.shift:g}",
         ),
         ("trained at", named_sizes(sizes, pixels) if sizes or pixels else "not recorded"),
+        *((f"backend of {name}", backend) for name, backend in _quantised(checkpoint).items()),
     ]
+
+
+def _quantised(checkpoint: CheckpointFolder) -> dict[str, str]:
+    """Format of quantised weights → how linear layers of it compute on this machine."""
+    if not checkpoint.quantised:
+        return {}
+    import torch
+
+    from neounify.cli.models import default_device
+    from neounify.quant.backends import AUTO, choose_backend
+
+    device = torch.device(default_device())
+    backends: dict[str, set[str]] = {}
+    for codes in checkpoint.quantised.values():
+        backend = choose_backend(AUTO, codes.format, codes.shape[-1], device)
+        backends.setdefault(codes.label, set()).add(str(backend))
+    return {label: ", ".join(sorted(chosen)) for label, chosen in sorted(backends.items())}
 
 
 def _mlp(mlp: MlpConfig) -> str:

@@ -64,12 +64,17 @@ class LoadedModel:
     pipe: Pipeline
     folder: Path
     loras: tuple[tuple[Path, float], ...] = ()
+    quantise: str | None = None
 
     @cached_property
     def description(self) -> dict[str, Any]:
         """The model's entry in a record: names of files without their folders."""
         model = self.pipe.model
-        changed = {} if self.pipe.colour_profiles else {"colour_profiles": False}
+        changed: dict[str, Any] = {}
+        if not self.pipe.colour_profiles:
+            changed["colour_profiles"] = False
+        if self.quantise is not None:
+            changed["quantise"] = self.quantise
         return {
             "folder": self.folder.resolve().name,
             "fingerprint": self.pipe.fingerprint,
@@ -106,9 +111,11 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
             plan=options.plan,  # type: ignore[arg-type]
             attention=options.attention,
             colour_profiles=options.colour_profiles,
+            quantise=options.quantise,
+            backend=options.backend,
         )
     display.note(f"{name} in {pipe.loaded_dtype}")
-    model = LoadedModel(pipe, folder, tuple(loras))
+    model = LoadedModel(pipe, folder, tuple(loras), options.quantise)
     _ = model.description  # hashes the files now: an unreadable one must not cost an image
     return model
 

@@ -6,22 +6,13 @@ the checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, get_args
 
 import typer
 
-from neounify.cli.command import (
-    CliError,
-    UsageError,
-    checked_value,
-    parse_interval,
-    parse_size,
-    short_repr,
-)
+from neounify.cli.command import UsageError, parse_interval, parse_size
 from neounify.config import TextSampling
 from neounify.config.sampling import knob_doc
 from neounify.flow.guidance import Norm
@@ -171,7 +162,32 @@ class AttentionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel):
+class QuantOptions:
+    """Quantised weights of a model."""
+
+    quantise: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "PRESET",
+            "Quantise the weights while they are read: int8, int8-all, fp8, w4-mixed or w4.",
+        ),
+    ] = None
+    backend: Annotated[
+        str,
+        option(
+            MODEL,
+            "NAME",
+            "How quantised layers compute: auto, reference, torch, w8a8, comfy-kitchen, or "
+            "decoded to plain weights.",
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(
+    QuantOptions, AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel
+):
     """The model of a command, its weights and its device."""
 
     memory: Annotated[
@@ -459,40 +475,3 @@ class StoryOptions(ImageGuidanceOptions, TextOptions):
         if self.max_images is not None:
             values["max_images"] = self.max_images
         return values
-
-
-Options = TypeVar("Options", bound=GenerateOptions | ChatOptions)
-
-
-# --- values ---
-
-
-def with_fields(defaults: Options, fields: dict[str, Any], others: Sequence[str]) -> Options:
-    """The defaults with the fields of a line of a batch. A size or an interval may be a list.
-
-    `others` are fields of a line that are no options. Raises CliError.
-    """
-    hints = get_type_hints(type(defaults), include_extras=True)
-    known = {field.name for field in dataclasses.fields(type(defaults))}
-    for name in fields:
-        if name not in known:
-            names = ", ".join([*others, *sorted(known)])
-            raise CliError(f"unknown field {short_repr(name)}; known are {names}")
-    values = {}
-    for name, value in fields.items():
-        if (plain := _plain(name, value)) is not None:
-            values[name] = checked_value(name, plain, hints[name], value)
-    sizes = {"size", "width", "height"}
-    if values.keys() & sizes:
-        # A line's size replaces the command line's, however either is written.
-        values = dict.fromkeys(known & sizes) | values
-    return dataclasses.replace(defaults, **values)
-
-
-def _plain(name: str, value: Any) -> Any:
-    separators = {"size": "x", "interval": ","}
-    if name in separators and isinstance(value, list) and len(value) == 2:
-        return separators[name].join(str(part) for part in value)
-    if name == "stop" and isinstance(value, str):
-        return [value]
-    return value

@@ -148,6 +148,11 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
 
     if model.mode not in get_args(Mode):
         raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")
+    if model.mode == "separate" and model.quantise is not None:
+        raise UsageError(
+            "--quantise needs --mode colocate; with --mode separate, serve a model that is written "
+            "by `neounify quantise`"
+        )
     if model.mode == "colocate":
         if model.generation_device is not None or model.generation_threads is not None:
             raise UsageError("--generation-device and --generation-threads need --mode separate")
@@ -169,6 +174,8 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
         threads=model.threads,
         generation_threads=model.generation_threads,
         lora=tuple(parse_loras(model.lora)),
+        quantise=model.quantise,
+        backend=model.backend,
         engines=EngineConfig(limits={k: v for k, v in limits.items() if v is not None}),
         admission=AdmissionConfig(
             requests=engines.requests,

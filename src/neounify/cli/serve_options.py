@@ -11,6 +11,7 @@ from neounify.cli.options import (
     AttentionOptions,
     ColourOptions,
     NamedModel,
+    QuantOptions,
     ThreadOptions,
     WeightOptions,
     option,
@@ -22,7 +23,9 @@ REPLICAS = "Replicas"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeModelOptions(AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel):
+class ServeModelOptions(
+    QuantOptions, AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel
+):
     """The served model, its engines' devices and threads."""
 
     mode: Annotated[

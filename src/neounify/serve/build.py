@@ -32,7 +32,8 @@ Mode = Literal["colocate", "separate"]
 class ServeConfig:
     """Config of a service: checkpoint, processes, devices, limits.
 
-    `folder` and `config` are the checkpoint, as in `neounify.load`.
+    `folder` and `config` are the checkpoint, `quantise` and `backend` what is done with its
+    weights, as in `neounify.load`.
     `threads` and `device` are those of the understanding engine, and of the generation engine
     unless `generation_threads` and `generation_device` are set; one process uses the first.
     """
@@ -46,6 +47,8 @@ class ServeConfig:
     threads: int | None = None
     generation_threads: int | None = None
     lora: tuple[tuple[Path, float], ...] = ()
+    quantise: str | None = None
+    backend: str = "auto"
     engines: EngineConfig = field(default_factory=EngineConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -57,7 +60,13 @@ def build_service(config: ServeConfig) -> EngineService:
         return _separate(config)
     lora = config.lora or None
     pipe = load(
-        config.folder, config=config.config, dtype=config.dtype, device=config.device, lora=lora
+        config.folder,
+        config=config.config,
+        dtype=config.dtype,
+        device=config.device,
+        lora=lora,
+        quantise=config.quantise,
+        backend=config.backend,
     )
     return colocated(pipe, config.engines, config.admission, config.watch)
 
@@ -140,6 +149,7 @@ def _process(
             device=(config.generation_device if generates else None) or config.device,
             threads=(config.generation_threads if generates else None) or config.threads,
             lora=config.lora,
+            backend=config.backend,
             engines=config.engines,
             pieces=space.prefix,
         ),

@@ -53,6 +53,7 @@ class ProcessConfig:
     threads: int | None
     config: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
+    backend: str = "auto"
     engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str = PREFIX
 
@@ -281,6 +282,7 @@ def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> N
         dtype=config.dtype,
         device=config.device,
         lora=config.lora or None,
+        backend=config.backend,
         memory="stream",
         plan="ignore",  # of a model whose streams are in two processes, on one device or two
     )

@@ -1,0 +1,217 @@
+"""Quantising of checkpoints, weight by weight: files are laid out first, then filled in place.
+
+Memory holds one weight at a time, in float32. In a file, codes lie at multiples of 64 bytes, so
+that they can be computed with where they are mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from neounify.checkpoint.config_json import quantised_entry, with_quantised, write_config
+from neounify.checkpoint.load import expected_shapes, stored_weights
+from neounify.checkpoint.mapped import DTYPE_NAMES
+from neounify.checkpoint.names import to_published
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.residency import StoredWeight
+from neounify.checkpoint.save import (
+    DESCRIPTION,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SavesFiles,
+    atomic_checkpoint,
+    write_texts,
+)
+from neounify.errors import CheckpointError, RequestError
+from neounify.files import check_empty, write_json
+from neounify.quant.formats import CODES, PublishedFormat, Shape
+from neounify.quant.presets import preset_formats
+from neounify.quant.stored import description_tensor
+
+ALIGNMENT = 64
+CPU = torch.device("cpu")
+Layout = dict[str, tuple[Shape, torch.dtype]]
+
+
+def quantise_checkpoint(
+    checkpoint: CheckpointFolder,
+    folder: str | os.PathLike[str],
+    preset: str,
+    *,
+    tokenizer: SavesFiles | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write config.json, weights in the formats of `preset`, the tokenizer's and `extra_files`.
+
+    Weights that the preset leaves out are written as they are stored, codes of other formats as
+    what they mean, in float32. `progress` gets the number of weights that are done. As
+    `save_model` writes, all or nothing; returns the folder. Raises RequestError for an unknown
+    preset or a model that is quantised already, and CheckpointError for weights that are damaged.
+    """
+    if max_shard_bytes < 1:
+        raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    parts = _parts(checkpoint, preset)
+    target = Path(folder).resolve()
+    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
+    entry = quantised_entry(preset, checkpoint.fingerprint())
+    with atomic_checkpoint(target) as aside:
+        write_json(aside / "config.json", with_quantised(write_config(checkpoint.config), entry))
+        _write(aside, _shards(parts, max_shard_bytes), progress)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        write_texts(extra_files or {}, aside)
+    return target
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A weight to write (published name), and its format; None as it is stored."""
+
+    name: str
+    source: StoredWeight
+    format: PublishedFormat | None
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors it becomes in the file."""
+        info, module = self.source.info, self.name.removesuffix(CODES)
+        if self.format is None:
+            dtype = torch.float32 if self.source.codes else info.dtype
+            return {self.name: (tuple(self.source.shape), dtype)}
+        tensors = {
+            f"{module}{part}": size
+            for part, size in self.format.layout(tuple(self.source.shape)).items()
+        }
+        described = description_tensor(self.format)
+        return tensors | {self.description: (tuple(described.shape), torch.uint8)}
+
+    @property
+    def description(self) -> str:
+        return self.name.removesuffix(f".{CODES}") + DESCRIPTION
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_nbytes(*size) for size in self.layout.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is written. Raises CheckpointError for values that are not finite."""
+        if self.format is None:
+            ((name, (_, dtype)),) = self.layout.items()
+            return {name: self.source.read(dtype, CPU)}
+        module = self.name.removesuffix(CODES)
+        codes = self.format.quantise(self.source.read(torch.float32, CPU))
+        tensors = {f"{module}{part}": tensor for part, tensor in codes.items()}
+        return tensors | {self.description: description_tensor(self.format)}
+
+
+def _parts(checkpoint: CheckpointFolder, preset: str) -> list[_Part]:
+    shapes = expected_shapes(checkpoint.config)
+    checkpoint.check(shapes)
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
+    done = [name for name in formats if to_published(name) in checkpoint.quantised]
+    if done:
+        raise RequestError(
+            f"{checkpoint.path.name} is quantised already, {len(done)} of {len(formats)} weights: "
+            "quantise the checkpoint it was made of, which loses less"
+        )
+    sources = stored_weights(checkpoint, shapes)
+    return [_Part(to_published(n), source, formats.get(n)) for n, source in sources.items()]
+
+
+# --- files ---
+
+
+@dataclass
+class _Shard:
+    parts: list[_Part] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def layout(self) -> Layout:
+        return {name: size for part in self.parts for name, size in part.layout.items()}
+
+
+def _shards(parts: list[_Part], max_bytes: int) -> list[_Shard]:
+    shards = [_Shard()]
+    size = 0
+    for part in parts:
+        if shards[-1].parts and size + part.nbytes > max_bytes:
+            shards.append(_Shard())
+            size = 0
+        shards[-1].parts.append(part)
+        size += part.nbytes
+    return shards
+
+
+def _write(folder: Path, shards: list[_Shard], progress: Callable[[int], None]) -> None:
+    weight_map: dict[str, str] = {}
+    done = 0
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) == 1:
+            name = SINGLE_FILE
+        with (folder / name).open("wb") as file:
+            for _ in _fill(file, shard):
+                done += 1
+                progress(done)
+        weight_map.update(dict.fromkeys(shard.layout, name))
+    if len(shards) > 1:
+        total = sum(shard.nbytes for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX_FILE, index)
+
+
+def _fill(file: BinaryIO, shard: _Shard) -> Iterator[None]:
+    """Write the header of a shard, then its weights one by one, each to its place."""
+    header, offsets = _header(shard.layout)
+    file.write(len(header).to_bytes(8, "little") + header)
+    start = file.tell()
+    for part in shard.parts:
+        for name, tensor in part.tensors().items():
+            file.seek(start + offsets[name])
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        yield
+
+
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file, and where each tensor begins behind it.
+
+    What fills whole multiples of 64 bytes comes first, so that everything is aligned.
+    """
+
+    def place(name: str) -> tuple[bool, int, str]:
+        shape, dtype = layout[name]
+        return _nbytes(shape, dtype) % ALIGNMENT != 0, -dtype.itemsize, name
+
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    offset = 0
+    for name in sorted(layout, key=place):
+        shape, dtype = layout[name]
+        offsets[name] = offset
+        stop = offset + _nbytes(shape, dtype)
+        code = DTYPE_NAMES[dtype]
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text + b" " * (-(8 + len(text)) % ALIGNMENT), offsets
+
+
+def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

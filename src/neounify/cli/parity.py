@@ -1,0 +1,194 @@
+"""`neounify parity`: how far one model is from another of the same shape."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neounify.cli.display import Display
+from neounify.cli.files import check_new_folder
+from neounify.cli.models import default_device, resolve_model
+from neounify.cli.options import FILES, MODEL, ConfigFolder, OverwriteOptions, ReportOptions, option
+from neounify.files import atomic_folder, write_json
+from neounify.runtime import keep_freed_memory, lasting_imports
+
+if TYPE_CHECKING:
+    from neounify.evaluate.metrics import Rate
+    from neounify.evaluate.parity import Parity
+    from neounify.pipeline import Pipeline
+
+PROMPTS = (
+    "a red circle",
+    "a blue square above a green star",
+    "two yellow triangles",
+    "a purple ring left of a red cross",
+    "three green circles",
+    "a small blue star and a large red square",
+    "a yellow cross",
+    "a green triangle below a purple circle",
+)
+QUESTIONS = ("What is in the image?", "What colour is it?", "How many objects are there?")
+SCENE_VOCABULARY = 10_000
+"""Models with fewer tokens than this were trained on scenes; published ones have 150,000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions:
+    """Size and settings of a comparison."""
+
+    images: Annotated[
+        int,
+        typer.Option(metavar="N", help="Images, and prompts of the comparison.", min=1),
+    ] = 24
+    cases: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="SceneBench cases per category, for models trained on scenes; 0 leaves it out.",
+            min=0,
+        ),
+    ] = 32
+    dtype: Annotated[
+        str | None,
+        option(MODEL, "TYPE", "Number format both models compute in. Default: the first one's."),
+    ] = None
+    device: Annotated[
+        str | None,
+        option(MODEL, "cpu|cuda:N|mps|xpu", "Where to compute. Default: a GPU if there is one."),
+    ] = None
+    backend: Annotated[
+        str,
+        option(MODEL, "NAME", "How quantised layers compute: auto, reference, torch or w8a8."),
+    ] = "auto"
+
+
+def parity(
+    first: Annotated[Path, typer.Argument(metavar="MODEL", help="The model to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="The model compared.")],
+    *,
+    config: ConfigFolder = None,
+    output: Annotated[
+        Path, option(FILES, "DIR", "Folder of the report.", "--output", "--out", "-o")
+    ] = Path("out/parity"),
+    options: ParityOptions,
+    overwrite: OverwriteOptions,
+    report: ReportOptions,
+) -> None:
+    """Compare two models of one shape: weights, outputs, tokens, images, SceneBench.
+
+    DIR gets report.md, report.json and images.png, with the images of both side by side.
+
+    \b
+      neounify parity FOLDER FOLDER-int8
+    """
+    display = Display(quiet=report.quiet, json=report.json)
+    folder, other = resolve_model(first, "MODEL"), resolve_model(second, "OTHER")
+    check_new_folder(output, "a report", overwrite=overwrite.overwrite)
+    write_parity(folder, config, other, options, output, display)
+
+
+def write_parity(
+    first: Path,
+    config: Path | None,
+    second: Path,
+    options: ParityOptions,
+    output: Path,
+    display: Display,
+) -> None:
+    """Compare two models and write the report. Raises the errors of loading."""
+    with lasting_imports():
+        from neounify.checkpoint import CheckpointFolder, resolve_device
+        from neounify.evaluate.parity import weight_errors
+        from neounify.pipeline import load
+
+    keep_freed_memory()
+    checkpoints = [CheckpointFolder.open(path, config) for path in (first, second)]
+    number = len(checkpoints[0].tensors)
+    with display.bar("comparing weights", total=number, unit="weight") as tick:
+        weights, formats = weight_errors(checkpoints[0], checkpoints[1], tick)
+    device = resolve_device(options.device or default_device())
+    with display.bar("loading both models"):
+        a = load(first, config=config, dtype=options.dtype, device=device)
+        dtype = a.model.compute_dtype
+        b = load(second, config=config, dtype=dtype, device=device, backend=options.backend)
+    result, sheet = _compare(a, b, options, display, weights, formats)
+    about = asdict(options) | {
+        "first": first.resolve().name,
+        "second": second.resolve().name,
+        "fingerprints": [checkpoint.fingerprint() for checkpoint in checkpoints],
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
+    with atomic_folder(output.resolve()) as aside:
+        title = f"# {about['second']} against {about['first']}, {about['dtype']} on {device}\n\n"
+        (aside / "report.md").write_text(title + result.to_markdown(), encoding="utf-8")
+        write_json(aside / "report.json", {"about": about} | result.to_json())
+        sheet.save(aside / "images.png")
+    display.say(result.to_markdown())
+    display.result(f"saved {output}", output)
+    display.emit({"about": about} | result.to_json())
+
+
+def _compare(
+    a: Pipeline,
+    b: Pipeline,
+    options: ParityOptions,
+    display: Display,
+    weights: dict[str, float],
+    formats: dict[str, int],
+) -> tuple[Parity, Any]:
+    import numpy as np
+
+    from neounify.evaluate.parity import (
+        Parity,
+        greedy_agreement,
+        image_pairs,
+        image_psnr,
+        output_errors,
+    )
+    from neounify.image.contact_sheet import contact_sheet
+
+    prompts = [PROMPTS[n % len(PROMPTS)] for n in range(options.images)]
+    size = a.config.sampling.image_size
+    with display.bar("comparing outputs"):
+        logits, clean = output_errors(a, b, prompts[: len(PROMPTS)], size)
+    with display.bar("comparing images"):
+        pairs = image_pairs(a, b, prompts, size)
+    tokens = None
+    if a.config.lm_head:
+        with display.bar("comparing answers"):
+            shown = [(text, image) for image, _ in pairs for text in QUESTIONS]
+            tokens = greedy_agreement(a, b, [*shown, *((prompt, None) for prompt in PROMPTS)])
+    bench = _bench(a, b, options.cases, display)
+    values = image_psnr(pairs)
+    captions = [
+        text
+        for prompt, value in zip(prompts, values, strict=True)
+        for text in (prompt, f"{value:.1f} dB")
+    ]
+    images = [np.asarray(image) for pair in pairs for image in pair]
+    sheet = contact_sheet(images, captions, [True] * len(images), columns=8)
+    return Parity(weights, formats, logits, clean, tokens, values, bench), sheet
+
+
+def _bench(a: Pipeline, b: Pipeline, cases: int, display: Display) -> dict[str, tuple[Rate, Rate]]:
+    """SceneBench rates of both by category, and of all together, where the model knows scenes."""
+    if not cases or a.config.vocab_size >= SCENE_VOCABULARY:
+        return {}
+    from neounify.evaluate.metrics import Rate
+    from neounify.scenes.bench import measure
+
+    scores: list[dict[str, Rate]] = []
+    for number, pipe in enumerate((a, b), start=1):
+        with display.bar(f"SceneBench of model {number}"):
+            findings = measure(pipe, tasks=("paint", "vqa"), cases_per_category=cases)
+        scores.append({score.category: score.strict for score in findings.report.scores})
+    both = {name: (rate, scores[1][name]) for name, rate in scores[0].items()}
+    sums = [
+        Rate(sum(r.correct for r in rates.values()), sum(r.number for r in rates.values()))
+        for rates in scores
+    ]
+    return both | {"all": (sums[0], sums[1])}

@@ -1,0 +1,139 @@
+"""`quantise`, `parity`, and the options --quantise and --backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import neounify
+from neounify.bundled import bundled_model
+from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model
+from neounify.checkpoint.quantised import quant_modules
+from neounify.quant.formats import FourBits
+
+SMALL = ("--images", 2, "--cases", 0)
+
+
+@pytest.fixture(scope="session")
+def coded(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model in int8."""
+    folder = tmp_path_factory.mktemp("models") / "coded"
+    neounify.load(toy, quantise="int8").save(folder)
+    return folder
+
+
+def test_quantise_writes_what_quantising_at_load_gives(
+    run_bare: Callable[..., Any], toy: Path
+) -> None:
+    for preset in ("int8-all", "w4-mixed"):
+        ran = run_bare("quantise", toy, "--to", preset, "-o", preset, "--no-parity", "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json["total"]["parameters"] == sum(
+            p.numel() for p in neounify.load(toy).model.parameters()
+        )
+        loaded = load_checkpoint(toy, dtype="stored", quantise=preset).model
+        theirs = save_model(loaded, Path("saved") / preset)
+        stored = [load_file(Path(folder) / "model.safetensors") for folder in (preset, theirs)]
+        assert stored[0].keys() == stored[1].keys()
+        for name, a in stored[0].items():
+            b = stored[1][name]
+            assert a.dtype == b.dtype
+            assert torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)), name
+        texts = [json.loads((Path(f) / "config.json").read_text()) for f in (preset, theirs)]
+        assert texts[0]["neounify"]["quantised"] == texts[1]["neounify"]["quantised"]
+
+
+def test_codes_are_aligned_and_shards_are_bounded(run_bare: Callable[..., Any], toy: Path) -> None:
+    ran = run_bare("quantise", toy, "-o", "out", "--no-parity", "--max-shard-size", "200KB")
+    assert ran.code == 0, ran.err
+    assert len(list(Path("out").glob("model-*-of-*.safetensors"))) > 1
+    checkpoint = CheckpointFolder.open("out")
+    for name in checkpoint.quantised:
+        assert checkpoint.tensors[name].start % 64 == 0
+    assert quant_modules(neounify.load("out").model)
+
+
+def test_a_model_of_codes_is_not_quantised_again(run_bare: Callable[..., Any], coded: Path) -> None:
+    ran = run_bare("quantise", coded, "--to", "w4", "-o", "out", "--no-parity")
+    assert ran.code != 0
+    assert "is quantised already" in ran.err
+    assert not Path("out").exists()
+    ran = run_bare("quantise", coded, "--to", "int3", "-o", "out")
+    assert "preset 'int3' is unknown" in ran.err
+
+
+def test_quantise_writes_a_report_of_parity(run_bare: Callable[..., Any], toy: Path) -> None:
+    ran = run_bare("quantise", toy, "--to", "w4", "-o", "out", *SMALL)
+    assert ran.code == 0, ran.err
+    report = json.loads(Path("out/parity/report.json").read_text())
+    assert report["about"]["second"] == "out"
+    assert 0.02 < report["weights"]["mlp"] < 0.1
+    assert report["weights"]["norm"] == 0
+    assert 0 < report["logits"] < 1
+    assert report["clean"].keys() == {"0.1", "0.4", "0.7"}
+    assert all(0 < error < 1 for error in report["clean"].values())
+    assert report["tokens"]["n"] > 8
+    assert len(report["psnr"]) == 2
+    assert "greedy tokens that agree" in Path("out/parity/report.md").read_text()
+    with Image.open("out/parity/images.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_a_model_equals_itself(run_bare: Callable[..., Any], coded: Path) -> None:
+    ran = run_bare("parity", coded, coded, "-o", "same", *SMALL, "--json")
+    assert ran.code == 0, ran.err
+    report = ran.json
+    assert set(report["weights"].values()) == {0.0}
+    assert report["logits"] == 0
+    assert set(report["clean"].values()) == {0.0}
+    assert report["tokens"]["correct"] == report["tokens"]["n"]
+    assert report["psnr"] == [100, 100]
+
+
+def test_parity_of_other_shapes_is_refused(
+    run_bare: Callable[..., Any], toy: Path, tmp_path: Path
+) -> None:
+    ran = run_bare("parity", toy, bundled_model(), "-o", "out", *SMALL)
+    assert ran.code != 0
+    assert "are not of one shape" in ran.err
+
+
+def test_inspect_shows_formats_and_backends(run_bare: Callable[..., Any], coded: Path) -> None:
+    report = run_bare("inspect", coded, "--json").json
+    assert {row["dtype"] for row in report["rows"]} >= {"int8_tensorwise, rotated"}
+    assert list(report["quantised"]) == ["int8_tensorwise, rotated"]
+    assert "backend of int8_tensorwise" in run_bare("inspect", coded).out
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "w8a8", "decoded"])
+def test_commands_run_quantised_models(
+    run_bare: Callable[..., Any], coded: Path, backend: str
+) -> None:
+    options = ("--model", coded, "--backend", backend)
+    assert run_bare("generate", "a boat", *options, "--steps", 2).code == 0
+    assert run_bare("chat", "hello", *options, "--max-new-tokens", 3).code == 0
+
+
+def test_commands_quantise_a_model_as_it_is_read(run_bare: Callable[..., Any], toy: Path) -> None:
+    ran = run_bare("generate", "a boat", "--model", toy, "--quantise", "w4", "--steps", 2, "--json")
+    assert ran.code == 0, ran.err
+    ran = run_bare("generate", "a boat", "--model", toy, "--quantise", "w5")
+    assert "preset 'w5' is unknown" in ran.err
+    ran = run_bare("chat", "hello", "--model", toy, "--backend", "fast")
+    assert "backend 'fast' of quantised layers is unknown" in ran.err
+
+
+def test_a_quantised_model_of_four_bits_generates(toy: Path) -> None:
+    pipe = neounify.load(toy, quantise="w4")
+    formats = {type(layer.format) for layer in quant_modules(pipe.model).values()}
+    assert FourBits in formats
+    image = pipe.generate("a boat", steps=2).images[0]
+    edited = pipe.edit("make it red", image, steps=2).images[0]
+    assert edited.size == image.size
