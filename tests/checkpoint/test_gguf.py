@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from neounify.checkpoint import load_checkpoint, load_model, to_published, write_config
+from neounify.checkpoint import (
+    expected_shapes,
+    load_checkpoint,
+    load_model,
+    to_published,
+    write_config,
+)
+from neounify.checkpoint.lora_file import read_loras
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.reader import CheckpointFolder, summarise
 from neounify.checkpoint.residency import Share, StoredWeight
@@ -234,6 +241,10 @@ def test_loras_and_shares_of_rows_of_another_length(tmp_path: Path) -> None:
         source = StoredWeight(MappedFile(path), name, codes=codes, share=share)
         part = source.read(torch.float32, torch.device("cpu"))
         assert torch.equal(part, share.of(values))
+    updates = read_loras(lora, 1.0, expected_shapes(config))[OURS]
+    source = StoredWeight(MappedFile(path), name, updates, codes)
+    staged = source.decode(source.view().clone(), torch.float32)
+    torch.testing.assert_close(staged, expected, rtol=0, atol=1e-6)
 
 
 # --- files that lie ---

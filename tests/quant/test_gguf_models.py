@@ -62,7 +62,7 @@ def test_layers_compute_with_mapped_codes(folder: Path, dtype: str) -> None:
     assert short.dtype == loaded.dtype.dtype  # rows of 48 values are no whole blocks
 
 
-@pytest.mark.parametrize("memory", ["all", "stream"])
+@pytest.mark.parametrize("memory", ["all", "stream", "layers"])
 def test_tasks_give_what_decoded_weights_give(tmp_path: Path, memory: Any) -> None:
     toy = toy_pipeline(0)
     toy.save(tmp_path / "plain")
