@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def test_other_readers_read_the_same(
         assert tuple(tensor.shape) == tuple(values.shape[::-1])
         decoded = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(decoded.reshape(values.shape), values.numpy())
+    entry = json.loads((folder / "config.json").read_text())["neounify"]["quantised"]
+    assert entry == {"preset": preset, "from": checkpoint.fingerprint(), "version": 1}
     assert reader.fields["general.architecture"].contents() == "sensenova_u15"
     assert theirs[LAYER].tensor_type.name == preset.upper()
     assert theirs[SHORT].tensor_type.name == "F16"

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.config_json import quantised_entry, with_quantised, write_config
 from neounify.checkpoint.gguf import ALIGNMENT, DEFAULT_ALIGNMENT, F16, F32, STRING, U32
 from neounify.checkpoint.load import expected_shapes, stored_weights
 from neounify.checkpoint.lora_file import LoraSpec, read_loras
@@ -68,10 +68,12 @@ def save_gguf(
         _Weight(to_published(name), sources[name], shape, _format(name, shape, preset))
         for name, shape in shapes.items()
     ]
+    entry = quantised_entry(preset, checkpoint.fingerprint())
+    document = with_quantised(write_config(checkpoint.config), entry)
     target = Path(folder).resolve()
     check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
     with atomic_checkpoint(target) as aside:
-        write_json(aside / "config.json", write_config(checkpoint.config))
+        write_json(aside / "config.json", document)
         with (aside / f"model-{preset.upper()}.gguf").open("wb") as file:
             _write(file, weights)
         if tokenizer is not None:
