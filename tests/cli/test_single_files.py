@@ -63,6 +63,16 @@ def test_plan_reads_one_file(run_bare: Callable[..., Any], toy: Path, file: Path
     assert kept[0] == kept[1]
 
 
+def test_a_gguf_file_is_compared_with_its_weights(run_bare: Callable[..., Any], toy: Path) -> None:
+    assert run_bare("convert", toy, "small", "--to", "q8_0").code == 0
+    small = ("small/model-Q8_0.gguf", "--config", toy)
+    sizes = ("--images", 1, "--cases", 0, "--json")
+    report = run_bare("parity", toy, *small, *sizes, "--output", "report").json
+    assert 0 < report["weights"]["attention"] < 0.01
+    generated = ("--steps", 1, "--json", "--backend", "decoded")
+    assert run_bare("generate", "a boat", "--model", *small, *generated).code == 0
+
+
 def test_other_files_are_no_models(run_bare: Callable[..., Any], toy: Path) -> None:
     Path("weights.bin").write_bytes(b"PK")
     ran = run_bare("generate", "a boat", "--model", "weights.bin", "--config", toy)
