@@ -110,9 +110,15 @@ def _join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def attend_apart(x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
-    """A block of a stream that is not context: it sees the context and itself."""
-    q, block_k, block_v = (tensor[block.start : block.stop] for tensor in x)
+def attend_apart(
+    x: Projected, block: Block, k: Tensor, v: Tensor, queries: slice | None = None
+) -> Tensor:
+    """A block of a stream that is not context: it sees the context and itself.
+
+    `queries` are the rows of q that belong to the block, where q has other rows than k and v.
+    """
+    rows = slice(block.start, block.stop)
+    q, block_k, block_v = x.q[queries or rows], x.k[rows], x.v[rows]
     block_k, block_v = block_k.transpose(0, 1), block_v.transpose(0, 1)
     if block.visible:
         block_k, block_v = torch.cat([k, block_k], dim=1), torch.cat([v, block_v], dim=1)

@@ -41,6 +41,7 @@ class Group:
         self.first = rank == 0
         self._store = store
         self._nccl: Any = None
+        self._parts: dict[int, Group] = {}
         if size == 1:
             return
         self._gloo = _gloo(distributed.PrefixStore("gloo", store), rank, size)
@@ -57,15 +58,19 @@ class Group:
         return Group(rank, len(devices), store, torch.device(devices[rank]), nccl)
 
     def part(self, size: int) -> Group:
-        """The group of `size` consecutive ranks that this one belongs to."""
+        """The group of `size` consecutive ranks that this one belongs to, the same every time."""
         if size == self.size:
             return self
-        number, rank = divmod(self.rank, size)
-        store = distributed.PrefixStore(f"part-{size}-{number}", self._store)
-        return Group(rank, size, store, self.device, self._nccl is not None)
+        if size not in self._parts:
+            number, rank = divmod(self.rank, size)
+            store = distributed.PrefixStore(f"part-{size}-{number}", self._store)
+            self._parts[size] = Group(rank, size, store, self.device, self._nccl is not None)
+        return self._parts[size]
 
     def leave(self) -> None:
         """Close the connections: exchanges that others wait in fail there."""
+        for part in self._parts.values():
+            part.leave()
         if self._nccl is not None:
             self._nccl.abort()
         if self.size > 1:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
+from neounify.attention.gathered import GatheredAttention
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.flow.guidance import Branch, Guidance, GuidanceRun
@@ -20,7 +21,11 @@ from neounify.image.pixels import unpatchify
 from neounify.model.layout import Document, Grid, Layout, Noise
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
+from neounify.model.stream import Attend
 from neounify.runtime.plan import ExecutionPlan, plan_execution
+
+if TYPE_CHECKING:
+    from neounify.engine.spread import Spread
 
 Item = TypeVar("Item")
 
@@ -33,7 +38,8 @@ class DenoiseJob:
 
     `z` [tokens, token_width] float32 is the current point, `times` the N + 1 times of its N
     steps, `noise_scale` σ. `layers_run` counts layers over all steps and branches: over the number
-    of the model's layers, it is the number of evaluations of the network.
+    of the model's layers, it is the number of evaluations of the network. `places` are the ranks
+    that have the `residuals` of each branch, in a group.
     """
 
     z: Tensor
@@ -48,6 +54,7 @@ class DenoiseJob:
     steps_done: int = 0
     layers_run: int = 0
     residuals: dict[Branch, Residuals] = field(default_factory=dict)
+    places: dict[Branch, int] = field(default_factory=dict)
     _last: tuple[Tensor, Tensor, float] | None = None
     _last_guided: bool | None = None
 
@@ -83,16 +90,18 @@ class DenoiseJob:
         """Guidance branches that the next step evaluates."""
         return self._guidance_run.branches(self.t)
 
-    def reuses(self, branch: Branch, first: Tensor) -> bool:
+    def reuses(self, branch: Branch, first: Tensor, spread: Spread | None = None) -> bool:
         """Whether the next step may keep what the layers after the first added in an earlier one.
 
-        `first` is the first layer's residual now. Waits for the device.
+        `first` is the first layer's residual now, of the rows of this rank. Waits for the device.
         """
         last, cache = self.residuals.get(branch), self.cache
         if last is None or self.steps_done < cache.warm or last.reused == cache.most:
             return False
-        change = (first - last.first).float().abs().mean()
-        return bool(change < cache.threshold * last.first.float().abs().mean())
+        change, size = (x.float().abs().mean() for x in (first - last.first, last.first))
+        if spread is not None:
+            change, size = spread.mean_of_rows(change, size, first.shape[0])
+        return bool(change < cache.threshold * size)
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
         """Take the next step, from the clean images predicted behind each evaluated prefix."""
@@ -162,11 +171,15 @@ class Denoiser:
     """Runs denoising steps of any jobs, each at any step.
 
     The layouts and attention plans of a step are kept for the next one of the same jobs; those of
-    earlier steps as well, where steps of different jobs alternate, up to `plan.prefix_rows`.
+    earlier steps as well, where steps of different jobs alternate, up to `plan.prefix_rows`. On the
+    ranks of a group, `spread` says which runs and rows are this rank's; all ranks take the same
+    steps, with the same number of pauses, and hold the same jobs.
     """
 
-    def __init__(self, model: NeoUnify, plan: ExecutionPlan | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: NeoUnify, plan: ExecutionPlan | None = None, spread: Spread | None = None
+    ) -> None:
+        self.model, self.spread = model, spread
         self.plan = plan or plan_execution(model.config, model.device, model.compute_dtype)
         self.backend = select_for(model, self.plan.attention)
         self._calls: dict[tuple[Run, ...], _Call] = {}
@@ -183,14 +196,20 @@ class Denoiser:
         """
         calls: dict[tuple[Run, ...], _Call] = {}
         for group in self._grouped(jobs):
-            runs = tuple((job, branch) for job in group for branch in job.branches())
-            calls[runs] = self._calls.get(runs) or _Call(group, runs, self.backend)
-            yield from self._move(group, calls[runs])
+            runs = mine = tuple((job, branch) for job in group for branch in job.branches())
+            if self.spread is not None:
+                mine = self.spread.mine(runs)
+            if mine and mine not in calls:
+                calls[mine] = self._calls.get(mine) or self._new_call(mine)
+            yield from self._move(runs, calls.get(mine))
         self._calls = self._earlier(calls) | calls
 
     def forget(self) -> None:
         """Drop the kept layouts and plans."""
         self._calls = {}
+
+    def _new_call(self, runs: tuple[Run, ...]) -> _Call:
+        return _Call(runs, self.backend, self.spread)
 
     def _earlier(self, calls: Iterable[tuple[Run, ...]]) -> dict[tuple[Run, ...], _Call]:
         """The latest kept calls of jobs that take no part in these."""
@@ -218,32 +237,46 @@ class Denoiser:
 
         yield from groups(jobs, share_of, 1)
 
-    def _move(self, jobs: Sequence[DenoiseJob], call: _Call) -> Iterator[None]:
+    def _move(self, runs: tuple[Run, ...], call: _Call | None) -> Iterator[None]:
+        """Move the jobs of runs by a step; `call` is that of this rank's runs, if it has some."""
+        work = self._predict(call)
+        if self.spread is None:
+            predicted = yield from work
+        else:
+            own = yield from self.spread.evenly(work, self.model.config.num_layers)
+            predicted = self.spread.gather(runs, own)
+        predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {}
+        for (job, branch), prediction in zip(runs, predicted.clean, strict=True):
+            predictions.setdefault(job, {})[branch] = prediction
+        for run in runs:
+            self._count(run, run in predicted.reused, predicted.residuals.get(run))
+        for job, clean in predictions.items():
+            job.move(clean)
+
+    def _predict(self, call: _Call | None) -> Generator[None, None, Predicted]:
+        """What the network predicts for the runs of a call."""
+        if call is None:
+            return Predicted([], frozenset(), {})
         model = self.model
         embedded = model.embed_noisy(
             call.images,
-            torch.cat([job.z for job in jobs]),
-            torch.stack([call.times[job][job.steps_done] for job in jobs]),
+            torch.cat([job.z for job in call.jobs]),
+            torch.stack([call.times[job][job.steps_done] for job in call.jobs]),
             call.noise_scale,
-        ).split([job.z.shape[0] for job in jobs])
+        ).split([job.z.shape[0] for job in call.jobs])
         # The noisy image is the same behind every prefix, so it is embedded once per job.
-        by_job = dict(zip(jobs, embedded, strict=True))
-        x = torch.cat([by_job[job] for job, _ in call.runs])
-        cached = any(job.cache.threshold for job in jobs)
+        by_job = dict(zip(call.jobs, embedded, strict=True))
+        x = call.own(torch.cat([by_job[job] for job, _ in call.runs]))
         residuals: dict[Run, Residuals] = {}
-        if cached:
+        reused: frozenset[Run] = frozenset()
+        if any(job.cache.threshold for job in call.jobs):
             hidden, residuals = yield from self._cached_layers(call, x)
+            reused = frozenset(call.runs) - residuals.keys()
         else:
             hidden = (yield from model.layer_by_layer(call.layout, {GEN: x}, call.attend))[GEN]
         yield
-        clean = model.clean_prediction(hidden, call.layout[GEN].grids).float().split(call.lengths)
-        predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {job: {} for job in jobs}
-        for (job, branch), prediction in zip(call.runs, clean, strict=True):
-            predictions[job][branch] = prediction
-        for run in call.runs:
-            self._count(run, residuals.get(run))
-        for job in jobs:
-            job.move(predictions[job])
+        clean = model.clean_prediction(call.joined(hidden), call.grids).float()
+        return Predicted(clean.split(call.lengths), reused, residuals)
 
     def _cached_layers(
         self, call: _Call, x: Tensor
@@ -254,11 +287,13 @@ class Denoiser:
         """
         model, layers = self.model, self.model.config.num_layers
         hidden = yield from model.some_layers(call.layout, {GEN: x}, call.attend, range(1))
-        inputs = dict(zip(call.runs, x.split(call.lengths), strict=True))
-        first = dict(zip(call.runs, hidden[GEN].split(call.lengths), strict=True))
+        inputs = dict(zip(call.runs, x.split(call.own_lengths), strict=True))
+        first = dict(zip(call.runs, hidden[GEN].split(call.own_lengths), strict=True))
         yield
         computed = tuple(
-            run for run in call.runs if not run[0].reuses(run[1], first[run] - inputs[run])
+            run
+            for run in call.runs
+            if not run[0].reuses(run[1], first[run] - inputs[run], self.spread)
         )
         last = {
             run: first[run] + run[0].residuals[run[1]].rest
@@ -268,41 +303,53 @@ class Denoiser:
         if computed:
             part = call
             if last:
-                part = _Call(
-                    list(dict.fromkeys(job for job, _ in computed)), computed, self.backend
-                )
+                part = self._new_call(computed)
                 hidden = {GEN: torch.cat([first[run] for run in computed])}
             later = range(1, layers)
             hidden = yield from model.some_layers(part.layout, hidden, part.attend, later)
-            last |= zip(computed, hidden[GEN].split(part.lengths), strict=True)
+            last |= zip(computed, hidden[GEN].split(part.own_lengths), strict=True)
         states = model.gen_norm(torch.cat([last[run] for run in call.runs]))
         return states, {
             run: Residuals(first[run] - inputs[run], last[run] - first[run]) for run in computed
         }
 
-    def _count(self, run: Run, residuals: Residuals | None) -> None:
+    def _count(self, run: Run, reused: bool, residuals: Residuals | None) -> None:
         """Count a run's layers in this step, and keep its residuals for the next ones."""
         job, branch = run
-        if job.cache.threshold and residuals is None:
-            job.residuals[branch].reused += 1
+        if job.cache.threshold and reused:
             job.layers_run += 1
+            if branch in job.residuals:
+                job.residuals[branch].reused += 1
             return
         job.layers_run += self.model.config.num_layers
         if job.cache.threshold and residuals is not None:
             job.residuals[branch] = residuals
 
 
+class Predicted(NamedTuple):
+    """The clean images that are predicted for some runs, [tokens, token_width] each.
+
+    `reused` are the runs that kept their later layers, `residuals` those of the others.
+    """
+
+    clean: Sequence[Tensor]
+    reused: frozenset[Run]
+    residuals: Mapping[Run, Residuals]
+
+
 class _Call:
     """Layouts, attention plan and tensors of a call of the model, the same in every step.
 
     `layout` has an image for every run, `images` one for every job; `times` [steps + 1] of each job
-    and `noise_scale` [jobs] are on the model's device.
+    and `noise_scale` [jobs] are on the model's device. Of the `lengths` tokens of each run,
+    `own_lengths` are this rank's, and `layout` and `attend` are for those.
     """
 
     def __init__(
-        self, jobs: Sequence[DenoiseJob], runs: tuple[Run, ...], backend: AttentionBackend
+        self, runs: tuple[Run, ...], backend: AttentionBackend, spread: Spread | None = None
     ) -> None:
         self.runs = runs
+        jobs = self.jobs = list(dict.fromkeys(job for job, _ in runs))
         self.images = Layout(Document((Noise.of(job.grid),)) for job in jobs)
         scales = [job.noise_scale for job in jobs]
         self.noise_scale = torch.tensor(scales, dtype=torch.float32, device=backend.device)
@@ -314,8 +361,27 @@ class _Call:
         self.layout = Layout(
             cache.document(Noise.of(job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
         )
-        self.attend = backend.plan(self.layout, caches)
+        self.grids = self.layout[GEN].grids
         self.rows = sum(self.lengths) + sum(cache.length for cache in caches)
+        self.own_lengths = self.lengths
+        self._rows = None if spread is None else spread.rows(self.lengths)
+        self.attend: Attend
+        if self._rows is None:
+            self.attend = backend.plan(self.layout, caches)
+        else:
+            self.own_lengths = self._rows.own_lengths
+            self.attend = GatheredAttention(
+                self.layout, caches, self.own_lengths, self._rows.joined
+            )
+            self.layout = self.layout.part(GEN, self._rows.own)
+
+    def own(self, x: Tensor) -> Tensor:
+        """The rows of all runs that are this rank's."""
+        return x if self._rows is None else self._rows.cut(x)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """All rows of the runs from those of the ranks that share them."""
+        return x if self._rows is None else self._rows.joined(x)
 
 
 def groups(

@@ -183,6 +183,18 @@ class StreamRows(_Derived):
         return positions
 
 
+class _SomeRows(StreamRows):
+    """Rows of a stream, chosen by their indices: their number and positions."""
+
+    def __init__(self, whole: StreamRows, indices: Int64[np.ndarray, " n"]) -> None:
+        super().__init__()
+        self._whole, self._indices = whole, indices
+        self.length = len(indices)
+
+    def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
+        return self._whole._make_positions()[self._indices]
+
+
 class Layout(_Derived):
     """The packed tokens of some documents; `layout[stream]` are the rows of one stream.
 
@@ -222,6 +234,15 @@ class Layout(_Derived):
     def is_decode(self) -> bool:
         """Whether every document is one text token."""
         return all(document.spans == (Text(1),) for document in self.documents)
+
+    def part(self, stream: StreamName, indices: Int64[np.ndarray, " n"]) -> Layout:
+        """Some rows of one stream, by their indices: for layers of a rank that holds those.
+
+        It has their positions, and neither documents nor blocks.
+        """
+        part = Layout(())
+        part._streams[stream] = _SomeRows(self[stream], indices)
+        return part
 
     def _add(self, number: int, document: Document) -> None:
         firsts = {name: rows.length for name, rows in self._streams.items()}
