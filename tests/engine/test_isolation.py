@@ -36,12 +36,12 @@ from neounify.engine.messages import (
     TextInput,
     refs_of,
 )
+from neounify.engine.shared_memory import SharedTransport, folder
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import OutOfMemory, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model.layout import Grid
 from neounify.runtime.plan import ExecutionPlan
-from neounify.serve.shared_memory import SharedTransport, folder
 from support.prefilling import pool_of
 
 GRID = Grid(2, 2)

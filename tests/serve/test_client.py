@@ -18,11 +18,11 @@ from neounify.engine.messages import (
     StepPreview,
     new_number,
 )
+from neounify.engine.shared_memory import SharedTransport, folder
 from neounify.errors import EngineDied, OutOfMemory
 from neounify.serve import client as client_module
 from neounify.serve.client import EngineClient, within
 from neounify.serve.engines import Deliver, Died
-from neounify.serve.shared_memory import SharedTransport, folder
 
 PIXELS = torch.zeros(3, 8, 8)
 

@@ -133,20 +133,20 @@ def test_a_step_without_end_in_a_thread_is_reported_and_survived(
 
 def process_of(client: EngineClient) -> int:
     assert isinstance(client.engine, EngineProcess)
-    assert client.engine.pid is not None
-    return client.engine.pid
+    assert client.engine.pids[0] is not None
+    return client.engine.pids[0]
 
 
 def test_a_process_that_does_not_come_up_in_time_is_killed(folder: Path) -> None:
     settings = ProcessConfig(
-        role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
+        role="gen", folder=folder, dtype=torch.float32, devices=("cpu",), threads=1
     )
     engine = EngineProcess(settings, WatchConfig(start_silence=0.01))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gen process"):
             engine.start(lambda replies, report: None, lambda: None)
         with pytest.raises(ProcessLookupError):
-            os.kill(engine.pid or 0, 0)
+            os.kill(engine.pids[0] or 0, 0)
     engine.stop()
     with pytest.raises(RuntimeError, match="ending"):
         engine.start(lambda replies, report: None, lambda: None)
@@ -166,7 +166,7 @@ def test_a_machine_without_threads_leaves_no_process(
         start(self)
 
     settings = ProcessConfig(
-        role="gen", folder=folder, dtype=torch.float32, device="cpu", threads=1
+        role="gen", folder=folder, dtype=torch.float32, devices=("cpu",), threads=1
     )
     engine = EngineProcess(settings)
     threads = threading.active_count()
@@ -174,7 +174,7 @@ def test_a_machine_without_threads_leaves_no_process(
     with pytest.raises(RuntimeError, match="can't start"):
         engine.start(lambda replies, report: None, lambda: None)
     with pytest.raises(ProcessLookupError):
-        os.kill(engine.pid or 0, 0)
+        os.kill(engine.pids[0] or 0, 0)
     engine.start(lambda replies, report: None, lambda: None)
     engine.stop()
     assert threading.active_count() <= threads

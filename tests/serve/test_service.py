@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import neounify
 from neounify.config.presets import TINY
 from neounify.engine.messages import LocalTransport
+from neounify.engine.shared_memory import SharedSpace, folder
 from neounify.errors import RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
@@ -29,7 +30,6 @@ from neounify.serve.build import Mode, ServeConfig, build_service, colocated
 from neounify.serve.client import EngineClients
 from neounify.serve.engines import EngineConfig
 from neounify.serve.service import AdmissionConfig, EngineService, ServiceRequest
-from neounify.serve.shared_memory import SharedSpace, folder
 from neounify.tasks.chat import ChatRequest, make_chat_request, read_request
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest, turn_prompt

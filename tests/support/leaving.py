@@ -9,9 +9,9 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 
 import neounify
+from neounify.engine.shared_memory import LOCK, folder
 from neounify.serve.engines import EngineThread
 from neounify.serve.service import EngineService
-from neounify.serve.shared_memory import LOCK, folder
 
 T = TypeVar("T")
 When = Literal["early", "late"]

@@ -51,6 +51,8 @@ class Group:
     @staticmethod
     def meet(path: Path, rank: int, devices: Sequence[str]) -> Group:
         """The group of all ranks that meet at a file; `devices` has that of each rank."""
+        if len(devices) == 1:
+            return Group(0, 1, None, torch.device(devices[0]), nccl=False)
         store = distributed.FileStore(str(path), len(devices))
         store.set_timeout(MEETING)
         apart = len(set(devices)) == len(devices)

@@ -84,7 +84,7 @@ def join(model: NeoUnify, group: Group) -> None:
         last = half.mlp if isinstance(half.mlp, SparseMlp) else half.mlp.down_proj
         last.register_forward_hook(add)
         for module in stream.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight.ndim == 2:  # else not read yet
                 module.out_features, module.in_features = module.weight.shape
     if not model.config.tie_embeddings:
         model.lm_head.register_forward_hook(_vocabulary(model.config.vocab_size, group))

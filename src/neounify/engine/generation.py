@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from neounify.cache import SequenceCache
+from neounify.distributed.group import ALONE
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels
 from neounify.engine.messages import (
     Cancel,
@@ -26,6 +27,7 @@ from neounify.engine.messages import (
     Transport,
     failed,
 )
+from neounify.engine.spread import Spread
 from neounify.errors import EngineDied, not_finite
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, measured_plan
@@ -119,13 +121,16 @@ class GenerationEngine:
         model: NeoUnify,
         transport: Transport,
         plan: ExecutionPlan | None = None,
+        spread: Spread | None = None,
     ) -> None:
-        """`plan` None is that of the free memory of now."""
+        """`plan` None is that of the free memory of now; `spread` is that of a rank of a group."""
         self.model, self.transport = model, transport
+        self.group = ALONE if spread is None else spread.group
+        self._alone = self.group.size == 1
         self.replies: list[Reply] = []
         self.counters: Counter[str] = Counter()
         self.plan = plan or measured_plan(model.config, model.device, model.compute_dtype)
-        self._denoiser = Denoiser(model, self.plan)
+        self._denoiser = Denoiser(model, self.plan, spread)
         self._kept: dict[str, SequenceCache] = {}
         self._images: list[_Image] = []
         self._unfinished: dict[int, int] = {}
@@ -156,7 +161,7 @@ class GenerationEngine:
                 self._start(command)
         except Exception as error:  # any error concerns this command alone
             self._drop(command.call)
-            self.replies.append(failed(command.call, error))
+            self.replies.append(failed(command.call, error, alone=self._alone))
 
     @torch.inference_mode()
     def step(self, *, beside_text: bool = False) -> None:
@@ -167,6 +172,9 @@ class GenerationEngine:
         images; an error of one is the answer to its call, and a step that finds no memory that to
         the calls of its images.
         """
+        if not self._alone:
+            # What depends on time is the choice of one rank.
+            self._row_seconds = self.group.choose(lambda: self._row_seconds)
         max_rows = self._short_step() if beside_text else self.plan.denoise_step_rows
         self._begin(max_rows)
         if not self._running:
@@ -174,7 +182,8 @@ class GenerationEngine:
         current = self._running.popleft()
         seconds = self.plan.text_slice_seconds if beside_text else self.plan.slice_seconds
         done = False
-        with StepMemory(f"denoise {current.rows} image tokens in a step") as memory:
+        work = f"denoise {current.rows} image tokens in a step"
+        with StepMemory(work, alone=self._alone) as memory:
             done = self._advance(current, seconds)
         if memory.error is not None:
             self._fail(current, memory.error)
@@ -215,8 +224,14 @@ class GenerationEngine:
     def _advance(self, step: _Step, seconds: float) -> bool:
         """Compute layers for about `seconds`; returns whether the step is done."""
         start = now = time.perf_counter()
+        left = self._slices(step, seconds)
         try:
             for _ in step.work:
+                if left is not None:
+                    left -= 1
+                    if left == 0:
+                        return False
+                    continue
                 # On an accelerator the time is only known once the work is done; a step that
                 # recently took less than a slice need not be waited for in between.
                 if self._row_seconds * step.rows > seconds or not self._row_seconds:
@@ -227,6 +242,16 @@ class GenerationEngine:
         finally:
             step.seconds += time.perf_counter() - start
         return True
+
+    def _slices(self, step: _Step, seconds: float) -> int | None:
+        """Layers that fit into the time, by the mean of recent steps; None where time is measured.
+
+        In a group, ranks that measure would part ways.
+        """
+        if self._alone:
+            return None
+        layer = self._row_seconds * step.rows / self.model.config.num_layers
+        return max(1, int(min(seconds, 1e9) / layer)) if layer else -1
 
     def _synchronise(self) -> None:
         if self.model.device.type != "cpu":
@@ -279,7 +304,7 @@ class GenerationEngine:
             self._send_results(image)
         except Exception as error:
             self._drop(image.call)
-            self.replies.append(failed(image.call, error))
+            self.replies.append(failed(image.call, error, alone=self._alone))
 
     def _send_results(self, image: _Image) -> None:
         job = image.job

@@ -78,6 +78,12 @@ class Transport(Protocol):
     def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
         """A reference to copies of the tensors, or to themselves. Raises OutOfMemory."""
 
+    def pack_heads(self, keys: Tensor, values: Tensor) -> TensorRef:
+        """A reference to copies of keys and values [layers, kv_heads, length, d], by those names.
+
+        In a group each rank has some of the heads, and the reference is to all of them.
+        """
+
     def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
         """The tensors of a reference, which is freed. Raises TensorsGone."""
 
@@ -89,6 +95,9 @@ class LocalTransport:
 
     def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
         return LocalTensors(dict(tensors))
+
+    def pack_heads(self, keys: Tensor, values: Tensor) -> TensorRef:
+        return self.pack({"keys": keys, "values": values})
 
     def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
         assert isinstance(ref, LocalTensors)
@@ -382,18 +391,19 @@ def is_out_of_memory(error: Exception) -> bool:
 class StepMemory:
     """Context of the work of a step: `error` is set, and not raised, if there is no memory for it.
 
-    Other errors are raised. `work` says what the memory was for.
+    Other errors are raised. `work` says what the memory was for. `alone` is False for a rank of a
+    group: it ends with the error, since the others go on with the step.
     """
 
-    def __init__(self, work: str) -> None:
-        self.work = work
+    def __init__(self, work: str, *, alone: bool = True) -> None:
+        self.work, self.alone = work, alone
         self.error: OutOfMemory | None = None
 
     def __enter__(self) -> StepMemory:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception) or not is_out_of_memory(error):
+        if not (self.alone and isinstance(error, Exception) and is_out_of_memory(error)):
             return False
         log.error("no memory is left to %s", self.work, exc_info=error)
         self.error = OutOfMemory(
@@ -406,9 +416,15 @@ class StepMemory:
         return True
 
 
-def failed(call: int, error: Exception) -> Reply:
-    """The last reply to a call that cannot be answered; an unexpected error is logged."""
+def failed(call: int, error: Exception, *, alone: bool = True) -> Reply:
+    """The last reply to a call that cannot be answered; an unexpected error is logged.
+
+    In a rank of a group, which is not `alone`, an unexpected error is raised: the others may not
+    have it, and would go on with the call.
+    """
     if not isinstance(error, NeounifyError):
+        if not alone:
+            raise error
         log.error("a command failed", exc_info=error)
         if is_out_of_memory(error):
             error = OutOfMemory("no memory is left for the request")

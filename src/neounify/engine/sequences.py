@@ -392,8 +392,7 @@ class PagedCaches:
 
     def export(self, sequence: ServedSequence) -> Prefix:
         cache = _paged(sequence)
-        keys, values = cache.gather()
-        return Prefix(self.transport.pack({"keys": keys, "values": values}), cache.next_t)
+        return Prefix(self.transport.pack_heads(*cache.gather()), cache.next_t)
 
     def check(self) -> None:
         self.pool.check()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
 from neounify.cache import new_paged_cache
+from neounify.config import Constraint
 from neounify.decode.sampler import (
     DecodeState,
     SampledToken,
@@ -25,6 +27,7 @@ from neounify.decode.sampler import (
     compile_constraint,
     sample,
 )
+from neounify.distributed.group import ALONE, Group
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -99,9 +102,14 @@ class UnderstandingEngine:
         transport: Transport,
         plan: ExecutionPlan | None = None,
         caches: KVCacheManager | None = None,
+        group: Group = ALONE,
     ) -> None:
-        """`plan` None: that of the free memory of now; `caches` None: a paged cache of its size."""
+        """`plan` None: that of the free memory of now; `caches` None: a paged cache of its size.
+
+        The ranks of a `group` hold shares of the model and run the same commands in the same steps.
+        """
         self.model, self.transport = model, transport
+        self.group, self._alone = group, group.size == 1
         self.plan = plan or measured_plan(model.config, model.device, model.compute_dtype)
         self.backend = select_for(model, self.plan.attention)
         self.caches = caches or PagedCaches(
@@ -164,7 +172,7 @@ class UnderstandingEngine:
                     self._exports.append(PendingExport(command.call, sequences))
                     self._answer_exports()
         except Exception as error:  # any error concerns this command alone
-            self.replies.append(failed(command.call, error))
+            self.replies.append(failed(command.call, error, alone=self._alone))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -261,7 +269,7 @@ class UnderstandingEngine:
 
     def _grow(self, sequence: ServedSequence, tokens: int, wanted: set[ServedSequence]) -> bool:
         """Whether there is room for `tokens` more; a sequence that memory lacks for fails."""
-        with StepMemory(f"grow the cache of a sequence by {tokens} tokens") as memory:
+        with self._memory(f"grow the cache of a sequence by {tokens} tokens") as memory:
             return self.caches.grow(sequence, tokens, wanted)
         assert memory.error is not None
         self._fail([sequence], memory.error)
@@ -287,7 +295,7 @@ class UnderstandingEngine:
         if not batch:
             return
         total = self.plan.prefill_step_rows - left
-        with StepMemory(f"prefill {total} tokens in a step") as memory:
+        with self._memory(f"prefill {total} tokens in a step") as memory:
             inputs = [s.model_input(pieces) for s, pieces in batch]
             states = forward_und(self.model, inputs, self.backend)
             finite = torch.isfinite(states).all(dim=1).tolist()
@@ -305,10 +313,8 @@ class UnderstandingEngine:
         done: list[PendingPrefill] = []
         for pending in self._prefills:
             ready = all(s.prefilled for s in pending.sequences)
-            if ready and pending.constraint is not None and not pending.constraint.done():
-                if not self._decoding:
-                    wait([pending.constraint], self.plan.constraint_seconds)
-                ready = pending.constraint.done()
+            if ready and pending.constraint is not None:
+                ready = self.group.choose(partial(self._is_compiled, pending.constraint))
             (done if ready else left).append(pending)
         self._prefills = left
         for pending in done:
@@ -318,6 +324,12 @@ class UnderstandingEngine:
             self.replies.append(Reply(pending.call, pending.answer, pending.then is None))
             if pending.then is not None:
                 self.submit(pending.then)
+
+    def _is_compiled(self, constraint: Future[Constraint]) -> bool:
+        """Whether a grammar is compiled, after a short wait where no text waits for it."""
+        if not constraint.done() and not self._decoding:
+            wait([constraint], self.plan.constraint_seconds)
+        return constraint.done()
 
     # --- decoding ---
 
@@ -334,9 +346,10 @@ class UnderstandingEngine:
         rows = self._decodable()
         if not rows:
             return
-        with StepMemory(f"sample tokens of {len(rows)} sequences in a step") as memory:
+        with self._memory(f"sample tokens of {len(rows)} sequences in a step") as memory:
             logits = self.model.logits(torch.stack([_state(s) for s in rows]))
-            choices = sample(logits, [_text(s).sampling for s in rows])
+            sampling = [_text(s).sampling for s in rows]
+            choices = self.group.choose(lambda: sample(logits, sampling))
         if memory.error is not None:
             self._fail(rows, memory.error)
             return
@@ -349,7 +362,7 @@ class UnderstandingEngine:
             return
         for sequence, token in continuing:
             sequence.append_token(token)
-        with StepMemory(f"decode tokens of {len(continuing)} sequences in a step") as memory:
+        with self._memory(f"decode tokens of {len(continuing)} sequences in a step") as memory:
             inputs = [s.model_input([Piece(ids=[token])]) for s, token in continuing]
             states = forward_und(self.model, inputs, self.backend)
         if memory.error is not None:
@@ -414,7 +427,7 @@ class UnderstandingEngine:
             except Exception as error:
                 self._exports.remove(export)
                 export.free()
-                self.replies.append(failed(export.call, error))
+                self.replies.append(failed(export.call, error, alone=self._alone))
                 continue
             if not export.left:
                 self._exports.remove(export)
@@ -441,7 +454,10 @@ class UnderstandingEngine:
             if sequence.name in self._decoding:
                 calls.append(self._decoding[sequence.name].call)
             self._close((sequence.name,))
-            self.replies += [failed(call, error) for call in calls]
+            self.replies += [failed(call, error, alone=self._alone) for call in calls]
+
+    def _memory(self, work: str) -> StepMemory:
+        return StepMemory(work, alone=self._alone)
 
     def _sequence(self, name: SequenceName) -> ServedSequence:
         if name not in self._sequences:

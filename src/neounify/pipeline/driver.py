@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from neounify.checkpoint.residency import Residency
+from neounify.distributed.group import ALONE
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import (
     Answer,
@@ -21,9 +24,14 @@ from neounify.engine.messages import (
     Prefill,
     Release,
     SequenceName,
+    TensorRef,
+    Transport,
     is_for_generation,
+    refs_of,
 )
+from neounify.engine.orders import LedEngine
 from neounify.engine.sequences import ContiguousCaches
+from neounify.engine.spread import Spread
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.errors import Cancelled, OutOfMemory
 from neounify.model.neo import NeoUnify
@@ -41,8 +49,35 @@ from neounify.tasks.program import (
     resume,
 )
 
+if TYPE_CHECKING:
+    from neounify.pipeline.devices import DeviceGroup
+
 Event = TaskEvent | DecodedToken
 UNLIMITED = 2**62
+
+
+def call_engines(
+    model: NeoUnify,
+    plan: ExecutionPlan,
+    transport: Transport,
+    caches: ContiguousCaches,
+    spread: Spread | None = None,
+) -> tuple[UnderstandingEngine, GenerationEngine]:
+    """The engines of one call, whose steps have no limit but the memory."""
+    understanding = UnderstandingEngine(
+        model,
+        transport,
+        replace(plan, prefill_step_rows=plan.prefill_rows),
+        caches,
+        ALONE if spread is None else spread.group,
+    )
+    generation = GenerationEngine(
+        model,
+        transport,
+        replace(plan, denoise_step_rows=UNLIMITED, slice_seconds=float("inf")),
+        spread,
+    )
+    return understanding, generation
 
 
 class Driver:
@@ -60,20 +95,24 @@ class Driver:
         residency: Residency | None,
         plan: ExecutionPlan,
         cancel: threading.Event | None = None,
+        devices: DeviceGroup | None = None,
     ) -> None:
-        self._model, self._residency, self._cancel = model, residency, cancel
-        self._transport = LocalTransport()
-        self._understanding = UnderstandingEngine(
-            model,
-            self._transport,
-            replace(plan, prefill_step_rows=plan.prefill_rows),
-            ContiguousCaches(model, reserve=plan.kv_reserve),
-        )
-        self._generation = GenerationEngine(
-            model,
-            self._transport,
-            replace(plan, denoise_step_rows=UNLIMITED, slice_seconds=float("inf")),
-        )
+        """`devices` are those that the model is spread over, None for one."""
+        self._model, self._residency = model, residency
+        self._cancel, self._devices = cancel, devices
+        self._transport: Transport
+        self._understanding: UnderstandingEngine | LedEngine
+        self._generation: GenerationEngine | LedEngine
+        self._packed: list[TensorRef] = []
+        """What is left of a call on several devices, in shared memory."""
+        if devices is None:
+            self._transport = LocalTransport()
+            caches = ContiguousCaches(model, reserve=plan.kv_reserve)
+            engines = call_engines(model, plan, self._transport, caches)
+            self._understanding, self._generation = engines
+        else:
+            self._transport = devices.transport
+            self._understanding, self._generation = devices.open(model, plan)
 
     def run(self, programs: Sequence[Program[Any]]) -> Iterator[list[tuple[int, Event]]]:
         """Run programs to their ends; yields (number of the program, event) lists, step by step.
@@ -84,6 +123,7 @@ class Driver:
         calls: dict[int, _Run] = {}
         events: list[tuple[int, Event]] = []
         with ExitStack() as stack:
+            stack.callback(self._free)
             for run in runs:
                 stack.callback(run.program.close)
                 self._advance(run, None, calls, events)
@@ -124,6 +164,7 @@ class Driver:
         while replies := self._understanding.replies + self._generation.replies:
             self._understanding.replies, self._generation.replies = [], []
             for reply in replies:
+                self._hold(refs_of(reply.answer))
                 run = calls.pop(reply.call) if reply.final else calls[reply.call]
                 if run.call == reply.call:
                     run.answers.append(reply.answer)
@@ -178,12 +219,29 @@ class Driver:
                 except Exception as error:
                     return error
             case PackTensors(tensors):
-                return self._transport.pack(tensors)
+                return self._packed_ref(tensors)
             case PackImage(pixels, grid):
                 # Contiguous caches share no prefixes, so that the digest is not used.
-                return ImageInput(self._transport.pack({"pixels": pixels}), b"", grid)
+                return ImageInput(self._packed_ref({"pixels": pixels}), b"", grid)
             case Take(ref):
                 return self._transport.take(ref)
+
+    def _packed_ref(self, tensors: Mapping[str, Tensor]) -> TensorRef:
+        ref = self._transport.pack(tensors)
+        self._hold((ref,))
+        return ref
+
+    def _hold(self, refs: Sequence[TensorRef]) -> None:
+        """Free references at the end of the call, unless they are taken."""
+        if self._transport.copies:
+            self._packed += refs
+
+    def _free(self) -> None:
+        """Free what a call on several devices leaves there."""
+        for ref in self._packed:
+            ref.free()
+        if self._devices is not None and isinstance(self._understanding, LedEngine):
+            self._devices.end(self._understanding.owner)
 
     def _release(self, run: _Run, names: tuple[SequenceName, ...]) -> None:
         if names:

@@ -1,18 +1,20 @@
-"""Public API: `load`, from a checkpoint to a `Pipeline`."""
+"""Loading of a model and everything needed to use it, on one device or on several."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from neounify.attention import check_backend
-from neounify.checkpoint.load import Dtype, Memory, PlanUse, load_checkpoint
+from neounify.checkpoint.load import Dtype, Memory, expected_shapes, load_checkpoint
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
-from neounify.errors import CheckpointError
+from neounify.distributed.group import ALONE, Group
+from neounify.errors import CheckpointError, ConfigError
 from neounify.files import read_text
 from neounify.model.build import compile_streams
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
@@ -23,12 +25,34 @@ from neounify.text.tokenizer import Tokenizer
 MAX_SYSTEM_MESSAGE_BYTES = 2**20
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What to load and how, see `load`: the same on all ranks."""
+
+    folder: Path
+    config: str | os.PathLike[str] | None = None
+    dtype: Dtype = None
+    lora: LoraSpec | Sequence[LoraSpec] | None = None
+    lora_strength: float = 1.0
+    memory: Memory = "auto"
+    resident_layers: int | None = None
+    plan: PlanUse = "check"
+    verify: bool = False
+    compile: bool = False
+    attention: str = "auto"
+    colour_profiles: bool = True
+    quantise: str | None = None
+    backend: str = "auto"
+
+
 def load(
     folder: str | os.PathLike[str],
     *,
     config: str | os.PathLike[str] | None = None,
     dtype: Dtype = None,
     device: str | torch.device = "cpu",
+    devices: Sequence[str] = (),
+    sequence_parallel: int = 1,
     lora: LoraSpec | Sequence[LoraSpec] | None = None,
     lora_strength: float = 1.0,
     memory: Memory = "auto",
@@ -53,27 +77,94 @@ def load(
     backend of attention, `backend` that of layers of codes; `quantise` is a preset such as "int8"
     (docs/compression.md). `colour_profiles=False` takes the pixels of all input images for sRGB.
 
+    `devices`, such as ["cuda:0", "cuda:1"], in place of `device`: the model is spread over them,
+    one process each, of which this one is the first (docs/scale.md). Understanding shares the
+    heads, generation the guidance branches, or the rows of an image between `sequence_parallel`
+    of the devices.
+
     Raises CheckpointError, ConfigError, TokenizerError or MemoryPlanError.
     """
-    check_backend(attention)
-    # Before the weights: a folder without a tokenizer should say so at once.
-    home = checkpoint_home(folder, config)
-    tokenizer = Tokenizer.from_folder(home)
-    loaded = load_checkpoint(
-        folder,
-        config=home,
+    options = LoadOptions(
+        folder=Path(folder),
+        config=config,
         dtype=dtype,
-        device=device,
         lora=lora,
         lora_strength=lora_strength,
         memory=memory,
         resident_layers=resident_layers,
         plan=plan,
         verify=verify,
+        compile=compile,
+        attention=attention,
+        colour_profiles=colour_profiles,
         quantise=quantise,
         backend=backend,
     )
-    if compile:
+    if len(devices) <= 1:
+        return load_rank(options, ALONE, devices[0] if devices else device)
+    return load_on_devices(options, devices, sequence_parallel)
+
+
+def load_on_devices(options: LoadOptions, devices: Sequence[str], sequence: int) -> Pipeline:
+    """A pipeline whose model is spread over several devices. Raises the errors of `load`."""
+    from neounify.distributed.tensor import check_degree
+    from neounify.engine.spread import check_sequence
+    from neounify.pipeline.devices import DeviceGroup
+
+    single = {
+        "compile": options.compile,
+        f"memory={options.memory!r}": options.memory not in ("auto", "all"),
+        f"quantise={options.quantise!r}": options.quantise is not None,
+        f"backend={options.backend!r}": options.backend not in ("auto", DECODED),
+    }
+    if refused := [name for name, asked in single.items() if asked]:
+        raise ConfigError(f"{' and '.join(refused)}: for one device, got {len(devices)} devices")
+    check_degree(CheckpointFolder.open(options.folder, options.config).config, len(devices))
+    check_sequence(len(devices), sequence)
+    # The plan of one device counts all weights.
+    options = replace(options, memory="all", plan="ignore")
+    spread = DeviceGroup(devices, sequence, options)
+    pipe = spread.start(lambda: load_rank(options, spread.group, devices[0]))
+    assert pipe is not None
+    pipe.devices = spread
+    return pipe
+
+
+def load_rank(
+    options: LoadOptions, group: Group, device: str | torch.device, *, cut: bool = True
+) -> Pipeline:
+    """The pipeline of one rank of a group. With `cut` it has a share of the understanding stream.
+
+    Shares of quantised weights are decoded. Raises the errors of `load`.
+    """
+    check_backend(options.attention)
+    # Before the weights: a folder without a tokenizer should say so at once.
+    home = checkpoint_home(options.folder, options.config)
+    tokenizer = Tokenizer.from_folder(home)
+    parts = None
+    if cut and group.size > 1:
+        from neounify.distributed.tensor import join, shares
+
+        config = CheckpointFolder.open(options.folder, home).config
+        parts = shares(config, expected_shapes(config), group)
+    loaded = load_checkpoint(
+        options.folder,
+        config=home,
+        dtype=options.dtype,
+        device=device,
+        lora=options.lora,
+        lora_strength=options.lora_strength,
+        memory=options.memory,
+        resident_layers=options.resident_layers,
+        plan=options.plan,
+        verify=options.verify,
+        quantise=options.quantise,
+        backend=options.backend if parts is None else DECODED,
+        shares=parts,
+    )
+    if parts is not None:
+        join(loaded.model, group)
+    if options.compile:
         compile_streams(loaded.model)
     return Pipeline(
         loaded.model,
@@ -82,8 +173,8 @@ def load(
         residency=loaded.residency,
         fingerprint=loaded.checkpoint.fingerprint,
         loaded_dtype=loaded.dtype,
-        attention=attention,
-        colour_profiles=colour_profiles,
+        attention=options.attention,
+        colour_profiles=options.colour_profiles,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -48,6 +48,9 @@ from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from neounify.pipeline.devices import DeviceGroup
 
 T = TypeVar("T", int, str)
 
@@ -91,6 +94,8 @@ class Pipeline:
         """The dtype of the weights and the reason for it; None for a model that was not loaded."""
         self.colour_profiles = colour_profiles
         self.attention = attention
+        self.devices: DeviceGroup | None = None
+        """The devices that the model is spread over; None for one."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -358,8 +363,11 @@ class Pipeline:
     ) -> None:
         """Write a checkpoint folder of the published layout, tokenizer and system message included.
 
-        Raises CheckpointError when the folder holds something and `overwrite` is not set.
+        Raises CheckpointError when the folder holds something and `overwrite` is not set, and
+        RequestError for a model on several devices, none of which has all weights.
         """
+        if self.devices is not None:
+            raise RequestError("a model on several devices cannot be saved; load it on one device")
         save_model(
             self.model,
             folder,
@@ -389,7 +397,7 @@ class Pipeline:
         return run_images(self._driver(cancel), self.processor, requests, callback)
 
     def _driver(self, cancel: threading.Event | None) -> Driver:
-        return Driver(self.model, self._residency, self._plan, cancel)
+        return Driver(self.model, self._residency, self._plan, cancel, self.devices)
 
 
 # --- lists of arguments ---

@@ -11,7 +11,10 @@ import torch
 
 from neounify.checkpoint import CheckpointFolder, DtypeChoice, choose_dtype
 from neounify.config import ModelConfig
+from neounify.distributed.tensor import check_degree
 from neounify.engine.messages import LocalTransport
+from neounify.engine.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
+from neounify.engine.spread import check_sequence
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.pipeline import Pipeline, load
 from neounify.pipeline.loading import load_processor
@@ -20,7 +23,6 @@ from neounify.serve.client import EngineClient, EngineClients
 from neounify.serve.engine_process import EngineProcess, ProcessConfig
 from neounify.serve.engines import EngineConfig, EngineThread, WatchConfig
 from neounify.serve.service import AdmissionConfig, EngineService
-from neounify.serve.shared_memory import SharedSpace, SharedTransport, folder, free_bytes
 from neounify.tasks.program import Processor
 
 log = logging.getLogger("neounify.serve")
@@ -36,6 +38,8 @@ class ServeConfig:
     weights, as in `neounify.load`.
     `threads` and `device` are those of the understanding engine, and of the generation engine
     unless `generation_threads` and `generation_device` are set; one process uses the first.
+    `understanding_devices` and `generation_devices` spread an engine over several, in place of one;
+    `sequence_parallel` of the latter share the rows of an image.
     """
 
     folder: Path
@@ -44,6 +48,9 @@ class ServeConfig:
     dtype: str | DtypeChoice | None = None
     device: str = "cpu"
     generation_device: str | None = None
+    understanding_devices: tuple[str, ...] = ()
+    generation_devices: tuple[str, ...] = ()
+    sequence_parallel: int = 1
     threads: int | None = None
     generation_threads: int | None = None
     lora: tuple[tuple[Path, float], ...] = ()
@@ -52,6 +59,12 @@ class ServeConfig:
     engines: EngineConfig = field(default_factory=EngineConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+    def devices_of(self, role: StreamName) -> tuple[str, ...]:
+        """The devices of an engine, one or several."""
+        if role == UND:
+            return self.understanding_devices or (self.device,)
+        return self.generation_devices or (self.generation_device or self.device,)
 
 
 def build_service(config: ServeConfig) -> EngineService:
@@ -90,7 +103,7 @@ def serving_dtype(config: ServeConfig, checkpoint: CheckpointFolder) -> DtypeCho
     Devices are not touched: that is for the engines' processes. Raises RequestError for an unknown
     dtype.
     """
-    devices = (config.device, config.generation_device or config.device)
+    devices = config.devices_of(UND) + config.devices_of(GEN)
     types = [device.partition(":")[0] for device in devices]
     accelerator = next((kind for kind in types if kind != "cpu"), "cpu")
     return choose_dtype(config.dtype, checkpoint, accelerator)
@@ -98,6 +111,8 @@ def serving_dtype(config: ServeConfig, checkpoint: CheckpointFolder) -> DtypeCho
 
 def _separate(config: ServeConfig) -> EngineService:
     checkpoint = CheckpointFolder.open(config.folder, config.config)
+    check_degree(checkpoint.config, len(config.devices_of(UND)))
+    check_sequence(len(config.devices_of(GEN)), config.sequence_parallel)
     dtype = serving_dtype(config, checkpoint)
     processor = load_processor(checkpoint, dtype.dtype)
     _check_shared_memory(processor, config)
@@ -118,7 +133,7 @@ def shared_memory_needed(model: ModelConfig, dtype: torch.dtype, config: ServeCo
     """
     cached = model.kv_bytes(dtype.itemsize)
     image = model.token_width * torch.float32.itemsize * 2
-    plan = plan_execution(model, torch.device(config.device), dtype)
+    plan = plan_execution(model, torch.device(config.devices_of(UND)[0]), dtype)
     plan = replace(plan, **config.engines.limits)
     return plan.kv_blocks * plan.kv_block_size * cached + config.admission.image_tokens * image
 
@@ -140,14 +155,19 @@ def _process(
     role: StreamName, config: ServeConfig, dtype: DtypeChoice, space: SharedSpace
 ) -> EngineProcess:
     generates = role == GEN
+    devices = config.devices_of(role)
+    threads = (config.generation_threads if generates else None) or config.threads
+    if threads is None and len(devices) > 1:
+        threads = max(1, torch.get_num_threads() // len(devices))
     return EngineProcess(
         ProcessConfig(
             role=role,
             folder=config.folder,
             config=config.config,
             dtype=dtype,
-            device=(config.generation_device if generates else None) or config.device,
-            threads=(config.generation_threads if generates else None) or config.threads,
+            devices=devices,
+            sequence=config.sequence_parallel if generates else 1,
+            threads=threads,
             lora=config.lora,
             backend=config.backend,
             engines=config.engines,

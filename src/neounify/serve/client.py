@@ -20,9 +20,9 @@ from neounify.engine.messages import (
     discard,
     is_for_generation,
 )
+from neounify.engine.shared_memory import SharedSpace
 from neounify.errors import EngineDied, ServiceError
 from neounify.serve.engines import EngineHandle
-from neounify.serve.shared_memory import SharedSpace
 
 R = TypeVar("R")
 

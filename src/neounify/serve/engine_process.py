@@ -8,21 +8,33 @@ import multiprocessing
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
 from neounify.checkpoint import Dtype
+from neounify.distributed.group import Group
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, EngineReport, Reply, failed
+from neounify.engine.orders import Engine, LedEngine, agreed, follow, lead
+from neounify.engine.shared_memory import (
+    PREFIX,
+    GroupTransport,
+    SharedTransport,
+    remove_after_end,
+    remove_pieces,
+)
+from neounify.engine.spread import Spread
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.parts import UND, StreamName
-from neounify.pipeline import load
+from neounify.pipeline.loading import LoadOptions, load_rank
 from neounify.runtime import freeze_objects, keep_freed_memory
 from neounify.serve.engines import (
     Deliver,
@@ -32,7 +44,6 @@ from neounify.serve.engines import (
     Worker,
     receive_commands,
 )
-from neounify.serve.shared_memory import PREFIX, SharedTransport, remove_after_end, remove_pieces
 
 log = logging.getLogger("neounify.serve")
 
@@ -41,21 +52,28 @@ BEAT_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig:
-    """Config of an engine process, which keeps only the stream it needs in memory.
+    """Config of an engine's processes, which keep only the stream they need in memory.
 
-    Its pieces of shared memory have names that begin with `pieces`.
+    One process for each of `devices`, the ranks of a group, of which `sequence` share the rows of
+    an image. `threads` are those of each. Its pieces of shared memory have names that begin with
+    `pieces`.
     """
 
     role: StreamName
     folder: Path
     dtype: Dtype
-    device: str
+    devices: tuple[str, ...]
+    sequence: int = 1
     threads: int | None
     config: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
     backend: str = "auto"
     engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str = PREFIX
+
+    def pieces_of(self, rank: int) -> str:
+        """The beginning of the names of a rank's pieces."""
+        return f"{self.pieces}r{rank}_" if rank else self.pieces
 
 
 # --- messages to the server process ---
@@ -86,7 +104,10 @@ class ReplyBatch:
 
 
 class EngineProcess:
-    """One engine in a separate process, which ends when this one does."""
+    """One engine in separate processes, which end when this one does.
+
+    The first process, rank 0, has the line to the server; if one dies, all are started again.
+    """
 
     def __init__(self, config: ProcessConfig, watch: WatchConfig | None = None) -> None:
         self.config = config
@@ -99,8 +120,9 @@ class EngineProcess:
         self._stopping = False
 
     @property
-    def pid(self) -> int | None:
-        return None if self._current is None else self._current.pid
+    def pids(self) -> tuple[int | None, ...]:
+        """Process numbers by rank; none before the start."""
+        return () if self._current is None else self._current.pids
 
     def start(self, deliver: Deliver, died: Died) -> None:
         with self._changing:
@@ -132,99 +154,111 @@ class EngineProcess:
 
 
 class _ProcessRun:
-    """One run of an engine process, with its pipe and the threads that read and write it."""
+    """One run of an engine's processes, with their pipes and the threads that use them."""
 
     def __init__(self, config: ProcessConfig) -> None:
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._name, self._pieces, self._last_piece = config.role, config.pieces, 0
+        self._config, self._name, self._last_piece = config, config.role, 0
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
+        self._dying = threading.Lock()
         self._threads: list[threading.Thread] = []
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=run_process, args=(theirs, config), name=config.role, daemon=True
-        )
+        self._meeting = tempfile.TemporaryDirectory(prefix="neounify-")
+        self._ranks: list[_Rank] = []
         try:
-            self._process.start()
-        finally:
-            theirs.close()
-        # Else an interpreter that ends without `end` would wait for the process for ever.
-        atexit.register(self._process.kill)
-        self.pid = self._process.pid
+            for rank in range(len(config.devices)):
+                self._ranks.append(_Rank(config, rank, Path(self._meeting.name) / "store"))
+        except BaseException:
+            self.end(0.0)
+            raise
+        self.pids = tuple(rank.process.pid for rank in self._ranks)
 
     def wait_ready(self, watch: WatchConfig) -> None:
         """Wait until the engine takes commands. Raises RuntimeError."""
         end = time.monotonic() + watch.start
-        try:
-            while not isinstance(self._next(watch.start_silence), Ready):
-                if time.monotonic() > end:
-                    raise RuntimeError(
-                        f"the {self._name} process was not ready after {watch.start:g} s"
-                    )
-        except TimeoutError as error:
-            raise RuntimeError(
-                f"the {self._name} process gave no sign for {watch.start_silence:g} s of its start"
-            ) from error
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"the {self._name} process ended while starting") from error
+        waiting = list(self._ranks)
+        heard = dict.fromkeys(waiting, time.monotonic())
+        while waiting:
+            silence = min(heard[rank] for rank in waiting) + watch.start_silence
+            left = max(0.0, silence - time.monotonic())
+            for connection in wait([rank.connection for rank in waiting], left):
+                rank = next(rank for rank in waiting if rank.connection is connection)
+                heard[rank] = time.monotonic()
+                try:
+                    if isinstance(rank.connection.recv(), Ready):
+                        waiting.remove(rank)
+                except (EOFError, OSError) as error:
+                    raise RuntimeError(f"the {rank.name} process ended while starting") from error
+            now = time.monotonic()
+            if waiting and now > end:
+                raise RuntimeError(
+                    f"the {self._name} process was not ready after {watch.start:g} s"
+                )
+            if any(now - heard[rank] >= watch.start_silence for rank in waiting):
+                raise RuntimeError(
+                    f"the {self._name} process gave no sign for {watch.start_silence:g} s of its "
+                    "start"
+                )
 
     def run(self, watch: WatchConfig, deliver: Deliver, died: Died) -> None:
         """Start the threads that pass on commands and replies."""
-        for target, arguments in (
-            (self._write_commands, (deliver,)),
-            (self._read_replies, (watch, deliver, died)),
-        ):
-            thread = threading.Thread(target=target, args=arguments, daemon=True)
+        work = [partial(self._read_replies, rank, watch, deliver, died) for rank in self._ranks]
+        for target in (partial(self._write_commands, deliver), *work):
+            thread = threading.Thread(target=target, daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def end(self, seconds: float) -> None:
-        """Ask the process to end, kill it after `seconds`, and release its resources."""
+        """Ask the processes to end, kill them after `seconds`, and release their resources."""
         self._asked = True
         self.commands.put(None)
         with self._ending:
             if self._closed:
                 return
+            deadline = time.monotonic() + seconds
             if seconds and self._threads:
-                self._process.join(seconds)
-            self._process.kill()
-            self._process.join()
+                for rank in self._ranks:
+                    rank.process.join(max(0.0, deadline - time.monotonic()))
+            self._kill()
+            for rank in self._ranks:
+                rank.process.join()
             for thread in self._threads:
                 thread.join()
-            self._connection.close()
-            atexit.unregister(self._process.kill)
-            self._process.close()
+            for number, rank in enumerate(self._ranks):
+                rank.close()
+                # Reported pieces belong to their requests; the later ones have no owner. All ranks
+                # number theirs alike.
+                remove_pieces(self._config.pieces_of(number), after=self._last_piece)
+            self._meeting.cleanup()
             self._closed = True
-            # Pieces that were reported belong to their requests; the later ones have no owner.
-            remove_pieces(self._pieces, after=self._last_piece)
 
-    def _next(self, seconds: float) -> object:
-        """The next message. Raises TimeoutError after `seconds` of silence."""
-        if not self._connection.poll(seconds):
-            raise TimeoutError
-        return self._connection.recv()
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            rank.process.kill()
 
-    def _read_replies(self, watch: WatchConfig, deliver: Deliver, died: Died) -> None:
+    def _read_replies(self, rank: _Rank, watch: WatchConfig, deliver: Deliver, died: Died) -> None:
         try:
-            why = self._pass_on(watch, deliver)
+            why = self._pass_on(rank, watch, deliver)
         except (EOFError, OSError):
             why = "ended"
         except Exception:
-            log.exception("a message of the %s process cannot be read", self._name)
+            log.exception("a message of the %s process cannot be read", rank.name)
             why = "is given up"
-        if not self._asked:
-            log.error("the %s process %s", self._name, why)
-            self._process.kill()
-            died()
+        with self._dying:
+            if self._asked:
+                return
+            self._asked = True
+            log.error("the %s process %s", rank.name, why)
+            self._kill()
+        self.commands.put(None)
+        died()
 
-    def _pass_on(self, watch: WatchConfig, deliver: Deliver) -> str:
+    def _pass_on(self, rank: _Rank, watch: WatchConfig, deliver: Deliver) -> str:
         """Deliver replies; returns why the process was given up. Raises EOFError and OSError."""
         while True:
-            try:
-                message = self._next(watch.silence)
-            except TimeoutError:
+            if not rank.connection.poll(watch.silence):
                 return f"gave no sign for {watch.silence:g} s and is killed"
+            message = rank.connection.recv()
             if isinstance(message, ReplyBatch):
                 self._last_piece = message.last_piece
                 deliver(message.replies, message.report)
@@ -232,12 +266,36 @@ class _ProcessRun:
                 return f"was in one step for more than {watch.step:g} s and is killed"
 
     def _write_commands(self, deliver: Deliver) -> None:
+        first = self._ranks[0].connection
         try:
             while (command := self.commands.get()) is not None:
-                _write(self._connection, command, deliver)
-            self._connection.send(None)
+                _write(first, command, deliver)
+            first.send(None)
         except OSError:
             return  # the process is gone, which the reading thread reports
+
+
+class _Rank:
+    """The process of one rank, and the pipe to it."""
+
+    def __init__(self, config: ProcessConfig, rank: int, store: Path) -> None:
+        self.name = config.role if len(config.devices) == 1 else f"{config.role} (rank {rank})"
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=run_process, args=(theirs, config, rank, store), name=config.role, daemon=True
+        )
+        try:
+            self.process.start()
+        finally:
+            theirs.close()
+        # Else an interpreter that ends without `end` would wait for the process for ever.
+        atexit.register(self.process.kill)
+
+    def close(self) -> None:
+        self.connection.close()
+        atexit.unregister(self.process.kill)
+        self.process.close()
 
 
 def _write(connection: Connection, command: Command, deliver: Deliver) -> None:
@@ -258,7 +316,7 @@ class ServerGone(Exception):
     """The server process has ended."""
 
 
-def run_process(connection: Connection, config: ProcessConfig) -> None:
+def run_process(connection: Connection, config: ProcessConfig, rank: int, store: Path) -> None:
     """Load the engine, report that it is ready, and work until the server hangs up."""
     # The server drains on a signal and hangs up last; a terminal signals all processes.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -267,39 +325,57 @@ def run_process(connection: Connection, config: ProcessConfig) -> None:
     heartbeat = Heartbeat(server.send, config.pieces)
     heartbeat.start()
     try:
-        _work(server, heartbeat, config)
+        _work(server, heartbeat, config, rank, store)
     except ServerGone:
         remove_after_end(config.pieces)
 
 
-def _work(server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig) -> None:
+def _work(
+    server: _ServerPipe, heartbeat: Heartbeat, config: ProcessConfig, rank: int, store: Path
+) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    pipe = load(
-        config.folder,
+    group = Group.meet(store, rank, config.devices)
+    options = LoadOptions(
+        folder=config.folder,
         config=config.config,
         dtype=config.dtype,
-        device=config.device,
         lora=config.lora or None,
         backend=config.backend,
         memory="stream",
         plan="ignore",  # of a model whose streams are in two processes, on one device or two
     )
-    transport = SharedTransport(config.pieces)
-    und = gen = None
+    pipe = load_rank(options, group, config.devices[rank], cut=config.role == UND)
+    own = SharedTransport(config.pieces_of(rank))
+    transport = own if group.size == 1 else GroupTransport(own, group)
     with pipe.residency.use(config.role):
-        plan = config.engines.plan(pipe.model)
+        plan = agreed(config.engines.plan(pipe.model), group)
+        engine: Engine
         if config.role == UND:
             pipe.processor.vocabulary.prepare_soon()  # grammars in commands refer to it
-            und = UnderstandingEngine(pipe.model, transport, plan)
+            engine = UnderstandingEngine(pipe.model, transport, plan, group=group)
         else:
-            gen = GenerationEngine(pipe.model, transport, plan)
-        worker = Worker(_PipeChannel(server, transport), und, gen)
-        heartbeat.step_seconds = worker.step_seconds
+            spread = None if group.size == 1 else Spread(group, config.sequence)
+            engine = GenerationEngine(pipe.model, transport, plan, spread)
         freeze_objects()
+        if not group.first:
+            server.send(Ready())
+            follow(group, lambda order: engine)
+            group.leave()
+            return
+        led = engine if group.size == 1 else LedEngine(engine, config.role, partial(lead, group))
+        channel = _PipeChannel(server, own)
+        understands = config.role == UND
+        und = led if understands and not isinstance(led, GenerationEngine) else None
+        gen = led if not understands and not isinstance(led, UnderstandingEngine) else None
+        worker = Worker(channel, und, gen)
+        heartbeat.step_seconds = worker.step_seconds
         server.send(Ready())
         worker.run()
+        if group.size > 1:
+            group.announce(None)
+            group.leave()
 
 
 class Heartbeat(threading.Thread):

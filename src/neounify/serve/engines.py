@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, EngineReport, LocalTransport, Reply, is_for_generation
+from neounify.engine.orders import LedEngine
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, measured_plan
@@ -112,8 +113,8 @@ class Worker:
     def __init__(
         self,
         channel: Channel,
-        understanding: UnderstandingEngine | None,
-        generation: GenerationEngine | None,
+        understanding: UnderstandingEngine | LedEngine | None,
+        generation: GenerationEngine | LedEngine | None,
     ) -> None:
         self.channel = channel
         self.understanding, self.generation = understanding, generation
@@ -145,7 +146,7 @@ class Worker:
     def _busy(self) -> bool:
         return any(engine.busy for engine in self._engines)
 
-    def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine:
+    def _engine_of(self, command: Command) -> UnderstandingEngine | GenerationEngine | LedEngine:
         engine = self.generation if is_for_generation(command) else self.understanding
         assert engine is not None
         return engine

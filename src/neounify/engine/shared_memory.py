@@ -23,12 +23,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neounify.distributed.group import Group
 from neounify.engine.messages import TensorRef
 from neounify.errors import OutOfMemory, TensorsGone
 
 PREFIX = "psm_neounify_"
 """Prefix of all names. Pieces of Python begin with "psm_" too, which tools look for."""
 LOCK = ".lock"
+FREE = "free"
+"""In names of pieces that can be written again, before their number."""
+REUSED_BYTES = 2**20
+"""Pieces of at least this size are reused: a new one costs ten times the copy (docs/log.md)."""
+FREE_PIECES, FREE_BYTES = 4, 2**30
+"""Free pieces that a sender keeps at most, and their size together."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
 
@@ -44,11 +51,15 @@ def free_bytes() -> int:
     return status.f_bavail * status.f_frsize
 
 
-def write_piece(name: str, buffers: Iterable[memoryview]) -> None:
-    """Write a piece with the buffers one after the other. Raises OutOfMemory."""
+def write_piece(name: str, buffers: Iterable[memoryview], *, reused: bool = False) -> None:
+    """Write a new piece, or a `reused` one, with the buffers one after the other.
+
+    Raises OutOfMemory.
+    """
     path = folder() / name
+    kind = os.O_NOFOLLOW if reused else os.O_CREAT | os.O_EXCL
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, kind | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 for buffer in buffers:
@@ -65,15 +76,55 @@ def write_piece(name: str, buffers: Iterable[memoryview]) -> None:
         ) from error
 
 
-def take_piece(name: str, buffers: Sequence[memoryview]) -> bool:
-    """Fill the buffers from a piece and remove it; False if it is missing or too short."""
+def read_piece(name: str, buffers: Sequence[memoryview]) -> bool:
+    """Fill the buffers from a piece; False if it is missing or too short."""
     try:
         with (folder() / name).open("rb") as file:
-            # Removed first: whatever happens to this process now, nothing stays.
-            remove_piece(name)
             return all(file.readinto(buffer) == len(buffer) for buffer in buffers)
     except FileNotFoundError:
         return False
+
+
+def give_back_piece(name: str) -> None:
+    """Let the sender of a piece that was read use it again, or remove it; missing is no error.
+
+    Only a whole reading ends so: a piece that is given up is removed, since another process may
+    still be reading it.
+    """
+    path = folder() / name
+    prefix = name.rstrip("0123456789")
+    with suppress(FileNotFoundError):
+        size = path.stat().st_size
+        free = _free_pieces(prefix) if size >= REUSED_BYTES else {}
+        full = len(free) >= FREE_PIECES or sum(free.values()) + size > FREE_BYTES
+        if size < REUSED_BYTES or full:
+            remove_piece(name)
+        else:
+            path.rename(folder() / f"{prefix}{FREE}{_number(name, prefix)}")
+
+
+def reuse_piece(name: str, size: int) -> bool:
+    """Give a free piece of the same sender a new name, the best one for `size` bytes.
+
+    Returns whether there was one.
+    """
+    prefix = name.rstrip("0123456789")
+    free = _free_pieces(prefix)
+    # The smallest that is large enough, else the largest.
+    for other in sorted(free, key=lambda piece: (free[piece] < size, abs(free[piece] - size))):
+        with suppress(FileNotFoundError):
+            (folder() / other).rename(folder() / name)
+            return True
+    return False
+
+
+def _free_pieces(prefix: str) -> dict[str, int]:
+    """Names and sizes in bytes of the pieces of a sender that are free."""
+    sizes: dict[str, int] = {}
+    for name in _names(prefix + FREE):
+        with suppress(FileNotFoundError):
+            sizes[name] = (folder() / name).stat().st_size
+    return sizes
 
 
 def remove_piece(name: str) -> None:
@@ -83,8 +134,9 @@ def remove_piece(name: str) -> None:
 
 
 def remove_pieces(prefix: str, *, after: int = 0) -> int:
-    """Remove the pieces `prefix`N with N > `after`; returns their number."""
+    """Remove the pieces `prefix`N with N > `after`, and the free ones; returns their number."""
     names = [name for name in _names(prefix) if _number(name, prefix) > after]
+    names += _free_pieces(prefix)
     for name in names:
         remove_piece(name)
     return len(names)
@@ -222,6 +274,30 @@ class SharedTensors:
         remove_piece(self.memory)
 
 
+@dataclass(frozen=True, eq=False)
+class HeadShares:
+    """Keys and values of a sequence, [layers, heads, length, d] each, from the ranks of a group.
+
+    `parcels` are those of each rank and the key heads that they hold, in order and without gaps:
+    ranges decide, since sender and receiver may be any number of ranks.
+    """
+
+    parcels: tuple[tuple[range, SharedTensors], ...]
+
+    def free(self) -> None:
+        for _, tensors in self.parcels:
+            tensors.free()
+
+    def overlapping(self, wanted: range) -> list[tuple[range, SharedTensors]]:
+        """The parcels that hold some of the heads wanted, and which heads of them those are."""
+        found = []
+        for heads, tensors in self.parcels:
+            start, stop = max(heads.start, wanted.start), min(heads.stop, wanted.stop)
+            if start < stop:
+                found.append((range(start - heads.start, stop - heads.start), tensors))
+        return found
+
+
 class SharedTransport:
     """Transport of engine processes: one copy into shared memory and one out of it.
 
@@ -235,25 +311,100 @@ class SharedTransport:
         self.last_piece = 0
         self._numbers = itertools.count(1)
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
+    def pack(self, tensors: Mapping[str, Tensor]) -> SharedTensors:
         specs = {
             name: TensorSpec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in tensors.items()
         }
         number = next(self._numbers)  # atomic: the server packs in several threads at once
         memory = f"{self.prefix}{number}"
-        write_piece(memory, (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values()))
+        size = sum(spec.bytes for spec in specs.values())
+        reused = size >= REUSED_BYTES and reuse_piece(memory, size)
+        buffers = (_bytes(tensor.cpu().contiguous()) for tensor in tensors.values())
+        write_piece(memory, buffers, reused=reused)
         self.last_piece = max(self.last_piece, number)
         return SharedTensors(memory, specs)
 
-    def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
+    def pack_heads(self, keys: Tensor, values: Tensor) -> TensorRef:
+        return self.pack({"keys": keys, "values": values})
+
+    def read(self, ref: TensorRef) -> Mapping[str, Tensor]:
+        """The tensors of a reference, which stays. Raises TensorsGone."""
+        if isinstance(ref, HeadShares):
+            heads = range(ref.parcels[-1][0].stop)
+            return self.read_heads(ref, heads)
         assert isinstance(ref, SharedTensors)
         tensors = {
             name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
             for name, spec in ref.specs.items()
         }
-        if not take_piece(ref.memory, [_bytes(tensor) for tensor in tensors.values()]):
+        if not read_piece(ref.memory, [_bytes(tensor) for tensor in tensors.values()]):
             raise TensorsGone(f"the tensors {', '.join(ref.specs)} are gone")
+        return tensors
+
+    def read_heads(self, ref: HeadShares, wanted: range) -> Mapping[str, Tensor]:
+        """Some of the heads of keys and values, from the parcels that hold them."""
+        pieces: dict[str, list[Tensor]] = {}
+        for own, tensors in ref.overlapping(wanted):
+            for name, tensor in self.read(tensors).items():
+                pieces.setdefault(name, []).append(tensor[:, own.start : own.stop])
+        return {name: torch.cat(parts, dim=1) for name, parts in pieces.items()}
+
+    def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
+        tensors = self.read(ref)
+        give_back(ref)
+        return tensors
+
+
+def give_back(ref: TensorRef) -> None:
+    """Let the senders reuse the pieces of a reference that was read."""
+    assert isinstance(ref, SharedTensors | HeadShares)
+    parcels = [tensors for _, tensors in ref.parcels] if isinstance(ref, HeadShares) else [ref]
+    for tensors in parcels:
+        give_back_piece(tensors.memory)
+
+
+class GroupTransport:
+    """Transport of the engines of a group, the same on all its ranks; every call is collective.
+
+    All ranks take tensors, which are freed when all have them. Results are packed by rank 0 alone,
+    since it alone answers; the others get a reference to nothing.
+    """
+
+    copies = True
+
+    def __init__(self, transport: SharedTransport, group: Group) -> None:
+        self._own, self._group = transport, group
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
+        own, first = self._own, self._group.first
+        ref = self._group.together(lambda: own.pack(tensors) if first else None)
+        return ref if ref is not None else HeadShares(())
+
+    def pack_heads(self, keys: Tensor, values: Tensor) -> TensorRef:
+        """One reference to the keys and values of all ranks, each of which has a share of heads."""
+        ref: SharedTensors | None = None
+        try:
+            ref = self._own.pack({"keys": keys, "values": values})
+        except OutOfMemory as error:
+            outcome: SharedTensors | OutOfMemory = error
+        else:
+            outcome = ref
+        parcels, start = [], 0
+        for other in self._group.gather(outcome):
+            if isinstance(other, OutOfMemory):
+                if ref is not None:
+                    ref.free()
+                raise other
+            stop = start + other.specs["keys"].shape[1]
+            parcels.append((range(start, stop), other))
+            start = stop
+        return HeadShares(tuple(parcels))
+
+    def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
+        tensors = self._group.together(lambda: self._own.read(ref))
+        if self._group.first:
+            give_back(ref)
         return tensors
 
 

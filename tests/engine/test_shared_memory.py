@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from neounify.distributed.group import share
+from neounify.engine import shared_memory
 from neounify.engine.messages import LocalTransport, Transport
-from neounify.errors import OutOfMemory, TensorsGone
-from neounify.serve import shared_memory
-from neounify.serve.shared_memory import (
+from neounify.engine.shared_memory import (
+    HeadShares,
     SharedSpace,
     SharedTensors,
     SharedTransport,
@@ -26,11 +27,12 @@ from neounify.serve.shared_memory import (
     remove_after_end,
     remove_pieces,
 )
+from neounify.errors import OutOfMemory, TensorsGone
 
 MEGABYTE = torch.zeros(2**18)
 KILLED = """
 import sys, time
-from neounify.serve.shared_memory import SharedSpace, write_piece
+from neounify.engine.shared_memory import SharedSpace, write_piece
 space = SharedSpace()
 space.open()
 for number in range(3):
@@ -159,3 +161,76 @@ def test_a_freed_reference_is_gone_and_may_be_freed_again() -> None:
     assert not pieces(transport.prefix)
     with pytest.raises(TensorsGone, match="keys"):
         transport.take(ref)
+
+
+# --- reused pieces, shares of heads ---
+
+
+def test_a_piece_that_was_read_is_written_again() -> None:
+    transport = SharedTransport()
+    try:
+        first = transport.pack({"keys": MEGABYTE})
+        transport.take(first)
+        (free,) = pieces(transport.prefix)
+        inode = (folder() / free).stat().st_ino
+        smaller = torch.ones(2**18)
+        second = transport.pack({"keys": smaller})
+        assert pieces(transport.prefix) == {second.memory}
+        assert (folder() / second.memory).stat().st_ino == inode
+        assert torch.equal(transport.take(second)["keys"], smaller)
+        # Both are taken: the first reference is to nothing, not to the second's tensors.
+        with pytest.raises(TensorsGone):
+            transport.take(first)
+        first.free()
+        assert len(pieces(transport.prefix)) == 1
+    finally:
+        remove_pieces(transport.prefix)
+    assert not pieces(transport.prefix)
+
+
+def test_a_piece_that_is_given_up_is_not_reused() -> None:
+    """Another process may still read it."""
+    transport = SharedTransport()
+    transport.pack({"keys": MEGABYTE}).free()
+    assert not pieces(transport.prefix)
+
+
+def test_few_free_pieces_are_kept() -> None:
+    transport = SharedTransport()
+    try:
+        for ref in [transport.pack({"keys": MEGABYTE}) for _ in range(6)]:
+            transport.take(ref)
+        assert len(pieces(transport.prefix)) == shared_memory.FREE_PIECES
+        transport.take(transport.pack({"small": torch.zeros(3)}))
+        assert len(pieces(transport.prefix)) == shared_memory.FREE_PIECES
+    finally:
+        remove_pieces(transport.prefix)
+
+
+@pytest.mark.parametrize(
+    ("senders", "receivers"), [(1, 1), (2, 1), (2, 2), (4, 2), (2, 4), (8, 3), (3, 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_arrive_bit_for_bit(senders: int, receivers: int, dtype: torch.dtype) -> None:
+    """By ranges of heads, from any number of ranks to any number."""
+    heads = 8
+    whole = {name: torch.randn(2, heads, 5, 4).to(dtype) for name in ("keys", "values")}
+    transport = SharedTransport()
+    parcels = []
+    for rank in range(senders):
+        part = share(heads, rank, senders)
+        tensors = {name: x[:, part.start : part.stop] for name, x in whole.items()}
+        parcels.append((part, transport.pack(tensors)))
+    ref = HeadShares(tuple(parcels))
+    for rank in range(receivers):
+        wanted = share(heads, rank, receivers)
+        read = transport.read_heads(ref, wanted)
+        for name, tensor in whole.items():
+            assert torch.equal(read[name], tensor[:, wanted.start : wanted.stop])
+        # Only the parcels that overlap are read.
+        for part, parcel in parcels:
+            needed = max(part.start, wanted.start) < min(part.stop, wanted.stop)
+            assert (parcel in [found for _, found in ref.overlapping(wanted)]) == needed
+    for name, tensor in transport.take(ref).items():
+        assert torch.equal(tensor, whole[name])
+    assert not pieces(transport.prefix)
