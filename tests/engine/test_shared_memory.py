@@ -230,7 +230,7 @@ def test_heads_arrive_bit_for_bit(senders: int, receivers: int, dtype: torch.dty
         # Only the parcels that overlap are read.
         for part, parcel in parcels:
             needed = max(part.start, wanted.start) < min(part.stop, wanted.stop)
-            assert (parcel in [found for _, found in ref.overlapping(wanted)]) == needed
+            assert (parcel in [other for _, other in ref.overlapping(wanted)]) == needed
     for name, tensor in transport.take(ref).items():
         assert torch.equal(tensor, whole[name])
     assert not pieces(transport.prefix)

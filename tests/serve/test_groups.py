@@ -203,7 +203,7 @@ def test_a_rank_that_is_stopped_for_twenty_seconds_parts_from_nobody(
 ) -> None:
     """The others wait for it, and the answers are those of one process."""
     pipe = neounify.load(four, dtype="float32")
-    requests = [
+    requests: list[ServiceRequest] = [
         image(pipe, "a boat", 60, guidance=3.0),
         make_chat_request("Hello", [], max_new_tokens=200, temperature=1.0, seed=5),
     ]

@@ -22,7 +22,7 @@ from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
-from neounify.cli.models import parse_loras, resolve_model
+from neounify.cli.models import parse_devices, parse_loras, resolve_model
 from neounify.cli.options import (
     ChatOptions,
     EditOptions,
@@ -62,6 +62,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     check_backend(options.attention)
     check_device(options.device)
     if isinstance(options, ModelOptions):
+        check_devices(options.devices, "--devices")
         check_threads(options.threads)
         check_memory(options.memory, options.plan)
     memory = options.memory if isinstance(options, ModelOptions) else "all"
@@ -73,6 +74,12 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
 def check_device(name: str | None) -> None:
     """RequestError for a device this machine does not have."""
     if name is not None:
+        resolve_device(name)
+
+
+def check_devices(text: str | None, option: str) -> None:
+    """RequestError for devices this machine does not have, UsageError for no list of names."""
+    for name in dict.fromkeys(parse_devices(text, option)):
         resolve_device(name)
 
 

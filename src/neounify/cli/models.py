@@ -98,6 +98,9 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
     name = folder.resolve().name
+    devices = parse_devices(options.devices, "--devices")
+    if devices and options.device is not None:
+        raise UsageError("give --device for one device or --devices for several, not both")
     device = resolve_device(options.device or default_device())
     with display.bar(f"loading {name}"):
         pipe = load(
@@ -105,6 +108,7 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
             config=options.config,
             dtype=options.dtype,
             device=device,
+            devices=devices,
             lora=loras or None,
             memory=options.memory,  # type: ignore[arg-type]
             resident_layers=options.resident_layers,
@@ -118,6 +122,14 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
     model = LoadedModel(pipe, folder, tuple(loras), options.quantise)
     _ = model.description  # hashes the files now: an unreadable one must not cost an image
     return model
+
+
+def parse_devices(text: str | None, option: str) -> tuple[str, ...]:
+    """The devices of a list such as "cuda:0,cuda:1", none without it. Raises UsageError."""
+    names = tuple(name.strip() for name in (text or "").split(","))
+    if text is not None and not all(names):
+        raise UsageError(f"{option} {text!r} must be names of devices, such as cuda:0,cuda:1")
+    return names if text is not None else ()
 
 
 def default_device() -> str:

@@ -18,14 +18,8 @@ from neounify.config.sampling import knob_doc
 from neounify.flow.guidance import Norm
 from neounify.flow.sampling import SOLVERS, Fast, ImageSampling
 
-MODEL, IMAGES, TEXT, FILES, BATCH, REPORT = (
-    "Model",
-    "Image generation",
-    "Text generation",
-    "Output",
-    "Batch",
-    "Reporting",
-)
+MODEL, IMAGES, TEXT = "Model", "Image generation", "Text generation"
+FILES, BATCH, REPORT = "Output", "Batch", "Reporting"
 """Headings under which `--help` groups the options of most commands."""
 
 
@@ -188,8 +182,12 @@ class QuantOptions:
 class ModelOptions(
     QuantOptions, AttentionOptions, ColourOptions, ThreadOptions, WeightOptions, NamedModel
 ):
-    """The model of a command, its weights and its device."""
+    """The model of a command, its weights and its devices."""
 
+    devices: Annotated[
+        str | None,
+        option(MODEL, "NAME,NAME…", "Spread the model over these, in place of --device."),
+    ] = None
     memory: Annotated[
         str,
         option(

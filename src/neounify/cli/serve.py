@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 
 from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
-from neounify.cli.models import default_device, parse_loras, resolve_model
+from neounify.cli.models import default_device, parse_devices, parse_loras, resolve_model
 from neounify.cli.options import ReportOptions
 from neounify.cli.serve_options import (
     AccessOptions,
@@ -56,7 +56,7 @@ def serve(
     """
     resolve_model(model.model)
     with lasting_imports():
-        from neounify.cli.checks import check_device, check_model, check_threads
+        from neounify.cli.checks import check_device, check_devices, check_model, check_threads
 
     try:
         with lasting_imports():
@@ -66,6 +66,8 @@ def serve(
         raise CliError(missing_extra("servers", "serve", error)) from error
     checkpoint = check_model(model)
     check_device(model.generation_device)
+    check_devices(model.understanding_devices, "--understanding-devices")
+    check_devices(model.generation_devices, "--generation-devices")
     if replicas.ray_address is None:  # machines of a cluster may have more cores than this one
         check_threads(model.threads)
         check_threads(model.generation_threads, "--generation-threads")
@@ -105,7 +107,7 @@ def _run_replicas(
     from neounify.serve import replicas
 
     serve = config.serve
-    devices = {serve.device, serve.generation_device or serve.device}
+    devices = {*serve.devices_of("und"), *serve.devices_of("gen")}
     gpus = sum(device.startswith("cuda") for device in devices)
     wanted = replicas.ReplicaConfig(
         count=options.replicas,
@@ -148,12 +150,17 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
 
     if model.mode not in get_args(Mode):
         raise UsageError(f"--mode {model.mode} is unknown; known: {', '.join(get_args(Mode))}")
-    if model.mode == "separate" and model.quantise is not None:
+    understanding = parse_devices(model.understanding_devices, "--understanding-devices")
+    generation = parse_devices(model.generation_devices, "--generation-devices")
+    if generation and model.generation_device is not None:
+        raise UsageError("give --generation-device for one or --generation-devices for several")
+    mode = "separate" if understanding or generation else model.mode
+    if mode == "separate" and model.quantise is not None:
         raise UsageError(
             "--quantise needs --mode colocate; with --mode separate, serve a model that is written "
             "by `neounify quantise`"
         )
-    if model.mode == "colocate":
+    if mode == "colocate":
         if model.generation_device is not None or model.generation_threads is not None:
             raise UsageError("--generation-device and --generation-threads need --mode separate")
         torch.set_num_threads(model.threads or _engine_threads())
@@ -167,10 +174,13 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
     return ServeConfig(
         folder=resolve_model(model.model),
         config=model.config,
-        mode=model.mode,  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
         dtype=model.dtype,
         device=model.device or default_device(),
         generation_device=model.generation_device,
+        understanding_devices=understanding,
+        generation_devices=generation,
+        sequence_parallel=model.sequence_parallel,
         threads=model.threads,
         generation_threads=model.generation_threads,
         lora=tuple(parse_loras(model.lora)),

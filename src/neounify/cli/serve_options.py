@@ -40,6 +40,33 @@ class ServeModelOptions(
             MODEL, "NAME", "With --mode separate: where to generate images. Default: as --device."
         ),
     ] = None
+    understanding_devices: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "NAME,NAME…",
+            "Spread the understanding engine over these, one process each: some of the heads on "
+            "each. Implies --mode separate.",
+        ),
+    ] = None
+    generation_devices: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "NAME,NAME…",
+            "Spread the generation engine over these, one process each: some of the guidance "
+            "branches on each. Implies --mode separate.",
+        ),
+    ] = None
+    sequence_parallel: Annotated[
+        int,
+        option(
+            MODEL,
+            "N",
+            "With --generation-devices: so many of them share the rows of each image.",
+            min=1,
+        ),
+    ] = 1
     generation_threads: Annotated[
         int | None,
         option(

@@ -243,8 +243,8 @@ class Denoiser:
         if self.spread is None:
             predicted = yield from work
         else:
-            own = yield from self.spread.evenly(work, self.model.config.num_layers)
-            predicted = self.spread.gather(runs, own)
+            part = yield from self.spread.evenly(work, self.model.config.num_layers)
+            predicted = self.spread.gather(runs, part)
         predictions: dict[DenoiseJob, dict[Branch, Tensor]] = {}
         for (job, branch), prediction in zip(runs, predicted.clean, strict=True):
             predictions.setdefault(job, {})[branch] = prediction

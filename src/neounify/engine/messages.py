@@ -392,7 +392,7 @@ class StepMemory:
     """Context of the work of a step: `error` is set, and not raised, if there is no memory for it.
 
     Other errors are raised. `work` says what the memory was for. `alone` is False for a rank of a
-    group: it ends with the error, since the others go on with the step.
+    group: it ends with the error, since the others continue the step.
     """
 
     def __init__(self, work: str, *, alone: bool = True) -> None:
@@ -420,7 +420,7 @@ def failed(call: int, error: Exception, *, alone: bool = True) -> Reply:
     """The last reply to a call that cannot be answered; an unexpected error is logged.
 
     In a rank of a group, which is not `alone`, an unexpected error is raised: the others may not
-    have it, and would go on with the call.
+    have it, and would continue the call.
     """
     if not isinstance(error, NeounifyError):
         if not alone:

@@ -290,12 +290,12 @@ class HeadShares:
 
     def overlapping(self, wanted: range) -> list[tuple[range, SharedTensors]]:
         """The parcels that hold some of the heads wanted, and which heads of them those are."""
-        found = []
+        overlaps = []
         for heads, tensors in self.parcels:
             start, stop = max(heads.start, wanted.start), min(heads.stop, wanted.stop)
             if start < stop:
-                found.append((range(start - heads.start, stop - heads.start), tensors))
-        return found
+                overlaps.append((range(start - heads.start, stop - heads.start), tensors))
+        return overlaps
 
 
 class SharedTransport:
@@ -345,9 +345,9 @@ class SharedTransport:
     def read_heads(self, ref: HeadShares, wanted: range) -> Mapping[str, Tensor]:
         """Some of the heads of keys and values, from the parcels that hold them."""
         pieces: dict[str, list[Tensor]] = {}
-        for own, tensors in ref.overlapping(wanted):
+        for heads, tensors in ref.overlapping(wanted):
             for name, tensor in self.read(tensors).items():
-                pieces.setdefault(name, []).append(tensor[:, own.start : own.stop])
+                pieces.setdefault(name, []).append(tensor[:, heads.start : heads.stop])
         return {name: torch.cat(parts, dim=1) for name, parts in pieces.items()}
 
     def take(self, ref: TensorRef) -> Mapping[str, Tensor]:
@@ -377,8 +377,8 @@ class GroupTransport:
         self._own, self._group = transport, group
 
     def pack(self, tensors: Mapping[str, Tensor]) -> TensorRef:
-        own, first = self._own, self._group.first
-        ref = self._group.together(lambda: own.pack(tensors) if first else None)
+        packing, first = self._own, self._group.first
+        ref = self._group.together(lambda: packing.pack(tensors) if first else None)
         return ref if ref is not None else HeadShares(())
 
     def pack_heads(self, keys: Tensor, values: Tensor) -> TensorRef:

@@ -81,7 +81,7 @@ class Spread:
             yield
         return result
 
-    def gather(self, runs: tuple[Run, ...], own: Predicted) -> Predicted:
+    def gather(self, runs: tuple[Run, ...], part: Predicted) -> Predicted:
         """What all teams predict for their runs, the same bits on every rank; collective."""
         teams = self._deal(runs)
         order = sorted(range(len(runs)), key=lambda n: (teams[n], n))
@@ -93,17 +93,17 @@ class Spread:
             totals[teams[n]] += length
         # Each rank of a team gives some of the rows, since all of them have them all.
         places = [share(total, r, self.sequence.size) for total in totals for r in self._ranks()]
-        mine = torch.cat(list(own.clean)) if own.clean else torch.empty(0, width, device=device)
+        mine = torch.cat(list(part.clean)) if part.clean else torch.empty(0, width, device=device)
         rows = places[self.group.rank]
         joined = self.group.join_rows(mine[rows.start : rows.stop], [len(x) for x in places])
         clean = dict(zip(order, joined.split(lengths), strict=True))
         reused: frozenset[Run] = frozenset()
         if any(job.cache.threshold for job, _ in runs):
-            kept = self.group.gather([n for n, run in enumerate(runs) if run in own.reused])
+            kept = self.group.gather([n for n, run in enumerate(runs) if run in part.reused])
             reused = frozenset(runs[n] for numbers in kept for n in numbers)
             for (job, branch), team in zip(runs, teams, strict=True):
                 job.places[branch] = team
-        return Predicted([clean[n] for n in range(len(runs))], reused, own.residuals)
+        return Predicted([clean[n] for n in range(len(runs))], reused, part.residuals)
 
     def _ranks(self) -> Iterator[int]:
         return iter(range(self.sequence.size))

@@ -347,8 +347,8 @@ def _work(
         plan="ignore",  # of a model whose streams are in two processes, on one device or two
     )
     pipe = load_rank(options, group, config.devices[rank], cut=config.role == UND)
-    own = SharedTransport(config.pieces_of(rank))
-    transport = own if group.size == 1 else GroupTransport(own, group)
+    pieces = SharedTransport(config.pieces_of(rank))
+    transport = pieces if group.size == 1 else GroupTransport(pieces, group)
     with pipe.residency.use(config.role):
         plan = agreed(config.engines.plan(pipe.model), group)
         engine: Engine
@@ -365,7 +365,7 @@ def _work(
             group.leave()
             return
         led = engine if group.size == 1 else LedEngine(engine, config.role, partial(lead, group))
-        channel = _PipeChannel(server, own)
+        channel = _PipeChannel(server, pieces)
         understands = config.role == UND
         und = led if understands and not isinstance(led, GenerationEngine) else None
         gen = led if not understands and not isinstance(led, UnderstandingEngine) else None

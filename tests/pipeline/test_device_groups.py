@@ -1,0 +1,166 @@
+"""`load(devices=[…])`: one model in several processes, which answer as one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import neounify
+from neounify.config.presets import TINY
+from neounify.engine.shared_memory import folder
+from neounify.errors import ConfigError, EngineDied, RequestError
+from neounify.model import NeoUnify
+from neounify.pipeline.results import ImagePart, TextPart
+from neounify.text import byte_tokenizer
+from support.leaving import let_it_paint
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained model with four key heads, which opens images in its answers."""
+    torch.manual_seed(0)
+    config = TINY.replace(num_heads=8, num_kv_heads=4)
+    model = NeoUnify(config).eval().requires_grad_(False)
+    place = tmp_path_factory.mktemp("model") / "four"
+    let_it_paint(neounify.Pipeline(model, byte_tokenizer(), system_message="Paint.")).save(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def one(path: Path) -> neounify.Pipeline:
+    return neounify.load(path, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def two(path: Path) -> Iterator[neounify.Pipeline]:
+    pipe = neounify.load(path, dtype="float32", devices=["cpu", "cpu"])
+    assert pipe.devices is not None
+    yield pipe
+    pipe.devices.close()
+
+
+def picture() -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def answers(pipe: neounify.Pipeline) -> tuple[list[str], list[torch.Tensor]]:
+    """Texts and pixels of every task."""
+    small: dict[str, Any] = {"width": 64, "height": 64, "steps": 3}
+    texts = [pipe.chat("Hello", max_new_tokens=9, temperature=1.0, seed=3).text]
+    texts.append(pipe.chat("What?", [picture()], max_new_tokens=5).text)
+    images = pipe.generate(
+        ["a boat", "a cat"], guidance=3.0, think=True, max_think_tokens=6, **small
+    )
+    pixels = list(images.pixels)
+    pixels += pipe.edit("red", [picture()], guidance=2.0, image_guidance=1.5, **small).pixels
+    for part in pipe.interleave("A story", max_images=2, max_new_tokens=8, seed=1, **small):
+        if isinstance(part, TextPart):
+            texts.append(part.text)
+        elif isinstance(part, ImagePart):
+            pixels.append(part.pixels)
+    return texts, pixels
+
+
+def same(actual: neounify.Pipeline, expected: neounify.Pipeline) -> None:
+    texts, pixels = answers(actual)
+    other_texts, other_pixels = answers(expected)
+    assert texts == other_texts
+    assert len(pixels) == len(other_pixels) >= 4
+    for a, b in zip(pixels, other_pixels, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_two_devices_answer_as_one(one: neounify.Pipeline, two: neounify.Pipeline) -> None:
+    same(two, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [1, 2, 4])
+def test_four_devices_answer_as_one(one: neounify.Pipeline, path: Path, sequence: int) -> None:
+    four = neounify.load(path, dtype="float32", devices=["cpu"] * 4, sequence_parallel=sequence)
+    same(four, one)
+    assert four.devices is not None
+    four.devices.close()
+
+
+def test_calls_of_several_threads_do_not_meet(
+    one: neounify.Pipeline, two: neounify.Pipeline
+) -> None:
+    results: dict[int, str] = {}
+
+    def chat(seed: int) -> None:
+        results[seed] = two.chat("Hi", max_new_tokens=12, temperature=1.0, seed=seed).text
+
+    threads = [threading.Thread(target=chat, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, text in results.items():
+        assert text == one.chat("Hi", max_new_tokens=12, temperature=1.0, seed=seed).text
+
+
+def test_a_killed_process_fails_the_call_and_is_started_again(
+    one: neounify.Pipeline, two: neounify.Pipeline
+) -> None:
+    assert two.devices is not None
+    (pid,) = two.devices.pids
+    timer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    with pytest.raises(EngineDied, match="a process of the devices cpu, cpu ended, or failed"):
+        two.generate("a boat", width=64, height=64, steps=1000)
+    timer.join()
+    again = two.generate("a boat", width=64, height=64, steps=3).pixels
+    assert two.devices.pids != [pid]
+    expected = one.generate("a boat", width=64, height=64, steps=3).pixels
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5)
+
+
+def test_a_call_that_is_cancelled_leaves_the_next_ones_alone(
+    one: neounify.Pipeline, two: neounify.Pipeline
+) -> None:
+    stop = threading.Event()
+    timer = threading.Timer(0.5, stop.set)
+    timer.start()
+    with pytest.raises(neounify.NeounifyError, match="cancelled"):
+        two.generate("a boat", width=64, height=64, steps=1000, cancel=stop)
+    timer.join()
+    assert two.chat("Hi", max_new_tokens=4).text == one.chat("Hi", max_new_tokens=4).text
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_started(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"understanding on 3 devices: the model's 4 key heads"):
+        neounify.load(path, devices=["cpu"] * 3)
+    with pytest.raises(ConfigError, match=r"sequence parallel 3 on 2 devices .*so 1, 2"):
+        neounify.load(path, devices=["cpu", "cpu"], sequence_parallel=3)
+    with pytest.raises(ConfigError, match=r"compile and memory='stream': for one device, got 2"):
+        neounify.load(path, devices=["cpu", "cpu"], compile=True, memory="stream")
+
+
+def test_a_share_of_the_weights_is_not_saved(two: neounify.Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="several devices cannot be saved"):
+        two.save(tmp_path / "new")
+
+
+def test_nothing_is_left_when_the_devices_are_closed(path: Path) -> None:
+    before = set(folder().glob("psm_neounify_*"))
+    pipe = neounify.load(path, dtype="float32", devices=["cpu", "cpu"])
+    assert pipe.devices is not None
+    pipe.generate("a boat", width=256, height=256, steps=2)
+    (pid,) = pipe.devices.pids
+    pipe.devices.close()
+    time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert set(folder().glob("psm_neounify_*")) <= before
