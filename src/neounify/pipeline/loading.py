@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 
 from neounify.attention import check_backend
-from neounify.checkpoint.load import DECODED, Dtype, Memory, PlanUse, expected_shapes, load_checkpoint
+from neounify.checkpoint.load import (
+    DECODED,
+    Dtype,
+    Memory,
+    PlanUse,
+    expected_shapes,
+    load_checkpoint,
+)
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
 from neounify.distributed.group import ALONE, Group
