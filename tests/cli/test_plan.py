@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.cli.conftest import Run
 
+from cli.conftest import Run
 from neounify.checkpoint.names import from_published, stream_of
 from neounify.checkpoint.save import save_model
 from neounify.config.presets import TINY
