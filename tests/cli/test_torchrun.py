@@ -33,16 +33,19 @@ packs_per_step = PACKS
 """
 
 
-def torchrun(folder: Path, packs: int, *options: str) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, packs: int, *options: str, command: str = "train"
+) -> subprocess.CompletedProcess[str]:
     recipe = folder / "r.toml"
     recipe.write_text(RECIPE.replace("PACKS", str(packs)))
-    command = [
+    out = ("--out", str(folder / "out")) if command == "train" else ()
+    program = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "neounify", "train", str(recipe), "--out", str(folder / "out"), *options),
+        *("-m", "neounify", command, str(recipe), *out, *options),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=540, check=False
+        program, env=environment, capture_output=True, text=True, timeout=540, check=False
     )
 
 
@@ -66,3 +69,12 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     assert len(said) == 1
     assert "packs_per_step (3) must be a multiple of the 2 ranks, such as 4" in said[0]
     assert not (tmp_path / "out" / "states").exists()
+
+
+def test_the_doctor_examines_a_stage_on_two_ranks(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, 2, "--seconds", "5", "--json", command="doctor")
+    assert done.returncode == 0, done.stderr
+    findings = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    assert findings["gradients"]["good"]
+    assert findings["freezing"]["good"]
+    assert "generation" in findings

@@ -6,15 +6,18 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from neounify.cli.command import UsageError
 from neounify.cli.display import Display
-from neounify.cli.models import default_device
 from neounify.cli.options import DeviceOptions, ReportOptions
+from neounify.cli.ranks import device_of, reported_by_rank
 from neounify.runtime import keep_freed_memory, lasting_imports
+
+if TYPE_CHECKING:
+    from neounify.distributed.ranks import Ranks
 
 MARKS = {True: "ok  ", False: "BAD ", None: "note"}
 
@@ -38,30 +41,49 @@ def doctor(
 
     \b
       neounify doctor recipes/scenes.toml
+      torchrun --nproc-per-node 2 -m neounify doctor recipes/scenes.toml
     """
     with lasting_imports():
-        from neounify.checkpoint.load import resolve_device
+        from neounify.distributed.ranks import joined
+
+    if not math.isfinite(seconds):
+        raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
+    with joined() as ranks, reported_by_rank(ranks):
+        _examine(recipe, stage, seconds, where, report, ranks)
+
+
+def _examine(
+    recipe: Path,
+    stage: str | None,
+    seconds: float,
+    where: DeviceOptions,
+    report: ReportOptions,
+    ranks: Ranks,
+) -> None:
+    with lasting_imports():
         from neounify.train.method import NO_TIME, Finding, StageContext
+        from neounify.train.parallel import check_parallel
         from neounify.train.recipe import read_recipe
         from neounify.train.setup import StageSources, build_setup
 
-    display = Display(quiet=report.quiet, json=report.json)
+    # The first rank speaks for all.
+    display = Display(quiet=report.quiet or not ranks.first, json=report.json or not ranks.first)
     with display.deprecations():
-        parsed = read_recipe(recipe)
+        parsed = ranks.together(lambda: read_recipe(recipe))
+    ranks.together(lambda: check_parallel(parsed, ranks.size))
     stages = {item.name: item for item in parsed.stages}
     if stage is not None and stage not in stages:
         raise UsageError(f"no stage {stage}; the recipe has {', '.join(stages)}")
     chosen = parsed.stages[0] if stage is None else stages[stage]
-    if not math.isfinite(seconds):
-        raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
-    device = resolve_device(where.device or default_device())
+    device = ranks.together(lambda: device_of(where.device, ranks))
     sources = StageSources(parsed)
-    sources.list(chosen)  # unreadable data is reported before a model is loaded
+    # Unreadable data is reported before a model is loaded.
+    ranks.together(lambda: sources.list(chosen))
     keep_freed_memory()
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        setup = build_setup(parsed, device, folder)
+        setup = build_setup(parsed, device, folder, ranks)
         context = StageContext(
             recipe=parsed, stage=chosen, setup=setup, sources=sources, folder=folder
         )
@@ -72,7 +94,8 @@ def doctor(
                 display.say(f"     {finding.advice}")
     wrong = [finding.name for finding in findings if finding.good is False]
     undecided = [finding.name for finding in findings if finding.advice.startswith(NO_TIME)]
-    display.emit({"stage": chosen.name, "findings": [asdict(f) for f in findings]})
+    if ranks.first:
+        display.emit({"stage": chosen.name, "findings": [asdict(f) for f in findings]})
     if wrong:
         display.say(f"\nnot healthy: {', '.join(wrong)}")
         raise typer.Exit(1)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neounify.cli.command import INTERRUPTED, CliError, UsageError, explain
+from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
-from neounify.cli.models import default_device
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
-from neounify.errors import NeounifyError
+from neounify.cli.ranks import device_of, reported_by_rank
 from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
-    import torch
-
     from neounify.distributed.ranks import Ranks
     from neounify.train.recipe import Recipe
 
@@ -65,7 +62,8 @@ def train(
     """
     with lasting_imports():
         from neounify.cli.checks import check_threads
-        from neounify.distributed.ranks import joined
+        from neounify.distributed.ranks import joined, restarted
+        from neounify.train.parallel import check_shared
         from neounify.train.recipe import read_recipe
 
     check_threads(where.threads)
@@ -85,7 +83,9 @@ def train(
             ranks.together(
                 lambda: stack.enter_context(locked_folder(folder)) if ranks.first else None
             )
-            _train(parsed, folder, resume, stages or [], where, display, ranks)
+            ranks.together(lambda: check_shared(folder, ranks))
+            again = "auto" if restarted() else None
+            _train(parsed, folder, resume or again, stages or [], where, display, ranks)
 
 
 def _train(
@@ -103,7 +103,7 @@ def _train(
 
         from neounify.train.log import Log
         from neounify.train.loop import Trainer
-        from neounify.train.parallel import check_model, check_parallel
+        from neounify.train.parallel import check_model, check_parallel, fingerprint
         from neounify.train.progress import Progress, SampleGrid, stages_to_run
         from neounify.train.setup import StageSources, build_setup, recipe_config
 
@@ -117,13 +117,13 @@ def _train(
     )
     sources = StageSources(recipe)
     built = ranks.together(lambda: [sources.list(recipe.stages[number]) for number in numbers])
-    ranks.check_alike("the data", repr([[source.size for source in stage] for stage in built]))
+    ranks.check_alike("the data", ranks.together(lambda: fingerprint(chain(*built))))
     if where.threads is not None:
         torch.set_num_threads(where.threads)
     keep_freed_memory()
     console = Console(stderr=True, quiet=display.quiet)
     log = ranks.together(lambda: Log(folder, console, writes=ranks.first))
-    device = ranks.together(lambda: _device(where.device, ranks))
+    device = ranks.together(lambda: device_of(where.device, ranks))
     setup = build_setup(recipe, device, folder, ranks)
     grid = SampleGrid(recipe, folder, sources, ranks)
     trainer = Trainer(recipe, setup, folder, log, grid, sources)
@@ -140,45 +140,6 @@ def _train(
     finally:
         signal.signal(signal.SIGTERM, before)
     display.result(f"saved {folder / 'model'}", folder / "model")
-
-
-def _device(name: str | None, ranks: Ranks) -> torch.device:
-    """The device of this rank, the default one where it has no name."""
-    import torch
-
-    from neounify.checkpoint.load import resolve_device
-
-    device = resolve_device(name or default_device())
-    if ranks.size > 1 and device.type == "cuda":
-        device = torch.device("cuda", ranks.local)
-        torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def reported_by_rank(ranks: Ranks) -> Iterator[None]:
-    """Errors of a rank as one message that names it; rank 0 reports what all ranks meet."""
-    from neounify.distributed.ranks import OtherRankError, is_lost_connection
-    from neounify.train.method import TrainingStopped
-
-    try:
-        yield
-    except OtherRankError:
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        if ranks.first:
-            raise
-        raise typer.Exit(INTERRUPTED) from None
-    except (NeounifyError, OSError, MemoryError, RuntimeError) as error:
-        if ranks.size == 1 or (ranks.first and isinstance(error, NeounifyError)):
-            raise
-        if not isinstance(error, TrainingStopped):
-            lost = is_lost_connection(error)
-            message = "the connection to another rank is lost" if lost else explain(error)
-            if message is None:
-                raise
-            typer.echo(f"error: rank {ranks.rank}: {message}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display) -> None:
@@ -202,7 +163,7 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
 
 def _state(folder: Path, resume: str | None, display: Display) -> Path | None:
     """The state to resume from. CliError for a new run in the folder of another."""
-    from neounify.train.state import newest_whole_state, saved_states
+    from neounify.train.state import check_state, newest_whole_state, saved_states
 
     if resume is None:
         if saved_states(folder / "states"):
@@ -213,4 +174,5 @@ def _state(folder: Path, resume: str | None, display: Display) -> Path | None:
         return None
     if resume == "auto":
         return newest_whole_state(folder / "states", display.note)
+    check_state(Path(resume))
     return Path(resume)

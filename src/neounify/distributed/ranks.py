@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.constants import default_pg_timeout
 
 from neounify.errors import ConfigError, NeounifyError, is_out_of_memory
 
@@ -32,6 +36,8 @@ class Ranks:
     local: int = 0
     group: distributed.ProcessGroup | None = None
     """The process group that they exchange by; None is that of the run."""
+    store: distributed.Store | None = None
+    """What they joined by; it outlives a rank that is gone, unless that one has started it."""
 
     @property
     def first(self) -> bool:
@@ -43,6 +49,13 @@ class Ranks:
         if self.size == 1:
             return self
         return replace(self, group=distributed.new_group(backend="gloo"))
+
+    def speaks(self) -> bool:
+        """Whether this rank is the first to report an error; not collective."""
+        try:
+            return self.store is None or self.store.add("neounify/errors", 1) == 1
+        except RuntimeError:  # the store is gone too
+            return True
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank."""
@@ -100,6 +113,9 @@ class Ranks:
             )
 
 
+JOIN_TIMEOUT = timedelta(seconds=45)
+"""Time in which all ranks of a start must have come."""
+
 ONE = Ranks()
 """A single process."""
 
@@ -142,6 +158,22 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local)
 
 
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this run again."""
+    return _restarts() != "0"
+
+
+def _restarts() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _end(ranks: Ranks, place: str) -> None:
+    """End this process, which waits in vain for an answer."""
+    sys.stderr.write(f"error: rank {ranks.rank} cannot join the others at {place}: no answer\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks of this run, as one process group; none is made for a single process."""
@@ -149,14 +181,25 @@ def joined() -> Iterator[Ranks]:
     if ranks.size == 1:
         yield ranks
         return
-    gpus = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torch waits without end for another server that listens at this place.
+    late = threading.Timer(JOIN_TIMEOUT.total_seconds() + 5, _end, (ranks, place))
+    late.daemon = True
+    late.start()
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        late.cancel()
+        # torchrun keeps the store, with addresses of before, when it starts ranks again.
+        store = distributed.PrefixStore(f"start {_restarts()}", store)
+        store.set_timeout(default_pg_timeout)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        late.cancel()
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"rank {ranks.rank} cannot join the others at {place}: {error}"
+            f"rank {ranks.rank} cannot join the others at {place}: {reason}"
         ) from error
-    yield ranks
+    yield replace(ranks, store=store)
     # After an error others may be gone, and leaving the group would wait for them.
     distributed.destroy_process_group()

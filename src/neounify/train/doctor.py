@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
+from neounify.distributed.parallelize import local
 from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
 from neounify.pipeline import Pipeline
@@ -116,12 +117,16 @@ def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Ite
 
 
 def _gradients(setup: TrainSetup, loss: Callable[[int], Tensor]) -> Iterator[Finding]:
-    model = setup.model
+    model, ranks = setup.model, setup.ranks
     model.zero_grad(set_to_none=True)
     loss(0).backward()
     named = list(model.named_parameters())
-    dead = [n for n, p in named if p.requires_grad and (p.grad is None or not p.grad.any())]
-    bad = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+    # Each rank looks at the rows of a gradient that it holds.
+    gradients = [(n, local(p.grad)) for n, p in named if p.requires_grad and p.grad is not None]
+    reached = set(chain(*ranks.gather([n for n, gradient in gradients if gradient.any()])))
+    dead = [n for n, p in named if p.requires_grad and n not in reached]
+    damaged = [n for n, gradient in gradients if not torch.isfinite(gradient).all()]
+    bad = list(dict.fromkeys(chain(*ranks.gather(damaged))))
     moving = [n for n, p in named if not p.requires_grad and p.grad is not None]
     trained = sum(p.numel() for _, p in named if p.requires_grad)
     total = sum(p.numel() for _, p in named)
@@ -171,7 +176,7 @@ def _overfit(
             loss(step, metrics).backward()
         take_step([optimizers])
         optimizers.zero_grad()
-        elapsed = time.monotonic() - began
+        elapsed = setup.ranks.gather(time.monotonic() - began)[0]
         ended = elapsed > seconds or step >= max_steps
         if ended or step % 20 == 0:
             before, last = first.report(), recent.report()
@@ -186,9 +191,12 @@ def _overfit(
 def _loss(
     setup: TrainSetup, config: LossConfig, pack: Pack, seed: int, metrics: Metrics | None = None
 ) -> Tensor:
+    """The loss of a pack, which every rank computes, so that gradients are its mean over them."""
     generator = torch.Generator(setup.model.device).manual_seed(seed)
-    counts = Counts.of([pack])
-    return loss_of(setup.model, pack, config, counts, generator, metrics)
+    counts, ranks = Counts.of([pack]), setup.ranks.size
+    shared = Counts(counts.labels * ranks, counts.tokens * ranks)
+    loss: Tensor = setup.parallel.objective(loss_of, pack, config, shared, generator, metrics)
+    return loss
 
 
 def _tasks(report: dict[str, float]) -> list[str]:
@@ -263,7 +271,8 @@ def _generation(
         return
     target = known["t2i"].targets[0]
     setup.model.eval()
-    pipe = Pipeline(setup.model, setup.tokenizer, system_message=setup.system_message)
+    model = setup.parallel.whole(setup.model.device)
+    pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)
     height, width = target.shape[:2]
     prompt = samples["t2i"].text("user")
     image = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from neounify.checkpoint.mapped import all_finite
 from neounify.config import ModelConfig
+from neounify.data.sample import DataError
+from neounify.data.sources import SampleSource
 from neounify.distributed.mesh import MeshShape, mesh_shape
 from neounify.distributed.parallelize import Parallel, local, parallelize
 from neounify.distributed.ranks import Ranks
 from neounify.errors import ConfigError
+from neounify.files import LOCK_FILE
 from neounify.model.neo import NeoUnify
 from neounify.train.method import MicroBatch
 from neounify.train.recipe import Recipe, StageRecipe
@@ -78,6 +85,45 @@ def check_model(config: ModelConfig, shape: MeshShape) -> None:
                 f"parallel.expert is {shape.expert}, which does not divide the {count} experts of "
                 "the model's layers"
             )
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise ConfigError where the folder that rank 0 has locked is not that of this rank.
+
+    Collective. Network file systems may show a new file some seconds late.
+    """
+    owner = ranks.gather(os.getpid())[0]
+    for _ in range(50):
+        with suppress(OSError):
+            if (folder / LOCK_FILE).read_text(encoding="utf-8").strip() == str(owner):
+                return
+        time.sleep(0.1)
+    raise ConfigError(
+        f"{folder.resolve()} is missing here or not the folder of rank 0: all ranks must write "
+        "into one folder, which they share"
+    )
+
+
+PROBED = 4
+"""Samples of each source that ranks compare."""
+
+
+def fingerprint(sources: Iterable[SampleSource]) -> str:
+    """SHA-256 of sizes and of some samples, their texts and images."""
+    digest = hashlib.sha256()
+    for source in sources:
+        size = source.size
+        digest.update(repr(size).encode())
+        for number in range(PROBED if size is None else min(size, PROBED)):
+            index = number if size is None else number * size // PROBED
+            try:
+                sample = source[index]
+                digest.update(repr((sample.task, sample.id, sample.text())).encode())
+                for image in sample.images:
+                    digest.update(image.pixels().tobytes())
+            except DataError:  # the loader counts damaged samples
+                digest.update(b"damaged")
+    return digest.hexdigest()
 
 
 def parallelize_run(
