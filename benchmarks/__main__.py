@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bundled, memory, post_training, speed
+from benchmarks import bundled, memory, post_training, quantised, speed
 from benchmarks.figure import Figure, table
 from benchmarks.timing import describe_machine
 from neounify.runtime import keep_freed_memory
 
-GROUPS = ["speed", "memory", "bundled", "post-training"]
+GROUPS = ["speed", "memory", "quantised", "bundled", "post-training"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -28,6 +28,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Figure]:
                 yield from speed.figures(DTYPES[name], compiled=mode == "compiled")
     if "memory" in arguments.only:
         yield from memory.figures()
+    if "quantised" in arguments.only:
+        yield from quantised.figures()
     if "bundled" in arguments.only:
         for name in arguments.dtypes:
             yield from bundled.figures(DTYPES[name])

@@ -102,7 +102,7 @@ def _decode(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
     bytes_read = model.lm_head.weight.element_size() * (
         counting.layer_weights(model, UND) + model.lm_head.weight.numel()
     )
-    single = _tokens_per_second(model, 1)
+    single = tokens_per_second(model, 1)
     share = single * bytes_read / machine.read_bytes
     yield make(
         name="decoding, batch 1",
@@ -112,7 +112,7 @@ def _decode(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
         aim="75 %",
         met=share >= 0.75,
     )
-    batch = _tokens_per_second(model, 8)
+    batch = tokens_per_second(model, 8)
     yield make(
         name="decoding, batch 8",
         value=batch,
@@ -123,7 +123,7 @@ def _decode(model: NeoUnify, machine: Machine, make: Make) -> Iterator[Figure]:
     )
 
 
-def _tokens_per_second(model: NeoUnify, batch: int) -> float:
+def tokens_per_second(model: NeoUnify, batch: int) -> float:
     best = 0.0
     for _ in range(3):
         engine = UnderstandingEngine(
