@@ -17,6 +17,7 @@ from torch import Tensor
 from neounify.checkpoint import load_checkpoint, load_model, to_published
 from neounify.checkpoint.reader import CheckpointFolder, summarise
 from neounify.errors import CheckpointError
+from neounify.quant.formats import FourBits, decode
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 
 OURS = "layers.1.gen.out.mlp.gate_proj.weight"
@@ -273,3 +274,51 @@ def test_a_tensor_that_is_there_with_and_without_a_prefix(tmp_path: Path) -> Non
     path = folder(tmp_path / "model", weights | {PREFIX + WEIGHT: weights[WEIGHT].clone()}, {})
     with pytest.raises(CheckpointError, match="is there twice, once with a prefix"):
         load_model(path)
+
+
+def four_bits(weight: Tensor) -> Tensors:
+    """A weight in 4 bits under its names."""
+    format = FourBits(16)
+    tensors = {f"{MODULE}.{name}": tensor for name, tensor in format.quantise(weight).items()}
+    return tensors | description_of(MODULE, format.describe())
+
+
+def test_four_bits_become_the_weights_they_mean(tmp_path: Path) -> None:
+    weights = random_weights(SMALL)
+    path = folder(tmp_path / "model", weights | four_bits(weights[WEIGHT]), {})
+    actual = load_model(path, dtype="float32").get_parameter(OURS)
+    format = FourBits(16)
+    expected = decode(format, format.quantise(weights[WEIGHT]))
+    torch.testing.assert_close(actual.data, expected, rtol=0, atol=1e-6)
+    stored = load_checkpoint(path).checkpoint.quantised[WEIGHT]
+    assert (stored.label, stored.shape) == ("asym_w4a8_int8, rotated", (48, 32))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("weight_s_rel", None, "has no weight_s_rel, which its format asym_w4a8_int8 needs"),
+        ("weight_s_channel", None, "has no weight_s_channel"),
+        ("weight_s_rel", torch.ones(48, 3), "is [48, 3] of torch.float32; expected [48, 2] of"),
+        ("weight_s_channel", torch.ones(47), "is [47] of torch.float32; expected [48]"),
+        ("weight_s_channel", torch.full((48,), torch.inf), "negative or not finite"),
+        ("weight_codebook", torch.arange(15.0), "is [15] of torch.float32; expected [16]"),
+        ("weight_codebook", -torch.arange(16.0), "must be finite and sorted"),
+        ("weight_codebook", torch.full((16,), torch.nan), "must be finite and sorted"),
+        ("weight", torch.zeros(48, 16), "are [48, 16] of torch.float32; expected [out, in] of"),
+        ("weight", torch.zeros(48, 7).to(torch.int8), "rows of 14 codes; expected a multiple of"),
+    ],
+)
+def test_damaged_four_bits_are_refused(
+    tmp_path: Path, part: str, value: Tensor | None, message: str
+) -> None:
+    weights = random_weights(SMALL)
+    tensors = weights | four_bits(weights[WEIGHT])
+    if value is None:
+        del tensors[f"{MODULE}.{part}"]
+    else:
+        tensors[f"{MODULE}.{part}"] = value
+    path = folder(tmp_path / "model", tensors, {})
+    with pytest.raises(CheckpointError, match=re.escape(message)) as refused:
+        load_checkpoint(path)
+    assert MODULE in str(refused.value)

@@ -60,7 +60,7 @@ def test_images_edits_answers_and_stories(
 def test_by_stream_and_in_layers_it_is_the_same(folder: Path, coded: neounify.Pipeline) -> None:
     expected = coded.generate(PROMPT, seed=2).pixels
     for memory in ("stream", "layers"):
-        pipe = neounify.load(folder, dtype="float32", memory=memory)  # type: ignore[arg-type]
+        pipe = neounify.load(folder, dtype="float32", memory=memory)
         assert bool((pipe.generate(PROMPT, seed=2).pixels == expected).all()), memory
 
 
