@@ -134,6 +134,18 @@ def test_a_row_gives_the_same_bits_alone_and_in_a_batch(
         assert torch.equal(few, many[:FEW_ROWS])
 
 
+@pytest.mark.parametrize("columns", [64, 256, 512])
+def test_rotations_of_few_rows_are_the_same_in_a_batch(columns: int) -> None:
+    layer = QuantLinear(
+        Int8Rows(64), (32, columns), None, choose_backend("torch", Int8Rows(64), columns, CPU)
+    )
+    fill(layer, random_weight(32, columns))
+    x = torch.randn(FEW_ROWS, columns, generator=torch.Generator().manual_seed(1))
+    together = layer(x)
+    for row in range(FEW_ROWS):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
 def test_what_is_chosen() -> None:
     def chosen(name: str, format: PublishedFormat, columns: int = 64) -> str:
         return choose_backend(name, format, columns, CPU).operator

@@ -42,6 +42,8 @@ FEW_ROWS = 32
 """Rows up to which reading codes is what costs; products with more are faster dequantised."""
 MIN_ROWS = 8
 """Rows that float products are filled up to: with fewer, libraries add in another order."""
+WIDE = 256
+"""Channels from which a rotation of one row is a product of many rows already."""
 SLICE_ELEMENTS = 2**18
 """Elements dequantised at a time on a CPU, 1 MB in float32, which stay in its cache."""
 DEVICE_SLICE_ELEMENTS = 2**21
@@ -123,12 +125,14 @@ def int8pack(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"
     if x.shape[0] > FEW_ROWS:
         return reference(layer, x)
     rows, group = x, layer.format.group
-    if group > 1:
+    if group > 1 and layer.in_features >= WIDE:
+        rows = rotate_groups(x, group)
+    elif group > 1:
         rows = rotate_groups(fill_rows(x, MIN_ROWS), group)[: x.shape[0]]
     tensors = layer.tensors()
     ones = layer.ones(torch.bfloat16)
     y = torch._weight_int8pack_mm(rows.bfloat16(), tensors["weight"], ones)
-    return _finish(layer, y.float() * tensors["weight_scale"].squeeze(1), x.dtype)
+    return _finish(layer, y * tensors["weight_scale"].squeeze(1), x.dtype)
 
 
 def w8a8(layer: QuantLinear, x: Float[Tensor, "n k"]) -> Float[Tensor, "n m"]:

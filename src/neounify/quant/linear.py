@@ -27,13 +27,16 @@ class QuantModule(nn.Module):
         super().__init__()
         self.format = format
         self.shape = shape
-        for name, (size, dtype) in format.layout(shape).items():
+        layout = format.layout(shape)
+        self.names = tuple(layout)
+        for name, (size, dtype) in layout.items():
             tensor = torch.empty(size, dtype=dtype, device="meta")
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the format by name."""
-        return {name: self.get_parameter(name) for name in self.format.layout(self.shape)}
+        # Not get_parameter, which costs more than a small product.
+        return {name: self._parameters[name] for name in self.names}  # type: ignore[misc]
 
     def decoded(self, start: int = 0, stop: int | None = None) -> Float[Tensor, "rows k"]:
         """Ŵ of rows `start` to `stop` in float32; all of it is four times as large as the codes."""
@@ -86,8 +89,8 @@ class QuantLinear(QuantModule):
 
     def ones(self, dtype: torch.dtype) -> Float[Tensor, " out"]:
         """A scale of 1 per row, for operators that ask for scales of a dtype."""
-        if self._ones is None or self._ones.device != self.get_parameter("weight").device:
-            device = self.get_parameter("weight").device
+        device = self._parameters["weight"].device  # type: ignore[union-attr]
+        if self._ones is None or self._ones.device != device:
             self._ones = torch.ones(self.out_features, dtype=dtype, device=device)
         return self._ones
 
