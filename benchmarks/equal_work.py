@@ -14,7 +14,7 @@ import numpy as np
 from neounify.config import ModelConfig
 from neounify.config.presets import U1_8B, U1_A3B
 from neounify.data.loader import WINDOW_PACKS
-from neounify.data.packing import Drawn, cost_of, fill_packs, first_fit, pairs_per_row
+from neounify.data.packing import Drawn, cost_of, fill_packs, first_fit
 from neounify.model.layout import Document, Grid, Image, Layout, Noise, Text
 
 ROWS = 28_672
@@ -92,7 +92,7 @@ def slowest_over_mean(costs: np.ndarray, ranks: int, falling: bool) -> float:
 
 def line(name: str, config: ModelConfig) -> list[str]:
     """Lines of the table for one model."""
-    kappa = pairs_per_row(config)
+    kappa = config.pairs_per_row
     packs = {}
     for fill in (by_rows, by_cost):
         each = PACKS_PER_STEP * STEPS // STREAMS

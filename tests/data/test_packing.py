@@ -25,7 +25,7 @@ from neounify.data.loader import (
     load_packs,
     make_pack,
 )
-from neounify.data.packing import Drawn, cost_of, fill_packs, first_fit, pairs_per_row
+from neounify.data.packing import Drawn, cost_of, fill_packs, first_fit
 from neounify.data.sample import DataError, Sample
 from neounify.model.build import meta_model
 from neounify.model.layout import Document, Image, Layout, Noise, Text
@@ -90,7 +90,7 @@ def test_packs_cost_no_more_than_their_rows_do_on_average() -> None:
 
 @pytest.mark.parametrize(("config", "kappa"), [(U1_8B, 23_552), (U1_A3B, 6_944)])
 def test_rows_of_the_published_models_cost_as_many_pairs(config: ModelConfig, kappa: int) -> None:
-    assert pairs_per_row(config) == kappa
+    assert config.pairs_per_row == kappa
     layout = Layout([Document((Text(5), Image(2, 2), Noise(2, 2)))])
     pairs = 15 + 4 * 9 + 4 * 13
     assert cost_of(layout, kappa) == pytest.approx(13 + pairs / kappa)
@@ -100,7 +100,7 @@ def test_rows_of_the_published_models_cost_as_many_pairs(config: ModelConfig, ka
 def test_the_cost_of_a_row_is_that_of_the_models_matrices(config: ModelConfig) -> None:
     model = meta_model(config)
     expected = layer_weights(model, "und") / (attention(config, 1) / 2)
-    assert pairs_per_row(config) == pytest.approx(expected)
+    assert config.pairs_per_row == pytest.approx(expected)
 
 
 def test_a_pack_is_its_documents_side_by_side() -> None:

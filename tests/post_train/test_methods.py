@@ -181,7 +181,7 @@ def test_a_teacher_that_equals_its_student_has_nothing_to_teach(tmp_path: Path) 
     method: Trajectory = built(tmp_path, "trajectory", same)
     with torch.no_grad():
         for place, cases in enumerate(method.cases(0, 4)):
-            states = method.states(cases, 0, place)
+            states = method.states(cases, 0, place, range(len(cases)))
             images = GuidedImages(method.model, states.grid, states.prefixes, states.guidance)
             clean = images.clean(method.model, states.z, states.t)
             torch.testing.assert_close(clean, states.target, atol=1e-5, rtol=1e-5)
@@ -221,12 +221,12 @@ def test_an_expert_is_asked_for_its_own_capability_only(
         teacher.image_head.register_forward_hook(count)
     [painted], [edited] = method.cases(0, 6), method.cases(6, 6)
     with torch.no_grad():
-        states = method.states(painted, 0, 0)
+        states = method.states(painted, 0, 0, range(6))
         assert asked["edit"] == 0
         tokens = states.grid.length
         # Both guidance branches of each painted image.
         assert asked["single_object"] == 2 * tokens * len(painted)
-        method.states(edited, 0, 1)
+        method.states(edited, 0, 1, range(6))
     assert asked == {"single_object": 2 * tokens * len(painted), "edit": tokens * len(edited)}
     images = GuidedImages(method.model, states.grid, states.prefixes, states.guidance)
     clean = images.clean(method.model, states.z, states.t)

@@ -33,6 +33,7 @@ def recipe(**changes: Any) -> Recipe:
     """A recipe of one small stage of four packs a step, in four data streams."""
     changes = dict(changes)
     defaults = {**DEFAULTS, **changes.pop("defaults", {})}
+    parallel = changes.pop("parallel", {})
     model = {"preset": "scenes", "changes": {**TINY_CHANGES, **changes.pop("model", {})}}
     return recipe_from_table(
         {
@@ -40,7 +41,7 @@ def recipe(**changes: Any) -> Recipe:
             "workers": 0,
             "model": {**model, "tokenizer": {"samples": 50}},
             "defaults": defaults,
-            "parallel": {"streams": 4, **changes.pop("parallel", {})},
+            "parallel": {"streams": 4, **parallel},
             "stages": [{"name": "both", "steps": 3, "packs_per_step": 4}],
             **changes,
         }
@@ -67,6 +68,10 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen gen": one_stage(freeze=["gen"]),
     "recomputed": {"defaults": {"checkpoint_activations": True}},
     "muon": {"defaults": {"optimizer": MUON}},
+    "bfloat16": {"defaults": {"precision": "bfloat16"}},
+    "compiled": {"defaults": {"compile": True}},
+    "rows": {"parallel": {"sequence": 2}, "defaults": {"checkpoint_activations": True}},
+    "rows of copies": {"parallel": {"sequence": 2, "replicate": 2}},
     "copies": {"parallel": {"replicate": 2}},
     "experts": {"model": SPARSE, "parallel": {"expert": 2}},
     "experts muon": {

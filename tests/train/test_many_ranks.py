@@ -24,15 +24,19 @@ from support.ranks import run_ranks
 Weights = dict[str, dict[str, Any]]
 """Weights by case and name."""
 MOVED = ("moved", "moved experts")
-ON_FOUR = ("copies", *MOVED)
-OF_MUON = ("muon", "experts muon")
+COPIES = ("copies", "rows of copies")
+ON_FOUR = (*COPIES, *MOVED)
+SLOW = ("compiled",)
+"""Cases of tests marked slow, on ranks of their own."""
+ROUNDED = {"muon": (1e-4, 1e-2), "experts muon": (1e-4, 1e-2), "bfloat16": (2e-2, 1e-2)}
+"""Bounds of losses and weights where products are rounded to bfloat16."""
 SECONDS = 540.0
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:
     """Every case of two ranks, the first steps of a run that moves, and Muon by itself."""
     results: dict[str, Any] = {
-        case: train(Path(folder) / case, case) for case in CASES if case not in ON_FOUR
+        case: train(Path(folder) / case, case) for case in CASES if case not in (*ON_FOUR, *SLOW)
     }
     for case in MOVED:
         results[case] = train(Path(folder) / case, case, stop_after=2)
@@ -41,14 +45,22 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
     return results
 
 
+def slow_on_two_ranks(folder: str) -> dict[str, Any]:
+    return {case: train(Path(folder) / case, case) for case in SLOW}
+
+
 def on_four_ranks(folder: str) -> dict[str, Any]:
     moved = {case: train(Path(folder) / case, case, stop_after=4) for case in MOVED}
-    return {"copies": train(Path(folder) / "copies", "copies"), **moved}
+    return {**{case: train(Path(folder) / case, case) for case in COPIES}, **moved}
 
 
 def muon_on_owners() -> dict[str, Any]:
     """Weights after steps of Muon, whole and cut over the ranks, from the same gradients."""
-    shapes = {"layers.0.a": (5, 7), "layers.0.b": (1, 3), "layers.1.a": (16, 4)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "layers.0.a": (5, 7),
+        "layers.0.b": (1, 3),
+        "layers.1.a": (16, 4),
+    }
     # Stacks of matrices, cut by matrices and by rows.
     shapes |= {"layers.1.b": (3, 8, 4), "layers.2.b": (2, 4, 6)}
     mesh = init_device_mesh("cpu", (this_rank().size,))
@@ -93,7 +105,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Weights:
-    return {case: train(folder / "alone" / case, case) for case in CASES if case != "copies"}
+    return {
+        case: train(folder / "alone" / case, case)
+        for case in CASES
+        if not {case} & {*COPIES, *SLOW}
+    }
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +146,7 @@ def check_weights(expected: dict[str, Any], ranks: list[dict[str, Any]], bound: 
         assert np.abs(ranks[0][name] - weight).max() < bound, name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in (*ON_FOUR, *OF_MUON)])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in (*ON_FOUR, *SLOW, *ROUNDED)])
 def test_two_ranks_train_as_one(
     folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
 ) -> None:
@@ -138,12 +154,21 @@ def test_two_ranks_train_as_one(
     check_weights(alone[case], [rank[case] for rank in two], 1e-5)
 
 
-@pytest.mark.parametrize("case", OF_MUON)
-def test_muon_on_two_ranks(
+@pytest.mark.parametrize("case", ROUNDED)
+def test_two_ranks_train_as_one_but_for_rounding(
     folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
 ) -> None:
-    check_logs(folder / "alone" / case, folder / "two" / case, 1e-4)
-    check_weights(alone[case], [rank[case] for rank in two], 1e-2)
+    of_losses, of_weights = ROUNDED[case]
+    check_logs(folder / "alone" / case, folder / "two" / case, of_losses)
+    check_weights(alone[case], [rank[case] for rank in two], of_weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_compiled_layers_on_two_ranks(folder: Path, alone: Weights, case: str) -> None:
+    ranks = run_ranks(slow_on_two_ranks, str(folder / "slow"), ranks=2, seconds=SECONDS)
+    check_logs(folder / "alone" / "dense", folder / "slow" / case)
+    check_weights(alone["dense"], [rank[case] for rank in ranks], 1e-5)
 
 
 def test_matrices_dealt_out_to_owners_have_the_bits_of_one_rank(two: list[dict[str, Any]]) -> None:
@@ -160,11 +185,12 @@ def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", COPIES)
 def test_copies_of_a_mesh_train_as_one(
-    folder: Path, alone: Weights, four: list[dict[str, Any]]
+    folder: Path, alone: Weights, four: list[dict[str, Any]], case: str
 ) -> None:
-    check_logs(folder / "alone" / "dense", folder / "four" / "copies")
-    check_weights(alone["dense"], [rank["copies"] for rank in four], 1e-5)
+    check_logs(folder / "alone" / "dense", folder / "four" / case)
+    check_weights(alone["dense"], [rank[case] for rank in four], 1e-5)
 
 
 @pytest.mark.slow

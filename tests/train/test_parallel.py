@@ -19,21 +19,23 @@ from support.parallel_runs import SPARSE, one_stage, recipe
 @pytest.mark.parametrize(
     ("config", "ranks", "shape"),
     [
-        (None, 1, (1, 1, 1)),
-        (None, 6, (1, 6, 1)),
-        (ParallelConfig(replicate=2), 8, (2, 4, 1)),
-        (ParallelConfig(replicate=2, shard=3), 6, (2, 3, 1)),
-        (ParallelConfig(replicate=2, expert=4), 24, (2, 3, 4)),
-        (ParallelConfig(shard=1, expert=4), 4, (1, 1, 4)),
+        (None, 1, MeshShape()),
+        (None, 6, MeshShape(shard=6)),
+        (ParallelConfig(replicate=2), 8, MeshShape(replicate=2, shard=4)),
+        (ParallelConfig(replicate=2, shard=3), 6, MeshShape(replicate=2, shard=3)),
+        (
+            ParallelConfig(replicate=2, expert=4),
+            24,
+            MeshShape(replicate=2, shard=3, expert=4),
+        ),
+        (ParallelConfig(shard=1, expert=4), 4, MeshShape(expert=4)),
+        (ParallelConfig(sequence=2), 6, MeshShape(shard=3, sequence=2)),
+        (ParallelConfig(sequence=2, replicate=2), 4, MeshShape(replicate=2, sequence=2)),
     ],
 )
-def test_the_shape_of_a_mesh(
-    config: ParallelConfig | None, ranks: int, shape: tuple[int, int, int]
-) -> None:
-    replicate, shard, expert = shape
-    wanted = MeshShape(replicate=replicate, shard=shard, expert=expert)
-    assert mesh_shape(config, ranks) == wanted
-    assert wanted.ranks == ranks
+def test_the_shape_of_a_mesh(config: ParallelConfig | None, ranks: int, shape: MeshShape) -> None:
+    assert mesh_shape(config, ranks) == shape
+    assert shape.ranks == ranks
 
 
 GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
@@ -46,11 +48,24 @@ GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
         ({"parallel": {"shard": 2, "expert": 4}}, 4, "shard 2 × expert 4 are 8 ranks"),
         ({"parallel": {"replicate": 2, "expert": 4}}, 4, "2 ranks cannot be divided by 4"),
         ({"parallel": {"expert": 2}, **one_stage(compile=True)}, 2, "compile is not available"),
+        ({"parallel": {"sequence": 3}}, 4, "4 ranks cannot be divided into groups of 3"),
+        ({"parallel": {"sequence": 2, "replicate": 3}}, 4, "2 ranks cannot be divided into 3"),
+        (
+            {"parallel": {"sequence": 2}, **one_stage(packs_per_step=3)},
+            4,
+            "multiple of the 2 groups of 2 ranks, such as 4",
+        ),
         ({"parallel": {"replicate": 3}}, 4, "4 ranks cannot be divided into 3 copies"),
         ({"parallel": {"streams": 6}}, 4, "4 ranks cannot share the 6 data streams.*parallel"),
         (one_stage(packs_per_step=6), 4, r"packs_per_step \(6\).* such as 8"),
-        (one_stage(lora={"rank": 2}), 2, "lora"),
-        (GRPO, 2, "text-grpo runs on one rank"),
+        (
+            {**one_stage(lora={"rank": 2}), "parallel": {"shard": 2}},
+            2,
+            "lora needs the whole model",
+        ),
+        ({**GRPO, "parallel": {"shard": 2}}, 2, "text-grpo needs the whole model on every rank"),
+        (GRPO, 2, "2 ranks share the rollouts of an iteration, 1 of 16 prompts; .* such as 8"),
+        ({**GRPO, "parallel": {"sequence": 2}}, 2, "text-grpo needs .* leave parallel.shard and"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], ranks: int, message: str) -> None:
@@ -58,23 +73,36 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], ranks: int, messa
         check_parallel(recipe(**changes), ranks)
 
 
-def test_an_axis_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match="parallel: sequence: this axis is not available"):
-        recipe(parallel={"sequence": 2})
+def test_axes_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expert \(2\) and sequence \(2\) are not available"):
+        recipe(parallel={"sequence": 2, "expert": 2})
 
 
 @pytest.mark.parametrize(
-    ("changes", "expert", "message"),
+    ("changes", "shape", "message"),
     [
-        ({}, 2, "expert is 2, and the model has no experts"),
-        ({"model": SPARSE}, 3, "expert is 3, which does not divide the 4 experts"),
+        ({}, MeshShape(expert=2), "expert is 2, and the model has no experts"),
+        ({"model": SPARSE}, MeshShape(expert=3), "expert is 3, which does not divide the 4"),
+        (
+            {"model": {"image_head": "pixel"}},
+            MeshShape(sequence=2),
+            "2 ranks cannot share an image",
+        ),
     ],
 )
-def test_models_that_cannot_use_experts(changes: dict[str, Any], expert: int, message: str) -> None:
+def test_models_that_cannot_use_an_axis(
+    changes: dict[str, Any], shape: MeshShape, message: str
+) -> None:
     config = recipe_config(recipe(**changes))
     with pytest.raises(ConfigError, match=message):
-        check_model(config, MeshShape(expert=expert))
+        check_model(config, shape)
     check_model(config, MeshShape(shard=3))
+
+
+def test_stages_that_need_the_whole_model_have_it_by_default() -> None:
+    lora = one_stage(lora={"rank": 2}, packs_per_step=4)
+    assert check_parallel(recipe(**lora), 4) == MeshShape(replicate=4)
+    assert check_parallel(recipe(), 4) == MeshShape(shard=4)
 
 
 def test_without_a_table_the_data_streams_are_the_workers() -> None:
@@ -100,6 +128,13 @@ def test_ranks_by_the_environment() -> None:
         ranks_of({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"})
     with pytest.raises(ConfigError, match=r"in 0\.\.3, got 4"):
         ranks_of({**TORCHRUN, "RANK": "4"})
+
+
+@pytest.mark.parametrize(("items", "size"), [(7, 3), (2, 4), (0, 2), (8, 1)])
+def test_ranks_share_items_side_by_side(items: int, size: int) -> None:
+    shares = [Ranks(rank, size).share(items) for rank in range(size)]
+    assert [n for share in shares for n in share] == list(range(items))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_owners_have_equal_work() -> None:

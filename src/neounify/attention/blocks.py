@@ -7,7 +7,8 @@ layout and any caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neounify.cache import Cache
-from neounify.model.layout import Block, Layout
+from neounify.model.layout import Block, Layout, Rows
 from neounify.model.parts import STREAMS, UND, StreamName
 from neounify.model.stream import Projected
 
@@ -46,16 +47,25 @@ CAUSAL_CHUNK = 256
 
 
 class BlockAttention:
-    """One product per block."""
+    """One product per block.
 
-    def __init__(self, layout: Layout, caches: Caches, device: torch.device) -> None:
-        self._blocks = {name: layout[name].blocks for name in STREAMS}
+    With `rows`, queries are of these rows of each stream alone, and keys and values of all: a block
+    is cut in rows, and a causal one also ends earlier.
+    """
+
+    def __init__(
+        self, layout: Layout, caches: Caches, device: torch.device, rows: Rows | None = None
+    ) -> None:
+        self._blocks = {
+            name: list(_pieces(layout, name, None if rows is None else rows[name]))
+            for name in STREAMS
+        }
         self._ranges = layout[UND].ranges
         self._caches = caches
         with torch.inference_mode(False):
             self._masks = {
                 block.start: _causal_masks(block, device)
-                for block in layout[UND].blocks
+                for _, block in self._blocks[UND]
                 if block.causal and 1 < block.length < block.visible
             }
         for cache, (start, stop) in zip(caches or (), self._ranges, strict=caches is not None):
@@ -76,13 +86,18 @@ class BlockAttention:
         attended = {}
         for name, x in streams.items():
             attend = self._attend_context if STREAMS[name].context else attend_apart
-            blocks = self._blocks[name]
-            attended[name] = _join([attend(x, b, *self._keys(layer, b, streams)) for b in blocks])
+            pieces = []
+            for queries, block in self._blocks[name]:
+                keys = self._keys(layer, block, streams)
+                pieces.append(attend(x, block, *keys, queries))
+            attended[name] = _join(pieces) if pieces else x.q
         return attended
 
-    def _attend_context(self, x: Projected, block: Block, k: Tensor, v: Tensor) -> Tensor:
-        """A block of the context: the last of the keys are its own."""
-        q = x.q[block.start : block.stop]
+    def _attend_context(
+        self, x: Projected, block: Block, k: Tensor, v: Tensor, queries: slice
+    ) -> Tensor:
+        """Queries of a block of the context: the last of the keys are its own."""
+        q = x.q[queries]
         if not block.causal or block.length == 1:
             return _attend(q, k, v)
         if block.length == block.visible:
@@ -108,6 +123,23 @@ class BlockAttention:
 
 def _join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _pieces(
+    layout: Layout, stream: StreamName, rows: range | None
+) -> Iterator[tuple[slice, Block]]:
+    """Queries, counted from the first of the rows, and the block that they see the keys of."""
+    for block in layout[stream].blocks:
+        start, stop, first = block.start, block.stop, 0
+        if rows is not None:
+            start, stop, first = max(start, rows.start), min(stop, rows.stop), rows.start
+            if start >= stop:
+                continue
+        queries = slice(start - first, stop - first)
+        if STREAMS[stream].context:
+            later = block.stop - stop if block.causal else 0
+            block = replace(block, start=start, stop=stop, visible=block.visible - later)
+        yield queries, block
 
 
 def attend_apart(

@@ -35,19 +35,20 @@ def plan_training(
     shape = check_parallel(recipe, gpus)
     config = _config(recipe, preset)
     display.say(
-        f"replicate {shape.replicate} × shard {shape.shard}; GB on each device of {device / 1e9:g}"
+        f"replicate {shape.replicate} × shard {shape.shard} × sequence {shape.sequence}; GB on "
+        f"each device of {device / 1e9:g}"
     )
     display.say(HEADER)
     stages, fits = [], True
     for stage in recipe.stages:
         if not stage.method.shards:
-            display.say(f"{stage.name:<20} the method {stage.method.kind} runs on one device")
+            display.say(f"{stage.name:<20} {stage.method.kind}: every device has the whole model")
             continue
-        memory = stage_memory(config, stage)
+        memory = stage_memory(config, stage, shape.sequence)
         least = memory.fitting(device)
-        good = least is not None and least <= shape.shard
+        good = least is not None and least <= shape.cuts
         fits = fits and good
-        display.say(_line(stage.name, memory, shape.shard) + ("" if good else _advice(least)))
+        display.say(_line(stage.name, memory, shape.cuts) + ("" if good else _advice(least)))
         stages.append({"stage": stage.name, **asdict(memory), "least_shard": least, "fits": good})
     display.emit({"shard": shape.shard, "replicate": shape.replicate, "stages": stages})
     if not fits:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
-from neounify.data.packing import Drawn, cost_of, fill_packs, pairs_per_row
+from neounify.data.packing import Drawn, cost_of, fill_packs
 from neounify.data.sample import TASKS, DataError, Sample
 from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
@@ -324,7 +324,7 @@ class _Packs(IterableDataset[Any]):
         self, source: Mixture, encoder: Encoder, config: LoaderConfig, position: Position
     ) -> None:
         self.source, self.encoder, self.config, self.position = source, encoder, config, position
-        self._kappa = pairs_per_row(encoder.config)
+        self._kappa = encoder.config.pairs_per_row
         self.lifeline: Connection | None = None
         self._in_a_row: Counter[int] = Counter()
 

@@ -4,7 +4,7 @@ Ranks meet after every pack, so all wait for the costliest. The time of a pack i
 
     cost = rows + pairs / κ        κ = multiply-adds of a row in a layer / those of a pair
 
-for (query, key) pairs that attention multiplies; a pair takes 2 · heads · d multiply-adds.
+for the (query, key) pairs of attention; κ is `ModelConfig.pairs_per_row`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neounify.config import ModelConfig
 from neounify.model.layout import Layout
-from neounify.model.parts import UND
-
-
-def pairs_per_row(config: ModelConfig) -> float:
-    """κ: (query, key) pairs that take as long as a row in a layer; 23,552 for the 8B model.
-
-    The mean over the layers of the understanding stream, of sparse layers the experts of a token.
-    """
-    c, mlp = config, config.mlps[UND]
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
-    expert = mlp.experts_per_token * 3 * mlp.expert_width + mlp.num_experts
-    widths = [expert if mlp.is_sparse(n) else 3 * mlp.width for n in range(c.num_layers)]
-    row = attention + c.hidden_size * sum(widths) / c.num_layers
-    return row / (2 * c.num_heads * c.head_dim)
 
 
 def cost_of(layout: Layout, kappa: float) -> float:

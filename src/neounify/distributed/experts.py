@@ -33,6 +33,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from neounify.distributed.mesh import MeshShape
+from neounify.distributed.reaching import Reaching
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import (
@@ -68,8 +69,9 @@ def place_experts(model: NeoUnify, shape: MeshShape, device: str) -> Placement:
                 weight = nn.Parameter(share, weight.requires_grad)
                 mlp.experts.register_parameter(name, weight)
             count, rows = weight.shape[:2]
-            whole = mesh is None and count % shape.shard == 0
-            experts[weight] = Shard(0 if whole or rows % shape.shard else 1)
+            cuts = shape.cuts // shape.expert
+            whole = mesh is None and count % cuts == 0
+            experts[weight] = Shard(0 if whole or rows % cuts else 1)
         if mesh is not None:
             mlp.call = partial(_exchanged, group=mesh.get_group("expert"))
     return partial(
@@ -176,7 +178,7 @@ def call_every_stream(objective: nn.Module, model: NeoUnify) -> None:
         return {name: states for name, states in hidden.items() if len(states)}
 
     def finish(module: nn.Module, arguments: Any, loss: Tensor) -> Any:
-        return _Reaching.apply(loss, *reached)
+        return Reaching.apply(loss, *reached)
 
     for layer in model.layers:
         layer.register_forward_pre_hook(begin, prepend=True)
@@ -227,19 +229,3 @@ def _attend_rows(
     """Attention of the streams that have rows; those without have no results either."""
     present = {name: one for name, one in projected.items() if len(one.q)}
     return {name: one.q for name, one in projected.items()} | dict(attend(number, present))
-
-
-class _Reaching(torch.autograd.Function):
-    """A loss whose backward pass also reaches some states, with gradients of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *states: Tensor) -> Tensor:
-        ctx.like = [(states.shape, states.dtype, states.device) for states in states]
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        zeros = (
-            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like
-        )
-        return gradient, *zeros

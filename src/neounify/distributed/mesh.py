@@ -18,8 +18,9 @@ class ParallelConfig:
 
     `shard` cuts every parameter by rows, by default over all ranks that the others leave;
     `replicate` copies that mesh (HSDP). `expert` deals out the experts of a layer, and cuts all
-    other parameters as `shard` does. `sequence` is 1. `streams` are the data streams, a multiple of
-    every number of ranks the run shall have.
+    other parameters as `shard` does. `sequence` cuts the rows of a pack, and all parameters as
+    `shard` does. `streams` are the data streams, a multiple of every number of ranks over
+    `sequence` that the run shall have.
     """
 
     replicate: Count = 1
@@ -29,29 +30,35 @@ class ParallelConfig:
     streams: Count = DEFAULT_STREAMS
 
     def __post_init__(self) -> None:
-        if self.sequence != 1:
+        if self.expert > 1 and self.sequence > 1:
             raise ValueError(
-                f"sequence: this axis is not available yet, got {self.sequence}; leave it at 1 and "
-                "use shard and replicate"
+                f"expert ({self.expert}) and sequence ({self.sequence}) are not available "
+                "together: leave one of them at 1"
             )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshShape:
-    """Ranks of each axis of a mesh."""
+    """Ranks of each axis of a mesh; those of one pack, `sequence`, are neighbours."""
 
     replicate: int = 1
     shard: int = 1
     expert: int = 1
+    sequence: int = 1
 
     @property
     def ranks(self) -> int:
         return self.replicate * self.cuts
 
     @property
+    def packs(self) -> int:
+        """Packs that are computed at the same time."""
+        return self.ranks // self.sequence
+
+    @property
     def cuts(self) -> int:
         """Ranks that a parameter is cut over, other than experts."""
-        return self.shard * self.expert
+        return self.shard * self.expert * self.sequence
 
     def build(self, device: str) -> DeviceMesh:
         """The mesh of all parameters but experts, on devices of a type such as "cuda"."""
@@ -66,25 +73,36 @@ class MeshShape:
         return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard", "expert"))
 
 
-def mesh_shape(config: ParallelConfig | None, ranks: int) -> MeshShape:
-    """The mesh of a recipe on so many ranks. Raises ConfigError where it does not fit."""
+def mesh_shape(config: ParallelConfig | None, ranks: int, *, cut: bool = True) -> MeshShape:
+    """The mesh of a recipe on so many ranks. Raises ConfigError where it does not fit.
+
+    Without `cut`, every rank holds the whole model by default.
+    """
     config = config or ParallelConfig()
     replicate, shard, expert = config.replicate, config.shard, config.expert
+    sequence = config.sequence
+    if ranks % sequence:
+        raise ConfigError(
+            f"parallel.sequence: {ranks} ranks cannot be divided into groups of {sequence}"
+        )
+    if shard is None and not cut:
+        replicate, shard = ranks // sequence, 1
     if shard is None:
-        if ranks % replicate:
+        packs = ranks // sequence
+        if packs % replicate:
             raise ConfigError(
-                f"parallel.replicate: {ranks} ranks cannot be divided into {replicate} copies"
+                f"parallel.replicate: {packs} ranks cannot be divided into {replicate} copies"
             )
-        if ranks // replicate % expert:
+        if packs // replicate % expert:
             raise ConfigError(
-                f"parallel.expert: {ranks // replicate} ranks cannot be divided by {expert}"
+                f"parallel.expert: {packs // replicate} ranks cannot be divided by {expert}"
             )
-        shard = ranks // replicate // expert
-    shape = MeshShape(replicate=replicate, shard=shard, expert=expert)
+        shard = packs // replicate // expert
+    shape = MeshShape(replicate=replicate, shard=shard, expert=expert, sequence=sequence)
     if shape.ranks != ranks:
         degrees = f"replicate {replicate} × shard {shard}"
-        if expert > 1:
-            degrees += f" × expert {expert}"
+        for name, degree in (("expert", expert), ("sequence", sequence)):
+            degrees += f" × {name} {degree}" if degree > 1 else ""
         raise ConfigError(
             f"parallel: {degrees} are {shape.ranks} ranks, and there are {ranks}: start that many, "
             "or change the degrees"

@@ -7,6 +7,10 @@
    ranks that hold the same ones.
 4. The objective becomes the root unit: all that stands outside the layers, gathered once a step.
 5. Gradients are summed over the ranks, those of parameters that nothing reached being zero.
+6. Rows of a pack are cut over the ranks of `sequence`, which also share the parameters: a loss asks
+   for its share of a layout, and adds what its rows have (`sequence.py`).
+
+Where nothing is cut (`replicate` alone), steps 2 to 5 are one sum of gradients at a step's end.
 
 Freezing, compiling and recomputing are settings inside the units and come after; optimizers and the
 EMA are made last, of what a rank holds. On one rank only the first applies.
@@ -14,7 +18,7 @@ EMA are made last, of what a rank holds. On one rank only the first applies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +28,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn import Parameter
 
 from neounify.distributed.experts import call_every_stream, place_experts
 from neounify.distributed.mesh import MeshShape
-from neounify.distributed.ranks import Ranks
+from neounify.distributed.ranks import ONE, Ranks
+from neounify.distributed.reaching import reach_every_layer
+from neounify.distributed.sequence import Share, share_of
+from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
 
 
@@ -55,17 +63,43 @@ class Parallel:
     objective: Objective
     ranks: Ranks
     shape: MeshShape
+    packs: Ranks = ONE
+    """The ranks that compute different packs at the same time."""
+    sequence: Ranks = ONE
+    """The ranks that compute the same pack."""
+
+    def share(self, layout: Layout, attention: str = "auto") -> Share:
+        """What this rank computes of a layout; `attention` names the backend of one rank."""
+        model = self.objective.model
+        return share_of(model, layout, attention, self.sequence, model.config.pairs_per_row)
+
+    @property
+    def cut(self) -> bool:
+        """Whether parameters are cut over ranks; else each has them whole."""
+        return isinstance(self.objective, FSDPModule)
+
+    def add_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Sum the gradients of whole parameters over the ranks, at the end of a step; collective.
+
+        Those of parameters that are cut are sums already.
+        """
+        if self.ranks.size == 1 or self.cut:
+            return
+        gradients = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self.ranks.add_(*gradients)
 
     def last_of_step(self, last: bool) -> None:
         """Called before a forward: copies of the mesh add their gradients in a step's last one."""
-        if isinstance(self.objective, FSDPModule) and self.shape.replicate > 1:
+        if self.shape.replicate > 1 and isinstance(self.objective, FSDPModule):
             self.objective.set_requires_all_reduce(last)
 
     def whole(self, device: torch.device) -> NeoUnify:
-        """The model with all weights: itself on one rank, else a copy on a device; collective."""
-        if self.ranks.size == 1:
-            return self.objective.model
-        return _gathered(self.objective.model, device)
+        """The model with all weights: itself, or a copy on a device if it is cut; collective."""
+        return _gathered(self.objective.model, device) if self.cut else self.objective.model
 
 
 def parallelize(
@@ -84,7 +118,7 @@ def parallelize(
     shape = shape or MeshShape(shard=ranks.size)
     objective = Objective(model)
     model.stack_experts()
-    if ranks.size > 1:
+    if shape.cuts > 1:
         kind = (device or model.device).type
         mesh = shape.build(kind)
         placed = place_experts(model, shape, kind)
@@ -100,9 +134,9 @@ def parallelize(
             # gloo has no reduction that multiplies.
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_reduce_scatter_unused_params(True)
-        if shape.expert > 1:
-            call_every_stream(objective, model)
-    return Parallel(objective, ranks, shape)
+        (call_every_stream if shape.expert > 1 else reach_every_layer)(objective, model)
+    sequence, packs = ranks.split(shape.sequence)
+    return Parallel(objective, ranks, shape, packs, sequence)
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:

@@ -19,6 +19,9 @@ from neounify.errors import ConfigError, NeounifyError, is_out_of_memory
 
 T = TypeVar("T")
 
+TOGETHER = 2**24
+"""Numbers that are summed over the ranks in one call, about."""
+
 
 class OtherRankError(NeounifyError):
     """An error that another rank reports: this one ends without a message."""
@@ -62,7 +65,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[T | None] = [None] * self.size
-        distributed.all_gather_object(values, value, self.group)
+        distributed.all_gather_object(values, value, group=self.group)
         return values  # type: ignore[return-value]
 
     def total(self, numbers: Sequence[int]) -> list[int]:
@@ -71,9 +74,40 @@ class Ranks:
 
     def add_(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks."""
-        if self.size > 1:
-            for tensor in tensors:
-                distributed.all_reduce(tensor, group=self.group)
+        waiting: list[Tensor] = []
+        for tensor in tensors if self.size > 1 else ():
+            count = sum(one.numel() for one in waiting) + tensor.numel()
+            if waiting and (tensor.dtype != waiting[0].dtype or count > TOGETHER):
+                self._add_joined(waiting)
+                waiting = []
+            waiting.append(tensor)
+        if waiting:
+            self._add_joined(waiting)
+
+    def _add_joined(self, tensors: Sequence[Tensor]) -> None:
+        joined = torch.cat([tensor.flatten() for tensor in tensors])
+        distributed.all_reduce(joined, group=self.group)
+        sums = joined.split([tensor.numel() for tensor in tensors])
+        for tensor, total in zip(tensors, sums, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def share(self, count: int) -> range:
+        """Which of `count` items this rank takes: about as many as the others, side by side."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def split(self, parts: int) -> tuple[Ranks, Ranks]:
+        """This rank among `parts` neighbours, and among all of its place in theirs; collective."""
+        if parts == 1:
+            return Ranks(), self
+        sets = [range(n, n + parts) for n in range(0, self.size, parts)]
+        across = [range(n, self.size, parts) for n in range(parts)]
+        return self._among(sets), self._among(across)
+
+    def _among(self, sets: Sequence[range]) -> Ranks:
+        groups = [distributed.new_group(list(one)) if len(one) > 1 else None for one in sets]
+        number = next(n for n, one in enumerate(sets) if self.rank in one)
+        chosen = sets[number]
+        return Ranks(chosen.index(self.rank), len(chosen), self.local, groups[number])
 
     def wait(self) -> None:
         """Return when all ranks have come here."""

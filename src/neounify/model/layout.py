@@ -7,7 +7,7 @@ the kind of a token; the layout has decided it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +20,8 @@ from neounify.model.parts import GEN, STREAMS, UND, StreamName
 
 G = TypeVar("G", bound="Grid")
 T = TypeVar("T")
+Rows = Mapping[StreamName, range]
+"""Consecutive rows of each stream: those that one of several ranks holds."""
 
 
 @dataclass(frozen=True)

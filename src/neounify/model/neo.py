@@ -24,7 +24,7 @@ from torch.nn.functional import gelu, linear, pixel_shuffle, silu
 
 from neounify.config import ModelConfig
 from neounify.image.pixels import patchify
-from neounify.model.layout import Grid, Layout, StreamRows, grid_patches
+from neounify.model.layout import Grid, Layout, Rows, StreamRows, grid_patches
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import (
     Attend,
@@ -50,6 +50,8 @@ class ModelBatch:
     `ids` of all text tokens and `images`, ImageNet-normalised pixels, as for `embed_und`, None
     where the prompts are cached; `z`, `t` and `noise_scale` as for `embed_noisy`, None without
     noisy images. `logit_rows` are the understanding rows whose logits are computed, None for all.
+    `rows` are those that the layers compute here, None for all, and `logit_rows` count from their
+    first one; an image head that reads an image as a whole needs all rows.
     """
 
     layout: Layout
@@ -60,6 +62,7 @@ class ModelBatch:
     t: Float[Tensor, " j"] | None = None
     noise_scale: Float[Tensor, " j"] | None = None
     logit_rows: Int[Tensor, " rows"] | None = None
+    rows: Rows | None = None
 
 
 class ModelOutput(NamedTuple):
@@ -174,13 +177,18 @@ class NeoUnify(nn.Module):
         return x + condition.index_select(0, rows.owners_on(z.device))
 
     def backbone(
-        self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
+        self,
+        layout: Layout,
+        hidden: Mapping[StreamName, Float[Tensor, "_n d"]],
+        attend: Attend,
+        rows: Rows | None = None,
     ) -> dict[StreamName, Float[Tensor, "_n d"]]:
         """All layers and the final norms, from the embeddings of the streams in the call.
 
-        `attend` is an attention plan of the layout and its caches (`neounify.attention`).
+        `attend` is an attention plan of the layout and its caches (`neounify.attention`). `rows`
+        are those of `hidden`, and of what `attend` is given, all by default.
         """
-        work = self.layer_by_layer(layout, hidden, attend)
+        work = self.layer_by_layer(layout, hidden, attend, rows)
         while True:
             try:
                 next(work)
@@ -189,11 +197,15 @@ class NeoUnify(nn.Module):
                 return last
 
     def layer_by_layer(
-        self, layout: Layout, hidden: Mapping[StreamName, Float[Tensor, "_n d"]], attend: Attend
+        self,
+        layout: Layout,
+        hidden: Mapping[StreamName, Float[Tensor, "_n d"]],
+        attend: Attend,
+        rows: Rows | None = None,
     ) -> Generator[None, None, dict[StreamName, Float[Tensor, "_n d"]]]:
         """The same as `backbone`, with a pause after each layer but the last."""
         numbers = range(self.config.num_layers)
-        hidden = yield from self.some_layers(layout, hidden, attend, numbers)
+        hidden = yield from self.some_layers(layout, hidden, attend, numbers, rows)
         return {name: self.get_submodule(f"{name}_norm")(x) for name, x in hidden.items()}
 
     def some_layers(
@@ -202,12 +214,20 @@ class NeoUnify(nn.Module):
         hidden: Mapping[StreamName, Float[Tensor, "_n d"]],
         attend: Attend,
         numbers: range,
+        rows: Rows | None = None,
     ) -> Generator[None, None, Mapping[StreamName, Float[Tensor, "_n d"]]]:
         """States behind some layers, before the final norms, with a pause between two layers."""
-        rows = {name: x.shape[0] for name, x in hidden.items()}
-        if rows != layout.lengths:
-            raise ValueError(f"{rows} rows of the streams, the layout has {layout.lengths}")
+        lengths = {name: x.shape[0] for name, x in hidden.items()}
+        wanted = layout.lengths
+        if rows is not None:
+            wanted = {name: len(rows[name]) for name in wanted}
+        if lengths != wanted:
+            raise ValueError(f"{lengths} rows of the streams, the call has {wanted}")
         rotations = {name: self._rotation(layout, name, x) for name, x in hidden.items()}
+        if rows is not None:
+            for name, whole in rotations.items():
+                part = slice(rows[name].start, rows[name].stop)
+                rotations[name] = Rotation(whole.cos[part], whole.sin[part])
         for number in numbers:
             if number > numbers.start:
                 yield
@@ -235,7 +255,10 @@ class NeoUnify(nn.Module):
         function that turns states [n, D] into logits and the states of `logit_rows`; without it,
         the output holds their logits.
         """
-        hidden = self.backbone(batch.layout, self.embed(batch), batch.attend)
+        hidden = self.embed(batch)
+        if batch.rows is not None:
+            hidden = {n: x[batch.rows[n].start : batch.rows[n].stop] for n, x in hidden.items()}
+        hidden = self.backbone(batch.layout, hidden, batch.attend, batch.rows)
         text = clean = None
         if UND in hidden:
             states = hidden[UND]

@@ -114,6 +114,14 @@ class Answers:
         """Tokens of some texts."""
         return sum(len(self.tokens[i]) for i in chosen)
 
+    def old_values(self, chosen: Sequence[int]) -> Any:
+        """Log-probabilities of some texts in the first update, on the CPU."""
+        return {i: self.old[i].cpu() for i in chosen if i in self.old}
+
+    def take_old(self, chosen: Sequence[int], values: Any) -> None:
+        """Keep the `old_values` that another rank has computed."""
+        self.old.update(values)
+
     def tensors(self) -> dict[str, Tensor]:
         """What cannot be computed again, by name; NaN for log-probabilities that there are none."""
         pad = float("nan")

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Count, NonNegativeInt
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.model.neo import NeoUnify
@@ -257,7 +258,7 @@ class PromptMethod(Method):
         return folder / f"{stage}{name}"
 
     def report(self) -> dict[str, float]:
-        return self.metrics.take()
+        return self.metrics.take(self.context.ranks)
 
     def end_stage(self) -> None:
         update_report(self.context)
@@ -285,11 +286,15 @@ class Means:
             total, count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (total + value * weight, count + weight)
 
-    def take(self) -> dict[str, float]:
-        """The means, and begin anew."""
-        means = {name: total / count for name, (total, count) in self._sums.items()}
+    def take(self, ranks: Ranks = ONE) -> dict[str, float]:
+        """The means over all ranks, and begin anew; collective."""
+        sums: dict[str, tuple[float, float]] = {}
+        for part in ranks.gather(self._sums):
+            for name, (total, count) in part.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + count)
         self._sums = {}
-        return means
+        return {name: total / count for name, (total, count) in sums.items()}
 
 
 class TwinState:

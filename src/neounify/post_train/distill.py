@@ -97,6 +97,14 @@ class DistillConfig(PromptMethodConfig):
     @abstractmethod
     def build(self, context: StageContext) -> Distill: ...
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError for fewer images in a step than ranks."""
+        if self.prompts_per_step < ranks:
+            raise ValueError(
+                f"{ranks} ranks share the images of a step, which are {self.prompts_per_step}: "
+                f"method.prompts_per_step must be {ranks} at least"
+            )
+
     def check_data(self, context: StageContext) -> None:
         """Raise an error for prompts or teachers that cannot be used."""
         super().check_data(context)
@@ -215,13 +223,14 @@ class Distill(PromptMethod):
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
         every, done = self.config.sheet_every, step.stage_step + 1
-        if every and done % every == 0 and done < self.context.stage.steps:
+        first = self.context.ranks.first
+        if first and every and done % every == 0 and done < self.context.stage.steps:
             self.save_sheet(done)
             update_report(self.context)
 
     def end_stage(self) -> None:
         """The last sheet is of the exported weights."""
-        if self.config.sheet_every:
+        if self.config.sheet_every and self.context.ranks.first:
             self.save_sheet(self.context.stage.steps)
         super().end_stage()
 
@@ -281,8 +290,33 @@ class StateMatching(Distill):
     """Batches of student states with targets; a subclass gives `states` and `state_loss`."""
 
     @abstractmethod
-    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
-        """The states of one rollout of the student, of cases of one size."""
+    def states(
+        self, cases: Sequence[PromptCase], step: int, place: int, mine: Sequence[int]
+    ) -> States:
+        """The states of a rollout of cases of one size: of some of its images, behind the prompts
+        of all; those of each step together."""
+
+    def _shared_states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+        """The states of a rollout, each rank computing those of some images; collective."""
+        ranks = self.context.ranks
+        share = ranks.share(len(cases))
+        # A rank without a share computes an image as well, since each needs all prompts.
+        mine = share or range(1)
+        some = self.states(cases, step, place, mine)
+        if ranks.size == 1:
+            return some
+        tensors = (some.z, some.t, some.target, torch.tensor(some.step))
+        by_step = [x.cpu().unflatten(0, (-1, len(mine)))[:, : len(share)] for x in tensors]
+        parts = zip(*ranks.gather(by_step), strict=True)
+        z, t, target, steps = (torch.cat(one, dim=1).flatten(0, 1) for one in parts)
+        device = some.z.device
+        return replace(
+            some,
+            z=z.to(device),
+            t=t.to(device),
+            target=target.to(device),
+            step=steps.tolist(),
+        )
 
     def state_loss(
         self,
@@ -301,22 +335,27 @@ class StateMatching(Distill):
                 groups = self.cases(
                     step * self.config.prompts_per_step, self.config.prompts_per_step
                 )
-                states = [self.states(cases, step, n) for n, cases in enumerate(groups)]
+                states = [self._shared_states(cases, step, n) for n, cases in enumerate(groups)]
             pairs = [(n, i) for n, one in enumerate(states) for i in range(len(one.step))]
             order = np.random.default_rng((self.config.seed, step)).permutation(len(pairs))
+            ranks = self.context.ranks
             for part, dealt in enumerate(np.array_split(order, parts)):
+                if part % ranks.size != ranks.rank:
+                    continue
                 mine = sorted(pairs[index] for index in dealt)
                 chosen = [
                     one.chosen([i for other, i in mine if other == n])
                     for n, one in enumerate(states)
                     if any(other == n for other, _ in mine)
                 ]
+                tokens = sum(one.grid.length * len(one.step) for one in chosen)
                 yield MicroBatch(
                     content=StatesOfStep(chosen, len(pairs)),
                     position=step + (part + 1 == parts),
                     samples=[f"step {step} state {i}" for _, i in mine],
                     images=len(mine),
-                    tokens=sum(one.grid.length * len(one.step) for one in chosen),
+                    tokens=tokens,
+                    cost=tokens,
                 )
             step += 1
 
@@ -389,12 +428,15 @@ class Trajectory(StateMatching, Student):
         super().__init__(config, context)
         self.sheet_steps = config.teacher_steps
 
-    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+    def states(
+        self, cases: Sequence[PromptCase], step: int, place: int, mine: Sequence[int]
+    ) -> States:
         student, guided = self.sampling(cases)
         grid, prefixes = self.prefixes(cases, guided)
-        z = self.noise(step, place, len(cases), grid)
-        one = self.guided(grid, prefixes, student.guidance)
-        many = self.guided(grid, prefixes, guided.guidance)
+        z = self.noise(step, place, len(cases), grid)[list(mine)]
+        some = [prefixes[i] for i in mine]
+        one = self.guided(grid, some, student.guidance)
+        many = self.guided(grid, some, guided.guidance)
         times = student.times()
         states, targets = [], []
         for t, t_next in pairwise(times):
@@ -403,7 +445,7 @@ class Trajectory(StateMatching, Student):
             states.append(z)
             targets.append(trajectory_target(z, reached, t, t_next))
             z = z + (t_next - t) * one.velocity(self.model, z, t)
-        number = len(cases)
+        number = len(mine)
         return States(
             grid=grid,
             guidance=student.guidance,

@@ -227,7 +227,8 @@ class Dmd2(Student):
         step = 0 if position is None else checked_step(position)
         parts, count = self.context.stage.packs_per_step, self.config.prompts_per_step
         while True:
-            for part in range(parts):
+            ranks = self.context.ranks
+            for part in range(ranks.rank, parts, ranks.size):
                 first = step * count + part * count // parts
                 stop = step * count + (part + 1) * count // parts
                 groups = list(enumerate(self.cases(first, stop - first)))
@@ -237,6 +238,7 @@ class Dmd2(Student):
                     samples=[f"prompt {number}" for number in range(first, stop)],
                     images=stop - first,
                     tokens=0,
+                    cost=stop - first,
                 )
             step += 1
 
@@ -281,7 +283,7 @@ class _Turn:
         self.grid, self.prefixes = method.prefixes(cases, guided)
         conditions = [p["cond"] for p in self.prefixes]
         self.images = NoisyImages(method.model, self.grid, conditions, method.attention)
-        self.z = method.noise(step.number, place, len(cases), self.grid, step.index)
+        self.z = method.noise(step.number, place, len(cases), self.grid, step.pack)
         self.k, self.cases = k, cases
 
     def generated(self) -> tuple[Tensor, float]:

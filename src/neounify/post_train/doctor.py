@@ -24,7 +24,7 @@ from neounify.train.setup import prepare_parameters
 
 if TYPE_CHECKING:
     from neounify.post_train.distill import DistillConfig
-    from neounify.post_train.groups import GroupConfig
+    from neounify.post_train.group_config import GroupConfig
 
 TRIED_PROMPTS = 16
 """Prompts that are searched for one whose samples differ in reward."""

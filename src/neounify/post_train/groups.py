@@ -10,37 +10,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import AfterValidator
-from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from neounify.config.ranges import STRICT, Count, Fraction, NonNegativeInt, Range
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model.neo import NeoUnify
-from neounify.post_train.advantage import Scope, group_advantages, informative
-from neounify.post_train.base import PromptMethod, PromptMethodConfig
+from neounify.post_train.advantage import group_advantages, informative
+from neounify.post_train.base import PromptMethod
+from neounify.post_train.group_config import MAX_DRAWS, GroupConfig
 from neounify.post_train.iteration import Iteration, MicroContent, R, Share, Unit
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.report import list_failures, update_report
-from neounify.post_train.rewards import (
-    IMAGES_ONLY,
-    TEXTS_ONLY,
-    RewardConfig,
-    Rewarded,
-    Rewards,
-    check_programs,
-)
+from neounify.post_train.rewards import Rewarded, Rewards
 from neounify.post_train.watch import BY, RewardWatch, state_before
-from neounify.post_train.workers import RolloutWorkers
+from neounify.post_train.workers import RolloutWorkers, Sampled
 from neounify.train.method import (
-    Finding,
     MethodState,
     MicroBatch,
     StageContext,
@@ -48,107 +38,6 @@ from neounify.train.method import (
     TrainStep,
     evaluation_mode,
 )
-
-if TYPE_CHECKING:
-    from neounify.train.recipe import StageRecipe
-
-MAX_PROMPTS = 2**16
-MAX_GROUP = 256
-MAX_DRAWS = 100
-MAX_ROLLOUT_WORKERS = 256
-
-
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class GroupConfig(PromptMethodConfig):
-    """Rollouts and rewards of an iteration, for all methods that learn from groups.
-
-    Samples are drawn in rollouts of at most `prompts_per_rollout` prompts, by default of all that
-    fit one batch; `rollout_workers` processes draw them on a CPU, 0 the trainer itself.
-
-    `advantage` is what the standard deviation of rewards is taken over. `sheet_every` is in
-    iterations; 0 saves no sheets of groups. The run stops when more than `max_failed_rewards` of
-    the samples of a draw have no reward, or when the running mean of the reward falls below
-    `collapse` times its best.
-
-    Groups of one reward teach nothing. With `max_draws` above 1 an iteration continues to draw
-    `prompts_per_iteration` prompts, so many times in all at most, until as many groups differ
-    (dynamic sampling, DAPO, arXiv 2503.14476). The first of these are trained on, and advantages
-    are theirs alone.
-    """
-
-    rollout_settings: ClassVar[tuple[str, ...]] = (
-        *("prompts", "prompts_per_iteration"),
-        *("group", "max_draws", "prompts_per_rollout", "seed"),
-    )
-    """Settings that rollouts of a saved state must have been sampled with."""
-
-    rewards: tuple[RewardConfig, ...] = field(default_factory=lambda: (RewardConfig(),))
-    prompts_per_iteration: Annotated[int, AfterValidator(Range(1, MAX_PROMPTS))] = 16
-    group: Annotated[int, AfterValidator(Range(2, MAX_GROUP))] = 8
-    max_draws: Annotated[int, AfterValidator(Range(1, MAX_DRAWS))] = 1
-    prompts_per_rollout: Count | None = None
-    rollout_workers: Annotated[int, AfterValidator(Range(0, MAX_ROLLOUT_WORKERS))] = 0
-    updates: Count = 1
-    advantage: Scope = "iteration"
-    max_failed_rewards: Fraction = 0.2
-    collapse: Fraction = 0.5
-    sheet_every: NonNegativeInt = 20
-
-    @abstractmethod
-    def build(self, context: StageContext) -> GroupMethod[Any]: ...
-
-    def check_stage(self, stage: StageRecipe) -> None:
-        """Raise ValueError for prompts and rewards that do not fit each other or the method."""
-        super().check_stage(stage)
-        if self.rollout_workers > 1 and self.prompts_per_rollout is None:
-            share = -(-self.prompts_per_iteration // self.rollout_workers)
-            raise ValueError(
-                f"rollout_workers: {self.rollout_workers} processes share an iteration's rollouts; "
-                f"give prompts_per_rollout, such as {share}"
-            )
-        rollouts = -(-self.prompts_per_iteration // (self.prompts_per_rollout or 1))
-        if self.rollout_workers > max(1, rollouts):
-            raise ValueError(
-                f"rollout_workers: {self.rollout_workers} processes for {rollouts} rollouts of an "
-                "iteration; lower it, or prompts_per_rollout"
-            )
-        if self.rollout_workers and stage.compile:
-            raise ValueError(
-                "rollout_workers: processes sample without compilation, which may change bits; "
-                "leave compile out"
-            )
-        if not self.rewards:
-            raise ValueError(f"rewards: {self.kind} needs at least one reward")
-        wrong = IMAGES_ONLY if self.answers else TEXTS_ONLY
-        for reward in self.rewards:
-            if reward.kind in wrong:
-                outputs = "texts" if self.answers else "images"
-                raise ValueError(f'rewards: "{reward.kind}" does not rate {outputs}')
-            if reward.kind == "scenes" and self.prompts.kind != "scenes":
-                raise ValueError(
-                    'rewards: "scenes" needs prompts of kind "scenes", which know what is right; '
-                    f'these are of kind "{self.prompts.kind}"'
-                )
-            if reward.kind == "scenes" and reward.world != self.prompts.world:
-                raise ValueError(
-                    f'rewards: the prompts are of the world "{self.prompts.world}", the reward is '
-                    f'of "{reward.world}"'
-                )
-            of_record = {"answer": "an answer", "ocr": "a text"}.get(reward.kind)
-            if of_record is not None and self.prompts.kind != "jsonl":
-                raise ValueError(
-                    f'rewards: "{reward.kind}" needs prompts of kind "jsonl" with {of_record}'
-                )
-
-    def check_data(self, context: StageContext) -> None:
-        """Raise DataError or ConfigError for prompts or programs that cannot be used."""
-        super().check_data(context)
-        check_programs(self.rewards, context.recipe.folder)
-
-    def examine(self, context: StageContext, seconds: float) -> Iterator[Finding]:
-        from neounify.post_train.doctor import examine_rewards
-
-        return examine_rewards(context, self, seconds)
 
 
 class GroupMethod(PromptMethod, Generic[R]):
@@ -248,19 +137,24 @@ class GroupMethod(PromptMethod, Generic[R]):
         after = [iteration.number + 1, 0] if last else [iteration.number, update + 1]
         total = sum(len(samples) for _, samples in units)
         sampled = sum(rollout.count for rollout in iteration.rollouts)
+        ranks = self.context.ranks
         for part, dealt in enumerate(np.array_split(rng.permutation(len(units)), parts)):
+            if part % ranks.size != ranks.rank:
+                continue
             chosen = sorted(units[index] for index in dealt)
             rollouts = sorted({number for number, _ in chosen})
             shares = [self._share(iteration, number, chosen) for number in rollouts]
             samples = [sample for _, several in chosen for sample in several]
             # Images that were sampled, not those that are trained on.
             fresh = 0 if update or self.config.answers else sampled
+            tokens = sum(s.rollout.tokens_of(s.chosen.tolist()) for s in shares)
             yield MicroBatch(
                 content=MicroContent(iteration.number, update, shares, total),
                 position=after if part + 1 == parts else [iteration.number, update],
                 samples=[f"iteration {iteration.number} sample {sample}" for sample in samples],
                 images=fresh * (part + 1) // parts - fresh * part // parts,
-                tokens=sum(s.rollout.tokens_of(s.chosen.tolist()) for s in shares),
+                tokens=tokens,
+                cost=tokens,
             )
 
     def _share(self, iteration: Iteration[R], index: int, units: Sequence[Unit]) -> Share[R]:
@@ -280,12 +174,28 @@ class GroupMethod(PromptMethod, Generic[R]):
 
     def end_step(self, step: TrainStep, taken: bool) -> None:
         content: MicroContent[R] = step.batches[-1].content
+        if content.update == 0 and self.config.updates > 1:
+            self._exchange_old(step)
         self._updates_done = content.update + 1
         if self._updates_done == self.config.updates:
             self.watch.add(self._sampled, step.number + 1)
             self.end_iteration(content.iteration + 1)
             if self.watch.has_collapsed(self.config.collapse):
                 raise TrainingStopped(self._collapse(step))
+
+    def _exchange_old(self, step: TrainStep) -> None:
+        """Give all ranks what each kept in an iteration's first update; collective."""
+        ranks = self.context.ranks
+        if ranks.size == 1:
+            return
+        assert self._iteration is not None
+        rollouts = self._iteration.rollouts
+        numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
+        shares: list[Share[R]] = [s for batch in step.batches for s in batch.content.shares]
+        chosen = [(share, share.chosen.tolist()) for share in shares]
+        mine = [(numbers[id(s.rollout)], some, s.rollout.old_values(some)) for s, some in chosen]
+        for number, some, values in chain(*ranks.gather(mine)):
+            rollouts[number].take_old(some, values)
 
     def state(self) -> MethodState:
         """The iteration's rollouts, while some of its updates are to come."""
@@ -355,9 +265,9 @@ class GroupMethod(PromptMethod, Generic[R]):
             drawn = self._rollouts(number, draws, len(rollouts))
             for rollout in drawn:
                 self.measure(rollout)
-            cases = [case for r in drawn for case in r.cases for _ in range(r.group)]
-            rewarded = self.rewards([output for r in drawn for output in r.outputs()], cases)
-            list_failures(self.context.folder, number, rewarded.failures)
+            rewarded = self._rewarded(drawn)
+            if self.context.ranks.first:
+                list_failures(self.context.folder, number, rewarded.failures)
             differ += int(informative(_by_group(rewarded, config.group)).sum())
             rollouts, measured, draws = [*rollouts, *drawn], [*measured, rewarded], draws + 1
         rewarded = Rewarded.joined(measured)
@@ -370,7 +280,7 @@ class GroupMethod(PromptMethod, Generic[R]):
             self.metrics.add("draws", draws)
             self.metrics.add("groups", sum(int(trained.sum()) for trained in iteration.trained))
         every = self.config.sheet_every
-        if every and number % every == 0:
+        if every and number % every == 0 and self.context.ranks.first:
             for index in range(len(rollouts)):
                 self.save_sheet(iteration, index)
             update_report(self.context)
@@ -381,22 +291,48 @@ class GroupMethod(PromptMethod, Generic[R]):
         return self.sheet(f"iteration-{iteration.number:06d}-{index}{suffix}")
 
     def _rollouts(self, number: int, draw: int, first: int) -> list[R]:
-        """Rollouts of one draw of prompts, the `first` of which has that index.
+        """Rollouts of one draw of prompts, the `first` of which has that index; collective.
 
-        They are sampled here, or by workers. Raises RolloutFailure.
+        Each rank samples some, here or by workers, and has all. Raises RolloutFailure.
         """
-        cases = self.rollout_cases(number, draw)
-        if not self.config.rollout_workers:
+        cases, ranks = self.rollout_cases(number, draw), self.context.ranks
+        if ranks.size == 1 and not self.config.rollout_workers:
             with evaluation_mode(self.model):
                 return [self.rollout(some, number, i) for i, some in enumerate(cases, first)]
-        if self._workers is None:
-            count = self.config.rollout_workers
-            self._workers = RolloutWorkers(count, self.context, self.sampler)
-        sampled = self._workers.sample([(number, draw, first, i) for i in range(len(cases))])
+        mine = ranks.share(len(cases))
+        sampled = ranks.together(
+            lambda: self._sampled_elsewhere(cases, mine, (number, draw, first))
+        )
         return [
             self.restored(some, number, tensors).with_shown(shown)
-            for some, (tensors, shown) in zip(cases, sampled, strict=True)
+            for some, (tensors, shown) in zip(cases, chain(*ranks.gather(sampled)), strict=True)
         ]
+
+    def _sampled_elsewhere(
+        self, cases: Sequence[Sequence[PromptCase]], mine: range, place: tuple[int, int, int]
+    ) -> list[Sampled]:
+        """Some rollouts of a draw, as they are sent from one process to another."""
+        number, draw, first = place
+        if self.config.rollout_workers:
+            if self._workers is None:
+                count = self.config.rollout_workers
+                self._workers = RolloutWorkers(count, self.context, self.sampler)
+            return self._workers.sample([(number, draw, first, i) for i in mine])
+        with evaluation_mode(self.model):
+            rollouts = [self.rollout(cases[i], number, first + i) for i in mine]
+        return [({n: t.cpu() for n, t in r.tensors().items()}, r.shown()) for r in rollouts]
+
+    def _rewarded(self, rollouts: Sequence[R]) -> Rewarded:
+        """The rewards of all samples of some rollouts, each rank measuring some; collective."""
+        ranks = self.context.ranks
+        mine = ranks.share(len(rollouts))
+        some = rollouts[mine.start : mine.stop]
+        outputs = [output for rollout in some for output in rollout.outputs()]
+        cases = [case for r in some for case in r.cases for _ in range(r.group)]
+        measured = ranks.together(lambda: self.rewards.measure(outputs, cases))
+        rewarded = Rewarded.joined(ranks.gather(measured))
+        ranks.together(lambda: self.rewards.check(rewarded))
+        return rewarded
 
     def rollout_cases(self, number: int, draw: int) -> list[list[PromptCase]]:
         """The cases of each rollout of a draw of prompts."""

@@ -16,7 +16,8 @@ from neounify.files import atomic_file
 from neounify.image.contact_sheet import contact_sheet
 from neounify.post_train.answers import rollout_seed
 from neounify.post_train.base import SamplerConfig
-from neounify.post_train.groups import GroupConfig, GroupMethod
+from neounify.post_train.group_config import GroupConfig
+from neounify.post_train.groups import GroupMethod
 from neounify.post_train.iteration import Iteration, Share
 from neounify.post_train.policy import NoisyImages, Prefixes
 from neounify.post_train.prompts import PromptCase

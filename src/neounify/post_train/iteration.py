@@ -41,6 +41,12 @@ class Rollout(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """What cannot be computed again, by name."""
 
+    def old_values(self, chosen: Sequence[int]) -> Any:
+        """What the first update kept of some samples for later ones, on the CPU."""
+
+    def take_old(self, chosen: Sequence[int], values: Any) -> None:
+        """Keep the `old_values` that another rank has computed."""
+
     def shown(self) -> Any:
         """What rewards and sheets read of it that `tensors` do not hold, as pipes pass it."""
 

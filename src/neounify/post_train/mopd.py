@@ -160,13 +160,15 @@ class Mopd(StateMatching):
         guidance = replace(resolved.guidance, norm=self.config.guidance_norm)
         return replace(resolved, guidance=guidance)
 
-    def states(self, cases: Sequence[PromptCase], step: int, place: int) -> States:
+    def states(
+        self, cases: Sequence[PromptCase], step: int, place: int, mine: Sequence[int]
+    ) -> States:
         sampling = self.sampling(cases)
         grid, prefixes = self.prefixes(cases, sampling)
         times = sampling.times()
-        ends = self._ends(times, step, place, len(cases))
-        z = self.noise(step, place, len(cases), grid)
-        images = self.guided(grid, prefixes, sampling.guidance)
+        ends = self._ends(times, step, place, len(cases))[list(mine)]
+        z = self.noise(step, place, len(cases), grid)[list(mine)]
+        images = self.guided(grid, [prefixes[i] for i in mine], sampling.guidance)
         reached = z.clone()
         for k, (t, t_next) in enumerate(pairwise(times)):
             reached[ends == k] = z[ends == k]

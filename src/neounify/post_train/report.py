@@ -129,7 +129,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 
 def update_report(context: StageContext) -> None:
     """Write the page of a run that is under way, once it has a log."""
-    if (context.folder / LOG).is_file():
+    if context.ranks.first and (context.folder / LOG).is_file():
         save_settings(context)
         write_report(context.folder)
 

@@ -120,6 +120,8 @@ class Rewarded:
     total: np.ndarray
     parts: dict[str, np.ndarray]
     failures: list[str] = field(default_factory=list)
+    what: str = "outputs"
+    """What was rewarded: images or answers."""
 
     @classmethod
     def joined(cls, several: Sequence[Rewarded]) -> Rewarded:
@@ -131,7 +133,8 @@ class Rewarded:
             for name in dict.fromkeys(name for one in several for name in one.parts)
         }
         total = np.concatenate([one.total for one in several])
-        return cls(total, parts, [message for one in several for message in one.failures])
+        what = next((one.what for one in several if len(one.total)), "outputs")
+        return cls(total, parts, [message for one in several for message in one.failures], what)
 
 
 class Rewards:
@@ -159,6 +162,24 @@ class Rewards:
         self._pool = ThreadPoolExecutor(max_workers=1)
 
     def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> Rewarded:
+        """The rewards of a batch. Raises RewardFailure."""
+        rewarded = self.measure(outputs, cases)
+        self.check(rewarded)
+        return rewarded
+
+    def check(self, rewarded: Rewarded) -> None:
+        """Count samples without a reward. Raises RewardFailure for too many of them."""
+        count, failed = len(rewarded.total), int(np.isnan(rewarded.total).sum())
+        self.failed += failed
+        if failed > self.max_failed * count:
+            listed = "; ".join(dict.fromkeys(rewarded.failures))
+            raise RewardFailure(
+                f"{failed} of {count} {rewarded.what} have no reward (max_failed_rewards "
+                f"{self.max_failed:g}): {listed[:1000]}"
+            )
+
+    def measure(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> Rewarded:
+        """The rewards of a batch, however many are missing."""
         total = np.zeros(len(outputs))
         parts: dict[str, np.ndarray] = {}
         failures: list[str] = []
@@ -173,16 +194,8 @@ class Rewards:
                 parts[key] = values
             total += config.weight * np.array([_combined(config, row) for row in rows])
         total /= sum(config.weight for config in self.configs)
-        failed = int(np.isnan(total).sum())
-        self.failed += failed
-        if failed > self.max_failed * len(outputs):
-            listed = "; ".join(dict.fromkeys(failures))
-            kind = "images" if isinstance(outputs[0], np.ndarray) else "answers"
-            raise RewardFailure(
-                f"{failed} of {len(outputs)} {kind} have no reward (max_failed_rewards "
-                f"{self.max_failed:g}): {listed[:1000]}"
-            )
-        return Rewarded(total, parts, failures[:MAX_MESSAGES])
+        what = "images" if outputs and isinstance(outputs[0], np.ndarray) else "answers"
+        return Rewarded(total, parts, failures[:MAX_MESSAGES], what)
 
     def _measure(
         self,

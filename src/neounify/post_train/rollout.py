@@ -90,6 +90,19 @@ class ImageRollout:
             tensors |= {f"{THOUGHTS}{n}": t for n, t in self.thoughts.tensors().items()}
         return tensors
 
+    def old_values(self, chosen: Sequence[int]) -> Any:
+        """Predictions and log-probabilities of thoughts of some images, on the CPU."""
+        clean = [taken.clean[list(chosen)].cpu() for taken in self.random.values()]
+        return clean, self.thoughts and self.thoughts.old_values(chosen)
+
+    def take_old(self, chosen: Sequence[int], values: Any) -> None:
+        """Keep the `old_values` that another rank has computed."""
+        clean, of_thoughts = values
+        for taken, theirs in zip(self.random.values(), clean, strict=True):
+            taken.clean[list(chosen)] = theirs.to(taken.clean.device)
+        if self.thoughts is not None:
+            self.thoughts.take_old(chosen, of_thoughts)
+
     def shown(self) -> Any:
         """What is shown of thoughts."""
         return None if self.thoughts is None else self.thoughts.shown()

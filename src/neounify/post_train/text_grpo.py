@@ -35,7 +35,8 @@ from neounify.post_train.answers import (
     sample_answers,
 )
 from neounify.post_train.base import Means, SamplerConfig
-from neounify.post_train.groups import GroupConfig, GroupMethod
+from neounify.post_train.group_config import GroupConfig
+from neounify.post_train.groups import GroupMethod
 from neounify.post_train.iteration import Iteration, Share
 from neounify.post_train.policy import TokenPrompt
 from neounify.post_train.prompts import PromptCase
@@ -149,7 +150,7 @@ class TokenObjective:
                 sampled = answers.sampled[i].to(values)
                 difference = values[: len(sampled)] - sampled
                 self._log("mismatch", difference[~difference.isnan()])
-        old = torch.cat([answers.old[i] for i in chosen])
+        old = torch.cat([answers.old[i].to(now.log_probs.device) for i in chosen])
         ratio = (now.log_probs - old).exp()
         loss, clipped = clipped_objective(ratio, advantages[batch.owners], self.clip)
         if reference is not None:

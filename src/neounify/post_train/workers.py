@@ -28,7 +28,7 @@ from neounify.train.method import StageContext
 from neounify.train.setup import StageSources
 
 if TYPE_CHECKING:
-    from neounify.post_train.groups import GroupConfig
+    from neounify.post_train.group_config import GroupConfig
 
 Place = tuple[int, int, int, int]
 """Iteration, draw, index of the draw's first rollout, and the rollout's number in the draw."""

@@ -99,7 +99,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.setup, self.folder = recipe, setup, folder
         self.model, self.parallel, self.ranks = setup.model, setup.parallel, setup.ranks
-        self.work = RankWork(self.ranks, setup.model.device)
+        self.work = RankWork(self.parallel, setup.model.device)
         self.writer = StateWriter(self.states, recipe.keep, self.ranks)
         self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
@@ -194,9 +194,10 @@ class Trainer:
                 self._save(running)
                 return False
             self.work.operations = 0.0
-            drawn = list(islice(batches, stage.packs_per_step // self.ranks.size))
+            share = stage.packs_per_step // self.parallel.packs.size
+            drawn = list(islice(batches, share))
             self.work.data_seconds += time.monotonic() - clock
-            if len(drawn) < stage.packs_per_step // self.ranks.size:
+            if len(drawn) < share:
                 self._end_early(running, len(drawn))
             rate, norm = self._next_step(running, drawn) if drawn else (0.0, torch.zeros(()))
             p.seconds += time.monotonic() - clock
@@ -269,7 +270,8 @@ class Trainer:
         load_ema(self.model, running.ema.mean)
         if stage.lora is not None:
             base = str(self.recipe.model.checkpoint or "")
-            save_lora(self.model, stage.lora, self.folder / "adapter", base)
+            save = partial(save_lora, self.model, stage.lora, self.folder / "adapter", base)
+            self.ranks.together(lambda: save() if self.ranks.first else None)
             merge_lora(self.model)
             self._has_adapters = False
         self.model.config = stage.method.checkpoint_config(self.model.config)
@@ -304,7 +306,7 @@ class Trainer:
             stage_step=p.stage_step,
             batches=drawn,
             seed=self.recipe.seed,
-            ranks=self.ranks,
+            ranks=self.parallel.packs,
         )
         everyone = self.work.share(drawn, stop=self.writer.failed)
         if self.work.stop:
@@ -343,6 +345,7 @@ class Trainer:
                     loss = running.method.loss(step.batches[index], current)
                 if loss.requires_grad:
                     loss.backward()
+        self.parallel.add_gradients(p for one in active for p in one.parameters)
         norms, norm, taken = take_step(active)
         if len(running.optimizers) > 1:
             for one, rate, of_set in zip(active, rates, norms, strict=True):
@@ -404,7 +407,7 @@ class Trainer:
             "recipe": self.recipe.name,
             "stage": running.stage.name,
             "progress": asdict(self.progress),
-            "position": running.method.join_positions(self.ranks.gather(self._position)),
+            "position": running.method.join_positions(self.parallel.packs.gather(self._position)),
             "ema_updates": running.ema.updates,
             "sources": running.tally.to_json(),
             "optimizer_parameters": all_names(running.optimizers),

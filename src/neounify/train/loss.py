@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +28,11 @@ from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_
 from neounify.data.encode import Pixels
 from neounify.data.loader import Pack
 from neounify.data.sample import TASKS
+from neounify.distributed.sequence import Share
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
-from neounify.model.parts import GEN
+from neounify.model.parts import GEN, UND
 from neounify.runtime.plan import ExecutionPlan, plan_execution
 
 T_INTERVALS = 5
@@ -123,38 +125,61 @@ def loss_of(
     generator: torch.Generator,
     metrics: Metrics | None = None,
     plan: ExecutionPlan | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """The share of one pack in the loss of its step; a scalar to call backward on.
 
-    `plan` are the limits of the model on its device; None makes them anew.
+    `plan` are the limits of the model on its device; None makes them anew. `share` is what is
+    computed here of the pack, all by default; losses of shares add up to that of the pack.
     """
     device = model.device
     plan = plan or plan_execution(model.config, device, model.compute_dtype)
     noised = add_noise(pack, model.config, config, generator) if pack.targets else None
+    attend, rows = share or Share(select_for(model, plan.attention).plan(pack.layout), None)
+    labels = Labels.of(pack, None if rows is None else rows[UND], device)
     batch = ModelBatch(
         layout=pack.layout,
-        attend=select_for(model, plan.attention).plan(pack.layout),
+        attend=attend,
         ids=pack.ids.to(device),
         images=_und_images(pack.images, device),
         z=None if noised is None else noised.z,
         t=None if noised is None else noised.t,
         noise_scale=None if noised is None else noised.noise_scale,
-        logit_rows=pack.label_rows.to(device),
+        logit_rows=labels.rows,
+        rows=rows,
     )
-    score = partial(_token_losses, ids=pack.label_ids.to(device), rows=plan.logits_rows)
+    score = partial(_token_losses, ids=labels.ids, rows=plan.logits_rows)
     (losses, correct), clean, _ = model(batch, score)
     loss = torch.zeros((), device=device)
+    # Of a share these hang on the layers even where it has neither label nor image.
     if len(pack.label_ids):
-        tasks = pack.label_tasks.to(device)
         if metrics is not None:
-            metrics.add_text(tasks, losses.detach(), correct)
-        text = (losses * config.weights(tasks)).sum()
+            metrics.add_text(labels.tasks, losses.detach(), correct)
+        text = (losses * config.weights(labels.tasks)).sum()
         loss = loss + config.text_weight * text / counts.labels
     if noised is not None:
-        loss = loss + _image_loss(model, pack, config, noised, clean, metrics) / max(
-            1, counts.tokens
-        )
+        image = slice(None) if rows is None else slice(rows[GEN].start, rows[GEN].stop)
+        error = _image_loss(model, pack, config, noised, image, clean, metrics)
+        loss = loss + error / max(1, counts.tokens)
     return loss
+
+
+class Labels(NamedTuple):
+    """Labels of some understanding rows, which count from the first of them."""
+
+    rows: Int[Tensor, " n"]
+    ids: Int[Tensor, " n"]
+    tasks: Int[Tensor, " n"]
+
+    @staticmethod
+    def of(pack: Pack, rows: range | None, device: torch.device) -> Labels:
+        """The labels of a pack, or those of some of its rows."""
+        labels = Labels(pack.label_rows, pack.label_ids, pack.label_tasks)
+        if rows is not None:
+            inside = (labels.rows >= rows.start) & (labels.rows < rows.stop)
+            labels = Labels(*(tensor[inside] for tensor in labels))
+            labels = labels._replace(rows=labels.rows - rows.start)
+        return Labels(*(tensor.to(device) for tensor in labels))
 
 
 def _token_losses(
@@ -188,20 +213,24 @@ def _image_loss(
     pack: Pack,
     config: LossConfig,
     noised: Noised,
+    rows: slice,
     prediction: Tensor,
     metrics: Metrics | None,
 ) -> Tensor:
-    t = noised.t.repeat_interleave(noised.lengths).unsqueeze(1)
+    """The weighted sum over the rows of noisy tokens that `prediction` is of."""
+    images = torch.arange(len(noised.t), device=noised.t.device)
+    owners = images.repeat_interleave(noised.lengths)[rows]
+    t = noised.t[owners].unsqueeze(1)
     eps = model.config.flow.t_eps_training
     # velocity(x̂) - velocity(x): z cancels, so it is the velocity of the difference.
-    error = velocity(prediction.float() - noised.clean, torch.zeros_like(t), t, eps)
+    error = velocity(prediction.float() - noised.clean[rows], torch.zeros_like(t), t, eps)
     per_token = error.square().mean(dim=1)
     tasks = pack.target_tasks.to(per_token.device)
     if metrics is not None:
         remaining = torch.clamp(1 - t.squeeze(1), min=eps)
         clean_error = per_token.detach() * remaining.square()
-        metrics.add_image(tasks, noised.t, noised.lengths, per_token.detach(), clean_error)
-    weights = config.weights(tasks).repeat_interleave(noised.lengths)
+        metrics.add_image(tasks, noised.t, owners, per_token.detach(), clean_error)
+    weights = config.weights(tasks)[owners]
     return config.image_weight * (per_token * weights).sum()
 
 
@@ -246,11 +275,11 @@ class Metrics:
         self.text.index_add_(0, tasks, values.double())
 
     def add_image(
-        self, tasks: Tensor, t: Tensor, lengths: Tensor, losses: Tensor, clean: Tensor
+        self, tasks: Tensor, t: Tensor, owners: Tensor, losses: Tensor, clean: Tensor
     ) -> None:
-        """Per image: task, t and token count; per token: velocity loss and clean-image error."""
+        """Per image: task and t; per token: its image, velocity loss and clean-image error."""
         interval = (t * T_INTERVALS).long().clamp(0, T_INTERVALS - 1)
-        index = (tasks * T_INTERVALS + interval).repeat_interleave(lengths)
+        index = (tasks * T_INTERVALS + interval)[owners]
         values = torch.stack([losses, clean, torch.ones_like(losses)], dim=1)
         self.image.flatten(0, 1).index_add_(0, index, values.double())
 

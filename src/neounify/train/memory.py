@@ -60,8 +60,11 @@ class StageMemory:
         return max(1, -int(-self.states // left)) if left > 0 else None
 
 
-def stage_memory(config: ModelConfig, stage: StageRecipe) -> StageMemory:
-    """The memory of a supervised stage. Raises ConfigError for names to freeze that are unknown."""
+def stage_memory(config: ModelConfig, stage: StageRecipe, sequence: int = 1) -> StageMemory:
+    """The memory of a supervised stage, the rows of a pack being cut over `sequence` devices.
+
+    Raises ConfigError for names to freeze that are unknown.
+    """
     assert isinstance(stage.method, SupervisedConfig)
     with torch.device("meta"):
         model = NeoUnify(config)
@@ -73,7 +76,7 @@ def stage_memory(config: ModelConfig, stage: StageRecipe) -> StageMemory:
     units = (_counts(layer.parameters()) for layer in model.layers)
     gathered, reduced = (4, 6) if half else (8, 8)
     unit = max(gathered * (t + f) + reduced * t for t, f in units)
-    rows = stage.method.tokens_per_pack
+    rows = -(-stage.method.tokens_per_pack // sequence)
     layer = max(_kept(config, number) for number in range(config.num_layers)) * rows
     layer *= 2 if half else 4
     kept = rows * config.hidden_size * 4 * config.num_layers

@@ -144,8 +144,12 @@ class TrainStep:
 
     def batch_seed(self, purpose: int = NOISE) -> int:
         """The seed of the micro-batch at hand, the same on any number of ranks."""
-        pack = self.index * self.ranks.size + self.ranks.rank
-        return pack_seed(self.seed, self.number, pack, purpose)
+        return pack_seed(self.seed, self.number, self.pack, purpose)
+
+    @property
+    def pack(self) -> int:
+        """The number of the micro-batch at hand among those of all ranks."""
+        return self.index * self.ranks.size + self.ranks.rank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -165,6 +169,11 @@ class StageContext:
     setup: TrainSetup
     sources: StageSources
     folder: Path
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that share the micro-batches of a step."""
+        return self.setup.parallel.packs
 
     @property
     def mixture(self) -> Mixture:
@@ -217,8 +226,8 @@ class Method(Protocol):
         return
 
     def join_positions(self, positions: Sequence[Any]) -> Any:
-        """One position of the run from those of its ranks."""
-        return positions[0]
+        """One position of the run from those of its ranks, the last of which has the last batch."""
+        return positions[-1]
 
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """The share of one micro-batch in the step's loss, a scalar; gradients are summed."""
@@ -272,7 +281,8 @@ class MethodConfig(ABC):
     needs_data: ClassVar[bool] = True
     """Whether a stage must have data; with False, `data = []` is allowed."""
     shards: ClassVar[bool] = False
-    """Whether it can be trained on many ranks."""
+    """Whether parameters, and rows of a pack, may be cut over ranks; else each rank needs the whole
+    model."""
 
     @abstractmethod
     def build(self, context: StageContext) -> Method:
@@ -280,6 +290,10 @@ class MethodConfig(ABC):
 
     def check_stage(self, stage: StageRecipe) -> None:
         """Raise ValueError for a stage that cannot be trained so; before anything is loaded."""
+        return
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise ValueError where so many ranks cannot share the packs of a step."""
         return
 
     def check_data(self, context: StageContext) -> None:

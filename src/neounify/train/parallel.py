@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,17 +33,18 @@ def check_parallel(recipe: Recipe, ranks: int) -> MeshShape:
 
     Raises ConfigError for degrees that do not fit, and stages that cannot use many ranks.
     """
-    shape = mesh_shape(recipe.parallel, ranks)
+    cut = all(stage.method.shards and stage.lora is None for stage in recipe.stages)
+    shape = mesh_shape(recipe.parallel, ranks, cut=cut)
     if ranks == 1:
         return shape
-    if recipe.streams % ranks:
+    if recipe.streams % shape.packs and any(stage.data for stage in recipe.stages):
         change = "parallel.streams" if recipe.parallel else "workers, or give [parallel] streams,"
         raise ConfigError(
-            f"{ranks} ranks cannot share the {recipe.streams} data streams of the recipe: change "
-            f"{change} to a multiple of the ranks"
+            f"{_packs(shape)} cannot share the {recipe.streams} data streams of the recipe: change "
+            f"{change} to a multiple of {shape.packs}"
         )
     for stage in recipe.stages:
-        _check_stage(stage, ranks)
+        _check_stage(stage, shape)
         if stage.compile and shape.expert > 1:
             raise ConfigError(
                 f"stage {stage.name}: compile is not available with parallel.expert "
@@ -55,23 +57,39 @@ def check_parallel(recipe: Recipe, ranks: int) -> MeshShape:
     return shape
 
 
-def _check_stage(stage: StageRecipe, ranks: int) -> None:
+def _packs(shape: MeshShape) -> str:
+    """The ranks that compute different packs, in words."""
+    if shape.sequence == 1:
+        return f"{shape.ranks} ranks"
+    return f"{shape.packs} groups of {shape.sequence} ranks"
+
+
+def _check_stage(stage: StageRecipe, shape: MeshShape) -> None:
     where = f"stage {stage.name}"
-    if not stage.method.shards:
+    if shape.cuts > 1 and not (stage.method.shards and stage.lora is None):
+        what = f"the method {stage.method.kind}" if stage.lora is None else "a stage with lora"
         raise ConfigError(
-            f"{where}: the method {stage.method.kind} runs on one rank, and there are {ranks}"
+            f"{where}: {what} needs the whole model on every rank; leave parallel.shard and "
+            "sequence out of a recipe that has such a stage"
         )
-    if stage.lora is not None:
-        raise ConfigError(f"{where}: adapters (lora) are trained on one rank, there are {ranks}")
-    if stage.packs_per_step % ranks:
+    try:
+        stage.method.check_ranks(shape.packs)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if stage.packs_per_step % shape.packs:
         raise ConfigError(
             f"{where}: packs_per_step ({stage.packs_per_step}) must be a multiple of the "
-            f"{ranks} ranks, such as {ranks * -(-stage.packs_per_step // ranks)}"
+            f"{_packs(shape)}, such as {shape.packs * -(-stage.packs_per_step // shape.packs)}"
         )
 
 
 def check_model(config: ModelConfig, shape: MeshShape) -> None:
     """Raise ConfigError for a model that cannot use the axes of a mesh."""
+    if shape.sequence > 1 and config.image_head == "pixel":
+        raise ConfigError(
+            f"parallel.sequence: {shape.sequence} ranks cannot share an image whose head is "
+            '"pixel", which reads it as a whole; leave sequence at 1'
+        )
     if shape.expert == 1:
         return
     counts = {mlp.num_experts for mlp in config.mlps.values() if any(mlp.sparse)}
@@ -131,7 +149,7 @@ def parallelize_run(
 ) -> Parallel:
     """Spread the model of a run, which has no values yet, over its ranks. Raises ConfigError."""
     shape = check_parallel(recipe, ranks.size)
-    check_model(model.config, shape)
+    ranks.together(partial(check_model, model.config, shape))
     bfloat16 = recipe.stages[0].precision == "bfloat16"
     return parallelize(model, ranks, shape, device=device, bfloat16=bfloat16)
 
@@ -150,7 +168,7 @@ class RankWork:
     `operations` are those of the last step on all ranks.
     """
 
-    ranks: Ranks
+    parallel: Parallel
     device: torch.device
     operations: float = 0.0
     data_seconds: float = 0.0
@@ -167,15 +185,18 @@ class RankWork:
         equals meet.
         """
         numbers = list(range(len(drawn)))
-        return numbers if self.ranks.size == 1 else sorted(numbers, key=lambda n: -drawn[n].cost)
+        if self.parallel.packs.size > 1:
+            numbers.sort(key=lambda n: -drawn[n].cost)
+        return numbers
 
     def share(self, drawn: Sequence[MicroBatch], stop: bool) -> list[MicroBatch]:
         """The batches of all ranks in the order of the run, without their content; collective."""
         clock = time.monotonic()
         plain = [replace(batch, content=None, position=None) for batch in drawn]
-        gathered = self.ranks.gather((plain, stop))
+        gathered = self.parallel.ranks.gather((plain, stop))
         self.stop = any(asked for _, asked in gathered)
-        parts = [part for part, _ in gathered]
+        # Ranks of one pack have the same.
+        parts = [part for part, _ in gathered][:: self.parallel.sequence.size]
         self.others_seconds += time.monotonic() - clock
         for meeting in zip(*(sorted(b.cost for b in part) for part in parts), strict=True):
             self.slowest += max(meeting)
@@ -190,7 +211,7 @@ class RankWork:
         `slowest_over_mean` is by cost, over the packs that ranks compute at the same time.
         `wait_data_seconds` and `wait_others_seconds` are means over the ranks.
         """
-        each = self.ranks.gather(
+        each = self.parallel.ranks.gather(
             (self.data_seconds, self.others_seconds, peak_memory(self.device) / 2**30)
         )
         data, others, memory = zip(*each, strict=True)

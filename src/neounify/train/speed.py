@@ -23,7 +23,7 @@ from torch import nn
 
 from neounify.config import ModelConfig
 from neounify.data.loader import Pack
-from neounify.data.packing import cost_of, pairs_per_row
+from neounify.data.packing import cost_of
 from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
@@ -81,7 +81,7 @@ class StepOperations:
 
     def __init__(self, model: NeoUnify) -> None:
         self.config = model.config
-        self.kappa = pairs_per_row(model.config)
+        self.kappa = model.config.pairs_per_row
         layers = {s: [layer.get_submodule(s) for layer in model.layers] for s in STREAMS}
         patches = {UND: model.und_patch, GEN: model.gen_patch}
         in_und = _share([*layers[UND], patches[UND], model.embed_tokens]) > 0

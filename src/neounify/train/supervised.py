@@ -123,7 +123,7 @@ class Supervised(Method):
     def __init__(self, config: SupervisedConfig, context: StageContext) -> None:
         self.config, self.context = config, context
         self.model = context.setup.model
-        self.objective, self.ranks = context.setup.parallel.objective, context.setup.ranks
+        self.parallel = context.setup.parallel
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
         self._counts = Counts(0, 0)
@@ -154,8 +154,8 @@ class Supervised(Method):
             seed=recipe.seed,
             workers=recipe.workers,
             streams=recipe.streams if recipe.parallel else len(start.streams),
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
+            rank=self.parallel.packs.rank,
+            ranks=self.parallel.packs.size,
         )
         encoder = build_encoder(context.setup, self.config)
         operations = StepOperations(self.model)
@@ -176,7 +176,7 @@ class Supervised(Method):
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """Sums over the pack, divided by the label and token counts of the whole step."""
         noise = torch.Generator(self.model.device).manual_seed(step.batch_seed())
-        loss: Tensor = self.objective(
+        loss: Tensor = self.parallel.objective(
             loss_of,
             batch.content,
             self.config.loss,
@@ -184,12 +184,13 @@ class Supervised(Method):
             noise,
             self._step_metrics,
             self._plan,
+            self.parallel.share(batch.content.layout, self._plan.attention),
         )
         return loss
 
     def begin_step(self, step: TrainStep) -> None:
         counts = Counts.of([batch.content for batch in step.batches])
-        self._counts = Counts(*self.ranks.total([counts.labels, counts.tokens]))
+        self._counts = Counts(*self.parallel.packs.total([counts.labels, counts.tokens]))
         self._step_metrics = Metrics(self.model.device)
 
     def join_positions(self, positions: Sequence[Any]) -> Any:
@@ -202,7 +203,7 @@ class Supervised(Method):
             self.metrics.merge(self._step_metrics)
 
     def report(self) -> dict[str, float]:
-        self.ranks.add_(self.metrics.text, self.metrics.image)
+        self.parallel.ranks.add_(self.metrics.text, self.metrics.image)
         means = self.metrics.report()
         self.metrics = Metrics(self.model.device)
         return means
