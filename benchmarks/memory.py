@@ -1,4 +1,7 @@
-"""Peak resident memory: loading, long prefills, memory by stream. Each in a fresh process."""
+"""Peak resident memory: loading, long prefills, memory by stream, and the plan of each mode.
+
+Each in a fresh process. `python -m benchmarks.memory plan` measures the plan alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,15 +19,21 @@ import torch
 import neounify
 from benchmarks.figure import Figure
 from benchmarks.models import new_cache, random_ids
+from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.save import save_model
+from neounify.checkpoint.sizes import kept_weights
 from neounify.config import ModelConfig
 from neounify.config.presets import BENCH, TINY
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
+from neounify.errors import SizeWarning
 from neounify.model import Image, NeoUnify, Text
+from neounify.runtime.memory_plan import Task, peak_bytes, working_bytes
 from neounify.text import byte_tokenizer
+from neounify.text.template import default_system_message, image_prompt
 
 LONG = 32_768
+PROMPT = "a boat"
 GB = 1e9
 
 
@@ -31,7 +41,9 @@ def figures() -> Iterator[Figure]:
     yield from _long_prefill()
     with tempfile.TemporaryDirectory() as folder:
         yield from _loading(_write_checkpoint(Path(folder) / "one", layers=30))
-        yield from _by_stream(_write_checkpoint(Path(folder) / "two", layers=66))
+        two = _write_checkpoint(Path(folder) / "two", layers=66)
+        yield from _by_stream(two)
+        yield from against_plan(two)
 
 
 def _write_checkpoint(folder: Path, layers: int) -> Path:
@@ -89,6 +101,49 @@ def _by_stream(folder: Path) -> Iterator[Figure]:
         )
 
 
+PLANNED = (
+    ("all", 0, 256),
+    ("stream", 0, 256),
+    ("layers", 0, 256),
+    ("layers", 22, 256),
+    ("layers", 0, 1024),
+)
+"""Mode, resident layers, side of the image."""
+
+
+def against_plan(folder: Path) -> Iterator[Figure]:
+    """Resident size at the peak against the plan's, of a float32 checkpoint over 2 GB."""
+    for memory, resident, side in PLANNED:
+        result = _in_fresh_process("paint", str(folder), memory, str(resident), str(side))
+        measured = result["before"] + result["peak"]
+        predicted = _predicted(folder, memory, resident, side)
+        ratio = predicted / measured
+        by_layers = f", {resident} layers resident" if memory == "layers" else ""
+        yield Figure(
+            name=f"generating {side}² with memory={memory!r}{by_layers}, resident size",
+            dtype="float32",
+            mode="",
+            value=measured / GB,
+            unit="GB",
+            aim="plan within 10 %, at most 3 % below",
+            met=0.97 <= ratio <= 1.1,
+            note=f"planned {predicted / GB:.3f} GB, {100 * (ratio - 1):+.1f} %, "
+            f"{result['seconds']:.0f} s",
+        )
+
+
+def _predicted(folder: Path, memory: str, resident: int, side: int) -> float:
+    checkpoint = CheckpointFolder.open(folder)
+    kept = kept_weights(checkpoint, torch.float32)
+    prompt = image_prompt(
+        byte_tokenizer(), PROMPT, system=default_system_message(), think=False
+    ).ids([], 0)
+    task = Task(width=side, height=side, branches=2, prompt=len(prompt))
+    working = working_bytes(checkpoint.config, task, 4)
+    layers = {"und": resident, "gen": resident}
+    return peak_bytes(kept.weights, memory, working, layers, unified=True)  # type: ignore[arg-type]
+
+
 def _long_prefill() -> Iterator[Figure]:
     for length in (LONG // 4, LONG // 2, LONG):
         result = _in_fresh_process("prefill", str(length))
@@ -123,10 +178,13 @@ def _load(folder: str, dtype: str) -> float:
     return seconds
 
 
-def _paint(folder: str, memory: str) -> float:
-    pipe = neounify.load(folder, memory=memory)  # type: ignore[arg-type]
+def _paint(folder: str, memory: str, resident: str = "0", side: str = "256") -> float:
+    layers = int(resident) if memory == "layers" else None
+    pipe = neounify.load(folder, memory=memory, resident_layers=layers)  # type: ignore[arg-type]
     start = time.perf_counter()
-    pipe.generate("a boat", width=256, height=256, steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SizeWarning)
+        pipe.generate(PROMPT, width=int(side), height=int(side), steps=2)
     return time.perf_counter() - start
 
 
@@ -165,8 +223,20 @@ def _main(task: str, *arguments: str) -> None:
     _warm_up()
     before = _resident("VmRSS")
     seconds = tasks[task](*arguments)
-    print(json.dumps({"seconds": seconds, "peak": _resident("VmHWM") - before}))
+    peak = _resident("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "peak": peak, "before": before}))
+
+
+def _plan_table() -> None:
+    """Print the figures of `against_plan` alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        for figure in against_plan(_write_checkpoint(Path(folder) / "two", layers=66)):
+            met = "as planned" if figure.met else "NOT as planned"
+            print(f"{figure.name}: {figure.value:.3f} GB, {figure.note}: {met}", flush=True)
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if sys.argv[1:] == ["plan"]:
+        _plan_table()
+    else:
+        _main(*sys.argv[1:])

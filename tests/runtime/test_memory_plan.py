@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from neounify.attention.backends import MAX_PREFIX
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import stream_of
 from neounify.config import ModelConfig
@@ -132,6 +133,15 @@ def test_sparse_rows_count_the_experts_of_a_token() -> None:
     d, q, v, k, width = 2048, 4096, 512, 8, 768
     expected = 2 * (4 * d + 2 * q + 2 * v + 3 * k * width + 3 * k * d)
     assert memory_plan.row_bytes(U1_A3B, "gen", 2) == expected
+
+
+def test_small_images_copy_their_prefixes() -> None:
+    assert memory_plan.COPIED_TOKENS == MAX_PREFIX
+    small, large = Task(width=512, height=512), Task(width=1024, height=1024)
+    kv, rows = U1_8B.kv_bytes(2), memory_plan.row_bytes(U1_8B, "gen", 2)
+    for task, n, copied in ((small, 256, 2 * 512), (large, 1024, 0)):
+        expected = 2 * n * rows + memory_plan.state_bytes(U1_8B, n) + (2 * 256 + copied) * kv
+        assert working_bytes(U1_8B, task, 2)["gen"] == expected
 
 
 def test_images_of_an_answer_add_only_their_keys_and_values() -> None:

@@ -13,13 +13,16 @@ import torch
 from neounify.checkpoint.layers import LayerResidency
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Residency, StreamResidency
+from neounify.config import ModelConfig
 from neounify.errors import MemoryPlanError, RequestError
 from neounify.model.neo import NeoUnify
 from neounify.runtime.memory_plan import (
     MODES,
+    STREAMS,
     Mode,
     Resident,
     StreamName,
+    Task,
     default_task,
     fitting_layers,
     least_prefill_rows,
@@ -48,48 +51,99 @@ def fit_memory(
     resident_layers: int | None = None,
     *,
     ignore: bool = False,
-    share: float = 1.0,
-    streams: Sequence[StreamName] = (),
 ) -> Fitted:
     """The mode to load weights in: `memory`, or with "auto" the first that fits.
 
     The plan is for one image of the checkpoint's default size, in the memory that is free now.
     "layers" keeps `resident_layers` of each stream, None as many as fit. With `ignore`, nothing is
-    refused. `share`: the part of the memory that a stream may take by layers where several work at
-    once. `streams`: those that are loaded here, by default both.
+    refused.
 
     Raises MemoryPlanError where a mode, or with "auto" each of them, does not fit, RequestError for
     numbers of layers and devices that "layers" cannot serve.
     """
+    modes = MODES if memory == "auto" else tuple(mode for mode in MODES if mode == memory)
+    task, machine = default_task(checkpoint.config), this_machine(device, UNKNOWN)
+    rows = _rows(checkpoint.config, kept, task, machine, modes, resident_layers, device)
+    return _chosen(rows, checkpoint, kept, task, machine, ignore=ignore)
+
+
+def fit_engines(
+    checkpoint: CheckpointFolder,
+    kept: Kept,
+    device: torch.device,
+    memory: str,
+    resident_layers: int | None = None,
+    *,
+    role: StreamName | None = None,
+    ignore: bool = False,
+) -> Fitted:
+    """`fit_memory` for the engines of a server: of one stream, or with None of both at once.
+
+    Then a stream may take half of the memory by layers, and both have as many resident layers.
+    """
     config = checkpoint.config
-    task = default_task(config)
-    machine = this_machine(device, UNKNOWN)
-    limited = replace(machine, device=machine.device * share)
+    task, machine = default_task(config), this_machine(device, UNKNOWN)
+    # A process of one engine loads one stream, as the residency of streams does it.
+    whole: Mode = "all" if role is None else "stream"
+    if role == "und":
+        task = replace(task, kind="chat")
+    asked = whole if memory == "all" else memory
+    modes: tuple[Mode, ...] = tuple(mode for mode in (whole, "layers") if asked in ("auto", mode))
+    if memory == "stream" or not modes:
+        raise RequestError(f"memory={memory!r} is not for a server; take all or layers")
+    rows = _rows(config, kept, task, machine, modes[:1], resident_layers, device)
+    if "layers" in modes:
+        half = replace(machine, device=machine.device / 2) if role is None else machine
+        rows = [row for row in rows if row.mode != "layers"]
+        rows += _rows(config, kept, task, half, ("layers",), resident_layers, device)
+    fitted = _chosen(rows, checkpoint, kept, task, machine, ignore=ignore)
+    fewest = min(fitted.resident.values(), default=0)
+    return Fitted(fitted.memory, dict.fromkeys(STREAMS, fewest))
+
+
+def _rows(
+    config: ModelConfig,
+    kept: Kept,
+    task: Task,
+    machine: Machine,
+    modes: Sequence[Mode],
+    resident_layers: int | None,
+    device: torch.device,
+) -> list[PlanRow]:
+    """Rows of the modes that a device serves. Raises RequestError."""
     if resident_layers is not None:
         _check_count(resident_layers, config.num_layers)
-    working = working_bytes(config, task, kept.itemsize, least_prefill_rows(task))
-    working = {name: a for name, a in working.items() if not streams or name in streams}
-    most = fitting_layers(kept.weights, working, limited.device, unified=machine.unified)
-    none: dict[StreamName, int] = dict.fromkeys(working, 0)
-    resident: Resident = most or none
-    if resident_layers is not None:
-        resident = dict.fromkeys(working, resident_layers)
-    tried: tuple[Mode, ...] = MODES
-    if memory != "auto":
-        tried = tuple(mode for mode in MODES if mode == memory)
-    rows = [
-        plan_row(config, kept, task, limited if mode == "layers" else machine, mode, resident)
-        for mode in tried
-        if mode != "layers" or device.type in LAYER_DEVICES
-    ]
-    if not rows:
+    if tuple(modes) == ("layers",) and device.type not in LAYER_DEVICES:
         raise RequestError(
             f"memory='layers' works on {' and '.join(LAYER_DEVICES)}, not on {device.type}",
             param="memory",
         )
+    resident: Resident = dict.fromkeys(task.streams, resident_layers or 0)
+    if resident_layers is None:
+        working = working_bytes(config, task, kept.itemsize, least_prefill_rows(task))
+        device_bytes, unified = machine.device, machine.unified
+        most = fitting_layers(kept.weights, working, device_bytes, unified=unified)
+        resident = most or resident
+    return [
+        plan_row(config, kept, task, machine, mode, resident)
+        for mode in modes
+        if mode != "layers" or device.type in LAYER_DEVICES
+    ]
+
+
+def _chosen(
+    rows: Sequence[PlanRow],
+    checkpoint: CheckpointFolder,
+    kept: Kept,
+    task: Task,
+    machine: Machine,
+    *,
+    ignore: bool,
+) -> Fitted:
+    """The first row that fits. Raises MemoryPlanError, or takes the last with `ignore`."""
     chosen = first_fit(rows)
     if chosen is None and not ignore:
-        every = plan_rows(config, [kept, _int8(checkpoint, kept)], task, machine)
+        every = plan_rows(checkpoint.config, [kept, _int8(checkpoint, kept)], task, machine)
         raise MemoryPlanError(_refusal(rows, every, machine, checkpoint.path.name))
     row = chosen or rows[-1]
     return Fitted(row.mode, row.resident)

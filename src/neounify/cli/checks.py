@@ -61,10 +61,10 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     choose_dtype(options.dtype, checkpoint, "cpu")
     check_backend(options.attention)
     check_device(options.device)
+    check_memory(options.memory, options.plan)
     if isinstance(options, ModelOptions):
         check_devices(options.devices, "--devices")
         check_threads(options.threads)
-        check_memory(options.memory, options.plan)
     memory = options.memory if isinstance(options, ModelOptions) else "all"
     check_quantised(memory, options.quantise, options.backend)
     check_loras(options.lora)

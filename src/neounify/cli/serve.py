@@ -146,6 +146,7 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
     from neounify.runtime.plan import ExecutionPlan
     from neounify.serve.build import Mode, ServeConfig
     from neounify.serve.engines import EngineConfig, WatchConfig
+    from neounify.serve.memory import EngineMemory
     from neounify.serve.service import AdmissionConfig
 
     if model.mode not in get_args(Mode):
@@ -186,6 +187,11 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
         lora=tuple(parse_loras(model.lora)),
         quantise=model.quantise,
         backend=model.backend,
+        memory=EngineMemory(
+            memory=model.memory,  # type: ignore[arg-type]
+            resident_layers=model.resident_layers,
+            plan=model.plan,  # type: ignore[arg-type]
+        ),
         engines=EngineConfig(limits={k: v for k, v in limits.items() if v is not None}),
         admission=AdmissionConfig(
             requests=engines.requests,

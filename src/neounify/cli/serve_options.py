@@ -76,6 +76,24 @@ class ServeModelOptions(
             min=1,
         ),
     ] = None
+    memory: Annotated[
+        str,
+        option(
+            MODEL,
+            "auto|all|layers",
+            "Weights kept in memory: all, or of each stream only some layers. Default: the first "
+            "that fits.",
+        ),
+    ] = "auto"
+    resident_layers: Annotated[
+        int | None,
+        option(
+            MODEL, "N", "Layers that stay with --memory layers. Default: as many as fit.", min=0
+        ),
+    ] = None
+    plan: Annotated[
+        str, option(MODEL, "check|ignore", "Refuse a model that does not fit in memory, or try it.")
+    ] = "check"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ as kept, a device peaks at 1.03 (fragments) times
     layers    (r + 3) ℓ + rest + A, of the stream that needs most; r layers stay, three are buffers
 
 plus 0.5 GB (context). On the CPU weights are used where the file is mapped: one layer at a time is
-there besides the r, nothing is locked, and the process itself takes PROCESS.
+there besides the r, nothing is locked, the embedding is there too, and the process takes PROCESS.
 
 A is the working memory of the largest call: its rows (`runtime.plan.row_bytes`), keys and values
-of the prefixes, and in denoising 24 bytes a value of float32 state.
+of the prefixes, copies of them where images are small, and 24 bytes a value of float32 state.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ TaskKind = Literal["t2i", "edit", "chat", "interleave"]
 FRAGMENTS, CONTEXT = 1.03, 0.5e9
 SLOTS, STAGING = 3, 2
 """Layers of a device that streamed ones pass through, and buffers of a layer locked on the host."""
-PROCESS = 0.33e9
+PROCESS = 0.30e9
 """Resident bytes of Python, torch and the package on the CPU; measured, see docs/memory.md."""
+COPIED_TOKENS = 512
+"""Images that see at most so many tokens, themselves included, share a copy of their prefixes."""
 PROMPT_TOKENS = 256
 """Tokens of a prompt with its system message, where none is given."""
 SCALE_BYTES = 4
@@ -213,6 +215,13 @@ def default_task(config: ModelConfig) -> Task:
     return Task(width=width, height=height, steps=sampling.steps, branches=branches)
 
 
+def head_bytes(config: ModelConfig, itemsize: float) -> float:
+    """Working memory of a row in the image head, whose result is cast to float32."""
+    inner = config.flow_head_width if config.image_head == "flow" else config.token_width
+    values = 2 * config.hidden_size + 2 * inner + config.token_width
+    return itemsize * values + 4 * config.token_width
+
+
 def state_bytes(config: ModelConfig, tokens: int) -> int:
     """Float32 state of one image being denoised: 72 · C² bytes a token of three channels."""
     return 24 * config.token_width * tokens
@@ -227,9 +236,12 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int) -> float:
     """A of denoising: rows of all branches, state, residuals kept, keys and values of prefixes."""
     n, runs = task.tokens(config), task.branches * task.jobs
     cached = step_cache_bytes(config, n, itemsize) if task.step_cache else 0
-    rows = runs * n * row_bytes(config, "gen", itemsize)
-    keys = task.branches * task.prefix * config.kv_bytes(itemsize)
-    return rows + task.jobs * state_bytes(config, n) + runs * cached + keys
+    rows = runs * n * max(row_bytes(config, "gen", itemsize), head_bytes(config, itemsize))
+    keys = task.branches * task.prefix
+    if n + task.prefix <= COPIED_TOKENS:
+        keys += runs * (n + task.prefix)
+    state = task.jobs * state_bytes(config, n)
+    return rows + state + runs * cached + keys * config.kv_bytes(itemsize)
 
 
 def prefill_bytes(
@@ -312,7 +324,7 @@ def peak_bytes(
             for name, a in working.items()
         )
     if unified:
-        return least + PROCESS
+        return least + weights.embedding + PROCESS
     return FRAGMENTS * least + CONTEXT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from neounify.runtime.plan import plan_execution
 from neounify.serve.client import EngineClient, EngineClients
 from neounify.serve.engine_process import EngineProcess, ProcessConfig
 from neounify.serve.engines import EngineConfig, EngineThread, WatchConfig
+from neounify.serve.memory import EngineMemory
 from neounify.serve.service import AdmissionConfig, EngineService
 from neounify.tasks.program import Processor
 
@@ -56,6 +57,7 @@ class ServeConfig:
     lora: tuple[tuple[Path, float], ...] = ()
     quantise: str | None = None
     backend: str = "auto"
+    memory: EngineMemory = field(default_factory=EngineMemory)
     engines: EngineConfig = field(default_factory=EngineConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -71,15 +73,19 @@ def build_service(config: ServeConfig) -> EngineService:
     """Service of a checkpoint, to `start`. Raises the errors of `load`."""
     if config.mode == "separate":
         return _separate(config)
-    lora = config.lora or None
+    weights: dict[str, Any] = {"memory": "all"}
+    if not config.quantise:
+        place = (config.folder, config.config, config.dtype, config.device)
+        weights = config.memory.of_load(*place, backend=config.backend)
     pipe = load(
         config.folder,
         config=config.config,
         dtype=config.dtype,
         device=config.device,
-        lora=lora,
+        lora=config.lora or None,
         quantise=config.quantise,
         backend=config.backend,
+        **weights,
     )
     return colocated(pipe, config.engines, config.admission, config.watch)
 
@@ -91,7 +97,7 @@ def colocated(
     watch: WatchConfig | None = None,
 ) -> EngineService:
     """Service of a loaded model, both engines in one thread of this process."""
-    engine = EngineThread(pipe.model, engines or EngineConfig(), watch)
+    engine = EngineThread(pipe.model, engines or EngineConfig(), watch, pipe.residency)
     client = EngineClient("model", engine)
     clients = EngineClients(client, client, LocalTransport())
     return EngineService(pipe.processor, clients, admission or AdmissionConfig())
@@ -170,6 +176,7 @@ def _process(
             threads=threads,
             lora=config.lora,
             backend=config.backend,
+            memory=config.memory,
             engines=config.engines,
             pieces=space.prefix,
         ),

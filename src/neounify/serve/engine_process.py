@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ from neounify.serve.engines import (
     Worker,
     receive_commands,
 )
+from neounify.serve.memory import EngineMemory
 
 log = logging.getLogger("neounify.serve")
 
@@ -68,6 +70,7 @@ class ProcessConfig:
     config: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
     backend: str = "auto"
+    memory: EngineMemory = field(default_factory=EngineMemory)
     engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str = PREFIX
 
@@ -337,14 +340,17 @@ def _work(
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     group = Group.meet(store, rank, config.devices)
+    weights: dict[str, Any] = {"memory": "stream", "plan": "ignore"}
+    if group.size == 1:
+        place = (config.folder, config.config, config.dtype, config.devices[0])
+        weights = config.memory.of_load(*place, config.role, backend=config.backend)
     options = LoadOptions(
         folder=config.folder,
         config=config.config,
         dtype=config.dtype,
         lora=config.lora or None,
         backend=config.backend,
-        memory="stream",
-        plan="ignore",  # of a model whose streams are in two processes, on one device or two
+        **weights,
     )
     pipe = load_rank(options, group, config.devices[rank], cut=config.role == UND)
     pieces = SharedTransport(config.pieces_of(rank))

@@ -8,15 +8,18 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+from neounify.checkpoint.residency import Residency
 from neounify.engine.generation import GenerationEngine
 from neounify.engine.messages import Command, EngineReport, LocalTransport, Reply, is_for_generation
 from neounify.engine.orders import LedEngine
 from neounify.engine.understanding import UnderstandingEngine
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import STREAMS
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 
 log = logging.getLogger("neounify.serve")
@@ -197,12 +200,17 @@ class Worker:
 
 
 class EngineThread:
-    """Both engines in one thread over one model."""
+    """Both engines in one thread over one model, whose weights `residency` keeps."""
 
     def __init__(
-        self, model: NeoUnify, config: EngineConfig, watch: WatchConfig | None = None
+        self,
+        model: NeoUnify,
+        config: EngineConfig,
+        watch: WatchConfig | None = None,
+        residency: Residency | None = None,
     ) -> None:
         self.model, self.config = model, config
+        self._residency, self._uses = residency, ExitStack()
         self.watch = watch or WatchConfig()
         self.understanding: UnderstandingEngine | None = None
         self._current: _ThreadRun | None = None
@@ -215,6 +223,10 @@ class EngineThread:
             )
         # Free the earlier engines' memory before the new ones take theirs.
         self._current = self.understanding = None
+        self._uses.close()
+        if self._residency is not None:
+            for stream in STREAMS:  # both engines work at once
+                self._uses.enter_context(self._residency.use(stream))
         transport = LocalTransport()
         plan = self.config.plan
         self.understanding = UnderstandingEngine(self.model, transport, plan(self.model))
@@ -231,6 +243,8 @@ class EngineThread:
     def stop(self) -> None:
         if self._current is not None and not self._current.end(self.watch.end):
             log.warning("the engines' thread is left in a step of %g s", self._current.step_seconds)
+        else:
+            self._uses.close()
 
 
 class _ThreadRun:

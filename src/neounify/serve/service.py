@@ -34,6 +34,7 @@ from neounify.engine.messages import (
 from neounify.errors import DeadlineExceeded, Draining, Overloaded, RequestError
 from neounify.image.pixels import check_image_tokens, image_tokens
 from neounify.serve.client import Call, EngineClient, EngineClients, EngineState, within
+from neounify.serve.memory import cached_tokens
 from neounify.tasks.chat import ChatRequest, CompletionRequest, chat, complete
 from neounify.tasks.image import ImageRequest, generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
@@ -89,7 +90,8 @@ class Service(Protocol):
 class AdmissionConfig:
     """Maximum `requests` in progress, and `image_tokens` of all images in progress.
 
-    A request of several images counts as often as it has images.
+    A request of several images counts as often as it has images, and with a step cache for the
+    tokens as well whose state in denoising takes the memory of the cache.
     `max_image_tokens` bounds one image; None is four times the tokens of the model's default size,
     at least 1,024.
     """
@@ -252,7 +254,10 @@ class EngineService:
             sizes = list(request.sizes)
         for size in sizes:
             check_image_tokens(self.config, *size, self.admission.largest_image(self.config))
-        return count * max((image_tokens(self.config, *size) for size in sizes), default=0)
+        tokens = count * max((image_tokens(self.config, *size) for size in sizes), default=0)
+        if isinstance(request, ImageRequest | InterleaveRequest):
+            tokens += cached_tokens(self.processor, request.sampling, tokens)
+        return tokens
 
     def _retry_after(self) -> float:
         """Estimated seconds until a request in progress ends."""

@@ -1,0 +1,83 @@
+"""Memory of a server: the weights that its engines keep, and what step caches hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neounify.checkpoint.load import (
+    DECODED,
+    Dtype,
+    Memory,
+    PlanUse,
+    check_memory,
+    choose_dtype,
+    resolve_device,
+)
+from neounify.checkpoint.reader import CheckpointFolder
+from neounify.flow.sampling import ResolvedSampling
+from neounify.model.parts import StreamName
+from neounify.tasks.program import Processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """Weights of the engines: "all", or "layers" with `resident_layers` of each stream.
+
+    Both streams work at once in one process; in two, each has its own. None is as many as fit;
+    "auto" the first that fits. `plan`: "ignore" refuses nothing.
+    """
+
+    memory: Memory = "auto"
+    resident_layers: int | None = None
+    plan: PlanUse = "check"
+
+    def __post_init__(self) -> None:
+        check_memory(self.memory, self.plan)
+
+    def of_load(
+        self,
+        folder: Path,
+        config: Path | None,
+        dtype: Dtype,
+        device: str,
+        role: StreamName | None = None,
+        *,
+        backend: str = "auto",
+    ) -> dict[str, Any]:
+        """Arguments of `load` for both engines, or for that of one stream.
+
+        Raises the errors of loading, MemoryPlanError for what does not fit.
+        """
+        from neounify.checkpoint.fit import fit_engines
+        from neounify.checkpoint.sizes import kept_weights
+
+        checkpoint = CheckpointFolder.open(folder, config)
+        target = resolve_device(device)
+        chosen = choose_dtype(dtype, checkpoint, target.type).dtype
+        fitted = fit_engines(
+            checkpoint,
+            kept_weights(checkpoint, chosen, decoded=backend == DECODED),
+            target,
+            self.memory,
+            self.resident_layers,
+            role=role,
+            ignore=self.plan == "ignore",
+        )
+        by_layers = fitted.memory == "layers"
+        return {
+            "memory": fitted.memory,
+            "resident_layers": min(fitted.resident.values()) if by_layers else None,
+            "plan": "ignore",  # planned here, for what engines do at once
+        }
+
+
+def cached_tokens(processor: Processor, sampling: ResolvedSampling, tokens: int) -> int:
+    """Image tokens whose state in denoising is as large as the step cache of `tokens` others."""
+    if not sampling.cache.threshold:
+        return 0
+    from neounify.runtime.memory_plan import state_bytes, step_cache_bytes
+
+    kept = step_cache_bytes(processor.config, tokens, processor.dtype.itemsize)
+    return round(len(sampling.guidance.branches()) * kept / state_bytes(processor.config, 1))

@@ -1,0 +1,72 @@
+"""Servers by layers, and the memory of step caches in their limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neounify
+from neounify.errors import MemoryPlanError, RequestError
+from neounify.flow.sampling import ImageSampling
+from neounify.serve.build import Mode, ServeConfig, build_service
+from neounify.serve.memory import EngineMemory, cached_tokens
+from neounify.tasks.chat import make_chat_request
+from neounify.tasks.image import ImageRequest
+from support.serving import collect, same_image, serve
+
+
+def image_request(pipe: neounify.Pipeline, **sampling: Any) -> ImageRequest:
+    resolved = ImageSampling(steps=3, guidance=2.0, **sampling).resolve(pipe.config, editing=False)
+    return ImageRequest(prompt="a boat", width=128, height=96, sampling=resolved)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "separate"])
+def test_a_server_by_layers_answers_as_the_pipeline(
+    pipe: neounify.Pipeline, folder: Path, mode: Mode
+) -> None:
+    memory = EngineMemory(memory="layers", resident_layers=1)
+    request = image_request(pipe)
+    chat = make_chat_request("Hello", [], max_new_tokens=4)
+    service = build_service(ServeConfig(folder=folder, mode=mode, dtype="float32", memory=memory))
+
+    async def both(service: Any) -> Any:
+        return await collect(service, request), await collect(service, chat)
+
+    image, text = serve(service, both)
+    plain = neounify.load(folder, dtype="float32")
+    expected = plain.generate("a boat", width=128, height=96, steps=3, guidance=2.0).pixels[0]
+    same_image(image.images[0], expected)
+    assert text.text == plain.chat("Hello", max_new_tokens=4).text
+
+
+def test_engines_take_what_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(free: float, role: Any = None, **memory: Any) -> dict[str, Any]:
+        monkeypatch.setattr("neounify.runtime.rates.available_bytes", lambda: int(free))
+        return EngineMemory(**memory).of_load(folder, None, "float32", "cpu", role)
+
+    assert loaded(1e10)["memory"] == "all"
+    assert loaded(1e10, "und")["memory"] == "stream"
+    assert loaded(1e10, "gen", memory="layers")["memory"] == "layers"
+    assert loaded(1e10, memory="layers", resident_layers=1)["resident_layers"] == 1
+    with pytest.raises(MemoryPlanError, match="nothing fits"):
+        loaded(1e6)
+    assert loaded(1e6, plan="ignore")["memory"] == "layers"
+    with pytest.raises(RequestError, match="memory='stream' is not for a server"):
+        loaded(1e10, memory="stream")
+    with pytest.raises(RequestError, match="memory 'some' is unknown"):
+        EngineMemory(memory="some")  # type: ignore[arg-type]
+
+
+def test_step_caches_count_as_image_tokens(pipe: neounify.Pipeline, folder: Path) -> None:
+    """Of TINY in float32, a token's caches of two branches are 2 · 4 · 64 · 4 bytes, its state
+    24 · 3072."""
+    plain, cached = image_request(pipe), image_request(pipe, step_cache=0.1)
+    width, kept = pipe.config.token_width, 2 * 4 * pipe.config.hidden_size * 4
+    assert cached_tokens(pipe.processor, plain.sampling, 1000) == 0
+    assert cached_tokens(pipe.processor, cached.sampling, 1000) == round(1000 * kept / (24 * width))
+    service = build_service(ServeConfig(folder=folder, dtype="float32"))
+    tokens = 12 * pipe.config.token_size**2 // pipe.config.token_size**2
+    assert service._tokens_of(plain) == tokens
+    assert service._tokens_of(cached) == tokens + round(tokens * kept / (24 * width))
