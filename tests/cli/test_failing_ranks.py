@@ -44,8 +44,8 @@ packs_per_step = 4
 """
 SCENES = '{ kind = "scenes", world = "easy" }'
 TESTS = Path(__file__).parents[1]
-WITHIN = 150.0
-"""Seconds in which ranks end that have nothing to wait for; a minute, and a start on busy cores."""
+WITHIN = 300.0
+"""Seconds in which ranks end: a minute, and their start on cores that may be busy."""
 
 
 class Run:
@@ -90,7 +90,7 @@ class Run:
         while steps_of(self.folder / "out") < step:
             if any(process.poll() is not None for process in self.processes):
                 return False
-            time.sleep(0.01)
+            time.sleep(0.05)
         return True
 
 
@@ -222,12 +222,16 @@ def test_a_rank_that_is_stopped_for_a_while(tmp_path: Path) -> None:
     check_alike(tmp_path / "out", alone / "out", 8)
 
 
+KILLS = 10
+
+
+@pytest.mark.timeout(3000)
 def test_ranks_killed_at_any_time(tmp_path: Path) -> None:
     """Ten kills of either rank; what goes on, on one rank and two by turns, trains as if none."""
-    steps, kills, numbers = 45, 0, random.Random(0)
+    steps, kills, numbers = 5 + 4 * KILLS, 0, random.Random(0)
     path = recipe(tmp_path, steps=steps)
     options = ("--resume", "auto")
-    for number in range(10):
+    for number in range(KILLS):
         size = 2 - number % 2
         with run(tmp_path, [path] * size, options=options) as started:
             if number in (3, 6):  # while the ranks start
@@ -239,10 +243,10 @@ def test_ranks_killed_at_any_time(tmp_path: Path) -> None:
             codes, errors = started.end()
         kills += -signal.SIGKILL in codes
         assert len(errors) <= 1
-        assert all("connection" in line for line in errors)
+        assert all("connection" in line or "cannot join" in line for line in errors), errors
         states = saved_states(tmp_path / "out" / "states")
         assert all((state / "state.json").is_file() for state in states)
-    assert kills == 10
+    assert kills == KILLS
     with run(tmp_path, [path, path], options=options) as started:
         assert started.end() == ([0, 0], [])
     alone = tmp_path / "alone"
