@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from neounify.attention import select_for
 from neounify.cache import SequenceCache, new_cache
+from neounify.checkpoint.load import DECODED
 from neounify.checkpoint.names import stream_of
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.engine.denoiser import groups
@@ -300,7 +301,8 @@ def load_teacher(folder: Path, model: NeoUnify) -> NeoUnify:
     Its understanding stream must be that of `model`, whose memory it then shares. Raises
     ConfigError for another shape or another understanding stream.
     """
-    teacher = load(folder, dtype=model.compute_dtype, device=model.device).model
+    loaded = load(folder, dtype=model.compute_dtype, device=model.device, backend=DECODED)
+    teacher = loaded.model
     ours, theirs = _check_shapes(folder, model, teacher)
     for name, a in ours.items():
         b = theirs[name]
