@@ -43,7 +43,8 @@ def test_a_server_by_layers_answers_as_the_pipeline(
 
 def test_engines_take_what_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(free: float, role: Any = None, **memory: Any) -> dict[str, Any]:
-        monkeypatch.setattr("neounify.runtime.rates.available_bytes", lambda: int(free))
+        for module in ("rates", "plan"):
+            monkeypatch.setattr(f"neounify.runtime.{module}.available_bytes", lambda: int(free))
         return EngineMemory(**memory).of_load(folder, None, "float32", "cpu", role)
 
     assert loaded(1e10)["memory"] == "all"
@@ -64,7 +65,6 @@ def test_step_caches_count_as_image_tokens(pipe: neounify.Pipeline, folder: Path
     24 · 3072."""
     plain, cached = image_request(pipe), image_request(pipe, step_cache=0.1)
     width, kept = pipe.config.token_width, 2 * 4 * pipe.config.hidden_size * 4
-    assert cached_tokens(pipe.processor, plain.sampling, 1000) == 0
     assert cached_tokens(pipe.processor, cached.sampling, 1000) == round(1000 * kept / (24 * width))
     service = build_service(ServeConfig(folder=folder, dtype="float32"))
     tokens = 12 * pipe.config.token_size**2 // pipe.config.token_size**2

@@ -198,7 +198,7 @@ def explain(error: Exception) -> str | None:
     if is_out_of_memory(error):
         first = text.splitlines()[0] if text else "out of memory"
         return (
-            f"{first}\nTo use less memory: --memory stream, --dtype bfloat16, "
+            f"{first}\nTo use less memory: --memory layers, --dtype bfloat16, "
             "a smaller --size, fewer images at once."
         )
     return None

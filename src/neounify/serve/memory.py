@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from neounify.checkpoint.load import (
     DECODED,
+    SPARE_BYTES,
     Dtype,
     Memory,
     PlanUse,
@@ -18,7 +21,12 @@ from neounify.checkpoint.load import (
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.parts import StreamName
+from neounify.runtime.memory_plan import state_bytes, step_cache_bytes
+from neounify.runtime.plan import free_memory
 from neounify.tasks.program import Processor
+
+SMALL = 16
+"""Files of 8 bits may be decoded to float32, and half of the memory is left to the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,9 @@ class EngineMemory:
 
         Raises the errors of loading, MemoryPlanError for what does not fit.
         """
+        whole: Memory = "all" if role is None else "stream"
+        if self.memory in ("auto", "all") and _is_small(folder, resolve_device(device)):
+            return {"memory": whole, "plan": "ignore"}
         from neounify.checkpoint.fit import fit_engines
         from neounify.checkpoint.sizes import kept_weights
 
@@ -73,11 +84,14 @@ class EngineMemory:
         }
 
 
+def _is_small(folder: Path, device: torch.device) -> bool:
+    """Whether the files of a checkpoint are so small that no plan is needed."""
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    size, free = sum(file.stat().st_size for file in files), free_memory(device)
+    return free is None or SMALL * size + SPARE_BYTES < free
+
+
 def cached_tokens(processor: Processor, sampling: ResolvedSampling, tokens: int) -> int:
     """Image tokens whose state in denoising is as large as the step cache of `tokens` others."""
-    if not sampling.cache.threshold:
-        return 0
-    from neounify.runtime.memory_plan import state_bytes, step_cache_bytes
-
     kept = step_cache_bytes(processor.config, tokens, processor.dtype.itemsize)
     return round(len(sampling.guidance.branches()) * kept / state_bytes(processor.config, 1))

@@ -255,7 +255,10 @@ class EngineService:
         for size in sizes:
             check_image_tokens(self.config, *size, self.admission.largest_image(self.config))
         tokens = count * max((image_tokens(self.config, *size) for size in sizes), default=0)
-        if isinstance(request, ImageRequest | InterleaveRequest):
+        if (
+            isinstance(request, ImageRequest | InterleaveRequest)
+            and request.sampling.cache.threshold
+        ):
             tokens += cached_tokens(self.processor, request.sampling, tokens)
         return tokens
 
