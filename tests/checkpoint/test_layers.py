@@ -116,7 +116,7 @@ def test_an_error_in_a_layer_leaves_nothing(deep: Path, monkeypatch: pytest.Monk
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipe.model.layers[2]["gen"].out, "forward", fail)
+        patch.setattr(pipe.model.get_submodule("layers.2.gen.out"), "forward", fail)
         with pytest.raises(RuntimeError, match="broken"):
             paint(pipe)
     assert layer_values(pipe.model) == 0

@@ -265,7 +265,7 @@ def test_cancelling_and_errors_leave_no_thread(folder: Path, on_a_device: Record
     byte_tokenizer().save(folder)
     pipe = load(folder, memory="layers", resident_layers=1)
 
-    def paint(callback: Callable[..., object]) -> None:
+    def paint(callback: Callable[[threading.Event], None]) -> None:
         event = threading.Event()
         with pytest.raises((Cancelled, CheckpointError)):
             pipe.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from neounify.model import NeoUnify
 from neounify.train.setup import checkpoint_layers, freeze
 from support.models import Maker, Packed, pack, random_config, random_model
 from support.ranks import run_ranks
+from support.reference import Document
 
 SECONDS = 540.0
 CASES: dict[str, dict[str, Any]] = {
@@ -47,7 +49,7 @@ def config() -> ModelConfig:
 def packs() -> list[Packed]:
     """Of four ranks: text alone, text and noise, an image that is seen, everything."""
     maker = Maker(random.Random(1), config())
-    documents = [
+    documents: list[Sequence[Document]] = [
         [[maker.text(7)]],
         [[maker.text(3), *maker.noisy((2, 3))]],
         [[*maker.clean((2, 2)), maker.text(2)]],

@@ -28,7 +28,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    supervised.loss_of = loss_of
+    supervised.loss_of = loss_of  # type: ignore[assignment]
     cli.main()
 
 
