@@ -111,7 +111,7 @@ def train(folder: Path, case: str, stop_after: int | None = None) -> dict[str, A
 
 
 def numpy(tensor: Tensor) -> Any:
-    return whole(tensor.detach()).numpy().copy()
+    return whole(tensor.detach()).float().numpy().copy()
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

@@ -27,30 +27,29 @@ def plan_training(
     """
     with lasting_imports():
         from neounify.train.memory import stage_memory
-        from neounify.train.parallel import check_parallel
+        from neounify.train.parallel import check_model, check_parallel
         from neounify.train.recipe import read_recipe
 
     with display.deprecations():
         recipe = read_recipe(file)
     shape = check_parallel(recipe, gpus)
     config = _config(recipe, preset)
-    display.say(
-        f"replicate {shape.replicate} × shard {shape.shard} × sequence {shape.sequence}; GB on "
-        f"each device of {device / 1e9:g}"
-    )
+    check_model(config, shape)
+    display.say(f"{shape}; GB on each device of {device / 1e9:g}")
     display.say(HEADER)
     stages, fits = [], True
     for stage in recipe.stages:
         if not stage.method.shards:
             display.say(f"{stage.name:<20} {stage.method.kind}: every device has the whole model")
             continue
-        memory = stage_memory(config, stage, shape.sequence)
-        least = memory.fitting(device)
-        good = least is not None and least <= shape.cuts
+        memory = stage_memory(config, stage, shape)
+        cuts = memory.fitting(device)
+        least = None if cuts is None else -(-cuts // (shape.cuts // shape.shard))
+        good = least is not None and least <= shape.shard
         fits = fits and good
         display.say(_line(stage.name, memory, shape.cuts) + ("" if good else _advice(least)))
         stages.append({"stage": stage.name, **asdict(memory), "least_shard": least, "fits": good})
-    display.emit({"shard": shape.shard, "replicate": shape.replicate, "stages": stages})
+    display.emit({**asdict(shape), "stages": stages})
     if not fits:
         raise typer.Exit(1)
 
@@ -59,9 +58,9 @@ COLUMNS = ("trained B", "frozen B", "states", "unit", "root", "inputs", "layer",
 HEADER = f"{'stage':<20}" + "".join(f"{name:>11}" for name in COLUMNS)
 
 
-def _line(name: str, memory: StageMemory, shard: int) -> str:
-    bytes_of = (memory.states / shard, memory.unit, memory.root, memory.inputs, memory.layer)
-    values = (memory.trained, memory.frozen, *bytes_of, memory.on(shard))
+def _line(name: str, memory: StageMemory, cuts: int) -> str:
+    bytes_of = (memory.states / cuts, memory.unit, memory.root, memory.inputs, memory.layer)
+    values = (memory.trained, memory.frozen, *bytes_of, memory.on(cuts))
     return f"{name:<20}" + "".join(f"{value / 1e9:>11.1f}" for value in values)
 
 

@@ -15,7 +15,7 @@ pass. The passes then have the same exchanges in the same order on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,8 @@ def place_experts(model: NeoUnify, shape: MeshShape, device: str) -> Placement:
     for mlp in model.sparse_mlps:
         for name in PROJECTIONS:
             weight = mlp.experts.get_parameter(name)
+            if isinstance(weight, DTensor):  # of a stream that is never called
+                continue
             if mesh is not None:
                 share = distribute_tensor(
                     weight.detach(), mesh["expert"], [Shard(0)], src_data_rank=None
@@ -157,12 +159,16 @@ def _all_to_all(
     return arrived
 
 
-def call_every_stream(objective: nn.Module, model: NeoUnify) -> None:
-    """Make every call of an objective call all streams with experts, forward and backward.
+def call_every_stream(
+    objective: nn.Module, model: NeoUnify, unused: Collection[StreamName] = ()
+) -> None:
+    """Make every call of an objective call all streams with experts, forward and backward; not
+    those that are `unused` on all ranks.
 
     For units that are sharded already: their hooks see all streams too.
     """
-    kinds = [name for name in STREAMS if any(_is_sparse(layer, name) for layer in model.layers)]
+    sparse = [name for name in STREAMS if any(_is_sparse(layer, name) for layer in model.layers)]
+    kinds = [name for name in sparse if name not in unused]
     reached: list[Tensor] = []
 
     def begin(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

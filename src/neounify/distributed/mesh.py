@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from pydantic.dataclasses import dataclass
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -45,6 +47,11 @@ class MeshShape:
     shard: int = 1
     expert: int = 1
     sequence: int = 1
+
+    def __str__(self) -> str:
+        degrees = {item.name: getattr(self, item.name) for item in fields(self)}
+        always = ("replicate", "shard")
+        return " × ".join(f"{n} {d}" for n, d in degrees.items() if d > 1 or n in always)
 
     @property
     def ranks(self) -> int:
@@ -100,11 +107,8 @@ def mesh_shape(config: ParallelConfig | None, ranks: int, *, cut: bool = True) -
         shard = packs // replicate // expert
     shape = MeshShape(replicate=replicate, shard=shard, expert=expert, sequence=sequence)
     if shape.ranks != ranks:
-        degrees = f"replicate {replicate} × shard {shard}"
-        for name, degree in (("expert", expert), ("sequence", sequence)):
-            degrees += f" × {name} {degree}" if degree > 1 else ""
         raise ConfigError(
-            f"parallel: {degrees} are {shape.ranks} ranks, and there are {ranks}: start that many, "
+            f"parallel: {shape} are {shape.ranks} ranks, and there are {ranks}: start that many, "
             "or change the degrees"
         )
     return shape

@@ -2,6 +2,7 @@
 
 1. The objective becomes one module: whatever a loss calls is below it. The experts of a layer
    become one weight per projection.
+   Streams that are never called leave the devices.
 2. Experts are dealt out to the ranks of `expert`, which exchange rows (`experts.py`).
 3. Every layer becomes a unit: its parameters are gathered together, when it runs; experts over the
    ranks that hold the same ones.
@@ -18,18 +19,20 @@ EMA are made last, of what a rank holds. On one rank only the first applies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import Parameter
 
+from neounify.checkpoint.names import stream_of
 from neounify.distributed.experts import call_every_stream, place_experts
 from neounify.distributed.mesh import MeshShape
 from neounify.distributed.ranks import ONE, Ranks
@@ -37,6 +40,7 @@ from neounify.distributed.reaching import reach_every_layer
 from neounify.distributed.sequence import Share, share_of
 from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import StreamName
 
 
 class Objective(nn.Module):
@@ -109,11 +113,13 @@ def parallelize(
     *,
     device: torch.device | None = None,
     bfloat16: bool = False,
+    unused: Collection[StreamName] = (),
 ) -> Parallel:
-    """Spread a model over the ranks, its parameters float32 shards.
+    """Spread a model over the ranks, its parameters shards of their dtype.
 
-    With `bfloat16` they are gathered in it, and gradients are summed in float32. A model without
-    values gets them afterwards, on `device`; else all ranks must hold the same weights.
+    With `bfloat16` they are gathered in it, and gradients are summed in float32. Streams that are
+    never called, `unused`, are cut over the ranks in host memory. A model without values gets them
+    afterwards, on `device`; else all ranks must hold the same weights.
     """
     shape = shape or MeshShape(shard=ranks.size)
     objective = Objective(model)
@@ -121,6 +127,7 @@ def parallelize(
     if shape.cuts > 1:
         kind = (device or model.device).type
         mesh = shape.build(kind)
+        on_host = keep_on_host(model, unused, shape)
         placed = place_experts(model, shape, kind)
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bfloat16 else None,
@@ -128,20 +135,67 @@ def parallelize(
             cast_forward_inputs=False,
         )
         for unit in (*model.layers, objective):
-            fully_shard(unit, mesh=mesh, mp_policy=precision, shard_placement_fn=placed)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=precision,
+                shard_placement_fn=placed,
+                ignored_params=on_host,
+            )
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)
             # gloo has no reduction that multiplies.
             unit.set_force_sum_reduction_for_comms(True)
             unit.set_reduce_scatter_unused_params(True)
-        (call_every_stream if shape.expert > 1 else reach_every_layer)(objective, model)
+        if shape.expert > 1:
+            call_every_stream(objective, model, unused)
+        else:
+            reach_every_layer(objective, model)
     sequence, packs = ranks.split(shape.sequence)
     return Parallel(objective, ranks, shape, packs, sequence)
+
+
+def keep_on_host(
+    model: NeoUnify, streams: Collection[StreamName], shape: MeshShape
+) -> set[nn.Parameter]:
+    """Cut the weights of some streams over the ranks in host memory; no unit gathers them."""
+    parameters: set[nn.Parameter] = set()
+    mesh = shape.build("cpu") if streams else None
+    for name, whole_one in list(model.named_parameters()):
+        if mesh is None or stream_of(name) not in streams:
+            continue
+        placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+        share = distribute_tensor(whole_one.detach(), mesh, placements, src_data_rank=None)
+        module, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(share, requires_grad=False)
+        model.get_submodule(module).register_parameter(leaf, parameter)
+        parameters.add(parameter)
+    return parameters
 
 
 def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """The mesh that a tensor is cut over, None for a whole one."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory, cut over the ranks as the tensor is."""
+    if not isinstance(tensor, DTensor):
+        return tensor.to("cpu", copy=True)
+    return DTensor.from_local(
+        tensor.to_local().to("cpu", copy=True),
+        _on_host(tensor.device_mesh),
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+@cache
+def _on_host(mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks, exchanging what is in host memory."""
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -157,6 +211,18 @@ def place(tensor: Tensor) -> tuple[slice, ...]:
             tensor.shape, tensor.device_mesh, tensor.placements
         )
     return tuple(slice(at, at + size) for at, size in zip(offset, shape, strict=True))
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of tensors that are whole, or cut over the same axes of one mesh; collective."""
+    norm = nn.utils.get_total_norm([local(tensor) for tensor in tensors])
+    if not tensors or not isinstance(tensors[0], DTensor):
+        return norm
+    square = norm.square()
+    for axis, placement in enumerate(tensors[0].placements):
+        if not placement.is_replicate():
+            distributed.all_reduce(square, group=tensors[0].device_mesh.get_group(axis))
+    return square.sqrt()
 
 
 def whole(tensor: Tensor) -> Tensor:

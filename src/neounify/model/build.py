@@ -42,6 +42,16 @@ def _compiled_call(layer: Layer) -> Callable[[nn.Module, Tensor, Any], Any]:
     return call
 
 
+@contextmanager
+def computing_in(model: NeoUnify, dtype: torch.dtype) -> Iterator[None]:
+    """The model with activations of a dtype between its layers, whatever its weights have."""
+    before, model.compute_dtype = model.compute_dtype, dtype
+    try:
+        yield
+    finally:
+        model.compute_dtype = before
+
+
 def meta_model(config: ModelConfig) -> NeoUnify:
     """The model without values: no memory, no gradients."""
     with without_values():

@@ -401,7 +401,7 @@ class OutputMlp(nn.Module):
         self, x: Float[Tensor, "n size"], attended: Float[Tensor, "n heads d"]
     ) -> Float[Tensor, "n size"]:
         x = x + self.o_proj(attended.flatten(1))
-        return x + self.mlp(self.post_norm(x))
+        return x + self.mlp(self.post_norm(x)).to(x.dtype)
 
 
 class Stream(nn.Module):

@@ -22,6 +22,7 @@ from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
 from neounify.train.export import export_model
+from neounify.train.keeping import setup_for
 from neounify.train.log import Log, settings_against_divergence
 from neounify.train.method import (
     DROPOUT,
@@ -237,6 +238,10 @@ class Trainer:
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
+        self.setup = setup_for(stage, self.setup)
+        if self.model is not self.setup.model:
+            self.model, self.parallel = self.setup.model, self.setup.parallel
+            self._compiled = False
         self._prepare_parameters(stage)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
@@ -244,7 +249,7 @@ class Trainer:
         tally.load(self._tally_record)
         optimizers = method.optimizers()
         of_model = [one for one in optimizers if one.trains(self.model)]
-        ema = Ema(self.model, stage.ema)
+        ema = Ema(self.model, stage.ema, on_host=stage.ema_memory == "host")
         running = _Running(stage, method, optimizers, of_model, ema, tally)
         if self._resumed is not None:
             self._restore(running, self._resumed)
@@ -488,4 +493,4 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""
-        export_model(self.setup, folder)
+        export_model(self.setup, folder, torch.float32)

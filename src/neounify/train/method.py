@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from neounify.data.loader import Skipped
 from neounify.data.sources import Mixture
 from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import NeounifyError
+from neounify.model.parts import StreamName
 from neounify.train.optim import OptimizerSet
 
 if TYPE_CHECKING:
@@ -280,6 +281,8 @@ class MethodConfig(ABC):
     kind: str
     needs_data: ClassVar[bool] = True
     """Whether a stage must have data; with False, `data = []` is allowed."""
+    residuals: ClassVar[Sequence[str]] = ("float32",)
+    """Dtypes that the residual stream may have."""
     shards: ClassVar[bool] = False
     """Whether parameters, and rows of a pack, may be cut over ranks; else each rank needs the whole
     model."""
@@ -299,6 +302,10 @@ class MethodConfig(ABC):
     def check_data(self, context: StageContext) -> None:
         """Raise DataError for data that cannot be used; called before any stage is trained."""
         return
+
+    def unused_streams(self, stage: StageRecipe) -> Collection[StreamName]:
+        """Frozen streams that no batch of the stage calls: their weights may leave the devices."""
+        return ()
 
     def trained_sizes(
         self, stage: StageRecipe, config: ModelConfig

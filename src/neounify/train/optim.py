@@ -26,7 +26,7 @@ from neounify.config.ranges import (
     Positive,
     check_weights,
 )
-from neounify.distributed.parallelize import local, mesh_of, whole
+from neounify.distributed.parallelize import local, mesh_of, to_host, total_norm
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
 from neounify.model.parts import LABELS
@@ -164,8 +164,7 @@ class OptimizerSet:
         for parameter in self.parameters:
             meshes.setdefault(mesh_of(parameter), []).append(parameter)
         norms = [
-            whole(torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None]))
-            for some in meshes.values()
+            total_norm([p.grad for p in some if p.grad is not None]) for some in meshes.values()
         ]
         norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         for some in meshes.values():
@@ -373,22 +372,26 @@ class Ema:
     """mean ← d · mean + (1 - d) · weight, d = min(decay, (1 + n) / (10 + n)) after n updates.
 
     The ramp forgets the first, untrained weights. Frozen parameters are not copied. Kept in
-    float32 on the model's device.
+    float32 on the model's device, or in host memory.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, on_host: bool = False) -> None:
         self.decay = decay
         self.updates = 0
         self._live = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.mean = {n: p.detach().float().clone() for n, p in self._live.items()}
+        self.mean = {
+            n: to_host(p.detach().float()) if on_host else p.detach().float().clone()
+            for n, p in self._live.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         means = [local(mean) for mean in self.mean.values()]
-        live = [local(self._live[name].detach()).float() for name in self.mean]
-        torch._foreach_lerp_(means, live, 1 - decay)
+        live = [local(p.detach()).float() for p in self._live.values()]
+        here = [weight.to(mean.device) for weight, mean in zip(live, means, strict=True)]
+        torch._foreach_lerp_(means, here, 1 - decay)
 
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Continue from a saved mean; KeyError when a parameter is missing."""
@@ -403,7 +406,7 @@ class Ema:
         """The mean in the model, the trained weights back afterwards."""
         trained = {name: p.detach().clone() for name, p in self._live.items()}
         for name, p in self._live.items():
-            p.copy_(self.mean[name])
+            local(p).copy_(local(self.mean[name]))
         try:
             yield
         finally:
@@ -416,4 +419,4 @@ def load_ema(model: nn.Module, mean: Mapping[str, Tensor]) -> None:
     """Copy an EMA into a model; parameters that it does not hold stay."""
     for name, parameter in model.named_parameters():
         if name in mean:
-            parameter.copy_(mean[name])
+            local(parameter).copy_(local(mean[name]))

@@ -131,6 +131,13 @@ class StageRecipe:
     clip: Positive = 1.0
     ema: BelowOne = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the residual stream, of which every layer keeps its input. In bfloat16 precision
+    that of noisy images is bfloat16 in any case."""
+    frozen_weights: Literal["float32", "bfloat16"] = "float32"
+    """Dtype that frozen weights are kept in on many ranks."""
+    ema_memory: Literal["device", "host"] = "device"
+    """Where the mean of the weights (EMA) is kept; on the host a step waits for a copy of them."""
     checkpoint_activations: bool = False
     """Store only the input of each layer and recompute the rest in the backward pass."""
     compile: bool = False
@@ -160,6 +167,13 @@ class StageRecipe:
                 "leave freeze out, and choose the layers by lora.streams, lora.modules and "
                 "lora.layers"
             )
+        for name in ("residual", "frozen_weights"):
+            if getattr(self, name) == "bfloat16" and self.precision != "bfloat16":
+                raise ValueError(f'{name}: "bfloat16" needs precision = "bfloat16"')
+        if self.residual not in self.method.residuals:
+            raise ValueError(f"residual: the method {self.method.kind} has it in float32")
+        if self.frozen_weights == "bfloat16" and self.lora is not None:
+            raise ValueError("frozen_weights: beside adapters the weights stay float32")
         if {*STREAMS, "shared"} <= set(self.freeze):
             raise ValueError(f"freeze: {list(self.freeze)} leaves nothing to train")
         self.method.check_stage(self)

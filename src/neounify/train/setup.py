@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -43,6 +43,10 @@ TOKENIZER_SEED = 2**31
 """Seed of the samples that a tokenizer is trained on; no training run uses it."""
 
 
+Keeping: TypeAlias = tuple[Any, ...]
+"""What is frozen and how it is kept, where that is not in float32 shards on the devices."""
+
+
 @dataclass(frozen=True, eq=False)
 class TrainSetup:
     """A float32 model to train, spread over the ranks of a run, with tokenizer and system message
@@ -51,6 +55,7 @@ class TrainSetup:
     parallel: Parallel
     tokenizer: Tokenizer
     system_message: str
+    keeping: Keeping = ()
 
     @property
     def model(self) -> NeoUnify:

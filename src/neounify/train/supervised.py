@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,7 +15,10 @@ from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, AreaBounds, Count, Range
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import LoaderConfig, Position, check_sources, load_packs
+from neounify.data.sample import DataError
 from neounify.image.pixels import fit_size
+from neounify.model.build import computing_in
+from neounify.model.parts import GEN, StreamName
 from neounify.runtime.plan import plan_execution
 from neounify.train.log import DivergenceWatch
 from neounify.train.loss import Counts, LossConfig, Metrics, loss_of
@@ -53,6 +56,7 @@ class SupervisedConfig(MethodConfig):
     """
 
     shards: ClassVar[bool] = True
+    residuals: ClassVar[Sequence[str]] = ("float32", "bfloat16")
     kind: Literal["supervised"] = "supervised"
     tokens_per_pack: Annotated[int, AfterValidator(Range(1, MAX_TOKENS_PER_PACK))] = 4096
     loss: LossConfig = field(default_factory=LossConfig)
@@ -68,6 +72,11 @@ class SupervisedConfig(MethodConfig):
     def check_data(self, context: StageContext) -> None:
         """Raise DataError for a source without usable samples."""
         check_sources(context.mixture, build_encoder(context.setup, self))
+
+    def unused_streams(self, stage: StageRecipe) -> Collection[StreamName]:
+        """The generation stream, if it is frozen and no data has images to generate."""
+        generates = any(GENERATING & set(data.tasks_drawn()) for data in stage.data)
+        return (GEN,) if GEN in stage.freeze and not generates else ()
 
     def trained_sizes(
         self, stage: StageRecipe, config: ModelConfig
@@ -134,6 +143,7 @@ class Supervised(Method):
             attention=context.stage.attention,
         )
         self._watch = DivergenceWatch()
+        self._unused = config.unused_streams(context.stage)
 
     def optimizers(self) -> list[OptimizerSet]:
         stage = self.context.stage
@@ -176,16 +186,23 @@ class Supervised(Method):
     def loss(self, batch: MicroBatch, step: TrainStep) -> Tensor:
         """Sums over the pack, divided by the label and token counts of the whole step."""
         noise = torch.Generator(self.model.device).manual_seed(step.batch_seed())
-        loss: Tensor = self.parallel.objective(
-            loss_of,
-            batch.content,
-            self.config.loss,
-            self._counts,
-            noise,
-            self._step_metrics,
-            self._plan,
-            self.parallel.share(batch.content.layout, self._plan.attention),
-        )
+        if batch.images and GEN in self._unused:
+            raise DataError(
+                f"stage {self.context.stage.name}: one of the samples {list(batch.samples)[:5]} "
+                "has an image to generate, and the tasks of its data have none; correct task"
+            )
+        residual = getattr(torch, self.context.stage.residual)
+        with computing_in(self.model, residual):
+            loss: Tensor = self.parallel.objective(
+                loss_of,
+                batch.content,
+                self.config.loss,
+                self._counts,
+                noise,
+                self._step_metrics,
+                self._plan,
+                self.parallel.share(batch.content.layout, self._plan.attention),
+            )
         return loss
 
     def begin_step(self, step: TrainStep) -> None:
