@@ -78,7 +78,7 @@ def stage_memory(
     freeze(model, stage.freeze, stage.freeze_last_layers)
     unused = stage.method.unused_streams(stage)
     present = {n: p for n, p in model.named_parameters() if stream_of(n) not in unused}
-    in_layers = [{} for _ in model.layers]
+    in_layers: list[dict[str, nn.Parameter]] = [{} for _ in model.layers]
     root = 0
     for name, parameter in present.items():
         if name.startswith("layers."):
