@@ -137,10 +137,10 @@ def counted(pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch) -> Counter
     some_layers = pipe.model.some_layers
 
     def counting(
-        layout: Layout, hidden: Any, attend: Any, numbers: range
+        layout: Layout, hidden: Any, attend: Any, numbers: range, rows: Any = None
     ) -> Generator[None, None, Any]:
         counts["layers"] += len(layout["gen"].grids) * len(numbers)
-        return some_layers(layout, hidden, attend, numbers)
+        return some_layers(layout, hidden, attend, numbers, rows)
 
     monkeypatch.setattr(pipe.model, "some_layers", counting)
     return counts

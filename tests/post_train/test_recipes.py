@@ -99,14 +99,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def rewards_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an untrained model samples is all equally wrong: add a difference to real rewards."""
-    measured = Rewards.__call__
+    measure = Rewards.measure
 
     def differing(self: Rewards, outputs: Any, cases: Any) -> Rewarded:
-        rewarded = measured(self, outputs, cases)
+        rewarded = measure(self, outputs, cases)
         assert not rewarded.failures
         return replace(rewarded, total=rewarded.total + torch.arange(len(outputs)).numpy() / 100)
 
-    monkeypatch.setattr(Rewards, "__call__", differing)
+    monkeypatch.setattr(Rewards, "measure", differing)
 
 
 def small(stage: StageRecipe, models: list[Path], prompts: Path, service: str) -> StageRecipe:

@@ -186,7 +186,7 @@ class ModelOptions(
 
     devices: Annotated[
         str | None,
-        option(MODEL, "NAME,NAME…", "Spread the model over these, in place of --device."),
+        option(MODEL, "NAME,NAME", "Spread the model over these, in place of --device."),
     ] = None
     memory: Annotated[
         str,

@@ -44,7 +44,7 @@ class ServeModelOptions(
         str | None,
         option(
             MODEL,
-            "NAME,NAME…",
+            "NAME,NAME",
             "Spread the understanding engine over these, one process each: some of the heads on "
             "each. Implies --mode separate.",
         ),
@@ -53,7 +53,7 @@ class ServeModelOptions(
         str | None,
         option(
             MODEL,
-            "NAME,NAME…",
+            "NAME,NAME",
             "Spread the generation engine over these, one process each: some of the guidance "
             "branches on each. Implies --mode separate.",
         ),
