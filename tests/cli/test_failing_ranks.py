@@ -228,14 +228,14 @@ KILLS = 10
 @pytest.mark.timeout(3000)
 def test_ranks_killed_at_any_time(tmp_path: Path) -> None:
     """Ten kills of either rank; what goes on, on one rank and two by turns, trains as if none."""
-    steps, kills, numbers = 5 + 4 * KILLS, 0, random.Random(0)
+    steps, kills, numbers = 5 + 8 * KILLS, 0, random.Random(0)
     path = recipe(tmp_path, steps=steps)
     options = ("--resume", "auto")
     for number in range(KILLS):
         size = 2 - number % 2
         with run(tmp_path, [path] * size, options=options) as started:
             if number in (3, 6):  # while the ranks start
-                time.sleep(numbers.uniform(0, 6))
+                time.sleep(numbers.uniform(0, 4))
             elif not started.wait_for_step(steps_of(tmp_path / "out") + numbers.randint(1, 4)):
                 break
             time.sleep(numbers.uniform(0, 0.2))
