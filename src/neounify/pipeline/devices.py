@@ -132,6 +132,7 @@ class DeviceGroup:
                 met = Group.meet(store, 0, self._devices)
                 # The hooks of the model know this object.
                 self.group.__dict__.update(met.__dict__)
+                self.group.part(self._sequence)  # while the store is there
                 return self.group.together(load if load is not None else lambda: None)
             except BaseException:
                 self._give_up()
@@ -255,6 +256,7 @@ def main() -> None:
     sys.stdout.buffer.write(HERE)
     sys.stdout.buffer.flush()
     group = Group.meet(config.store, config.rank, config.devices)
+    group.part(config.sequence)
     device = config.devices[config.rank]
     try:
         pipe = group.together(lambda: load_rank(config.options, group, device))
