@@ -156,12 +156,12 @@ def test_a_share_of_the_weights_is_not_saved(two: neounify.Pipeline, tmp_path: P
 def test_nothing_is_left_when_the_devices_are_closed(path: Path) -> None:
     pipe = neounify.load(path, dtype="float32", devices=["cpu", "cpu"])
     assert pipe.devices is not None
-    own = f"{pipe.devices._space.prefix}*"  # other tests have pieces at the same time
+    names = f"{pipe.devices._space.prefix}*"  # other tests have pieces at the same time
     pipe.generate("a boat", width=256, height=256, steps=2)
-    assert list(folder().glob(own))
+    assert list(folder().glob(names))
     (pid,) = pipe.devices.pids
     pipe.devices.close()
     time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert not list(folder().glob(own))
+    assert not list(folder().glob(names))
