@@ -227,7 +227,7 @@ KILLS = 10
 
 @pytest.mark.timeout(3000)
 def test_ranks_killed_at_any_time(tmp_path: Path) -> None:
-    """Ten kills of either rank; what goes on, on one rank and two by turns, trains as if none."""
+    """Ten kills of either rank; what goes on, on one rank or two, trains as if none."""
     steps, kills, numbers = 5 + 8 * KILLS, 0, random.Random(0)
     path = recipe(tmp_path, steps=steps)
     options = ("--resume", "auto")

@@ -56,9 +56,8 @@ def place_stored(
     """Quantised layers where `sources` (our name → stored weight) hold codes of linear layers.
 
     Their codes take the place of the weights in `sources`; the small tensors beside them come back,
-    by our names. Weights of other modules and
-    shares of ranks stay, to be decoded. LoRA updates of a quantised weight
-    become an adapter beside it.
+    by our names. Weights of other modules and shares of ranks stay, to be decoded. LoRA updates of
+    a quantised weight become an adapter beside it.
     """
     small: dict[str, Tensor] = {}
     for name, source in list(sources.items()):

@@ -45,6 +45,13 @@ def text_knob(name: str, metavar: str, *flags: str) -> Any:
 # --- model, output, reporting ---
 
 
+ResidentLayers = Annotated[
+    int | None,
+    option(MODEL, "N", "Layers that stay with --memory layers. Default: as many as fit.", min=0),
+]
+PlanCheck = Annotated[
+    str, option(MODEL, "check|ignore", "Refuse a model that does not fit in memory, or try it.")
+]
 ConfigFolder = Annotated[
     Path | None,
     option(
@@ -197,15 +204,8 @@ class ModelOptions(
             "layers. Default: the first that fits.",
         ),
     ] = "auto"
-    resident_layers: Annotated[
-        int | None,
-        option(
-            MODEL, "N", "Layers that stay with --memory layers. Default: as many as fit.", min=0
-        ),
-    ] = None
-    plan: Annotated[
-        str, option(MODEL, "check|ignore", "Refuse a model that does not fit in memory, or try it.")
-    ] = "check"
+    resident_layers: ResidentLayers = None
+    plan: PlanCheck = "check"
 
 
 @dataclass(frozen=True, kw_only=True)

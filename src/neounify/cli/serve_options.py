@@ -11,7 +11,9 @@ from neounify.cli.options import (
     AttentionOptions,
     ColourOptions,
     NamedModel,
+    PlanCheck,
     QuantOptions,
+    ResidentLayers,
     ThreadOptions,
     WeightOptions,
     option,
@@ -85,15 +87,8 @@ class ServeModelOptions(
             "that fits.",
         ),
     ] = "auto"
-    resident_layers: Annotated[
-        int | None,
-        option(
-            MODEL, "N", "Layers that stay with --memory layers. Default: as many as fit.", min=0
-        ),
-    ] = None
-    plan: Annotated[
-        str, option(MODEL, "check|ignore", "Refuse a model that does not fit in memory, or try it.")
-    ] = "check"
+    resident_layers: ResidentLayers = None
+    plan: PlanCheck = "check"
 
 
 @dataclass(frozen=True, kw_only=True)

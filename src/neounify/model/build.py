@@ -69,6 +69,11 @@ def without_values() -> Iterator[None]:
         yield
 
 
+def is_initializer(func: Callable[..., Any]) -> bool:
+    """Whether a function is one of torch.nn.init that fills a tensor in place."""
+    return getattr(func, "__module__", "") == "torch.nn.init" and func.__name__.endswith("_")
+
+
 class _SkipInit(TorchFunctionMode):
     """Makes the functions of torch.nn.init return their tensor as it is."""
 
@@ -80,6 +85,6 @@ class _SkipInit(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init" and func.__name__.endswith("_"):
+        if is_initializer(func):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)

@@ -21,7 +21,7 @@ from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Share
 from neounify.config import ModelConfig
 from neounify.distributed.parallelize import local, place
-from neounify.model.build import meta_model
+from neounify.model.build import is_initializer, meta_model
 from neounify.model.neo import NeoUnify
 from neounify.text.tokenizer import Tokenizer, byte_of_character
 
@@ -118,7 +118,7 @@ class _Drawn(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         arguments = dict(kwargs or {})
-        if getattr(func, "__module__", "") != "torch.nn.init" or not func.__name__.endswith("_"):
+        if not is_initializer(func):
             return func(*args, **arguments)
         tensor = arguments.pop("tensor") if "tensor" in arguments else args[0]
         if func.__name__ in ("uniform_", "normal_", "kaiming_uniform_"):
