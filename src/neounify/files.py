@@ -136,6 +136,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder; a kill meanwhile leaves no part of it under its name. Raises OSError."""
+    aside = _aside(path)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Remove unfinished files and folders of killed processes, for names of `pattern`.
 

@@ -117,6 +117,19 @@ def test_damaged_states_that_lie_ahead_do_not_count_as_kept(states: Path) -> Non
     check_state(states / "step-00000003")
 
 
+def test_a_kill_while_states_are_pruned(states: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state that is being removed has lost its name before its first file goes."""
+
+    def remove_some(path: Path, **_: object) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", remove_some)
+    with pytest.raises(KeyboardInterrupt):
+        prune_states(states, 1, 3)
+    assert all((state / "state.json").is_file() for state in saved_states(states))
+
+
 def test_states_of_earlier_versions_get_the_names_of_now(tmp_path: Path) -> None:
     """Streams had no halves: layers.0.und.q_proj is layers.0.und.qkv.q_proj now."""
     names = ["layers.0.und.q_proj.weight", "layers.1.gen.mlp.up_proj.weight", "und_norm.weight"]

@@ -13,7 +13,7 @@ import typer
 from neounify.cli.command import UsageError
 from neounify.cli.display import Display
 from neounify.cli.options import DeviceOptions, ReportOptions
-from neounify.cli.ranks import device_of, reported_by_rank
+from neounify.cli.ranks import all_ranks, device_of
 from neounify.runtime import keep_freed_memory, lasting_imports
 
 if TYPE_CHECKING:
@@ -43,12 +43,9 @@ def doctor(
       neounify doctor recipes/scenes.toml
       torchrun --nproc-per-node 2 -m neounify doctor recipes/scenes.toml
     """
-    with lasting_imports():
-        from neounify.distributed.ranks import joined
-
     if not math.isfinite(seconds):
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")
-    with joined() as ranks, reported_by_rank(ranks):
+    with all_ranks() as ranks:
         _examine(recipe, stage, seconds, where, report, ranks)
 
 

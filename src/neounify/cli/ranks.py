@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
 
-from neounify.cli.command import INTERRUPTED, explain
+from neounify.cli.command import INTERRUPTED, explain, reported
 from neounify.cli.models import default_device
 from neounify.errors import NeounifyError
+from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +35,26 @@ def device_of(name: str | None, ranks: Ranks) -> torch.device:
 
 
 @contextmanager
-def reported_by_rank(ranks: Ranks) -> Iterator[None]:
+def all_ranks() -> Iterator[Ranks]:
+    """The ranks of this run; what goes wrong is reported once and ends all of them."""
+    with lasting_imports():
+        from neounify.distributed.ranks import joined
+
+    with joined() as ranks:
+        try:
+            with reported(debug=False), _reported_by_rank(ranks):
+                yield ranks
+        except typer.Exit as end:
+            if ranks.size == 1:
+                raise
+            # Threads of the process group, which is not left, abort a Python that ends as usual.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.exit_code)
+
+
+@contextmanager
+def _reported_by_rank(ranks: Ranks) -> Iterator[None]:
     """Errors as one message that names the rank; rank 0 reports what all ranks meet.
 
     A rank that fails alone ends, and so the others lose the connection to it: the first one to

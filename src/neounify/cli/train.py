@@ -13,7 +13,7 @@ import typer
 from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
-from neounify.cli.ranks import device_of, reported_by_rank
+from neounify.cli.ranks import all_ranks, device_of
 from neounify.files import locked_folder
 from neounify.runtime import keep_freed_memory, lasting_imports
 
@@ -62,12 +62,12 @@ def train(
     """
     with lasting_imports():
         from neounify.cli.checks import check_threads
-        from neounify.distributed.ranks import joined, restarted
+        from neounify.distributed.ranks import restarted
         from neounify.train.parallel import check_shared
         from neounify.train.recipe import read_recipe
 
     check_threads(where.threads)
-    with joined() as ranks, reported_by_rank(ranks):
+    with all_ranks() as ranks:
         # The first rank speaks for all.
         silent = not ranks.first
         display = Display(quiet=report.quiet or silent, json=report.json or silent)

@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from neounify.config import ModelConfig
 from neounify.distributed.ranks import ONE, OtherRankError, Ranks
 from neounify.distributed.states import cut_like, files_of, load_sharded, save_sharded
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
-from neounify.files import ASIDE_SUFFIX, atomic_folder, remove_leftovers, write_json
+from neounify.files import ASIDE_SUFFIX, atomic_folder, remove_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
 
 NAME = re.compile(r"step-(\d{8,})")
@@ -117,7 +116,8 @@ def prune_states(folder: Path, keep: int, step: int) -> None:
     """
     reached = [path for path in saved_states(folder) if _step(path) <= step]
     for path in reached[: -max(1, keep)]:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            remove_folder(path)
 
 
 def saved_states(folder: Path) -> list[Path]:
