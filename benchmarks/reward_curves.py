@@ -47,7 +47,8 @@ def draw(runs: Mapping[str, Sequence[Stage]], categories: Sequence[str], output:
         axis.grid(alpha=0.25)
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
-    axes[0][0].legend(frameon=False, fontsize=8.5)
+    lines, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=COLUMNS, frameon=False)
     figure.savefig(output, dpi=150)
     plt.close(figure)
 
