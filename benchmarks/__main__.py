@@ -55,6 +55,19 @@ def bfloat16_gain(figures: list[Figure]) -> Iterator[Figure]:
             )
 
 
+def redrawn(path: Path) -> str:
+    """The table of a file of figures; the file gets the shares that today's counts give."""
+    record = json.loads(path.read_text())
+    figures = speed.recounted([Figure(**figure) for figure in record["figures"]])
+    record["figures"] = [asdict(figure) for figure in figures]
+    path.write_text(_text(record))
+    return table(figures)
+
+
+def _text(record: dict[str, object]) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", default=GROUPS, choices=GROUPS, metavar="GROUP")
@@ -62,7 +75,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--threads", type=int, help="threads of torch; default: its own choice")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--redraw",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: print the table of an earlier run, its shares counted as today",
+    )
     arguments = parser.parse_args()
+    if arguments.redraw:
+        print(redrawn(arguments.redraw))
+        return
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -81,7 +103,7 @@ def main() -> None:
             "figures": [asdict(figure) for figure in figures],
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        arguments.json.write_text(_text(record))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,31 @@
-"""Operations of inference: 2 × the weights a token passes, 4 · queries · keys · heads · d."""
+"""Operations of inference: 2 × the weights a token passes, 4 · visible pairs · heads · d.
+
+A pair is a query and a key that it sees (`Layout.pairs`): in text no key behind the query counts,
+as a causal kernel computes none.
+"""
 
 from __future__ import annotations
 
-from neounify.model import NeoUnify
+from collections.abc import Sequence
+
+from neounify.model import Document, Layout, NeoUnify, Noise
+from neounify.model.layout import Grid, Span
 from neounify.model.parts import GEN, UND
 from neounify.train.speed import attention, layer_weights, weights
 
 
-def prefill(model: NeoUnify, tokens: int, image_tokens: int = 0) -> int:
-    """Operations of a prefill, every query against every key; logits of the last position only."""
-    operations = 2 * layer_weights(model, UND) * tokens + attention(model.config, tokens**2)
+def prefill(model: NeoUnify, spans: Sequence[Span]) -> int:
+    """Operations of a prefill of one document; logits of the last position only."""
+    layout = Layout([Document(tuple(spans))])
+    rows, images = layout[UND].length, layout[UND].length - layout.text_length
+    operations = 2 * layer_weights(model, UND) * rows + attention(model.config, layout.pairs(UND))
     logits = 2 * model.config.vocab_size * model.config.hidden_size
-    return operations + 2 * weights(model.und_patch) * image_tokens + logits
+    return operations + 2 * weights(model.und_patch) * images + logits
 
 
-def denoise(model: NeoUnify, tokens: int, prefixes: list[int]) -> int:
-    """Operations of one step behind several prefixes; the image is embedded once."""
+def denoise(model: NeoUnify, grid: Grid, prefixes: Sequence[int]) -> int:
+    """Operations of one step behind prefixes of so many tokens; the image is embedded once."""
+    layout = Layout(Document((Noise.of(grid),), past=prefix) for prefix in prefixes)
     passed = layer_weights(model, GEN) + weights(model.image_head)
-    branches = sum(
-        2 * passed * tokens + attention(model.config, tokens * (prefix + tokens))
-        for prefix in prefixes
-    )
-    return branches + 2 * weights(model.gen_patch) * tokens
+    layers = 2 * passed * layout[GEN].length + attention(model.config, layout.pairs(GEN))
+    return layers + 2 * weights(model.gen_patch) * grid.length
