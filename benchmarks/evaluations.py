@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 import neounify
-from benchmarks.experiments.intervals import Difference, Paired
 from benchmarks.timing import describe_machine
 from neounify.bundled import bundled_model
+from neounify.evaluate.intervals import Difference, Paired
 from neounify.evaluate.metrics import Rate, psnr, wilson_interval
 from neounify.flow.sampling import ImageSampling, fast_steps
 from neounify.pipeline import Pipeline

@@ -17,6 +17,7 @@ deprecation     old names that keep working
 files           bounded reads, atomic writes, folders with one writer
 terminal        progress bars
 plugins         objects of the user, by name
+services        services of others over HTTP
 bundled         the folder of the model that comes with the package
 config          what a model and a request consist of
 runtime         settings of the whole process, limits of a model on a device
@@ -38,7 +39,7 @@ tasks           one program per task, without I/O
 pipeline        the public Python API
 neounify        the names that `import neounify` gives
 data            samples, sources, packing, loading
-evaluate        similarity of images, rates with confidence intervals
+evaluate        similarity of images, rates and means with confidence intervals, paired tests
 scenes          synthetic scenes and SceneBench
 train           recipes and the trainer
 post_train      reinforcement learning, distillation, merging of experts

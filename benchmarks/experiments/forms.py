@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.bench import Bench, open_model
-from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from benchmarks.experiments.wordings import EDITS, PROMPTS, QUESTIONS, Wording
+from neounify.evaluate.intervals import Paired
 from neounify.scenes.bench import (
     PipelineSubject,
     Rate,

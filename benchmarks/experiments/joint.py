@@ -11,10 +11,10 @@ from typing import Any
 
 import neounify
 from benchmarks.experiments.bench import Bench, outcomes
-from benchmarks.experiments.intervals import Difference, newcombe
 from benchmarks.experiments.options import add_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from benchmarks.experiments.training import JOINT, KINDS, Trained, Training, recipes, train
+from neounify.evaluate.intervals import Difference, newcombe
 from neounify.scenes.bench import PipelineSubject, Rate, Score, names
 from neounify.scenes.world import scene_config
 

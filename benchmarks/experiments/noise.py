@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.experiments.bench import Bench, open_model, outcomes
-from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
 from neounify.config import FlowConfig
 from neounify.errors import ConfigError
+from neounify.evaluate.intervals import Paired
 from neounify.flow.path import noise_scale
 from neounify.model.build import meta_model
 from neounify.pipeline import Pipeline

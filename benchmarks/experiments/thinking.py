@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.bench import Bench, open_model, outcomes
-from benchmarks.experiments.intervals import Paired
 from benchmarks.experiments.options import add_checkpoint_options, bench_of
 from benchmarks.experiments.report import circumstances, table, write
+from neounify.evaluate.intervals import Paired
 from neounify.scenes.bench import Example, PipelineSubject, Rate, Subject
 from neounify.scenes.world import scene_config
 

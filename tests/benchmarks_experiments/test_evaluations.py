@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.evaluations import Row, main, psnr_table, rules, scene_table, verdict
-from benchmarks.experiments.intervals import Difference
+from neounify.evaluate.intervals import Difference
 
 from neounify.cli.toy import toy_pipeline
 from neounify.flow.sampling import ImageSampling

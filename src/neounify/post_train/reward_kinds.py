@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from neounify.errors import ConfigError, NeounifyError
+from neounify.errors import ConfigError
 from neounify.post_train.prompts import PromptCase
 from neounify.scenes.bench.checks import (
     MIN_EDIT_PSNR,
@@ -34,6 +30,7 @@ from neounify.scenes.bench.prompts import CaptionCase, VqaCase
 from neounify.scenes.world.edits import SceneEdit, Story
 from neounify.scenes.world.facts import SceneFacts
 from neounify.scenes.world.scene import SceneConfig
+from neounify.services import BadAnswer, post_json
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 Output = Pixels | str | tuple[str | Pixels, ...]
@@ -41,7 +38,6 @@ Output = Pixels | str | tuple[str | Pixels, ...]
 Parts = Mapping[str, float]
 TOTAL = "total"
 """A part that is the reward of its sample, the other parts being for the log."""
-MAX_RESPONSE_BYTES = 2**22
 
 
 class Reward(Protocol):
@@ -50,10 +46,6 @@ class Reward(Protocol):
     def __call__(
         self, outputs: Sequence[Any], cases: Sequence[PromptCase], /
     ) -> Sequence[Parts]: ...
-
-
-class ServiceError(NeounifyError):
-    """A service that does not answer, after all attempts: no single sample is at fault."""
 
 
 class SceneReward:
@@ -119,10 +111,7 @@ def _split(verdict: Verdict) -> Parts:
 class HttpReward:
     """A service: POST of JSON with base64 PNGs or texts, prompts and records.
 
-    It answers {"rewards": [{…}]}.
-
-    A connection error or a status from 500 up is tried again after 0.5, 1, 2, … seconds; after the
-    last attempt it raises ServiceError.
+    It answers {"rewards": [{…}]}. Raises NoAnswer and BadAnswer as `services.post_json` does.
     """
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
@@ -135,31 +124,11 @@ class HttpReward:
             | ({"record": dict(case.record)} if case.record else {})
             for output, case in zip(outputs, cases, strict=True)
         ]
-        body = json.dumps({"items": items}).encode()
-        document = json.loads(self._post(body))
-        rewards = document.get("rewards") if isinstance(document, dict) else None
+        answer = post_json(self.url, {"items": items}, timeout=self.timeout, retries=self.retries)
+        rewards = answer.get("rewards")
         if not isinstance(rewards, list):
-            raise ValueError('the answer has no list "rewards"')
+            raise BadAnswer('the answer has no list "rewards"')
         return rewards
-
-    def _post(self, body: bytes) -> bytes:
-        request = urllib.request.Request(
-            self.url, body, {"Content-Type": "application/json"}, method="POST"
-        )
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    data: bytes = answer.read(MAX_RESPONSE_BYTES + 1)
-                if len(data) > MAX_RESPONSE_BYTES:
-                    raise ValueError(f"the answer has more than {MAX_RESPONSE_BYTES} bytes")
-                return data
-            except OSError as error:
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                    raise
-                if attempt == self.retries:
-                    raise ServiceError(f"{error!r}, {attempt + 1} times") from error
-                time.sleep(0.5 * 2**attempt)
-        raise AssertionError  # the loop returns or raises
 
 
 class JudgeReward:

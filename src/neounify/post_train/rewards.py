@@ -40,10 +40,10 @@ from neounify.post_train.reward_kinds import (
     Parts,
     Reward,
     SceneReward,
-    ServiceError,
     answer_reward,
 )
 from neounify.scenes.world.scene import scene_config
+from neounify.services import NoAnswer
 
 IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
 """Kinds of rewards that have no other outputs."""
@@ -227,7 +227,7 @@ class Rewards:
         except FutureTimeout:
             failures.append(f": no result after {config.timeout:g} s")
             return [{}] * len(outputs)
-        except ServiceError as error:
+        except NoAnswer as error:
             failures.append(f": {error}")
             return [{}] * len(outputs)
         except Exception as error:  # a reward's own code may fail in any way

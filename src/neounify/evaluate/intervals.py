@@ -1,13 +1,20 @@
-"""95 % intervals of differences between two rates, built from the rates' Wilson intervals."""
+"""95 % intervals of differences between rates and of means, and tests of paired cases."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from neounify.data.sample import DataError
-from neounify.scenes.bench import Rate, wilson_interval
+from neounify.evaluate.metrics import Floats, Rate, wilson_interval
+
+DRAWS = 2000
+"""Resamples of a bootstrap interval, and sign flips of a permutation test."""
+_MAX_DRAWN = 2**22
+"""Values drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,80 @@ class Paired:
         if excess > 0:
             excess = max(0.0, excess - self.number / 2)
         return excess / math.sqrt(rows * columns)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of graded cases with its 95 % interval from the bootstrap over cases."""
+
+    value: float
+    low: float
+    high: float
+    number: int
+
+    @staticmethod
+    def of(values: Sequence[float], seed: int = 0) -> Mean:
+        """The mean of finite values; the interval is between the 2.5 and 97.5 % quantiles of the
+        means of `DRAWS` resamples. Raises DataError for no values."""
+        numbers = np.asarray(values, np.float64)
+        if not len(numbers) or not np.isfinite(numbers).all():
+            raise DataError(f"{len(numbers)} values, not all finite, have no mean")
+        low, high = np.quantile(_resampled_means(numbers, seed), [0.025, 0.975])
+        return Mean(float(numbers.mean()), float(low), float(high), len(numbers))
+
+    def to_json(self) -> dict[str, float | int]:
+        """Mean, interval and number of cases."""
+        value, low, high = (round(x, 4) for x in (self.value, self.low, self.high))
+        return {"mean": value, "low": low, "high": high, "n": self.number}
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ({100 * self.low:.1f}–{100 * self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class PairedMeans:
+    """The difference of two means of the same graded cases, and its p value."""
+
+    difference: Difference
+    p_value: float
+
+    @staticmethod
+    def of(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedMeans:
+        """first - second of cases in the same order. Raises DataError if they are no pairs.
+
+        The interval is the bootstrap's over cases. p is the share of random signs of the cases'
+        differences whose mean is at least as far from 0, the observed one counted among them.
+        """
+        if not len(first) or len(first) != len(second):
+            raise DataError(f"{len(first)} and {len(second)} cases are no pairs")
+        gains = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+        mean = Mean.of(gains.tolist(), seed)
+        flipped = np.abs(_flipped_means(gains, seed))
+        # Sums of the same numbers in another order differ in their last bits.
+        beyond = int((flipped >= abs(mean.value) * (1 - 1e-9)).sum())
+        difference = Difference(mean.value, mean.low, mean.high)
+        return PairedMeans(difference, (beyond + 1) / (DRAWS + 1))
+
+
+def _resampled_means(values: Floats, seed: int) -> Floats:
+    random = np.random.default_rng(seed)
+    return _means(
+        lambda rows: values[random.integers(len(values), size=(rows, len(values)))], len(values)
+    )
+
+
+def _flipped_means(gains: Floats, seed: int) -> Floats:
+    random = np.random.default_rng(seed)
+    return _means(
+        lambda rows: gains * random.choice([-1.0, 1.0], size=(rows, len(gains))), len(gains)
+    )
+
+
+def _means(draw: Callable[[int], Floats], number: int) -> Floats:
+    """Means of `DRAWS` drawn rows of `number` values, in pieces that bound the memory."""
+    rows = max(1, _MAX_DRAWN // number)
+    pieces = [draw(min(rows, DRAWS - start)).mean(1) for start in range(0, DRAWS, rows)]
+    return np.concatenate(pieces)
 
 
 def _squared_and_added(first: Rate, second: Rate, phi: float) -> Difference:

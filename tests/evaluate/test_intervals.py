@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from benchmarks.experiments.intervals import Paired, newcombe
 
 from neounify.data.sample import DataError
+from neounify.evaluate.intervals import Mean, Paired, PairedMeans, newcombe
 from neounify.scenes.bench import Rate, wilson_interval
 
 # Newcombe (1998), "Interval estimation for the difference between independent proportions",
@@ -85,3 +85,40 @@ def test_mcnemars_exact_p_value() -> None:
 
 def test_a_difference_is_in_points() -> None:
     assert str(newcombe(Rate(56, 70), Rate(48, 80))) == "+20.0 (+5.2 to +33.4)"
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_for_many_cases() -> None:
+    values = np.random.default_rng(3).random(2000)
+    mean = Mean.of(values.tolist())
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert mean.value == pytest.approx(values.mean())
+    assert (mean.low, mean.high) == pytest.approx((mean.value - half, mean.value + half), abs=0.002)
+    assert Mean.of(values.tolist()) == mean, "the same draws every time"
+    assert Mean.of([0.25]) == Mean(0.25, 0.25, 0.25, 1)
+    assert mean.to_json().keys() == {"mean", "low", "high", "n"}
+
+
+@pytest.mark.parametrize("values", [[], [0.5, math.nan]])
+def test_values_without_a_mean(values: list[float]) -> None:
+    with pytest.raises(DataError, match=f"{len(values)} values"):
+        Mean.of(values)
+
+
+def test_graded_pairs_find_a_difference_that_each_case_has() -> None:
+    second = np.random.default_rng(1).random(40)
+    pairs = PairedMeans.of((second + 0.02).tolist(), second.tolist())
+    assert pairs.difference.value == pytest.approx(0.02)
+    assert 0 < pairs.difference.low <= pairs.difference.high
+    assert pairs.p_value == pytest.approx(1 / 2001)
+
+
+def test_graded_pairs_find_no_difference_between_draws_of_one_kind() -> None:
+    values = np.random.default_rng(2).random((200, 2, 30))
+    p_values = np.array([PairedMeans.of(a.tolist(), b.tolist()).p_value for a, b in values])
+    assert 0.01 <= (p_values < 0.05).mean() <= 0.1
+    assert PairedMeans.of([0.5, 0.5], [0.5, 0.5]).p_value == 1
+
+
+def test_cases_that_are_no_pairs() -> None:
+    with pytest.raises(DataError, match="2 and 1 cases"):
+        PairedMeans.of([0.0, 1.0], [1.0])

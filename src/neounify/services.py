@@ -1,0 +1,103 @@
+"""Services of others over HTTP: POST with limits of time and size, tried again if that helps."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from neounify.errors import NeounifyError
+
+MAX_ANSWER_BYTES = 2**22
+MAX_WAIT = 60.0
+"""Seconds that a service may ask to be left alone before the next attempt."""
+TOO_MANY_REQUESTS = 429
+_PIECE = 2**16
+
+
+class NoAnswer(NeounifyError):
+    """A service that does not answer, after all attempts: no single request is at fault."""
+
+
+class BadAnswer(NeounifyError):
+    """A request that a service refuses, or an answer that is none."""
+
+
+def post(
+    url: str,
+    body: bytes,
+    *,
+    timeout: float,
+    retries: int,
+    headers: Mapping[str, str] | None = None,
+    max_bytes: int = MAX_ANSWER_BYTES,
+) -> bytes:
+    """The answer to a POST of `body`, JSON unless `headers` say otherwise.
+
+    Connection errors, answers that end early or take more than `timeout` seconds, status 429 and
+    those from 500 up are tried again `retries` times, after 0.5, 1, 2, … seconds or those that
+    Retry-After asks for, at most `MAX_WAIT`. Raises NoAnswer after the last attempt, BadAnswer for
+    any other status and for answers above `max_bytes`.
+    """
+    request = urllib.request.Request(
+        url, body, {"Content-Type": "application/json", **(headers or {})}, method="POST"
+    )
+    for attempt in range(retries + 1):
+        try:
+            return _read(request, timeout, max_bytes)
+        except (OSError, http.client.HTTPException) as error:
+            wait = 0.5 * 2**attempt
+            if isinstance(error, urllib.error.HTTPError):
+                wait = _wait(error, wait)
+            if attempt == retries:
+                raise NoAnswer(f"{error!r}, {attempt + 1} times") from error
+            time.sleep(wait)
+    raise AssertionError  # the loop returns or raises
+
+
+def post_json(url: str, document: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    """The JSON object that a service answers to another; options and errors are those of `post`.
+
+    BadAnswer also for what is no JSON object.
+    """
+    data = post(url, json.dumps(document).encode(), **options)
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"the answer is not JSON: {data[:80]!r}") from error
+    if not isinstance(answer, dict):
+        raise BadAnswer(f"the answer is no JSON object: {data[:80]!r}")
+    return answer
+
+
+def _read(request: urllib.request.Request, timeout: float, max_bytes: int) -> bytes:
+    """One attempt; the limits of sockets count from their last byte, this one from the first."""
+    deadline = time.monotonic() + timeout
+    data = bytearray()
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        while piece := answer.read1(_PIECE):
+            data += piece
+            if len(data) > max_bytes:
+                raise BadAnswer(f"the answer has more than {max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole answer after {timeout:g} s")
+        if answer.length:
+            raise http.client.IncompleteRead(bytes(data[:80]), answer.length)
+    return bytes(data)
+
+
+def _wait(error: urllib.error.HTTPError, wait: float) -> float:
+    """Seconds until the next attempt after an error status. BadAnswer if another is no use."""
+    with error:
+        said = error.read(200).decode("utf-8", "replace")
+    if error.code != TOO_MANY_REQUESTS and error.code < http.client.INTERNAL_SERVER_ERROR:
+        raise BadAnswer(f"status {error.code}: {said}") from error
+    try:
+        asked = float(error.headers.get("Retry-After", ""))
+    except ValueError:  # absent, or a date
+        return wait
+    return min(MAX_WAIT, max(wait, asked))
