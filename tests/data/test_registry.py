@@ -9,9 +9,10 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 from neounify.config.ranges import STRICT, Count
+from neounify.data.configs import FORMATS, DataConfig, read_data
 from neounify.data.sample import DataError, Sample, SampleText, Turn
 from neounify.data.shards import ShardData
-from neounify.data.sources import FORMATS, DataConfig, JsonlData, read_data
+from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
 from neounify.scenes.world.samples import SceneData
 from neounify.train.recipe import Recipe, recipe_from_table

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from neounify.data.encode import crop_to, nearest_bucket
-from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
+from neounify.data.sample import DataError, RecordRules, Sample, SampleImage, SampleText, Turn
 from neounify.data.shards import ShardSource
 from neounify.data.sources import BLOCK, JsonlSource, Mixture, SampleSource
 from neounify.image import TRAINING_BUCKETS
@@ -71,7 +71,7 @@ def test_shards_come_back_as_written(tmp_path: Path) -> None:
     assert source.size == 12
     assert [shape(source[n]) for n in range(12)] == [shape(s) for s in SAMPLES]
     assert source.damage == []
-    renamed = ShardSource([tmp_path / "a.tar"], task="interleave")
+    renamed = ShardSource([tmp_path / "a.tar"], rules=RecordRules(task="interleave"))
     assert {renamed[n].task for n in range(7)} == {"interleave"}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from neounify.data.sources import SampleSource, read_data
+from neounify.data.configs import read_data
+from neounify.data.sources import SampleSource
 from support.colour_profiles import DISPLAY_P3, rgb_profile
 from support.samples import build_mixture
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from neounify.data.configs import DataConfig
 from neounify.data.sample import Sample, sample_to_record
-from neounify.data.sources import DataConfig, Mixture
+from neounify.data.sources import Mixture
 
 
 def build_mixture(data: Sequence[DataConfig], seed: int) -> Mixture:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from neounify.cli.app import app
 from neounify.config.presets import PRESETS
-from neounify.data.sources import read_data
+from neounify.data.configs import read_data
 from neounify.distributed.mesh import MeshShape
 from neounify.train.memory import GB, stage_memory
 from neounify.train.recipe import StageRecipe

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 HEAD_BYTES = 4096
 """Bytes at the start of a file that are read to recognise it."""
@@ -144,34 +143,6 @@ def foreign_folder(path: Path) -> str:
             f"{GENERATION_RECORD}"
         )
     return "holds no .jsonl file"
-
-
-def foreign_record(record: Mapping[str, Any]) -> str:
-    """Format of a record without "conversations", and the format that is read."""
-    keys = record.keys()
-    if "messages" in keys:
-        who = "ms-swift" if "images" in keys else "Hugging Face and OpenAI"
-        return f'a record with "messages" as {who} write it; what is read is {RECORD}'
-    if "file_name" in keys:
-        return (
-            "metadata of a Hugging Face image folder; to train image generation, write "
-            f"{GENERATION_RECORD}"
-        )
-    if "prompt" in keys and "image" in keys:
-        return (
-            'a record with "prompt" and "image" (DiffSynth); to train image generation, write '
-            f"{GENERATION_RECORD}"
-        )
-    if "url" in keys and ("caption" in keys or "key" in keys):
-        return (
-            "metadata of img2dataset; put the image and its caption beside it (KEY.jpg, KEY.txt) "
-            f"in a tar shard, or write {GENERATION_RECORD}"
-        )
-    for names, who in ((("instruction", "output"), "Alpaca"), (("query", "response"), "ms-swift")):
-        if all(name in keys for name in names):
-            pair = " and ".join(f'"{name}"' for name in names)
-            return f"a record with {pair} as {who} writes it; what is read is {RECORD}"
-    return f'a record without "conversations" (it has {named(keys)}); what is read is {RECORD}'
 
 
 def named(names: Iterable[str]) -> str:

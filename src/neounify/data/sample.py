@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from neounify.data.formats import foreign_record
 from neounify.errors import NeounifyError
 from neounify.text import IMAGE_MARK, Role
 
@@ -40,6 +39,8 @@ ImageLike = Image.Image | NDArray[np.uint8] | Path
 SPEAKER_OF: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
+PUBLISHED = "conversations"
+"""The form of records in the published schema."""
 FIELDS = ("conversations", "image", "images", "system", "task", "loss", "id")
 TURN_FIELDS = ("from", "value")
 MEDIA = ("video", "videos", "audio", "audios")
@@ -69,7 +70,29 @@ TASK_ALIASES = {
 
 
 class DataError(NeounifyError, ValueError):
-    """A training sample, a data file or a scene setting is damaged or inconsistent."""
+    """A training sample, a data file or a scene setting is damaged or inconsistent.
+
+    `reason` is the message without what differs from sample to sample, to count by.
+    """
+
+    def __init__(self, message: str = "", reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+MAX_REASON_CHARS = 100
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error, to count by: its first sentence without names and numbers."""
+    reason = getattr(error, "reason", None)
+    if isinstance(error, DataError) and reason:
+        return str(reason)
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", " ".join(text[:2000].split()))
+    text = re.split(r"\. (?=[A-Z])", re.sub(r"\d[\d,.]*(?<![,.])", "N", text))[0]
+    text = "".join(c for c in text if c.isprintable()) or type(error).__name__
+    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -197,15 +220,29 @@ def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, An
     return record
 
 
-def sample_from_record(
-    record: Any, folder: Path, task: str | None = None, ignored: Collection[str] = ()
-) -> Sample:
-    """Read one JSON object of the published schema; images stay paths below `folder`.
+@dataclass(frozen=True)
+class RecordRules:
+    """Rules of a source for its records.
 
-    `task` overrides the record's own "task"; without either, it is inferred from the parts.
-    Fields named in `ignored` are not read; other unknown ones raise DataError.
+    `task` overrides that of records; `form` is the only one of `FORMS` they may have, None for
+    any; fields named in `ignored` are not read. Fields that were left out because they cannot
+    change a sample are added to `unread`.
     """
-    record = checked_record(record, ignored)
+
+    task: str | None = None
+    form: str | None = None
+    ignored: tuple[str, ...] = ()
+    unread: set[str] = field(default_factory=set)
+
+
+def sample_from_record(record: Any, folder: Path, rules: RecordRules | None = None) -> Sample:
+    """Read one JSON object of the published schema, or of another of `FORMS`.
+
+    Images stay paths below `folder`. Without a "task", it is inferred from the parts. Raises
+    DataError, also for unknown fields.
+    """
+    rules = rules or RecordRules()
+    record = checked_record(record, rules)
     conversations = record["conversations"]
     paths = _image_paths(record.get("image"))
     flags = record.get("loss")
@@ -222,7 +259,7 @@ def sample_from_record(
         _read_turn(role, value, remaining, None if flags is None else flags[index])
         for index, (role, value) in enumerate(values)
     )
-    chosen = task or record.get("task")
+    chosen = rules.task or record.get("task")
     if chosen is None:
         chosen = _infer_task(turns)
     if not isinstance(chosen, str):
@@ -245,20 +282,22 @@ def parse_record(content: bytes) -> Any:
         raise DataError(f"not JSON: {error}") from error
 
 
-def checked_record(record: Any, ignored: Collection[str] = ()) -> dict[str, Any]:
-    """A record of known fields: `images` is `image`, a `system` text is the first turn.
+def checked_record(record: Any, rules: RecordRules) -> dict[str, Any]:
+    """A record in the published schema: `images` is `image`, a `system` text is the first turn.
 
-    Fields in `ignored`, and unknown ones without a value, are left out. Raises DataError for any
-    other field, and for a record of another form.
+    Ignored fields, and unknown ones without a value, are left out. Raises DataError for any other
+    field, and for a record of another form.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"a record is a JSON {type(record).__name__}, not an object")
-    fields = {key: value for key, value in record.items() if key not in ignored}
+    fields = {key: value for key, value in record.items() if key not in rules.ignored}
+    if rules.form not in (None, PUBLISHED) or not _is_published(fields):
+        from neounify.data.forms import published
+
+        fields = published(fields, rules)
     conversations = fields.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        if "conversations" in fields:
-            raise DataError('"conversations" must be a list of turns that is not empty')
-        raise DataError(foreign_record(fields))
+        raise DataError('"conversations" must be a list of turns that is not empty')
     for key, value in list(fields.items()):
         if key not in FIELDS:
             if value not in (None, "", [], {}):
@@ -267,11 +306,21 @@ def checked_record(record: Any, ignored: Collection[str] = ()) -> dict[str, Any]
     _merge_images(fields)
     _merge_system(fields, conversations)
     for turn in conversations:
-        if isinstance(turn, Mapping) and (extra := set(turn) - set(TURN_FIELDS) - set(ignored)):
+        if isinstance(turn, Mapping) and (
+            extra := set(turn) - set(TURN_FIELDS) - set(rules.ignored)
+        ):
             raise DataError(
                 f'a turn has the unknown field "{min(extra, key=str)}"; it has "from" and "value"'
             )
     return fields
+
+
+def _is_published(fields: Mapping[str, Any]) -> bool:
+    """Whether a record has conversations, and no messages in them."""
+    turns = fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "conversations" in fields
+    return not isinstance(turns[0], Mapping) or "content" not in turns[0]
 
 
 def _unknown(key: Any) -> str:

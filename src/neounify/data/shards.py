@@ -13,17 +13,18 @@ their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from PIL import Image
 from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config.ranges import STRICT
+from neounify.data.configs import FileData
 from neounify.data.formats import (
     CAPTION_ENDINGS,
     IMAGE_ENDINGS,
@@ -34,6 +35,7 @@ from neounify.data.formats import (
 )
 from neounify.data.sample import (
     DataError,
+    RecordRules,
     Sample,
     SampleImage,
     SampleText,
@@ -41,7 +43,7 @@ from neounify.data.sample import (
     parse_record,
     sample_from_record,
 )
-from neounify.data.sources import FileData, map_images, read_sample_image
+from neounify.data.sources import FileSource, Unread
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
@@ -80,34 +82,32 @@ class ShardData(FileData):
     def build(self) -> ShardSource:
         return ShardSource(
             _shards(self.path),
-            task=self.task,
-            ignored=self.ignore,
+            rules=self.rules,
             name=self.path,
             colour_profiles=self.colour_profiles,
         )
 
 
-class ShardSource:
+class ShardSource(FileSource):
     """Samples of some shards, in order. `damage` lists what indexing could not read.
 
-    `task` overrides that of records; an image with a caption is always a target. Fields of
-    records in `ignored` are not read; `colour_profiles` is that of `read_image`. Raises DataError
-    when the shards hold no sample at all.
+    An image with a caption is always a target. Raises DataError when the shards hold no sample at
+    all.
     """
 
     def __init__(
         self,
         paths: Sequence[Path],
         *,
-        task: str | None = None,
-        ignored: Collection[str] = (),
+        rules: RecordRules | None = None,
         name: str | None = None,
         colour_profiles: bool = True,
     ) -> None:
         self.colour_profiles = colour_profiles
-        self.task, self.ignored = task, tuple(ignored)
+        self.rules = rules or RecordRules()
+        self.unread_fields = self.rules.unread
         self.name = name or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
-        self.damage: list[str] = []
+        self.damage = []
         self._entries: list[_Entry] = []
         self._images: dict[Path, dict[tuple[str, str], Member]] = {}
         for path in paths:
@@ -138,28 +138,19 @@ class ShardSource:
         entry = self._entries[index]
         return f"{entry.shard.name}, {entry.key}"
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read one sample. Raises DataError that names shard and key."""
+    def _unread(self, index: int) -> Unread:
         entry = self._entries[index]
-        try:
-            return self._read(entry)
-        except (OSError, ValueError, RecursionError, OverflowError) as error:
-            raise DataError(f"{self.location(index)}: {error}") from error
-
-    def _read(self, entry: _Entry) -> Sample:
         record = parse_record(_bytes(entry, "json")) if "json" in entry.members else None
         if record is None or (_is_metadata(record) and entry.image is not None):
             sample = _caption_pair(entry, record)
         else:
-            sample = sample_from_record(record, Path(), self.task, self.ignored)
+            sample = sample_from_record(record, Path(), self.rules)
+        name = sample.id or f"{entry.shard.stem}-{entry.key}"
+        return Unread(replace(sample, id=name), partial(self._image, entry))
 
-        def read(path: Path) -> Image.Image:
-            name, member = self._find_image(entry, path)
-            content = _content(entry.shard, name, member)
-            return read_sample_image(content, name, colour_profiles=self.colour_profiles)
-
-        sample = map_images(sample, read)
-        return replace(sample, id=sample.id or f"{entry.shard.stem}-{entry.key}")
+    def _image(self, entry: _Entry, path: Path) -> tuple[bytes, str]:
+        name, member = self._find_image(entry, path)
+        return _content(entry.shard, name, member), name
 
     def _find_image(self, entry: _Entry, path: Path) -> tuple[str, Member]:
         """The file a record names: by its path in the shard, or a sibling by its ending."""

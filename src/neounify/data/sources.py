@@ -1,46 +1,42 @@
-"""Sample sources: protocol and table of formats, mixtures by weight, JSON lines and their images.
+"""Sample sources: protocol, sources of files, mixtures by weight, JSON lines and their images.
 
-A new format is a file with a source and its `DataConfig`, and a line in `FORMATS`.
+A new format is a file with a source and its `DataConfig`, and a line in `FORMATS` of `configs.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as config_dataclass
+from typing_extensions import Self
 
-from neounify.config.ranges import STRICT, Positive, check_names, read_kind
+from neounify.config.ranges import STRICT
+from neounify.data.configs import RecordData
 from neounify.data.formats import files_below, foreign_folder, foreign_lines
 from neounify.data.sample import (
-    TASK_ALIASES,
-    TASKS,
     DataError,
     Part,
+    RecordRules,
     Sample,
     SampleImage,
     Turn,
     parse_record,
+    reason_of,
     sample_from_record,
 )
 from neounify.errors import ImageError
 from neounify.image import read_image
 from neounify.image.io import MAX_DECODED_PIXELS
-
-FORMATS = {
-    "scenes": "neounify.scenes.world.samples:SceneData",
-    "jsonl": "neounify.data.sources:JsonlData",
-    "shards": "neounify.data.shards:ShardData",
-}
-"""The `DataConfig` of every kind of data, as "module:class"; imported when a recipe names it."""
-DEFAULT_FORMAT = "scenes"
 
 
 @runtime_checkable
@@ -57,47 +53,68 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-@runtime_checkable
-class FileSource(SampleSource, Protocol):
-    """Samples of files. `damage` lists files that could not be indexed, one message each."""
+@dataclass(frozen=True)
+class Unread:
+    """A sample whose images are names yet; `find` gives the file or the content of one.
+
+    `find(path)` returns (file or bytes, name for messages) and decodes nothing. It raises
+    DataError for an image that is not there or outside its folder, and OSError.
+    """
+
+    sample: Sample
+    find: Callable[[Path], tuple[Path | bytes, str]]
+
+    def read(self, *, colour_profiles: bool = True) -> Sample:
+        """The sample with its images as RGB. Raises DataError that names the image, and OSError."""
+
+        def read(path: Path) -> Image.Image:
+            content, name = self.find(path)
+            return read_sample_image(content, name, colour_profiles=colour_profiles)
+
+        return map_images(self.sample, read)
+
+
+class FileSource(ABC):
+    """Samples of files, by number; a kind of file is a subclass.
+
+    `name` is for messages; `damage` lists files or parts of files that could not be indexed, one
+    message each. `unread_fields` are fields of records that were left out without harm, of the
+    samples that this process has read. `colour_profiles` is that of `read_image`.
+    """
 
     name: str
     damage: list[str]
+    unread_fields: set[str]
+    colour_profiles: bool = True
 
-    def location(self, index: int) -> str:
-        """Location of a sample, such as "train.jsonl, line 7"."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig(ABC):
-    """The settings of one source of a stage, as an item of a recipe's `data` holds them.
-
-    Its `kind` is its name in `FORMATS`. A mixture draws from it in proportion to `weight`.
-    """
-
-    kind: str
-    weight: Positive = 1.0
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of samples."""
 
     @abstractmethod
-    def build(self) -> SampleSource:
-        """The source. Raises DataError for data that cannot be read."""
+    def location(self, index: int) -> str:
+        """Location of a sample, such as "train.jsonl, line 7"."""
 
-    def tasks_drawn(self) -> Collection[str]:
-        """Tasks that its samples may have."""
-        return TASKS
+    @abstractmethod
+    def _unread(self, index: int) -> Unread: ...
 
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) in pixels of all its images; none where they are of any size."""
-        return []
+    def unread(self, index: int) -> Unread:
+        """A sample without its images. Raises DataError that names its location."""
+        with self._located(index):
+            return self._unread(index)
 
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample and its images. Raises DataError that names its location."""
+        with self._located(index):
+            return self._unread(index).read(colour_profiles=self.colour_profiles)
 
-def read_data(value: Any) -> DataConfig:
-    """An item of a recipe's `data` by its `kind`; a config is taken as it is. Raises ValueError."""
-    if isinstance(value, DataConfig):
-        return value
-    config: DataConfig = read_kind(value, FORMATS, DEFAULT_FORMAT, "data")
-    return config
+    @contextmanager
+    def _located(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RecursionError, OverflowError) as error:
+            raise DataError(f"{self.location(index)}: {error}", reason_of(error)) from error
 
 
 def source_name(source: SampleSource) -> str:
@@ -185,13 +202,9 @@ MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
 """Pixels of all images of one sample, which are in memory together: a gigabyte as RGB."""
 
 
-def read_sample_images(sample: Sample, root: Path, *, colour_profiles: bool = True) -> Sample:
-    """The sample with its files read as RGB. Raises DataError that names the file."""
-
-    def read(path: Path) -> Image.Image:
-        return read_sample_image(_inside(path, root), path.name, colour_profiles=colour_profiles)
-
-    return map_images(sample, read)
+def files_in(root: Path) -> Callable[[Path], tuple[Path, str]]:
+    """The `find` of images that are files below a folder, links followed."""
+    return lambda path: (_inside(path, root), path.name)
 
 
 def map_images(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
@@ -226,7 +239,11 @@ def read_sample_image(
         # The reader names a file by its path, and bytes by no name.
         text = str(error)
         known = isinstance(source, Path) and str(source) in text
-        raise DataError(text if known else f"{name}: {text.removeprefix('the image: ')}") from error
+        reason = text.replace(str(source), "…") if known else text.removeprefix("the image: ")
+        raise DataError(
+            text if known else f"{name}: {text.removeprefix('the image: ')}",
+            reason_of(ValueError(reason)),
+        ) from error
 
 
 def _inside(path: Path, root: Path) -> Path:
@@ -238,160 +255,162 @@ def _inside(path: Path, root: Path) -> Path:
         RuntimeError,
         ValueError,
     ) as error:  # links in a circle; names no file can have
-        raise DataError(f"the image {path.name[:80]!r} cannot be found: {error}"[:300]) from error
+        raise DataError(
+            f"the image {path.name[:80]!r} cannot be found: {error}"[:300],
+            "the image … cannot be found",
+        ) from error
     if not resolved.is_relative_to(base):
         raise DataError(
             f"the image {path.name} lies outside the data folder {root}; name the folder of the "
-            "images in the recipe (images = FOLDER beside path)"
+            "images in the recipe (images = FOLDER beside path)",
+            "the image … lies outside the data folder",
         )
     if "\\" in path.name and not resolved.exists():
-        raise DataError(f"there is no image {path.name}; paths are written with /")
+        raise DataError(
+            f"there is no image {path.name}; paths are written with /", "there is no image …"
+        )
     return resolved
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class FileData(DataConfig):
-    """Files of samples.
-
-    `task` overrides what the records say, `ignore` names fields of records that are not to be
-    read, and `colour_profiles = false` takes all pixels for sRGB, as the published code does.
-    """
-
-    path: str = ""
-    task: str | None = None
-    ignore: tuple[str, ...] = ()
-    colour_profiles: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError(f'data of kind "{self.kind}" needs a path')
-        if self.task is not None:
-            check_names("task", [self.task], (*TASKS, *TASK_ALIASES), "task")
-
-    def tasks_drawn(self) -> Collection[str]:
-        return TASKS if self.task is None else (self.task,)
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class JsonlData(FileData):
-    """`kind = "jsonl"`: a file or folder of the published schema.
-
-    `images` is the folder that paths of images are relative to and must stay below, by default
-    that of each file.
-    """
-
-    kind: Literal["jsonl"] = "jsonl"
-    images: str | None = None
-
-    def build(self) -> JsonlSource:
-        return JsonlSource(
-            Path(self.path),
-            root=None if self.images is None else Path(self.images),
-            task=self.task,
-            ignored=self.ignore,
-            colour_profiles=self.colour_profiles,
-        )
-
-
 MAX_LINE_BYTES = 16 * 2**20
+"""Size of one record."""
+Spans = NDArray[np.int64]
+"""First byte, bytes and number from 1 of every record of a file, [n, 3]."""
 
 
-class JsonlSource:
-    """One .jsonl file, or all below a folder in order of their names.
+class RecordFiles(FileSource):
+    """Records one after the other in a file, or in all files below a folder in order of names.
 
-    Only the offsets of the lines are kept in memory. Paths of images are relative to `root`, by
-    default each file's folder, and must stay below it, links followed. `task` overrides that of
-    records; fields of records in `ignored` are not read; `colour_profiles` is that of
-    `read_image`. Raises DataError when there is nothing to read, or the files are of another form
-    than JSON lines.
+    Only the span of each record is kept in memory; a subclass finds the spans and parses one.
+    Paths of images are relative to `root`, by default each file's folder, and must stay below it,
+    links followed. Raises DataError when there is nothing to read, or the files are of another
+    form.
     """
+
+    place: ClassVar[str]
+    """Noun of a record's place in its file, for messages."""
 
     def __init__(
         self,
         path: Path,
         *,
         root: Path | None = None,
-        task: str | None = None,
-        ignored: Collection[str] = (),
+        rules: RecordRules | None = None,
         colour_profiles: bool = True,
     ) -> None:
-        self.files = _files(path)
-        if root is not None and not root.is_dir():
-            raise DataError(f"the folder of images {root} is not there")
-        self.root, self.task, self.ignored = root, task, tuple(ignored)
+        self.damage = []
+        self.files = self.files_of(path)
+        self.root, self.rules = root, rules or RecordRules()
+        self.unread_fields = self.rules.unread
         self.colour_profiles = colour_profiles
         self.name = path.name or str(path)
-        self.damage: list[str] = []
-        lines = [_lines(file) for file in self.files]
-        self._lines = np.concatenate(lines) if lines else np.zeros((0, 3), np.int64)
-        numbers = [np.full(len(of_file), n) for n, of_file in enumerate(lines)]
+        spans = [self.spans_of(file) for file in self.files]
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, 3), np.int64)
+        numbers = [np.full(len(of_file), n) for n, of_file in enumerate(spans)]
         self._file_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-        if not len(self._lines):
-            raise DataError(f"the data {path} holds no samples")
+        if not len(self._spans):
+            why = f" ({self.damage[0]})" if self.damage else ""
+            raise DataError(f"the data {path} holds no samples{why}")
+
+    @classmethod
+    def of(cls, data: RecordData) -> Self:
+        """The source of a recipe's item. Raises DataError."""
+        return cls(
+            Path(data.path),
+            root=data.image_folder,
+            rules=data.rules,
+            colour_profiles=data.colour_profiles,
+        )
+
+    @abstractmethod
+    def files_of(self, path: Path) -> list[Path]:
+        """The files to read. Raises DataError for what is not there or of another form."""
+
+    @abstractmethod
+    def spans_of(self, file: Path) -> Spans:
+        """The spans of a file's records; what cannot be read of it goes into `damage`."""
+
+    def parse(self, file: Path, content: bytes) -> Any:
+        """A record from the bytes of its span. Raises DataError."""
+        return parse_record(content)
 
     @property
     def size(self) -> int:
-        return len(self._lines)
+        return len(self._spans)
 
     def location(self, index: int) -> str:
-        """File and line of a sample."""
-        return f"{self.files[self._file_of[index]].name}, line {self._lines[index][2]}"
+        """File and place of a sample."""
+        return f"{self.files[self._file_of[index]].name}, {self.place} {self._spans[index][2]}"
 
-    def __getitem__(self, index: int) -> Sample:
-        """Read one line and its images. Raises DataError that names the line."""
+    def record(self, index: int) -> Any:
+        """One record as it stands in its file. Raises DataError and OSError."""
         file = self.files[self._file_of[index]]
-        start, length, number = (int(value) for value in self._lines[index])
-        where = self.location(index)
+        start, length, _ = (int(value) for value in self._spans[index])
         if length > MAX_LINE_BYTES:
-            raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes")
-        try:
-            # Opened each time: worker processes must not share a file offset.
-            with file.open("rb") as stream:
-                stream.seek(start)
-                record = parse_record(stream.read(length))
-            root = self.root or file.parent
-            sample = sample_from_record(record, root, self.task, self.ignored)
-            sample = read_sample_images(sample, root, colour_profiles=self.colour_profiles)
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {error}") from error
-        return sample if sample.id else replace(sample, id=f"{file.stem}-{number}")
+            raise DataError(f"longer than {MAX_LINE_BYTES} bytes")
+        # Opened each time: worker processes must not share a file offset.
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return self.parse(file, stream.read(length))
+
+    def _unread(self, index: int) -> Unread:
+        file = self.files[self._file_of[index]]
+        root = self.root or file.parent
+        sample = sample_from_record(self.record(index), root, self.rules)
+        name = sample.id or f"{file.stem}-{self._spans[index][2]}"
+        return Unread(replace(sample, id=name), files_in(root))
 
 
-def _files(path: Path) -> list[Path]:
-    """The files to read. Raises DataError for what is not there or not JSON lines."""
+@config_dataclass(frozen=True, kw_only=True, config=STRICT)
+class JsonlData(RecordData):
+    """`kind = "jsonl"`: a file of JSON lines, or all below a folder."""
+
+    kind: Literal["jsonl"] = "jsonl"
+
+    def build(self) -> JsonlSource:
+        return JsonlSource.of(self)
+
+
+class JsonlSource(RecordFiles):
+    """One .jsonl file, or all below a folder."""
+
+    place = "line"
+
+    def files_of(self, path: Path) -> list[Path]:
+        return data_files(path, ".jsonl", foreign_lines)
+
+    def spans_of(self, file: Path) -> Spans:
+        spans = array("q")
+        start = 0
+        with file.open("rb") as stream:
+            number = 1
+            # Bounded reads: a file without line ends must not fill the memory.
+            length, blank = 0, True
+            while piece := stream.readline(2**20):
+                length += len(piece)
+                blank = blank and not piece.strip()
+                if piece.endswith(b"\n"):
+                    if not blank:
+                        spans.extend((start, length, number))
+                    start, length, blank, number = start + length, 0, True, number + 1
+            if length and not blank:
+                spans.extend((start, length, number))
+        return np.frombuffer(spans, np.int64).reshape(-1, 3)
+
+
+def data_files(path: Path, ending: str, foreign: Callable[[Path], str | None]) -> list[Path]:
+    """A file, or all of an ending below a folder. Raises DataError for those that are `foreign`."""
     try:
         if not path.exists():
             raise DataError(f"the data {path} is not there")
         if not path.is_dir() and not path.is_file():
             raise DataError(f"the data {path} is neither a file nor a folder")
-        files = [path]
-        if path.is_dir():
-            files = files_below(path, ".jsonl")
+        files = files_below(path, ending) if path.is_dir() else [path]
         if not files:
             raise DataError(f"the data {path} {foreign_folder(path)}")
         for file in files:
-            if what := foreign_lines(file):
+            if what := foreign(file):
                 raise DataError(f"the data {file} {what}")
     except OSError as error:
         raise DataError(f"the data {path} cannot be read: {error}") from error
     return files
-
-
-def _lines(file: Path) -> np.ndarray:
-    """(first byte, bytes, line number from 1) of every line that is not blank, [n, 3]."""
-    lines = []
-    start = 0
-    with file.open("rb") as stream:
-        number = 1
-        # Bounded reads: a file without line ends must not fill the memory.
-        length, blank = 0, True
-        while piece := stream.readline(2**20):
-            length += len(piece)
-            blank = blank and not piece.strip()
-            if piece.endswith(b"\n"):
-                if not blank:
-                    lines.append((start, length, number))
-                start, length, blank, number = start + length, 0, True, number + 1
-        if length and not blank:
-            lines.append((start, length, number))
-    return np.array(lines, np.int64).reshape(-1, 3)

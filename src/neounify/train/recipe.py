@@ -42,7 +42,7 @@ from neounify.config.ranges import (
     Seed,
     check_names,
 )
-from neounify.data.sources import DataConfig, read_data
+from neounify.data.configs import DataConfig, read_data
 from neounify.distributed.mesh import ParallelConfig
 from neounify.errors import ConfigError
 from neounify.files import read_text

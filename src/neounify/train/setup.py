@@ -15,7 +15,8 @@ from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import ModelConfig
 from neounify.config.presets import PRESETS
 from neounify.config.ranges import check_names
-from neounify.data.sources import DataConfig, Mixture, SampleSource
+from neounify.data.configs import DataConfig
+from neounify.data.sources import Mixture, SampleSource
 from neounify.distributed.parallelize import Parallel, parallelize
 from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError

@@ -12,6 +12,7 @@ from PIL import Image
 from neounify.data import (
     DataError,
     Part,
+    RecordRules,
     Sample,
     SampleImage,
     SampleText,
@@ -134,7 +135,7 @@ def test_published_task_names_are_known(tmp_path: Path) -> None:
         ],
         "image": ["a.png", "b.png"],
     }
-    assert sample_from_record(record, tmp_path, "it2i").task == "edit"
+    assert sample_from_record(record, tmp_path, RecordRules(task="it2i")).task == "edit"
     assert sample_from_record({**record, "task": "mm_it2i"}, tmp_path).task == "edit"
 
 

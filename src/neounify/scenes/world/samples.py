@@ -24,6 +24,7 @@ from neounify.config.ranges import (
     check_names,
     check_weights,
 )
+from neounify.data.configs import DataConfig
 from neounify.data.sample import (
     TASKS,
     THINK_CLOSE,
@@ -35,7 +36,6 @@ from neounify.data.sample import (
     SampleText,
     Turn,
 )
-from neounify.data.sources import DataConfig
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
 from neounify.scenes.world.edits import (
     KEEP_REQUESTS,
