@@ -22,6 +22,7 @@ from neounify.checkpoint import (
 )
 from neounify.checkpoint.load import memory_bytes, multiplies
 from neounify.errors import RequestError
+from neounify.runtime.process import ControlGroup
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
 INTEL = "Intel(R) Xeon(R) Processor"
@@ -143,13 +144,13 @@ def test_a_choice_keeps_its_reason(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_memory_is_no_more_than_the_control_group_allows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(load, "CGROUP_LIMIT", limit)
+    groups: list[ControlGroup] = []
+    monkeypatch.setattr(load, "control_groups", lambda: groups)
     whole = memory_bytes()
     assert whole > 2**28
-    limit.write_text("max\n")
+    groups.append(ControlGroup(limit=2**62, left=2**62))
     assert memory_bytes() == whole
-    limit.write_text(f"{2**28}\n")
+    groups.append(ControlGroup(limit=2**28, left=0))
     assert memory_bytes() == 2**28

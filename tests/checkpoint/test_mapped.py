@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,31 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         MappedFile(path)
     assert str(path) in str(caught.value)
+
+
+OPEN_LIMITED = """
+import resource, sys
+from neounify.checkpoint import MappedFile
+from neounify.errors import CheckpointError
+which = getattr(resource, sys.argv[2])
+resource.setrlimit(which, (2**32, 2**32))
+try:
+    MappedFile(sys.argv[1])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_file_beyond_the_limit_of_the_process_is_one_error(tmp_path: Path, limit: str) -> None:
+    path = tmp_path / "large.safetensors"
+    size = 2**33
+    raw_file(path, {"x": entry("U8", [size], 0, size)}, b"")
+    os.truncate(path, path.stat().st_size + size)
+    command = [sys.executable, "-c", OPEN_LIMITED, str(path), limit]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert "cannot be mapped within the limit of address space or of data" in done.stdout
 
 
 @pytest.mark.timeout(60)

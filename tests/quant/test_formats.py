@@ -113,6 +113,19 @@ def test_every_fp8_number_is_read_as_torch_reads_it() -> None:
     assert torch.equal(dequantise_fp8(codes, torch.ones(1, 1)), codes.float())
 
 
+@pytest.mark.parametrize("part", [(Fp8Rows(), CODES), (FourBits(16), RELATIVE)], ids=str)
+def test_a_nan_among_codes_does_not_become_a_number(part: tuple[PublishedFormat, str]) -> None:
+    format, name = part
+    tensors = format.quantise(random_weight(8, 64))
+    for row, code in ((2, 0x7F), (5, 0xFF)):
+        tensors[name].view(torch.uint8)[row, -1] = code
+    damaged = format.dequantise(tensors).isnan().all(dim=1)
+    assert damaged.nonzero().flatten().tolist() == [2, 5]
+    if isinstance(format, FourBits):
+        scale = format.int8(tensors)[1]
+        assert scale.isnan().flatten().nonzero().flatten().tolist() == [2, 5]
+
+
 def test_four_bits_choose_the_nearest_level_of_their_group() -> None:
     weight = random_weight(8, 64)
     tensors = FourBits(64).quantise(weight)

@@ -23,9 +23,11 @@ from neounify.checkpoint.quantised import quant_modules
 from neounify.errors import CheckpointError, ConfigError, RequestError
 from neounify.lora.layers import LoraConfig, add_lora
 from neounify.model.parts import GEN, UND
+from neounify.pipeline import load
 from neounify.quant.formats import CODEBOOK, FourBits, Fp8Rows, Int8Rows
 from neounify.quant.linear import QuantEmbedding, QuantLinear
 from neounify.quant.presets import PRESETS, preset_formats
+from neounify.text import byte_tokenizer
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from support.lora_files import lora_tensors
 
@@ -210,6 +212,27 @@ def test_a_plain_checkpoint_is_quantised_as_it_is_read(tmp_path: Path, plain: Pa
 def test_what_is_quantised_already_keeps_its_format(tmp_path: Path, plain: Path) -> None:
     folder = quantised_folder(tmp_path / "coded", plain, "fp8")
     assert isinstance(layer_of(folder, quantise="int8").format, Fp8Rows)
+    config = load_checkpoint(folder, quantise="int8").model.config
+    assert config.published["neounify"]["quantised"]["preset"] == "fp8"
+
+
+@pytest.mark.parametrize("preset", ["w4", None])
+def test_a_model_by_streams_is_saved_whole(tmp_path: Path, preset: str | None) -> None:
+    config = SMALL.replace(vocab_size=512)
+    folder = write_checkpoint(tmp_path / "plain", config, random_weights(config))
+    if preset is not None:
+        folder = quantised_folder(tmp_path / "coded", folder, preset)
+    byte_tokenizer().save(folder)
+    load(folder, dtype="bfloat16", memory="all").save(tmp_path / "all")
+    pipe = load(folder, dtype="bfloat16", memory="stream")
+    with pipe.residency.use(UND):
+        pass
+    pipe.save(tmp_path / "stream")
+    whole, streamed = (tmp_path / name / "model.safetensors" for name in ("all", "stream"))
+    assert whole.read_bytes() == streamed.read_bytes()
+    layers = load(folder, dtype="bfloat16", memory="layers", resident_layers=1)
+    with pytest.raises(CheckpointError, match="memory='all' or 'stream' to save it"):
+        layers.save(tmp_path / "layers")
 
 
 def test_requests_that_cannot_be_met(plain: Path) -> None:

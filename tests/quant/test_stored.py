@@ -23,6 +23,7 @@ from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_che
 OURS = "layers.1.gen.out.mlp.gate_proj.weight"
 WEIGHT = to_published(OURS)
 MODULE = WEIGHT.removesuffix(".weight")
+OTHER = to_published("layers.0.und.qkv.q_proj.weight")
 ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
 PREFIX = "model.diffusion_model."
 
@@ -211,6 +212,11 @@ def _wide_codes(tensors: Tensors) -> None:
     tensors[WEIGHT] = tensors[WEIGHT].to(torch.int16)
 
 
+def _no_channels(tensors: Tensors) -> None:
+    tensors[WEIGHT] = torch.empty(10**12, 0, dtype=torch.int8)
+    tensors[f"{MODULE}.weight_scale"] = torch.tensor(1.0)
+
+
 def _no_codes(tensors: Tensors) -> None:
     tensors["somewhere.weight_scale"] = torch.ones(3, 1)
 
@@ -239,6 +245,7 @@ def _scale_of(value: Tensor) -> Callable[[Tensors], None]:
         (_not_json, "not valid JSON"),
         (_long, "must be at most 4096 bytes of JSON"),
         (_wide_codes, "are [48, 32] of torch.int16"),
+        (_no_channels, "are [1000000000000, 0] of torch.int8"),
         (_no_codes, "'somewhere' is described as quantised, but its weight is not there"),
         (_group_of(8), "convrot_groupsize 8 of"),
         (_group_of(64), "that divides its 32 channels"),
@@ -267,6 +274,39 @@ def test_damaged_metadata_is_refused(tmp_path: Path, text: str) -> None:
     path = folder(tmp_path / "model", weights, {"_quantization_metadata": text})
     with pytest.raises(CheckpointError):
         load_model(path)
+
+
+def two_files(path: Path, descriptions: list[dict[str, Any]]) -> Path:
+    """A rotated weight in each of two files, whose metadata describes the weights it is given."""
+    weights = random_weights(SMALL)
+    folder(path, {}, {})
+    (path / "model.safetensors").unlink()
+    shards: list[Tensors] = [dict(weights), {}]
+    for name, shard in zip((WEIGHT, OTHER), shards, strict=True):
+        codes, scale, _ = coded(weights[name], group=16)
+        shards[0].pop(name)
+        shard |= {name: codes, f"{name.removesuffix('weight')}weight_scale": scale}
+    weight_map: dict[str, str] = {}
+    for number, (shard, layers) in enumerate(zip(shards, descriptions, strict=True), start=1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        text = json.dumps({"layers": layers})
+        save_file(shard, path / name, metadata={"_quantization_metadata": text})
+        weight_map |= dict.fromkeys(shard, name)
+    index = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (path / "model.safetensors.index.json").write_text(index)
+    return path
+
+
+def test_every_file_describes_its_weights(tmp_path: Path) -> None:
+    other = OTHER.removesuffix(".weight")
+    path = two_files(tmp_path / "both", [{MODULE: ROTATED}, {other: ROTATED}])
+    quantised = CheckpointFolder.open(path).quantised
+    assert {codes.label for codes in quantised.values()} == {"int8_tensorwise, rotated"}
+    assert quantised.keys() == {WEIGHT, OTHER}
+    plain = {"format": "int8_tensorwise"}
+    path = two_files(tmp_path / "unlike", [{MODULE: ROTATED}, {other: ROTATED, MODULE: plain}])
+    with pytest.raises(CheckpointError, match="in two ways"):
+        CheckpointFolder.open(path)
 
 
 def test_a_tensor_that_is_there_with_and_without_a_prefix(tmp_path: Path) -> None:

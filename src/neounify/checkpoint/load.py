@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -27,6 +27,7 @@ from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import free_memory
+from neounify.runtime.process import control_groups
 
 Memory: TypeAlias = Literal["auto", "all", "stream", "layers"]
 PlanUse: TypeAlias = Literal["check", "ignore"]
@@ -262,7 +263,8 @@ def _place_codes(
     codes: dict[str, Tensor] = {}
     if quantise:
         codes |= place_new(model, sources, quantise, backend, device)
-        model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
+        if codes:
+            model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
     return codes | place_stored(model, sources, checkpoint, backend, device)
 
 
@@ -338,7 +340,6 @@ PLENTY, SPARE_BYTES = 2, 2**30
 """No plan is needed where so many times the weights, and as many bytes more, are free."""
 MAX_MEMORY_SHARE = 0.5
 """Share of the machine's memory that weights may take after a conversion to float32."""
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class DtypeChoice(NamedTuple):
@@ -426,17 +427,13 @@ def multiplies(dtype: torch.dtype, features: Mapping[str, object] | None = None)
 
 
 def memory_bytes() -> int:
-    """Memory this process may use at most, in bytes: the machine's, or its control group's."""
+    """Memory this process may use at most, in bytes: the machine's, or its control groups'."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical
+    return min([physical, *(group.limit for group in control_groups())])
 
 
 def _bytes_in(checkpoint: CheckpointFolder, dtype: torch.dtype) -> int:
-    values = sum(info.numel for info in checkpoint.tensors.values())
+    values = sum(math.prod(checkpoint.shape_of(name)) for name in checkpoint.tensors)
     return values * dtype.itemsize
 
 

@@ -7,6 +7,7 @@ the file. Pages that were only read can be dropped from memory at any time
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -239,7 +240,12 @@ def _open(path: Path) -> tuple[dict[str, Any] | None, mmap.mmap, int]:
                 _validate(path)
             mapping = _map(file.fileno())
             descriptor = os.dup(file.fileno())
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+            raise CheckpointError(
+                f"{path}: its {path.stat().st_size:,} bytes cannot be mapped within the limit of "
+                "address space or of data of this process; raise it (ulimit -v, ulimit -d)"
+            ) from error
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     return header, mapping, descriptor
 

@@ -71,7 +71,8 @@ class CheckpointFolder:
                 self._files[name], self._stored[name] = file, stored
         every = {name: file.tensors[self._stored[name]] for name, file in self._files.items()}
         self.quantised: Mapping[str, StoredCodes] = {}
-        if any(QUANTISED.fullmatch(name) for name in (*every, *self._metadata())):
+        metadata = [key for file in set(self._files.values()) for key in file.metadata]
+        if any(QUANTISED.fullmatch(name) for name in (*every, *metadata)):
             every = self._read_quantised(every)
         if any(info.blocks for info in every.values()):
             self.quantised = {**self.quantised, **_block_codes(every)}
@@ -166,15 +167,12 @@ class CheckpointFolder:
                 + "\n".join(problems)
             )
 
-    def _metadata(self) -> dict[str, str]:
-        return {k: v for file in set(self._files.values()) for k, v in file.metadata.items()}
-
     def _read_quantised(self, every: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Read how quantised weights are decoded; the tensors without what describes them."""
         from neounify.quant.stored import described, read_quantised
 
         shapes = {name: (info.shape, info.dtype) for name, info in every.items()}
-        metadata = self._metadata()
+        metadata = [file.metadata for file in set(self._files.values())]
         self.quantised = read_quantised(self.path, shapes, metadata, self.tensor, _without_prefix)
         beside = described(every, self.quantised)
         return {name: info for name, info in every.items() if name not in beside}

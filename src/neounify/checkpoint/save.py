@@ -97,12 +97,15 @@ def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> di
         module = to_published(weight).removesuffix(".weight")
         described[module + DESCRIPTION] = describe(module, layer)
     names = sorted(tensors.keys() | expected.keys())
-    wrong = absent + [n for n in names if n not in tensors or tensors[n].shape != expected.get(n)]
-    if wrong:
+    wrong = [n for n in names if n not in tensors or tensors[n].shape != expected.get(n)]
+    absent += [name for name in wrong if name in tensors and not tensors[name].numel()]
+    if absent:
         raise CheckpointError(
-            f"{len(wrong)} tensors are not as the config says, {wrong[0]} first: another config, "
-            "or a model whose weights are not in memory"
+            f"{len(absent)} weights are not in memory, {absent[0]} first: load the model with "
+            "memory='all' or 'stream' to save it"
         )
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} tensors are not as the config says, {wrong[0]} first")
     return {to_published(name): tensors[name] for name in expected} | described
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from neounify.flow.sampling import EditKnobs, GenerateKnobs, ImageSampling, Inte
 from neounify.image.io import ImageSource
 from neounify.image.pixels import output_size, size_advice
 from neounify.model.neo import NeoUnify
+from neounify.model.parts import STREAMS
 from neounify.pipeline.driver import Driver
 from neounify.pipeline.results import (
     Callback,
@@ -368,14 +370,17 @@ class Pipeline:
         """
         if self.devices is not None:
             raise RequestError("a model on several devices cannot be saved; load it on one device")
-        save_model(
-            self.model,
-            folder,
-            max_shard_bytes=max_shard_bytes,
-            tokenizer=self.tokenizer,
-            extra_files={SYSTEM_MESSAGE_FILE: self.processor.system_message},
-            overwrite=overwrite,
-        )
+        with ExitStack() as resident:
+            for stream in STREAMS:
+                resident.enter_context(self.residency.use(stream))
+            save_model(
+                self.model,
+                folder,
+                max_shard_bytes=max_shard_bytes,
+                tokenizer=self.tokenizer,
+                extra_files={SYSTEM_MESSAGE_FILE: self.processor.system_message},
+                overwrite=overwrite,
+            )
 
     def _chat_request(
         self,

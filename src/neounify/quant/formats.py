@@ -24,7 +24,7 @@ from torch import Tensor
 from neounify.quant.fp8 import dequantise_fp8, quantise_fp8
 from neounify.quant.int8 import dequantise_int8, quantise_int8
 from neounify.quant.rotation import rotate_groups
-from neounify.quant.w4 import GROUP, LEVELS, dequantise_w4, quantise_w4, unpack_w4
+from neounify.quant.w4 import GROUP, LEVELS, dequantise_w4, quantise_w4, row_scale, unpack_w4
 
 CODES, SCALE = "weight", "weight_scale"
 RELATIVE, CHANNEL, CODEBOOK = "weight_s_rel", "weight_s_channel", "weight_codebook"
@@ -133,7 +133,7 @@ class FourBits:
     def int8(self, tensors: Tensors) -> tuple[Int8[Tensor, "n k"], Float[Tensor, "n 1"]]:
         """Codes in int8 and the scale of each row."""
         codes = unpack_w4(tensors[CODES], tensors[RELATIVE], tensors.get(CODEBOOK))
-        return codes, tensors[CHANNEL][:, None]
+        return codes, row_scale(tensors[RELATIVE], tensors[CHANNEL])
 
     def describe(self) -> dict[str, Any]:
         """The description of the format in a file."""

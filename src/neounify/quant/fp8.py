@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 LARGEST = 448
+NAN = 0x7F
+"""All bits but the sign."""
 BITS = 0x07F0 - 0x8000
 """Sign, exponent and fraction of an e4m3 number that was extended to 16 bits and moved by four."""
 
@@ -20,10 +22,17 @@ def quantise_fp8(weight: Float[Tensor, "n k"]) -> tuple[Tensor, Float[Tensor, "n
 
 
 def dequantise_fp8(codes: Tensor, scale: Float[Tensor, "n 1"]) -> Float[Tensor, "n k"]:
-    """s · q in float32. Codes must not be NaN.
+    """s · q in float32; a row that holds a NaN is all NaN.
 
     The bits of e4m3, moved to where bfloat16 has its exponent and fraction, are q · 2^-120. Torch
     converts the type on a CPU at less than a tenth of the speed.
     """
     bits = (codes.view(torch.int8).to(torch.int16) << 4) & BITS
-    return bits.view(torch.bfloat16).float().mul_(2.0**120).mul_(scale)
+    values = bits.view(torch.bfloat16).float().mul_(2.0**120)
+    # In the moved bits NaN is 480, a number like others.
+    return values.mul_(scale.masked_fill(rows_with_nan(codes), torch.nan))
+
+
+def rows_with_nan(codes: Float[Tensor, "n k"]) -> Bool[Tensor, "n 1"]:
+    """Whether a row of e4m3 numbers holds a NaN."""
+    return (codes.view(torch.int8) & NAN).amax(dim=1, keepdim=True) == NAN

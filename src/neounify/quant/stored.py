@@ -109,17 +109,22 @@ def description_tensor(format: PublishedFormat) -> Tensor:
 def read_quantised(
     path: Path,
     shapes: Headers,
-    metadata: Mapping[str, str],
+    metadata: Iterable[Mapping[str, str]],
     read: ReadTensor,
     rename: Callable[[str], str],
 ) -> dict[str, StoredCodes]:
     """Name of each quantised weight → what it is.
 
-    `shapes` are those of all tensors, `read` gives one; `rename` takes the prefix off a name of the
-    metadata. Raises CheckpointError for formats that are
-    not known, and for scales that are missing, not finite or of another shape.
+    `shapes` are those of all tensors, `metadata` that of each file, `read` gives a tensor; `rename`
+    takes the prefix off a name of the metadata. Raises CheckpointError for formats that are not
+    known, for scales that are missing, not finite or of another shape, and for two descriptions of
+    one weight.
     """
-    layers = {rename(name): v for name, v in _described_in_metadata(path, metadata).items()}
+    layers: dict[str, dict[str, Any]] = {}
+    for described in (_described_in_metadata(path, one) for one in metadata):
+        for name, description in described.items():
+            if layers.setdefault(rename(name), description) != description:
+                raise CheckpointError(f"{path}: {METADATA} describes {name[:200]!r} in two ways")
     modules = {name.rpartition(".")[0] for name in shapes if name.rpartition(".")[2] in PARTS}
     quantised: dict[str, StoredCodes] = {}
     for module in sorted(modules | layers.keys()):
@@ -192,7 +197,8 @@ class _Module:
         # Without a name only forms with a scale per row are meant.
         named = [format] if format else [Int8Rows.name, Fp8Rows.name]
         fitting = [name for name in named if dtype in FORMATS[name]]
-        if not fitting or len(shape) != 2:
+        # Rows without a channel take no bytes, so nothing bounds their number.
+        if not fitting or len(shape) != 2 or not shape[1]:
             dtypes = [str(dtype) for name in named for dtype in FORMATS[name]]
             raise CheckpointError(
                 f"{self.path}: codes of {self.name!r} are {list(shape)} of {dtype}; expected "

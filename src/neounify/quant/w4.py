@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from neounify.quant.fp8 import rows_with_nan
 from neounify.quant.int8 import LARGEST
 from neounify.quant.rotation import rotate_groups
 
@@ -76,7 +77,12 @@ def dequantise_w4(
     codebook: Float[Tensor, " 16"] | None,
 ) -> Float[Tensor, "n k"]:
     """Ŵ in float32, rotated as it was quantised."""
-    return unpack_w4(codes, relative, codebook).float() * channel[:, None]
+    return unpack_w4(codes, relative, codebook).float() * row_scale(relative, channel)
+
+
+def row_scale(relative: Tensor, channel: Float[Tensor, " n"]) -> Float[Tensor, "n 1"]:
+    """s_channel of the int8 codes; NaN for rows whose s_rel holds one, which int8 cannot."""
+    return channel[:, None].masked_fill(rows_with_nan(relative), torch.nan)
 
 
 def _rotate(weight: Tensor, group: int) -> Tensor:

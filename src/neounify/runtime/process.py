@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
 """Parameters of mallopt(3)."""
 LARGEST_MMAP_THRESHOLD = 32 * 2**20
 """glibc ignores a larger one."""
 
-MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-"""Files of the system about memory: of the machine, and of the process's control group."""
+MEMORY_INFO, CONTROL_GROUPS = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Files of the system about memory: of the machine, and of control groups and who is in them."""
 
 SWITCH_SECONDS = 0.0005
 """Threads of one process take turns this often, instead of every 5 ms; see docs/log.md."""
@@ -127,21 +129,59 @@ def resident_bytes() -> int:
 def available_bytes() -> int | None:
     """Memory this process can still take without swapping, in bytes; None where unknown.
 
-    The smaller of what the system and the control group have left. Pages of mapped files count as
-    available.
+    The smallest of what the system and its control groups have left. Pages of mapped files count
+    as available.
     """
     try:
         line = next(x for x in MEMORY_INFO.read_text().splitlines() if x.startswith("MemAvailable"))
         available = int(line.split()[1]) * 1024
     except (OSError, ValueError, StopIteration):
         return None
+    return max(0, min([available, *(group.left for group in control_groups())]))
+
+
+class ControlGroup(NamedTuple):
+    """Bytes that a control group may take, and that it has left."""
+
+    limit: int
+    left: int
+
+
+def control_groups() -> list[ControlGroup]:
+    """The control groups with a limit of memory that this process is in, of version 1 or 2.
+
+    A group is bound by those above it too. Those outside a container cannot be seen in it.
+    """
     try:
-        limit = int((CONTROL_GROUP / "memory.max").read_text())
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        stat = dict(x.split() for x in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        return max(0, min(available, limit - used + int(stat["file"])))
-    except (OSError, ValueError, KeyError):  # no limit reads as "max"
-        return available
+        memberships = [line.split(":", 2) for line in MEMBERSHIP.read_text().splitlines()]
+    except OSError:
+        return []
+    groups = []
+    for _, controllers, path in memberships:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = 1 if controllers else 2
+        mount = CONTROL_GROUPS / "memory" if version == 1 else CONTROL_GROUPS
+        inner = mount / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(mount) and (group := _control_group(folder, version)):
+                groups.append(group)
+    return groups
+
+
+def _control_group(folder: Path, version: int) -> ControlGroup | None:
+    """The group of a folder; None without files or a limit, which reads as "max" in version 2."""
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    if version == 2:
+        names = ("memory.max", "memory.current", "")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in names[:2])
+        lines = (folder / "memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
+        pages = sum(int(stat[f"{names[2]}{kind}_file"]) for kind in ("active", "inactive"))
+    except (OSError, ValueError, KeyError):
+        return None
+    return ControlGroup(limit, limit - used + pages)
 
 
 def return_freed_memory() -> bool:
