@@ -81,7 +81,7 @@ def test_a_message_without_loss_is_not_trained_on() -> None:
 
 
 def test_earlier_turns_come_first() -> None:
-    record = {
+    record: dict[str, Any] = {
         "instruction": "Translate.",
         "input": "rot",
         "output": "red",
@@ -96,8 +96,8 @@ def test_earlier_turns_come_first() -> None:
         ("assistant", "red"),
     ]
     assert turns(read(record)) == expected
-    query = {"query": "Translate.\nrot", "response": "red"}
-    query |= {name: record[name] for name in ("system", "history")}
+    shared = {name: record[name] for name in ("system", "history")}
+    query = {"query": "Translate.\nrot", "response": "red", **shared}
     assert turns(read(query)) == expected
 
 
