@@ -43,6 +43,7 @@ evaluate        similarity of images, rates and means with confidence intervals,
 scenes          synthetic scenes and SceneBench
 train           recipes and the trainer
 post_train      reinforcement learning, distillation, merging of experts
+bench           public benchmarks: prompts, outputs, judges, results
 serve           the service, its engines' processes, HTTP
 cli             the command line
 __main__        `python -m neounify`

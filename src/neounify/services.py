@@ -7,7 +7,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neounify.errors import NeounifyError
@@ -64,7 +64,11 @@ def post_json(url: str, document: Mapping[str, Any], **options: Any) -> dict[str
 
     BadAnswer also for what is no JSON object.
     """
-    data = post(url, json.dumps(document).encode(), **options)
+    return parse_answer(post(url, json.dumps(document).encode(), **options))
+
+
+def parse_answer(data: bytes) -> dict[str, Any]:
+    """The JSON object that an answer is. Raises BadAnswer."""
     try:
         answer = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -72,6 +76,33 @@ def post_json(url: str, document: Mapping[str, Any], **options: Any) -> dict[str
     if not isinstance(answer, dict):
         raise BadAnswer(f"the answer is no JSON object: {data[:80]!r}")
     return answer
+
+
+def chat_message(
+    url: str,
+    prompt: str,
+    images: Sequence[str],
+    fields: Mapping[str, Any],
+    **options: Any,
+) -> dict[str, Any]:
+    """The message that a service with OpenAI's chat route answers, with its `content`.
+
+    `url` ends with /v1, `images` are PNG files in base64, `fields` further ones of the request;
+    options and errors are those of `post`, BadAnswer also for an answer without a message.
+    """
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+        for image in images
+    ]
+    content.append({"type": "text", "text": prompt})
+    document = {"messages": [{"role": "user", "content": content}], **fields}
+    answer = post_json(f"{url}/chat/completions", document, **options)
+    try:
+        message = answer["choices"][0]["message"]
+        message["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise BadAnswer(f"the answer has no message: {str(answer)[:80]}") from error
+    return dict(message)
 
 
 def _read(request: urllib.request.Request, timeout: float, max_bytes: int) -> bytes:

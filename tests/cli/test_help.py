@@ -36,6 +36,7 @@ COMMANDS = (
     "plan",
     "eval",
     "toy",
+    "bench",
 )
 
 

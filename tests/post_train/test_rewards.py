@@ -20,7 +20,7 @@ from PIL import Image
 from neounify.bundled import bundled_model
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
-from neounify.post_train.reward_kinds import _png, text_similarity
+from neounify.post_train.reward_kinds import png_base64, text_similarity
 from neounify.post_train.rewards import RewardConfig, RewardFailure, Rewards, build_reward
 from neounify.scenes.bench.perceive import perceive
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
@@ -315,8 +315,8 @@ def test_a_service_that_is_down_is_asked_once_per_batch(monkeypatch: pytest.Monk
     assert len(asked) == 2
 
 
-def test_images_reach_a_service_as_png(tmp_path: Path) -> None:
+def test_images_reach_a_service_aspng_base64(tmp_path: Path) -> None:
 
-    image = Image.open(io.BytesIO(base64.b64decode(_png(BLACK))))
+    image = Image.open(io.BytesIO(base64.b64decode(png_base64(BLACK))))
     assert image.format == "PNG"
     assert image.size == (64, 64)

@@ -26,8 +26,12 @@ COMMANDS = {
     "plan": "plan",
     "toy": "toy",
     "eval": "evaluate",
+    "bench": "COMMANDS",
 }
-"""The function of every command, in the module of this package that has the command's name."""
+"""The function of every command, in the module of this package that has the command's name.
+
+A mapping in place of a function is a group: its functions by their commands.
+"""
 
 app = typer.Typer(
     cls=CliGroup.of(COMMANDS),

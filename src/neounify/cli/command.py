@@ -90,8 +90,8 @@ def _command(name: str, function: Callable[..., None]) -> Any:
     return typer.main.get_command(single)
 
 
-def _help(function: Callable[..., None]) -> str:
-    """The docstring with its paragraphs unwrapped, as a terminal's width is not known here.
+def _help(function: Any) -> str:
+    """The docstring of a function or module, its paragraphs unwrapped: widths are not known here.
 
     Paragraphs after a backspace, the examples, keep their lines.
     """
@@ -232,7 +232,9 @@ class CliGroup(TyperGroup):
             return None
         if cmd_name not in self.commands:
             module = import_module(f"neounify.cli.{cmd_name}")
-            self.commands[cmd_name] = _command(cmd_name, getattr(module, self.functions[cmd_name]))
+            item = getattr(module, self.functions[cmd_name])
+            make = _subgroup if isinstance(item, Mapping) else _command
+            self.commands[cmd_name] = make(cmd_name, item)
         return self.commands[cmd_name]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -243,6 +245,19 @@ class CliGroup(TyperGroup):
         records = [(name, item.get_short_help_str(10**6)) for name, item in commands if item]
         # Printed at once, as Typer does: text in the formatter is not shown without arguments.
         typer.echo(_stacked(self, ctx) + _section("Commands", records), nl=False)
+
+
+def _subgroup(name: str, functions: Mapping[str, Callable[..., None]]) -> Any:
+    """The group of several functions of one module, whose docstring is its help."""
+    module = import_module(f"neounify.cli.{name}")
+    return CliGroup.of(dict.fromkeys(functions, ""))(
+        name=name,
+        help=_help(module),
+        commands={command: _command(command, item) for command, item in functions.items()},
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def _escaped(annotation: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Metrics: similarity of two images, visibility of the token grid, rates with 95 % intervals."""
+"""Metrics: similarity of images and texts, visibility of the token grid, rates with intervals."""
 
 from __future__ import annotations
 
@@ -114,6 +114,16 @@ def _check_pair(a: Pixels, b: Pixels) -> None:
             f"two uint8 images of one size are compared, not {a.dtype} {list(a.shape)}"
             f" and {b.dtype} {list(b.shape)}"
         )
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Edits that turn one text into the other: characters inserted, removed, replaced."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
 
 
 _Z95 = 1.959963984540054  # the normal quantile of 97.5 %

@@ -16,6 +16,7 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from neounify.errors import ConfigError
+from neounify.evaluate.metrics import levenshtein
 from neounify.post_train.prompts import PromptCase
 from neounify.scenes.bench.checks import (
     MIN_EDIT_PSNR,
@@ -187,22 +188,18 @@ def text_similarity(text: str, wanted: str) -> float:
     a, b = ("".join(value.lower().split()) for value in (text, wanted))
     if not b:
         return float(not a)
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return max(0.0, 1 - row[-1] / len(b))
+    return max(0.0, 1 - levenshtein(a, b) / len(b))
 
 
 def _item(output: Output) -> dict[str, Any]:
     """What a service gets of an output."""
     if isinstance(output, tuple):
         return {"parts": [_item(part) for part in output]}
-    return {"text": output} if isinstance(output, str) else {"image": _png(output)}
+    return {"text": output} if isinstance(output, str) else {"image": png_base64(output)}
 
 
-def _png(image: Pixels) -> str:
+def png_base64(image: Pixels) -> str:
+    """An image as a PNG file in base64."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(image).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -6,6 +6,8 @@ A reward is a callable on a batch of images or of texts. `rewards` of a recipe l
     { kind = "program", name = "package.module:object" }      a callable, or what makes one
     { kind = "http", url = "http://127.0.0.1:9000/reward" }   a service
     { kind = "judge", checkpoint = "folder", question = "…" } a model that answers yes or no
+    { kind = "vlm", url = "…/v1", prompt_file = "judge.txt" } a model behind OpenAI's chat route
+    { kind = "command", command = "python score.py" }         a command, JSON lines in and out
     { kind = "ocr", reader = "package.module:object" }        images → texts, compared with `text`
     { kind = "answer" }                                       texts, compared with `answer`
 
@@ -31,6 +33,7 @@ from neounify.config.ranges import STRICT, Count, NonNegative, Positive, Range
 from neounify.errors import ConfigError, NeounifyError
 from neounify.plugins import load_object
 from neounify.post_train.prompts import PromptCase
+from neounify.post_train.reward_judges import CommandReward, VlmReward, judge_key
 from neounify.post_train.reward_kinds import (
     TOTAL,
     HttpReward,
@@ -47,6 +50,15 @@ from neounify.services import NoAnswer
 
 IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
 """Kinds of rewards that have no other outputs."""
+KINDS_OF_FIELDS = {
+    "name": ("program",),
+    "url": ("http", "vlm"),
+    "checkpoint": ("judge",),
+    "prompt_file": ("vlm",),
+    "command": ("command",),
+    "reader": ("ocr",),
+}
+"""Fields that these kinds need and others do not have."""
 MAX_MESSAGES = 20
 """Messages of failed rewards that a report keeps."""
 
@@ -63,7 +75,9 @@ class RewardConfig:
     place of the mean. `timeout` is in seconds per batch, `retries` further attempts of a service.
     """
 
-    kind: Literal["scenes", "program", "http", "judge", "ocr", "answer"] = "scenes"
+    kind: Literal["scenes", "program", "http", "judge", "vlm", "command", "ocr", "answer"] = (
+        "scenes"
+    )
     weight: Positive = 1.0
     weights: Mapping[str, NonNegative] | None = None
     minimum: bool = False
@@ -74,16 +88,22 @@ class RewardConfig:
     url: str | None = None
     checkpoint: str | None = None
     question: str = 'Does the image show "{prompt}"? Answer yes or no.'
+    model: str | None = None
+    prompt_file: str | None = None
+    scale: tuple[float, float] = (0.0, 1.0)
+    key_variable: str | None = None
+    command: str | None = None
     reader: str | None = None
     world: str = "default"
 
     def __post_init__(self) -> None:
-        of_kinds = {"program": "name", "http": "url", "judge": "checkpoint", "ocr": "reader"}
-        for kind, key in of_kinds.items():
+        for key, kinds in KINDS_OF_FIELDS.items():
             is_set = bool(getattr(self, key))
-            if is_set != (kind == self.kind):
+            if is_set != (self.kind in kinds):
                 verb = "has no" if is_set else "needs"
                 raise ValueError(f'a reward of kind "{self.kind}" {verb} {key}')
+        if not self.scale[0] < self.scale[1]:
+            raise ValueError(f"scale must be [lowest, highest] of a judge, got {list(self.scale)}")
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights: at least one part must have a weight above 0")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
@@ -107,6 +127,8 @@ def build_reward(config: RewardConfig, folder: Path | None = None) -> Reward:
         "program": lambda c: _program(str(c.name), folder),
         "http": lambda c: HttpReward(str(c.url), c.timeout, c.retries),
         "judge": lambda c: JudgeReward(str(c.checkpoint), c.question),
+        "vlm": lambda c: _vlm(c, folder),
+        "command": lambda c: CommandReward(str(c.command), c.timeout),
         "ocr": lambda c: OcrReward(_program(str(c.reader), folder)),
         "answer": lambda c: answer_reward,
     }
@@ -264,6 +286,8 @@ class Rewards:
 
 def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
     """Error message of a row that is no reward, or lacks a part of `weights`; None for a reward."""
+    if isinstance(row, Exception):
+        return str(row)
     if not isinstance(row, Mapping) or not row:
         return f"expected named parts, got {str(row)[:80]}"
     for name, value in row.items():
@@ -288,6 +312,19 @@ def _combined(config: RewardConfig, row: Parts) -> float:
         return min(float(row[name]) for name in weights)
     mean = sum(float(row[name]) * weight for name, weight in weights.items())
     return mean / sum(weights.values())
+
+
+def _vlm(config: RewardConfig, folder: Path | None) -> VlmReward:
+    path = (folder or Path()) / str(config.prompt_file)
+    return VlmReward(
+        str(config.url).rstrip("/"),
+        config.model,
+        VlmReward.read_prompt(path),
+        config.scale,
+        config.timeout,
+        config.retries,
+        judge_key(config.key_variable),
+    )
 
 
 def _program(name: str, folder: Path | None) -> Any:

@@ -1,0 +1,174 @@
+"""Cases of a benchmark, and the files of its prompts, each hashed as it is read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from neounify.errors import NeounifyError
+from neounify.files import read_bytes
+from neounify.image import MAX_FILE_BYTES
+
+MAX_PROMPT_BYTES = 2**30
+"""Largest file of prompts: sets of questions hold their images as base64."""
+MAX_NAME_BYTES = 200
+Task = Literal["image", "edit", "story", "question"]
+Record = dict[str, Any]
+
+
+class BenchError(NeounifyError):
+    """Prompts, a run or a result that cannot be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One prompt of a benchmark, and where its outputs go.
+
+    `files` are paths below the folder of images, one per file that the scorer reads: one for each
+    of the `samples`, or a single one that holds them all. `images` are the inputs: files, or
+    base64 in the record itself. `sides` are further files, such as the scorer's metadata, with
+    their text, and `input_copy` is one that the first input image is copied to.
+    """
+
+    id: str
+    category: str
+    prompt: str
+    record: Mapping[str, Any]
+    files: tuple[str, ...] = ()
+    samples: int = 1
+    images: tuple[str, ...] = ()
+    sides: Mapping[str, str] = field(default_factory=dict)
+    input_copy: str = ""
+
+    def to_json(self) -> Record:
+        """The case as plain data."""
+        return dict(vars(self)) | {"files": list(self.files), "images": list(self.images)}
+
+    @staticmethod
+    def from_json(document: Record) -> Case:
+        """The case that `to_json` wrote."""
+        lists = {name: tuple(document[name]) for name in ("files", "images")}
+        return Case(**(document | lists))
+
+
+class PromptFiles:
+    """The file or folder of a benchmark's prompts; what is read of it is hashed."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.exists():
+            raise BenchError(f"{root} does not exist; it must be the prompts of the benchmark")
+        self.root = root
+        self.hashes: dict[str, str] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the prompts, which paths of input images start at."""
+        return self.root if self.root.is_dir() else self.root.parent
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what was read: of the file, or of the list that `sha256sum` prints of several."""
+        if len(self.hashes) == 1:
+            return next(iter(self.hashes.values()))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.hashes.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def named(self, pattern: str) -> list[Path]:
+        """The file, or those of the folder that fit a pattern, by name. BenchError if none do."""
+        if self.root.is_file():
+            return [self.root]
+        paths = sorted(self.root.glob(pattern))
+        if not paths:
+            raise BenchError(f"{self.root} has no {pattern}")
+        return paths
+
+    def text(self, path: Path) -> str:
+        """The text of a file, UTF-8. Raises BenchError."""
+        data = read_bytes(path, MAX_PROMPT_BYTES, BenchError)
+        name = path.name if path == self.root else path.relative_to(self.root).as_posix()
+        self.hashes[name] = hashlib.sha256(data).hexdigest()
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BenchError(f"{path}: not UTF-8 text: {error.reason}") from error
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """A JSON document. Raises BenchError with the file and the line."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = path if line is None else f"{path}:{line}"
+        raise BenchError(f"{place}: not valid JSON: {error}") from error
+
+
+def jsonl(text: str, path: Path) -> Iterator[Record]:
+    """The JSON objects of a file, one per line that is not blank. Raises BenchError."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _object(parse_json(line, path, number), f"{path}:{number}")
+
+
+def json_records(text: str, path: Path) -> Iterator[Record]:
+    """The objects of a JSON list; of an object its values with their `key`, texts as `prompt`."""
+    document = parse_json(text, path)
+    if isinstance(document, list):
+        for number, item in enumerate(document):
+            yield _object(item, f"{path}: item {number}")
+        return
+    for key, item in _object(document, str(path)).items():
+        value = {"prompt": item} if isinstance(item, str) else _object(item, f"{path}: {key}")
+        yield {"key": key, **value}
+
+
+def table(text: str, path: Path) -> Iterator[Record]:
+    """The rows of a CSV or TSV file with a heading; empty cells are left out."""
+    csv.field_size_limit(MAX_PROMPT_BYTES)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in rows:
+            if None in row:
+                raise BenchError(
+                    f"{path}:{rows.line_num}: {len(row[None])} cells more than the heading"
+                )
+            yield {name: cell for name, cell in row.items() if cell not in (None, "")}
+    except csv.Error as error:
+        raise BenchError(f"{path}:{rows.line_num}: {error}") from error
+
+
+def safe_name(value: Any, what: str) -> Any:
+    """A value of a record as part of a file's name; BenchError for one that leaves its folder."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = str(value)
+    if text in ("", ".", "..") or len(text.encode()) > MAX_NAME_BYTES or set(text) & set("/\\\0"):
+        raise BenchError(f"{what}: {text[:60]!r} cannot be part of a file's name")
+    return text
+
+
+def image_bytes(source: str, folder: Path) -> bytes:
+    """An input image: of a file below `folder`, or of base64. Raises BenchError."""
+    if source.startswith("base64:"):
+        try:
+            return base64.b64decode(source.removeprefix("base64:"), validate=True)
+        except binascii.Error as error:
+            raise BenchError(f"an image in base64 cannot be decoded: {error}") from error
+    path = (folder / source).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise BenchError(f"{source}: an input image must lie below {folder}")
+    return read_bytes(path, MAX_FILE_BYTES, BenchError)
+
+
+def _object(item: Any, place: str) -> Record:
+    if not isinstance(item, dict):
+        raise BenchError(f"{place}: must be a JSON object, found {type(item).__name__}")
+    return item

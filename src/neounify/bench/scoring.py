@@ -1,0 +1,258 @@
+"""Scores of a run: judges of ours, each output judged once, and the results of official scorers.
+
+Judgments are lines of scores/JUDGE.jsonl, appended as they come, so that a judge that costs money
+is asked again only for what it has not judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neounify.bench.adapter import Adapter
+from neounify.bench.answers import METRICS
+from neounify.bench.cases import BenchError, Case, Record, jsonl
+from neounify.bench.result import CaseScore, Result, versions
+from neounify.bench.run import (
+    MAX_RUN_BYTES,
+    PATH,
+    Progress,
+    failures,
+    finished,
+    input_images,
+    load_about,
+    samples,
+)
+from neounify.errors import NeounifyError
+from neounify.files import locked_folder, read_bytes, read_text
+from neounify.post_train.prompts import PromptCase
+from neounify.post_train.reward_judges import MAX_JUDGE_PROMPT_BYTES
+from neounify.post_train.rewards import RewardConfig, Rewards
+
+SCORES = "scores"
+MAX_UNREACHABLE = 3
+"""Batches in a row in which nothing is judged after which a judge counts as unreachable."""
+_UNCHANGING = ("weight", "timeout", "retries", "batch", "key_variable", "world")
+"""Settings of a reward that do not change what a judge says."""
+Judgments = dict[tuple[str, int], Mapping[str, float]]
+
+
+def judge_identity(config: RewardConfig, folder: Path) -> Record:
+    """A judge as plain data: its settings that are not the default, and the hash of its prompt."""
+    default = asdict(RewardConfig())
+    identity = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _UNCHANGING and value != default[name]
+    }
+    identity["kind"] = config.kind
+    if config.prompt_file:
+        text = read_text(folder / config.prompt_file, MAX_JUDGE_PROMPT_BYTES, BenchError)
+        identity["prompt_file"] = Path(config.prompt_file).name
+        identity["prompt_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return dict(json.loads(json.dumps(identity)))
+
+
+def judge(
+    adapter: Adapter,
+    cases: Sequence[Case],
+    folder: Path,
+    config: RewardConfig,
+    *,
+    prompts: Path,
+    programs: Path,
+    progress: Progress = lambda done: None,
+) -> Result:
+    """Judge all finished outputs of a run that this judge has not judged, and sum up.
+
+    `prompts` is the folder of the input images, `programs` that of hooks and judges' prompts.
+    Raises BenchError when nothing is judged `MAX_UNREACHABLE` batches in a row.
+    """
+    identity = judge_identity(config, programs)
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    rewards = Rewards([config], max_failed=1.0, folder=programs)
+    log = folder / SCORES / name
+    done = finished(folder)
+    failed: dict[str, str] = {}
+    with locked_folder(log):
+        judged = _read_judgments(log / "judgments.jsonl")
+        left = [
+            (case, sample)
+            for case in cases
+            if case.id in done
+            for sample in range(case.samples)
+            if (case.id, sample) not in judged
+        ]
+        total, silent = len(left), 0
+        with (log / "judgments.jsonl").open("ab") as file:
+            if file.tell():
+                file.write(b"\n")  # ends a line that a kill has cut off
+            for start in range(0, total, config.batch):
+                chunk = left[start : start + config.batch]
+                new, reasons = _judge(adapter, chunk, folder, rewards, prompts)
+                for (case, sample), parts in new.items():
+                    line = json.dumps({"id": case, "sample": sample, "parts": dict(parts)})
+                    file.write(line.encode() + b"\n")
+                file.flush()
+                judged |= new
+                failed |= reasons
+                silent = 0 if new else silent + 1
+                if silent == MAX_UNREACHABLE:
+                    reason = next(iter(failed.values()))
+                    raise BenchError(f"the judge scores nothing ({reason}); what it scored is kept")
+                progress(start + len(chunk))
+    return _sum_up(cases, folder, identity, judged, failures(folder) | failed, total=config)
+
+
+def _judge(
+    adapter: Adapter,
+    chunk: Sequence[tuple[Case, int]],
+    folder: Path,
+    rewards: Rewards,
+    prompts: Path,
+) -> tuple[Judgments, dict[str, str]]:
+    """Parts of some outputs, and the reasons of those without."""
+    outputs: list[Any] = []
+    prompt_cases: list[PromptCase] = []
+    keys: list[tuple[str, int]] = []
+    failed: dict[str, str] = {}
+    for case, sample in chunk:
+        try:
+            output = list(samples(adapter, case, folder))[sample]
+            prompt_cases.append(_prompt_case(case, output, prompts))
+        except (NeounifyError, IndexError) as error:
+            failed[case.id] = str(error)[:500]
+            continue
+        outputs.append(output)
+        keys.append((case.id, sample))
+    rewarded = rewards.measure(outputs, prompt_cases)
+    judged: Judgments = {}
+    reasons = iter(rewarded.failures)
+    for number, key in enumerate(keys):
+        parts = {name: float(values[number]) for name, values in rewarded.parts.items()}
+        parts = {name: value for name, value in parts.items() if not math.isnan(value)}
+        if math.isnan(rewarded.total[number]):
+            failed[key[0]] = next(reasons, rewarded.failures[-1] if rewarded.failures else "")
+        elif parts:
+            judged[key] = {**parts, "total": float(rewarded.total[number])}
+    return judged, failed
+
+
+def _prompt_case(case: Case, output: Any, prompts: Path) -> PromptCase:
+    height, width = output.shape[:2] if isinstance(output, np.ndarray) else (1, 1)
+    return PromptCase(
+        prompt=case.prompt,
+        width=width,
+        height=height,
+        category=case.category,
+        images=input_images(case, prompts),
+        record=case.record,
+    )
+
+
+def _read_judgments(path: Path) -> Judgments:
+    judged: Judgments = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            judged[record["id"], record["sample"]] = record["parts"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a kill: the output is judged again
+    return judged
+
+
+def read_results(cases: Sequence[Case], folder: Path, path: Path) -> Result:
+    """The results of an official scorer, JSON lines: numbers and truth values are the parts.
+
+    A line is found by `filename` (or `image`, `image_path`), a path that ends with a name of an
+    image of the run, or by `id` (or `index`, `prompt_id`, `key`). Raises BenchError for lines of no
+    case, and for parts that are not from 0 to 1.
+    """
+    by_file = {name: (c.id, n) for c in cases for n, name in enumerate(c.files)}
+    by_id = {case.id: (case.id, 0) for case in cases}
+    judged: Judgments = {}
+    text = read_text(path, MAX_RUN_BYTES, BenchError)
+    for number, record in enumerate(jsonl(text, path), 1):
+        key = _find(record, by_file, by_id)
+        if key is None or key in judged:
+            problem = "belongs to no case" if key is None else f"is the second one of {key[0]}"
+            raise BenchError(f"{path}: result {number} {problem}: {str(record)[:120]}")
+        used = {*_FILE_KEYS, *_ID_KEYS, "seed"}
+        parts = {
+            name: float(value)
+            for name, value in record.items()
+            if name not in used and isinstance(value, bool | int | float)
+        }
+        if not parts or not all(0 <= value <= 1 for value in parts.values()):
+            raise BenchError(f"{path}: result {number} has no parts from 0 to 1: {parts}")
+        judged[key] = parts
+    digest = hashlib.sha256(read_bytes(path, MAX_RUN_BYTES, BenchError)).hexdigest()
+    identity = {"kind": "results", "file": path.name, "file_sha256": digest}
+    missing = {c.id: "no result" for c in cases if (c.id, 0) not in judged}
+    return _sum_up(cases, folder, identity, judged, missing | failures(folder))
+
+
+_FILE_KEYS, _ID_KEYS = ("filename", "image", "image_path"), ("id", "index", "prompt_id", "key")
+
+
+def _find(
+    record: Record, by_file: Mapping[str, tuple[str, int]], by_id: Mapping[str, tuple[str, int]]
+) -> tuple[str, int] | None:
+    for name in _FILE_KEYS:
+        parts = str(record.get(name, "")).replace("\\", "/").split("/")
+        for start in range(len(parts)):
+            if (key := by_file.get("/".join(parts[start:]))) is not None:
+                return key
+    return next((by_id[str(record[k])] for k in _ID_KEYS if str(record.get(k)) in by_id), None)
+
+
+def score_answers(cases: Sequence[Case], folder: Path, metric: str) -> Result:
+    """The result of a run of questions."""
+    judged: Judgments = {}
+    by_id = {case.id: case for case in cases}
+    for name, record in finished(folder).items():
+        for sample, answer in enumerate(record["answers"]):
+            judged[name, sample] = {metric: METRICS[metric](answer, by_id[name].record)}
+    return _sum_up(cases, folder, {"kind": "metric", "metric": metric}, judged, failures(folder))
+
+
+def _sum_up(
+    cases: Sequence[Case],
+    folder: Path,
+    judge: Record,
+    judged: Judgments,
+    failed: Mapping[str, str],
+    total: RewardConfig | None = None,
+) -> Result:
+    """The result of judgments; a case counts only if all its samples are judged.
+
+    A single part is no total as well.
+    """
+    done = finished(folder)
+    scores: list[CaseScore] = []
+    reasons = dict(failed)
+    for case in cases:
+        rows = [judged[case.id, n] for n in range(case.samples) if (case.id, n) in judged]
+        if len(rows) < case.samples:
+            reasons.setdefault(case.id, "not finished" if case.id not in done else "not judged")
+            continue
+        reasons.pop(case.id, None)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        if len(names) == 2 and "total" in names and all(len(set(r.values())) == 1 for r in rows):
+            names.remove("total")
+        parts = {
+            n: statistics.fmean(r[n] for r in rows) for n in names if all(n in r for r in rows)
+        }
+        seeds = tuple(done[case.id]["seeds"]) if case.id in done else ()
+        scores.append(CaseScore(case.id, case.category, parts, seeds))
+    about = load_about(folder) | {"judge": judge, "versions": versions()}
+    del about["format"], about[PATH]  # a place on a machine
+    return Result(about, tuple(scores), reasons)
