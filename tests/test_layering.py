@@ -40,6 +40,7 @@ pipeline        the public Python API
 neounify        the names that `import neounify` gives
 data            samples, sources, packing, loading
 evaluate        similarity of images, rates and means with confidence intervals, paired tests
+curate          curation of data: stages, copies, table and shards
 scenes          synthetic scenes and SceneBench
 train           recipes and the trainer
 post_train      reinforcement learning, distillation, merging of experts

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks.evaluations import Row, main, psnr_table, rules, scene_table, verdict
-from neounify.evaluate.intervals import Difference
 
 from neounify.cli.toy import toy_pipeline
+from neounify.evaluate.intervals import Difference
 from neounify.flow.sampling import ImageSampling
 
 

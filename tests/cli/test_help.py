@@ -33,6 +33,7 @@ COMMANDS = (
     "train",
     "report",
     "doctor",
+    "curate",
     "plan",
     "eval",
     "toy",

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train",
     "report": "report",
     "doctor": "doctor",
+    "curate": "curate",
     "plan": "plan",
     "toy": "toy",
     "eval": "evaluate",

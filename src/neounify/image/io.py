@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -197,6 +198,27 @@ def read_metadata(source: bytes | str | PathLike[str], keys: Sequence[str]) -> d
     """
     name, data = _read_bytes(source)
     return {str(key): value for key, value in _open(data, name, keys).info.items()}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts of a file, in Pillow's words: format, mode, (width, height) as stored, frames."""
+
+    format: str
+    mode: str
+    size: tuple[int, int]
+    frames: int
+
+
+def describe_image(source: bytes | str | PathLike[str]) -> ImageFacts:
+    """Facts of an image, without decoding its pixels. Raises ImageError as `read_image` does."""
+    name, data = _read_bytes(source)
+    image = _open(data, name)
+    try:
+        frames = int(getattr(image, "n_frames", 1))  # of an animation, whose frames are walked
+    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ImageError(f"{name}: damaged or cut off ({error})") from error
+    return ImageFacts(str(image.format), image.mode, image.size, frames)
 
 
 def _open(data: bytes, name: str, keys: Sequence[str] = ()) -> Image.Image:

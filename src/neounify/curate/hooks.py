@@ -1,0 +1,139 @@
+"""Hooks: callables on batches of images and texts, loaded once per worker.
+
+A hook is `package.module:name`: a function, or a class that is instantiated once. It is called as
+`hook(images, texts)` with two lists of the same length (RGB PIL images or None, and texts), and
+returns a value for each: a mapping from classes to scores (safety), a number (watermark, beauty,
+match) or a vector (embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from neounify.curate.recipe import CurateError
+from neounify.plugins import load_object
+
+Hook = Callable[[list[Image.Image | None], list[str]], Sequence[Any]]
+Reader = Callable[[Any], Any]
+"""The checked value of what a hook returned for one image. Raises ValueError."""
+
+
+class HookTimeout(Exception):
+    """A call took longer than its stage allows."""
+
+
+@lru_cache(maxsize=16)
+def load_hook(name: str, folder: Path | None) -> Hook:
+    """The hook of this process. Raises CurateError."""
+    target = load_object(name, "hook", CurateError, folder)
+    if isinstance(target, type):
+        try:
+            target = target()
+        except Exception as error:  # a hook's own code may fail in any way
+            raise CurateError(f"the hook {name} cannot be made: {error}") from error
+    if not callable(target):
+        raise CurateError(f"the hook {name} is a {type(target).__name__}, not callable")
+    hook: Hook = target
+    return hook
+
+
+def call_hook(
+    hook: Hook,
+    images: list[Image.Image | None],
+    texts: list[str],
+    read: Reader,
+    timeout: float,
+) -> list[Any]:
+    """The value of every image; an Exception for one without.
+
+    A batch that fails is tried again image by image, so that one image costs no other its value.
+    """
+    try:
+        return _called(hook, images, texts, read, timeout)
+    except Exception as error:
+        if len(images) == 1:
+            return [error]
+    results: list[Any] = []
+    for image, text in zip(images, texts, strict=True):
+        try:
+            results += _called(hook, [image], [text], read, timeout)
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+def _called(
+    hook: Hook,
+    images: list[Image.Image | None],
+    texts: list[str],
+    read: Reader,
+    timeout: float,
+) -> list[Any]:
+    with _time_limit(timeout):
+        values = list(hook(list(images), list(texts)))
+    if len(values) != len(images):
+        raise ValueError(f"{len(values)} values for {len(images)} images")
+    results: list[Any] = []
+    for value in values:
+        try:
+            results.append(read(value))
+        except (TypeError, ValueError) as error:
+            results.append(error)
+    return results
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise HookTimeout in the block after a time; only in the main thread of a Unix process."""
+    if (
+        not hasattr(signal, "setitimer")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise HookTimeout(f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_number(value: Any) -> float:
+    """A finite number. Raises ValueError and TypeError."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"the value {number} is not finite")
+    return number
+
+
+def read_scores(value: Any) -> dict[str, float]:
+    """Scores by class. Raises ValueError and TypeError."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"a {type(value).__name__}, not a mapping from classes to scores")
+    return {str(name): read_number(score) for name, score in value.items()}
+
+
+def read_vector(value: Any) -> np.ndarray:
+    """A unit vector in float32. Raises ValueError and TypeError."""
+    vector = np.asarray(value, np.float64).reshape(-1)
+    length = float(np.linalg.norm(vector))
+    if not len(vector) or not math.isfinite(length) or length == 0:
+        raise ValueError(f"a vector of {len(vector)} values and length {length}")
+    return (vector / length).astype(np.float32)

@@ -1,0 +1,181 @@
+"""Input of a curation: containers (files or folders of a source), cut into units of samples.
+
+A unit is the task of a worker. Its digest covers the content of its container, so that a part
+written from it is known by its name; images that lie beside a container are not read for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from neounify.curate.parts import digest_of
+from neounify.curate.recipe import CurateError, CurateRecipe, Source
+from neounify.data import DataError, Sample
+from neounify.data.configs import FileData
+from neounify.data.formats import files_below
+from neounify.data.sources import FileSource
+from neounify.files import read_bytes
+
+ENDINGS = {"jsonl": ".jsonl", "shards": ".tar", "parquet": ".parquet"}
+"""Kinds of data whose folders are read file by file."""
+HASHED_BYTES = 2**20
+NOT_A_CONTAINER = "the data of source {source} cannot be read: {error}"
+
+
+@dataclass(frozen=True)
+class Container:
+    """One file or folder of the source number `priority`."""
+
+    source: str
+    priority: int
+    number: int
+    data: FileData
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Samples of a container, a digest of its content, and what could not be indexed."""
+
+    size: int
+    digest: str
+    damage: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples `start` to `stop` of a container; `name` is unique in a curation."""
+
+    name: str
+    container: Container
+    start: int
+    stop: int
+    digest: str
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample and the files of its images, or the error why there is none.
+
+    `contents` are the bytes of the images in order; an error in place of one that cannot be read.
+    """
+
+    location: str
+    sample: Sample | None
+    contents: tuple[bytes | str, ...] = ()
+    error: str = ""
+
+
+def containers_of(sources: Sequence[Source]) -> list[Container]:
+    """All containers, in the order of the recipe and of their names. Raises CurateError."""
+    return [
+        Container(source.name, priority, number, data)
+        for priority, source in enumerate(sources)
+        for number, data in enumerate(_split(source))
+    ]
+
+
+def _split(source: Source) -> list[FileData]:
+    data, path = source.data, Path(source.data.path)
+    ending = ENDINGS.get(data.kind)
+    try:
+        if ending is not None and path.is_dir():
+            files = sorted(files_below(path, ending))
+        elif ending is not None and "*" in path.name:
+            files = sorted(path.parent.glob(path.name))
+        else:
+            files = [path]
+    except OSError as error:
+        raise CurateError(NOT_A_CONTAINER.format(source=source.name, error=error)) from error
+    if not files:
+        raise CurateError(f"source {source.name}: there are no {ending} files in {data.path}")
+    return [replace(data, path=str(file)) for file in files]
+
+
+def take_inventory(container: Container) -> Inventory:
+    """Count and hash a container. Raises CurateError for one that holds no sample."""
+    try:
+        source = _source(container.data)
+        path = Path(container.data.path)
+        content = _file_digest(path) if path.is_file() else _folder_digest(path)
+    except (DataError, OSError) as error:
+        raise CurateError(NOT_A_CONTAINER.format(source=container.source, error=error)) from error
+    settings = {k: str(v) for k, v in vars(container.data).items() if k not in ("path", "weight")}
+    return Inventory(source.size, digest_of(content, settings), tuple(source.damage))
+
+
+def units_of(container: Container, inventory: Inventory, recipe: CurateRecipe) -> list[Unit]:
+    """A container cut into units of `samples_per_unit` samples."""
+    size = recipe.samples_per_unit
+    return [
+        Unit(
+            name=f"{container.source}-{container.number:05d}-{start // size:05d}",
+            container=container,
+            start=start,
+            stop=min(start + size, inventory.size),
+            digest=digest_of(inventory.digest, container.source, container.number, start, size),
+        )
+        for start in range(0, inventory.size, size)
+    ]
+
+
+def read_items(unit: Unit, max_bytes: int) -> Iterator[Item]:
+    """The samples of a unit in order, one in memory at a time. Raises CurateError."""
+    try:
+        source = _source(unit.container.data)
+    except (DataError, OSError) as error:
+        raise CurateError(f"{unit.name} cannot be read any more: {error}") from error
+    for index in range(unit.start, unit.stop):
+        yield _item(source, index, max_bytes)
+
+
+def _item(source: FileSource, index: int, max_bytes: int) -> Item:
+    location = source.location(index)
+    try:
+        unread = source.unread(index)
+    except DataError as error:
+        return Item(location, None, error=str(error))
+    contents: list[bytes | str] = []
+    for image in unread.sample.images:
+        assert isinstance(image.image, Path)
+        try:
+            content, _ = unread.find(image.image)
+            if isinstance(content, Path):
+                content = read_bytes(content, max_bytes, DataError)
+            contents.append(content)
+        except (DataError, OSError) as error:
+            contents.append(str(error))
+    return Item(location, unread.sample, tuple(contents))
+
+
+@lru_cache(maxsize=2)
+def _source(data: FileData) -> FileSource:
+    """The source of a container; the next units of a worker are mostly of the same one."""
+    source = data.build()
+    if not isinstance(source, FileSource):
+        raise DataError(f'data of kind "{data.kind}" is generated, not read')
+    return source
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASHED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    """Names, sizes and times of all files below a folder."""
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            entries.append((path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns))
+    return digest_of(entries)

@@ -1,0 +1,130 @@
+"""The writing pass: the table part of a unit, and its kept samples as a shard the trainer reads."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neounify.curate.parts import arrow, read_table, write_part, write_table
+from neounify.curate.recipe import CurateRecipe
+from neounify.curate.table import SCORES, final_schema
+from neounify.curate.units import Item, Unit, read_items
+from neounify.data import Sample, sample_to_record
+
+KEPT, DROPPED = "kept", "dropped"
+NEVER = ("known.", "safety.never")
+"""Reasons whose samples are only counted: nothing of them is written."""
+FORMAT_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "HEIF": "heic"}
+"""Endings of files by Pillow's format, where they are not its name in lower case."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What was decided about the samples of a unit: reasons, "" for kept, and their copies."""
+
+    reasons: tuple[str, ...]
+    copies: tuple[str | None, ...]
+    distances: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Paths of a unit's table part and of its shard."""
+
+    table: Path
+    shard: Path
+
+    @property
+    def exist(self) -> bool:
+        """Whether both are there; a unit without a kept sample has an empty shard."""
+        return self.table.is_file() and self.shard.is_file()
+
+
+def is_unspeakable(reason: str) -> bool:
+    """Whether nothing of a sample with this reason may be shown."""
+    return reason.startswith(NEVER)
+
+
+def write_unit(
+    unit: Unit,
+    recipe: CurateRecipe,
+    verdicts: Verdicts,
+    measured: Path,
+    scored: Path | None,
+    outputs: Outputs,
+) -> None:
+    """Write shard and table part of a unit, the table last. Raises CurateError."""
+    rows = read_table(measured).to_pylist()
+    scores = {} if scored is None else {r["number"]: r for r in read_table(scored).to_pylist()}
+    for number, row in enumerate(rows):
+        _decided(row, number, verdicts, scores.get(number), recipe)
+    captioned: dict[int, str] = {}
+
+    def write(aside: Path) -> None:
+        with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as archive:
+            for number, item in enumerate(read_items(unit, recipe.stages.readable.max_bytes)):
+                row = rows[number]
+                if row["verdict"] == KEPT and item.sample is not None:
+                    row["shard"] = outputs.shard.name
+                    row["key"] = f"{unit.name}-{number:06d}"
+                    _add_sample(archive, row, item, captioned.get(number))
+
+    write_part(outputs.shard, write)
+    table = arrow().Table.from_pylist(rows, schema=final_schema())
+    write_table(outputs.table, table)
+
+
+def _decided(
+    row: dict[str, Any],
+    number: int,
+    verdicts: Verdicts,
+    scores: dict[str, Any] | None,
+    recipe: CurateRecipe,
+) -> None:
+    """Fill in verdict, reason and scores of a row."""
+    reason, detail = verdicts.reasons[number], row["detail"]
+    if scores is not None:
+        row.update({name: scores[name] for name in SCORES})
+        detail = scores["detail"] or detail
+    row["reason"], row["verdict"] = reason or None, DROPPED if reason else KEPT
+    row["detail"] = detail if reason else None
+    row["copy_of"], row["distance"] = verdicts.copies[number], verdicts.distances[number]
+    if is_unspeakable(reason):
+        row.update(images=[], text=None, detail=None, copy_of=None, distance=None)
+        row.update(dict.fromkeys(SCORES))
+
+
+def _add_sample(
+    archive: tarfile.TarFile, row: dict[str, Any], item: Item, caption: str | None
+) -> None:
+    """Add a record and its images; the files of the images are those of the input."""
+    assert item.sample is not None
+    sample = item.sample if caption is None else with_prompt(item.sample, caption)
+    key, names = row["key"], []
+    for number, (image, content) in enumerate(zip(row["images"], item.contents, strict=True)):
+        form = image["format"]
+        names.append(f"{key}.{number}.{FORMAT_ENDINGS.get(form, str(form).lower())}")
+        assert isinstance(content, bytes)
+        _add(archive, names[-1], content)
+    record = sample_to_record(sample, names)
+    _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # without time, user and group
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def with_prompt(sample: Sample, text: str) -> Sample:
+    """The sample with another text in its last user turn; images of that turn stay in front."""
+    from neounify.data import SampleImage, SampleText, Turn
+
+    at = max(n for n, turn in enumerate(sample.turns) if turn.role == "user")
+    images = tuple(part for part in sample.turns[at].parts if isinstance(part, SampleImage))
+    turn = Turn("user", (*images, SampleText(text)))
+    return replace(sample, turns=(*sample.turns[:at], turn, *sample.turns[at + 1 :]))
