@@ -168,11 +168,20 @@ def test_neither_ranks_nor_workers_change_a_pack(ranks: int, workers: int) -> No
     assert [_signature(item) for item in packs_of(24, ranks, workers)] == one
 
 
-def test_a_run_goes_on_with_another_number_of_ranks() -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ((2, 4), (4, 2), (1, 4), (2, 6)),
+        # Of other numbers of packs per step: after three packs two ranks begin with the fourth.
+        ((1, 3), (2, 4), (4, 3), (2, 4), (1, 1)),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_ranks(parts: tuple[tuple[int, int], ...]) -> None:
     config = LoaderConfig(tokens_per_pack=300, workers=0, streams=4)
-    whole = [_signature(i) for i in islice(load_packs(SOURCE, ENCODER, config), 32)]
+    count = sum(ranks * each for ranks, each in parts)
+    whole = [_signature(i) for i in islice(load_packs(SOURCE, ENCODER, config), count)]
     position, seen = None, []
-    for ranks, each in ((2, 4), (4, 2), (1, 4), (2, 6)):
+    for ranks, each in parts:
         on = replace(config, ranks=ranks)
         read = [
             list(islice(load_packs(SOURCE, ENCODER, replace(on, rank=r), position), each))

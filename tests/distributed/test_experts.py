@@ -14,8 +14,9 @@ from torch import Tensor, distributed
 from neounify.checkpoint.names import each_expert
 from neounify.config import MlpConfig, ModelConfig
 from neounify.distributed.mesh import MeshShape
-from neounify.distributed.parallelize import local, parallelize, whole
+from neounify.distributed.parallelize import parallelize
 from neounify.distributed.ranks import ONE, Ranks
+from neounify.distributed.shards import local, whole
 from neounify.model import NeoUnify
 from neounify.train.setup import checkpoint_layers, freeze
 from support.models import Maker, Packed, pack, random_config, random_model

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from neounify.post_train import doctor
 from neounify.train.recipe import Recipe
 from neounify.train.state import saved_states
 from support import post_training
@@ -73,12 +76,29 @@ def train(folder: Path, case: str, stop_after: int | None = None) -> dict[str, A
     return {"weights": weights, "log": metrics(folder / case)}
 
 
+DOCTOR = ("nft", "trajectory", "dmd2")
+
+
+def examined(folder: Path, kind: str) -> dict[str, Any]:
+    """What the doctor finds of a method, and the weights behind it."""
+    training = trainer(folder / kind, recipe_of(kind, folder), this_rank())
+    stage = training.recipe.stages[0]
+    # Ranks whose clocks differ must end together.
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() * (1 + 99 * this_rank().rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "time", clock)
+        checks = stage.method.examine(training._context(stage), 4)
+        findings = {finding.name: finding.good for finding in checks}
+    return {"findings": findings, "weights": [numpy(p) for p in training.model.parameters()]}
+
+
 def on_ranks(base: str, folder: str) -> dict[str, Any]:
     post_training.BASE[:] = [Path(base)]
+    findings = {kind: examined(Path(folder) / "doctor", kind) for kind in DOCTOR}
     results = {case: train(Path(folder) / "two", case) for case in CASES}
     for case in ("flow-grpo", "trajectory"):
         train(Path(folder) / "moved", case, stop_after=1)
-    return results
+    return {**results, "doctor": findings}
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +148,12 @@ def test_a_run_moves_from_two_ranks_to_one(
 ) -> None:
     moved = train(folder / "moved", case)
     check(moved, [rank[case] for rank in two])
+
+
+@pytest.mark.parametrize("kind", DOCTOR)
+def test_the_doctor_examines_methods_on_two_ranks(two: list[dict[str, Any]], kind: str) -> None:
+    mine, theirs = (rank["doctor"][kind] for rank in two)
+    assert mine["findings"] == theirs["findings"]
+    assert mine["findings"]["gradients"]
+    for one, other in zip(mine["weights"], theirs["weights"], strict=True):
+        assert np.array_equal(one, other)

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, distributed
 
-from neounify.distributed.parallelize import whole
 from neounify.distributed.ranks import Ranks
+from neounify.distributed.shards import whole
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import Recipe, recipe_from_table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from neounify.distributed.parallelize import local
+from neounify.distributed.shards import local
 from neounify.errors import ConfigError
+from neounify.pipeline import Pipeline
 from neounify.train.loop import Trainer
+from neounify.train.progress import Progress
 from neounify.train.state import saved_states
 from neounify.train.supervised import SupervisedConfig
 from support.parallel_runs import SPARSE, losses, numpy, one_stage, recipe, this_rank, trainer
@@ -42,12 +45,19 @@ def two_stages(folder: Path, frozen: str, stop_after: int | None = None) -> dict
     if frozen == "bfloat16":  # a mean in host memory is the same
         defaults["ema_memory"] = "host"
     training = trainer(folder, recipe(**TWO_STAGES, defaults=defaults), this_rank())
+    first, alive = weakref.ref(training.model), {}
+
+    def look(_: Pipeline, progress: Progress) -> dict[str, float]:
+        alive[progress.stage] = first() is not None and first() is not training.model
+        return {}
+
+    training.evaluate = look
     if states := saved_states(training.states):
         training.resume(states[-1])
     training.run(stop_after=stop_after)
     weights = {name: numpy(p) for name, p in training.model.named_parameters()}
     kept = {name: str(local(p).dtype) for name, p in training.model.named_parameters()}
-    return {"weights": weights, "kept": kept, "units": gathered(training)}
+    return {"weights": weights, "kept": kept, "units": gathered(training), "alive": alive}
 
 
 def gathered(training: Trainer) -> set[str]:
@@ -113,6 +123,11 @@ def test_a_stream_that_no_batch_calls_leaves_the_devices(two: dict[str, Any]) ->
     assert any(name.startswith("gen.") for name in every)
     for name, weight in two["bfloat16"]["weights"].items():
         assert np.array_equal(two["resumed"]["weights"][name], weight), name
+
+
+def test_the_model_of_a_stage_before_is_freed(two: dict[str, Any]) -> None:
+    """The second stage keeps other weights frozen, so that it has a model of its own."""
+    assert two["bfloat16"]["alive"] == {0: False, 1: False}
 
 
 def test_losses_do_not_know_where_an_unused_stream_is(two: dict[str, Any], folder: Path) -> None:

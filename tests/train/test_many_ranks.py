@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
 from neounify.distributed.ranks import Ranks
+from neounify.model.parts import STREAMS
 from neounify.pipeline import load
 from neounify.train import supervised
 from neounify.train.optim import OptimizerConfig, OptimizerSet
@@ -169,6 +170,30 @@ def test_compiled_layers_on_two_ranks(folder: Path, alone: Weights, case: str) -
     ranks = run_ranks(slow_on_two_ranks, str(folder / "slow"), ranks=2, seconds=SECONDS)
     check_logs(folder / "alone" / "dense", folder / "slow" / case)
     check_weights(alone["dense"], [rank[case] for rank in ranks], 1e-5)
+
+
+@pytest.mark.parametrize("case", ["sparse", "experts", "experts muon"])
+def test_tokens_of_experts_are_counted_over_the_ranks(
+    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+) -> None:
+    """Each token once for each of its experts, also where layers are computed again."""
+    mine, theirs = (expert_tokens(folder / name / case) for name in ("alone", "two"))
+    assert mine == theirs
+    totals = [line["tokens"] for line in losses(folder / "two" / case)]
+    for number, line in enumerate(theirs):
+        layers = [sum(sum(line[f"{stream}.{n}"]) for stream in STREAMS) for n in range(2)]
+        tokens = totals[number] - (totals[number - 1] if number else 0)
+        assert layers == [2 * tokens] * 2
+    last = losses(folder / "two" / case)[-1]
+    of_layers = [counts for name, counts in theirs[-1].items() if name.startswith("gen.")]
+    busiest = max(4 * max(counts) / sum(counts) for counts in of_layers)
+    assert last["experts/gen/busiest_over_mean"] == pytest.approx(busiest)
+
+
+def expert_tokens(folder: Path) -> list[dict[str, list[int]]]:
+    lines = [json.loads(line) for line in (folder / "experts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    return [line["tokens"] for line in lines]
 
 
 def test_matrices_dealt_out_to_owners_have_the_bits_of_one_rank(two: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from neounify.errors import CheckpointError, ConfigError
 from neounify.pipeline import load
+from neounify.train.export import export_state
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.method import METHODS, StageContext, TrainingStopped, repeatable
@@ -286,7 +287,8 @@ def test_sampling_that_a_stage_sets_is_in_every_export_and_in_later_stages(tmp_p
     described = one_stage(steps=4)
     trainer(tmp_path / "run", described).run(stop_after=2)
     again = trainer(tmp_path / "run", described)
-    again.export_state(saved_states(again.states)[-1], tmp_path / "exported", torch.float32)
+    state = saved_states(again.states)[-1]
+    export_state(described, again.folder, state, tmp_path / "exported", torch.float32)
     assert load(tmp_path / "exported").model.config.sampling.steps == 3
     resumed(tmp_path / "run", described).run()
     assert load(tmp_path / "run" / "model").model.config.sampling.steps == 3

@@ -12,8 +12,8 @@ from torch import distributed
 
 from neounify.checkpoint import CheckpointFolder, save_model
 from neounify.config.presets import SCENES
-from neounify.distributed.parallelize import local
 from neounify.distributed.ranks import Ranks
+from neounify.distributed.shards import local
 from neounify.model.neo import NeoUnify
 from neounify.text.tokenizer import byte_tokenizer
 from neounify.train.recipe import recipe_from_table

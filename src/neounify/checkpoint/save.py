@@ -53,8 +53,8 @@ def save_model(
     One model.safetensors when the weights fit into `max_shard_bytes`, else shards and an index;
     a larger tensor gets a separate shard. `config` stands in for `model.config`; its stored
     torch_dtype follows the weights. They are cast to `dtype`. `values` are the tensors of a model
-    that is cut over ranks, whole and in the order of `expected_shapes`; they are read for one file
-    after the other.
+    that is cut over ranks or has none, whole and in the order of `expected_shapes`; they are read
+    for one file after the other.
 
     Everything is first written beside the target, then moved into place: after an error (a full
     disk, say) whatever was there before is still there. A folder that is not empty is replaced
@@ -82,7 +82,7 @@ def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> di
     from neounify.checkpoint.quantised import describe, quant_modules
 
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    absent = [name for name, tensor in state.items() if tensor.is_meta]
+    absent = [name for name, tensor in state.items() if tensor.is_meta and not cut]
     if cut:
         state = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in state.items()}
     tensors = each_expert(state)

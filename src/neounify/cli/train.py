@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neounify.cli.command import CliError, UsageError
+from neounify.cli.command import CliError
 from neounify.cli.display import Display
 from neounify.cli.options import FILES, ReportOptions, ThreadOptions, option
 from neounify.cli.ranks import all_ranks, device_of
@@ -65,6 +65,7 @@ def train(
         from neounify.distributed.ranks import restarted
         from neounify.train.parallel import check_shared
         from neounify.train.recipe import read_recipe
+        from neounify.train.state import saved_states
 
     check_threads(where.threads)
     with all_ranks() as ranks:
@@ -75,17 +76,19 @@ def train(
             parsed = ranks.together(lambda: read_recipe(recipe))
         folder = out or Path("out") / parsed.name
         if export is not None:
-            if ranks.size > 1:
-                raise UsageError("--export needs one process, without torchrun")
-            _export_newest(parsed, folder, export, display)
+            target = export
+            ranks.together(
+                lambda: _export_newest(parsed, folder, target, display) if ranks.first else None
+            )
             return
         with ExitStack() as stack:
             ranks.together(
                 lambda: stack.enter_context(locked_folder(folder)) if ranks.first else None
             )
             ranks.together(lambda: check_shared(folder, ranks))
-            again = "auto" if restarted() else None
-            _train(parsed, folder, resume or again, stages or [], where, display, ranks)
+            if restarted() and (resume is None or saved_states(folder / "states")):
+                resume = "auto"  # from a state of this run, whatever it began with
+            _train(parsed, folder, resume, stages or [], where, display, ranks)
 
 
 def _train(
@@ -124,9 +127,11 @@ def _train(
     console = Console(stderr=True, quiet=display.quiet)
     log = ranks.together(lambda: Log(folder, console, writes=ranks.first))
     device = ranks.together(lambda: device_of(where.device, ranks))
-    setup = build_setup(recipe, device, folder, ranks)
     grid = SampleGrid(recipe, folder, sources, ranks)
-    trainer = Trainer(recipe, setup, folder, log, grid, sources)
+    # Stages may replace the model, which is then held here no longer.
+    trainer = Trainer(
+        recipe, build_setup(recipe, device, folder, ranks), folder, log, grid, sources
+    )
     if state is not None:
         trainer.resume(state)
         display.note(f"resuming from {state}")
@@ -145,19 +150,14 @@ def _train(
 def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display) -> None:
     """Write the newest saved state of a run as a checkpoint. Raises CliError."""
     import torch
-    from rich.console import Console
 
-    from neounify.train.log import Log
-    from neounify.train.loop import Trainer
-    from neounify.train.setup import build_setup
+    from neounify.train.export import export_state
     from neounify.train.state import newest_whole_state
 
     state = newest_whole_state(folder / "states", display.note)
     if state is None:
         raise CliError(f"{folder} holds no saved state yet")
-    setup = build_setup(recipe, torch.device("cpu"), folder)
-    log = Log(folder, Console(stderr=True, quiet=True), tensorboard=False)
-    Trainer(recipe, setup, folder, log).export_state(state, target, torch.bfloat16)
+    export_state(recipe, folder, state, target, torch.bfloat16)
     display.result(f"saved {target} from {state.name}", target)
 
 

@@ -1,8 +1,9 @@
 """Packs of documents without end, read by worker processes, from an exact position.
 
 The samples are dealt to S data streams: stream s packs samples s, s + S, s + 2S, … by itself, by
-rows and by cost (`packing.py`), and pack j comes from stream j mod S. Rank r of R reads the packs j
-with j mod R = r, and its workers share its streams: neither ranks nor workers change a pack. Sample
+rows and by cost (`packing.py`), and pack j comes from stream j mod S. Rank r of R reads every R-th
+pack, from the r-th after the position on, and its workers share the streams of these: neither ranks
+nor workers change a pack. Sample
 i of a source is a function of i alone, so a position is a few numbers: the next sample of every
 stream, those it has carried over, what it has drawn, and which stream is next. Each pack comes with
 the position after it; a loader built from that position continues as if it had never stopped.
@@ -145,10 +146,10 @@ class Position:
 
     @staticmethod
     def merged(parts: Sequence[Position]) -> Position:
-        """The position of all ranks from that of each, after packs that all have read."""
-        ranks = len(parts)
-        streams = (parts[n % ranks].streams[n] for n in range(len(parts[0].streams)))
-        return Position(tuple(streams), parts[-1].turn)
+        """The position of all ranks from that of each, after equally many packs of all."""
+        ranks, turn = len(parts), parts[-1].turn
+        streams = (parts[(n - turn) % ranks].streams[n] for n in range(len(parts[0].streams)))
+        return Position(tuple(streams), turn)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -210,20 +211,22 @@ class LoaderConfig:
     ranks: int = 1
 
     @property
-    def own(self) -> range:
-        """The data streams of this rank."""
-        return range(self.rank, self.streams, self.ranks)
+    def shared(self) -> int:
+        """How many data streams each rank reads."""
+        return self.streams // self.ranks
 
     @property
     def processes(self) -> int:
         """The most workers, up to `workers`, that share the rank's streams evenly; 0 for none."""
-        return max((n for n in range(1, self.workers + 1) if len(self.own) % n == 0), default=0)
+        return max((n for n in range(1, self.workers + 1) if self.shared % n == 0), default=0)
 
     def order(self, position: Position) -> list[int]:
-        """The streams of this rank in the order in which it reads them from a position on."""
-        first = position.turn + (self.rank - position.turn) % self.ranks
-        count = len(self.own)
-        return [self.own[(first // self.ranks + n) % count] for n in range(count)]
+        """The streams of this rank in the order in which it reads them from a position on.
+
+        The first rank reads the next pack, whatever number of ranks came to it.
+        """
+        first = position.turn + self.rank
+        return [(first + n * self.ranks) % self.streams for n in range(self.shared)]
 
 
 def _check_streams(config: LoaderConfig, position: Position) -> None:

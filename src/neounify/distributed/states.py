@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from neounify.distributed.ranks import ONE, Ranks
+from neounify.distributed.shards import place
 from neounify.errors import CheckpointError
 
 
@@ -63,9 +66,7 @@ def _without_values(
     tensors: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        size = sum(chunk.sizes.numel() for chunk in stored.chunks)
-        if size != stored.size.numel():
-            raise CheckpointError(f"{folder} lacks pieces of {name}")
+        _check_pieces(folder, name, stored)
         if name not in like:
             tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
             continue
@@ -78,12 +79,105 @@ def _without_values(
     return tensors
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every rank has, cut over the ranks as another is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+def _check_pieces(folder: Path, name: str, stored: TensorStorageMetadata) -> None:
+    size = sum(chunk.sizes.numel() for chunk in stored.chunks)
+    if size != stored.size.numel():
+        raise CheckpointError(f"{folder} lacks pieces of {name}")
+
+
+class _Piece(NamedTuple):
+    """A part of a tensor: its file, where it begins along each dimension, and its shape."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class StoredTensors:
+    """Tensors of one file, or of a folder that ranks wrote, read one by one and by slices.
+
+    Raises CheckpointError for pieces that are missing, and what safetensors raises.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shapes: dict[str, torch.Size] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._open: dict[str, Any] = {}
+        if path.is_dir():
+            self._find_pieces()
+            return
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is no mapping
+                shape = tuple(stored.get_slice(name).get_shape())
+                self.shapes[name] = torch.Size(shape)
+                self._pieces[name] = [_Piece(str(path), (0,) * len(shape), shape)]
+
+    def _find_pieces(self) -> None:
+        metadata = dcp.HuggingFaceStorageReader(str(self.path)).read_metadata()
+        for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            _check_pieces(self.path, name, stored)
+            self.shapes[name] = stored.size
+        for index, piece in metadata.storage_data.items():
+            offset = tuple(index.offset or ())
+            self._pieces.setdefault(index.fqn, []).append(
+                _Piece(piece.relative_path, offset, tuple(piece.shape))
+            )
+
+    def read(self, name: str, where: tuple[slice, ...] | None = None) -> Tensor:
+        """A tensor, or the part of it at some slices of every dimension; no other part is read."""
+        wanted = where or tuple(slice(0, size) for size in self.shapes[name])
+        pieces = self._pieces[name]
+        if not wanted or len(pieces) == 1:
+            return self._part(name, pieces[0], wanted)
+        parts: list[tuple[tuple[slice, ...], Tensor]] = []
+        for piece in pieces:
+            ends = zip(wanted, piece.offset, piece.shape, strict=True)
+            common = [(max(w.start, o), min(w.stop, o + size)) for w, o, size in ends]
+            if all(start < stop for start, stop in common):
+                place = tuple(
+                    slice(start - w.start, stop - w.start)
+                    for (start, stop), w in zip(common, wanted, strict=True)
+                )
+                inside = tuple(
+                    slice(start - o, stop - o)
+                    for (start, stop), o in zip(common, piece.offset, strict=True)
+                )
+                parts.append((place, self._part(name, piece, inside)))
+        shape = [w.stop - w.start for w in wanted]
+        if len(parts) == 1:
+            return parts[0][1]
+        tensor = torch.empty(shape, dtype=self._part(name, pieces[0], _nothing(shape)).dtype)
+        for place, part in parts:
+            tensor[place] = part
         return tensor
-    device = tensor.to(like.device)
-    return distribute_tensor(device, like.device_mesh, like.placements, src_data_rank=None)
+
+    def _part(self, name: str, piece: _Piece, inside: tuple[slice, ...]) -> Tensor:
+        if piece.file not in self._open:
+            self._open[piece.file] = safe_open(piece.file, "pt")
+        stored = self._open[piece.file]
+        part: Tensor = stored.get_slice(name)[inside] if inside else stored.get_tensor(name)
+        return part
+
+
+def _nothing(shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(0, 0) for _ in shape)
+
+
+def read_like(stored: StoredTensors, name: str, like: Tensor | None) -> Tensor:
+    """A stored tensor cut over the ranks as another is, of which each reads what it holds; else
+    whole."""
+    if not isinstance(like, DTensor) or stored.shapes[name] != like.shape:
+        return stored.read(name)
+    return DTensor.from_local(
+        stored.read(name, place(like)).to(like.device, copy=True).contiguous(),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def _explained(error: CheckpointException) -> str:

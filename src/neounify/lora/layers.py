@@ -96,19 +96,23 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A plain, frozen layer with W + scale · B A, in float32 at least, cast once."""
+        """A plain, frozen layer with the merged weight."""
         with without_values():
             plain = nn.Linear(self.in_features, self.out_features, bias=False)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(dtype).addmm(
-            self.lora_B.to(dtype), self.lora_A.to(dtype), alpha=self.scale
-        )
-        plain.weight = nn.Parameter(weight.to(self.weight.dtype), requires_grad=False)
+        weight = merged_weight(self.weight, self.lora_A, self.lora_B, self.scale)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = self.bias
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
+
+
+def merged_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """W + scale · B A of an adapter, A = `down` and B = `up`, in float32 at least, cast once."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(dtype).addmm(up.to(dtype), down.to(dtype), alpha=scale)
+    return merged.to(weight.dtype)
 
 
 def add_lora(model: NeoUnify, config: LoraConfig, seed: int = 0) -> list[str]:

@@ -78,7 +78,7 @@ def examine_rewards(
         for _ in range(config.updates):
             yield from steps.take(list(islice(batches, steps.micro_batches)))
         means.append(method.report().get("reward", 0.0))
-        if steps.stopped or time.monotonic() - started > seconds:
+        if steps.stopped or steps.seconds_since(started) > seconds:
             break
     third = max(1, len(means) // 3)
     first, last = (sum(part) / third for part in (means[:third], means[-third:]))
@@ -107,7 +107,7 @@ def examine_distillation(
         yield from steps.take(drawn)
         losses.append(method.report()["loss"])
         fallen = losses[-1] < LOSS_SHARE * losses[0]
-        if fallen or number >= MAX_ITERATIONS or time.monotonic() - started > seconds:
+        if fallen or number >= MAX_ITERATIONS or steps.seconds_since(started) > seconds:
             break
     enough = len(losses) >= ENOUGH_STEPS
     nothing = losses[0] < 1e-8
@@ -134,7 +134,7 @@ def examine_turns(context: StageContext, config: DistillConfig, turns: int) -> I
 
 
 class _Steps:
-    """Optimizer steps of a method."""
+    """Optimizer steps of a method, over all ranks."""
 
     def __init__(self, method: Method, context: StageContext) -> None:
         self.method, self.sets = method, method.optimizers()
@@ -144,16 +144,29 @@ class _Steps:
         for one in self.sets:
             one.schedule = constant
             one.set_rate(0)
-        self.micro_batches = context.stage.packs_per_step
+        self.parallel = context.setup.parallel
+        self.micro_batches = context.stage.packs_per_step // context.ranks.size
+        """Those of this rank in a step."""
+
+    def seconds_since(self, started: float) -> float:
+        """The seconds since a time, on the first rank, so that all end together; collective."""
+        return self.parallel.ranks.gather(time.monotonic() - started)[0]
 
     def take(self, drawn: Sequence[MicroBatch]) -> Iterator[Finding]:
         """One step; a finding for the first one, and for gradients that are not finite."""
-        step = TrainStep(number=self.number, stage_step=self.number, batches=drawn, seed=0)
+        step = TrainStep(
+            number=self.number,
+            stage_step=self.number,
+            batches=drawn,
+            seed=0,
+            ranks=self.parallel.packs,
+        )
         active = [one for one in self.sets if one.active(self.number)]
         for index, batch in enumerate(drawn):
             loss = self.method.loss(batch, replace(step, index=index))
             if loss.requires_grad:
                 loss.backward()
+        self.parallel.add_gradients(p for one in active for p in one.parameters)
         norms, _, finite = take_step(active)
         if self.number == 0 or not finite:
             shown = ", ".join(f"{float(norm):.2g}" for norm in norms)

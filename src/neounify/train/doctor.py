@@ -22,7 +22,7 @@ from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
 from neounify.data.sample import Sample
 from neounify.data.sources import Mixture
-from neounify.distributed.parallelize import local
+from neounify.distributed.shards import local
 from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
 from neounify.pipeline import Pipeline

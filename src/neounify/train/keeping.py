@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.names import stream_of
-from neounify.distributed.parallelize import Parallel, local, mesh_of, parallelize, place, whole
+from neounify.distributed.parallelize import Parallel, parallelize
+from neounify.distributed.shards import local, mesh_of, place, whole
 from neounify.model.build import meta_model
 from neounify.train.recipe import StageRecipe
 from neounify.train.setup import Keeping, TrainSetup, freeze

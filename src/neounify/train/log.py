@@ -18,6 +18,7 @@ from rich.progress import Progress as Bar
 
 from neounify.files import write_bytes
 from neounify.terminal import duration, progress_bar
+from neounify.train.expert_counts import Counts
 from neounify.train.recipe import StageRecipe
 from neounify.train.speed import Meter
 
@@ -31,9 +32,10 @@ MAX_SHOWN = 10
 
 
 class Log:
-    """Writes log.jsonl, warnings.jsonl, skipped.txt and nonfinite.jsonl into a run's folder.
+    """Writes log.jsonl, warnings.jsonl, experts.jsonl, skipped.txt and nonfinite.jsonl into a run's
+    folder.
 
-    A resume at some step drops later lines of the first two, so that each step is there once.
+    A resume at some step drops later lines of the first three, so that each step is there once.
     Of many ranks, only the first one `writes`.
     """
 
@@ -50,6 +52,7 @@ class Log:
         self.console = console or Console()
         self.file = folder / "log.jsonl"
         self.warnings_file = folder / "warnings.jsonl"
+        self.experts_file = folder / "experts.jsonl"
         self.nonfinite_file = folder / "nonfinite.jsonl"
         self._board = _board(folder) if tensorboard and writes else None
         self._bar: Bar | None = None
@@ -60,7 +63,7 @@ class Log:
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`."""
-        for file in (self.file, self.warnings_file):
+        for file in (self.file, self.warnings_file, self.experts_file):
             if self._writes and file.is_file():
                 _rewind(file, step)
 
@@ -173,6 +176,11 @@ class Log:
         if self._shown < MAX_SHOWN <= self._shown + len(new):
             self._print(f"further damaged samples are counted, and listed in {self.skipped_file}")
         self._shown = min(MAX_SHOWN, self._shown + len(new))
+
+    def experts(self, progress: Progress, tokens: Counts) -> None:
+        """Keep the tokens of each expert since the last report, of a model that has experts."""
+        if tokens:
+            self._append(self.experts_file, {"step": progress.step, "tokens": dict(tokens)})
 
     def warning(self, progress: Progress, message: str) -> None:
         """Print what a method warns of, and keep it in warnings.jsonl."""

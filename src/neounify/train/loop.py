@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.pipeline import Pipeline
+from neounify.train.expert_counts import ExpertCounts, balance
 from neounify.train.export import export_model
 from neounify.train.keeping import setup_for
 from neounify.train.log import Log, settings_against_divergence
@@ -101,6 +103,7 @@ class Trainer:
         self.recipe, self.setup, self.folder = recipe, setup, folder
         self.model, self.parallel, self.ranks = setup.model, setup.parallel, setup.ranks
         self.work = RankWork(self.parallel, setup.model.device)
+        self.experts = ExpertCounts(setup.model)
         self.writer = StateWriter(self.states, recipe.keep, self.ranks)
         self.log, self.evaluate = log, evaluate
         self.sources = sources or StageSources(recipe)
@@ -149,8 +152,7 @@ class Trainer:
         numbers = stages_to_run(self.recipe, self.progress, only)
         for number in numbers:
             stage = self.recipe.stages[number]
-            context = self._context(stage)
-            self.ranks.together(partial(stage.method.check_data, context))
+            self.ranks.together(partial(stage.method.check_data, self._context(stage)))
         self.log.rewind(self.progress.step)
         with self.log.live(), repeatable(self.model.device):
             try:
@@ -229,7 +231,10 @@ class Trainer:
         p, method = self.progress, running.method
         running.unreported = 0
         means = method.report()
-        metrics = {**means, **{name: float(value) for name, value in running.of_sets.items()}}
+        tokens = self.experts.read(self.ranks)
+        of_sets = {name: float(value) for name, value in running.of_sets.items()}
+        metrics = {**means, **of_sets, **balance(tokens)}
+        self.log.experts(p, tokens)
         running.of_sets.clear()
         skipped, work = running.tally.by_source(), self.work.read()
         self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline, work)
@@ -241,7 +246,10 @@ class Trainer:
         self.setup = setup_for(stage, self.setup)
         if self.model is not self.setup.model:
             self.model, self.parallel = self.setup.model, self.setup.parallel
+            self.work.parallel = self.parallel
+            self.experts = ExpertCounts(self.model)
             self._compiled = False
+            gc.collect()  # the model before, whose units and hooks hold each other
         self._prepare_parameters(stage)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
@@ -346,7 +354,8 @@ class Trainer:
             current = replace(step, index=index)
             self.parallel.last_of_step(index == order[-1])
             with self._dropout(stage, current):
-                with torch.autocast(device, dtype=torch.bfloat16, enabled=bfloat16):
+                autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=bfloat16)
+                with autocast, self.experts.counting():
                     loss = running.method.loss(step.batches[index], current)
                 if loss.requires_grad:
                     loss.backward()
@@ -480,16 +489,6 @@ class Trainer:
             system_message=self.setup.system_message,
             attention=self.recipe.stages[self.progress.stage].attention,
         )
-
-    def export_state(self, state: Path, folder: Path, dtype: torch.dtype) -> None:
-        """Write the EMA of a saved state as a checkpoint of the published layout."""
-        self.resume(state)
-        like = {"ema": dict(self.model.named_parameters())}
-        load_ema(self.model, load_state(state, like, ("ema",), self.ranks)[0]["ema"])
-        merge_lora(self.model)
-        stage = self.recipe.stages[self.progress.stage]
-        self.model.config = stage.method.checkpoint_config(self.model.config)
-        export_model(self.setup, folder, dtype)
 
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""

@@ -162,7 +162,7 @@ class StageContext:
     model at the start of the stage (a teacher, a reference) must be in its state. A method may
     write files of its own into `folder`, the run's folder, under names that the loop does not use
     (states, model, adapter, samples, tokenizer, tensorboard, log.jsonl, warnings.jsonl,
-    skipped.txt, nonfinite.jsonl).
+    experts.jsonl, skipped.txt, nonfinite.jsonl).
     """
 
     recipe: Recipe

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neounify.checkpoint.load import multiplies
 from neounify.distributed.owners import on_matrices
-from neounify.distributed.parallelize import local
+from neounify.distributed.shards import local
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of a quintic iteration, and how often it is applied (Jordan et al. 2024, Muon)."""

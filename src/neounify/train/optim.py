@@ -26,7 +26,7 @@ from neounify.config.ranges import (
     Positive,
     check_weights,
 )
-from neounify.distributed.parallelize import local, mesh_of, to_host, total_norm
+from neounify.distributed.shards import local, mesh_of, to_host, total_norm
 from neounify.errors import CheckpointError, ConfigError
 from neounify.lora.layers import weight_name
 from neounify.model.parts import LABELS

@@ -18,8 +18,9 @@ from neounify.config import ModelConfig
 from neounify.data.sample import DataError
 from neounify.data.sources import SampleSource
 from neounify.distributed.mesh import MeshShape, mesh_shape
-from neounify.distributed.parallelize import Parallel, local, parallelize
+from neounify.distributed.parallelize import Parallel, parallelize
 from neounify.distributed.ranks import Ranks
+from neounify.distributed.shards import local
 from neounify.errors import ConfigError
 from neounify.files import LOCK_FILE
 from neounify.model.neo import NeoUnify

@@ -71,7 +71,7 @@ class TrainSetup:
         return replace(self, parallel=parallelize(model, ONE))
 
 
-class _Start(NamedTuple):
+class Start(NamedTuple):
     """What a run starts from, before there is a model."""
 
     config: ModelConfig
@@ -90,20 +90,22 @@ def build_setup(
     CheckpointError, ConfigError and TokenizerError.
     """
 
-    def start() -> _Start:
-        checkpoint = recipe.model.checkpoint is not None
-        return (_of_checkpoint if checkpoint else _of_fresh)(recipe, folder)
-
     # The first rank saves the tokenizer that the others read.
-    first = ranks.together(lambda: start() if ranks.first else None)
-    config, weights, tokenizer, message = ranks.together(lambda: first or start())
+    first = ranks.together(lambda: start_of(recipe, folder) if ranks.first else None)
+    config, weights, tokenizer, message = ranks.together(lambda: first or start_of(recipe, folder))
     model = meta_model(config)
     parallel = parallelize_run(recipe, model, ranks, device)
     ranks.together(lambda: fill(model, weights, device))
     return TrainSetup(parallel, tokenizer, message)
 
 
-def _of_checkpoint(recipe: Recipe, folder: Path) -> _Start:
+def start_of(recipe: Recipe, folder: Path) -> Start:
+    """What a recipe starts from; no weights are read yet. Raises as `build_setup` does."""
+    checkpoint = recipe.model.checkpoint is not None
+    return (_of_checkpoint if checkpoint else _of_fresh)(recipe, folder)
+
+
+def _of_checkpoint(recipe: Recipe, folder: Path) -> Start:
     source = recipe.model
     assert source.checkpoint is not None
     checkpoint = CheckpointFolder.open(source.checkpoint)
@@ -120,15 +122,15 @@ def _of_checkpoint(recipe: Recipe, folder: Path) -> _Start:
         weights, tokenizer = GrownWeights(weights, config, tokenizer, grown), grown
     config = with_trained_sizes(config, recipe)
     _check_ids(tokenizer, config)
-    return _Start(config, weights, tokenizer, processor.system_message)
+    return Start(config, weights, tokenizer, processor.system_message)
 
 
-def _of_fresh(recipe: Recipe, folder: Path) -> _Start:
+def _of_fresh(recipe: Recipe, folder: Path) -> Start:
     source = recipe.model
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
     tokenizer = _saved(folder, partial(_tokenizer, recipe))
     _check_ids(tokenizer, config)
-    return _Start(config, FreshWeights(config, recipe.seed), tokenizer, source.system_message)
+    return Start(config, FreshWeights(config, recipe.seed), tokenizer, source.system_message)
 
 
 def _check_ids(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -19,14 +19,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from neounify.checkpoint.config_json import read_config, write_config
 from neounify.checkpoint.names import current_name
 from neounify.config import ModelConfig
 from neounify.distributed.ranks import ONE, OtherRankError, Ranks
-from neounify.distributed.states import cut_like, files_of, load_sharded, save_sharded
+from neounify.distributed.states import (
+    StoredTensors,
+    files_of,
+    load_sharded,
+    read_like,
+    save_sharded,
+)
 from neounify.errors import CheckpointError, ConfigError, NeounifyError
 from neounify.files import ASIDE_SUFFIX, atomic_folder, remove_folder, remove_leftovers, write_json
 from neounify.train.method import MethodState
@@ -210,19 +216,31 @@ def load_state(
         raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
 
 
+def open_state(
+    path: Path, parts: Collection[str]
+) -> tuple[dict[str, StoredTensors], dict[str, Any]]:
+    """(some parts of a state, facts), without reading tensors. Raises CheckpointError."""
+    facts = _facts_of_whole(path)
+    folders = {name: path / name for name in parts}
+    try:
+        return {
+            name: StoredTensors(at if at.is_dir() else path / f"{name}.safetensors")
+            for name, at in folders.items()
+        }, facts
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the training state {path} cannot be read: {error}") from error
+
+
 def _read(path: Path, part: str, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     if ranks.together((path / part).is_dir):
         return load_sharded(path / part, like, ranks)
 
     def read() -> dict[str, Tensor]:
-        tensors = _current_names(load_file(path / f"{part}.safetensors"))
-        return {n: cut_like(x, like[n]) if n in like else x for n, x in tensors.items()}
+        stored = StoredTensors(path / f"{part}.safetensors")
+        names = {current_name(name): name for name in stored.shapes}
+        return {now: read_like(stored, name, like.get(now)) for now, name in names.items()}
 
     return ranks.together(read)
-
-
-def _current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def _current_facts(facts: dict[str, Any]) -> dict[str, Any]:

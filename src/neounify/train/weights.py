@@ -20,7 +20,7 @@ from neounify.checkpoint.names import of_expert
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import Share
 from neounify.config import ModelConfig
-from neounify.distributed.parallelize import local, place
+from neounify.distributed.shards import local, place
 from neounify.model.build import is_initializer, meta_model
 from neounify.model.neo import NeoUnify
 from neounify.text.tokenizer import Tokenizer, byte_of_character
