@@ -241,7 +241,9 @@ class Captions(Stage):
     model: str | None = None
     of: Literal["low", "all"] = "all"
     share: Fraction = 0.95
-    short_tokens: Count = 16
+    short_question: str = "Describe the image briefly."
+    full_question: str = "Describe the image in detail."
+    short_tokens: Count = 48
     full_tokens: Count = 128
     device: str | None = None
 
@@ -275,6 +277,8 @@ class Source:
 
 
 def _source(value: Any) -> Source:
+    if isinstance(value, Source):
+        return value
     if not isinstance(value, Mapping):
         raise ValueError("must be a table with a name, a kind and a path")
     rest = {key: item for key, item in value.items() if key != "name"}

@@ -22,7 +22,7 @@ from neounify.curate.recipe import CurateError, CurateRecipe, Known, Source
 from neounify.curate.report import PAGE, report_page, thumbnails
 from neounify.curate.score import hook_stages, score_unit, scored_path
 from neounify.curate.tally import Tally, tally_part
-from neounify.curate.units import Unit, containers_of, take_inventory, units_of
+from neounify.curate.units import Unit, containers_of, folder_digest, take_inventory, units_of
 from neounify.curate.vectors import drop_like_vectors
 from neounify.curate.write import Outputs, Verdicts, write_unit
 from neounify.files import locked_folder, remove_leftovers
@@ -288,13 +288,16 @@ class _Run:
         scored: Sequence[Path] | None,
     ) -> None:
         tasks, tables, kept_files = [], [], set[Path]()
+        model = self.recipe.stages.captions.model
+        weights = folder_digest(Path(model)) if model and Path(model).is_dir() else model
         start = 0
         for number, (unit, size) in enumerate(zip(self.units, self.sizes, strict=True)):
             verdicts = self._verdicts(decisions, start, size)
             start += size
             part = None if scored is None else scored[number]
             digest = digest_of(
-                measured[number].name, part and part.name, verdicts, self.recipe.stages
+                [measured[number].name, part and part.name, verdicts],
+                [self.recipe.stages, self.recipe.seed, weights],
             )
             outputs = Outputs(
                 part_path(self.out / TABLE, unit.name, digest, ".parquet"),

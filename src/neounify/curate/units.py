@@ -103,7 +103,7 @@ def take_inventory(container: Container) -> Inventory:
     try:
         source = _source(container.data)
         path = Path(container.data.path)
-        content = _file_digest(path) if path.is_file() else _folder_digest(path)
+        content = _file_digest(path) if path.is_file() else folder_digest(path)
     except (DataError, OSError) as error:
         raise CurateError(NOT_A_CONTAINER.format(source=container.source, error=error)) from error
     settings = {k: str(v) for k, v in vars(container.data).items() if k not in ("path", "weight")}
@@ -171,7 +171,7 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Names, sizes and times of all files below a folder."""
     entries = []
     for path in sorted(folder.rglob("*")):

@@ -7,15 +7,22 @@ import json
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from neounify.curate.parts import arrow, read_table, write_part, write_table
 from neounify.curate.recipe import CurateRecipe
 from neounify.curate.table import SCORES, final_schema
 from neounify.curate.units import Item, Unit, read_items
-from neounify.data import Sample, sample_to_record
+from neounify.data import Sample, SampleImage, SampleText, Turn, sample_to_record
+from neounify.image import read_image
+
+if TYPE_CHECKING:
+    from neounify.curate.captions import Captioned
 
 KEPT, DROPPED = "kept", "dropped"
+CAPTION_BATCH = 16
 NEVER = ("known.", "safety.never")
 """Reasons whose samples are only counted: nothing of them is written."""
 FORMAT_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "HEIF": "heic"}
@@ -62,7 +69,12 @@ def write_unit(
     scores = {} if scored is None else {r["number"]: r for r in read_table(scored).to_pylist()}
     for number, row in enumerate(rows):
         _decided(row, number, verdicts, scores.get(number), recipe)
-    captioned: dict[int, str] = {}
+    captioned = _captioned(unit, rows, recipe)
+    for number, result in captioned.items():
+        rows[number]["caption"] = result.chosen
+        rows[number]["captions"] = [
+            {"kind": kind, "text": text, "score": score} for kind, text, score in result.captions
+        ]
 
     def write(aside: Path) -> None:
         with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as archive:
@@ -71,11 +83,41 @@ def write_unit(
                 if row["verdict"] == KEPT and item.sample is not None:
                     row["shard"] = outputs.shard.name
                     row["key"] = f"{unit.name}-{number:06d}"
-                    _add_sample(archive, row, item, captioned.get(number))
+                    _add_sample(archive, row, item)
 
     write_part(outputs.shard, write)
     table = arrow().Table.from_pylist(rows, schema=final_schema())
     write_table(outputs.table, table)
+
+
+def _captioned(
+    unit: Unit, rows: list[dict[str, Any]], recipe: CurateRecipe
+) -> dict[int, Captioned]:
+    """Captions of the kept samples of a unit that are captioned, by number."""
+    if recipe.stages.captions.model is None or not recipe.stages.captions.enabled:
+        return {}
+    from neounify.curate.captions import caption_images, wants_caption
+
+    results: dict[int, Captioned] = {}
+    group: list[tuple[int, Sample, Image.Image]] = []
+
+    def finish() -> None:
+        captions = caption_images([i for _, _, i in group], [s for _, s, _ in group], recipe)
+        results.update({n: c for (n, _, _), c in zip(group, captions, strict=True)})
+        group.clear()
+
+    for number, item in enumerate(read_items(unit, recipe.stages.readable.max_bytes)):
+        row = rows[number]
+        if row["verdict"] != KEPT or item.sample is None:
+            continue
+        if wants_caption(item.sample, row.get("match"), recipe):
+            assert isinstance(item.contents[0], bytes)
+            group.append((number, item.sample, read_image(item.contents[0])))
+        if len(group) == CAPTION_BATCH:
+            finish()
+    if group:
+        finish()
+    return results
 
 
 def _decided(
@@ -98,11 +140,10 @@ def _decided(
         row.update(dict.fromkeys(SCORES))
 
 
-def _add_sample(
-    archive: tarfile.TarFile, row: dict[str, Any], item: Item, caption: str | None
-) -> None:
+def _add_sample(archive: tarfile.TarFile, row: dict[str, Any], item: Item) -> None:
     """Add a record and its images; the files of the images are those of the input."""
     assert item.sample is not None
+    caption = row.get("caption")
     sample = item.sample if caption is None else with_prompt(item.sample, caption)
     key, names = row["key"], []
     for number, (image, content) in enumerate(zip(row["images"], item.contents, strict=True)):
@@ -122,8 +163,6 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def with_prompt(sample: Sample, text: str) -> Sample:
     """The sample with another text in its last user turn; images of that turn stay in front."""
-    from neounify.data import SampleImage, SampleText, Turn
-
     at = max(n for n, turn in enumerate(sample.turns) if turn.role == "user")
     images = tuple(part for part in sample.turns[at].parts if isinstance(part, SampleImage))
     turn = Turn("user", (*images, SampleText(text)))

@@ -1,0 +1,141 @@
+"""`python -m benchmarks.curation`: speed of curation.
+
+Stages 1 to 6 on made JPEGs, in seconds of the processor, so that other work on the machine counts
+little; pairs of near copies among random hashes by their number, with the exponent of their growth
+and what it means for 10^8; memory of the process at its highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import resource
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.timing import describe_machine
+from neounify.curate.measure import measured_rows
+from neounify.curate.near import BANDS, band_pairs
+from neounify.curate.recipe import CurateRecipe, recipe_from_table
+from neounify.curate.units import containers_of, take_inventory, units_of
+
+IMAGES = {512: 150, 1024: 50}
+"""Images of each side that are measured."""
+HASHES = (10**4, 3 * 10**4, 10**5, 3 * 10**5, 10**6)
+GOAL_HASHES, GOAL_HOURS, GOAL_SPEED = 10**8, 12, 150
+PLANTED = 100
+
+
+def photo(side: int, seed: int) -> bytes:
+    """A JPEG of patches of several sizes with grain, of about 2 bits a pixel."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((side, side, 3), np.float32)
+    for patch in (4, 12, 40, side // 4):
+        values = (rng.random((patch, patch, 3)) * 255).astype(np.uint8)
+        grown = Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC)
+        total += np.asarray(grown, np.float32) / 4
+    total += rng.normal(0, 6, total.shape)
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(total, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def folder_of(side: int, count: int, folder: Path) -> CurateRecipe:
+    """A recipe of JSON lines with `count` images."""
+    lines = []
+    for number in range(count):
+        (folder / f"{number}.jpg").write_bytes(photo(side, number))
+        turns = [{"from": "human", "value": f"a view of {number}"}]
+        turns.append({"from": "gpt", "value": "<image>"})
+        lines.append(json.dumps({"conversations": turns, "image": f"{number}.jpg"}))
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    source = {"name": "made", "path": str(folder / "samples.jsonl")}
+    return replace(recipe_from_table({"sources": [source]}), measure="all")
+
+
+def stage_speed(side: int, count: int) -> dict[str, float]:
+    """Images a second of one core for stages 1 to 6 and the text, and the mean file size."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe = folder_of(side, count, folder)
+        container = containers_of(recipe.sources)[0]
+        unit = units_of(container, take_inventory(container), recipe)[0]
+        size = sum(path.stat().st_size for path in folder.glob("*.jpg")) / count
+        begin, clock = time.process_time(), time.perf_counter()
+        rows = list(measured_rows(unit, recipe))
+        seconds, passed = time.process_time() - begin, time.perf_counter() - clock
+    assert all(row.images[0].hash is not None for row in rows)
+    return {
+        "side": side,
+        "images_per_core_second": count / seconds,
+        "images_per_second": count / passed,
+        "mean_bytes": size,
+    }
+
+
+def near_seconds(count: int) -> dict[str, float]:
+    """Seconds of one core for all bands of random hashes with planted copies 31 bits apart."""
+    rng = np.random.default_rng(count)
+    words = rng.integers(0, 2**64, (count, 4), dtype=np.uint64)
+    for number in range(PLANTED):
+        bits = np.unpackbits(words[number].view(np.uint8))
+        bits[rng.choice(256, 31, replace=False)] ^= 1
+        words[count - 1 - number] = np.packbits(bits).view(np.uint64)
+    band_pairs(words[:1000], 0, 31, 1)  # compiles
+    begin = time.process_time()
+    pairs = sum(len(band_pairs(words, band, 31, 1)) for band in range(BANDS))
+    seconds = time.process_time() - begin
+    assert pairs == PLANTED, pairs
+    comparisons = count**2 / 2**16 * BANDS * 17 / 2
+    return {"hashes": count, "core_seconds": seconds, "per_second": comparisons / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curation", description=__doc__)
+    parser.add_argument("--hashes", type=int, default=max(HASHES), help="largest number of hashes")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    arguments = parser.parse_args()
+    speeds = [stage_speed(side, count) for side, count in IMAGES.items()]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    for speed in speeds:
+        print(
+            f"{speed['side']:.0f}²: {speed['images_per_core_second']:.0f} images a second and core "
+            f"({speed['mean_bytes'] / 1000:.0f} kB each); aim at 512²: {GOAL_SPEED}"
+        )
+    print(f"memory of the worker at its highest: {memory:.0f} MiB")
+    rows = [near_seconds(count) for count in HASHES if count <= arguments.hashes]
+    for row in rows:
+        print(
+            f"{row['hashes']:>10,.0f} hashes: {row['core_seconds']:8.2f} core seconds, "
+            f"{row['per_second'] / 1e9:.2f} · 10^9 comparisons a second"
+        )
+    before, last = rows[-2:]
+    slope = math.log(last["core_seconds"] / before["core_seconds"]) / math.log(
+        last["hashes"] / before["hashes"]
+    )
+    # Comparisons grow with the square; what sorts grows slower, so this is an upper bound.
+    hours = last["core_seconds"] * (GOAL_HASHES / last["hashes"]) ** 2 / 3600
+    print(f"exponent of the last step {slope:.2f}; by the square, 10^8 take {hours:.1f} core hours")
+    print(f"aim: {GOAL_HOURS}")
+    if arguments.json:
+        document = {
+            "machine": describe_machine(),
+            "stages": speeds,
+            "memory_mib": memory,
+            "near": rows,
+            "exponent": slope,
+            "hours_for_1e8": hours,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

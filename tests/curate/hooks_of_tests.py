@@ -1,0 +1,59 @@
+"""Hooks for tests, loaded by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+Images = Sequence[Image.Image | None]
+
+
+def safety(images: Images, texts: Sequence[str]) -> list[dict[str, float]]:
+    """Scores by words of the text."""
+    return [
+        {
+            "violence": 0.9 if "violent" in text else 0.1,
+            "minor_nudity": 0.01 if "never" in text else 0.0,
+        }
+        for text in texts
+    ]
+
+
+class Beauty:
+    """Mean red over 25.5: 0 to 10; counts how often it was created in this process."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        Beauty.count += 1
+
+    def __call__(self, images: Images, texts: Sequence[str]) -> list[float]:
+        return [float(np.asarray(image)[..., 0].mean() / 25.5) for image in images]
+
+
+def odd(images: Images, texts: Sequence[str]) -> list[float]:
+    """Raises, hangs or is no number, by the text; else 0."""
+    if any("raise" in text for text in texts):
+        raise RuntimeError("the text says so")
+    if any("hang" in text for text in texts):
+        time.sleep(60)
+    return [float("nan") if "nan" in text else 0.0 for text in texts]
+
+
+def broken(images: Images, texts: Sequence[str]) -> list[float]:
+    """Always raises."""
+    raise RuntimeError("no weights here")
+
+
+def match(images: Images, texts: Sequence[str]) -> list[float]:
+    """A cosine that the text names."""
+    return [float(text.rpartition(" ")[2]) for text in texts]
+
+
+def vectors(images: Images, texts: Sequence[str]) -> np.ndarray:
+    """A vector by the last word."""
+    table = {"north": (1.0, 0.0), "nearly": (0.99, 0.1), "east": (0.0, 1.0)}
+    return np.array([table[text.rpartition(" ")[2]] for text in texts])
