@@ -134,7 +134,7 @@ def test_an_image_freed_before_there_is_room_disturbs_no_other(pipe: neounify.Pi
     engine.submit(Release(((2, "cond"),)))
     engine.check()
     assert pool_of(engine).allocator.in_use == 0
-    assert not list(folder().glob(f"{transport.prefix}*"))
+    assert not list(folder().glob(f"{transport.prefix}[!.]*"))
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=kind_of)
@@ -225,7 +225,7 @@ def test_images_that_are_not_finite_fail_their_call_alone(
     for answer in (*replies[1], *replies[2]):
         for parcel in refs_of(answer):
             parcel.free()
-    assert not list(folder().glob(f"{transport.prefix}*"))
+    assert not list(folder().glob(f"{transport.prefix}[!.]*"))
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=kind_of)

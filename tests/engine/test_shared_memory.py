@@ -42,8 +42,13 @@ time.sleep(60)
 """
 
 
-def pieces(prefix: str) -> set[str]:
+def names(prefix: str) -> set[str]:
     return {path.name for path in folder().glob(f"{prefix}*")}
+
+
+def pieces(prefix: str) -> set[str]:
+    """Without the lock of the names."""
+    return {name for name in names(prefix) if not name.endswith(shared_memory.LOCK)}
 
 
 @contextmanager
@@ -81,16 +86,16 @@ def test_what_a_killed_server_left_is_removed_by_the_next() -> None:
         assert process.stdout is not None
         prefix = process.stdout.readline().decode().strip()
         remove_abandoned()
-        assert len(pieces(prefix)) == 4  # three and the lock: the server is alive
+        assert len(names(prefix)) == 4  # three and the lock: the server is alive
         process.kill()
     space = SharedSpace()
     space.open()
     try:
-        assert pieces(prefix) == set()
-        assert len(pieces(space.prefix)) == 1
+        assert names(prefix) == set()
+        assert len(names(space.prefix)) == 1
     finally:
         space.close()
-    assert pieces(space.prefix) == set()
+    assert names(space.prefix) == set()
     space.close()
 
 
@@ -101,11 +106,54 @@ def test_an_engine_waits_for_the_end_of_a_server_that_is_being_killed() -> None:
         sweep = threading.Thread(target=remove_after_end, args=(prefix + "und1_", 30.0))
         sweep.start()
         remove_after_end("another", 30.0)  # no such server: at once
-        assert len(pieces(prefix)) == 4
+        assert len(names(prefix)) == 4
         process.kill()
         sweep.join(20)
         assert not sweep.is_alive()
-    assert pieces(prefix) == set()
+    assert names(prefix) == set()
+
+
+STANDALONE = """
+import os, sys, time, torch
+from neounify.engine.shared_memory import SharedTransport
+transport = SharedTransport()
+left = transport.pack({"keys": torch.zeros(2**18)})
+transport.take(transport.pack({"keys": torch.zeros(2**18)}))
+print(transport.prefix, flush=True)
+if sys.argv[1] == "forks" and not os.fork():
+    sys.exit()  # the pieces are those of the first process
+if sys.argv[1] == "forks":
+    os.wait()
+    transport.take(left)
+if sys.argv[1] == "killed":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", "forks", "killed"])
+def test_a_transport_alone_leaves_nothing_behind_its_program(end: str) -> None:
+    command = [sys.executable, "-c", STANDALONE, end]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        prefix = process.stdout.readline().decode().strip()
+        if end == "killed":
+            assert len(names(prefix)) == 3
+            process.kill()
+    if end == "killed":
+        assert len(names(prefix)) == 3
+        SharedTransport()  # the next start
+    else:
+        assert process.returncode == 0
+    assert names(prefix) == set()
+
+
+def test_a_transport_alone_leaves_nothing_behind_itself() -> None:
+    transport = SharedTransport()
+    prefix = transport.prefix
+    transport.pack({"keys": MEGABYTE})
+    assert len(names(prefix)) == 2
+    del transport
+    assert names(prefix) == set()
 
 
 def test_only_unreported_pieces_are_removed_after_a_crash() -> None:
@@ -186,6 +234,22 @@ def test_a_piece_that_was_read_is_written_again() -> None:
     finally:
         remove_pieces(transport.prefix)
     assert not pieces(transport.prefix)
+
+
+def test_a_piece_that_is_given_back_late_is_written_by_the_next_start() -> None:
+    """An engine that was started again has the names of the earlier one, with other numbers."""
+    space = SharedSpace()
+    space.open()
+    earlier, later = SharedTransport(space.prefix), SharedTransport(space.prefix, 1000)
+    assert (earlier.last_piece, later.last_piece) == (0, 999)
+    ref = earlier.pack({"keys": MEGABYTE})
+    earlier.pack({"keys": MEGABYTE})
+    remove_pieces(space.prefix, after=1)  # those that were not reported
+    later.take(ref)
+    assert len(pieces(space.prefix)) == 1
+    second = later.pack({"keys": MEGABYTE})
+    assert pieces(space.prefix) == {second.memory} == {f"{space.prefix}1000"}
+    space.close()
 
 
 def test_a_piece_that_is_given_up_is_not_reused() -> None:

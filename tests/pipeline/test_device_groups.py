@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +21,7 @@ from PIL import Image
 import neounify
 from neounify.config.presets import TINY
 from neounify.engine.shared_memory import folder
-from neounify.errors import ConfigError, EngineDied, RequestError
+from neounify.errors import CheckpointError, ConfigError, EngineDied, RequestError
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
 from neounify.text import byte_tokenizer
@@ -148,6 +151,94 @@ def test_what_does_not_fit_is_refused_before_anything_is_started(path: Path) -> 
         neounify.load(path, devices=["cpu", "cpu"], compile=True, memory="stream")
 
 
+def test_bad_lists_of_devices_are_refused_before_anything_is_started(path: Path) -> None:
+    wrong: Any
+    for wrong in ("cpu,cpu", "cpu", [torch.device("cpu")] * 2):
+        with pytest.raises(ConfigError, match=r"must be a list of names, as \['cuda:0'"):
+            neounify.load(path, devices=wrong)
+    for name in ("nothing", "cpu:x", "meta", "cuda:64", ""):
+        for devices in (["cpu", name], [name, "cpu"]):
+            with pytest.raises(RequestError, match=f"device '{name}' cannot be used here"):
+                neounify.load(path, devices=devices)
+    with pytest.raises(ConfigError, match=r"sequence parallel 2 on 1 devices"):
+        neounify.load(path, sequence_parallel=2)
+
+
+def test_a_load_that_fails_leaves_nothing(path: Path, tmp_path: Path) -> None:
+    before = set(folder().glob("psm_neounify_*.lock"))
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: cannot be read"):
+        neounify.load(path, devices=["cpu", "cpu"], lora=tmp_path / "none.safetensors")
+    assert not locked_here(before)
+
+
+def locked_here(before: set[Path]) -> list[Path]:
+    """New locks of shared memory that this process has open, unlike those of other tests."""
+    fresh = set(folder().glob("psm_neounify_*.lock")) - before
+    opened = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    return [lock for lock in fresh if str(lock) in opened]
+
+
+def test_an_answer_that_is_not_read_leaves_no_engines(two: neounify.Pipeline) -> None:
+    assert two.devices is not None
+    size: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
+    two.interleave("A story", max_new_tokens=4, **size)
+    begun = two.interleave("A story", max_new_tokens=4, **size)
+    next(begun)
+    assert len(two.devices._open) == 1
+    del begun
+    assert not two.devices._open
+
+
+def test_an_error_of_one_process_names_it(two: neounify.Pipeline) -> None:
+    """Here the second finds no memory."""
+    assert two.devices is not None
+    two.chat("Hi", max_new_tokens=2)
+    resource.prlimit(two.devices.pids[0], resource.RLIMIT_AS, (2**20, 2**20))
+    with pytest.raises(EngineDied, match=r"worked on the call: .*rank 1.*(alloc|Memory)"):
+        two.generate("a boat", width=1024, height=1024, steps=2)
+    two.chat("Hi", max_new_tokens=2)
+
+
+INTERRUPTED = """
+import os, signal, sys
+import neounify
+pipe = neounify.load(sys.argv[1], dtype="float32", devices=["cpu", "cpu"])
+(pid,) = pipe.devices.pids
+if sys.argv[2] == "stopped":
+    os.kill(pid, signal.SIGSTOP)
+print(pid, pipe.devices._space.prefix, flush=True)
+pipe.generate("a boat", width=64, height=64, steps=1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "number"),
+    [
+        pytest.param("runs", signal.SIGINT, marks=pytest.mark.slow),
+        ("stopped", signal.SIGINT),
+        ("runs", signal.SIGKILL),
+    ],
+)
+def test_a_program_that_is_ended_in_a_call_leaves_nothing(
+    path: Path, state: str, number: signal.Signals
+) -> None:
+    """By Ctrl-C, which is heard while it waits for another process too, or killed."""
+    command = [sys.executable, "-c", INTERRUPTED, str(path), state]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        pid, prefix = program.stdout.readline().decode().split()
+        time.sleep(0.5)
+        program.send_signal(number)
+        assert program.wait(60) == -number
+    end = time.monotonic() + 20
+    while (Path("/proc") / pid).exists() and time.monotonic() < end:
+        if (Path("/proc") / pid / "stat").read_text().split()[2] == "Z":
+            break  # it has ended
+        time.sleep(0.1)
+    assert time.monotonic() < end
+    assert not list(folder().glob(f"{prefix}*"))
+
+
 def test_a_share_of_the_weights_is_not_saved(two: neounify.Pipeline, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="several devices cannot be saved"):
         two.save(tmp_path / "new")
@@ -161,7 +252,22 @@ def test_nothing_is_left_when_the_devices_are_closed(path: Path) -> None:
     assert list(folder().glob(names))
     (pid,) = pipe.devices.pids
     pipe.devices.close()
-    time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not list(folder().glob(names))
+    with pytest.raises(EngineDied, match="the devices of the model are closed; load it again"):
+        pipe.chat("Hi")
+
+
+def test_the_processes_end_with_the_model(path: Path) -> None:
+    pipes = [neounify.load(path, dtype="float32", devices=["cpu", "cpu"]) for _ in range(2)]
+    texts = [pipe.chat("Hi", max_new_tokens=3).text for pipe in pipes]
+    assert texts[0] == texts[1]
+    assert pipes[0].devices is not None
+    names = f"{pipes[0].devices._space.prefix}*"
+    (pid,) = pipes[0].devices.pids
+    del pipes[0]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not list(folder().glob(names))
+    assert pipes[0].chat("Hi", max_new_tokens=3).text == texts[0]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import pickle
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from neounify.errors import NeounifyError
 
 T = TypeVar("T")
 
@@ -24,6 +27,8 @@ EXCHANGE = timedelta(minutes=30)
 """Time of one exchange inside a step; a longer one is an error."""
 IDLE = timedelta(days=365)
 """Time that a rank waits for orders."""
+SLICE = timedelta(seconds=0.5)
+"""Waiting is done in pieces, between which Python handles signals, such as that of Ctrl-C."""
 SMALL = 4096
 """Bytes of an object that take one exchange; a larger one takes two."""
 HEADER = 8
@@ -33,7 +38,8 @@ class Group:
     """Rank `rank` of `size` ranks that act as one engine. One process is the case of size 1.
 
     The exchanges are collective: every rank calls each of them, in the same order. They work on
-    tensors of any device; those between GPUs go by NCCL if every rank has its own.
+    tensors of any device; those between GPUs go by NCCL if every rank has its own. They raise
+    ConnectionError where another rank has ended, or takes too long.
     """
 
     def __init__(self, rank: int, size: int, store: Any, device: torch.device, nccl: bool) -> None:
@@ -117,7 +123,8 @@ class Group:
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work` on this rank, if it ends well on all.
 
-        Else every rank raises the same: the error of the first rank that has one.
+        Else every rank raises the error of the first rank that has one; for the others an
+        unexpected one is a ConnectionError that names the rank.
         """
         if self.size == 1:
             return work()
@@ -126,9 +133,12 @@ class Group:
             result = work()
         except Exception as raised:
             error = raised
-        for other in self.gather(error):
+        for rank, other in enumerate(self.gather(error)):
             if other is not None:
-                raise other
+                if rank == self.rank or isinstance(other, NeounifyError):
+                    raise other
+                reason = f"{type(other).__name__}: {other}"
+                raise ConnectionError(f"rank {rank} failed with {reason}") from other
         return result  # type: ignore[return-value]
 
     def _broadcast(self, value: Any, limit: timedelta) -> Any:
@@ -149,7 +159,7 @@ class Group:
     def _from_first(self, data: Tensor, limit: timedelta) -> None:
         options = distributed.BroadcastOptions()
         options.rootRank, options.timeout = 0, limit
-        self._gloo.broadcast([data], options).wait()
+        _finish(self._gloo.broadcast([data], options))
 
     # --- tensors ---
 
@@ -162,7 +172,7 @@ class Group:
                 self._nccl.allreduce([tensor]).wait()
                 continue
             host = tensor.cpu().contiguous()
-            self._gloo.allreduce([host]).wait()
+            _finish(self._gloo.allreduce([host]))
             if host is not tensor:
                 tensor.copy_(host)
 
@@ -183,7 +193,11 @@ class Group:
         else:
             host = tensor.cpu()
         pieces = [torch.empty_like(host) for _ in range(self.size)]
-        backend.allgather([pieces], [host]).wait()
+        work = backend.allgather([pieces], [host])
+        if backend is self._gloo:
+            _finish(work)
+        else:
+            work.wait()
         return [piece.to(tensor.device) for piece in pieces]
 
 
@@ -194,6 +208,17 @@ ALONE = Group(0, 1, None, torch.device("cpu"), nccl=False)
 def share(total: int, rank: int, ranks: int) -> range:
     """The consecutive items of `total` that a rank has: as many as any other, or one more."""
     return range(total * rank // ranks, total * (rank + 1) // ranks)
+
+
+def _finish(work: Any) -> None:
+    """Wait for an exchange of gloo."""
+    while not work.is_completed():
+        with suppress(RuntimeError):  # the time is over, or the error that is raised below
+            work.wait(SLICE)
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise ConnectionError(f"another rank does not answer: {error}") from error
 
 
 def _gloo(store: Any, rank: int, size: int) -> Any:

@@ -15,6 +15,7 @@ import os
 import secrets
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,33 +150,38 @@ def remove_pieces(prefix: str, *, after: int = 0) -> int:
 class SharedSpace:
     """Names of one server's pieces, reserved while it holds a lock.
 
-    The pieces of a server that was killed are removed by one of its engines that notices, or by
-    the next server when it starts.
+    They are closed at the latest when the object, or the interpreter, ends. The pieces of a
+    server that was killed are removed by one of its engines that notices, or by the next server
+    when it starts.
     """
 
     def __init__(self) -> None:
         self.prefix = f"{PREFIX}{secrets.token_hex(6)}_"
-        self._lock: int | None = None
+        self._closing: weakref.finalize[..., SharedSpace] | None = None
 
     def open(self) -> None:
         """Lock the names, after removing what killed servers have left."""
         remove_abandoned()
         path = folder() / (self.prefix + LOCK)
-        while self._lock is None:
+        while self._closing is None:
             lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _is(lock, path):
-                self._lock = lock
+                self._closing = weakref.finalize(self, _unlock, self.prefix, lock, os.getpid())
             else:  # another process removed it as abandoned before it was locked
                 os.close(lock)
 
     def close(self) -> None:
         """Remove all pieces and unlock the names."""
-        if self._lock is None:
-            return
-        _remove_all(self.prefix)
-        os.close(self._lock)
-        self._lock = None
+        if self._closing is not None:
+            self._closing()
+            self._closing = None
+
+
+def _unlock(prefix: str, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # not a fork of it
+        _remove_all(prefix)
+    os.close(lock)
 
 
 def remove_abandoned() -> None:
@@ -302,15 +308,20 @@ class HeadShares:
 class SharedTransport:
     """Transport of engine processes: one copy into shared memory and one out of it.
 
-    Its pieces are named `prefix` and 1, 2, 3, …; `last_piece` is the newest number, or 0.
+    Its pieces are named `prefix`, of a `SharedSpace`, and the numbers from `first`; `last_piece` is
+    the newest. Without a prefix it opens a space, which ends with it.
     """
 
     copies = True
 
-    def __init__(self, prefix: str | None = None) -> None:
-        self.prefix = prefix or f"{PREFIX}{secrets.token_hex(6)}_"
-        self.last_piece = 0
-        self._numbers = itertools.count(1)
+    def __init__(self, prefix: str | None = None, first: int = 1) -> None:
+        if prefix is None:
+            self._space = SharedSpace()
+            self._space.open()
+            prefix = self._space.prefix
+        self.prefix = prefix
+        self.last_piece = first - 1
+        self._numbers = itertools.count(first)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> SharedTensors:
         specs = {

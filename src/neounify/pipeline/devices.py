@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +26,14 @@ from neounify.distributed.group import Group
 from neounify.engine.messages import Prefix, TensorRef, Transport
 from neounify.engine.orders import Engine, LedEngine, Order, follow
 from neounify.engine.sequences import ContiguousCaches, ServedSequence
-from neounify.engine.shared_memory import GroupTransport, SharedSpace, SharedTransport
+from neounify.engine.shared_memory import (
+    GroupTransport,
+    SharedSpace,
+    SharedTransport,
+    remove_after_end,
+)
 from neounify.engine.spread import Spread
-from neounify.errors import EngineDied, NeounifyError
+from neounify.errors import ConfigError, EngineDied, NeounifyError, RequestError
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.pipeline.driver import call_engines
@@ -89,6 +96,29 @@ def _engines(
     return {UND: understanding, GEN: generation}
 
 
+def check_names(devices: Sequence[str]) -> None:
+    """Raise ConfigError for what is no list of names, RequestError for devices that are not here.
+
+    None is touched, as `resolve_device` does: each is for its own process.
+    """
+    if isinstance(devices, str) or not all(isinstance(name, str) for name in devices):
+        raise ConfigError(f"devices {devices!r} must be a list of names, as ['cuda:0', 'cuda:1']")
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RequestError(f"device {name!r} cannot be used here: {reason}") from error
+        if device.type == "cpu":
+            continue
+        here = torch.accelerator.current_accelerator(check_available=True)
+        number = torch.accelerator.device_count() if here and here.type == device.type else 0
+        if (device.index or 0) >= number:
+            raise RequestError(
+                f"device {name!r} cannot be used here: this machine has {number} of its type"
+            )
+
+
 # --- rank 0 ---
 
 
@@ -96,7 +126,7 @@ class DeviceGroup:
     """The processes that a model is spread over, as the first of them sees them.
 
     One that dies, or an error inside a step, ends the calls in progress with EngineDied; the next
-    call starts the others again.
+    call starts the others again. They end with this object, with `close`, or with the program.
     """
 
     def __init__(self, devices: Sequence[str], sequence: int, options: LoadOptions) -> None:
@@ -109,9 +139,12 @@ class DeviceGroup:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._space = SharedSpace()
         self._space.open()
+        # What it gets must not refer to this object, whose end it waits for.
+        self._closing = weakref.finalize(
+            self, _close, self._processes, self.group, self._space, os.getpid()
+        )
         self.transport = SharedTransport(f"{self._space.prefix}front_")
         self._own = SharedTransport(f"{self._space.prefix}r0_")
-        atexit.register(self.close)
 
     @property
     def pids(self) -> list[int]:
@@ -134,8 +167,10 @@ class DeviceGroup:
                 self.group.__dict__.update(met.__dict__)
                 self.group.part(self._sequence)  # while the store is there
                 return self.group.together(load if load is not None else lambda: None)
-            except BaseException:
-                self._give_up()
+            except BaseException as error:
+                reasons = self._give_up()
+                if isinstance(error, ConnectionError):
+                    raise self._died("while starting", reasons, error) from error
                 raise
 
     def _begin(self, rank: int, store: Path) -> subprocess.Popen[bytes]:
@@ -175,8 +210,10 @@ class DeviceGroup:
                 )
 
     def open(self, model: NeoUnify, plan: ExecutionPlan) -> tuple[LedEngine, LedEngine]:
-        """Engines of a call, on all ranks."""
+        """Engines of a call, on all ranks. Raises EngineDied after `close`."""
         with self._lock:
+            if not self._closing.alive:
+                raise EngineDied("the devices of the model are closed; load it again")
             if not self._processes:
                 self.start()
             owner = next(self._owners)
@@ -211,35 +248,68 @@ class DeviceGroup:
         try:
             work()
         except BaseException as error:
-            self._give_up()
-            if isinstance(error, Exception):
-                raise EngineDied(
-                    f"a process of the devices {', '.join(self._devices)} ended, or failed, while "
-                    f"it worked on the call: {error}"
-                ) from error
-            raise
+            reasons = self._give_up()
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, ConnectionError):
+                reasons.insert(0, f"{self._devices[0]} (rank 0): {_described(error)}")
+            raise self._died("while it worked on the call", reasons, error) from error
 
-    def _give_up(self) -> None:
+    def _died(self, when: str, reasons: list[str], error: Exception) -> EngineDied:
+        devices, why = ", ".join(self._devices), "; ".join(reasons) or error
+        return EngineDied(f"a process of the devices {devices} ended, or failed, {when}: {why}")
+
+    def _give_up(self) -> list[str]:
+        """End the other processes; the errors that they ended by."""
         self._open.clear()
         self._ended.clear()
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with suppress(OSError):
-                        pipe.close()
-        if self._processes:
-            self.group.leave()
-        self._processes = []
+        reports = _end(self._processes, self.group)
+        return [
+            f"{device} (rank {rank}): {report}"
+            for rank, (device, report) in enumerate(
+                zip(self._devices[1:], reports, strict=False), 1
+            )
+            if report
+        ]
 
     def close(self) -> None:
-        """End the other processes."""
-        atexit.unregister(self.close)
+        """End the other processes. The model cannot be used any more."""
         with self._lock:
-            self._give_up()
-            self._space.close()
+            self._open.clear()
+            self._closing()
+
+
+def _end(processes: list[subprocess.Popen[bytes]], group: Group) -> list[str]:
+    """End the other ranks; what each says of an error that it ended by."""
+    for process in processes:
+        process.kill()
+    reports = []
+    for process in processes:
+        process.wait()
+        said = b""
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    said = pipe.read() if pipe is process.stdout else b""
+                    pipe.close()
+        reports.append(said.removeprefix(HERE).decode(errors="replace"))
+    if processes:
+        group.leave()
+    processes.clear()
+    return reports
+
+
+def _close(
+    processes: list[subprocess.Popen[bytes]], group: Group, space: SharedSpace, owner: int
+) -> None:
+    if os.getpid() == owner:  # not a fork of it, which ends too
+        _end(processes, group)
+        space.close()
+
+
+def _described(error: BaseException) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 # --- the other ranks ---
@@ -248,31 +318,46 @@ class DeviceGroup:
 def main() -> None:
     """Work of rank 1 and the following, until rank 0 ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
+    first = os.getppid()
     config: RankConfig = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_first, daemon=True).start()
-    torch.set_num_threads(config.threads)
+    threading.Thread(target=_end_with_first, args=(first, config.pieces), daemon=True).start()
+    # The pipe is for what rank 0 reads; what anything prints joins the messages.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        _work(config, answers)
+    except NeounifyError:
+        pass  # rank 0 raises the same
+    except ConnectionError:
+        remove_after_end(config.pieces)  # rank 0 is gone, or it ends this process
+    except Exception as error:
+        traceback.print_exc()
+        os.write(answers, _described(error).encode())
+    os._exit(1)  # threads of the group may abort an orderly end
+
+
+def _work(config: RankConfig, answers: int) -> None:
     from neounify.pipeline.loading import load_rank
 
-    sys.stdout.buffer.write(HERE)
-    sys.stdout.buffer.flush()
+    torch.set_num_threads(config.threads)
+    os.write(answers, HERE)
     group = Group.meet(config.store, config.rank, config.devices)
     group.part(config.sequence)
     device = config.devices[config.rank]
-    try:
-        pipe = group.together(lambda: load_rank(config.options, group, device))
-    except NeounifyError:
-        os._exit(1)  # rank 0 raises it
+    pipe = group.together(lambda: load_rank(config.options, group, device))
     work = _Followed(config, group, pipe.model)
-    try:
-        with torch.inference_mode():
-            follow(group, work.engine_of, work.open)
-    except RuntimeError:
-        os._exit(1)  # rank 0 is gone, or gives this process up
+    with torch.inference_mode():
+        follow(group, work.engine_of, work.open)
 
 
-def _end_with_first() -> None:
-    """End this process, in a step too, when that of rank 0 has ended."""
-    sys.stdin.buffer.read()
+def _end_with_first(first: int, pieces: str) -> None:
+    """End this process, in a step too, when that of rank 0 (its number) has ended.
+
+    The pipe from it may be kept open, by a process that it forked.
+    """
+    while os.getppid() == first and not select.select([sys.stdin], [], [], 1.0)[0]:
+        pass
+    remove_after_end(pieces)
     os._exit(1)
 
 

@@ -98,27 +98,31 @@ class Driver:
         devices: DeviceGroup | None = None,
     ) -> None:
         """`devices` are those that the model is spread over, None for one."""
-        self._model, self._residency = model, residency
+        self._model, self._residency, self._plan = model, residency, plan
         self._cancel, self._devices = cancel, devices
-        self._transport: Transport
+        self._transport: Transport = LocalTransport() if devices is None else devices.transport
         self._understanding: UnderstandingEngine | LedEngine
         self._generation: GenerationEngine | LedEngine
         self._packed: list[TensorRef] = []
         """What is left of a call on several devices, in shared memory."""
-        if devices is None:
-            self._transport = LocalTransport()
+
+    def _open(self) -> None:
+        """Make the engines: not before the call runs, since only its end frees them."""
+        model, plan = self._model, self._plan
+        engines: tuple[UnderstandingEngine | LedEngine, GenerationEngine | LedEngine]
+        if self._devices is None:
             caches = ContiguousCaches(model, reserve=plan.kv_reserve)
             engines = call_engines(model, plan, self._transport, caches)
-            self._understanding, self._generation = engines
         else:
-            self._transport = devices.transport
-            self._understanding, self._generation = devices.open(model, plan)
+            engines = self._devices.open(model, plan)
+        self._understanding, self._generation = engines
 
     def run(self, programs: Sequence[Program[Any]]) -> Iterator[list[tuple[int, Event]]]:
         """Run programs to their ends; yields (number of the program, event) lists, step by step.
 
         Raises what a program raises, and Cancelled.
         """
+        self._open()
         runs = [_Run(number, program) for number, program in enumerate(programs)]
         calls: dict[int, _Run] = {}
         events: list[tuple[int, Event]] = []

@@ -89,7 +89,7 @@ def load(
     heads, generation the guidance branches, or the rows of an image between `sequence_parallel`
     of the devices.
 
-    Raises CheckpointError, ConfigError, TokenizerError or MemoryPlanError.
+    Raises CheckpointError, ConfigError, RequestError, TokenizerError or MemoryPlanError.
     """
     options = LoadOptions(
         folder=Path(folder),
@@ -107,17 +107,21 @@ def load(
         quantise=quantise,
         backend=backend,
     )
-    if len(devices) <= 1:
-        return load_rank(options, ALONE, devices[0] if devices else device)
-    return load_on_devices(options, devices, sequence_parallel)
+    if not devices and sequence_parallel == 1:
+        return load_rank(options, ALONE, device)
+    return load_on_devices(options, devices or (str(device),), sequence_parallel)
 
 
 def load_on_devices(options: LoadOptions, devices: Sequence[str], sequence: int) -> Pipeline:
     """A pipeline whose model is spread over several devices. Raises the errors of `load`."""
     from neounify.distributed.tensor import check_degree
     from neounify.engine.spread import check_sequence
-    from neounify.pipeline.devices import DeviceGroup
+    from neounify.pipeline.devices import DeviceGroup, check_names
 
+    check_names(devices)
+    check_sequence(len(devices), sequence)
+    if len(devices) == 1:
+        return load_rank(options, ALONE, devices[0])
     single = {
         "compile": options.compile,
         f"memory={options.memory!r}": options.memory not in ("auto", "all"),
@@ -127,11 +131,15 @@ def load_on_devices(options: LoadOptions, devices: Sequence[str], sequence: int)
     if refused := [name for name, asked in single.items() if asked]:
         raise ConfigError(f"{' and '.join(refused)}: for one device, got {len(devices)} devices")
     check_degree(CheckpointFolder.open(options.folder, options.config).config, len(devices))
-    check_sequence(len(devices), sequence)
     # The plan of one device counts all weights.
     options = replace(options, memory="all", plan="ignore")
     spread = DeviceGroup(devices, sequence, options)
-    pipe = spread.start(lambda: load_rank(options, spread.group, devices[0]))
+    group = spread.group
+    try:
+        pipe = spread.start(lambda: load_rank(options, group, devices[0]))
+    except BaseException:
+        spread.close()
+        raise
     assert pipe is not None
     pipe.devices = spread
     return pipe

@@ -50,6 +50,8 @@ from neounify.serve.memory import EngineMemory
 log = logging.getLogger("neounify.serve")
 
 BEAT_SECONDS = 1.0
+PIECES_OF_A_START = 10**12
+"""More than a start of an engine ever sends: its pieces have the numbers from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class ProcessConfig:
 
     One process for each of `devices`, the ranks of a group, of which `sequence` share the rows of
     an image. `threads` are those of each. Its pieces of shared memory have names that begin with
-    `pieces`.
+    `pieces`, and the numbers from `first_piece`.
     """
 
     role: StreamName
@@ -73,6 +75,7 @@ class ProcessConfig:
     memory: EngineMemory = field(default_factory=EngineMemory)
     engines: EngineConfig = field(default_factory=EngineConfig)
     pieces: str = PREFIX
+    first_piece: int = 1
 
     def pieces_of(self, rank: int) -> str:
         """The beginning of the names of a rank's pieces."""
@@ -132,15 +135,20 @@ class EngineProcess:
             if self._stopping:
                 raise RuntimeError("the server is ending")
             self._end(0.0)
-            self._starts += 1
-            prefix = f"{self.config.pieces}{self.config.role}{self._starts}_"
-            run = self._current = _ProcessRun(replace(self.config, pieces=prefix))
+            run = self._current = _ProcessRun(self._next_config())
         try:
             run.wait_ready(self.watch)
             run.run(self.watch, deliver, died)
         except BaseException:  # also where the machine has no threads left
             run.end(0.0)
             raise
+
+    def _next_config(self) -> ProcessConfig:
+        """The config of another start: the earlier pieces' names, since the other engine may give
+        some back later, and other numbers."""
+        self._starts += 1
+        prefix = f"{self.config.pieces}{self.config.role}_"
+        return replace(self.config, pieces=prefix, first_piece=self._starts * PIECES_OF_A_START)
 
     def send(self, command: Command) -> None:
         if self._current is not None:
@@ -161,7 +169,8 @@ class _ProcessRun:
 
     def __init__(self, config: ProcessConfig) -> None:
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._config, self._name, self._last_piece = config, config.role, 0
+        self._config, self._name = config, config.role
+        self._last_piece = config.first_piece - 1
         self._asked = self._closed = False
         self._ending = threading.Lock()  # `end` comes from `stop` and from a start that failed
         self._dying = threading.Lock()
@@ -353,7 +362,7 @@ def _work(
         **weights,
     )
     pipe = load_rank(options, group, config.devices[rank], cut=config.role == UND)
-    pieces = SharedTransport(config.pieces_of(rank))
+    pieces = SharedTransport(config.pieces_of(rank), config.first_piece)
     transport = pieces if group.size == 1 else GroupTransport(pieces, group)
     with pipe.residency.use(config.role):
         plan = agreed(config.engines.plan(pipe.model), group)
