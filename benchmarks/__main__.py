@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -64,7 +64,7 @@ def redrawn(path: Path) -> str:
     return table(figures)
 
 
-def _text(record: dict[str, object]) -> str:
+def _text(record: Mapping[str, object]) -> str:
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,15 @@ from rich.console import Console
 
 import neounify
 from neounify.bundled import bundled_model
+from neounify.cache import new_cache
+from neounify.config import TextSampling
+from neounify.decode.sampler import SamplingBatch, SamplingState
+from neounify.engine.denoiser import Denoiser, make_job
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
+from neounify.flow.sampling import ImageSampling
+from neounify.model import Text
+from neounify.model.layout import Grid
 from neounify.train.log import Log
 from neounify.train.loop import Trainer
 from neounify.train.recipe import Recipe
@@ -75,6 +86,53 @@ def test_answers_are_those_of_the_cpu(pipe: neounify.Pipeline) -> None:
         assert pipe.chat(question, images=[image]).text == (
             on_cpu.chat(question, images=[image]).text
         )
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """torch raises an error where the host waits for the device inside."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_wait_in_a_denoising_step(pipe: neounify.Pipeline) -> None:
+    cache = new_cache(pipe.model, 3)
+    forward_und(pipe.model, [ModelInput(cache, (Text(3),), [1, 2, 3])])
+    sampling = ImageSampling(steps=4, guidance=1.0).resolve(pipe.config, editing=False)
+    noise = torch.randn(16, pipe.config.token_width)
+    job = make_job(pipe.model, noise, Grid(4, 4), {"cond": cache}, sampling)
+    denoiser = Denoiser(pipe.model)
+    with torch.inference_mode():
+        denoiser.step([job])
+        with no_waiting():
+            denoiser.step([job])
+            denoiser.step([job])
+
+
+def test_a_decoding_step_waits_for_its_tokens_alone(pipe: neounify.Pipeline) -> None:
+    model, device = pipe.model, pipe.model.device
+    caches = [new_cache(model, 16) for _ in range(2)]
+    items = [ModelInput(cache, (Text(3),), [1, 2, 3]) for cache in caches]
+    states = [
+        SamplingState(TextSampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=n))
+        for n in range(2)
+    ]
+    with torch.inference_mode():
+        hidden = forward_und(model, items)
+        batch = SamplingBatch(states, model.config.vocab_size, device)
+        for _ in range(3):
+            tokens = batch.sample(model.logits(hidden))
+            items = [
+                ModelInput(cache, (Text(1),), [choice.token])
+                for cache, choice in zip(caches, tokens, strict=True)
+            ]
+            with no_waiting():
+                hidden = forward_und(model, items)
+                batch.choose(model.logits(hidden))
 
 
 def trained(folder: Path, parsed: Recipe, device: str, steps: int | None = None) -> Trainer:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from neounify.config import TextSampling
 from neounify.decode import sampler
-from neounify.decode.sampler import SamplingState, draw, probabilities, sample
+from neounify.decode.sampler import (
+    Distribution,
+    SampledToken,
+    SamplingBatch,
+    SamplingState,
+    draw,
+)
 from neounify.errors import CheckpointError, RequestError
 
 VOCAB = 12
@@ -28,6 +34,14 @@ def _logits(seed: int, size: int = VOCAB) -> Tensor:
 
 def _state(context: Sequence[int] = (), **values: Any) -> SamplingState:
     return SamplingState(TextSampling(**values), context)
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    return SamplingBatch(states, logits.shape[1], logits.device).sample(logits)
+
+
+def probabilities(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    return Distribution([s.settings for s in states], logits.shape[1], logits.device)(logits)
 
 
 def _one(logits: Tensor, state: SamplingState) -> int:

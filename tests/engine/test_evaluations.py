@@ -121,10 +121,10 @@ def test_a_step_is_reused_while_the_first_layer_changes_little() -> None:
     job = _cached(threshold=0.1, most=2)
     assert job.reuses("cond", torch.tensor([[1.05, -1.05]]))
     assert not job.reuses("cond", torch.tensor([[1.1, -1.15]]))
-    assert not job.reuses("uncond", torch.tensor([[1.0, -1.0]]))
+    assert job.reuses("uncond", torch.tensor([[1.0, -1.0]])) is None
     job.residuals["cond"].reused = 2
-    assert not job.reuses("cond", torch.tensor([[1.0, -1.0]]))
-    assert not _cached(threshold=0.1, warm=6).reuses("cond", torch.tensor([[1.0, -1.0]]))
+    assert job.reuses("cond", torch.tensor([[1.0, -1.0]])) is None
+    assert _cached(threshold=0.1, warm=6).reuses("cond", torch.tensor([[1.0, -1.0]])) is None
 
 
 # --- the whole ---

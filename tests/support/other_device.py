@@ -6,8 +6,12 @@ reads them runs as it would; every operator with a tensor of the device is recor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,6 +28,9 @@ class OtherDevice(TorchDispatchMode):
         super().__init__()
         self.operators: dict[str, set[torch.dtype]] = {}
         """Operator → dtypes of the device's tensors that went in or came out."""
+        self.waits: list[str] = []
+        """Operators for which the host would wait: reads of the device's values, results whose
+        size depends on them, and copies to the device that were not asked to be asynchronous."""
 
     def __torch_dispatch__(
         self,
@@ -38,6 +45,8 @@ class OtherDevice(TorchDispatchMode):
             parts = func.decompose(*args, **options)
         if parts is not NotImplemented:
             return parts
+        if _waits(func, args, options):
+            self.waits.append(f"{func} {_caller()}")
         result = self._to_host(func, args, options)
         if result is None:
             result = func(*args, **options)
@@ -62,6 +71,59 @@ class OtherDevice(TorchDispatchMode):
         if func is aten.nonzero.default and _is_there(args[0]):
             return args[0].new_empty(1, args[0].ndim, dtype=torch.int64)
         return None
+
+
+READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+
+
+def _waits(func: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> bool:
+    if func in READS:
+        return _is_there(args[0])
+    if func is aten._to_copy.default:
+        there = options.get("device", args[0].device) == torch.device("meta")
+        if _is_there(args[0]):
+            return not there
+        return there and not options.get("non_blocking", False)
+    if func is aten.copy_.default and _is_there(args[0]) != _is_there(args[1]):
+        non_blocking = args[2] if len(args) > 2 else options.get("non_blocking", False)
+        return _is_there(args[1]) or not non_blocking
+    return False
+
+
+@contextmanager
+def watching() -> Iterator[OtherDevice]:
+    """The device, whose `waits` also have `torch.tensor(values, device=…)` and lists as indices:
+    both copy and wait, and show in no operator."""
+    device = OtherDevice()
+    waits = device.waits
+    make, index = torch.tensor, Tensor.__getitem__
+
+    def tensor(*args: Any, **kwargs: Any) -> Tensor:
+        result = make(*args, **kwargs)
+        if _is_there(result):
+            waits.append(f"torch.tensor {_caller()}")
+        return result
+
+    def getitem(x: Tensor, key: Any) -> Tensor:
+        keys = key if isinstance(key, tuple) else (key,)
+        if _is_there(x) and any(isinstance(k, list) for k in keys):
+            waits.append(f"list as index {_caller()}")
+        return index(x, key)
+
+    with (
+        mock.patch.object(torch, "tensor", tensor),
+        mock.patch.object(Tensor, "__getitem__", getitem),
+        device,
+    ):
+        yield device
+
+
+def _caller() -> str:
+    """File and line of the package that called an operator."""
+    frame = sys._getframe()
+    while frame is not None and "/neounify/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def _is_there(value: object) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from torch import Tensor
 
-from neounify.decode.sampler import SampledToken, SamplingState
-from neounify.engine import understanding
+from neounify.decode.sampler import SampledToken, SamplingBatch
 
 
 def script_sampler(monkeypatch: pytest.MonkeyPatch, choose: Callable[[Tensor], int]) -> None:
     """Let `choose` give the token for each row of logits [vocab], one row after the other."""
 
-    def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    def sample(self: SamplingBatch, logits: Tensor) -> list[SampledToken]:
         return [SampledToken(choose(row)) for row in logits]
 
-    monkeypatch.setattr(understanding, "sample", sample)
+    monkeypatch.setattr(SamplingBatch, "sample", sample)

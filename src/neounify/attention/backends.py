@@ -22,7 +22,7 @@ from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches, att
 from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.key_values import CacheBatch
 from neounify.errors import ConfigError
-from neounify.model.layout import Block, Layout
+from neounify.model.layout import Block, Layout, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import Projected
@@ -57,16 +57,16 @@ class ContiguousAttention:
             keys, values = batch.keys, batch.values
             rows = [cache.row for cache in caches]
             if rows != list(range(keys.shape[1])):
-                self._rows = torch.tensor(rows, device=device)
-            ends = torch.tensor(lengths, device=device).view(-1, 1, 1, 1)
+                self._rows = to_device(np.array(rows), device)
+            ends = to_device(np.array(lengths), device).view(-1, 1, 1, 1)
             self._mask = torch.arange(longest, device=device) < ends
         self._keys = keys[:, :, :, :longest].unbind(0)
         self._values = values[:, :, :, :longest].unbind(0)
         heads = torch.arange(keys.shape[2], device=device)
         self._new = (
-            torch.tensor(rows, device=device).unsqueeze(1),
+            to_device(np.array(rows), device).unsqueeze(1),
             heads.unsqueeze(0),
-            torch.tensor([n - 1 for n in lengths], device=device).unsqueeze(1),
+            to_device(np.array(lengths) - 1, device).unsqueeze(1),
         )
 
     @classmethod
@@ -113,9 +113,9 @@ class PagedAttention:
         # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
         padded = np.where(real, slots, pool.zero_slot)
         self._shape = padded.shape
-        self._slots = torch.from_numpy(padded.reshape(-1)).to(device)
-        self._new = torch.from_numpy(new).to(device)
-        self._mask = torch.from_numpy(real).to(device)[:, None, None]
+        self._slots = to_device(padded.reshape(-1), device)
+        self._new = to_device(new, device)
+        self._mask = to_device(real, device)[:, None, None]
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PagedAttention | None:
@@ -159,12 +159,12 @@ class PrefixAttention:
         short = [block for block in blocks if _is_short(block)]
         self._long = [block for block in blocks if not _is_short(block)]
         rows = np.concatenate([np.arange(block.start, block.stop) for block in short])
-        self._rows = torch.from_numpy(rows).to(device) if self._long else None
+        self._rows = to_device(rows, device) if self._long else None
         lengths = [block.length for block in short]
         self._copy([caches[block.document] for block in short], lengths, device)
         self._same = len(set(lengths)) == 1
-        self._queries = torch.from_numpy(_slots(lengths, self._longest)).to(device)
-        self._images = torch.from_numpy(_slots(lengths, self._shape[1])).to(device)
+        self._queries = to_device(_slots(lengths, self._longest), device)
+        self._images = to_device(_slots(lengths, self._shape[1]), device)
 
     def _copy(
         self, caches: Sequence[SequenceCache], lengths: Sequence[int], device: torch.device
@@ -184,7 +184,7 @@ class PrefixAttention:
             mask[number, :length] = mask[number, longest : longest + cache.length] = True
         self._keys, self._values = keys.unbind(0), values.unbind(0)
         self._shape, self._longest = (len(caches), width), longest
-        self._mask = torch.from_numpy(mask).to(device)[:, None, None]
+        self._mask = to_device(mask, device)[:, None, None]
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PrefixAttention | None:
@@ -269,14 +269,14 @@ class PaddedAttention:
             self._slots[name] = slots
         self._indices: dict[tuple[StreamName, ...], Tensor] = {}
         with torch.inference_mode(False):
-            self._mask = torch.from_numpy(mask).to(device).unsqueeze(1)
+            self._mask = to_device(mask, device).unsqueeze(1)
 
     def _index(self, streams: tuple[StreamName, ...]) -> Tensor:
         """The place of each token of these streams, made once."""
         if streams not in self._indices:
             slots = np.concatenate([self._slots[name] for name in streams])
             with torch.inference_mode(False):
-                self._indices[streams] = torch.from_numpy(slots).to(self._mask.device)
+                self._indices[streams] = to_device(slots, self._mask.device)
         return self._indices[streams]
 
     @classmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from neounify.cache.block_allocator import BlockAllocator, BlockHash
 from neounify.config import ModelConfig
-from neounify.model.layout import Document, Span
+from neounify.model.layout import Document, Span, to_device
 
 if TYPE_CHECKING:
     from neounify.model.neo import NeoUnify
@@ -308,7 +308,7 @@ class PagedSequence:
     def _slots(self, blocks: Sequence[int]) -> Int[Tensor, " n"]:
         size, device = self.pool.block_size, self.pool.keys.device
         starts = torch.tensor(blocks, dtype=torch.int64).unsqueeze(1) * size
-        return (starts + torch.arange(size)).flatten().to(device)
+        return to_device((starts + torch.arange(size)).flatten(), device)
 
     def reserve(self, extra: int) -> None:
         """Raises ValueError when the blocks have no room for `extra` more tokens."""

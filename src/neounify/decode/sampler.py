@@ -1,8 +1,9 @@
 """Batched token sampling from logits, and the state of each sequence that is being decoded.
 
-`sample` works on [B, vocab] on the device of the logits, with separate settings per row. Only one
-number per row is copied to the host, and log-probabilities where requested. Drawing takes float64,
-so rows are drawn on the host where the device is not of `FLOAT64_DEVICES`.
+A `SamplingBatch` works on [B, vocab] on the device of the logits, with separate settings per row.
+The host waits for the device once a step, for one number per row and log-probabilities where
+requested. Drawing takes float64, so rows are drawn on the host where the device is not of
+`FLOAT64_DEVICES`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from neounify.config import Constraint, TextSampling
 from neounify.errors import NeounifyError, RequestError, not_finite
+from neounify.model.layout import to_device
 
 MAX_RANKED = 1024
 """Up to this `top_k` the likeliest tokens are ranked; beyond it, and for `top_p` alone, the
-probability of the last one that stays is found by histograms of the bits of all, which takes about
-1 ms a row of 151,936 tokens, whatever the distribution. Sorting takes 12 ms."""
+probability of the last one that stays is found by histograms of the bits of all, whatever the
+distribution (docs/log.md). Sorting 151,936 tokens takes 12 ms."""
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """(lowest bit, width) of the parts of a positive float32 that a histogram is made of, in order."""
+
+MASS_BITS = 52
+"""Probabilities are added as whole numbers of 2^-52, so that a row's sum stays below 2^63."""
 
 MIN_TEMPERATURE = 1e-6
 """Lower ones are this one: the quotients of a smaller one would be infinite."""
@@ -98,9 +104,14 @@ class SamplingState:
     def seen(self, vocab: int, device: torch.device) -> Bool[Tensor, " vocab"]:
         """Mask of the tokens in the context."""
         if self._seen is None:
-            self._seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self._seen[torch.tensor(self._context or [], dtype=torch.int64, device=device)] = True
+            seen = np.zeros(vocab, dtype=bool)
+            seen[self._context or []] = True
+            self._seen = to_device(seen, device)
         return self._seen
+
+    def take_seen(self, seen: Bool[Tensor, " vocab"]) -> None:
+        """Mark tokens in this mask from now on, a row of the batch's."""
+        self._seen = seen
 
 
 @dataclass(frozen=True)
@@ -176,24 +187,97 @@ class DecodeState:
 # --- sampling ---
 
 
-@torch.no_grad()
-def sample(logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]) -> list[SampledToken]:
-    """Choose a token for every row; its state draws one random number where it draws."""
-    finite = torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
-    scores = logits
-    if not all(state.plain for state in states):
-        scores = _constrained(_penalised(logits.float(), states), states)
-    ids = scores.argmax(dim=1)
-    if scores is not logits and any(state.constraint is not None for state in states):
-        nothing = scores.gather(1, ids.unsqueeze(1)).squeeze(1) == float("-inf")
-        ids = ids.masked_fill(nothing, NOTHING_ALLOWED)
-    ids = ids.masked_fill(~finite, NOT_FINITE)
-    drawn = [row for row, state in enumerate(states) if state.settings.temperature > 0]
-    if drawn:
-        ids = _draw_rows(scores, ids, drawn, states)
-    tokens: list[int] = ids.tolist()
-    probs = _log_probs(logits, ids, states)
-    return [_choice(token, prob) for token, prob in zip(tokens, probs, strict=True)]
+class SamplingBatch:
+    """The sampling of some sequences, with their settings as tensors on the device of the logits.
+
+    Made once for as long as the same sequences are decoded together; `states` are theirs. A step
+    is one set of tensor operations for all rows and one read of the results. A row draws the same
+    tokens in any batch.
+    """
+
+    @torch.no_grad()
+    def __init__(self, states: Sequence[SamplingState], vocab: int, device: torch.device) -> None:
+        self.states = tuple(states)
+        settings = [state.settings for state in states]
+        self._plain = all(state.plain for state in states)
+        self._penalties = _Penalties(states, vocab, device)
+        constrained = [n for n, state in enumerate(states) if state.constraint is not None]
+        self._constrained = _Rows(constrained, len(states), device)
+        self._drawn = _Rows(
+            [n for n, s in enumerate(settings) if s.temperature > 0], len(states), device
+        )
+        # Where the device has no float64, rows are drawn on the host.
+        self._draw_on = device if device.type in FLOAT64_DEVICES else torch.device("cpu")
+        drawn = [settings[n] for n in self._drawn.numbers]
+        self._distribution = Distribution(drawn, vocab, self._draw_on)
+        counts = {n: s.logprobs for n, s in enumerate(settings) if s.logprobs is not None}
+        self._logprobs = _Rows(list(counts), len(states), device)
+        self._counts = {n: min(count, vocab) for n, count in counts.items()}
+
+    @torch.no_grad()
+    def sample(self, logits: Float[Tensor, "b vocab"]) -> list[SampledToken]:
+        """Choose a token for every row; its state draws one random number where it draws."""
+        return self._read(logits, self.choose(logits))
+
+    @torch.no_grad()
+    def choose(self, logits: Float[Tensor, "b vocab"]) -> Int[Tensor, " b"]:
+        """The tokens on the device, or NOT_FINITE or NOTHING_ALLOWED; the host does not wait."""
+        finite = torch.isfinite(logits.sum(dim=1, dtype=torch.float32))
+        scores = logits if self._plain else self._constrain(self._penalties.apply(logits.float()))
+        ids = scores.argmax(dim=1)
+        if self._constrained.numbers:
+            nothing = scores.gather(1, ids.unsqueeze(1)).squeeze(1) == float("-inf")
+            ids = ids.masked_fill(nothing, NOTHING_ALLOWED)
+        ids = ids.masked_fill(~finite, NOT_FINITE)
+        if self._drawn.numbers:
+            ids = self._draw(scores, ids)
+        return ids
+
+    def _constrain(self, scores: Float[Tensor, "b vocab"]) -> Float[Tensor, "b vocab"]:
+        """-inf for every token that a row's constraint does not allow."""
+        rows = self._constrained
+        if not rows.numbers:
+            return scores
+        allowed = torch.zeros(len(rows.numbers), scores.shape[1], dtype=torch.bool)
+        for index, n in enumerate(rows.numbers):
+            constraint = self.states[n].constraint
+            assert constraint is not None
+            mask = _unpacked(constraint.mask())[: scores.shape[1]]
+            allowed[index, : mask.shape[0]] = mask
+        forbidden = ~to_device(allowed, scores.device)
+        return rows.put(scores, rows.of(scores).masked_fill(forbidden, float("-inf")))
+
+    def _draw(self, scores: Float[Tensor, "b vocab"], ids: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        rows = self._drawn
+        numbers = np.array([self.states[n].uniform() for n in rows.numbers])
+        p = self._distribution(rows.of(scores).to(self._draw_on))
+        tokens = draw(p, to_device(numbers, self._draw_on)).to(ids.device)
+        # A row with a problem has no distribution; it keeps its negative code.
+        greedy = rows.of(ids)
+        return rows.put(ids, torch.where(greedy < 0, greedy, tokens))
+
+    def _read(self, logits: Float[Tensor, "b vocab"], ids: Int[Tensor, " b"]) -> list[SampledToken]:
+        """The tokens and, before temperature and constraints, the log-probabilities asked for."""
+        rows, parts = self._logprobs, [ids.int()]
+        most = max(self._counts.values(), default=0)
+        if rows.numbers:
+            values = rows.of(logits).float().log_softmax(dim=1)
+            chosen = values.gather(1, rows.of(ids).clamp_min(0).unsqueeze(1))
+            best = values.topk(most, dim=1)
+            for tensor in (chosen, best.values):
+                parts.append(tensor.view(torch.int32).flatten())
+            parts.append(best.indices.int().flatten())
+        # Numbers travel as their bits, so that the host waits for the device once.
+        read = torch.cat(parts).cpu().numpy()
+        count, width = len(rows.numbers), most * len(rows.numbers)
+        numbers = np.split(read, np.cumsum([len(ids), count, width]))
+        tokens, likeliest = numbers[0].tolist(), numbers[3].reshape(count, most).tolist()
+        own, others = (x.view(np.float32) for x in numbers[1:3])
+        found: dict[int, LogProbs] = {}
+        for row, (n, wanted) in enumerate(self._counts.items()):
+            pairs = zip(likeliest[row], others.reshape(count, most)[row].tolist(), strict=True)
+            found[n] = LogProbs(float(own[row]), tuple(pairs)[:wanted])
+        return [_choice(token, found.get(n)) for n, token in enumerate(tokens)]
 
 
 def _choice(token: int, logprobs: LogProbs | None) -> SampledToken:
@@ -202,39 +286,46 @@ def _choice(token: int, logprobs: LogProbs | None) -> SampledToken:
     return SampledToken(token, None, "not finite" if token == NOT_FINITE else "nothing allowed")
 
 
-# --- scores ---
+class _Rows:
+    """Some rows of a batch of `total`, by `numbers`."""
+
+    def __init__(self, numbers: Sequence[int], total: int, device: torch.device) -> None:
+        self.numbers, self._all = tuple(numbers), len(numbers) == total
+        self._index = to_device(np.array(numbers, dtype=np.int64), device)
+
+    def of(self, x: Tensor) -> Tensor:
+        return x if self._all else x.index_select(0, self._index)
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """`x` with these values in the rows."""
+        return values if self._all else x.index_copy(0, self._index, values)
 
 
-def _penalised(
-    logits: Float[Tensor, "b vocab"], states: Sequence[SamplingState]
-) -> Float[Tensor, "b vocab"]:
-    """Make the tokens of each context less likely (Keskar et al. 2019, CTRL, section 4.1)."""
-    rows = [n for n, state in enumerate(states) if state.settings.repetition_penalty != 1]
-    if not rows:
-        return logits
-    device = logits.device
-    values = logits if len(rows) == len(states) else logits[rows]
-    seen = torch.stack([states[n].seen(logits.shape[1], device) for n in rows])
-    penalty = _column([states[n].settings.repetition_penalty for n in rows], device)
-    less = torch.where(values > 0, values / penalty, values * penalty)
-    return _with_rows(logits, rows, torch.where(seen, less, values))
+def _column(
+    values: Sequence[float], device: torch.device, dtype: type = np.float32
+) -> Shaped[Tensor, "n 1"]:
+    return to_device(np.array(values, dtype=dtype), device).unsqueeze(1)
 
 
-def _constrained(
-    scores: Float[Tensor, "b vocab"], states: Sequence[SamplingState]
-) -> Float[Tensor, "b vocab"]:
-    """-inf for every token that a row's constraint does not allow."""
-    rows = [n for n, state in enumerate(states) if state.constraint is not None]
-    if not rows:
-        return scores
-    allowed = torch.zeros(len(rows), scores.shape[1], dtype=torch.bool)
-    for index, n in enumerate(rows):
-        constraint = states[n].constraint
-        assert constraint is not None
-        mask = _unpacked(constraint.mask())[: scores.shape[1]]
-        allowed[index, : mask.shape[0]] = mask
-    masked = scores[rows].masked_fill(~allowed.to(scores.device), float("-inf"))
-    return _with_rows(scores, rows, masked)
+class _Penalties:
+    """Makes the tokens of each context less likely (Keskar et al. 2019, CTRL, section 4.1)."""
+
+    def __init__(self, states: Sequence[SamplingState], vocab: int, device: torch.device) -> None:
+        rows = [n for n, state in enumerate(states) if state.settings.repetition_penalty != 1]
+        self._rows = _Rows(rows, len(states), device)
+        if rows:
+            self._penalty = _column([states[n].settings.repetition_penalty for n in rows], device)
+            self._seen = torch.stack([states[n].seen(vocab, device) for n in rows])
+            # From here on each state marks its tokens in its row.
+            for n, seen in zip(rows, self._seen, strict=True):
+                states[n].take_seen(seen)
+
+    def apply(self, logits: Float[Tensor, "b vocab"]) -> Float[Tensor, "b vocab"]:
+        if not self._rows.numbers:
+            return logits
+        values = self._rows.of(logits)
+        less = torch.where(values > 0, values / self._penalty, values * self._penalty)
+        return self._rows.put(logits, torch.where(self._seen, less, values))
 
 
 def _unpacked(mask: Tensor) -> Bool[Tensor, " n"]:
@@ -245,134 +336,96 @@ def _unpacked(mask: Tensor) -> Bool[Tensor, " n"]:
     return ((mask.to(torch.int32).unsqueeze(1) >> bits) & 1).bool().flatten()
 
 
-def _with_rows(x: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
-    if len(rows) == x.shape[0]:
-        return values
-    return x.index_copy(0, torch.tensor(rows, device=x.device), values)
-
-
-def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    if len(rows) == x.shape[0]:
-        return x
-    return x.index_select(0, torch.tensor(rows, device=x.device))
-
-
-def _column(
-    values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "n 1"]:
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
-
 # --- drawing ---
 
 
-def _draw_rows(
-    scores: Float[Tensor, "b vocab"],
-    ids: Int[Tensor, " b"],
-    rows: Sequence[int],
-    states: Sequence[SamplingState],
-) -> Int[Tensor, " b"]:
-    device = scores.device if scores.device.type in FLOAT64_DEVICES else torch.device("cpu")
-    drawing = [states[n] for n in rows]
-    index = torch.tensor(rows, device=scores.device)
-    p = probabilities(scores[index].to(device), drawing)
-    u = torch.tensor([state.uniform() for state in drawing], dtype=torch.float64, device=device)
-    tokens = draw(p, u).to(ids.device)
-    # A row with a problem has no distribution; it keeps its negative code.
-    return ids.index_copy(0, index, torch.where(ids[index] < 0, ids[index], tokens))
+class Distribution:
+    """Softmax at each row's temperature, cut to top_k, top_p and min_p; not rescaled to one.
 
+    Of each row the `top_k` (0: all) likeliest tokens stay, of those the fewest that hold `top_p`.
+    """
 
-def probabilities(
-    scores: Float[Tensor, "n vocab"], states: Sequence[SamplingState]
-) -> Float[Tensor, "n vocab"]:
-    """Softmax at each row's temperature, cut to top_k, top_p and min_p; not rescaled to one."""
-    device = scores.device
-    settings = [state.settings for state in states]
-    temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
-    p = (scores / _column(temperatures, device)).softmax(dim=-1)
-    p = _cut(p, [s.top_k for s in settings], [s.top_p for s in settings])
-    if any(s.min_p > 0 for s in settings):
-        floor = _column([s.min_p for s in settings], device) * p.amax(dim=1, keepdim=True)
-        p = p.masked_fill(p < floor, 0)
-    return p
+    def __init__(self, settings: Sequence[TextSampling], vocab: int, device: torch.device) -> None:
+        total = len(settings)
+        temperatures = [max(s.temperature, MIN_TEMPERATURE) for s in settings]
+        ks = [s.top_k if 0 < s.top_k < vocab else vocab for s in settings]
+        ranked = [n for n, k in enumerate(ks) if k <= MAX_RANKED]
+        many = [n for n, k in enumerate(ks) if MAX_RANKED < k < vocab]
+        mass = [n for n, k in enumerate(ks) if k > MAX_RANKED and settings[n].top_p < 1]
+        self._temperature = _column(temperatures, device)
+        self._ranked, self._many, self._mass = (
+            _Rows(rows, total, device) for rows in (ranked, many, mass)
+        )
+        self._longest = max((ks[n] for n in ranked), default=0)
+        self._ranks = _column([ks[n] for n in ranked], device, np.int64)
+        self._ranked_share = _column([settings[n].top_p for n in ranked], device)
+        self._number = _column([ks[n] for n in many], device, np.int64)
+        self._share = _column([settings[n].top_p for n in mass], device, np.float64)
+        self._floor = None
+        if any(s.min_p > 0 for s in settings):
+            self._floor = _column([s.min_p for s in settings], device)
 
+    def __call__(self, scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+        p = (scores / self._temperature).softmax(dim=-1)
+        if self._ranked.numbers:
+            p = self._ranked.put(p, self._by_rank(self._ranked.of(p)))
+        if self._many.numbers:
+            cut = self._many.of(p)
+            p = self._many.put(
+                p, _fewest(cut, torch.ones_like(cut, dtype=torch.int64), self._number)
+            )
+        if self._mass.numbers:
+            cut = self._mass.of(p)
+            # Whole numbers, whose sums are the same in any order of the additions.
+            weights = (cut.double() * 2**MASS_BITS).long()
+            need = (self._share * weights.sum(dim=1, keepdim=True)).ceil().long()
+            p = self._mass.put(p, _fewest(cut, weights, need))
+        if self._floor is not None:
+            p = p.masked_fill(p < self._floor * p.amax(dim=1, keepdim=True), 0)
+        return p
 
-def _cut(
-    p: Float[Tensor, "n vocab"], top_ks: Sequence[int], top_ps: Sequence[float]
-) -> Float[Tensor, "n vocab"]:
-    """The `top_k` (0: all) likeliest tokens of each row, of those the fewest that hold `top_p`."""
-    vocab = p.shape[1]
-    ks = [k if 0 < k < vocab else vocab for k in top_ks]
-    ranked = [n for n, k in enumerate(ks) if k <= MAX_RANKED]
-    many = [n for n, k in enumerate(ks) if MAX_RANKED < k < vocab]
-    mass = [n for n, k in enumerate(ks) if k > MAX_RANKED and top_ps[n] < 1]
-    if ranked:
-        chosen = [ks[n] for n in ranked], [top_ps[n] for n in ranked]
-        p = _with_rows(p, ranked, _by_rank(_rows(p, ranked), *chosen))
-    if many:
-        need = _column([ks[n] for n in many], p.device).double()
-        cut = _rows(p, many)
-        p = _with_rows(p, many, _fewest(cut, torch.ones_like(cut), need))
-    if mass:
-        cut = _rows(p, mass)
-        total = cut.sum(dim=1, keepdim=True, dtype=torch.float64)
-        share = _column([top_ps[n] for n in mass], p.device, torch.float64)
-        p = _with_rows(p, mass, _fewest(cut, cut, share * total))
-    return p
-
-
-def _by_rank(
-    p: Float[Tensor, "n vocab"], ks: Sequence[int], top_ps: Sequence[float]
-) -> Float[Tensor, "n vocab"]:
-    """The `k` likeliest tokens of each row, of those the fewest that hold `top_p` of their mass."""
-    ranked = p.topk(max(ks), dim=1).values
-    inside = torch.arange(ranked.shape[1], device=p.device) < torch.tensor(
-        ks, device=p.device
-    ).unsqueeze(1)
-    mass = (ranked * inside).cumsum(dim=1)
-    share = _column(top_ps, p.device)
-    # A token stays while the mass before it has not reached top_p: the first always does.
-    stays = inside & ((mass - ranked < share * mass[:, -1:]) | (share >= 1))
-    stays[:, 0] = True
-    kept = stays.sum(dim=1, keepdim=True)
-    least = ranked.gather(1, kept - 1)
-    return _from_least(p, least, kept - (p > least).sum(dim=1, keepdim=True))
+    def _by_rank(self, p: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+        """The likeliest tokens of rows with a small `top_k`."""
+        ranked = p.topk(self._longest, dim=1).values
+        inside = torch.arange(self._longest, device=p.device) < self._ranks
+        mass = (ranked * inside).cumsum(dim=1)
+        share = self._ranked_share
+        # A token stays while the mass before it has not reached top_p: the first always does.
+        stays = inside & ((mass - ranked < share * mass[:, -1:]) | (share >= 1))
+        stays[:, 0] = True
+        kept = stays.sum(dim=1, keepdim=True)
+        least = ranked.gather(1, kept - 1)
+        return _from_least(p, least, kept - (p > least).sum(dim=1, keepdim=True))
 
 
 def _fewest(
-    p: Float[Tensor, "n vocab"],
-    weights: Float[Tensor, "n vocab"],
-    need: Float[Tensor, "n 1"],
+    p: Float[Tensor, "n vocab"], weights: Int[Tensor, "n vocab"], need: Int[Tensor, "n 1"]
 ) -> Float[Tensor, "n vocab"]:
     """The fewest likeliest tokens of each row whose weights add up to `need`, by radix selection.
 
     The bits of positive numbers are ordered as the numbers are. Histograms of their digits, highest
-    first, give the bits of the least likely token that stays, digit by digit.
+    first, give the bits of the least likely token that stays, digit by digit. No shape depends on
+    values, so that the host need not wait for the device.
     """
-    shift, width = DIGITS[0]
     bits = p.view(torch.int32)
-    high = bits >> shift
-    sums = need.new_zeros(p.shape[0], 2**width).scatter_add_(1, high.long(), weights.double())
-    prefix, above = _digit(sums, torch.zeros_like(need), need)
-    # Only tokens that share the highest digit of the last one that stays are looked at again.
-    row, column = (high == prefix).nonzero(as_tuple=True)
-    bits, weights = bits[row, column], weights[row, column].double()
-    for shift, width in DIGITS[1:]:
-        same = (bits >> (shift + width)) == prefix[row, 0]
-        bucket = row * 2**width + ((bits >> shift) & (2**width - 1))
-        sums = need.new_zeros(p.shape[0] * 2**width).scatter_add_(0, bucket, weights * same)
-        digit, above = _digit(sums.view(p.shape[0], -1), above, need)
+    prefix, above = torch.zeros_like(need), torch.zeros_like(need)
+    for shift, width in DIGITS:
+        # The high digits of a positive number, of which the first ones must be those found so far.
+        high = bits >> shift
+        counted = weights * ((high >> width) == prefix)
+        sums = need.new_zeros(p.shape[0], 2**width)
+        sums.scatter_add_(1, (high & (2**width - 1)).long(), counted)
+        digit, above = _digit(sums, above, need)
         prefix = (prefix << width) | digit
-    least = prefix.int().view(torch.float32)
-    ones = weights * (bits == prefix[row, 0])
-    one = need.new_zeros(p.shape[0]).scatter_reduce_(0, row, ones, "amax").unsqueeze(1)
-    equal = torch.where(one > 0, ((need - above) / one).ceil(), p.shape[1])
-    return _from_least(p, least, equal.clamp_min(1).long())
+    one = (weights * (bits == prefix)).amax(dim=1, keepdim=True)
+    equal = (need - above + one - 1) // one.clamp_min(1)
+    equal = torch.where(one > 0, equal.clamp_min(1), p.shape[1])
+    return _from_least(p, prefix.int().view(torch.float32), equal)
 
 
 def _digit(
-    sums: Float[Tensor, "n digits"], above: Float[Tensor, "n 1"], need: Float[Tensor, "n 1"]
-) -> tuple[Int[Tensor, "n 1"], Float[Tensor, "n 1"]]:
+    sums: Int[Tensor, "n digits"], above: Int[Tensor, "n 1"], need: Int[Tensor, "n 1"]
+) -> tuple[Int[Tensor, "n 1"], Int[Tensor, "n 1"]]:
     """The highest digit down to which the sums reach `need`, and the sum above it."""
     upwards = sums.flip(1).cumsum(dim=1).flip(1)
     digit = ((above + upwards >= need).sum(dim=1, keepdim=True) - 1).clamp_min(0)
@@ -384,9 +437,7 @@ def _from_least(
 ) -> Float[Tensor, "n vocab"]:
     """Zero for tokens below `least`, and for all but the first `equal` of those that have it."""
     same = p == least
-    stays = p >= least
-    if (same.sum(dim=1, keepdim=True) > equal).any():
-        stays &= ~same | (same.cumsum(dim=1) <= equal)
+    stays = (p > least) | (same & (same.cumsum(dim=1, dtype=torch.int32) <= equal))
     return p.masked_fill(~stays, 0)
 
 
@@ -398,26 +449,3 @@ def draw(p: Float[Tensor, "n vocab"], u: Float[Tensor, " n"]) -> Int[Tensor, " n
     target = torch.minimum(u.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return index.clamp_max(p.shape[1] - 1)
-
-
-# --- log-probabilities ---
-
-
-def _log_probs(
-    logits: Float[Tensor, "b vocab"], ids: Int[Tensor, " b"], states: Sequence[SamplingState]
-) -> list[LogProbs | None]:
-    """Log-probabilities of the rows that request them, before temperature and constraints."""
-    results: list[LogProbs | None] = [None] * len(states)
-    wanted = {n: s.settings.logprobs for n, s in enumerate(states)}
-    rows = [n for n, count in wanted.items() if count is not None]
-    if not rows:
-        return results
-    index = torch.tensor(rows, device=logits.device)
-    values = logits[index].float().log_softmax(dim=1)
-    chosen = values.gather(1, ids[index].clamp_min(0).unsqueeze(1)).squeeze(1).tolist()
-    count = min(max(wanted[n] or 0 for n in rows), logits.shape[1])
-    best, tokens = (x.tolist() for x in values.topk(count, dim=1))
-    for row, n in enumerate(rows):
-        top = list(zip(tokens[row], best[row], strict=True))[: wanted[n]]
-        results[n] = LogProbs(chosen[row], tuple(top))
-    return results

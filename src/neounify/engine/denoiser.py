@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +19,7 @@ from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
 from neounify.image.pixels import unpatchify
-from neounify.model.layout import Document, Grid, Layout, Noise
+from neounify.model.layout import Document, Grid, Layout, Noise, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN
 from neounify.model.stream import Attend
@@ -90,18 +91,19 @@ class DenoiseJob:
         """Guidance branches that the next step evaluates."""
         return self._guidance_run.branches(self.t)
 
-    def reuses(self, branch: Branch, first: Tensor, spread: Spread | None = None) -> bool:
+    def reuses(self, branch: Branch, first: Tensor, spread: Spread | None = None) -> Tensor | None:
         """Whether the next step may keep what the layers after the first added in an earlier one.
 
-        `first` is the first layer's residual now, of the rows of this rank. Waits for the device.
+        A boolean on the device, None where it may not whatever the values. `first` is the first
+        layer's residual now, of the rows of this rank.
         """
         last, cache = self.residuals.get(branch), self.cache
         if last is None or self.steps_done < cache.warm or last.reused == cache.most:
-            return False
+            return None
         change, size = (x.float().abs().mean() for x in (first - last.first, last.first))
         if spread is not None:
             change, size = spread.mean_of_rows(change, size, first.shape[0])
-        return bool(change < cache.threshold * size)
+        return change < cache.threshold * size
 
     def move(self, predictions: dict[Branch, Tensor]) -> None:
         """Take the next step, from the clean images predicted behind each evaluated prefix."""
@@ -140,7 +142,7 @@ def make_job(
 ) -> DenoiseJob:
     """Denoising job of one image behind its prefixes, from noise scaled by σ."""
     return DenoiseJob(
-        z=noise.to(model.device),
+        z=to_device(noise, model.device),
         grid=grid,
         prefixes=prefixes,
         guidance=sampling.guidance,
@@ -290,11 +292,14 @@ class Denoiser:
         inputs = dict(zip(call.runs, x.split(call.own_lengths), strict=True))
         first = dict(zip(call.runs, hidden[GEN].split(call.own_lengths), strict=True))
         yield
-        computed = tuple(
-            run
-            for run in call.runs
-            if not run[0].reuses(run[1], first[run] - inputs[run], self.spread)
-        )
+        changes = {
+            run: run[0].reuses(run[1], first[run] - inputs[run], self.spread) for run in call.runs
+        }
+        small = {run: change for run, change in changes.items() if change is not None}
+        # What is computed depends on values here: the host waits for them once, for all runs.
+        kept = torch.stack(list(small.values())).tolist() if small else []
+        reusing = {run for run, keeps in zip(small, kept, strict=True) if keeps}
+        computed = tuple(run for run in call.runs if run not in reusing)
         last = {
             run: first[run] + run[0].residuals[run[1]].rest
             for run in call.runs
@@ -351,10 +356,10 @@ class _Call:
         self.runs = runs
         jobs = self.jobs = list(dict.fromkeys(job for job, _ in runs))
         self.images = Layout(Document((Noise.of(job.grid),)) for job in jobs)
-        scales = [job.noise_scale for job in jobs]
-        self.noise_scale = torch.tensor(scales, dtype=torch.float32, device=backend.device)
+        scales = np.array([job.noise_scale for job in jobs], dtype=np.float32)
+        self.noise_scale = to_device(scales, backend.device)
         self.times = {
-            job: torch.tensor(job.times, dtype=torch.float32, device=backend.device) for job in jobs
+            job: to_device(np.array(job.times, dtype=np.float32), backend.device) for job in jobs
         }
         self.lengths = [job.z.shape[0] for job, _ in runs]
         caches = [job.prefixes[branch] for job, branch in runs]

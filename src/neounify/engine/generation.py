@@ -223,7 +223,7 @@ class GenerationEngine:
 
     def _advance(self, step: _Step, seconds: float) -> bool:
         """Compute layers for about `seconds`; returns whether the step is done."""
-        start = now = time.perf_counter()
+        start = time.perf_counter()
         left = self._slices(step, seconds)
         try:
             for _ in step.work:
@@ -231,29 +231,26 @@ class GenerationEngine:
                     left -= 1
                     if left == 0:
                         return False
-                    continue
-                # On an accelerator the time is only known once the work is done; a step that
-                # recently took less than a slice need not be waited for in between.
-                if self._row_seconds * step.rows > seconds or not self._row_seconds:
-                    self._synchronise()
-                    now = time.perf_counter()
-                    if now - start >= seconds:
-                        return False
+                elif time.perf_counter() - start >= seconds:
+                    return False
         finally:
+            self._synchronise()
             step.seconds += time.perf_counter() - start
         return True
 
     def _slices(self, step: _Step, seconds: float) -> int | None:
         """Layers that fit into the time, by the mean of recent steps; None where time is measured.
 
-        In a group, ranks that measure would part ways.
+        In a group, ranks that measure would part ways. On an accelerator the time is only known
+        once the work is done, and the host does not wait for it between layers.
         """
-        if self._alone:
+        if self._alone and self.model.device.type == "cpu":
             return None
         layer = self._row_seconds * step.rows / self.model.config.num_layers
         return max(1, int(min(seconds, 1e9) / layer)) if layer else -1
 
     def _synchronise(self) -> None:
+        """Wait for the work of a slice, whose time is measured."""
         if self.model.device.type != "cpu":
             torch.accelerator.synchronize(self.model.device)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from neounify.distributed.group import Group, share
 from neounify.engine.denoiser import Predicted, Run
 from neounify.errors import ConfigError
+from neounify.model.layout import to_device
 
 R = TypeVar("R")
 
@@ -135,8 +136,8 @@ class SpreadRows:
         self.own = np.concatenate(of_ranks[group.rank])
         self._counts = [sum(map(len, pieces)) for pieces in of_ranks]
         order = np.argsort(np.concatenate([x for pieces in of_ranks for x in pieces]))
-        self._own = torch.from_numpy(self.own).to(group.device)
-        self._order = torch.from_numpy(order).to(group.device)
+        self._own = to_device(self.own, group.device)
+        self._order = to_device(order, group.device)
 
     def cut(self, x: Tensor) -> Tensor:
         """This rank's rows of [n, …]."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,9 +24,9 @@ from neounify.config import Constraint
 from neounify.decode.sampler import (
     DecodeState,
     SampledToken,
+    SamplingBatch,
     SamplingState,
     compile_constraint,
-    sample,
 )
 from neounify.distributed.group import ALONE, Group
 from neounify.engine.messages import (
@@ -64,7 +65,7 @@ from neounify.errors import (
     RequestError,
     not_finite,
 )
-from neounify.model.layout import Layout
+from neounify.model.layout import Layout, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import UND
 from neounify.runtime.plan import ExecutionPlan, measured_plan
@@ -82,15 +83,15 @@ def forward_und(
     if 0 in new:
         raise ValueError(f"every sequence needs at least one new token, got {new}")
     attend = (backend or select_for(model)).plan(layout, [item.cache for item in inputs])
-    ids = torch.tensor(
-        [i for item in inputs for i in item.ids], dtype=torch.int64, device=model.device
-    )
-    images = [image.to(model.device) for item in inputs for image in item.images]
-    x = model.embed_und(layout, ids, images)
+    ids = np.array([i for item in inputs for i in item.ids], dtype=np.int64)
+    images = [to_device(image, model.device) for item in inputs for image in item.images]
+    x = model.embed_und(layout, to_device(ids, model.device), images)
     hidden = model.backbone(layout, {UND: x}, attend)[UND]
     for item, document in zip(inputs, layout.documents, strict=True):
         item.cache.advance(document)
-    return hidden if layout.is_decode else hidden[layout.last_rows()]
+    if layout.is_decode:
+        return hidden
+    return hidden.index_select(0, to_device(np.array(layout.last_rows()), model.device))
 
 
 class UnderstandingEngine:
@@ -127,6 +128,7 @@ class UnderstandingEngine:
         self._decoding: dict[SequenceName, Decode] = {}
         self._pinned: list[ServedSequence] = []
         self._waiting = 0
+        self._sampling: SamplingBatch | None = None
 
     @property
     def busy(self) -> bool:
@@ -348,8 +350,8 @@ class UnderstandingEngine:
             return
         with self._memory(f"sample tokens of {len(rows)} sequences in a step") as memory:
             logits = self.model.logits(torch.stack([_state(s) for s in rows]))
-            sampling = [_text(s).sampling for s in rows]
-            choices = self.group.choose(lambda: sample(logits, sampling))
+            sampling = tuple(_text(s).sampling for s in rows)
+            choices = self.group.choose(lambda: self._sample(logits, sampling))
         if memory.error is not None:
             self._fail(rows, memory.error)
             return
@@ -371,6 +373,12 @@ class UnderstandingEngine:
         for (sequence, _), state in zip(continuing, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []
+
+    def _sample(self, logits: Tensor, states: tuple[SamplingState, ...]) -> list[SampledToken]:
+        """Tokens of the rows; settings are uploaded where other sequences are decoded than last."""
+        if self._sampling is None or self._sampling.states != states:
+            self._sampling = SamplingBatch(states, logits.shape[1], logits.device)
+        return self._sampling.sample(logits)
 
     def _decodable(self) -> list[ServedSequence]:
         """Decoding sequences with room for another token; one that can have none is ended."""

@@ -8,6 +8,8 @@ size, [images, tokens, token_width]. v_c sees the whole prompt, v_i only its ima
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING, Literal, get_args
 
 from neounify.config.sampling import range_error
@@ -155,11 +157,14 @@ class GuidanceRun:
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
         self._guided_steps = 0
+        self._small: Tensor | None = None
         self._stopped = False
         self._differences: dict[Branch, Tensor] = {}
 
     def acts_at(self, t: float) -> bool:
         """Whether the step that starts at t is guided."""
+        if self._small is not None:
+            self._stopped, self._small = bool(self._small), None
         return not self._stopped and self.guidance.acts_at(t)
 
     def branches(self, t: float) -> tuple[Branch, ...]:
@@ -180,6 +185,7 @@ class GuidanceRun:
             if self.guidance.reuse > 1:
                 self._differences = apart
             if self.guidance.stop > 0 and t >= STOP_FROM:
-                least = self.guidance.stop * float(cond.norm())
-                self._stopped = all(float(x.norm()) < least for x in apart.values())
+                least = self.guidance.stop * cond.norm()
+                # Read by the next step, so that the host need not wait inside this one.
+                self._small = reduce(and_, (x.norm() < least for x in apart.values()))
         return clean

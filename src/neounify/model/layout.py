@@ -162,13 +162,16 @@ class StreamRows(_Derived):
 
     def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
         """(t, h, w) of every row, built once per device."""
-        return self.derived(("positions", device), lambda: _tensor(self._make_positions(), device))
+        return self.derived(
+            ("positions", device), lambda: to_device(self._make_positions(), device)
+        )
 
     def owners_on(self, device: torch.device) -> Int64[Tensor, " n"]:
         """For each token of an image, the number of that image, built once per device."""
         lengths = [grid.length for grid in self.grids]
         return self.derived(
-            ("owners", device), lambda: _tensor(np.repeat(np.arange(len(lengths)), lengths), device)
+            ("owners", device),
+            lambda: to_device(np.repeat(np.arange(len(lengths)), lengths), device),
         )
 
     def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
@@ -274,7 +277,7 @@ class Layout(_Derived):
         """
         if self.text_length in (0, self[UND].length):
             return None
-        return self.derived(("order", device), lambda: _tensor(self._make_und_order(), device))
+        return self.derived(("order", device), lambda: to_device(self._make_und_order(), device))
 
     def _make_und_order(self) -> Int64[np.ndarray, " u"]:
         text, image, pieces = 0, self.text_length, []
@@ -297,7 +300,7 @@ def grid_patches(
 ) -> Int64[Tensor, "n mm 2"]:
     """(row, column) in patch units of the merge × merge patches of every token of some images."""
     tokens = np.concatenate([_cells(grid) for grid in grids])
-    return _tensor(tokens[:, None] * merge + _cells(Grid(merge, merge)), device)
+    return to_device(tokens[:, None] * merge + _cells(Grid(merge, merge)), device)
 
 
 def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
@@ -305,5 +308,8 @@ def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
     return np.stack(np.divmod(np.arange(grid.length), grid.columns), axis=1)
 
 
-def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device)
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device; the host does not wait for the copy."""
+    # Pageable memory is staged before the call returns, except on mps, which reads it later.
+    tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    return tensor.to(device, non_blocking=device.type != "mps")
