@@ -139,7 +139,9 @@ def test_documents_that_continue_need_their_caches(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'flush' is unknown; known are auto, sdpa, blocks"):
+    with pytest.raises(
+        ConfigError, match=r"'flush' is unknown; known are auto, sdpa, varlen, blocks"
+    ):
         select(CPU, torch.float32, WIDTH, "flush")
     assert select(CPU, torch.float32, WIDTH).name == "sdpa"
     assert select(CPU, torch.float32, WIDTH) is select(CPU, torch.float32, WIDTH)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -120,7 +121,7 @@ def watching() -> Iterator[OtherDevice]:
 
 def _caller() -> str:
     """File and line of the package that called an operator."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and "/neounify/" not in frame.f_code.co_filename:
         frame = frame.f_back
     return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

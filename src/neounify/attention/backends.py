@@ -3,6 +3,7 @@
 decoding      `ContiguousAttention`, `PagedAttention`: one new token of every sequence
 denoising     `PrefixAttention`: noisy images behind cached prefixes
 training      `PaddedAttention`: many short documents without caches
+paged, packed `PagedVarlen`, `PrefixVarlen` of `neounify.attention.varlen`, chosen by name
 anything      `BlockAttention`, the reference (`neounify.attention.blocks`)
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from neounify.attention.blocks import AttentionPlan, BlockAttention, Caches, attend_apart
+from neounify.attention.varlen import PagedVarlen, PrefixVarlen, check_varlen
 from neounify.cache import PagedSequence, SequenceCache
 from neounify.cache.key_values import CacheBatch
 from neounify.errors import ConfigError
@@ -373,6 +375,15 @@ BACKENDS: Mapping[str, tuple[type[AttentionPlan], ...]] = {
         PaddedAttention,
         BlockAttention,
     ),
+    "varlen": (
+        PagedVarlen,
+        PrefixVarlen,
+        ContiguousAttention,
+        PagedAttention,
+        PrefixAttention,
+        PaddedAttention,
+        BlockAttention,
+    ),
     "blocks": (BlockAttention,),
 }
 """Kinds of plans by the name of a backend, in order of preference; the last one serves any call."""
@@ -405,6 +416,8 @@ class AttentionBackend:
 
     def copied_rows(self, tokens: int) -> int:
         """Rows of keys that a plan copies for a noisy image which sees `tokens` tokens."""
+        if PrefixVarlen in self.kinds:
+            return tokens
         return MAX_PREFIX if PrefixAttention in self.kinds and tokens <= MAX_PREFIX else 0
 
 
@@ -414,10 +427,13 @@ def select(
 ) -> AttentionBackend:
     """The backend of this name, or with "auto" the best one for device, dtype and head width.
 
-    All there are now serve every device, dtype and width. Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name, and for "varlen" where it does not serve them; it is
+    chosen by name alone as long as it has not run on a GPU.
     """
     check_backend(name)
     chosen = "sdpa" if name == "auto" else name
+    if chosen == "varlen":
+        check_varlen(device, dtype, head_dim)
     return AttentionBackend(chosen, device, BACKENDS[chosen])
 
 

@@ -214,6 +214,10 @@ class PagedKVCache:
         """The slot that no sequence writes to."""
         return self.keys.shape[1] - 1
 
+    def pages(self, memory: Tensor) -> Tensor:
+        """The keys or values as [layers, blocks, block_size, kv_heads, d], a view."""
+        return memory[:, : self.zero_slot].unflatten(1, (-1, self.block_size))
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
