@@ -24,7 +24,7 @@ from neounify.attention.varlen import (
 from neounify.cache import Cache, PagedKVCache
 from neounify.cache.key_values import text_keys
 from neounify.errors import ConfigError
-from neounify.model import Image, Layout, Noise, Text
+from neounify.model import Image, Layout, Noise, Span, Text
 from support.attention import CPU, WIDTH, plan, streams
 
 
@@ -70,7 +70,7 @@ def same(
 def test_prefill_and_decoding_in_pages(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.choice([0, 1, 4, rng.randint(1, 20)]) for _ in range(rng.randint(1, 5))]
-    kinds = [
+    kinds: list[tuple[Span, ...]] = [
         (Text(1),),
         (Text(rng.randint(2, 9)),),
         (Image(2, rng.randint(1, 3)),),
@@ -112,15 +112,15 @@ def test_the_reference_has_the_signature_of_the_kernel() -> None:
 def test_a_causal_window_is_aligned_to_the_end() -> None:
     q = torch.randn(3, 2, WIDTH, dtype=torch.float64)
     k, v = torch.randn(2, 5, 2, WIDTH, dtype=torch.float64)
-    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (3, 5)]
-    out = reference_varlen_attn(q, k, v, *starts, 3, 5, window_size=CAUSAL)
+    three, five = (torch.tensor([0, n], dtype=torch.int32) for n in (3, 5))
+    out = reference_varlen_attn(q, k, v, three, five, 3, 5, window_size=CAUSAL)
     for row in range(3):
         seen = slice(0, row + 3)
-        parts = [x.transpose(0, 1)[None] for x in (q[row : row + 1], k[seen], v[seen])]
-        wanted = scaled_dot_product_attention(*parts)[0].transpose(0, 1)[0]
+        one, keys, values = (x.transpose(0, 1)[None] for x in (q[row : row + 1], k[seen], v[seen]))
+        wanted = scaled_dot_product_attention(one, keys, values)[0].transpose(0, 1)[0]
         torch.testing.assert_close(out[row], wanted, atol=1e-12, rtol=0)
     with pytest.raises(ValueError, match="sequence 0 has 5 keys, max_k is 4"):
-        reference_varlen_attn(q, k, v, *starts, 3, 4)
+        reference_varlen_attn(q, k, v, three, five, 3, 4)
 
 
 def test_what_the_kernels_do_not_serve_is_refused() -> None:

@@ -367,7 +367,7 @@ def attend_tokens(
     return scaled_dot_product_attention(heads, k, v, attn_mask=mask).flatten(1, 2)
 
 
-BACKENDS: Mapping[str, tuple[type[AttentionPlan], ...]] = {
+BACKENDS: dict[str, tuple[type[AttentionPlan], ...]] = {
     "sdpa": (
         ContiguousAttention,
         PagedAttention,
@@ -386,7 +386,10 @@ BACKENDS: Mapping[str, tuple[type[AttentionPlan], ...]] = {
     ),
     "blocks": (BlockAttention,),
 }
-"""Kinds of plans by the name of a backend, in order of preference; the last one serves any call."""
+BACKENDS["graphs"] = BACKENDS["sdpa"]
+"""Kinds of plans by the name of a backend, in order of preference; the last one serves any call.
+
+With "graphs", the engines record the steps that they can (`neounify.engine.graphs`)."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +399,11 @@ class AttentionBackend:
     name: str
     device: torch.device
     kinds: tuple[type[AttentionPlan], ...]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the engines record steps."""
+        return self.name == "graphs"
 
     def plan(self, layout: Layout, caches: Caches = None) -> AttentionPlan:
         """The plan of one call, by the first kind that serves it; makes room in the caches.
@@ -427,8 +435,8 @@ def select(
 ) -> AttentionBackend:
     """The backend of this name, or with "auto" the best one for device, dtype and head width.
 
-    Raises ConfigError for an unknown name, and for "varlen" where it does not serve them; it is
-    chosen by name alone as long as it has not run on a GPU.
+    Raises ConfigError for an unknown name, and for "varlen" where it does not serve them. That and
+    "graphs" are chosen by name alone as long as they have not run on a GPU.
     """
     check_backend(name)
     chosen = "sdpa" if name == "auto" else name

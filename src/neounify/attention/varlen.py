@@ -64,6 +64,15 @@ def kernel_for(device: torch.device) -> Kernel:
     return Kernel(varlen_attn, pages=wanted is not None)
 
 
+def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernels of a device serve a dtype and head width."""
+    try:
+        check_varlen(device, dtype, head_dim)
+    except ConfigError:
+        return False
+    return True
+
+
 def check_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Raise ConfigError where the kernels of a device do not serve a dtype and head width."""
     if device.type == "cpu":

@@ -156,7 +156,7 @@ class AttentionOptions:
         str,
         option(
             MODEL,
-            "auto|sdpa|varlen|blocks",
+            "auto|sdpa|varlen|blocks|graphs",
             "Attention backend: the best one for the device, batched kernels, or the reference.",
         ),
     ] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from neounify.attention import AttentionBackend, select_for
 from neounify.attention.gathered import GatheredAttention
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
+from neounify.engine.graphs import DenoisingGraphs, recordable
 from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
@@ -184,6 +186,8 @@ class Denoiser:
         self.model, self.spread = model, spread
         self.plan = plan or plan_execution(model.config, model.device, model.compute_dtype)
         self.backend = select_for(model, self.plan.attention)
+        alone = spread is None and self.backend.recorded and recordable(model)
+        self._graphs = DenoisingGraphs(model) if alone else None
         self._calls: dict[tuple[Run, ...], _Call] = {}
 
     def step(self, jobs: Sequence[DenoiseJob]) -> None:
@@ -259,19 +263,23 @@ class Denoiser:
         """What the network predicts for the runs of a call."""
         if call is None:
             return Predicted([], frozenset(), {})
-        model = self.model
-        embedded = model.embed_noisy(
-            call.images,
+        model, cached = self.model, any(job.cache.threshold for job in call.jobs)
+        inputs = (
             torch.cat([job.z for job in call.jobs]),
             torch.stack([call.times[job][job.steps_done] for job in call.jobs]),
             call.noise_scale,
-        ).split([job.z.shape[0] for job in call.jobs])
+        )
+        if self._graphs is not None and not cached and self._graphs.serves(call.layout):
+            clean = self._graphs.step(call.layout, call.caches, call.numbers, *inputs)
+            return Predicted(clean.split(call.lengths), frozenset(), {})
+        embedded = model.embed_noisy(call.images, *inputs)
+        embedded = embedded.split([job.z.shape[0] for job in call.jobs])
         # The noisy image is the same behind every prefix, so it is embedded once per job.
         by_job = dict(zip(call.jobs, embedded, strict=True))
         x = call.own(torch.cat([by_job[job] for job, _ in call.runs]))
         residuals: dict[Run, Residuals] = {}
         reused: frozenset[Run] = frozenset()
-        if any(job.cache.threshold for job in call.jobs):
+        if cached:
             hidden, residuals = yield from self._cached_layers(call, x)
             reused = frozenset(call.runs) - residuals.keys()
         else:
@@ -361,8 +369,9 @@ class _Call:
         self.times = {
             job: to_device(np.array(job.times, dtype=np.float32), backend.device) for job in jobs
         }
+        self.numbers = [jobs.index(job) for job, _ in runs]
         self.lengths = [job.z.shape[0] for job, _ in runs]
-        caches = [job.prefixes[branch] for job, branch in runs]
+        self.caches = caches = [job.prefixes[branch] for job, branch in runs]
         self.layout = Layout(
             cache.document(Noise.of(job.grid)) for (job, _), cache in zip(runs, caches, strict=True)
         )
@@ -370,15 +379,19 @@ class _Call:
         self.rows = sum(self.lengths) + sum(cache.length for cache in caches)
         self.own_lengths = self.lengths
         self._rows = None if spread is None else spread.rows(self.lengths)
-        self.attend: Attend
-        if self._rows is None:
-            self.attend = backend.plan(self.layout, caches)
-        else:
+        self._backend = backend
+        self._shared: Attend | None = None
+        if self._rows is not None:
             self.own_lengths = self._rows.own_lengths
-            self.attend = GatheredAttention(
+            self._shared = GatheredAttention(
                 self.layout, caches, self.own_lengths, self._rows.joined
             )
             self.layout = self.layout.part(GEN, self._rows.own)
+
+    @cached_property
+    def attend(self) -> Attend:
+        """The attention plan, made by the first step that needs it."""
+        return self._shared or self._backend.plan(self.layout, self.caches)
 
     def own(self, x: Tensor) -> Tensor:
         """The rows of all runs that are this rank's."""

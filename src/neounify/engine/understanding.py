@@ -29,6 +29,7 @@ from neounify.decode.sampler import (
     compile_constraint,
 )
 from neounify.distributed.group import ALONE, Group
+from neounify.engine.graphs import DecodingGraphs, recordable
 from neounify.engine.messages import (
     Append,
     Decode,
@@ -129,6 +130,8 @@ class UnderstandingEngine:
         self._pinned: list[ServedSequence] = []
         self._waiting = 0
         self._sampling: SamplingBatch | None = None
+        recorded = self._alone and self.backend.recorded and recordable(model)
+        self._graphs = DecodingGraphs(model) if recorded else None
 
     @property
     def busy(self) -> bool:
@@ -366,13 +369,18 @@ class UnderstandingEngine:
             sequence.append_token(token)
         with self._memory(f"decode tokens of {len(continuing)} sequences in a step") as memory:
             inputs = [s.model_input([Piece(ids=[token])]) for s, token in continuing]
-            states = forward_und(self.model, inputs, self.backend)
+            states = self._decode(inputs)
         if memory.error is not None:
             self._fail([s for s, _ in continuing], memory.error)
             return
         for (sequence, _), state in zip(continuing, states, strict=True):
             sequence.take_state(state, finite=True)
             _text(sequence).pending = []
+
+    def _decode(self, inputs: Sequence[ModelInput]) -> Float[Tensor, "b d"]:
+        if self._graphs is not None and self._graphs.serves(inputs):
+            return self._graphs.step(inputs)
+        return forward_und(self.model, inputs, self.backend)
 
     def _sample(self, logits: Tensor, states: tuple[SamplingState, ...]) -> list[SampledToken]:
         """Tokens of the rows; settings are uploaded where other sequences are decoded than last."""

@@ -200,6 +200,25 @@ class _SomeRows(StreamRows):
         return self._whole._make_positions()[self._indices]
 
 
+class _PlacedRows(StreamRows):
+    """Rows of a stream at positions that are values of a tensor and may change."""
+
+    def __init__(self, whole: StreamRows, positions: Int64[Tensor, "n 3"]) -> None:
+        super().__init__()
+        self.length, self.grids = whole.length, whole.grids
+        self.blocks, self.ranges, self.spans = whole.blocks, whole.ranges, whole.spans
+        self._positions = positions
+
+    def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
+        return self._positions
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Rotations are computed in every call, all else once."""
+        if isinstance(key, tuple) and key[0] == "rotation":
+            return make()
+        return super().derived(key, make)
+
+
 class Layout(_Derived):
     """The packed tokens of some documents; `layout[stream]` are the rows of one stream.
 
@@ -248,6 +267,15 @@ class Layout(_Derived):
         part = Layout(())
         part._streams[stream] = _SomeRows(self[stream], indices)
         return part
+
+    def at(self, stream: StreamName, positions: Int64[Tensor, "n 3"]) -> Layout:
+        """The same documents with the rows of one stream at given positions (t, h, w).
+
+        What follows from them is computed in every call, so that a recorded call reads new ones.
+        """
+        placed = Layout(self.documents)
+        placed._streams[stream] = _PlacedRows(self[stream], positions)
+        return placed
 
     def _add(self, number: int, document: Document) -> None:
         firsts = {name: rows.length for name, rows in self._streams.items()}
