@@ -112,7 +112,7 @@ def decoded(network: NeoUnify, lengths: Sequence[int], steps: int, recorded: Any
     pool = new_paged_cache(network, 64, 4)
     items = inputs_of(network, pool, lengths, 20)
     drawn = DecodingGraphs(network, recorded) if recorded else None
-    found = []
+    outputs = []
     for step in range(steps):
         now = items[min(step // 3, len(items) - 1) :]
         for item in now:
@@ -120,9 +120,9 @@ def decoded(network: NeoUnify, lengths: Sequence[int], steps: int, recorded: Any
         now = [ModelInput(i.cache, i.spans, [step + n]) for n, i in enumerate(now)]
         if drawn is not None:
             assert drawn.serves(now)
-        found.append(drawn.step(now) if drawn is not None else forward_und(network, now))
+        outputs.append(drawn.step(now) if drawn is not None else forward_und(network, now))
     pool.check()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("name", RECORDERS)
@@ -139,16 +139,16 @@ def test_decoding_is_the_same(name: str, lengths: list[int]) -> None:
 def test_recordings_are_for_powers_of_two() -> None:
     assert [power(n) for n in (1, 2, 3, 4, 5, 9)] == [1, 2, 4, 4, 8, 16]
     assert power(3, 64) == 64
-    network, made = model(), []
+    network, recordings = model(), []
 
     def counting(run: Callable[[], Tensor]) -> Any:
-        made.append(run)
+        recordings.append(run)
         return rerun_recorder(run)
 
     with torch.inference_mode():
         decoded(network, [3, 3, 3], 9, counting)
     # Of 3, 2 and 1 sequences in 1 to 3 blocks: 4 by 1 and 2, 2 by 2 and 4, 1 by 4.
-    assert len(made) == 5
+    assert len(recordings) == 5
 
 
 def test_only_single_tokens_of_one_pool_are_recorded() -> None:
@@ -216,7 +216,7 @@ def test_denoising_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Of several requests in turn, which share a recording, and whose guidance ends."""
     monkeypatch.setattr(graphs, "recorder_for", lambda device: RECORDERS[name])
     network = NeoUnify(TINY).requires_grad_(False).eval()
-    found = []
+    outputs = []
     for attention in ("auto", "graphs"):
         runner = Denoiser(network, ExecutionPlan(attention=attention))
         finals = []
@@ -226,11 +226,11 @@ def test_denoising_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> No
                 while not jobs[0].done:
                     runner.step(jobs)
                 finals += [job.z for job in jobs]
-        found.append(finals)
+        outputs.append(finals)
         if attention == "graphs":
             assert runner._graphs is not None
             assert len(runner._graphs._kept._recordings) == 4
-    for one, two in zip(*found, strict=True):
+    for one, two in zip(*outputs, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
@@ -272,10 +272,10 @@ def test_what_can_be_recorded() -> None:
 
 
 def test_a_moved_weight_is_recorded_again() -> None:
-    network, made = model(), []
+    network, recordings = model(), []
 
     def counting(run: Callable[[], Tensor]) -> Any:
-        made.append(run)
+        recordings.append(run)
         return rerun_recorder(run)
 
     with torch.inference_mode():
@@ -284,10 +284,10 @@ def test_a_moved_weight_is_recorded_again() -> None:
         drawn = DecodingGraphs(network, counting)
         drawn.step([item])
         drawn.step([item])
-        assert len(made) == 1
+        assert len(recordings) == 1
         network.und_norm.weight = nn.Parameter(network.und_norm.weight.clone(), False)
         drawn.step([item])
-    assert len(made) == 2
+    assert len(recordings) == 2
 
 
 def test_a_gpu_has_cuda_graphs() -> None:

@@ -52,15 +52,15 @@ def job(model: NeoUnify, grid: Grid, **values: Any) -> DenoiseJob:
 
 def waits_of_steps(values: dict[str, Any], steps: int = 5) -> list[list[str]]:
     model = meta_model()
-    found = []
+    by_step = []
     with watching() as device, torch.inference_mode():
         jobs = [job(model, grid, **values) for grid in (Grid(2, 2), Grid(2, 2), Grid(3, 1))]
         denoiser = Denoiser(model)
         for _ in range(steps):
             device.waits.clear()
             denoiser.step(jobs)
-            found.append(list(device.waits))
-    return found
+            by_step.append(list(device.waits))
+    return by_step
 
 
 @pytest.mark.parametrize(

@@ -272,12 +272,12 @@ class SamplingBatch:
         count, width = len(rows.numbers), most * len(rows.numbers)
         numbers = np.split(read, np.cumsum([len(ids), count, width]))
         tokens, likeliest = numbers[0].tolist(), numbers[3].reshape(count, most).tolist()
-        own, others = (x.view(np.float32) for x in numbers[1:3])
-        found: dict[int, LogProbs] = {}
+        chosen_values, best_values = (x.view(np.float32) for x in numbers[1:3])
+        logprobs: dict[int, LogProbs] = {}
         for row, (n, wanted) in enumerate(self._counts.items()):
-            pairs = zip(likeliest[row], others.reshape(count, most)[row].tolist(), strict=True)
-            found[n] = LogProbs(float(own[row]), tuple(pairs)[:wanted])
-        return [_choice(token, found.get(n)) for n, token in enumerate(tokens)]
+            pairs = zip(likeliest[row], best_values.reshape(count, most)[row].tolist(), strict=True)
+            logprobs[n] = LogProbs(float(chosen_values[row]), tuple(pairs)[:wanted])
+        return [_choice(token, logprobs.get(n)) for n, token in enumerate(tokens)]
 
 
 def _choice(token: int, logprobs: LogProbs | None) -> SampledToken:
