@@ -140,7 +140,7 @@ def test_documents_that_continue_need_their_caches(name: str) -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"'flush' is unknown; known are auto, sdpa, varlen, blocks, graphs"
+        ConfigError, match=r"'flush' is unknown; known are auto, sdpa, blocks, varlen, graphs"
     ):
         select(CPU, torch.float32, WIDTH, "flush")
     assert select(CPU, torch.float32, WIDTH).name == "sdpa"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from neounify.cache import SequenceCache, new_cache, new_paged_cache
-from neounify.config import TextSampling
+from neounify.config import MlpConfig, TextSampling
 from neounify.config.presets import TINY
 from neounify.decode import sampler
 from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job
@@ -50,13 +51,13 @@ def job(model: NeoUnify, grid: Grid, **values: Any) -> DenoiseJob:
     return make_job(model, torch.randn(grid.length, config.token_width), grid, prefixes, sampling)
 
 
-def waits_of_steps(values: dict[str, Any], steps: int = 5) -> list[list[str]]:
-    model = meta_model()
+def waits_of_steps(values: dict[str, Any], model: NeoUnify | None = None) -> list[list[str]]:
+    model = model or meta_model()
     by_step = []
     with watching() as device, torch.inference_mode():
         jobs = [job(model, grid, **values) for grid in (Grid(2, 2), Grid(2, 2), Grid(3, 1))]
         denoiser = Denoiser(model)
-        for _ in range(steps):
+        for _ in range(5):
             device.waits.clear()
             denoiser.step(jobs)
             by_step.append(list(device.waits))
@@ -79,6 +80,20 @@ def waits_of_steps(values: dict[str, Any], steps: int = 5) -> list[list[str]]:
 def test_no_wait_in_a_denoising_step(values: dict[str, Any]) -> None:
     """Neither in the first one, which uploads what all steps need."""
     assert waits_of_steps(values) == [[], [], [], [], []]
+
+
+def test_grouped_experts_wait_nowhere() -> None:
+    experts = MlpConfig(
+        width=16,
+        num_experts=4,
+        experts_per_token=2,
+        expert_width=16,
+        sparse=(True,) * TINY.num_layers,
+    )
+    model = NeoUnify(replace(TINY, und_mlp=experts, gen_mlp=experts)).requires_grad_(False)
+    model = model.eval().to("meta", torch.bfloat16)
+    model.fuse()
+    assert waits_of_steps({}, model) == [[], [], [], [], []]
 
 
 def test_rules_that_decide_from_values_wait_once() -> None:

@@ -375,6 +375,7 @@ BACKENDS: dict[str, tuple[type[AttentionPlan], ...]] = {
         PaddedAttention,
         BlockAttention,
     ),
+    "blocks": (BlockAttention,),
     "varlen": (
         PagedVarlen,
         PrefixVarlen,
@@ -384,7 +385,6 @@ BACKENDS: dict[str, tuple[type[AttentionPlan], ...]] = {
         PaddedAttention,
         BlockAttention,
     ),
-    "blocks": (BlockAttention,),
 }
 BACKENDS["graphs"] = BACKENDS["sdpa"]
 """Kinds of plans by the name of a backend, in order of preference; the last one serves any call.

@@ -156,8 +156,9 @@ class AttentionOptions:
         str,
         option(
             MODEL,
-            "auto|sdpa|varlen|blocks|graphs",
-            "Attention backend: the best one for the device, batched kernels, or the reference.",
+            "auto|sdpa|blocks|varlen|graphs",
+            "Attention backend: the best one for the device, batched kernels, the reference, or "
+            "for a GPU varlen_attn or recorded steps.",
         ),
     ] = "auto"
 

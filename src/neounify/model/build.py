@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,8 +15,26 @@ from neounify.config import ModelConfig
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer, call_plain
 
+COMPILED_WEIGHTS = 1_000_000_000
+"""Weights of linear layers from which a model is compiled on a GPU without being asked."""
 MIN_ROWS = 32
 """Below, the guards of a compiled function cost more than it saves."""
+
+
+def compiles_by_default(model: NeoUnify, *, resident: bool) -> bool:
+    """Whether the layers are compiled unless a caller says otherwise: a rule, not a measurement.
+
+    On a GPU with Triton, where all weights are there for good (`resident`), in plain linear layers
+    of at least COMPILED_WEIGHTS: a smaller model has done its work before it is compiled.
+    """
+    if model.device.type != "cuda" or not resident or find_spec("triton") is None:
+        return False
+    modules = list(model.layers.modules())
+    if any(module._forward_pre_hooks for module in modules):
+        return False
+    layers = [m for m in modules if isinstance(m, nn.Linear)]
+    plain = all(type(layer) is nn.Linear for layer in layers)
+    return plain and sum(layer.weight.numel() for layer in layers) >= COMPILED_WEIGHTS
 
 
 def compile_streams(model: NeoUnify, wanted: bool = True) -> None:

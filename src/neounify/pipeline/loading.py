@@ -20,10 +20,11 @@ from neounify.checkpoint.load import (
 )
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
+from neounify.checkpoint.residency import NullResidency
 from neounify.distributed.group import ALONE, Group
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import read_text
-from neounify.model.build import compile_streams
+from neounify.model.build import compile_streams, compiles_by_default
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
 from neounify.tasks.program import Processor
 from neounify.text.template import default_system_message
@@ -45,7 +46,7 @@ class LoadOptions:
     resident_layers: int | None = None
     plan: PlanUse = "check"
     verify: bool = False
-    compile: bool = False
+    compile: bool | None = None
     attention: str = "auto"
     colour_profiles: bool = True
     quantise: str | None = None
@@ -66,7 +67,7 @@ def load(
     resident_layers: int | None = None,
     plan: PlanUse = "check",
     verify: bool = False,
-    compile: bool = False,
+    compile: bool | None = None,
     attention: str = "auto",
     colour_profiles: bool = True,
     quantise: str | None = None,
@@ -80,9 +81,10 @@ def load(
     in half precision; `Pipeline.loaded_dtype` says which and why. Tensors stored in the dtype that
     is used are memory-mapped. `lora` merges LoRAs (docs/lora.md), with `lora_strength` each.
     `memory`, `resident_layers`, `plan`: docs/memory.md. `verify` checks all weights for NaN first.
-    `compile` makes prefill and denoising faster, after a slow start. `attention` names the
-    backend of attention, `backend` that of layers of codes; `quantise` is a preset such as "int8"
-    (docs/compression.md). `colour_profiles=False` takes the pixels of all input images for sRGB.
+    `compile` makes prefill and denoising faster, after a slow start; None compiles large models on
+    a GPU (`neounify.model.build.compiles_by_default`). `attention` names the backend of attention,
+    `backend` that of layers of codes; `quantise` is a preset such as "int8" (docs/compression.md).
+    `colour_profiles=False` takes the pixels of all input images for sRGB.
 
     `devices`, such as ["cuda:0", "cuda:1"], in place of `device`: the model is spread over them,
     one process each, of which this one is the first (docs/scale.md). Understanding shares the
@@ -123,7 +125,7 @@ def load_on_devices(options: LoadOptions, devices: Sequence[str], sequence: int)
     if len(devices) == 1:
         return load_rank(options, ALONE, devices[0])
     single = {
-        "compile": options.compile,
+        "compile": bool(options.compile),
         f"memory={options.memory!r}": options.memory not in ("auto", "all"),
         f"quantise={options.quantise!r}": options.quantise is not None,
         f"backend={options.backend!r}": options.backend not in ("auto", DECODED),
@@ -179,7 +181,11 @@ def load_rank(
     )
     if parts is not None:
         join(loaded.model, group)
-    if options.compile:
+    wanted = options.compile
+    if wanted is None:
+        resident = parts is None and isinstance(loaded.residency, NullResidency)
+        wanted = compiles_by_default(loaded.model, resident=resident)
+    if wanted:
         compile_streams(loaded.model)
     return Pipeline(
         loaded.model,
