@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neounify.cache import new_cache, new_paged_cache
+from neounify.cache import PagedSequence, new_cache, new_paged_cache
 from neounify.cache.key_values import text_keys
 from neounify.config import MlpConfig, TextSampling
 from neounify.config.presets import TINY
@@ -116,6 +116,7 @@ def decoded(network: NeoUnify, lengths: Sequence[int], steps: int, recorded: Any
     for step in range(steps):
         now = items[min(step // 3, len(items) - 1) :]
         for item in now:
+            assert isinstance(item.cache, PagedSequence)
             item.cache.expect(text_keys([step], item.cache.next_t))
         now = [ModelInput(i.cache, i.spans, [step + n]) for n, i in enumerate(now)]
         if drawn is not None:
