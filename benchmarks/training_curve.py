@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the chart, .png or .svg")
     arguments = parser.parse_args()
     draw(read_runs(arguments.folders), arguments.output)
+    print(f"saved {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,15 @@ def test_a_second_process_is_refused_with_the_number_of_the_first(
         pass
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with (
+        pytest.raises(NotADirectoryError, match="is a file; a folder is needed"),
+        locked_folder(tmp_path / "run"),
+    ):
+        pass
+
+
 def test_a_killed_process_holds_nothing(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()

@@ -6,6 +6,7 @@ What an atomic write has written is on the disk, name and all, when it returns.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import secrets
@@ -21,6 +22,8 @@ from neounify.errors import NeounifyError
 if sys.platform != "win32":
     import fcntl
 
+WEIGHT_FILES = (".safetensors", ".gguf")
+"""Endings of the files of weights that are read."""
 LOCK_FILE = ".neounify.lock"
 ASIDE_SUFFIX = ".saving"
 """Ending of hidden files and folders that are being written; a killed process leaves them."""
@@ -201,6 +204,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder cannot be created or written to.
     """
     created = [path for path in (folder, *folder.parents) if not path.exists()]
+    if folder.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, "is a file; a folder is needed", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     try:

@@ -87,8 +87,12 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_that_holds_no_weights(small: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"config\.json is not a model; expected a folder"):
         CheckpointFolder.open(small / "config.json")
+    for name, kind in (("model.safetensors", "a whole safetensors"), ("model.gguf", "a GGUF")):
+        (small / name).write_text("A text, such as the page of a download that failed.")
+        with pytest.raises(CheckpointError, match=f"{name} is not {kind} file"):
+            CheckpointFolder.open(small / name)
 
 
 def test_no_config(small: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,21 @@ def test_devices_of_an_engine_make_two_engines(toy: Path) -> None:
     assert config.devices_of("und") == ("cpu",)
     assert config.devices_of("gen") == ("cpu", "cpu")
     assert config.sequence_parallel == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_parallel": 2}, "name them with --generation-devices"),
+        ({"sequence_parallel": 2, "understanding_devices": "cpu,cpu"}, "--generation-devices"),
+        ({"memory": "layers", "understanding_devices": "cpu,cpu"}, "engines on one device each"),
+    ],
+)
+def test_settings_that_engines_would_not_use_are_refused(
+    toy: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        _serve_config(ServeModelOptions(model=toy, device="cpu", **settings), EngineOptions())
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_parity_of_other_shapes_is_refused(
 ) -> None:
     ran = run_bare("parity", toy, bundled_model(), "-o", "out", *SMALL)
     assert ran.code != 0
-    assert "are not of one shape" in ran.err
+    assert "cannot be compared weight by weight" in ran.err
 
 
 def test_inspect_shows_formats_and_backends(run_bare: Callable[..., Any], coded: Path) -> None:

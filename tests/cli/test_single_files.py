@@ -77,7 +77,7 @@ def test_other_files_are_no_models(run_bare: Callable[..., Any], toy: Path) -> N
     Path("weights.bin").write_bytes(b"PK")
     ran = run_bare("generate", "a boat", "--model", "weights.bin", "--config", toy)
     assert ran.code == 1
-    assert "weights.bin is not one; a model is a folder" in ran.err
+    assert "weights.bin is not a model; a model is a folder" in ran.err
 
 
 def test_a_model_without_lm_head(run_bare: Callable[..., Any], toy: Path, headless: Path) -> None:

@@ -211,9 +211,9 @@ def test_a_plain_checkpoint_is_quantised_as_it_is_read(tmp_path: Path, plain: Pa
 
 def test_what_is_quantised_already_keeps_its_format(tmp_path: Path, plain: Path) -> None:
     folder = quantised_folder(tmp_path / "coded", plain, "fp8")
-    assert isinstance(layer_of(folder, quantise="int8").format, Fp8Rows)
-    config = load_checkpoint(folder, quantise="int8").model.config
-    assert config.published["neounify"]["quantised"]["preset"] == "fp8"
+    assert isinstance(layer_of(folder, quantise="int8-all").format, Fp8Rows)
+    with pytest.raises(RequestError, match="applies to is quantised already"):
+        load_checkpoint(folder, quantise="int8")
 
 
 @pytest.mark.parametrize("preset", ["w4", None])

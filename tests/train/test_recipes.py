@@ -160,6 +160,10 @@ def test_an_old_name_beside_its_new_one_is_refused() -> None:
         ([], r"stages\.0\.method: must be a table"),
         ({"noise_draws": 0}, r"method\.noise_draws: must be within \[1, 65536\], got 0"),
         ({"loss": {"beta": 1}}, r"method\.loss\.beta is not a field"),
+        (
+            {"kind": "nft", "prompts": {"kind": "scenes", "widht": 64}},
+            r"method\.prompts\.widht is not a field of a recipe; did you mean 'width'",
+        ),
     ],
 )
 def test_wrong_method_tables_are_refused(method: Any, message: str) -> None:

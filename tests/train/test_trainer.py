@@ -224,7 +224,9 @@ def test_a_damaged_state_is_refused(whole: Path, tmp_path: Path, file: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colour": "red"}, "colour is not a field"),
+        ({"colour": "red"}, "colour is not a field of a recipe; known are name, model, stages"),
+        ({"stages": [{"name": "a", "stepz": 1}]}, "stepz is not .*; did you mean 'steps'"),
+        ({"model": {"tokenizer": {"vocab": 9}}}, "vocab is not .*known are vocab_size, samples"),
         ({"stages": []}, "needs stages"),
         ({"stages": [{"name": "a", "steps": 0}]}, r"stages\.0\.steps: must be at least 1, got 0"),
         ({"stages": [{"name": "a", "steps": 1, "optimizer": {"lr": 1}}]}, "optimizer.lr is not"),

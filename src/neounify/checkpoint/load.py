@@ -263,8 +263,7 @@ def _place_codes(
     codes: dict[str, Tensor] = {}
     if quantise:
         codes |= place_new(model, sources, quantise, backend, device)
-        if codes:
-            model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
+        model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
     return codes | place_stored(model, sources, checkpoint, backend, device)
 
 
@@ -324,6 +323,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):
+            # torch's own list has every type that it was ever built for.
+            reason = "a device is cpu, cuda:N, mps or xpu"
         raise RequestError(f"device {device!r} cannot be used here: {reason}") from error
     return resolved
 

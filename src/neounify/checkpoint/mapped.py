@@ -260,6 +260,8 @@ def _read_header(path: Path, start: bytes, file: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
         )
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{path} is not a GGUF file: it begins with {start!r}, not b'GGUF'")
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise _damaged(path, f"it is only {size} bytes long")

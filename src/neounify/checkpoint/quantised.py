@@ -11,7 +11,7 @@ from neounify.checkpoint.config_json import quantised_entry, with_quantised
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import StoredWeight
 from neounify.config import ModelConfig
-from neounify.errors import CheckpointError
+from neounify.errors import CheckpointError, RequestError
 from neounify.model.neo import NeoUnify
 from neounify.quant.backends import choose_backend
 from neounify.quant.formats import CODES, RELATIVE, PublishedFormat, WeightFormat
@@ -88,7 +88,7 @@ def place_new(
     """Quantised layers as a preset says, of weights that are read and quantised one by one.
 
     They leave `sources`; all tensors of their formats come back, by our names. Weights that are
-    stored as codes already keep their format.
+    stored as codes already keep their format. Raises RequestError where all are.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     codes: dict[str, Tensor] = {}
@@ -101,6 +101,12 @@ def place_new(
         weight = replace(source, updates=()).read(torch.float32, device)
         for part, tensor in format.quantise(weight).items():
             codes[name.removesuffix(CODES) + part] = tensor
+    if not codes:
+        raise RequestError(
+            f"every weight that quantise={preset!r} applies to is quantised already: load the "
+            "checkpoint as it is, without a preset",
+            param="quantise",
+        )
     return codes
 
 

@@ -24,7 +24,7 @@ from neounify.checkpoint.mapped import MappedFile, TensorInfo
 from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError
-from neounify.files import read_json
+from neounify.files import WEIGHT_FILES, read_json
 
 if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
     from neounify.quant.stored import StoredCodes
@@ -230,10 +230,11 @@ def checkpoint_home(
     It is `config`, by default the folder, or that of the file. Raises CheckpointError.
     """
     model = Path(path)
-    if not model.exists():
+    if not model.is_dir() and not (model.is_file() and model.suffix.lower() in WEIGHT_FILES):
+        what = "is not a model" if model.exists() else "does not exist"
         raise CheckpointError(
-            f"{model} does not exist; expected a folder with config.json and *.safetensors, or "
-            "a .safetensors or .gguf file"
+            f"{model} {what}; expected a folder with config.json and *.safetensors, or a "
+            ".safetensors or .gguf file"
         )
     model = model.resolve()
     if config is None:

@@ -12,7 +12,7 @@ import typer
 from neounify.cli.command import CliError, UsageError
 from neounify.cli.display import Display, human_bytes
 from neounify.cli.files import check_new_folder
-from neounify.cli.models import WEIGHT_FILES, parse_loras, resolve_model
+from neounify.cli.models import parse_loras, resolve_model
 from neounify.cli.options import (
     FILES,
     ConfigFolder,
@@ -21,6 +21,7 @@ from neounify.cli.options import (
     WeightOptions,
     option,
 )
+from neounify.files import WEIGHT_FILES
 from neounify.runtime import lasting_imports
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

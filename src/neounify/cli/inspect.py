@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from neounify.cli.display import Display, human_bytes, is_narrow
-from neounify.cli.models import WEIGHT_FILES, resolve_model
+from neounify.cli.models import resolve_model
 from neounify.cli.options import ConfigFolder, ReportOptions
 from neounify.errors import CheckpointError
+from neounify.files import WEIGHT_FILES
 from neounify.runtime import lasting_imports
 
 if TYPE_CHECKING:

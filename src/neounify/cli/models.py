@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neounify.bundled import bundled_model
 from neounify.cli.command import CliError, UsageError
+from neounify.files import WEIGHT_FILES
 from neounify.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from neounify.pipeline import Pipeline
 
 VARIABLE = "NEOUNIFY_MODEL"
-WEIGHT_FILES = (".safetensors", ".gguf")
 
 
 def resolve_model(option: Path | None, name: str = "--model") -> Path:
@@ -31,7 +31,7 @@ def resolve_model(option: Path | None, name: str = "--model") -> Path:
         return bundled_model()
     if not option.is_dir() and not (option.is_file() and option.suffix.lower() in WEIGHT_FILES):
         source = VARIABLE if os.environ.get(VARIABLE) == str(option) else name
-        kind = "is not one" if option.exists() else "does not exist"
+        kind = "is not a model" if option.exists() else "does not exist"
         default = "" if source == "MODEL" else " (without it, the bundled model is used)"
         raise CliError(
             f"{source} {option} {kind}; a model is a folder with config.json, *.safetensors and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from neounify.cli.command import UsageError, parse_size
 from neounify.cli.display import Display
+from neounify.cli.models import VARIABLE
 from neounify.cli.options import NamedModel, ReportOptions, option
 from neounify.config.presets import PRESETS
 from neounify.runtime import lasting_imports
@@ -98,6 +100,9 @@ def plan(*, options: PlanOptions, training: TrainingOptions, report: ReportOptio
     display = Display(quiet=report.quiet, json=report.json)
     if options.preset is not None and options.preset not in PRESETS:
         raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {options.preset!r}")
+    named = options.model is not None and os.environ.get(VARIABLE) != str(options.model)
+    if options.preset is not None and named:
+        raise UsageError(f"give --preset {options.preset} or --model {options.model}, not both")
     if training.train is None:
         if training.gpus is not None:
             raise UsageError("--gpus is for a training run: name its recipe with --train")
@@ -161,7 +166,7 @@ def _line(row: PlanRow, *, mark: bool) -> str:
     if not row.fits:
         return f"{start}{'–':>9}   does not fit"
     step = "–" if row.step is None else _seconds(row.step)
-    image = "–" if row.image is None else _seconds(row.image) + " s"
+    image = "–" if row.image is None else _duration(row.image)
     text = "" if row.text is None else f"{row.text:.{0 if row.text >= 10 else 1}f} tokens/s"
     return f"{start}{step:>9}{image:>9}   {text}"
 
@@ -171,7 +176,15 @@ def _gb(size: float) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    digits = 0 if value >= 10 else 2 if value >= 0.1 else 4
+    return f"{value:.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{_seconds(seconds)} s"
 
 
 def _forms(options: PlanOptions) -> tuple[ModelConfig, list[Kept], str, list[str]]:
@@ -210,6 +223,7 @@ def _notes(checkpoint: CheckpointFolder, dtype: torch.dtype) -> list[str]:
 def _task(config: ModelConfig, options: PlanOptions) -> Task:
     """The task of the options, with the checkpoint's defaults. Raises UsageError."""
     from neounify.flow.guidance import Guidance
+    from neounify.image.pixels import output_size
     from neounify.runtime.memory_plan import Task
 
     if options.task not in get_args(TaskKind):
@@ -218,7 +232,8 @@ def _task(config: ModelConfig, options: PlanOptions) -> Task:
         )
     sampling, kind = config.sampling, options.task
     references = max(options.references, 1) if kind == "edit" else options.references
-    width, height = parse_size(options.size) if options.size else sampling.image_size
+    asked = parse_size(options.size) if options.size else (None, None)
+    width, height = output_size(config, *asked)
     editing = kind in ("edit", "interleave")
     guidance = Guidance(text=sampling.guidance, image=sampling.image_guidance, editing=editing)
     bounds = sampling.edit_bounds(references) if editing else (0, sampling.chat_max_pixels)
@@ -241,7 +256,7 @@ def _described(task: Task, config: ModelConfig) -> str:
     text = f"{kinds[task.kind]} {task.width}×{task.height}, {task.steps} steps"
     guidance = config.sampling.guidance
     text += f", guidance {guidance:g}" if task.branches > 1 else ""
-    return text + (f", {task.references} images before it" if task.references else "")
+    return text + (f", images before it: {task.references}" if task.references else "")
 
 
 # --- the machine ---

@@ -155,6 +155,16 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
     generation = parse_devices(model.generation_devices, "--generation-devices")
     if generation and model.generation_device is not None:
         raise UsageError("give --generation-device for one or --generation-devices for several")
+    if model.sequence_parallel > 1 and len(generation) < 2:
+        raise UsageError(
+            f"--sequence-parallel {model.sequence_parallel} shares the rows of an image between "
+            "several devices: name them with --generation-devices"
+        )
+    if model.memory == "layers" and max(len(understanding), len(generation)) > 1:
+        raise UsageError(
+            "--memory layers is for engines on one device each; one that is spread over several "
+            "keeps its share of the weights there"
+        )
     mode = "separate" if understanding or generation else model.mode
     if mode == "separate" and model.quantise is not None:
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import import_module
@@ -77,11 +77,16 @@ def check_names(field: str, names: Iterable[str], known: Iterable[str], kind: st
     listed = list(known)
     for name in names:
         if name not in listed:
-            close = get_close_matches(name, listed, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"{field}: unknown {kind} {name!r}; {hint}known are {', '.join(listed)}"
+                f"{field}: unknown {kind} {name!r}; {closest(name, listed)}known are "
+                f"{', '.join(listed)}"
             )
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """'did you mean "…"? ' with the known name closest to an unknown one, or ''."""
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def check_weights(field: str, weights: Mapping[str, float], known: Iterable[str]) -> None:
@@ -101,16 +106,21 @@ def read_kind(value: Any, kinds: Mapping[str, str], default: str, what: str) -> 
     if not isinstance(value, Mapping):
         raise ValueError(f'must be a table such as {{ kind = "{default}" }}')
     kind = str(value.get("kind", default))
-    check_names("kind", [kind], kinds, what)
-    module, _, name = kinds[kind].partition(":")
-    config_class = getattr(import_module(module), name)
+    config_class = kind_class(kind, kinds, what)
     known = [item.name for item in fields(config_class)]
     for field in value:
         if field not in known:
-            close = get_close_matches(str(field), known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f'{what} of kind "{kind}" has no {field}; {hint}it has {", ".join(known)}'
+                f'{what} of kind "{kind}" has no {field}; {closest(str(field), known)}it has '
+                f"{', '.join(known)}"
             )
     # As JSON, so that strict validation takes lists for tuples but no text for numbers.
     return TypeAdapter(config_class).validate_json(json.dumps(value, default=str), strict=True)
+
+
+def kind_class(kind: str, kinds: Mapping[str, str], what: str) -> type:
+    """The dataclass that `kinds` has for a kind, imported. Raises ValueError for an unknown one."""
+    check_names("kind", [kind], kinds, what)
+    module, _, name = kinds[kind].partition(":")
+    config_class: type = getattr(import_module(module), name)
+    return config_class

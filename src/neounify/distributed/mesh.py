@@ -102,13 +102,14 @@ def mesh_shape(config: ParallelConfig | None, ranks: int, *, cut: bool = True) -
             )
         if packs // replicate % expert:
             raise ConfigError(
-                f"parallel.expert: {packs // replicate} ranks cannot be divided by {expert}"
+                f"parallel.expert: {packs // replicate} ranks cannot be divided into groups of "
+                f"{expert}"
             )
         shard = packs // replicate // expert
     shape = MeshShape(replicate=replicate, shard=shard, expert=expert, sequence=sequence)
     if shape.ranks != ranks:
         raise ConfigError(
-            f"parallel: {shape} are {shape.ranks} ranks, and there are {ranks}: start that many, "
-            "or change the degrees"
+            f"parallel: {shape} are {shape.ranks} ranks, and there are {ranks}: start "
+            f"{shape.ranks}, or change the degrees"
         )
     return shape

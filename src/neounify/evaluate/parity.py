@@ -105,10 +105,13 @@ def weight_errors(
     Raises RequestError for checkpoints of different shapes, and CheckpointError.
     """
     shapes = expected_shapes(first.config)
-    if shapes != expected_shapes(second.config):
+    expected = expected_shapes(second.config)
+    if differing := {name for name, _ in shapes.items() ^ expected.items()}:
+        name = min(differing)
+        one, other = (f"{[*x[name]]}" if name in x else "none" for x in (shapes, expected))
         raise RequestError(
-            f"{first.path.name} and {second.path.name} are not of one shape, so their weights "
-            "cannot be compared"
+            f"{first.path.name} and {second.path.name} cannot be compared weight by weight: "
+            f"{len(differing)} differ in shape, such as {name} with {one} and {other}"
         )
     for checkpoint in (first, second):
         checkpoint.check(shapes)

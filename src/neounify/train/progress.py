@@ -59,7 +59,8 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
         return range(progress.stage, len(stages))
     names = [stage.name for stage in stages]
     if unknown := set(only) - set(names):
-        raise ConfigError(f"no stage {', '.join(sorted(unknown))}; the recipe has {names}")
+        listed = ", ".join(names)
+        raise ConfigError(f"no stage {', '.join(sorted(unknown))}; the recipe has {listed}")
     numbers = sorted(names.index(name) for name in only)
     first, last = numbers[0], numbers[-1]
     current = stages[progress.stage]

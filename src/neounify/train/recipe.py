@@ -23,10 +23,10 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import AfterValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -41,6 +41,8 @@ from neounify.config.ranges import (
     Range,
     Seed,
     check_names,
+    closest,
+    kind_class,
 )
 from neounify.data.configs import DataConfig, read_data
 from neounify.distributed.mesh import ParallelConfig
@@ -50,7 +52,7 @@ from neounify.lora.layers import LoraConfig
 from neounify.model.parts import LABELS, STREAMS
 from neounify.text import IMAGE_MARK
 from neounify.text.tokenizer import BYTE_VOCAB_SIZE
-from neounify.train.method import DEFAULT_METHOD, MethodConfig, read_method
+from neounify.train.method import DEFAULT_METHOD, METHODS, MethodConfig, read_method
 from neounify.train.optim import OptimizerConfig, Schedule
 
 if sys.version_info >= (3, 11):
@@ -256,7 +258,9 @@ def recipe_from_table(table: Mapping[str, Any], folder: Path | None = None) -> R
         # As JSON, so that strict validation takes lists for tuples but no text for numbers.
         return TypeAdapter(Recipe).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors()[:5])) from error
+        raise ConfigError(
+            "; ".join(_explain(item, values) for item in error.errors()[:5])
+        ) from error
 
 
 def _renamed(table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -298,10 +302,32 @@ def _same_kind(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return "kind" not in one or "kind" not in other or one["kind"] == other["kind"]
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"]) or "recipe"
+def _explain(item: Any, values: Mapping[str, Any]) -> str:
+    *holder, name = item["loc"] or ("recipe",)
+    where = ".".join(str(part) for part in (*holder, name))
     if item["type"] == "unexpected_keyword_argument":
-        return f"{where} is not a field of a recipe"
+        known = _known_fields(values, holder)
+        listed = f"{closest(str(name), known)}known are {', '.join(known)}"
+        return f"{where} is not a field of a recipe; {listed}"
     message = item["msg"].removeprefix("Value error, ")
     got = "" if item["type"] in ("value_error", "missing") else f", got {item['input']!r:.60}"
     return f"{where}: {message}{got}"
+
+
+def _known_fields(values: Any, place: Sequence[int | str]) -> list[str]:
+    """Names of the settings of a table of a recipe, such as ("stages", 0, "optimizer")."""
+    table: type = Recipe
+    for part in place:
+        values = values[part]
+        if part == "method":
+            table = kind_class(str(values.get("kind", DEFAULT_METHOD)), METHODS, "method")
+        elif isinstance(part, str):
+            table = next(_dataclasses(get_type_hints(table)[part]))
+    return [item.name for item in fields(table) if item.name != "folder"]
+
+
+def _dataclasses(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type) and is_dataclass(hint):
+        yield hint
+    for argument in get_args(hint):
+        yield from _dataclasses(argument)

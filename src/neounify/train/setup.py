@@ -108,7 +108,7 @@ def start_of(recipe: Recipe, folder: Path) -> Start:
 def _of_checkpoint(recipe: Recipe, folder: Path) -> Start:
     source = recipe.model
     assert source.checkpoint is not None
-    checkpoint = CheckpointFolder.open(source.checkpoint)
+    checkpoint = _opened(source.checkpoint)
     if not checkpoint.config.lm_head:
         raise CheckpointError(f"{source.checkpoint} has no lm_head: it cannot be trained on")
     processor = load_processor(checkpoint, torch.float32)
@@ -148,7 +148,15 @@ def recipe_config(recipe: Recipe) -> ModelConfig:
     source = recipe.model
     if source.checkpoint is None:
         return _config(PRESETS.get(source.preset or ""), source)
-    return _config(CheckpointFolder.open(source.checkpoint).config, source)
+    return _config(_opened(source.checkpoint).config, source)
+
+
+def _opened(path: Path) -> CheckpointFolder:
+    if not path.exists():
+        raise CheckpointError(
+            f"model.checkpoint {path} does not exist; if another recipe writes it, train that first"
+        )
+    return CheckpointFolder.open(path)
 
 
 def _saved(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:

@@ -259,6 +259,11 @@ def _current_facts(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _facts(path: Path) -> dict[str, Any]:
     """state.json of a state."""
+    if not (path / "state.json").is_file():
+        raise CheckpointError(
+            f"{path} is not a training state: it holds no state.json; name a folder such as "
+            "out/NAME/states/step-00000100, or auto"
+        )
     try:
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
