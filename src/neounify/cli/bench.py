@@ -12,7 +12,7 @@ The prompts are yours: download the benchmark, and give its file or folder.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ import typer
 from neounify.cli.command import CliError, UsageError, parse_size
 from neounify.cli.display import Display
 from neounify.cli.files import check_writable
-from neounify.cli.models import open_model, resolve_model
+from neounify.cli.models import default_device, open_model, resolve_model
 from neounify.cli.options import FILES, ModelOptions, ReportOptions, image_knob, option
 from neounify.runtime import lasting_imports
 
@@ -71,7 +71,7 @@ class RunOptions:
             RUN,
             "I/N",
             "Only every Nth prompt from the Ith, counted from 0: one process for each I. "
-            "Default under torchrun: its rank.",
+            "Default under torchrun: its rank, on the device of its local rank.",
         ),
     ] = None
     size: Annotated[str | None, option(RUN, "WxH", "Size of the images. Default: the model's.")] = (
@@ -404,6 +404,9 @@ def _subject(
             size=size,
             fields=fields,
         )
+    if model.device is None and model.devices is None and (rank := os.environ.get("LOCAL_RANK")):
+        device = default_device()
+        model = replace(model, device=f"{device}:{rank}" if device == "cuda" else device)
     loaded = open_model(model, display)
     return LocalSubject(
         loaded.pipe,
