@@ -52,6 +52,10 @@ class RunOptions:
         str | None,
         option(RUN, "choice|exact|contains|anls|relaxed", "Metric of a set of questions."),
     ] = None
+    instruction: Annotated[
+        str | None,
+        option(RUN, "TEXT", "Last line of every question; '' for none. Default: the metric's."),
+    ] = None
     samples: Annotated[
         int | None,
         option(RUN, "N", "Images per prompt. Default: the benchmark's.", min=1),
@@ -353,7 +357,7 @@ def _cases(adapter: Adapter, prompts: PromptFiles, options: RunOptions) -> list[
         verb = "needs" if adapter.task == "question" else "has no"
         raise UsageError(f"{adapter.name} {verb} --metric")
     if adapter.task == "question":
-        cases = question_cases(prompts, str(options.metric))
+        cases = question_cases(prompts, str(options.metric), options.instruction)
     else:
         cases = adapter.cases(prompts, options.name, options.samples)
     return cases[: options.limit]
