@@ -21,7 +21,7 @@ from neounify.bench import (
     run,
     score_answers,
 )
-from neounify.bench.run import input_images
+from neounify.bench.runner import input_images
 from support.bench import Painter, solid
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from neounify import services
@@ -290,3 +291,22 @@ def test_an_image_that_was_damaged_has_no_score(tmp_path: Path) -> None:
     assert "not an image" in result.failures["00001"]
     (tmp_path / "run/images/00001/samples/00001.png").unlink()
     assert judged(cases, tmp_path).failures == {"00001": "not finished"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        ("support.rewards:none", "must be in"),
+        ("support.rewards:sleeps", "no result after 0.05 s"),
+        ("support.rewards:fails_on_black", "no light"),
+    ],
+)
+def test_hooks_that_raise_hang_or_give_nan(hook: str, reason: str, tmp_path: Path) -> None:
+    cases = made(tmp_path)[:2]
+    black = PIL.Image.new("RGB", (8, 8))
+    for name in cases[0].files:
+        black.save(tmp_path / "run/images" / name)
+    config = RewardConfig(kind="program", name=hook, timeout=0.05 if "sleeps" in hook else 60.0)
+    result = judged(cases, tmp_path, config)
+    assert reason in result.failures["00000"]
+    assert [case.id for case in result.cases] == ["00001"] * (hook.endswith("black"))

@@ -21,7 +21,7 @@ from neounify.bench.adapter import Adapter
 from neounify.bench.answers import METRICS
 from neounify.bench.cases import BenchError, Case, Record, jsonl
 from neounify.bench.result import CaseScore, Result, versions
-from neounify.bench.run import (
+from neounify.bench.runner import (
     MAX_RUN_BYTES,
     PATH,
     Progress,

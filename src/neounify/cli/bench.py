@@ -213,7 +213,7 @@ def run_benchmark(
     with lasting_imports():
         from neounify.bench import ADAPTERS, Plan, PromptFiles, begin, run, score_answers
         from neounify.bench.result import RESULT, versions
-        from neounify.bench.run import IMAGES
+        from neounify.bench.runner import IMAGES
 
     if benchmark not in ADAPTERS:
         raise UsageError(f"there is no benchmark {benchmark!r}; known are {', '.join(ADAPTERS)}")
@@ -283,7 +283,7 @@ def score_run(
     with lasting_imports():
         from neounify.bench import ADAPTERS, judge, load_about, load_cases, read_results
         from neounify.bench.result import RESULT
-        from neounify.bench.run import PATH
+        from neounify.bench.runner import PATH
 
     about, cases = load_about(folder), load_cases(folder)
     adapter = ADAPTERS[about["benchmark"]]
