@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 FORMATS = {
     "scenes": "neounify.scenes.world.samples:SceneData",
     "jsonl": "neounify.data.sources:JsonlData",
+    "json": "neounify.data.arrays:JsonData",
+    "csv": "neounify.data.tables:CsvData",
+    "parquet": "neounify.data.parquet:ParquetData",
+    "captions": "neounify.data.folders:CaptionData",
     "shards": "neounify.data.shards:ShardData",
 }
 """The `DataConfig` of every kind of data, as "module:class"; imported when a recipe names it."""
