@@ -309,7 +309,7 @@ def test_captions_of_a_folder(tmp_path: Path) -> None:
     ):
         assert words in texts[name]
     assert source.damage == [f'{tmp_path.name}: 1 texts without an image: "e.txt"']
-    assert source.unread_fields == {"width"}
+    assert source.rules.unread == {"width"}
 
 
 def test_links_and_pipes_of_a_folder_are_not_followed(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_rows_of_every_form_with_images_in_cells(tmp_path: Path) -> None:
     sample = ParquetSource(ask)[0]
     assert (sample.task, sample.turns[0].value) == ("vqa", "<image>?")
     assert sample.images[0].pixels().shape == (32, 64, 3)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"key": "0", "jpg": png(96, 32), "caption": "a wall", "url": "u", "status": "success"},
         {"key": "1", "jpg": None, "caption": "b", "url": "u", "status": "failed_to_download"},
     ]
@@ -368,7 +368,12 @@ def test_row_groups_are_read_once_while_a_mixture_draws_from_them(
     assert source.location(119) == "b.parquet, row 60"
     read: list[int] = []
     original = ParquetSource._read
-    monkeypatch.setattr(ParquetSource, "_read", lambda self, n: read.append(n) or original(self, n))
+
+    def counting(self: ParquetSource, number: int) -> Any:
+        read.append(number)
+        return original(self, number)
+
+    monkeypatch.setattr(ParquetSource, "_read", counting)
     mixture = Mixture([(source, 1.0)], 3)
     epoch = [mixture.describe(n)[1] for n in range(120)]
     assert sorted(epoch) == list(range(120))
@@ -458,12 +463,12 @@ def test_fields_beside_a_caption_in_a_shard_are_reported(tmp_path: Path) -> None
     members |= {"1.jpg": png(), "1.json": json.dumps({**meta, "edit_image": "x"}).encode()}
     source = ShardSource([write_tar(tmp_path / "a.tar", members)])
     assert source[0].text("user") == "a"
-    assert source.unread_fields == {"url", "punsafe"}
+    assert source.rules.unread == {"url", "punsafe"}
     with pytest.raises(DataError, match='field "edit_image" is another task'):
         source[1]
     ignoring = ShardSource([tmp_path / "a.tar"], rules=RecordRules(ignored=("edit_image", "url")))
     assert ignoring[1].task == "t2i"
-    assert ignoring.unread_fields == {"punsafe"}
+    assert ignoring.rules.unread == {"punsafe"}
 
 
 def test_a_folder_of_json_lines_may_hold_images_and_other_files(tmp_path: Path) -> None:

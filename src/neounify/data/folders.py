@@ -61,7 +61,6 @@ class CaptionFolder(FileSource):
     ) -> None:
         self.folder, self.image_folder = path, images or path
         self.rules, self.colour_profiles = rules or RecordRules(), colour_profiles
-        self.unread_fields = self.rules.unread
         self.name, self.damage = path.name or str(path), []
         if not path.is_dir():
             what = recognise(path).but_for("captions") if path.is_file() else "is not there"

@@ -78,7 +78,6 @@ class ParquetSource(FileSource):
     ) -> None:
         _pyarrow()
         self.root, self.rules, self.colour_profiles = root, rules or RecordRules(), colour_profiles
-        self.unread_fields = self.rules.unread
         self.name, self.damage = path.name or str(path), []
         self.files = data_files(path, ".parquet", "parquet")
         groups: list[tuple[int, int, int]] = []

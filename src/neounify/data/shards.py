@@ -108,7 +108,6 @@ class ShardSource(FileSource):
     ) -> None:
         self.colour_profiles = colour_profiles
         self.rules = rules or RecordRules()
-        self.unread_fields = self.rules.unread
         self.name = name or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
         self.damage = []
         self._entries: list[_Entry] = []
@@ -214,8 +213,9 @@ def _index(path: Path, damage: list[str]) -> list[_Entry]:
         if not path.is_file():
             raise OSError("not a file")
         with tarfile.open(path, "r:") as archive:
+            kept: list[tarfile.TarInfo] = vars(archive)["members"]
             for count, member in enumerate(archive):
-                archive.members.clear()  # tarfile keeps them all, a kilobyte each
+                kept.clear()  # tarfile keeps all members, a kilobyte each
                 if count >= MAX_MEMBERS:
                     raise ValueError(f"more than {MAX_MEMBERS:,} members; write several shards")
                 name = PurePosixPath(member.name)

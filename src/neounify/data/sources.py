@@ -23,6 +23,7 @@ from typing_extensions import Self
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
 from neounify.data.formats import files_below, recognise
+from neounify.data.reasons import reason_of
 from neounify.data.sample import (
     DataError,
     Part,
@@ -31,7 +32,6 @@ from neounify.data.sample import (
     SampleImage,
     Turn,
     parse_record,
-    reason_of,
     sample_from_record,
 )
 from neounify.errors import ImageError
@@ -78,15 +78,14 @@ class FileSource(ABC):
     """Samples of files, by number; a kind of file is a subclass.
 
     `name` is for messages; `damage` lists files or parts of files that could not be indexed, one
-    message each. `unread_fields` are fields of records that were left out without harm, of the
-    samples that this process has read. `groups` are sizes of parts that lie together and are costly
-    to read, in order, where there are any: a mixture draws from a few of them at a time.
+    message each. `rules` are those of its records. `groups` are sizes of parts that lie together
+    and are costly to read, in order, where there are any: a mixture draws from a few at a time.
     `colour_profiles` is that of `read_image`.
     """
 
     name: str
     damage: list[str]
-    unread_fields: set[str]
+    rules: RecordRules
     groups: Sequence[int] | None = None
     colour_profiles: bool = True
 
@@ -326,7 +325,6 @@ class RecordFiles(FileSource):
         self.damage = []
         self.files = self.files_of(path)
         self.root, self.rules = root, rules or RecordRules()
-        self.unread_fields = self.rules.unread
         self.colour_profiles = colour_profiles
         self.name = path.name or str(path)
         spans = [self.spans_of(file) for file in self.files]

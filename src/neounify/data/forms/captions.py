@@ -61,6 +61,7 @@ def caption_sample(image: Path, text: bytes | None, metadata: Any, rules: Record
 
     Raises DataError for a caption that is not there or not text.
     """
+    rules.forms["caption"] += 1
     fields = metadata if isinstance(metadata, Mapping) else {}
     caption = fields.get("caption")
     if text is not None:
