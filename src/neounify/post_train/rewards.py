@@ -162,8 +162,8 @@ class Rewarded:
 class Rewards:
     """The weighted mean of several rewards, robust to each of them failing.
 
-    Raises RewardFailure when more than `max_failed` of a batch have no reward. With several
-    rewards, parts and messages begin with the kind of theirs, and its number if others have it too.
+    `check` refuses a batch of which more than `max_failed` have no reward. With several rewards,
+    parts and messages begin with the kind of theirs, and its number if others have it too.
     `folder` is where programs are looked for besides installed packages.
     """
 
@@ -182,12 +182,6 @@ class Rewards:
         ]
         self.failed = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
-
-    def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> Rewarded:
-        """The rewards of a batch. Raises RewardFailure."""
-        rewarded = self.measure(outputs, cases)
-        self.check(rewarded)
-        return rewarded
 
     def check(self, rewarded: Rewarded) -> None:
         """Count samples without a reward. Raises RewardFailure for too many of them."""
