@@ -92,7 +92,7 @@ def new_checkpoint(
         yield aside
         if tokenizer is not None:
             tokenizer.save(aside)
-        write_texts(extra_files or {}, aside)
+        _write_texts(extra_files or {}, aside)
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def write_texts(texts: Mapping[str, str], folder: Path) -> None:
+def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
     for name, text in texts.items():
         if Path(name).name != name or (folder / name).exists():
             raise CheckpointError(f"{name} cannot be added: not a plain name, or already written")
