@@ -310,3 +310,21 @@ def test_hooks_that_raise_hang_or_give_nan(hook: str, reason: str, tmp_path: Pat
     result = judged(cases, tmp_path, config)
     assert reason in result.failures["00000"]
     assert [case.id for case in result.cases] == ["00001"] * (hook.endswith("black"))
+
+
+def test_other_weights_ask_no_judge_again(tmp_path: Path) -> None:
+    cases = made(tmp_path)[:2]
+    text = "Consistency: 2\nRealism: 1\nAesthetic Quality: 0"
+    with service(lambda handler, _: say(handler, 200, chat(text))) as (url, times):
+        first = judged(cases, tmp_path, vlm(tmp_path, url, scale=(0.0, 2.0)))
+        asked = len(times)
+        weights = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
+        config = vlm(tmp_path, url, scale=(0.0, 2.0), weights=weights)
+        second = judged(cases, tmp_path, config)
+        assert len(times) == asked
+        other = vlm(tmp_path, url, scale=(0.0, 2.0), weights={"beauty": 1.0})
+        with pytest.raises(BenchError, match="name beauty; the parts are consistency"):
+            judged(cases, tmp_path, other)
+    assert set(first.values("total").values()) == {0.5}
+    assert list(second.values("total").values()) == pytest.approx([0.8, 0.8])
+    assert second.about["judge"]["weights"] == weights

@@ -144,6 +144,10 @@ class JudgeOptions:
     scale: Annotated[str, option(JUDGE, "LO,HI", "Its lowest and highest score, such as 0,10.")] = (
         "0,1"
     )
+    weights: Annotated[
+        str | None,
+        option(JUDGE, "PART=W,…", "Weights of the parts in the total. Default: alike."),
+    ] = None
     results: Annotated[
         Path | None,
         option(JUDGE, "FILE", "Results of an official scorer as JSON lines, such as GenEval's."),
@@ -439,6 +443,7 @@ def _judge(options: JudgeOptions) -> RewardConfig:
             model=options.vlm_model,
             prompt_file=options.judge_prompt,
             scale=parse_interval(options.scale),
+            weights=_weights(options.weights),
             key_variable=options.key_variable,
             timeout=options.timeout,
             retries=options.retries,
@@ -447,6 +452,17 @@ def _judge(options: JudgeOptions) -> RewardConfig:
     except ValidationError as error:
         reasons = "; ".join(item["msg"] for item in error.errors())
         raise UsageError(f"the judge cannot be used: {reasons}") from error
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    """Weights by part from "a=0.7,b=0.3". Raises UsageError."""
+    if text is None:
+        return None
+    pairs = [item.partition("=") for item in text.split(",")]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise UsageError(f"--weights {text!r} is not PART=WEIGHT,…, such as a=0.7,b=0.3") from None
 
 
 def _finish(result: Result, folder: Path, display: Display) -> None:

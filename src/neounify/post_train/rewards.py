@@ -208,7 +208,7 @@ class Rewards:
                 values = np.array([row.get(name, math.nan) for row in rows])
                 key = name if len(self.configs) == 1 else f"{label}/{name}"
                 parts[key] = values
-            total += config.weight * np.array([_combined(config, row) for row in rows])
+            total += config.weight * np.array([combined(config, row) for row in rows])
         total /= sum(config.weight for config in self.configs)
         what = "images" if outputs and isinstance(outputs[0], np.ndarray) else "answers"
         return Rewarded(total, parts, failures[:MAX_MESSAGES], what)
@@ -296,7 +296,8 @@ def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
     return None
 
 
-def _combined(config: RewardConfig, row: Parts) -> float:
+def combined(config: RewardConfig, row: Parts) -> float:
+    """The reward of named parts by the weights of a config; NaN without parts."""
     if not row:
         return math.nan
     if config.weights is None and TOTAL in row:
