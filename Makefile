@@ -15,10 +15,10 @@ test: $(READY)  ## all tests but slow ones and those in a browser, on all cores
 slow: $(READY)  ## the slow tests, one after the other: some measure the machine
 	$(BIN)/python -m pytest -m slow
 
-replicas: $(READY)  ## the tests of several replicas, with Ray in a separate environment
+replicas: $(READY)  ## the tests of several replicas and of curation, with Ray in a separate environment
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python -m pip install --quiet -c constraints.txt -e '.[dev,ray]'
-	.venv-ray/bin/python -m pytest tests/serve/test_replicas.py
+	.venv-ray/bin/python -m pytest tests/serve/test_replicas.py tests/curate/test_ray.py
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from neounify.curate.recipe import CurateError
 from neounify.errors import missing_extra
+from neounify.runtime.process import private_ray
 
 Result = TypeVar("Result")
 Task = tuple[Any, ...]
@@ -131,6 +133,8 @@ class RayActors:
     """Tasks in `workers` actors of a Ray cluster; `address` is "local" for one on this machine."""
 
     def __init__(self, workers: int, address: str) -> None:
+        if address == "local" and "ray" not in sys.modules:
+            os.environ.update(private_ray())
         try:
             import ray
             from ray.util import ActorPool
@@ -146,8 +150,9 @@ class RayActors:
                 )
             else:
                 ray.init(address=address)
-        except (ConnectionError, ValueError) as error:
-            raise CurateError(f"no Ray cluster answers at {address}: {error}") from error
+        except Exception as error:  # Ray raises plain exceptions, of many lines
+            reason = str(error).partition("\n")[0]
+            raise CurateError(f"Ray at {address} does not start or answer: {reason}") from error
         actor = ray.remote(max_restarts=-1, max_task_retries=LOST_ATTEMPTS)(_Actor)
         self._ray = ray
         self._pool = ActorPool([actor.remote() for _ in range(workers)])

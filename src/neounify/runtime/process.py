@@ -6,6 +6,7 @@ import ctypes
 import gc
 import platform
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -207,3 +208,18 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def private_ray() -> dict[str, str]:
+    """Environment variables of a Ray on loopback without usage reports, which it reads on import.
+
+    One port of each worker listens on all interfaces nevertheless. It requires the token, which is
+    random each time and written to no file.
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's name for the option that it stays on loopback, on Linux too.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }

@@ -107,15 +107,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One category: its score, its measures (plain numbers), and all its cases.
-
-    `held_out` says of each case whether training never shows it.
-    """
+    """One category: its score, its measures (plain numbers), and all its cases."""
 
     score: Score
     examples: list[Example]
     measures: dict[str, float] = field(default_factory=dict)
-    held_out: Sequence[bool] = ()
 
 
 def nothing(examples: Sequence[Example]) -> dict[str, float]:
@@ -147,8 +143,7 @@ class Category:
             if done is not None:
                 done(len(examples))
         result = score(self.name, [e.verdict for e in examples], self.held_out, self.forms)
-        measures = self.measure(examples) | _thinking(examples)
-        return Outcome(result, examples, measures, tuple(self.held_out))
+        return Outcome(result, examples, self.measure(examples) | _thinking(examples))
 
 
 def _thinking(examples: Sequence[Example]) -> dict[str, float]:

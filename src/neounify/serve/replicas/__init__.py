@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from neounify.errors import ConfigError, NeounifyError
+from neounify.runtime.process import private_ray
 from neounify.serve.run import RunConfig, bound
 from neounify.serve.safety.hooks import Hooks
 
@@ -59,7 +59,7 @@ def run_replicas(
     if replicas.address is None:
         with bound(config.host, config.port):
             pass  # Ray reports a taken address late, and in many lines
-        os.environ.update(_private_ray())
+        os.environ.update(private_ray())
     # Ray reads the environment when it is imported.
     from neounify.serve.replicas.deployment import connected, deployed
 
@@ -70,21 +70,6 @@ def run_replicas(
     ):
         started()
         stopped.wait()
-
-
-def _private_ray() -> dict[str, str]:
-    """Environment variables of a Ray on loopback without usage reports.
-
-    One port of each replica listens on all interfaces nevertheless. It requires the token, which is
-    random each time and written to no file.
-    """
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's name for the option that it stays on loopback, on Linux too.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
 
 
 @contextmanager
