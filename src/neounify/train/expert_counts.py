@@ -69,7 +69,7 @@ def balance(counts: Counts) -> dict[str, float]:
     its experts, of the most uneven layer, and the share of experts without a token."""
     means: dict[str, float] = {}
     for stream in STREAMS:
-        layers = [c for name, c in counts.items() if name.startswith(f"{stream}.") and sum(c)]
+        layers = [c for name, c in counts.items() if name.startswith(f"{stream}.") and any(c)]
         if layers:
             uneven = max(max(c) * len(c) / sum(c) for c in layers)
             idle = sum(list(c).count(0) for c in layers) / sum(map(len, layers))
