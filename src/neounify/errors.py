@@ -109,7 +109,7 @@ class Draining(ServiceError):
     """The service is shutting down and takes no new requests."""
 
 
-Extra = Literal["curate", "grammar", "serve", "ray", "train", "watermark"]
+Extra = Literal["curate", "grammar", "parquet", "ray", "serve", "train", "watermark"]
 
 
 def install_command(extra: Extra) -> str:

@@ -21,7 +21,7 @@ from neounify.bench import (
     run,
     score_answers,
 )
-from neounify.bench.run import input_images
+from neounify.bench.runner import input_images
 from support.bench import Painter, solid
 
 OPTIONS = {"A": "red", "B": "green", "C": "blue"}
@@ -159,6 +159,9 @@ def test_json_lines_with_paths(tmp_path: Path) -> None:
     (case,) = question_cases(PromptFiles(tmp_path / "set.jsonl"), "exact")
     assert (case.id, case.category) == ("0", "val")
     assert case.prompt.endswith("\nAnswer with a single word, number or phrase.")
+    for instruction, prompt in (("", "How many?"), ("Say a number.", "How many?\nSay a number.")):
+        (other,) = question_cases(PromptFiles(tmp_path / "set.jsonl"), "exact", instruction)
+        assert other.prompt == prompt
     assert input_images(case, tmp_path)[0].tobytes() == solid(9).tobytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import PIL.Image
 import pytest
 
 from neounify.bench import ADAPTERS, BenchError, Case, Plan, PromptFiles, begin, run
-from neounify.bench.run import finished, sample_seed, samples
+from neounify.bench.runner import finished, sample_seed, samples
 from neounify.bench.subjects import Image, Job
 from neounify.errors import PromptError
 from neounify.files import FolderInUse, locked_folder
@@ -251,3 +252,26 @@ def test_an_interleaved_answer_is_the_record_with_its_output(tmp_path: Path) -> 
         (8, 8, 3),
         "end",
     ]
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, folder = geneval(tmp_path), tmp_path / "run"
+    written = 0
+
+    def fill(path: Path, data: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 7:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        path.write_bytes(data)
+
+    monkeypatch.setattr("neounify.bench.runner.write_bytes", fill)
+    with pytest.raises(OSError, match="No space left"):
+        go(cases, Painter(), folder, batch_size=1)
+    assert len(finished(folder)) == 2, "three files each"
+    monkeypatch.undo()
+    painter = Painter()
+    assert go(cases, painter, folder).finished == 7
+    assert {job.prompt for job in painter.jobs} == {f"p{n}" for n in range(2, 7)}

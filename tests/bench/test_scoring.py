@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from neounify import services
@@ -290,3 +291,40 @@ def test_an_image_that_was_damaged_has_no_score(tmp_path: Path) -> None:
     assert "not an image" in result.failures["00001"]
     (tmp_path / "run/images/00001/samples/00001.png").unlink()
     assert judged(cases, tmp_path).failures == {"00001": "not finished"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "reason"),
+    [
+        ("support.rewards:none", "must be in"),
+        ("support.rewards:sleeps", "no result after 0.05 s"),
+        ("support.rewards:fails_on_black", "no light"),
+    ],
+)
+def test_hooks_that_raise_hang_or_give_nan(hook: str, reason: str, tmp_path: Path) -> None:
+    cases = made(tmp_path)[:2]
+    black = PIL.Image.new("RGB", (8, 8))
+    for name in cases[0].files:
+        black.save(tmp_path / "run/images" / name)
+    config = RewardConfig(kind="program", name=hook, timeout=0.05 if "sleeps" in hook else 60.0)
+    result = judged(cases, tmp_path, config)
+    assert reason in result.failures["00000"]
+    assert [case.id for case in result.cases] == ["00001"] * (hook.endswith("black"))
+
+
+def test_other_weights_ask_no_judge_again(tmp_path: Path) -> None:
+    cases = made(tmp_path)[:2]
+    text = "Consistency: 2\nRealism: 1\nAesthetic Quality: 0"
+    with service(lambda handler, _: say(handler, 200, chat(text))) as (url, times):
+        first = judged(cases, tmp_path, vlm(tmp_path, url, scale=(0.0, 2.0)))
+        asked = len(times)
+        weights = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
+        config = vlm(tmp_path, url, scale=(0.0, 2.0), weights=weights)
+        second = judged(cases, tmp_path, config)
+        assert len(times) == asked
+        other = vlm(tmp_path, url, scale=(0.0, 2.0), weights={"beauty": 1.0})
+        with pytest.raises(BenchError, match="name beauty; the parts are consistency"):
+            judged(cases, tmp_path, other)
+    assert set(first.values("total").values()) == {0.5}
+    assert list(second.values("total").values()) == pytest.approx([0.8, 0.8])
+    assert second.about["judge"]["weights"] == weights

@@ -165,6 +165,8 @@ def test_one_judge(run: Callable[..., Any]) -> None:
         (("--vlm", "http://x/v1"), "needs prompt_file"),
         (("--vlm", "http://x/v1", "--judge-prompt", "hooks.py", "--scale", "3,1"), "scale must be"),
         (("--hook", "absent:b"), "cannot be imported"),
+        (("--hook", "hooks:judge", "--weights", "level"), "is not PART=WEIGHT"),
+        (("--hook", "hooks:judge", "--weights", "beauty=1"), "weights name beauty"),
     ):
         ran = run("bench", "score", "out/bench", *words)
         assert ran.code in (1, 2)

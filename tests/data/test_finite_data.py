@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, deque
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -11,11 +13,16 @@ from pathlib import Path
 import pytest
 
 from neounify.config.presets import SCENES
+from neounify.data.arrays import JsonData
 from neounify.data.encode import Encoder
+from neounify.data.folders import CaptionData
 from neounify.data.loader import LoadedPack, LoaderConfig, Position, check_sources, load_packs
+from neounify.data.parquet import ParquetData
+from neounify.data.reasons import reason_of
 from neounify.data.sample import DataError, Sample
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData, JsonlSource, Mixture, SampleSource
+from neounify.data.tables import CsvData
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.scenes.world.samples import SceneData
 from neounify.text import byte_tokenizer
@@ -101,10 +108,14 @@ def test_a_damaged_sample_is_new_once_and_then_counted(tmp_path: Path) -> None:
     new = [one for item in loaded for one in tally.add([item])]
     assert [one.message.count("d.jsonl, line 2") for one in new] == [1]
     assert tally.skipped[0] > 5
-    assert tally.by_source() == {"d.jsonl": 1}
+    (reason,) = tally.by_source()["d.jsonl"]
+    assert reason.startswith("not JSON: ")
+    assert tally.by_source() == {"d.jsonl": {reason: 1}}
     assert "2 of 3 samples usable (67 %), 1 listed in skipped.txt" in tally.summary()[0]
+    assert tally.summary()[0].endswith(f"epochs: 1 {reason}")
     again = Tally(mixture.sources)
     again.load(tally.to_json())
+    assert again.by_source() == tally.by_source()
     assert again.add(loaded) == []
 
 
@@ -174,3 +185,80 @@ def test_a_sample_longer_than_a_pack_is_reported_with_both_ways_out(tmp_path: Pa
             check_sources(mixture, short)
         for part in ("tokens_per_pack 200", "Raise tokens_per_pack to at least", "line 1"):
             assert part in str(raised.value)
+
+
+def test_more_damaged_samples_than_the_recipe_allows_end_the_run(tmp_path: Path) -> None:
+    broken = [text_record("a", imgae="x"), {"text": "b"}]
+    write_lines(tmp_path / "d.jsonl", [*(text_record(f"q{n}") for n in range(8)), *broken])
+    data = JsonlData(path=str(tmp_path / "d.jsonl"), max_skipped=0.15)
+    mixture = build_mixture([data], 0)
+    loaded = load_packs(mixture, ENCODER, LoaderConfig(tokens_per_pack=64, workers=0))
+    tally = Tally(mixture.sources, [data])
+    few = Tally(mixture.sources, [JsonlData(path="x", max_skipped=0.2)])
+    for item in islice(loaded, 40):
+        tally.add([item])
+        few.add([item])
+    few.check()
+    words = r"d\.jsonl: 2 of 10 samples cannot be used \(20\.0%\).*max_skipped allows \(15\.0%\)"
+    with pytest.raises(DataError, match=words) as raised:
+        tally.check()
+    assert "1 unknown field …; did you mean …" in str(raised.value)
+    assert "1 a record of no known form" in str(raised.value)
+
+
+def test_reasons_have_no_names_and_numbers() -> None:
+    for message, reason in (
+        ("the image 'a.png' has 1,234.5 pixels. Make it smaller", "the image … has N pixels"),
+        ('a field "x" of 3', "a field … of N"),
+        ("", "DataError"),
+        ("x" * 1000, "x" * 99 + "…"),
+    ):
+        assert reason_of(DataError(message)) == reason
+    assert reason_of(DataError("a.png: broken", "broken")) == "broken"
+    assert reason_of(FileNotFoundError(2, "No such file", "/a/b")) == "No such file"
+
+
+def table_of_rows(folder: Path) -> SampleSource:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [{"query": f"question {n}", "response": "yes", "id": f"s{n}"} for n in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "d.parquet", row_group_size=3)
+    return build_mixture([ParquetData(path=str(folder / "d.parquet"))], 0)
+
+
+def array_of_records(folder: Path) -> SampleSource:
+    records = [text_record(f"question {n}", id=f"s{n}") for n in range(40)]
+    (folder / "d.json").write_text(json.dumps(records))
+    return build_mixture([JsonData(path=str(folder / "d.json"))], 0)
+
+
+def folder_of_captions(folder: Path) -> SampleSource:
+    for n in range(12):
+        (folder / f"s{n}.png").write_bytes(png(32, 32, n))
+        (folder / f"s{n}.txt").write_text(f"noise {n}")
+    return build_mixture([CaptionData(path=str(folder))], 0)
+
+
+def rows_of_csv(folder: Path) -> SampleSource:
+    (folder / "a.png").write_bytes(png())
+    lines = "".join(f'a.png,"a wall,\n{n}",s{n}\n' for n in range(40))
+    (folder / "d.csv").write_text("file_name,text,id\n" + lines)
+    return build_mixture([CsvData(path=str(folder / "d.csv"))], 0)
+
+
+@pytest.mark.parametrize("make", [table_of_rows, array_of_records, folder_of_captions, rows_of_csv])
+def test_the_order_is_the_same_for_any_ranks_and_workers_and_resumes(
+    tmp_path: Path, make: type[SampleSource]
+) -> None:
+    source = make(tmp_path)  # type: ignore[call-arg]
+    alone = LoaderConfig(tokens_per_pack=192, streams=2, seed=5, workers=0)
+    whole = [samples([item]) for item in islice(load_packs(source, ENCODER, alone), 24)]
+    with_workers = replace(alone, workers=2)
+    loaded = list(islice(load_packs(source, ENCODER, with_workers), 24))
+    assert [samples([item]) for item in loaded] == whole
+    position = Position.from_json(loaded[9].position.to_json())
+    resumed = islice(load_packs(source, ENCODER, with_workers, position), 14)
+    assert [samples([item]) for item in resumed] == whole[10:]
+    for rank in range(2):
+        config = replace(alone, rank=rank, ranks=2)
+        mine = islice(load_packs(source, ENCODER, config), 12)
+        assert [samples([item]) for item in mine] == whole[rank::2]

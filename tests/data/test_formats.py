@@ -33,7 +33,7 @@ def message(kind: str, path: Path | str) -> str:
     ("content", "words"),
     [
         (json.dumps([ONE, ONE]), "one JSON array"),
-        (json.dumps([ONE, ONE], indent=1), "jq -c '.[]'"),
+        (json.dumps([ONE, ONE], indent=1), 'kind = "json"'),
         ("\ufeff" + json.dumps([ONE]), "one JSON array"),
         (json.dumps(ONE, indent=2), "over several lines"),
         (LINE.encode("utf-16"), "iconv -f UTF-16"),
@@ -43,7 +43,7 @@ def message(kind: str, path: Path | str) -> str:
         (lzma.compress(LINE.encode()), "unxz"),
         (b"\x28\xb5\x2f\xfd....", "unzstd"),
         (b"PK\x03\x04....", "unpack"),
-        (b"PAR1....PAR1", "Parquet"),
+        (b"PAR1....PAR1", 'kind = "parquet"'),
         (b"ARROW1\0\0....", "Arrow"),
     ],
 )
@@ -75,14 +75,14 @@ def test_tables_and_files_of_the_other_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.png": png(), "a.txt": b"a wall"}, "tar --create"),
-        ({"10_cat/a.JPG": png(), "10_cat/a.caption": b"a cat"}, "tar --create"),
-        ({"a.png": png()}, "no .jsonl file that describes them"),
+        ({"a.png": png(), "a.txt": b"a wall"}, 'kind = "captions"'),
+        ({"10_cat/a.JPG": png(), "10_cat/a.caption": b"a cat"}, 'kind = "captions"'),
+        ({"a.png": png()}, "neither records that name them nor texts"),
         ({"x.tar": b""}, 'kind = "shards"'),
-        ({"x.parquet": b""}, "Parquet"),
+        ({"x.parquet": b""}, 'kind = "parquet"'),
         ({"x.jsonl.gz": b""}, "gunzip"),
-        ({"llava.json": b"[]"}, "jq -c"),
-        ({}, "no .jsonl file"),
+        ({"llava.json": b"[]"}, 'kind = "json"'),
+        ({}, "no files"),
     ],
 )
 def test_folders_without_json_lines(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
@@ -215,7 +215,7 @@ def test_shards_of_img2dataset(tmp_path: Path, members: dict[str, bytes]) -> Non
     ("members", "words"),
     [
         ({"0.jpg": png(), "0.txt": b" \n"}, "caption is empty"),
-        ({"0.jpg": png(), "0.json": b'{"url": "u"}'}, "neither a json record nor an image"),
+        ({"0.jpg": png(), "0.json": b'{"url": "u"}'}, "there is no caption"),
         ({"0.json": META}, "there is no image .status 'success'."),
         ({"0.input.jpg": png(), "0.prompt.txt": b"x"}, 'share the name .* "input.jpg"'),
         (

@@ -183,7 +183,7 @@ def test_an_unread_sample_names_its_images_and_decodes_none(tmp_path: Path) -> N
     unread = source.unread(0)
     assert isinstance(unread.sample.turns[0].parts[0], SampleText)
     assert unread.find(tmp_path / "a.png") == (tmp_path / "a.png", "a.png")
-    assert source.unread_fields == {"width"}
+    assert source.rules.unread == {"width"}
     with pytest.raises(DataError, match=r"x\.jsonl, line 1: .*a\.png") as raised:
         source[0]
     assert raised.value.reason is not None

@@ -246,3 +246,14 @@ def test_ticks_and_numbers() -> None:
     assert ticks(2, 2) == [2]
     texts = [number_text(value) for value in (0, 0.5, 1e-5, 123456, 1234, 0.98765)]
     assert texts == ["0", "0.5", "1.00e-05", "1.23e+05", "1,234", "0.9877"]
+
+
+def test_skipped_samples_are_listed_by_reason(tmp_path: Path) -> None:
+    reasons = {f"{EVIL}.jsonl": {"the caption is empty": 1200, EVIL: 3}}
+    html = written(
+        tmp_path, [line(1, {}), line(2, {"skipped_by_reason": reasons, "skipped": {"a": 1203}})]
+    )
+    assert "Samples that were skipped" in html
+    assert "<td class=n>1,200<td>the caption is empty" in html
+    assert EVIL not in html
+    assert "Samples that were skipped" not in written(tmp_path, [line(1, {})])

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from PIL import Image
 from neounify.bundled import bundled_model
 from neounify.errors import ConfigError
 from neounify.post_train.prompts import PromptCase, PromptConfig, build_prompts
-from neounify.post_train.reward_kinds import png_base64, text_similarity
-from neounify.post_train.rewards import RewardConfig, RewardFailure, Rewards, build_reward
+from neounify.post_train.reward_kinds import Output, png_base64, text_similarity
+from neounify.post_train.rewards import RewardConfig, Rewarded, RewardFailure, Rewards, build_reward
 from neounify.scenes.bench.perceive import perceive
 from neounify.scenes.world.facts import FULL_STYLE, CaptionStyle, facts_of
 from neounify.scenes.world.language import caption
@@ -35,6 +35,15 @@ CASE = PromptCase(prompt="a red circle", width=64, height=64, record={"text": "O
 
 def program(name: str, **options: Any) -> RewardConfig:
     return RewardConfig(kind="program", name=f"support.rewards:{name}", **options)
+
+
+def rewarded_by(
+    rewards: Rewards, outputs: Sequence[Output], cases: Sequence[PromptCase]
+) -> Rewarded:
+    """The rewards of a batch, checked as an iteration of training checks them."""
+    rewarded = rewards.measure(outputs, cases)
+    rewards.check(rewarded)
+    return rewarded
 
 
 # --- scenes ---
@@ -60,7 +69,7 @@ def test_an_edits_reward_is_the_least_of_its_parts() -> None:
     case = next(c for c in map(prompts.case, range(20)) if c.target.kind == "recolour")
     edited = np.asarray(render(case.target.target, world, 64)).astype(int)
     veiled = np.clip(edited + np.where(edited < 128, 11, -11), 0, 255).astype(np.uint8)
-    rewarded = Rewards([RewardConfig()])([veiled], [case])
+    rewarded = rewarded_by(Rewards([RewardConfig()]), [veiled], [case])
     parts = {name: float(values[0]) for name, values in rewarded.parts.items()}
     assert parts["strict"] == 0
     assert (
@@ -103,7 +112,7 @@ def test_scenes_reward_answers_and_captions() -> None:
 def test_answers_of_a_file() -> None:
     case = PromptCase(prompt="Who?", width=64, height=64, record={"answer": "Ada Lovelace"})
     rewards = Rewards([RewardConfig(kind="answer")])
-    rewarded = rewards(["ada  lovelace.", "Ada Lovelice"], [case] * 2)
+    rewarded = rewarded_by(rewards, ["ada  lovelace.", "Ada Lovelice"], [case] * 2)
     assert rewarded.parts["strict"].tolist() == [1.0, 0.0]
     assert rewarded.parts["share"].tolist() == [1.0, pytest.approx(10 / 11)]
 
@@ -115,7 +124,7 @@ def test_rewards_of_one_kind_have_parts_with_their_number() -> None:
     two = [program("brightness"), program("brightness", weight=2.0), RewardConfig(kind="answer")]
     rewards = Rewards(two, max_failed=1.0)
     assert rewards.labels == ["program-1", "program-2", "answer"]
-    rewarded = rewards([255 - BLACK, BLACK], [CASE, CASE])
+    rewarded = rewarded_by(rewards, [255 - BLACK, BLACK], [CASE, CASE])
     expected = {f"program-{n}/{part}" for n in (1, 2) for part in ("bright", "dark")}
     assert set(rewarded.parts) == expected
     assert rewarded.failures[0].startswith("answer reward of ")
@@ -134,7 +143,7 @@ def test_a_program_in_the_folder_of_the_recipe(
     with pytest.raises(ConfigError, match="own_reward:level: cannot be imported"):
         Rewards([config])
     before = list(sys.path)
-    rewarded = Rewards([config], folder=tmp_path)([BLACK], [CASE])
+    rewarded = rewarded_by(Rewards([config], folder=tmp_path), [BLACK], [CASE])
     assert rewarded.total.tolist() == [0.25]
     assert sys.path == before
     library = RewardConfig(kind="program", name="symtable:symtable")
@@ -155,19 +164,24 @@ def test_a_recipe_knows_the_folder_of_its_file(tmp_path: Path) -> None:
 
 def test_weights_of_a_part_that_does_not_exist() -> None:
     with pytest.raises(RewardFailure, match="weights name sharp, its parts are bright, dark"):
-        Rewards([program("brightness", weights={"bright": 1.0, "sharp": 1.0})])([BLACK], [CASE])
+        rewarded_by(
+            Rewards([program("brightness", weights={"bright": 1.0, "sharp": 1.0})]), [BLACK], [CASE]
+        )
 
 
 def test_weights_and_minimum() -> None:
     white = np.full_like(BLACK, 255)
     images, cases = [BLACK, white], [CASE, CASE]
-    assert Rewards([program("brightness")])(images, cases).total.tolist() == [0.25, 0.75]
+    assert rewarded_by(Rewards([program("brightness")]), images, cases).total.tolist() == [
+        0.25,
+        0.75,
+    ]
     weighted = program("brightness", weights={"bright": 3.0, "dark": 1.0})
-    assert Rewards([weighted])(images, cases).total.tolist() == [0.125, 0.875]
+    assert rewarded_by(Rewards([weighted]), images, cases).total.tolist() == [0.125, 0.875]
     least = program("brightness", minimum=True)
-    assert Rewards([least])(images, cases).total.tolist() == [0.0, 0.5]
+    assert rewarded_by(Rewards([least]), images, cases).total.tolist() == [0.0, 0.5]
     two = Rewards([program("brightness", weight=3.0), program("fails_on_black")], max_failed=1.0)
-    rewarded = two(images, cases)
+    rewarded = rewarded_by(two, images, cases)
     assert np.isnan(rewarded.total[0])
     assert rewarded.total[1] == pytest.approx((3 * 0.75 + 1) / 4)
     assert set(rewarded.parts) == {"program-1/bright", "program-1/dark", "program-2/light"}
@@ -179,16 +193,18 @@ def test_weights_and_minimum() -> None:
 def test_an_error_costs_one_sample() -> None:
     rewards = Rewards([program("fails_on_black")], max_failed=0.5)
     white = np.full_like(BLACK, 255)
-    rewarded = rewards([white, BLACK, white], [CASE] * 3)
+    rewarded = rewarded_by(rewards, [white, BLACK, white], [CASE] * 3)
     assert np.isnan(rewarded.total).tolist() == [False, True, False]
     assert rewards.failed == 1
     assert "no light" in rewarded.failures[0]
     with pytest.raises(RewardFailure, match="2 of 3 images have no reward"):
-        rewards([BLACK, BLACK, white], [CASE] * 3)
+        rewarded_by(rewards, [BLACK, BLACK, white], [CASE] * 3)
 
 
 def test_values_that_are_no_rewards() -> None:
-    rewarded = Rewards([program("out_of_range")], max_failed=0.9)([BLACK] * 6, [CASE] * 6)
+    rewarded = rewarded_by(
+        Rewards([program("out_of_range")], max_failed=0.9), [BLACK] * 6, [CASE] * 6
+    )
     assert np.isnan(rewarded.total).tolist() == [True] * 5 + [False]
     expected = ("got 1.5", "got nan", "no number: much", "named parts", "got good")
     for message, part in zip(rewarded.failures, expected, strict=True):
@@ -198,7 +214,7 @@ def test_values_that_are_no_rewards() -> None:
 def test_a_program_that_takes_too_long() -> None:
     rewards = Rewards([program("sleeps", timeout=0.05)], max_failed=1.0)
     started = time.monotonic()
-    rewarded = rewards([BLACK], [CASE])
+    rewarded = rewarded_by(rewards, [BLACK], [CASE])
     assert time.monotonic() - started < 0.9
     assert np.isnan(rewarded.total).all()
     assert "no result after 0.05 s" in rewarded.failures[0]
@@ -253,7 +269,11 @@ def test_a_service_is_tried_again(service: str) -> None:
     assert _Service.received["text"] == "an answer"
     assert "image" not in _Service.received
     with pytest.raises(RewardFailure, match="have no reward"):
-        Rewards([RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0)])([BLACK], [CASE])
+        rewarded_by(
+            Rewards([RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0)]),
+            [BLACK],
+            [CASE],
+        )
 
 
 def test_a_reader_and_text_similarity() -> None:
@@ -311,7 +331,7 @@ def test_a_service_that_is_down_is_asked_once_per_batch(monkeypatch: pytest.Monk
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     config = RewardConfig(kind="http", url="http://127.0.0.1:9/", retries=0, batch=4)
     with pytest.raises(RewardFailure, match=r"8 of 8 images have no reward.*refused.*1 times"):
-        Rewards([config])([BLACK] * 8, [CASE] * 8)
+        rewarded_by(Rewards([config]), [BLACK] * 8, [CASE] * 8)
     assert len(asked) == 2
 
 

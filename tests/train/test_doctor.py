@@ -16,6 +16,7 @@ from neounify.train.method import NO_TIME, Finding, StageContext
 from neounify.train.recipe import Recipe, recipe_from_table
 from neounify.train.setup import StageSources, TrainSetup, build_setup
 from neounify.train.supervised import SupervisedConfig
+from support.own_data import png, write_lines
 
 
 def case(folder: Path, **stage: Any) -> tuple[Recipe, TrainSetup]:
@@ -57,7 +58,7 @@ def items(recipe: Recipe, start: TrainSetup, **limits: Any) -> Iterator[Finding]
 
 
 def findings(recipe: Recipe, start: TrainSetup, steps: int) -> dict[str, Finding]:
-    """Bounded by steps, not by time: a busy machine must not change what is found."""
+    """Bounded by steps, not by time: a busy machine must not change what is judged."""
     return {f.name: f for f in items(recipe, start, seconds=1e9, steps=steps)}
 
 
@@ -69,6 +70,22 @@ def test_a_healthy_stage_learns_every_task(tmp_path: Path) -> None:
     learned = {n: f.good for n, f in by_name.items() if n.endswith(")")}
     assert len(learned) == 11
     assert sum(bool(good) for good in learned.values()) >= 9, learned
+
+
+def test_skipped_samples_and_fields_are_reported(tmp_path: Path) -> None:
+    chat = {"query": "a", "response": "b"}
+    lines = [chat, chat, {**chat, "tools": "x"}, {"image": "a.png", "text": "c", "width": 3}]
+    path = write_lines(tmp_path / "d.jsonl", lines)
+    (tmp_path / "a.png").write_bytes(png())
+    for limit, good in ((0.3, None), (0.2, False)):
+        data = {"kind": "jsonl", "path": str(path), "max_skipped": limit}
+        by_name = findings(*case(tmp_path / str(limit), data=[data]), steps=1)
+        assert by_name["data"].what.endswith("1 damaged of 4 samples")
+        assert "fields that are not read: width" in by_name["data"].advice
+        judged = by_name.get("data d.jsonl", by_name["data"])
+        assert judged.good is good
+        assert "unknown field …" in judged.what + judged.advice
+    assert "1 of 4 samples cannot be used (25.0%), more than max_skipped" in judged.what
 
 
 def test_what_gets_no_gradient_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from neounify.config import MlpConfig
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import Pack, make_pack
+from neounify.data.sources import JsonlSource
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Text
 from neounify.model.parts import GEN, UND
 from neounify.model.stream import SparseMlp
@@ -36,6 +38,7 @@ from neounify.train.speed import (
     weights,
 )
 from neounify.train.weights import new_model
+from support.own_data import text_record, write_lines
 
 CPU = torch.device("cpu")
 STAGE = StageRecipe(name="a-stage", steps=10)
@@ -60,7 +63,9 @@ def packed() -> Pack:
     return make_pack([encoder(source[0], np.random.default_rng(0))])
 
 
-def run(console: Console, folder: Path) -> str:
+def run(
+    console: Console, folder: Path, skipped: Mapping[str, Mapping[str, int]] | None = None
+) -> str:
     """What two steps and a report put on a console."""
     log, progress, pack = Log(folder, console, tensorboard=False), Progress(), packed()
     operations = StepOperations(made()).of(pack)
@@ -73,7 +78,8 @@ def run(console: Console, folder: Path) -> str:
             progress.images += len(pack.targets)
             progress.seconds += 2.0
             log.step(progress, STAGE, operations)
-        log.report(progress, STAGE, {"text/loss": 0.5}, 1e-3, 1.0, headline={"text": "text/loss"})
+        metrics, shown = {"text/loss": 0.5}, {"text": "text/loss"}
+        log.report(progress, STAGE, metrics, 1e-3, 1.0, skipped, headline=shown)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -142,6 +148,30 @@ def test_the_line_says_what_the_log_does(tmp_path: Path) -> None:
     for piece in ("2/10", "text 0.5000", "tokens/s", "images/s", "% of matmul", "GiB"):
         assert piece in line
     assert line.endswith("0:16 left")
+
+
+def test_a_report_counts_skipped_samples_by_reason(tmp_path: Path) -> None:
+    skipped = {"a": {"the caption is empty": 5, "x": 1}, "b": {"the caption is empty": 2}}
+    line = run(Console(file=io.StringIO(), width=400), tmp_path, skipped).splitlines()[-1]
+    assert "8 damaged samples skipped (7 the caption is empty, and 1 other reasons)" in line
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    assert record["skipped"] == {"a": 6, "b": 2}
+    assert record["skipped_by_reason"] == skipped
+
+
+def test_files_and_fields_that_are_not_read_are_shown(tmp_path: Path) -> None:
+    write_lines(tmp_path / "d.jsonl", [text_record("x")])
+    source = JsonlSource(tmp_path / "d.jsonl")
+    source.damage.append("e.jsonl: cut off")
+    source.rules.unread.update(("width", "[b]"))
+    console = Console(file=io.StringIO(), width=400)
+    log = Log(tmp_path / "run", console, tensorboard=False)
+    log.files(Progress(), [source])
+    assert isinstance(console.file, io.StringIO)
+    assert "skipped e.jsonl: cut off" in console.file.getvalue()
+    assert "d.jsonl: fields that are not read: [b], width" in console.file.getvalue()
+    assert "width" in (tmp_path / "run" / "warnings.jsonl").read_text()
+    assert (tmp_path / "run" / "skipped.txt").read_text() == "e.jsonl: cut off\n"
 
 
 def test_a_terminal_shows_a_bar_and_gets_its_cursor_back(tmp_path: Path) -> None:

@@ -2,17 +2,17 @@
 
 `adapter` and `cases` describe a benchmark, `generation` and `editing` are the table of them,
 `questions` and `answers` sets of questions and their metrics; `subjects` are models under test,
-`run` makes their outputs, `scoring` judges them, `result` and `compare` say what came out.
+`runner` makes their outputs, `scoring` judges them, `result` and `comparison` say what came out.
 """
 
 from neounify.bench import editing, generation
 from neounify.bench.adapter import Adapter
 from neounify.bench.answers import METRICS
 from neounify.bench.cases import BenchError, Case, PromptFiles
-from neounify.bench.compare import Comparison, compare
+from neounify.bench.comparison import Comparison, compare
 from neounify.bench.questions import QUESTIONS, question_cases
 from neounify.bench.result import CaseScore, Result
-from neounify.bench.run import Plan, Summary, begin, load_about, load_cases, run
+from neounify.bench.runner import Plan, Summary, begin, load_about, load_cases, run
 from neounify.bench.scoring import judge, read_results, score_answers
 from neounify.bench.subjects import Endpoint, Job, LocalSubject, Subject
 

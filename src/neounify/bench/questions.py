@@ -20,8 +20,14 @@ MAX_REFERENCE_CHARACTERS = 64
 """A shorter `image` is the index of the row that holds it."""
 HIDDEN = ("image", "image_path", "stem")
 """Fields that a case's record leaves out: the images are in the case."""
-_ASK_CHOICE = "Answer with the letter of the right option alone."
-_ASK_SHORT = "Answer with a single word, number or phrase."
+_SHORT = "Answer with a single word, number or phrase."
+INSTRUCTIONS = {
+    "choice": "Answer with the letter of the right option alone.",
+    "exact": _SHORT,
+    "anls": _SHORT,
+    "relaxed": _SHORT,
+}
+"""The last line of a question, by metric."""
 
 
 QUESTIONS = Adapter(
@@ -39,8 +45,11 @@ QUESTIONS = Adapter(
 """What `run` needs to know of questions; their cases are made by `question_cases`."""
 
 
-def question_cases(prompts: PromptFiles, metric: str) -> list[Case]:
-    """The questions of a set, for a metric. Raises BenchError for a set that does not fit it."""
+def question_cases(prompts: PromptFiles, metric: str, instruction: str | None = None) -> list[Case]:
+    """The questions of a set, for a metric; `instruction` ends each, None for the metric's own.
+
+    Raises BenchError for a set that does not fit the metric.
+    """
     if metric not in METRICS:
         raise BenchError(f"there is no metric {metric!r}; known are {', '.join(METRICS)}")
     path = prompts.root
@@ -49,13 +58,14 @@ def question_cases(prompts: PromptFiles, metric: str) -> list[Case]:
     if not records:
         raise BenchError(f"{path} holds no questions; give a TSV, CSV or JSON lines file")
     images = {str(record["index"]): record.get("image") for record in records}
-    cases = [_case(record, images, metric) for record in records]
+    asked = INSTRUCTIONS.get(metric, "") if instruction is None else instruction
+    cases = [_case(record, images, metric, asked) for record in records]
     if len({case.id for case in cases}) < len(cases):
         raise BenchError(f"{path}: two questions have the same index")
     return cases
 
 
-def _case(record: Record, images: Mapping[str, Any], metric: str) -> Case:
+def _case(record: Record, images: Mapping[str, Any], metric: str, instruction: str) -> Case:
     place = f"question {record['index']}"
     for name in ("question", "answer"):
         if record.get(name) in (None, ""):
@@ -63,7 +73,7 @@ def _case(record: Record, images: Mapping[str, Any], metric: str) -> Case:
     case = Case(
         id=str(record["index"]),
         category=str(record.get("category") or record.get("split") or "all"),
-        prompt=_prompt(record, metric),
+        prompt=_prompt(record, metric, instruction),
         record={name: value for name, value in record.items() if name not in HIDDEN},
         images=tuple(_sources(record, images, place)),
     )
@@ -71,12 +81,11 @@ def _case(record: Record, images: Mapping[str, Any], metric: str) -> Case:
     return case
 
 
-def _prompt(record: Mapping[str, Any], metric: str) -> str:
+def _prompt(record: Mapping[str, Any], metric: str, instruction: str) -> str:
     lines = [f"Hint: {hint}" for hint in [record.get("hint")] if hint] + [str(record["question"])]
     listed = options(record) if metric == "choice" else {}
     lines += [f"{letter}. {text}" for letter, text in listed.items()]
-    asked = {"choice": _ASK_CHOICE, "contains": ""}.get(metric, _ASK_SHORT)
-    return "\n".join([*lines, asked]).strip()
+    return "\n".join([*lines, instruction]).strip()
 
 
 def _sources(record: Record, images: Mapping[str, Any], place: str) -> Iterator[str]:

@@ -3,8 +3,9 @@
 format      neounify-bench-result-1
 about       benchmark, prompts (SHA-256), model (fingerprint), settings, judge, versions
 scores      [{category, part, rate or mean, low, high, n}], "all" first
-cases       [{id, category, scores: {part: 0 to 1}}], with `seeds`; the mean of its samples
 failures    {id: reason} of cases without a score
+seeds       {id: [one per sample]}
+cases       {category: {id: {part: 0 to 1, the mean of its samples}}}
 """
 
 from __future__ import annotations
@@ -89,25 +90,27 @@ class Result:
             "about": dict(self.about),
             "scores": self.scores(),
             "failures": dict(self.failures),
-            "cases": [
-                {"id": c.id, "category": c.category, "scores": _rounded(c.scores)}
-                | ({"seeds": list(c.seeds)} if c.seeds else {})
-                for c in self.cases
-            ],
+            "seeds": {case.id: list(case.seeds) for case in self.cases if case.seeds},
+            "cases": {
+                category: {c.id: _rounded(c.scores) for c in self.cases if c.category == category}
+                for category in self.categories
+            },
         }
 
     def write(self, path: Path) -> None:
         """Write the result, a line for each score and each case. Raises OSError."""
         document = self.to_json()
-        lines = []
-        for key, value in document.items():
-            if isinstance(value, list):
-                items = ",\n".join(f"  {json.dumps(item, ensure_ascii=False)}" for item in value)
-                lines.append(f' "{key}": [\n{items}\n ]')
-            else:
-                text = json.dumps(value, ensure_ascii=False, indent=1).replace("\n", "\n ")
-                lines.append(f' "{key}": {text}')
-        write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        scores = ",\n  ".join(map(_line, document["scores"]))
+        document["scores"] = []
+        cases = [
+            f"  {_line(category)}: {{\n   {_entries(items)}\n  }}"
+            for category, items in document.pop("cases").items()
+        ]
+        seeds = _entries(document.pop("seeds"))
+        text = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}")
+        text = text.replace(' "scores": []', f' "scores": [\n  {scores}\n ]', 1)
+        text += f',\n "seeds": {{\n   {seeds}\n }},\n "cases": {{\n' + ",\n".join(cases)
+        write_bytes(path, f"{text}\n }}\n}}\n".encode())
 
     @staticmethod
     def read(path: Path) -> Result:
@@ -118,8 +121,9 @@ class Result:
             raise BenchError(f"{path}: format {document.get('format')!r} is not {FORMAT!r}")
         try:
             cases = tuple(
-                CaseScore(c["id"], c["category"], _checked(c["scores"]), tuple(c.get("seeds", ())))
-                for c in document["cases"]
+                CaseScore(name, category, _checked(parts), tuple(document["seeds"].get(name, ())))
+                for category, items in document["cases"].items()
+                for name, parts in items.items()
             )
             result = Result(document["about"], cases, document["failures"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,6 +143,15 @@ class Result:
             number = max(row["n"] for row in found_rows if row)
             lines.append(_row([category, str(number), *map(percent, found_rows)]))
         return "\n".join(lines) + "\n"
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _entries(items: Mapping[str, Any]) -> str:
+    """The entries of an object, one to a line."""
+    return ",\n   ".join(f"{_line(name)}: {_line(value)}" for name, value in items.items())
 
 
 def summary(values: Any) -> Record:

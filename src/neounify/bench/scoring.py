@@ -21,7 +21,7 @@ from neounify.bench.adapter import Adapter
 from neounify.bench.answers import METRICS
 from neounify.bench.cases import BenchError, Case, Record, jsonl
 from neounify.bench.result import CaseScore, Result, versions
-from neounify.bench.run import (
+from neounify.bench.runner import (
     MAX_RUN_BYTES,
     PATH,
     Progress,
@@ -35,14 +35,17 @@ from neounify.errors import NeounifyError
 from neounify.files import locked_folder, read_bytes, read_text
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.reward_judges import MAX_JUDGE_PROMPT_BYTES
-from neounify.post_train.rewards import RewardConfig, Rewards
+from neounify.post_train.reward_kinds import TOTAL
+from neounify.post_train.rewards import RewardConfig, Rewards, combined
 
 SCORES = "scores"
 MAX_UNREACHABLE = 3
 """Batches in a row in which nothing is judged after which a judge counts as unreachable."""
 _UNCHANGING = ("weight", "timeout", "retries", "batch", "key_variable", "world")
-"""Settings of a reward that do not change what a judge says."""
-Judgments = dict[tuple[str, int], Mapping[str, float]]
+"""Settings of a reward that do not change a score."""
+_OF_TOTALS = ("weights", "minimum")
+"""Settings that change the total, and not what a judge says."""
+Judgments = dict[tuple[str, int], dict[str, float]]
 
 
 def judge_identity(config: RewardConfig, folder: Path) -> Record:
@@ -77,7 +80,8 @@ def judge(
     Raises BenchError when nothing is judged `MAX_UNREACHABLE` batches in a row.
     """
     identity = judge_identity(config, programs)
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    said = {key: value for key, value in identity.items() if key not in _OF_TOTALS}
+    name = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
     rewards = Rewards([config], max_failed=1.0, folder=programs)
     log = folder / SCORES / name
     done = finished(folder)
@@ -109,7 +113,15 @@ def judge(
                     reason = next(iter(failed.values()))
                     raise BenchError(f"the judge scores nothing ({reason}); what it scored is kept")
                 progress(start + len(chunk))
-    return _sum_up(cases, folder, identity, judged, failures(folder) | failed, total=config)
+    totals = {key: parts | {TOTAL: _total(config, parts)} for key, parts in judged.items()}
+    return _sum_up(cases, folder, identity, totals, failures(folder) | failed)
+
+
+def _total(config: RewardConfig, parts: Mapping[str, float]) -> float:
+    """The total of what a judge said. Raises BenchError for weights of parts that it has not."""
+    if missing := sorted(set(config.weights or ()) - set(parts)):
+        raise BenchError(f"weights name {', '.join(missing)}; the parts are {', '.join(parts)}")
+    return combined(config, parts)
 
 
 def _judge(
@@ -142,7 +154,7 @@ def _judge(
         if math.isnan(rewarded.total[number]):
             failed[key[0]] = next(reasons, rewarded.failures[-1] if rewarded.failures else "")
         elif parts:
-            judged[key] = {**parts, "total": float(rewarded.total[number])}
+            judged[key] = parts
     return judged, failed
 
 
@@ -230,7 +242,6 @@ def _sum_up(
     judge: Record,
     judged: Judgments,
     failed: Mapping[str, str],
-    total: RewardConfig | None = None,
 ) -> Result:
     """The result of judgments; a case counts only if all its samples are judged.
 
@@ -246,8 +257,8 @@ def _sum_up(
             continue
         reasons.pop(case.id, None)
         names = list(dict.fromkeys(name for row in rows for name in row))
-        if len(names) == 2 and "total" in names and all(len(set(r.values())) == 1 for r in rows):
-            names.remove("total")
+        if len(names) == 2 and TOTAL in names and all(len(set(r.values())) == 1 for r in rows):
+            names.remove(TOTAL)
         parts = {
             n: statistics.fmean(r[n] for r in rows) for n in names if all(n in r for r in rows)
         }

@@ -25,9 +25,8 @@ from neounify.checkpoint.mapped import GGUF_START, all_finite
 from neounify.checkpoint.names import part_of, to_published
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.residency import CHUNK_ELEMENTS, StoredWeight
-from neounify.checkpoint.save import SavesFiles, atomic_checkpoint, write_texts
+from neounify.checkpoint.save import SavesFiles, new_checkpoint
 from neounify.errors import CheckpointError, RequestError
-from neounify.files import check_empty, write_json
 from neounify.quant.blocks import BLOCK_FORMATS, BlockFormat
 
 ARCHITECTURE = "sensenova_u15"
@@ -71,14 +70,11 @@ def save_gguf(
     entry = quantised_entry(preset, checkpoint.fingerprint())
     document = with_quantised(write_config(checkpoint.config), entry)
     target = Path(folder).resolve()
-    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
-    with atomic_checkpoint(target) as aside:
-        write_json(aside / "config.json", document)
-        with (aside / f"model-{preset.upper()}.gguf").open("wb") as file:
-            _write(file, weights)
-        if tokenizer is not None:
-            tokenizer.save(aside)
-        write_texts(extra_files or {}, aside)
+    with (
+        new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside,
+        (aside / f"model-{preset.upper()}.gguf").open("wb") as file,
+    ):
+        _write(file, weights)
     return target
 
 

@@ -28,11 +28,10 @@ from neounify.checkpoint.save import (
     INDEX_FILE,
     SINGLE_FILE,
     SavesFiles,
-    atomic_checkpoint,
-    write_texts,
+    new_checkpoint,
 )
-from neounify.errors import CheckpointError, RequestError
-from neounify.files import check_empty, write_json
+from neounify.errors import RequestError
+from neounify.files import write_json
 from neounify.quant.formats import CODES, PublishedFormat, Shape
 from neounify.quant.presets import preset_formats
 from neounify.quant.stored import description_tensor
@@ -64,14 +63,10 @@ def quantise_checkpoint(
         raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     parts = _parts(checkpoint, preset)
     target = Path(folder).resolve()
-    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
     entry = quantised_entry(preset, checkpoint.fingerprint())
-    with atomic_checkpoint(target) as aside:
-        write_json(aside / "config.json", with_quantised(write_config(checkpoint.config), entry))
+    document = with_quantised(write_config(checkpoint.config), entry)
+    with new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside:
         _write(aside, _shards(parts, max_shard_bytes), progress)
-        if tokenizer is not None:
-            tokenizer.save(aside)
-        write_texts(extra_files or {}, aside)
     return target
 
 

@@ -64,17 +64,35 @@ def save_model(
         raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     config = config or model.config
     tensors = _published_tensors(model, config, cut=values is not None)
-    target = Path(folder).resolve()
-    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
-    with atomic_checkpoint(target) as aside:
-        write_json(aside / "config.json", _document(config, tensors, dtype))
+    target, document = Path(folder).resolve(), _document(config, tensors, dtype)
+    with new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside:
         _write_weights(
             aside, _Tensors(tensors, dtype, values or iter(tensors.values())), max_shard_bytes
         )
+    return target
+
+
+@contextmanager
+def new_checkpoint(
+    target: Path,
+    document: Mapping[str, Any],
+    tokenizer: SavesFiles | None,
+    extra_files: Mapping[str, str] | None,
+    *,
+    overwrite: bool,
+) -> Iterator[Path]:
+    """A folder beside `target` that takes its place at the end; the caller writes its weights.
+
+    `document` is its config.json. Raises CheckpointError, also for a `target` that is not empty
+    without `overwrite`.
+    """
+    check_empty(target, "a checkpoint", CheckpointError, overwrite=overwrite)
+    with atomic_checkpoint(target) as aside:
+        write_json(aside / "config.json", document)
+        yield aside
         if tokenizer is not None:
             tokenizer.save(aside)
-        write_texts(extra_files or {}, aside)
-    return target
+        _write_texts(extra_files or {}, aside)
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:
@@ -188,7 +206,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def write_texts(texts: Mapping[str, str], folder: Path) -> None:
+def _write_texts(texts: Mapping[str, str], folder: Path) -> None:
     for name, text in texts.items():
         if Path(name).name != name or (folder / name).exists():
             raise CheckpointError(f"{name} cannot be added: not a plain name, or already written")

@@ -12,7 +12,7 @@ The prompts are yours: download the benchmark, and give its file or folder.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ import typer
 from neounify.cli.command import CliError, UsageError, parse_size
 from neounify.cli.display import Display
 from neounify.cli.files import check_writable
-from neounify.cli.models import open_model, resolve_model
+from neounify.cli.models import default_device, open_model, resolve_model
 from neounify.cli.options import FILES, ModelOptions, ReportOptions, image_knob, option
 from neounify.runtime import lasting_imports
 
@@ -52,6 +52,10 @@ class RunOptions:
         str | None,
         option(RUN, "choice|exact|contains|anls|relaxed", "Metric of a set of questions."),
     ] = None
+    instruction: Annotated[
+        str | None,
+        option(RUN, "TEXT", "Last line of every question; '' for none. Default: the metric's."),
+    ] = None
     samples: Annotated[
         int | None,
         option(RUN, "N", "Images per prompt. Default: the benchmark's.", min=1),
@@ -71,7 +75,7 @@ class RunOptions:
             RUN,
             "I/N",
             "Only every Nth prompt from the Ith, counted from 0: one process for each I. "
-            "Default under torchrun: its rank.",
+            "Default under torchrun: its rank, on the device of its local rank.",
         ),
     ] = None
     size: Annotated[str | None, option(RUN, "WxH", "Size of the images. Default: the model's.")] = (
@@ -140,6 +144,10 @@ class JudgeOptions:
     scale: Annotated[str, option(JUDGE, "LO,HI", "Its lowest and highest score, such as 0,10.")] = (
         "0,1"
     )
+    weights: Annotated[
+        str | None,
+        option(JUDGE, "PART=W,…", "Weights of the parts in the total. Default: alike."),
+    ] = None
     results: Annotated[
         Path | None,
         option(JUDGE, "FILE", "Results of an official scorer as JSON lines, such as GenEval's."),
@@ -209,7 +217,7 @@ def run_benchmark(
     with lasting_imports():
         from neounify.bench import ADAPTERS, Plan, PromptFiles, begin, run, score_answers
         from neounify.bench.result import RESULT, versions
-        from neounify.bench.run import IMAGES
+        from neounify.bench.runner import IMAGES
 
     if benchmark not in ADAPTERS:
         raise UsageError(f"there is no benchmark {benchmark!r}; known are {', '.join(ADAPTERS)}")
@@ -279,7 +287,7 @@ def score_run(
     with lasting_imports():
         from neounify.bench import ADAPTERS, judge, load_about, load_cases, read_results
         from neounify.bench.result import RESULT
-        from neounify.bench.run import PATH
+        from neounify.bench.runner import PATH
 
     about, cases = load_about(folder), load_cases(folder)
     adapter = ADAPTERS[about["benchmark"]]
@@ -353,7 +361,7 @@ def _cases(adapter: Adapter, prompts: PromptFiles, options: RunOptions) -> list[
         verb = "needs" if adapter.task == "question" else "has no"
         raise UsageError(f"{adapter.name} {verb} --metric")
     if adapter.task == "question":
-        cases = question_cases(prompts, str(options.metric))
+        cases = question_cases(prompts, str(options.metric), options.instruction)
     else:
         cases = adapter.cases(prompts, options.name, options.samples)
     return cases[: options.limit]
@@ -404,6 +412,9 @@ def _subject(
             size=size,
             fields=fields,
         )
+    if model.device is None and model.devices is None and (rank := os.environ.get("LOCAL_RANK")):
+        device = default_device()
+        model = replace(model, device=f"{device}:{rank}" if device == "cuda" else device)
     loaded = open_model(model, display)
     return LocalSubject(
         loaded.pipe,
@@ -432,6 +443,7 @@ def _judge(options: JudgeOptions) -> RewardConfig:
             model=options.vlm_model,
             prompt_file=options.judge_prompt,
             scale=parse_interval(options.scale),
+            weights=_weights(options.weights),
             key_variable=options.key_variable,
             timeout=options.timeout,
             retries=options.retries,
@@ -440,6 +452,17 @@ def _judge(options: JudgeOptions) -> RewardConfig:
     except ValidationError as error:
         reasons = "; ".join(item["msg"] for item in error.errors())
         raise UsageError(f"the judge cannot be used: {reasons}") from error
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    """Weights by part from "a=0.7,b=0.3". Raises UsageError."""
+    if text is None:
+        return None
+    pairs = [item.partition("=") for item in text.split(",")]
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise UsageError(f"--weights {text!r} is not PART=WEIGHT,…, such as a=0.7,b=0.3") from None
 
 
 def _finish(result: Result, folder: Path, display: Display) -> None:

@@ -179,12 +179,15 @@ def _report(
     folder: Path,
     display: Display,
 ) -> None:
+    from neounify.bench.result import RESULT
+    from neounify.bench.scenes import scene_result
     from neounify.scenes.bench import write_folder
     from neounify.scenes.bench.run import surroundings, to_report
 
     result = to_report(outcomes, about | surroundings(started))
     try:
         write_folder(result, outcomes, folder)
+        scene_result(outcomes, result.about).write(folder / RESULT)
     except OSError as error:
         raise WriteError(
             f"the report in {folder} could not be written: {explain_os_error(error)}\n"

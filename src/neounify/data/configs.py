@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from neounify.config.ranges import STRICT, Positive, check_names, read_kind
+from neounify.config.ranges import STRICT, Fraction, Positive, check_names, read_kind
 from neounify.data.forms import FORMS
 from neounify.data.sample import TASK_ALIASES, TASKS, DataError, RecordRules
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 FORMATS = {
     "scenes": "neounify.scenes.world.samples:SceneData",
     "jsonl": "neounify.data.sources:JsonlData",
+    "json": "neounify.data.arrays:JsonData",
+    "csv": "neounify.data.tables:CsvData",
+    "parquet": "neounify.data.parquet:ParquetData",
+    "captions": "neounify.data.folders:CaptionData",
     "shards": "neounify.data.shards:ShardData",
 }
 """The `DataConfig` of every kind of data, as "module:class"; imported when a recipe names it."""
@@ -62,7 +66,8 @@ class FileData(DataConfig):
 
     `task` overrides what the records say; `form` is the only form that they may have, by default
     each record's fields tell; `ignore` names fields of records that are not to be read;
-    `colour_profiles = false` takes all pixels for sRGB, as the published code does.
+    `colour_profiles = false` takes all pixels for sRGB, as the published code does. Above a share
+    of `max_skipped` of the samples that cannot be used, training ends with an error.
     """
 
     path: str = ""
@@ -70,6 +75,7 @@ class FileData(DataConfig):
     form: str | None = None
     ignore: tuple[str, ...] = ()
     colour_profiles: bool = True
+    max_skipped: Fraction = 1.0
 
     def __post_init__(self) -> None:
         if not self.path:

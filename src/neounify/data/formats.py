@@ -1,8 +1,9 @@
-"""Data formats of other tools: recognised, with a message on how to convert them."""
+"""Kinds of files and folders of data, recognised by their content, and what reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,66 +23,123 @@ RECORD = (
     '"image": ["…"]}'
 )
 """The form of a record, for messages."""
-GENERATION_RECORD = (
-    '{"conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": "<image>"}], '
-    '"image": FILE}'
-)
-"""The form of a record of text-to-image generation, for messages."""
+CAPTION_RECORD = '{"file_name": "a.png", "text": "…"}'
 
-_GZIP = "is compressed with gzip; decompress it first (gunzip)"
-_PARQUET = f"is a Parquet table; export it as JSON lines, each {RECORD}"
-_ARROW = f"is an Arrow table; export it as JSON lines, each {RECORD}"
 _MAGIC = (
-    (b"\x1f\x8b", _GZIP),
+    (b"\x1f\x8b", "is compressed with gzip; decompress it first (gunzip)"),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd; decompress it first (unzstd)"),
     (b"BZh", "is compressed with bzip2; decompress it first (bunzip2)"),
     (b"\xfd7zXZ\x00", "is compressed with xz; decompress it first (unxz)"),
     (b"PK\x03\x04", "is a zip archive; unpack it first"),
-    (b"PAR1", _PARQUET),
-    (b"ARROW1", _ARROW),
+    (b"ARROW1", "is an Arrow table; write it as Parquet (Dataset.to_parquet of Hugging Face)"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data; fetch it (git lfs pull)"),
 )
 _UTF16 = "is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
-_TABLE = f"is a table (CSV or TSV); write JSON lines, each {RECORD}"
+
+NAMES = {
+    "jsonl": "JSON lines",
+    "json": "one JSON array, as LLaVA and LLaMA-Factory write",
+    "csv": "a table (CSV or TSV)",
+    "parquet": "a Parquet table",
+    "shards": "a tar archive",
+    "captions": "images with captions",
+}
+"""Kinds of data in files, in words."""
 
 
-def foreign_file(path: Path) -> str | None:
-    """Name and conversion of a file of a known format other than JSON lines or tar; else None."""
+@dataclass(frozen=True)
+class Recognised:
+    """The kind of data that reads a file or folder; without one, what there is, as a sentence."""
+
+    kind: str | None = None
+    what: str | None = None
+    is_folder: bool = False
+
+    def but_for(self, kind: str) -> str | None:
+        """The sentence for a reader of `kind`, which follows a name; None for its own data."""
+        if self.kind is None or self.kind == kind:
+            return self.what
+        verb = "holds" if self.is_folder else "is"
+        return f'{verb} {NAMES[self.kind]}; read it with kind = "{self.kind}"'
+
+
+def kind_of_file(path: Path) -> Recognised:
+    """The kind of data of a file, by its first bytes and its ending. Raises OSError."""
     with path.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     for magic, what in _MAGIC:
         if head.startswith(magic):
-            return what
+            return Recognised(None, what)
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{", b"[\0", b"\0[")):
-        return _UTF16
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return _TABLE
-    return None
-
-
-def foreign_lines(path: Path) -> str | None:
-    """As `foreign_file`, for a file that should hold JSON lines."""
-    if format_of_file := foreign_file(path):
-        return format_of_file
-    with path.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
+        return Recognised(None, _UTF16)
+    if head.startswith(b"PAR1"):
+        return Recognised("parquet")
     if is_tar(head):
-        return 'is a tar archive; read it with kind = "shards"'
+        return Recognised("shards")
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return Recognised("csv")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     first = text.split(b"\n", 1)[0].strip()
     if text.startswith(b"["):
-        return (
-            "is one JSON array, as LLaVA and LLaMA-Factory write; JSON lines have one object a "
-            "line (jq -c '.[]' OLD > NEW.jsonl)"
+        return Recognised("json")
+    spread = text.startswith(b"{") and b"\n" in text and not first.endswith(b"}")
+    if first == b"{" or (spread and ending != ".jsonl"):
+        return Recognised(
+            None,
+            "holds one JSON object, or objects written over several lines; give an array of "
+            "records, or one object a line (jq -c . OLD > NEW.jsonl)",
         )
-    if first == b"{":
-        return (
-            "holds JSON objects written over several lines; JSON lines have one object a line "
-            "(jq -c . OLD > NEW.jsonl)"
+    if text.startswith(b"{") or ending == ".jsonl":
+        return Recognised("jsonl")
+    if b"," in first or b"\t" in first:
+        return Recognised("csv")
+    return Recognised()
+
+
+def kind_of_folder(path: Path) -> Recognised:
+    """The kind of data in a folder, by the endings of its files. Raises OSError."""
+    endings: dict[str, int] = {}
+    for file in islice(path.rglob("*"), MAX_LISTED):
+        if _is_data(file, path):
+            ending = file.suffix.lower()
+            endings[ending] = endings.get(ending, 0) + 1
+    images = sum(endings.get(ending, 0) for ending in IMAGE_ENDINGS)
+    captioned = images and any(ending in endings for ending in CAPTION_ENDINGS)
+    for ending, kind in _KIND_OF_ENDING:
+        if ending in endings and not (captioned and kind in ("json", "parquet")):
+            return Recognised(kind, is_folder=True)
+    if captioned:
+        return Recognised("captions", is_folder=True)
+    if images:
+        return Recognised(
+            None,
+            "holds images, but neither records that name them nor texts of the same names; a "
+            f"metadata.jsonl has lines such as {CAPTION_RECORD}",
         )
-    if b"{" not in first and (b"," in first or b"\t" in first) and path.suffix.lower() != ".jsonl":
-        return _TABLE
-    return None
+    for ending, advice in (
+        (".gz", "decompress them first (gunzip)"),
+        (".zip", "unpack them first"),
+        (".arrow", "write them as Parquet"),
+    ):
+        if ending in endings:
+            return Recognised(None, f"holds {ending} files; {advice}")
+    return Recognised(None, "holds no data: " + (named(sorted(endings)) if endings else "no files"))
+
+
+_KIND_OF_ENDING = (
+    (".tar", "shards"),
+    (".jsonl", "jsonl"),
+    (".csv", "csv"),
+    (".parquet", "parquet"),
+    (".json", "json"),
+)
+"""In this order: a shard of img2dataset has a Parquet table beside it."""
+
+
+def recognise(path: Path) -> Recognised:
+    """The kind of data of a file or folder. Raises OSError."""
+    return kind_of_folder(path) if path.is_dir() else kind_of_file(path)
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
@@ -103,46 +161,6 @@ def _is_data(file: Path, folder: Path) -> bool:
 def is_tar(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a POSIX or GNU tar archive."""
     return head[257:262] == b"ustar"
-
-
-def foreign_folder(path: Path) -> str:
-    """Content of a folder without any .jsonl file, and how to use it."""
-    endings: dict[str, int] = {}
-    for file in islice(path.rglob("*"), MAX_LISTED):
-        if not _is_data(file, path):
-            continue
-        ending = file.suffix.lower()
-        endings[ending] = endings.get(ending, 0) + 1
-    if ".jsonl" in endings:
-        return 'holds JSON lines; read them with kind = "jsonl"'
-    images = sum(endings.get(ending, 0) for ending in IMAGE_ENDINGS)
-    if images and any(ending in endings for ending in CAPTION_ENDINGS):
-        return (
-            "is a folder of images with captions; pack it (tar --create --file data.tar "
-            f'--directory {path} .) and read it with kind = "shards", path = "data.tar"'
-        )
-    if ".tar" in endings:
-        return 'holds tar files; read them with kind = "shards"'
-    for ending, what in (
-        (".parquet", _PARQUET),
-        (".arrow", _ARROW),
-        (".csv", _TABLE),
-        (".tsv", _TABLE),
-        (".gz", _GZIP),
-    ):
-        if ending in endings:
-            return f"holds no .jsonl file; its {ending} file {what}"
-    if ".json" in endings:
-        return (
-            "holds .json files but no .jsonl; JSON lines have one object a line "
-            "(jq -c '.[]' OLD.json > NEW.jsonl)"
-        )
-    if images:
-        return (
-            "holds images but no .jsonl file that describes them; a line of it is "
-            f"{GENERATION_RECORD}"
-        )
-    return "holds no .jsonl file"
 
 
 def named(names: Iterable[str]) -> str:

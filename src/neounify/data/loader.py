@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
 from neounify.data.packing import Drawn, cost_of, fill_packs
+from neounify.data.reasons import reason_of
 from neounify.data.sample import TASKS, DataError, Sample
 from neounify.data.sources import Mixture, SampleSource, sample_location, source_name
 from neounify.errors import NeounifyError
@@ -97,20 +98,23 @@ MAX_PROBED = 50
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that cannot be used: source in the mixture, number in it, location and reason."""
+    """A sample that cannot be used: source in the mixture, number in it, location and error.
+
+    `reason` is the kind of its error, to count by.
+    """
 
     source: int
     number: int
     message: str
+    reason: str = "unknown"
 
 
 def skipped_sample(mixture: Mixture, source: int, number: int, error: Exception) -> Skipped:
     """The report on one sample, with its location once."""
     location = sample_location(mixture.sources[source], number)
     text = str(error) if isinstance(error, NeounifyError) else f"{type(error).__name__}: {error}"
-    return Skipped(
-        source, number, _line(text if text.startswith(location) else f"{location}: {text}")
-    )
+    message = _line(text if text.startswith(location) else f"{location}: {text}")
+    return Skipped(source, number, message, reason_of(error))
 
 
 def _line(text: str) -> str:
@@ -431,6 +435,19 @@ class Probe:
     size: int | None
     usable: list[Sample]
     skipped: list[Skipped]
+
+    @property
+    def tried(self) -> int:
+        return len(self.usable) + len(self.skipped)
+
+    @property
+    def share(self) -> float:
+        """The share of the samples tried that cannot be used."""
+        return len(self.skipped) / max(1, self.tried)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return Counter(skipped.reason for skipped in self.skipped)
 
 
 def probe_sources(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -78,21 +79,6 @@ class DataError(NeounifyError, ValueError):
     def __init__(self, message: str = "", reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-MAX_REASON_CHARS = 100
-
-
-def reason_of(error: Exception) -> str:
-    """The kind of an error, to count by: its first sentence without names and numbers."""
-    reason = getattr(error, "reason", None)
-    if isinstance(error, DataError) and reason:
-        return str(reason)
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", " ".join(text[:2000].split()))
-    text = re.split(r"\. (?=[A-Z])", re.sub(r"\d[\d,.]*(?<![,.])", "N", text))[0]
-    text = "".join(c for c in text if c.isprintable()) or type(error).__name__
-    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -225,14 +211,16 @@ class RecordRules:
     """Rules of a source for its records.
 
     `task` overrides that of records; `form` is the only one of `FORMS` they may have, None for
-    any; fields named in `ignored` are not read. Fields that were left out because they cannot
-    change a sample are added to `unread`.
+    any; fields named in `ignored` are not read. Of the records that this process reads, fields that
+    were left out because they cannot change a sample are added to `unread`, and `forms` are
+    counted.
     """
 
     task: str | None = None
     form: str | None = None
     ignored: tuple[str, ...] = ()
     unread: set[str] = field(default_factory=set)
+    forms: Counter[str] = field(default_factory=Counter)
 
 
 def sample_from_record(record: Any, folder: Path, rules: RecordRules | None = None) -> Sample:
@@ -295,6 +283,8 @@ def checked_record(record: Any, rules: RecordRules) -> dict[str, Any]:
         from neounify.data.forms import published
 
         fields = published(fields, rules)
+    else:
+        rules.forms[PUBLISHED] += 1
     conversations = fields.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError('"conversations" must be a list of turns that is not empty')

@@ -29,28 +29,31 @@ from neounify.data.formats import (
     CAPTION_ENDINGS,
     IMAGE_ENDINGS,
     files_below,
-    foreign_file,
-    foreign_folder,
     named,
+    recognise,
 )
+from neounify.data.forms.captions import caption_sample
 from neounify.data.sample import (
     DataError,
     RecordRules,
     Sample,
-    SampleImage,
-    SampleText,
-    Turn,
     parse_record,
     sample_from_record,
 )
 from neounify.data.sources import FileSource, Unread
 
 MAX_MEMBER_BYTES = 256 * 2**20
+MAX_MEMBERS = 1_000_000
+"""Members of one shard; published ones have some thousands."""
+MAX_EMPTY = 10_000
+"""Empty members of one shard: a header of 512 bytes makes one, so a small file holds millions."""
 MAX_TEXT_BYTES = 16 * 2**20
 """Size of a record or caption."""
 
 Member = tuple[int, int]
 """Offset and size in bytes of a file's content in its shard."""
+_TWICE: Member = (-1, -1)
+"""In place of a file whose name stands twice: which of the two is meant is not known."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,6 @@ class ShardSource(FileSource):
     ) -> None:
         self.colour_profiles = colour_profiles
         self.rules = rules or RecordRules()
-        self.unread_fields = self.rules.unread
         self.name = name or (paths[0].name if len(paths) == 1 else f"{len(paths)} shards")
         self.damage = []
         self._entries: list[_Entry] = []
@@ -142,7 +144,7 @@ class ShardSource(FileSource):
         entry = self._entries[index]
         record = parse_record(_bytes(entry, "json")) if "json" in entry.members else None
         if record is None or (_is_metadata(record) and entry.image is not None):
-            sample = _caption_pair(entry, record)
+            sample = _caption_pair(entry, record, self.rules)
         else:
             sample = sample_from_record(record, Path(), self.rules)
         name = sample.id or f"{entry.shard.stem}-{entry.key}"
@@ -184,7 +186,9 @@ def _shards(pattern: str) -> list[Path]:
             f"the data {pattern[:200]!r} cannot be looked for: {error}"[:500]
         ) from error
     if not shards:
-        what = foreign_folder(path) if path.is_dir() else "is not there"
+        what = "is not there"
+        if path.is_dir():
+            what = recognise(path).but_for("shards") or "holds no .tar file"
         if "{" in path.name:
             what += "; braces are not expanded, write * (it matches any characters of a name)"
         raise DataError(f"the data {pattern} {what}")
@@ -204,20 +208,41 @@ def _matching(pattern: Path) -> list[Path]:
 def _index(path: Path, damage: list[str]) -> list[_Entry]:
     """The samples of one shard; those before a damaged header can be read."""
     members_of: dict[str, dict[str, Member]] = {}
+    others = twice = empty = 0
     try:
         if not path.is_file():
             raise OSError("not a file")
         with tarfile.open(path, "r:") as archive:
-            for member in archive:
+            kept: list[tarfile.TarInfo] = vars(archive)["members"]
+            for count, member in enumerate(archive):
+                kept.clear()  # tarfile keeps all members, a kilobyte each
+                if count >= MAX_MEMBERS:
+                    raise ValueError(f"more than {MAX_MEMBERS:,} members; write several shards")
                 name = PurePosixPath(member.name)
-                if not member.isreg() or member.issparse() or name.name.startswith("."):
+                if name.name.startswith(".") or member.isdir():
                     continue
+                if not member.isreg() or member.issparse():
+                    others += 1
+                    continue
+                empty += not member.size
+                if empty > MAX_EMPTY:
+                    raise ValueError(f"more than {MAX_EMPTY:,} empty files")
                 key, ending = _split(name)
-                members_of.setdefault(key, {})[ending] = (member.offset_data, member.size)
+                members = members_of.setdefault(key, {})
+                twice += ending in members
+                members[ending] = _TWICE if ending in members else _place(member)
     except (OSError, tarfile.TarError, ValueError, OverflowError) as error:
         # The last two: tarfile does not check all numbers of a damaged header.
         damage.append(f"{path.name}: {_why(path, error)}")
+    if others:
+        damage.append(f"{path.name}: {others:,} links and other members that are no plain files")
+    if twice:
+        damage.append(f"{path.name}: {twice:,} names that stand twice; none of their files is read")
     return [_Entry(path, key, members) for key, members in members_of.items()]
+
+
+def _place(member: tarfile.TarInfo) -> Member:
+    return member.offset_data, member.size
 
 
 def _split(name: PurePosixPath) -> tuple[str, str]:
@@ -230,9 +255,7 @@ def _why(path: Path, error: Exception) -> str:
     """The reason why a shard cannot be read to its end."""
     what = None
     with suppress(OSError):
-        what = foreign_file(path)
-    if what is None and path.suffix.lower() in (".jsonl", ".json"):
-        what = 'is no tar archive; read JSON lines with kind = "jsonl"'
+        what = recognise(path).but_for("shards")
     return f"{what or error}; a shard is an uncompressed tar file"
 
 
@@ -245,29 +268,18 @@ def _is_metadata(record: Any) -> bool:
     return isinstance(record, dict) and not {"conversations", "messages"} & record.keys()
 
 
-def _caption_pair(entry: _Entry, metadata: Any) -> Sample:
+def _caption_pair(entry: _Entry, metadata: Any, rules: RecordRules) -> Sample:
     """An image as the target of its caption: a text file, or else "caption" of its JSON."""
     image = entry.image
     text = next((e for e in CAPTION_ENDINGS if e[1:] in entry.members), None)
-    caption = metadata.get("caption") if isinstance(metadata, dict) else None
-    if image is None or (text is None and not isinstance(caption, str)):
+    if image is None or (text is None and not isinstance(metadata, dict)):
         raise DataError(
             "neither a json record nor an image with a txt caption; files of one sample share the "
-            f"name up to the first dot, here there are {named(entry.members)}"
+            f"name up to the first dot, here there are {named(entry.members)}",
+            "neither a json record nor an image with a txt caption",
         )
-    if text is not None:
-        content = _bytes(entry, text[1:])
-        try:
-            caption = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"the caption is not UTF-8 text ({error.reason}); convert it"
-            ) from error
-    assert isinstance(caption, str)
-    if not caption.strip():
-        raise DataError("the caption is empty")
-    answer = Turn("assistant", (SampleImage(Path(image), "target"),))
-    return Sample("t2i", (Turn("user", (SampleText(caption.strip()),)), answer))
+    content = None if text is None else _bytes(entry, text[1:])
+    return caption_sample(Path(image), content, metadata, rules)
 
 
 def _bytes(entry: _Entry, ending: str) -> bytes:
@@ -280,6 +292,8 @@ def _bytes(entry: _Entry, ending: str) -> bytes:
 
 def _content(shard: Path, name: str, member: Member) -> bytes:
     offset, size = member
+    if member == _TWICE:
+        raise DataError(f"{name} stands twice in the shard", "a name stands twice in the shard")
     if not 0 <= size <= MAX_MEMBER_BYTES:
         raise DataError(f"{name} has {size} bytes; up to {MAX_MEMBER_BYTES} are read")
     with shard.open("rb") as stream:

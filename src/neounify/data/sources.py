@@ -22,7 +22,8 @@ from typing_extensions import Self
 
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
-from neounify.data.formats import files_below, foreign_folder, foreign_lines
+from neounify.data.formats import files_below, recognise
+from neounify.data.reasons import reason_of
 from neounify.data.sample import (
     DataError,
     Part,
@@ -31,7 +32,6 @@ from neounify.data.sample import (
     SampleImage,
     Turn,
     parse_record,
-    reason_of,
     sample_from_record,
 )
 from neounify.errors import ImageError
@@ -78,13 +78,15 @@ class FileSource(ABC):
     """Samples of files, by number; a kind of file is a subclass.
 
     `name` is for messages; `damage` lists files or parts of files that could not be indexed, one
-    message each. `unread_fields` are fields of records that were left out without harm, of the
-    samples that this process has read. `colour_profiles` is that of `read_image`.
+    message each. `rules` are those of its records. `groups` are sizes of parts that lie together
+    and are costly to read, in order, where there are any: a mixture draws from a few at a time.
+    `colour_profiles` is that of `read_image`.
     """
 
     name: str
     damage: list[str]
-    unread_fields: set[str]
+    rules: RecordRules
+    groups: Sequence[int] | None = None
     colour_profiles: bool = True
 
     @property
@@ -176,9 +178,11 @@ class Mixture:
         return rng.permutation(np.repeat(np.arange(len(self.counts)), self.counts))
 
     def _permutation(self, source: int, epoch: int) -> NDArray[np.int64]:
-        size = self.sources[source].size
-        assert size is not None
-        return np.random.default_rng((self.seed, 1, source, epoch)).permutation(size)
+        content = self.sources[source]
+        assert content.size is not None
+        rng = np.random.default_rng((self.seed, 1, source, epoch))
+        groups = content.groups if isinstance(content, FileSource) else None
+        return rng.permutation(content.size) if groups is None else _by_groups(rng, groups)
 
     def __getstate__(self) -> dict[str, object]:
         return {"sources": self.sources, "seed": self.seed, "counts": self.counts}
@@ -187,6 +191,22 @@ class Mixture:
         self.__dict__.update(state)
         self._order = lru_cache(maxsize=4)(self._block)
         self._epochs = lru_cache(maxsize=8)(self._permutation)
+
+
+GROUPS_TOGETHER = 4
+"""Groups of a source that are shuffled together, and stay in memory meanwhile."""
+
+
+def _by_groups(rng: np.random.Generator, sizes: Sequence[int]) -> NDArray[np.int64]:
+    """A permutation of samples that takes some groups at a time, in a random order of groups."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    order = rng.permutation(len(sizes))
+    windows = [order[n : n + GROUPS_TOGETHER] for n in range(0, len(order), GROUPS_TOGETHER)]
+    samples = [
+        rng.permutation(np.concatenate([np.arange(starts[g], starts[g + 1]) for g in window]))
+        for window in windows
+    ]
+    return np.concatenate(samples)
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
@@ -204,7 +224,7 @@ MAX_SAMPLE_PIXELS = 2 * MAX_DECODED_PIXELS
 
 def files_in(root: Path) -> Callable[[Path], tuple[Path, str]]:
     """The `find` of images that are files below a folder, links followed."""
-    return lambda path: (_inside(path, root), path.name)
+    return lambda path: (file_inside(path, root), path.name)
 
 
 def map_images(sample: Sample, read: Callable[[Path], Image.Image]) -> Sample:
@@ -246,7 +266,7 @@ def read_sample_image(
         ) from error
 
 
-def _inside(path: Path, root: Path) -> Path:
+def file_inside(path: Path, root: Path) -> Path:
     """The path, once links are followed, if it lies below the root."""
     try:
         base, resolved = root.resolve(), path.resolve()
@@ -265,6 +285,8 @@ def _inside(path: Path, root: Path) -> Path:
             "images in the recipe (images = FOLDER beside path)",
             "the image … lies outside the data folder",
         )
+    if resolved.exists() and not resolved.is_file():  # opening a pipe would wait for its writer
+        raise DataError(f"the image {path.name[:80]!r} is not a file")
     if "\\" in path.name and not resolved.exists():
         raise DataError(
             f"there is no image {path.name}; paths are written with /", "there is no image …"
@@ -274,6 +296,8 @@ def _inside(path: Path, root: Path) -> Path:
 
 MAX_LINE_BYTES = 16 * 2**20
 """Size of one record."""
+MAX_RECORDS = 200_000_000
+"""Records of one file, of which the spans are kept in memory: 24 bytes each."""
 Spans = NDArray[np.int64]
 """First byte, bytes and number from 1 of every record of a file, [n, 3]."""
 
@@ -301,7 +325,6 @@ class RecordFiles(FileSource):
         self.damage = []
         self.files = self.files_of(path)
         self.root, self.rules = root, rules or RecordRules()
-        self.unread_fields = self.rules.unread
         self.colour_profiles = colour_profiles
         self.name = path.name or str(path)
         spans = [self.spans_of(file) for file in self.files]
@@ -377,7 +400,7 @@ class JsonlSource(RecordFiles):
     place = "line"
 
     def files_of(self, path: Path) -> list[Path]:
-        return data_files(path, ".jsonl", foreign_lines)
+        return data_files(path, ".jsonl", "jsonl")
 
     def spans_of(self, file: Path) -> Spans:
         spans = array("q")
@@ -389,6 +412,8 @@ class JsonlSource(RecordFiles):
             while piece := stream.readline(2**20):
                 length += len(piece)
                 blank = blank and not piece.strip()
+                if number > MAX_RECORDS:
+                    raise DataError(f"{file.name} has more than {MAX_RECORDS:,} lines")
                 if piece.endswith(b"\n"):
                     if not blank:
                         spans.extend((start, length, number))
@@ -398,19 +423,19 @@ class JsonlSource(RecordFiles):
         return np.frombuffer(spans, np.int64).reshape(-1, 3)
 
 
-def data_files(path: Path, ending: str, foreign: Callable[[Path], str | None]) -> list[Path]:
-    """A file, or all of an ending below a folder. Raises DataError for those that are `foreign`."""
+def data_files(path: Path, ending: str, kind: str) -> list[Path]:
+    """A file, or all of an ending below a folder. Raises DataError for those of another kind."""
     try:
         if not path.exists():
             raise DataError(f"the data {path} is not there")
         if not path.is_dir() and not path.is_file():
             raise DataError(f"the data {path} is neither a file nor a folder")
         files = files_below(path, ending) if path.is_dir() else [path]
-        if not files:
-            raise DataError(f"the data {path} {foreign_folder(path)}")
-        for file in files:
-            if what := foreign(file):
+        for file in files or [path]:
+            if what := recognise(file).but_for(kind):
                 raise DataError(f"the data {file} {what}")
+        if not files:
+            raise DataError(f"the data {path} holds no {ending} file")
     except OSError as error:
         raise DataError(f"the data {path} cannot be read: {error}") from error
     return files

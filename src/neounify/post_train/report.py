@@ -169,6 +169,7 @@ def page(folder: Path) -> str:
     sections = (
         ("", f"<h1>{title}</h1><p class=about>{escape(_about(log))}</p>"),
         ("Warnings", _warnings(log.warnings)),
+        ("Samples that were skipped", _skipped(log.reports)),
         ("Rewards", _rewards(log.reports)),
         ("Curves over steps", _charts(log)),
         ("Newest groups", _sheets(folder / "rollouts")),
@@ -320,6 +321,21 @@ def _texts(folder: Path) -> str:
             )
             tables.append(f"<h3>{escape(str(group['prompt']))}</h3><table>{rows}</table>")
     return "".join(tables)
+
+
+def _skipped(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A table of damaged samples by source and reason, from the newest report of every stage."""
+    newest = {str(line.get("stage", "")): line.get("skipped_by_reason") for line in reports}
+    rows = [
+        f"<tr><td>{escape(stage)}<td>{escape(source)}<td class=n>{int(count):,}<td>{escape(reason)}"
+        for stage, sources in newest.items()
+        for source, reasons in (sources or {}).items()
+        for reason, count in reasons.items()
+    ]
+    if not rows:
+        return ""
+    head = "<tr><th>stage<th>source<th class=n>samples<th>reason"
+    return f"<table>{head}{''.join(rows)}</table><p>Each is listed in skipped.txt.</p>"
 
 
 def _failures(file: Path) -> str:

@@ -162,8 +162,8 @@ class Rewarded:
 class Rewards:
     """The weighted mean of several rewards, robust to each of them failing.
 
-    Raises RewardFailure when more than `max_failed` of a batch have no reward. With several
-    rewards, parts and messages begin with the kind of theirs, and its number if others have it too.
+    `check` refuses a batch of which more than `max_failed` have no reward. With several rewards,
+    parts and messages begin with the kind of theirs, and its number if others have it too.
     `folder` is where programs are looked for besides installed packages.
     """
 
@@ -182,12 +182,6 @@ class Rewards:
         ]
         self.failed = 0
         self._pool = ThreadPoolExecutor(max_workers=1)
-
-    def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> Rewarded:
-        """The rewards of a batch. Raises RewardFailure."""
-        rewarded = self.measure(outputs, cases)
-        self.check(rewarded)
-        return rewarded
 
     def check(self, rewarded: Rewarded) -> None:
         """Count samples without a reward. Raises RewardFailure for too many of them."""
@@ -214,7 +208,7 @@ class Rewards:
                 values = np.array([row.get(name, math.nan) for row in rows])
                 key = name if len(self.configs) == 1 else f"{label}/{name}"
                 parts[key] = values
-            total += config.weight * np.array([_combined(config, row) for row in rows])
+            total += config.weight * np.array([combined(config, row) for row in rows])
         total /= sum(config.weight for config in self.configs)
         what = "images" if outputs and isinstance(outputs[0], np.ndarray) else "answers"
         return Rewarded(total, parts, failures[:MAX_MESSAGES], what)
@@ -302,7 +296,8 @@ def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
     return None
 
 
-def _combined(config: RewardConfig, row: Parts) -> float:
+def combined(config: RewardConfig, row: Parts) -> float:
+    """The reward of named parts by the weights of a config; NaN without parts."""
     if not row:
         return math.nan
     if config.weights is None and TOTAL in row:

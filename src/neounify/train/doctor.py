@@ -9,7 +9,7 @@ than there was time for gives no verdict.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neounify.data.configs import DataConfig, FileData
 from neounify.data.encode import Encoded, Encoder, GuidanceDropout, Pixels
 from neounify.data.loader import Pack, make_pack, nothing_usable, probe_sources
+from neounify.data.reasons import counted, too_many_skipped
 from neounify.data.sample import Sample
-from neounify.data.sources import Mixture
+from neounify.data.sources import FileSource, Mixture
 from neounify.distributed.shards import local
 from neounify.errors import ImageError
 from neounify.evaluate.metrics import psnr, seam_ratio
@@ -75,7 +77,7 @@ def examine(
     prepare_parameters(setup.model, stage, context.recipe.seed)
     samples: dict[str, Sample] = {}
     encoder = build_encoder(setup, config)
-    yield from _data(context.mixture, encoder, samples)
+    yield from _data(context.mixture, stage.data, encoder, samples)
     if not samples:
         return
     encoder = replace(
@@ -94,20 +96,31 @@ def examine(
     yield from _generation(setup, samples, documents, overfit)
 
 
-def _data(mixture: Mixture, encoder: Encoder, samples: dict[str, Sample]) -> Iterator[Finding]:
+def _data(
+    mixture: Mixture, data: Sequence[DataConfig], encoder: Encoder, samples: dict[str, Sample]
+) -> Iterator[Finding]:
     """Try every source; the first sample of each task goes into `samples`."""
     damaged = tried = 0
     remarks = []
     each = max(MIN_PER_SOURCE, SAMPLES // len(mixture.sources))
-    for probe in probe_sources(mixture, encoder, each):
+    probes = probe_sources(mixture, encoder, each)
+    for probe, source, settings in zip(probes, mixture.sources, data, strict=True):
         for sample in probe.usable:
             samples.setdefault(sample.task, sample)
         if not probe.usable:
             yield Finding(f"data {probe.name}", False, nothing_usable(probe))
+        elif isinstance(settings, FileData) and probe.share > settings.max_skipped:
+            limit = settings.max_skipped
+            what = too_many_skipped(probe.name, probe.tried, probe.reasons, limit)
+            yield Finding(f"data {probe.name}", False, what, probe.skipped[0].message)
         elif probe.skipped:
-            remarks.append(f"{probe.name}: {probe.skipped[0].message}")
+            remarks.append(f"{probe.name}: {counted(probe.reasons)} ({probe.skipped[0].message})")
         damaged += len(probe.skipped)
-        tried += len(probe.skipped) + len(probe.usable)
+        tried += probe.tried
+        if isinstance(source, FileSource):
+            remarks += source.damage
+            if fields := sorted(source.rules.unread):
+                remarks.append(f"{probe.name}: fields that are not read: {', '.join(fields)}")
     yield Finding(
         "data",
         False if not samples else None if damaged else True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from neounify.data.sources import FileSource
 from neounify.files import write_bytes
 from neounify.terminal import duration, progress_bar
 from neounify.train.expert_counts import Counts
@@ -118,11 +119,11 @@ class Log:
         metrics: Mapping[str, float],
         rate: float,
         norm: float,
-        skipped: Mapping[str, int] | None = None,
+        skipped: Mapping[str, Mapping[str, int]] | None = None,
         headline: Mapping[str, str] | None = None,
         work: Mapping[str, float | list[float]] | None = None,
     ) -> None:
-        """The means since the last report; `skipped`: damaged samples by source so far.
+        """The means since the last report; `skipped`: damaged samples by source and reason so far.
 
         `headline`: label → name of the metrics on the console, by default the first ones. `work`:
         memory and waiting of the ranks.
@@ -139,10 +140,12 @@ class Log:
             **(work or {}),
             **metrics,
         }
+        reasons = sum((Counter(counts) for counts in (skipped or {}).values()), Counter[str]())
+        damaged = reasons.total()
         if skipped:
-            record["skipped"] = dict(skipped)
+            record["skipped"] = {name: sum(counts.values()) for name, counts in skipped.items()}
+            record["skipped_by_reason"] = {name: dict(counts) for name, counts in skipped.items()}
         self._write("train", record)
-        damaged = sum((skipped or {}).values())
         self.console.print(
             f"{progress.stage_step:>7,}/{stage.steps:,}  {_shown(metrics, headline)}"
             f"norm {norm:.2f}  lr {rate:.1e}  {progress.samples:,} samples  "
@@ -150,7 +153,7 @@ class Log:
             f"{speed['images_per_second']:,.0f} images/s  "
             + (f"{100 * speed['matmul_share']:.0f} % of matmul  " if speed["matmul_share"] else "")
             + f"{speed['peak_memory_gb']:.1f} GiB  "
-            + (f"{damaged:,} damaged samples skipped  " if damaged else "")
+            + (f"{damaged:,} damaged samples skipped ({_most(reasons)})  " if damaged else "")
             + f"{duration(left)} left",
             highlight=False,
             soft_wrap=True,
@@ -181,6 +184,18 @@ class Log:
         """Keep the tokens of each expert since the last report, of a model that has experts."""
         if tokens:
             self._append(self.experts_file, {"step": progress.step, "tokens": dict(tokens)})
+
+    def files(self, progress: Progress, sources: Iterable[FileSource]) -> None:
+        """List what of the sources could not be indexed; warn of fields that are not read."""
+        for source in sources:
+            self.damaged(source.damage)
+            if names := sorted(source.rules.unread):
+                what = ", ".join(names)
+                self.warning(
+                    progress,
+                    f"data {source.name}: fields that are not read: {what}. If that is right, list "
+                    "them in the recipe (ignore = [...])",
+                )
 
     def warning(self, progress: Progress, message: str) -> None:
         """Print what a method warns of, and keep it in warnings.jsonl."""
@@ -247,6 +262,12 @@ def _board(folder: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(folder / "tensorboard")
+
+
+def _most(reasons: Counter[str]) -> str:
+    """The most frequent reason, and how many others there are."""
+    (reason, count), others = reasons.most_common(1)[0], len(reasons) - 1
+    return f"{count:,} {reason}" + (f", and {others} other reasons" if others else "")
 
 
 def _shown(metrics: Mapping[str, float], headline: Mapping[str, str] | None) -> str:

@@ -240,6 +240,7 @@ class Trainer:
         self.log.report(p, running.stage, metrics, rate, norm, skipped, method.headline, work)
         for warning in method.warnings(p.stage_step, means):
             self.log.warning(p, warning)
+        running.tally.check()
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
@@ -253,7 +254,7 @@ class Trainer:
         self._prepare_parameters(stage)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
-        tally = Tally(sources)
+        tally = Tally(sources, stage.data)
         tally.load(self._tally_record)
         optimizers = method.optimizers()
         of_model = [one for one in optimizers if one.trains(self.model)]
@@ -268,7 +269,7 @@ class Trainer:
         checkpoint_layers(self.model, stage.checkpoint_activations)
         meter = Meter(self.model.device, stage.precision, self.progress, self.ranks.size)
         self.log.stage(stage, self.progress, meter)
-        self.log.damaged(d for s in sources if isinstance(s, FileSource) for d in s.damage)
+        self.log.files(self.progress, [s for s in sources if isinstance(s, FileSource)])
         return running
 
     def _finish(self, running: _Running) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neounify.data.configs import DataConfig, FileData
 from neounify.data.loader import LoadedPack, Skipped
+from neounify.data.reasons import counted, too_many_skipped
 from neounify.data.sample import DataError, Sample
 from neounify.data.sources import FileSource, SampleSource, source_name
 from neounify.distributed.ranks import ONE, Ranks
@@ -80,17 +82,26 @@ def stages_to_run(recipe: Recipe, progress: Progress, only: Collection[str]) -> 
     return range(progress.stage, last + 1)
 
 
+MAX_REASONS = 50
+"""Reasons of a source that are counted one by one."""
+OTHER_REASONS, PARTS = "other reasons", "files or parts of files that cannot be read"
+MIN_SEEN = 50
+"""Samples of a source before its share of damaged ones is judged."""
+
+
 class Tally:
     """Counts per data source of a stage; part of a training state.
 
-    `used` and `skipped` count draws, `damaged` holds the numbers of different damaged samples.
+    `used` and `skipped` count draws, `damaged` holds the numbers of different damaged samples,
+    `reasons` counts these by the kind of their error. `data` are the settings of the sources.
     """
 
-    def __init__(self, sources: Sequence[SampleSource]) -> None:
-        self.sources = sources
+    def __init__(self, sources: Sequence[SampleSource], data: Sequence[DataConfig] = ()) -> None:
+        self.sources, self.data = sources, data
         self.used: Counter[int] = Counter()
         self.skipped: Counter[int] = Counter()
         self.damaged: list[set[int]] = [set() for _ in sources]
+        self.reasons: list[Counter[str]] = [Counter() for _ in sources]
 
     def add(self, batches: Sequence[MicroBatch | LoadedPack]) -> list[Skipped]:
         """Count batches; the damaged samples among them that are new."""
@@ -101,16 +112,41 @@ class Tally:
                 self.skipped[skipped.source] += 1
                 if skipped.number not in self.damaged[skipped.source]:
                     self.damaged[skipped.source].add(skipped.number)
+                    self._count_reason(self.reasons[skipped.source], skipped.reason)
                     new.append(skipped)
         return new
 
-    def by_source(self) -> dict[str, int]:
-        """Different damaged samples by the name of their source, where there are any."""
-        names = [source_name(source) for source in self.sources]
-        counts: Counter[str] = Counter()
-        for name, numbers in zip(names, self.damaged, strict=True):
-            counts[name] += len(numbers)
-        return {name: count for name, count in counts.items() if count}
+    @staticmethod
+    def _count_reason(reasons: Counter[str], reason: str) -> None:
+        known = reason in reasons or len(reasons) < MAX_REASONS
+        reasons[reason if known else OTHER_REASONS] += 1
+
+    def by_source(self) -> dict[str, dict[str, int]]:
+        """Different damaged samples by source and reason, the most frequent first.
+
+        Parts of files that could not be indexed are a reason too.
+        """
+        counts: dict[str, Counter[str]] = {}
+        for source, reasons in zip(self.sources, self.reasons, strict=True):
+            of_source = counts.setdefault(source_name(source), Counter())
+            of_source.update(reasons)
+            if isinstance(source, FileSource) and source.damage:
+                of_source[PARTS] += len(source.damage)
+        return {name: dict(reasons.most_common()) for name, reasons in counts.items() if reasons}
+
+    def check(self) -> None:
+        """Raise DataError for a source with a larger share of damaged samples than it may have."""
+        for number, (source, data) in enumerate(zip(self.sources, self.data, strict=False)):
+            limit = data.max_skipped if isinstance(data, FileData) else 1.0
+            seen, damaged = self._seen(number), len(self.damaged[number])
+            if damaged > limit * seen and (seen >= MIN_SEEN or seen == source.size):
+                name = source_name(source)
+                raise DataError(too_many_skipped(name, seen, self.reasons[number], limit))
+
+    def _seen(self, number: int) -> int:
+        """Different samples of a source that were drawn so far; every epoch takes each once."""
+        drawn = self.used[number] + self.skipped[number]
+        return max(len(self.damaged[number]), min(self.sources[number].size or drawn, drawn))
 
     def summary(self) -> list[str]:
         """A line per source of files: the usable share of the samples drawn so far."""
@@ -119,14 +155,14 @@ class Tally:
             if not isinstance(source, FileSource):
                 continue
             drawn, damaged = self.used[number] + self.skipped[number], len(self.damaged[number])
-            size = source.size or drawn
-            seen = max(damaged, min(size, drawn))
+            size, seen = source.size or drawn, self._seen(number)
             share = 100 * (seen - damaged) / seen if seen else 100.0
             epochs = f", {drawn / size:.1f} epochs" if size else ""
             lines.append(
                 f"{source.name}: {seen - damaged:,} of {seen:,} samples usable ({share:.0f} %)"
                 + (f", {damaged:,} listed in skipped.txt" if damaged else "")
                 + epochs
+                + (f": {counted(self.reasons[number])}" if damaged else "")
             )
         return lines
 
@@ -136,6 +172,7 @@ class Tally:
                 "used": self.used[number],
                 "skipped": self.skipped[number],
                 "damaged": sorted(numbers),
+                "reasons": dict(self.reasons[number]),
             }
             for number, numbers in enumerate(self.damaged)
         ]
@@ -149,6 +186,8 @@ class Tally:
                 self.used[number] = int(item["used"])
                 self.skipped[number] = int(item["skipped"])
                 self.damaged[number] = {int(n) for n in item["damaged"]}
+                reasons = item.get("reasons", {})  # states of earlier versions have none
+                self.reasons[number] = Counter({str(k): int(n) for k, n in reasons.items()})
 
 
 MAX_PROMPTS = 16

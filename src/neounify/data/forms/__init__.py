@@ -59,6 +59,7 @@ def published(fields: Fields, rules: RecordRules) -> Fields:
             f"a record of no known form (it has {named(fields)}). Known are {', '.join(FORMS)}, "
             f"such as {RECORD}"
         )
+    rules.forms[form] += 1
     module, _, name = FORMS[form].partition(":")
     convert: Callable[[Fields, RecordRules], Fields] = getattr(import_module(module), name)
     return convert(fields, rules)

@@ -8,10 +8,21 @@ source reports once; those that make the record another task are refused.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from neounify.data.forms import CAPTION_FIELDS, IMAGE_FIELDS, Fields, has_value
-from neounify.data.sample import FIELDS, MEDIA, DataError, RecordRules
+from neounify.data.sample import (
+    FIELDS,
+    MEDIA,
+    DataError,
+    RecordRules,
+    Sample,
+    SampleImage,
+    SampleText,
+    Turn,
+)
 from neounify.text import IMAGE_MARK
 
 OTHER_TASK = (
@@ -30,31 +41,67 @@ def from_caption(fields: Fields, rules: RecordRules) -> Fields:
     """The published record of an image with its caption. Raises DataError."""
     image = _only(fields, IMAGE_FIELDS, "image")
     caption = _only(fields, CAPTION_FIELDS, "caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise DataError("the caption is empty" if caption == "" else "the caption is not text")
-    if IMAGE_MARK in caption:
-        raise DataError(f"the caption contains {IMAGE_MARK}")
-    for name, value in fields.items():
-        if name in (*IMAGE_FIELDS, *CAPTION_FIELDS, *KEPT) or not has_value(value):
-            continue
-        if name in OTHER_TASK or name in FIELDS or name.endswith("_file_name"):
-            raise DataError(
-                f'an image with a caption and the field "{name[:40]}" is another task than '
-                "text to image; write it as conversations, or list the field in ignore = [...]"
-            )
-        if len(rules.unread) < MAX_UNREAD:
-            rules.unread.add(name[:40])
+    text = checked_caption(caption)
+    _leave_out(fields, (*IMAGE_FIELDS, *CAPTION_FIELDS, *KEPT), rules)
     record = {name: fields[name] for name in KEPT if has_value(fields.get(name))}
     return (
         {"id": fields.get("key"), "image": image}
         | record
         | {
             "conversations": [
-                {"from": "human", "value": caption.strip()},
+                {"from": "human", "value": text},
                 {"from": "gpt", "value": IMAGE_MARK},
             ]
         }
     )
+
+
+def caption_sample(image: Path, text: bytes | None, metadata: Any, rules: RecordRules) -> Sample:
+    """The image as the target of its caption: `text`, or else the "caption" of its metadata.
+
+    Raises DataError for a caption that is not there or not text.
+    """
+    rules.forms["caption"] += 1
+    fields = metadata if isinstance(metadata, Mapping) else {}
+    caption = fields.get("caption")
+    if text is not None:
+        try:
+            caption = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the caption is not UTF-8 text ({error.reason}); convert it"
+            ) from error
+    prompt = SampleText(checked_caption(caption))
+    _leave_out(fields, (*IMAGE_FIELDS, *CAPTION_FIELDS, *rules.ignored), rules)
+    answer = Turn("assistant", (SampleImage(image, "target"),))
+    return Sample("t2i", (Turn("user", (prompt,)), answer))
+
+
+def checked_caption(caption: Any) -> str:
+    """A caption without blanks around it. Raises DataError."""
+    if not isinstance(caption, str):
+        if caption is None:
+            raise DataError("there is no caption")
+        raise DataError(f"the caption is {type(caption).__name__}, not text")
+    if not caption.strip():
+        raise DataError("the caption is empty")
+    if IMAGE_MARK in caption:
+        raise DataError(f"the caption contains {IMAGE_MARK}")
+    return caption.strip()
+
+
+def _leave_out(fields: Mapping[str, Any], known: Collection[str], rules: RecordRules) -> None:
+    """Note fields that are not read. Raises DataError for those that mean another task."""
+    for name, value in fields.items():
+        if name in known or not has_value(value):
+            continue
+        if name in OTHER_TASK or name in FIELDS or str(name).endswith("_file_name"):
+            raise DataError(
+                f'an image with a caption and the field "{str(name)[:40]}" is another task than '
+                "text to image; write it as conversations, or list the field in ignore = [...]"
+            )
+        if len(rules.unread) < MAX_UNREAD:
+            rules.unread.add(str(name)[:40])
 
 
 def _only(fields: Fields, names: tuple[str, ...], what: str) -> Any:

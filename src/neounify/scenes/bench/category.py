@@ -107,11 +107,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One category: its score, its measures (plain numbers), and all its cases."""
+    """One category: its score, its measures (plain numbers), and all its cases.
+
+    `held_out` says of each case whether training never shows it.
+    """
 
     score: Score
     examples: list[Example]
     measures: dict[str, float] = field(default_factory=dict)
+    held_out: Sequence[bool] = ()
 
 
 def nothing(examples: Sequence[Example]) -> dict[str, float]:
@@ -143,7 +147,8 @@ class Category:
             if done is not None:
                 done(len(examples))
         result = score(self.name, [e.verdict for e in examples], self.held_out, self.forms)
-        return Outcome(result, examples, self.measure(examples) | _thinking(examples))
+        measures = self.measure(examples) | _thinking(examples)
+        return Outcome(result, examples, measures, tuple(self.held_out))
 
 
 def _thinking(examples: Sequence[Example]) -> dict[str, float]:
