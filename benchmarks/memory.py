@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -101,47 +102,74 @@ def _by_stream(folder: Path) -> Iterator[Figure]:
         )
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One generation: mode, resident layers, side of the image, preset, dtype of activations."""
+
+    memory: str
+    resident: int = 0
+    side: int = 256
+    quantise: str = ""
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        layers = f", {self.resident} layers resident" if self.memory == "layers" else ""
+        preset = f", quantise={self.quantise!r}" if self.quantise else ""
+        return f"generating {self.side}² with memory={self.memory!r}{layers}{preset}, resident size"
+
+
 PLANNED = (
-    ("all", 0, 256),
-    ("stream", 0, 256),
-    ("layers", 0, 256),
-    ("layers", 22, 256),
-    ("layers", 0, 1024),
+    Planned("all"),
+    Planned("stream"),
+    Planned("layers"),
+    Planned("layers", 22),
+    Planned("layers", side=1024),
+    *(Planned(mode, quantise="int8", dtype="bfloat16") for mode in ("all", "stream", "layers")),
 )
-"""Mode, resident layers, side of the image."""
 
 
 def against_plan(folder: Path) -> Iterator[Figure]:
     """Resident size at the peak against the plan's, of a float32 checkpoint over 2 GB."""
-    for memory, resident, side in PLANNED:
-        result = _in_fresh_process("paint", str(folder), memory, str(resident), str(side))
+    size = _checkpoint_bytes(folder)
+    for run in PLANNED:
+        result = _in_fresh_process(
+            "paint",
+            str(folder),
+            run.memory,
+            str(run.resident),
+            str(run.side),
+            run.quantise,
+            run.dtype,
+        )
         measured = result["before"] + result["peak"]
-        predicted = _predicted(folder, memory, resident, side)
+        predicted = _predicted(folder, run)
         ratio = predicted / measured
-        by_layers = f", {resident} layers resident" if memory == "layers" else ""
         yield Figure(
-            name=f"generating {side}² with memory={memory!r}{by_layers}, resident size",
-            dtype="float32",
+            name=run.label,
+            dtype=run.dtype,
             mode="",
             value=measured / GB,
             unit="GB",
             aim="plan within 10 %, at most 3 % below",
             met=0.97 <= ratio <= 1.1,
             note=f"planned {predicted / GB:.3f} GB, {100 * (ratio - 1):+.1f} %, "
-            f"{result['seconds']:.0f} s",
+            f"{result['seconds']:.0f} s; {result['peak'] / size:.2f} of the checkpoint over the "
+            "process",
         )
 
 
-def _predicted(folder: Path, memory: str, resident: int, side: int) -> float:
+def _predicted(folder: Path, run: Planned) -> float:
     checkpoint = CheckpointFolder.open(folder)
-    kept = kept_weights(checkpoint, torch.float32)
+    dtype: torch.dtype = getattr(torch, run.dtype)
+    kept = kept_weights(checkpoint, dtype, quantise=run.quantise or None)
     prompt = image_prompt(
         byte_tokenizer(), PROMPT, system=default_system_message(), think=False
     ).ids([], 0)
-    task = Task(width=side, height=side, branches=2, prompt=len(prompt))
-    working = working_bytes(checkpoint.config, task, 4)
-    layers = {"und": resident, "gen": resident}
-    return peak_bytes(kept.weights, memory, working, layers, unified=True)  # type: ignore[arg-type]
+    task = Task(width=run.side, height=run.side, branches=2, prompt=len(prompt))
+    working = working_bytes(checkpoint.config, task, dtype.itemsize)
+    layers = {"und": run.resident, "gen": run.resident}
+    return peak_bytes(kept.weights, run.memory, working, layers, unified=True)  # type: ignore[arg-type]
 
 
 def _long_prefill() -> Iterator[Figure]:
@@ -178,9 +206,22 @@ def _load(folder: str, dtype: str) -> float:
     return seconds
 
 
-def _paint(folder: str, memory: str, resident: str = "0", side: str = "256") -> float:
+def _paint(
+    folder: str,
+    memory: str,
+    resident: str = "0",
+    side: str = "256",
+    quantise: str = "",
+    dtype: str = "float32",
+) -> float:
     layers = int(resident) if memory == "layers" else None
-    pipe = neounify.load(folder, memory=memory, resident_layers=layers)  # type: ignore[arg-type]
+    pipe = neounify.load(
+        folder,
+        dtype=dtype,
+        memory=memory,  # type: ignore[arg-type]
+        resident_layers=layers,
+        quantise=quantise or None,
+    )
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SizeWarning)

@@ -239,7 +239,6 @@ def test_requests_that_cannot_be_met(plain: Path) -> None:
     for options, message in (
         ({"quantise": "int3"}, "preset 'int3' is unknown; known are int8, int8-all"),
         ({"backend": "fast"}, "backend 'fast' of quantised layers is unknown"),
-        ({"quantise": "int8", "memory": "stream"}, "cannot be used with memory='stream'"),
         ({"quantise": "int8", "backend": "decoded"}, "cannot be used with backend='decoded'"),
     ):
         with pytest.raises(RequestError, match=message):

@@ -7,7 +7,7 @@ behind it; on other devices layers pass through a few buffers (`checkpoint.stagi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from neounify.checkpoint.residency import StoredWeight, StreamResidency, make_we
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import STREAMS, StreamName
 from neounify.runtime.memory_plan import resident_layers
+from neounify.runtime.process import return_freed_memory
 
 Layers = Mapping[int, Mapping[str, StoredWeight]]
 """The stored weights of layers by their numbers, and by our names."""
@@ -104,10 +105,11 @@ def _feeds(
     if in_place(model.device):
         pages = LayerPages(
             {
-                (stream, number): [(parameters[name], source) for name, source in sources.items()]
+                (stream, number): sources
                 for stream, layers in coming.items()
                 for number, sources in layers.items()
-            }
+            },
+            parameters,
         )
         return {stream: InPlace(stream, pages) for stream in STREAMS}
     from neounify.checkpoint.staging import DeviceCopies, Staged, layer_image
@@ -135,12 +137,16 @@ class LayerPages:
 
     def __init__(
         self,
-        layers: Mapping[tuple[StreamName, int], Sequence[tuple[nn.Parameter, StoredWeight]]],
+        layers: Mapping[tuple[StreamName, int], Mapping[str, StoredWeight]],
+        parameters: Mapping[str, nn.Parameter],
     ) -> None:
-        self._files = {source.file for layer in layers.values() for _, source in layer}
+        self._files = {source.file for layer in layers.values() for source in layer.values()}
         self._weights = {
-            key: [make_weight(*pair) for pair in pairs] for key, pairs in layers.items()
+            key: [make_weight(parameters, name, source) for name, source in layer.items()]
+            for key, layer in layers.items()
         }
+        # What they leave, and what it took to make them, would stay with the process.
+        self._rebuilds = any(not w.mapped for pairs in self._weights.values() for w in pairs)
         self._users = dict.fromkeys(layers, 0)
         self._lock = threading.Lock()
 
@@ -181,6 +187,8 @@ class LayerPages:
                     weight.drop(pages)
         for file, ranges in pages.items():
             file.release_ranges(ranges)
+        if self._rebuilds:
+            return_freed_memory()
 
 
 class InPlace:

@@ -20,6 +20,7 @@ from neounify.checkpoint.residency import (
     Share,
     StoredWeight,
     StreamResidency,
+    code_names,
 )
 from neounify.config import ModelConfig
 from neounify.errors import RequestError
@@ -27,7 +28,7 @@ from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import free_memory
-from neounify.runtime.process import control_groups
+from neounify.runtime.process import control_groups, return_freed_memory
 
 Memory: TypeAlias = Literal["auto", "all", "stream", "layers"]
 PlanUse: TypeAlias = Literal["check", "ignore"]
@@ -103,7 +104,7 @@ def load_checkpoint(
 
     backend: how layers with quantised weights compute, see `neounify.quant.backends`; "auto" is the
     best one here, "decoded" makes plain weights of them. quantise: a preset ("int8", "int8-all",
-    "fp8", "w4-mixed", "w4") by which weights that are not quantised are, while they are read.
+    "fp8", "w4-mixed", "w4") by which weights that are not quantised are, whenever they are read.
     lora: one LoRA file or a sequence of files or (file, strength) pairs, merged in order; beside
     the codes of layers that stay quantised.
     memory: "all" keeps everything; "stream" see StreamResidency, "layers" see LayerResidency, which
@@ -125,23 +126,21 @@ def load_checkpoint(
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
-    if quantise:
-        memory, plan = "all", "ignore"
     decoded = backend == DECODED
     memory, resident = _fitted(
-        checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded
+        checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded, quantise
     )
     updates = read_loras(lora, lora_strength, shapes)
     sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
-        codes: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         if quantise or (checkpoint.quantised and not decoded):
-            codes = _place_codes(model, sources, checkpoint, target_device, quantise, backend)
+            tensors = _place_codes(model, sources, checkpoint, target_device, quantise, backend)
         for name, source in sources.items():
             keep = memory == "all" or stream_of(name) == "shared"
             kept = source.kept or choice.dtype
-            codes[name] = _first_values(source, kept, target_device, keep=keep, verify=verify)
-        for name, tensor in codes.items():
+            tensors |= _first_values(name, source, kept, target_device, keep=keep, verify=verify)
+        for name, tensor in tensors.items():
             _assign(model, name, tensor)
     model.compute_dtype = choice.dtype
     residency = _residency(model, sources, memory, resident)
@@ -168,6 +167,7 @@ def _fitted(
     resident_layers: int | None,
     plan: PlanUse,
     decoded: bool,
+    quantise: str | None,
 ) -> tuple[Memory, Mapping[StreamName, int]]:
     """The mode to load in, and the layers that stay. Raises MemoryPlanError.
 
@@ -183,7 +183,7 @@ def _fitted(
     from neounify.checkpoint.fit import fit_memory
     from neounify.checkpoint.sizes import kept_weights
 
-    kept = kept_weights(checkpoint, dtype, decoded=decoded)
+    kept = kept_weights(checkpoint, dtype, decoded=decoded, quantise=quantise)
     ignore = plan == "ignore"
     fitted = fit_memory(checkpoint, kept, device, memory, resident_layers, ignore=ignore)
     log.info("memory=%r", fitted.memory)
@@ -203,14 +203,11 @@ def _opened(
 def _check_request(memory: str, plan: str, quantise: str | None, backend: str) -> None:
     """Raise RequestError for an unknown name, and for what cannot go together."""
     check_memory(memory, plan)
-    check_quantised(memory, quantise, backend)
+    check_quantised(quantise, backend)
 
 
-def check_quantised(memory: str, quantise: str | None, backend: str) -> None:
-    """Raise RequestError for an unknown preset or backend, and for a preset that cannot be used.
-
-    Weights that are quantised while they are read are nowhere else, so they cannot be dropped.
-    """
+def check_quantised(quantise: str | None, backend: str) -> None:
+    """Raise RequestError for an unknown preset or backend, and for two that exclude each other."""
     if quantise is None and backend in ("auto", DECODED):
         return
     from neounify.quant.backends import check_backend
@@ -220,11 +217,10 @@ def check_quantised(memory: str, quantise: str | None, backend: str) -> None:
     if quantise is None:
         return
     check_preset(quantise)
-    if backend == DECODED or memory not in ("all", "auto"):
-        reason = "backend='decoded'" if backend == DECODED else f"memory={memory!r}"
+    if backend == DECODED:
         raise RequestError(
-            f"quantise={quantise!r} cannot be used with {reason}: write the codes first, with "
-            "`neounify quantise`",
+            f"quantise={quantise!r} cannot be used with backend='decoded', which makes plain "
+            "weights of codes",
             param="quantise",
         )
 
@@ -260,11 +256,10 @@ def _place_codes(
     """Put quantised layers in place; the tensors that `sources` do not hold, by our names."""
     from neounify.checkpoint.quantised import place_new, place_stored, quantised_config
 
-    codes: dict[str, Tensor] = {}
     if quantise:
-        codes |= place_new(model, sources, quantise, backend, device)
+        place_new(model, sources, quantise, backend, device)
         model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
-    return codes | place_stored(model, sources, checkpoint, backend, device)
+    return place_stored(model, sources, checkpoint, backend, device)
 
 
 def _residency(
@@ -281,6 +276,8 @@ def _residency(
 
         return LayerResidency(model, sources, resident)
     model.fuse()
+    if any(source.format is not None for source in sources.values()):
+        return_freed_memory()
     return NullResidency()
 
 
@@ -294,17 +291,32 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _first_values(
-    source: StoredWeight, dtype: torch.dtype, device: torch.device, *, keep: bool, verify: bool
-) -> Tensor:
+    name: str,
+    source: StoredWeight,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep: bool,
+    verify: bool,
+) -> dict[str, Tensor]:
+    """The tensors that a weight becomes, by our names; empty ones unless mapped or to `keep`."""
+    if source.format is not None:
+        names = code_names(name, source)
+        if keep:
+            return {names[part]: t for part, t in source.read_codes(device).items()}
+        layout = source.format.layout(tuple(source.shape))
+        return {
+            names[part]: torch.empty(0, dtype=t, device=device) for part, (_, t) in layout.items()
+        }
     if source.is_view(dtype, device):
         if verify:
             source.verify()
         else:
             source.verify_sample()
-        return source.view()
+        return {name: source.view()}
     if keep:
-        return source.read(dtype, device)
-    return torch.empty(0, dtype=dtype, device=device)
+        return {name: source.read(dtype, device)}
+    return {name: torch.empty(0, dtype=dtype, device=device)}
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

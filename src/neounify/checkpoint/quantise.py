@@ -1,7 +1,7 @@
 """Quantising of checkpoints, weight by weight: files are laid out first, then filled in place.
 
-Memory holds one weight at a time, in float32. In a file, codes lie at multiples of 64 bytes, so
-that they can be computed with where they are mapped.
+Memory holds some rows of a weight in float32, of 4 bits all of them. In a file, codes lie at
+multiples of 64 bytes, so that they can be computed with where they are mapped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,7 +106,7 @@ class _Part:
             ((name, (_, dtype)),) = self.layout.items()
             return {name: self.source.read(dtype, CPU)}
         module = self.name.removesuffix(CODES)
-        codes = self.format.quantise(self.source.read(torch.float32, CPU))
+        codes = replace(self.source, format=self.format).read_codes(CPU)
         tensors = {f"{module}{part}": tensor for part, tensor in codes.items()}
         return tensors | {self.description: description_tensor(self.format)}
 

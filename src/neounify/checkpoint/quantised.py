@@ -84,30 +84,28 @@ def place_new(
     preset: str,
     backend: str,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Quantised layers as a preset says, of weights that are read and quantised one by one.
+) -> None:
+    """Quantised layers as a preset says, of weights that are quantised whenever they are read.
 
-    They leave `sources`; all tensors of their formats come back, by our names. Weights that are
-    stored as codes already keep their format. Raises RequestError where all are.
+    `sources` (our name → stored weight) get their formats. Weights that are stored as codes already
+    keep theirs, LoRA updates become an adapter beside the codes. Raises RequestError where all are
+    codes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    codes: dict[str, Tensor] = {}
+    placed = 0
     for name, format in preset_formats(preset, shapes, model.config.num_layers).items():
         source = sources[name]
         if source.codes or source.share is not None or not _takes_codes(model, name):
             continue
-        del sources[name]
         _place(model, name, format, source, backend, device)
-        weight = replace(source, updates=()).read(torch.float32, device)
-        for part, tensor in format.quantise(weight).items():
-            codes[name.removesuffix(CODES) + part] = tensor
-    if not codes:
+        sources[name] = replace(source, updates=(), format=format)
+        placed += 1
+    if not placed:
         raise RequestError(
             f"every weight that quantise={preset!r} applies to is quantised already: load the "
             "checkpoint as it is, without a preset",
             param="quantise",
         )
-    return codes
 
 
 def quantised_config(config: ModelConfig, preset: str, fingerprint: str) -> ModelConfig:

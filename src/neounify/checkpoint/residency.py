@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -23,8 +23,10 @@ from neounify.checkpoint.mapped import MappedFile, TensorInfo, all_finite
 from neounify.checkpoint.names import stream_of
 from neounify.errors import CheckpointError
 from neounify.model.parts import STREAMS, StreamName
+from neounify.runtime.process import return_freed_memory
 
 if TYPE_CHECKING:
+    from neounify.quant.formats import PublishedFormat
     from neounify.quant.stored import StoredCodes
 
 CHUNK_ELEMENTS = 2**21
@@ -50,7 +52,8 @@ class StoredWeight:
 
     `codes` says how a quantised weight is decoded; `updates` are added to its values. `kept` is the
     dtype of codes that are not decoded, None for weights in the dtype of the model. With a
-    `share`, only that part of the tensor is read.
+    `share`, only that part of the tensor is read. `format` is the one that a plain weight is
+    quantised in whenever it is read, with `read_codes`.
     """
 
     file: MappedFile
@@ -59,6 +62,7 @@ class StoredWeight:
     codes: StoredCodes | None = None
     share: Share | None = None
     kept: torch.dtype | None = None
+    format: PublishedFormat | None = None
 
     @property
     def info(self) -> TensorInfo:
@@ -79,6 +83,7 @@ class StoredWeight:
         return (
             not self.updates
             and self.codes is None
+            and self.format is None
             and device.type == "cpu"
             and self.info.dtype == dtype
             and self.file.is_view(self.name)
@@ -101,6 +106,27 @@ class StoredWeight:
             whole = replace(self, updates=(), share=None).read(torch.float32, device)
             return self._part_of(whole, dtype, check=True)
         return self._assembled(self._pieces(), dtype, device, check=True)
+
+    def read_codes(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of its `format`, quantised on one device. Raises CheckpointError."""
+
+        def read(rows: range) -> Tensor:
+            return replace(self, share=Share(0, rows)).read(torch.float32, device)
+
+        return self._quantised(device, read)
+
+    def encode(self, stored: Tensor) -> dict[str, Tensor]:
+        """`read_codes` of the stored tensor, elsewhere than in its file; values are not checked."""
+        weight = self.decode(stored, stored.dtype)
+        return self._quantised(stored.device, lambda rows: weight[rows.start : rows.stop].float())
+
+    def _quantised(
+        self, device: torch.device, read: Callable[[range], Tensor]
+    ) -> dict[str, Tensor]:
+        from neounify.quant.formats import quantise_rows
+
+        assert self.format is not None
+        return quantise_rows(self.format, tuple(self.shape), device, read)
 
     def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of the stored tensor, elsewhere than in its file: decoded, updates added.
@@ -247,7 +273,10 @@ class StreamResidency:
         for name, source in sources.items():
             stream = stream_of(name)
             if stream != "shared":
-                self._weights[stream].append(make_weight(parameters[name], source))
+                self._weights[stream].append(make_weight(parameters, name, source))
+        weights = [weight for stream in self._weights.values() for weight in stream]
+        # What they leave, and what it took to make them, would stay with the process.
+        self._rebuilds = any(not weight.mapped for weight in weights)
 
     @contextmanager
     def use(self, stream: StreamName) -> Iterator[None]:
@@ -284,6 +313,8 @@ class StreamResidency:
         except BaseException:
             self._drop(stream)
             raise
+        if self._rebuilds:
+            return_freed_memory()
 
     def _drop(self, stream: StreamName) -> None:
         pages: dict[MappedFile, list[tuple[int, int]]] = {}
@@ -295,7 +326,9 @@ class StreamResidency:
 
 
 class Weight(Protocol):
-    """A parameter whose memory can be freed and filled again."""
+    """A parameter whose memory can be freed and filled again; `mapped` where it is its file's."""
+
+    mapped: bool
 
     def fill(self) -> None: ...
 
@@ -303,14 +336,26 @@ class Weight(Protocol):
         """Free the memory, or add the byte ranges to be dropped to `pages`."""
 
 
-def make_weight(parameter: nn.Parameter, source: StoredWeight) -> Weight:
-    """The parameter as a view of its file where it is one, else to be rebuilt."""
+def make_weight(parameters: Mapping[str, nn.Parameter], name: str, source: StoredWeight) -> Weight:
+    """A parameter (our name) as a view of its file where it is one, else to be rebuilt."""
+    if source.format is not None:
+        return _QuantisedWeight(parameters, name, source)
+    parameter = parameters[name]
     if parameter.numel() and source.is_view(parameter.dtype, parameter.device):
         return _MappedWeight(parameter, source)
     return _RebuiltWeight(parameter, source)
 
 
+def code_names(name: str, source: StoredWeight) -> dict[str, str]:
+    """The parameters (our names) that a weight becomes, by the tensors of its format."""
+    assert source.format is not None
+    module = name.rpartition(".")[0]
+    return {part: f"{module}.{part}" for part in source.format.layout(tuple(source.shape))}
+
+
 class _MappedWeight:
+    mapped = True
+
     def __init__(self, parameter: nn.Parameter, source: StoredWeight) -> None:
         self.parameter = parameter
         self.source = source
@@ -328,6 +373,8 @@ class _MappedWeight:
 
 
 class _RebuiltWeight:
+    mapped = False
+
     def __init__(self, parameter: nn.Parameter, source: StoredWeight) -> None:
         self.parameter = parameter
         self.source = source
@@ -342,3 +389,33 @@ class _RebuiltWeight:
     def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
         if self.parameter._version == self.version:
             self.parameter.data = self.parameter.data.new_empty(0)
+
+
+class _QuantisedWeight:
+    """The parameters of a layer of codes, made of a plain weight."""
+
+    mapped = False
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], name: str, source: StoredWeight
+    ) -> None:
+        names = code_names(name, source)
+        self.parameters = {part: parameters[ours] for part, ours in names.items()}
+        self.source = source
+        self.versions = self._versions()
+
+    def _versions(self) -> Sequence[int]:
+        return [parameter._version for parameter in self.parameters.values()]
+
+    def fill(self) -> None:
+        if all(parameter.numel() for parameter in self.parameters.values()):
+            return
+        device = next(iter(self.parameters.values())).device
+        for part, tensor in self.source.read_codes(device).items():
+            self.parameters[part].data = tensor
+        self.versions = self._versions()
+
+    def drop(self, pages: dict[MappedFile, list[tuple[int, int]]]) -> None:
+        if self._versions() == self.versions:
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.new_empty(0)

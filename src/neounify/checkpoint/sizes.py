@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
 import torch
 
+from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import from_published, layer_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
+from neounify.quant.presets import preset_formats
 from neounify.runtime.memory_plan import STREAMS, StreamName, WeightBytes, weight_bytes
 from neounify.runtime.memory_rows import Kept
 
+EMBEDDING, TEXT_HEAD = "embed_tokens.weight", "lm_head.weight"
 DTYPE_LABELS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -21,16 +25,22 @@ DTYPE_LABELS = {
 
 
 def kept_weights(
-    checkpoint: CheckpointFolder, dtype: torch.dtype, *, decoded: bool = False
+    checkpoint: CheckpointFolder,
+    dtype: torch.dtype,
+    *,
+    decoded: bool = False,
+    quantise: str | None = None,
 ) -> Kept:
     """Weights of a checkpoint loaded in `dtype`, and what its files hold of each stream.
 
-    Codes of quantised layers stay as they are, unless they are `decoded`.
+    Codes of quantised weights stay as they are, unless they are `decoded`; others become codes with
+    the preset `quantise`.
     """
     weights, stored = weight_bytes(checkpoint.config, dtype.itemsize), stored_bytes(checkpoint)
     label = DTYPE_LABELS[dtype]
-    if checkpoint.quantised and not decoded:
-        weights, label = _with_codes(checkpoint, weights, dtype.itemsize), "codes"
+    saved = {} if decoded else _saved(checkpoint, dtype.itemsize, quantise)
+    if saved:
+        weights, label = _without(weights, saved), quantise or "codes"
     shares = {name: stored[name] / (weights.stream(name) + weights.rest[name]) for name in STREAMS}
     staged = {
         name: share * weights.largest(name)
@@ -45,16 +55,37 @@ def kept_weights(
     )
 
 
-def _with_codes(checkpoint: CheckpointFolder, weights: WeightBytes, itemsize: int) -> WeightBytes:
-    """The sizes of layers whose matrices stay codes, with what belongs to them."""
-    layers = {name: list(sizes) for name, sizes in weights.layers.items()}
+def _saved(checkpoint: CheckpointFolder, itemsize: int, quantise: str | None) -> dict[str, float]:
+    """Bytes by which codes, with what belongs to them, are less than plain weights (our names)."""
+    saved: dict[str, float] = {}
     for published, codes in checkpoint.quantised.items():
-        place = layer_of(from_published(published) or "")
+        info = checkpoint.tensors[published]
+        size = info.nbytes + codes.bytes_beside
+        saved[from_published(published) or ""] = prod(codes.shape) * itemsize - size
+    if quantise is not None:
+        shapes = {name: tuple(s) for name, s in expected_shapes(checkpoint.config).items()}
+        formats = preset_formats(quantise, shapes, checkpoint.config.num_layers)
+        for name in formats.keys() - saved.keys():
+            layout = formats[name].layout(shapes[name]).values()
+            size = sum(prod(shape) * dtype.itemsize for shape, dtype in layout)
+            saved[name] = prod(shapes[name]) * itemsize - size
+    if checkpoint.config.tie_embeddings:  # it is decoded
+        saved.pop(EMBEDDING, None)
+    return saved
+
+
+def _without(weights: WeightBytes, saved: Mapping[str, float]) -> WeightBytes:
+    layers = {name: list(sizes) for name, sizes in weights.layers.items()}
+    for name, size in saved.items():
+        place = layer_of(name)
         if place is not None:
-            info = checkpoint.tensors[published]
-            saved = prod(codes.shape) * itemsize - info.nbytes - codes.bytes_beside
-            layers[place[1]][place[0]] -= saved
-    return replace(weights, layers=layers)
+            layers[place[1]][place[0]] -= size
+    return replace(
+        weights,
+        layers=layers,
+        embedding=weights.embedding - saved.get(EMBEDDING, 0),
+        lm_head=weights.lm_head - saved.get(TEXT_HEAD, 0),
+    )
 
 
 def stored_bytes(checkpoint: CheckpointFolder) -> dict[StreamName, float]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from neounify.checkpoint.mapped import MappedFile
-from neounify.checkpoint.residency import StoredWeight
+from neounify.checkpoint.residency import StoredWeight, code_names
 from neounify.errors import RequestError
 from neounify.runtime.memory_plan import SLOTS, STAGING
 
@@ -39,21 +39,30 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Part:
-    """A stored tensor at bytes `offset` of a slot, and the parameter that it becomes."""
+    """A stored tensor at bytes `offset` of a slot, and the parameters that it becomes.
 
-    parameter: nn.Parameter
+    That is one, or those of a layer of codes by the names of its format.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
     source: StoredWeight
     offset: int
-    dtype: torch.dtype
 
     def take(self, slot: Tensor) -> None:
-        """Make the slot's bytes the parameter's values, decoded where they are stored otherwise."""
+        """Make the slot's bytes the values, decoded or quantised where stored otherwise."""
         info = self.source.info
         stored = slot[self.offset : self.offset + info.nbytes].view(info.dtype)
-        self.parameter.data = self.source.decode(stored.view(info.stored_shape), self.dtype)
+        stored = stored.view(info.stored_shape)
+        if self.source.format is not None:
+            for name, tensor in self.source.encode(stored).items():
+                self.parameters[name].data = tensor
+            return
+        (parameter,) = self.parameters.values()
+        parameter.data = self.source.decode(stored, parameter.dtype)
 
     def leave(self) -> None:
-        self.parameter.data = self.parameter.data.new_empty(0)
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.new_empty(0)
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,8 @@ def layer_image(
     ):
         if source.share is not None:
             raise RequestError("memory='layers' cannot be used with shares of ranks")
-        part = Part(parameters[name], source, size, parameters[name].dtype)
+        names = {name: name} if source.format is None else code_names(name, source)
+        part = Part({key: parameters[ours] for key, ours in names.items()}, source, size)
         size += -(-source.info.nbytes // ALIGNMENT) * ALIGNMENT
         parts.append(part)
         last = joined[-1][-1].source if joined else None

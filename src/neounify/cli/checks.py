@@ -65,8 +65,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     if isinstance(options, ModelOptions):
         check_devices(options.devices, "--devices")
         check_threads(options.threads)
-    memory = options.memory if isinstance(options, ModelOptions) else "all"
-    check_quantised(memory, options.quantise, options.backend)
+    check_quantised(options.quantise, options.backend)
     check_loras(options.lora)
     return checkpoint
 

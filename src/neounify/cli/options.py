@@ -172,7 +172,7 @@ class QuantOptions:
         option(
             MODEL,
             "PRESET",
-            "Quantise the weights while they are read: int8, int8-all, fp8, w4-mixed or w4.",
+            "Quantise the weights whenever they are read: int8, int8-all, fp8, w4-mixed or w4.",
         ),
     ] = None
     backend: Annotated[

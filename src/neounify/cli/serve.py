@@ -166,9 +166,9 @@ def _serve_config(model: ServeModelOptions, engines: EngineOptions) -> ServeConf
             "keeps its share of the weights there"
         )
     mode = "separate" if understanding or generation else model.mode
-    if mode == "separate" and model.quantise is not None:
+    if model.quantise is not None and max(len(understanding), len(generation)) > 1:
         raise UsageError(
-            "--quantise needs --mode colocate; with --mode separate, serve a model that is written "
+            "--quantise is for engines of one device; for several, serve a model that is written "
             "by `neounify quantise`"
         )
     if mode == "colocate":

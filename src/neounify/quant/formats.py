@@ -13,7 +13,7 @@ The tensors of a module have these names, here and in files, in front of which s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -28,6 +28,9 @@ from neounify.quant.w4 import GROUP, LEVELS, dequantise_w4, quantise_w4, row_sca
 
 CODES, SCALE = "weight", "weight_scale"
 RELATIVE, CHANNEL, CODEBOOK = "weight_s_rel", "weight_s_channel", "weight_codebook"
+
+SLICE_ELEMENTS = 2**18
+"""Elements that are quantised at a time: 1 MB in float32, which stays in a cache."""
 
 Shape: TypeAlias = tuple[int, ...]
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -142,6 +145,34 @@ class FourBits:
 
 PublishedFormat: TypeAlias = Int8Rows | Fp8Rows | FourBits
 """A format of the published conventions, which this package writes too."""
+
+
+def quantise_rows(
+    format: PublishedFormat,
+    shape: Shape,
+    device: torch.device,
+    read: Callable[[range], Float[Tensor, "rows k"]],
+) -> dict[str, Tensor]:
+    """The tensors of a weight [N, K] of which `read` gives some rows, on a device.
+
+    Formats of rows are quantised some rows at a time, so that little more than the codes is in
+    memory; levels of 4 bits are fitted to all of them.
+    """
+    rows, columns = shape
+    # Before all intermediate results: allocated behind them, codes would keep what these leave
+    # from being used again.
+    tensors = {
+        name: torch.empty(size, dtype=dtype, device=device)
+        for name, (size, dtype) in format.layout(shape).items()
+    }
+    whole = isinstance(format, FourBits)
+    step = rows if whole else max(1, SLICE_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        part = range(start, min(start + step, rows))
+        for name, values in format.quantise(read(part)).items():
+            into = tensors[name] if whole else tensors[name][part.start : part.stop]
+            into.copy_(values)
+    return tensors
 
 
 def rows_of(tensors: Tensors, rows: slice | Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -73,10 +73,8 @@ def build_service(config: ServeConfig) -> EngineService:
     """Service of a checkpoint, to `start`. Raises the errors of `load`."""
     if config.mode == "separate":
         return _separate(config)
-    weights: dict[str, Any] = {"memory": "all"}
-    if not config.quantise:
-        place = (config.folder, config.config, config.dtype, config.device)
-        weights = config.memory.of_load(*place, backend=config.backend)
+    place = (config.folder, config.config, config.dtype, config.device)
+    weights = config.memory.of_load(*place, quantise=config.quantise, backend=config.backend)
     pipe = load(
         config.folder,
         config=config.config,
@@ -175,6 +173,7 @@ def _process(
             sequence=config.sequence_parallel if generates else 1,
             threads=threads,
             lora=config.lora,
+            quantise=config.quantise,
             backend=config.backend,
             memory=config.memory,
             engines=config.engines,

@@ -71,6 +71,7 @@ class ProcessConfig:
     threads: int | None
     config: Path | None = None
     lora: tuple[tuple[Path, float], ...] = ()
+    quantise: str | None = None
     backend: str = "auto"
     memory: EngineMemory = field(default_factory=EngineMemory)
     engines: EngineConfig = field(default_factory=EngineConfig)
@@ -352,12 +353,15 @@ def _work(
     weights: dict[str, Any] = {"memory": "stream", "plan": "ignore"}
     if group.size == 1:
         place = (config.folder, config.config, config.dtype, config.devices[0])
-        weights = config.memory.of_load(*place, config.role, backend=config.backend)
+        weights = config.memory.of_load(
+            *place, config.role, quantise=config.quantise, backend=config.backend
+        )
     options = LoadOptions(
         folder=config.folder,
         config=config.config,
         dtype=config.dtype,
         lora=config.lora or None,
+        quantise=config.quantise,
         backend=config.backend,
         **weights,
     )

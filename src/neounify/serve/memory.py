@@ -52,6 +52,7 @@ class EngineMemory:
         device: str,
         role: StreamName | None = None,
         *,
+        quantise: str | None = None,
         backend: str = "auto",
     ) -> dict[str, Any]:
         """Arguments of `load` for both engines, or for that of one stream.
@@ -69,7 +70,7 @@ class EngineMemory:
         chosen = choose_dtype(dtype, checkpoint, target.type).dtype
         fitted = fit_engines(
             checkpoint,
-            kept_weights(checkpoint, chosen, decoded=backend == DECODED),
+            kept_weights(checkpoint, chosen, decoded=backend == DECODED, quantise=quantise),
             target,
             self.memory,
             self.resident_layers,
