@@ -17,14 +17,13 @@ from neounify.attention.blocks import BlockAttention
 from neounify.errors import ConfigError, ImageError
 from neounify.lora.layers import LoraLinear
 from neounify.model.stream import Layer, call_plain
-from neounify.pipeline import Pipeline
 from neounify.train import supervised
 from neounify.train.log import REPORTS, DivergenceWatch, Log
 from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.loss import Metrics
 from neounify.train.method import DROPOUT, TrainStep, pack_seed, seeded
 from neounify.train.optim import OptimizerConfig, OptimizerSet
-from neounify.train.progress import Progress
+from neounify.train.progress import Progress, Sampling
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
@@ -105,8 +104,9 @@ def test_dropout_differs_from_step_to_step(tmp_path: Path) -> None:
 def test_evaluation_is_without_dropout_and_training_resumes_with_it(tmp_path: Path) -> None:
     modes: list[bool] = []
 
-    def evaluate(pipe: Pipeline, _: Progress) -> dict[str, float]:
-        modes.append(any(m.training for m in pipe.model.modules()))
+    def evaluate(sampling: Sampling, _: Progress) -> dict[str, float]:
+        with sampling() as pipe:
+            modes.append(any(m.training for m in pipe.model.modules()))
         return {}
 
     parsed = recipe(stages=stages(lora={"rank": 2, "dropout": 0.5}, sample_every=2))

@@ -20,6 +20,7 @@ EMA are made last, of what a rank holds. On one rank only the first applies.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,11 @@ from torch.nn import Parameter
 
 from neounify.distributed.experts import call_every_stream, place_experts
 from neounify.distributed.mesh import MeshShape
+from neounify.distributed.passes import passes_of_ranks
 from neounify.distributed.ranks import ONE, Ranks
 from neounify.distributed.reaching import reach_every_layer
 from neounify.distributed.sequence import Share, share_of
-from neounify.distributed.shards import gathered, keep_on_host
+from neounify.distributed.shards import keep_on_host
 from neounify.model.layout import Layout
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import StreamName
@@ -67,6 +69,8 @@ class Parallel:
     """The ranks that compute different packs at the same time."""
     sequence: Ranks = ONE
     """The ranks that compute the same pack."""
+    gathered_in: torch.dtype = torch.float32
+    """Dtype of parameters that are cut, when they are gathered."""
 
     def share(self, layout: Layout, attention: str = "auto") -> Share:
         """What this rank computes of a layout; `attention` names the backend of one rank."""
@@ -97,9 +101,12 @@ class Parallel:
         if self.shape.replicate > 1 and isinstance(self.objective, FSDPModule):
             self.objective.set_requires_all_reduce(last)
 
-    def whole(self, device: torch.device) -> NeoUnify:
-        """The model with all weights: itself, or a copy on a device if it is cut; collective."""
-        return gathered(self.objective.model, device) if self.cut else self.objective.model
+    def sampling(self) -> AbstractContextManager[NeoUnify]:
+        """The model for inference, by each rank by itself; entering and leaving are collective."""
+        model = self.objective.model
+        if not isinstance(self.objective, FSDPModule):
+            return nullcontext(model)
+        return passes_of_ranks(self.objective, model, self.ranks, self.gathered_in)
 
 
 def parallelize(
@@ -148,4 +155,5 @@ def parallelize(
         else:
             reach_every_layer(objective, model)
     sequence, packs = ranks.split(shape.sequence)
-    return Parallel(objective, ranks, shape, packs, sequence)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return Parallel(objective, ranks, shape, packs, sequence, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -90,17 +89,3 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor gathered from all ranks; collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def gathered(model: NeoUnify, device: torch.device) -> NeoUnify:
-    """A copy of a model, gathered one parameter after the other."""
-    with torch.device("meta"):
-        copy = NeoUnify(model.config)
-        copy.stack_experts()
-    copy = copy.to_empty(device=device).requires_grad_(False)
-    copy.compute_dtype = model.compute_dtype
-    target = dict(copy.named_parameters())
-    for name, parameter in model.named_parameters():
-        target[name].copy_(whole(parameter))
-    return copy

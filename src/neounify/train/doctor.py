@@ -284,12 +284,12 @@ def _generation(
         return
     target = known["t2i"].targets[0]
     setup.model.eval()
-    model = setup.parallel.whole(setup.model.device)
-    pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)
     height, width = target.shape[:2]
     prompt = samples["t2i"].text("user")
-    image = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images[0]
-    pixels = np.asarray(image)
+    with setup.parallel.sampling() as model:
+        pipe = Pipeline(model, setup.tokenizer, system_message=setup.system_message)
+        images = pipe.generate(prompt, width=width, height=height, guidance=1.0, seed=0).images
+    pixels = np.asarray(images[0])
     decibels = psnr(target, pixels)
     overfitted = overfit.last.get("image/clean", 1.0) < MAX_CLEAN_ERROR
     like = decibels > MIN_PSNR

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,7 +21,6 @@ from neounify.errors import CheckpointError, NeounifyError
 from neounify.lora.layers import merge_lora
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
-from neounify.pipeline import Pipeline
 from neounify.train.expert_counts import ExpertCounts, balance
 from neounify.train.export import export_model
 from neounify.train.keeping import setup_for
@@ -48,7 +47,7 @@ from neounify.train.optim import (
     take_step,
 )
 from neounify.train.parallel import RankWork, first_not_finite
-from neounify.train.progress import Progress, Tally, stages_to_run
+from neounify.train.progress import Evaluate, Progress, Tally, sampling_of, stages_to_run
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.saving import StateWriter
 from neounify.train.setup import StageSources, TrainSetup, checkpoint_layers, prepare_parameters
@@ -61,8 +60,6 @@ from neounify.train.state import (
     method_state,
     unflatten_optimizer,
 )
-
-Evaluate = Callable[[Pipeline, Progress], dict[str, float]]
 
 
 @dataclass(eq=False)
@@ -87,8 +84,8 @@ class _Running:
 class Trainer:
     """One run of a recipe in a folder.
 
-    `evaluate` is called with the EMA in the model every `sample_every` steps; its results are
-    logged.
+    `evaluate` is called with the EMA in the model every `sample_every` steps, on all ranks, with
+    what opens the pipeline; its results are logged.
     """
 
     def __init__(
@@ -474,22 +471,16 @@ class Trainer:
     def _evaluate(self, ema: Ema) -> None:
         if self.evaluate is None:
             return
+        stage = self.recipe.stages[self.progress.stage]
+        if self.parallel.cut and stage.method.unused_streams(stage):
+            return  # a part of the model is in host memory, in shards
         try:
             with evaluation_mode(self.model), ema.in_place():
-                scores = self.evaluate(self._pipeline(), self.progress)
+                scores = self.evaluate(partial(sampling_of, self.setup, stage), self.progress)
         except NeounifyError as error:
             self.log.warn(f"step {self.progress.step:,}: no evaluation: {error}")
         else:
             self.log.evaluation(self.progress, scores)
-
-    def _pipeline(self) -> Pipeline:
-        """The model as it is now; on many ranks a whole copy of it on each."""
-        return Pipeline(
-            self.parallel.whole(self.model.device),
-            self.setup.tokenizer,
-            system_message=self.setup.system_message,
-            attention=self.recipe.stages[self.progress.stage].attention,
-        )
 
     def export(self, folder: Path) -> None:
         """Write the weights as they are now as a checkpoint of the published layout."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -24,8 +24,8 @@ from neounify.errors import ConfigError
 from neounify.image.contact_sheet import contact_sheet
 from neounify.pipeline import Pipeline
 from neounify.train.method import MicroBatch
-from neounify.train.recipe import Recipe
-from neounify.train.setup import StageSources
+from neounify.train.recipe import Recipe, StageRecipe
+from neounify.train.setup import StageSources, TrainSetup
 
 
 @dataclass
@@ -190,6 +190,18 @@ class Tally:
                 self.reasons[number] = Counter({str(k): int(n) for k, n in reasons.items()})
 
 
+Sampling = Callable[[], AbstractContextManager[Pipeline]]
+Evaluate = Callable[[Sampling, Progress], dict[str, float]]
+
+
+@contextmanager
+def sampling_of(setup: TrainSetup, stage: StageRecipe) -> Iterator[Pipeline]:
+    """The model as it is now, for each rank by itself; entering and leaving are collective."""
+    with setup.parallel.sampling() as model:
+        message, attention = setup.system_message, stage.attention
+        yield Pipeline(model, setup.tokenizer, system_message=message, attention=attention)
+
+
 MAX_PROMPTS = 16
 GRID_STEPS = 30
 """Sampling steps of a grid's images."""
@@ -211,17 +223,18 @@ class SampleGrid:
         self.recipe, self.folder, self.ranks = recipe, folder / "samples", ranks
         self.sources = sources or StageSources(recipe)
 
-    def __call__(self, pipe: Pipeline, progress: Progress) -> dict[str, float]:
+    def __call__(self, sampling: Sampling, progress: Progress) -> dict[str, float]:
         prompts = list(self.recipe.prompts) or self._prompts(progress.stage)
         if not prompts:
             return {}
         mine = range(self.ranks.rank, len(prompts), self.ranks.size)
 
         def generate() -> list[tuple[int, NDArray[np.uint8]]]:
-            if not mine:
-                return []
-            texts = [prompts[number] for number in mine]
-            generated = pipe.generate(texts, seed=list(mine), steps=GRID_STEPS)
+            with sampling() as pipe:
+                if not mine:
+                    return []
+                texts = [prompts[number] for number in mine]
+                generated = pipe.generate(texts, seed=list(mine), steps=GRID_STEPS)
             return [(n, np.asarray(x)) for n, x in zip(mine, generated.images, strict=True)]
 
         parts = self.ranks.gather(self.ranks.together(generate))
