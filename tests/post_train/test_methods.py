@@ -24,6 +24,7 @@ from neounify.post_train.policy import GuidedImages
 from neounify.post_train.rewards import RewardFailure
 from neounify.train.loop import Trainer
 from neounify.train.method import TrainingStopped, TrainStep
+from neounify.train.setup import prepare_parameters
 from neounify.train.state import saved_states
 from support.post_training import (
     BASE,
@@ -100,7 +101,7 @@ def test_the_fake_starts_from_the_teacher(
     stage = {"lora": LORA} if lora else {"freeze": ["und", "shared", "timestep"]}
     training = trainer(tmp_path / "run", described("dmd2", settings, **stage))
     one = training.recipe.stages[0]
-    training._prepare_parameters(one)
+    prepare_parameters(training.model, one, training.recipe.seed)
     method = one.method.build(training._context(one))
     assert isinstance(method, Dmd2)
     theirs = dict(load(experts["edit"], dtype="float32").model.named_parameters())

@@ -59,13 +59,23 @@ GRPO = one_stage(method={"kind": "text-grpo"}, freeze=["gen"], data=[])
         ({"parallel": {"streams": 6}}, 4, "4 ranks cannot share the 6 data streams.*parallel"),
         (one_stage(packs_per_step=6), 4, r"packs_per_step \(6\).* such as 8"),
         (
-            {**one_stage(lora={"rank": 2}), "parallel": {"shard": 2}},
+            {**one_stage(lora={"rank": 2}), "parallel": {"expert": 2}},
             2,
-            "lora needs the whole model",
+            r"lora is not available with parallel\.expert \(2\)",
         ),
+        (
+            {**one_stage(lora={"rank": 2, "dropout": 0.1}), "parallel": {"sequence": 2}},
+            2,
+            r"lora\.dropout \(0\.1\) is not available with parallel\.sequence",
+        ),
+        ({**GRPO, "parallel": {"expert": 2}}, 2, "text-grpo needs the whole model on every rank"),
         ({**GRPO, "parallel": {"shard": 2}}, 2, "text-grpo needs the whole model on every rank"),
         (GRPO, 2, "2 ranks share the rollouts of an iteration, 1 of 16 prompts; .* such as 8"),
-        ({**GRPO, "parallel": {"sequence": 2}}, 2, "text-grpo needs .* leave parallel.shard and"),
+        (
+            {**GRPO, "parallel": {"sequence": 2}},
+            2,
+            "text-grpo needs .* leave parallel.shard",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], ranks: int, message: str) -> None:
@@ -100,9 +110,11 @@ def test_models_that_cannot_use_an_axis(
 
 
 def test_stages_that_need_the_whole_model_have_it_by_default() -> None:
-    lora = one_stage(lora={"rank": 2}, packs_per_step=4)
-    assert check_parallel(recipe(**lora), 4) == MeshShape(replicate=4)
-    assert check_parallel(recipe(), 4) == MeshShape(shard=4)
+    grpo = one_stage(method={"kind": "dmd2"}, freeze=["und", "shared"], data=[])
+    assert check_parallel(recipe(**grpo), 4) == MeshShape(replicate=4)
+    lora = one_stage(lora={"rank": 2})
+    for changes in ({}, lora):
+        assert check_parallel(recipe(**changes), 4) == MeshShape(shard=4)
 
 
 def test_without_a_table_the_data_streams_are_the_workers() -> None:

@@ -58,6 +58,7 @@ def _examine(
     ranks: Ranks,
 ) -> None:
     with lasting_imports():
+        from neounify.train.keeping import setup_for
         from neounify.train.method import NO_TIME, Finding, StageContext
         from neounify.train.parallel import check_parallel
         from neounify.train.recipe import read_recipe
@@ -80,7 +81,7 @@ def _examine(
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        setup = build_setup(parsed, device, folder, ranks)
+        setup = setup_for(chosen, build_setup(parsed, device, folder, ranks), parsed.seed)
         context = StageContext(
             recipe=parsed, stage=chosen, setup=setup, sources=sources, folder=folder
         )

@@ -43,6 +43,7 @@ from neounify.model.stream import (
     Projected,
     Rotation,
     SparseMlp,
+    StackedExperts,
     product_dtype,
     run_experts,
 )
@@ -60,7 +61,7 @@ def place_experts(model: NeoUnify, shape: MeshShape, device: str) -> Placement:
     experts: dict[nn.Parameter, Shard] = {}
     mesh = shape.build_experts(device) if shape.expert > 1 else None
     for mlp in model.sparse_mlps:
-        for name in PROJECTIONS:
+        for name in PROJECTIONS if isinstance(mlp.experts, StackedExperts) else ():
             weight = mlp.experts.get_parameter(name)
             if isinstance(weight, DTensor):  # of a stream that is never called
                 continue

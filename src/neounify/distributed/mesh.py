@@ -92,7 +92,7 @@ def mesh_shape(config: ParallelConfig | None, ranks: int, *, cut: bool = True) -
         raise ConfigError(
             f"parallel.sequence: {ranks} ranks cannot be divided into groups of {sequence}"
         )
-    if shard is None and not cut:
+    if shard is None and not cut and expert == 1:
         replicate, shard = ranks // sequence, 1
     if shard is None:
         packs = ranks // sequence

@@ -11,7 +11,8 @@
 6. Rows of a pack are cut over the ranks of `sequence`, which also share the parameters: a loss asks
    for its share of a layout, and adds what its rows have (`sequence.py`).
 
-Where nothing is cut (`replicate` alone), steps 2 to 5 are one sum of gradients at a step's end.
+Where nothing is cut (`replicate` alone), steps 2 to 5 are one sum of gradients at a step's end; so
+it is for adapters, which stay whole.
 
 Freezing, compiling and recomputing are settings inside the units and come after; optimizers and the
 EMA are made last, of what a rank holds. On one rank only the first applies.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from neounify.distributed.experts import call_every_stream, place_experts
@@ -87,10 +89,12 @@ class Parallel:
 
         Those of parameters that are cut are sums already.
         """
-        if self.ranks.size == 1 or self.cut:
+        if self.ranks.size == 1:
             return
         gradients = []
         for parameter in parameters:
+            if isinstance(parameter, DTensor):
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
@@ -117,11 +121,13 @@ def parallelize(
     device: torch.device | None = None,
     bfloat16: bool = False,
     unused: Collection[StreamName] = (),
+    uncut: Collection[Parameter] = (),
 ) -> Parallel:
     """Spread a model over the ranks, its parameters shards of their dtype.
 
     With `bfloat16` they are gathered in it, and gradients are summed in float32. Streams that are
-    never called, `unused`, are cut over the ranks in host memory. A model without values gets them
+    never called, `unused`, are cut over the ranks in host memory; the parameters `uncut` stay whole
+    on every rank, and their gradients are summed at a step's end. A model without values gets them
     afterwards, on `device`; else all ranks must hold the same weights.
     """
     shape = shape or MeshShape(shard=ranks.size)
@@ -143,7 +149,7 @@ def parallelize(
                 mesh=mesh,
                 mp_policy=precision,
                 shard_placement_fn=placed,
-                ignored_params=on_host,
+                ignored_params=on_host | set(uncut),
             )
             assert isinstance(unit, FSDPModule)
             unit.set_gradient_divide_factor(1.0)

@@ -82,13 +82,20 @@ class LoraLinear(nn.Linear):
         self.weight, self.bias = base.weight, base.bias
         self.train(base.training)
         self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
-        # Drawn in float32 on the CPU, so that a seed means the same for every dtype and device.
-        down = torch.empty(config.rank, base.in_features, dtype=torch.float32)
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        up = torch.zeros(base.out_features, config.rank)
         device, dtype = base.weight.device, torch.promote_types(base.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(down.to(device, dtype))
-        self.lora_B = nn.Parameter(up.to(device, dtype))
+        down = torch.empty(config.rank, base.in_features, device=device, dtype=dtype)
+        up = torch.empty(base.out_features, config.rank, device=device, dtype=dtype)
+        self.lora_A, self.lora_B = nn.Parameter(down), nn.Parameter(up)
+        self.begin(generator)
+
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Give the adapter its first values: A drawn, B = 0."""
+        # Drawn in float32 on the CPU, so that a seed means the same for every dtype and device.
+        down = torch.empty(self.lora_A.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        self.lora_A.copy_(down)
+        self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         low = linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))

@@ -18,12 +18,12 @@ from torch import Tensor
 from neounify.checkpoint.config_json import write_config
 from neounify.data.sources import FileSource
 from neounify.errors import CheckpointError, NeounifyError
-from neounify.lora.layers import merge_lora
+from neounify.lora.layers import HALVES
 from neounify.lora.peft import save_lora
 from neounify.model.build import compile_streams
 from neounify.train.expert_counts import ExpertCounts, balance
 from neounify.train.export import export_model
-from neounify.train.keeping import setup_for
+from neounify.train.keeping import merge_adapters, setup_for
 from neounify.train.log import Log, settings_against_divergence
 from neounify.train.method import (
     DROPOUT,
@@ -109,7 +109,7 @@ class Trainer:
         self._position: Any = None
         self._resumed: Path | None = None
         self._compiled = False
-        self._has_adapters = False
+        self._adapters: dict[str, Tensor] = {}
 
     @property
     def states(self) -> Path:
@@ -127,7 +127,12 @@ class Trainer:
         self.model.config = config_of(state, facts, self.model.config)
         try:
             self.progress = Progress(**facts["progress"])
-            self._prepare_parameters(self.recipe.stages[self.progress.stage])
+            stage = self.recipe.stages[self.progress.stage]
+            if self.parallel.cut and stage.lora is not None:  # which has adapters when it begins
+                self._adapters = {n: x for n, x in weights.items() if n.endswith(HALVES)}
+                weights = {n: x for n, x in weights.items() if n not in self._adapters}
+            else:
+                prepare_parameters(self.model, stage, self.recipe.seed)
             self._position = facts["position"]
             self._tally_record = facts.get("sources")
             self.model.load_state_dict(weights)
@@ -241,14 +246,14 @@ class Trainer:
 
     def _begin(self, stage: StageRecipe) -> _Running:
         """Prepare model, method, optimizers and EMA of a stage, from a state on a resume."""
-        self.setup = setup_for(stage, self.setup)
+        self.setup = setup_for(stage, self.setup, self.recipe.seed)
         if self.model is not self.setup.model:
             self.model, self.parallel = self.setup.model, self.setup.parallel
             self.work.parallel = self.parallel
             self.experts = ExpertCounts(self.model)
             self._compiled = False
             gc.collect()  # the model before, whose units and hooks hold each other
-        self._prepare_parameters(stage)
+        prepare_parameters(self.model, stage, self.recipe.seed)
         method = stage.method.build(self._context(stage))
         sources = self.sources.list(stage)
         tally = Tally(sources, stage.data)
@@ -283,9 +288,8 @@ class Trainer:
             base = str(self.recipe.model.checkpoint or "")
             save = partial(save_lora, self.model, stage.lora, self.folder / "adapter", base)
             self.ranks.together(lambda: save() if self.ranks.first else None)
-            merge_lora(self.model)
-            self._has_adapters = False
-        self.model.config = stage.method.checkpoint_config(self.model.config)
+            merge_adapters(self.model)
+            self.model.config = stage.method.checkpoint_config(self.model.config)
         self.export(self.folder / "model")
         running.method.end_stage()
 
@@ -297,12 +301,6 @@ class Trainer:
             sources=self.sources,
             folder=self.folder,
         )
-
-    def _prepare_parameters(self, stage: StageRecipe) -> None:
-        """Add a stage's adapters, once, or freeze what it freezes."""
-        if stage.lora is None or not self._has_adapters:
-            prepare_parameters(self.model, stage, self.recipe.seed)
-            self._has_adapters = self._has_adapters or stage.lora is not None
 
     # --- a step ---
 
@@ -460,6 +458,7 @@ class Trainer:
         states = unflatten_optimizer(tensors["optimizer"], before)
         load_optimizers(running.optimizers, states, names)
         try:
+            self.model.load_state_dict(self._adapters, strict=False)
             running.ema.load(tensors["ema"], int(facts["ema_updates"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(

@@ -34,7 +34,7 @@ def check_parallel(recipe: Recipe, ranks: int) -> MeshShape:
 
     Raises ConfigError for degrees that do not fit, and stages that cannot use many ranks.
     """
-    cut = all(stage.method.shards and stage.lora is None for stage in recipe.stages)
+    cut = all(stage.method.shards for stage in recipe.stages)
     shape = mesh_shape(recipe.parallel, ranks, cut=cut)
     if ranks == 1:
         return shape
@@ -67,11 +67,20 @@ def _packs(shape: MeshShape) -> str:
 
 def _check_stage(stage: StageRecipe, shape: MeshShape) -> None:
     where = f"stage {stage.name}"
-    if shape.cuts > 1 and not (stage.method.shards and stage.lora is None):
-        what = f"the method {stage.method.kind}" if stage.lora is None else "a stage with lora"
+    if shape.cuts > 1 and not stage.method.shards:
         raise ConfigError(
-            f"{where}: {what} needs the whole model on every rank; leave parallel.shard and "
-            "sequence out of a recipe that has such a stage"
+            f"{where}: the method {stage.method.kind} needs the whole model on every rank; leave "
+            "parallel.shard, expert and sequence out of a recipe that has such a stage"
+        )
+    if stage.lora is not None and shape.expert > 1:
+        raise ConfigError(
+            f"{where}: lora is not available with parallel.expert ({shape.expert}): leave it at 1"
+        )
+    if stage.lora is not None and stage.lora.dropout and shape.sequence > 1:
+        raise ConfigError(
+            f"{where}: lora.dropout ({stage.lora.dropout:g}) is not available with "
+            f"parallel.sequence ({shape.sequence}), as ranks would drop other values than one; "
+            "leave it at 0"
         )
     try:
         stage.method.check_ranks(shape.packs)

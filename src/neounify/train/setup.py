@@ -21,7 +21,7 @@ from neounify.distributed.parallelize import Parallel, parallelize
 from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
-from neounify.lora.layers import add_lora
+from neounify.lora.layers import add_lora, lora_layers
 from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
@@ -297,14 +297,15 @@ def checkpoint_layers(model: NeoUnify, enabled: bool) -> None:
 
 
 def prepare_parameters(model: NeoUnify, stage: StageRecipe, seed: int) -> None:
-    """Add the adapters of a stage, drawn from `seed`, or freeze what a stage without LoRA freezes.
+    """Add the adapters of a stage, drawn from `seed`, unless the model has them, or freeze what a
+    stage without LoRA freezes.
 
-    Raises ConfigError for names that the model does not have, and where it has adapters already.
+    Raises ConfigError for names that the model does not have.
     """
     if stage.lora is None:
         model.stack_experts()
         freeze(model, stage.freeze, stage.freeze_last_layers)
-    else:
+    elif not lora_layers(model):
         add_lora(model, stage.lora, seed)
 
 
