@@ -18,31 +18,10 @@ from typing import Any
 import pytest
 
 from neounify.train.state import saved_states
+from support.rank_recipes import SCENES, write_recipe
 
 pytestmark = pytest.mark.slow
 
-RECIPE = """
-name = "r"
-workers = 0
-[model]
-preset = "scenes"
-changes = { hidden_size = 32, num_layers = 2, num_heads = 2, num_kv_heads = 2, head_dim = 16 }
-tokenizer = { samples = 50 }
-[parallel]
-streams = 4
-[defaults]
-method = { tokens_per_pack = 300 }
-log_every = 1
-sample_every = 1000
-save_every = 1
-optimizer = { learning_rate = 1e-4 }
-data = [DATA]
-[[stages]]
-name = "a"
-steps = STEPS
-packs_per_step = 4
-"""
-SCENES = '{ kind = "scenes", world = "easy" }'
 TESTS = Path(__file__).parents[1]
 WITHIN = 300.0
 """Seconds in which ranks end: a minute, and their start on cores that may be busy."""
@@ -105,13 +84,9 @@ def run(folder: Path, recipes: Sequence[Path], **settings: Any) -> Iterator[Run]
             process.communicate()
 
 
-def recipe(
-    folder: Path, name: str = "r", *, steps: int = 4, every: int = 1, data: str = SCENES
-) -> Path:
+def recipe(folder: Path, name: str = "r", *, steps: int = 4, data: str = SCENES) -> Path:
     """The path of a recipe of so many steps."""
-    path = folder / f"{name}.toml"
-    path.write_text(RECIPE.replace("STEPS", str(steps)).replace("DATA", data))
-    return path
+    return write_recipe(folder / f"{name}.toml", steps=steps, data=data)
 
 
 def free_port() -> int:

@@ -10,34 +10,15 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from support.rank_recipes import write_recipe
 
-RECIPE = """
-name = "r"
-workers = 1
-[model]
-preset = "scenes"
-changes = { hidden_size = 32, num_layers = 2, num_heads = 2, num_kv_heads = 2, head_dim = 16 }
-tokenizer = { samples = 50 }
-[parallel]
-streams = 2
-[defaults]
-method = { tokens_per_pack = 300 }
-log_every = 1
-sample_every = 2
-data = [{ kind = "scenes", world = "easy" }]
-[[stages]]
-name = "a"
-steps = 2
-packs_per_step = PACKS
-"""
+pytestmark = pytest.mark.slow
 
 
 def torchrun(
     folder: Path, packs: int, *options: str, command: str = "train"
 ) -> subprocess.CompletedProcess[str]:
-    recipe = folder / "r.toml"
-    recipe.write_text(RECIPE.replace("PACKS", str(packs)))
+    recipe = write_recipe(folder / "r.toml", steps=2, packs=packs, workers=1, sample_every=2)
     out = ("--out", str(folder / "out")) if command == "train" else ()
     program = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

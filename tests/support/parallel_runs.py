@@ -79,6 +79,8 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": {"expert": 2},
         "defaults": {"optimizer": MUON, "checkpoint_activations": True},
     },
+    "copies of experts": {"model": SPARSE, "parallel": {"expert": 2, "replicate": 2}},
+    "experts of four": {"model": SPARSE, "parallel": {"expert": 4}},
     "moved": one_stage(steps=6),
     "moved experts": {"model": SPARSE, "parallel": {"expert": 2}, **one_stage(steps=6)},
 }

@@ -49,7 +49,7 @@ def train(folder: Path, case: str, stop_after: int | None = None) -> dict[str, A
             cut.update({n: isinstance(p, DTensor) for n, p in named if p.requires_grad or p.ndim})
         return original(*arguments)
 
-    training._step = step  # type: ignore[method-assign]
+    training._step = step  # type: ignore[assignment]
     if states := saved_states(training.states):
         training.resume(states[-1])
     training.run(stop_after=stop_after)

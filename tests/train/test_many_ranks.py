@@ -25,7 +25,13 @@ from support.ranks import run_ranks
 Weights = dict[str, dict[str, Any]]
 """Weights by case and name."""
 MOVED = ("moved", "moved experts")
-COPIES = ("copies", "rows of copies")
+COPIES = {
+    "copies": "dense",
+    "rows of copies": "dense",
+    "copies of experts": "sparse",
+    "experts of four": "sparse",
+}
+"""Cases of four ranks, and the case of one process that they are compared with."""
 ON_FOUR = (*COPIES, *MOVED)
 SLOW = ("compiled",)
 """Cases of tests marked slow, on ranks of their own."""
@@ -214,8 +220,8 @@ def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[
 def test_copies_of_a_mesh_train_as_one(
     folder: Path, alone: Weights, four: list[dict[str, Any]], case: str
 ) -> None:
-    check_logs(folder / "alone" / "dense", folder / "four" / case)
-    check_weights(alone["dense"], [rank[case] for rank in four], 1e-5)
+    check_logs(folder / "alone" / COPIES[case], folder / "four" / case)
+    check_weights(alone[COPIES[case]], [rank[case] for rank in four], 1e-5)
 
 
 @pytest.mark.slow

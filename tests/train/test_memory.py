@@ -69,6 +69,19 @@ def test_the_table_of_the_design(
     assert [round(memory.on(devices) / GB) for devices in (8, 16, 64)] == list(total)
 
 
+def test_ranks_that_share_a_pack_keep_a_part_of_its_rows(tmp_path: Path) -> None:
+    one = stage_memory(PRESETS["8b"], stage())
+    four = stage_memory(PRESETS["8b"], stage(), MeshShape(sequence=4))
+    assert (four.inputs, four.layer) == (one.inputs / 4, one.layer / 4)
+    assert (four.states, four.unit, four.root) == (one.states, one.unit, one.root)
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.replace("replicate", "sequence"))
+    done = CliRunner().invoke(app, ["plan", "--train", str(path), "--gpus", "8", "--json"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert (document["sequence"], document["shard"], document["replicate"]) == (2, 4, 1)
+
+
 def test_float32_takes_more() -> None:
     """Of the residual stream twice the inputs, of frozen weights twice their bytes."""
     half = stage("generation")

@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"model": SPARSE, "parallel": {"expert": 2}},
     "bfloat16": {"defaults": {"precision": "bfloat16"}, "parallel": {"sequence": 2}},
 }
-SIZES = {"width": 64, "height": 64, "steps": 2}
+SIZES: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
 
 
 def copied(training: Trainer) -> Pipeline:
@@ -71,18 +71,20 @@ def failing(folder: Path) -> str:
     """A preview that fails on one rank, and is told of by the first."""
     training = trainer(folder, recipe(prompts=PROMPTS), this_rank())
     grid = SampleGrid(training.recipe, folder, ranks=this_rank())
-    original, messages = Pipeline.generate, []
+    original = Pipeline.generate
+    messages: list[str] = []
 
     def generate(pipe: Pipeline, *arguments: Any, **settings: Any) -> Any:
         if this_rank().rank == 1:
             raise ImageError("no such size")
         return original(pipe, *arguments, **settings)
 
-    training.evaluate, training.log.warn = grid, messages.append  # type: ignore[method-assign]
+    training.evaluate = grid
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.log, "warn", messages.append)
         patch.setattr(Pipeline, "generate", generate)
         training.run()
-    return str(messages[0])
+    return messages[0]
 
 
 def on_ranks(folder: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from neounify.train.loop import Trainer, TrainingStopped
 from neounify.train.loss import Metrics
 from neounify.train.method import DROPOUT, TrainStep, pack_seed, seeded
 from neounify.train.optim import OptimizerConfig, OptimizerSet
-from neounify.train.progress import Progress, Sampling
+from neounify.train.progress import Progress, Sampling, sampling_of
 from neounify.train.recipe import Recipe, StageRecipe
 from neounify.train.setup import build_setup
 from neounify.train.state import saved_states
@@ -141,7 +141,8 @@ def test_a_stage_chooses_its_attention(tmp_path: Path, name: str, kind: type) ->
     run.model.register_forward_pre_hook(lambda _, inputs: kinds.add(type(inputs[0].attend)))
     run.run()
     assert kinds == {kind}
-    assert run._pipeline().attention == name
+    with sampling_of(run.setup, run.recipe.stages[0]) as pipe:
+        assert pipe.attention == name
 
 
 def test_compiling_ends_with_the_stage_that_wants_it(
