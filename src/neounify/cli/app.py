@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train",
     "report": "report",
     "doctor": "doctor",
+    "data": "COMMANDS",
     "curate": "curate",
     "plan": "plan",
     "toy": "toy",

@@ -461,7 +461,7 @@ def probe_sources(
     plain = replace(encoder, dropout=GuidanceDropout(text=0.0, all=0.0))
     for source, content in enumerate(mixture.sources):
         probe = Probe(source_name(content), content.size, [], [])
-        for number in _spread(content, samples):
+        for number in spread(content, samples):
             try:
                 sample = content[number]
                 plain(sample, np.random.default_rng(0))
@@ -489,7 +489,7 @@ def nothing_usable(probe: Probe) -> str:
     return f"{probe.name}: cannot use {which}. {probe.skipped[0].message}"
 
 
-def _spread(source: SampleSource, samples: int) -> list[int]:
+def spread(source: SampleSource, samples: int) -> list[int]:
     if source.size is None:
         return list(range(samples))
     count = min(samples, source.size)

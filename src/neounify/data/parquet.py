@@ -8,8 +8,8 @@ against bounds before, and again while it is read.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -210,6 +210,29 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, RecursionError) as error:
         text = " ".join(str(error).split())[:200]
         raise DataError(f"a damaged or unreadable Parquet table ({text})") from error
+
+
+def count_statuses(files: Sequence[Path]) -> Counter[str]:
+    """Rows by status of the tables that img2dataset writes beside its shards.
+
+    A table without that column counts nothing. Raises DataError, also without pyarrow.
+    """
+    if not files:
+        return Counter()
+    _pyarrow()
+    import pyarrow as pa
+
+    counts: Counter[str] = Counter()
+    for file in files:
+        with _opened(file) as table:
+            _check_schema(table.schema_arrow)
+            if table.schema_arrow.get_field_index("status") < 0:
+                continue
+            for batch in table.iter_batches(BATCH_ROWS * BATCH_ROWS, columns=["status"]):
+                column = batch.column(0)
+                if pa.types.is_string(column.type):
+                    counts.update(str(value)[:40] for value in column.to_pylist())
+    return counts
 
 
 def _check_schema(schema: pa.Schema) -> None:

@@ -112,6 +112,7 @@ class ShardSource(FileSource):
         self.damage = []
         self._entries: list[_Entry] = []
         self._images: dict[Path, dict[tuple[str, str], Member]] = {}
+        self.shards = tuple(paths)
         for path in paths:
             self._add(path)
         if not self._entries:
