@@ -46,9 +46,11 @@ def test_the_page_runs_as_it_stands(here: Path) -> None:
                 result = neounify(*words[1:])
                 assert result.exit_code == 0, f"{command}\n{result.output}"
                 commands += 1
-    assert commands == 4
+    assert commands == 8
     assert (here / "mine" / "wall.png").is_file()
-    assert not (here / "mine" / "shards" / "skipped.txt").exists()
+    for folder in ("shards", "forms-run"):
+        assert not (here / "mine" / folder / "skipped.txt").exists()
+    assert "<mark>Nothing." in (here / "mine" / "preview.html").read_text(encoding="utf-8")
     lines = (here / "mine" / "run" / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [r["step"] for r in records if r["kind"] == "train"] == [10, 20, 30]
