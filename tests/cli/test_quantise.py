@@ -50,6 +50,20 @@ def test_quantise_writes_what_quantising_at_load_gives(
         assert texts[0]["neounify"]["quantised"] == texts[1]["neounify"]["quantised"]
 
 
+def test_quantise_writes_gguf_files_as_convert_does(
+    run_bare: Callable[..., Any], toy: Path, coded: Path
+) -> None:
+    ran = run_bare("quantise", toy, "--to", "Q5_0", "-o", "five", "--no-parity", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["files"] == ["model-Q5_0.gguf"]
+    assert run_bare("convert", toy, "same", "--to", "q5_0").code == 0
+    files = [Path(folder) / "model-Q5_0.gguf" for folder in ("five", "same")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    ran = run_bare("quantise", coded, "--to", "q8_0", "-o", "out", "--no-parity")
+    assert ran.code != 0
+    assert "is quantised already" in ran.err
+
+
 def test_codes_are_aligned_and_shards_are_bounded(run_bare: Callable[..., Any], toy: Path) -> None:
     ran = run_bare("quantise", toy, "-o", "out", "--no-parity", "--max-shard-size", "200KB")
     assert ran.code == 0, ran.err

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -48,13 +48,14 @@ def save_gguf(
     tokenizer: SavesFiles | None = None,
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Path:
     """Write config.json, one GGUF file, the tokenizer's files and `extra_files` (name → text).
 
     `preset` is the format of the linear weights of layers, such as "q8_0". Memory holds one weight
-    at a time, in float32. As `save_model` writes, all or nothing. Returns the folder. Raises
-    RequestError for an unknown preset, and CheckpointError for weights that are damaged, or too
-    large for the format.
+    at a time, in float32. `progress` gets the number of weights that are done. As `save_model`
+    writes, all or nothing. Returns the folder. Raises RequestError for an unknown preset, and
+    CheckpointError for weights that are damaged, or too large for the format.
     """
     if preset not in PRESETS:
         raise RequestError(
@@ -74,7 +75,7 @@ def save_gguf(
         new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside,
         (aside / f"model-{preset.upper()}.gguf").open("wb") as file,
     ):
-        _write(file, weights)
+        _write(file, weights, progress)
     return target
 
 
@@ -129,7 +130,7 @@ def _format(name: str, shape: torch.Size, preset: str) -> BlockFormat | torch.dt
     return torch.float16 if halved else torch.float32
 
 
-def _write(file: BinaryIO, weights: Sequence[_Weight]) -> None:
+def _write(file: BinaryIO, weights: Sequence[_Weight], progress: Callable[[int], None]) -> None:
     pairs = (
         _text("general.architecture") + struct.pack("<I", STRING) + _text(ARCHITECTURE),
         _text(ALIGNMENT) + struct.pack("<II", U32, DEFAULT_ALIGNMENT),
@@ -144,10 +145,11 @@ def _write(file: BinaryIO, weights: Sequence[_Weight]) -> None:
         file.write(struct.pack("<IQ", weight.number, offset))
         offset += _padded(weight.nbytes)
     file.write(bytes(_padded(file.tell()) - file.tell()))
-    for weight in weights:
+    for number, weight in enumerate(weights, start=1):
         for piece in weight.pieces():
             file.write(piece.numpy().data)
         file.write(bytes(_padded(weight.nbytes) - weight.nbytes))
+        progress(number)
 
 
 def _text(value: str) -> bytes:

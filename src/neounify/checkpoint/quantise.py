@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -111,17 +111,22 @@ class _Part:
         return tensors | {self.description: description_tensor(self.format)}
 
 
+def check_plain(checkpoint: CheckpointFolder, names: Collection[str]) -> None:
+    """Raise RequestError where weights (our names) are codes already."""
+    done = [name for name in names if to_published(name) in checkpoint.quantised]
+    if done:
+        raise RequestError(
+            f"{checkpoint.path.name} is quantised already, {len(done)} of {len(names)} weights: "
+            "quantise the checkpoint it was made of, which loses less"
+        )
+
+
 def _parts(checkpoint: CheckpointFolder, preset: str) -> list[_Part]:
     shapes = expected_shapes(checkpoint.config)
     checkpoint.check(shapes)
     sizes = {name: tuple(shape) for name, shape in shapes.items()}
     formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
-    done = [name for name in formats if to_published(name) in checkpoint.quantised]
-    if done:
-        raise RequestError(
-            f"{checkpoint.path.name} is quantised already, {len(done)} of {len(formats)} weights: "
-            "quantise the checkpoint it was made of, which loses less"
-        )
+    check_plain(checkpoint, formats)
     sources = stored_weights(checkpoint, shapes)
     return [_Part(to_published(n), source, formats.get(n)) for n, source in sources.items()]
 

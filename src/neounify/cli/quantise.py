@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,8 @@ def quantise(
         option(
             FILES,
             "PRESET",
-            "int8, int8-all (embedding and text head too), fp8, w4-mixed or w4.",
+            "int8, int8-all (embedding and text head too), fp8, w4-mixed or w4; or one GGUF file "
+            "in q8_0, q5_1, q5_0, q4_1, q4_0 or f16.",
         ),
     ] = "int8",
     config: ConfigFolder = None,
@@ -52,37 +55,56 @@ def quantise(
     \b
       neounify quantise FOLDER --to int8 --output FOLDER-int8
       neounify quantise FOLDER --to w4-mixed --output FOLDER-w4 --no-parity
+      neounify quantise FOLDER --to q8_0 --output FOLDER-q8
     """
     folder = resolve_model(model, "MODEL")
+    if output.resolve() == folder.resolve():
+        raise CliError(f"{output} is the model itself; write to another folder")
+    display = Display(quiet=report.quiet, json=report.json)
+    shard = parse_bytes(max_shard_size)
+    _write(folder, config, output, to.lower(), shard, overwrite.overwrite, display)
+    print_saved(output, display)
+    if parity:
+        write_parity(folder, config, output, options, output / "parity", display)
+
+
+def _write(
+    folder: Path,
+    config: Path | None,
+    output: Path,
+    preset: str,
+    shard: int,
+    overwrite: bool,
+    display: Display,
+) -> None:
     with lasting_imports():
         import torch
 
         from neounify.checkpoint import CheckpointFolder, expected_shapes
-        from neounify.checkpoint.quantise import quantise_checkpoint
+        from neounify.checkpoint.gguf_save import PRESETS as GGUF_PRESETS
+        from neounify.checkpoint.gguf_save import save_gguf
+        from neounify.checkpoint.quantise import check_plain, quantise_checkpoint
         from neounify.pipeline.loading import load_processor
         from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE
         from neounify.quant.presets import check_preset
 
-    check_preset(to)
-    shard = parse_bytes(max_shard_size)
-    if output.resolve() == folder.resolve():
-        raise CliError(f"{output} is the model itself; write to another folder")
-    check_new_folder(output, "a model", overwrite=overwrite.overwrite)
-    display = Display(quiet=report.quiet, json=report.json)
+    as_gguf = preset in GGUF_PRESETS
+    if not as_gguf:
+        check_preset(preset)
+    check_new_folder(output, "a model", overwrite=overwrite)
     checkpoint = CheckpointFolder.open(folder, config)
     processor = load_processor(checkpoint, torch.float32)
-    number = len(expected_shapes(checkpoint.config))
-    with display.bar(f"quantising to {to}", total=number, unit="weight") as tick:
-        quantise_checkpoint(
+    names = expected_shapes(checkpoint.config)
+    if as_gguf:
+        check_plain(checkpoint, names)
+    write: Callable[..., Path] = partial(quantise_checkpoint, max_shard_bytes=shard)
+    with display.bar(f"quantising to {preset}", total=len(names), unit="weight") as tick:
+        (save_gguf if as_gguf else write)(
             checkpoint,
             output,
-            to,
+            preset,
             tokenizer=processor.tokenizer,
             extra_files={SYSTEM_MESSAGE_FILE: processor.system_message},
-            max_shard_bytes=shard,
-            overwrite=overwrite.overwrite,
+            overwrite=overwrite,
             progress=tick,
         )
-    print_saved(output, display)
-    if parity:
-        write_parity(folder, config, output, options, output / "parity", display)
