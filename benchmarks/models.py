@@ -15,6 +15,7 @@ from neounify.model.build import compile_streams
 def random_model(dtype: torch.dtype, *, compiled: bool = False) -> NeoUnify:
     torch.manual_seed(0)
     model = NeoUnify(BENCH).to(dtype).eval().requires_grad_(False)
+    model.fuse()  # as a loaded one
     if compiled:
         compile_streams(model)
     return model

@@ -8,9 +8,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from neounify.model.stream import frozen_linear, onednn_is_faster
 from neounify.runtime.process import processor_name
 
 WARM_UPS = 2
@@ -34,17 +36,19 @@ class Machine:
     """What one dtype reaches here: multiply-adds count as two operations."""
 
     matmul_flops: float
-    """Operations per second of a 2048³ matrix product."""
+    """Operations per second of a 2048³ matrix product, by the library that inference uses."""
     read_bytes: float
     """Bytes per second at which a large matrix-vector product reads its matrix."""
 
 
 @torch.inference_mode()
 def measure_machine(dtype: torch.dtype) -> Machine:
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    a = torch.randn(2048, 2048).to(dtype)
+    layer = torch.nn.Linear(2048, 2048, bias=False, dtype=dtype)
+    product = partial(frozen_linear, layer) if onednn_is_faster() else layer
     weight, vector = torch.randn(16_384, 4096).to(dtype), torch.randn(4096).to(dtype)
     return Machine(
-        matmul_flops=2 * 2048**3 / median_seconds(lambda: a @ b),
+        matmul_flops=2 * 2048**3 / median_seconds(lambda: product(a)),
         read_bytes=weight.nbytes / median_seconds(lambda: weight @ vector),
     )
 

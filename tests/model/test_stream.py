@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,13 @@ from neounify.checkpoint.names import each_expert
 from neounify.config import MlpConfig
 from neounify.model import Document, Layout, NeoUnify, Text
 from neounify.model.parts import STREAMS
-from neounify.model.stream import OutputMlp, QKVProjection, SparseMlp
+from neounify.model.stream import (
+    OutputMlp,
+    QKVProjection,
+    SparseMlp,
+    frozen_linear,
+    onednn_is_faster,
+)
 from support.models import Maker, Packed, pack, random_config, random_model
 
 
@@ -192,3 +201,65 @@ def test_output_of_a_stream() -> None:
     attended = torch.randn(3, 4, 8, dtype=torch.float64)
     between = x + out.o_proj(attended.reshape(3, 32))
     torch.testing.assert_close(out(x, attended), between + out.mlp(out.post_norm(between)))
+
+
+# --- products of frozen layers ---
+
+
+def test_large_frozen_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By oneDNN, which differs in the last bits; everything else goes the way of torch."""
+    calls: list[int] = []
+    plain = nn.functional.linear
+
+    def linear(*parts: Any) -> Tensor:
+        calls.append(1)
+        return plain(*parts)
+
+    monkeypatch.setattr("neounify.model.stream.linear", linear)
+    layer = torch.nn.Linear(256, 320).requires_grad_(False)
+    x = torch.randn(64, 256)
+    for rows, grad, dtype, direct in (
+        (64, False, torch.float32, True),
+        (3, False, torch.float32, False),  # too few for its call to pay
+        (64, True, torch.float32, False),
+        (64, False, torch.bfloat16, False),
+    ):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            product = frozen_linear(layer.to(dtype), x[:rows].to(dtype))
+        assert bool(calls) != direct
+        wanted = plain(x[:rows].double(), layer.weight.double(), layer.bias.double())
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(product.double(), wanted, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "faster"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX2", "AuthenticAMD", False),
+        ("AVX512", "GenuineIntel", False),
+        ("DEFAULT", "", False),
+    ],
+)
+def test_which_processors_prefer_onednn(
+    capability: str, vendor: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("neounify.model.stream.processor_vendor", lambda: vendor)
+    assert onednn_is_faster.__wrapped__() is (faster and torch.backends.mkldnn.is_available())
+
+
+def test_a_fused_model_computes_large_products_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, packed = _setup()
+    with torch.no_grad():
+        expected = packed.run(model.float())
+        monkeypatch.setattr("neounify.model.neo.onednn_is_faster", lambda: True)
+        monkeypatch.setattr("neounify.model.stream.ONEDNN_PRODUCTS", 1)
+        model.fuse()
+        for actual, wanted in zip(packed.run(model), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=0)
+    copy = deepcopy(model)
+    layer = copy.get_submodule("layers.0.und.qkv.q_proj")
+    assert isinstance(layer.forward, partial)
+    assert layer.forward.args[0] is layer

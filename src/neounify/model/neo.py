@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ from neounify.model.stream import (
     SparseMlp,
     StackedExperts,
     attention_rotation,
+    frozen_linear,
+    onednn_is_faster,
     patch_rotation,
     rotate_patches,
 )
@@ -290,14 +292,18 @@ class NeoUnify(nn.Module):
         return Grid.of_pixels(height, width, self.config.token_size)
 
     def fuse(self) -> None:
-        """Join frozen weights that inference reads together: head norms, and off the CPU experts.
+        """Prepare frozen weights for inference.
 
-        `train()` undoes the first, see `QKVProjection.fuse`.
+        Head norms are joined (`train()` undoes it, see `QKVProjection.fuse`), and experts off the
+        CPU; on a CPU, linear layers are computed by the faster library.
         """
+        on_cpu = self.device.type == "cpu"
         for module in self.modules():
             if isinstance(module, QKVProjection):
                 module.fuse()
-        if self.device.type != "cpu":
+            elif on_cpu and type(module) is nn.Linear and onednn_is_faster():
+                vars(module)["forward"] = partial(frozen_linear, module)
+        if not on_cpu:
             self.stack_experts()
 
     @property

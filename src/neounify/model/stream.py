@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neounify.config import MlpConfig, ModelConfig
 from neounify.model.parts import STREAMS, StreamName
+from neounify.runtime.process import processor_vendor
 
 _grouped_mm = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -278,6 +279,35 @@ def product_dtype(rows: Tensor) -> torch.dtype:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return rows.dtype
     return torch.get_autocast_dtype(device)
+
+
+ONEDNN_PRODUCTS = 2_000_000
+"""Multiply-adds from which a call of oneDNN, which takes 10 µs more, is faster than one of MKL."""
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN's float32 products are faster than MKL's, torch's own choice.
+
+    On processors of AMD with AVX-512, which MKL does not use there (docs/log.md).
+    """
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and processor_vendor() == "AuthenticAMD" and torch.backends.mkldnn.is_available()
+
+
+def frozen_linear(layer: nn.Linear, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+    """A linear layer, by oneDNN where the product is large, in float32, and not differentiated."""
+    weight = layer.weight
+    if (
+        x.numel() * weight.shape[0] < ONEDNN_PRODUCTS
+        or not x.dtype == weight.dtype == torch.float32
+        or not x.is_cpu
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return linear(x, weight, layer.bias)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, layer.bias, "none", [], "")
 
 
 # --- halves of a stream, and the layer ---

@@ -203,11 +203,20 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 def processor_name() -> str:
     """Name of the processor as the system reports it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def processor_vendor() -> str:
+    """Vendor of an x86 processor, such as "AuthenticAMD"; empty where the system does not say."""
+    return _cpu_info("vendor_id")
+
+
+def _cpu_info(field: str) -> str:
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def private_ray() -> dict[str, str]:
