@@ -13,6 +13,7 @@ from neounify.cli.app import app
 from neounify.config.presets import PRESETS
 from neounify.data.configs import read_data
 from neounify.distributed.mesh import MeshShape
+from neounify.lora.layers import LoraConfig
 from neounify.train.memory import GB, stage_memory
 from neounify.train.recipe import StageRecipe
 from neounify.train.supervised import SupervisedConfig
@@ -80,6 +81,22 @@ def test_ranks_that_share_a_pack_keep_a_part_of_its_rows(tmp_path: Path) -> None
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert (document["sequence"], document["shard"], document["replicate"]) == (2, 4, 1)
+
+
+def test_adapters_are_whole_and_the_weights_beside_them_frozen() -> None:
+    lora = LoraConfig(rank=16, streams=("gen",), modules=("attention",))
+    plain = replace(stage(), frozen_weights="float32")
+    memory, full = (stage_memory(PRESETS["8b"], x) for x in (replace(plain, lora=lora), plain))
+    config = PRESETS["8b"]
+    q, kv = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    widths = 2 * (q + config.hidden_size) + 2 * (kv + config.hidden_size)
+    assert memory.trained == 16 * widths * config.num_layers
+    assert memory.frozen == full.trained
+    assert memory.adapters == 20 * memory.trained
+    assert memory.on(8) == memory.states / 8 + memory.rest
+    assert memory.states == 4 * memory.frozen
+    assert memory.rest > memory.unit + memory.root + memory.inputs + memory.layer
+    assert memory.on(8) < full.on(8)
 
 
 def test_float32_takes_more() -> None:

@@ -59,7 +59,8 @@ HEADER = f"{'stage':<20}" + "".join(f"{name:>11}" for name in COLUMNS)
 
 
 def _line(name: str, memory: StageMemory, cuts: int) -> str:
-    bytes_of = (memory.states / cuts, memory.unit, memory.root, memory.inputs, memory.layer)
+    states = memory.states / cuts + memory.adapters
+    bytes_of = (states, memory.unit, memory.root, memory.inputs, memory.layer)
     values = (memory.trained, memory.frozen, *bytes_of, memory.on(cuts))
     return f"{name:<20}" + "".join(f"{value / 1e9:>11.1f}" for value in values)
 

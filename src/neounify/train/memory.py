@@ -6,6 +6,7 @@ host memory and does not count:
     states    (20 Φ + 4 φ) / all ranks but copies      weight, gradient and EMA 4 each, AdamW 8
               (Muon 4: 16 Φ; EMA in host memory: 4 Φ less); 2 φ with
               frozen weights in bfloat16
+    adapters  20 per parameter, whole on every device; the weights beside them are frozen
     unit      4 (Φ + φ) + 6 Φ of the largest layer: it and the next one gathered in bfloat16, its
               gradient and the reduction of it; in float32 8 (Φ + φ) + 8 Φ; of experts 1 / expert
     root      2 (Φ + φ) of what stands outside the layers, 4 in float32
@@ -27,6 +28,7 @@ from torch import nn
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.config import ModelConfig
 from neounify.distributed.mesh import MeshShape
+from neounify.lora.layers import LoraConfig, add_lora
 from neounify.model.build import meta_model
 from neounify.model.parts import STREAMS
 from neounify.train.recipe import StageRecipe
@@ -50,11 +52,12 @@ class StageMemory:
     root: float
     inputs: float
     layer: float
+    adapters: float = 0.0
 
     @property
     def rest(self) -> float:
         """Bytes that no degree of sharding makes less."""
-        return self.unit + self.root + self.inputs + self.layer
+        return self.unit + self.root + self.inputs + self.layer + self.adapters
 
     def on(self, shard: int) -> float:
         """Bytes of each of `shard` devices."""
@@ -71,11 +74,16 @@ def stage_memory(
 ) -> StageMemory:
     """The memory of a supervised stage; of a mesh the axes that cut units and rows count.
 
-    Raises ConfigError for names to freeze that are unknown.
+    Raises ConfigError for names to freeze, or to adapt, that are unknown.
     """
     assert isinstance(stage.method, SupervisedConfig)
     model = _model(config)
-    freeze(model, stage.freeze, stage.freeze_last_layers)
+    adapters = 0
+    if stage.lora is None:
+        freeze(model, stage.freeze, stage.freeze_last_layers)
+    else:
+        adapters = _adapters(config, stage.lora)
+        model.requires_grad_(False)
     unused = stage.method.unused_streams(stage)
     present = {n: p for n, p in model.named_parameters() if stream_of(n) not in unused}
     in_layers: list[dict[str, nn.Parameter]] = [{} for _ in model.layers]
@@ -96,18 +104,26 @@ def stage_memory(
     if not stage.checkpoint_activations:
         inputs, layer = 0, layer * config.num_layers
     return StageMemory(
-        trained=trained,
+        trained=trained + adapters,
         frozen=frozen,
         states=_state_bytes(stage) * trained + _bytes_of(stage.frozen_weights) * frozen,
         unit=max(gathered * (t + f) + reduced * t for t, f in units),
         root=(2 if half else 4) * root,
         inputs=inputs,
         layer=layer,
+        adapters=_state_bytes(stage) * adapters,
     )
 
 
 _model = lru_cache(maxsize=2)(meta_model)
 """Built once for the stages of a recipe."""
+
+
+def _adapters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters of a stage."""
+    model = meta_model(config)
+    add_lora(model, lora)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _state_bytes(stage: StageRecipe) -> int:
