@@ -1,4 +1,4 @@
-"""Attention of noisy images whose rows are spread over ranks: keys and values are gathered."""
+"""Keys and values of rows that are spread over ranks, and the attention of images spread so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ from neounify.model.parts import GEN, StreamName
 from neounify.model.stream import Projected
 
 
-class GatheredAttention:
+def gather_keys(x: Projected, join: Callable[[Tensor], Tensor]) -> Projected:
+    """Queries of these rows with the keys and values of all rows, in one exchange.
+
+    `join` makes of a tensor with these rows, [n, 2, heads, d], the one with all of them.
+    """
+    pairs = torch.stack([x.k, x.v], dim=1)
+    if torch.is_autocast_enabled(pairs.device.type):
+        # Attention would round them to it anyway.
+        pairs = pairs.to(torch.get_autocast_dtype(pairs.device.type))
+    k, v = join(pairs).unbind(1)
+    return Projected(x.q, k, v)
+
+
+class SpreadImageAttention:
     """An attention plan for some rows of every image of a layout, which has no other tokens.
 
     `rows` are the numbers of rows of each image that the queries are of, in order; `join` makes of
@@ -36,9 +49,7 @@ class GatheredAttention:
         self, layer: int, streams: Mapping[StreamName, Projected]
     ) -> dict[StreamName, Tensor]:
         x = streams[GEN]
-        # Both in one exchange.
-        k, v = self._join(torch.cat([x.k, x.v], dim=1)).chunk(2, dim=1)
-        whole = Projected(x.q, k, v)
+        whole = gather_keys(x, self._join)
         pieces = []
         for block, queries in zip(self._blocks, self._queries, strict=True):
             if queries.stop > queries.start:

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 
 from neounify.attention import select_for
 from neounify.attention.blocks import BlockAttention
+from neounify.attention.gathered import gather_keys
 from neounify.distributed.ranks import Ranks
 from neounify.model.layout import Layout, Rows
 from neounify.model.neo import NeoUnify
@@ -40,7 +41,7 @@ def share_of(model: NeoUnify, layout: Layout, attention: str, ranks: Ranks, kapp
     rows = {name: cuts[name][ranks.rank] for name in STREAMS}
     blocks = BlockAttention(layout, None, model.device, rows)
     lengths = {name: [len(part) for part in parts] for name, parts in cuts.items()}
-    return Share(GatheredAttention(blocks, lengths, ranks), rows)
+    return Share(SpreadPackAttention(blocks, lengths, ranks), rows)
 
 
 def cut_rows(layout: Layout, stream: StreamName, parts: int, kappa: float) -> list[range]:
@@ -61,7 +62,7 @@ def cut_rows(layout: Layout, stream: StreamName, parts: int, kappa: float) -> li
     return [range(bounds[n], bounds[n + 1]) for n in range(parts)]
 
 
-class GatheredAttention:
+class SpreadPackAttention:
     """Attention of a rank's rows over the keys and values of all; `lengths` are the rows of each
     rank in every stream."""
 
@@ -83,13 +84,7 @@ class GatheredAttention:
         return attended
 
     def _gather(self, name: StreamName, x: Projected) -> Projected:
-        pairs = torch.stack([x.k, x.v], dim=1)
-        if torch.is_autocast_enabled(pairs.device.type):
-            # Attention would round them to it anyway.
-            pairs = pairs.to(torch.get_autocast_dtype(pairs.device.type))
-        gathered = _Gather.apply(pairs, self._lengths[name], self._ranks)
-        k, v = gathered.unbind(1)
-        return Projected(x.q, k, v)
+        return gather_keys(x, lambda rows: _Gather.apply(rows, self._lengths[name], self._ranks))
 
 
 class _Gather(torch.autograd.Function):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neounify.attention import AttentionBackend, select_for
-from neounify.attention.gathered import GatheredAttention
+from neounify.attention.gathered import SpreadImageAttention
 from neounify.cache import SequenceCache
 from neounify.config import ModelConfig
 from neounify.engine.graphs import DenoisingGraphs, recordable
@@ -383,7 +383,7 @@ class _Call:
         self._shared: Attend | None = None
         if self._rows is not None:
             self.own_lengths = self._rows.own_lengths
-            self._shared = GatheredAttention(
+            self._shared = SpreadImageAttention(
                 self.layout, caches, self.own_lengths, self._rows.joined
             )
             self.layout = self.layout.part(GEN, self._rows.own)
