@@ -24,6 +24,7 @@ from neounify.engine.shared_memory import folder
 from neounify.errors import CheckpointError, ConfigError, EngineDied, RequestError
 from neounify.model import NeoUnify
 from neounify.pipeline.results import ImagePart, TextPart
+from neounify.quant.linear import QuantLinear
 from neounify.text import byte_tokenizer
 from support.leaving import let_it_paint
 
@@ -95,6 +96,16 @@ def test_four_devices_answer_as_one(one: neounify.Pipeline, path: Path, sequence
     same(four, one)
     assert four.devices is not None
     four.devices.close()
+
+
+@pytest.mark.parametrize(
+    "preset", ["w4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8-all", "fp8"))]
+)
+def test_quantised_weights_answer_as_on_one_device(path: Path, preset: str) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "quantise": preset, "backend": "reference"}
+    pipe = neounify.load(path, devices=["cpu", "cpu"], **options)
+    assert isinstance(pipe.model.get_submodule("layers.0.und.out.o_proj"), QuantLinear)
+    same(pipe, neounify.load(path, **options))
 
 
 def test_calls_of_several_threads_do_not_meet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -9,15 +10,26 @@ from torch import Tensor, nn
 
 from neounify.checkpoint.config_json import quantised_entry, with_quantised
 from neounify.checkpoint.reader import CheckpointFolder
-from neounify.checkpoint.residency import StoredWeight
+from neounify.checkpoint.residency import Share, StoredWeight, part_shares
 from neounify.config import ModelConfig
-from neounify.errors import CheckpointError, RequestError
+from neounify.errors import CheckpointError, ConfigError, RequestError
 from neounify.model.neo import NeoUnify
-from neounify.quant.backends import choose_backend
-from neounify.quant.formats import CODES, RELATIVE, PublishedFormat, WeightFormat
+from neounify.quant.backends import AUTO, choose_backend
+from neounify.quant.blocks import BlockRows
+from neounify.quant.formats import (
+    CODES,
+    RELATIVE,
+    FourBits,
+    PublishedFormat,
+    Shape,
+    WeightFormat,
+)
 from neounify.quant.linear import QuantEmbedding, QuantLinear, QuantModule
 from neounify.quant.presets import preset_formats
 from neounify.quant.stored import description_tensor
+from neounify.quant.w4 import GROUP
+
+log = logging.getLogger("neounify")
 
 MAPPED = (CODES, RELATIVE)
 """Tensors that are large enough to stay mapped and to leave with their stream."""
@@ -56,25 +68,38 @@ def place_stored(
     """Quantised layers where `sources` (our name → stored weight) hold codes of linear layers.
 
     Their codes take the place of the weights in `sources`; the small tensors beside them come back,
-    by our names. Weights of other modules and shares of ranks stay, to be decoded. LoRA updates of
-    a quantised weight become an adapter beside it.
+    by our names. Weights of other modules stay, to be decoded. LoRA updates of a quantised weight
+    become an adapter beside it. Shares that codes cannot be cut into are decoded with a warning, or
+    raise ConfigError for a backend that is named.
     """
     small: dict[str, Tensor] = {}
+    uncut: list[ConfigError] = []
     for name, source in list(sources.items()):
         codes = source.codes
-        if codes is None or source.share is not None or not _takes_codes(model, name):
+        if codes is None or not _takes_codes(model, name):
             continue
         if source.info.stored_shape[0] != codes.shape[0]:
             continue  # blocks that cross the ends of rows
+        try:
+            check_cut(name, codes.format, codes.shape, source.share)
+        except ConfigError as error:
+            if backend != AUTO:
+                raise
+            uncut.append(error)
+            continue
         _place(model, name, codes.format, source, backend, device)
         module = name.removesuffix(CODES)
-        for part in codes.format.layout(codes.shape):
+        shares = part_shares(codes.format, codes.shape, source.share)
+        for part, share in shares.items():
             if part in MAPPED:
                 stored = source.name.removesuffix(CODES) + part
                 kept = source.file.tensors[stored].dtype
-                sources[module + part] = StoredWeight(source.file, stored, kept=kept)
+                sources[module + part] = StoredWeight(source.file, stored, share=share, kept=kept)
             else:
-                small[module + part] = codes.beside[part].to(device)
+                beside = codes.beside[part]
+                small[module + part] = (beside if share is None else share.of(beside)).to(device)
+    if uncut:
+        log.warning("%d quantised weights are decoded, such as %s", len(uncut), uncut[0])
     return small
 
 
@@ -89,14 +114,15 @@ def place_new(
 
     `sources` (our name → stored weight) get their formats. Weights that are stored as codes already
     keep theirs, LoRA updates become an adapter beside the codes. Raises RequestError where all are
-    codes.
+    codes, and ConfigError for shares that a format cannot be cut into.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     placed = 0
     for name, format in preset_formats(preset, shapes, model.config.num_layers).items():
         source = sources[name]
-        if source.codes or source.share is not None or not _takes_codes(model, name):
+        if source.codes or not _takes_codes(model, name):
             continue
+        check_cut(name, format, shapes[name], source.share)
         _place(model, name, format, source, backend, device)
         sources[name] = replace(source, updates=(), format=format)
         placed += 1
@@ -105,6 +131,26 @@ def place_new(
             f"every weight that quantise={preset!r} applies to is quantised already: load the "
             "checkpoint as it is, without a preset",
             param="quantise",
+        )
+
+
+def check_cut(name: str, format: WeightFormat, shape: Shape, share: Share | None) -> None:
+    """Raise ConfigError where the columns of a share begin or end inside a group of a format.
+
+    A group has one scale, or is rotated together.
+    """
+    if share is None or share.dim == 0:
+        return
+    unit = format.group
+    if isinstance(format, FourBits):
+        unit = max(unit, GROUP)
+    elif isinstance(format, BlockRows):
+        unit = format.blocks.elements
+    ends = (share.places.start, share.places.stop)
+    if any(end % unit for end in ends):
+        raise ConfigError(
+            f"{name}: a device would have columns {ends[0]} to {ends[1]} of {shape[1]}, but "
+            f"{format.name} keeps groups of {unit} together: use fewer devices or plain weights"
         )
 
 
@@ -134,13 +180,21 @@ def _place(
 ) -> None:
     path = name.rpartition(".")[0]
     plain = model.get_submodule(path)
-    rows, columns = plain.get_parameter("weight").shape
+    shape = list(plain.get_parameter("weight").shape)
+    share = source.share
+    if share is not None:
+        shape[share.dim] = len(share.places)
     if isinstance(plain, nn.Embedding):
-        model.set_submodule(path, QuantEmbedding(format, (rows, columns)))
+        model.set_submodule(path, QuantEmbedding(format, tuple(shape)))
         return
     assert isinstance(plain, nn.Linear)
-    chosen = choose_backend(backend, format, columns, device)
-    layer = QuantLinear(format, (rows, columns), plain.bias, chosen)
-    if source.updates:
-        layer.add_adapters([(u.down, u.up, u.scale) for u in source.updates], device)
+    chosen = choose_backend(backend, format, shape[1], device)
+    layer = QuantLinear(format, tuple(shape), plain.bias, chosen)
+    pairs = [(u.down, u.up, u.scale) for u in source.updates]
+    if share is not None and share.dim == 0:
+        pairs = [(down, share.of(up), scale) for down, up, scale in pairs]
+    elif share is not None:
+        pairs = [(share.of(down), up, scale) for down, up, scale in pairs]
+    if pairs:
+        layer.add_adapters(pairs, device)
     model.set_submodule(path, layer)

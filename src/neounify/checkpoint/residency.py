@@ -26,7 +26,7 @@ from neounify.model.parts import STREAMS, StreamName
 from neounify.runtime.process import return_freed_memory
 
 if TYPE_CHECKING:
-    from neounify.quant.formats import PublishedFormat
+    from neounify.quant.formats import PublishedFormat, Shape, WeightFormat
     from neounify.quant.stored import StoredCodes
 
 CHUNK_ELEMENTS = 2**21
@@ -88,8 +88,15 @@ class StoredWeight:
             and self.info.dtype == dtype
             and self.file.is_view(self.name)
             and (self.share is None or self.share.dim == 0)
-            and (self.kept is None or self.info.start % CODES_ALIGNMENT == 0)
+            and (self.kept is None or self._start % CODES_ALIGNMENT == 0)
         )
+
+    @property
+    def _start(self) -> int:
+        """The first byte in the file of what is read, where that is all columns."""
+        rows = 0 if self.share is None else self.share.places.start
+        stored = self.info.stored_shape
+        return self.info.start + rows * math.prod(stored[1:]) * self.info.dtype.itemsize
 
     def view(self) -> Tensor:
         """The stored tensor without updates, mapped where the file aligns it."""
@@ -108,12 +115,25 @@ class StoredWeight:
         return self._assembled(self._pieces(), dtype, device, check=True)
 
     def read_codes(self, device: torch.device) -> dict[str, Tensor]:
-        """The tensors of its `format`, quantised on one device. Raises CheckpointError."""
+        """The tensors of its `format`, quantised on one device. Raises CheckpointError.
+
+        A share is cut from the codes of the whole weight, so that it is that of one process.
+        """
+        whole = replace(self, share=None)
 
         def read(rows: range) -> Tensor:
-            return replace(self, share=Share(0, rows)).read(torch.float32, device)
+            return replace(whole, share=Share(0, rows)).read(torch.float32, device)
 
-        return self._quantised(device, read)
+        codes = whole._quantised(device, read)
+        if self.share is None:
+            return codes
+        assert self.format is not None
+        shares = part_shares(self.format, tuple(whole.shape), self.share)
+        cuts = {part: shares[part] for part in codes}
+        return {
+            part: codes[part] if cut is None else cut.of(codes[part]).clone()
+            for part, cut in cuts.items()
+        }
 
     def encode(self, stored: Tensor) -> dict[str, Tensor]:
         """`read_codes` of the stored tensor, elsewhere than in its file; values are not checked."""
@@ -229,6 +249,23 @@ class StoredWeight:
         return CheckpointError(
             f"{where} does not fit in {dtype}: values overflow; load it in a wider dtype"
         )
+
+
+def part_shares(format: WeightFormat, shape: Shape, share: Share | None) -> dict[str, Share | None]:
+    """What a rank with a share of a weight [N, K] holds of each tensor of its format, None for all.
+
+    Rows cut all tensors but the codebook, columns those that have some.
+    """
+    from neounify.quant.formats import CODEBOOK
+
+    shares: dict[str, Share | None] = {}
+    for part, (size, _) in format.layout(shape).items():
+        shares[part] = None if part == CODEBOOK else share
+        if share is not None and share.dim == 1:
+            width = size[1] if len(size) == 2 else 1
+            ends = (share.places.start * width // shape[1], share.places.stop * width // shape[1])
+            shares[part] = Share(1, range(*ends)) if width > 1 else None
+    return shares
 
 
 class Residency(Protocol):

@@ -107,8 +107,8 @@ def check_names(devices: Sequence[str]) -> None:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise RequestError(f"device {name!r} cannot be used here: {reason}") from error
+            known = "a device is cpu, cuda:N, mps or xpu"
+            raise RequestError(f"device {name!r} cannot be used here: {known}") from error
         if device.type == "cpu":
             continue
         here = torch.accelerator.current_accelerator(check_available=True)

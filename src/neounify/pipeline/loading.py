@@ -11,7 +11,6 @@ import torch
 
 from neounify.attention import check_backend
 from neounify.checkpoint.load import (
-    DECODED,
     Dtype,
     Memory,
     PlanUse,
@@ -127,8 +126,6 @@ def load_on_devices(options: LoadOptions, devices: Sequence[str], sequence: int)
     single = {
         "compile": bool(options.compile),
         f"memory={options.memory!r}": options.memory not in ("auto", "all"),
-        f"quantise={options.quantise!r}": options.quantise is not None,
-        f"backend={options.backend!r}": options.backend not in ("auto", DECODED),
     }
     if refused := [name for name, asked in single.items() if asked]:
         raise ConfigError(f"{' and '.join(refused)}: for one device, got {len(devices)} devices")
@@ -152,7 +149,7 @@ def load_rank(
 ) -> Pipeline:
     """The pipeline of one rank of a group. With `cut` it has a share of the understanding stream.
 
-    Shares of quantised weights are decoded. Raises the errors of `load`.
+    Raises the errors of `load`.
     """
     check_backend(options.attention)
     # Before the weights: a folder without a tokenizer should say so at once.
@@ -176,7 +173,7 @@ def load_rank(
         plan=options.plan,
         verify=options.verify,
         quantise=options.quantise,
-        backend=options.backend if parts is None else DECODED,
+        backend=options.backend,
         shares=parts,
     )
     if parts is not None:
