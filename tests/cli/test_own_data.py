@@ -85,6 +85,23 @@ def test_damaged_samples_are_shown_once_and_counted(here: Path) -> None:
     assert last["damaged_samples"] == 2 < last["damaged"]
 
 
+def test_a_share_of_damaged_samples_above_that_of_the_recipe_ends_the_run(here: Path) -> None:
+    damaged = [text_record("c", imgae="a.png"), text_record("c", tools="x")]
+    data = write_lines(here / "d.jsonl", [text_record("a"), *damaged, text_record("b")])
+    recipe = write_recipe(here, data)
+    recipe.write_text(recipe.read_text() + "max_skipped = 0.4\n")
+    result = neounify("train", str(recipe), "--out", "run")
+    assert result.exit_code == 1
+    words = "d.jsonl: 2 of 4 samples cannot be used (50.0%), more than max_skipped allows (40.0%)"
+    assert words in result.stderr
+    records = [json.loads(x) for x in (here / "run" / "log.jsonl").read_text().splitlines()]
+    (counts,) = records[-1]["skipped_by_reason"].values()
+    assert sorted(counts.values()) == [1, 1]
+    assert neounify("report", "run").exit_code == 0
+    page = (here / "run" / "report.html").read_text(encoding="utf-8")
+    assert all(f"<td class=n>1<td>{reason}" in page for reason in counts)
+
+
 def test_a_damaged_state_is_named_and_the_one_before_it_taken(here: Path) -> None:
     data = write_lines(here / "d.jsonl", [text_record(f"q{n}") for n in range(5)])
     recipe = str(write_recipe(here, data))

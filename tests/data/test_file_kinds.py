@@ -476,3 +476,28 @@ def test_a_folder_of_json_lines_may_hold_images_and_other_files(tmp_path: Path) 
     write_lines(tmp_path / "x" / "metadata.jsonl", [RECORD])
     assert recognise(tmp_path).kind == "jsonl"
     assert JsonlSource(tmp_path)[0].task == "t2i"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_bytes_are_data_errors_alone(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(7)
+    (tmp_path / "a.png").write_bytes(png())
+    path = KINDS[kind](tmp_path)
+    endings = {"captions": "a.txt", "shards": "a.tar", "jsonl": "metadata.jsonl"}
+    file = tmp_path / endings.get(kind, path.name)
+    content = file.read_bytes()
+    refusals: list[str] = []
+    for _ in range(80):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(damaged), rng.integers(1, 6)):
+            damaged[position] = rng.integers(0, 256)
+        del damaged[rng.integers(len(damaged) // 2, 2 * len(damaged)) :]
+        file.write_bytes(damaged)
+        try:
+            source = read_data({"kind": kind, "path": str(path)}).build()
+            for number in range(source.size or 0):
+                assert source[number].task
+        except DataError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all("\n" not in text and len(text) < 1000 for text in refusals)
