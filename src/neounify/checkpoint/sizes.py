@@ -16,6 +16,8 @@ from neounify.runtime.memory_plan import STREAMS, StreamName, WeightBytes, weigh
 from neounify.runtime.memory_rows import Kept
 
 EMBEDDING, TEXT_HEAD = "embed_tokens.weight", "lm_head.weight"
+MAKING = 0.06e9
+"""Bytes that quantising takes beside its results, and leaves; measured, see docs/memory.md."""
 DTYPE_LABELS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -41,6 +43,7 @@ def kept_weights(
     saved = {} if decoded else _saved(checkpoint, dtype.itemsize, quantise)
     if saved:
         weights, label = _without(weights, saved), quantise or "codes"
+        weights = replace(weights, making=MAKING if quantise else 0)
     shares = {name: stored[name] / (weights.stream(name) + weights.rest[name]) for name in STREAMS}
     staged = {
         name: share * weights.largest(name)

@@ -66,7 +66,8 @@ class WeightBytes:
 
     `layers` of each stream in order; `rest`: patch embedding and final norm, of the generation
     stream also the scalar embedders and the image head. `lm_head` counts the embedding where the
-    two are tied. `staged`: the largest layer as files hold it, where that is not as kept.
+    two are tied. `staged`: the largest layer as files hold it, where that is not as kept. `making`:
+    what the work of quantising takes beside its results, where weights are quantised as they come.
     """
 
     layers: Mapping[StreamName, Sequence[float]]
@@ -74,6 +75,7 @@ class WeightBytes:
     embedding: float
     lm_head: float
     staged: Mapping[StreamName, float] = field(default_factory=dict)
+    making: float = 0
 
     def stream(self, name: StreamName) -> float:
         """All layers of a stream."""
@@ -323,6 +325,7 @@ def peak_bytes(
             stream_bytes(weights, name, a, kept.get(name), unified=unified)
             for name, a in working.items()
         )
+    least += weights.making
     if unified:
         return least + weights.embedding + PROCESS
     return FRAGMENTS * least + CONTEXT
