@@ -10,8 +10,12 @@ import pytest
 from cli.conftest import Run
 from neounify.cli.command import UsageError
 from neounify.cli.models import parse_devices
-from neounify.cli.serve import _serve_config
-from neounify.cli.serve_options import EngineOptions, ServeModelOptions
+from neounify.cli.serve import _run_replicas, _serve_config
+from neounify.cli.serve_options import EngineOptions, ReplicaOptions, ServeModelOptions
+from neounify.serve import replicas
+from neounify.serve.replicas import ReplicaConfig
+from neounify.serve.run import RunConfig
+from neounify.serve.safety.hooks import Hooks
 
 
 def test_a_list_of_devices() -> None:
@@ -47,6 +51,22 @@ def test_settings_that_engines_would_not_use_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         _serve_config(ServeModelOptions(model=toy, device="cpu", **settings), EngineOptions())
+
+
+def test_a_replica_reserves_the_gpus_of_both_groups(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ServeModelOptions(
+        model=toy,
+        understanding_devices="cuda:0,cuda:1",
+        generation_devices="cuda:1,cuda:2,cuda:3,cpu",
+    )
+    config = RunConfig(serve=_serve_config(options, EngineOptions()))
+    started: list[ReplicaConfig] = []
+    monkeypatch.setattr(replicas, "run_replicas", lambda _, wanted, *rest: started.append(wanted))
+    _run_replicas(config, ReplicaOptions(replicas=2), Hooks, lambda: None)
+    (wanted,) = started
+    assert (wanted.count, wanted.gpus) == (2, 4)
 
 
 @pytest.mark.parametrize(
