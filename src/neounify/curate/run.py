@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -360,9 +359,3 @@ def _load(path: Path) -> Decisions:
             return Decisions(arrays["reason"], arrays["copy_of"], arrays["distance"])
     except (OSError, ValueError, KeyError) as error:
         raise CurateError(f"{path} is damaged, remove it and run again: {error}") from error
-
-
-def forget(out: Path) -> None:
-    """Remove the results and parts of a curation."""
-    for name in (WORK, SHARDS, TABLE):
-        shutil.rmtree(out / name, ignore_errors=True)
