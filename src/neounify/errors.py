@@ -126,8 +126,11 @@ def missing_extra(what: str, extra: Extra, error: ImportError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the machine or of a device is used up, as Python or torch say it."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(
-        words in text for words in ("out of memory", "can't allocate memory")
-    )
+    """Whether memory of the machine or of a device is used up, as Python or torch say it.
+
+    torch has no class for the machine's, nor for that of matrix products on a GPU.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

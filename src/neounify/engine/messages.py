@@ -23,7 +23,7 @@ from neounify import errors
 from neounify.cache import SequenceCache
 from neounify.config import TextSampling
 from neounify.decode.sampler import LogProbs
-from neounify.errors import NeounifyError, OutOfMemory, TensorsGone
+from neounify.errors import NeounifyError, OutOfMemory, TensorsGone, is_out_of_memory
 from neounify.flow.guidance import Branch
 from neounify.flow.sampling import ResolvedSampling
 from neounify.model.layout import Grid
@@ -378,14 +378,6 @@ class Reply:
     call: int
     answer: Answer
     final: bool
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the host had no memory left; torch has no class for the host's."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class StepMemory:
