@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import json
 from pathlib import Path
@@ -21,6 +22,7 @@ from neounify.bench import (
     run,
     score_answers,
 )
+from neounify.bench.cases import table
 from neounify.bench.runner import input_images
 from support.bench import Painter, solid
 
@@ -203,3 +205,11 @@ def test_questions_are_asked_and_scored(tmp_path: Path) -> None:
     result = score_answers(cases, folder, "contains")
     assert result.values("contains") == {"0": 1, "1": 1, "2": 0, "3": 0}
     assert result.about["judge"] == {"kind": "metric", "metric": "contains"}
+
+
+def test_long_cells_are_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    text = "index\tquestion\n1\t" + "x" * (before + 1) + "\n"
+    (record,) = table(text, tmp_path / "set.tsv")
+    assert len(record["question"]) == before + 1
+    assert csv.field_size_limit() == before

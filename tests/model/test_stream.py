@@ -250,13 +250,13 @@ def test_which_processors_prefer_onednn(
     assert onednn_is_faster.__wrapped__() is (faster and torch.backends.mkldnn.is_available())
 
 
-def test_a_fused_model_computes_large_products_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_computes_large_products_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, packed = _setup()
     with torch.no_grad():
         expected = packed.run(model.float())
         monkeypatch.setattr("neounify.model.neo.onednn_is_faster", lambda: True)
         monkeypatch.setattr("neounify.model.stream.ONEDNN_PRODUCTS", 1)
-        model.fuse()
+        model.multiply_fast()
         for actual, wanted in zip(packed.run(model), expected, strict=True):
             torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=0)
     copy = deepcopy(model)

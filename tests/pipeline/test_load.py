@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,18 @@ def test_system_message_belongs_to_the_checkpoint(pipe: neounify.Pipeline, tmp_p
     )
     mine = generated(neounify.load(tmp_path / "model"))
     torch.testing.assert_close(mine, generated(other), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["stream", "layers"])
+def test_every_memory_multiplies_by_the_same_library(
+    folder: Path, memory: Literal["stream", "layers"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neounify.model.neo.onednn_is_faster", lambda: True)
+    monkeypatch.setattr("neounify.model.stream.ONEDNN_PRODUCTS", 1)
+    lean = neounify.load(folder, dtype="float32", memory=memory)
+    layer = lean.model.get_submodule("layers.0.und.qkv.q_proj")
+    assert isinstance(layer.forward, partial)
+    assert torch.equal(generated(neounify.load(folder, dtype="float32")), generated(lean))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -131,18 +132,27 @@ def json_records(text: str, path: Path) -> Iterator[Record]:
 
 def table(text: str, path: Path) -> Iterator[Record]:
     """The rows of a CSV or TSV file with a heading; empty cells are left out."""
-    csv.field_size_limit(MAX_PROMPT_BYTES)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        for row in rows:
-            if None in row:
-                raise BenchError(
-                    f"{path}:{rows.line_num}: {len(row[None])} cells more than the heading"
-                )
-            yield {name: cell for name, cell in row.items() if cell not in (None, "")}
+        with _long_cells():
+            read = [(rows.line_num, row) for row in rows]
     except csv.Error as error:
         raise BenchError(f"{path}:{rows.line_num}: {error}") from error
+    for line, row in read:
+        if None in row:
+            raise BenchError(f"{path}:{line}: {len(row[None])} cells more than the heading")
+        yield {name: cell for name, cell in row.items() if cell not in (None, "")}
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells as long as a file, such as images in base64; the limit belongs to the process."""
+    before = csv.field_size_limit(MAX_PROMPT_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def safe_name(value: Any, what: str) -> Any:

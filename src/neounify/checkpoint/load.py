@@ -269,6 +269,7 @@ def _residency(
     resident: Mapping[StreamName, int],
 ) -> Residency:
     """The residency of a mode; a model that is whole is fused."""
+    model.multiply_fast()
     if memory == "stream":
         return StreamResidency(model, sources)
     if memory == "layers":

@@ -292,19 +292,22 @@ class NeoUnify(nn.Module):
         return Grid.of_pixels(height, width, self.config.token_size)
 
     def fuse(self) -> None:
-        """Prepare frozen weights for inference.
-
-        Head norms are joined (`train()` undoes it, see `QKVProjection.fuse`), and experts off the
-        CPU; on a CPU, linear layers are computed by the faster library.
-        """
-        on_cpu = self.device.type == "cpu"
+        """Join the head norms of frozen weights (`train()` undoes it), and experts off the CPU."""
         for module in self.modules():
             if isinstance(module, QKVProjection):
                 module.fuse()
-            elif on_cpu and type(module) is nn.Linear and onednn_is_faster():
-                vars(module)["forward"] = partial(frozen_linear, module)
-        if not on_cpu:
+        if self.device.type != "cpu":
             self.stack_experts()
+
+    def multiply_fast(self) -> None:
+        """Compute linear layers by the faster library of the CPU, where nothing is differentiated.
+
+        The libraries round differently, so a model does it wherever its weights are kept.
+        """
+        faster = self.device.type == "cpu" and onednn_is_faster()
+        for module in self.modules() if faster else ():
+            if type(module) is nn.Linear:
+                vars(module)["forward"] = partial(frozen_linear, module)
 
     @property
     def sparse_mlps(self) -> list[SparseMlp]:

@@ -289,7 +289,7 @@ class Trainer:
             save = partial(save_lora, self.model, stage.lora, self.folder / "adapter", base)
             self.ranks.together(lambda: save() if self.ranks.first else None)
             merge_adapters(self.model)
-            self.model.config = stage.method.checkpoint_config(self.model.config)
+        self.model.config = stage.method.checkpoint_config(self.model.config)
         self.export(self.folder / "model")
         running.method.end_stage()
 

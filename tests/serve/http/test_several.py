@@ -14,8 +14,7 @@ from PIL import Image
 
 import neounify
 from neounify.cache import SequenceCache
-from neounify.decode.sampler import LogProbs, SampledToken
-from neounify.engine import understanding
+from neounify.decode.sampler import LogProbs, SampledToken, SamplingBatch
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.model.layout import Text
@@ -291,9 +290,9 @@ def test_tokens_of_a_stop_string_have_none(
 ) -> None:
     ids = iter([*BYTES.encode("abcSTOPx"), BYTES.id(IM_END)])
     monkeypatch.setattr(
-        understanding,
+        SamplingBatch,
         "sample",
-        lambda logits, states: [SampledToken(next(ids), LogProbs(-1.0, ()))],
+        lambda batch, logits: [SampledToken(next(ids), LogProbs(-1.0, ()))],
     )
     answer = client.chat.completions.create(model=MODEL, messages=ASK, stop=["STOP"], logprobs=True)
     assert answer.choices[0].message.content == "abc"
