@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -11,13 +10,14 @@ import neounify
 from benchmarks.figure import Figure
 from benchmarks.timing import median_seconds
 from neounify.bundled import bundled_model
+from neounify.runtime import one_thread
 
 PAINT_AIM, ANSWER_AIM = 0.3, 0.3
 
 
 def figures(dtype: torch.dtype) -> Iterator[Figure]:
     """An image at the model's own steps, and a question about it."""
-    with _one_thread():
+    with one_thread():
         pipe = neounify.load(bundled_model(), dtype=dtype)
         image = pipe.generate("a red circle above a blue square").images[0]
         for name, call, aim in (
@@ -34,13 +34,3 @@ def figures(dtype: torch.dtype) -> Iterator[Figure]:
                 aim=f"at most {aim:g} s",
                 met=seconds <= aim,
             )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +33,7 @@ from neounify.errors import NeounifyError
 from neounify.image.pixels import to_und_pixels
 from neounify.model.neo import ModelBatch
 from neounify.pipeline import Pipeline, load
+from neounify.runtime import one_thread
 
 OLD, SHORT, FULL, RANDOM = "old", "short", "full", "random"
 TEMPERATURE = 0.7
@@ -64,7 +64,7 @@ def caption_images(
     """Captions of some images, each as it would be alone. Raises CurateError."""
     stage = recipe.stages.captions
     assert stage.model is not None
-    with _one_thread():
+    with one_thread():
         pipeline = _pipeline(stage.model, stage.device or "cpu")
         new = _made(pipeline, images, samples, stage, recipe.seed)
         results = []
@@ -198,14 +198,3 @@ def _pipeline(folder: str, device: str) -> Pipeline:
         return load(folder, device=device, dtype="float32" if device == "cpu" else None)
     except NeounifyError as error:
         raise CurateError(f"stages.captions: {error}") from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of torch, so that sums have one order whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -32,6 +32,19 @@ def switch_threads_often() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch, so that sums have one order and times one core whatever the machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> bool:
     """Keep freed memory in glibc for the next tensor instead of returning it to the system.
 
