@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from neounify.errors import NeounifyError
 
@@ -32,6 +33,24 @@ def load_object(
         raise error(f"{name}: the module has no {attribute!r}") from failure
     except Exception as failure:  # a module's own code may fail in any way
         raise error(f"{name}: cannot be imported ({failure})") from failure
+
+
+def load_callable(
+    name: str, kind: str, takes: str, error: type[NeounifyError], folder: Path | None = None
+) -> Callable[..., Any]:
+    """A callable of the user (see `load_object`): the object itself, or what its class makes.
+
+    `takes` are its arguments, for messages. Raises `error`.
+    """
+    target = load_object(name, kind, error, folder)
+    if isinstance(target, type):
+        try:
+            target = target()
+        except Exception as failure:  # a class's own code may fail in any way
+            raise error(f"{name}: calling it failed ({failure})") from failure
+    if not callable(target):
+        raise error(f"{name}: a {kind} is a callable of {takes}")
+    return target
 
 
 @contextmanager

@@ -56,5 +56,5 @@ class Painter:
 
 
 def solid(seed: int, side: int = 8) -> Image:
-    """An image of one colour that tells its seed."""
+    """An image of one colour, which depends on its seed alone."""
     return PIL.Image.new("RGB", (side, side), (seed % 251, seed // 251 % 251, 7))

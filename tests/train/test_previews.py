@@ -68,7 +68,7 @@ def previewed(folder: Path, case: str) -> dict[str, Any]:
 
 
 def failing(folder: Path) -> str:
-    """A preview that fails on one rank, and is told of by the first."""
+    """A preview that fails on one rank, and is reported by the first."""
     training = trainer(folder, recipe(prompts=PROMPTS), this_rank())
     grid = SampleGrid(training.recipe, folder, ranks=this_rank())
     original = Pipeline.generate

@@ -114,7 +114,6 @@ class PagedAttention:
         new = slots[np.arange(len(sequences)), lengths - 1]
         # What lies behind a sequence's end is masked, but a weight of 0 times NaN would be NaN.
         padded = np.where(real, slots, pool.zero_slot)
-        self._shape = padded.shape
         self._slots = to_device(padded.reshape(-1), device)
         self._new = to_device(new, device)
         self._mask = to_device(real, device)[:, None, None]
@@ -137,11 +136,7 @@ class PagedAttention:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_copy_(0, self._new, x.k)
         values.index_copy_(0, self._new, x.v)
-        k, v = (
-            memory.index_select(0, self._slots).unflatten(0, self._shape).transpose(1, 2)
-            for memory in (keys, values)
-        )
-        return {UND: attend_tokens(x.q, k, v, self._mask)}
+        return {UND: attend_slots(x.q, keys, values, self._slots, self._mask)}
 
 
 class PrefixAttention:
@@ -365,6 +360,19 @@ def attend_tokens(
     """
     heads = q.unflatten(1, (k.shape[1], -1))
     return scaled_dot_product_attention(heads, k, v, attn_mask=mask).flatten(1, 2)
+
+
+def attend_slots(
+    q: Float[Tensor, "b heads d"],
+    keys: Float[Tensor, "slots kv d"],
+    values: Float[Tensor, "slots kv d"],
+    slots: Int64[Tensor, " bn"],
+    mask: Bool[Tensor, "b 1 1 n"],
+) -> Float[Tensor, "b heads d"]:
+    """`attend_tokens` of keys that are gathered from the `slots` of a pool, n for each query."""
+    shape = mask.shape[0], mask.shape[-1]
+    k, v = (x.index_select(0, slots).unflatten(0, shape).transpose(1, 2) for x in (keys, values))
+    return attend_tokens(q, k, v, mask)
 
 
 BACKENDS: dict[str, tuple[type[AttentionPlan], ...]] = {

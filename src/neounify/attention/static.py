@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neounify.attention.backends import attend_tokens, masked_attention
+from neounify.attention.backends import attend_slots, masked_attention
 from neounify.attention.varlen import Kernel
 from neounify.cache import PagedKVCache, PagedSequence, SequenceCache
 from neounify.model.layout import to_device
@@ -76,12 +76,7 @@ class StaticDecoding:
         keys.index_copy_(0, self._new, x.k)
         values.index_copy_(0, self._new, x.v)
         if self._kernel is None:
-            shape = self._tables.shape[0], self._places.shape[0]
-            k, v = (
-                memory.index_select(0, self._slots).unflatten(0, shape).transpose(1, 2)
-                for memory in (keys, values)
-            )
-            return {UND: attend_tokens(x.q, k, v, self._mask)}
+            return {UND: attend_slots(x.q, keys, values, self._slots, self._mask)}
         attended = self._kernel.call(
             x.q,
             self._key_pages[layer],

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from neounify.curate.recipe import CurateError
-from neounify.plugins import load_object
+from neounify.plugins import load_callable
 
 Hook = Callable[[list[Image.Image | None], list[str]], Sequence[Any]]
 Reader = Callable[[Any], Any]
@@ -36,16 +36,7 @@ class HookTimeout(Exception):
 @lru_cache(maxsize=16)
 def load_hook(name: str, folder: Path | None) -> Hook:
     """The hook of this process. Raises CurateError."""
-    target = load_object(name, "hook", CurateError, folder)
-    if isinstance(target, type):
-        try:
-            target = target()
-        except Exception as error:  # a hook's own code may fail in any way
-            raise CurateError(f"the hook {name} cannot be made: {error}") from error
-    if not callable(target):
-        raise CurateError(f"the hook {name} is a {type(target).__name__}, not callable")
-    hook: Hook = target
-    return hook
+    return load_callable(name, "hook", "(images, texts)", CurateError, folder)
 
 
 def call_hook(

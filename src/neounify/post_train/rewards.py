@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from neounify.config.ranges import STRICT, Count, NonNegative, Positive, Range
 from neounify.errors import ConfigError, NeounifyError
-from neounify.plugins import load_object
+from neounify.plugins import load_callable, load_object
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.reward_judges import CommandReward, VlmReward, judge_key
 from neounify.post_train.reward_kinds import (
@@ -124,12 +124,16 @@ def build_reward(config: RewardConfig, folder: Path | None = None) -> Reward:
     """
     builders: dict[str, Callable[[RewardConfig], Reward]] = {
         "scenes": lambda c: SceneReward(scene_config(c.world)),
-        "program": lambda c: _program(str(c.name), folder),
+        "program": lambda c: load_callable(
+            str(c.name), "reward", "(outputs, cases)", ConfigError, folder
+        ),
         "http": lambda c: HttpReward(str(c.url), c.timeout, c.retries),
         "judge": lambda c: JudgeReward(str(c.checkpoint), c.question),
         "vlm": lambda c: _vlm(c, folder),
         "command": lambda c: CommandReward(str(c.command), c.timeout),
-        "ocr": lambda c: OcrReward(_program(str(c.reader), folder)),
+        "ocr": lambda c: OcrReward(
+            load_callable(str(c.reader), "reader", "(images)", ConfigError, folder)
+        ),
         "answer": lambda c: answer_reward,
     }
     return builders[config.kind](config)
@@ -320,16 +324,3 @@ def _vlm(config: RewardConfig, folder: Path | None) -> VlmReward:
         config.retries,
         judge_key(config.key_variable),
     )
-
-
-def _program(name: str, folder: Path | None) -> Any:
-    """A callable of the user: the object itself, or what its class makes."""
-    reward = load_object(name, "reward", ConfigError, folder)
-    if isinstance(reward, type):
-        try:
-            reward = reward()
-        except Exception as error:  # a class's own code may fail in any way
-            raise ConfigError(f"{name}: calling it failed ({error})") from error
-    if not callable(reward):
-        raise ConfigError(f"{name}: a reward is a callable of (outputs, cases)")
-    return reward
