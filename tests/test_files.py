@@ -215,6 +215,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
     for name in (".step-1.ab.saving", ".step-3.cd.replaced", ".other.ab.saving", "step-3"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".step-4.json.ef.saving").touch()
     remove_leftovers(tmp_path, "step-*")
     assert names(tmp_path) == [".other.ab.saving", "step-3"]
     remove_leftovers(tmp_path / "gone", "*")

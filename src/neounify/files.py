@@ -162,7 +162,10 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
         else:
             path.rename(folder / name)
     for path in folder.glob(f".{pattern}{ASIDE_SUFFIX}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_absent(path: Path, error: type[NeounifyError], hint: str) -> None:

@@ -58,7 +58,7 @@ def test_the_bytes_do_not_depend_on_the_workers(
     assert bytes_of(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("place", ["work", pytest.param("table", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", ["work", "table"])
 def test_a_killed_run_is_finished_by_the_next(
     place: str, source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
