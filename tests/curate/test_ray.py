@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from neounify.curate import CurateError, curate
+from neounify.curate import CurateError, curate, recipe_from_table
 from neounify.curate.executor import RayActors
 from support.curation import bytes_of, encoded, recipe_of, textured, write_samples
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
-
-
-def _fails(number: int) -> int:
-    raise CurateError(f"task {number} says no")
 
 
 def test_the_bytes_are_those_of_one_process(tmp_path: Path) -> None:
@@ -32,7 +28,7 @@ def test_the_bytes_are_those_of_one_process(tmp_path: Path) -> None:
 def test_an_error_of_a_task_is_raised_as_it_is() -> None:
     executor = RayActors(1, "local")
     try:
-        with pytest.raises(CurateError, match="task 3 says no"):
-            list(executor.run(_fails, [(3,)]))
+        with pytest.raises(CurateError, match="sources"):
+            list(executor.run(recipe_from_table, [({"sources": []}, None)]))
     finally:
         executor.close()
