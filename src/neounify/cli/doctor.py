@@ -41,7 +41,7 @@ def doctor(
 
     \b
       neounify doctor recipes/scenes.toml
-      torchrun --nproc-per-node 2 -m neounify doctor recipes/scenes.toml
+      torchrun --nproc-per-node 2 -m neounify doctor recipes/miniature.toml
     """
     if not math.isfinite(seconds):
         raise UsageError(f"--seconds must be a number of seconds, got {seconds}")

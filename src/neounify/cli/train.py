@@ -57,7 +57,7 @@ def train(
     \b
       neounify train recipes/scenes.toml
       neounify train recipes/scenes.toml --resume auto
-      torchrun --nproc-per-node 2 -m neounify train recipes/scenes.toml
+      torchrun --nproc-per-node 2 -m neounify train recipes/miniature.toml
       neounify train recipes/scenes.toml --export my-model
     """
     with lasting_imports():
