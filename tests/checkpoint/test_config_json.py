@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from neounify.checkpoint import read_config, write_config
-from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config import (
+    CheckpointDefaults,
+    FlowConfig,
+    MlpConfig,
+    ModelConfig,
+    VideoConfig,
+    VideoDefaults,
+)
 from neounify.config.presets import PRESETS, U1_A3B
 from neounify.errors import ConfigError
 from support.checkpoint_folders import CONFIGS, SMALL
@@ -181,6 +188,29 @@ def test_own_section() -> None:
     assert read_config(written) == config
 
 
+def test_what_only_this_package_states() -> None:
+    """Fields that the published layout has no key for; a default is not written."""
+    config = SMALL.replace(
+        capabilities=("chat", "generate_video"),
+        patch_embed="linear",
+        image_head="linear",
+        video=VideoConfig(tube_frames=2, und=True),
+        flow=FlowConfig(time_embedding=False, noise_draw="tokens", first_time=0.001),
+        sampling=CheckpointDefaults(
+            image_size=(64, 64), solver="ab2", video=VideoDefaults(size=(64, 64), frames=8)
+        ),
+    )
+    written = json.loads(json.dumps(write_config(config)))
+    assert read_config(written) == config
+    section = written["neounify"]
+    assert section["flow"] == {"time_embedding": False, "noise_draw": "tokens", "first_time": 0.001}
+    assert "und_pixels" not in section["model"]
+    plain = write_config(
+        read_config(written).replace(**{f: getattr(SMALL, f) for f in vars(SMALL)})
+    )
+    assert plain == write_config(SMALL)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -337,6 +367,22 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "trained pixels the wrong way": (
         lambda: document(top={"neounify": {"sampling": {"trained_pixels": [9, 4]}}}),
         "sampling.trained_pixels 9..4 is not a range",
+    ),
+    "unknown field of the model": (
+        lambda: document(top={"neounify": {"model": {"depth": 3}}}),
+        "neounify.model.depth is unknown; known: ",
+    ),
+    "unknown field of the video": (
+        lambda: document(top={"neounify": {"model": {"video": {"length": 3}}}}),
+        "neounify.video.length is unknown; known: tube_frames",
+    ),
+    "capabilities as text": (
+        lambda: document(top={"neounify": {"model": {"capabilities": "chat"}}}),
+        "neounify.model.capabilities must be a list",
+    ),
+    "a number for a head": (
+        lambda: document(top={"neounify": {"model": {"image_head": 3}}}),
+        "neounify.model.image_head must be text, found 3",
     ),
     "sampling is a list": (
         lambda: document(top={"neounify": {"sampling": []}}),

@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
-from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config import (
+    CheckpointDefaults,
+    FlowConfig,
+    MlpConfig,
+    ModelConfig,
+    VideoConfig,
+    VideoDefaults,
+)
+from neounify.config.families import FAMILIES
 from neounify.config.presets import BENCH, PRESETS, SCENES, TINY, U1_8B, U1_A3B
-from neounify.errors import ConfigError
+from neounify.errors import ConfigError, RequestError
 from neounify.text import BYTE_VOCAB_SIZE
 
 SPARSE = MlpConfig(
@@ -48,6 +56,20 @@ def _sparse(**changes: Any) -> MlpConfig:
         ({"und_mlp": _sparse(expert_width=0)}, "und: expert width 0 must be positive"),
         ({"sampling": CheckpointDefaults(image_size=(64, 100))}, r"\(64, 100\) must be .* of 32"),
         ({"sampling": CheckpointDefaults(image_size=(0, 32))}, "sampling.image_size"),
+        ({"image_head": "round"}, "image_head 'round' is unknown; known are flow, pixel, linear"),
+        ({"patch_embed": "mlp"}, "patch_embed 'mlp' is unknown; known are conv, linear"),
+        ({"capabilities": ("sing",)}, "capability 'sing' is unknown; known are chat"),
+        ({"capabilities": ("generate_video",)}, "without tubes generates no videos"),
+        (
+            {
+                "video": VideoConfig(),
+                "sampling": CheckpointDefaults(
+                    video=VideoDefaults(size=(48, 64)), image_size=(64, 64)
+                ),
+            },
+            r"video.size \(48, 64\) must be .* multiples of 32",
+        ),
+        ({"video": VideoConfig(tube_frames=5)}, "frames 96 must be a multiple of tube_frames 5"),
     ],
 )
 def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
@@ -81,6 +103,13 @@ def test_inconsistent_values(changes: dict[str, Any], message: str) -> None:
             "image_guidance must be from 0 to 1000",
         ),
         (CheckpointDefaults, {"trained_pixels": (2, 1)}, "trained_pixels 2..1 is not a range"),
+        (FlowConfig, {"noise_draw": "rows"}, "noise_draw 'rows' is unknown; known are image"),
+        (FlowConfig, {"first_time": 1.0}, "first_time must be at least 0 and below 1, got 1.0"),
+        (VideoConfig, {"tube_frames": 0}, "tube_frames must be at least 1, got 0"),
+        (VideoConfig, {"position_fps": 0.0}, "position_fps must be positive"),
+        (VideoDefaults, {"frame_min_pixels": 9, "frame_max_pixels": 8}, "9..8.* do not ascend"),
+        (VideoDefaults, {"fps": 0.0}, "video.fps must be positive"),
+        (VideoDefaults, {"steps": 0}, "video.steps must be from 1 to 1000, got 0"),
         (FlowConfig, {"noise_scale_mode": "loud"}, "'loud' is unknown; known are fixed, resolu"),
     ],
 )
@@ -91,7 +120,14 @@ def test_values_out_of_range(kind: type, changes: dict[str, Any], message: str) 
 
 def test_every_field_has_a_sentence() -> None:
     """The docstring under each field, which readers and editors see."""
-    for kind in (CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig):
+    for kind in (
+        CheckpointDefaults,
+        FlowConfig,
+        MlpConfig,
+        ModelConfig,
+        VideoConfig,
+        VideoDefaults,
+    ):
         [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(body, ast.ClassDef)
         for field, after in itertools.pairwise(body.body):
@@ -165,3 +201,21 @@ def test_published_sizes() -> None:
 
 def test_the_toy_fits_its_tokenizer() -> None:
     assert TINY.vocab_size == BYTE_VOCAB_SIZE
+
+
+def test_a_refusal_is_one_sentence_about_what_the_model_can_do() -> None:
+    model = TINY.replace(**FAMILIES["pixelumm"].profile)
+    model.check_can("generate_video")
+    with pytest.raises(RequestError) as refused:
+        model.check_can("edit")
+    assert str(refused.value) == (
+        "this PixelUMM model was not trained to edit images; it can answer questions about text "
+        "and images, generate images, generate videos, answer questions about videos"
+    )
+
+
+def test_constants_of_the_second_family() -> None:
+    model = TINY.replace(**FAMILIES["pixelumm"].profile)
+    assert (model.token_size, model.token_width, model.tube_width) == (16, 768, 3072)
+    assert model.sampling.image_size == model.sampling.video.size == (832, 480)
+    assert (model.sampling.chat_min_pixels, model.sampling.chat_max_pixels) == (3136, 2_560_000)

@@ -11,6 +11,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from neounify.checkpoint.document import (
+    OWN_FLOW,
+    OWN_MODEL,
+    flag,
+    integer,
+    number,
+    read_own,
+    read_sampling,
+    require,
+    stated_own,
+    stated_sampling,
+    subsection,
+    unlist,
+)
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 from neounify.errors import ConfigError
 from neounify.image.pixels import RGB
@@ -48,7 +62,7 @@ def quantised_entry(preset: str, fingerprint: str) -> dict[str, Any]:
 def with_quantised(document: Mapping[str, Any], entry: Mapping[str, Any] | None) -> dict[str, Any]:
     """config.json with this entry `quantised` in this package's section; None takes it out."""
     changed = dict(document)
-    section = dict(_subsection(document, "neounify"))
+    section = dict(subsection(document, "neounify"))
     section.pop("quantised", None)
     if entry is not None:
         section["quantised"] = dict(entry)
@@ -66,15 +80,10 @@ def _check_stated(config: ModelConfig, document: Mapping[str, Any]) -> None:
         value, stated = getattr(config, field.name), getattr(read, field.name)
         if isinstance(value, MlpConfig) and value.sparse and all(value.sparse):
             stated = dataclasses.replace(stated, width=value.width)  # of dense layers, unused
-        _require(
+        require(
             not field.compare or value == stated,
             f"config.json cannot state {field.name} {value}: it would be read as {stated}",
         )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 class _Reader:
@@ -90,48 +99,51 @@ class _Reader:
     def model(self) -> ModelConfig:
         top, llm, vision = self.top, self.llm, self.vision
         self._check_supported()
-        package = _subsection(top, "neounify")
+        package = subsection(top, "neounify")
         sparse = llm["model_type"] == "qwen3_moe"
-        num_layers = _integer(llm, "num_hidden_layers")
-        heads = _integer(llm, "num_attention_heads")
-        hidden = _integer(llm, "hidden_size")
-        declared = _unlist(vision.get("llm_hidden_size", hidden))
-        _require(
+        num_layers = integer(llm, "num_hidden_layers")
+        heads = integer(llm, "num_attention_heads")
+        hidden = integer(llm, "hidden_size")
+        declared = unlist(vision.get("llm_hidden_size", hidden))
+        require(
             declared == hidden,
             f"vision_config.llm_hidden_size {declared} differs from llm_config.hidden_size "
             f"{hidden}",
         )
-        width = _integer(llm, "intermediate_size", 0 if sparse else None)
+        width = integer(llm, "intermediate_size", 0 if sparse else None)
         und = MlpConfig(width=width)
-        gen = MlpConfig(width=_integer(package, "gen_intermediate_size", width))
+        gen = MlpConfig(width=integer(package, "gen_intermediate_size", width))
         if sparse:
             und, gen = self._experts(width, num_layers)
         return ModelConfig(
             hidden_size=hidden,
             num_layers=num_layers,
             num_heads=heads,
-            num_kv_heads=_integer(llm, "num_key_value_heads", heads),
-            head_dim=_integer(llm, "head_dim", hidden // max(1, heads)),
-            vocab_size=_integer(llm, "vocab_size"),
+            num_kv_heads=integer(llm, "num_key_value_heads", heads),
+            head_dim=integer(llm, "head_dim", hidden // max(1, heads)),
+            vocab_size=integer(llm, "vocab_size"),
             und_mlp=und,
             gen_mlp=gen,
-            rms_norm_eps=_number(llm, "rms_norm_eps", 1e-6),
-            rope_theta=_number(llm, "rope_theta"),
-            rope_theta_hw=_number(llm, "rope_theta_hw", 1e4),
-            max_positions=_integer(llm, "max_position_embeddings", 262_144),
-            max_grid=_integer(llm, "max_position_embeddings_hw", 10_000),
-            attention_bias=_flag(llm, "attention_bias", False),
-            tie_embeddings=_flag(llm, "tie_word_embeddings", False),
-            lm_head=_flag(package, "lm_head", True),
-            patch_size=_integer(vision, "patch_size", 16),
+            rms_norm_eps=number(llm, "rms_norm_eps", 1e-6),
+            rope_theta=number(llm, "rope_theta"),
+            rope_theta_hw=number(llm, "rope_theta_hw", 1e4),
+            max_positions=integer(llm, "max_position_embeddings", 262_144),
+            max_grid=integer(llm, "max_position_embeddings_hw", 10_000),
+            attention_bias=flag(llm, "attention_bias", False),
+            tie_embeddings=flag(llm, "tie_word_embeddings", False),
+            lm_head=flag(package, "lm_head", True),
+            patch_size=integer(vision, "patch_size", 16),
             merge=self._merge(),
-            vision_hidden_size=_integer(vision, "hidden_size"),
-            rope_theta_vision=_number(vision, "rope_theta_vision", 1e4),
-            image_head="pixel" if _flag(top, "use_pixel_head", False) else "flow",
-            flow_head_width=_integer(package, "flow_head_width", 4096),
-            flow=self._flow(),
-            sampling=_read_sampling(top),
+            vision_hidden_size=integer(vision, "hidden_size"),
+            rope_theta_vision=number(vision, "rope_theta_vision", 1e4),
+            flow_head_width=integer(package, "flow_head_width", 4096),
+            flow=dataclasses.replace(self._flow(), **read_own(package, "flow", OWN_FLOW)),
+            sampling=read_sampling(package),
             published=copy.deepcopy(dict(top)),
+            **(
+                {"image_head": "pixel" if flag(top, "use_pixel_head", False) else "flow"}
+                | read_own(package, "model", OWN_MODEL)
+            ),
         )
 
     def _section(self, name: str) -> Mapping[str, Any]:
@@ -142,12 +154,12 @@ class _Reader:
 
     def _check_supported(self) -> None:
         model_type = self.top.get("model_type")
-        _require(
+        require(
             model_type == "neo_chat",
             f"config.json: model_type is {model_type!r}, this package reads 'neo_chat'",
         )
         architecture = self.llm.get("model_type")
-        _require(
+        require(
             architecture in ARCHITECTURES,
             f"llm_config.model_type is {architecture!r}; known are {', '.join(ARCHITECTURES)}",
         )
@@ -159,16 +171,16 @@ class _Reader:
             (self.top, "concat_time_token_num", (0,)),
         ):
             value = section.get(key, allowed[0])
-            _require(value in allowed, f"{key} {value!r} is not supported, only {allowed[0]!r} is")
+            require(value in allowed, f"{key} {value!r} is not supported, only {allowed[0]!r} is")
 
     def _merge(self) -> int:
-        ratio = _unlist(self.top.get("downsample_ratio", 0.5))
-        vision_ratio = _unlist(self.vision.get("downsample_ratio", ratio))
-        _require(
+        ratio = unlist(self.top.get("downsample_ratio", 0.5))
+        vision_ratio = unlist(self.vision.get("downsample_ratio", ratio))
+        require(
             isinstance(ratio, int | float) and 0 < ratio <= 1 and (1 / ratio).is_integer(),
             f"downsample_ratio {ratio!r} must be 1, 1/2, 1/3, …",
         )
-        _require(
+        require(
             ratio == vision_ratio,
             f"downsample_ratio is {ratio} but {vision_ratio} in vision_config",
         )
@@ -176,19 +188,19 @@ class _Reader:
 
     def _experts(self, width: int, num_layers: int) -> tuple[MlpConfig, MlpConfig]:
         llm = self.llm
-        step = _integer(llm, "decoder_sparse_step", 1)
+        step = integer(llm, "decoder_sparse_step", 1)
         dense_layers = llm.get("mlp_only_layers") or []
-        _require(
+        require(
             isinstance(dense_layers, list) and all(isinstance(n, int) for n in dense_layers),
             f"mlp_only_layers must be a list of layer numbers, got {dense_layers!r}",
         )
-        experts = _integer(llm, "num_experts")
+        experts = integer(llm, "num_experts")
         und = MlpConfig(
             width=width,
             num_experts=experts,
-            experts_per_token=_integer(llm, "num_experts_per_tok"),
-            expert_width=_integer(llm, "moe_intermediate_size"),
-            normalise_top_k=_flag(llm, "norm_topk_prob", False),
+            experts_per_token=integer(llm, "num_experts_per_tok"),
+            expert_width=integer(llm, "moe_intermediate_size"),
+            normalise_top_k=flag(llm, "norm_topk_prob", False),
             sparse=tuple(
                 experts > 0 and n not in dense_layers and step > 0 and (n + 1) % step == 0
                 for n in range(num_layers)
@@ -196,9 +208,9 @@ class _Reader:
         )
         gen = dataclasses.replace(
             und,
-            num_experts=_integer(llm, "gen_num_experts", und.num_experts),
-            experts_per_token=_integer(llm, "gen_num_experts_per_tok", und.experts_per_token),
-            expert_width=_integer(llm, "gen_moe_intermediate_size", und.expert_width),
+            num_experts=integer(llm, "gen_num_experts", und.num_experts),
+            experts_per_token=integer(llm, "gen_num_experts_per_tok", und.experts_per_token),
+            expert_width=integer(llm, "gen_moe_intermediate_size", und.expert_width),
             sparse=(True,) * num_layers,
         )
         return und, gen
@@ -206,85 +218,15 @@ class _Reader:
     def _flow(self) -> FlowConfig:
         top, default = self.top, FlowConfig()
         return FlowConfig(
-            noise_scale=_number(top, "noise_scale", default.noise_scale),
+            noise_scale=number(top, "noise_scale", default.noise_scale),
             noise_scale_mode=top.get("noise_scale_mode", default.noise_scale_mode),
-            noise_scale_base_tokens=_integer(
+            noise_scale_base_tokens=integer(
                 top, "noise_scale_base_image_seq_len", default.noise_scale_base_tokens
             ),
-            noise_scale_max=_number(top, "noise_scale_max_value", default.noise_scale_max),
-            noise_scale_embedding=_flag(top, "add_noise_scale_embedding", True),
-            t_eps_training=_number(top, "t_eps", default.t_eps_training),
+            noise_scale_max=number(top, "noise_scale_max_value", default.noise_scale_max),
+            noise_scale_embedding=flag(top, "add_noise_scale_embedding", True),
+            t_eps_training=number(top, "t_eps", default.t_eps_training),
         )
-
-
-def _unlist(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def _integer(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = section.get(key, default)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"config.json: {key} must be a whole number, found {value!r}")
-    return value
-
-
-def _number(section: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"config.json: {key} must be a number, found {value!r}")
-    return float(value)
-
-
-def _flag(section: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = section.get(key, default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key} must be true or false, found {value!r}")
-    return value
-
-
-def _subsection(section: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = section.get(key, {})
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"config.json: {key} must be an object, found {value!r}")
-    return value
-
-
-def _read_sampling(top: Mapping[str, Any]) -> CheckpointDefaults:
-    section = _subsection(_subsection(top, "neounify"), "sampling")
-    known = {f.name: f for f in dataclasses.fields(CheckpointDefaults)}
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        _require(key in known, f"neounify.sampling.{key} is unknown; known: {', '.join(known)}")
-        if key == "image_size":
-            _require(
-                isinstance(value, list) and all(type(side) is int for side in value),
-                f"neounify.sampling.image_size must be [width, height], found {value!r}",
-            )
-            values[key] = tuple(value)
-        elif key == "trained_sizes":
-            _require(
-                isinstance(value, list) and all(_is_pair(size) for size in value),
-                "neounify.sampling.trained_sizes must be a list of [width, height], "
-                f"found {value!r}",
-            )
-            values[key] = tuple(tuple(size) for size in value)
-        elif key == "trained_pixels":
-            _require(
-                _is_pair(value),
-                f"neounify.sampling.trained_pixels must be [least, greatest], found {value!r}",
-            )
-            values[key] = tuple(value)
-        elif key in ("guidance", "image_guidance", "shift"):
-            values[key] = _number(section, key)
-        else:
-            values[key] = _integer(section, key)
-    return CheckpointDefaults(**values)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
 
 
 def _overlay_document(c: ModelConfig) -> dict[str, Any]:
@@ -357,21 +299,28 @@ def _overlay_document(c: ModelConfig) -> dict[str, Any]:
     return document
 
 
-PACKAGE_KEYS = ("sampling", "flow_head_width", "gen_intermediate_size", "lm_head")
+PACKAGE_KEYS = (
+    "sampling",
+    "flow_head_width",
+    "gen_intermediate_size",
+    "lm_head",
+    "model",
+    "flow",
+)
 """Keys of the section of this package: what the published layout has no key for."""
 
 
 def _package_section(c: ModelConfig) -> dict[str, Any]:
     section: dict[str, Any] = {}
     if c.sampling != CheckpointDefaults():
-        sampling = dataclasses.asdict(c.sampling)
-        lists: dict[str, Any] = {"image_size": list(c.sampling.image_size)}
-        if c.sampling.trained_sizes:
-            lists["trained_sizes"] = [list(size) for size in c.sampling.trained_sizes]
-        if c.sampling.trained_pixels:
-            lists["trained_pixels"] = list(c.sampling.trained_pixels)
-        unset = {name for name in ("trained_sizes", "trained_pixels") if not sampling[name]}
-        section["sampling"] = {k: v for k, v in (sampling | lists).items() if k not in unset}
+        section["sampling"] = stated_sampling(c.sampling)
+    model = {name: getattr(c, name) for name in OWN_MODEL}
+    if c.image_head == "pixel":  # which a key of the published layout says
+        del model["image_head"]
+    flow = {name: getattr(c.flow, name) for name in OWN_FLOW}
+    for name, values, defaults in (("model", model, OWN_MODEL), ("flow", flow, OWN_FLOW)):
+        if stated := stated_own(values, defaults):
+            section[name] = stated
     if c.flow_head_width != 4096:
         section["flow_head_width"] = c.flow_head_width
     if not c.is_sparse and c.gen_mlp.width != c.und_mlp.width:
@@ -385,5 +334,5 @@ def _package_section(c: ModelConfig) -> dict[str, Any]:
 def _overlay(section: dict[str, Any], **values: Any) -> None:
     """Set keys, but leave alone what already says the same (1 and 1.0, [0.5] and 0.5)."""
     for key, value in values.items():
-        if key not in section or _unlist(section[key]) != value:
+        if key not in section or unlist(section[key]) != value:
             section[key] = value

@@ -6,17 +6,21 @@ Foreign files become a ModelConfig at the edge, in `checkpoint/config_json.py`.
 from __future__ import annotations
 
 from neounify.config.model import (
+    Capability,
     CheckpointDefaults,
     FlowConfig,
     ImageHead,
     MlpConfig,
     ModelConfig,
     NoiseScaleMode,
+    VideoConfig,
+    VideoDefaults,
 )
 from neounify.config.sampling import Constraint, ConstraintFactory, TextSampling
 from neounify.deprecation import moved
 
 __all__ = [
+    "Capability",
     "CheckpointDefaults",
     "Constraint",
     "ConstraintFactory",
@@ -26,6 +30,8 @@ __all__ = [
     "ModelConfig",
     "NoiseScaleMode",
     "TextSampling",
+    "VideoConfig",
+    "VideoDefaults",
 ]
 
 __getattr__ = moved(__name__, __name__, {"SamplingConfig": "CheckpointDefaults"})

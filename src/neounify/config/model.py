@@ -8,9 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from neounify.config.sampling import range_error
-from neounify.errors import ConfigError
+from neounify.errors import ConfigError, RequestError
 
-ImageHead = Literal["flow", "pixel"]
+ImageHead = Literal["flow", "pixel", "linear"]
+PatchEmbedding = Literal["conv", "linear"]
+UndPixels = Literal["imagenet", "symmetric"]
+NoiseDraw = Literal["image", "tokens"]
+Capability = Literal[
+    "chat", "generate", "edit", "interleave", "think", "chat_video", "generate_video"
+]
+"""What a checkpoint was trained for; the words of `CAPABILITIES`."""
+CAPABILITIES: Mapping[Capability, str] = {
+    "chat": "answer questions about text and images",
+    "generate": "generate images",
+    "edit": "edit images",
+    "interleave": "write answers of text and images",
+    "think": "think before they answer",
+    "chat_video": "answer questions about videos",
+    "generate_video": "generate videos",
+}
+"""What models with a capability can do, for messages."""
 NoiseScaleMode = Literal["fixed", "resolution", "dynamic", "dynamic_sqrt"]
 """Dependence of σ on the number of image tokens; the formulas are in `flow/path.py`."""
 
@@ -37,6 +54,16 @@ class FlowConfig:
     """Whether σ is embedded beside t."""
     t_eps_training: float = 0.05
     """The smallest 1 - t by which training divides a velocity."""
+    t_eps_sampling: float = 0.02
+    """The smallest 1 - t by which sampling divides a velocity."""
+    time_embedding: bool = True
+    """Whether t is embedded and added to the noisy tokens."""
+    noise_draw: NoiseDraw = "image"
+    """Shape of one draw of noise: [3, height, width], or [tokens, values of a token]."""
+    first_time: float = 0.0
+    """Time at which sampling starts before the shift, 0 to 1; the noise is used there as it is."""
+    guidance_end_open: bool = False
+    """Whether a step at the upper end of the guidance interval is unguided."""
 
     def __post_init__(self) -> None:
         require(
@@ -44,9 +71,73 @@ class FlowConfig:
             f"noise_scale_mode {self.noise_scale_mode!r} is unknown; known are "
             f"{', '.join(get_args(NoiseScaleMode))}",
         )
-        for name in ("noise_scale", "noise_scale_base_tokens", "noise_scale_max", "t_eps_training"):
+        _require_one_of("noise_draw", self.noise_draw, NoiseDraw)
+        for name in (
+            "noise_scale",
+            "noise_scale_base_tokens",
+            "noise_scale_max",
+            "t_eps_training",
+            "t_eps_sampling",
+        ):
             value = getattr(self, name)
             require(value > 0, f"{name} must be positive, got {value}")
+        require(
+            0 <= self.first_time < 1,
+            f"first_time must be at least 0 and below 1, got {self.first_time}",
+        )
+
+
+def _require_one_of(name: str, value: object, known: object) -> None:
+    names = get_args(known)
+    require(value in names, f"{name} {value!r} is unknown; known are {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDefaults:
+    """Sizes and sampling values of videos; the defaults are those of the published PixelUMM.
+
+    Areas are in pixels, sizes are (width, height) in pixels. Raises ConfigError.
+    """
+
+    size: tuple[int, int] = (832, 480)
+    """Size of a generated video, multiples of the token side."""
+    frames: int = 96
+    """Frames of a generated video, a multiple of the frames of a tube."""
+    fps: float = 24.0
+    """Frames per second of a generated video."""
+    steps: int = 35
+    """Denoising steps of a video, 1 to MAX_STEPS."""
+    guidance: float = 6.0
+    """Guidance scale of the prompt of a video, 0 to MAX_GUIDANCE; 0 to 1 is none."""
+    shift: float = 10.0
+    """Timestep shift of a video towards noise, 1 / MAX_SHIFT to MAX_SHIFT; 1 is none."""
+    solver: str = "unipc"
+    """ODE solver of a video, a name of `flow.sampling.SolverName`."""
+    frame_min_pixels: int = 256
+    """Smaller frames of an input video are enlarged to this area."""
+    frame_max_pixels: int = 448**2
+    """Larger frames of an input video are reduced to this area."""
+    max_total_pixels: int = 96 * 448**2
+    """Area of all sampled frames of an input video together."""
+    max_frames: int = 96
+    """Frames sampled of an input video at most."""
+    sample_fps: float = 1.0
+    """Frames sampled of a second of an input video, each an image."""
+    tube_fps: float = 4.0
+    """Frames sampled of a second of an input video for tubes."""
+
+    def __post_init__(self) -> None:
+        low, high, total = self.frame_min_pixels, self.frame_max_pixels, self.max_total_pixels
+        require(
+            1 <= low <= high <= total, f"video: pixel bounds {low}..{high}..{total} do not ascend"
+        )
+        for name in ("frames", "max_frames"):
+            require(getattr(self, name) >= 1, f"video.{name} must be at least 1")
+        for name in ("fps", "sample_fps", "tube_fps"):
+            require(getattr(self, name) > 0, f"video.{name} must be positive")
+        for name in ("steps", "shift", "guidance"):
+            error = range_error(name, getattr(self, name))
+            require(error is None, f"video.{error}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +172,10 @@ class CheckpointDefaults:
     """Sizes the model was trained to generate; empty: not recorded."""
     trained_pixels: tuple[int, int] | None = None
     """(least, greatest) area of training images of any shape; None: not recorded."""
+    solver: str = "euler"
+    """ODE solver of an image, a name of `flow.sampling.SolverName`."""
+    video: VideoDefaults = field(default_factory=VideoDefaults)
+    """Sizes and sampling values of videos."""
 
     def __post_init__(self) -> None:
         for low, high in (
@@ -145,6 +240,25 @@ class MlpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """Video of a model: `tube_frames` frames of a token's side are one token, a tube.
+
+    The generation stream has an embedding and a head of tubes. Raises ConfigError.
+    """
+
+    tube_frames: int = 4
+    """Frames of a tube (F)."""
+    und: bool = False
+    """Whether the understanding stream has an embedding of tubes too."""
+    position_fps: float = 24.0
+    """Frames per second at which a tube takes one step of t; at others it takes this / fps."""
+
+    def __post_init__(self) -> None:
+        require(self.tube_frames >= 1, f"tube_frames must be at least 1, got {self.tube_frames}")
+        require(self.position_fps > 0, f"position_fps must be positive, got {self.position_fps}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and conventions of one model. Raises ConfigError when they do not fit together."""
 
@@ -164,6 +278,19 @@ class ModelConfig:
     """MLPs of the understanding stream."""
     gen_mlp: MlpConfig
     """MLPs of the generation stream."""
+    family: str = "sensenova-u1"
+    """Family of checkpoints, a key of `FAMILIES` in `config/families.py`."""
+    template: str = "neo"
+    """Form of the prompts."""
+    capabilities: tuple[Capability, ...] = (
+        "chat",
+        "generate",
+        "edit",
+        "interleave",
+        "think",
+        "chat_video",
+    )
+    """What the model was trained for; requests for anything else are refused."""
     rms_norm_eps: float = 1e-6
     """ε of the RMS norms."""
     rope_theta: float = 5e6
@@ -186,12 +313,18 @@ class ModelConfig:
     """Patches per side of an image token."""
     channels: int = 3
     """Colour channels of an image."""
+    patch_embed: PatchEmbedding = "conv"
+    """Embedding of image tokens: convolutions of patches, or one Linear over a token's pixels."""
+    und_pixels: UndPixels = "imagenet"
+    """Pixels that the understanding stream reads: normalised as for ImageNet, or in [-1, 1]."""
+    video: VideoConfig | None = None
+    """Video of the model; None: it has no tubes."""
     vision_hidden_size: int = 1024
-    """Width of a patch embedding, a multiple of 4."""
+    """Width of a patch embedding of convolutions, a multiple of 4."""
     rope_theta_vision: float = 1e4
     """Base of the rotary embedding of patches."""
     image_head: ImageHead = "flow"
-    """Head that predicts the clean image: an MLP per token, or convolutions over pixels."""
+    """Head of the clean image: an MLP, convolutions over pixels, or a norm and a Linear."""
     flow_head_width: int = 4096
     """Hidden width of the flow head."""
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -213,6 +346,22 @@ class ModelConfig:
     def token_width(self) -> int:
         """Numbers in an image token: channels · token_size²."""
         return self.channels * self.token_size**2
+
+    @property
+    def tube_width(self) -> int:
+        """Numbers in a tube; 0 without video."""
+        return self.video.tube_frames * self.token_width if self.video is not None else 0
+
+    def check_can(self, capability: Capability) -> None:
+        """Raise RequestError, in one sentence, for what the model was not trained for."""
+        if capability not in self.capabilities:
+            from neounify.config.families import title_of  # only a refusal needs it
+
+            able = ", ".join(CAPABILITIES[name] for name in self.capabilities)
+            raise RequestError(
+                f"this {title_of(self.family)} model was not trained to {CAPABILITIES[capability]};"
+                f" it can {able}"
+            )
 
     @property
     def mlps(self) -> Mapping[str, MlpConfig]:
@@ -272,11 +421,36 @@ def _check_model(c: ModelConfig) -> None:
             f"the pixel head needs a hidden size ({c.hidden_size}) and a token side "
             f"({c.token_size}) that are divisible by 4",
         )
+    for name, known in (
+        ("image_head", ImageHead),
+        ("patch_embed", PatchEmbedding),
+        ("und_pixels", UndPixels),
+    ):
+        _require_one_of(name, getattr(c, name), known)
+    for capability in c.capabilities:
+        _require_one_of("capability", capability, Capability)
+    _check_video(c)
     for name in ("rope_theta", "rope_theta_hw", "rope_theta_vision", "rms_norm_eps"):
         require(getattr(c, name) > 0, f"{name} must be positive, got {getattr(c, name)}")
     for stream, mlp in c.mlps.items():
         _check_mlp(stream, mlp, c.num_layers)
     c.sampling.check_sizes(c.token_size)
+
+
+def _check_video(c: ModelConfig) -> None:
+    if c.video is None:
+        require("generate_video" not in c.capabilities, "a model without tubes generates no videos")
+        return
+    video, side = c.sampling.video, c.token_size
+    require(
+        len(video.size) == 2 and all(n >= side and n % side == 0 for n in video.size),
+        f"sampling.video.size {video.size} must be (width, height), multiples of {side}",
+    )
+    require(
+        video.frames % c.video.tube_frames == 0,
+        f"sampling.video.frames {video.frames} must be a multiple of tube_frames "
+        f"{c.video.tube_frames}",
+    )
 
 
 def _check_mlp(stream: str, mlp: MlpConfig, num_layers: int) -> None:

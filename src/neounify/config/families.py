@@ -1,0 +1,78 @@
+"""Families of checkpoints as data: what their published configs leave unsaid.
+
+A family is a profile here, a table of tensor names (`checkpoint/names.py`), a template
+(`text/template.py`) and perhaps a head (`model/`). Layers, flow and pipeline read fields of the
+config and never its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from neounify.config.model import (
+    CheckpointDefaults,
+    FlowConfig,
+    VideoConfig,
+    VideoDefaults,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Name in messages, and the fields of ModelConfig that all checkpoints of a family share."""
+
+    title: str
+    profile: Mapping[str, Any]
+
+
+SENSENOVA_U1 = "sensenova-u1"
+PIXELUMM = "pixelumm"
+
+FAMILIES: Mapping[str, Family] = {
+    SENSENOVA_U1: Family("SenseNova-U1", {}),
+    PIXELUMM: Family(
+        "PixelUMM",
+        {
+            "family": PIXELUMM,
+            "template": "pixelumm",
+            "capabilities": ("chat", "generate", "generate_video", "chat_video"),
+            "rope_theta": 1e6,
+            "rope_theta_hw": 1e4,
+            "patch_size": 16,
+            "merge": 1,
+            "patch_embed": "linear",
+            "und_pixels": "symmetric",
+            "image_head": "linear",
+            "video": VideoConfig(tube_frames=4, und=True, position_fps=24.0),
+            "flow": FlowConfig(
+                noise_scale=1.0,
+                noise_scale_mode="fixed",
+                noise_scale_embedding=False,
+                time_embedding=False,
+                noise_draw="tokens",
+                t_eps_training=0.05,
+                t_eps_sampling=0.05,
+                first_time=0.001,
+                guidance_end_open=True,
+            ),
+            "sampling": CheckpointDefaults(
+                image_size=(832, 480),
+                chat_min_pixels=56**2,
+                chat_max_pixels=2_560_000,
+                steps=50,
+                guidance=3.5,
+                shift=3.0,
+                solver="dpm2m",
+                video=VideoDefaults(),
+            ),
+        },
+    ),
+}
+"""Families by the name that `ModelConfig.family` has."""
+
+
+def title_of(family: str) -> str:
+    """The name of a family in messages."""
+    return FAMILIES[family].title if family in FAMILIES else family
