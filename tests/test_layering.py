@@ -23,6 +23,7 @@ config          what a model and a request consist of
 runtime         settings of the whole process, limits of a model on a device
 text            tokenizer, messages, prompts
 image           untrusted images, sizes, patches
+video           clips, untrusted video files, choice of frames
 grammar         constrained decoding
 flow            path, schedule, noise, guidance, solvers
 model           layout, streams, heads: the network

@@ -49,6 +49,10 @@ class ImageError(InputError):
     """An image cannot be read, is too large, or has a size that is not allowed."""
 
 
+class VideoError(InputError):
+    """A video cannot be read or written, or is beyond a limit."""
+
+
 class PromptError(InputError):
     """A prompt or a message list cannot be turned into model input."""
 
@@ -109,7 +113,7 @@ class Draining(ServiceError):
     """The service is shutting down and takes no new requests."""
 
 
-Extra = Literal["curate", "grammar", "parquet", "ray", "serve", "train", "watermark"]
+Extra = Literal["curate", "grammar", "parquet", "ray", "serve", "train", "video", "watermark"]
 
 
 def install_command(extra: Extra) -> str:
