@@ -102,13 +102,13 @@ def test_order_puts_text_and_images_into_their_rows() -> None:
         [Document((Text(2), Image(1, 2), Text(1))), Document((Image(2, 1), Noise(1, 1), Text(1)))]
     )
     mixed = ["a", "b", "c", "d", "I", "J", "K", "L"]  # all text, then all image tokens
-    order = layout.und_order_on(CPU)
+    order = layout[UND].order_on(CPU)
     assert order is not None
     assert [mixed[row] for row in order] == ["a", "b", "I", "J", "c", "K", "L", "d"]
     assert layout[UND].grids == [Grid(1, 2), Grid(2, 1)]
     assert layout[GEN].grids == [Grid(1, 1)]
-    assert Layout([Document((Text(4), Noise(1, 1)))]).und_order_on(CPU) is None
-    assert Layout([Document((Image(2, 2),))]).und_order_on(CPU) is None
+    assert Layout([Document((Text(4), Noise(1, 1)))])[UND].order_on(CPU) is None
+    assert Layout([Document((Image(2, 2),))])[UND].order_on(CPU) is None
 
 
 def test_places_of_patches_inside_tokens() -> None:

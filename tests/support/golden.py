@@ -33,9 +33,14 @@ def golden_path(*parts: str) -> Path:
     return GOLDEN.joinpath(*parts)
 
 
-def load_fixture(name: str, group: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the tensors (none where the group has only a JSON file) and the JSON of a group."""
-    folder = golden_path("fixtures", name)
+def load_fixture(
+    name: str, group: str, family: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load the tensors (none where the group has only a JSON file) and the JSON of a group.
+
+    `family` is the folder of a family other than the first one.
+    """
+    folder = golden_path(family, "fixtures", name)
     arrays = folder / f"{group}.safetensors"
     tensors = load_file(arrays) if arrays.is_file() else {}
     return tensors, json.loads((folder / f"{group}.json").read_text(encoding="utf-8"))

@@ -7,19 +7,25 @@ the kind of a token; the layout has decided it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 
 G = TypeVar("G", bound="Grid")
 T = TypeVar("T")
+Positions = Int64[Tensor, "n 3"] | Float32[Tensor, "n 3"]
+"""(t, h, w) of tokens."""
+Kind = Literal["text", "image", "tube"]
+"""What a token is of; each kind has an embedding, and tokens of the same width in pixels."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Rows = Mapping[StreamName, range]
 """Consecutive rows of each stream: those that one of several ranks holds."""
 
@@ -30,6 +36,7 @@ class Text:
 
     length: int
     stream: ClassVar[StreamName] = UND
+    kind: ClassVar[Kind] = "text"
 
     @property
     def steps(self) -> int:
@@ -39,23 +46,35 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """Token rows and columns of an image."""
+    """Token rows and columns of an image, or of each of the `tubes` of a clip.
+
+    A token of a tube is one place in several frames. Tokens are in order (tube, row, column);
+    `step` is t from one tube to the next. An image has 0 tubes.
+    """
 
     rows: int
     columns: int
+    tubes: int = 0
+    step: float = 1.0
 
     @property
     def length(self) -> int:
         """Tokens."""
-        return self.rows * self.columns
+        return self.rows * self.columns * max(1, self.tubes)
+
+    @property
+    def kind(self) -> Kind:
+        """What its tokens are of."""
+        return "tube" if self.tubes else "image"
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.columns}"
+        sides = f"{self.rows}x{self.columns}"
+        return f"{self.tubes}x{sides}" if self.tubes else sides
 
     @classmethod
     def of(cls: type[G], grid: Grid) -> G:
-        """The same rows and columns as an object of this class."""
-        return cls(grid.rows, grid.columns)
+        """The same rows, columns and tubes as an object of this class."""
+        return cls(grid.rows, grid.columns, grid.tubes, grid.step)
 
     @classmethod
     def of_pixels(cls: type[G], height: int, width: int, token_size: int) -> G:
@@ -67,21 +86,31 @@ class Grid:
 
 
 class Image(Grid):
-    """A clean image of rows × columns tokens: bidirectional inside, one step of t in all."""
+    """A clean image or one clean tube of a clip: bidirectional inside, one step of t in all."""
 
     stream: ClassVar[StreamName] = UND
     steps: ClassVar[int] = 1
 
 
 class Noise(Grid):
-    """A noisy image block in the generation stream. It stands at the t of the next image.
+    """A noisy image or clip in the generation stream. It begins at the t of the next image.
 
-    Nothing but itself sees it and it takes no step of t, so a clean copy that
-    follows it has the same positions.
+    It is one block, bidirectional over all tubes. Nothing but itself sees it and it takes no step
+    of t, so a clean copy that follows it has the same positions.
     """
 
     stream: ClassVar[StreamName] = GEN
     steps: ClassVar[int] = 0
+
+    def next_t(self, t: int) -> int:
+        """The t of a token that counted the block, which begins at t, as one before it.
+
+        One more than that of an image; behind a clip, as published, the next whole number above
+        all three axes of its positions.
+        """
+        if not self.tubes:
+            return t + 1
+        return math.ceil(max(t + (self.tubes - 1) * self.step, self.rows - 1, self.columns - 1)) + 1
 
 
 Span = Text | Image | Noise
@@ -99,6 +128,15 @@ class Document:
     def end_t(self) -> int:
         """The t of the token that would come next."""
         return self.start_t + sum(span.steps for span in self.spans)
+
+    @property
+    def bound_t(self) -> int:
+        """A t that all of its positions are below, those of noise included."""
+        bound = t = self.start_t
+        for span in self.spans:
+            bound = max(bound, span.next_t(t) if isinstance(span, Noise) else t + span.steps)
+            t += span.steps
+        return bound
 
     def und_length(self) -> int:
         return sum(span.length for span in self.spans if span.stream == UND)
@@ -143,8 +181,9 @@ class _Derived:
 class StreamRows(_Derived):
     """The rows of one stream: `blocks` cover them in order, `ranges` are those of each document.
 
-    `spans` pairs every span with its t; `grids` are those of all images, clean ones of `und`, noisy
-    ones of `gen`.
+    `spans` pairs every span with its t; `grids` are those of all images, tubes and clips, clean
+    ones of `und`, noisy ones of `gen`. Positions are integers, unless tubes of a clip stand between
+    them.
     """
 
     def __init__(self) -> None:
@@ -156,34 +195,69 @@ class StreamRows(_Derived):
         self.grids: list[Grid] = []
 
     @property
-    def positions(self) -> Int64[Tensor, "n 3"]:
+    def positions(self) -> Positions:
         """(t, h, w) of every row, on the CPU."""
         return self.positions_on(torch.device("cpu"))
 
-    def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
+    def positions_on(self, device: torch.device) -> Positions:
         """(t, h, w) of every row, built once per device."""
         return self.derived(
             ("positions", device), lambda: to_device(self._make_positions(), device)
         )
 
     def owners_on(self, device: torch.device) -> Int64[Tensor, " n"]:
-        """For each token of an image, the number of that image, built once per device."""
+        """For each token of a grid, the number of that grid, built once per device."""
         lengths = [grid.length for grid in self.grids]
         return self.derived(
             ("owners", device),
             lambda: to_device(np.repeat(np.arange(len(lengths)), lengths), device),
         )
 
-    def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
-        positions = np.zeros((self.length, 3), dtype=np.int64)
+    def grids_of(self, kind: Kind) -> list[Grid]:
+        """The grids of tokens of one kind."""
+        return [grid for grid in self.grids if grid.kind == kind]
+
+    def rows_of(self, kind: Kind, device: torch.device) -> Int64[Tensor, " k"] | None:
+        """The rows of one kind in order, built once per device; None where all rows are."""
+        if all(span.kind == kind for span, _ in self.spans):
+            return None
+        return self.derived(("rows", kind, device), lambda: to_device(self._rows_of(kind), device))
+
+    def order_on(self, device: torch.device) -> Int64[Tensor, " n"] | None:
+        """Rows of cat([text, image, tube]), each kind by itself, in packed order.
+
+        None where that is the packed order.
+        """
+        if len({span.kind for span, _ in self.spans}) < 2:
+            return None
+
+        def make() -> Tensor:
+            order = np.empty(self.length, dtype=np.int64)
+            order[np.concatenate([self._rows_of(kind) for kind in KINDS])] = np.arange(self.length)
+            return to_device(order, device)
+
+        return self.derived(("order", device), make)
+
+    def _rows_of(self, kind: Kind) -> Int64[np.ndarray, " k"]:
+        kinds = np.repeat(
+            np.array([KINDS.index(span.kind) for span, _ in self.spans]),
+            [span.length for span, _ in self.spans],
+        )
+        return np.flatnonzero(kinds == KINDS.index(kind))
+
+    def _make_positions(self) -> Int64[np.ndarray, "n 3"] | Float32[np.ndarray, "n 3"]:
+        whole = all(float(grid.step).is_integer() for grid in self.grids)
+        positions = np.zeros((self.length, 3), dtype=np.int64 if whole else np.float32)
         start = 0
         for span, t in self.spans:
             rows = positions[start : start + span.length]
             if isinstance(span, Text):
                 rows[:, 0] = np.arange(t, t + span.length)
             else:
-                rows[:, 0] = t
-                rows[:, 1:] = _cells(span)
+                cells = _cells(span)
+                tubes = np.repeat(np.arange(max(1, span.tubes)), len(cells))
+                rows[:, 0] = t + tubes * span.step
+                rows[:, 1:] = np.tile(cells, (max(1, span.tubes), 1))
             start += span.length
         return positions
 
@@ -196,20 +270,20 @@ class _SomeRows(StreamRows):
         self._whole, self._indices = whole, indices
         self.length = len(indices)
 
-    def _make_positions(self) -> Int64[np.ndarray, "n 3"]:
+    def _make_positions(self) -> Int64[np.ndarray, "n 3"] | Float32[np.ndarray, "n 3"]:
         return self._whole._make_positions()[self._indices]
 
 
 class _PlacedRows(StreamRows):
     """Rows of a stream at positions that are values of a tensor and may change."""
 
-    def __init__(self, whole: StreamRows, positions: Int64[Tensor, "n 3"]) -> None:
+    def __init__(self, whole: StreamRows, positions: Positions) -> None:
         super().__init__()
         self.length, self.grids = whole.length, whole.grids
         self.blocks, self.ranges, self.spans = whole.blocks, whole.ranges, whole.spans
         self._positions = positions
 
-    def positions_on(self, device: torch.device) -> Int64[Tensor, "n 3"]:
+    def positions_on(self, device: torch.device) -> Positions:
         return self._positions
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -268,7 +342,7 @@ class Layout(_Derived):
         part._streams[stream] = _SomeRows(self[stream], indices)
         return part
 
-    def at(self, stream: StreamName, positions: Int64[Tensor, "n 3"]) -> Layout:
+    def at(self, stream: StreamName, positions: Positions) -> Layout:
         """The same documents with the rows of one stream at given positions (t, h, w).
 
         What follows from them is computed in every call, so that a recorded call reads new ones.
@@ -298,26 +372,6 @@ class Layout(_Derived):
         for name, rows in self._streams.items():
             rows.ranges.append((firsts[name], rows.length))
 
-    def und_order_on(self, device: torch.device) -> Int64[Tensor, " u"] | None:
-        """Rows of cat([text tokens, image tokens]) in packed order, built once per device.
-
-        None where that is the packed order.
-        """
-        if self.text_length in (0, self[UND].length):
-            return None
-        return self.derived(("order", device), lambda: to_device(self._make_und_order(), device))
-
-    def _make_und_order(self) -> Int64[np.ndarray, " u"]:
-        text, image, pieces = 0, self.text_length, []
-        for span, _ in self[UND].spans:
-            if isinstance(span, Text):
-                pieces.append(np.arange(text, text + span.length))
-                text += span.length
-            else:
-                pieces.append(np.arange(image, image + span.length))
-                image += span.length
-        return np.concatenate(pieces)
-
     def last_rows(self) -> list[int]:
         """The row of each document's last understanding token."""
         return [stop - 1 for _, stop in self[UND].ranges]
@@ -332,8 +386,8 @@ def grid_patches(
 
 
 def _cells(grid: Grid) -> Int[np.ndarray, "n 2"]:
-    """(row, column) of every cell of a grid, row by row."""
-    return np.stack(np.divmod(np.arange(grid.length), grid.columns), axis=1)
+    """(row, column) of every cell of an image or of one tube, row by row."""
+    return np.stack(np.divmod(np.arange(grid.rows * grid.columns), grid.columns), axis=1)
 
 
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:

@@ -146,7 +146,7 @@ class NeoUnify(nn.Module):
             patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
             parts.append(self._embed_patches(self.und_patch, patches, rows))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        order = layout.und_order_on(x.device)
+        order = rows.order_on(x.device)
         return x if order is None else x.index_select(0, order)
 
     def embed_noisy(

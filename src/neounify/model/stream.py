@@ -53,7 +53,7 @@ def frequencies(width: int, base: float, device: torch.device) -> Float[Tensor, 
 
 
 def attention_rotation(
-    positions: Int[Tensor, "n 3"],
+    positions: Int[Tensor, "n 3"] | Float[Tensor, "n 3"],
     head_dim: int,
     *,
     theta: float,

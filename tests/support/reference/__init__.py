@@ -14,12 +14,16 @@ image, or both are gen tokens of one noisy image.
 
 from support.reference.documents import (
     Clean,
+    ClipSpan,
     Document,
     Noisy,
+    NoisyClip,
     Span,
     Text,
     Token,
+    Tube,
     mask_of,
+    next_time,
     tokens_of,
 )
 from support.reference.layers import KeysValues, layer, router_weights, sparse
@@ -27,29 +31,36 @@ from support.reference.model import Answer, forward
 from support.reference.pieces import Array, Facts, Weights, rms_norm, rotate_halves
 from support.reference.pixels import (
     flow_head,
+    frames_of,
     patch_embed,
     pixel_head,
     rotate_patches,
     scalar_embed,
     sinusoids,
+    tube_rows,
 )
 
 __all__ = [
     "Answer",
     "Array",
     "Clean",
+    "ClipSpan",
     "Document",
     "Facts",
     "KeysValues",
     "Noisy",
+    "NoisyClip",
     "Span",
     "Text",
     "Token",
+    "Tube",
     "Weights",
     "flow_head",
     "forward",
+    "frames_of",
     "layer",
     "mask_of",
+    "next_time",
     "patch_embed",
     "pixel_head",
     "rms_norm",
@@ -60,4 +71,5 @@ __all__ = [
     "sinusoids",
     "sparse",
     "tokens_of",
+    "tube_rows",
 ]

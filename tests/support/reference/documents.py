@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -36,7 +37,27 @@ class Noisy:
     noise: float
 
 
+@dataclass(frozen=True)
+class Tube:
+    """A clean tube to look at: normalised frames [F, 3, H, W]."""
+
+    frames: Array
+
+
+@dataclass(frozen=True)
+class NoisyClip:
+    """A noisy clip [frames, 3, H, W] in tubes of F frames, at a frame rate and a time t."""
+
+    frames: Array
+    per_tube: int
+    fps: float
+    t: float
+    noise: float
+
+
 Span: TypeAlias = Text | Clean | Noisy
+ClipSpan: TypeAlias = Span | Tube | NoisyClip
+"""Spans of documents with clips, which the model of images does not read."""
 Document: TypeAlias = Sequence[Span]
 
 
@@ -48,16 +69,16 @@ class Token:
     order: int
     gen: bool
     block: int | None
-    """The index of its image span in the document; None for text."""
-    position: tuple[int, int, int]
+    """The index of its image, tube or clip in the document; None for text."""
+    position: tuple[float, int, int]
 
 
-def tokens_of(documents: Iterable[Document], side: int) -> list[list[Token]]:
+def tokens_of(documents: Iterable[Sequence[ClipSpan]], side: int) -> list[list[Token]]:
     """Lay out every document: order, stream, block and (t, h, w) of each token."""
     return [_tokens_of_one(number, document, side) for number, document in enumerate(documents)]
 
 
-def _tokens_of_one(number: int, document: Document, side: int) -> list[Token]:
+def _tokens_of_one(number: int, document: Sequence[ClipSpan], side: int) -> list[Token]:
     tokens: list[Token] = []
     time = 0
     time_of_image: dict[str, int] = {}
@@ -67,16 +88,39 @@ def _tokens_of_one(number: int, document: Document, side: int) -> list[Token]:
                 tokens.append(Token(number, len(tokens), False, None, (time, 0, 0)))
                 time += 1
             continue
+        if isinstance(span, Tube):  # every tube takes the next index
+            for row, column in cells_of(span.frames, side):
+                tokens.append(Token(number, len(tokens), False, index, (time, row, column)))
+            time += 1
+            continue
+        if isinstance(span, NoisyClip):  # one block; what follows does not see it
+            for tube in range(len(span.frames) // span.per_tube):
+                at_tube = time + tube * 24 / span.fps
+                for row, column in cells_of(span.frames, side):
+                    tokens.append(Token(number, len(tokens), True, index, (at_tube, row, column)))
+            continue
         if span.image not in time_of_image:  # the first showing takes the next index ...
             time_of_image[span.image] = time
             time += 1
         at = time_of_image[span.image]  # ... and every other showing stands at the same place
-        rows, columns = span.pixels.shape[1] // side, span.pixels.shape[2] // side
-        for row in range(rows):
-            for column in range(columns):
-                gen = isinstance(span, Noisy)
-                tokens.append(Token(number, len(tokens), gen, index, (at, row, column)))
+        for row, column in cells_of(span.pixels, side):
+            gen = isinstance(span, Noisy)
+            tokens.append(Token(number, len(tokens), gen, index, (at, row, column)))
     return tokens
+
+
+def cells_of(pixels: Array, side: int) -> list[tuple[int, int]]:
+    """Row and column of every token of an image or frame [..., H, W], row by row."""
+    cells = []
+    for row in range(pixels.shape[-2] // side):
+        for column in range(pixels.shape[-1] // side):
+            cells.append((row, column))
+    return cells
+
+
+def next_time(positions: Iterable[tuple[float, int, int]]) -> int:
+    """Where a token behind a noisy clip would stand: ceil of the largest position, and one."""
+    return math.ceil(max(max(position) for position in positions)) + 1
 
 
 def sees(query: Token, key: Token) -> bool:

@@ -66,7 +66,7 @@ def softmax(x: Array) -> Array:
     return powers / powers.sum()
 
 
-def rotate_halves(part: Array, position: int, base: float) -> Array:
+def rotate_halves(part: Array, position: float, base: float) -> Array:
     """Rotate pair (i, i + n/2) of a part of width n by position · base^(−2i/n)."""
     half = len(part) // 2
     out = np.empty_like(part)
@@ -90,7 +90,7 @@ def rotate_adjacent(part: Array, position: int, base: float) -> Array:
 
 
 def norm_and_rotate(
-    head: Array, position: tuple[int, int, int], norm: Array, norm_hw: Array, facts: Facts
+    head: Array, position: tuple[float, int, int], norm: Array, norm_hw: Array, facts: Facts
 ) -> Array:
     """Norm and rotate one query or key head, cut as [t: d/2 | h: d/4 | w: d/4]."""
     d = len(head)

@@ -71,6 +71,43 @@ def patch_embed(pixels: Array, weights: Weights, gen: bool, facts: Facts) -> Arr
     return np.array(out)
 
 
+def tube_rows(frames: Array, per_tube: int, side: int) -> Array:
+    """Cut frames [n, C, H, W] into tubes: rows of numbers in order (frame, row, column, channel).
+
+    A last tube that is not full repeats the last frame.
+    """
+    count, channels, height, width = frames.shape
+    out: list[list[float]] = []
+    for tube in range(-(-count // per_tube)):
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                row: list[float] = []
+                for number in range(per_tube):
+                    frame = frames[min(tube * per_tube + number, count - 1)]
+                    for y in range(side):
+                        for x in range(side):
+                            for channel in range(channels):
+                                row.append(frame[channel, top + y, left + x])
+                out.append(row)
+    return np.array(out)
+
+
+def frames_of(rows: Array, per_tube: int, height: int, width: int, side: int) -> Array:
+    """Put rows of tubes back into frames [n, 3, H, W], the inverse of `tube_rows`."""
+    per_frame = (height // side) * (width // side)
+    out = np.zeros((len(rows) // per_frame * per_tube, 3, height, width))
+    for index, row in enumerate(rows):
+        tube, cell = divmod(index, per_frame)
+        top, left = cell // (width // side) * side, cell % (width // side) * side
+        values = iter(row)
+        for number in range(per_tube):
+            for y in range(side):
+                for x in range(side):
+                    for channel in range(3):
+                        out[tube * per_tube + number, channel, top + y, left + x] = next(values)
+    return out
+
+
 def sinusoids(t: float) -> Array:
     """[cos(t·f), sin(t·f)] with f_i = 10000^(−i/128)."""
     angles = [t * PERIOD ** (-i / SINUSOIDS) for i in range(SINUSOIDS)]

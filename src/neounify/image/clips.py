@@ -1,0 +1,59 @@
+"""Pixels of clips: tubes, each several frames of which one place is one token."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+def fill_tubes(
+    frames: Float[Tensor, "frames c height width"], tube_frames: int
+) -> Float[Tensor, "filled c height width"]:
+    """Frames whose number is a multiple of `tube_frames`, by repeating the last one.
+
+    Raises ValueError for no frames.
+    """
+    if not len(frames):
+        raise ValueError("a clip without frames has no last frame to repeat")
+    missing = -len(frames) % tube_frames
+    return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)]) if missing else frames
+
+
+def tube_rows(
+    frames: Float[Tensor, "frames c height width"], size: int, tube_frames: int
+) -> Float[Tensor, "tokens values"]:
+    """Tokens of `size` x `size` pixels in `tube_frames` frames, in order (tube, row, column).
+
+    Each is in order (frame, row, column, channel), tube_frames · size² · c values. Raises
+    ValueError for frames or sides that do not divide.
+    """
+    count, _, height, width = frames.shape
+    if count % tube_frames or height % size or width % size:
+        raise ValueError(
+            f"{count} frames of {width}x{height} pixels: frames must be a multiple of "
+            f"{tube_frames}, sides of {size}"
+        )
+    cut = "(g f) c (h p) (w q) -> (g h w) (f p q c)"
+    return rearrange(frames, cut, f=tube_frames, p=size, q=size)
+
+
+def rows_to_frames(
+    tokens: Float[Tensor, "tokens values"],
+    rows: int,
+    columns: int,
+    size: int,
+    tube_frames: int,
+) -> Float[Tensor, "frames c height width"]:
+    """Frames of tubes of `rows` x `columns` tokens: the inverse of `tube_rows`.
+
+    Raises ValueError for a number of tokens that is no multiple of rows · columns.
+    """
+    if tokens.shape[0] % (rows * columns) or tokens.shape[1] % (tube_frames * size**2):
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} are no tubes of {rows} x {columns} tokens of "
+            f"{tube_frames} frames and {size}x{size} pixels"
+        )
+    join = "(g h w) (f p q c) -> (g f) c (h p) (w q)"
+    return rearrange(tokens, join, h=rows, w=columns, f=tube_frames, p=size, q=size)
