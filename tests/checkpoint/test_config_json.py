@@ -195,7 +195,7 @@ def test_what_only_this_package_states() -> None:
         patch_embed="linear",
         image_head="linear",
         video=VideoConfig(tube_frames=2, und=True),
-        flow=FlowConfig(time_embedding=False, noise_draw="tokens", first_time=0.001),
+        flow=FlowConfig(t_eps_sampling=0.05, noise_draw="tokens", unipc_grid=10),
         sampling=CheckpointDefaults(
             image_size=(64, 64), solver="ab2", video=VideoDefaults(size=(64, 64), frames=8)
         ),
@@ -203,7 +203,7 @@ def test_what_only_this_package_states() -> None:
     written = json.loads(json.dumps(write_config(config)))
     assert read_config(written) == config
     section = written["neounify"]
-    assert section["flow"] == {"time_embedding": False, "noise_draw": "tokens", "first_time": 0.001}
+    assert section["flow"] == {"t_eps_sampling": 0.05, "noise_draw": "tokens", "unipc_grid": 10}
     assert "und_pixels" not in section["model"]
     plain = write_config(
         read_config(written).replace(**{f: getattr(SMALL, f) for f in vars(SMALL)})
@@ -351,6 +351,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "unknown sampling key": (
         lambda: document(top={"neounify": {"sampling": {"stepps": 3}}}),
         "neounify.sampling.stepps is unknown; known: image_size",
+    ),
+    "unknown solver": (
+        lambda: document(top={"neounify": {"sampling": {"solver": "rk4"}}}),
+        "sampling.solver 'rk4' is unknown; known are euler, ab2, dpm2m, unipc",
     ),
     "sampling size": (
         lambda: document(top={"neounify": {"sampling": {"image_size": [64]}}}),

@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "guidance_norm": "global",
     "published_interval": True,
     "solver": "ab2",
+    "published_solver": True,
     "t_eps": 0.01,
     "fast": "half",
     "guidance_reuse": 2,
@@ -120,7 +121,8 @@ def test_keyword_arguments_are_the_fields() -> None:
     assert EditKnobs.__optional_keys__ == set(KNOBS)
     assert set(KNOBS) - GenerateKnobs.__optional_keys__ == EDIT_ONLY
     assert InterleaveKnobs.__optional_keys__ == set(KNOBS) | TextKnobs.__optional_keys__
-    assert OUT_OF_RANGE.keys() | {"published_interval"} == OTHER.keys() == set(KNOBS)
+    published = {"published_interval", "published_solver"}
+    assert OUT_OF_RANGE.keys() | published == OTHER.keys() == set(KNOBS)
 
 
 @pytest.mark.parametrize("call", ["generate", "edit", "interleave", "chat"])
@@ -164,6 +166,7 @@ def test_what_is_named_is_used(name: str, value: Any) -> None:
             "guidance_norm": guidance.norm,
             "published_interval": guidance.published_interval,
             "solver": sampling.solver,
+            "published_solver": sampling.published_solver,
             "t_eps": sampling.t_eps,
             "guidance_reuse": guidance.reuse,
             "guidance_stop": guidance.stop,

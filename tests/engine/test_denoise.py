@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from neounify.cache import SequenceCache
 from neounify.config.presets import TINY
+from neounify.config.sampling import SolverName
 from neounify.engine.denoiser import DenoiseJob, make_job
 from neounify.flow.guidance import Branch, Guidance
-from neounify.flow.path import timesteps, velocity
-from neounify.flow.sampling import ResolvedSampling, make_solver
+from neounify.flow.path import cut_times, timesteps, velocity
+from neounify.flow.sampling import ImageSampling, ResolvedSampling, make_solver
 from neounify.model import NeoUnify
 from neounify.model.layout import Grid
 
@@ -65,6 +67,39 @@ def test_the_standing_first_step_of_zero_star_is_not_extrapolated() -> None:
     assert float(job.z) == 0
     _move(job, same)
     assert float(job.z) == pytest.approx(0.25)
+
+
+def test_a_velocity_at_another_time_than_the_solvers() -> None:
+    """v = (x̂ - z) / 0.9 leads the solver, which stands at 1 - t = 0.95, past x̂."""
+    job = _job([0.05, 1.0], Guidance(text=1.0), solver="unipc")
+    job.network_times = [0.1, 1.0]
+    assert job.t == 0.1
+    job.move({"cond": torch.tensor([[0.9]], dtype=torch.float64)})
+    assert float(job.z) == pytest.approx(0.95)
+    assert float(job.clean) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(("restarts", "end"), [(True, 0.5 + 2 * 0.5), (False, 0.5 + 2.5 * 0.5)])
+def test_a_solver_that_goes_on_where_guidance_begins(restarts: bool, end: float) -> None:
+    """v_c = 1, guided 2: Euler's step from t = 0.5 after a reset, else 1.5 · 2 - 0.5 · 1."""
+    job = _job([0.0, 0.5, 1.0], Guidance(text=2.0, interval=(0.4, 1.0)))
+    job.restarts = restarts
+    while not job.done:
+        _move(job, {"cond": 1.0, "uncond": 0.0})
+    assert float(job.z) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("solver", ["dpm2m", "unipc"])
+def test_sampling_follows_the_conventions_of_a_checkpoint(solver: SolverName) -> None:
+    flow = replace(TINY.flow, first_time=0.001, unipc_grid=100, restart_solver=False)
+    config = TINY.replace(flow=flow)
+    sampling = ImageSampling(steps=7, solver=solver).resolve(config, editing=False)
+    job = _started(sampling)
+    times = timesteps(7, TINY.sampling.shift, 0.001).tolist()
+    assert job.times == times
+    assert job.network_times == (cut_times(times, 100) if solver == "unipc" else times)
+    assert (job.network_times != times) is (solver == "unipc")
+    assert not job.restarts
 
 
 @pytest.mark.parametrize(

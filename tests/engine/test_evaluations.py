@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,8 @@ def test_fast_is_a_share_of_the_checkpoints_steps(fast: Any, steps: int, solver:
     assert (sampling.steps, sampling.solver) == (steps, solver)
     named = ImageSampling(fast=fast, solver="dpm2m").resolve(TINY, editing=False)
     assert named.solver == "dpm2m"
+    second = TINY.replace(sampling=replace(TINY.sampling, solver="unipc"))
+    assert ImageSampling(fast=fast).resolve(second, editing=False).solver == "unipc"
 
 
 def test_fast_and_steps_are_one_too_many() -> None:

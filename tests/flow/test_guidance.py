@@ -189,6 +189,14 @@ def test_the_interval_of_text_to_image_has_both_ends(
         assert not any(guidance.acts_at(t) for t in rests)
 
 
+def test_an_interval_with_an_open_end() -> None:
+    """0.95 ≥ 1 - t > 0.5 in the time of PixelUMM."""
+    guidance = Guidance(text=4.0, interval=(0.05, 0.5), open_end=True)
+    assert all(guidance.acts_at(t) for t in (0.05, 0.3, 0.4999))
+    assert not any(guidance.acts_at(t) for t in (0.0, 0.0499, 0.5, 1.0))
+    assert not Guidance(text=4.0, open_end=True).acts_at(1.0)
+
+
 @pytest.mark.parametrize(
     ("interval", "acts", "rests"),
     [

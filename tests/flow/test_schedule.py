@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from neounify.config import FlowConfig
 from neounify.flow.guidance import Guidance
-from neounify.flow.path import initial_noise, noise_scale, shift_time, timesteps
+from neounify.flow.path import cut_times, initial_noise, noise_scale, shift_time, timesteps
 
 STEPS = st.integers(1, 200)
 SHIFTS = st.floats(0.2, 12)
@@ -41,6 +41,37 @@ def test_times_follow_the_formula(steps: int, shift: float) -> None:
     for k, time in enumerate(times):
         u = 1 - k / steps
         assert time == pytest.approx(1 - shift * u / (1 + (shift - 1) * u), abs=1e-6)
+
+
+@given(STEPS, SHIFTS, st.floats(0.0001, 0.5))
+def test_times_from_a_first_one(steps: int, shift: float, first: float) -> None:
+    """`first` is shifted as the others are, and the end is exact."""
+    times = timesteps(steps, shift, first)
+    u = 1 - first
+    assert float(times[0]) == pytest.approx(1 - shift * u / (1 + (shift - 1) * u), abs=1e-6)
+    assert float(times[-1]) == 1
+    assert (times.diff() > 0).all()
+
+
+@given(STEPS, SHIFTS, st.integers(1, 2000))
+def test_cut_times(steps: int, shift: float, grid: int) -> None:
+    times = timesteps(steps, shift, 0.001).tolist()
+    for t, cut in zip(times, cut_times(times, grid), strict=True):
+        if 1 - t < 1 / grid:
+            assert cut == t
+        else:
+            count = round((1 - cut) * grid)
+            assert cut == 1 - count / grid
+            assert count / grid <= 1 - t < (count + 1) / grid
+    assert cut_times(times, 0) == times
+
+
+@pytest.mark.parametrize(("steps", "same"), [(112, False), (113, True), (1000, True)])
+def test_cut_times_may_be_equal(steps: int, same: bool) -> None:
+    """From 113 steps on the published code loses its place in this schedule."""
+    cut = cut_times(timesteps(steps, 10.0, 0.001).tolist(), 1000)
+    assert (cut[0] == cut[1]) is same
+    assert cut == sorted(cut)
 
 
 @given(STEPS)

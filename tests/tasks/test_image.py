@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -15,7 +16,7 @@ from neounify.errors import ImageError, RequestError
 from neounify.flow.sampling import ImageSampling
 from neounify.image import TRAINING_BUCKETS
 from neounify.image.pixels import check_image_tokens, image_tokens, output_size
-from neounify.tasks.image import ImageRequest
+from neounify.tasks.image import ImageRequest, draw_noise
 
 
 @pytest.mark.parametrize("config", [U1_8B, U1_A3B])
@@ -80,3 +81,16 @@ def test_images_with_seeds_begin_as_each_does_alone() -> None:
         noise(seeds=(5, 6), count=3)
     with pytest.raises(RequestError, match="below 2\\^64"):
         noise(seeds=(5, 2**64), count=2)
+
+
+def test_noise_drawn_as_tokens_is_the_generators_as_it_comes() -> None:
+    flow = dataclasses.replace(TINY.flow, noise_draw="tokens", noise_scale_mode="fixed")
+    config = TINY.replace(flow=flow)
+    side = config.token_size
+    values = 6 * config.token_width
+    drawn = draw_noise(config, 2 * side, 3 * side, torch.Generator().manual_seed(5), 2)
+    plain = torch.randn(2 * values, generator=torch.Generator().manual_seed(5))
+    assert drawn.shape == (2, 6, config.token_width)
+    assert torch.equal(drawn.flatten(), plain * flow.noise_scale)
+    images = draw_noise(TINY, 2 * side, 3 * side, torch.Generator().manual_seed(5))
+    assert not torch.equal(images[0], drawn[0])

@@ -63,6 +63,8 @@ OWN_FLOW: Mapping[str, Any] = {
         "noise_draw",
         "first_time",
         "guidance_end_open",
+        "unipc_grid",
+        "restart_solver",
     )
 }
 """Fields of FlowConfig that the published layout has no key for, with their defaults."""
@@ -75,8 +77,8 @@ OWN_MODEL: Mapping[str, Any] = {
 }
 """Fields of ModelConfig that the published layout has no key for, with their defaults."""
 
-_OPTIONAL: Mapping[str, Any] = {"video": VideoConfig()}
-"""What a section replaces where the default is None."""
+_OPTIONAL: Mapping[str, Any] = {"video": VideoConfig(), "t_eps_sampling": 0.02}
+"""A value of the type of a field whose default is None."""
 
 
 def read_own(package: Mapping[str, Any], name: str, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,6 +185,8 @@ def settings_record(options: ImageOptions, config: ModelConfig) -> dict[str, Any
         "think": options.think,
         "system": options.system,
     }
+    if sampling.published_solver:
+        settings["published_solver"] = True
     if guidance.reuse > 1:
         settings["guidance_reuse"] = guidance.reuse
     if guidance.stop:

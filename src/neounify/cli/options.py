@@ -301,6 +301,9 @@ class ImageOptions:
     norm: Annotated[str | None, image_knob("guidance_norm", "|".join(get_args(Norm)))] = None
     shift: Annotated[float | None, image_knob("shift", "S")] = None
     solver: Annotated[str | None, image_knob("solver", "|".join(SOLVERS))] = None
+    published_solver: Annotated[
+        bool, image_knob("published_solver", None, "--published-solver")
+    ] = False
     t_eps: Annotated[float | None, image_knob("t_eps", "E", "--t-eps")] = None
     fast: Annotated[str | None, image_knob("fast", "|".join(get_args(Fast)))] = None
     guidance_reuse: Annotated[int | None, image_knob("guidance_reuse", "K")] = None
@@ -337,6 +340,7 @@ class ImageOptions:
             "guidance_norm": self.norm,
             "shift": self.shift,
             "solver": self.solver,
+            "published_solver": self.published_solver,
             "t_eps": self.t_eps,
             "fast": self.fast,
             "guidance_reuse": self.guidance_reuse,

@@ -56,6 +56,8 @@ FAMILIES: Mapping[str, Family] = {
                 t_eps_sampling=0.05,
                 first_time=0.001,
                 guidance_end_open=True,
+                unipc_grid=1000,
+                restart_solver=False,
             ),
             "sampling": CheckpointDefaults(
                 image_size=(832, 480),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from neounify.config.sampling import range_error
+from neounify.config.sampling import SolverName, range_error
 from neounify.errors import ConfigError, RequestError
 
 ImageHead = Literal["flow", "pixel", "linear"]
@@ -54,8 +54,8 @@ class FlowConfig:
     """Whether σ is embedded beside t."""
     t_eps_training: float = 0.05
     """The smallest 1 - t by which training divides a velocity."""
-    t_eps_sampling: float = 0.02
-    """The smallest 1 - t by which sampling divides a velocity."""
+    t_eps_sampling: float | None = None
+    """The smallest 1 - t by which sampling divides a velocity; None: `flow.path.sampling_t_eps`."""
     time_embedding: bool = True
     """Whether t is embedded and added to the noisy tokens."""
     noise_draw: NoiseDraw = "image"
@@ -64,6 +64,11 @@ class FlowConfig:
     """Time at which sampling starts before the shift, 0 to 1; the noise is used there as it is."""
     guidance_end_open: bool = False
     """Whether a step at the upper end of the guidance interval is unguided."""
+    unipc_grid: int = 0
+    """The solver unipc evaluates the velocity where 1 - t is cut to a multiple of 1 / unipc_grid;
+    0: at t itself."""
+    restart_solver: bool = True
+    """Whether solvers forget earlier steps where guidance begins or ends to act."""
 
     def __post_init__(self) -> None:
         require(
@@ -80,7 +85,8 @@ class FlowConfig:
             "t_eps_sampling",
         ):
             value = getattr(self, name)
-            require(value > 0, f"{name} must be positive, got {value}")
+            require(value is None or value > 0, f"{name} must be positive, got {value}")
+        require(self.unipc_grid >= 0, f"unipc_grid must be 0 or more, got {self.unipc_grid}")
         require(
             0 <= self.first_time < 1,
             f"first_time must be at least 0 and below 1, got {self.first_time}",
@@ -111,8 +117,8 @@ class VideoDefaults:
     """Guidance scale of the prompt of a video, 0 to MAX_GUIDANCE; 0 to 1 is none."""
     shift: float = 10.0
     """Timestep shift of a video towards noise, 1 / MAX_SHIFT to MAX_SHIFT; 1 is none."""
-    solver: str = "unipc"
-    """ODE solver of a video, a name of `flow.sampling.SolverName`."""
+    solver: SolverName = "unipc"
+    """ODE solver of a video."""
     frame_min_pixels: int = 256
     """Smaller frames of an input video are enlarged to this area."""
     frame_max_pixels: int = 448**2
@@ -138,6 +144,7 @@ class VideoDefaults:
         for name in ("steps", "shift", "guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"video.{error}")
+        _require_one_of("video.solver", self.solver, SolverName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +179,8 @@ class CheckpointDefaults:
     """Sizes the model was trained to generate; empty: not recorded."""
     trained_pixels: tuple[int, int] | None = None
     """(least, greatest) area of training images of any shape; None: not recorded."""
-    solver: str = "euler"
-    """ODE solver of an image, a name of `flow.sampling.SolverName`."""
+    solver: SolverName = "euler"
+    """ODE solver of an image."""
     video: VideoDefaults = field(default_factory=VideoDefaults)
     """Sizes and sampling values of videos."""
 
@@ -189,6 +196,7 @@ class CheckpointDefaults:
         for name in ("steps", "shift", "guidance", "image_guidance"):
             error = range_error(name, getattr(self, name))
             require(error is None, f"sampling.{error}")
+        _require_one_of("sampling.solver", self.solver, SolverName)
 
     def edit_bounds(self, num_images: int) -> tuple[int, int]:
         """(minimum, maximum) area of each of the `num_images` input images of an edit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 from neounify.errors import RequestError
 
@@ -30,6 +30,9 @@ IMAGE_RANGES: Mapping[str, tuple[float, float]] = {
 }
 """Least and greatest value of the numbers that an image is sampled with."""
 _COUNTS = frozenset(("steps", "guidance_reuse", "step_cache_most", "step_cache_warm"))
+
+SolverName = Literal["euler", "ab2", "dpm2m", "unipc"]
+"""Solvers of images; `flow/sampling.py` has their classes."""
 
 MAX_LOGPROBS = 20
 """Alternatives whose log-probability may be asked for with every token."""

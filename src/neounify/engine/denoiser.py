@@ -40,9 +40,11 @@ class DenoiseJob:
     """One image being denoised. Prefixes are only read, so several jobs may share them.
 
     `z` [tokens, token_width] float32 is the current point, `times` the N + 1 times of its N
-    steps, `noise_scale` σ. `layers_run` counts layers over all steps and branches: over the number
-    of the model's layers, it is the number of evaluations of the network. `places` are the ranks
-    that have the `residuals` of each branch, in a group.
+    steps, `network_times` those at which the network and the velocity take them (by default the
+    same), `noise_scale` σ. Without `restarts` the solver keeps its history where guidance begins or
+    ends. `layers_run` counts layers over all steps and branches: over the number of the model's
+    layers, it is the number of evaluations of the network. `places` are the ranks that have the
+    `residuals` of each branch, in a group.
     """
 
     z: Tensor
@@ -53,6 +55,8 @@ class DenoiseJob:
     noise_scale: float
     t_eps: float
     solver: Solver
+    network_times: Sequence[float] = ()
+    restarts: bool = True
     cache: StepCache = field(default_factory=StepCache)
     steps_done: int = 0
     layers_run: int = 0
@@ -63,6 +67,7 @@ class DenoiseJob:
 
     def __post_init__(self) -> None:
         self._guidance_run = GuidanceRun(self.guidance)
+        self.network_times = self.network_times or self.times
 
     @property
     def steps(self) -> int:
@@ -74,7 +79,7 @@ class DenoiseJob:
 
     @property
     def t(self) -> float:
-        return self.times[self.steps_done]
+        return self.network_times[self.steps_done]
 
     @property
     def clean(self) -> Tensor:
@@ -113,10 +118,11 @@ class DenoiseJob:
         clean = self._guidance_run.complete(t, predictions) if acts else predictions
         v = {b: velocity(x, self.z, t, self.t_eps) for b, x in clean.items()}
         guided = self.guidance.combine(v, first_step=first) if acts else v["cond"]
-        if acts != self._last_guided:
+        if acts != self._last_guided and self.restarts:
             self.solver.reset()
         self._last, self._last_guided = (guided, self.z, t), acts
-        self.z = self.solver.step(self.z, guided, t, self.times[self.steps_done + 1])
+        start, end = self.times[self.steps_done : self.steps_done + 2]
+        self.z = self.solver.step(self.z, guided, start, end)
         if acts and self.guidance.zeroes(first_step=first):
             self.solver.reset()
         self.steps_done += 1
@@ -149,9 +155,11 @@ def make_job(
         prefixes=prefixes,
         guidance=sampling.guidance,
         times=sampling.times(),
+        network_times=sampling.network_times(),
+        restarts=sampling.flow.restart_solver,
         noise_scale=noise_scale(grid.length, model.config.flow),
         t_eps=sampling.effective_t_eps(),
-        solver=make_solver(sampling.solver),
+        solver=make_solver(sampling.solver, published=sampling.published_solver),
         cache=sampling.cache,
     )
 
@@ -367,7 +375,8 @@ class _Call:
         scales = np.array([job.noise_scale for job in jobs], dtype=np.float32)
         self.noise_scale = to_device(scales, backend.device)
         self.times = {
-            job: to_device(np.array(job.times, dtype=np.float32), backend.device) for job in jobs
+            job: to_device(np.array(job.network_times, dtype=np.float32), backend.device)
+            for job in jobs
         }
         self.numbers = [jobs.index(job) for job, _ in runs]
         self.lengths = [job.z.shape[0] for job, _ in runs]

@@ -35,7 +35,8 @@ class Guidance:
     follows its formula at any g; below 1 the text pulls less than in the conditional image.
 
     `interval` = (lo, hi) is the range of t in which guidance acts. Text-to-image (`editing`
-    false) acts for lo ≤ t ≤ hi, editing for lo < t < hi and at t = 0 when lo = 0.
+    false) acts for lo ≤ t ≤ hi, with `open_end` for lo ≤ t < hi, editing for lo < t < hi and at
+    t = 0 when lo = 0.
     `published_interval` reproduces the published code, where an editing interval that starts
     at 0 never ends.
 
@@ -50,6 +51,7 @@ class Guidance:
     norm: Norm = "none"
     editing: bool = False
     published_interval: bool = False
+    open_end: bool = False
     reuse: int = 1
     stop: float = 0.0
 
@@ -97,7 +99,7 @@ class Guidance:
             return False
         low, high = self.interval
         if not self.editing:
-            return low <= t <= high
+            return low <= t < high or (t == high and not self.open_end)
         if self.published_interval:
             return low == 0 or low < t < high
         return (low == 0 or t > low) and t < high

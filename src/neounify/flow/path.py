@@ -30,12 +30,23 @@ def shift_time(t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
     return 1 - shift * u / (1 + (shift - 1) * u)
 
 
-def timesteps(steps: int, shift: float) -> Float[Tensor, " steps+1"]:
-    """`steps` + 1 times from 0 (noise) to 1 (data), float32 on the CPU."""
-    times = shift_time(torch.linspace(0, 1, steps + 1), shift)
+def timesteps(steps: int, shift: float, first: float = 0.0) -> Float[Tensor, " steps+1"]:
+    """`steps` + 1 times from `first`, which is shifted too, to 1 (data), float32 on the CPU."""
+    times = shift_time(torch.linspace(first, 1, steps + 1), shift)
     # Rounding can put the ends just outside, where guidance intervals would miss them.
-    times[0], times[-1] = 0, 1
+    times[-1] = 1
+    if first == 0:
+        times[0] = 0
     return times
+
+
+def cut_times(times: Sequence[float], grid: int) -> list[float]:
+    """Times whose 1 - t is cut to a multiple of 1 / `grid`; a smaller 1 - t stays as it is.
+
+    So does every time where `grid` is 0.
+    """
+    remaining = [(t, int(grid * (1 - t))) for t in times]
+    return [1 - count / grid if count else t for t, count in remaining]
 
 
 def sampling_t_eps(last_t: float) -> float:
@@ -66,8 +77,8 @@ def noise_scale(num_tokens: int, flow: FlowConfig, *, cap: bool = True) -> float
 
 def initial_noise(
     shape: Sequence[int], scale: float, generator: torch.Generator
-) -> Float[Tensor, "b c h w"]:
-    """One draw of [B, C, H, W] from a CPU generator, times σ; float32."""
+) -> Float[Tensor, "*shape"]:
+    """One draw of a shape from a CPU generator, times σ; float32."""
     return torch.randn(tuple(shape), generator=generator) * scale
 
 

@@ -7,8 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
 
-from neounify.config import CheckpointDefaults, ModelConfig
-from neounify.config.sampling import MAX_GUIDANCE, MAX_SHIFT, MAX_STEPS, TextKnobs, doc, range_error
+from neounify.config import CheckpointDefaults, FlowConfig, ModelConfig
+from neounify.config.sampling import (
+    MAX_GUIDANCE,
+    MAX_SHIFT,
+    MAX_STEPS,
+    SolverName,
+    TextKnobs,
+    doc,
+    range_error,
+)
 from neounify.errors import RequestError
 from neounify.flow.guidance import Guidance, Norm
 
@@ -20,8 +28,6 @@ if TYPE_CHECKING:  # Command lines read the settings and do not wait for torch.
 #
 # Integrators of dz/dt = v(z, t). A solver sees the velocity only, never the model. Each is stepped
 # from outside (`step`), so that requests with different schedules can share the evaluations of v.
-
-SolverName = Literal["euler", "ab2", "dpm2m"]
 
 
 class Solver(Protocol):
@@ -75,25 +81,79 @@ class DpmSolver2M:
     DPM-Solver++(2M) of Lu et al. 2022 for this path, u = 1 - t and λ = ln(t / u):
     z' = (u'/u)·z + (1 - u'/u)·(x̂ + (h / 2h')·(x̂ - x̂')) with steps h and, before it, h' of λ. With
     x̂ alone that is Euler's step, taken where h or h' is infinite: at t = 0, right after it, and to
-    t = 1; also after a `reset`.
+    t = 1; also first and after a `reset`. `published` forms x̂ in float32 as the code of PixelUMM
+    does, (z - u·(z - t·v)) / t, whose difference loses digits near t = 0.
     """
 
+    _kept = 1
+
+    def __init__(self, *, published: bool = False) -> None:
+        self._published = published
+        self._past: list[tuple[Tensor, float]] = []
+
+    def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+        if self._published and t > 0:
+            return self._advance(z, (z - (1 - t) * (z - t * v)) / t, t, t_next)
+        return self._advance(z, z + (1 - t) * v, t, t_next)
+
+    def _advance(self, z: Tensor, clean: Tensor, t: float, t_next: float) -> Tensor:
+        """The point at `t_next`; keeps x̂ and t of the last `_kept` steps."""
+        target = clean
+        if self._past and self._past[-1][1] > 0 and t_next < 1:
+            old, old_t = self._past[-1]
+            ratio = (_log_snr(t_next) - _log_snr(t)) / (_log_snr(t) - _log_snr(old_t))
+            target = clean + (ratio / 2) * (clean - old)
+        self._past = [*self._past, (clean, t)][-self._kept :]
+        return _towards(target, z, t, t_next)
+
+    def reset(self) -> None:
+        self._past = []
+
+
+class UniPC(DpmSolver2M):
+    """dpm2m with a corrector, which moves the last step's end once x̂ there is known.
+
+    UniPC of Zhao et al. 2023 for clean predictions, of order 2 and B(h) = e^h - 1 ("bh2"). With h
+    from λ' to λ, E = e^-h - 1 and D = x̂ - x̂', the last step is taken again from its start y' with
+    x̂' + D / 2 where it was of first order, and else with x̂' + ρ0·(x̂'' - x̂') / r + ρ1·D, where
+    r = (λ'' - λ') / h, ρ0 + ρ1 = φ2 / E, r·ρ0 + ρ1 = 2·φ3 / E, φ2 = -E / h - 1, φ3 = -φ2 / h - 1/2.
+    x̂ is not evaluated again at the corrected point.
+    """
+
+    _kept = 2
+
     def __init__(self) -> None:
-        self._previous: tuple[Tensor, float] | None = None
+        super().__init__()
+        self._start: Tensor | None = None
 
     def step(self, z: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
         clean = z + (1 - t) * v
-        end = z + (t_next - t) * v
-        if self._previous is not None and t_next < 1:
-            old, old_t = self._previous
-            if old_t > 0:
-                ratio = (_log_snr(t_next) - _log_snr(t)) / (_log_snr(t) - _log_snr(old_t))
-                end = end + (t_next - t) / (1 - t) * (ratio / 2) * (clean - old)
-        self._previous = (clean, t)
-        return end
+        if self._start is not None:
+            old, old_t = self._past[-1]
+            z = _towards(old + self._correction(clean - old, t), self._start, old_t, t)
+        self._start = z
+        return self._advance(z, clean, t, t_next)
+
+    def _correction(self, change: Tensor, t: float) -> Tensor:
+        if len(self._past) < 2 or self._past[0][1] == 0:
+            return change / 2
+        (oldest, oldest_t), (old, old_t) = self._past
+        h = _log_snr(t) - _log_snr(old_t)
+        r = (_log_snr(oldest_t) - _log_snr(old_t)) / h
+        e = math.expm1(-h)
+        phi2 = -e / h - 1
+        phi3 = -phi2 / h - 1 / 2
+        rho0 = (phi2 - 2 * phi3) / e / (1 - r)
+        return (rho0 / r) * (oldest - old) + (phi2 / e - rho0) * change
 
     def reset(self) -> None:
-        self._previous = None
+        super().reset()
+        self._start = None
+
+
+def _towards(clean: Tensor, z: Tensor, t: float, t_next: float) -> Tensor:
+    """(u'/u)·z + (1 - u'/u)·x̂: Euler's step from t along the line to x̂, which it reaches at 1."""
+    return z + ((t_next - t) / (1 - t)) * (clean - z)
 
 
 def _log_snr(t: float) -> float:
@@ -105,6 +165,7 @@ SOLVERS: dict[SolverName, Callable[[], Solver]] = {
     "euler": Euler,
     "ab2": AdamsBashforth2,
     "dpm2m": DpmSolver2M,
+    "unipc": UniPC,
 }
 
 
@@ -115,9 +176,14 @@ def check_solver(name: str) -> None:
         raise RequestError(f"solver {name!r} is unknown; known: {known}", param="solver")
 
 
-def make_solver(name: str) -> Solver:
-    """A fresh solver; RequestError for an unknown name."""
+def make_solver(name: str, *, published: bool = False) -> Solver:
+    """A fresh solver; RequestError for an unknown name.
+
+    `published` is that of `DpmSolver2M`, and changes no other.
+    """
     check_solver(name)
+    if published and name == "dpm2m":
+        return DpmSolver2M(published=True)
     return SOLVERS[name]()  # type: ignore[index]
 
 
@@ -163,8 +229,8 @@ def _check_ranges(**values: float) -> None:
 class ImageSampling:
     """Sampling of images as a request names it. Raises RequestError for values out of range.
 
-    None stands for the checkpoint's default (`config.sampling`); for `t_eps`, for the value that
-    fits the times; for `solver`, for euler or what `fast` sets. `resolve` gives the values that are
+    None stands for the checkpoint's default (`config.sampling`); for `t_eps`, where the checkpoint
+    has none, for the value that fits the times. `resolve` gives the values that are
     used. A field here has an option of the command line and a field of the HTTP API, described by
     the same sentence (`knob_doc`).
 
@@ -215,15 +281,22 @@ class ImageSampling:
     solver: SolverName | None = field(
         default=None,
         metadata=doc(
-            f"ODE solver: {', '.join(SOLVERS)}. euler is as published; the others are of second "
-            "order and need fewer steps. Default: euler, with fast third ab2."
+            f"ODE solver: {', '.join(SOLVERS)}. euler is of first order, the others need fewer "
+            "steps. Default: the checkpoint's; with fast third ab2 in place of euler."
+        ),
+    )
+    published_solver: bool = field(
+        default=False,
+        metadata=doc(
+            "As in the published code of PixelUMM: dpm2m loses digits in its first step. Changes "
+            "no other solver."
         ),
     )
     t_eps: float | None = field(
         default=None,
         metadata=doc(
-            "Smallest 1 - t by which a velocity is divided, above 0 and at most 1. Default: "
-            "0.02, or less where the last step is shorter."
+            "Smallest 1 - t by which a velocity is divided, above 0 and at most 1. Default: the "
+            "checkpoint's, else 0.02, or less where the last step is shorter."
         ),
     )
     fast: Fast | None = field(
@@ -264,7 +337,7 @@ class ImageSampling:
     )
 
     def __post_init__(self) -> None:
-        self._resolve(CheckpointDefaults(), editing=False)
+        self._resolve(CheckpointDefaults(), FlowConfig(), editing=False)
 
     def resolve(self, config: ModelConfig, *, editing: bool) -> ResolvedSampling:
         """The values to sample with: those named here, else the checkpoint's.
@@ -272,9 +345,11 @@ class ImageSampling:
         `editing`: whether there are input images, whose guidance follows another formula. Raises
         RequestError for what edits do not have.
         """
-        return self._resolve(config.sampling, editing=editing)
+        return self._resolve(config.sampling, config.flow, editing=editing)
 
-    def _resolve(self, defaults: CheckpointDefaults, *, editing: bool) -> ResolvedSampling:
+    def _resolve(
+        self, defaults: CheckpointDefaults, flow: FlowConfig, *, editing: bool
+    ) -> ResolvedSampling:
         def chosen(value: float | None, default: float) -> float:
             return default if value is None else value
 
@@ -289,7 +364,9 @@ class ImageSampling:
                     param="fast",
                 )
         steps = defaults.steps if self.fast is None else fast_steps(self.fast, defaults.steps)
-        solver: SolverName = "ab2" if self.fast == "third" else "euler"
+        solver = defaults.solver
+        if self.fast == "third" and solver == "euler":
+            solver = "ab2"
         return ResolvedSampling(
             steps=steps if self.steps is None else self.steps,
             shift=chosen(self.shift, defaults.shift),
@@ -300,11 +377,14 @@ class ImageSampling:
                 norm=self.guidance_norm,
                 editing=editing,
                 published_interval=self.published_interval,
+                open_end=flow.guidance_end_open,
                 reuse=self.guidance_reuse,
                 stop=self.guidance_stop,
             ),
             solver=solver if self.solver is None else self.solver,
-            t_eps=self.t_eps,
+            published_solver=self.published_solver,
+            t_eps=flow.t_eps_sampling if self.t_eps is None else self.t_eps,
+            flow=flow,
             cache=StepCache(
                 threshold=self.step_cache, most=self.step_cache_most, warm=self.step_cache_warm
             ),
@@ -320,6 +400,7 @@ class GenerateKnobs(TypedDict, total=False):
     guidance_interval: tuple[float, float]
     guidance_norm: Norm
     solver: SolverName | None
+    published_solver: bool
     t_eps: float | None
     fast: Fast | None
     guidance_reuse: int
@@ -352,8 +433,12 @@ class ResolvedSampling:
     """Classifier-free guidance: scales, interval and rescaling."""
     solver: SolverName = "euler"
     """ODE solver."""
+    published_solver: bool = False
+    """Whether dpm2m rounds as the published code does."""
     t_eps: float | None = None
     """The smallest 1 - t by which a velocity is divided; None: `flow.path.sampling_t_eps`."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Noise and time conventions of the checkpoint."""
     cache: StepCache = field(default_factory=StepCache)
     """Reuse of layers from step to step."""
 
@@ -366,10 +451,16 @@ class ResolvedSampling:
             )
 
     def times(self) -> list[float]:
-        """`steps` + 1 times from 0 (noise) to 1 (data)."""
+        """`steps` + 1 times from noise to data (1)."""
         from neounify.flow.path import timesteps  # imports torch, which reading the fields does not
 
-        return timesteps(self.steps, self.shift).tolist()
+        return timesteps(self.steps, self.shift, self.flow.first_time).tolist()
+
+    def network_times(self) -> list[float]:
+        """The `times` that the network and the velocity take: those of unipc may be cut."""
+        from neounify.flow.path import cut_times
+
+        return cut_times(self.times(), self.flow.unipc_grid if self.solver == "unipc" else 0)
 
     def effective_t_eps(self) -> float:
         """`t_eps`, or the default for these times."""

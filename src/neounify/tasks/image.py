@@ -146,7 +146,10 @@ def draw_noise(
     config: ModelConfig, width: int, height: int, generator: torch.Generator, count: int = 1
 ) -> Float[Tensor, "count n ccc"]:
     """Initial scaled noise of images of a size as tokens, one draw of all of them."""
-    scale = noise_scale(Grid.of_pixels(height, width, config.token_size).length, config.flow)
+    tokens = Grid.of_pixels(height, width, config.token_size).length
+    scale = noise_scale(tokens, config.flow)
+    if config.flow.noise_draw == "tokens":
+        return initial_noise((count, tokens, config.token_width), scale, generator)
     noise = initial_noise((count, config.channels, height, width), scale, generator)
     return patchify(noise, config.token_size, config.channels)
 

@@ -28,10 +28,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from neounify.config import TextSampling
-from neounify.config.sampling import IMAGE_RANGES, TextKnobs, knob_doc
+from neounify.config.sampling import IMAGE_RANGES, SolverName, TextKnobs, knob_doc
 from neounify.errors import InputError
 from neounify.flow.guidance import Norm
-from neounify.flow.sampling import Fast, ImageSampling, SolverName
+from neounify.flow.sampling import Fast, ImageSampling
 from neounify.provenance.metadata import Format
 from neounify.serve.http.errors import ApiError, bad_request, to_api_error
 
@@ -398,6 +398,7 @@ class ImageFields(RequestFields):
     published_interval: bool = _image_field("published_interval")
     shift: Number | None = _image_field("shift")
     solver: SolverName | None = _image_field("solver")
+    published_solver: bool = _image_field("published_solver")
     t_eps: Number | None = _image_field("t_eps")
     fast: Fast | None = _image_field("fast")
     guidance_reuse: int = _image_field("guidance_reuse")
