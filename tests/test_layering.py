@@ -43,6 +43,7 @@ data            samples, sources, packing, loading
 evaluate        similarity of images, rates and means with confidence intervals, paired tests
 curate          curation of data: stages, copies, table and shards
 scenes          synthetic scenes and SceneBench
+motion          synthetic clips and MotionBench
 train           recipes and the trainer
 post_train      reinforcement learning, distillation, merging of experts
 bench           public benchmarks: prompts, outputs, judges, results

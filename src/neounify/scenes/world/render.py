@@ -91,10 +91,10 @@ def coverage(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
     return np.clip(np.float32(0.5) - distance, 0, 1)
 
 
-def _mask(
+def shape_mask(
     shape: str, cx: float, cy: float, radius: float, width: int, height: int
 ) -> tuple[int, int, Floats]:
-    """Top row, left column and coverage [h, w, 1] of one object in an image of that size."""
+    """Top row, left column and coverage [h, w, 1] of a shape in an image; sizes in pixels."""
     reach = EXTENT * radius + 1
     x0, y0 = max(0, math.floor(cx - reach)), max(0, math.floor(cy - reach))
     x1, y1 = min(width, math.ceil(cx + reach)), min(height, math.ceil(cy + reach))
@@ -105,7 +105,7 @@ def _mask(
     return y0, x0, mask
 
 
-_cached_mask = lru_cache(maxsize=4096)(_mask)
+_cached_mask = lru_cache(maxsize=4096)(shape_mask)
 _CACHED_RADIUS = 24.0  # pixels: larger masks are drawn anew, so the cache stays below 50 MB
 
 
@@ -138,5 +138,5 @@ def object_mask(config: SceneConfig, placed: SceneObject, side: int) -> tuple[in
     x, y = config.centre(placed)
     width, height = size_at(config, side)
     radius = config.radius(placed.size) * side
-    mask_of = _cached_mask if radius <= _CACHED_RADIUS else _mask
+    mask_of = _cached_mask if radius <= _CACHED_RADIUS else shape_mask
     return mask_of(placed.shape, x * width, y * height, radius, width, height)
