@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -21,9 +21,10 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config import ModelConfig
 from neounify.config.ranges import STRICT, Fraction
-from neounify.data.sample import DataError, Sample, SampleImage, SampleText, Turn
+from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, SampleText, Turn
 from neounify.image.pixels import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
+from neounify.text.clips import time_stamp
 from neounify.text.tokenizer import Tokenizer
 from neounify.text.tokens import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 
@@ -52,8 +53,8 @@ def crop_to(image: PilImage.Image, size: tuple[int, int]) -> PilImage.Image:
     return image.resize(size, PilImage.Resampling.BICUBIC, box=box)
 
 
-GENERATION_TASKS = ("t2i", "t2i_think", "edit", "edit_think")
-"""Tasks whose answer is one image; inference inserts `<img>` itself, so it carries no loss."""
+GENERATION_TASKS = ("t2i", "t2i_think", "edit", "edit_think", "t2v", "next_frames")
+"""Tasks whose answer is one image or clip; inference inserts `<img>`, so it carries no loss."""
 
 Drop = Literal["none", "text", "all"]
 Pixels = NDArray[np.uint8]
@@ -88,7 +89,7 @@ class Encoded:
 
     `ids` are its text tokens; `label_rows` (0..U-1) and `label_ids` say which rows must predict
     which token; `images` the clean images and `targets` one image per noisy block, uint8
-    [height, width, 3].
+    [height, width, 3], with frames in front where they are tubes and clips.
     """
 
     sample: str
@@ -142,7 +143,7 @@ class Encoder:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Encoded:
         """Encode one sample; `rng` draws the guidance dropout. Raises DataError."""
         drop = self.dropout.draw(rng)
-        has_target = any(part.role == "target" for part in sample.images)
+        has_target = any(part.role == "target" for part in _pictured(sample))
         writer = _Writer(self, sample)
         if has_target and drop != "none":
             writer.without_text(images=drop == "text")
@@ -150,6 +151,12 @@ class Encoder:
             for turn in sample.turns:
                 writer.turn(turn)
         return writer.finish()
+
+
+def _pictured(sample: Sample) -> list[SampleImage | SampleClip]:
+    """The images and clips of a sample, in order."""
+    parts = [part for turn in sample.turns for part in turn.parts]
+    return [part for part in parts if not isinstance(part, SampleText)]
 
 
 class _Writer:
@@ -192,7 +199,7 @@ class _Writer:
         self._flush()
         first = turn.parts[0] if turn.parts else None
         thinks = isinstance(first, SampleText) and first.text.startswith(THINK_OPEN)
-        has_image = any(isinstance(part, SampleImage) for part in turn.parts)
+        has_image = any(not isinstance(part, SampleText) for part in turn.parts)
         if has_image and not thinks:
             self._no_thought()
         self._opens_thought = thinks and self.sample.task in GENERATION_TASKS
@@ -226,8 +233,8 @@ class _Writer:
         """The prefix of guidance: the input images alone, or nothing, then `<img>`."""
         self.spans, self.ids, self.labels, self._plain = [], [], [], ""
         self._row = self._tokens = 0
-        inputs = [part for part in self.sample.images if part.role == "input"]
-        targets = [part for part in self.sample.images if part.role == "target"]
+        inputs = [part for part in _pictured(self.sample) if part.role == "input"]
+        targets = [part for part in _pictured(self.sample) if part.role == "target"]
         self._open("user")
         for part in inputs if images else ():
             self._input(part)
@@ -239,7 +246,7 @@ class _Writer:
         else:
             self._special(IMAGE_OPEN, loss=False)
             for part in targets:
-                self._noise(self._sized_target(part, copies=self.encoder.noise_draws))
+                self._noise(self._sized_target(part, copies=self.encoder.noise_draws), part)
 
     # --- pieces ---
 
@@ -304,8 +311,10 @@ class _Writer:
         else:
             self.spans.append(Text(len(ids)))
 
-    def _input(self, part: SampleImage) -> None:
-        self._special(IMAGE_OPEN, loss=False)
+    def _input(self, part: SampleImage | SampleClip) -> None:
+        if isinstance(part, SampleClip):
+            self._input_clip(part)
+            return
         sampling = self.encoder.config.sampling
         if self.encoder.input_pixels is not None:
             bounds = self.encoder.input_pixels
@@ -316,23 +325,59 @@ class _Writer:
         pixels = part.pixels()
         size = self._fit(pixels, bounds)
         self._reserve_image(size, 1, "input_pixels")
-        self._clean(_resized(pixels, size))
+        self._shown(_resized(pixels, size))
+
+    def _input_clip(self, part: SampleClip) -> None:
+        """A clip to look at: the time of each tube or frame, and its tokens."""
+        per_tube = self._tube_frames(und=True) if part.tubes else 1
+        video, frames = self.encoder.config.sampling.video, part.pixels()
+        largest = min(video.frame_max_pixels, video.max_total_pixels // len(frames))
+        bounds = self.encoder.input_pixels or (min(video.frame_min_pixels, largest), largest)
+        size = self._fit(frames[0], bounds)
+        self._reserve_image(size, math.ceil(len(frames) / per_tube), "input_pixels")
+        shown = np.stack([_resized(frame, size) for frame in frames])
+        missing = -len(shown) % per_tube
+        shown = np.concatenate([shown, np.repeat(shown[-1:], missing, axis=0)])
+        for first in range(0, len(shown), per_tube):
+            self._text(time_stamp(first / part.fps), loss=False)
+            self._shown(shown[first : first + per_tube] if part.tubes else shown[first])
+
+    def _shown(self, pixels: Pixels) -> None:
+        """A clean image or tube between its marks."""
+        self._special(IMAGE_OPEN, loss=False)
+        self._clean(pixels)
         self._special(IMAGE_CLOSE, loss=False)
 
-    def _target(self, part: SampleImage, *, loss: bool | None = None) -> None:
-        """A target image: noisy blocks, and a clean copy for what follows."""
+    def _tube_frames(self, *, und: bool = False) -> int:
+        """Frames of a tube. DataError for a model without an embedding of tubes."""
+        video = self.encoder.config.video
+        if video is None or (und and not video.und):
+            what = "to look at in tubes: show it as images (tubes=False)" if und else "to generate"
+            raise DataError(f"the model has no embedding of tubes, and the sample a clip {what}")
+        return video.tube_frames
+
+    def _target(self, part: SampleImage | SampleClip, *, loss: bool | None = None) -> None:
+        """A target image or clip: noisy blocks, and of an image a clean copy for what follows."""
         continues = self.sample.task not in GENERATION_TASKS
         if not part.loss:
             raise DataError("an image in an answer must be a target")
+        if isinstance(part, SampleClip) and continues:
+            raise DataError(
+                f"task {self.sample.task}: a clip to generate ends its sample, which "
+                "t2v and next_frames have"
+            )
         self._special(IMAGE_OPEN, loss=continues if loss is None else loss)
         pixels = self._sized_target(part, copies=self.encoder.noise_draws + continues)
-        self._noise(pixels)
+        self._noise(pixels, part)
         if continues:
             self._clean(pixels)
             self._special(IMAGE_CLOSE, loss=False)
 
-    def _noise(self, pixels: Pixels) -> None:
+    def _noise(self, pixels: Pixels, part: SampleImage | SampleClip) -> None:
         block = Noise.of(self._grid(pixels))
+        if isinstance(part, SampleClip) and self.encoder.config.video is not None:
+            step = self.encoder.config.video.position_fps / part.fps
+            block = replace(block, step=step)
         for _ in range(self.encoder.noise_draws):
             self.spans.append(block)
             self.targets.append(pixels)
@@ -344,22 +389,37 @@ class _Writer:
         self._row += image.length
 
     def _grid(self, pixels: Pixels) -> Grid:
-        return Grid.of_pixels(pixels.shape[0], pixels.shape[1], self.encoder.config.token_size)
+        config = self.encoder.config
+        grid = Grid.of_pixels(pixels.shape[-3], pixels.shape[-2], config.token_size)
+        if pixels.ndim == 3 or config.video is None:
+            return grid
+        return replace(grid, tubes=len(pixels) // config.video.tube_frames)
 
-    def _sized_target(self, part: SampleImage, *, copies: int) -> Pixels:
+    def _sized_target(self, part: SampleImage | SampleClip, *, copies: int) -> Pixels:
         """A target in its size for training; the document holds it `copies` times."""
         pixels, encoder = part.pixels(), self.encoder
+        frames = list(pixels) if isinstance(part, SampleClip) else [pixels]
+        if isinstance(part, SampleClip):
+            per_tube = self._tube_frames()
+            if len(frames) % per_tube:
+                raise DataError(
+                    f"a clip to generate has {len(frames)} frames, not a multiple of {per_tube}"
+                )
+            copies *= len(frames) // per_tube
+        height, width = frames[0].shape[:2]
         if encoder.target_buckets:
-            bucket = nearest_bucket(pixels.shape[1], pixels.shape[0], encoder.target_buckets)
+            bucket = nearest_bucket(width, height, encoder.target_buckets)
             self._reserve_image((bucket[1], bucket[0]), copies, "target_buckets")
-            if bucket == (pixels.shape[1], pixels.shape[0]):
+            if bucket == (width, height):
                 return pixels
-            return np.asarray(crop_to(PilImage.fromarray(pixels), bucket))
-        sampling = encoder.config.sampling
-        bounds = encoder.target_pixels or (sampling.edit_min_pixels, sampling.edit_max_pixels)
-        size = self._fit(pixels, bounds)
-        self._reserve_image(size, copies, "target_pixels")
-        return _resized(pixels, size)
+            sized = [np.asarray(crop_to(PilImage.fromarray(one), bucket)) for one in frames]
+        else:
+            sampling = encoder.config.sampling
+            bounds = encoder.target_pixels or (sampling.edit_min_pixels, sampling.edit_max_pixels)
+            size = self._fit(frames[0], bounds)
+            self._reserve_image(size, copies, "target_pixels")
+            sized = [_resized(one, size) for one in frames]
+        return np.stack(sized) if isinstance(part, SampleClip) else sized[0]
 
     def _reserve_image(self, size: tuple[int, int], copies: int, setting: str) -> None:
         """Count the tokens of an image of `size` = (height, width) pixels, before it is resized."""
@@ -387,8 +447,10 @@ class _Writer:
         self._plain = ""
         document = Document(tuple(self.spans))
         limit = self.encoder.config.max_positions
-        if document.end_t > limit:
-            raise DataError(f"the sample is {document.end_t} positions long, the model has {limit}")
+        if document.bound_t > limit:
+            raise DataError(
+                f"the sample is {document.bound_t} positions long, the model has {limit}"
+            )
         rows, ids = zip(*self.labels, strict=True) if self.labels else ((), ())
         return Encoded(
             self.sample.id,

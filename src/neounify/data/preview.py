@@ -107,7 +107,12 @@ def pieces_of(encoded: Encoded, tokenizer: Tokenizer) -> Iterator[Piece]:
                 yield Piece(len(numbers), loss, text=text)
             row += span.length
         elif isinstance(span, Image):
-            yield Piece(span.length, False, pixels=next(images))
+            yield Piece(span.length, False, pixels=_still(next(images)))
             row += span.length
         else:
-            yield Piece(span.length, True, pixels=next(targets))
+            yield Piece(span.length, True, pixels=_still(next(targets)))
+
+
+def _still(pixels: Pixels) -> Pixels:
+    """An image, or the frame in the middle of a tube or clip."""
+    return pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]

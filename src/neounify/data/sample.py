@@ -17,6 +17,7 @@ per part) where it differs from that rule. Other fields are refused.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,11 @@ from neounify.errors import NeounifyError
 from neounify.text import IMAGE_MARK, Role
 
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
-TASKS = ("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave", "text")
+TASKS = (
+    *("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave", "text"),
+    *("t2v", "video_qa", "next_frames"),
+)
+"""Of text and images and, last, of clips: from text, questions about them, their next frames."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Path
 
@@ -130,7 +135,46 @@ class SampleImage:
         return np.asarray(self.image)
 
 
-Part = SampleText | SampleImage
+@dataclass(frozen=True, eq=False)
+class SampleClip:
+    """A clip: uint8 RGB frames [frames, height, width, 3], or images of one size; and their rate.
+
+    `role` "input" is for understanding only; a "target" carries the image loss. With `tubes` an
+    input is seen in tubes of several frames, whose last one is filled with its last frame, else
+    as so many images. Its text has the time of each tube or image in front of it.
+    """
+
+    frames: NDArray[np.uint8] | Sequence[ImageLike]
+    role: Literal["input", "target"]
+    fps: float = 24.0
+    tubes: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < math.inf:
+            raise DataError(f"a clip has {self.fps} frames per second, not a number above 0")
+        if isinstance(self.frames, np.ndarray) and self.frames.ndim != 4:
+            raise DataError(f"a clip is {list(self.frames.shape)}, not [frames, height, width, 3]")
+        if not len(self.frames):
+            raise DataError("a clip has no frames")
+        images = [SampleImage(frame, self.role) for frame in self.frames]
+        if not isinstance(self.frames, np.ndarray):
+            sizes = {image.pixels().shape for image in images}
+            if len(sizes) > 1:
+                raise DataError(f"the frames of a clip have several sizes: {sorted(sizes)}")
+
+    @property
+    def loss(self) -> bool:
+        """Whether the clip carries the image loss."""
+        return self.role == "target"
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """The frames as uint8 [frames, height, width, 3]."""
+        return np.stack([np.asarray(frame) for frame in self.frames])
+
+
+Part = SampleText | SampleImage | SampleClip
+VIDEO_MARK = "<video>"
+"""Stands for a clip in the text of a turn."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +192,14 @@ class Turn:
 
     @property
     def value(self) -> str:
-        """Its text, with `<image>` in place of each image."""
-        return "".join(p.text if isinstance(p, SampleText) else IMAGE_MARK for p in self.parts)
+        """Its text, with `<image>` in place of each image and `<video>` of each clip."""
+        return "".join(_value(part) for part in self.parts)
+
+
+def _value(part: Part) -> str:
+    if isinstance(part, SampleText):
+        return part.text
+    return IMAGE_MARK if isinstance(part, SampleImage) else VIDEO_MARK
 
 
 @dataclass(frozen=True)
@@ -178,8 +228,13 @@ class Sample:
         """All images, in order."""
         return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, SampleImage))
 
+    @property
+    def clips(self) -> tuple[SampleClip, ...]:
+        """All clips, in order."""
+        return tuple(p for turn in self.turns for p in turn.parts if isinstance(p, SampleClip))
+
     def text(self, role: Role | None = None) -> str:
-        """The text of all turns, or of one role's, with `<image>` in place of each image."""
+        """The text of all turns, or of one role's, with a mark in place of each image and clip."""
         chosen = [turn for turn in self.turns if role in (None, turn.role)]
         return "\n".join(turn.value for turn in chosen)
 
@@ -188,6 +243,8 @@ def sample_to_record(sample: Sample, image_paths: Sequence[str]) -> dict[str, An
     """The sample in the published schema; `image_paths`: one per image, in order."""
     if len(image_paths) != len(sample.images):
         raise DataError(f"{len(sample.images)} images, but {len(image_paths)} paths")
+    if sample.clips:
+        raise DataError("a sample with a clip has no record: records name images, not clips")
     record: dict[str, Any] = {
         "conversations": [
             {"from": SPEAKER_OF[turn.role], "value": turn.value} for turn in sample.turns

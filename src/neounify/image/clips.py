@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def fill_tubes(
@@ -57,3 +60,9 @@ def rows_to_frames(
         )
     join = "(g h w) (f p q c) -> (g f) c (h p) (w q)"
     return rearrange(tokens, join, h=rows, w=columns, f=tube_frames, p=size, q=size)
+
+
+def join_rows(rows: Sequence[Float[Tensor, "_n _values"]]) -> Float[Tensor, "n values"]:
+    """Rows of tokens one after the other, padded with zeros to the longest."""
+    width = max(x.shape[1] for x in rows)
+    return torch.cat([pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x for x in rows])

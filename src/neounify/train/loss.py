@@ -30,6 +30,7 @@ from neounify.data.loader import Pack
 from neounify.data.sample import TASKS
 from neounify.distributed.sequence import Share
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
+from neounify.image.clips import join_rows, tube_rows
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model.neo import Logits, ModelBatch, NeoUnify
 from neounify.model.parts import GEN, UND
@@ -92,13 +93,18 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Noised:
-    """The noisy images of a pack: G tokens of J images."""
+    """The noisy images and clips of a pack: G tokens of J of them.
+
+    Rows of images are padded where there are clips too, whose rows are longer; `padding` is by how
+    much the mean over a row is smaller for it, None where no row is padded.
+    """
 
     clean: Float[Tensor, "g ccc"]
     z: Float[Tensor, "g ccc"]
     t: Float[Tensor, " j"]
     noise_scale: Float[Tensor, " j"]
     lengths: Int[Tensor, " j"]
+    padding: Float[Tensor, " j"] | None = None
 
 
 def add_noise(
@@ -114,7 +120,12 @@ def add_noise(
     sigma = sigma.to(device)
     noise = torch.randn(clean.shape, generator=generator, device=device)
     per_token = [x.repeat_interleave(lengths).unsqueeze(1) for x in (t, sigma)]
-    return Noised(clean, noisy(clean, noise, *per_token), t, sigma, lengths)
+    padding = None
+    if len({grid.kind for grid in grids}) > 1:
+        image, tube = model_config.token_width, model_config.tube_width
+        widths = [tube if grid.tubes else image for grid in grids]
+        padding = clean.shape[1] / torch.tensor(widths, device=device)
+    return Noised(clean, noisy(clean, noise, *per_token), t, sigma, lengths, padding)
 
 
 def loss_of(
@@ -225,6 +236,8 @@ def _image_loss(
     # velocity(x̂) - velocity(x): z cancels, so it is the velocity of the difference.
     error = velocity(prediction.float() - noised.clean[rows], torch.zeros_like(t), t, eps)
     per_token = error.square().mean(dim=1)
+    if noised.padding is not None:
+        per_token = per_token * noised.padding[owners]
     tasks = pack.target_tasks.to(per_token.device)
     if metrics is not None:
         remaining = torch.clamp(1 - t.squeeze(1), min=eps)
@@ -235,7 +248,10 @@ def _image_loss(
 
 
 def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
-    """Clean images for the understanding stream, [channels, height, width] each."""
+    """Clean images and tubes for the understanding stream, [channels, height, width] each.
+
+    Those of a tube have frames in front.
+    """
     tensors: list[Tensor] = []
     for stack in _stacks(images, device):
         tensors += normalise_und(stack.float() / 255).unbind()
@@ -245,19 +261,24 @@ def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
 def _tokens(
     images: Sequence[Pixels], config: ModelConfig, device: torch.device
 ) -> Float[Tensor, "g ccc"]:
-    """Target images as token rows in [-1, 1]."""
-    stacks = (stack.float() / 127.5 - 1 for stack in _stacks(images, device))
-    return torch.cat(
-        [patchify(stack, config.token_size, config.channels).flatten(0, 1) for stack in stacks]
-    )
+    """Target images and clips as token rows in [-1, 1], padded to one width."""
+    rows = []
+    for stack in _stacks(images, device):
+        pixels = stack.float() / 127.5 - 1
+        if pixels.ndim == 4:
+            rows.append(patchify(pixels, config.token_size, config.channels).flatten(0, 1))
+        else:
+            assert config.video is not None
+            rows += [tube_rows(x, config.token_size, config.video.tube_frames) for x in pixels]
+    return join_rows(rows)
 
 
 def _stacks(
     images: Sequence[Pixels], device: torch.device
-) -> Iterator[UInt8[Tensor, "_n _channels _height _width"]]:
-    """Images in order, consecutive ones of one size as one tensor."""
+) -> Iterator[UInt8[Tensor, "_n *_frames _channels _height _width"]]:
+    """Images and clips in order, consecutive ones of one size as one tensor."""
     for _, same in groupby(images, key=lambda image: image.shape):
-        yield torch.from_numpy(np.stack(list(same))).to(device).permute(0, 3, 1, 2)
+        yield torch.from_numpy(np.stack(list(same))).to(device).movedim(-1, -3)
 
 
 class Metrics:

@@ -149,6 +149,8 @@ def fingerprint(sources: Iterable[SampleSource]) -> str:
                 digest.update(repr((sample.task, sample.id, sample.text())).encode())
                 for image in sample.images:
                     digest.update(image.pixels().tobytes())
+                for clip in sample.clips:
+                    digest.update(clip.pixels().tobytes())
             except DataError:  # the loader counts damaged samples
                 digest.update(b"damaged")
     return digest.hexdigest()
