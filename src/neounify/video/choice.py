@@ -1,0 +1,131 @@
+"""Choice of the frames that a model reads of a clip, by their times.
+
+The rules are those of the published video models: `published` for understanding, `dense` for tubes
+of consecutive frames, `at_rate` for training and for a rate of the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from neounify.errors import VideoError
+
+MAX_FRAMES = 96
+"""Frames of a clip that a model reads where a caller sets no limit."""
+SAMPLE_FPS, TUBE_FPS, TRAINING_FPS = 1.0, 4.0, 24.0
+TUBE_FRAMES = 4
+"""Frames of one tube."""
+_ROUNDING = 1e-9
+"""Frames by which a sample may lie before a frame and still show it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameChoice:
+    """Which frames of a clip are read.
+
+    `fps` samples per second, None for the rule of `published` with the model's rates; at most
+    `max_frames`, which a longer clip is covered by evenly. Raises VideoError.
+    """
+
+    fps: float | None = None
+    max_frames: int = MAX_FRAMES
+    sample_fps: float = SAMPLE_FPS
+    tube_fps: float = TUBE_FPS
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise VideoError(
+                f"fps must be a finite number above 0, or None for the rule, got {self.fps}",
+                param="fps",
+            )
+        if self.max_frames < 1:
+            raise VideoError(
+                f"max_frames must be at least 1, got {self.max_frames}", param="max_frames"
+            )
+
+    def indices(self, clip: Timeline) -> list[int]:
+        """Indices of the frames, ascending."""
+        if self.fps is None:
+            return published(clip, self.max_frames, self.sample_fps, self.tube_fps)
+        return at_rate(clip, self.fps, self.max_frames)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Times of all frames of a clip in seconds from the first, ascending, and its end.
+
+    `rounding` is the greatest error of a time: half the unit that its file counts in.
+    """
+
+    times: Sequence[float]
+    end: float
+    rounding: float = 0.0
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, on average."""
+        return len(self.times) / self.end
+
+    def sample(self, fps: float, limit: int) -> list[int] | None:
+        """The frame that is shown at k / fps, for all k within the clip; None for over `limit`."""
+        slack = self.rounding + _ROUNDING * self.end / len(self.times)
+        count = math.ceil((self.end - slack) * fps)
+        if count > limit:
+            return None
+        return [
+            max(0, bisect_right(self.times, number / fps + slack) - 1)
+            for number in range(max(1, count))
+        ]
+
+    def evenly(self, count: int) -> list[int]:
+        """`count` frames from the first to the last, evenly; all where there are no more."""
+        last = len(self.times) - 1
+        if count > last:
+            return list(range(last + 1))
+        if count == 1:
+            return [0]
+        return [math.floor(number * last / (count - 1) + 0.5) for number in range(count)]
+
+
+def published(
+    clip: Timeline,
+    max_frames: int = MAX_FRAMES,
+    sample_fps: float = SAMPLE_FPS,
+    tube_fps: float = TUBE_FPS,
+) -> list[int]:
+    """Frames as the published command takes them, each an image.
+
+    `sample_fps` a second where `tube_fps` would be at most `max_frames`, so up to 24 s for 96;
+    else, and for clips of fewer frames than `sample_fps` a second, `max_frames` evenly.
+    """
+    is_short = clip.sample(tube_fps, max_frames) is not None
+    frames = clip.sample(sample_fps, max_frames) if is_short and clip.fps >= sample_fps else None
+    return clip.evenly(max_frames) if frames is None else _merged(frames)
+
+
+def dense(
+    clip: Timeline, max_frames: int = MAX_FRAMES, tube_fps: float = TUBE_FPS
+) -> list[int] | None:
+    """Frames of tubes: `tube_fps` a second, the last one repeated to fill a tube.
+
+    None where the published route takes images instead: over `max_frames`, a clip of fewer
+    frames a second, or less than one tube.
+    """
+    frames = clip.sample(tube_fps, max_frames)
+    if frames is None or clip.fps < tube_fps or len(frames) < TUBE_FRAMES:
+        return None
+    return frames + frames[-1:] * (-len(frames) % TUBE_FRAMES)
+
+
+def at_rate(clip: Timeline, fps: float, max_frames: int = MAX_FRAMES) -> list[int]:
+    """Frames at `fps` a second, or `max_frames` evenly where those are more."""
+    frames = clip.sample(fps, max_frames)
+    return clip.evenly(max_frames) if frames is None else _merged(frames)
+
+
+def _merged(frames: list[int]) -> list[int]:
+    """The frames without equal neighbours."""
+    return list(dict.fromkeys(frames))

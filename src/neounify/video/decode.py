@@ -1,0 +1,357 @@
+"""Decoding of a video file with FFmpeg, within limits; runs in a separate process (`child.py`).
+
+A container may name other files and addresses (playlists, references of QuickTime): only the
+formats of FORMATS are read at all, none of which needs another file, and opening one is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from neounify.errors import VideoError
+from neounify.video.choice import FrameChoice, Timeline
+from neounify.video.library import video_library
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif")
+"""FFmpeg's names of the containers that are read."""
+KINDS = "MP4, MOV, WebM, Matroska, AVI or GIF"
+CODECS = (
+    *("h264", "hevc", "av1", "libdav1d", "vp8", "vp9", "libvpx", "libvpx-vp9", "mpeg4", "mjpeg"),
+    *("msmpeg4v2", "msmpeg4v3", "gif", "prores", "rawvideo", "png", "ffv1"),
+)
+"""FFmpeg's names of the decoders that are used."""
+_NEAR = 8
+"""Frames that are rather decoded than passed by seeking."""
+_PROBE_BYTES, _PROBE_MICROSECONDS = 5_000_000, 5_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoLimits:
+    """Upper bounds of one clip.
+
+    `file_bytes` of its file; `streams` inside; `pixels` of a frame, `frames` and `length` in
+    seconds, whether they are read or not; `seconds` and `memory` bytes of the process that decodes.
+    `output_pixels` of all chosen frames together, after their reduction.
+    """
+
+    file_bytes: int = 2 * 2**30
+    streams: int = 32
+    pixels: int = 36_000_000
+    frames: int = 500_000
+    length: float = 4 * 3600.0
+    seconds: float = 120.0
+    memory: int = 3 * 2**30
+    output_pixels: int = 128 * 2**20
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value >= 1:
+                raise VideoError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a file holds, and which of its frames are read."""
+
+    times: list[float]
+    """Of the chosen frames, in seconds from the first frame of the file."""
+    size: tuple[int, int]
+    """(width, height) of the chosen frames: upright, and reduced."""
+    frames: int
+    """In the file."""
+    seconds: float
+    has_sound: bool
+
+
+class MeteredFile:
+    """A file for FFmpeg that fails after a time, and ends where the limit of its bytes is."""
+
+    name = "clip"
+
+    def __init__(self, file: IO[bytes], seconds: float) -> None:
+        self._file, self._end = file, time.monotonic() + seconds
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if time.monotonic() > self._end:
+            raise VideoError("the clip takes too long to read")
+        return self._file.read(size)
+
+
+def decode_frames(
+    file: IO[bytes], choice: FrameChoice, limits: VideoLimits, keep_pixels: int
+) -> tuple[Clip, Iterator[np.ndarray]]:
+    """The clip in a file, and its chosen frames as RGB arrays [height, width, 3] uint8.
+
+    Frames are turned upright, laid on white where they are transparent, and their sides divided by
+    a whole number, to no fewer than `keep_pixels`. Raises VideoError, also while frames are read.
+    """
+    file.seek(0, 2)
+    if not file.tell():
+        raise VideoError("is empty")
+    if file.tell() > limits.file_bytes:
+        raise VideoError(f"has {file.tell()} bytes; at most {limits.file_bytes} are read")
+    file.seek(0)
+    return _Decoder(file, choice, limits, keep_pixels).start()
+
+
+class _Decoder:
+    """One pass over the packets for the times of all frames, then the chosen frames by seeking."""
+
+    def __init__(
+        self, file: IO[bytes], choice: FrameChoice, limits: VideoLimits, keep_pixels: int
+    ) -> None:
+        self._av = video_library()
+        self._limits, self._choice, self._keep_pixels = limits, choice, keep_pixels
+        self._container = self._open(MeteredFile(file, limits.seconds))
+        self._stream = self._find_stream()
+        self._unit = self._stream.time_base or Fraction(1, 1000)
+        self._stamps: list[int] = []
+        self._keys: list[tuple[int, int]] = []
+        """(time stamp, decoding time stamp) of the frames at which decoding may begin."""
+
+    def start(self) -> tuple[Clip, Iterator[np.ndarray]]:
+        timeline = self._scan()
+        indices = self._choice.indices(timeline)
+        frames = self._frames([self._stamps[index] for index in indices])
+        first = next(frames)
+        height, width = first.shape[:2]
+        if width * height * len(indices) > self._limits.output_pixels:
+            raise VideoError(
+                f"{len(indices)} frames of {width}x{height} are more than "
+                f"{self._limits.output_pixels} pixels; read fewer of them"
+            )
+        clip = Clip(
+            times=[timeline.times[index] for index in indices],
+            size=(width, height),
+            frames=len(timeline.times),
+            seconds=timeline.end,
+            has_sound=bool(self._container.streams.audio),
+        )
+        return clip, self._all(first, frames)
+
+    # --- opening ---
+
+    def _open(self, file: MeteredFile) -> InputContainer:
+        options = {
+            "format_whitelist": ",".join(FORMATS),
+            "protocol_whitelist": "none",
+            "codec_whitelist": ",".join(CODECS),
+            "max_streams": str(self._limits.streams + 1),
+            "max_pixels": str(self._limits.pixels),
+            "probesize": str(_PROBE_BYTES),
+            "analyzeduration": str(_PROBE_MICROSECONDS),
+            "enable_drefs": "0",
+            "threads": "1",
+        }
+        try:
+            return self._av.open(
+                file,
+                "r",
+                options=options,
+                metadata_errors="replace",
+                io_open=_refuse_other_files,
+            )
+        except MemoryError as error:  # also for more streams than `max_streams`
+            raise VideoError(
+                f"has more than {self._limits.streams} streams, or is damaged"
+            ) from error
+        except (self._av.FFmpegError, ValueError) as error:
+            if isinstance(error, VideoError):
+                raise
+            raise VideoError(f"not a video, or damaged; use {KINDS}") from error
+
+    def _find_stream(self) -> VideoStream:
+        if len(self._container.streams) > self._limits.streams:
+            raise VideoError(f"has more than {self._limits.streams} streams")
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [s for s in self._container.streams.video if not s.disposition & cover]
+        if not streams:
+            sound = ", only sound" if self._container.streams.audio else ""
+            raise VideoError(f"holds no video{sound}")
+        stream = max(streams, key=lambda s: (s.width * s.height, -s.index))
+        for other in self._container.streams:
+            if other is not stream:
+                other.discard = self._av.stream.Discard.all
+        context = stream.codec_context
+        if context is None or context.name not in CODECS:
+            kind = "of an unknown kind" if context is None else context.name
+            raise VideoError(f"its frames are {kind}, which is not read here; use H.264 in MP4")
+        self._check_size(stream.width, stream.height)
+        context.thread_count = 1
+        context.options = {"max_pixels": str(self._limits.pixels)}
+        return stream
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width < 1 or height < 1:
+            raise VideoError(
+                "its frames have no pixels, or more than the "
+                f"{self._limits.pixels} that are decoded"
+            )
+        if width * height > self._limits.pixels:
+            raise VideoError(
+                f"its frames of {width}x{height} are {width * height} pixels; at most "
+                f"{self._limits.pixels} are decoded"
+            )
+
+    # --- times ---
+
+    def _scan(self) -> Timeline:
+        """The times of all frames, from the packets alone."""
+        last_end = 0
+        for packet in self._packets():
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None:
+                continue
+            self._stamps.append(stamp)
+            last_end = max(last_end, stamp + max(0, packet.duration or 0))
+            if packet.is_keyframe:
+                self._keys.append((stamp, stamp if packet.dts is None else packet.dts))
+            if len(self._stamps) > self._limits.frames:
+                raise VideoError(f"has more than {self._limits.frames} frames")
+        if not self._stamps:
+            raise VideoError("has no frames")
+        self._stamps = sorted(set(self._stamps))
+        self._keys.sort()
+        return self._timeline(last_end)
+
+    def _timeline(self, last_end: int) -> Timeline:
+        first, last = self._stamps[0], self._stamps[-1]
+        count = len(self._stamps)
+        if last_end <= last:  # the last frame has no length: it is shown as long as the others
+            last_end = last + (round((last - first) / (count - 1)) if count > 1 else 0)
+        end = float((last_end - first) * self._unit)
+        if count == 1:
+            end = end or 1.0
+        if not math.isfinite(end) or end > self._limits.length:
+            raise VideoError(f"lasts {end:.0f} seconds; at most {self._limits.length:.0f} are read")
+        times = [float((stamp - first) * self._unit) for stamp in self._stamps]
+        return Timeline(times, end, rounding=float(self._unit) / 2)
+
+    def _packets(self) -> Iterator[Packet[VideoStream]]:
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.size:
+                    yield packet
+        except self._av.FFmpegError as error:
+            if not self._stamps:
+                raise VideoError("damaged or cut off") from error
+
+    # --- frames ---
+
+    def _frames(self, stamps: list[int]) -> Iterator[np.ndarray]:
+        """The frames at ascending time stamps; where decoding ends early, the last one instead."""
+        frame: VideoFrame | None = None
+        decoded: Iterator[VideoFrame] = iter(())
+        for stamp in stamps:
+            if frame is None or self._skips_much(_stamp_of(frame, stamp), stamp):
+                decoded = self._decode_to(stamp)
+            while frame is None or _stamp_of(frame, stamp) < stamp:
+                following = next(decoded, None)
+                if following is None:
+                    break
+                frame = following
+            if frame is None:
+                raise VideoError("no frame can be decoded: damaged or cut off")
+            self._check_size(frame.width, frame.height)
+            yield self._array(frame)
+
+    def _key_before(self, stamp: int) -> tuple[int, int] | None:
+        """The last frame up to `stamp` at which decoding may begin."""
+        number = bisect_right(self._keys, (stamp, 2**63))
+        return self._keys[number - 1] if number else None
+
+    def _skips_much(self, current: int, stamp: int) -> bool:
+        """Whether seeking to `stamp` passes more than a few frames."""
+        key = self._key_before(stamp)
+        if key is None or key[0] <= current:
+            return False
+        return bisect_right(self._stamps, key[0]) - bisect_right(self._stamps, current) > _NEAR
+
+    def _decode_to(self, stamp: int) -> Iterator[VideoFrame]:
+        """Frames from one before `stamp` on, or from `stamp` itself."""
+        key = self._key_before(stamp)
+        if key is not None and key != self._keys[0] and self._seek(key[1]):
+            decoded = self._decoded()
+            first = next(decoded, None)
+            if first is not None and _stamp_of(first, stamp) <= stamp:
+                yield first
+                yield from decoded
+                return
+        self._seek(min(self._stamps[0], self._keys[0][1] if self._keys else 0))
+        yield from self._decoded()
+
+    def _seek(self, stamp: int) -> bool:
+        try:
+            self._container.seek(stamp, stream=self._stream)
+        except self._av.FFmpegError:
+            return False
+        return True
+
+    def _decoded(self) -> Iterator[VideoFrame]:
+        """All frames from here on; packets that are damaged are passed over."""
+        for packet in self._container.demux(self._stream):
+            try:
+                yield from packet.decode()
+            except self._av.FFmpegError:
+                continue
+
+    def _array(self, frame: VideoFrame) -> np.ndarray:
+        """The frame as RGB: reduced, upright, on white."""
+        factor = max(1, math.isqrt(frame.width * frame.height // self._keep_pixels))
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        pixels = frame.reformat(
+            width=-(-frame.width // factor),
+            height=-(-frame.height // factor),
+            format="rgba" if has_alpha else "rgb24",
+            interpolation="AREA" if factor > 1 else None,
+        ).to_ndarray()
+        if has_alpha:
+            alpha = pixels[..., 3:].astype(np.uint16)
+            pixels = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return np.ascontiguousarray(_turned(pixels, frame))
+
+    def _all(self, first: np.ndarray, frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The frames, all of one size."""
+        yield first
+        for frame in frames:
+            if frame.shape != first.shape:
+                raise VideoError(
+                    f"its frames change their size from {first.shape[1]}x{first.shape[0]} to "
+                    f"{frame.shape[1]}x{frame.shape[0]}"
+                )
+            yield frame
+
+
+def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise VideoError("refers to another file or address, which is not read")
+
+
+def _stamp_of(frame: VideoFrame, otherwise: int) -> int:
+    return otherwise if frame.pts is None else frame.pts
+
+
+def _turned(pixels: np.ndarray, frame: VideoFrame) -> np.ndarray:
+    """The pixels upright, by the matrix that a camera leaves: [a b; c d] for (column, row)."""
+    side: Any = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(bytes(side), "<i4")[:5].tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        pixels = pixels.swapaxes(0, 1)
+        a, d = c, b
+    return pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

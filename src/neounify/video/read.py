@@ -1,0 +1,141 @@
+"""Untrusted video files as frames with times, decoded in a separate process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import PIL.Image
+
+from neounify.errors import VideoError
+from neounify.video.child import REFUSED
+from neounify.video.choice import FrameChoice
+from neounify.video.decode import Clip, VideoLimits
+from neounify.video.library import video_library
+
+VideoSource = str | PathLike[str] | bytes | bytearray | memoryview
+"""A path, or the bytes of a file."""
+
+KEEP_PIXELS = 448**2
+"""Area below which frames are not reduced: what the published models read of a frame."""
+_START_SECONDS = 20.0
+"""For the start of the process, beside the seconds that decoding may take."""
+_OUT_OF_TIME = (-9, -24)
+"""Exit states of a process that exceeded its processor time: SIGKILL and SIGXCPU."""
+_WITH_BYTES = "the clip"
+
+
+@dataclass(frozen=True)
+class ReadVideo:
+    """The chosen frames of a clip: RGB images of one size, upright, and what the file holds."""
+
+    images: list[PIL.Image.Image]
+    clip: Clip
+
+    @property
+    def times(self) -> list[float]:
+        """Of each image, in seconds from the first frame of the clip."""
+        return self.clip.times
+
+
+def read_video(
+    source: VideoSource,
+    choice: FrameChoice | None = None,
+    *,
+    limits: VideoLimits | None = None,
+    keep_pixels: int = KEEP_PIXELS,
+) -> ReadVideo:
+    """Read the frames of a clip that `choice` names; None is the published models' rule.
+
+    Sides of large frames are divided by a whole number, to no fewer than `keep_pixels`. Sound is
+    not read. Raises VideoError: missing, empty, damaged, no video, beyond `limits`, or referring to
+    other files, which are never read.
+    """
+    video_library()
+    choice, limits = choice or FrameChoice(), limits or VideoLimits()
+    request = {
+        "choice": asdict(choice),
+        "limits": asdict(limits),
+        "keep_pixels": keep_pixels,
+    }
+    name = str(source) if isinstance(source, str | PathLike) else _WITH_BYTES
+    with _opened(source, name, limits) as file:
+        output = _run(json.dumps(request), file, limits, name)
+    head, _, body = output.partition(b"\n")
+    answer = json.loads(head)
+    clip = Clip(**answer | {"size": tuple(answer["size"])})
+    width, height = clip.size
+    frames = np.frombuffer(body, np.uint8).reshape(len(clip.times), height, width, 3)
+    return ReadVideo([PIL.Image.fromarray(frame) for frame in frames], clip)
+
+
+@contextmanager
+def _opened(source: VideoSource, name: str, limits: VideoLimits) -> Iterator[IO[bytes]]:
+    """The file to hand over. Raises VideoError."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        if len(source) > limits.file_bytes:
+            raise VideoError(
+                f"{name}: has {len(source)} bytes; at most {limits.file_bytes} are read"
+            )
+        with tempfile.TemporaryFile() as file:
+            file.write(source)
+            file.seek(0)
+            yield file
+        return
+    try:
+        path = Path(source)
+        if path.exists() and not path.is_file():
+            raise VideoError(f"{name}: not a file")
+        with path.open("rb") as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise VideoError(f"{name}: no such file") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(f"{name!r}: cannot be read ({error})") from error
+
+
+def _run(request: str, file: IO[bytes], limits: VideoLimits, name: str) -> bytes:
+    """What the process wrote. Raises VideoError."""
+    command = [sys.executable, "-m", "neounify.video.child", request]
+    # One thread of numpy: each would count its stack against the bound on memory.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    path = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        command,
+        stdin=file,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **threads, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+    )
+    with process:
+        try:
+            output, reason = process.communicate(timeout=limits.seconds + _START_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise VideoError(f"{name}: {_too_slow(limits)}") from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == REFUSED:
+        raise VideoError(f"{name}: {reason.decode('utf-8', 'replace')}")
+    if process.returncode in _OUT_OF_TIME:
+        raise VideoError(f"{name}: {_too_slow(limits)}")
+    if process.returncode:
+        raise VideoError(f"{name}: damaged; its decoder failed")
+    return output
+
+
+def _too_slow(limits: VideoLimits) -> str:
+    return f"takes more than {limits.seconds:g} seconds to decode"

@@ -1,0 +1,64 @@
+"""Video files of every kind for tests, written by FFmpeg with numbered grey frames."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+STEP = 8
+"""Grey levels between two frames."""
+
+
+def numbered(count: int, height: int = 32, width: int = 48) -> list[np.ndarray]:
+    """Frames of one grey each: the number of a frame times STEP, below 32 of them."""
+    return [np.full((height, width, 3), number * STEP, np.uint8) for number in range(count)]
+
+
+def numbers_of(images: Sequence[Image.Image]) -> list[int]:
+    """The numbers of frames that were decoded from `numbered`."""
+    return [round(float(np.asarray(image).mean()) / STEP) for image in images]
+
+
+def clip_bytes(
+    frames: Sequence[np.ndarray],
+    *,
+    format: str = "mp4",
+    codec: str = "libx264",
+    fps: float = 10,
+    times: Sequence[float] | None = None,
+    rotation: int = 0,
+    gop: int = 250,
+    sound: bool = False,
+    pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+) -> bytes:
+    """A file of `frames`, at `times` in seconds where they are given."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=format, options=options or {}) as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.gop_size = pix_fmt, gop
+        if rotation:
+            stream.set_display_rotation(rotation)
+        unit = 1 / rate if times is None else Fraction(1, 1000)
+        stream.codec_context.time_base = unit
+        audio: Any = container.add_stream("aac", rate=8000, layout="mono") if sound else None
+        for number, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, "rgb24")
+            frame.pts = number if times is None else round(times[number] * 1000)
+            frame.time_base = unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if audio is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            silence.sample_rate, silence.pts = 8000, 0
+            container.mux(audio.encode(silence))
+            container.mux(audio.encode())
+    return file.getvalue()

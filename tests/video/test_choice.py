@@ -1,0 +1,86 @@
+"""Choice of frames: the recorded rules, and clips whose frames are not evenly spaced."""
+
+import json
+from typing import Any
+
+import pytest
+
+from neounify.errors import VideoError
+from neounify.video.choice import (
+    TRAINING_FPS,
+    TUBE_FRAMES,
+    FrameChoice,
+    Timeline,
+    at_rate,
+    dense,
+    published,
+)
+from support.golden import golden_path
+
+
+def steady(frames: int, fps: float) -> Timeline:
+    """A clip with all frames equally long."""
+    return Timeline([number / fps for number in range(frames)], frames / fps)
+
+
+def recorded(group: str) -> list[dict[str, Any]]:
+    path = golden_path("pixelumm", "fixtures", "common", "frames.json")
+    cases: list[dict[str, Any]] = json.loads(path.read_text())[group]
+    assert cases
+    return cases
+
+
+def test_the_command_takes_the_recorded_frames() -> None:
+    for case in recorded("command"):
+        assert published(steady(case["frames"], case["fps"])) == case["indices"], case
+
+
+def test_the_dense_route_takes_the_recorded_frames() -> None:
+    for case in recorded("dense"):
+        clip = steady(case["frames"], case["fps"])
+        frames = dense(clip)
+        if case["mode"] == "sparse_frame_image":
+            assert frames is None, case
+            assert published(clip) == case["indices"], case
+        else:
+            assert frames is not None
+            indices = case["indices"]  # recorded before the last tube is filled
+            assert frames == indices + indices[-1:] * (-len(indices) % TUBE_FRAMES), case
+
+
+def test_training_takes_the_recorded_frames() -> None:
+    for case in recorded("train"):
+        assert at_rate(steady(case["frames"], case["fps"]), TRAINING_FPS) == case["indices"], case
+
+
+def test_frames_of_changing_length_are_taken_by_their_times() -> None:
+    clip = Timeline([0, 0.1, 0.2, 0.9, 2.5, 2.6, 4.0], 5.0)
+    assert at_rate(clip, 1) == [0, 3, 5, 6]  # at 0, 1, 2 (again frame 3), 3, 4
+    assert at_rate(clip, 10, max_frames=3) == [0, 3, 6]
+
+
+def test_times_that_a_file_rounds_still_show_their_frame() -> None:
+    times = [round(number / 30, 3) for number in range(60)]  # Matroska counts milliseconds
+    exact = at_rate(steady(60, 30), 24)
+    assert at_rate(Timeline(times, 2.0, rounding=0.0005), 24) == exact
+    assert at_rate(Timeline(times, 2.0), 24) != exact
+
+
+def test_one_frame_is_taken_whatever_the_rate() -> None:
+    for choice in (FrameChoice(), FrameChoice(fps=0.01), FrameChoice(fps=24, max_frames=1)):
+        assert choice.indices(Timeline([0.0], 0.04)) == [0]
+
+
+def test_one_frame_of_many_is_the_first() -> None:
+    assert FrameChoice(max_frames=1).indices(steady(100, 4)) == [0]
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])
+def test_impossible_rates_are_refused(fps: float) -> None:
+    with pytest.raises(VideoError, match="fps must be a finite number above 0"):
+        FrameChoice(fps=fps)
+
+
+def test_no_frames_at_all_are_refused() -> None:
+    with pytest.raises(VideoError, match="max_frames must be at least 1, got 0"):
+        FrameChoice(max_frames=0)
