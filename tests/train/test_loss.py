@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder
 from neounify.data.loader import LoaderConfig, Pack, load_packs, make_pack
+from neounify.data.sample import DataError
 from neounify.flow.path import noise_scale
 from neounify.image.pixels import patchify
+from neounify.model.parts import GEN
 from neounify.runtime import plan
 from neounify.scenes.world import SceneDataset, scene_config
 from neounify.text import byte_tokenizer
@@ -49,11 +54,11 @@ def test_noised_targets_lie_between_noise_and_image() -> None:
 
 
 def test_times_are_logit_normal_and_shifted() -> None:
-    t = LossConfig().draw_t(20_000, generator())
+    t = LossConfig().draw_t([64] * 20_000, generator())
     logit = torch.log(t / (1 - t))
     assert abs(logit.mean().item() + 0.8) < 0.02
     assert abs(logit.std().item() - 0.8) < 0.02
-    shifted = LossConfig(time_shift=3.0).draw_t(20_000, generator())
+    shifted = LossConfig(time_shift=3.0).draw_t([64] * 20_000, generator())
     torch.testing.assert_close((1 - shifted) / shifted, 3 * (1 - t) / t, rtol=1e-3, atol=1e-3)
 
 
@@ -78,6 +83,65 @@ def test_the_loss_is_its_formula() -> None:
     image = ((clean - noised.clean) / (1 - t).clamp(min=0.05)).square().mean(1)
     wanted = 0.3 * (text * weights).mean() + 0.7 * image.mean()
     torch.testing.assert_close(loss, wanted)
+
+
+def test_a_mean_over_images_weighs_small_and_large_ones_alike() -> None:
+    """And does so in parts of a step: a pack counts by its images, not by its tokens."""
+    encoder = replace(ENCODER, noise_draws=1)
+    painted = [sample for sample in map(SOURCE.__getitem__, range(60)) if sample.task == "t2i"]
+    sizes = ((16, 32), (64, 64), (64, 64))
+    packs = [
+        make_pack([replace(encoder, target_buckets=(size,))(sample, np.random.default_rng(0))])
+        for sample, size in zip(painted, sizes, strict=False)
+    ]
+    model, objective = new_model(CONFIG, 0), LossConfig(text_weight=0, image_mean="images")
+    counts = Counts.of(packs)
+    assert len({pack.layout[GEN].length for pack in packs}) == 2
+    seeds = [torch.Generator().manual_seed(n) for n in range(3)]
+    parts = [loss_of(model, p, objective, counts, g) for p, g in zip(packs, seeds, strict=True)]
+    wanted = []
+    for number, pack in enumerate(packs):
+        alone = torch.Generator().manual_seed(number)
+        by_tokens = LossConfig(text_weight=0)
+        wanted.append(loss_of(model, pack, by_tokens, Counts.of([pack]), alone))
+    torch.testing.assert_close(sum(parts), sum(wanted) / 3)
+
+
+def test_times_are_shifted_by_the_shorter_side() -> None:
+    shifts = LossConfig(side_shifts=((256, 1.0), (640, 2.0), (960, 3.0)))
+    sides = [16, 256, 257, 640, 641, 960]
+    plain = LossConfig().draw_t(sides, generator())
+    shifted = shifts.draw_t(sides, generator())
+    ratio = (1 - shifted) / shifted / ((1 - plain) / plain)
+    torch.testing.assert_close(ratio, torch.tensor([1.0, 1, 2, 2, 3, 3]), rtol=1e-4, atol=0)
+    with pytest.raises(DataError, match=r"side of 961 pixels, loss\.side_shifts ends at 960"):
+        shifts.draw_t([961], generator())
+
+
+def test_the_shorter_side_is_that_of_the_image() -> None:
+    """32 x 16 and 48 x 16 pixels are both shifted by the 3 of side 16, not by the 5 of side 32."""
+    encoder = replace(ENCODER, noise_draws=1)
+    sample = next(s for s in map(SOURCE.__getitem__, range(100)) if s.task == "t2i")
+    for bucket in ((16, 32), (48, 16)):
+        rng = np.random.default_rng(1)
+        pack = make_pack([replace(encoder, target_buckets=(bucket,))(sample, rng)])
+        objective = LossConfig(side_shifts=((16, 3.0), (32, 5.0)))
+        shifted = add_noise(pack, CONFIG, objective, generator()).t
+        assert torch.equal(shifted, LossConfig(time_shift=3.0).draw_t([16], generator()))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"side_shifts": ((256, 1.0), (128, 2.0))}, r"the sides must ascend, got \[256, 128\]"),
+        ({"side_shifts": ((256, 1.0),), "time_shift": 2.0}, "time_shift 2 and side_shifts both"),
+        ({"side_shifts": ((256, 0.0),)}, "must be above 0, got 0"),
+        ({"image_mean": "pixels"}, "tokens"),
+    ],
+)
+def test_objectives_that_contradict_themselves(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        LossConfig(**values)
 
 
 def test_chunked_text_loss_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

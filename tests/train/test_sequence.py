@@ -119,7 +119,7 @@ def gradients(shape: MeshShape, variant: str) -> dict[str, Any]:
 
 def one_loss(parallel: Parallel, pack: Pack, metrics: Metrics) -> torch.Tensor:
     noise = torch.Generator().manual_seed(5)
-    counts = Counts(100, 100)
+    counts = Counts(100, 100, 10)
     share = parallel.share(pack.layout)
     arguments = (pack, LossConfig(text_weight=1.0), counts, noise, metrics, None, share)
     loss: torch.Tensor = parallel.objective(loss_of, *arguments)

@@ -24,7 +24,7 @@ MAX_SAMPLING_T_EPS = 0.02
 # --- times ---
 
 
-def shift_time(t: Float[Tensor, "*n"], shift: float) -> Float[Tensor, "*n"]:
+def shift_time(t: Float[Tensor, "*n"], shift: Time) -> Float[Tensor, "*n"]:
     """Move times towards noise: with u = 1 - t, u ← S·u / (1 + (S - 1)·u); S = 1 is no shift."""
     u = 1 - t
     return 1 - shift * u / (1 + (shift - 1) * u)

@@ -206,8 +206,7 @@ def _loss(
 ) -> Tensor:
     """The loss of a pack, which every rank computes, so that gradients are its mean over them."""
     generator = torch.Generator(setup.model.device).manual_seed(seed)
-    counts, ranks = Counts.of([pack]), setup.ranks.size
-    shared = Counts(counts.labels * ranks, counts.tokens * ranks)
+    shared = Counts(*(count * setup.ranks.size for count in Counts.of([pack])))
     loss: Tensor = setup.parallel.objective(loss_of, pack, config, shared, generator, metrics)
     return loss
 

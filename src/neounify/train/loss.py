@@ -1,7 +1,8 @@
 """Supervised loss: w_text · CE(text) + w_image · ‖v̂ - v‖², and its means by task and by t.
 
     z_t = t · x + (1 - t) · σ · ε          one t per image, ε ~ N(0, 1)
-    v̂ - v = (x̂ - x) / max(1 - t, t_eps)    mean over the pixels of a token, then over tokens
+    v̂ - v = (x̂ - x) / max(1 - t, t_eps)    mean over the pixels of a token, then over tokens, or
+                                           over those of each image and then over images
 
 This is the published recipe. The rules of path, time and noise are those of `flow/`.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from neounify.attention import select_for
 from neounify.config import ModelConfig
-from neounify.config.ranges import STRICT, Finite, NonNegative, Positive, check_weights
+from neounify.config.ranges import STRICT, Count, Finite, NonNegative, Positive, check_weights
 from neounify.data.encode import Pixels
 from neounify.data.loader import Pack
-from neounify.data.sample import TASKS
+from neounify.data.sample import TASKS, DataError
 from neounify.distributed.sequence import Share
 from neounify.flow.path import noise_scale, noisy, shift_time, velocity
 from neounify.image.clips import join_rows, tube_rows
@@ -47,8 +48,10 @@ _IMAGE = ("loss", "clean", "count")
 class LossConfig:
     """Weights of the losses and the distribution of t.
 
-    t is logit-normal, 1 / (1 + exp(-(t_mean + t_std · n))), then shifted by `time_shift`.
-    `task_weights` multiply the loss of a task, 1 where not named.
+    t is logit-normal, 1 / (1 + exp(-(t_mean + t_std · n))), then shifted by `time_shift`, or by
+    the S of the first of `side_shifts`, ascending (side in pixels, S), whose side is at least the
+    shorter side of the image. `image_mean` is over all noisy tokens, or over those of each image
+    and then over images. `task_weights` multiply the loss of a task, 1 where not named.
     """
 
     text_weight: NonNegative = 0.1
@@ -56,18 +59,43 @@ class LossConfig:
     t_mean: Finite = -0.8
     t_std: NonNegative = 0.8
     time_shift: Positive = 1.0
+    side_shifts: tuple[tuple[Count, Positive], ...] = ()
+    image_mean: Literal["tokens", "images"] = "tokens"
     task_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.text_weight and not self.image_weight:
             raise ValueError("text_weight and image_weight are both 0: there is nothing to train")
+        sides = [side for side, _ in self.side_shifts]
+        if sides != sorted(set(sides)):
+            raise ValueError(f"side_shifts: the sides must ascend, got {sides}")
+        if sides and self.time_shift != 1:
+            raise ValueError(
+                f"time_shift {self.time_shift:g} and side_shifts both shift t: name one"
+            )
         if self.task_weights is not None:
             check_weights("task_weights", self.task_weights, TASKS)
 
-    def draw_t(self, count: int, generator: torch.Generator) -> Float[Tensor, " j"]:
-        """One time per image, in (0, 1)."""
-        normal = torch.randn(count, generator=generator, device=generator.device)
-        return shift_time(torch.sigmoid(self.t_mean + self.t_std * normal), self.time_shift)
+    def draw_t(self, sides: Sequence[int], generator: torch.Generator) -> Float[Tensor, " j"]:
+        """One time per image, in (0, 1). `sides` are their shorter sides in pixels.
+
+        Raises DataError for a side above the last of `side_shifts`.
+        """
+        device = generator.device
+        normal = torch.randn(len(sides), generator=generator, device=device)
+        shift: float | Tensor = self.time_shift
+        if self.side_shifts:
+            shift = torch.tensor([self._shift_of(side) for side in sides], device=device)
+        return shift_time(torch.sigmoid(self.t_mean + self.t_std * normal), shift)
+
+    def _shift_of(self, side: int) -> float:
+        for most, shift in self.side_shifts:
+            if side <= most:
+                return shift
+        raise DataError(
+            f"an image to generate has a shorter side of {side} pixels, loss.side_shifts ends at "
+            f"{most}: bound images by target_pixels or target_buckets"
+        )
 
     def weights(self, tasks: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The weight of each label or image by its task."""
@@ -76,18 +104,19 @@ class LossConfig:
         return table[tasks]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Labels and noisy tokens of a whole step, the denominators of its losses."""
+class Counts(NamedTuple):
+    """Labels, noisy tokens and noisy images of a whole step, the denominators of its losses."""
 
     labels: int
     tokens: int
+    images: int
 
     @staticmethod
     def of(packs: Sequence[Pack]) -> Counts:
         return Counts(
             sum(len(pack.label_ids) for pack in packs),
             sum(pack.layout[GEN].length for pack in packs),
+            sum(len(pack.layout[GEN].grids) for pack in packs),
         )
 
 
@@ -115,7 +144,8 @@ def add_noise(
     grids = pack.layout[GEN].grids
     lengths = torch.tensor([grid.length for grid in grids], device=device)
     clean = _tokens(pack.targets, model_config, device)
-    t = config.draw_t(len(grids), generator)
+    side = model_config.token_size
+    t = config.draw_t([side * min(grid.rows, grid.columns) for grid in grids], generator)
     sigma = torch.tensor([noise_scale(grid.length, model_config.flow, cap=False) for grid in grids])
     sigma = sigma.to(device)
     noise = torch.randn(clean.shape, generator=generator, device=device)
@@ -171,7 +201,7 @@ def loss_of(
     if noised is not None:
         image = slice(None) if rows is None else slice(rows[GEN].start, rows[GEN].stop)
         error = _image_loss(model, pack, config, noised, image, clean, metrics)
-        loss = loss + error / max(1, counts.tokens)
+        loss = loss + error / max(1, getattr(counts, config.image_mean))
     return loss
 
 
@@ -228,7 +258,10 @@ def _image_loss(
     prediction: Tensor,
     metrics: Metrics | None,
 ) -> Tensor:
-    """The weighted sum over the rows of noisy tokens that `prediction` is of."""
+    """The weighted sum over the rows of noisy tokens that `prediction` is of.
+
+    It is that of tokens, or of the means of images.
+    """
     images = torch.arange(len(noised.t), device=noised.t.device)
     owners = images.repeat_interleave(noised.lengths)[rows]
     t = noised.t[owners].unsqueeze(1)
@@ -244,6 +277,8 @@ def _image_loss(
         clean_error = per_token.detach() * remaining.square()
         metrics.add_image(tasks, noised.t, owners, per_token.detach(), clean_error)
     weights = config.weights(tasks)[owners]
+    if config.image_mean == "images":
+        weights = weights / noised.lengths[owners]
     return config.image_weight * (per_token * weights).sum()
 
 

@@ -135,7 +135,7 @@ class Supervised(Method):
         self.parallel = context.setup.parallel
         self.metrics = Metrics(self.model.device)
         self._step_metrics = Metrics(self.model.device)
-        self._counts = Counts(0, 0)
+        self._counts = Counts(0, 0, 0)
         self._plan = plan_execution(
             self.model.config,
             self.model.device,
@@ -207,7 +207,7 @@ class Supervised(Method):
 
     def begin_step(self, step: TrainStep) -> None:
         counts = Counts.of([batch.content for batch in step.batches])
-        self._counts = Counts(*self.parallel.packs.total([counts.labels, counts.tokens]))
+        self._counts = Counts(*self.parallel.packs.total(list(counts)))
         self._step_metrics = Metrics(self.model.device)
 
     def join_positions(self, positions: Sequence[Any]) -> Any:
