@@ -1,4 +1,4 @@
-"""SceneBench's outcomes as a result of the common format, so that two models compare by case."""
+"""Outcomes of SceneBench and MotionBench as results of the common format, to compare by case."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ STRICT, HELD_OUT = "strict", "held_out"
 """Parts: right in all that was asked, and the same of cases that are held out of training alone."""
 
 
-def scene_result(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> Result:
-    """The result of SceneBench; `about` is that of its report.
+def scene_result(
+    outcomes: Sequence[Outcome], about: Mapping[str, Any], benchmark: str = "scenebench"
+) -> Result:
+    """The result of SceneBench, or of MotionBench; `about` is that of its report.
 
     World, cases and seed draw the cases, so they stand for the prompts.
     """
@@ -27,7 +29,7 @@ def scene_result(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> Resul
             cases.append(CaseScore(f"{category}/{number}", category, parts))
     drawn = ("world", "cases", "seed")
     common = {
-        "benchmark": "scenebench",
+        "benchmark": benchmark,
         "prompts": {name: about[name] for name in drawn},
         "judge": {"kind": "scenes"},
         "versions": versions(),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "scenes": "neounify.scenes.world.samples:SceneData",
+    "motion": "neounify.motion.world.samples:MotionData",
     "jsonl": "neounify.data.sources:JsonlData",
     "json": "neounify.data.arrays:JsonData",
     "csv": "neounify.data.tables:CsvData",

@@ -1,5 +1,44 @@
 """MotionBench: models measured on synthetic clips, every claim checked by a program.
 
-`follow` finds the shapes of a clip and their motions, `checks` gives verdicts, and `validation`
-measures the checker itself.
+`cases` draws what is asked, `follow` finds the shapes of a clip and their motions, `checks` gives
+verdicts, `run` asks a model and counts with the categories of SceneBench, and `validation` measures
+the checker itself.
 """
+
+from neounify.motion.bench.cases import (
+    MOTION_BENCH_TASKS,
+    MotionBenchConfig,
+    continue_cases,
+    motion_cases,
+    motion_question_cases,
+)
+from neounify.motion.bench.checks import (
+    MotionVerdict,
+    check_continuation,
+    check_motion,
+    check_motion_vqa,
+)
+from neounify.motion.bench.follow import follow
+from neounify.motion.bench.run import (
+    MotionSubject,
+    known_motion_names,
+    motion_names,
+    motion_plan,
+)
+
+__all__ = [
+    "MOTION_BENCH_TASKS",
+    "MotionBenchConfig",
+    "MotionSubject",
+    "MotionVerdict",
+    "check_continuation",
+    "check_motion",
+    "check_motion_vqa",
+    "continue_cases",
+    "follow",
+    "known_motion_names",
+    "motion_cases",
+    "motion_names",
+    "motion_plan",
+    "motion_question_cases",
+]

@@ -63,7 +63,9 @@ def steady(share: float) -> float:
     return min(1.0, share / STEADY)
 
 
-def check_motion(facts: MotionFacts, clip: Clip | Sequence[Clip], config: MotionConfig) -> Verdict:
+def check_motion(
+    facts: MotionFacts, clip: Clip | Sequence[Clip], config: MotionConfig
+) -> MotionVerdict:
     """Whether a clip shows what facts claim, and nothing besides. Raises DataError for no clip.
 
     Parts: "count", "shape", "colour" and "background" (where stated), "kind", "direction" (of moves

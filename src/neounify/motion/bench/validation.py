@@ -21,11 +21,11 @@ from neounify.motion.bench.follow import Clip
 from neounify.motion.world.language import motion_facts
 from neounify.motion.world.questions import ask_motion, check_motion_answer
 from neounify.motion.world.render import render_motion
+from neounify.motion.world.samples import sample_decided
 from neounify.motion.world.scene import (
     MOTION_KINDS,
     Motion,
     MotionConfig,
-    MotionKind,
     MotionScene,
     Mover,
     are_apart,
@@ -37,8 +37,6 @@ from neounify.scenes.bench.validation import wear_out
 from neounify.scenes.world.draw import pick, sample_rng, shuffled
 from neounify.scenes.world.lexicon import stands_out
 
-STEADY_KINDS: tuple[MotionKind, ...] = ("move", "grow", "shrink", "bounce", "stay")
-"""Motions that the first frames of a clip decide."""
 WEARS = ("noise", "blur", "shift", "jpeg")
 JPEG_QUALITY = 75
 _TRIES = 400
@@ -80,9 +78,7 @@ def validate_continuation(config: MotionConfig, number: int, seed: int = 0) -> d
     tally: defaultdict[str, list[bool]] = defaultdict(list)
     for index in range(number):
         rng = sample_rng(seed, 511, index)
-        scene = sample_motion(rng, config, "any", kinds=("move", "grow", "shrink", "bounce"))
-        while any(mover.motion.kind not in STEADY_KINDS for mover in scene.movers):
-            scene = sample_motion(rng, config, "any", kinds=("move", "grow", "shrink", "bounce"))
+        scene = sample_decided(rng, config, "any")
         clip, start = render_motion(scene, config), scene.frames // 2
         rest = clip[start:]
         tally["continued"].append(check_continuation(scene, rest, start, config).correct)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,21 @@ SHOWN = 24
 _SIDE, _LINES, _SHEET_WIDTH = 128, 6, 900
 
 
-def write_folder(report: Report, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
+def write_folder(
+    report: Report,
+    outcomes: Sequence[Outcome],
+    folder: Path,
+    categories: Iterable[str] | None = None,
+) -> list[Path]:
     """Write a report and its sheets; the files written.
 
-    Sheets of an earlier run in the same folder go, so that all files are of one run.
+    Sheets of an earlier run in the same folder go, so that all files are of one run: those of
+    `categories`, by default all of SceneBench.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _sheet_names():
-        (folder / name).unlink(missing_ok=True)
+    for category in _categories() if categories is None else categories:
+        for label in ("right", "wrong"):
+            (folder / _sheet_name(category, label)).unlink(missing_ok=True)
     as_json, as_text = folder / "report.json", folder / "report.md"
     write_json(as_json, report.to_json(), indent=1)
     write_bytes(as_text, report.to_markdown().encode())
@@ -178,10 +185,9 @@ def _sheet_name(category: str, label: str) -> str:
     return f"{category.replace('/', '-')}-{label}.png"
 
 
-def _sheet_names() -> Iterator[str]:
-    """The names of all sheets that any run writes."""
+def _categories() -> list[str]:
+    """The categories of all runs of SceneBench."""
     known = [f"paint/{name}" for name in CATEGORIES] + [f"vqa/{kind}" for kind in QUESTION_KINDS]
     known.append(f"vqa/{RELATION_YES_NO}")
     known += [name for part in PARTS for name in wider_names(part)]
-    for category in (*known, *TASKS):
-        yield from (_sheet_name(category, label) for label in ("right", "wrong"))
+    return [*known, *TASKS]

@@ -1,0 +1,167 @@
+"""Training samples of synthetic clips: an endless, randomly accessible data set.
+
+Sample i of seed s is always the same, as in the scenes' data set. Tasks: "t2v" (a caption, then its
+clip), "video_qa" (a clip, then questions about it turn by turn), "next_frames" (the first frames of
+a clip, then the others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from neounify.config.ranges import STRICT, Seed, check_names, check_weights
+from neounify.data.configs import DataConfig
+from neounify.data.sample import DataError, Part, Sample, SampleClip, SampleText, Turn
+from neounify.motion.world.language import draw_facts, motion_caption
+from neounify.motion.world.questions import ask_several_motion
+from neounify.motion.world.render import render_motion
+from neounify.motion.world.scene import (
+    FPS,
+    MOTION_PRESETS,
+    MotionConfig,
+    MotionKind,
+    MotionScene,
+    motion_config,
+    sample_motion,
+)
+from neounify.scenes.world.draw import pick, pick_weighted, sample_rng
+from neounify.scenes.world.scene import Split
+
+MOTION_TASKS: dict[str, float] = {"t2v": 0.55, "video_qa": 0.25, "next_frames": 0.2}
+"""Tasks of the data set and their shares."""
+MAX_QUESTIONS = 4
+"""About one clip, turn by turn: a clip costs more tokens than a question."""
+CONTINUE_REQUESTS = ("Continue the clip.", "What happens next?", "Show the next frames.")
+DECIDED_KINDS: tuple[MotionKind, ...] = ("move", "grow", "shrink", "bounce", "stay")
+"""Motions that the first frames of a clip decide."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MotionData(DataConfig):
+    """`kind = "motion"`: synthetic clips of a preset `world`; the rest is as in `MotionDataset`."""
+
+    kind: Literal["motion"] = "motion"
+    world: str = "default"
+    tasks: dict[str, float] | None = None
+    tubes: bool = True
+    seed: Seed = 0
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        check_names("world", [self.world], MOTION_PRESETS)
+        if self.tasks is not None:
+            check_weights("tasks", self.tasks, tuple(MOTION_TASKS))
+            if not any(self.tasks.values()):
+                raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
+
+    def build(self) -> MotionDataset:
+        return MotionDataset(
+            self.seed, motion_config(self.world), self.tasks, tubes=self.tubes, split=self.split
+        )
+
+    def tasks_drawn(self) -> Collection[str]:
+        return self.tasks or MOTION_TASKS
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        side = motion_config(self.world).side
+        return [(side, side)]
+
+
+class MotionDataset:
+    """Samples without end: `dataset[i]` for any i ≥ 0. It has no length on purpose.
+
+    Args:
+        seed: at least 0; samples of two seeds have nothing in common but chance.
+        config: shapes, colours, motions and lengths of the clips.
+        task_weights: share of each task, any positive scale; `MOTION_TASKS` by default.
+        tubes: whether a model sees clips in tubes of several frames, else as so many images.
+        split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        config: MotionConfig,
+        task_weights: Mapping[str, float] | None = None,
+        *,
+        tubes: bool = True,
+        split: Split = "train",
+    ) -> None:
+        weights = dict(task_weights if task_weights is not None else MOTION_TASKS)
+        if not set(weights) <= set(MOTION_TASKS):
+            raise DataError(f"tasks of clips are {', '.join(MOTION_TASKS)}; got {sorted(weights)}")
+        if seed < 0 or min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
+            raise DataError(
+                f"seed {seed} and all task weights must be at least 0, one above 0: {weights}"
+            )
+        self.seed, self.config, self.task_weights = seed, config, weights
+        self.tubes = tubes
+        self.split: Split = split
+
+    @property
+    def size(self) -> None:
+        """None: there is no last sample."""
+        return None
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise DataError(f"sample {index}: an endless data set has no last sample")
+        rng = sample_rng(self.seed, index)
+        task = pick_weighted(rng, self.task_weights)
+        makers = {"t2v": self._t2v, "video_qa": self._video_qa, "next_frames": self._next_frames}
+        return Sample(task, makers[task](rng), id=f"motion-{self.seed}-{index}")
+
+    def __iter__(self) -> Iterator[Sample]:
+        index = 0
+        while True:
+            yield self[index]
+            index += 1
+
+    def _t2v(self, rng: np.random.Generator) -> tuple[Turn, ...]:
+        scene = sample_motion(rng, self.config, self.split)
+        prompt = SampleText(motion_caption(draw_facts(scene, rng), rng))
+        clip = render_motion(scene, self.config)
+        return Turn("user", (prompt,)), Turn("assistant", (SampleClip(clip, "target", FPS),))
+
+    def _video_qa(self, rng: np.random.Generator) -> tuple[Turn, ...]:
+        scene = sample_motion(rng, self.config, self.split)
+        count = int(rng.integers(1, MAX_QUESTIONS + 1))
+        turns: list[Turn] = []
+        for question in ask_several_motion(scene, rng, count):
+            shown = () if turns else self._shown(render_motion(scene, self.config))
+            turns += [
+                Turn("user", (*shown, SampleText(question.text))),
+                Turn("assistant", (SampleText(question.answer, loss=True),)),
+            ]
+        return tuple(turns)
+
+    def _next_frames(self, rng: np.random.Generator) -> tuple[Turn, ...]:
+        scene = sample_decided(rng, self.config, self.split)
+        clip, start = render_motion(scene, self.config), first_frames(scene.frames)
+        request = SampleText(pick(rng, CONTINUE_REQUESTS))
+        return (
+            Turn("user", (*self._shown(clip[:start]), request)),
+            Turn("assistant", (SampleClip(clip[start:], "target", FPS),)),
+        )
+
+    def _shown(self, clip: np.ndarray) -> tuple[Part, ...]:
+        return (SampleClip(clip, "input", FPS, tubes=self.tubes),)
+
+
+def first_frames(frames: int) -> int:
+    """Frames of a clip that its continuation is asked from: 4, of 16 frames 8."""
+    return 4 * (frames // 8)
+
+
+def sample_decided(
+    rng: np.random.Generator, config: MotionConfig, split: Split = "train"
+) -> MotionScene:
+    """A clip whose first frames decide the others, and in which something changes."""
+    while True:
+        scene = sample_motion(rng, config, split, kinds=[k for k in DECIDED_KINDS if k != "stay"])
+        if all(mover.motion.kind in DECIDED_KINDS for mover in scene.movers):
+            return scene

@@ -1,0 +1,108 @@
+"""The endless data set of clips: deterministic, every task well formed, held-out kept out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from neounify.data import DataError, Sample
+from neounify.data.configs import read_data
+from neounify.data.sample import SampleClip, SampleText
+from neounify.motion.bench.follow import fit_motion, follow
+from neounify.motion.world import motion_config
+from neounify.motion.world.samples import MAX_QUESTIONS, MOTION_TASKS, MotionData, MotionDataset
+from neounify.motion.world.scene import FPS, HELD_OUT_MOTIONS
+from neounify.scenes.world.scene import HELD_OUT_PAIRS
+
+DEFAULT = motion_config("default")
+
+
+def clips(sample: Sample) -> list[SampleClip]:
+    parts = [part for turn in sample.turns for part in turn.parts]
+    return [part for part in parts if isinstance(part, SampleClip)]
+
+
+def fingerprint(sample: Sample) -> tuple[str, str, list[bytes]]:
+    return sample.task, sample.text(), [clip.pixels().tobytes() for clip in clips(sample)]
+
+
+def test_access_in_any_order_gives_the_same_samples() -> None:
+    one, two = MotionDataset(3, DEFAULT), MotionDataset(3, DEFAULT)
+    forward = [fingerprint(one[i]) for i in range(12)]
+    assert forward == [fingerprint(two[i]) for i in reversed(range(12))][::-1]
+    assert forward == [fingerprint(sample) for sample in islice(iter(one), 12)]
+    assert fingerprint(MotionDataset(4, DEFAULT)[0]) != forward[0]
+
+
+def test_tasks_come_by_weight_and_are_well_formed() -> None:
+    tasks = Counter[str]()
+    for sample in islice(iter(MotionDataset(0, DEFAULT)), 300):
+        tasks[sample.task] += 1
+        shown = {clip.role: clip for clip in clips(sample)}
+        assert all(clip.fps == FPS and clip.tubes for clip in shown.values())
+        asked, answered = sample.turns[::2], sample.turns[1::2]
+        assert not any(part.loss for turn in asked for part in turn.parts)
+        assert all(part.loss for turn in answered for part in turn.parts)
+        if sample.task == "t2v":
+            assert set(shown) == {"target"}
+            assert len(shown["target"].pixels()) in DEFAULT.lengths
+        elif sample.task == "video_qa":
+            assert set(shown) == {"input"}
+            assert isinstance(asked[0].parts[0], SampleClip)
+            assert 1 <= len(answered) <= MAX_QUESTIONS
+        else:
+            first, rest = len(shown["input"].pixels()), len(shown["target"].pixels())
+            assert first % 4 == rest % 4 == 0
+            assert first + rest in DEFAULT.lengths
+            assert first <= rest
+    assert set(tasks) == set(MOTION_TASKS)
+    assert 0.45 < tasks["t2v"] / 300 < 0.65
+
+
+def test_training_shows_nothing_that_is_held_out() -> None:
+    for sample in islice(iter(MotionDataset(0, DEFAULT, {"t2v": 1})), 25):
+        clip = clips(sample)[0].pixels()
+        for track in follow(clip, DEFAULT).tracks:
+            seen = next(iter(track.seen.values()))
+            motion = fit_motion(track, len(clip), DEFAULT).motion
+            assert (seen.shape, seen.colour) not in HELD_OUT_PAIRS
+            assert (seen.shape, str(motion)) not in HELD_OUT_MOTIONS
+
+
+def test_next_frames_go_on_where_the_first_end() -> None:
+    for sample in islice(iter(MotionDataset(0, DEFAULT, {"next_frames": 1})), 10):
+        first, rest = (clip.pixels().astype(int) for clip in clips(sample))
+        within = np.abs(np.diff(first, axis=0)).mean()
+        assert np.abs(rest[0] - first[-1]).mean() < 2 * within + 1
+
+
+def test_a_recipe_names_them() -> None:
+    data = read_data(
+        {"kind": "motion", "world": "easy", "tasks": {"video_qa": 1}, "tubes": False, "seed": 2}
+    )
+    assert isinstance(data, MotionData)
+    assert set(data.tasks_drawn()) == {"video_qa"}
+    assert data.image_sizes() == [(64, 64)]
+    sample = data.build()[0]
+    assert sample.task == "video_qa"
+    assert not clips(sample)[0].tubes
+    assert isinstance(sample.turns[1].parts[0], SampleText)
+
+
+def test_wrong_settings_are_refused() -> None:
+    for wrong, message in (
+        ({"world": "wide"}, "wide"),
+        ({"tasks": {"t2i": 1}}, "t2i"),
+        ({"tasks": {"t2v": 0}}, "one share must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_data({"kind": "motion", **wrong})
+    with pytest.raises(DataError, match="tasks of clips"):
+        MotionDataset(0, DEFAULT, {"t2i": 1})
+    with pytest.raises(DataError, match="at least 0"):
+        MotionDataset(-1, DEFAULT)
+    with pytest.raises(DataError, match="no last sample"):
+        MotionDataset(0, DEFAULT)[-1]
