@@ -75,7 +75,10 @@ def test_configs_are_read_by_their_kind(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"kind": "jsonlines"}, "unknown data 'jsonlines'; did you mean 'jsonl'"),
-        ({"kind": "arrow"}, "known are scenes, jsonl, json, csv, parquet, captions, shards, num"),
+        (
+            {"kind": "arrow"},
+            "known are scenes, motion, jsonl, json, csv, parquet, captions",
+        ),
         ({"wrold": "easy"}, "data of kind \"scenes\" has no wrold; did you mean 'world'"),
         ({"kind": "numbers", "size": 0}, r"data\.0\.size: must be at least 1, got 0"),
         ({"kind": "numbers", "size": "5"}, r"data\.0\.size: .*integer, got '5'"),

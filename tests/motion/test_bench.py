@@ -152,10 +152,10 @@ def test_cases_are_what_their_category_says() -> None:
             assert is_held_out(case.scene) == case.held_out
     forms = {case.form for case in motion_cases("kind", asked)}
     assert forms == {"grow", "shrink", "appear", "vanish", "bounce", "stay"}
-    for case in continue_cases(asked):
-        assert case.start % 4 == 0
-        assert 4 <= case.start <= case.scene.frames / 2
-        assert {m.motion.kind for m in case.scene.movers} <= {
+    for going_on in continue_cases(asked):
+        assert going_on.start % 4 == 0
+        assert 4 <= going_on.start <= going_on.scene.frames / 2
+        assert {m.motion.kind for m in going_on.scene.movers} <= {
             *("move", "grow", "shrink", "bounce", "stay")
         }
 

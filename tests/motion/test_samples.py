@@ -86,6 +86,8 @@ def test_a_recipe_names_them() -> None:
     assert isinstance(data, MotionData)
     assert set(data.tasks_drawn()) == {"video_qa"}
     assert data.image_sizes() == [(64, 64)]
+    unseen = data.unseen(1)
+    assert {unseen[n].task for n in range(20)} == set(MOTION_TASKS)
     sample = data.build()[0]
     assert sample.task == "video_qa"
     assert not clips(sample)[0].tubes

@@ -44,6 +44,10 @@ class DataConfig(ABC):
     def build(self) -> SampleSource:
         """The source. Raises DataError for data that cannot be read."""
 
+    def unseen(self, seed: int) -> SampleSource | None:
+        """Endless samples of the same world from another seed, for a tokenizer; None for files."""
+        return None
+
     def tasks_drawn(self) -> Collection[str]:
         """Tasks that its samples may have."""
         return TASKS

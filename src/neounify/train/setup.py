@@ -26,8 +26,6 @@ from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline.loading import load_processor
-from neounify.scenes.world import SceneDataset, scene_config
-from neounify.scenes.world.samples import SceneData
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer
 from neounify.train.parallel import parallelize_run
 from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe, TokenizerRecipe
@@ -253,18 +251,14 @@ def _extended(tokenizer: Tokenizer, recipe: Recipe, settings: TokenizerRecipe) -
 
 
 def _tokenizer_texts(recipe: Recipe, samples: int) -> list[str]:
-    """Texts of the recipe's first scenes that no training run sees. Raises ConfigError."""
+    """Texts of the recipe's first synthetic world that no training run sees. Raises ConfigError."""
     data = (item for stage in recipe.stages for item in stage.data)
-    scenes = [item for item in data if isinstance(item, SceneData)]
-    if not scenes:
+    world = next((w for item in data if (w := item.unseen(TOKENIZER_SEED)) is not None), None)
+    if world is None:
         raise ConfigError(
-            "the tokenizer of a fresh model is trained on synthetic scenes, but no stage has data "
-            'of kind "scenes"'
+            "the tokenizer of a fresh model is trained on a synthetic world, but no stage has data "
+            'of kind "scenes" or "motion"'
         )
-    first = scenes[0]
-    world = SceneDataset(
-        TOKENIZER_SEED, scene_config(first.world), chinese=first.chinese, wording=first.wording
-    )
     return [world[n].text() for n in range(samples)]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from neounify.data import (
-    TASKS,
     DataError,
     Sample,
     SampleImage,
@@ -17,7 +16,7 @@ from neounify.data import (
 from neounify.scenes.bench import perceive
 from neounify.scenes.bench.prompts import names_held_out
 from neounify.scenes.world import PRESETS, SceneDataset, parse_caption, parse_layout
-from neounify.scenes.world.samples import MAX_QUESTIONS
+from neounify.scenes.world.samples import MAX_QUESTIONS, TASK_WEIGHTS
 from neounify.scenes.world.scene import HELD_OUT_PAIRS
 from support.samples import write_sample
 
@@ -61,7 +60,7 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
         assert all(p.loss for p in answered)
         assert not any(p.loss for p in asked)
         assert sample.task.endswith("_think") == sample.text("assistant").startswith("<think>\n")
-    assert set(tasks) == set(TASKS)
+    assert set(tasks) == set(TASK_WEIGHTS)
     assert 0.3 < tasks["t2i"] / 1500 < 0.4
 
 

@@ -6,7 +6,7 @@ training, as in SceneBench.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,7 +21,13 @@ from neounify.motion.world.questions import (
     ask_motion,
 )
 from neounify.motion.world.samples import CONTINUE_REQUESTS, first_frames, sample_decided
-from neounify.motion.world.scene import MOTION_KINDS, MotionConfig, MotionScene, sample_motion
+from neounify.motion.world.scene import (
+    MOTION_KINDS,
+    MotionConfig,
+    MotionKind,
+    MotionScene,
+    sample_motion,
+)
 from neounify.scenes.bench.prompts import is_held_out_turn
 from neounify.scenes.world.draw import pick, sample_rng
 from neounify.scenes.world.scene import Split
@@ -119,11 +125,11 @@ def motion_cases(task: str, config: MotionBenchConfig) -> list[MotionCase]:
     others = [kind for kind in MOTION_KINDS if kind != "move"]
 
     def draw(rng: np.random.Generator, split: Split, turn: int) -> MotionCase:
-        kinds = {"direction": ["move"], "kind": [others[turn % len(others)]]}
+        kinds: Sequence[MotionKind] = MOTION_KINDS
+        if task != "pair":
+            kinds = ["move"] if task == "direction" else [others[turn % len(others)]]
         shapes = 2 if task == "pair" else 1
-        scene = sample_motion(
-            rng, config.world, split, kinds=kinds.get(task, MOTION_KINDS), shapes=shapes
-        )
+        scene = sample_motion(rng, config.world, split, kinds=kinds, shapes=shapes)
         facts = draw_facts(scene, rng)
         motion = scene.movers[0].motion
         form = str(motion.way) if task == "direction" else motion.kind

@@ -63,6 +63,9 @@ class MotionData(DataConfig):
             self.seed, motion_config(self.world), self.tasks, tubes=self.tubes, split=self.split
         )
 
+    def unseen(self, seed: int) -> MotionDataset:
+        return MotionDataset(seed, motion_config(self.world))
+
     def tasks_drawn(self) -> Collection[str]:
         return self.tasks or MOTION_TASKS
 

@@ -26,7 +26,6 @@ from neounify.config.ranges import (
 )
 from neounify.data.configs import DataConfig
 from neounify.data.sample import (
-    TASKS,
     THINK_CLOSE,
     THINK_OPEN,
     DataError,
@@ -125,7 +124,7 @@ class SceneData(DataConfig):
     def __post_init__(self) -> None:
         check_names("world", [self.world], PRESETS)
         if self.tasks is not None:
-            check_weights("tasks", self.tasks, TASKS)
+            check_weights("tasks", self.tasks, tuple(TASK_WEIGHTS))
             if not any(self.tasks.values()):
                 raise ValueError(f"tasks: one share must be above 0, got {self.tasks}")
         sizes = [size[:2] for size in self.sizes]
@@ -144,8 +143,12 @@ class SceneData(DataConfig):
             sizes={(width, height): weight for width, height, weight in self.sizes} or None,
         )
 
+    def unseen(self, seed: int) -> SceneDataset:
+        world = scene_config(self.world)
+        return SceneDataset(seed, world, chinese=self.chinese, wording=self.wording)
+
     def tasks_drawn(self) -> Collection[str]:
-        return self.tasks or TASKS
+        return self.tasks or TASK_WEIGHTS
 
     def image_sizes(self) -> list[tuple[int, int]]:
         side = self.side or scene_config(self.world).side
@@ -181,9 +184,9 @@ class SceneDataset:
         sizes: Mapping[tuple[int, int], float] | None = None,
     ) -> None:
         weights = dict(task_weights if task_weights is not None else TASK_WEIGHTS)
-        unknown = set(weights) - set(TASKS)
+        unknown = set(weights) - set(TASK_WEIGHTS)
         if unknown:
-            raise DataError(f"unknown tasks {sorted(unknown)}; tasks are {', '.join(TASKS)}")
+            raise DataError(f"unknown tasks {sorted(unknown)}; tasks are {', '.join(TASK_WEIGHTS)}")
         if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
             raise DataError(f"task weights must be at least 0, and one above 0: {weights}")
         if seed < 0 or not 0 <= chinese <= 1 or not 0 <= wording <= 1:
