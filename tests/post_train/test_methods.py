@@ -318,6 +318,19 @@ def test_the_guard_may_divide_by_the_time_of_a_step(tmp_path: Path) -> None:
                 torch.testing.assert_close(loss, -factor * share.advantages)  # ratios are 1
 
 
+def test_a_clamp_of_the_checkpoint_does_not_reach_rollouts(tmp_path: Path) -> None:
+    """The solver finds x̂ in the velocity, which must not be clamped before the last step."""
+    finals = []
+    for t_eps in (None, 1.0):
+        settings = {"window": 1, "sampler": {"steps": 4}}
+        method: FlowGrpo = built(tmp_path / str(t_eps), "flow-grpo", settings)
+        config = method.model.config
+        method.model.config = config.replace(flow=replace(config.flow, t_eps_sampling=t_eps))
+        first = next(method.batches(None))
+        finals.append(first.content.shares[0].rollout.final)
+    assert torch.equal(*finals)
+
+
 def test_windows(tmp_path: Path) -> None:
     method: FlowGrpo = built(tmp_path, "flow-grpo", {"sampler": {"steps": 10}, "window": 2})
     windows = {tuple(method.window(i)) for i in range(60)}

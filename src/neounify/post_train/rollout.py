@@ -214,6 +214,8 @@ def sample_groups(
         start = number // group if steps.noise_per_group else number
         noise = initial_noise(seed, iteration, start, grid, model.config)
         job = make_job(model, noise, grid, dict(caches), sampling)
+        # A checkpoint may clamp velocities earlier, from which the solver could not find x̂.
+        job.t_eps = min(job.t_eps, 1 - times[-2])
         solver = StochasticSolver(
             steps.kind,
             steps.eta,
