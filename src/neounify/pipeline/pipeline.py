@@ -221,8 +221,9 @@ class Pipeline:
         The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's default:
         `steps`; `guidance` (0 to 1: none), which acts for t inside `guidance_interval` (0 to 1),
         with `guidance_norm` none, global, channel or cfg_zero_star; `shift`; `solver` euler, ab2,
-        dpm2m or unipc, and `published_solver`; `t_eps`; `fast` half or third of the steps; `guidance_reuse`, `guidance_stop` and
-        `step_cache` save evaluations. TypeError for names that are unknown, or only edits have.
+        dpm2m or unipc, and `published_solver`; `t_eps`; `fast` half or third of the steps;
+        `guidance_reuse`, `guidance_stop` and `step_cache` save evaluations. TypeError for names
+        that are unknown, or only edits have.
         """
         check_keywords("generate", sampling, GenerateKnobs)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
