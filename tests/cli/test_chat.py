@@ -12,6 +12,7 @@ import pytest
 import neounify
 from neounify.cli.display import printable
 from neounify.pipeline import Pipeline
+from support.clips import clip_bytes, numbered
 
 SHORT = ("--max-new-tokens", "6", "--device", "cpu")
 
@@ -78,3 +79,19 @@ def test_saving_twice_overwrites_nothing(run: Callable[..., Any]) -> None:
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
     assert printable("a\x1b[31mb\x07c\n\td é 湖") == "a\ufffd[31mb\ufffdc\n\td é 湖"
+
+
+def test_a_question_about_a_clip(run: Callable[..., Any], pipe: Pipeline, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(clip_bytes(numbered(20), sound=True))
+    ran = run("chat", "what moves?", "--video", clip, "--fps", 5, "--max-frames", 4, *SHORT)
+    want = pipe.chat("what moves?", video=clip, fps=5, max_frames=4, max_new_tokens=6).text
+    assert ran.code == 0, ran.err
+    assert ran.out == f"{want}\n"
+    assert "clip.mp4: 4 of 20 frames, 2.0 s; its sound is not heard" in ran.err
+
+
+def test_options_of_clips_need_a_clip(run: Callable[..., Any]) -> None:
+    assert "need --video FILE" in run("chat", "what?", "--fps", 1, *SHORT).err
+    assert "need QUESTION" in run("chat", "--video", "clip.mp4", *SHORT).err
+    assert "clip.mp4: no such file" in run("chat", "what?", "--video", "clip.mp4", *SHORT).err

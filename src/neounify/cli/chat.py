@@ -38,6 +38,7 @@ from neounify.cli.options import (
     ReportOptions,
     option,
 )
+from neounify.cli.videos import ClipFiles, VideoFiles, VideoFrames, VideoRate
 from neounify.errors import Cancelled, NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
@@ -80,6 +81,9 @@ def chat(
             "position of each.",
         ),
     ] = None,
+    video: VideoFiles = None,
+    fps: VideoRate = None,
+    max_frames: VideoFrames = None,
     output: Annotated[
         Path,
         option(FILES, "FOLDER", "Folder of what --input and /save write.", "--output", "-o"),
@@ -96,14 +100,18 @@ def chat(
 
     \b
       neounify chat "What is in the image?" --image lake.png --model FOLDER
+      neounify chat "What happens?" --video clip.mp4 --fps 1 --max-frames 96 --model FOLDER
       neounify chat
       neounify chat --input questions.jsonl --output answers
     """
     resolve_model(model.model)
+    if question is None and (video or fps is not None or max_frames is not None):
+        raise UsageError("--video, --fps and --max-frames need QUESTION")
     if batch.input is not None:
         _answer_batch(question, image or (), output, model, options, batch, report)
     elif question is not None:
-        _answer(question, image or (), model, options, report)
+        clips = ClipFiles(video or (), fps, max_frames)
+        _answer(question, image or (), clips, model, options, report)
     else:
         _interactive(image or (), output, model, options, report)
 
@@ -111,6 +119,7 @@ def chat(
 def _answer(
     question: str,
     images: Sequence[Path],
+    clips: ClipFiles,
     model: ModelOptions,
     options: ChatOptions,
     report: ReportOptions,
@@ -120,14 +129,15 @@ def _answer(
         from neounify.cli.checks import check_chat_request, check_model
         from neounify.tasks.chat import read_images
 
-    check_model(model)
+    checkpoint = check_model(model)
     inputs = read_images(images, colour_profiles=model.colour_profiles)
-    check_chat_request(question, inputs, options)
     display = Display(quiet=report.quiet, json=report.json)
-    if not images and asks_about_image(question, model.model):
+    videos = clips.read(checkpoint.config, display)
+    check_chat_request(question, inputs, options, videos)
+    if not images and not videos and asks_about_image(question, model.model):
         display.note(NO_IMAGE)
     loaded = open_model(model, display)
-    stream = loaded.pipe.chat(question, inputs, stream=True, **options.arguments())
+    stream = loaded.pipe.chat(question, inputs, video=videos, stream=True, **options.arguments())
     for piece in stream:
         display.write(piece)
     display.write("\n")
@@ -139,6 +149,8 @@ def _answer(
             "task": "chat",
             "question": question,
             "images": [str(image) for image in images],
+            "videos": [str(path) for path in clips.paths],
+            "frames": [len(video.images) for video in videos],
             "answer": result.text,
             "finish_reason": result.finish_reason,
             "prompt_tokens": result.prompt_tokens,

@@ -37,6 +37,7 @@ from neounify.errors import PromptError, RequestError
 from neounify.flow.sampling import ImageSampling, ResolvedSampling
 from neounify.image.pixels import output_size, size_advice
 from neounify.tasks.chat import make_chat_request
+from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.text.template import Message, place_images
@@ -140,11 +141,13 @@ def check_image_request(
     _check_system(options.system)
 
 
-def check_chat_request(question: str, images: InputImages, options: ChatOptions) -> None:
+def check_chat_request(
+    question: str, images: InputImages, options: ChatOptions, videos: Sequence[Frames] = ()
+) -> None:
     """Check a question. Raises the errors that answering it would raise."""
-    if not question.strip() and not images:
+    if not question.strip() and not images and not videos:
         raise PromptError("the question is empty; write it in quotes")
-    make_chat_request(question, images, **options.arguments())
+    make_chat_request(question, images, videos, **options.arguments())
     _check_system(options.system)
 
 

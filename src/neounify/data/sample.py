@@ -32,6 +32,7 @@ from PIL import Image
 
 from neounify.errors import NeounifyError
 from neounify.text import IMAGE_MARK, Role
+from neounify.text.clips import VIDEO_MARK
 
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
 TASKS = (
@@ -173,8 +174,6 @@ class SampleClip:
 
 
 Part = SampleText | SampleImage | SampleClip
-VIDEO_MARK = "<video>"
-"""Stands for a clip in the text of a turn."""
 
 
 @dataclass(frozen=True)

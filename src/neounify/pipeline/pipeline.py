@@ -45,6 +45,7 @@ from neounify.tasks.chat import (
     read_images,
     read_request,
 )
+from neounify.tasks.clips import Frames
 from neounify.tasks.image import MAX_THINK_TOKENS, ImageRequest, split_noise
 from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
@@ -53,6 +54,7 @@ from neounify.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from neounify.pipeline.devices import DeviceGroup
+    from neounify.pipeline.videos import VideoInput
 
 T = TypeVar("T", int, str)
 
@@ -129,6 +131,9 @@ class Pipeline:
         prompt: Conversation,
         images: ImageSource | Sequence[ImageSource] = (),
         *,
+        video: VideoInput | Sequence[VideoInput] | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -140,6 +145,9 @@ class Pipeline:
         prompt: Conversation,
         images: ImageSource | Sequence[ImageSource] = (),
         *,
+        video: VideoInput | Sequence[VideoInput] | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
         stream: Literal[True],
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -150,6 +158,9 @@ class Pipeline:
         prompt: Conversation,
         images: ImageSource | Sequence[ImageSource] = (),
         *,
+        video: VideoInput | Sequence[VideoInput] | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
         stream: bool = False,
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -157,13 +168,17 @@ class Pipeline:
         """Answer a question, or the last of several messages, about text and images.
 
         `prompt` is a text or a list of {"role", "content"} messages; `<image>` marks the
-        positions of `images` (paths, bytes or PIL images), which otherwise go in front.
+        positions of `images` (paths, bytes or PIL images), which otherwise go in front, and
+        `<video>` those of `video`: paths, bytes or Videos, of which frames are seen as images, each
+        after its time: `fps` a second, at most `max_frames`; None is the checkpoint's rule.
         Options: `max_new_tokens` 512; `temperature` 0 (the likeliest token), `top_p` 1,
         `top_k` 0 (all), `min_p` 0 (all), `repetition_penalty` 1, `seed` None (a new draw
         each time); `stop` strings that end the answer; `system` message; `think` first. With
         `stream`, the result is iterated for pieces of text and then holds the whole answer.
         """
-        request = self._chat_request(prompt, images, options)
+        request = self._chat_request(
+            prompt, images, options, self._read_videos(video, fps, max_frames)
+        )
         run = ChatRun(self._driver(cancel), self.processor, [request])
         return ChatStream(run) if stream else run.finish()[0]
 
@@ -388,10 +403,25 @@ class Pipeline:
         prompt: Conversation,
         images: ImageSource | Sequence[ImageSource],
         options: ChatKnobs,
+        videos: Sequence[Frames] = (),
     ) -> ChatRequest:
         profiles = self.colour_profiles
         inputs = read_images(images, colour_profiles=profiles)
-        return make_chat_request(prompt, inputs, colour_profiles=profiles, **options)
+        return make_chat_request(prompt, inputs, videos, colour_profiles=profiles, **options)
+
+    def _read_videos(
+        self,
+        video: VideoInput | Sequence[VideoInput] | None,
+        fps: float | None,
+        max_frames: int | None,
+    ) -> list[Frames]:
+        if video is None:
+            return []
+        from neounify.pipeline.videos import read_frames
+
+        self.config.check_can("chat_video")
+        videos = video if isinstance(video, list | tuple) else [video]
+        return [read_frames(one, self.config, fps, max_frames) for one in videos]
 
     def generate_requests(
         self,

@@ -24,6 +24,7 @@ from neounify.errors import PromptError, RequestError
 from neounify.grammar import calls_grammar, json_grammar
 from neounify.image.io import ImageSource, read_image
 from neounify.tasks.answer import AnswerEvents, AnswerText, check_stop, decode_text
+from neounify.tasks.clips import Frames, clip_ranges, frame_bounds, place_videos
 from neounify.tasks.program import (
     NEXT,
     Compute,
@@ -36,6 +37,7 @@ from neounify.tasks.program import (
     pack_images,
     prompt_inputs,
 )
+from neounify.text.clips import VIDEO_MARK
 from neounify.text.template import (
     IMAGE_MARK,
     NO_MESSAGES,
@@ -60,12 +62,14 @@ COMPLETION_TOKENS = 16
 class ChatRequest:
     """One conversation to continue; `images` are those of `messages` in order.
 
-    If the last message is the assistant's, the answer continues it.
-    `response_format` is a JSON schema that the answer follows, None for plain text.
+    `clips` are the places among them of frames of one clip each. If the last message is the
+    assistant's, the answer continues it. `response_format` is a JSON schema that the
+    answer follows, None for plain text.
     """
 
     messages: Sequence[Message]
     images: Sequence[PIL.Image.Image] = ()
+    clips: Sequence[range] = ()
     system: str = ""
     think: bool = False
     max_new_tokens: int = CHAT_TOKENS
@@ -153,6 +157,7 @@ class ChatKnobs(TextKnobs, total=False):
 def make_chat_request(
     prompt: Conversation,
     images: Sequence[PIL.Image.Image],
+    videos: Sequence[Frames] = (),
     *,
     max_new_tokens: int = CHAT_TOKENS,
     stop: Sequence[str] = (),
@@ -168,10 +173,13 @@ def make_chat_request(
 ) -> ChatRequest:
     """Chat request from user input, checked. `sampling` are fields of TextSampling."""
     check_keywords("chat", sampling, TextKnobs)
+    if videos or not isinstance(prompt, str) or VIDEO_MARK in prompt:
+        prompt = place_videos(prompt, videos)
     messages, ordered = read_conversation(prompt, images, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
         images=ordered,
+        clips=clip_ranges(prompt, ordered),
         system=system,
         think=think,
         max_new_tokens=max_new_tokens,
@@ -199,10 +207,10 @@ def read_conversation(
     """Messages with a placeholder for each image, and the images in that order.
 
     `prompt` is a question, or a list of messages {"role", "content"}; a content is a text,
-    where a user's has marks, or a list of {"type": "text", "text"} and {"type": "image",
-    "image"} parts. Images of `images` fill the marks of texts in order; those left over go
-    in front of the first user message. Raises PromptError, and ImageError for parts that
-    hold no image.
+    where a user's has marks, or a list of {"type": "text", "text"}, {"type": "image", "image"} and
+    {"type": "video", "video": Frames} parts. Images of `images` fill the marks of texts in order;
+    those left over go in front of the first user message. Raises PromptError, and ImageError for
+    parts that hold no image.
     """
     if isinstance(prompt, str):
         if not prompt.strip() and not images:
@@ -267,6 +275,9 @@ def _read_message(
             turn_images += images[used : used + marks]
             used += marks
             text += piece
+        elif isinstance(piece, Frames):
+            turn_images += piece.images
+            text += piece.stamps
         else:
             turn_images.append(read_image(piece.source, colour_profiles=colour_profiles))
             if role == "user":
@@ -296,7 +307,7 @@ def _place_rest(
     return messages, ordered[:before] + rest + ordered[before:]
 
 
-def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _ImageRef]]:
+def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _ImageRef | Frames]]:
     if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
         raise PromptError(f"a message needs 'role' and 'content', got {_short(turn)}")
     content = turn["content"]
@@ -309,10 +320,15 @@ def _pieces(turn: Mapping[str, Any]) -> tuple[Any, list[str | _ImageRef]]:
     return turn["role"], [_piece(part, turn["role"]) for part in content]
 
 
-def _piece(part: Any, role: Any) -> str | _ImageRef:
+def _piece(part: Any, role: Any) -> str | _ImageRef | Frames:
     if isinstance(part, Mapping):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return str(part["text"])
+        if part.get("type") == "video" and isinstance(part.get("video"), Frames):
+            if role != "user":
+                raise PromptError(f"only user messages hold clips, this one is {role!r}")
+            frames: Frames = part["video"]
+            return frames
         if part.get("type") == "image" and "image" in part:
             if role not in ("user", "assistant"):
                 raise PromptError(
@@ -397,8 +413,14 @@ def call_reader(request: ChatRequest) -> ToolCallReader | None:
 
 def chat_images(processor: Processor, request: ChatRequest) -> list[torch.Tensor]:
     """Images of a conversation [3, height, width], resized and normalised."""
-    bounds = processor.config.sampling
-    return processor.prepare(request.images, bounds.chat_min_pixels, bounds.chat_max_pixels)
+    config = processor.config
+    bounds = [(config.sampling.chat_min_pixels, config.sampling.chat_max_pixels)]
+    bounds *= len(request.images)
+    for clip in request.clips:
+        config.check_can("chat_video")
+        bounds[clip.start : clip.stop] = [frame_bounds(config, len(clip))] * len(clip)
+    pairs = zip(request.images, bounds, strict=True)
+    return [prepared for image, pair in pairs for prepared in processor.prepare([image], *pair)]
 
 
 def answer_text(processor: Processor, request: ChatRequest) -> AnswerText:

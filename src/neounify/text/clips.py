@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from neounify.text.template import IMAGE_MARK
 
+VIDEO_MARK = "<video>"
+"""Stands in a user's text where a clip belongs."""
+
 
 def time_stamp(seconds: float) -> str:
     """The text in front of a frame or tube, `seconds` after the first frame."""

@@ -1,0 +1,58 @@
+"""Input clips of the Python API, of the command line and of the server, as frames with times."""
+
+from __future__ import annotations
+
+from neounify.config import ModelConfig
+from neounify.tasks.clips import Frames, frame_bounds
+from neounify.video.choice import FrameChoice, Timeline
+from neounify.video.clip import Video
+from neounify.video.decode import Clip, VideoLimits
+from neounify.video.read import VideoSource, read_video
+
+VideoInput = VideoSource | Video | Frames
+"""A path, the bytes of a file, a clip, or frames that were read of one."""
+
+
+def frame_choice(config: ModelConfig, fps: float | None, max_frames: int | None) -> FrameChoice:
+    """The frames that are read of a clip; None is the checkpoint's rule. Raises VideoError."""
+    video = config.sampling.video
+    return FrameChoice(
+        fps=fps,
+        max_frames=video.max_frames if max_frames is None else max_frames,
+        sample_fps=video.sample_fps,
+        tube_fps=video.tube_fps,
+    )
+
+
+def read_frames(
+    source: VideoInput,
+    config: ModelConfig,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> Frames:
+    """Frames of a clip, for a model of `config`. Raises VideoError."""
+    if isinstance(source, Frames):
+        return source
+    if isinstance(source, Video):
+        choice = frame_choice(config, fps, max_frames)
+        rate = float(source.fps)
+        times = [number / rate for number in range(len(source.frames))]
+        indices = choice.indices(Timeline(times, source.seconds))
+        images = source.images
+        return Frames([images[n] for n in indices], [times[n] for n in indices])
+    return read_file(source, config, fps, max_frames)[0]
+
+
+def read_file(
+    source: VideoSource,
+    config: ModelConfig,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    *,
+    limits: VideoLimits | None = None,
+) -> tuple[Frames, Clip]:
+    """Frames of a file, and what the file holds. Raises VideoError."""
+    _, most = frame_bounds(config, 1)
+    choice = frame_choice(config, fps, max_frames)
+    video = read_video(source, choice, limits=limits, keep_pixels=most)
+    return Frames(video.images, video.times), video.clip

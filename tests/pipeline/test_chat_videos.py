@@ -1,0 +1,123 @@
+"""Chat about clips: frames with their times, marks, choices, models that see none."""
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import neounify
+from neounify.errors import PromptError, RequestError, VideoError
+from neounify.image.pixels import prepare_image
+from neounify.model import NeoUnify
+from neounify.tasks.chat import chat_images, make_chat_request
+from neounify.tasks.clips import Frames, frame_bounds
+from neounify.video.clip import Video
+from support.clips import clip_bytes, numbered
+
+
+def example_image(seed: int = 0) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def frames(count: int, start: int = 0) -> Frames:
+    images = [example_image(start + number) for number in range(count)]
+    return Frames(images, [number / 2 for number in range(count)])
+
+
+def texts(*arguments: Any) -> list[str]:
+    return [message.text for message in make_chat_request(*arguments).messages]
+
+
+def test_frames_stand_in_front_each_after_its_time() -> None:
+    request = make_chat_request("what moves?", [], [frames(3)])
+    assert [message.text for message in request.messages] == [
+        "<0.0 seconds><image><0.5 seconds><image><1.0 seconds><image>what moves?"
+    ]
+    assert request.clips == (range(3),)
+
+
+def test_marks_say_where_clips_and_images_stand() -> None:
+    first, second, image = frames(2), frames(1, 7), example_image(9)
+    prompt = "<video> then <image> then <video>"
+    request = make_chat_request(prompt, [image], [first, second])
+    assert request.messages[0].text == (
+        "<0.0 seconds><image><0.5 seconds><image> then <image> then <0.0 seconds><image>"
+    )
+    assert request.clips == (range(2), range(3, 4))
+    assert [request.images[n] for n in (0, 1, 3)] == [*first.images, *second.images]
+
+
+def test_a_clip_of_an_earlier_message_keeps_its_place() -> None:
+    talk = [
+        {"role": "user", "content": "see <video>"},
+        {"role": "assistant", "content": "a circle"},
+        {"role": "user", "content": "and now?"},
+    ]
+    assert texts(talk, [], [frames(1)]) == ["see <0.0 seconds><image>", "a circle", "and now?"]
+    assert texts(talk[1:], [], [frames(1)])[1] == "<0.0 seconds><image>and now?"
+
+
+def test_more_marks_than_clips_are_refused() -> None:
+    with pytest.raises(PromptError, match="has 2 <video> marks for 1 clips"):
+        make_chat_request("<video> <video>", [], [frames(1)])
+    with pytest.raises(PromptError, match="has 1 <video> marks for 0 clips"):
+        make_chat_request("<video> what?", [])
+    with pytest.raises(PromptError, match="1 clips have no mark and no user message"):
+        make_chat_request([{"role": "assistant", "content": "so"}], [], [frames(1)])
+    with pytest.raises(PromptError, match="1 times for 2 frames"):
+        Frames([example_image(), example_image()], [0.0])
+
+
+def test_frames_are_sized_as_frames_and_images_as_images(pipe: neounify.Pipeline) -> None:
+    clip, image = frames(2), example_image(5)
+    request = make_chat_request("<image> and <video>", [image], [clip])
+    assert request.clips == (range(1, 3),)
+    bounds = pipe.config.sampling
+    prepared = chat_images(pipe.processor, request)
+    low, high = frame_bounds(pipe.config, 2)
+    sizes = [(bounds.chat_min_pixels, bounds.chat_max_pixels), (low, high), (low, high)]
+    for shown, source, (least, greatest) in zip(prepared, request.images, sizes, strict=True):
+        expected = prepare_image(
+            source, multiple=pipe.config.token_size, min_pixels=least, max_pixels=greatest
+        )
+        assert torch.equal(shown, expected)
+    assert sizes[0] != sizes[1]
+
+
+def test_many_frames_share_the_area_of_a_clip(pipe: neounify.Pipeline) -> None:
+    assert frame_bounds(pipe.config, 96) == (256, 448**2)
+    assert frame_bounds(pipe.config, 960) == (256, 96 * 448**2 // 960)
+    assert frame_bounds(pipe.config, 10**6) == (19, 19)
+
+
+def test_a_clip_is_read_from_a_path_bytes_and_a_generated_video(
+    pipe: neounify.Pipeline, tmp_path: Path
+) -> None:
+    data = clip_bytes(numbered(20))
+    (tmp_path / "clip.mp4").write_bytes(data)
+    options: dict[str, Any] = {"max_new_tokens": 4}
+    answer = pipe.chat("what?", video=data, **options)
+    assert pipe.chat("what?", video=tmp_path / "clip.mp4", **options) == answer
+    assert pipe.chat("what?", video=[data], fps=1, max_frames=96, **options) == answer
+    video = Video(torch.zeros(20, 32, 48, 3, dtype=torch.uint8), Fraction(10))
+    generated = pipe.chat("what?", video=video, **options)
+    assert generated.prompt_tokens == answer.prompt_tokens
+    more = pipe.chat("what?", video=data, fps=5, **options)
+    assert more.prompt_tokens > answer.prompt_tokens
+
+
+def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify.Pipeline) -> None:
+    with pytest.raises(VideoError, match="fps must be a finite number above 0"):
+        pipe.chat("what?", video=b"", fps=0)
+    with pytest.raises(VideoError, match="the clip: is empty"):
+        pipe.chat("what?", video=b"")
+    config = replace(pipe.config, capabilities=("chat",))
+    blind = neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer)
+    with pytest.raises(RequestError, match="was not trained to answer questions about videos"):
+        blind.chat("what?", video=b"")
