@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from neounify import services
-from neounify.services import BadAnswer, NoAnswer, post, post_json
+from neounify.services import BadAnswer, NoAnswer, at_once, post, post_json
 from support.services import say, service
 
 
@@ -99,3 +101,74 @@ def test_a_service_that_drips_does_not_hold_a_run() -> None:
 def test_a_service_that_is_not_there() -> None:
     with pytest.raises(NoAnswer, match=r"refused.*2 times"):
         post("http://127.0.0.1:9/", b"", timeout=5, retries=1)
+
+
+@pytest.mark.parametrize(
+    ("url", "headers"),
+    [("http://a..b/v1", {}), ("http://[::1/", {}), ("http://127.0.0.1:1/", {"X": "a\nb"})],
+)
+def test_what_cannot_be_sent_is_refused_at_once(
+    url: str, headers: dict[str, str], waits: list[float]
+) -> None:
+    with pytest.raises(BadAnswer, match="cannot be asked"):
+        post(url, b"", timeout=5, retries=3, headers=headers)
+    assert waits == []
+
+
+def test_an_error_whose_text_does_not_arrive_is_still_that_error() -> None:
+    def answer(handler: Any, number: int) -> None:
+        say(handler, 400 if number else 503, b"", Content_Length="9")
+
+    with service(answer) as (url, times):
+        with pytest.raises(BadAnswer, match="status 400"):
+            post(url, b"", timeout=5, retries=1)
+        assert len(times) == 2
+
+
+def test_half_a_surrogate_pair_is_no_answer() -> None:
+    with (
+        service(lambda handler, _: say(handler, 200, rb'{"a": "\ud800"}')) as (url, _),
+        pytest.raises(BadAnswer, match="half a surrogate pair"),
+    ):
+        post_json(url, {}, timeout=5, retries=0)
+
+
+def test_calls_at_once_are_limited_and_in_order() -> None:
+    running: list[int] = []
+    most = 0
+
+    def call(item: int) -> int:
+        nonlocal most
+        running.append(item)
+        most = max(most, len(running))
+        threading.Event().wait(0.01)
+        running.remove(item)
+        return -item
+
+    assert at_once(call, range(9), 3) == [-item for item in range(9)]
+    assert 1 < most <= 3
+
+
+def test_an_error_ends_the_calls_that_wait() -> None:
+    called: list[int] = []
+    over = threading.Event()
+
+    def call(item: int) -> None:
+        called.append(item)
+        if item == 0:
+            raise ValueError(item)
+        over.wait()
+
+    with pytest.raises(ValueError, match="0"):
+        at_once(call, range(9), 2)
+    over.set()
+    assert set(called) <= {0, 1, 2}, "one hangs, one may have begun in place of the first"
+
+
+def test_a_call_that_hangs_does_not_keep_the_process() -> None:
+    program = (
+        "import time\nfrom neounify.services import in_thread\n"
+        "in_thread(lambda: time.sleep(60)).result(0.01)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30)
+    assert b"TimeoutError" in ended.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ ASIDE_SUFFIX = ".saving"
 REPLACED_SUFFIX = ".replaced"
 """Ending of hidden folders that are being replaced, where a system cannot exchange two folders."""
 _MAX_ASIDE_CHARACTERS = 40
+_HASHED_BYTES = 2**20
 _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -68,6 +70,24 @@ def parse_json_object(data: bytes, path: Path, error: type[NeounifyError]) -> di
     if not isinstance(document, dict):
         raise error(f"{path}: must hold a JSON object, found {type(document).__name__}")
     return document
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file of any size. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_HASHED_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def is_unicode(document: Any) -> bool:
+    """Whether UTF-8 has the texts of a JSON document; JSON can also name half a surrogate pair."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:

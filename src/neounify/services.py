@@ -1,22 +1,33 @@
-"""Services of others over HTTP: POST with limits of time and size, tried again if that helps."""
+"""Services of others over HTTP: POST with limits of time and size, tried again if that helps.
+
+What is slow or hangs is waited for in daemon threads, which do not keep a process from ending.
+"""
 
 from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
 from neounify.errors import NeounifyError
+from neounify.files import is_unicode
 
 MAX_ANSWER_BYTES = 2**22
 MAX_WAIT = 60.0
 """Seconds that a service may ask to be left alone before the next attempt."""
+HTTP = ("http://", "https://")
+"""Beginnings of URLs that are asked."""
 TOO_MANY_REQUESTS = 429
 _PIECE = 2**16
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class NoAnswer(NeounifyError):
@@ -25,6 +36,40 @@ class NoAnswer(NeounifyError):
 
 class BadAnswer(NeounifyError):
     """A request that a service refuses, or an answer that is none."""
+
+
+def in_thread(call: Callable[[], R]) -> Future[R]:
+    """The result of a call in a daemon thread, which cannot be ended but ends with the process."""
+    future: Future[R] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised where the result is read
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def at_once(call: Callable[[T], R], items: Sequence[T], number: int) -> list[R]:
+    """The results of a call for each item, in order, `number` calls at a time.
+
+    Raises the first error; calls that run then, or at an interrupt, are waited for no longer.
+    """
+    gate, ended = threading.Semaphore(number), threading.Event()
+
+    def one(item: T) -> R:
+        with gate:
+            if ended.is_set():
+                raise NoAnswer("not asked: the others were interrupted")
+            return call(item)
+
+    futures = [in_thread(partial(one, item)) for item in items]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        ended.set()
 
 
 def post(
@@ -41,13 +86,12 @@ def post(
     Connection errors, answers that end early or take more than `timeout` seconds, status 429 and
     those from 500 up are tried again `retries` times, after 0.5, 1, 2, … seconds or those that
     Retry-After asks for, at most `MAX_WAIT`. Raises NoAnswer after the last attempt, BadAnswer for
-    any other status and for answers above `max_bytes`.
+    any other status, answers above `max_bytes`, and URLs or headers that cannot be sent.
     """
-    request = urllib.request.Request(
-        url, body, {"Content-Type": "application/json", **(headers or {})}, method="POST"
-    )
+    headers = {"Content-Type": "application/json", **(headers or {})}
     for attempt in range(retries + 1):
         try:
+            request = urllib.request.Request(url, body, headers, method="POST")
             return _read(request, timeout, max_bytes)
         except (OSError, http.client.HTTPException) as error:
             wait = 0.5 * 2**attempt
@@ -56,6 +100,8 @@ def post(
             if attempt == retries:
                 raise NoAnswer(f"{error!r}, {attempt + 1} times") from error
             time.sleep(wait)
+        except ValueError as error:  # a host or a header that is none
+            raise BadAnswer(f"{url[:80]!r} cannot be asked: {error}") from error
     raise AssertionError  # the loop returns or raises
 
 
@@ -73,6 +119,8 @@ def parse_answer(data: bytes) -> dict[str, Any]:
         answer = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadAnswer(f"the answer is not JSON: {data[:80]!r}") from error
+    if b"\\u" in data and not is_unicode(answer):
+        raise BadAnswer(f"the answer has half a surrogate pair: {data[:80]!r}")
     if not isinstance(answer, dict):
         raise BadAnswer(f"the answer is no JSON object: {data[:80]!r}")
     return answer
@@ -124,7 +172,10 @@ def _read(request: urllib.request.Request, timeout: float, max_bytes: int) -> by
 def _wait(error: urllib.error.HTTPError, wait: float) -> float:
     """Seconds until the next attempt after an error status. BadAnswer if another is no use."""
     with error:
-        said = error.read(200).decode("utf-8", "replace")
+        try:
+            said = error.read1(200).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as failure:  # the status alone has arrived
+            said = repr(failure)
     if error.code != TOO_MANY_REQUESTS and error.code < http.client.INTERNAL_SERVER_ERROR:
         raise BadAnswer(f"status {error.code}: {said}") from error
     try:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from neounify.bench import ADAPTERS, BenchError, Case, PromptFiles
+from neounify.bench import ADAPTERS, BenchError, Case, PromptFiles, begin, load_cases
+from neounify.bench.cases import image_bytes
+from neounify.bench.runner import input_images
+from neounify.bench.subjects import png
+from neounify.data.sample import DataError
+from support.bench import solid
 
 
 def write(folder: Path, files: dict[str, Any]) -> None:
@@ -197,7 +203,7 @@ def test_the_metadata_of_geneval_is_the_line_of_its_prompts(tmp_path: Path) -> N
 def test_inputs_of_edits_and_stories(tmp_path: Path) -> None:
     (gedit,) = cases_of("gedit", tmp_path / "gedit")
     assert gedit.images == ("in/a1b2.png",)
-    assert gedit.input_copy == "mine/fullset/subject-add/en/a1b2_SRCIMG.png"
+    assert gedit.copies == {"mine/fullset/subject-add/en/a1b2_SRCIMG.png": "in/a1b2.png"}
     assert cases_of("imgedit", tmp_path / "imgedit")[0].images == ("in/1.jpg",)
     assert cases_of("opening", tmp_path / "opening")[0].images == ("./images/a/46-i-1.jpg",)
 
@@ -232,6 +238,27 @@ def test_inputs_of_edits_and_stories(tmp_path: Path) -> None:
         ("oneig", {"OneIG-Bench.csv": ONEIG + "Portrait,0,p,T,long,None,8\n"}, "1 cells more"),
         ("opening", {"test_data.jsonl": [{"total_uid": "1"}]}, "no conversation"),
         ("dpg", {"prompts/readme.md": ""}, r"has no \*\.txt"),
+        (
+            "cvtg",
+            {"p/CVTG/2_combined.json": '[{"prompt": "a"}]'},
+            "must be a JSON object of prompts",
+        ),
+        (
+            "geneval",
+            {"evaluation_metadata.jsonl": '{"tag": "t", "prompt": "\\ud83d"}'},
+            "half a surrogate",
+        ),
+        ("wise", {"data": json.dumps([WISE | {"prompt_id": 10**300}])}, "part of a file's name"),
+        (
+            "imgedit",
+            {"basic_edit.json": {"1": {"id": ["a", 1], "prompt": "p", "edit_type": "e"}}},
+            "must be a path or a list of paths",
+        ),
+        (
+            "gedit",
+            {"info.jsonl": [GEDIT, GEDIT | {"key": "a1b2_SRCIMG", "instruction_language": "en"}]},
+            "two prompts have mine/fullset/subject-add/en/a1b2_SRCIMG.png",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_used(
@@ -241,6 +268,72 @@ def test_prompts_that_cannot_be_used(
     root = tmp_path / next(iter(files)).split("/")[0]
     with pytest.raises(BenchError, match=message):
         ADAPTERS[name].cases(PromptFiles(root), "mine")
+
+
+def test_an_edit_of_several_images(tmp_path: Path) -> None:
+    record = {"index": "l_1", "category": "logical_reasoning", "instruction": "Go on."}
+    write(tmp_path, {"data.json": json.dumps([record | {"image": ["i/1_1.png", "i/1_2.png"]}])})
+    (case,) = ADAPTERS["risebench"].cases(PromptFiles(tmp_path / "data.json"), "mine")
+    assert case.images == ("i/1_1.png", "i/1_2.png")
+
+
+def test_marks_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
+    """JSON and CSV allow U+2028 and U+0085 in texts, at which str.splitlines would cut them."""
+    marks = "a\u2028b\u0085c\x1cd"
+    line = json.dumps({"tag": "t", "prompt": marks.replace("\x1c", "")}, ensure_ascii=False)
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_bytes(f"{line}\r\n{line}".encode())
+    cases = ADAPTERS["geneval"].cases(PromptFiles(path), "mine")
+    assert [case.prompt for case in cases] == ["a\u2028b\u0085cd"] * 2
+    begin(tmp_path / "run", {}, cases, path)
+    assert load_cases(tmp_path / "run") == cases
+    table = tmp_path / "OneIG-Bench.csv"
+    table.write_bytes(f'{ONEIG}Portrait,1,"{marks}\r\nnext",T,long,None\r\n'.encode())
+    (case,) = ADAPTERS["oneig"].cases(PromptFiles(table), "mine")
+    assert case.prompt == f"{marks}\r\nnext"
+
+
+def test_the_tables_of_gedit(tmp_path: Path) -> None:
+    """The release's own tables: two images in each row, as Hugging Face writes them."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {name: value for name, value in GEDIT.items() if name != "image"}
+        | {"key": f"k{n}", "Intersection_exist": True}
+        | {
+            name: {"bytes": png(solid(n + add)), "path": None}
+            for name, add in (("input_image", 0), ("input_image_raw", 100))
+        }
+        for n in range(3)
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    parquet.write_table(pa.Table.from_pylist(rows[:2]), folder / "a.parquet", row_group_size=1)
+    parquet.write_table(pa.Table.from_pylist(rows[2:]), folder / "b.parquet")
+    prompts = PromptFiles(folder)
+    cases = ADAPTERS["gedit"].cases(prompts, "mine")
+    assert [case.id for case in cases] == ["en/k0", "en/k1", "en/k2"]
+    digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+    assert prompts.hashes == digests
+    for n, case in enumerate(cases):
+        (raw,) = input_images(case, folder)
+        assert raw.tobytes() == solid(n + 100).tobytes()
+        ((name, source),) = case.copies.items()
+        assert name == f"mine/fullset/subject-add/en/k{n}_SRCIMG.png"
+        assert image_bytes(source, folder) == png(solid(n))
+        assert len(json.dumps(case.to_json())) < 2000, "images stay in the tables"
+    for source in (
+        "a.parquet#9#input_image",
+        "a.parquet#x#y",
+        "a.parquet#0#key",
+        "../a.parquet#0#y",
+    ):
+        with pytest.raises((BenchError, DataError)):
+            image_bytes(f"parquet:{source}", folder)
+    (folder / "b.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        ADAPTERS["gedit"].cases(PromptFiles(folder), "mine")
 
 
 def test_numbers_of_samples(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from neounify.bench import BenchError, CaseScore, Result, compare
+from neounify.bench.result import macro_mean
+from neounify.evaluate.metrics import wilson_interval
 
 ABOUT = {"benchmark": "geneval", "prompts": {"sha256": "ab", "number": 4}, "judge": {"kind": "x"}}
 
@@ -64,6 +67,8 @@ def test_what_may_not_be_compared(about: dict[str, Any], named: str) -> None:
 def test_nothing_in_common() -> None:
     with pytest.raises(BenchError, match="no case in common"):
         compare(result({"a": 1.0}), result({"b": 1.0}))
+    with pytest.raises(BenchError, match="no part in common"):
+        compare(result({"a": 1.0}), result({"a": 1.0}, "other"))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,26 @@ def test_nothing_in_common() -> None:
         (
             {
                 "format": "neounify-bench-result-1",
+                "about": "x",
+                "failures": {},
+                "seeds": {},
+                "cases": {},
+            },
+            "not a result",
+        ),
+        (
+            {
+                "format": "neounify-bench-result-1",
+                "about": {},
+                "failures": {},
+                "seeds": {},
+                "cases": {"c": {"a": {"x": 10**400}}},
+            },
+            "not a result",
+        ),
+        (
+            {
+                "format": "neounify-bench-result-1",
                 "about": {},
                 "failures": {},
                 "seeds": {},
@@ -97,3 +122,30 @@ def test_files_that_are_no_results(document: dict[str, Any], message: str, tmp_p
     (tmp_path / "result.json").write_text(json.dumps(document))
     with pytest.raises(BenchError, match=message):
         Result.read(tmp_path)
+
+
+def test_what_no_utf8_file_can_hold_is_written_as_its_escape(tmp_path: Path) -> None:
+    """A judge that names a part so; everything else must still be written."""
+    odd = Result(ABOUT, (CaseScore("a", "c", {"\ud800": 1.0}),), {"b": "\udc80"})
+    odd.write(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_bytes())["failures"] == {"b": "\udc80"}
+
+
+def test_the_interval_of_a_mean_of_categories() -> None:
+    """One category is Wilson's interval; of several it holds the true mean as often as it says."""
+    one = macro_mean([[1.0] * 7 + [0.0] * 3])
+    assert (one.low, one.high) == pytest.approx(wilson_interval(7, 10))
+    right = macro_mean([[1.0] * 3, [1.0] * 3])
+    low, _ = wilson_interval(3, 3)
+    assert (right.value, right.high) == (1, 1)
+    assert right.low == pytest.approx(1 - (1 - low) / 2**0.5)
+    random, truth = np.random.default_rng(0), (0.95, 0.6, 0.3)
+    covered = 0
+    for _ in range(1000):
+        groups = [(random.random(25) < rate).astype(float).tolist() for rate in truth]
+        mean = macro_mean(groups)
+        covered += bool(mean.low <= np.mean(truth) <= mean.high)
+    assert 0.93 <= covered / 1000 <= 0.975
+    graded = macro_mean([[0.5, 0.6, 0.7], [0.2, 0.2, 0.2]])
+    assert graded.value == pytest.approx(0.4)
+    assert 0.35 <= graded.low < 0.4 < graded.high <= 0.45

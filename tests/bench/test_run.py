@@ -12,8 +12,17 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from neounify.bench import ADAPTERS, BenchError, Case, Plan, PromptFiles, begin, run
-from neounify.bench.runner import finished, sample_seed, samples
+from neounify.bench import (
+    ADAPTERS,
+    BenchError,
+    Case,
+    Plan,
+    PromptFiles,
+    begin,
+    load_cases,
+    run,
+)
+from neounify.bench.runner import finished, sample, sample_seed
 from neounify.bench.subjects import Image, Job
 from neounify.errors import PromptError
 from neounify.files import FolderInUse, locked_folder
@@ -117,6 +126,16 @@ def test_a_case_that_fails_costs_itself_and_is_tried_again(tmp_path: Path) -> No
     assert {job.prompt for job in painter.jobs} == {"p2", "p5"}
 
 
+def test_what_failed_is_tried_last(tmp_path: Path) -> None:
+    """Cases that a model can never do must not keep it from the others."""
+    cases = geneval(tmp_path)
+    go(cases[:3], Refuses("p0", "p1"), tmp_path / "run")
+    painter = Painter()
+    go(cases, painter, tmp_path / "run", batch_size=1)
+    asked = list(dict.fromkeys(job.prompt for job in painter.jobs))
+    assert asked == ["p3", "p4", "p5", "p6", "p0", "p1"]
+
+
 class Silent(Painter):
     """A service that never answers."""
 
@@ -148,6 +167,18 @@ def test_another_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         begin(folder, about, cases[:3], tmp_path)
 
 
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    cases, folder = geneval(tmp_path), tmp_path / "run"
+    (folder / "images").mkdir(parents=True)
+    with pytest.raises(BenchError, match="has images of something else"):
+        begin(folder, {}, cases, tmp_path)
+    (folder / "images").rmdir()
+    begin(folder, {}, cases, tmp_path)
+    (folder / "cases.jsonl").unlink()  # as a kill between the two files leaves it
+    begin(folder, {}, cases, tmp_path)
+    assert load_cases(folder) == cases
+
+
 def test_two_processes_do_not_share_a_shard(tmp_path: Path) -> None:
     cases = geneval(tmp_path)
     with locked_folder(tmp_path / "run/log/0-of-1"), pytest.raises(FolderInUse):
@@ -173,8 +204,8 @@ def test_a_grid_holds_the_samples_row_by_row(tmp_path: Path) -> None:
     parts = [np.asarray(solid(sample_seed(0, "a", n))) for n in range(4)]
     assert (image[:8, 8:] == parts[1]).all()
     assert (image[8:, :8] == parts[2]).all()
-    for sample, part in zip(samples(adapter, cases[0], folder), parts, strict=True):
-        assert (sample == part).all()
+    for number, part in enumerate(parts):
+        assert (sample(adapter, cases[0], folder, number) == part).all()
 
 
 def test_lossless_webp_of_oneig(tmp_path: Path) -> None:
@@ -185,7 +216,7 @@ def test_lossless_webp_of_oneig(tmp_path: Path) -> None:
     run(adapter, cases, Painter(), folder, 0, Plan(folder=tmp_path))
     with PIL.Image.open(folder / "images/human/mine/001.webp") as image:
         assert image.format == "WEBP"
-    first = next(samples(adapter, cases[0], folder))
+    first = sample(adapter, cases[0], folder, 0)
     assert (first == np.asarray(solid(sample_seed(0, "human/001", 0)))).all()
 
 
@@ -200,6 +231,24 @@ def test_an_edit_sees_its_input_and_keeps_a_copy(tmp_path: Path) -> None:
     source = PIL.Image.open(folder / "images/mine/fullset/t/en/k_SRCIMG.png")
     assert source.tobytes() == solid(77).tobytes()
     assert (folder / "images/mine/fullset/t/en/k.png").is_file()
+
+
+def test_outputs_that_fit_no_file_fail_their_case(tmp_path: Path) -> None:
+    (tmp_path / "OneIG-Bench.csv").write_text(
+        "category,id,prompt_en\nPortrait,1,odd\nPortrait,2,large\nPortrait,3,fine\n"
+    )
+    adapter, folder = ADAPTERS["oneig"], tmp_path / "run"
+    cases = adapter.cases(PromptFiles(tmp_path), "mine")
+
+    def paint(job: Job) -> Image:
+        if job.prompt == "large":
+            return PIL.Image.new("RGB", (8192, 1))
+        return solid(1, 8 + (job.prompt == "odd" and job.seed % 2))
+
+    summary = run(adapter, cases, Painter(paint), folder, 3, Plan(folder=tmp_path))
+    assert summary.finished == 1
+    assert "make no grid" in summary.failures["human/1"]
+    assert "WEBP has no image of (16384, 2) pixels" in summary.failures["human/2"]
 
 
 @pytest.mark.parametrize("image", ["../in.png", "/etc/hostname", "absent.png", "bad.png"])
@@ -244,7 +293,7 @@ def test_an_interleaved_answer_is_the_record_with_its_output(tmp_path: Path) -> 
         ]
     }
     assert sorted(p.name for p in place.iterdir()) == ["15-o-0.jpg", "15-o-1.jpg", "15.json"]
-    (story,) = samples(adapter, cases[0], folder)
+    story = sample(adapter, cases[0], folder, 0)
     assert [part if isinstance(part, str) else part.shape for part in story] == [
         "First",
         (8, 8, 3),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from neounify.bench import (
     Plan,
     PromptFiles,
     begin,
+    compare,
     judge,
     read_results,
     run,
@@ -129,6 +133,8 @@ def test_a_command_judges_what_is_left(tmp_path: Path, monkeypatch: pytest.Monke
         ("print('{\"a\": NaN}')", "must be in"),
         ("print('{\"a\": 7}')", "must be in"),
         ("raise SystemExit(3)", "ended with 3"),
+        ("print('{\"a\": 1' + '0' * 400 + '}')", "a is no number"),
+        ("print('x' * 2**24)", "writes more than 16777216 bytes"),
     ],
 )
 def test_commands_that_judge_nothing(program: str, message: str, tmp_path: Path) -> None:
@@ -146,6 +152,39 @@ def test_a_command_that_hangs_ends_with_its_children(tmp_path: Path) -> None:
     words = shlex.join([sys.executable, "-c", script])
     config = RewardConfig(kind="command", command=words, timeout=0.5)
     assert "more than 0.5 s" in judged(cases, tmp_path, config).failures["00000"]
+
+
+def test_a_command_that_never_stops_writing_ends(tmp_path: Path) -> None:
+    cases = made(tmp_path)[:1]
+    config = RewardConfig(kind="command", command="yes nonsense", timeout=60.0)
+    assert "writes more than" in judged(cases, tmp_path, config).failures["00000"]
+
+
+def test_what_is_kept_is_said(tmp_path: Path) -> None:
+    cases = made(tmp_path)[:2]
+    judged(cases, tmp_path)
+    notes: list[str] = []
+    done: list[int] = []
+    judge(
+        *(GENEVAL, cases, tmp_path / "run", HOOK),
+        prompts=tmp_path,
+        programs=tmp_path,
+        progress=done.append,
+        note=notes.append,
+    )
+    assert done == []
+    (said,) = notes
+    kept = re.fullmatch(r"4 outputs were judged before; remove (.+) to judge them again", said)
+    assert kept is not None
+    shutil.rmtree(kept[1])
+    judge(
+        *(GENEVAL, cases, tmp_path / "run", HOOK),
+        prompts=tmp_path,
+        programs=tmp_path,
+        progress=done.append,
+        note=notes.append,
+    )
+    assert (done, len(notes)) == ([4], 1)
 
 
 # --- a model as judge ---
@@ -222,6 +261,8 @@ def test_a_judge_that_is_not_there_ends_early(tmp_path: Path) -> None:
         ("Consistency: 2\nRealism: 1\nAesthetic Quality: 0", {"consistency": 2, "realism": 1}),
         ("Brief reasoning: No {change}.\n**Prompt Compliance**: 4", {"prompt_compliance": 4}),
         ("Final Score: **3**", {"final_score": 3}),
+        ("**Score**:\n4", {"score": 4}),
+        ("Score: -5", {"score": -5}),
         ("Yes, it does.", {"yes": 1}),
         ("no", {"yes": 0}),
     ],
@@ -233,7 +274,18 @@ def test_verdicts(text: str, numbers: dict[str, float]) -> None:
     assert {name: verdict[name] for name in numbers} == numbers
 
 
-@pytest.mark.parametrize("text", ["", "I cannot say", "{" * 50, '{"note": "x"}'])
+LONG = 2**22
+"""The longest answer of a service."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "I cannot say", "{" * 50, '{"note": "x"}'),
+        *("\n" * LONG, "_" * LONG, "a " * (LONG // 2), "a:" * (LONG // 2), "{" * LONG),
+    ],
+    ids=lambda text: text[:8],
+)
 def test_no_verdict(text: str) -> None:
     from neounify.post_train.reward_judges import read_verdict
 
@@ -276,11 +328,74 @@ def test_results_of_geneval(tmp_path: Path) -> None:
     for line, message in (
         ({"filename": "99999/samples/00000.png", "correct": True}, "belongs to no case"),
         ({"filename": "00000/samples/00000.png", "correct": True}, "is the second one"),
-        ({"filename": "00011/samples/00000.png", "score": 7}, "no parts from 0 to 1"),
+        ({"filename": "00011/samples/00000.png", "score": 7}, "score is 7, not from 0 to 1"),
+        ({"filename": "00011/samples/00000.png", "score": 10**400}, "too large"),
+        ({"filename": "00011/samples/00000.png", "score": math.nan}, "score is nan"),
+        ({"filename": "00011/samples/00000.png", "note": "x"}, "no number and no truth value"),
     ):
         path.write_text("".join(json.dumps(item) + "\n" for item in [*lines, line]))
         with pytest.raises(BenchError, match=message):
             read_results(cases, tmp_path / "run", path)
+
+
+def test_results_of_scorers_with_a_scale_of_their_own(tmp_path: Path) -> None:
+    """As those of WISE, whose consistency, realism and quality are from 0 to 2."""
+    cases = made(tmp_path)[:2]
+    lines = [
+        {"id": case.id, "consistency": 2, "realism": 1, "aesthetic_quality": 0, "year": 2025}
+        for case in cases
+    ]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
+
+    def read(path: Path) -> Result:
+        return read_results(cases, tmp_path / "run", path, (0.0, 2.0), weights)
+
+    result = read(path)
+    assert result.values("total") == pytest.approx({case.id: 0.8 for case in cases})
+    assert result.values("realism") == {case.id: 0.5 for case in cases}
+    table = tmp_path / "scores.csv"
+    table.write_text(
+        "id,consistency,realism,aesthetic_quality,note\n"
+        + "".join(f"{case.id},2,1,0.0,fine\n" for case in cases)
+    )
+    assert read(table).cases == result.cases
+    with pytest.raises(BenchError, match="year is 2025, not from 0 to 2"):
+        read_results(cases, tmp_path / "run", path, (0.0, 2.0))
+    with pytest.raises(BenchError, match=r"has no number beauty: .*consistency"):
+        read_results(cases, tmp_path / "run", path, (0.0, 2.0), {"beauty": 1.0})
+    with pytest.raises(BenchError, match="has no number note"):
+        read_results(cases, tmp_path / "run", table, (0.0, 2.0), {"note": 1.0})
+    with pytest.raises(BenchError, match="weights must be"):
+        read_results(cases, tmp_path / "run", path, (0.0, 2.0), {"realism": 0.0})
+    with pytest.raises(BenchError, match="scale must be"):
+        read_results(cases, tmp_path / "run", path, (2.0, 0.0))
+
+
+def test_results_of_a_file_are_those_of_all_its_images(tmp_path: Path) -> None:
+    """As those of DPG-Bench, whose scorer gives a prompt's four images one number."""
+    (tmp_path / "a.txt").write_text("p")
+    adapter = ADAPTERS["dpg"]
+    cases = adapter.cases(PromptFiles(tmp_path), "mine")
+    begin(tmp_path / "run", {"benchmark": "dpg"}, cases, tmp_path)
+    run(adapter, cases, Painter(), tmp_path / "run", 0, Plan(folder=tmp_path))
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"filename": "images/a.png", "score": 0.25}')
+    assert read_results(cases, tmp_path / "run", path).values("score") == {"a": 0.25}
+
+
+def test_official_results_of_two_models_compare(tmp_path: Path) -> None:
+    cases = made(tmp_path)
+    results = []
+    for name, right in (("a", True), ("b", False)):
+        path = tmp_path / f"{name}.jsonl"
+        lines = [{"filename": name, "correct": right} for case in cases for name in case.files]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results.append(read_results(cases, tmp_path / "run", path))
+    assert compare(*results).rows[0].difference.value == 1
+    assert results[0].about["results"]["file"] == "a.jsonl"
+    assert results[0].about["results"]["sha256"] != results[1].about["results"]["sha256"]
 
 
 def test_an_image_that_was_damaged_has_no_score(tmp_path: Path) -> None:

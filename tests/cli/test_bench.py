@@ -145,6 +145,8 @@ def test_the_list_names_every_benchmark(run_bare: Callable[..., Any]) -> None:
         ((*RUN[1:], "--shard", "2/2"), 1, "from 0 to 1"),
         ((*RUN[1:], "--shard", "a"), 2, "is not I/N"),
         ((*RUN[1:], "--endpoint", "http://x", "--model", "."), 2, "not both"),
+        ((*RUN[1:], "--endpoint", "localhost:1/v1"), 1, "begins with http:// or https://"),
+        ((*RUN[1:], "--endpoint-model", "m"), 2, "need --endpoint"),
         (("score", "absent"), 1, "cannot be read"),
         (("compare", "absent", "absent"), 1, "cannot be read"),
     ],
@@ -155,6 +157,18 @@ def test_wrong_usage(
     ran = run_bare("bench", *words)
     assert ran.code == code, ran.err
     assert message in ran.err
+
+
+def test_official_results_with_their_scale(run: Callable[..., Any], tmp_path: Path) -> None:
+    assert run(*RUN, "--steps", 1, "--size", "64x64", "--limit", 2).code == 0
+    lines = [{"id": f"0000{n}", "a": 2 - n, "b": 0, "year": 2025} for n in range(2)]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("bench", "score", "out/bench", "--results", "scores.jsonl", "--scale", "0,2")
+    assert "year is 2025" in run(*words).err
+    scored = run(*words, "--weights", "a=3,b=1", "--json")
+    assert scored.code == 0, scored.err
+    rows = {(row["category"], row["part"]): row for row in scored.json["scores"]}
+    assert rows["all", "total"]["mean"] == pytest.approx(0.75 * 0.75, abs=1e-4)
 
 
 def test_one_judge(run: Callable[..., Any]) -> None:

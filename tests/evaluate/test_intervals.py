@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -122,3 +123,38 @@ def test_graded_pairs_find_no_difference_between_draws_of_one_kind() -> None:
 def test_cases_that_are_no_pairs() -> None:
     with pytest.raises(DataError, match="2 and 1 cases"):
         PairedMeans.of([0.0, 1.0], [1.0])
+
+
+def test_the_ends_of_wilsons_interval_solve_its_equation() -> None:
+    """|p - end| = z sqrt(end (1 - end) / n), with z of scipy.stats.norm.ppf(0.975)."""
+    for correct, number in ((0, 5), (1, 5), (37, 200), (199, 200), (200, 200)):
+        for end in wilson_interval(correct, number):
+            distance = abs(correct / number - end)
+            error = 1.959963984540054 * math.sqrt(end * (1 - end) / number)
+            assert distance == pytest.approx(error, abs=1e-12)
+
+
+def test_the_bootstrap_of_right_and_wrong_is_the_binomials() -> None:
+    """Resampled means of k ones in n are Binomial(n, k / n) / n, whose quantiles are sums."""
+    number, ones = 50, 15
+    mean = Mean.of([1.0] * ones + [0.0] * (number - ones))
+    share = ones / number
+    terms = [
+        math.comb(number, k) * share**k * (1 - share) ** (number - k) for k in range(number + 1)
+    ]
+    below = np.cumsum(terms)
+    low, high = (int(np.searchsorted(below, q)) / number for q in (0.025, 0.975))
+    assert (mean.low, mean.high) == pytest.approx((low, high), abs=1.01 / number)
+
+
+def test_the_permutation_test_is_near_the_one_of_all_signs() -> None:
+    gains = np.array([0.3, 0.1, 0.25, -0.05, 0.2, 0.15, -0.1, 0.05, 0.2, 0.12])
+    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=len(gains))))
+    exact = (np.abs(signs @ gains) >= abs(gains.sum()) - 1e-12).mean()
+    drawn = PairedMeans.of(gains.tolist(), [0.0] * len(gains)).p_value
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 2000))
+    # Gains of one size: all signs are a binomial, as in McNemar's test.
+    pairs = Paired(both=3, first_only=8, second_only=2, neither=7)
+    first, second = [1.0] * 11 + [0.0] * 9, [1.0] * 3 + [0.0] * 8 + [1.0] * 2 + [0.0] * 7
+    drawn, exact = PairedMeans.of(first, second).p_value, pairs.p_value
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 2000))

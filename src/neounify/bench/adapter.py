@@ -23,13 +23,12 @@ class Adapter:
         prompts: what is read, in words.
         read: the records of the prompts; each may carry fields added by the reader.
         id, category, file: templates; `file` is a path below the folder of images.
-        prompt, images: the field of the prompt, the templates of input images.
+        prompt, images: the fields of the prompt, and of the input images: a path, or a list.
         samples: images per prompt of the published protocol.
         grid: whether a file holds all samples of a prompt, row by row in a square.
         count: prompts of the release, where its own pages state the number.
-        macro: whether the overall score is the mean of the categories, not of the cases.
         sides: further files of a case by template, with what they hold.
-        input_copy: template of the file that the input image is copied to.
+        copies: templates of files that hold an image of the record, with the field of its path.
         document: whether `file` is the record with its output, as of interleaved answers.
         scorer: the command of the official scorer, with the folder of images as IMAGES.
     """
@@ -44,13 +43,12 @@ class Adapter:
     category: str
     file: str
     prompt: str = "prompt"
-    images: tuple[str, ...] = ()
+    images: str = ""
     samples: int = 1
     grid: bool = False
     count: int | None = None
-    macro: bool = False
     sides: Mapping[str, Callable[[Record], str]] = field(default_factory=dict)
-    input_copy: str = ""
+    copies: Mapping[str, str] = field(default_factory=dict)
     document: bool = False
     scorer: str = ""
 
@@ -68,12 +66,12 @@ class Adapter:
         cases = [self._case(record, model, number) for record in self.read(prompts)]
         if not cases:
             raise BenchError(f"{prompts.root} holds no prompts of {self.title}")
-        seen: dict[str, str] = {}
+        seen: set[str] = set()
         for case in cases:
-            for name in (f"id {case.id}", *case.files):
+            for name in (f"id {case.id}", *case.files, *case.sides, *case.copies):
                 if name in seen:
                     raise BenchError(f"{prompts.root}: two prompts have {name}; it must be unique")
-                seen[name] = case.id
+                seen.add(name)
         return cases
 
     def _case(self, record: Record, model: str, samples: int) -> Case:
@@ -85,9 +83,9 @@ class Adapter:
         if not isinstance(prompt, str) or not prompt.strip():
             raise BenchError(f"{fields.place} has no text {self.prompt!r}")
         sides = {fields.fill(name): make(record) for name, make in self.sides.items()}
-        images = [str(record[name]) for name in self.images if record.get(name)]
+        images = fields.paths(self.images) if self.images else ()
         if len(images) < (self.task == "edit"):
-            raise BenchError(f"{fields.place} has no input image {self.images[0]!r}")
+            raise BenchError(f"{fields.place} has no input image {self.images!r}")
         return Case(
             id=fields.fill(self.id),
             category=fields.fill(self.category),
@@ -95,9 +93,13 @@ class Adapter:
             record=record,
             files=tuple(files),
             samples=samples,
-            images=tuple(images),
+            images=images,
             sides=sides,
-            input_copy=fields.fill(self.input_copy),
+            copies={
+                fields.fill(file): path
+                for file, name in self.copies.items()
+                for path in fields.paths(name)[:1]
+            },
         )
 
 
@@ -116,6 +118,14 @@ class _Fields:
             raise BenchError(f"{self.place} has no {error.args[0]!r}") from None
         except ValueError as error:
             raise BenchError(f"{self.place} does not fit {template!r}: {error}") from error
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """The paths of images in a field: one, or a list; none if it is missing or empty."""
+        value = self.record.get(name) or []
+        paths = value if isinstance(value, list) else [value]
+        if not all(isinstance(path, str) for path in paths):
+            raise BenchError(f"{self.place}: {name!r} must be a path or a list of paths")
+        return tuple(paths)
 
 
 class _Checked(dict[str, Any]):

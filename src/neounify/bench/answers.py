@@ -20,7 +20,8 @@ RELAXED_TOLERANCE = 0.05
 """Relative error that relaxed accuracy allows a number (ChartQA, Masry et al. 2022)."""
 ANLS_THRESHOLD = 0.5
 """Normalised distance from which ANLS is 0 (ST-VQA, Biten et al. 2019)."""
-MAX_ANSWER_CHARACTERS = 20_000
+MAX_ANSWER_CHARACTERS, MAX_ANLS_CHARACTERS = 20_000, 2_000
+"""What is read of an answer, and compared letter by letter."""
 CHOICES = string.ascii_uppercase
 _FINAL = re.compile(
     r"(?:final answer|correct answer|answer|correct option|correct choice)\W*(?:is|:|：)\W*(.+)",
@@ -120,11 +121,13 @@ def anls(answer: str, record: Mapping[str, Any]) -> float:
 
     1 - d, with d the edit distance over the longer length; 0 if d is at least `ANLS_THRESHOLD`.
     """
-    said = " ".join(final_text(answer).lower().split())
+    said = " ".join(final_text(answer).lower().split())[:MAX_ANLS_CHARACTERS]
     best = 0.0
     for wanted in _wanted(record):
         text = " ".join(wanted.lower().split())
         longer = max(len(said), len(text))
+        if abs(len(said) - len(text)) >= ANLS_THRESHOLD * longer > 0:
+            continue  # so many characters differ at least
         distance = levenshtein(said, text) / longer if longer else 0.0
         best = max(best, 1 - distance if distance < ANLS_THRESHOLD else 0.0)
     return best
@@ -196,6 +199,6 @@ def _equal(a: float | None, b: float | None, decimals: Any) -> bool:
         return a == b
     try:
         places = int(float(decimals))
-    except (TypeError, ValueError) as error:
-        raise BenchError(f"precision {decimals!r} is no number of decimals") from error
-    return round(a, places) == round(b, places)
+        return round(a, places) == round(b, places)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BenchError(f"precision {str(decimals)[:40]!r} is no number of decimals") from error

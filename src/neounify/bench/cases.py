@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from neounify.errors import NeounifyError
-from neounify.files import read_bytes
+from neounify.files import file_sha256, is_unicode, read_bytes
 from neounify.image import MAX_FILE_BYTES
+
+if TYPE_CHECKING:
+    from neounify.data.parquet import ParquetSource
 
 MAX_PROMPT_BYTES = 2**30
 """Largest file of prompts: sets of questions hold their images as base64."""
 MAX_NAME_BYTES = 200
+TABLES = (".tsv", ".csv")
+BASE64, PARQUET = "base64:", "parquet:"
+"""Beginnings of input images that are no files: base64, and FILE#ROW#COLUMN of a table."""
+READ_BY_US = frozenset({"index", "stem"})
+"""Fields that every reader adds."""
 Task = Literal["image", "edit", "story", "question"]
 Record = dict[str, Any]
 
@@ -35,8 +42,8 @@ class Case:
 
     `files` are paths below the folder of images, one per file that the scorer reads: one for each
     of the `samples`, or a single one that holds them all. `images` are the inputs: files, or
-    base64 in the record itself. `sides` are further files, such as the scorer's metadata, with
-    their text, and `input_copy` is one that the first input image is copied to.
+    base64. `sides` are further files, such as the scorer's metadata, with their text, and `copies`
+    are those that hold an image beside the prompts, with its place there.
     """
 
     id: str
@@ -47,7 +54,7 @@ class Case:
     samples: int = 1
     images: tuple[str, ...] = ()
     sides: Mapping[str, str] = field(default_factory=dict)
-    input_copy: str = ""
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> Record:
         """The case as plain data."""
@@ -82,38 +89,71 @@ class PromptFiles:
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.hashes.items()))
         return hashlib.sha256(lines.encode()).hexdigest()
 
-    def named(self, pattern: str) -> list[Path]:
-        """The file, or those of the folder that fit a pattern, by name. BenchError if none do."""
+    def named(self, *patterns: str) -> list[Path]:
+        """The file, or those of the folder that fit the first pattern of which there are any.
+
+        In order of their names. Raises BenchError if none fit.
+        """
         if self.root.is_file():
             return [self.root]
-        paths = sorted(self.root.glob(pattern))
-        if not paths:
-            raise BenchError(f"{self.root} has no {pattern}")
-        return paths
+        for pattern in patterns:
+            if paths := sorted(self.root.glob(pattern)):
+                return paths
+        raise BenchError(f"{self.root} has no {' or '.join(patterns)}")
 
     def text(self, path: Path) -> str:
         """The text of a file, UTF-8. Raises BenchError."""
         data = read_bytes(path, MAX_PROMPT_BYTES, BenchError)
-        name = path.name if path == self.root else path.relative_to(self.root).as_posix()
-        self.hashes[name] = hashlib.sha256(data).hexdigest()
+        self.hashes[self._name(path)] = hashlib.sha256(data).hexdigest()
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BenchError(f"{path}: not UTF-8 text: {error.reason}") from error
 
+    def rows(self, path: Path) -> Iterator[Record]:
+        """The rows of a Parquet table; images in cells are places that `image_bytes` reads.
+
+        Raises DataError.
+        """
+        self.hashes[self._name(path)] = file_sha256(path)
+        table = _parquet(path)
+        for row in range(table.size):
+            record, blobs = table.record(row)
+            place = f"{PARQUET}{path.relative_to(self.folder).as_posix()}#{row}#"
+            yield {
+                name: place + name if isinstance(value, str) and value in blobs else value
+                for name, value in record.items()
+            }
+
+    def _name(self, path: Path) -> str:
+        return path.name if path == self.root else path.relative_to(self.root).as_posix()
+
 
 def parse_json(text: str, path: Path, line: int | None = None) -> Any:
     """A JSON document. Raises BenchError with the file and the line."""
+    place = path if line is None else f"{path}:{line}"
     try:
-        return json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        place = path if line is None else f"{path}:{line}"
         raise BenchError(f"{place}: not valid JSON: {error}") from error
+    if "\\u" in text and not is_unicode(document):
+        raise BenchError(f"{place}: has half a surrogate pair, which no UTF-8 file can hold")
+    return document
+
+
+def text_lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends; other marks that Unicode ends a line with are text."""
+    start = 0
+    while end := text.find("\n", start) + 1:
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
 
 
 def jsonl(text: str, path: Path) -> Iterator[Record]:
     """The JSON objects of a file, one per line that is not blank. Raises BenchError."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_lines(text), 1):
         if line.strip():
             yield _object(parse_json(line, path, number), f"{path}:{number}")
 
@@ -133,7 +173,7 @@ def json_records(text: str, path: Path) -> Iterator[Record]:
 def table(text: str, path: Path) -> Iterator[Record]:
     """The rows of a CSV or TSV file with a heading; empty cells are left out."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = csv.DictReader(text_lines(text), delimiter=delimiter)
     try:
         with _long_cells():
             read = [(rows.line_num, row) for row in rows]
@@ -157,25 +197,42 @@ def _long_cells() -> Iterator[None]:
 
 def safe_name(value: Any, what: str) -> Any:
     """A value of a record as part of a file's name; BenchError for one that leaves its folder."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     text = str(value)
     if text in ("", ".", "..") or len(text.encode()) > MAX_NAME_BYTES or set(text) & set("/\\\0"):
         raise BenchError(f"{what}: {text[:60]!r} cannot be part of a file's name")
-    return text
+    return value if isinstance(value, int) and not isinstance(value, bool) else text
 
 
 def image_bytes(source: str, folder: Path) -> bytes:
-    """An input image: of a file below `folder`, or of base64. Raises BenchError."""
-    if source.startswith("base64:"):
+    """An input image: of a file or a table below `folder`, or of base64. Raises BenchError."""
+    if source.startswith(BASE64):
         try:
-            return base64.b64decode(source.removeprefix("base64:"), validate=True)
-        except binascii.Error as error:
+            return base64.b64decode(source.removeprefix(BASE64), validate=True)
+        except ValueError as error:
             raise BenchError(f"an image in base64 cannot be decoded: {error}") from error
-    path = (folder / source).resolve()
+    name, *place = source.removeprefix(PARQUET).rsplit("#", 2) if _in_table(source) else [source]
+    path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise BenchError(f"{source}: an input image must lie below {folder}")
-    return read_bytes(path, MAX_FILE_BYTES, BenchError)
+    if not place:
+        return read_bytes(path, MAX_FILE_BYTES, BenchError)
+    try:
+        record, blobs = _parquet(path).record(int(place[0]))
+        return blobs[record[place[1]]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise BenchError(f"{source}: the table has no such image ({error!r})") from error
+
+
+def _in_table(source: str) -> bool:
+    return source.startswith(PARQUET) and source.count("#") >= 2
+
+
+@lru_cache(1)
+def _parquet(path: Path) -> ParquetSource:
+    """A table, kept while its rows are read one after the other."""
+    from neounify.data.parquet import ParquetSource
+
+    return ParquetSource(path)
 
 
 def _object(item: Any, place: str) -> Record:

@@ -92,9 +92,10 @@ def compare(first: Result, second: Result) -> Comparison:
             if both := [name for name in one if name in other]:
                 pair = [one[name] for name in both], [other[name] for name in both]
                 rows.append(_row(category or ALL, part, *pair))
-    if not rows:
-        raise BenchError("the results have no case in common")
     ids = [{case.id for case in result.cases} for result in (first, second)]
+    if not rows:
+        what = "part" if ids[0] & ids[1] else "case"
+        raise BenchError(f"the results have no {what} in common")
     return Comparison(tuple(rows), len(ids[0] - ids[1]), len(ids[1] - ids[0]))
 
 

@@ -11,19 +11,22 @@ from neounify.bench.cases import BenchError, PromptFiles, Record, json_records, 
 _MARKS = re.compile(r"<BEGIN>|<image>")
 
 
+def _gedit(prompts: PromptFiles) -> Iterator[Record]:
+    """Rows of the release's tables, or lines of `info.jsonl`.
+
+    The scorer sees `input_image` as the source, the model the larger `input_image_raw`.
+    """
+    for path in prompts.named("*.parquet", "*.jsonl"):
+        is_table = path.suffix == ".parquet"
+        for record in prompts.rows(path) if is_table else jsonl(prompts.text(path), path):
+            image = record.get("input_image_raw") or record.get("image")
+            yield record | {"image": image, "source": record.get("input_image") or image}
+
+
 def _imgedit(prompts: PromptFiles) -> Iterator[Record]:
     """{key: {"id": path of the input, "prompt", "edit_type"}}."""
     for record in each_file("*edit.json", json_records)(prompts):
         yield record | {"image": record.get("id")}
-
-
-def _risebench(prompts: PromptFiles) -> Iterator[Record]:
-    """The records have an `index` and a `category` of their benchmark."""
-    for record in each_file("data*.json", json_records)(prompts):
-        image = record.get("image")
-        if not isinstance(image, str):
-            raise BenchError(f"RISEBench: record {record['index']} has no single input image")
-        yield record
 
 
 def _opening(prompts: PromptFiles) -> Iterator[Record]:
@@ -33,14 +36,12 @@ def _opening(prompts: PromptFiles) -> Iterator[Record]:
             steps = record["conversations"][0]["input"]
             texts = [_MARKS.sub("", step["text"]).strip() for step in steps]
             images = [step["image"] for step in steps if step["image"]]
-            wanted = len(record["conversations"][1]["output"])
         except (KeyError, IndexError, TypeError) as error:
             raise BenchError(
-                f"OpenING: record {record['index']} has no conversation of an input and an output "
-                f"with text and image ({error!r})"
+                f"OpenING: record {record['index']} has no conversation whose input has text and "
+                f"image ({error!r})"
             ) from error
-        inputs = {f"image_{number}": image for number, image in enumerate(images)}
-        yield record | inputs | {"prompt": "\n".join(texts), "steps": wanted}
+        yield record | {"prompt": "\n".join(texts), "images": images}
 
 
 ADAPTERS = (
@@ -49,15 +50,15 @@ ADAPTERS = (
         title="GEdit-Bench",
         task="edit",
         source="https://github.com/stepfun-ai/Step1X-Edit",
-        prompts="info.jsonl: task_type, key, instruction, instruction_language and image, a path",
-        read=each_file("*.jsonl", jsonl),
+        prompts="the folder of its .parquet files, or info.jsonl with task_type, key, instruction, "
+        "instruction_language and image, a path",
+        read=_gedit,
         prompt="instruction",
-        images=("image",),
+        images="image",
         id="{instruction_language}/{key}",
         category="{task_type}",
         file="{model}/fullset/{task_type}/{instruction_language}/{key}.png",
-        macro=True,
-        input_copy="{model}/fullset/{task_type}/{instruction_language}/{key}_SRCIMG.png",
+        copies={"{model}/fullset/{task_type}/{instruction_language}/{key}_SRCIMG.png": "source"},
         scorer="python run_gedit_score.py --model_name MODEL --save_path results --backbone gpt4o",
     ),
     Adapter(
@@ -67,11 +68,10 @@ ADAPTERS = (
         source="https://github.com/PKU-YuanGroup/ImgEdit",
         prompts="basic_edit.json, beside the folders of its input images",
         read=_imgedit,
-        images=("image",),
+        images="image",
         id="{key}",
         category="{edit_type}",
         file="{key}.png",
-        macro=True,
         scorer="python basic_bench.py --result_img_folder IMAGES --edit_json basic_edit.json "
         "--origin_img_root ORIGINALS --prompts_json prompts.json",
     ),
@@ -81,9 +81,9 @@ ADAPTERS = (
         task="edit",
         source="https://github.com/PhoenixZ810/RISEBench",
         prompts="datav2_total_w_subtask.json, beside the folders of its input images",
-        read=_risebench,
+        read=each_file("data*.json", json_records),
         prompt="instruction",
-        images=("image",),
+        images="image",
         id="{index}",
         category="{category}",
         file="{model}/images/{category}/{index}.png",
@@ -97,7 +97,7 @@ ADAPTERS = (
         source="https://github.com/LanceZPF/OpenING",
         prompts="test_data.jsonl, beside its folder of images",
         read=_opening,
-        images=tuple(f"image_{number}" for number in range(10)),
+        images="images",
         id="{total_uid}",
         category="{meta_task_name}",
         file="{model}_output/{total_uid}.json",

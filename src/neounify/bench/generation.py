@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neounify.bench.adapter import Adapter, each_file
-from neounify.bench.cases import BenchError, PromptFiles, Record, json_records, jsonl, table
+from neounify.bench.cases import (
+    READ_BY_US,
+    BenchError,
+    PromptFiles,
+    Record,
+    json_records,
+    jsonl,
+    table,
+)
 
 ONEIG_FOLDERS = {
     "Anime_Stylization": "anime",
@@ -19,7 +27,6 @@ ONEIG_FOLDERS = {
 }
 TIIF_PROMPTS = ("short_description", "long_description")
 CVTG_SUBSETS, CVTG_AREAS = ("CVTG", "CVTG-Style", "CVTG-style"), (2, 3, 4, 5)
-READ_BY_US = {"index", "stem"}
 
 
 def _metadata(record: Record) -> str:
@@ -52,6 +59,10 @@ def _cvtg(prompts: PromptFiles) -> Iterator[Record]:
         for area in CVTG_AREAS if folder.is_dir() else ():
             path = folder / f"{area}_combined.json"
             for record in json_records(prompts.text(path), path):
+                if "key" not in record:
+                    raise BenchError(
+                        f"{path} must be a JSON object of prompts by number, not a list"
+                    )
                 # The scorer's folder is CVTG-Style, that of the release CVTG-style.
                 named = {"subset": "CVTG-Style" if subset == "CVTG-style" else subset, "area": area}
                 yield record | named | {"index": record["key"]}
@@ -86,7 +97,6 @@ ADAPTERS = (
         category="{tag}",
         file="{index:05}/samples/{sample:05}.png",
         samples=4,
-        macro=True,
         sides={"{index:05}/metadata.jsonl": _metadata},
         scorer="python evaluation/evaluate_images.py IMAGES --outfile results.jsonl",
     ),
@@ -159,7 +169,6 @@ ADAPTERS = (
         file="{folder}/{model}/{id}.webp",
         samples=4,
         grid=True,
-        macro=True,
         scorer="python -m scripts.alignment.alignment_score --mode EN --image_dirname IMAGES "
         "--model_names MODEL --image_grid 2 --class_items anime human object",
     ),
@@ -173,7 +182,6 @@ ADAPTERS = (
         id="{type}/{index}/{length}",
         category="{type}/{length}",
         file="{type}/{model}/{length}/{index}.png",
-        macro=True,
         scorer="python eval/eval_with_vlm.py --jsonl_dir data/testmini_eval_prompts "
         "--image_dir IMAGES --eval_model MODEL --output_dir results --api_key KEY "
         "--base_url URL --model gpt-4o",

@@ -14,7 +14,7 @@ from typing import Any
 
 from neounify.bench.adapter import Adapter, each_file
 from neounify.bench.answers import METRICS, options
-from neounify.bench.cases import BenchError, Case, PromptFiles, Record, jsonl, table
+from neounify.bench.cases import BASE64, TABLES, BenchError, Case, PromptFiles, Record, jsonl, table
 
 MAX_REFERENCE_CHARACTERS = 64
 """A shorter `image` is the index of the row that holds it."""
@@ -53,7 +53,7 @@ def question_cases(prompts: PromptFiles, metric: str, instruction: str | None = 
     if metric not in METRICS:
         raise BenchError(f"there is no metric {metric!r}; known are {', '.join(METRICS)}")
     path = prompts.root
-    parse = table if path.suffix.lower() in (".tsv", ".csv") else jsonl
+    parse = table if path.suffix.lower() in TABLES else jsonl
     records = list(each_file("*", parse)(prompts)) if path.is_file() else []
     if not records:
         raise BenchError(f"{path} holds no questions; give a TSV, CSV or JSON lines file")
@@ -96,7 +96,7 @@ def _sources(record: Record, images: Mapping[str, Any], place: str) -> Iterator[
         if value is None:
             raise BenchError(f"{place}: no row has the image {record['image']!r}")
     if value:
-        yield from (f"base64:{item}" for item in _listed(value, place))
+        yield from (f"{BASE64}{item}" for item in _listed(value, place))
     elif record.get("image_path"):
         yield from _listed(record["image_path"], place)
 

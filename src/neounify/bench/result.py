@@ -23,7 +23,7 @@ import numpy as np
 
 from neounify.bench.cases import BenchError, Record
 from neounify.evaluate.intervals import DRAWS, Mean
-from neounify.evaluate.metrics import Rate
+from neounify.evaluate.metrics import Rate, wilson_interval
 from neounify.files import read_json, write_bytes
 
 FORMAT = "neounify-bench-result-1"
@@ -110,7 +110,8 @@ class Result:
         text = json.dumps(document, ensure_ascii=False, indent=1).removesuffix("\n}")
         text = text.replace(' "scores": []', f' "scores": [\n  {scores}\n ]', 1)
         text += f',\n "seeds": {{\n   {seeds}\n }},\n "cases": {{\n' + ",\n".join(cases)
-        write_bytes(path, f"{text}\n }}\n}}\n".encode())
+        # Half a surrogate pair, in what a service says, becomes the escape that JSON has for it.
+        write_bytes(path, f"{text}\n }}\n}}\n".encode(errors="backslashreplace"))
 
     @staticmethod
     def read(path: Path) -> Result:
@@ -125,8 +126,8 @@ class Result:
                 for category, items in document["cases"].items()
                 for name, parts in items.items()
             )
-            result = Result(document["about"], cases, document["failures"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            result = Result(dict(document["about"]), cases, dict(document["failures"]))
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BenchError(f"{path}: not a result: {error!r}") from error
         if len({case.id for case in cases}) < len(cases):
             raise BenchError(f"{path}: two cases have the same id")
@@ -163,7 +164,25 @@ def summary(values: Any) -> Record:
 
 
 def macro_mean(groups: Sequence[Sequence[float]], seed: int = 0) -> Mean:
-    """The mean of the means of several groups; the bootstrap draws within each group."""
+    """The mean of the means of several groups.
+
+    Where all values are 0 or 1, the distances of the means p to the ends l and u of their Wilson
+    intervals are squared and added, as in `evaluate.intervals.newcombe`; k is the number of groups:
+
+        low  = mean - sqrt(sum (p - l)²) / k,      high = mean + sqrt(sum (u - p)²) / k
+
+    Else the bootstrap draws within each group.
+    """
+    mean = statistics.fmean(statistics.fmean(group) for group in groups)
+    number = sum(map(len, groups))
+    if {value for group in groups for value in group} <= {0.0, 1.0}:
+        rates = [Rate(int(sum(group)), len(group)) for group in groups]
+        ends = [wilson_interval(rate.correct, rate.number) for rate in rates]
+        below = math.hypot(*(rate.value - low for rate, (low, _) in zip(rates, ends, strict=True)))
+        above = math.hypot(
+            *(high - rate.value for rate, (_, high) in zip(rates, ends, strict=True))
+        )
+        return Mean(mean, mean - below / len(groups), mean + above / len(groups), number)
     random = np.random.default_rng(seed)
     draws = np.zeros(DRAWS)
     for group in groups:
@@ -171,8 +190,7 @@ def macro_mean(groups: Sequence[Sequence[float]], seed: int = 0) -> Mean:
         for draw in range(DRAWS):
             draws[draw] += values[random.integers(len(values), size=len(values))].mean()
     low, high = np.quantile(draws / len(groups), [0.025, 0.975])
-    mean = statistics.fmean(statistics.fmean(group) for group in groups)
-    return Mean(mean, float(low), float(high), sum(map(len, groups)))
+    return Mean(mean, float(low), float(high), number)
 
 
 def percent(row: Mapping[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 A run is a folder:
 
     bench.json                benchmark, prompts, model, settings: the same for all its processes
-    cases.jsonl               the cases
+    cases.jsonl               the cases, whose SHA-256 bench.json has
     images/                   what the scorer reads
     log/0-of-4/log.jsonl      a line for each case that a process has finished, or why it could not
 """
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,37 @@ import numpy as np
 import PIL.Image
 
 from neounify.bench.adapter import Adapter
-from neounify.bench.cases import BenchError, Case, Record, Task, image_bytes, jsonl
+from neounify.bench.cases import (
+    READ_BY_US,
+    BenchError,
+    Case,
+    Record,
+    Task,
+    image_bytes,
+    jsonl,
+)
 from neounify.bench.subjects import Image, Job, Subject, png
 from neounify.errors import Cancelled, ImageError, NeounifyError
-from neounify.files import atomic_file, locked_folder, read_json, write_bytes, write_new
+from neounify.files import (
+    atomic_file,
+    locked_folder,
+    read_json,
+    read_text,
+    write_bytes,
+    write_new,
+)
 from neounify.image import read_image
 from neounify.services import NoAnswer
 
 FORMAT = "neounify-bench-1"
 ABOUT, CASES, IMAGES, LOG = "bench.json", "cases.jsonl", "images", "log"
 PATH = "prompts_path"
+OF_STORIES = ("prompt", "images")
+"""Fields that the reader of interleaved answers adds."""
 MAX_RUN_BYTES = 2**31
 MAX_SEED = 2**63
+MAX_SIDES = {"WEBP": 16_383, "JPEG": 65_500}
+"""Longest sides of images in formats that have a limit, in pixels."""
 MAX_DOWN = 3
 """Batches in a row without an answer after which a model counts as unreachable."""
 Progress = Callable[[int], None]
@@ -79,17 +98,28 @@ def begin(folder: Path, about: Record, cases: Sequence[Case], prompts: Path) -> 
     """Write what a run is, or check that the folder holds the same run.
 
     `about` has benchmark, prompts, seed, samples and the subject's description; `prompts`, the
-    place of the prompts, may change. Raises BenchError, which names what differs.
+    place of the prompts, may change. Raises BenchError, which names what differs, also for a
+    folder of outputs that no run has made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(case.to_json(), ensure_ascii=False) + "\n" for case in cases)
-    digest = hashlib.sha256(lines.encode()).hexdigest()
-    about = {"format": FORMAT, **about, "cases": digest, PATH: str(prompts.resolve())}
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(_line(case.to_json()))
+    about = {"format": FORMAT, **about, "cases": digest.hexdigest(), PATH: str(prompts.resolve())}
     about = json.loads(json.dumps(about))
+    strange = [name for name in (IMAGES, LOG, CASES) if (folder / name).exists()]
+    if strange and not (folder / ABOUT).exists():  # which every process of a run writes first
+        raise BenchError(
+            f"{folder} has {', '.join(strange)} of something else; choose another folder"
+        )
+    if not write_new(folder / ABOUT, json.dumps(about, indent=1, ensure_ascii=False).encode()):
+        _check_same(folder, about)
     if not (folder / CASES).exists():
-        write_bytes(folder / CASES, lines.encode())
-    if write_new(folder / ABOUT, json.dumps(about, indent=1, ensure_ascii=False).encode()):
-        return
+        with atomic_file(folder / CASES) as aside, aside.open("wb") as file:
+            file.writelines(_line(case.to_json()) for case in cases)
+
+
+def _check_same(folder: Path, about: Record) -> None:
     before = load_about(folder)
     keys = [key for key in {**before, **about} if key != PATH]
     differing = [key for key in keys if before.get(key) != about.get(key)]
@@ -112,9 +142,10 @@ def load_cases(folder: Path) -> list[Case]:
     """The cases of a run. Raises BenchError."""
     path = folder / CASES
     try:
-        return [Case.from_json(line) for line in jsonl(path.read_text("utf-8"), path)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{path}: cannot be read: {error}") from error
+        text = read_text(path, MAX_RUN_BYTES, BenchError)
+        return [Case.from_json(line) for line in jsonl(text, path)]
+    except (KeyError, TypeError) as error:
+        raise BenchError(f"{path}: not the cases of a run: {error!r}") from error
 
 
 def finished(folder: Path) -> dict[str, Record]:
@@ -160,16 +191,18 @@ def run(
 ) -> Summary:
     """Finish the cases of a shard; those of earlier processes are kept.
 
-    A case that fails is recorded with its reason and tried again by the next run. Raises BenchError
-    when the model gives no answer `MAX_DOWN` times in a row, FolderInUse when another process has
-    the shard, OSError for a disk that is full: what is finished stays.
+    A case that fails is recorded with its reason and tried again by the next run, after those that
+    were not tried yet. Raises BenchError when the model answers no case of `MAX_DOWN` batches in a
+    row, FolderInUse when another process has the shard, OSError for a disk that is full: what is
+    finished stays.
     """
     number, count = plan.shard
     log = folder / LOG / f"{number}-of-{count}"
     with locked_folder(log):
-        done = finished(folder)
+        done, failed = finished(folder), failures(folder)
         mine = list(cases)[number::count]
         left = [case for case in mine if case.id not in done]
+        left.sort(key=lambda case: case.id in failed)  # stable
         writer = _Writer(adapter, subject, folder, seed, plan.folder)
         down = 0
         with (log / "log.jsonl").open("ab") as file:
@@ -178,14 +211,15 @@ def run(
             for start in range(0, len(left), plan.batch_size):
                 records = writer.take(left[start : start + plan.batch_size])
                 for record in records:
-                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    file.write(_line(record))
                 file.flush()
                 os.fsync(file.fileno())
                 down = down + 1 if all(r.get("unreachable") for r in records) else 0
                 if down == MAX_DOWN:
                     raise BenchError(
-                        f"the model gives no answer ({records[-1]['error']}); {len(done)} cases "
-                        "were finished before: the same command continues the run"
+                        f"the model gives no answer ({records[-1]['error']}); "
+                        f"{len(finished(folder))} of {len(cases)} cases are finished: the same "
+                        "command continues the run"
                     )
                 progress(len(mine) - len(left) + start + len(records))
     return Summary(len(cases), len(finished(folder)), failures(folder))
@@ -201,7 +235,7 @@ class _Writer:
         self.images = folder / IMAGES
 
     def take(self, cases: Sequence[Case]) -> list[Record]:
-        """The records of some cases; a batch that fails is tried again one by one."""
+        """The records of some cases; those that fail together are tried again one by one."""
         started = time.monotonic()
         try:
             outputs = self._outputs(cases)
@@ -210,24 +244,26 @@ class _Writer:
         except NeounifyError as error:
             if len(cases) > 1 and not isinstance(error, NoAnswer):
                 return [record for case in cases for record in self.take([case])]
-            gone = {"unreachable": True} if isinstance(error, NoAnswer) else {}
-            return [{"id": case.id, "error": str(error)[:500], **gone} for case in cases]
+            return [_failure(case, error) for case in cases]
         seconds = round((time.monotonic() - started) / len(cases), 3)
-        return [
-            {
-                "id": case.id,
-                "seeds": self._seeds(case),
-                "seconds": seconds,
-                **self._save(case, output),
-            }
-            for case, output in zip(cases, outputs, strict=True)
-        ]
+        return [self._record(*pair, seconds) for pair in zip(cases, outputs, strict=True)]
+
+    def _record(self, case: Case, outputs: list[Any], seconds: float) -> Record:
+        """The record of a case whose outputs are saved, or of one that failed."""
+        for output in outputs:
+            if isinstance(output, NeounifyError):
+                return _failure(case, output)
+        try:
+            saved = self._save(case, outputs)
+        except NeounifyError as error:
+            return _failure(case, error)
+        return {"id": case.id, "seeds": self._seeds(case), "seconds": seconds, **saved}
 
     def _seeds(self, case: Case) -> list[int]:
         return [sample_seed(self.seed, case.id, sample) for sample in range(case.samples)]
 
     def _outputs(self, cases: Sequence[Case]) -> list[list[Any]]:
-        calls: dict[Task, Callable[[Sequence[Job]], list[Any]]] = {
+        calls: dict[Task, Callable[[Sequence[Job]], Sequence[Any]]] = {
             "image": self.subject.images,
             "edit": self.subject.images,
             "story": self.subject.stories,
@@ -255,8 +291,8 @@ class _Writer:
             self._write(name, image)
         for name, text in case.sides.items():
             self._write(name, text)
-        if case.input_copy:
-            self._write(case.input_copy, input_images(case, self.prompts)[0])
+        for name, source in case.copies.items():
+            self._write(name, _input_image(source, self.prompts))
         return {"files": list(files)}
 
     def _write(self, name: str, content: Image | str) -> None:
@@ -269,7 +305,10 @@ class _Writer:
         else:
             with atomic_file(path) as aside, aside.open("wb") as file:
                 options: Record = {"lossless": True} if path.suffix == ".webp" else {"quality": 95}
-                content.save(file, PIL.Image.registered_extensions()[path.suffix], **options)
+                kind = PIL.Image.registered_extensions()[path.suffix]
+                if max(content.size) > MAX_SIDES[kind]:
+                    raise BenchError(f"{name}: {kind} has no image of {content.size} pixels")
+                content.save(file, kind, **options)
 
     def _save_document(self, case: Case, parts: list[str | Image]) -> dict[str, Image | str]:
         """The record of an interleaved answer, and its images beside it."""
@@ -286,14 +325,24 @@ class _Writer:
             steps[-1]["image"] = image.rpartition("/")[2]
             files[image] = part
         record = {
-            k: v for k, v in case.record.items() if k not in ("index", "stem", "prompt", "steps")
+            name: v for name, v in case.record.items() if name not in {*READ_BY_US, *OF_STORIES}
         }
-        record = {k: v for k, v in record.items() if not k.startswith("image_")}
         conversations = [case.record["conversations"][0], {"output": steps}]
         document = json.dumps(
             record | {"conversations": conversations}, ensure_ascii=False, indent=4
         )
         return {**files, name: document}
+
+
+def _failure(case: Case, error: NeounifyError) -> Record:
+    """The record of a case that failed."""
+    gone = {"unreachable": True} if isinstance(error, NoAnswer) else {}
+    return {"id": case.id, "error": str(error)[:500], **gone}
+
+
+def _line(record: Record) -> bytes:
+    """A line of JSON; ASCII, so that no mark of Unicode ends it."""
+    return json.dumps(record).encode() + b"\n"
 
 
 def input_images(case: Case, folder: Path) -> tuple[Image, ...]:
@@ -319,26 +368,34 @@ def grid(images: Sequence[Image]) -> Image:
     return PIL.Image.fromarray(np.concatenate(rows))
 
 
-def samples(adapter: Adapter, case: Case, folder: Path) -> Iterator[Any]:
-    """The outputs of a finished case, one per sample, as they are judged.
+def sample(adapter: Adapter, case: Case, folder: Path, number: int) -> Any:
+    """One output of a finished case, as it is judged.
 
     Images are uint8 [h, w, 3], stories tuples of texts and images. Raises BenchError, ImageError.
     """
-    paths = [folder / IMAGES / name for name in case.files]
+    path = folder / IMAGES / case.files[0 if adapter.grid else number]
     if adapter.document:
-        output = read_json(paths[0], MAX_RUN_BYTES, BenchError)["conversations"][1]["output"]
-        yield tuple(
-            part
-            for step in output
-            for part in (step["text"], step["image"] and _pixels(paths[0].parent / step["image"]))
-            if part is not None and not (isinstance(part, str) and not part)
-        )
-        return
-    for path in paths:
-        pixels = _pixels(path)
-        side = round(case.samples**0.5) if adapter.grid else 1
-        for row in np.split(pixels, side):
-            yield from (np.ascontiguousarray(cell) for cell in np.split(row, side, 1))
+        return _story(path)
+    pixels = _pixels(path)
+    if not adapter.grid:
+        return pixels
+    side = round(case.samples**0.5)
+    height, width = (length // side for length in pixels.shape[:2])
+    row, column = divmod(number, side)
+    cell = pixels[row * height :][:height, column * width :][:, :width]
+    return np.ascontiguousarray(cell)
+
+
+def _story(path: Path) -> tuple[Any, ...]:
+    document = read_json(path, MAX_RUN_BYTES, BenchError)
+    parts: list[Any] = []
+    try:
+        for step in document["conversations"][1]["output"]:
+            parts += [step["text"]] if step["text"] else []
+            parts += [_pixels(path.parent / step["image"])] if step["image"] else []
+    except (LookupError, TypeError) as error:
+        raise BenchError(f"{path}: not an interleaved answer: {error!r}") from error
+    return tuple(parts)
 
 
 def _pixels(path: Path) -> Any:

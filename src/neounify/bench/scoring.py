@@ -1,4 +1,4 @@
-"""Scores of a run: judges of ours, each output judged once, and the results of official scorers.
+"""Scores of a run: judges, which see each output once, and metrics of answers.
 
 Judgments are lines of scores/JUDGE.jsonl, appended as they come, so that a judge that costs money
 is asked again only for what it has not judged.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,19 @@ import numpy as np
 
 from neounify.bench.adapter import Adapter
 from neounify.bench.answers import METRICS
-from neounify.bench.cases import BenchError, Case, Record, jsonl
+from neounify.bench.cases import BenchError, Case, Record
 from neounify.bench.result import CaseScore, Result, versions
 from neounify.bench.runner import (
-    MAX_RUN_BYTES,
     PATH,
     Progress,
     failures,
     finished,
     input_images,
     load_about,
-    samples,
+    sample,
 )
 from neounify.errors import NeounifyError
-from neounify.files import locked_folder, read_bytes, read_text
+from neounify.files import locked_folder, read_text
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.reward_judges import MAX_JUDGE_PROMPT_BYTES
 from neounify.post_train.reward_kinds import TOTAL
@@ -45,7 +44,9 @@ _UNCHANGING = ("weight", "timeout", "retries", "batch", "key_variable", "world")
 """Settings of a reward that do not change a score."""
 _OF_TOTALS = ("weights", "minimum")
 """Settings that change the total, and not what a judge says."""
-Judgments = dict[tuple[str, int], dict[str, float]]
+Key = tuple[str, int]
+"""A case's id, and the number of one of its outputs."""
+Judgments = dict[Key, dict[str, float]]
 
 
 def judge_identity(config: RewardConfig, folder: Path) -> Record:
@@ -73,6 +74,7 @@ def judge(
     prompts: Path,
     programs: Path,
     progress: Progress = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Judge all finished outputs of a run that this judge has not judged, and sum up.
 
@@ -89,21 +91,23 @@ def judge(
     with locked_folder(log):
         judged = _read_judgments(log / "judgments.jsonl")
         left = [
-            (case, sample)
+            (case, number)
             for case in cases
             if case.id in done
-            for sample in range(case.samples)
-            if (case.id, sample) not in judged
+            for number in range(case.samples)
+            if (case.id, number) not in judged
         ]
-        total, silent = len(left), 0
+        kept, silent = len(judged), 0
+        if kept:
+            note(f"{kept} outputs were judged before; remove {log} to judge them again")
         with (log / "judgments.jsonl").open("ab") as file:
             if file.tell():
                 file.write(b"\n")  # ends a line that a kill has cut off
-            for start in range(0, total, config.batch):
+            for start in range(0, len(left), config.batch):
                 chunk = left[start : start + config.batch]
                 new, reasons = _judge(adapter, chunk, folder, rewards, prompts)
-                for (case, sample), parts in new.items():
-                    line = json.dumps({"id": case, "sample": sample, "parts": dict(parts)})
+                for (case, number), parts in new.items():
+                    line = json.dumps({"id": case, "sample": number, "parts": dict(parts)})
                     file.write(line.encode() + b"\n")
                 file.flush()
                 judged |= new
@@ -112,9 +116,9 @@ def judge(
                 if silent == MAX_UNREACHABLE:
                     reason = next(iter(failed.values()))
                     raise BenchError(f"the judge scores nothing ({reason}); what it scored is kept")
-                progress(start + len(chunk))
+                progress(kept + start + len(chunk))
     totals = {key: parts | {TOTAL: _total(config, parts)} for key, parts in judged.items()}
-    return _sum_up(cases, folder, identity, totals, failures(folder) | failed)
+    return sum_up(cases, folder, identity, totals, failures(folder) | failed)
 
 
 def _total(config: RewardConfig, parts: Mapping[str, float]) -> float:
@@ -134,17 +138,17 @@ def _judge(
     """Parts of some outputs, and the reasons of those without."""
     outputs: list[Any] = []
     prompt_cases: list[PromptCase] = []
-    keys: list[tuple[str, int]] = []
+    keys: list[Key] = []
     failed: dict[str, str] = {}
-    for case, sample in chunk:
+    for case, number in chunk:
         try:
-            output = list(samples(adapter, case, folder))[sample]
+            output = sample(adapter, case, folder, number)
             prompt_cases.append(_prompt_case(case, output, prompts))
-        except (NeounifyError, IndexError) as error:
+        except NeounifyError as error:
             failed[case.id] = str(error)[:500]
             continue
         outputs.append(output)
-        keys.append((case.id, sample))
+        keys.append((case.id, number))
     rewarded = rewards.measure(outputs, prompt_cases)
     judged: Judgments = {}
     reasons = iter(rewarded.failures)
@@ -181,62 +185,17 @@ def _read_judgments(path: Path) -> Judgments:
     return judged
 
 
-def read_results(cases: Sequence[Case], folder: Path, path: Path) -> Result:
-    """The results of an official scorer, JSON lines: numbers and truth values are the parts.
-
-    A line is found by `filename` (or `image`, `image_path`), a path that ends with a name of an
-    image of the run, or by `id` (or `index`, `prompt_id`, `key`). Raises BenchError for lines of no
-    case, and for parts that are not from 0 to 1.
-    """
-    by_file = {name: (c.id, n) for c in cases for n, name in enumerate(c.files)}
-    by_id = {case.id: (case.id, 0) for case in cases}
-    judged: Judgments = {}
-    text = read_text(path, MAX_RUN_BYTES, BenchError)
-    for number, record in enumerate(jsonl(text, path), 1):
-        key = _find(record, by_file, by_id)
-        if key is None or key in judged:
-            problem = "belongs to no case" if key is None else f"is the second one of {key[0]}"
-            raise BenchError(f"{path}: result {number} {problem}: {str(record)[:120]}")
-        used = {*_FILE_KEYS, *_ID_KEYS, "seed"}
-        parts = {
-            name: float(value)
-            for name, value in record.items()
-            if name not in used and isinstance(value, bool | int | float)
-        }
-        if not parts or not all(0 <= value <= 1 for value in parts.values()):
-            raise BenchError(f"{path}: result {number} has no parts from 0 to 1: {parts}")
-        judged[key] = parts
-    digest = hashlib.sha256(read_bytes(path, MAX_RUN_BYTES, BenchError)).hexdigest()
-    identity = {"kind": "results", "file": path.name, "file_sha256": digest}
-    missing = {c.id: "no result" for c in cases if (c.id, 0) not in judged}
-    return _sum_up(cases, folder, identity, judged, missing | failures(folder))
-
-
-_FILE_KEYS, _ID_KEYS = ("filename", "image", "image_path"), ("id", "index", "prompt_id", "key")
-
-
-def _find(
-    record: Record, by_file: Mapping[str, tuple[str, int]], by_id: Mapping[str, tuple[str, int]]
-) -> tuple[str, int] | None:
-    for name in _FILE_KEYS:
-        parts = str(record.get(name, "")).replace("\\", "/").split("/")
-        for start in range(len(parts)):
-            if (key := by_file.get("/".join(parts[start:]))) is not None:
-                return key
-    return next((by_id[str(record[k])] for k in _ID_KEYS if str(record.get(k)) in by_id), None)
-
-
 def score_answers(cases: Sequence[Case], folder: Path, metric: str) -> Result:
     """The result of a run of questions."""
     judged: Judgments = {}
     by_id = {case.id: case for case in cases}
     for name, record in finished(folder).items():
-        for sample, answer in enumerate(record["answers"]):
-            judged[name, sample] = {metric: METRICS[metric](answer, by_id[name].record)}
-    return _sum_up(cases, folder, {"kind": "metric", "metric": metric}, judged, failures(folder))
+        for number, answer in enumerate(record["answers"]):
+            judged[name, number] = {metric: METRICS[metric](answer, by_id[name].record)}
+    return sum_up(cases, folder, {"kind": "metric", "metric": metric}, judged, failures(folder))
 
 
-def _sum_up(
+def sum_up(
     cases: Sequence[Case],
     folder: Path,
     judge: Record,

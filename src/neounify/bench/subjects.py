@@ -6,26 +6,32 @@ import base64
 import io
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import PIL.Image
 
 from neounify.bench.cases import Record
-from neounify.errors import ImageError
+from neounify.errors import ConfigError, ImageError, NeounifyError
 from neounify.flow.sampling import ImageSampling
 from neounify.image import read_image
 from neounify.image.pixels import output_size
 from neounify.pipeline import ImagePart, Pipeline, TextPart
-from neounify.services import BadAnswer, chat_message, parse_answer, post, post_json
+from neounify.services import (
+    HTTP,
+    BadAnswer,
+    at_once,
+    chat_message,
+    parse_answer,
+    post,
+    post_json,
+)
 from neounify.tasks.image import ImageRequest
 
 Image = PIL.Image.Image
 Size = tuple[int, int]
 MAX_ANSWER_TOKENS, MAX_STORY_TOKENS, MAX_STORY_IMAGES = 1024, 4096, 10
 MAX_IMAGE_ANSWER_BYTES = 2**28
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -41,19 +47,20 @@ class Job:
 class Subject(Protocol):
     """A model under test. Every call gives one result per job, in order.
 
-    Raises NoAnswer when the model cannot be reached, another NeounifyError for what it refuses.
+    What fails is the error of its job, or raised if the jobs fail together: NoAnswer for a model
+    that cannot be reached, another NeounifyError for what it refuses.
     """
 
     def describe(self) -> Record:
         """The model and its settings, as plain data."""
 
-    def images(self, jobs: Sequence[Job]) -> list[Image]:
+    def images(self, jobs: Sequence[Job]) -> Sequence[Image | NeounifyError]:
         """One image per job; edits where the job has images."""
 
-    def answers(self, jobs: Sequence[Job]) -> list[str]:
+    def answers(self, jobs: Sequence[Job]) -> Sequence[str | NeounifyError]:
         """The text of an answer per job."""
 
-    def stories(self, jobs: Sequence[Job]) -> list[list[str | Image]]:
+    def stories(self, jobs: Sequence[Job]) -> Sequence[list[str | Image] | NeounifyError]:
         """Texts and images in turn, per job."""
 
 
@@ -158,8 +165,9 @@ class LocalSubject:
 class Endpoint:
     """An OpenAI-compatible service: `url` ends with /v1, `fields` are added to every request.
 
-    `timeout` in seconds per request, `retries` further attempts, `concurrency` requests at once.
-    The key is no part of what a run records.
+    `timeout` in seconds per request, `retries` further attempts, `concurrency` requests at once,
+    `max_new_tokens` of an answer, None for the service's own limit. The key is no part of what a
+    run records. Raises ConfigError for a URL of another kind.
     """
 
     url: str
@@ -169,27 +177,38 @@ class Endpoint:
     retries: int = 4
     concurrency: int = 8
     size: Size | None = None
+    max_new_tokens: int | None = None
     fields: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(HTTP):
+            raise ConfigError(f"an endpoint begins with http:// or https://, not {self.url[:80]!r}")
 
     def describe(self) -> Record:
         return {
             "model": {"endpoint": self.url, "model": self.model},
             "size": None if self.size is None else list(self.size),
+            "max_new_tokens": self.max_new_tokens,
             "fields": dict(self.fields or {}),
         }
 
-    def images(self, jobs: Sequence[Job]) -> list[Image]:
+    def images(self, jobs: Sequence[Job]) -> list[Image | NeounifyError]:
         return self._each(self._image, jobs)
 
-    def answers(self, jobs: Sequence[Job]) -> list[str]:
+    def answers(self, jobs: Sequence[Job]) -> list[str | NeounifyError]:
         return self._each(self._answer, jobs)
 
-    def stories(self, jobs: Sequence[Job]) -> list[list[str | Image]]:
+    def stories(self, jobs: Sequence[Job]) -> list[list[str | Image] | NeounifyError]:
         return self._each(self._story, jobs)
 
-    def _each(self, call: Callable[[T], R], jobs: Sequence[T]) -> list[R]:
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(call, jobs))
+    def _each(self, call: Callable[[Job], R], jobs: Sequence[Job]) -> list[R | NeounifyError]:
+        def one(job: Job) -> R | NeounifyError:
+            try:
+                return call(job)
+            except NeounifyError as error:
+                return error
+
+        return at_once(one, jobs, self.concurrency)
 
     def _image(self, job: Job) -> Image:
         fields: Record = {"prompt": job.prompt, "n": 1, "response_format": "b64_json"}
@@ -209,7 +228,8 @@ class Endpoint:
         return _decoded(encoded)
 
     def _answer(self, job: Job) -> str:
-        content = self._message(job)["content"]
+        most = {} if self.max_new_tokens is None else {"max_tokens": self.max_new_tokens}
+        content = self._message(job, most)["content"]
         if not isinstance(content, str):
             raise BadAnswer(f"the answer's content is no text: {str(content)[:80]}")
         return content
@@ -221,20 +241,20 @@ class Endpoint:
             return [content]
         try:
             return [
-                part["text"]
+                "" + part["text"]
                 if part["type"] == "text"
                 else _decoded(part["image_url"]["url"].partition(",")[2])
                 for part in content
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise BadAnswer(f"the answer's content has no parts: {str(content)[:80]}") from error
 
-    def _message(self, job: Job, extra: Mapping[str, Any] | None = None) -> Record:
+    def _message(self, job: Job, extra: Mapping[str, Any]) -> Record:
         return chat_message(
             self.url,
             job.prompt,
             [base64.b64encode(png(image)).decode() for image in job.images],
-            {"temperature": 0, **self._common(job), **(extra or {})},
+            {"temperature": 0, **self._common(job), **extra},
             **self._options(),
         )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neounify.cli.command import CliError, UsageError, parse_size
+from neounify.cli.command import CliError, UsageError, parse_interval, parse_size
 from neounify.cli.display import Display
 from neounify.cli.files import check_writable
 from neounify.cli.models import default_device, open_model, resolve_model
@@ -87,8 +87,14 @@ class RunOptions:
         False
     )
     max_new_tokens: Annotated[
-        int, option(RUN, "N", "Longest answer to a question, in tokens.", min=1)
-    ] = 1024
+        int | None,
+        option(
+            RUN,
+            "N",
+            "Longest answer to a question, in tokens. Default: 1024, or the endpoint's.",
+            min=1,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,16 +147,14 @@ class JudgeOptions:
             "Its prompt, with {{prompt}}, {{category}} and {{record.FIELD}}.",
         ),
     ] = None
-    scale: Annotated[str, option(JUDGE, "LO,HI", "Its lowest and highest score, such as 0,10.")] = (
-        "0,1"
-    )
+    scale: Annotated[str, option(JUDGE, "LO,HI", "Lowest and highest score, such as 0,10.")] = "0,1"
     weights: Annotated[
         str | None,
         option(JUDGE, "PART=W,…", "Weights of the parts in the total. Default: alike."),
     ] = None
     results: Annotated[
         Path | None,
-        option(JUDGE, "FILE", "Results of an official scorer as JSON lines, such as GenEval's."),
+        option(JUDGE, "FILE", "Results of an official scorer, JSON lines or CSV."),
     ] = None
     key_variable: Annotated[
         str | None, option(JUDGE, "NAME", "Environment variable that holds the judge's key.")
@@ -221,8 +225,7 @@ def run_benchmark(
 
     if benchmark not in ADAPTERS:
         raise UsageError(f"there is no benchmark {benchmark!r}; known are {', '.join(ADAPTERS)}")
-    if endpoint.endpoint is None:
-        resolve_model(model.model)
+    _check_subject(model, endpoint)
     adapter, prompts = ADAPTERS[benchmark], PromptFiles(options.prompts)
     cases = _cases(adapter, prompts, options)
     plan = Plan(folder=prompts.folder, batch_size=options.batch_size, shard=_shard(options.shard))
@@ -289,8 +292,9 @@ def score_run(
         from neounify.bench.result import RESULT
         from neounify.bench.runner import PATH
 
-    about, cases = load_about(folder), load_cases(folder)
-    adapter = ADAPTERS[about["benchmark"]]
+    about = load_about(folder)
+    if (adapter := ADAPTERS.get(about["benchmark"])) is None:
+        raise CliError(f"{folder} is of {about['benchmark']!r}, which is none of `bench list`")
     if adapter.task == "question":
         raise CliError(f"{folder} holds answers, which `bench run` has scored: see {RESULT}")
     display = Display(quiet=report.quiet, json=report.json)
@@ -304,11 +308,14 @@ def score_run(
             "give one judge: --hook, --command, --service, --vlm or --results; "
             f"got {', '.join(judges) or 'none'}"
         )
+    cases = load_cases(folder)
     if options.results is not None:
-        result = read_results(cases, folder, options.results)
+        scale, weights = parse_interval(options.scale), _weights(options.weights)
+        result = read_results(cases, folder, options.results, scale, weights)
     else:
         prompts = Path(options.prompts or about[PATH])
-        with display.bar("judging", total=len(cases), unit="output") as tick:
+        total = sum(case.samples for case in cases)
+        with display.bar("judging", total=total, unit="output") as tick:
             result = judge(
                 adapter,
                 cases,
@@ -317,6 +324,7 @@ def score_run(
                 prompts=prompts if prompts.is_dir() else prompts.parent,
                 programs=Path(),
                 progress=tick,
+                note=display.note,
             )
     _finish(result, folder, display)
     display.result(f"saved {folder / RESULT}", folder / RESULT)
@@ -367,6 +375,16 @@ def _cases(adapter: Adapter, prompts: PromptFiles, options: RunOptions) -> list[
     return cases[: options.limit]
 
 
+def _check_subject(model: ModelOptions, endpoint: EndpointOptions) -> None:
+    """Raise UsageError for options of a model and of a service that contradict each other."""
+    if endpoint.endpoint is None:
+        if endpoint.endpoint_model or endpoint.key_variable:
+            raise UsageError("--endpoint-model and --key-variable need --endpoint")
+        resolve_model(model.model)
+    elif model.model is not None:
+        raise UsageError("give --model or --endpoint, not both")
+
+
 def _note_count(
     adapter: Adapter, cases: list[Case], prompts: PromptFiles, display: Display
 ) -> None:
@@ -390,6 +408,7 @@ def _subject(
     options: RunOptions, model: ModelOptions, endpoint: EndpointOptions, display: Display
 ) -> Subject:
     from neounify.bench import Endpoint, LocalSubject
+    from neounify.bench.subjects import MAX_ANSWER_TOKENS
     from neounify.post_train.reward_judges import judge_key
 
     size = None if options.size is None else parse_size(options.size)
@@ -399,8 +418,6 @@ def _subject(
         if value is not None
     }
     if endpoint.endpoint is not None:
-        if model.model is not None:
-            raise UsageError("give --model or --endpoint, not both")
         fields: dict[str, Any] = dict(sampling) | ({"think": True} if options.think else {})
         return Endpoint(
             url=endpoint.endpoint.rstrip("/"),
@@ -410,6 +427,7 @@ def _subject(
             retries=endpoint.retries,
             concurrency=endpoint.concurrency,
             size=size,
+            max_new_tokens=options.max_new_tokens,
             fields=fields,
         )
     if model.device is None and model.devices is None and (rank := os.environ.get("LOCAL_RANK")):
@@ -422,14 +440,13 @@ def _subject(
         size=size,
         think=options.think,
         sampling=sampling,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or MAX_ANSWER_TOKENS,
     )
 
 
 def _judge(options: JudgeOptions) -> RewardConfig:
     from pydantic import ValidationError
 
-    from neounify.cli.command import parse_interval
     from neounify.post_train.rewards import RewardConfig
 
     kinds = {"hook": "program", "command": "command", "service": "http", "vlm": "vlm"}

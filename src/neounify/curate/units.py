@@ -6,7 +6,6 @@ written from it is known by its name; images that lie beside a container are not
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,11 +17,10 @@ from neounify.data import DataError, Sample
 from neounify.data.configs import FileData
 from neounify.data.formats import files_below
 from neounify.data.sources import FileSource
-from neounify.files import read_bytes
+from neounify.files import file_sha256, read_bytes
 
 ENDINGS = {"jsonl": ".jsonl", "shards": ".tar", "parquet": ".parquet"}
 """Kinds of data whose folders are read file by file."""
-HASHED_BYTES = 2**20
 NOT_A_CONTAINER = "the data of source {source} cannot be read: {error}"
 
 
@@ -103,7 +101,7 @@ def take_inventory(container: Container) -> Inventory:
     try:
         source = _source(container.data)
         path = Path(container.data.path)
-        content = _file_digest(path) if path.is_file() else folder_digest(path)
+        content = file_sha256(path) if path.is_file() else folder_digest(path)
     except (DataError, OSError) as error:
         raise CurateError(NOT_A_CONTAINER.format(source=container.source, error=error)) from error
     settings = {k: str(v) for k, v in vars(container.data).items() if k not in ("path", "weight")}
@@ -161,14 +159,6 @@ def _source(data: FileData) -> FileSource:
     if not isinstance(source, FileSource):
         raise DataError(f'data of kind "{data.kind}" is generated, not read')
     return source
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(HASHED_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def folder_digest(folder: Path) -> str:

@@ -19,11 +19,15 @@ import shlex
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
@@ -32,15 +36,20 @@ from neounify.errors import ConfigError
 from neounify.files import read_text
 from neounify.post_train.prompts import PromptCase
 from neounify.post_train.reward_kinds import Output, Parts, png_base64
-from neounify.services import BadAnswer, NoAnswer, chat_message
+from neounify.services import BadAnswer, NoAnswer, at_once, chat_message, in_thread
 
 CONCURRENCY = 8
 """Requests to a judge at once."""
 MAX_JUDGE_PROMPT_BYTES = 2**20
 MAX_VERDICT_TOKENS = 1024
 _FIELD = re.compile(r"\{\{\s*(\w+)(?:\.(\w+))?\s*\}\}")
+MAX_VERDICT_CHARACTERS = 20_000
+MAX_COMMAND_BYTES = 2**24
+"""What a command may write for a batch."""
+_MARK = r"(?:[^\w\n]|_){0,20}"
 _LINE = re.compile(
-    r"^[\W_]*([A-Za-z][A-Za-z &/_-]*?)[\W_]*[:：][\W_]*(-?\d+(?:\.\d+)?)\b", re.MULTILINE
+    rf"^{_MARK}([A-Za-z][A-Za-z &/_-]{{0,60}}?){_MARK}[:：][\W_]{{0,20}}?(-?\d+(?:\.\d+)?)\b",
+    re.MULTILINE,
 )
 _YES = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 
@@ -74,8 +83,8 @@ class VlmReward:
         return text
 
     def __call__(self, outputs: Sequence[Output], cases: Sequence[PromptCase]) -> list[Any]:
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
-            rows = list(pool.map(self._row, outputs, cases))
+        pairs = list(zip(outputs, cases, strict=True))
+        rows = at_once(lambda pair: self._row(*pair), pairs, CONCURRENCY)
         silent = [row for row in rows if isinstance(row, NoAnswer)]
         if silent and len(silent) == len(rows):
             raise silent[0]
@@ -84,7 +93,7 @@ class VlmReward:
     def _row(self, output: Output, case: PromptCase) -> Parts | Exception:
         try:
             return self._parts(output, case)
-        except (BadAnswer, NoAnswer, LookupError) as error:
+        except (BadAnswer, NoAnswer, LookupError, OverflowError) as error:
             return error
 
     def _parts(self, output: Output, case: PromptCase) -> Parts:
@@ -127,6 +136,7 @@ def fill_prompt(prompt: str, case: PromptCase) -> str:
 
 def read_verdict(text: str) -> dict[str, float]:
     """The numbers of a judge's answer by name. Raises BadAnswer for an answer without any."""
+    text = text[:MAX_VERDICT_CHARACTERS]
     for start in [match.start() for match in re.finditer(r"\{", text)][:20]:
         try:
             document, _ = json.JSONDecoder().raw_decode(text[start:])
@@ -155,8 +165,8 @@ def _numbers(document: Any) -> dict[str, float]:
 class CommandReward:
     """A command that is run for each batch, without a shell; `timeout` in seconds ends it.
 
-    Raises NoAnswer for one that cannot be run or takes too long, BadAnswer for one that fails or
-    writes no JSON.
+    Raises NoAnswer for one that cannot be run or takes too long, BadAnswer for one that fails,
+    writes no JSON, or more than `MAX_COMMAND_BYTES`.
     """
 
     command: str
@@ -171,7 +181,7 @@ class CommandReward:
             ]
             written = self._run("\n".join(lines) + "\n")
         rows = []
-        for line in filter(str.strip, written.splitlines()):
+        for line in filter(str.strip, written.split("\n")):
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
@@ -185,24 +195,52 @@ class CommandReward:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
             raise NoAnswer(f"{self.command[:80]!r} cannot be run: {error}") from error
+        deadline = time.monotonic() + self.timeout
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = bytearray()
+        in_thread(partial(_feed, process.stdin, text.encode()))
+        all_said = in_thread(partial(_keep_last, process.stderr, said))
         try:
-            written, said = process.communicate(text, self.timeout)
-        except subprocess.TimeoutExpired as error:
+            written = in_thread(partial(_first, process.stdout)).result(self.timeout)
+            if len(written) <= MAX_COMMAND_BYTES:
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except (FutureTimeout, subprocess.TimeoutExpired) as error:
             raise NoAnswer(f"the command takes more than {self.timeout:g} s") from error
         finally:
-            if process.poll() is None:  # with all that it has started
+            with suppress(ProcessLookupError):  # with all that it has started
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            process.wait()
+        if len(written) > MAX_COMMAND_BYTES:
+            raise BadAnswer(f"the command writes more than {MAX_COMMAND_BYTES} bytes")
         if process.returncode:
-            raise BadAnswer(f"the command ended with {process.returncode}: {said.strip()[-300:]}")
-        return written
+            wait([all_said], 1.0)  # not for what it may have left behind
+            reason = said.decode("utf-8", "replace").strip()[-300:]
+            raise BadAnswer(f"the command ended with {process.returncode}: {reason}")
+        return written.decode("utf-8", "replace")
+
+
+def _feed(stream: IO[bytes], data: bytes) -> None:
+    with suppress(OSError), stream:  # a command may end without reading
+        stream.write(data)
+
+
+def _first(stream: IO[bytes]) -> bytes:
+    """What a command writes, up to one byte more than is allowed."""
+    with stream:
+        return stream.read(MAX_COMMAND_BYTES + 1)
+
+
+def _keep_last(stream: IO[bytes], kept: bytearray) -> None:
+    """Read all that a command says of itself, and keep the end."""
+    with stream:
+        while piece := os.read(stream.fileno(), 2**16):
+            kept[:] = (kept + piece)[-(2**12) :]
 
 
 def _item(output: Output, case: PromptCase, folder: Path, number: int) -> dict[str, Any]:

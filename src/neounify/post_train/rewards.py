@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +45,7 @@ from neounify.post_train.reward_kinds import (
     answer_reward,
 )
 from neounify.scenes.world.scene import scene_config
-from neounify.services import NoAnswer
+from neounify.services import HTTP, NoAnswer, in_thread
 
 IMAGES_ONLY, TEXTS_ONLY = ("judge", "ocr"), ("answer",)
 """Kinds of rewards that have no other outputs."""
@@ -106,7 +105,7 @@ class RewardConfig:
             raise ValueError(f"scale must be [lowest, highest] of a judge, got {list(self.scale)}")
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights: at least one part must have a weight above 0")
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
+        if self.url is not None and not self.url.startswith(HTTP):
             raise ValueError(f"url must begin with http:// or https://, got {self.url[:80]!r}")
 
 
@@ -185,7 +184,6 @@ class Rewards:
             for index, kind in enumerate(kinds)
         ]
         self.failed = 0
-        self._pool = ThreadPoolExecutor(max_workers=1)
 
     def check(self, rewarded: Rewarded) -> None:
         """Count samples without a reward. Raises RewardFailure for too many of them."""
@@ -273,13 +271,7 @@ class Rewards:
     ) -> Sequence[Parts]:
         if config.kind not in ("program", "ocr"):  # ours end, or have a limit of their service
             return reward(outputs, cases)
-        future = self._pool.submit(reward, outputs, cases)
-        try:
-            return future.result(config.timeout)
-        except FutureTimeout:
-            # The thread cannot be ended; the next batch must not wait for it.
-            self._pool = ThreadPoolExecutor(max_workers=1)
-            raise
+        return in_thread(lambda: reward(outputs, cases)).result(config.timeout)
 
 
 def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
@@ -291,7 +283,7 @@ def _problem(row: Any, weights: Mapping[str, float] | None) -> str | None:
     for name, value in row.items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return f"{name} is no number: {str(value)[:80]}"
         if not 0 <= number <= 1:
             return f"{name} must be in [0, 1], got {number}"
