@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
@@ -21,6 +22,7 @@ from neounify.flow.path import velocity
 from neounify.image.pixels import patchify, unpatchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Document, Grid, grid_patches
+from neounify.model.neo import PatchEmbed
 from neounify.model.parts import GEN, UND
 from neounify.model.stream import SparseMlp, patch_rotation, rotate_patches
 from support import reference
@@ -74,6 +76,7 @@ def test_patch_embedding_stage_by_stage(
 ) -> None:
     recorded, _ = load_fixture(name, "vision")
     embed = model.und_patch if stream == "und" else model.gen_patch
+    assert isinstance(embed, PatchEmbed)
     pixels = recorded[f"{image}.pixel_values"]
     rows, columns = recorded[f"{image}.grid_hw"][0].tolist()
     features = gelu(linear(pixels, embed.patch.weight.flatten(1), embed.patch.bias))
@@ -82,9 +85,12 @@ def test_patch_embedding_stage_by_stage(
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     rotated = rotate_patches(features, patch_rotation(places, channels, theta))
     assert_close(rotated, recorded[f"{image}.{stream}.rope"], TOLERANCE)
-    cells = grid_patches((Grid(rows // MERGE, columns // MERGE),), MERGE, torch.device("cpu"))
-    rotation = patch_rotation(cells.flatten(0, 1), channels, theta)
-    tokens = embed(pixels[_token_order(rows, columns)], rotation)
+    cut = "n (m1 m2) (c p1 p2) -> n (m1 p1 m2 p2 c)"
+    ordered = pixels[_token_order(rows, columns)]
+    side = model.config.patch_size
+    ordered = rearrange(ordered, cut, m1=MERGE, m2=MERGE, p1=side, p2=side)
+    layout = Layout([Document((Image(rows // MERGE, columns // MERGE),))])
+    tokens = embed(ordered, layout["und"])
     assert_close(tokens, recorded[f"{image}.{stream}.out"], TOLERANCE)
 
 

@@ -10,8 +10,8 @@ import torch
 from neounify.attention.backends import MAX_PREFIX
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import stream_of
-from neounify.config import ModelConfig
-from neounify.config.presets import BENCH, SCENES, TINY, U1_8B, U1_A3B
+from neounify.config import ModelConfig, VideoConfig
+from neounify.config.presets import BENCH, PIXELUMM_8B, SCENES, TINY, U1_8B, U1_A3B
 from neounify.runtime import memory_plan, memory_rows
 from neounify.runtime.memory_plan import Mode, Task, weight_bytes, working_bytes
 from neounify.runtime.rates import CARDS, Machine, rates_of_size
@@ -48,8 +48,20 @@ def row(name: str, mode: Mode, machine: Machine = RTX_4090) -> memory_rows.PlanR
         ),
         BENCH.replace(image_head="pixel"),
         BENCH.replace(tie_embeddings=True),
+        PIXELUMM_8B.replace(num_layers=1),
+        SCENES.replace(video=VideoConfig(tube_frames=2)),
     ],
-    ids=["bench", "tiny", "scenes", "biases", "sparse", "pixel head", "tied"],
+    ids=[
+        "bench",
+        "tiny",
+        "scenes",
+        "biases",
+        "sparse",
+        "pixel head",
+        "tied",
+        "linear",
+        "tubes",
+    ],
 )
 def test_units_count_every_parameter_of_a_model(config: ModelConfig) -> None:
     weights = weight_bytes(config, 4)

@@ -46,12 +46,14 @@ def load_fixture(
     return tensors, json.loads((folder / f"{group}.json").read_text(encoding="utf-8"))
 
 
-def checkpoint(name: str, tmp_root: Path) -> Path:
+def checkpoint(name: str, tmp_root: Path, family: str = "") -> Path:
     """Copy a golden checkpoint folder under `tmp_root` and rebuild its weights there."""
-    target = tmp_root / name
-    target.mkdir()
-    for file in golden_path(name).iterdir():
-        shutil.copyfile(file, target / file.name)  # contents only: the originals are read-only
+    target, source = tmp_root / name, golden_path(family, name)
+    # Contents only: the originals are read-only.
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     spec = json.loads((target / "weights_spec.json").read_text(encoding="utf-8"))
     _weight_generator().write_checkpoint(target, spec, spec.get("shards", 1))
     return target

@@ -26,6 +26,7 @@ from neounify.checkpoint.document import (
     unlist,
 )
 from neounify.config import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.families import SENSENOVA_U1
 from neounify.errors import ConfigError
 from neounify.image.pixels import RGB
 
@@ -38,7 +39,19 @@ def read_config(document: Mapping[str, Any]) -> ModelConfig:
     Raises ConfigError for an unknown architecture, a missing key, a value of the
     wrong type, sizes that do not fit together or a feature not implemented here.
     """
+    family = _family(document)
+    if family != SENSENOVA_U1:
+        from neounify.checkpoint.qwen3_config import read_qwen3
+
+        return read_qwen3(document, family)
     return _Reader(document).model()
+
+
+def _family(document: Any) -> str:
+    """The family that a config.json names in this package's section."""
+    package = document.get("neounify") if isinstance(document, Mapping) else None
+    named = package.get("family") if isinstance(package, Mapping) else None
+    return SENSENOVA_U1 if named is None else str(named)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -47,9 +60,17 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     Raises ConfigError for a config that the document cannot state, such as a generation stream with
     dense layers beside sparse ones.
     """
-    if config.published and read_config(config.published) == config:
-        return copy.deepcopy(dict(config.published))
-    document = _overlay_document(config)
+    published = config.published
+    if config.family != SENSENOVA_U1:
+        from neounify.checkpoint.qwen3_config import write_qwen3
+
+        if _family(published) == config.family and read_config(published) == config:
+            return copy.deepcopy(dict(published))
+        document = write_qwen3(config)
+    else:
+        if published and read_config(published) == config:
+            return copy.deepcopy(dict(published))
+        document = _overlay_document(config)
     _check_stated(config, document)
     return document
 

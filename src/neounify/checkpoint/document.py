@@ -60,6 +60,7 @@ OWN_FLOW: Mapping[str, Any] = {
     for name in (
         "t_eps_sampling",
         "time_embedding",
+        "unread_time_embedder",
         "noise_draw",
         "first_time",
         "guidance_end_open",
@@ -77,8 +78,9 @@ OWN_MODEL: Mapping[str, Any] = {
 }
 """Fields of ModelConfig that the published layout has no key for, with their defaults."""
 
+_DEFAULTS = CheckpointDefaults()
 _OPTIONAL: Mapping[str, Any] = {"video": VideoConfig(), "t_eps_sampling": 0.02}
-"""A value of the type of a field whose default is None."""
+"""Values of the types of fields that may be None."""
 
 
 def read_own(package: Mapping[str, Any], name: str, like: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,6 +89,9 @@ def read_own(package: Mapping[str, Any], name: str, like: Mapping[str, Any]) -> 
     values: dict[str, Any] = {}
     for key, value in section.items():
         require(key in like, f"{where}.{key} is unknown; known: {', '.join(like)}")
+        if value is None and key in _OPTIONAL:
+            values[key] = None
+            continue
         default = like[key] if like[key] is not None else _OPTIONAL[key]
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             fields = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
@@ -125,9 +130,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def stated_sampling(sampling: CheckpointDefaults) -> dict[str, Any]:
+def stated_sampling(
+    sampling: CheckpointDefaults, default: CheckpointDefaults = _DEFAULTS
+) -> dict[str, Any]:
     """The section `sampling`; what is not recorded, and later fields at their defaults, are out."""
-    default = CheckpointDefaults()
     left = ("trained_sizes", "trained_pixels", "solver", "video")
     return {
         name: value
@@ -136,13 +142,14 @@ def stated_sampling(sampling: CheckpointDefaults) -> dict[str, Any]:
     }
 
 
-def read_sampling(package: Mapping[str, Any]) -> CheckpointDefaults:
-    """The values of the section `sampling`. Raises ConfigError."""
+def read_sampling(
+    package: Mapping[str, Any], default: CheckpointDefaults = _DEFAULTS
+) -> CheckpointDefaults:
+    """The values of the section `sampling`, others as in `default`. Raises ConfigError."""
     section = subsection(package, "sampling")
     plain = {
         name: section[name] for name in section if name not in ("trained_sizes", "trained_pixels")
     }
-    default = CheckpointDefaults()
     like = {f.name: getattr(default, f.name) for f in dataclasses.fields(CheckpointDefaults)}
     values = read_own({"sampling": plain}, "sampling", like)
     if "trained_sizes" in section:
@@ -159,7 +166,7 @@ def read_sampling(package: Mapping[str, Any]) -> CheckpointDefaults:
             f"neounify.sampling.trained_pixels must be [least, greatest], found {pixels!r}",
         )
         values["trained_pixels"] = tuple(pixels)
-    return CheckpointDefaults(**values)
+    return dataclasses.replace(default, **values)
 
 
 def _is_pair(value: Any) -> bool:

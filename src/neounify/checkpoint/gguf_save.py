@@ -61,11 +61,11 @@ def save_gguf(
         raise RequestError(
             f"{preset!r} is no GGUF format written here; known: {', '.join(PRESETS)}"
         )
-    shapes = expected_shapes(checkpoint.config)
+    shapes, family = expected_shapes(checkpoint.config), checkpoint.config.family
     checkpoint.check(shapes)
-    sources = stored_weights(checkpoint, shapes, read_loras(lora, lora_strength, shapes))
+    sources = stored_weights(checkpoint, shapes, read_loras(lora, lora_strength, shapes, family))
     weights = [
-        _Weight(to_published(name), sources[name], shape, _format(name, shape, preset))
+        _Weight(to_published(name, family), sources[name], shape, _format(name, shape, preset))
         for name, shape in shapes.items()
     ]
     entry = quantised_entry(preset, checkpoint.fingerprint())

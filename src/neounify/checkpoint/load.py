@@ -130,7 +130,7 @@ def load_checkpoint(
     memory, resident = _fitted(
         checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded, quantise
     )
-    updates = read_loras(lora, lora_strength, shapes)
+    updates = read_loras(lora, lora_strength, shapes, checkpoint.config.family)
     sources = stored_weights(checkpoint, shapes, updates, shares)
     with torch.inference_mode(False), torch.no_grad():
         tensors: dict[str, Tensor] = {}
@@ -234,7 +234,7 @@ def stored_weights(
     """Where a checkpoint holds tensors (our names), with updates of them and the parts to read."""
     sources = {}
     for name in names:
-        published = to_published(name)
+        published = to_published(name, checkpoint.config.family)
         sources[name] = StoredWeight(
             checkpoint.file_of(published),
             checkpoint.stored_name(published),

@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from neounify.checkpoint.mapped import MappedFile, all_finite
-from neounify.checkpoint.names import from_published, to_published
+from neounify.checkpoint.names import TABLES, from_published, to_published
 from neounify.checkpoint.peft_config import (
     MAX_CONFIG_BYTES,
     MAX_NUMBER,
@@ -34,6 +35,7 @@ from neounify.checkpoint.peft_config import (
     PeftConfig,
 )
 from neounify.checkpoint.reader import files_ending, listed
+from neounify.config.families import SENSENOVA_U1
 from neounify.errors import CheckpointError, RequestError
 
 Half = Literal["down", "up", "alpha"]
@@ -113,9 +115,9 @@ class ModuleNames:
         self._weights = {name for name in weights if name.endswith(".weight")}
         self._flat: dict[str, str | None] = {}
         for name in self._weights:
-            flat = module_name(name).replace(".", "_")
-            # Two modules of one flat name would be a guess: neither is found by it.
-            self._flat[flat] = None if flat in self._flat else name
+            for flat in _flat_names(name):
+                # Two modules of one flat name would be a guess: neither is found by it.
+                self._flat[flat] = None if flat in self._flat else name
 
     def find(self, target: str) -> str | None:
         """Our name of the weight that a module's written name means, None if there is none."""
@@ -142,9 +144,18 @@ class ModuleNames:
             target = target.removeprefix(f"{prefix}_")
 
 
-def module_name(weight: str) -> str:
-    """The published name of the module that a weight (our name) is of."""
-    return to_published(weight).removesuffix(".weight")
+def module_name(weight: str, family: str = SENSENOVA_U1) -> str:
+    """A family's published name of the module that a weight (our name) is of."""
+    return to_published(weight, family).removesuffix(".weight")
+
+
+def _flat_names(weight: str) -> set[str]:
+    """The names of the module that a weight (our name) is of, in every family that has it."""
+    flat = set()
+    for family in TABLES:
+        with suppress(KeyError):
+            flat.add(module_name(weight, family).replace(".", "_"))
+    return flat
 
 
 MAX_RANK = 8192
@@ -198,7 +209,9 @@ class _Entry:
     parts: LoraKey
 
 
-def read_lora_file(path: Path, expected: Mapping[str, torch.Size]) -> LoraFile:
+def read_lora_file(
+    path: Path, expected: Mapping[str, torch.Size], family: str = SENSENOVA_U1
+) -> LoraFile:
     """Read a file of any form, or a PEFT folder; `expected` maps our names to shapes.
 
     The pairs are views of the mapped file. Raises CheckpointError for what is no such file or
@@ -206,7 +219,7 @@ def read_lora_file(path: Path, expected: Mapping[str, torch.Size]) -> LoraFile:
     """
     file = MappedFile(_weights_of(path) if path.is_dir() else path)
     _refuse_variants(file)
-    return _Reader(file, _config(file), expected).read()
+    return _Reader(file, _config(file), expected, family).read()
 
 
 def _weights_of(folder: Path) -> Path:
@@ -265,10 +278,14 @@ class _Reader:
     """Reads one file, collecting problems instead of stopping at the first."""
 
     def __init__(
-        self, file: MappedFile, config: PeftConfig | None, expected: Mapping[str, torch.Size]
+        self,
+        file: MappedFile,
+        config: PeftConfig | None,
+        expected: Mapping[str, torch.Size],
+        family: str,
     ) -> None:
         self.file, self.config, self.expected = file, config, expected
-        self.names = ModuleNames(expected)
+        self.names, self.family = ModuleNames(expected), family
         self.alpha = _metadata_alpha(file.metadata)
         self.problems: list[str] = []
 
@@ -277,7 +294,7 @@ class _Reader:
             self.problems.append("the file holds no tensors")
         pairs: dict[str, LoraPair] = {}
         for name, halves in self._placed().items():
-            target = module_name(name)
+            target = module_name(name, self.family)
             problem = self._problem(target, halves, self.expected[name])
             if problem:
                 self.problems.append(problem)
@@ -304,7 +321,8 @@ class _Reader:
             halves = placed.setdefault(name, {})
             if parts.half in halves:
                 first = halves[parts.half].key
-                self.problems.append(f"{module_name(name)} is stored twice, as {first} and {key}")
+                module = module_name(name, self.family)
+                self.problems.append(f"{module} is stored twice, as {first} and {key}")
             halves[parts.half] = _Entry(key, parts)
         if unknown:
             self.problems.append(_unplaced(list(unknown), len(unknown) + len(placed)))
@@ -397,18 +415,19 @@ def read_loras(
     lora: LoraSpec | Sequence[LoraSpec] | None,
     strength: float,
     expected: Mapping[str, torch.Size],
+    family: str = SENSENOVA_U1,
 ) -> dict[str, tuple[LoraPair, ...]]:
     """The pairs of one or many LoRAs: our tensor name → pairs, in the files' order.
 
     Each is a file as `read_lora_file` takes it, or a PEFT folder. `strength` is
-    that of those given without their own; `expected` maps our tensor names to shapes. Raises one
-    CheckpointError that lists every unknown target, missing half, wrong shape and value that is
-    not finite, of all files.
+    that of those given without their own; `expected` maps our tensor names to shapes, `family` is
+    the model's. Raises one CheckpointError that lists every unknown target, missing half, wrong
+    shape and value that is not finite, of all files.
     """
     updates: dict[str, tuple[LoraPair, ...]] = {}
     problems: list[str] = []
     for path, factor in _with_strengths(lora, strength):
-        file = read_lora_file(Path(path), expected)
+        file = read_lora_file(Path(path), expected, family)
         mine = [] if abs(factor) <= MAX_NUMBER else [f"strength {factor} is not a number in range"]
         problems += [f"{Path(path).name}: {problem}" for problem in (*mine, *file.problems)]
         for name, pair in file.pairs.items():

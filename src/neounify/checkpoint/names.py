@@ -1,19 +1,21 @@
-"""The two-way table between this package's tensor names and the published layout's.
+"""The two-way tables between this package's tensor names and those of published checkpoints.
 
-One rule gives both spellings of a family of tensors; a field in braces stands
-for a number (the same on both sides) or for one of a few paired spellings.
+One rule gives both spellings of a group of tensors; a field in braces stands
+for a number (the same on both sides) or for one of a few paired spellings. Each family of
+checkpoints has a table; a published spelling means the same tensor in all of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias, cast
 
 from torch import Tensor
 
+from neounify.config.families import PIXELUMM, SENSENOVA_U1
 from neounify.model.parts import PartName, StreamName, WeightStream
 
 Field: TypeAlias = tuple[tuple[str, str], ...]
@@ -27,6 +29,8 @@ FIELDS: dict[str, Field] = {
     ),
     "qk": (("q", "q"), ("k", "k")),
     "half": (("", ""), ("_hw", "_hw")),
+    "moe": (("und", ""), ("gen", "_moe_gen")),
+    "half_t": (("", "_t"), ("_hw", "_hw")),
     "mlp": tuple((f"{x}_proj", f"{x}_proj") for x in ("gate", "up", "down")),
     "norm": (
         ("qkv.input_norm", "input_layernorm"),
@@ -36,6 +40,8 @@ FIELDS: dict[str, Field] = {
     "conv": (("patch", "patch_embedding"), ("merge", "dense_embedding")),
     "linear": (("linear1", "0"), ("linear2", "2")),
     "head": (("linear1", "0"), ("linear2", "2"), ("conv1", "conv1"), ("conv2", "conv2")),
+    "tokens": (("patch", "pixel_patch_embed"), ("tube", "pixel_video_patch_embed")),
+    "last": (("image_head", "unpatchify_head"), ("video_head", "video_unpatchify_head")),
     "kind": (("weight", "weight"), ("bias", "bias")),
 }
 """Field name → pairs of (our spelling, published spelling)."""
@@ -45,7 +51,7 @@ FIELDS: dict[str, Field] = {
 class Rule:
     """Both spellings of a family of tensors, the part of the model they are, and their stream.
 
-    Without `stream`, the stream is the value of the field {stream} or {vision}.
+    Without `stream`, the stream is the value of the field {stream}, {moe} or {vision}.
     """
 
     ours: str
@@ -65,7 +71,16 @@ class Rule:
 _LAYER, _TEXT = "layers.{layer}.{stream}", "language_model.model"
 _TEXT_LAYER = f"{_TEXT}.layers.{{layer}}"
 
-RULES = (
+_ANY = (
+    Rule("embed_tokens.weight", f"{_TEXT}.embed_tokens.weight", "embedding", "shared"),
+    Rule("lm_head.weight", "language_model.lm_head.weight", "lm head", "shared"),
+    Rule("{stream}_{tokens}.proj.{kind}", "{tokens}{stream}.proj.{kind}", "patch embedding"),
+    Rule("{last}.norm.weight", "{last}.norm.weight", "image head", "gen"),
+    Rule("{last}.linear.{kind}", "{last}.linear.{kind}", "image head", "gen"),
+)
+"""Names that are the same in all families: tables of tokens, linear embeddings and heads."""
+
+_SENSENOVA_U1 = (
     Rule(
         f"{_LAYER}.out.mlp.experts.{{expert}}.{{mlp}}.weight",
         f"{_TEXT_LAYER}.mlp{{stream}}.experts.{{expert}}.{{mlp}}.weight",
@@ -89,8 +104,6 @@ RULES = (
         "router",
     ),
     Rule("{stream}_norm.weight", f"{_TEXT}.norm{{stream}}.weight", "norm"),
-    Rule("embed_tokens.weight", f"{_TEXT}.embed_tokens.weight", "embedding", "shared"),
-    Rule("lm_head.weight", "language_model.lm_head.weight", "lm head", "shared"),
     Rule(
         "{vision}_patch.{conv}.{kind}",
         "{vision}.embeddings.{conv}.{kind}",
@@ -111,17 +124,54 @@ RULES = (
     Rule("image_head.{head}.{kind}", "fm_modules.fm_head.{head}.{kind}", "image head", "gen"),
 )
 
+_LAYER_MOE = "layers.{layer}.{moe}"
+
+_PIXELUMM = (
+    Rule(
+        f"{_LAYER_MOE}.{{qkvo}}.{{kind}}",
+        f"{_TEXT_LAYER}.self_attn.{{qkvo}}{{moe}}.{{kind}}",
+        "attention",
+    ),
+    Rule(
+        f"{_LAYER_MOE}.qkv.{{qk}}_norm{{half_t}}.weight",
+        f"{_TEXT_LAYER}.self_attn.{{qk}}_norm{{half_t}}{{moe}}.weight",
+        "norm",
+    ),
+    Rule(f"{_LAYER_MOE}.{{norm}}.weight", f"{_TEXT_LAYER}.{{norm}}{{moe}}.weight", "norm"),
+    Rule(f"{_LAYER_MOE}.out.mlp.{{mlp}}.weight", f"{_TEXT_LAYER}.mlp{{moe}}.{{mlp}}.weight", "mlp"),
+    Rule("{moe}_norm.weight", f"{_TEXT}.norm{{moe}}.weight", "norm"),
+    Rule(
+        "timestep_embedder.{linear}.{kind}",
+        "time_embedder.mlp.{linear}.{kind}",
+        "timestep",
+        "gen",
+    ),
+)
+
+TABLES: Mapping[str, tuple[Rule, ...]] = {
+    SENSENOVA_U1: (*_SENSENOVA_U1, *_ANY),
+    PIXELUMM: (*_PIXELUMM, *_ANY),
+}
+"""Rules of each family, by the name that `ModelConfig.family` has."""
+_MARKS = {PIXELUMM: "language_model.model.norm_moe_gen.weight"}
+"""A tensor that only checkpoints of a family have; without any, they are SenseNova-U1's."""
+
+
+def family_of(published: Container[str]) -> str:
+    """The family of a checkpoint with these tensors (published names)."""
+    return next((name for name, mark in _MARKS.items() if mark in published), SENSENOVA_U1)
+
 
 CODES_BESIDE = ("weight_scale", "weight_s_rel", "weight_s_channel", "weight_codebook")
 """Last parts of the names of what belongs to the codes of a quantised weight, in both spellings."""
 
 
-def to_published(name: str) -> str:
-    """The published spelling of one of this package's tensor names; KeyError for another name."""
+def to_published(name: str, family: str = SENSENOVA_U1) -> str:
+    """A family's spelling of one of this package's tensor names; KeyError for another name."""
     if of_expert(name, 0) is not None:
         raise KeyError(f"{name!r} joins experts, which are published one by one")
     weight, beside = _split_beside(name)
-    rule, values = _match_ours(weight)
+    rule, values = _match_ours(weight, TABLES[family])
     spelt = {key: _translate(key, value, 0) for key, value in values.items()}
     return _join_beside(rule.published.format(**spelt), beside)
 
@@ -129,7 +179,7 @@ def to_published(name: str) -> str:
 def from_published(name: str) -> str | None:
     """This package's spelling of a published tensor name; None for a name not of this layout."""
     weight, beside = _split_beside(name)
-    for rule in RULES:
+    for rule in _EVERY:
         match = rule.published_pattern.fullmatch(weight)
         if match:
             values = match.groupdict()
@@ -192,8 +242,9 @@ def each_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def stream_of(name: str) -> WeightStream:
     """Which stream a tensor (our name) belongs to; KeyError for an unknown name."""
     rule, values = _match_ours(name)
-    stream = rule.stream or values.get("stream") or values["vision"]
-    return cast(WeightStream, stream)
+    if rule.stream is not None:
+        return rule.stream
+    return cast(WeightStream, next(values[key] for key in _STREAM_FIELDS if key in values))
 
 
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(und|gen)\.")
@@ -210,9 +261,13 @@ def part_of(name: str) -> PartName:
     return _match_ours(name)[0].part
 
 
-def _match_ours(name: str) -> tuple[Rule, dict[str, str]]:
+_EVERY = tuple(dict.fromkeys(rule for table in TABLES.values() for rule in table))
+_STREAM_FIELDS = ("stream", "moe", "vision")
+
+
+def _match_ours(name: str, rules: Sequence[Rule] = _EVERY) -> tuple[Rule, dict[str, str]]:
     weight, _ = _split_beside(of_expert(name, 0) or name)
-    for rule in RULES:
+    for rule in rules:
         match = rule.ours_pattern.fullmatch(weight)
         if match:
             return rule, match.groupdict()
@@ -237,3 +292,8 @@ def _translate(name: str, value: str, side: int) -> str:
     if name in NUMBERS:
         return value
     return next(pair[1 - side] for pair in FIELDS[name] if pair[side] == value)
+
+
+LM_HEAD = to_published("lm_head.weight")
+EMBED_TOKENS = to_published("embed_tokens.weight")
+"""Published names that are the same in all families."""

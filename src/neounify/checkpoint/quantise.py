@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -66,8 +66,22 @@ def quantise_checkpoint(
     entry = quantised_entry(preset, checkpoint.fingerprint())
     document = with_quantised(write_config(checkpoint.config), entry)
     with new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside:
-        _write(aside, _shards(parts, max_shard_bytes), progress)
+        write_parts(aside, shards_of(parts, max_shard_bytes), progress)
     return target
+
+
+class Part(Protocol):
+    """Some tensors of a file, written together."""
+
+    @property
+    def layout(self) -> Layout:
+        """Shape and dtype of each."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors themselves, in memory only while they are written."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,8 @@ class _Part:
 
 def check_plain(checkpoint: CheckpointFolder, names: Collection[str]) -> None:
     """Raise RequestError where weights (our names) are codes already."""
-    done = [name for name in names if to_published(name) in checkpoint.quantised]
+    family = checkpoint.config.family
+    done = [name for name in names if to_published(name, family) in checkpoint.quantised]
     if done:
         raise RequestError(
             f"{checkpoint.path.name} is quantised already, {len(done)} of {len(names)} weights: "
@@ -128,7 +143,8 @@ def _parts(checkpoint: CheckpointFolder, preset: str) -> list[_Part]:
     formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
     check_plain(checkpoint, formats)
     sources = stored_weights(checkpoint, shapes)
-    return [_Part(to_published(n), source, formats.get(n)) for n, source in sources.items()]
+    family = checkpoint.config.family
+    return [_Part(to_published(n, family), s, formats.get(n)) for n, s in sources.items()]
 
 
 # --- files ---
@@ -136,7 +152,7 @@ def _parts(checkpoint: CheckpointFolder, preset: str) -> list[_Part]:
 
 @dataclass
 class _Shard:
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +163,8 @@ class _Shard:
         return {name: size for part in self.parts for name, size in part.layout.items()}
 
 
-def _shards(parts: list[_Part], max_bytes: int) -> list[_Shard]:
+def shards_of(parts: Sequence[Part], max_bytes: int) -> list[_Shard]:
+    """Parts dealt to files of at most so many bytes, a larger part alone in one."""
     shards = [_Shard()]
     size = 0
     for part in parts:
@@ -159,7 +176,8 @@ def _shards(parts: list[_Part], max_bytes: int) -> list[_Shard]:
     return shards
 
 
-def _write(folder: Path, shards: list[_Shard], progress: Callable[[int], None]) -> None:
+def write_parts(folder: Path, shards: list[_Shard], progress: Callable[[int], None]) -> None:
+    """Write files, and their index where there are several; `progress` counts parts."""
     weight_map: dict[str, str] = {}
     done = 0
     for number, shard in enumerate(shards, start=1):

@@ -21,22 +21,31 @@ from torch import Tensor
 
 from neounify.checkpoint.config_json import read_config
 from neounify.checkpoint.mapped import MappedFile, TensorInfo
-from neounify.checkpoint.names import from_published, part_of, stream_of, to_published
+from neounify.checkpoint.names import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    family_of,
+    from_published,
+    part_of,
+    stream_of,
+    to_published,
+)
 from neounify.config import ModelConfig
-from neounify.errors import CheckpointError
+from neounify.config.families import SENSENOVA_U1
+from neounify.errors import CheckpointError, ConfigError
 from neounify.files import WEIGHT_FILES, read_json
 
 if TYPE_CHECKING:  # Files without quantised weights do not wait for what reads these.
     from neounify.quant.stored import StoredCodes
 
+SAVE_COMPLETE = "__SAVE_COMPLETE"
+"""Empty file in finished folders of PixelUMM checkpoints."""
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 64 * 2**20
 MAX_LISTED = 20
 FINGERPRINT_BYTES = 4096
 INDEX_SUFFIX = ".safetensors.index.json"
 
-LM_HEAD = to_published("lm_head.weight")
-EMBED_TOKENS = to_published("embed_tokens.weight")
 FLOW_HEAD_INPUT = "fm_modules.fm_head.0.weight"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Before the published names in files of other tools."""
@@ -140,7 +149,8 @@ class CheckpointFolder:
         those that are not floating point. With tied embeddings, a stored lm_head that equals
         the embedding is accepted (and not used).
         """
-        wanted = {to_published(name): tuple(shape) for name, shape in expected.items()}
+        family = self.config.family
+        wanted = {to_published(name, family): tuple(shape) for name, shape in expected.items()}
         unexpected = sorted(self.tensors.keys() - wanted.keys())
         if LM_HEAD in unexpected and self._has_equal_lm_head():
             unexpected.remove(LM_HEAD)
@@ -194,7 +204,19 @@ class CheckpointFolder:
         return equal
 
     def _config(self) -> ModelConfig:
-        config = read_config(self.document)
+        family, described = family_of(self.tensors), self.document.get("model_type")
+        if family != SENSENOVA_U1:
+            from neounify.checkpoint.qwen3_config import config_of
+
+            shapes = {name: self.shape_of(name) for name in self.tensors}
+            config = config_of(self.document, family, shapes)
+        elif self.tensors and described == "qwen3":
+            raise ConfigError(
+                f"{self.path}: the weights are those of a SenseNova-U1 model, but the config.json "
+                f"in {self.home} is that of a Qwen3 language model, as PixelUMM models need it"
+            )
+        else:
+            config = read_config(self.document)
         if LM_HEAD not in self.tensors and not config.tie_embeddings:
             config = config.replace(lm_head=False)
         first = self.tensors.get(FLOW_HEAD_INPUT)
@@ -239,6 +261,11 @@ def checkpoint_home(
     model = model.resolve()
     if config is None:
         home = model if model.is_dir() else model.parent
+        if (model / SAVE_COMPLETE).is_file() and not (home / "config.json").is_file():
+            raise CheckpointError(
+                f"{model} is a PixelUMM checkpoint without config.json: name the folder with "
+                "config.json and the tokenizer of Qwen3-8B, as config= or --config"
+            )
         if model.is_file() and not (home / "config.json").is_file():
             raise CheckpointError(
                 f"{model} is one file of weights, and {home} holds no config.json: name the folder "
@@ -299,6 +326,11 @@ def _open_files(folder: Path) -> list[MappedFile]:
         raise CheckpointError(
             f"{folder} holds {len(files)} weight files but no model{INDEX_SUFFIX} to say which "
             "tensor is where; download it too"
+        )
+    if (folder / "model" / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder} holds a torch distributed checkpoint; convert it once, if you trust where "
+            f"it came from: neounify convert {folder} OUT --from-dcp --config FOLDER"
         )
     ggufs = files_ending(folder, ".gguf")
     if len(ggufs) == 1:

@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neounify.checkpoint.config_json import with_quantised, write_config
+from neounify.checkpoint.config_json import read_config, with_quantised, write_config
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.names import each_expert, is_beside_codes, to_published
+from neounify.checkpoint.reader import SAVE_COMPLETE
 from neounify.config import ModelConfig
+from neounify.config.families import PIXELUMM
 from neounify.errors import CheckpointError, RequestError
 from neounify.files import atomic_folder, check_empty, write_json
 from neounify.model import NeoUnify
@@ -93,6 +95,8 @@ def new_checkpoint(
         if tokenizer is not None:
             tokenizer.save(aside)
         _write_texts(extra_files or {}, aside)
+        if read_config(document).family == PIXELUMM:  # its loader refuses a folder without it
+            (aside / SAVE_COMPLETE).touch()
 
 
 def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:
@@ -112,7 +116,7 @@ def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> di
             del expected[weight]
             layout = layer.format.layout(layer.shape).items()
             expected |= {f"{name}.{part}": shape for part, (shape, _) in layout}
-        module = to_published(weight).removesuffix(".weight")
+        module = to_published(weight, config.family).removesuffix(".weight")
         described[module + DESCRIPTION] = describe(module, layer)
     names = sorted(tensors.keys() | expected.keys())
     wrong = [n for n in names if n not in tensors or tensors[n].shape != expected.get(n)]
@@ -124,7 +128,8 @@ def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> di
         )
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors are not as the config says, {wrong[0]} first")
-    return {to_published(name): tensors[name] for name in expected} | described
+    family = config.family
+    return {to_published(name, family): tensors[name] for name in expected} | described
 
 
 def _document(

@@ -203,13 +203,15 @@ def _convert_loras(
         raise UsageError("--lora-form needs --lora FILE, the LoRA to convert")
     if weights.dtype is not None:
         raise UsageError("--dtype applies to models; a LoRA keeps its number format")
+    described = CheckpointFolder.open(model, config).config
     written = convert_lora(
         loras,
-        expected_shapes(CheckpointFolder.open(model, config).config),
+        expected_shapes(described),
         out,
         form,  # type: ignore[arg-type]
         base=model.resolve().name,
         overwrite=overwrite,
+        family=described.family,
     )
     display.result(f"saved {out}  (LoRA, {form} format)", out)
     display.emit({"lora": str(written), "form": form})

@@ -51,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
                 noise_scale_mode="fixed",
                 noise_scale_embedding=False,
                 time_embedding=False,
+                unread_time_embedder=True,
                 noise_draw="tokens",
                 t_eps_training=0.05,
                 t_eps_sampling=0.05,

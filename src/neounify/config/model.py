@@ -58,6 +58,8 @@ class FlowConfig:
     """The smallest 1 - t by which sampling divides a velocity; None: `flow.path.sampling_t_eps`."""
     time_embedding: bool = True
     """Whether t is embedded and added to the noisy tokens."""
+    unread_time_embedder: bool = False
+    """Whether the checkpoint holds an embedder of t all the same, which nothing reads."""
     noise_draw: NoiseDraw = "image"
     """Shape of one draw of noise: [3, height, width], or [tokens, values of a token]."""
     first_time: float = 0.0

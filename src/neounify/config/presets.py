@@ -1,5 +1,6 @@
 """Sizes of the published models; a field that is left out has the published default."""
 
+from neounify.config.families import FAMILIES, PIXELUMM
 from neounify.config.model import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
 
 U1_8B = ModelConfig(
@@ -112,4 +113,25 @@ SCENES = ModelConfig(
 )
 """The model bundled with the package: 64×64 images of scenes, 16 tokens each."""
 
-PRESETS = {"8b": U1_8B, "a3b": U1_A3B, "bench": BENCH, "tiny": TINY, "scenes": SCENES}
+PIXELUMM_8B = ModelConfig(
+    **FAMILIES[PIXELUMM].profile,
+    hidden_size=4096,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=151_669,
+    und_mlp=MlpConfig(width=12_288),
+    gen_mlp=MlpConfig(width=12_288),
+    max_positions=40_960,
+)
+"""PixelUMM 8B, its default checkpoint: dense, linear embeddings and heads, videos."""
+
+PRESETS = {
+    "8b": U1_8B,
+    "a3b": U1_A3B,
+    "pixelumm": PIXELUMM_8B,
+    "bench": BENCH,
+    "tiny": TINY,
+    "scenes": SCENES,
+}

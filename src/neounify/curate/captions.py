@@ -163,7 +163,10 @@ def likelihood_gains(
         layout=pack.layout,
         attend=select_for(model, pipeline.attention).plan(pack.layout),
         ids=pack.ids.to(model.device),
-        images=[to_und_pixels(Image.fromarray(p)).to(model.device) for p in pack.images],
+        images=[
+            to_und_pixels(Image.fromarray(p), kind=model.config.und_pixels).to(model.device)
+            for p in pack.images
+        ],
         logit_rows=pack.label_rows.to(model.device),
     )
     losses = torch.nn.functional.cross_entropy(

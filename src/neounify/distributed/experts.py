@@ -218,8 +218,8 @@ def _all_streams(
 def _embedding(model: NeoUnify, name: StreamName) -> list[nn.Parameter]:
     """The parameters that stand before the first layer of a stream."""
     modules = {
-        UND: ("embed_tokens", "und_patch"),
-        GEN: ("gen_patch", "timestep_embedder", "noise_scale_embedder"),
+        UND: ("embed_tokens", "und_patch", "und_tube"),
+        GEN: ("gen_patch", "gen_tube", "timestep_embedder", "noise_scale_embedder"),
     }[name]
     children = dict(model.named_children())
     return [p for module in modules if module in children for p in children[module].parameters()]

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from neounify.config import CheckpointDefaults, ModelConfig
+from neounify.config.model import UndPixels
 from neounify.errors import ImageError, RequestError
 
 RGB = 3
@@ -29,30 +30,32 @@ STD = (0.229, 0.224, 0.225)
 
 
 def to_und_pixels(
-    image: Image.Image, dtype: torch.dtype = torch.float32
+    image: Image.Image, dtype: torch.dtype = torch.float32, kind: UndPixels = "imagenet"
 ) -> Float[Tensor, "3 height width"]:
-    """Input of the understanding stream from an RGB image: (x - MEAN) / STD.
+    """Input of the understanding stream from an RGB image, see `normalise_und`.
 
     Computed in float32, then cast to `dtype`.
 
     Raises:
         ValueError: the image is not RGB.
     """
-    return normalise_und(_to_unit(image)).to(dtype)
+    return normalise_und(_to_unit(image), kind).to(dtype)
 
 
 def normalise_und(
-    x: Float[Tensor, "*batch 3 height width"],
+    x: Float[Tensor, "*batch 3 height width"], kind: UndPixels = "imagenet"
 ) -> Float[Tensor, "*batch 3 height width"]:
     """Pixels in [0, 1], normalised for the understanding stream, in their dtype.
 
-    Values outside [0, 1] are not clamped.
+    "imagenet": (x - MEAN) / STD; "symmetric": 2·x - 1. Values outside [0, 1] are not clamped.
 
     Raises:
         ValueError: the third dimension from the end is not 3 channels.
     """
     if x.ndim < 3 or x.shape[-3] != len(MEAN):
         raise ValueError(f"pixels must be [..., 3, height, width], got {tuple(x.shape)}")
+    if kind == "symmetric":
+        return x * 2 - 1
     mean = torch.tensor(MEAN, dtype=x.dtype, device=x.device)[:, None, None]
     std = torch.tensor(STD, dtype=x.dtype, device=x.device)[:, None, None]
     return (x - mean) / std
@@ -80,6 +83,7 @@ def prepare_image(
     min_pixels: int,
     max_pixels: int,
     dtype: torch.dtype = torch.float32,
+    kind: UndPixels = "imagenet",
 ) -> Float[Tensor, "3 height width"]:
     """An RGB prompt image, resized by the rule of `fit_size` (bicubic) and normalised.
 
@@ -89,6 +93,7 @@ def prepare_image(
         min_pixels: least area of the result, in pixels.
         max_pixels: greatest area of the result, in pixels.
         dtype: of the result.
+        kind: of normalisation.
 
     Raises:
         ImageError: the image is too narrow or the bounds make no sense.
@@ -99,7 +104,7 @@ def prepare_image(
     )
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return to_und_pixels(image, dtype)
+    return to_und_pixels(image, dtype, kind)
 
 
 def _to_unit(image: Image.Image) -> Float[Tensor, "3 height width"]:

@@ -25,6 +25,7 @@ from neounify.checkpoint.names import stream_of, to_published
 from neounify.checkpoint.peft_config import PEFT_CONFIG, PEFT_WEIGHTS, PeftConfig
 from neounify.checkpoint.reader import listed
 from neounify.checkpoint.save import atomic_checkpoint, write_shard
+from neounify.config.families import SENSENOVA_U1
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_file, check_absent, check_empty, is_empty, write_json
 from neounify.lora.layers import (
@@ -70,7 +71,8 @@ def save_lora(
         )
     stored = PeftConfig(config.rank, config.alpha, config.dropout, config.rslora)
     shapes = expected_shapes(model.config)
-    write_lora(pairs, shapes, folder, form, config=stored, base=base, overwrite=True)
+    family = model.config.family
+    write_lora(pairs, shapes, folder, form, config=stored, base=base, overwrite=True, family=family)
 
 
 def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
@@ -81,10 +83,12 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     adapters that are damaged or of another model; ConfigError when the model has some already.
     """
     check_plain(model)
-    file = read_lora_file(Path(folder), expected_shapes(model.config))
+    family = model.config.family
+    file = read_lora_file(Path(folder), expected_shapes(model.config), family)
     with linear_experts(model):
         modules = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        config = _config(Path(folder), file, sorted(modules.keys() & file.pairs.keys()))
+        linear = sorted(modules.keys() & file.pairs.keys())
+        config = _config(Path(folder), file, linear, family)
         for name, pair in file.pairs.items():
             layer = LoraLinear(modules[name], config)
             with torch.no_grad():
@@ -95,7 +99,7 @@ def load_lora(model: NeoUnify, folder: str | os.PathLike[str]) -> LoraConfig:
     return config
 
 
-def _config(folder: Path, file: LoraFile, linear: list[str]) -> LoraConfig:
+def _config(folder: Path, file: LoraFile, linear: list[str], family: str) -> LoraConfig:
     """The config of adapters on the weights `linear`. Raises CheckpointError."""
     stored = file.config
     if stored is None:
@@ -103,7 +107,7 @@ def _config(folder: Path, file: LoraFile, linear: list[str]) -> LoraConfig:
             f"{folder} has no config of PEFT: it is merged while loading, or converted first "
             "(neounify convert MODEL OUT --lora FILE --lora-form peft)"
         )
-    others = [f"{to_published(n)} is not linear" for n in file.pairs if n not in linear]
+    others = [f"{to_published(n, family)} is not linear" for n in file.pairs if n not in linear]
     problems = [*file.problems, *others]
     if problems:
         raise CheckpointError(
@@ -137,26 +141,29 @@ def write_lora(
     config: PeftConfig | None = None,
     base: str = "",
     overwrite: bool = False,
+    family: str = SENSENOVA_U1,
 ) -> Path:
     """Write pairs (by our weight names), all or nothing; the file or folder that was written.
 
     "peft" makes a folder, `config` its config (None: the one that fits the pairs) and `base` the
     name of the checkpoint in it. "published" makes one file. Kernels get their shape back from
-    `shapes`. An adapter that is there is replaced with `overwrite`. Raises CheckpointError.
+    `shapes`; modules are named as in `family`. An adapter that is there is replaced with
+    `overwrite`. Raises CheckpointError.
     """
     if not pairs:
         raise CheckpointError("there are no adapters to save")
     path = Path(target).resolve()
     if form == "published":
-        return _write_published(pairs, shapes, path, overwrite)
+        return _write_published(pairs, shapes, path, overwrite, family)
     _check_folder(path, overwrite)
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         down, up = _shaped(pair, shapes[name])
-        tensors[f"base_model.model.{module_name(name)}.lora_A.weight"] = down
-        tensors[f"base_model.model.{module_name(name)}.lora_B.weight"] = up
-    document = (config or fitting_config(pairs)).document(
-        list(map(module_name, pairs)), base or None
+        module = module_name(name, family)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module}.lora_B.weight"] = up
+    document = (config or fitting_config(pairs, family)).document(
+        [module_name(name, family) for name in pairs], base or None
     )
     with atomic_checkpoint(path) as aside:
         write_shard(aside / PEFT_WEIGHTS, tensors)
@@ -172,21 +179,23 @@ def convert_lora(
     *,
     base: str = "",
     overwrite: bool = False,
+    family: str = SENSENOVA_U1,
 ) -> Path:
     """Write LoRAs of any form anew, as one; several become one of their ranks together.
 
-    `shapes` are those of the model they are for, by our names. The rest is as in `write_lora`.
-    Raises CheckpointError, as reading and writing do.
+    `shapes`, by our names, and `family` are those of the model they are for. The rest is as in
+    `write_lora`. Raises CheckpointError, as reading and writing do.
     """
-    updates = read_loras(lora, 1.0, shapes)
+    updates = read_loras(lora, 1.0, shapes, family)
     pairs = {name: _joined(several) for name, several in updates.items()}
-    return write_lora(pairs, shapes, target, form, base=base, overwrite=overwrite)
+    return write_lora(pairs, shapes, target, form, base=base, overwrite=overwrite, family=family)
 
 
-def fitting_config(pairs: Mapping[str, LoraPair]) -> PeftConfig:
+def fitting_config(pairs: Mapping[str, LoraPair], family: str) -> PeftConfig:
     """The config of pairs: the commonest rank and alpha, and patterns for modules that differ."""
-    ranks = {module_name(name): pair.rank for name, pair in pairs.items()}
-    alphas = {module_name(name): pair.scale * pair.rank for name, pair in pairs.items()}
+    named = {module_name(name, family): pair for name, pair in pairs.items()}
+    ranks = {name: pair.rank for name, pair in named.items()}
+    alphas = {name: pair.scale * pair.rank for name, pair in named.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return PeftConfig(
@@ -198,7 +207,11 @@ def fitting_config(pairs: Mapping[str, LoraPair]) -> PeftConfig:
 
 
 def _write_published(
-    pairs: Mapping[str, LoraPair], shapes: Mapping[str, torch.Size], path: Path, overwrite: bool
+    pairs: Mapping[str, LoraPair],
+    shapes: Mapping[str, torch.Size],
+    path: Path,
+    overwrite: bool,
+    family: str,
 ) -> Path:
     if path.is_dir() or path.suffix.lower() != SUFFIX:
         raise CheckpointError(f"{path}: a LoRA of the published form is one file, NAME{SUFFIX}")
@@ -206,7 +219,7 @@ def _write_published(
         check_absent(path, CheckpointError, "choose another name, or overwrite it")
     tensors: dict[str, Tensor] = {}
     for name, pair in pairs.items():
-        module = module_name(name)
+        module = module_name(name, family)
         down, up = _shaped(pair, shapes[name])
         tensors[f"{module}.lora_down.weight"] = down
         tensors[f"{module}.lora_up.weight"] = up

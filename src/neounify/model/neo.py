@@ -3,7 +3,8 @@
 Pixels become tokens by a patch convolution, a rotation by place and a merging convolution. Both
 convolutions have stride = kernel, so each is a matrix product on patches that are already cut out;
 any number of images of any size goes through one call. Image heads return one row per token: its
-C×C pixel block in order (row, column, channel), in about [-1, 1].
+C×C pixel block in order (row, column, channel), in about [-1, 1]. Other embeddings and heads are
+in `heads`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, pixel_shuffle, silu
+from torch.nn.functional import gelu, linear, silu
 
 from neounify.config import ModelConfig
 from neounify.image.pixels import patchify
+from neounify.model import heads
 from neounify.model.layout import Grid, Layout, Rows, StreamRows, grid_patches
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import (
@@ -95,9 +96,14 @@ class NeoUnify(nn.Module):
         self.kv_heads = config.num_kv_heads
         size, eps = config.hidden_size, config.rms_norm_eps
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
-        self.und_patch = PatchEmbed(config)
-        self.gen_patch = PatchEmbed(config)
-        self.timestep_embedder = ScalarEmbed(size)
+        embed = PatchEmbed if config.patch_embed == "conv" else heads.PixelEmbed
+        self.und_patch, self.gen_patch = embed(config), embed(config)
+        if config.video is not None:
+            self.gen_tube, self.video_head = heads.TubeEmbed(config), heads.TubeHead(config)
+            if config.video.und:
+                self.und_tube = heads.TubeEmbed(config)
+        if config.flow.time_embedding or config.flow.unread_time_embedder:
+            self.timestep_embedder = ScalarEmbed(size)
         if config.flow.noise_scale_embedding:
             self.noise_scale_embedder = ScalarEmbed(size)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
@@ -105,7 +111,8 @@ class NeoUnify(nn.Module):
         self.gen_norm = RMSNorm(size, eps)
         if config.lm_head and not config.tie_embeddings:
             self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
-        self.image_head = PixelHead(config) if config.image_head == "pixel" else FlowHead(config)
+        head = FlowHead if config.image_head == "flow" else heads.IMAGE_HEADS[config.image_head]
+        self.image_head = head(config)
 
     @property
     def device(self) -> torch.device:
@@ -130,7 +137,7 @@ class NeoUnify(nn.Module):
         token_ids: Int[Tensor, " n"],
         images: Sequence[Float[Tensor, "c _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
-        """Embed all text tokens and clean images (ImageNet-normalised pixels), in packed order."""
+        """Embed all text tokens and clean images (`config.und_pixels`), in packed order."""
         rows = layout[UND]
         grids = [self.token_grid(image) for image in images]
         if grids != rows.grids or token_ids.shape[0] != layout.text_length:
@@ -142,9 +149,9 @@ class NeoUnify(nn.Module):
         if token_ids.numel():
             parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
         if images:
-            c = self.config
-            patches = torch.cat([token_patches(i, c.patch_size, c.merge) for i in images])
-            parts.append(self._embed_patches(self.und_patch, patches, rows))
+            side, channels = self.config.token_size, self.config.channels
+            pixels = torch.cat([patchify(image[None], side, channels)[0] for image in images])
+            parts.append(self.und_patch(pixels.to(self.compute_dtype), rows))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
         order = rows.order_on(x.device)
         return x if order is None else x.index_select(0, order)
@@ -161,22 +168,23 @@ class NeoUnify(nn.Module):
         `z` holds one row per token, pixels in order (row, column, channel); `t` in
         [0, 1] and `noise_scale` (σ) are per image.
         """
-        c, rows = self.config, layout[GEN]
-        m, p, count = c.merge, c.patch_size, len(rows.grids)
+        flow, rows = self.config.flow, layout[GEN]
+        count = len(rows.grids)
         if not count or not t.shape == noise_scale.shape == (count,) or z.shape[0] != rows.length:
             raise ValueError(
                 f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
                 f"{tuple(noise_scale.shape)} do not fit images of {_sizes(rows.grids)} tokens"
             )
-        # (row, column, channel) of a token -> M·M patches of (channel, row, column)
-        cut = "n (m1 p1 m2 p2 c) -> n (m1 m2) (c p1 p2)"
-        patches = rearrange(z, cut, m1=m, m2=m, p1=p, p2=p, c=c.channels)
-        x = self._embed_patches(self.gen_patch, patches, rows)
-        condition = self.timestep_embedder(t, self.compute_dtype)
-        if c.flow.noise_scale_embedding:
-            relative = noise_scale / c.flow.noise_scale_max
-            condition = condition + self.noise_scale_embedder(relative, self.compute_dtype)
-        return x + condition.index_select(0, rows.owners_on(z.device))
+        x: Tensor = self.gen_patch(z.to(self.compute_dtype), rows)
+        conditions = []
+        if flow.time_embedding:
+            conditions.append(self.timestep_embedder(t, self.compute_dtype))
+        if flow.noise_scale_embedding:
+            relative = noise_scale / flow.noise_scale_max
+            conditions.append(self.noise_scale_embedder(relative, self.compute_dtype))
+        for condition in conditions[1:]:
+            conditions[0] = conditions[0] + condition
+        return x + conditions[0].index_select(0, rows.owners_on(z.device)) if conditions else x
 
     def backbone(
         self,
@@ -330,17 +338,6 @@ class NeoUnify(nn.Module):
             else:
                 mlp.unstack()
 
-    def _embed_patches(self, embed: PatchEmbed, patches: Tensor, rows: StreamRows) -> Tensor:
-        """Tokens of the images of a stream from their patches [N, M·M, channels·P·P]."""
-        c, device = self.config, patches.device
-
-        def make() -> Rotation:
-            cells = grid_patches(rows.grids, c.merge, device).flatten(0, 1)
-            return patch_rotation(cells, c.vision_hidden_size, c.rope_theta_vision)
-
-        key = ("patches", c.merge, c.vision_hidden_size, c.rope_theta_vision, device)
-        return embed(patches.to(self.compute_dtype), rows.derived(key, make))
-
     def _rotation(self, layout: Layout, stream: StreamName, x: Tensor) -> Rotation:
         """Rotary embedding of a stream's tokens, made once for the layout."""
         c, rows = self.config, layout[stream]
@@ -383,27 +380,27 @@ class PatchEmbed(nn.Module):
         hidden, patch, merge = config.vision_hidden_size, config.patch_size, config.merge
         self.patch = PatchProjection(config.channels, hidden, patch)
         self.merge = PatchProjection(hidden, config.hidden_size, merge)
+        self.sides = {"m1": merge, "m2": merge, "p1": patch, "p2": patch, "c": config.channels}
+        self.rotation = merge, hidden, config.rope_theta_vision
 
-    def forward(
-        self, patches: Float[Tensor, "n mm cpp"], rotation: Rotation
-    ) -> Float[Tensor, "n d"]:
-        """Embed N tokens of M·M patches each.
-
-        `patches` holds pixels in order (channel, row, column); `rotation` is that of every patch,
-        see `patch_rotation`.
-        """
-        x = gelu(self.patch(patches.flatten(0, 1)))
-        x = rotate_patches(x, rotation)
+    def forward(self, pixels: Float[Tensor, "n ccc"], rows: StreamRows) -> Float[Tensor, "n d"]:
+        """Embed the tokens of all images of a stream, pixels in order (row, column, channel)."""
+        # M·M patches of (channel, row, column), the order of the patch convolution's weight.
+        cut = "n (m1 p1 m2 p2 c) -> (n m1 m2) (c p1 p2)"
+        x = gelu(self.patch(rearrange(pixels, cut, **self.sides)))
+        x = rotate_patches(x, self._rotation(rows, pixels.device))
         # The order of the merging convolution's weight.
-        return self.merge(rearrange(x, "(n mm) hidden -> n (hidden mm)", n=patches.shape[0]))
+        return self.merge(rearrange(x, "(n mm) hidden -> n (hidden mm)", n=pixels.shape[0]))
 
+    def _rotation(self, rows: StreamRows, device: torch.device) -> Rotation:
+        """Rotation of every patch by its place, made once for the layout."""
+        merge, hidden, theta = self.rotation
 
-def token_patches(
-    image: Float[Tensor, "c height width"], patch: int, merge: int
-) -> Float[Tensor, "n mm cpp"]:
-    """Cut one image into tokens of merge × merge patches, pixels as (channel, row, column)."""
-    cut = "c (h m1 p1) (w m2 p2) -> (h w) (m1 m2) (c p1 p2)"
-    return rearrange(image, cut, m1=merge, m2=merge, p1=patch, p2=patch)
+        def make() -> Rotation:
+            cells = grid_patches(rows.grids, merge, device).flatten(0, 1)
+            return patch_rotation(cells, hidden, theta)
+
+        return rows.derived(("patches", *self.rotation, device), make)
 
 
 NUM_FEATURES = 256
@@ -456,41 +453,3 @@ class FlowHead(nn.Module):
     ) -> Float[Tensor, "n ccc"]:
         """`grids` of the images is not needed: tokens stand alone."""
         return self.linear2(gelu(self.linear1(hidden)))
-
-
-class PixelHead(nn.Module):
-    """Convolutions over the whole token map, so that neighbouring tokens meet without a seam."""
-
-    WIDTH = 1024
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.token_size, self.channels = config.token_size, config.channels
-        self.last_shuffle = config.token_size // 4  # two shuffles by 2 come before it
-        self.conv1 = nn.Conv2d(config.hidden_size // 4, self.WIDTH, 3, padding=1)
-        self.conv2 = nn.Conv2d(
-            self.WIDTH // 4, config.channels * self.last_shuffle**2, 3, padding=1
-        )
-
-    def forward(
-        self, hidden: Float[Tensor, "n d"], grids: Sequence[Grid]
-    ) -> Float[Tensor, "n ccc"]:
-        """`grids` are those of the images, in the order of `hidden`."""
-        pieces = []
-        start = 0
-        for grid, same in groupby(grids):
-            count = len(list(same))
-            stop = start + count * grid.length
-            maps = rearrange(
-                hidden[start:stop], "(b h w) d -> b d h w", h=grid.rows, w=grid.columns
-            )
-            pieces.append(
-                patchify(self._decode(maps), self.token_size, self.channels).flatten(0, 1)
-            )
-            start = stop
-        return torch.cat(pieces)
-
-    def _decode(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c H W"]:
-        x = gelu(self.conv1(pixel_shuffle(maps, 2)))
-        x = self.conv2(pixel_shuffle(x, 2))
-        return pixel_shuffle(x, self.last_shuffle)

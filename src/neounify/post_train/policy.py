@@ -249,7 +249,8 @@ def interleaved_prompt(
             text = processor.tokenizer.encode(part) if branch == "cond" else []
             prompt = prompt.followed_by([*text, processor.token(IMAGE_OPEN)])
         else:
-            prompt = prompt.with_image(model, to_und_pixels(part, processor.dtype))
+            pixels = to_und_pixels(part, processor.dtype, model.config.und_pixels)
+            prompt = prompt.with_image(model, pixels)
             prompt = prompt.followed_by([processor.token(IMAGE_CLOSE)])
     return prompt
 

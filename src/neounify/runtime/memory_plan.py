@@ -117,16 +117,26 @@ def layer_unit(config: ModelConfig, stream: StreamName, number: int) -> Unit:
 
 def rest_units(config: ModelConfig) -> dict[StreamName, Unit]:
     """Parameters of each stream outside its layers."""
-    d, vision = config.hidden_size, config.vision_hidden_size
+    d, vision, flow = config.hidden_size, config.vision_hidden_size, config.flow
     patch = vision * (config.channels * config.patch_size**2 + 1) + d * (
         vision * config.merge**2 + 1
     )
+    if config.patch_embed == "linear":
+        patch = (config.token_width + 1) * d
+    tube = (config.tube_width + 1) * d if config.video is not None else 0
     scalar = (256 + 1) * d + (d + 1) * d
-    scalars = scalar * (2 if config.flow.noise_scale_embedding else 1)
+    scalars = scalar * (flow.time_embedding or flow.unread_time_embedder)
+    scalars += scalar * flow.noise_scale_embedding
+    heads = _head_parameters(config) + (_linear_head(d, config.tube_width) if tube else 0)
+    und_tube = tube if config.video is not None and config.video.und else 0
     return {
-        "und": Unit(rest=patch + d),
-        "gen": Unit(rest=patch + d + scalars + _head_parameters(config)),
+        "und": Unit(rest=patch + und_tube + d),
+        "gen": Unit(rest=patch + tube + d + scalars + heads),
     }
+
+
+def _linear_head(d: int, values: int) -> int:
+    return d + (d + 1) * values
 
 
 def _head_parameters(config: ModelConfig) -> int:
@@ -134,6 +144,8 @@ def _head_parameters(config: ModelConfig) -> int:
     if config.image_head == "flow":
         inner = config.flow_head_width
         return (d + 1) * inner + (inner + 1) * config.token_width
+    if config.image_head == "linear":
+        return _linear_head(d, config.token_width)
     last = config.channels * (config.token_size // 4) ** 2
     return (d // 4 * 9 + 1) * width + (width // 4 * 9 + 1) * last
 

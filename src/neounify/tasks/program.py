@@ -238,6 +238,7 @@ class Processor:
                 min_pixels=min_pixels,
                 max_pixels=max_pixels,
                 dtype=self.dtype,
+                kind=self.config.und_pixels,
             )
             for image in images
         ]

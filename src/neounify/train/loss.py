@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neounify.attention import select_for
 from neounify.config import ModelConfig
+from neounify.config.model import UndPixels
 from neounify.config.ranges import STRICT, Count, Finite, NonNegative, Positive, check_weights
 from neounify.data.encode import Pixels
 from neounify.data.loader import Pack
@@ -182,7 +183,7 @@ def loss_of(
         layout=pack.layout,
         attend=attend,
         ids=pack.ids.to(device),
-        images=_und_images(pack.images, device),
+        images=_und_images(pack.images, device, model.config.und_pixels),
         z=None if noised is None else noised.z,
         t=None if noised is None else noised.t,
         noise_scale=None if noised is None else noised.noise_scale,
@@ -282,14 +283,14 @@ def _image_loss(
     return config.image_weight * (per_token * weights).sum()
 
 
-def _und_images(images: Sequence[Pixels], device: torch.device) -> list[Tensor]:
+def _und_images(images: Sequence[Pixels], device: torch.device, kind: UndPixels) -> list[Tensor]:
     """Clean images and tubes for the understanding stream, [channels, height, width] each.
 
     Those of a tube have frames in front.
     """
     tensors: list[Tensor] = []
     for stack in _stacks(images, device):
-        tensors += normalise_und(stack.float() / 255).unbind()
+        tensors += normalise_und(stack.float() / 255, kind).unbind()
     return tensors
 
 

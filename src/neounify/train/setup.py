@@ -318,8 +318,9 @@ def freeze(model: NeoUnify, names: tuple[str, ...], last_layers: int = 0) -> Non
     for name, parameter in model.named_parameters():
         labels = {stream_of(name), part_of(name)}
         known |= labels
+        unread = part_of(name) == "timestep" and not model.config.flow.time_embedding
         is_last = name.startswith("layers.") and int(name.split(".")[1]) >= first_frozen
-        parameter.requires_grad_(not labels & set(names) and not is_last)
+        parameter.requires_grad_(not (labels & set(names) or is_last or unread))
     unknown = set(names) - known
     if unknown:
         raise ConfigError(f"freeze: {sorted(unknown)} unknown; known are {sorted(known)}")

@@ -24,7 +24,8 @@ from torch import nn
 from neounify.config import ModelConfig
 from neounify.data.loader import Pack
 from neounify.data.packing import cost_of
-from neounify.model.neo import NeoUnify, PatchEmbed, PixelHead
+from neounify.model.heads import PixelHead
+from neounify.model.neo import NeoUnify, PatchEmbed
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
 

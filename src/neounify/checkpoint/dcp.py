@@ -1,0 +1,311 @@
+"""Conversion of torch distributed checkpoints (DCP) to the published layout, one tensor at a time.
+
+Their `.metadata` is a pickle, and so is the head of every tensor in `*.distcp`. The first is read
+with an unpickler that knows the names in `_KNOWN`, makes inert records of them and refuses all
+others; the second by torch's loader of weights alone. What they say is checked against the files.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neounify.checkpoint.config_json import write_config
+from neounify.checkpoint.load import expected_shapes
+from neounify.checkpoint.mapped import DTYPE_NAMES
+from neounify.checkpoint.names import family_of
+from neounify.checkpoint.quantise import Layout, shards_of, write_parts
+from neounify.checkpoint.qwen3_config import config_of
+from neounify.checkpoint.reader import (
+    MAX_CONFIG_BYTES,
+    CheckpointFolder,
+    files_ending,
+    read_document,
+)
+from neounify.checkpoint.save import SavesFiles, new_checkpoint
+from neounify.config import ModelConfig
+from neounify.errors import CheckpointError
+from neounify.files import read_bytes
+
+METADATA, SUBFOLDER, ENDING = ".metadata", "model", ".distcp"
+MAX_METADATA_BYTES = 64 * 2**20
+
+
+def convert_dcp(
+    source: Path,
+    config: Path,
+    target: str | os.PathLike[str],
+    *,
+    tokenizer: Callable[[ModelConfig], SavesFiles],
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Path:
+    """Write a distributed checkpoint as a folder of the published layout, weights as stored.
+
+    `source` is the folder with `model/`, or that one; `config` the one with config.json, by which
+    `tokenizer` gets the model's. All or nothing, as `save_model` writes. `progress` gets the number
+    of tensors that are done. Raises CheckpointError for what is damaged, no such checkpoint, or of
+    another model, and ConfigError.
+    """
+    parts = read_dcp(source)
+    shapes = {part.name: part.shape for part in parts}
+    document = read_document(config / "config.json", MAX_CONFIG_BYTES)
+    described = config_of(document, family_of(shapes), shapes)
+    written = Path(target).resolve()
+    with new_checkpoint(
+        written, write_config(described), tokenizer(described), None, overwrite=overwrite
+    ) as aside:
+        write_parts(aside, shards_of(parts, max_shard_bytes), progress)
+        CheckpointFolder.open(aside).check(expected_shapes(described))
+    return written
+
+
+def is_dcp(folder: Path) -> bool:
+    """Whether a folder is a distributed checkpoint, or holds one in `model/`."""
+    return any((place / METADATA).is_file() for place in (folder / SUBFOLDER, folder))
+
+
+def read_dcp(source: Path) -> list[StoredTensor]:
+    """The tensors of a distributed checkpoint, none of them read yet. Raises CheckpointError."""
+    if not is_dcp(source):
+        raise CheckpointError(
+            f"{source} holds no torch distributed checkpoint: expected {SUBFOLDER}/{METADATA}"
+        )
+    nested = (source / SUBFOLDER / METADATA).is_file()
+    folder = (source / SUBFOLDER if nested else source).resolve()
+    path = folder / METADATA
+    try:
+        metadata = _Unpickler(io.BytesIO(read_bytes(path, MAX_METADATA_BYTES, CheckpointError)))
+        return _tensors(metadata.load(), folder)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is damaged or of another version: {type(error).__name__} ({error!s:.200})"
+        ) from error
+
+
+# --- metadata ---
+
+
+class _Record:
+    """An object of the metadata without behaviour: what it was made with, and its state."""
+
+    state: Any = None
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def field(self, name: str) -> Any:
+        if not isinstance(self.state, Mapping) or name not in self.state:
+            raise CheckpointError(f"the metadata lacks {name!r}")
+        return self.state[name]
+
+
+class _Tensor(_Record):
+    pass
+
+
+class _Bytes(_Record):
+    pass
+
+
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    return tuple(values)
+
+
+_FILES, _META = "torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata"
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    (_META, "Metadata"): _Record,
+    (_META, "TensorStorageMetadata"): _Tensor,
+    (_META, "BytesStorageMetadata"): _Bytes,
+    (_META, "TensorProperties"): _Record,
+    (_META, "ChunkStorageMetadata"): _Record,
+    (_META, "MetadataIndex"): _Record,
+    (_META, "StorageMeta"): _Record,
+    (_META, "_MEM_FORMAT_ENCODING"): _Record,
+    (_FILES, "_StorageInfo"): _Record,
+    ("torch.serialization", "_get_layout"): _Record,
+    ("torch", "Size"): _size,
+    ("pathlib", "PosixPath"): _Record,
+    ("pathlib", "WindowsPath"): _Record,
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in DTYPE_NAMES},
+}
+"""What `torch.distributed.checkpoint.save` of torch 2.13 names → what stands for it here."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _KNOWN:
+            raise CheckpointError(
+                f"the metadata names {module}.{name}, which no checkpoint needs; it is not read, "
+                "since a pickle can run code: do not trust where it came from"
+            )
+        return _KNOWN[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise CheckpointError("the metadata refers to objects outside it, which is not supported")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a tensor: where it begins in it, its shape, and its bytes in a file."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    length: int
+
+
+def _tensors(metadata: Any, folder: Path) -> list[StoredTensor]:
+    if not isinstance(metadata, _Record):
+        raise CheckpointError(f"{folder / METADATA} describes no checkpoint")
+    stored = {}
+    for place, info in dict(metadata.field("storage_data")).items():
+        start = place.state.get("offset")
+        stored[place.field("fqn"), None if start is None else _numbers(start)] = info
+    tensors = []
+    for name, entry in dict(metadata.field("state_dict_metadata")).items():
+        if isinstance(entry, _Tensor):
+            tensors.append(_tensor(str(name), entry, stored, folder))
+        elif not isinstance(entry, _Bytes):
+            raise CheckpointError(f"{name!r} is neither a tensor nor an object")
+    if not tensors:
+        raise CheckpointError(f"{folder / METADATA} lists no tensors")
+    listed = sum(tensor.nbytes for tensor in tensors)
+    available = sum(file.stat().st_size for file in files_ending(folder, ENDING))
+    if listed > available:
+        raise CheckpointError(
+            f"{folder / METADATA} lists {listed:,} bytes of tensors, the files hold {available:,}"
+        )
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
+def _tensor(name: str, entry: _Tensor, stored: Mapping[Any, _Record], folder: Path) -> StoredTensor:
+    shape, properties = _numbers(entry.field("size")), entry.field("properties").state
+    dtype = properties[0]
+    if dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{name}: its dtype {dtype!r:.60} is not one of safetensors")
+    chunks = []
+    for chunk in entry.field("chunks"):
+        start, sizes = _numbers(chunk.field("offsets")), _numbers(chunk.field("sizes"))
+        info = stored.get((name, start))
+        if info is None:
+            raise CheckpointError(f"{name}: no file holds its part at {list(start)}")
+        if info.state.get("transform_descriptors"):
+            raise CheckpointError(f"{name}: it is stored transformed, which is not supported")
+        inside = len(start) == len(sizes) == len(shape) and all(
+            a + n <= whole for a, n, whole in zip(start, sizes, shape, strict=True)
+        )
+        if not inside:
+            raise CheckpointError(
+                f"{name}: a part of {list(sizes)} at {list(start)} is not inside {list(shape)}"
+            )
+        file = _file(folder, info.field("relative_path"))
+        offset, length = _numbers((info.field("offset"), info.field("length")))
+        size = file.stat().st_size
+        if offset + length > size or math.prod(sizes) * dtype.itemsize > length:
+            raise CheckpointError(
+                f"{name}: {list(sizes)} values in {length} bytes at {offset} are not in "
+                f"{file.name}, which has {size}"
+            )
+        chunks.append(_Chunk(start, sizes, file, offset, length))
+    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
+        raise CheckpointError(f"{name}: its parts do not make up {list(shape)}")
+    return StoredTensor(name, shape, dtype, tuple(chunks))
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    numbers = tuple(values)
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise CheckpointError(f"{numbers!r:.80} are not sizes or places")
+    return numbers
+
+
+def _file(folder: Path, name: Any) -> Path:
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(ENDING):
+        raise CheckpointError(f"{folder}: {name!r:.80} is not the name of a *{ENDING} file")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path} is missing; download it too")
+    return path
+
+
+# --- tensors ---
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a distributed checkpoint, as `write_parts` takes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[_Chunk, ...] = field(repr=False)
+
+    @property
+    def layout(self) -> Layout:
+        """The tensor it becomes in a file."""
+        return {self.name: (self.shape, self.dtype)}
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its values by its name. Raises CheckpointError."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        filled = torch.zeros(self.shape, dtype=torch.bool) if len(self.chunks) > 1 else None
+        for chunk, values in self._values():
+            place = tuple(slice(a, a + n) for a, n in zip(chunk.start, chunk.shape, strict=True))
+            whole[place] = values
+            if filled is not None:
+                filled[place] = True
+        if filled is not None and not filled.all():
+            raise CheckpointError(f"{self.name}: its parts overlap and leave values out")
+        if whole.is_floating_point() and not torch.isfinite(whole).all():
+            raise CheckpointError(f"{self.name!r} holds NaN or infinite values")
+        return {self.name: whole}
+
+    def _values(self) -> Iterator[tuple[_Chunk, Tensor]]:
+        for chunk in self.chunks:
+            with chunk.file.open("rb") as file:
+                file.seek(chunk.offset)
+                data = io.BytesIO(file.read(chunk.length))
+            try:
+                _check_archive(data)
+                values = torch.load(data, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.name}: its values in {chunk.file.name} cannot be read: {error!s:.200}"
+                ) from error
+            fits = isinstance(values, Tensor) and values.dtype == self.dtype
+            if not fits or tuple(values.shape) != chunk.shape:
+                raise CheckpointError(
+                    f"{self.name}: {chunk.file.name} does not hold the {list(chunk.shape)} values "
+                    f"of {self.dtype} that the metadata lists"
+                )
+            yield chunk, values
+
+
+def _check_archive(data: io.BytesIO) -> None:
+    """Raise ValueError unless the archive of a tensor is as large as it says: not compressed."""
+    with zipfile.ZipFile(data) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its archive is compressed, which torch never writes")
+    data.seek(0)

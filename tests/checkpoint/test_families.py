@@ -1,0 +1,176 @@
+"""Checkpoints of the second family: recognised, loaded, saved as they were, and refused clearly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neounify.checkpoint import (
+    CheckpointFolder,
+    expected_shapes,
+    from_published,
+    load_model,
+    read_config,
+    save_model,
+    summarise,
+    to_published,
+    write_config,
+)
+from neounify.config import CheckpointDefaults, ModelConfig, VideoConfig
+from neounify.config.families import FAMILIES, PIXELUMM
+from neounify.config.presets import TINY
+from neounify.errors import CheckpointError, ConfigError
+from neounify.model import NeoUnify
+from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
+from support.golden import checkpoint, needs_golden
+
+CONFIG = TINY.replace(**FAMILIES[PIXELUMM].profile, flow_head_width=4096, vision_hidden_size=1024)
+WITHOUT_TUBES_IN = CONFIG.replace(
+    video=VideoConfig(und=False), capabilities=("chat", "generate", "generate_video")
+)
+
+
+def _saved(folder: Path, config: ModelConfig = CONFIG) -> Path:
+    torch.manual_seed(0)
+    save_model(NeoUnify(config).requires_grad_(False), folder)
+    return folder
+
+
+def _published(folder: Path, config: ModelConfig = CONFIG) -> tuple[Path, Path]:
+    """A folder as it is published, without a config, and the folder of the language model."""
+    _saved(folder, config)
+    document = json.loads((folder / "config.json").read_text())
+    del document["neounify"]
+    llm = folder.parent / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text(json.dumps(document | {"vocab_size": 300}))
+    (folder / "config.json").unlink()
+    return folder, llm
+
+
+@pytest.mark.parametrize("config", [CONFIG, WITHOUT_TUBES_IN], ids=["tubes in", "no tubes in"])
+def test_names_of_every_tensor_go_both_ways(config: ModelConfig) -> None:
+    for name in expected_shapes(config):
+        published = to_published(name, PIXELUMM)
+        assert from_published(published) == name
+    assert to_published("layers.3.gen.qkv.q_norm.weight", PIXELUMM) == (
+        "language_model.model.layers.3.self_attn.q_norm_t_moe_gen.weight"
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        WITHOUT_TUBES_IN,
+        CONFIG.replace(
+            patch_size=8,
+            video=None,
+            capabilities=("chat",),
+            sampling=CheckpointDefaults(image_size=(64, 64)),
+        ),
+    ],
+    ids=["profile", "no tubes in", "other sizes"],
+)
+def test_configs_survive_writing_and_reading(config: ModelConfig) -> None:
+    written = json.loads(json.dumps(write_config(config)))
+    assert written["model_type"] == "qwen3"
+    assert read_config(written) == config
+    assert write_config(read_config(written)) == written
+
+
+@pytest.mark.parametrize("config", [CONFIG, WITHOUT_TUBES_IN], ids=["tubes in", "no tubes in"])
+def test_a_published_folder_is_recognised_by_its_tensors(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    folder, llm = _published(tmp_path / "model", config)
+    model = load_model(folder, config=llm)
+    assert model.config == config  # the tables' length too: the language model's config says 300
+    again = load_model(_saved_again(model, tmp_path / "again"))
+    assert again.config == config
+    first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert any(name.startswith("time_embedder.") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _saved_again(model: NeoUnify, folder: Path) -> Path:
+    save_model(model, folder)
+    assert (folder / "__SAVE_COMPLETE").is_file()
+    return folder
+
+
+def test_files_that_lie_together(tmp_path: Path) -> None:
+    folder, llm = _published(tmp_path / "model")
+    (llm / "config.json").rename(folder / "config.json")
+    assert load_model(folder).config == CONFIG
+
+
+def test_a_folder_without_its_config(tmp_path: Path) -> None:
+    folder, _ = _published(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"PixelUMM checkpoint without config.json: name the"):
+        load_model(folder)
+
+
+def test_weights_of_one_family_with_the_config_of_the_other(tmp_path: Path) -> None:
+    folder, llm = _published(tmp_path / "model")
+    other = write_checkpoint(tmp_path / "other", SMALL, random_weights(SMALL))
+    with pytest.raises(ConfigError, match=r"'neo_chat'; PixelUMM weights need the config\.json of"):
+        load_model(folder, config=other)
+    with pytest.raises(ConfigError, match="weights are those of a SenseNova-U1 model, but the con"):
+        load_model(other, config=llm)
+
+
+def test_missing_and_foreign_tensors_are_listed(tmp_path: Path) -> None:
+    folder, llm = _published(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["time_embedder.mlp.4.weight"] = weights.pop("unpatchify_head.norm.weight")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as refused:
+        load_model(folder, config=llm)
+    assert "1 missing:\n  unpatchify_head.norm.weight" in str(refused.value)
+    assert "time_embedder.mlp.4.weight (not a name of this layout)" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling .* is not supported"),
+        ({"num_attention_heads": "4"}, "num_attention_heads must be a whole number"),
+        ({"neounify": {"family": "pixel"}}, "family 'pixel' is unknown: sensenova-u1, pixelumm"),
+        ({"neounify": {"family": PIXELUMM, "model": {"depth": 1}}}, "model.depth is unknown"),
+    ],
+)
+def test_configs_that_are_wrong(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(write_config(CONFIG) | change)
+
+
+def test_a_distributed_checkpoint_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / ".metadata").write_bytes(b"\x80\x04")
+    (tmp_path / "config.json").write_text(json.dumps(write_config(CONFIG)))
+    with pytest.raises(CheckpointError, match=r"convert .* OUT --from-dcp --config FOLDER"):
+        load_model(tmp_path)
+
+
+@needs_golden
+@pytest.mark.parametrize(("name", "count"), [("tiny-f18", 98), ("tiny-f22", 74)])
+def test_recorded_checkpoints_are_written_back_as_they_were(
+    name: str, count: int, tmp_path: Path
+) -> None:
+    folder = checkpoint(name, tmp_path, PIXELUMM)
+    opened = CheckpointFolder.open(folder, folder / "llm")
+    summary = summarise(opened)
+    assert summary.total.tensors == count
+    assert [row.stream for row in summary.streams] == ["und", "gen", "shared"]
+    model = load_model(opened)
+    assert ("chat_video" in model.config.capabilities) == (name == "tiny-f22")
+    again = _saved_again(model, tmp_path / "again")
+    first, second = (load_file(f / "model.safetensors") for f in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], second[n]) for n in first)
