@@ -29,6 +29,8 @@ def read_frames(
     config: ModelConfig,
     fps: float | None = None,
     max_frames: int | None = None,
+    *,
+    limits: VideoLimits | None = None,
 ) -> Frames:
     """Frames of a clip, for a model of `config`. Raises VideoError."""
     if isinstance(source, Frames):
@@ -40,7 +42,7 @@ def read_frames(
         indices = choice.indices(Timeline(times, source.seconds))
         images = source.images
         return Frames([images[n] for n in indices], [times[n] for n in indices])
-    return read_file(source, config, fps, max_frames)[0]
+    return read_file(source, config, fps, max_frames, limits=limits)[0]
 
 
 def read_file(

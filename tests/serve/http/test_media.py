@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 
 from neounify.errors import ImageError, RequestError
 from neounify.serve.http import HttpConfig, create_app
-from neounify.serve.http.media import ImageFetcher, ResultStore, is_public
+from neounify.serve.http.media import MediaFetcher, ResultStore, is_public
 from neounify.tasks.chat import ChatRequest
 from support.http_server import png
 from support.scripted_service import Scripted
@@ -84,9 +84,9 @@ async def to_loopback(host: str, port: int) -> list[str]:
     return ["127.0.0.1"]
 
 
-def fetcher_for(port: int, *, seconds: float = 10.0) -> ImageFetcher:
+def fetcher_for(port: int, *, seconds: float = 10.0) -> MediaFetcher:
     """One that may fetch from HOST, which is on loopback, and is let."""
-    return ImageFetcher(
+    return MediaFetcher(
         [f"{HOST}:{port}"],
         max_bytes=4000,
         seconds=seconds,
@@ -181,14 +181,14 @@ def test_private_addresses_of_named_hosts_are_refused(monkeypatch: pytest.Monkey
 
     with neighbour() as (port, asked):
         for resolve in (to_loopback, mixed):
-            fetcher = ImageFetcher([f"{HOST}:{port}"], max_bytes=1, seconds=9, resolve=resolve)
+            fetcher = MediaFetcher([f"{HOST}:{port}"], max_bytes=1, seconds=9, resolve=resolve)
             with pytest.raises(ImageError, match="not public"):
                 asyncio.run(fetcher.fetch(f"http://{HOST}:{port}/image.png"))
         assert not asked
 
 
 def test_the_server_fetches_from_allowed_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFetcher, "_address", lambda *_: to_address())
+    monkeypatch.setattr(MediaFetcher, "_address", lambda *_: to_address())
     service = Scripted()
     with neighbour() as (port, _):
         url = f"http://{HOST}:{port}/image.png"

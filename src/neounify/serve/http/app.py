@@ -29,7 +29,7 @@ from neounify.serve.http import chat, completions, images
 from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
 from neounify.serve.http.fields import AnswerModel
-from neounify.serve.http.media import ImageDecoder, ImageFetcher, ResultStore
+from neounify.serve.http.media import MediaDecoder, MediaFetcher, ResultStore
 from neounify.serve.http.middleware import (
     API,
     PAGE_HEADERS,
@@ -93,12 +93,13 @@ def create_app(
         warnings.warn(text, DeprecationWarning, stacklevel=2)
     config = config or settings or HttpConfig()
     metrics = HttpMetrics(registry or CollectorRegistry())
-    decoder = ImageDecoder()
+    decoder, clip_decoder = MediaDecoder(), MediaDecoder()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
         decoder.close()
+        clip_decoder.close()
 
     app = FastAPI(
         title="neounify",
@@ -115,12 +116,19 @@ def create_app(
         hooks=Hooks() if hooks is None else hooks,
         metrics=metrics,
         results=ResultStore(config.result_bytes, config.result_seconds),
-        fetcher=ImageFetcher(
+        fetcher=MediaFetcher(
             config.remote_hosts,
             max_bytes=config.remote_bytes,
             seconds=config.remote_seconds,
         ),
         decoder=decoder,
+        clip_fetcher=MediaFetcher(
+            config.remote_hosts,
+            max_bytes=config.remote_video_bytes,
+            seconds=config.remote_seconds,
+            medium="video",
+        ),
+        clip_decoder=clip_decoder,
         started=int(time.time()),
     )
     _add_middleware(app, config, metrics)

@@ -18,6 +18,8 @@ from neounify.serve.http.chat_schema import (
     ChatImagePart,
     ChatMessage,
     ChatTextPart,
+    ChatVideoPart,
+    Part,
 )
 from neounify.serve.http.completions import Choice, TextAnswer, for_each_answer, of_chat
 from neounify.serve.http.connections import BoundedRoute
@@ -31,6 +33,7 @@ from neounify.serve.http.serving import (
     to_base64,
 )
 from neounify.tasks.chat import CHAT_TOKENS, ChatRequest, read_conversation, read_request
+from neounify.tasks.clips import Frames, clip_ranges
 from neounify.tasks.interleave import InterleaveRequest
 from neounify.tasks.program import (
     Finished,
@@ -44,6 +47,7 @@ from neounify.tasks.program import (
 from neounify.text.template import IMAGE_MARK
 from neounify.text.tools import ToolCall, ToolUse
 
+Piece = str | PIL.Image.Image | Frames
 _HOLD_IMAGES = ("user", "assistant")
 router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
@@ -53,31 +57,49 @@ router = APIRouter(tags=["chat"], route_class=BoundedRoute)
 
 @dataclass(frozen=True)
 class ChatTurn:
-    """A message of a conversation: its texts and decoded images in their order."""
+    """A message of a conversation: its texts and decoded images and clips in their order."""
 
     role: str
-    pieces: list[str | PIL.Image.Image]
+    pieces: list[Piece]
     tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
-        """The text with IMAGE_MARK in the place of each image."""
-        return "".join(p if isinstance(p, str) else IMAGE_MARK for p in self.pieces)
+        """The text with IMAGE_MARK in the place of each image and frame."""
+        return "".join(map(_text_of, self.pieces))
 
     @property
     def images(self) -> list[PIL.Image.Image]:
-        return [p for p in self.pieces if isinstance(p, PIL.Image.Image)]
+        """The images, frames of clips included."""
+        images: list[PIL.Image.Image] = []
+        for piece in self.pieces:
+            if not isinstance(piece, str):
+                images += piece.images if isinstance(piece, Frames) else [piece]
+        return images
+
+    @property
+    def has_clips(self) -> bool:
+        return any(isinstance(piece, Frames) for piece in self.pieces)
 
     def for_pipeline(self) -> dict[str, Any]:
-        parts = [
-            {"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p}
-            for p in self.pieces
-        ]
+        parts = [{"type": kind, kind: piece} for piece in self.pieces for kind in [_kind(piece)]]
         return {"role": self.role, "content": parts, "tool_calls": self.tool_calls}
 
 
+def _text_of(piece: Piece) -> str:
+    if isinstance(piece, Frames):
+        return piece.stamps
+    return piece if isinstance(piece, str) else IMAGE_MARK
+
+
+def _kind(piece: Piece) -> str:
+    if isinstance(piece, Frames):
+        return "video"
+    return "text" if isinstance(piece, str) else "image"
+
+
 async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
-    """The messages of a body. Raises ApiError for images that are misplaced or unreadable."""
+    """The messages of a body. Raises ApiError for misplaced or unreadable images and clips."""
     parts_of_messages = await off_loop(
         lambda: [_parts(message, index) for index, message in enumerate(body.messages)],
         body.text_size,
@@ -89,9 +111,15 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
         if isinstance(part, ChatImagePart)
     ]
     images = iter(await state.read_images(urls, "messages"))
+    clips = iter(await _read_clips(body, parts_of_messages, state))
     turns = []
     for message, parts in zip(body.messages, parts_of_messages, strict=True):
-        pieces = [p.text if isinstance(p, ChatTextPart) else next(images) for p in parts]
+        pieces: list[Piece] = []
+        for part in parts:
+            if isinstance(part, ChatTextPart):
+                pieces.append(part.text)
+            else:
+                pieces.append(next(clips if isinstance(part, ChatVideoPart) else images))
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         turns.append(
@@ -104,9 +132,32 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
     return turns
 
 
-def _parts(message: ChatMessage, index: int) -> list[ChatTextPart | ChatImagePart]:
-    """The parts of a message. Raises ApiError for images in a role that holds none."""
+async def _read_clips(
+    body: ChatBody, parts_of_messages: Sequence[Sequence[Part]], state: ServerState
+) -> Sequence[Frames]:
+    sources = [
+        (f"messages.{index}.content", part.video_url.url)
+        for index, parts in enumerate(parts_of_messages)
+        for part in parts
+        if isinstance(part, ChatVideoPart)
+    ]
+    if not sources:
+        return ()
+    from neounify.serve.http.input_videos import read_videos
+
+    return await read_videos(sources, body.media_io_kwargs.video, state)
+
+
+def _parts(message: ChatMessage, index: int) -> list[Part]:
+    """The parts of a message. Raises ApiError for images and clips in a role that holds none."""
     parts = message.parts
+    content = message.content if isinstance(message.content, list) else []
+    if message.role != "user" and any(isinstance(p, ChatVideoPart) for p in content):
+        raise bad_request(
+            f"messages.{index}.content: only user messages hold videos, this one is "
+            f"{message.role!r}",
+            f"messages.{index}.content",
+        )
     if message.role not in _HOLD_IMAGES and any(isinstance(p, ChatImagePart) for p in parts):
         what = "result of a tool" if message.role == "tool" else f"{message.role} message"
         raise bad_request(
@@ -122,9 +173,9 @@ def _parts(message: ChatMessage, index: int) -> list[ChatTextPart | ChatImagePar
     return parts
 
 
-def _in_lines(pieces: list[str | PIL.Image.Image]) -> list[str | PIL.Image.Image]:
+def _in_lines(pieces: list[Piece]) -> list[Piece]:
     """The pieces with a line break after each leading image, as in the prompts of training."""
-    leading = list(itertools.takewhile(lambda p: not isinstance(p, str), pieces))
+    leading = list(itertools.takewhile(lambda p: isinstance(p, PIL.Image.Image), pieces))
     rest = pieces[len(leading) :]
     if not rest:
         return pieces
@@ -146,6 +197,12 @@ async def read_chat(
     await state.check_prompt(_texts(body, turns, tools), images)
     if body.wants_images:
         body.check_interleaved()
+        if any(turn.has_clips for turn in turns):
+            raise bad_request(
+                "messages: videos are not supported for answers with images",
+                "messages",
+                "unsupported",
+            )
         return [await off_loop(lambda: _interleave_request(body, turns, state), body.text_size)]
     return await off_loop(lambda: _chat_requests(body, turns, tools, state), body.text_size)
 
@@ -162,10 +219,12 @@ def _texts(body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse) -> Iterato
 def _chat_requests(
     body: ChatBody, turns: Sequence[ChatTurn], tools: ToolUse, state: ServerState
 ) -> Sequence[ChatRequest]:
-    messages, images = read_conversation([turn.for_pipeline() for turn in turns], ())
+    conversation = [turn.for_pipeline() for turn in turns]
+    messages, images = read_conversation(conversation, ())
     request = ChatRequest(
         messages=messages,
         images=images,
+        clips=clip_ranges(conversation, images),
         max_new_tokens=_max_tokens(body, state),
         stop=body.stops,
         think=body.thinks,

@@ -55,6 +55,22 @@ class ChatImagePart(BaseModel):
     image_url: InputImageUrl
 
 
+class InputVideoUrl(BaseModel):
+    """A data URL such as data:video/mp4;base64,…, or a URL of a host that the operator allows."""
+
+    url: str
+
+
+class ChatVideoPart(BaseModel):
+    """A clip, whose frames are seen as images."""
+
+    type: Literal["video_url"]
+    video_url: InputVideoUrl
+
+
+Part = ChatTextPart | ChatImagePart | ChatVideoPart
+
+
 class AnswerImage(BaseModel):
     """An image beside the text of an earlier answer, as this server gives it."""
 
@@ -78,12 +94,13 @@ def _canonical(part: Any) -> Any:
         if url is None and part.get("file_id") is not None:
             raise ValueError("file_id: this server keeps no files; send the image as a data URL")
         return {"type": "image_url", "image_url": url if isinstance(url, dict) else {"url": url}}
+    if kind in ("video_url", "input_video", "video"):
+        url = next((part[key] for key in ("video_url", "video", "url") if key in part), None)
+        return {"type": "video_url", "video_url": url if isinstance(url, dict) else {"url": url}}
     return part
 
 
-ContentPart = Annotated[
-    ChatTextPart | ChatImagePart, Field(discriminator="type"), BeforeValidator(_canonical)
-]
+ContentPart = Annotated[Part, Field(discriminator="type"), BeforeValidator(_canonical)]
 
 
 def text_part(text: str) -> ChatTextPart:
@@ -96,9 +113,7 @@ def image_part(url: str) -> ChatImagePart:
     return ChatImagePart(type="image_url", image_url=InputImageUrl(url=url))
 
 
-def answer_parts(
-    content: Sequence[ChatTextPart | ChatImagePart], images: Sequence[AnswerImage]
-) -> list[ChatTextPart | ChatImagePart]:
+def answer_parts(content: Sequence[Part], images: Sequence[AnswerImage]) -> list[Part]:
     """The parts of an earlier answer, from each form in which this server returns them.
 
     Images beside a single text stand at their offsets, else behind it; images written in Markdown
@@ -110,8 +125,8 @@ def answer_parts(
     return [piece for part in parts for piece in _split_markdown(part)]
 
 
-def _with_images(text: str, images: Sequence[AnswerImage]) -> list[ChatTextPart | ChatImagePart]:
-    parts: list[ChatTextPart | ChatImagePart] = []
+def _with_images(text: str, images: Sequence[AnswerImage]) -> list[Part]:
+    parts: list[Part] = []
     begin = 0
     for image in sorted(images, key=lambda image: _offset(image, text)):
         end = _offset(image, text)
@@ -124,9 +139,9 @@ def _offset(image: AnswerImage, text: str) -> int:
     return len(text) if image.text_offset is None else min(image.text_offset, len(text))
 
 
-def _split_markdown(part: ChatTextPart | ChatImagePart) -> Iterator[ChatTextPart | ChatImagePart]:
+def _split_markdown(part: Part) -> Iterator[Part]:
     """The texts and images of a part, whose text may hold images in Markdown."""
-    if isinstance(part, ChatImagePart):
+    if not isinstance(part, ChatTextPart):
         yield part
         return
     texts = _MARKDOWN_IMAGE.split(part.text)
@@ -173,10 +188,10 @@ class ChatMessage(BaseModel):
         return len(self.content or "")
 
     @property
-    def parts(self) -> list[ChatTextPart | ChatImagePart]:
+    def parts(self) -> list[Part]:
         """The content as parts, whichever way it was written."""
         if isinstance(self.content, str):
-            parts: list[ChatTextPart | ChatImagePart] = [text_part(self.content)]
+            parts: list[Part] = [text_part(self.content)]
         else:
             parts = self.content or []
         return answer_parts(parts, self.images or ()) if self.role == "assistant" else parts
@@ -236,6 +251,19 @@ class ResponseFormat(BaseModel):
         return None
 
 
+class VideoChoice(BaseModel):
+    """Which frames of clips are seen."""
+
+    fps: Annotated[float, Field(gt=0, le=240)] | None = None
+    num_frames: Annotated[int, Field(ge=1)] | None = Field(None, description="At most so many.")
+
+
+class MediaChoice(BaseModel):
+    """How input media are read, in vLLM's words."""
+
+    video: VideoChoice = VideoChoice()
+
+
 def _text_only() -> list[Modality]:
     return ["text"]
 
@@ -273,6 +301,11 @@ class ChatBody(TextFields, ImageFields):
     )
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] = "none"
     include_reasoning: bool = Field(True, description="Return the thought too. Extension.")
+    media_io_kwargs: MediaChoice = Field(
+        MediaChoice(),
+        description='Which frames of clips are seen: {"video": {"fps": 2, "num_frames": 32}}; by '
+        "default the model's rule. vLLM's extension.",
+    )
     modalities: list[Modality] = Field(default_factory=_text_only, min_length=1, max_length=2)
     max_images: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Maximum images of an interleaved answer. Extension."

@@ -26,6 +26,8 @@ class Limits:
     `uploads_bytes` the bodies of all requests in flight; `json_values` and `json_depth` a JSON
     body, `header_bytes` and `headers` its head. `images`, `image_pixels` and `images_pixels` (of
     one, of all of a request) bound input images, `decode_bytes` the memory of decoding one;
+    `videos`, `video_frames` (that the model sees of all of them) and `video_seconds` (of decoding
+    one) input clips;
     `output_pixels` and `steps` generated ones; `in_flight` the requests that are read or answered
     at a time. Raises ConfigError for values below 1.
     """
@@ -44,6 +46,9 @@ class Limits:
     image_pixels: int = 50_000_000
     images_pixels: int = 100_000_000
     decode_bytes: int = 192 * MEBIBYTE
+    videos: int = 4
+    video_frames: int = 96
+    video_seconds: float = 30.0
     output_pixels: int = 2048 * 2048
     steps: int = 200
     n: int = 10
@@ -81,9 +86,9 @@ class HttpConfig:
     callers share one account. `requests_per_minute` and `concurrent` limit each account (None: no
     limit). Results behind URLs, where `result_urls` allows them, are kept for `result_seconds`,
     at most `result_bytes` of them. Images are fetched from `remote_hosts` only ("host" or
-    "host:port"; none: only data URLs are read), at most `remote_bytes` in `remote_seconds`.
-    `colour_profiles` is that of `read_image`; `metadata_prompts` writes prompts and negative
-    prompts into the metadata of images.
+    "host:port"; none: only data URLs are read), at most `remote_bytes` in `remote_seconds`; so are
+    clips, at most `remote_video_bytes`. `colour_profiles` is that of `read_image`;
+    `metadata_prompts` writes prompts and negative prompts into the metadata of images.
     `public_url` is the base of result URLs where a proxy hides the server's own address.
     `allowed_hosts` are the accepted names in Host headers (none: all; IP addresses always),
     `cors_origins` the origins whose pages may use the API ("*": all).
@@ -100,6 +105,7 @@ class HttpConfig:
     result_bytes: int = 256 * MEBIBYTE
     remote_hosts: tuple[str, ...] = ()
     remote_bytes: int = 20 * MEBIBYTE
+    remote_video_bytes: int = 64 * MEBIBYTE
     remote_seconds: float = 10.0
     public_url: str | None = None
     colour_profiles: bool = True

@@ -28,6 +28,7 @@ from neounify.errors import (
     PromptError,
     RequestError,
     TensorsGone,
+    VideoError,
 )
 from neounify.serve.safety.hooks import Refused
 
@@ -125,6 +126,7 @@ class _Answer:
 _KNOWN: dict[type[NeounifyError], _Answer] = {
     PromptError: _Answer(400, INVALID, "invalid_prompt"),
     ImageError: _Answer(400, INVALID, "invalid_image"),
+    VideoError: _Answer(400, INVALID, "invalid_video"),
     RequestError: _Answer(400, INVALID, "invalid_value"),
     Refused: _Answer(400, INVALID, "content_policy_violation"),
     Overloaded: _Answer(429, "rate_limit_error", "overloaded"),

@@ -20,6 +20,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 from urllib.parse import SplitResult, unquote_to_bytes, urljoin, urlsplit
 
 import h11
@@ -35,6 +36,8 @@ MAX_ESCAPED = 4 * 2**20
 """Maximum characters of a URL in which every character may be percent-encoded."""
 MAX_REDIRECTS = 3
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Medium = Literal["image", "video"]
+Result = TypeVar("Result")
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """(host, port) -> its IP addresses."""
 
@@ -64,7 +67,10 @@ _ESCAPED_SIGNS = (
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 _SPACE = b" \t\r\n\v\f"
-_RULE = "image_url must be 'data:image/png;base64,…' or another image type"
+_EXAMPLES: dict[Medium, str] = {
+    "image": "data:image/png;base64,…",
+    "video": "data:video/mp4;base64,…",
+}
 _PORTS = {"http": 80, "https": 443}
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _CHUNK = 64 * 1024
@@ -130,21 +136,21 @@ class ResultStore:
 # --- input images ---
 
 
-class ImageDecoder:
-    """A thread that decodes all images of a server, one after the other.
+class MediaDecoder:
+    """A thread that decodes all images of a server, or all clips, one after the other.
 
-    So the memory of decoding is that of one image, whatever the number of requests.
+    So the memory of decoding is that of one of them, whatever the number of requests.
     """
 
     def __init__(self) -> None:
         self._executor = self._start()
 
-    async def run(self, work: Callable[[], PIL.Image.Image]) -> PIL.Image.Image:
+    async def run(self, work: Callable[[], Result]) -> Result:
         """The result of `work`, which is not begun after the caller was cancelled."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def close(self) -> None:
-        """End the thread; images that wait for it are not decoded. `run` starts another one."""
+        """End the thread; what waits for it is not decoded. `run` starts another one."""
         executor, self._executor = self._executor, self._start()
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -158,8 +164,8 @@ class RequestImages:
 
     def __init__(
         self,
-        decoder: ImageDecoder,
-        fetcher: ImageFetcher,
+        decoder: MediaDecoder,
+        fetcher: MediaFetcher,
         results: ResultStore,
         config: HttpConfig,
         keep_pixels: int,
@@ -227,40 +233,42 @@ def is_data_url(url: str) -> bool:
     return url.lstrip()[:5].lower() == "data:"
 
 
-def data_url_bytes(url: str) -> bytes:
-    """The file inside a data URL.
+def data_url_bytes(url: str, medium: Medium = "image") -> bytes:
+    """The file of a `medium` inside a data URL.
 
     Upper case, a missing media type, missing padding, the URL-safe alphabet, white space and
     percent-encoding are all read; so is content that is not base64, up to MAX_ESCAPED characters.
-    Raises ImageError for invalid URLs and for media types other than images.
+    Raises ImageError for invalid URLs and for media types of others.
     """
     url = url.strip()
     start = url.find(",", 0, _MAX_HEAD) + 1
     if not is_data_url(url[:5]) or not start:
-        raise ImageError(_RULE)
+        example = _EXAMPLES[medium]
+        raise ImageError(f"{medium}_url must be {example!r} or another {medium} type")
     kind, *parameters = [part.strip().lower() for part in url[5 : start - 1].split(";")]
     if kind == "base64":
         kind, parameters = "", ["base64"]
-    if kind not in ("", "application/octet-stream") and not kind.startswith("image/"):
-        raise ImageError(f"image_url holds {kind[:40]}, not an image")
+    if kind not in ("", "application/octet-stream") and not kind.startswith(f"{medium}/"):
+        article = "an" if medium == "image" else "a"
+        raise ImageError(f"{medium}_url holds {kind[:40]}, not {article} {medium}")
     if "base64" in parameters or len(url) > MAX_ESCAPED:
-        return _from_base64(url, start)
+        return _from_base64(url, start, medium)
     try:
-        return _from_base64(url, start)
+        return _from_base64(url, start, medium)
     except ImageError:
-        return b"".join(_pieces(url, start))
+        return b"".join(_pieces(url, start, medium))
 
 
-def _from_base64(url: str, start: int) -> bytes:
+def _from_base64(url: str, start: int, medium: Medium) -> bytes:
     """The decoded content; piece by piece, as copies of all would take several times the memory."""
     file: list[bytes] = []
     rest, count, ended = b"", 0, False
-    for piece in _pieces(url, start):
+    for piece in _pieces(url, start, medium):
         padded = piece.translate(_STANDARD, delete=_SPACE)
         text = padded.rstrip(b"=")
         wrong = text.translate(None, delete=_ALPHABET) or (b"=" if ended and text else b"")
         if wrong:
-            raise ImageError(f"image_url is not valid base64: it holds {chr(wrong[0])!r}")
+            raise ImageError(f"{medium}_url is not valid base64: it holds {chr(wrong[0])!r}")
         ended = ended or len(text) < len(padded)
         count += len(text)
         text = rest + text
@@ -268,12 +276,12 @@ def _from_base64(url: str, start: int) -> bytes:
         file.append(binascii.a2b_base64(text[:whole]))
         rest = text[whole:]
     if len(rest) == 1:
-        raise ImageError(f"image_url is not valid base64: {count} characters are cut off")
+        raise ImageError(f"{medium}_url is not valid base64: {count} characters are cut off")
     file.append(binascii.a2b_base64(rest + b"=" * (-len(rest) % 4)))
     return b"".join(file)
 
 
-def _pieces(url: str, start: int) -> Iterator[bytes]:
+def _pieces(url: str, start: int, medium: Medium) -> Iterator[bytes]:
     """The content from `start` on, percent-decoded."""
     while start < len(url):
         piece = url[start : start + _PIECE]
@@ -285,7 +293,7 @@ def _pieces(url: str, start: int) -> Iterator[bytes]:
             data = piece.encode("ascii")
         except UnicodeEncodeError as error:
             raise ImageError(
-                f"image_url is not valid base64: it holds {piece[error.start]!r}"
+                f"{medium}_url is not valid base64: it holds {piece[error.start]!r}"
             ) from None
         yield _unquoted(data, len(url)) if b"%" in data else data
 
@@ -329,7 +337,7 @@ async def resolve_host(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-class ImageFetcher:
+class MediaFetcher:
     """HTTP client that fetches from `hosts` only ("host": the default ports, or "host:port")."""
 
     def __init__(
@@ -338,11 +346,12 @@ class ImageFetcher:
         *,
         max_bytes: int,
         seconds: float,
+        medium: Medium = "image",
         resolve: Resolve = resolve_host,
         allowed: Callable[[Address], bool] = is_public,
     ) -> None:
         self._hosts = frozenset(host.lower() for host in hosts)
-        self._max_bytes, self._seconds = max_bytes, seconds
+        self._max_bytes, self._seconds, self._medium = max_bytes, seconds, medium
         self._resolve, self._allowed = resolve, allowed
 
     async def fetch(self, url: str) -> bytes:
@@ -350,9 +359,11 @@ class ImageFetcher:
         try:
             return await within(self._follow(url), self._seconds)
         except TimeoutError:
-            raise ImageError(f"the image URL took more than {self._seconds:g} seconds") from None
+            raise ImageError(
+                f"the {self._medium} URL took more than {self._seconds:g} seconds"
+            ) from None
         except (OSError, h11.ProtocolError, UnicodeError) as error:
-            raise ImageError("the image URL could not be fetched") from error
+            raise ImageError(f"the {self._medium} URL could not be fetched") from error
 
     async def _follow(self, url: str) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
@@ -360,16 +371,20 @@ class ImageFetcher:
             if location is None:
                 return body
             url = urljoin(url, location)
-        raise ImageError(f"the image URL redirects more than {MAX_REDIRECTS} times")
+        raise ImageError(f"the {self._medium} URL redirects more than {MAX_REDIRECTS} times")
 
     def _target(self, url: str) -> _Target:
         if not self._hosts:
-            raise ImageError("this server fetches no image URLs; send the image as a data URL")
-        parts, port = _split(url)
+            raise ImageError(
+                f"this server fetches no {self._medium} URLs; send the {self._medium} as a data URL"
+            )
+        parts, port = _split(url, self._medium)
         host = (parts.hostname or "").rstrip(".")
         names = {f"{host}:{port}"} | ({host} if port == _PORTS[parts.scheme] else set())
         if not names & self._hosts:
-            raise ImageError(f"the image URL's host {host[:100]!r} is not on this server's list")
+            raise ImageError(
+                f"the {self._medium} URL's host {host[:100]!r} is not on this server's list"
+            )
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Target(parts.scheme == "https", host, port, path)
 
@@ -382,7 +397,7 @@ class ImageFetcher:
             address, target.port, ssl=tls, server_hostname=name
         )
         try:
-            writer.write(_request(connection := h11.Connection(h11.CLIENT), target))
+            writer.write(_request(connection := h11.Connection(h11.CLIENT), target, self._medium))
             await writer.drain()
             return await self._read(connection, reader)
         finally:
@@ -391,7 +406,9 @@ class ImageFetcher:
     async def _address(self, target: _Target) -> str:
         addresses = await self._resolve(target.host, target.port)
         if not addresses or not all(self._allowed(ipaddress.ip_address(a)) for a in addresses):
-            raise ImageError("the host of the image URL has an address that is not public")
+            raise ImageError(
+                f"the host of the {self._medium} URL has an address that is not public"
+            )
         return addresses[0]
 
     async def _read(
@@ -407,35 +424,39 @@ class ImageFetcher:
                 if 300 <= event.status_code < 400 and b"location" in headers:
                     return b"", headers[b"location"].decode("ascii")
                 if event.status_code != 200:
-                    raise ImageError(f"the image URL answers with status {event.status_code}")
+                    raise ImageError(
+                        f"the {self._medium} URL answers with status {event.status_code}"
+                    )
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > self._max_bytes:
-                    raise ImageError(f"the image URL holds more than {self._max_bytes} bytes")
+                    raise ImageError(
+                        f"the {self._medium} URL holds more than {self._max_bytes} bytes"
+                    )
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(body), None
             elif not isinstance(event, h11.InformationalResponse):
-                raise ImageError("the image URL could not be fetched")
+                raise ImageError(f"the {self._medium} URL could not be fetched")
 
 
-def _split(url: str) -> tuple[SplitResult, int]:
+def _split(url: str, medium: Medium) -> tuple[SplitResult, int]:
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ImageError("the image URL cannot be read") from error
+        raise ImageError(f"the {medium} URL cannot be read") from error
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise ImageError("image_url must be a data URL, or begin with http:// or https://")
+        raise ImageError(f"{medium}_url must be a data URL, or begin with http:// or https://")
     if parts.username is not None or parts.password is not None:
-        raise ImageError("the image URL holds a name or a password")
+        raise ImageError(f"the {medium} URL holds a name or a password")
     return parts, _PORTS[parts.scheme] if port is None else port
 
 
-def _request(connection: h11.Connection, target: _Target) -> bytes:
+def _request(connection: h11.Connection, target: _Target, medium: Medium) -> bytes:
     headers = [
         ("Host", f"{target.host}:{target.port}"),
         ("User-Agent", "neounify"),
-        ("Accept", "image/*"),
+        ("Accept", f"{medium}/*"),
         ("Connection", "close"),
     ]
     request = h11.Request(method="GET", target=target.path, headers=headers)

@@ -34,7 +34,7 @@ from neounify.serve.client import within
 from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import ImageFields, RequestFields, blame
-from neounify.serve.http.media import ImageDecoder, ImageFetcher, RequestImages, ResultStore
+from neounify.serve.http.media import MediaDecoder, MediaFetcher, RequestImages, ResultStore
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
@@ -66,8 +66,10 @@ class ServerState:
     hooks: Hooks
     metrics: HttpMetrics
     results: ResultStore
-    fetcher: ImageFetcher
-    decoder: ImageDecoder
+    fetcher: MediaFetcher
+    decoder: MediaDecoder
+    clip_fetcher: MediaFetcher
+    clip_decoder: MediaDecoder
     started: int
     """Start of the server, Unix time in seconds."""
 
