@@ -13,7 +13,7 @@ HEAVY = {
     *("torch._dynamo", "torch._inductor", "sympy", "scipy", "pandas", "matplotlib"),
     *("fastapi", "starlette", "uvicorn", "prometheus_client", "llguidance", "tensorboard"),
     *("PIL.AvifImagePlugin", "PIL.TiffImagePlugin", "neounify.serve", "neounify.train"),
-    *("neounify.data", "neounify.scenes", "neounify.lora", "neounify.video", "av"),
+    *("neounify.data", "neounify.scenes", "neounify.lora", "neounify.video.read", "av"),
 }
 """Modules that generating one image does not need."""
 
