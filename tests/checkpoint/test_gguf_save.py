@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from neounify.checkpoint import load_model, to_published
-from neounify.checkpoint.gguf_save import PRESETS, save_gguf
+from neounify.checkpoint.gguf_save import GGUF_PRESETS, save_gguf
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import MlpConfig
@@ -32,10 +32,10 @@ def checkpoint(tmp_path: Path) -> CheckpointFolder:
 
 
 def test_presets_are_the_formats_with_an_encoder() -> None:
-    assert PRESETS == ("f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
+    assert GGUF_PRESETS == ("f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GGUF_PRESETS)
 def test_other_readers_read_the_same(
     checkpoint: CheckpointFolder, tmp_path: Path, preset: str
 ) -> None:

@@ -82,6 +82,14 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("eval", "--threads", "100000"), CORES),
     (("train", "recipe.toml", "--threads", "100000"), CORES),
     (("eval", "--output", "text.txt/deeper"), "text.txt"),
+    (("eval", "--tasks", "dance", "--output", "full"), "dance"),
+    (("eval", "--output", "full"), "full is not empty"),
+    (("parity", *BUNDLED[1:], *BUNDLED[1:], "--dtype", "int3", "-o", "full"), "int3"),
+    (("parity", *BUNDLED[1:], *BUNDLED[1:], "--device", "toaster", "-o", "full"), "toaster"),
+    (("parity", *BUNDLED[1:], *BUNDLED[1:], "--backend", "fast", "-o", "full"), "'fast'"),
+    (("parity", *BUNDLED[1:], *BUNDLED[1:], "-o", "full"), "full is not empty"),
+    (("generate", "a", "--backend", "torch"), "backend 'torch' is one of quantised weights, and"),
+    (("serve", "--backend", "torch"), "has none: leave it out, or quantise the weights"),
     (("serve", "--device", "toaster"), "toaster"),
     (("serve", "--mode", "separate", "--generation-device", "toaster"), "toaster"),
     (("serve", "--lora", "nope"), "--lora nope: no such file"),
@@ -99,6 +107,8 @@ BAD: list[tuple[tuple[str, ...], str]] = [
 def test_refused_before_loading(run: Run, arguments: tuple[str, ...], words: str) -> None:
     Path("text.txt").write_text("text", encoding="utf-8")
     Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/file").touch()
     before = sorted(Path().rglob("*"))
     ran = run(*arguments)
     assert ran.code in (1, 2)

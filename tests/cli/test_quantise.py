@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import neounify
 from neounify.bundled import bundled_model
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.quant.formats import FourBits
 
 SMALL = ("--images", 2, "--cases", 0)
@@ -131,13 +131,16 @@ def test_commands_run_quantised_models(
     run_bare: Callable[..., Any], coded: Path, backend: str
 ) -> None:
     options = ("--model", coded, "--backend", backend)
-    assert run_bare("generate", "a boat", *options, "--steps", 2).code == 0
+    ran = run_bare("generate", "a boat", *options, "--steps", 2)
+    assert ran.code == 0
+    assert "(layers stored as int8_tensorwise, rotated)" in ran.err
     assert run_bare("chat", "hello", *options, "--max-new-tokens", 3).code == 0
 
 
 def test_commands_quantise_a_model_as_it_is_read(run_bare: Callable[..., Any], toy: Path) -> None:
-    ran = run_bare("generate", "a boat", "--model", toy, "--quantise", "w4", "--steps", 2, "--json")
+    ran = run_bare("generate", "a boat", "--model", toy, "--quantise", "w4", "--steps", 2)
     assert ran.code == 0, ran.err
+    assert "(as stored), layers quantised to w4" in ran.err
     ran = run_bare("generate", "a boat", "--model", toy, "--quantise", "w5")
     assert "preset 'w5' is unknown" in ran.err
     ran = run_bare("chat", "hello", "--model", toy, "--backend", "fast")

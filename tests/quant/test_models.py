@@ -19,14 +19,14 @@ from neounify.checkpoint import (
     summarise,
     to_published,
 )
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.errors import CheckpointError, ConfigError, RequestError
 from neounify.lora.layers import LoraConfig, add_lora
 from neounify.model.parts import GEN, UND
 from neounify.pipeline import load
 from neounify.quant.formats import CODEBOOK, FourBits, Fp8Rows, Int8Rows
 from neounify.quant.linear import QuantEmbedding, QuantLinear
-from neounify.quant.presets import PRESETS, preset_formats
+from neounify.quant.presets import QUANT_PRESETS, preset_formats
 from neounify.text import byte_tokenizer
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from support.lora_files import lora_tensors
@@ -59,7 +59,7 @@ def formats(preset: str, kind: str = "dense") -> dict[str, object]:
     return dict(preset_formats(preset, shapes, config.num_layers))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", QUANT_PRESETS)
 def test_presets_take_the_linear_weights_of_the_layers(preset: str) -> None:
     chosen = formats(preset)
     layers = {name for name in chosen if name.startswith("layers.")}
@@ -100,7 +100,7 @@ def test_a_tied_embedding_stays() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "kind"),
-    [*((preset, "dense") for preset in PRESETS), ("int8", "sparse"), ("w4", "bias")],
+    [*((preset, "dense") for preset in QUANT_PRESETS), ("int8", "sparse"), ("w4", "bias")],
 )
 def test_what_is_saved_is_read_again(tmp_path: Path, preset: str, kind: str) -> None:
     config = CONFIGS[kind]
@@ -119,7 +119,7 @@ def test_what_is_saved_is_read_again(tmp_path: Path, preset: str, kind: str) -> 
     )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", QUANT_PRESETS)
 def test_files_have_the_published_keys(tmp_path: Path, plain: Path, preset: str) -> None:
     folder = quantised_folder(tmp_path / "coded", plain, preset)
     module = to_published(f"{LINEAR}.weight").removesuffix(".weight")
@@ -164,7 +164,7 @@ def test_they_are_computed_in_bfloat16(tmp_path: Path, plain: Path) -> None:
 
 def test_the_summary_counts_the_weights_and_names_the_formats(tmp_path: Path, plain: Path) -> None:
     before = summarise(CheckpointFolder.open(plain)).total
-    for preset in PRESETS:
+    for preset in QUANT_PRESETS:
         summary = summarise(
             CheckpointFolder.open(quantised_folder(tmp_path / preset, plain, preset))
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neounify.checkpoint import load_checkpoint
 from neounify.checkpoint.names import layer_of
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.checkpoint.sizes import kept_weights
 from neounify.checkpoint.staging import HostCopies
@@ -20,7 +20,7 @@ from neounify.errors import MemoryPlanError
 from neounify.flow.sampling import ImageSampling
 from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline, load
-from neounify.quant.presets import PRESETS
+from neounify.quant.presets import QUANT_PRESETS
 from neounify.serve.build import ServeConfig, build_service
 from neounify.serve.memory import EngineMemory
 from neounify.tasks.image import ImageRequest
@@ -59,7 +59,7 @@ def layer_bytes(model: NeoUnify) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", QUANT_PRESETS)
 def test_every_mode_computes_the_same_bits(deep: Path, preset: str, dtype: str) -> None:
     whole = load(deep, dtype=dtype, quantise=preset, memory="all")
     expected, answer = paint(whole), whole.chat("what is it?", max_new_tokens=6).token_ids
@@ -120,7 +120,7 @@ def test_layers_that_are_staged_are_quantised_where_they_arrive(
     assert torch.equal(paint(pipe), expected)
 
 
-@pytest.mark.parametrize("preset", [*PRESETS, None])
+@pytest.mark.parametrize("preset", [*QUANT_PRESETS, None])
 def test_the_plan_counts_the_bytes_of_the_codes(deep: Path, preset: str | None) -> None:
     model = load_checkpoint(deep, dtype="bfloat16", quantise=preset).model
     kept = kept_weights(CheckpointFolder.open(deep), torch.bfloat16, quantise=preset)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from neounify.checkpoint import CheckpointFolder, expected_shapes, load_checkpoint
 from neounify.checkpoint.gguf_save import save_gguf
 from neounify.checkpoint.load import LoadedCheckpoint
-from neounify.checkpoint.quantise import quantise_checkpoint
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantise_files import quantise_checkpoint
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.checkpoint.residency import Share
 from neounify.config import MlpConfig, ModelConfig
 from neounify.distributed.group import Group

@@ -10,7 +10,7 @@ import pytest
 
 import neounify
 from neounify.bundled import bundled_model
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.evaluate.metrics import psnr
 from neounify.flow.sampling import ImageSampling
 from neounify.serve.build import colocated

@@ -24,7 +24,7 @@ from neounify.checkpoint.config_json import write_config
 from neounify.checkpoint.load import expected_shapes
 from neounify.checkpoint.mapped import DTYPE_NAMES
 from neounify.checkpoint.names import family_of
-from neounify.checkpoint.quantise import Layout, shards_of, write_parts
+from neounify.checkpoint.quantise_files import Layout, shards_of, write_parts
 from neounify.checkpoint.qwen3_config import config_of
 from neounify.checkpoint.reader import (
     MAX_CONFIG_BYTES,

@@ -34,7 +34,7 @@ ARCHITECTURE = "sensenova_u15"
 VERSION = 3
 QUANTISED_PARTS = ("attention", "mlp", "experts")
 HALF_PARTS = ("embedding", "lm head")
-PRESETS = ("f16", *(name.lower() for name, format in BLOCK_FORMATS.items() if format.encode))
+GGUF_PRESETS = ("f16", *(name.lower() for name, format in BLOCK_FORMATS.items() if format.encode))
 """Formats of layers that can be written."""
 
 
@@ -57,9 +57,9 @@ def save_gguf(
     writes, all or nothing. Returns the folder. Raises RequestError for an unknown preset, and
     CheckpointError for weights that are damaged, or too large for the format.
     """
-    if preset not in PRESETS:
+    if preset not in GGUF_PRESETS:
         raise RequestError(
-            f"{preset!r} is no GGUF format written here; known: {', '.join(PRESETS)}"
+            f"{preset!r} is no GGUF format written here; known: {', '.join(GGUF_PRESETS)}"
         )
     shapes, family = expected_shapes(checkpoint.config), checkpoint.config.family
     checkpoint.check(shapes)

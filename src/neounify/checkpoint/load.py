@@ -118,11 +118,13 @@ def load_checkpoint(
     the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
     and no memory). Raises CheckpointError, ConfigError, MemoryPlanError or RequestError.
     """
-    _check_request(memory, plan, quantise, backend)
+    check_memory(memory, plan)
     checkpoint = _opened(folder, config)
+    check_backend_used(checkpoint, quantise, backend)
     target_device = resolve_device(device)
     choice = choose_dtype(dtype, checkpoint, target_device.type)
-    log.info("loading %s in %s", checkpoint.path.name, choice)
+    new = f", layers quantised to {quantise}" if quantise else ""
+    log.info("loading %s in %s%s", checkpoint.path.name, choice, new)
     model = meta_model(checkpoint.config)
     shapes = _shapes(model)
     checkpoint.check(shapes)
@@ -200,12 +202,6 @@ def _opened(
     return CheckpointFolder.open(folder, config)
 
 
-def _check_request(memory: str, plan: str, quantise: str | None, backend: str) -> None:
-    """Raise RequestError for an unknown name, and for what cannot go together."""
-    check_memory(memory, plan)
-    check_quantised(quantise, backend)
-
-
 def check_quantised(quantise: str | None, backend: str) -> None:
     """Raise RequestError for an unknown preset or backend, and for two that exclude each other."""
     if quantise is None and backend in ("auto", DECODED):
@@ -223,6 +219,18 @@ def check_quantised(quantise: str | None, backend: str) -> None:
             "weights of codes",
             param="quantise",
         )
+
+
+def check_backend_used(checkpoint: CheckpointFolder, quantise: str | None, backend: str) -> None:
+    """Raise the errors of `check_quantised`, and RequestError for a backend without codes."""
+    check_quantised(quantise, backend)
+    if backend in ("auto", DECODED) or quantise is not None or checkpoint.quantised:
+        return
+    raise RequestError(
+        f"backend {backend!r} is one of quantised weights, and {checkpoint.path.name} has none: "
+        "leave it out, or quantise the weights",
+        param="backend",
+    )
 
 
 def stored_weights(
@@ -254,7 +262,7 @@ def _place_codes(
     backend: str,
 ) -> dict[str, Tensor]:
     """Put quantised layers in place; the tensors that `sources` do not hold, by our names."""
-    from neounify.checkpoint.quantised import place_new, place_stored, quantised_config
+    from neounify.checkpoint.quantised_layers import place_new, place_stored, quantised_config
 
     if quantise:
         place_new(model, sources, quantise, backend, device)
@@ -391,15 +399,20 @@ def choose_dtype(dtype: Dtype, checkpoint: CheckpointFolder, device_type: str) -
         return DtypeChoice(resolved, "as asked for")
     stored = stored_dtype(checkpoint)
     if dtype == "stored" or device_type != "cpu" or stored.itemsize != 2 or multiplies(stored):
-        return DtypeChoice(stored, "as stored")
+        return DtypeChoice(stored, _as_stored(checkpoint))
     needed, memory = _bytes_in(checkpoint, torch.float32), memory_bytes()
     if needed > MAX_MEMORY_SHARE * memory:
         return DtypeChoice(
             stored,
-            f"as stored: this processor is slow in {_name(stored)}, but float32 would take "
-            f"{needed / 1e9:.0f} of {memory / 1e9:.0f} GB of memory",
+            f"{_as_stored(checkpoint)}: this processor is slow in {_name(stored)}, but float32 "
+            f"would take {needed / 1e9:.0f} of {memory / 1e9:.0f} GB of memory",
         )
     return DtypeChoice(torch.float32, f"stored as {_name(stored)}, in which this processor is slow")
+
+
+def _as_stored(checkpoint: CheckpointFolder) -> str:
+    labels = sorted({codes.label for codes in checkpoint.quantised.values()})
+    return f"layers stored as {', '.join(labels)}" if labels else "as stored"
 
 
 def stored_dtype(checkpoint: CheckpointFolder) -> torch.dtype:

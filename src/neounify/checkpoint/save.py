@@ -101,7 +101,7 @@ def new_checkpoint(
 
 def _published_tensors(model: NeoUnify, config: ModelConfig, *, cut: bool) -> dict[str, Tensor]:
     """The tensors of a model by published names; without values where it is cut over ranks."""
-    from neounify.checkpoint.quantised import describe, quant_modules
+    from neounify.checkpoint.quantised_layers import describe, quant_modules
 
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     absent = [name for name, tensor in state.items() if tensor.is_meta and not cut]

@@ -12,8 +12,8 @@ import PIL.Image
 
 from neounify.attention import check_backend
 from neounify.checkpoint.load import (
+    check_backend_used,
     check_memory,
-    check_quantised,
     choose_dtype,
     resolve_device,
 )
@@ -66,7 +66,7 @@ def check_model(options: ModelOptions | ServeModelOptions) -> CheckpointFolder:
     if isinstance(options, ModelOptions):
         check_devices(options.devices, "--devices")
         check_threads(options.threads)
-    check_quantised(options.quantise, options.backend)
+    check_backend_used(checkpoint, options.quantise, options.backend)
     check_loras(options.lora)
     return checkpoint
 

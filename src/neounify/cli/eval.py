@@ -109,12 +109,12 @@ def evaluate(
         from neounify.flow.sampling import ImageSampling
         from neounify.scenes.bench import PipelineSubject
 
-    check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
     model_config = check_model(model).config
     config = _config(options, model_config.token_size)
     ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
         model_config, editing=True
     )
+    check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
     check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
     with locked_folder(options.output):

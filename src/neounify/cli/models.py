@@ -118,7 +118,8 @@ def open_model(options: ModelOptions, display: Display) -> LoadedModel:
             quantise=options.quantise,
             backend=options.backend,
         )
-    display.note(f"{name} in {pipe.loaded_dtype}")
+    quantised = f", layers quantised to {options.quantise}" if options.quantise else ""
+    display.note(f"{name} in {pipe.loaded_dtype}{quantised}")
     model = LoadedModel(pipe, folder, tuple(loras), options.quantise)
     _ = model.description  # hashes the files now: an unreadable one must not cost an image
     return model

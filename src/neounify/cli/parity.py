@@ -86,8 +86,21 @@ def parity(
     """
     display = Display(quiet=report.quiet, json=report.json)
     folder, other = resolve_model(first, "MODEL"), resolve_model(second, "OTHER")
+    _check(folder, config, other, options)
     check_new_folder(output, "a report", overwrite=overwrite.overwrite)
     write_parity(folder, config, other, options, output, display)
+
+
+def _check(first: Path, config: Path | None, second: Path, options: ParityOptions) -> None:
+    """Check all options before anything is read. Raises the errors of loading."""
+    with lasting_imports():
+        from neounify.checkpoint import CheckpointFolder, choose_dtype
+        from neounify.checkpoint.load import check_backend_used
+        from neounify.cli.checks import check_device
+
+    choose_dtype(options.dtype, CheckpointFolder.open(first, config), "cpu")
+    check_device(options.device)
+    check_backend_used(CheckpointFolder.open(second, config), None, options.backend)
 
 
 def write_parity(

@@ -167,7 +167,7 @@ def _line(row: PlanRow, *, mark: bool) -> str:
         return f"{start}{'–':>9}   does not fit"
     step = "–" if row.step is None else _seconds(row.step)
     image = "–" if row.image is None else _duration(row.image)
-    text = "" if row.text is None else f"{row.text:.{0 if row.text >= 10 else 1}f} tokens/s"
+    text = "" if row.text is None else f"≤ {row.text:.{0 if row.text >= 10 else 1}f} tokens/s"
     return f"{start}{step:>9}{image:>9}   {text}"
 
 

@@ -81,9 +81,8 @@ def _write(
         import torch
 
         from neounify.checkpoint import CheckpointFolder, expected_shapes
-        from neounify.checkpoint.gguf_save import PRESETS as GGUF_PRESETS
-        from neounify.checkpoint.gguf_save import save_gguf
-        from neounify.checkpoint.quantise import check_plain, quantise_checkpoint
+        from neounify.checkpoint.gguf_save import GGUF_PRESETS, save_gguf
+        from neounify.checkpoint.quantise_files import check_plain, quantise_checkpoint
         from neounify.pipeline.loading import load_processor
         from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE
         from neounify.quant.presets import check_preset

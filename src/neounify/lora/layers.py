@@ -21,7 +21,7 @@ from torch.nn.functional import dropout, linear
 
 from neounify.checkpoint.lora_file import MAX_RANK
 from neounify.checkpoint.names import part_of, stream_of
-from neounify.checkpoint.quantised import quant_modules
+from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.config.ranges import STRICT, BelowOne, Positive, Range
 from neounify.errors import CheckpointError, ConfigError
 from neounify.model.build import without_values

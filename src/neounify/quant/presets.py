@@ -9,7 +9,7 @@ from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, PublishedFormat,
 from neounify.quant.rotation import group_size
 from neounify.quant.w4 import GROUP
 
-PRESETS = ("int8", "int8-all", "fp8", "w4-mixed", "w4")
+QUANT_PRESETS = ("int8", "int8-all", "fp8", "w4-mixed", "w4")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROBUST = ("q_proj", "k_proj", "gate_proj", "up_proj")
 """Projections whose weights feel 4 bits least; measured in docs/compression.md."""
@@ -17,9 +17,9 @@ ROBUST = ("q_proj", "k_proj", "gate_proj", "up_proj")
 
 def check_preset(preset: str) -> None:
     """Raise RequestError for a name that is no preset."""
-    if preset not in PRESETS:
+    if preset not in QUANT_PRESETS:
         raise RequestError(
-            f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}", param="quantise"
+            f"preset {preset!r} is unknown; known are {', '.join(QUANT_PRESETS)}", param="quantise"
         )
 
 
