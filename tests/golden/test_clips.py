@@ -5,15 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neounify.model import Document, Image, Layout, Noise, Text
+from neounify.cache import SequenceCache, new_cache
+from neounify.checkpoint import load_model
+from neounify.engine.denoiser import Denoiser, make_job
+from neounify.engine.sequences import ModelInput
+from neounify.engine.understanding import forward_und
+from neounify.flow.guidance import Branch
+from neounify.flow.sampling import ImageSampling
+from neounify.image.clips import fill_tubes, frame_levels, rows_to_frames, tube_rows
+from neounify.image.pixels import normalise_und
+from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.parts import GEN, UND
-from support.golden import load_fixture, needs_golden
+from neounify.tasks.video import clip_grid, draw_clip_noise
+from support.golden import checkpoint, load_fixture, needs_golden
+from support.golden_steps import SINGLE_PASS, TRAJECTORY, Steps
+from support.models import assert_close, one_thread
+
+__all__ = ["one_thread"]  # a fixture
 
 pytestmark = needs_golden
+FAMILY = "pixelumm"
 
 
 def test_positions_of_text_images_and_clips() -> None:
-    recorded, facts = load_fixture("common", "positions", "pixelumm")
+    recorded, facts = load_fixture("common", "positions", FAMILY)
     for name, span in (("text", Text(5)), ("image_2x3", Image(2, 3))):
         positions = Layout([Document((span,), start_t=7)])[UND].positions.T
         assert positions.dtype == recorded[name].dtype
@@ -23,8 +38,133 @@ def test_positions_of_text_images_and_clips() -> None:
 
 @pytest.mark.parametrize("fps", [24, 12, 30, 16, 60])
 def test_positions_at_every_frame_rate(fps: int) -> None:
-    recorded, facts = load_fixture("common", "positions", "pixelumm")
+    recorded, facts = load_fixture("common", "positions", FAMILY)
     clip = Noise(2, 3, 3, 24 / fps)
     positions = Layout([Document((clip,), start_t=7)])[GEN].positions.T
     assert torch.equal(positions.float(), recorded[f"video_3x2x3_fps{fps}"])
     assert clip.next_t(7) == facts["video"][str(fps)]["next"]
+
+
+# --- a whole model ---
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NeoUnify]:
+    root = tmp_path_factory.mktemp("clips")
+    folders = {name: checkpoint(name, root, FAMILY) for name in ("tiny-f18", "tiny-f22")}
+    return {name: load_model(path, config=path / "llm") for name, path in folders.items()}
+
+
+@pytest.mark.parametrize("name", ["tiny-f18", "tiny-f22"])
+def test_clips_to_rows_and_back(name: str) -> None:
+    recorded, _ = load_fixture(name, "vision", FAMILY)
+    frames = recorded["clip"].movedim(-1, 1).float() / 127.5 - 1
+    rows = tube_rows(frames, 16, 4)
+    assert_close(rows, recorded["tube_rows"], SINGLE_PASS)
+    back = rows_to_frames(recorded["tube_rows"], 2, 3, 16, 4).movedim(1, -1)
+    assert_close(back, recorded["tube_frames_back"], SINGLE_PASS)
+
+
+def _prefilled(model: NeoUnify, ids: list[int]) -> SequenceCache:
+    cache = new_cache(model, len(ids))
+    forward_und(model, [ModelInput(cache, (Text(len(ids)),), ids)])
+    return cache
+
+
+VIDEO_CASES = [
+    ("tiny-f18", "unipc"),
+    ("tiny-f18", "unipc_fps16"),
+    *(
+        ("tiny-f22", c)
+        for c in ("unipc", "unipc_neg", "unipc_fps16", "unipc_cfg1", "unipc7", "dpm")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "case"), VIDEO_CASES)
+def test_generated_clips(
+    name: str, case: str, models: dict[str, NeoUnify], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trajectories of both solvers, behind the recorded prompts, through the denoiser."""
+    recorded, facts = load_fixture(name, "t2v", FAMILY)
+    model, settings = models[name], facts["cases"][case]
+    frames, height, width = facts["frames_height_width"]
+    ids = {
+        branch: recorded.get(f"{case}.{branch}.ids", recorded[f"{branch}.ids"]).tolist()
+        for branch in ("cond", "uncond")
+    }
+    sampling = ImageSampling(
+        steps=settings["steps"],
+        shift=settings["shift"],
+        guidance=settings["guidance"],
+        solver="unipc" if settings["sampler"] == "unipc" else "dpm2m",
+        published_solver=True,
+    ).resolve(model.config, editing=False, video=True)
+    branches = sampling.guidance.branches()
+    prefixes: dict[Branch, SequenceCache] = {b: _prefilled(model, ids[b]) for b in branches}
+    grid = clip_grid(model.config, width, height, frames, settings["fps"])
+    generator = torch.Generator().manual_seed(facts["seed"])
+    noise = draw_clip_noise(model.config, grid, generator)[0]
+    assert torch.equal(noise, recorded["init_noise"])
+    steps = Steps(monkeypatch)
+    job = make_job(model, noise, grid, prefixes, sampling)
+    denoiser = Denoiser(model)
+    with torch.inference_mode():
+        while not job.done:
+            denoiser.step([job])
+    wanted = recorded.get(f"{case}.noise_positions", recorded["cond.noise_positions"])
+    assert torch.equal(steps.positions[0]["cond"].float(), wanted)
+    assert torch.allclose(torch.tensor(steps.t).double(), 1 - recorded[f"{case}.t"], atol=1e-6)
+    if f"{case}.z" in recorded:
+        for number, z in enumerate(recorded[f"{case}.z"]):
+            assert_close(steps.z[number], z, TRAJECTORY)
+    assert_close(job.z, recorded[f"{case}.final"], TRAJECTORY)
+    if f"{case}.uint8" in recorded:
+        pixels = rows_to_frames(job.z, grid.rows, grid.columns, 16, 4)
+        levels = frame_levels(pixels).int() - recorded[f"{case}.uint8"].int()
+        assert levels.abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["tubes", "sparse"])
+def test_clips_to_look_at(kind: str, models: dict[str, NeoUnify]) -> None:
+    """Prefill of tubes, each with its own embedding and t, and of frames as images."""
+    model, (recorded, facts) = models["tiny-f22"], load_fixture("tiny-f22", "video_und", FAMILY)
+    frames = normalise_und(recorded["frames"].movedim(-1, 1).float() / 255, "symmetric")
+    images = list(frames[:3])
+    if kind == "tubes":
+        images = list(fill_tubes(frames, 4).split(4))
+    spans: list[Span] = []
+    shown = [model.token_grid(image) for image in images]
+    grids = iter(shown)
+    for what, length in facts[f"{kind}.answer"]["segments"]:
+        spans.append(Image.of(next(grids)) if what == "image" else Text(length))
+    ids = [token for token in recorded[f"{kind}.ids"].tolist() if token >= 0]
+    layout = Layout([Document(tuple(spans))])
+    assert torch.equal(layout[UND].positions.T.float(), recorded[f"{kind}.positions"])
+    _check_mask(layout, recorded[f"{kind}.mask"])
+    cache = new_cache(model, layout[UND].length)
+    if f"{kind}.inputs_embeds" in recorded:
+        embedded = model.embed_und(layout, torch.tensor(ids), images)
+        assert_close(embedded, recorded[f"{kind}.inputs_embeds"], SINGLE_PASS)
+    hidden = forward_und(model, [ModelInput(cache, tuple(spans), ids, images)])
+    assert_close(hidden[0], recorded[f"{kind}.last_hidden"][-1], SINGLE_PASS)
+    if f"{kind}.layer0.k" in recorded:
+        for layer in range(model.config.num_layers):
+            k, v = cache.read(layer, cache.length)
+            assert_close(k, recorded[f"{kind}.layer{layer}.k"][0], SINGLE_PASS)
+            assert_close(v, recorded[f"{kind}.layer{layer}.v"][0], SINGLE_PASS)
+    for token, logits in zip(
+        recorded[f"{kind}.answer_ids"].tolist(), recorded[f"{kind}.answer_logits"], strict=True
+    ):
+        assert_close(model.logits(hidden)[0], logits, SINGLE_PASS)
+        assert int(logits.argmax()) == token
+        hidden = forward_und(model, [ModelInput(cache, (Text(1),), [token])])
+
+
+def _check_mask(layout: Layout, mask: torch.Tensor) -> None:
+    """Blocks of one document of the understanding stream, as a table of who sees whom."""
+    seen = torch.zeros_like(mask)
+    for block in layout[UND].blocks:
+        for row in range(block.start, block.stop):
+            seen[row, : row + 1 if block.causal else block.visible] = 1
+    assert torch.equal(seen, mask)

@@ -25,6 +25,7 @@ from neounify.cli.display import Display
 from neounify.cli.models import parse_devices, parse_loras, resolve_model
 from neounify.cli.options import (
     ChatOptions,
+    ClipOptions,
     EditOptions,
     GenerateOptions,
     ImageGuidanceOptions,
@@ -40,6 +41,7 @@ from neounify.tasks.chat import make_chat_request
 from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.interleave import InterleaveRequest
+from neounify.tasks.video import OutputShape, clip_shape
 from neounify.text.template import Message, place_images
 
 if TYPE_CHECKING:
@@ -127,11 +129,13 @@ def check_image_request(
         raise RequestError("edit needs at least one image; generate needs none")
     check_prompt(prompt, len(images))
     values = options.arguments()
-    width, height = output_size(config, *options.dimensions(), *images[:1])
+    shape = output_shape(options, config, images)
     ImageRequest(
         prompt=prompt,
-        width=width,
-        height=height,
+        width=shape.width,
+        height=shape.height,
+        frames=shape.frames,
+        fps=shape.fps,
         sampling=resolve_sampling(options, config),
         images=tuple(images),
         seed=options.seed,
@@ -139,6 +143,24 @@ def check_image_request(
         **_chosen(values, ("max_think_tokens", *_COMMON)),
     )
     _check_system(options.system)
+
+
+def of_clips(options: ImageOptions) -> bool:
+    """Whether clips are generated, and no images."""
+    return isinstance(options, ClipOptions) and options.frames is not None
+
+
+def output_shape(
+    options: GenerateOptions, config: ModelConfig, images: InputImages = ()
+) -> OutputShape:
+    """Size of what is generated. Raises the errors that generating it would raise."""
+    if isinstance(options, ClipOptions):
+        if options.frames is not None:
+            return clip_shape(config, options.dimensions(), options.frames, options.fps)
+        if options.fps is not None:
+            raise UsageError("--fps is of videos: give --frames too")
+    width, height = output_size(config, *options.dimensions(), *images[:1])
+    return OutputShape(width=width, height=height)
 
 
 def check_chat_request(
@@ -178,14 +200,16 @@ def resolve_sampling(options: ImageOptions, config: ModelConfig) -> ResolvedSamp
     """The sampling settings with the checkpoint's defaults resolved. Raises RequestError."""
     chosen = _chosen(options.arguments(), _SAMPLING)
     return ImageSampling(**chosen).resolve(
-        config, editing=isinstance(options, ImageGuidanceOptions)
+        config, editing=isinstance(options, ImageGuidanceOptions), video=of_clips(options)
     )
 
 
 def note_size(
     options: ImageOptions, config: ModelConfig, display: Display, images: InputImages = ()
 ) -> None:
-    """A line on stderr for a size the model was not trained at."""
+    """A line on stderr for a size of images that the model was not trained at."""
+    if of_clips(options):
+        return
     size = output_size(config, *options.dimensions(), *images[:1])
     if advice := size_advice(config, *size):
         display.note(f"warning: {advice}")

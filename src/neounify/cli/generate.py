@@ -1,4 +1,4 @@
-"""`neounify generate`: images from prompts of the command line or of a JSONL file."""
+"""`neounify generate`: images and videos from prompts of the command line or of a JSONL file."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from neounify.cli.display import Display, printable
 from neounify.cli.files import slug, writable_folder
 from neounify.cli.models import LoadedModel, open_model, resolve_model
 from neounify.cli.options import (
+    ClipOptions,
     EditOptions,
     GenerateOptions,
     ImageOutputOptions,
@@ -42,7 +43,7 @@ OTHER_SUFFIXES = (
     *(".jpg", ".jpeg", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".avif", ".heic", ".json"),
 )
-"""Endings of --output, besides .png, that name a file and not a folder."""
+"""Endings of --output, besides .png and .mp4, that name a file and not a folder."""
 
 
 def generate(
@@ -55,20 +56,21 @@ def generate(
     ] = None,
     *,
     model: ModelOptions,
-    options: GenerateOptions,
+    options: ClipOptions,
     output: ImageOutputOptions,
     batch: BatchOptions,
     report: ReportOptions,
 ) -> None:
-    """Generate images from prompts.
+    """Generate images, or videos, from prompts.
 
-    Images are saved as PNG in the folder `outputs`. Everything needed to generate one again is
-    inside the file and beside it as JSON.
+    Images are saved as PNG in the folder `outputs`, videos as MP4. Everything needed to generate
+    one again is inside the file and beside it as JSON.
 
     \b
       neounify generate "a red boat on a calm lake" --model FOLDER
       neounify generate "a cat" "a dog" --size 1024x768 --seed 7 --count 4
       neounify generate --input prompts.jsonl --output images
+      neounify generate "a star moves left" --frames 48 --fps 24 --output star.mp4
     """
     resolve_model(model.model)
     if batch.input is not None:
@@ -97,7 +99,7 @@ def generate_prompts(
     editing = isinstance(options, EditOptions)
     if editing and not images:
         raise UsageError("give --image FILE, the image to edit (`generate` needs none)")
-    exact = _exact_file(output, len(prompts) * options.count)
+    exact = _exact_file(output, len(prompts) * options.count, _suffix(options))
     config = check_model(model).config
     inputs = read_images(images, colour_profiles=model.colour_profiles)
     for prompt in prompts:
@@ -118,7 +120,7 @@ def generate_prompts(
         chunk = jobs[start : start + size]
         results = generate_jobs(loaded, chunk, display, previews=output.previews)
         for job, result in _each(chunk, results):
-            wanted = exact or folder / _name(job, result)
+            wanted = exact or folder / f"{_name(job, result)}{_suffix(options)}"
             try:
                 path = save_image(result, wanted, overwrite=output.overwrite)
             except WriteError as error:
@@ -153,7 +155,7 @@ def generate_batch(
     if prompts or images:
         raise UsageError("give prompts and images on the command line or with --input, not both")
     check_jobs_file(batch.input)
-    if output.output.suffix.lower() in (".png", *OTHER_SUFFIXES):
+    if output.output.suffix.lower() in (".png", ".mp4", *OTHER_SUFFIXES):
         raise UsageError(f"--output {output.output} names one file; --input needs a folder")
     config = check_model(model).config
     resolve_sampling(options, config)
@@ -204,7 +206,8 @@ class ImageLines:
         stem = f"{line.number:04d}-{slug(line.prompt)}" if line.id is None else slug(str(line.id))
         files: list[str] = []
         for image in images:
-            wanted = folder / f"{stem}_s{line.options.seed}_{image.record['index']}.png"
+            name = f"{stem}_s{line.options.seed}_{image.record['index']}"
+            wanted = folder / f"{name}{_suffix(line.options)}"
             path = save_image(image, wanted, overwrite=self._output.overwrite)
             files.append(path.name)
             if image.sheet is not None:
@@ -217,16 +220,25 @@ class ImageLines:
         }
 
 
-def _exact_file(output: ImageOutputOptions, images: int) -> Path | None:
-    """The one file that --output names, or None when it is a folder."""
+def _suffix(options: GenerateOptions) -> str:
+    from neounify.cli.checks import of_clips
+
+    return ".mp4" if of_clips(options) else ".png"
+
+
+def _exact_file(output: ImageOutputOptions, images: int, wanted: str) -> Path | None:
+    """The one file that --output names, which ends in `wanted`, or None when it is a folder."""
     path = output.output
     suffix = path.suffix.lower()
-    if path.is_dir() or suffix not in (".png", *OTHER_SUFFIXES):
+    if path.is_dir() or suffix not in (".png", ".mp4", *OTHER_SUFFIXES):
         return None
-    if suffix != ".png":
-        raise UsageError(f"--output {path}: images are saved as .png, or into a folder")
+    if suffix != wanted:
+        what = "images are saved as .png" if wanted == ".png" else "videos are saved as .mp4"
+        hint = "; --frames N generates a video" if suffix == ".mp4" else ""
+        raise UsageError(f"--output {path}: {what}, or into a folder{hint}")
     if images > 1:
-        raise UsageError(f"--output {path} names one file for {images} images; name a folder")
+        what = "images" if wanted == ".png" else "videos"
+        raise UsageError(f"--output {path} names one file for {images} {what}; name a folder")
     return path
 
 
@@ -245,7 +257,7 @@ def _what_is_left(files: Sequence[dict[str, object]], jobs: Sequence[ImageJob]) 
 
 
 def _name(job: ImageJob, result: RecordedImage) -> str:
-    return f"{slug(job.prompt)}_s{job.options.seed}_{result.record['index']}.png"
+    return f"{slug(job.prompt)}_s{job.options.seed}_{result.record['index']}"
 
 
 def _each(
@@ -273,6 +285,8 @@ def _print_saved(display: Display, path: Path, result: RecordedImage) -> None:
         display.say(f"thought: {printable(record['thought'])}")
     width, height = record["size"]
     facts = f"{width}x{height}, seed {record['seed']}, {record['settings']['steps']} steps"
+    if "frames" in record:
+        facts = f"{record['frames']} frames at {record['fps']:g} a second, {facts}"
     display.result(f"saved {path}  ({facts})", path)
     if result.sheet is not None:
         display.say(f"saved {sheet_path(path)}  (the image after each step)")

@@ -1,4 +1,4 @@
-"""Images of the command line: jobs, generation, records, files, contact sheets of previews."""
+"""Images and videos of the command line: jobs, generation, records, files, sheets of previews."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 import neounify
-from neounify.cli.checks import resolve_sampling
+from neounify.cli.checks import of_clips, resolve_sampling
 from neounify.cli.command import CliError
 from neounify.cli.display import Display
-from neounify.cli.files import candidates, write_new, write_whole
+from neounify.cli.files import candidates, write_error, write_new, write_whole
 from neounify.cli.models import LoadedModel
 from neounify.cli.options import EditOptions, GenerateOptions, ImageOptions
 from neounify.config import ModelConfig
@@ -24,7 +24,8 @@ from neounify.errors import ImageError
 from neounify.files import check_absent
 from neounify.image.io import read_metadata
 from neounify.pipeline import ImageProgress, ImageResult
-from neounify.provenance.metadata import CHUNK, encode_image
+from neounify.provenance.metadata import CHUNK, encode_image, write_packet
+from neounify.video.clip import Video
 
 THUMBNAIL = 192
 GAP = 4
@@ -49,9 +50,9 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class RecordedImage:
-    """A generated image, its record, and its contact sheet of previews if one was asked for."""
+    """A generated image or clip, its record, and its contact sheet of previews if asked for."""
 
-    image: Image.Image
+    image: Image.Image | Video
     record: dict[str, Any]
     sheet: Image.Image | None = None
 
@@ -100,17 +101,21 @@ def generate_jobs(
                 sheets.add(progress)
 
         result = _call(model, jobs, on_step)
-    images, count = result.images, jobs[0].options.count
+    count = jobs[0].options.count
+    images: Sequence[Image.Image | Video] = result.videos or result.images
     recorded: list[list[RecordedImage]] = []
     for number, job in enumerate(jobs):
         of_job = []
         for index in range(count):
             position = number * count + index
-            size = images[position].size
+            image = images[position]
+            size = _size_of(image)
             record = make_record(model, job, size, index + 1, result.thoughts[number])
+            if isinstance(image, Video):
+                record |= {"frames": len(image.frames), "fps": float(image.fps)}
             record["evaluations"] = result.evaluations[position]
             sheet = None if sheets is None else sheets.sheet(position)
-            of_job.append(RecordedImage(images[position], record, sheet))
+            of_job.append(RecordedImage(image, record, sheet))
         recorded.append(of_job)
     return recorded
 
@@ -133,9 +138,17 @@ def _call(model: LoadedModel, jobs: Sequence[ImageJob], on_step: Any) -> ImageRe
     )
 
 
+def _size_of(image: Image.Image | Video) -> tuple[int, int]:
+    """(width, height) in pixels."""
+    if isinstance(image, Video):
+        return image.frames.shape[2], image.frames.shape[1]
+    return image.size
+
+
 def _label(jobs: Sequence[ImageJob]) -> str:
     images = sum(job.options.count for job in jobs)
-    return "generating" if images == 1 else f"generating {images} images"
+    what = "videos" if of_clips(jobs[0].options) else "images"
+    return "generating" if images == 1 else f"generating {images} {what}"
 
 
 # --- records ---
@@ -237,7 +250,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
-    """Save a PNG and its JSON, under the next free name where `wanted` is taken.
+    """Save a PNG, or an MP4, and its JSON, under the next free name where `wanted` is taken.
 
     A name also counts as free when it holds the same job of a batch that was interrupted.
     """
@@ -249,7 +262,7 @@ def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
         elif path.exists() or not write_new(beside, text):
             continue
         try:
-            write_whole(path, to_png(result.image, result.record))
+            _write(result, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
@@ -257,6 +270,16 @@ def save_image(result: RecordedImage, wanted: Path, *, overwrite: bool) -> Path:
             write_whole(sheet_path(path), to_png(result.sheet))
         return path
     raise AssertionError("names never run out")
+
+
+def _write(result: RecordedImage, path: Path) -> None:
+    if isinstance(result.image, Video):
+        try:
+            result.image.save(path, xmp=write_packet(result.record))
+        except OSError as error:
+            raise write_error(path, error) from error
+    else:
+        write_whole(path, to_png(result.image, result.record))
 
 
 def check_free(path: Path) -> None:

@@ -383,6 +383,24 @@ class GenerateOptions(ImageOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipOptions(GenerateOptions):
+    """Generation of images, or with `frames` of clips, from a prompt."""
+
+    frames: Annotated[
+        int | None,
+        option(IMAGES, "N", "Frames of a video to generate instead, a multiple of a tube's."),
+    ] = None
+    fps: Annotated[
+        float | None, option(IMAGES, "RATE", "Frames per second. Default: the checkpoint's.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        rate = {} if self.fps is None else {"fps": self.fps}
+        frames = {} if self.frames is None else {"frames": self.frames}
+        return super().arguments() | frames | rate
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageGuidanceOptions(ImageOptions):
     """Guidance by input images."""
 

@@ -200,6 +200,20 @@ class CheckpointDefaults:
             require(error is None, f"sampling.{error}")
         _require_one_of("sampling.solver", self.solver, SolverName)
 
+    def of_video(self) -> CheckpointDefaults:
+        """The same defaults with those of videos in place of images'."""
+        video = self.video
+        return dataclasses.replace(
+            self,
+            image_size=video.size,
+            steps=video.steps,
+            guidance=video.guidance,
+            shift=video.shift,
+            solver=video.solver,
+            trained_sizes=(),
+            trained_pixels=None,
+        )
+
     def edit_bounds(self, num_images: int) -> tuple[int, int]:
         """(minimum, maximum) area of each of the `num_images` input images of an edit.
 

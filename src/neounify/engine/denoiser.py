@@ -20,6 +20,7 @@ from neounify.engine.graphs import DenoisingGraphs, recordable
 from neounify.flow.guidance import Branch, Guidance, GuidanceRun
 from neounify.flow.path import clean_from_velocity, noise_scale, velocity
 from neounify.flow.sampling import ResolvedSampling, Solver, StepCache, make_solver
+from neounify.image.clips import rows_to_frames
 from neounify.image.pixels import unpatchify
 from neounify.model.layout import Document, Grid, Layout, Noise, to_device
 from neounify.model.neo import NeoUnify
@@ -173,6 +174,18 @@ def to_pixels(
     return unpatchify(images, grid.rows, grid.columns, config.token_size, config.channels)[0].cpu()
 
 
+@torch.inference_mode(False)
+def tube_frames(
+    tokens: Float[Tensor, "n fccc"], grid: Grid, number: int, config: ModelConfig
+) -> Float[Tensor, "frames c h w"]:
+    """The frames of one tube of a clip, float32 on the CPU."""
+    assert config.video is not None
+    count = grid.rows * grid.columns
+    tube = tokens[number * count : (number + 1) * count]
+    size, frames = config.token_size, config.video.tube_frames
+    return rows_to_frames(tube, grid.rows, grid.columns, size, frames).float().cpu()
+
+
 # --- many images ---
 
 Run = tuple[DenoiseJob, Branch]
@@ -249,7 +262,10 @@ class Denoiser:
             share = max(rows, copied / min(self.plan.prefix_rows, self.plan.denoise_rows))
             return len(job.branches()) * share
 
-        yield from groups(jobs, share_of, 1)
+        # Rows of images and of clips differ in width.
+        for tubes in (False, True):
+            of_kind = [job for job in jobs if bool(job.grid.tubes) == tubes]
+            yield from groups(of_kind, share_of, 1)
 
     def _move(self, runs: tuple[Run, ...], call: _Call | None) -> Iterator[None]:
         """Move the jobs of runs by a step; `call` is that of this rank's runs, if it has some."""

@@ -11,9 +11,10 @@ import torch
 
 from neounify.cache import SequenceCache
 from neounify.distributed.group import ALONE
-from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels
+from neounify.engine.denoiser import DenoiseJob, Denoiser, make_job, to_pixels, tube_frames
 from neounify.engine.messages import (
     Cancel,
+    FramesReady,
     GenerateImages,
     ImageReady,
     KeepPrefix,
@@ -29,6 +30,7 @@ from neounify.engine.messages import (
 )
 from neounify.engine.spread import Spread
 from neounify.errors import EngineDied, not_finite
+from neounify.image.clips import frame_levels
 from neounify.model.neo import NeoUnify
 from neounify.runtime.plan import ExecutionPlan, measured_plan
 
@@ -315,17 +317,35 @@ class GenerationEngine:
         if not torch.isfinite(job.z).all():
             raise not_finite()
         evaluations = job.layers_run / self.model.config.num_layers
-        done = ImageReady(image.index, self._pack(job, job.z), evaluations)
+        done: list[ImageReady | FramesReady]
+        if job.grid.tubes:
+            done = list(self._frames(image, evaluations))
+        else:
+            done = [ImageReady(image.index, self._pack(job, job.z), evaluations)]
         self._images.remove(image)
         self._unfinished[image.call] -= 1
         last = not self._unfinished[image.call]
         if last:
             self._drop(image.call)
-        self.replies.append(Reply(image.call, done, last))
+        for answer in done:
+            self.replies.append(Reply(image.call, answer, last and answer is done[-1]))
 
     def _pack(self, job: DenoiseJob, tokens: torch.Tensor) -> TensorRef:
+        """The pixels of an image, or of the frame in the middle of a clip."""
+        if job.grid.tubes:
+            middle = tube_frames(tokens, job.grid, job.grid.tubes // 2, self.model.config)
+            return self.transport.pack({"pixels": middle[0].clone()})
         pixels = to_pixels(tokens, job.grid, self.model.config)
         return self.transport.pack({"pixels": pixels})
+
+    def _frames(self, image: _Image, evaluations: float) -> Iterator[FramesReady]:
+        """The frames of a finished clip, tube by tube; as levels they take a quarter of z."""
+        grid = image.job.grid
+        for number in range(grid.tubes):
+            frames = tube_frames(image.job.z, grid, number, self.model.config)
+            ref = self.transport.pack({"frames": frame_levels(frames)})
+            first, total = number * len(frames), grid.tubes * len(frames)
+            yield FramesReady(image.index, first, total, ref, evaluations)
 
     def _drop(self, call: int) -> None:
         self._images = [image for image in self._images if image.call != call]

@@ -239,10 +239,11 @@ class KeepPrefix:
 
 @dataclass(frozen=True)
 class GenerateImages:
-    """Generate images behind the same prefixes; `noise` refers to [count, tokens, token_width].
+    """Generate images, or clips, behind the same prefixes.
 
-    A prefix is passed, or named if kept. After each of `preview_steps`, counted from 1, a
-    StepPreview of each image is sent.
+    `noise` refers to [count, tokens, token_width], of a `grid` with tubes to [count, tokens,
+    tube_width]. A prefix is passed, or named if kept. After each of `preview_steps`, counted from
+    1, a StepPreview of each image is sent.
     """
 
     call: int
@@ -315,7 +316,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class StepPreview:
-    """Image `index` after `step` of `steps`; `pixels` [channels, height, width] its prediction."""
+    """Image `index` after `step` of `steps`; `pixels` [channels, height, width] its prediction.
+
+    That of a clip is the frame in its middle.
+    """
 
     index: int
     step: int
@@ -333,6 +337,21 @@ class ImageReady:
 
     index: int
     pixels: TensorRef
+    evaluations: float
+
+
+@dataclass(frozen=True)
+class FramesReady:
+    """Frames of clip `index` from number `first` of `total`, in order, once they are final.
+
+    The reference is to `frames`, uint8 [n, height, width, channels]. `evaluations` as of
+    `ImageReady`, for the whole clip.
+    """
+
+    index: int
+    first: int
+    total: int
+    frames: TensorRef
     evaluations: float
 
 
@@ -367,6 +386,7 @@ Answer = (
     | Kept
     | StepPreview
     | ImageReady
+    | FramesReady
     | Failed
 )
 
@@ -427,6 +447,8 @@ def refs_of(answer: Answer) -> tuple[TensorRef, ...]:
     """Tensor references of an answer, which its receiver has to take or free."""
     if isinstance(answer, Exported):
         return tuple(prefix.ref for prefix in answer.prefixes)
+    if isinstance(answer, FramesReady):
+        return (answer.frames,)
     return (answer.pixels,) if isinstance(answer, StepPreview | ImageReady) else ()
 
 

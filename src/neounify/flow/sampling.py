@@ -339,13 +339,17 @@ class ImageSampling:
     def __post_init__(self) -> None:
         self._resolve(CheckpointDefaults(), FlowConfig(), editing=False)
 
-    def resolve(self, config: ModelConfig, *, editing: bool) -> ResolvedSampling:
+    def resolve(
+        self, config: ModelConfig, *, editing: bool, video: bool = False
+    ) -> ResolvedSampling:
         """The values to sample with: those named here, else the checkpoint's.
 
-        `editing`: whether there are input images, whose guidance follows another formula. Raises
-        RequestError for what edits do not have.
+        `editing`: whether there are input images, whose guidance follows another formula. `video`:
+        whether a clip is sampled, which has other defaults. Raises RequestError for what edits do
+        not have.
         """
-        return self._resolve(config.sampling, config.flow, editing=editing)
+        defaults = config.sampling.of_video() if video else config.sampling
+        return self._resolve(defaults, config.flow, editing=editing)
 
     def _resolve(
         self, defaults: CheckpointDefaults, flow: FlowConfig, *, editing: bool

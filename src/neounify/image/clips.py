@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -66,3 +66,12 @@ def join_rows(rows: Sequence[Float[Tensor, "_n _values"]]) -> Float[Tensor, "n v
     """Rows of tokens one after the other, padded with zeros to the longest."""
     width = max(x.shape[1] for x in rows)
     return torch.cat([pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x for x in rows])
+
+
+@torch.inference_mode(False)
+def frame_levels(
+    frames: Float[Tensor, "frames c height width"],
+) -> UInt8[Tensor, "frames height width c"]:
+    """Frames of the generation stream, in [-1, 1], clamped and rounded to 256 levels."""
+    levels = (((frames.float() + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 from neounify.config import ModelConfig
+from neounify.image.clips import join_rows, tube_rows
 from neounify.image.pixels import patchify
 from neounify.model import heads
-from neounify.model.layout import Grid, Layout, Rows, StreamRows, grid_patches
+from neounify.model.layout import Grid, Kind, Layout, Rows, StreamRows, grid_patches
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import (
     Attend,
@@ -50,17 +51,17 @@ ScoreFunction = Callable[[Logits, Tensor], Any]
 class ModelBatch:
     """Input of one call of the streams: of both without caches, or of `gen` behind cached prompts.
 
-    `ids` of all text tokens and `images`, ImageNet-normalised pixels, as for `embed_und`, None
-    where the prompts are cached; `z`, `t` and `noise_scale` as for `embed_noisy`, None without
-    noisy images. `logit_rows` are the understanding rows whose logits are computed, None for all.
-    `rows` are those that the layers compute here, None for all, and `logit_rows` count from their
-    first one; an image head that reads an image as a whole needs all rows.
+    `ids` of all text tokens and `images`, as for `embed_und`, None where the prompts are cached;
+    `z`, `t` and `noise_scale` as for `embed_noisy`, None without noisy images. `logit_rows` are the
+    understanding rows whose logits are computed, None for all. `rows` are those that the layers
+    compute here, None for all, and `logit_rows` count from their first one; an image head that
+    reads an image as a whole needs all rows.
     """
 
     layout: Layout
     attend: Attend
     ids: Int[Tensor, " n"] | None = None
-    images: Sequence[Float[Tensor, "c _height _width"]] = ()
+    images: Sequence[Float[Tensor, "*_frames c _height _width"]] = ()
     z: Float[Tensor, "g ccc"] | None = None
     t: Float[Tensor, " j"] | None = None
     noise_scale: Float[Tensor, " j"] | None = None
@@ -135,9 +136,12 @@ class NeoUnify(nn.Module):
         self,
         layout: Layout,
         token_ids: Int[Tensor, " n"],
-        images: Sequence[Float[Tensor, "c _height _width"]] = (),
+        images: Sequence[Float[Tensor, "*_frames c _height _width"]] = (),
     ) -> Float[Tensor, "u d"]:
-        """Embed all text tokens and clean images (`config.und_pixels`), in packed order."""
+        """Embed all text tokens, clean images and tubes, in packed order.
+
+        `images` have pixels as `config.und_pixels` says; those of a tube are [F, c, height, width].
+        """
         rows = layout[UND]
         grids = [self.token_grid(image) for image in images]
         if grids != rows.grids or token_ids.shape[0] != layout.text_length:
@@ -148,10 +152,13 @@ class NeoUnify(nn.Module):
         parts = []
         if token_ids.numel():
             parts.append(self.embed_tokens(token_ids).to(self.compute_dtype))
-        if images:
-            side, channels = self.config.token_size, self.config.channels
-            pixels = torch.cat([patchify(image[None], side, channels)[0] for image in images])
-            parts.append(self.und_patch(pixels.to(self.compute_dtype), rows))
+        side, channels = self.config.token_size, self.config.channels
+        stills = [patchify(image[None], side, channels)[0] for image in images if image.ndim == 3]
+        if stills:
+            parts.append(self.und_patch(torch.cat(stills).to(self.compute_dtype), rows))
+        tubes = [tube_rows(image, side, len(image)) for image in images if image.ndim == 4]
+        if tubes:
+            parts.append(self.und_tube(torch.cat(tubes).to(self.compute_dtype)))
         x = torch.cat(parts) if len(parts) > 1 else parts[0]
         order = rows.order_on(x.device)
         return x if order is None else x.index_select(0, order)
@@ -163,10 +170,11 @@ class NeoUnify(nn.Module):
         t: Float[Tensor, " j"],
         noise_scale: Float[Tensor, " j"],
     ) -> Float[Tensor, "g d"]:
-        """The generation stream's embedding of all noisy images, in packed order.
+        """The generation stream's embedding of all noisy images and clips, in packed order.
 
-        `z` holds one row per token, pixels in order (row, column, channel); `t` in
-        [0, 1] and `noise_scale` (σ) are per image.
+        `z` holds one row per token, pixels in order (row, column, channel), of clips (frame, row,
+        column, channel); rows of images are padded where there are clips too. `t` in [0, 1] and
+        `noise_scale` (σ) are per image or clip.
         """
         flow, rows = self.config.flow, layout[GEN]
         count = len(rows.grids)
@@ -175,7 +183,7 @@ class NeoUnify(nn.Module):
                 f"z {tuple(z.shape)}, t {tuple(t.shape)} and noise_scale "
                 f"{tuple(noise_scale.shape)} do not fit images of {_sizes(rows.grids)} tokens"
             )
-        x: Tensor = self.gen_patch(z.to(self.compute_dtype), rows)
+        x = self._embed_pixels(z.to(self.compute_dtype), rows)
         conditions = []
         if flow.time_embedding:
             conditions.append(self.timestep_embedder(t, self.compute_dtype))
@@ -185,6 +193,22 @@ class NeoUnify(nn.Module):
         for condition in conditions[1:]:
             conditions[0] = conditions[0] + condition
         return x + conditions[0].index_select(0, rows.owners_on(z.device)) if conditions else x
+
+    def _embed_pixels(self, z: Float[Tensor, "g _ccc"], rows: StreamRows) -> Float[Tensor, "g d"]:
+        """Embedding of noisy pixels, each kind of token by its own layers."""
+        parts: list[Tensor] = []
+        widths: dict[Kind, int] = {"image": self.config.token_width, "tube": self.config.tube_width}
+        for kind, width in widths.items():
+            if not rows.grids_of(kind):
+                continue
+            chosen = rows.rows_of(kind, z.device)
+            pixels = z if chosen is None else z.index_select(0, chosen)
+            # What is behind the width of a kind is padding.
+            pixels = pixels if chosen is None else pixels[:, :width]
+            is_image = kind == "image"
+            parts.append(self.gen_patch(pixels, rows) if is_image else self.gen_tube(pixels))
+        order = rows.order_on(z.device)
+        return parts[0] if order is None else torch.cat(parts).index_select(0, order)
 
     def backbone(
         self,
@@ -255,8 +279,19 @@ class NeoUnify(nn.Module):
     def clean_prediction(
         self, hidden: Float[Tensor, "g d"], grids: Sequence[Grid]
     ) -> Float[Tensor, "g ccc"]:
-        """The predicted clean image x̂: one row per token, pixels as (row, column, channel)."""
-        return self.image_head(hidden, grids)
+        """The predicted clean images and clips x̂: one row per token, as `z` of `embed_noisy`.
+
+        `hidden` are the rows of all `grids`, or of one kind of them some rows.
+        """
+        tubes = [bool(grid.tubes) for grid in grids]
+        if not any(tubes):
+            return self.image_head(hidden, grids)
+        if all(tubes):
+            return self.video_head(hidden)
+        pieces = hidden.split([grid.length for grid in grids])
+        return join_rows(
+            [self.clean_prediction(x, [grid]) for x, grid in zip(pieces, grids, strict=True)]
+        )
 
     def forward(self, batch: ModelBatch, score: ScoreFunction | None = None) -> ModelOutput:
         """The streams of many packed documents in one call; differentiable.
@@ -294,10 +329,19 @@ class NeoUnify(nn.Module):
             )
         return embedded
 
-    def token_grid(self, image: Float[Tensor, "c _height _width"]) -> Grid:
-        """Token rows and columns of an image; ValueError when a side is no multiple of C."""
-        _, height, width = image.shape
-        return Grid.of_pixels(height, width, self.config.token_size)
+    def token_grid(self, image: Float[Tensor, "*_frames c _height _width"]) -> Grid:
+        """Token rows and columns of an image or a tube.
+
+        ValueError when a side is no multiple of C, and for another number of frames.
+        """
+        grid = Grid.of_pixels(image.shape[-2], image.shape[-1], self.config.token_size)
+        if image.ndim == 3:
+            return grid
+        video = self.config.video
+        if video is None or not video.und or len(image) != video.tube_frames:
+            tubes = f"tubes of {video.tube_frames}" if video and video.und else "no tubes"
+            raise ValueError(f"{len(image)} frames are no tube: the model reads {tubes}")
+        return replace(grid, tubes=1)
 
     def fuse(self) -> None:
         """Join the head norms of frozen weights (`train()` undoes it), and experts off the CPU."""
@@ -397,7 +441,7 @@ class PatchEmbed(nn.Module):
         merge, hidden, theta = self.rotation
 
         def make() -> Rotation:
-            cells = grid_patches(rows.grids, merge, device).flatten(0, 1)
+            cells = grid_patches(rows.grids_of("image"), merge, device).flatten(0, 1)
             return patch_rotation(cells, hidden, theta)
 
         return rows.derived(("patches", *self.rotation, device), make)

@@ -49,6 +49,8 @@ from neounify.tasks.clips import Frames
 from neounify.tasks.image import MAX_THINK_TOKENS, ImageRequest, split_noise
 from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
+from neounify.tasks.video import OutputShape, clip_shape
+from neounify.text.clips import clip_text
 from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
@@ -212,6 +214,9 @@ class Pipeline:
         *,
         width: int | None = None,
         height: int | None = None,
+        frames: int | None = None,
+        fps: float | None = None,
+        condition: Sequence[ImageSource] = (),
         seed: int | Sequence[int] = 0,
         noise: Tensor | None = None,
         images_per_prompt: int = 1,
@@ -223,7 +228,7 @@ class Pipeline:
         cancel: threading.Event | None = None,
         **sampling: Unpack[GenerateKnobs],
     ) -> ImageResult:
-        """Generate images of one prompt or of a batch of different ones.
+        """Generate images, or clips, of one prompt or of a batch of different ones.
 
         `width` and `height` are in pixels, multiples of the token side; a size the model was not
         trained at is a SizeWarning, here and in all calls that generate images. `seed`, one for
@@ -232,6 +237,9 @@ class Pipeline:
         `negative_prompt`, one for all or one per prompt, is what guidance steers away from. With
         `think` the model first writes a plan. `system` None is the checkpoint's default message.
         `callback` is called after every step.
+
+        With `frames`, a multiple of those of a tube, the result has `videos` of so many frames,
+        `fps` a second. `condition` are the frames before them, for models trained to continue.
 
         The rest are fields of `flow.sampling.ImageSampling`, None for the checkpoint's default:
         `steps`; `guidance` (0 to 1: none), which acts for t inside `guidance_interval` (0 to 1),
@@ -246,18 +254,34 @@ class Pipeline:
             raise RequestError(
                 "the list of prompts is empty; at least one is needed", param="prompt"
             )
-        size = output_size(self.config, width, height)
-        _warn_untrained(self.config, *size)
+        shape = self._shape(width, height, frames, fps, condition)
         request = ImageRequest(
             prompt=prompts[0],
-            width=size[0],
-            height=size[1],
-            sampling=ImageSampling(**sampling).resolve(self.config, editing=False),
+            width=shape.width,
+            height=shape.height,
+            frames=shape.frames,
+            fps=shape.fps,
+            condition=shape.condition,
+            sampling=ImageSampling(**sampling).resolve(
+                self.config, editing=False, video=frames is not None
+            ),
             count=images_per_prompt,
             think=think,
             max_think_tokens=max_think_tokens,
             system=system,
         )
+        requests = self._each(request, prompts, seed, noise, negative_prompt)
+        return self.generate_requests(requests, callback, cancel)
+
+    def _each(
+        self,
+        request: ImageRequest,
+        prompts: Sequence[str],
+        seed: int | Sequence[int],
+        noise: Tensor | None,
+        negative_prompt: str | Sequence[str],
+    ) -> list[ImageRequest]:
+        """The request for every prompt, with its values of lists."""
         each = zip(
             prompts,
             _per_prompt(seed, len(prompts), "seed"),
@@ -265,11 +289,30 @@ class Pipeline:
             _per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )
-        requests = [
-            replace(request, prompt=text, seed=one_seed, noise=one_noise, negative_prompt=negative)
-            for text, one_seed, one_noise, negative in each
+        before = clip_text([piece.seconds for piece in request.condition])
+        return [
+            replace(request, prompt=before + text, seed=one, noise=drawn, negative_prompt=negative)
+            for text, one, drawn, negative in each
         ]
-        return self.generate_requests(requests, callback, cancel)
+
+    def _shape(
+        self,
+        width: int | None,
+        height: int | None,
+        frames: int | None,
+        fps: float | None,
+        condition: Sequence[ImageSource],
+    ) -> OutputShape:
+        """Size of what `generate` is asked for, checked."""
+        if frames is not None:
+            shown = read_images(condition, colour_profiles=self.colour_profiles)
+            return clip_shape(self.config, (width, height), frames, fps, shown)
+        if fps is not None or condition:
+            raise RequestError("fps and condition are of clips: give frames too", param="frames")
+        size = output_size(self.config, width, height)
+        if advice := size_advice(self.config, *size):
+            warnings.warn(advice, SizeWarning, stacklevel=3)
+        return OutputShape(width=size[0], height=size[1])
 
     def edit(
         self,

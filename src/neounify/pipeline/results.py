@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 
 import PIL.Image
@@ -21,6 +22,7 @@ from neounify.tasks.image import ImageRequest, generate_images
 from neounify.tasks.interleave import InterleaveRequest, interleave
 from neounify.tasks.program import (
     Finished,
+    FramesFinished,
     ImageFinished,
     Preview,
     Processor,
@@ -31,6 +33,7 @@ from neounify.tasks.program import (
 )
 from neounify.text.template import unconditional_prompt
 from neounify.text.tools import ToolCall
+from neounify.video.clip import Video
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class ChatResult:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Generated images, prompt by prompt.
+    """Generated images, prompt by prompt, or `videos`, and then no images.
 
     `pixels` [B, channels, H, W] float32 in about [-1, 1], not clamped; `thoughts` one text per
     prompt, None without `think`; `seeds` one per prompt, None with explicit noise. `evaluations` of
@@ -62,6 +65,7 @@ class ImageResult:
     thoughts: list[str | None]
     seeds: list[int | None]
     evaluations: list[float]
+    videos: list[Video] = field(default_factory=list)
 
     @cached_property
     def images(self) -> list[PIL.Image.Image]:
@@ -235,7 +239,7 @@ def run_images(
     requests: Sequence[ImageRequest],
     callback: Callback | None = None,
 ) -> ImageResult:
-    """Generate all images of all requests together; they have one size.
+    """Generate all images, or clips, of all requests together; they have one size.
 
     `callback` is called after every denoising step.
     """
@@ -257,14 +261,19 @@ def run_images(
         if callback is not None and any(isinstance(event, Preview) for _, event in events):
             callback(_progress(collected))
     tokenizer = processor.tokenizer
+    done = [image for item in collected for image in item.in_order()]
+    pixels = [image.pixels for image in done if isinstance(image, ImageFinished)]
+    first = requests[0]
+    empty = torch.empty(0, processor.config.channels, first.height, first.width)
     return ImageResult(
-        pixels=torch.stack([image.pixels for item in collected for image in item.in_order()]),
+        pixels=torch.stack(pixels) if pixels else empty,
         thoughts=[
             tokenizer.decode(item.thought).strip() if item.request.think else None
             for item in collected
         ],
         seeds=[r.seed if r.noise is None else None for r in requests],
-        evaluations=[image.evaluations for item in collected for image in item.in_order()],
+        evaluations=[image.evaluations for image in done],
+        videos=[video for item in collected for video in item.videos()],
     )
 
 
@@ -275,7 +284,8 @@ class _Images:
         self.request = request
         self.thought: list[int] = []
         self.previews: dict[int, Preview] = {}
-        self._images: dict[int, ImageFinished] = {}
+        self._images: dict[int, ImageFinished | FramesFinished] = {}
+        self._frames: dict[int, list[Tensor]] = {}
 
     def put(self, event: Event) -> None:
         match event:
@@ -285,9 +295,18 @@ class _Images:
                 self.previews[index] = event
             case ImageFinished(index):
                 self._images[index] = event
+            case FramesFinished(index):
+                self._images[index] = event
+                self._frames.setdefault(index, []).append(event.frames)
 
-    def in_order(self) -> list[ImageFinished]:
+    def in_order(self) -> list[ImageFinished | FramesFinished]:
+        """Every image, and of every clip its last frames."""
         return [self._images[index] for index in range(self.request.count)]
+
+    def videos(self) -> list[Video]:
+        """The clips, in order."""
+        fps = self.request.fps
+        return [Video(torch.cat(self._frames[n]), Fraction(fps)) for n in sorted(self._frames)]
 
 
 def _progress(collected: Sequence[_Images]) -> ImageProgress:

@@ -10,8 +10,7 @@ import PIL.Image
 
 from neounify.config import ModelConfig
 from neounify.errors import PromptError
-from neounify.text.clips import VIDEO_MARK, time_stamp
-from neounify.text.template import IMAGE_MARK
+from neounify.text.clips import VIDEO_MARK, clip_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Frames:
     @property
     def stamps(self) -> str:
         """The text of the frames in a user's message, a mark for each."""
-        return "".join(time_stamp(time) + IMAGE_MARK for time in self.times)
+        return clip_text(self.times)
 
 
 def place_videos(prompt: Any, videos: Sequence[Frames]) -> list[Any]:

@@ -18,6 +18,7 @@ from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
     Append,
     Decode,
+    FramesReady,
     GenerateImages,
     ImageInput,
     ImageReady,
@@ -39,11 +40,13 @@ from neounify.tasks.answer import AnswerEvents, decode_text
 from neounify.tasks.program import (
     NEXT,
     Compute,
+    FramesFinished,
     ImageFinished,
     PackTensors,
     Preview,
     Processor,
     Program,
+    Take,
     Usage,
     export,
     new_sequences,
@@ -51,6 +54,7 @@ from neounify.tasks.program import (
     prompt_inputs,
     take_pixels,
 )
+from neounify.tasks.video import ClipPiece, clip_grid, draw_clip_noise
 from neounify.text.template import (
     IMAGE_MARK,
     Prompt,
@@ -73,7 +77,10 @@ MAX_THINK_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """Request for `count` images of one prompt; with input `images` it is an edit.
+    """Request for `count` images of one prompt, or clips; with input `images` it is an edit.
+
+    With `frames` a clip of so many is generated, of `fps` a second; `check_clip` says what a model
+    generates. It continues the pieces of a `condition`, whose marks are in the prompt.
 
     The noise of all images is one draw from `seed`, unless each has its own in `seeds`, and then
     equals the single image of that seed. `noise` [count, channels, height, width], already times
@@ -95,6 +102,9 @@ class ImageRequest:
     max_think_tokens: int = MAX_THINK_TOKENS
     system: str | None = None
     negative_prompt: str = ""
+    frames: int = 0
+    fps: float = 24.0
+    condition: tuple[ClipPiece, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_IMAGES_PER_PROMPT:
@@ -106,6 +116,8 @@ class ImageRequest:
             check_seed(seed)
         if self.seeds and len(self.seeds) != self.count:
             raise RequestError(f"{len(self.seeds)} seeds for {self.count} images", param="seeds")
+        if self.noise is not None and self.frames:
+            raise RequestError("noise is for images; a clip has a seed", param="noise")
         if self.noise is not None:
             shape, expected = tuple(self.noise.shape), (self.count, self.height, self.width)
             if len(shape) != 4 or (shape[0], *shape[2:]) != expected:
@@ -129,14 +141,18 @@ class ImageRequest:
         check_negative_prompt(self.negative_prompt, self.sampling)
 
     def grid(self, config: ModelConfig) -> Grid:
-        """Token rows and columns."""
+        """Token rows and columns, and tubes."""
+        if self.frames:
+            return clip_grid(config, self.width, self.height, self.frames, self.fps)
         return Grid.of_pixels(self.height, self.width, config.token_size)
 
     def start(self, config: ModelConfig) -> Float[Tensor, "count n ccc"]:
-        """Initial scaled noise as tokens [count, n, token_width]."""
+        """Initial scaled noise as tokens [count, n, token_width], of a clip tube_width."""
         if self.noise is not None:
             return patchify(self.noise.float(), config.token_size, config.channels)
-        draw = partial(draw_noise, config, self.width, self.height)
+        draw: Callable[..., Tensor] = partial(draw_noise, config, self.width, self.height)
+        if self.frames:
+            draw = partial(draw_clip_noise, config, self.grid(config))
         if self.seeds:
             return torch.cat([draw(torch.Generator().manual_seed(seed)) for seed in self.seeds])
         return draw(torch.Generator().manual_seed(self.seed), self.count)
@@ -193,14 +209,16 @@ def check_negative_prompt(text: str, sampling: ResolvedSampling) -> None:
 # --- program ---
 
 
-def edit_images(processor: Processor, images: Sequence[PIL.Image.Image]) -> list[Tensor]:
+def edit_images(
+    processor: Processor, images: Sequence[PIL.Image.Image | ClipPiece]
+) -> list[Tensor]:
     """Input images of editing and interleaving [3, height, width], resized and normalised."""
     return processor.prepare(images, *processor.config.sampling.edit_bounds(len(images)))
 
 
 def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -> Prompt:
     """Prompt of an image for one guidance branch."""
-    tokenizer, count = processor.tokenizer, len(request.images)
+    tokenizer, count = processor.tokenizer, len(request.images) + len(request.condition)
     negative = request.negative_prompt
     if branch == "uncond":
         return unconditional_prompt(tokenizer, negative)
@@ -225,8 +243,9 @@ def generate_images(
     closing = [processor.token(THINK_CLOSE), *after_think_ids(processor.tokenizer)]
     room = request.max_think_tokens + len(closing) if request.think else 0
     prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)
+    shown: list[PIL.Image.Image | ClipPiece] = [*request.images, *request.condition]
     names, usage, _ = yield from prefill_branches(
-        processor, request, request.images, branch_prompt, prefilled, {"cond": room}
+        processor, request, shown, branch_prompt, prefilled, {"cond": room}
     )
     if request.think:
         yield from _think(processor, request, names["cond"], usage)
@@ -250,7 +269,7 @@ def branches_to_prefill(
 def prefill_branches(
     processor: Processor,
     request: Request,
-    images: Sequence[PIL.Image.Image],
+    images: Sequence[PIL.Image.Image | ClipPiece],
     prompt: Callable[[Processor, Request, Branch], Prompt],
     branches: Sequence[Branch],
     room: Mapping[str, int],
@@ -300,13 +319,20 @@ def denoise(
 ) -> Program[list[Tensor]]:
     """Images [channels, height, width] from `noise` [count, n, token_width].
 
-    Events number from `first`.
+    Of clips, whose frames are events, an empty list. Events number from `first`.
     """
     ref: TensorRef = yield PackTensors({"noise": noise})
     steps = preview_steps(sampling.steps, previews)
     answer = yield GenerateImages(new_number(), ref, grid, sampling, prefixes, steps)
     images: dict[int, Tensor] = {}
+    clips = 0
     while True:
+        if isinstance(answer, FramesReady):
+            clips += yield from _frames(answer, grid, usage, first)
+            if clips == noise.shape[0]:
+                return []
+            answer = yield NEXT
+            continue
         pixels = yield from take_pixels(answer)
         if isinstance(answer, ImageReady):
             images[answer.index] = pixels
@@ -318,6 +344,18 @@ def denoise(
         else:
             yield Preview(first + answer.index, answer.step, answer.steps, pixels)
         answer = yield NEXT
+
+
+def _frames(answer: FramesReady, grid: Grid, usage: Usage, first: int) -> Program[bool]:
+    """Report frames of a clip; whether they are its last ones."""
+    taken: Mapping[str, Tensor] = yield Take(answer.frames)
+    frames = taken["frames"]
+    alone = replace(usage, images=grid.length).finished(None)
+    number, total, evaluations = first + answer.index, answer.total, answer.evaluations
+    event = FramesFinished(number, answer.first, total, frames, alone, evaluations)
+    usage.images += grid.length * event.is_last
+    yield event
+    return event.is_last
 
 
 def _think(

@@ -8,13 +8,13 @@ in the caller's thread (`pipeline.driver`) and on an event loop (`serve.service`
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import PIL.Image
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from neounify.config import ModelConfig
@@ -41,6 +41,7 @@ from neounify.errors import RequestError
 from neounify.grammar import Vocabulary
 from neounify.image.pixels import prepare_image
 from neounify.model.layout import Grid
+from neounify.tasks.video import ClipPiece
 from neounify.text.template import ImageSegment, Prompt, TextSegment
 from neounify.text.tokenizer import Tokenizer
 
@@ -110,6 +111,27 @@ class ImageFinished:
     evaluations: float
 
 
+@dataclass(frozen=True, eq=False)
+class FramesFinished:
+    """Finished frames of clip `index` from number `first` of `total`; they come in order.
+
+    `frames` are uint8 [n, height, width, channels]; `usage` and `evaluations` as of ImageFinished,
+    for the whole clip.
+    """
+
+    index: int
+    first: int
+    total: int
+    frames: UInt8[Tensor, "n h w c"]
+    usage: Finished
+    evaluations: float
+
+    @property
+    def is_last(self) -> bool:
+        """Whether they end the clip."""
+        return self.first + len(self.frames) == self.total
+
+
 @dataclass(frozen=True)
 class Finished:
     """Last event of every complete answer.
@@ -128,7 +150,15 @@ class Finished:
     reasoning_tokens: int = 0
 
 
-TaskEvent = PromptPrefilled | TextPiece | ToolCallPiece | Preview | ImageFinished | Finished
+TaskEvent = (
+    PromptPrefilled
+    | TextPiece
+    | ToolCallPiece
+    | Preview
+    | ImageFinished
+    | FramesFinished
+    | Finished
+)
 
 # --- steps ---
 
@@ -154,7 +184,7 @@ class PackTensors:
 
 @dataclass(frozen=True, eq=False)
 class PackImage:
-    """Pack a prepared image [3, height, width] into an ImageInput; it is sent back."""
+    """Pack a prepared image [3, height, width] or tube into an ImageInput; it is sent back."""
 
     pixels: Tensor
     grid: Grid
@@ -225,12 +255,28 @@ class Processor:
         return self.tokenizer.id(name)
 
     def prepare(
-        self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
+        self,
+        images: Sequence[PIL.Image.Image | ClipPiece],
+        min_pixels: int,
+        max_pixels: int,
     ) -> list[Tensor]:
         """Images [3, height, width] for the understanding stream, normalised.
 
-        Each is resized to an area from `min_pixels` to `max_pixels`.
+        Each is resized to an area from `min_pixels` to `max_pixels`, those of a clip to one of
+        theirs; tubes are [frames, 3, height, width].
         """
+        prepared: list[Tensor] = []
+        for image in images:
+            if isinstance(image, ClipPiece):
+                frames = torch.stack(self.prepare(image.frames, *image.bounds))
+                prepared.append(frames if image.tube else frames[0])
+            else:
+                prepared += self._prepare([image], min_pixels, max_pixels)
+        return prepared
+
+    def _prepare(
+        self, images: Sequence[PIL.Image.Image], min_pixels: int, max_pixels: int
+    ) -> list[Tensor]:
         return [
             prepare_image(
                 image,
@@ -251,10 +297,12 @@ def new_sequences(*labels: str) -> dict[str, SequenceName]:
 
 
 def pack_images(images: Sequence[Tensor], side: int) -> Program[list[ImageInput]]:
-    """Prepared images [3, height, width], each packed once; `side` is that of a token."""
+    """Prepared images [3, height, width] and tubes, each packed once; `side` is that of a token."""
     packed: list[ImageInput] = []
     for image in images:
-        grid = Grid.of_pixels(image.shape[1], image.shape[2], side)
+        grid = Grid.of_pixels(image.shape[-2], image.shape[-1], side)
+        if image.ndim == 4:
+            grid = replace(grid, tubes=1)
         packed.append((yield PackImage(image, grid)))
     return packed
 

@@ -25,6 +25,7 @@ from neounify.config import ModelConfig
 from neounify.data.loader import Pack
 from neounify.data.packing import cost_of
 from neounify.model.heads import PixelHead
+from neounify.model.layout import Kind
 from neounify.model.neo import NeoUnify, PatchEmbed
 from neounify.model.parts import GEN, STREAMS, UND, StreamName
 from neounify.model.stream import SparseMlp
@@ -84,18 +85,27 @@ class StepOperations:
         self.config = model.config
         self.kappa = model.config.pairs_per_row
         layers = {s: [layer.get_submodule(s) for layer in model.layers] for s in STREAMS}
-        patches = {UND: model.und_patch, GEN: model.gen_patch}
-        in_und = _share([*layers[UND], patches[UND], model.embed_tokens]) > 0
-        in_gen = in_und or _share([*layers[GEN], patches[GEN]]) > 0
+        patches: dict[tuple[StreamName, Kind], nn.Module] = {
+            (UND, "image"): model.und_patch,
+            (GEN, "image"): model.gen_patch,
+        }
+        heads: dict[Kind, nn.Module] = {"image": model.image_head}
+        if self.config.video is not None:
+            patches[GEN, "tube"], heads["tube"] = model.gen_tube, model.video_head
+            if self.config.video.und:
+                patches[UND, "tube"] = model.und_tube
+        embeds = {s: [module for (n, _), module in patches.items() if n == s] for s in STREAMS}
+        in_und = _share([*layers[UND], *embeds[UND], model.embed_tokens]) > 0
+        in_gen = in_und or _share([*layers[GEN], *embeds[GEN]]) > 0
         flows = {UND: in_und, GEN: in_gen}
         logits = model.embed_tokens if self.config.tie_embeddings else model.lm_head
         self.layers = {
             s: _Part(layer_weights(model, s), _share(modules), flows[s])
             for s, modules in layers.items()
         }
-        self.patches = {s: _part(patch, flows=False) for s, patch in patches.items()}
+        self.patches = {key: _part(patch, flows=False) for key, patch in patches.items()}
         self.logits = _part(logits, in_und)
-        self.head = _part(model.image_head, in_gen)
+        self.heads = {kind: _part(head, in_gen) for kind, head in heads.items()}
 
     def cost(self, pack: Pack) -> float:
         """The time of a pack, in rows: its own, and those that take as long as its attention."""
@@ -103,15 +113,17 @@ class StepOperations:
 
     def of(self, pack: Pack) -> float:
         layout = pack.layout
-        gen = layout[GEN].length
-        image_rows = {UND: layout[UND].length - layout.text_length, GEN: gen}
+
+        def rows(stream: StreamName, kind: Kind) -> int:
+            return sum(grid.length for grid in layout[stream].grids_of(kind))
+
         layers = sum(
             part.operations(layout[s].length, attention(self.config, layout.pairs(s)))
             for s, part in self.layers.items()
         )
-        patches = sum(part.operations(image_rows[s]) for s, part in self.patches.items())
-        heads = self.logits.operations(len(pack.label_ids)) + self.head.operations(gen)
-        return layers + patches + heads
+        patches = sum(part.operations(rows(*key)) for key, part in self.patches.items())
+        heads = sum(part.operations(rows(GEN, kind)) for kind, part in self.heads.items())
+        return layers + patches + heads + self.logits.operations(len(pack.label_ids))
 
 
 def _part(module: nn.Module, flows: bool) -> _Part:

@@ -1,0 +1,143 @@
+"""Generated clips: batches, seeds, previews, frames before them, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import neounify
+from neounify.config import VideoConfig
+from neounify.config.presets import TINY
+from neounify.config.sampling import SolverName
+from neounify.errors import NeounifyError, RequestError
+from neounify.flow.sampling import ImageSampling
+from neounify.image.clips import rows_to_frames
+from neounify.model import NeoUnify
+from neounify.pipeline import ImageProgress
+from neounify.tasks.image import ImageRequest
+from neounify.text import byte_tokenizer
+from support.golden_steps import Steps
+
+SIZE: dict[str, Any] = {"width": 64, "height": 32, "steps": 3, "frames": 8, "fps": 16}
+PROMPTS = ["a star moves left", "two circles", "x"]
+
+
+@pytest.fixture(scope="module")
+def clips() -> neounify.Pipeline:
+    torch.manual_seed(0)
+    able = (*TINY.capabilities, "generate_video")
+    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
+    return neounify.Pipeline(NeoUnify(config).eval(), byte_tokenizer())
+
+
+def frames_of(result: neounify.ImageResult) -> Tensor:
+    return torch.stack([video.frames for video in result.videos]).int()
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm2m", "euler"])
+def test_a_clip_does_not_depend_on_its_batch(clips: neounify.Pipeline, solver: SolverName) -> None:
+    together = clips.generate(PROMPTS, seed=[5, 6, 7], solver=solver, **SIZE)
+    assert together.pixels.shape == (0, 3, 32, 64)
+    for number, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6, 7], strict=True)):
+        alone = clips.generate(prompt, seed=seed, solver=solver, **SIZE)
+        assert (frames_of(alone)[0] - frames_of(together)[number]).abs().max() <= 1
+
+
+def test_clips_and_images_share_engines(clips: neounify.Pipeline) -> None:
+    """Clips of other sizes and rates, and images, do not change a clip."""
+    sampling = ImageSampling(steps=3).resolve(clips.config, editing=False, video=True)
+    clip = ImageRequest(prompt="x", width=64, height=32, frames=8, fps=16, sampling=sampling)
+    image = replace(clip, frames=0)
+    mixed = clips.generate_requests([clip, image, replace(clip, fps=24.0)])
+    alone = [clips.generate_requests([one]) for one in (clip, image, replace(clip, fps=24.0))]
+    assert torch.allclose(mixed.pixels, alone[1].pixels, atol=1e-5)
+    assert [video.fps for video in mixed.videos] == [16, 24]
+    for number, one in enumerate((alone[0], alone[2])):
+        assert (frames_of(one)[0] - frames_of(mixed)[number]).abs().max() <= 1
+    assert not torch.equal(frames_of(alone[0]), frames_of(alone[2]))
+
+
+def test_frames_are_those_of_the_last_point(
+    clips: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[ImageProgress] = []
+    steps = Steps(monkeypatch)
+    out = clips.generate("a star", callback=seen.append, **SIZE)
+    (video,) = out.videos
+    assert video.frames.shape == (8, 32, 64, 3)
+    assert video.fps == 16
+    assert video.frames.dtype == torch.uint8
+    assert [(p.step, p.steps) for p in seen] == [(1, 3), (2, 3), (3, 3)]
+    # The last step goes to t = 1, where the point is the prediction: a preview is its middle frame.
+    middle = ((seen[-1].clean[0].movedim(0, -1) + 1) / 2).clamp(0, 1) * 255
+    assert (middle - video.frames[4]).abs().max() <= 0.51
+    first = rows_to_frames(steps.z[0], 1, 2, 32, 4)
+    assert first.shape == (8, 3, 32, 64)
+    assert out.evaluations == [6.0]
+
+
+def test_defaults_are_those_of_videos(
+    clips: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = clips.config.sampling.of_video()
+    assert (defaults.steps, defaults.guidance, defaults.shift) == (35, 6.0, 10.0)
+    assert (defaults.solver, defaults.image_size) == ("unipc", (832, 480))
+    steps = Steps(monkeypatch)
+    (video,) = clips.generate("x", frames=4, width=32, height=32, steps=2).videos
+    assert video.fps == 24
+    assert len(steps.z) == 2
+
+
+def test_a_negative_prompt_and_a_seed_matter(clips: neounify.Pipeline) -> None:
+    plain = frames_of(clips.generate("a star", **SIZE))
+    assert torch.equal(plain, frames_of(clips.generate("a star", **SIZE)))
+    assert not torch.equal(plain, frames_of(clips.generate("a star", seed=1, **SIZE)))
+    away = clips.generate("a star", negative_prompt="blurry", **SIZE)
+    assert not torch.equal(plain, frames_of(away))
+    several = clips.generate("a star", images_per_prompt=2, **SIZE)
+    assert len(several.videos) == 2
+
+
+def test_frames_before_a_clip_are_its_condition(clips: neounify.Pipeline) -> None:
+    first = clips.generate("a star", **SIZE).videos[0].images
+    one = clips.generate("a star", condition=first[:4], **SIZE)
+    other = clips.generate("a star", condition=first[4:], **SIZE)
+    assert not torch.equal(frames_of(one), frames_of(other))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 6}, "multiple of 4, at least 4, got 6"),
+        ({"frames": 0}, "multiple of 4, at least 4, got 0"),
+        ({"frames": -4}, "got -4"),
+        ({"fps": 0}, "fps must be above 0 and at most 240, got 0"),
+        ({"fps": float("nan")}, "fps must be above 0"),
+        ({"frames": 400_000}, "tokens, this model generates"),
+        ({"fps": 0.001}, "end at position 48,000, the model has 8,192"),
+        ({"width": 60}, "multiples of 32"),
+        ({"height": None}, "give both width and height"),
+        ({"noise": torch.zeros(1, 3, 32, 64)}, "a clip has a seed"),
+        ({"frames": None}, "give frames too"),
+    ],
+)
+def test_clips_that_cannot_be_are_refused(
+    clips: neounify.Pipeline, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NeounifyError, match=message):
+        clips.generate("a star", **(SIZE | changes))
+
+
+def test_a_model_without_tubes_refuses_clips(pipe: neounify.Pipeline) -> None:
+    with pytest.raises(RequestError, match="not trained to generate videos"):
+        pipe.generate("a star", **SIZE)
+
+
+def test_rates_are_kept_as_fractions(clips: neounify.Pipeline) -> None:
+    video = clips.generate("x", **(SIZE | {"fps": 29.97, "steps": 1})).videos[0]
+    assert video.fps == Fraction(2997, 100)

@@ -1,0 +1,58 @@
+"""Clips of the service are those of the pipeline, with their engines in threads or processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import neounify
+from neounify.config import VideoConfig
+from neounify.config.presets import TINY
+from neounify.flow.sampling import ImageSampling
+from neounify.model import NeoUnify
+from neounify.serve.build import ServeConfig, build_service, colocated
+from neounify.serve.service import EngineService
+from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import FramesFinished, Preview
+from neounify.text import byte_tokenizer
+from support.serving import serve
+
+
+@pytest.fixture(scope="module")
+def clips() -> neounify.Pipeline:
+    torch.manual_seed(0)
+    able = (*TINY.capabilities, "generate_video")
+    config = TINY.replace(video=VideoConfig(tube_frames=4, und=True), capabilities=able)
+    return neounify.Pipeline(NeoUnify(config).eval().requires_grad_(False), byte_tokenizer())
+
+
+@pytest.mark.parametrize("mode", ["colocated", "separate"])
+def test_a_clip_is_that_of_the_pipeline(
+    clips: neounify.Pipeline, mode: str, tmp_path: Path
+) -> None:
+    sampling = ImageSampling(steps=3).resolve(clips.config, editing=False, video=True)
+    request = ImageRequest(
+        prompt="a star", width=64, height=32, frames=8, fps=16.0, sampling=sampling, count=2
+    )
+
+    async def work(service: EngineService) -> list[object]:
+        return [event async for event in service.answer(request)]
+
+    if mode == "colocated":
+        service = colocated(clips)
+    else:
+        clips.save(tmp_path / "model")
+        service = build_service(ServeConfig(folder=tmp_path / "model", mode="separate"))
+    events = serve(service, work)
+    wanted = clips.generate_requests([request]).videos
+    for index in (0, 1):
+        parts = [e for e in events if isinstance(e, FramesFinished) and e.index == index]
+        assert [part.first for part in parts] == [0, 4]
+        assert [part.is_last for part in parts] == [False, True]
+        frames = torch.cat([part.frames for part in parts])
+        assert (frames.int() - wanted[index].frames.int()).abs().max() <= 1
+        assert parts[-1].usage.image_tokens == 4
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert {tuple(preview.pixels.shape) for preview in previews} <= {(3, 32, 64)}
