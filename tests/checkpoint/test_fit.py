@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import neounify
 from neounify.checkpoint import NullResidency, StreamResidency, load_checkpoint
 from neounify.checkpoint.layers import LayerResidency
 from neounify.checkpoint.reader import CheckpointFolder
+from neounify.checkpoint.residency import StoredWeight
 from neounify.checkpoint.sizes import kept_weights
 from neounify.errors import MemoryPlanError, OutOfMemory, RequestError
 from neounify.pipeline import Pipeline, load
@@ -114,3 +116,59 @@ def test_an_error_of_memory_tells_the_plan(wide: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(OutOfMemory, match=message):
         pipe.generate("a boat", width=64, height=64, steps=2)
+
+
+ERRORS = [
+    MemoryError(),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate"
+        " memory: you tried to allocate 68719476736 bytes."
+    ),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nGPU 0 has 23.6 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["python", "host", "device"])
+@pytest.mark.parametrize("memory", ["all", "layers"])
+def test_an_error_of_memory_while_loading_is_one_with_advice(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, memory: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("neounify.checkpoint.load._first_values", fail)
+    with pytest.raises(MemoryPlanError) as caught:
+        load(wide, dtype="float32", memory=memory, plan="ignore")  # type: ignore[arg-type]
+    message = str(caught.value)
+    start = "wide: memory was used up while its weights were read ("
+    assert message.startswith(start + (str(error).partition("\n")[0] or "out of memory"))
+    assert re.search(rf"by the plan memory='{memory}' peaks at \d\.\d GB, and the actual", message)
+    assert "\n" not in message
+    smaller = [mode for mode in ("stream", "layers") if f"; memory={mode!r} peaks" in message]
+    assert smaller == (["stream"] if memory == "all" else [])
+    assert "int8 weights and memory='layers' peaks at" in message
+    assert caught.value.__cause__ is error
+    assert error.__traceback__ is None
+
+
+def test_other_errors_of_loading_stay(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("neounify.checkpoint.load._first_values", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        load(wide, dtype="float32")
+
+
+def test_weights_that_come_later_find_no_memory(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe: Pipeline = load(wide, dtype="bfloat16", memory="stream")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ERRORS[1]
+
+    monkeypatch.setattr(StoredWeight, "read", fail)
+    message = r"no memory is left for the weights of the stream 'und'; an image .* memory='stream'"
+    with pytest.raises(OutOfMemory, match=message):
+        pipe.chat("hello", max_new_tokens=2)

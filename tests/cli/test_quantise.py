@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import neounify
 from neounify.bundled import bundled_model
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model
 from neounify.checkpoint.quantised_layers import quant_modules
 from neounify.quant.formats import FourBits
+from support.lora_files import lora_tensors
 
 SMALL = ("--images", 2, "--cases", 0)
 
@@ -81,6 +82,22 @@ def test_a_model_of_codes_is_not_quantised_again(run_bare: Callable[..., Any], c
     assert not Path("out").exists()
     ran = run_bare("quantise", coded, "--to", "int3", "-o", "out")
     assert "preset 'int3' is unknown" in ran.err
+
+
+def test_convert_merges_a_lora_into_codes(run_bare: Callable[..., Any], coded: Path) -> None:
+    target = "language_model.model.layers.0.mlp_mot_gen.down_proj"
+    config = CheckpointFolder.open(coded).config
+    save_file(lora_tensors(config, [target]), "lora.safetensors")
+    options = ("--lora", "lora.safetensors:0.5")
+    ran = run_bare("convert", coded, "merged", *options, "--to", "stored", "--json")
+    assert ran.code == 0, ran.err
+    before, after = (load_file(Path(f) / "model.safetensors") for f in (coded, Path("merged")))
+    assert after[f"{target}.weight"].dtype == torch.int8
+    assert before.keys() == after.keys()
+    assert not torch.equal(before[f"{target}.weight"], after[f"{target}.weight"])
+    assert run_bare("generate", "a boat", "--model", "merged", "--steps", 2).code == 0
+    ran = run_bare("convert", coded, "x", *options, "--to", "stored", "--dtype", "bfloat16")
+    assert "--dtype and --to are two forms" in ran.err
 
 
 def test_quantise_writes_a_report_of_parity(run_bare: Callable[..., Any], toy: Path) -> None:

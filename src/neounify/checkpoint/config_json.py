@@ -80,6 +80,13 @@ def quantised_entry(preset: str, fingerprint: str) -> dict[str, Any]:
     return {"preset": preset, "from": fingerprint, "version": 1}
 
 
+def quantised_as(config: ModelConfig) -> str | None:
+    """The preset that the entry `quantised` names; None where there is none."""
+    entry = subsection(config.published or {}, "neounify").get("quantised")
+    preset = entry.get("preset") if isinstance(entry, dict) else None
+    return preset if isinstance(preset, str) else None
+
+
 def with_quantised(document: Mapping[str, Any], entry: Mapping[str, Any] | None) -> dict[str, Any]:
     """config.json with this entry `quantised` in this package's section; None takes it out."""
     changed = dict(document)

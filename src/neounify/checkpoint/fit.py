@@ -185,6 +185,44 @@ def _refusal(rows: Sequence[PlanRow], every: Sequence[PlanRow], machine: Machine
     return f"{needs}, and {have}; {what} (plan='ignore' tries nevertheless)"
 
 
+def used_up(
+    checkpoint: CheckpointFolder, kept: Kept, device: torch.device, memory: str, error: Exception
+) -> MemoryPlanError:
+    """The error for memory that was used up while weights were read: the plan, and what is less."""
+    task, machine = default_task(checkpoint.config), this_machine(device, UNKNOWN)
+    none: Resident = dict.fromkeys(task.streams, 0)
+    forms = [kept, _int8(checkpoint, kept)]
+    rows = [
+        plan_row(checkpoint.config, form, task, machine, mode, none)
+        for form in forms
+        for mode in MODES
+        if mode != "layers" or device.type in LAYER_DEVICES
+    ]
+    used = next(row for row in rows if row.mode == memory)
+    less = [row for row in rows if row.peak < used.peak]
+    advice = [
+        f"{'' if row.weights == kept.name else 'int8 weights and '}memory={row.mode!r} "
+        f"peaks at {row.peak / GB:.1f} GB"
+        for row in less
+    ]
+    reason = (str(error).splitlines() or ["out of memory"])[0]
+    return MemoryPlanError(
+        f"{checkpoint.path.name}: memory was used up while its weights were read ({reason}); by "
+        f"the plan memory={memory!r} peaks at {used.peak / GB:.1f} GB, and {actual_peak(device)}; "
+        + (", ".join(advice) or "nothing needs less: free memory, or take another device")
+    )
+
+
+def actual_peak(device: torch.device) -> str:
+    """The peak of this process so far, in words."""
+    if device.type == "cuda":
+        actual = torch.cuda.max_memory_reserved(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        actual = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"the actual peak so far is {actual / GB:.1f} GB"
+
+
 def peaks(model: NeoUnify, residency: Residency | None) -> str:
     """Predicted peak of a loaded model, for an image of default size, and the actual one so far."""
     itemsize = model.compute_dtype.itemsize
@@ -202,12 +240,7 @@ def peaks(model: NeoUnify, residency: Residency | None) -> str:
         resident,
         unified=model.device.type == "cpu",
     )
-    if model.device.type == "cuda":
-        actual = torch.cuda.max_memory_reserved(model.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        actual = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return (
         f"an image of {task.width}×{task.height} peaks at {predicted / GB:.1f} GB by the plan "
-        f"of memory={mode!r}, the actual peak so far is {actual / GB:.1f} GB"
+        f"of memory={mode!r}, {actual_peak(model.device)}"
     )

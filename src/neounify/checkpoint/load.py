@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -23,7 +24,7 @@ from neounify.checkpoint.residency import (
     code_names,
 )
 from neounify.config import ModelConfig
-from neounify.errors import RequestError
+from neounify.errors import RequestError, is_out_of_memory
 from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
@@ -116,7 +117,8 @@ def load_checkpoint(
 
     NaN and infinite weights are refused: every converted value is looked at, of mapped tensors
     the first 4 KiB. `verify=True` reads mapped tensors whole (the time to read the file once,
-    and no memory). Raises CheckpointError, ConfigError, MemoryPlanError or RequestError.
+    and no memory). Raises CheckpointError, ConfigError, RequestError, or MemoryPlanError, which an
+    error of memory becomes too.
     """
     check_memory(memory, plan)
     checkpoint = _opened(folder, config)
@@ -129,24 +131,65 @@ def load_checkpoint(
     shapes = _shapes(model)
     checkpoint.check(shapes)
     decoded = backend == DECODED
+    coded = bool(quantise or (checkpoint.quantised and not decoded))
     memory, resident = _fitted(
         checkpoint, choice.dtype, target_device, memory, resident_layers, plan, decoded, quantise
     )
     updates = read_loras(lora, lora_strength, shapes, checkpoint.config.family)
     sources = stored_weights(checkpoint, shapes, updates, shares)
-    with torch.inference_mode(False), torch.no_grad():
-        tensors: dict[str, Tensor] = {}
-        if quantise or (checkpoint.quantised and not decoded):
-            tensors = _place_codes(model, sources, checkpoint, target_device, quantise, backend)
-        for name, source in sources.items():
-            keep = memory == "all" or stream_of(name) == "shared"
-            kept = source.kept or choice.dtype
-            tensors |= _first_values(name, source, kept, target_device, keep=keep, verify=verify)
-        for name, tensor in tensors.items():
-            _assign(model, name, tensor)
-    model.compute_dtype = choice.dtype
-    residency = _residency(model, sources, memory, resident)
+    with _within_memory(checkpoint, choice.dtype, target_device, memory, backend, quantise):
+        small: dict[str, Tensor] = {}
+        if coded:
+            from neounify.checkpoint.quantised_layers import place_codes
+
+            small = place_codes(model, sources, checkpoint, target_device, quantise, backend)
+        _fill(model, sources, small, choice.dtype, target_device, memory, verify=verify)
+        model.compute_dtype = choice.dtype
+        residency = _residency(model, sources, memory, resident, backend if coded else DECODED)
     return LoadedCheckpoint(model.eval(), residency, checkpoint, choice)
+
+
+@contextmanager
+def _within_memory(
+    checkpoint: CheckpointFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Memory,
+    backend: str,
+    quantise: str | None,
+) -> Iterator[None]:
+    """Context of reading weights: an error of memory becomes a MemoryPlanError, with advice."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        from neounify.checkpoint.fit import used_up
+        from neounify.checkpoint.sizes import kept_weights
+
+        kept = kept_weights(checkpoint, dtype, decoded=backend == DECODED, quantise=quantise)
+        # The frames of the error hold tensors.
+        raise used_up(checkpoint, kept, device, memory, error) from error.with_traceback(None)
+
+
+def _fill(
+    model: NeoUnify,
+    sources: Mapping[str, StoredWeight],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: Memory,
+    *,
+    verify: bool,
+) -> None:
+    """Give a model its weights, empty ones where they come later, and these other `tensors`."""
+    for name, source in sources.items():
+        keep = memory == "all" or stream_of(name) == "shared"
+        kept = source.kept or dtype
+        tensors |= _first_values(name, source, kept, device, keep=keep, verify=verify)
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor)
 
 
 def check_memory(memory: str, plan: str = "check") -> None:
@@ -253,30 +296,14 @@ def stored_weights(
     return sources
 
 
-def _place_codes(
-    model: NeoUnify,
-    sources: dict[str, StoredWeight],
-    checkpoint: CheckpointFolder,
-    device: torch.device,
-    quantise: str | None,
-    backend: str,
-) -> dict[str, Tensor]:
-    """Put quantised layers in place; the tensors that `sources` do not hold, by our names."""
-    from neounify.checkpoint.quantised_layers import place_new, place_stored, quantised_config
-
-    if quantise:
-        place_new(model, sources, quantise, backend, device)
-        model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
-    return place_stored(model, sources, checkpoint, backend, device)
-
-
 def _residency(
     model: NeoUnify,
     sources: Mapping[str, StoredWeight],
     memory: Memory,
     resident: Mapping[StreamName, int],
+    backend: str,
 ) -> Residency:
-    """The residency of a mode; a model that is whole is fused."""
+    """The residency of a mode; a model that is whole is fused, its experts of codes are stacked."""
     model.multiply_fast()
     if memory == "stream":
         return StreamResidency(model, sources)
@@ -285,6 +312,10 @@ def _residency(
 
         return LayerResidency(model, sources, resident)
     model.fuse()
+    if backend != DECODED:
+        from neounify.quant.experts import stack_codes
+
+        stack_codes(model, backend)
     if any(source.format is not None for source in sources.values()):
         return_freed_memory()
     return NullResidency()

@@ -1,5 +1,8 @@
 """Quantising of checkpoints, weight by weight: files are laid out first, then filled in place.
 
+With the preset `STORED` weights keep the formats they have. LoRA files are then merged by decoding,
+adding and quantising again, of the weights they change; all other codes are copied.
+
 Memory holds some rows of a weight in float32, of 4 bits all of them. In a file, codes lie at
 multiples of 64 bytes, so that they can be computed with where they are mapped.
 """
@@ -17,8 +20,14 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from neounify.checkpoint.config_json import quantised_entry, with_quantised, write_config
+from neounify.checkpoint.config_json import (
+    quantised_as,
+    quantised_entry,
+    with_quantised,
+    write_config,
+)
 from neounify.checkpoint.load import expected_shapes, stored_weights
+from neounify.checkpoint.lora_file import LoraSpec, read_loras
 from neounify.checkpoint.mapped import DTYPE_NAMES
 from neounify.checkpoint.names import to_published
 from neounify.checkpoint.reader import CheckpointFolder
@@ -32,11 +41,23 @@ from neounify.checkpoint.save import (
 )
 from neounify.errors import RequestError
 from neounify.files import write_json
-from neounify.quant.formats import CODES, PublishedFormat, Shape
+from neounify.quant.blocks import BlockRows
+from neounify.quant.formats import (
+    CODES,
+    RELATIVE,
+    FourBits,
+    Fp8Rows,
+    PublishedFormat,
+    Shape,
+)
 from neounify.quant.presets import preset_formats
-from neounify.quant.stored import description_tensor
+from neounify.quant.stored import StoredCodes, description_tensor
 
+STORED = "stored"
+"""The preset of a checkpoint that is quantised already: each weight in its own format."""
 ALIGNMENT = 64
+PLAIN_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of weights in 8 bits without a scale; with updates they need scales."""
 CPU = torch.device("cpu")
 Layout = dict[str, tuple[Shape, torch.dtype]]
 
@@ -46,6 +67,8 @@ def quantise_checkpoint(
     folder: str | os.PathLike[str],
     preset: str,
     *,
+    lora: LoraSpec | Sequence[LoraSpec] | None = None,
+    lora_strength: float = 1.0,
     tokenizer: SavesFiles | None = None,
     extra_files: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
@@ -55,15 +78,17 @@ def quantise_checkpoint(
     """Write config.json, weights in the formats of `preset`, the tokenizer's and `extra_files`.
 
     Weights that the preset leaves out are written as they are stored, codes of other formats as
-    what they mean, in float32. `progress` gets the number of weights that are done. As
-    `save_model` writes, all or nothing; returns the folder. Raises RequestError for an unknown
-    preset or a model that is quantised already, and CheckpointError for weights that are damaged.
+    what they mean, in float32. LoRA files are merged first. `progress` gets the number of weights
+    that are done. As `save_model` writes, all or nothing; returns the folder. Raises RequestError
+    for an unknown preset, a model that is quantised already and, with `STORED`, one that is not or
+    is a GGUF file, and CheckpointError for weights that are damaged.
     """
     if max_shard_bytes < 1:
         raise RequestError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
-    parts = _parts(checkpoint, preset)
+    parts = _parts(checkpoint, preset, lora, lora_strength)
     target = Path(folder).resolve()
-    entry = quantised_entry(preset, checkpoint.fingerprint())
+    before = quantised_as(checkpoint.config) if preset == STORED else None
+    entry = quantised_entry(before or preset, checkpoint.fingerprint())
     document = with_quantised(write_config(checkpoint.config), entry)
     with new_checkpoint(target, document, tokenizer, extra_files, overwrite=overwrite) as aside:
         write_parts(aside, shards_of(parts, max_shard_bytes), progress)
@@ -93,16 +118,24 @@ class _Part:
     format: PublishedFormat | None
 
     @property
+    def copied(self) -> StoredCodes | None:
+        """The codes of a weight that has its format already, and no updates."""
+        codes = self.source.codes
+        return (
+            None if codes is None or self.source.updates or codes.format != self.format else codes
+        )
+
+    @property
     def layout(self) -> Layout:
         """The tensors it becomes in the file."""
         info, module = self.source.info, self.name.removesuffix(CODES)
         if self.format is None:
             dtype = torch.float32 if self.source.codes else info.dtype
             return {self.name: (tuple(self.source.shape), dtype)}
-        tensors = {
-            f"{module}{part}": size
-            for part, size in self.format.layout(tuple(self.source.shape)).items()
-        }
+        sizes = self.format.layout(tuple(self.source.shape))
+        if self.copied is not None:
+            sizes[CODES] = info.stored_shape, info.dtype
+        tensors = {f"{module}{part}": size for part, size in sizes.items()}
         described = description_tensor(self.format)
         return tensors | {self.description: (tuple(described.shape), torch.uint8)}
 
@@ -120,7 +153,14 @@ class _Part:
             ((name, (_, dtype)),) = self.layout.items()
             return {name: self.source.read(dtype, CPU)}
         module = self.name.removesuffix(CODES)
-        codes = replace(self.source, format=self.format).read_codes(CPU)
+        if self.copied is not None:
+            # Copied before they are checked, which drops the pages of the file behind it.
+            codes = {CODES: self.source.view().clone()} | dict(self.copied.beside)
+            self.source.verify()
+            if RELATIVE in codes:
+                replace(self.source, name=self.source.name.removesuffix(CODES) + RELATIVE).verify()
+        else:
+            codes = replace(self.source, format=self.format).read_codes(CPU)
         tensors = {f"{module}{part}": tensor for part, tensor in codes.items()}
         return tensors | {self.description: description_tensor(self.format)}
 
@@ -136,15 +176,49 @@ def check_plain(checkpoint: CheckpointFolder, names: Collection[str]) -> None:
         )
 
 
-def _parts(checkpoint: CheckpointFolder, preset: str) -> list[_Part]:
+def _parts(
+    checkpoint: CheckpointFolder,
+    preset: str,
+    lora: LoraSpec | Sequence[LoraSpec] | None,
+    lora_strength: float,
+) -> list[_Part]:
     shapes = expected_shapes(checkpoint.config)
     checkpoint.check(shapes)
-    sizes = {name: tuple(shape) for name, shape in shapes.items()}
-    formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
-    check_plain(checkpoint, formats)
-    sources = stored_weights(checkpoint, shapes)
+    sources = stored_weights(checkpoint, shapes, read_loras(lora, lora_strength, shapes))
+    if preset == STORED:
+        formats = _stored_formats(checkpoint, sources)
+    else:
+        sizes = {name: tuple(shape) for name, shape in shapes.items()}
+        formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
+        check_plain(checkpoint, formats)
     family = checkpoint.config.family
     return [_Part(to_published(n, family), s, formats.get(n)) for n, s in sources.items()]
+
+
+def _stored_formats(
+    checkpoint: CheckpointFolder, sources: Mapping[str, StoredWeight]
+) -> dict[str, PublishedFormat]:
+    """The formats that weights have (our names). Raises RequestError."""
+    formats: dict[str, PublishedFormat] = {}
+    for name, source in sources.items():
+        format = None if source.codes is None else source.codes.format
+        if isinstance(format, BlockRows) or source.info.blocks is not None:
+            raise RequestError(
+                f"{checkpoint.path.name} is a GGUF file, whose formats {STORED!r} does not write: "
+                f"name one, such as q8_0"
+            )
+        if isinstance(format, FourBits) and source.updates:
+            format = replace(format, codebook=True)  # levels are fitted
+        if format is None and source.updates and source.info.dtype in PLAIN_FP8:
+            format = Fp8Rows()
+        if isinstance(format, PublishedFormat):
+            formats[name] = format
+    if not formats:
+        raise RequestError(
+            f"{checkpoint.path.name} holds no quantised weights that {STORED!r} could keep: name "
+            f"a format"
+        )
+    return formats
 
 
 # --- files ---

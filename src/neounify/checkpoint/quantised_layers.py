@@ -53,9 +53,28 @@ def describe(name: str, layer: QuantModule) -> Tensor:
     if isinstance(layer, QuantLinear) and layer.down is not None:
         raise CheckpointError(
             f"{name} has an adapter beside its codes, which a checkpoint cannot hold; load the "
-            'LoRA with backend="decoded" to merge it'
+            'LoRA with backend="decoded" to merge it into plain weights, or merge it into codes '
+            "with `neounify convert MODEL OUT --lora FILE --to stored`"
         )
     return description_tensor(layer.format)
+
+
+def place_codes(
+    model: NeoUnify,
+    sources: dict[str, StoredWeight],
+    checkpoint: CheckpointFolder,
+    device: torch.device,
+    quantise: str | None,
+    backend: str,
+) -> dict[str, Tensor]:
+    """Put quantised layers in place; the tensors that `sources` do not hold, by our names.
+
+    Raises the errors of `place_stored` and, with a preset, of `place_new`.
+    """
+    if quantise:
+        place_new(model, sources, quantise, backend, device)
+        model.config = quantised_config(model.config, quantise, checkpoint.fingerprint())
+    return place_stored(model, sources, checkpoint, backend, device)
 
 
 def place_stored(

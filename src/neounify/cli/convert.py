@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -39,8 +41,9 @@ def convert(
         str | None,
         option(
             FILES,
-            "f16|q8_0|q5_1|q5_0|q4_1|q4_0",
-            "Write weights as one GGUF file, the layers in this format.",
+            "stored|f16|q8_0|q5_1|q5_0|q4_1|q4_0",
+            "Write weights as one GGUF file, the layers in this format; stored keeps the formats "
+            "of a quantised checkpoint, into which a LoRA is merged by quantising again.",
         ),
     ] = None,
     max_shard_size: Annotated[
@@ -72,6 +75,7 @@ def convert(
       neounify convert FOLDER quantised --to q8_0
       neounify convert model-Q4_K.gguf plain --config FOLDER
       neounify convert FOLDER fast --lora distilled.safetensors:0.8
+      neounify convert FOLDER-int8 fast-int8 --lora distilled.safetensors --to stored
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
     """
     folder = resolve_model(model, "MODEL")
@@ -86,7 +90,7 @@ def convert(
         raise CliError(f"{out} is the model itself; write to another folder")
     check_new_folder(out, "a model", overwrite=overwrite.overwrite)
     if to is not None:
-        _write_gguf(folder, config, out, weights, to, overwrite.overwrite, display)
+        _write_quantised(folder, config, out, weights, to, shard, overwrite.overwrite, display)
     else:
         _convert_model(folder, config, out, weights, shard, overwrite.overwrite, display)
     print_saved(out, display)
@@ -123,12 +127,13 @@ def print_saved(folder: Path, display: Display) -> None:
     )
 
 
-def _write_gguf(
+def _write_quantised(
     model: Path,
     config: Path | None,
     out: Path,
     weights: WeightOptions,
     preset: str,
+    shard: int,
     overwrite: bool,
     display: Display,
 ) -> None:
@@ -137,6 +142,7 @@ def _write_gguf(
 
         from neounify.checkpoint import CheckpointFolder
         from neounify.checkpoint.gguf_save import save_gguf
+        from neounify.checkpoint.quantise import STORED, quantise_checkpoint
         from neounify.pipeline.loading import load_processor
         from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE
 
@@ -144,11 +150,15 @@ def _write_gguf(
         raise UsageError("--dtype and --to are two forms of the weights; give one")
     checkpoint = CheckpointFolder.open(model, config)
     processor = load_processor(checkpoint, torch.float32)
+    preset = preset.lower()
+    write: Callable[..., Path] = save_gguf
+    if preset == STORED:
+        write = partial(quantise_checkpoint, max_shard_bytes=shard)
     with display.bar(f"writing {out.name}"):
-        save_gguf(
+        write(
             checkpoint,
             out,
-            preset.lower(),
+            preset,
             lora=parse_loras(weights.lora) or None,
             tokenizer=processor.tokenizer,
             extra_files={SYSTEM_MESSAGE_FILE: processor.system_message},

@@ -186,14 +186,19 @@ def _quantised(checkpoint: CheckpointFolder) -> dict[str, str]:
         return {}
     import torch
 
+    from neounify.checkpoint.names import from_published, part_of
     from neounify.cli.models import default_device
+    from neounify.quant import experts
     from neounify.quant.backends import AUTO, choose_backend
 
     device = torch.device(default_device())
     backends: dict[str, set[str]] = {}
-    for codes in checkpoint.quantised.values():
-        backend = choose_backend(AUTO, codes.format, codes.shape[-1], device)
-        backends.setdefault(codes.label, set()).add(str(backend))
+    for name, codes in checkpoint.quantised.items():
+        backend = str(choose_backend(AUTO, codes.format, codes.shape[-1], device))
+        ours = from_published(name)
+        if ours is not None and part_of(ours) == "experts" and experts.groups_on(device):
+            backend = experts.GROUPED
+        backends.setdefault(codes.label, set()).add(backend)
     return {label: ", ".join(sorted(chosen)) for label, chosen in sorted(backends.items())}
 
 

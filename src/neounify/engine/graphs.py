@@ -25,7 +25,6 @@ from neounify.cache import PagedKVCache, PagedSequence, SequenceCache
 from neounify.model.layout import Document, Layout, Noise, Text, to_device
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND
-from neounify.model.stream import StackedExperts, may_group
 
 if TYPE_CHECKING:
     from neounify.engine.sequences import ModelInput
@@ -79,13 +78,8 @@ def recordable(model: NeoUnify) -> bool:
     modules = list(model.layers.modules())
     if any(m._forward_pre_hooks or m._forward_hooks for m in modules):
         return False
-    for mlp in model.sparse_mlps:
-        experts = mlp.experts
-        if not isinstance(experts, StackedExperts):
-            return False
-        widths = experts.gate_proj.shape[-1], experts.down_proj.shape[-1]
-        if not may_group(model.compute_dtype, *widths):
-            return False
+    if not all(mlp.experts.grouped(model.compute_dtype) for mlp in model.sparse_mlps):
+        return False
     return all(p.device == model.device for p in model.parameters())
 
 

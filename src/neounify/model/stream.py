@@ -188,6 +188,10 @@ class Experts(nn.ModuleList):
         """Whether all linear layers are without adapters."""
         return all(type(layer) is nn.Linear for expert in self for layer in expert.children())
 
+    def grouped(self, dtype: torch.dtype) -> bool:
+        """Whether all run by grouped products in this dtype: here they run one by one."""
+        return False
+
     def forward(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
         """Each expert on its slice of the rows; `ends` are those of the slices."""
         # In training an expert without rows runs too: it has a gradient, of zero.
@@ -231,6 +235,10 @@ class StackedExperts(nn.Module):
                 layer.register_parameter("weight", nn.Parameter(weight, stack.requires_grad))
         return experts.train(self.training)
 
+    def grouped(self, dtype: torch.dtype) -> bool:
+        """Whether all run by grouped products in this dtype."""
+        return may_group(dtype, self.gate_proj.shape[-1], self.down_proj.shape[-1])
+
     def forward(self, rows: Float[Tensor, "m size"], ends: Int[Tensor, " experts"]) -> Tensor:
         """SwiGLU of every expert on its slice of the rows, as `SwiGLU.forward`."""
         return run_experts(rows, ends, self.gate_proj, self.up_proj, self.down_proj)
@@ -248,11 +256,17 @@ def run_experts(
     if not may_group(dtype, gate.shape[-1], down.shape[-1]):
         parts = zip(_slices(rows, ends), gate.unbind(), up.unbind(), down.unbind(), strict=True)
         return torch.cat([_swiglu(x, *weights) for x, *weights in parts])
-    assert _grouped_mm is not None
     x, gate, up, down = (tensor.to(dtype) for tensor in (rows, gate, up, down))
-    inner = silu(_grouped_mm(x, gate.transpose(1, 2), offs=ends))
-    inner = inner * _grouped_mm(x, up.transpose(1, 2), offs=ends)
-    return _grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    inner = silu(grouped_product(x, gate, ends)) * grouped_product(x, up, ends)
+    return grouped_product(inner, down, ends)
+
+
+def grouped_product(
+    x: Float[Tensor, "m k"], weights: Float[Tensor, "experts n k"], ends: Int[Tensor, " experts"]
+) -> Float[Tensor, "m n"]:
+    """x Wᵀ, each slice of rows by its expert; for what `may_group` allows."""
+    assert _grouped_mm is not None
+    return _grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
 
 def may_group(dtype: torch.dtype, *widths: int) -> bool:

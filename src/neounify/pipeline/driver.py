@@ -33,7 +33,7 @@ from neounify.engine.orders import LedEngine
 from neounify.engine.sequences import ContiguousCaches
 from neounify.engine.spread import Spread
 from neounify.engine.understanding import UnderstandingEngine
-from neounify.errors import Cancelled, OutOfMemory
+from neounify.errors import Cancelled, OutOfMemory, is_out_of_memory
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.runtime.plan import ExecutionPlan
@@ -150,13 +150,22 @@ class Driver:
 
     def _step(self, resident: _ResidentStream) -> None:
         if self._understanding.busy:
-            resident.use(UND)
+            self._bring(UND, resident)
             self._understanding.step()
         elif self._generation.busy:
-            resident.use(GEN)
+            self._bring(GEN, resident)
             self._generation.step()
         else:
             raise RuntimeError("programs wait for answers, and both engines are idle")
+
+    def _bring(self, stream: StreamName, resident: _ResidentStream) -> None:
+        try:
+            resident.use(stream)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            gone = OutOfMemory(f"no memory is left for the weights of the stream {stream!r}")
+            raise self._with_peaks(gone) from error.with_traceback(None)
 
     def _deliver(
         self,

@@ -60,12 +60,21 @@ def fit_codebook(weight: Float[Tensor, "n k"], rotated: int) -> Float[Tensor, " 
 
 
 def unpack_w4(
-    codes: Tensor, relative: Tensor, codebook: Float[Tensor, " 16"] | None
+    codes: Tensor, relative: Tensor, codebook: Float[Tensor, "*stack 16"] | None
 ) -> Int8[Tensor, "n k"]:
-    """The int8 codes, of which s_channel is the scale: clamp(round(level[q] · s_rel), ±127)."""
+    """The int8 codes, of which s_channel is the scale: clamp(round(level[q] · s_rel), ±127).
+
+    Codes of a stack of weights, one behind the other with as many rows each, have a codebook each.
+    """
     packed = codes.view(torch.uint8)
     numbers = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).int()
-    levels = numbers - 8.0 if codebook is None else codebook[numbers]
+    if codebook is None:
+        levels = numbers - 8.0
+    elif codebook.dim() == 1:
+        levels = codebook[numbers]
+    else:
+        of_weights = numbers.long().view(codebook.shape[0], -1)
+        levels = codebook.gather(1, of_weights).view(numbers.shape)
     values = levels.unflatten(1, (relative.shape[1], -1)) * relative.float()[..., None]
     return values.round_().clamp_(-LARGEST, LARGEST).flatten(1).to(torch.int8)
 
@@ -74,7 +83,7 @@ def dequantise_w4(
     codes: Tensor,
     relative: Tensor,
     channel: Float[Tensor, " n"],
-    codebook: Float[Tensor, " 16"] | None,
+    codebook: Float[Tensor, "*stack 16"] | None,
 ) -> Float[Tensor, "n k"]:
     """Ŵ in float32, rotated as it was quantised."""
     return unpack_w4(codes, relative, codebook).float() * row_scale(relative, channel)
