@@ -20,7 +20,7 @@ from neounify.errors import RequestError
 from neounify.model import NeoUnify
 from neounify.quant.blocks import BLOCK_FORMATS
 from neounify.text import byte_tokenizer
-from support.other_device import OtherDevice
+from support.other_device import OtherDevice, watching
 
 IMAGE = PIL.Image.new("RGB", (64, 64))
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
@@ -90,11 +90,12 @@ def test_no_task_needs_float64_or_an_operator_that_mps_lacks(
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_blocks_are_decoded_on_mps(name: str) -> None:
     format = BLOCK_FORMATS[name]
-    with OtherDevice() as device:
+    with watching() as device:
         format.decode(torch.empty(4, format.nbytes, dtype=torch.uint8, device="meta"))
     dtypes = {dtype for some in device.operators.values() for dtype in some}
     assert dtypes <= {torch.float32, torch.float16, torch.int8, torch.uint8}
     assert [name for name in device.operators if not has_kernel(name, "MPS")] == []
+    assert device.waits == []
 
 
 def test_what_a_device_lacks_is_seen() -> None:

@@ -25,6 +25,7 @@ from neounify.quant.experts import QuantExperts, stack_codes
 from neounify.quant.linear import QuantLinear
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 from support.gguf_files import random_blocks
+from support.other_device import watching
 
 EXPERTS = 6
 MLP = MlpConfig(
@@ -212,3 +213,17 @@ def test_widths_that_grouped_products_do_not_take_run_one_by_one(tmp_path: Path)
 def test_inspect_says_how_experts_run(tmp_path: Path, plain: Path) -> None:
     checkpoint = CheckpointFolder.open(coded_folder(tmp_path / "coded", plain, "fp8"))
     assert _quantised(checkpoint) == {"float8_e4m3fn": "reference, torch (grouped_mm)"}
+
+
+@pytest.mark.usefixtures("grouping")
+@pytest.mark.parametrize("preset", ["int8", "fp8", "w4", "q5_1"])
+def test_stacks_wait_nowhere_and_need_no_float64(tmp_path: Path, plain: Path, preset: str) -> None:
+    folder = coded_folder(tmp_path / "coded", plain, preset)
+    model = load_checkpoint(folder, dtype="bfloat16").model.to("meta")
+    for counts in ([5, 0, 3, 1, 0, 2], [0, 2, 0, 0, 1, 0]):
+        rows, ends = (t.to("meta") for t in routed(counts, SPARSE.hidden_size, torch.bfloat16))
+        with watching() as device:
+            y = experts_of(model)(rows, ends)
+        assert y.shape == rows.shape
+        assert device.waits == []
+        assert torch.float64 not in {t for some in device.operators.values() for t in some}

@@ -9,7 +9,7 @@ reference, so that decoded values are equal to its own bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,11 @@ def _half_bytes(values: Float[Tensor, "n 1"]) -> UInt8[Tensor, "n 2"]:
     return halves.view(torch.uint8)
 
 
-def _shifted(codes: Tensor, shifts: Sequence[int], mask: int) -> Tensor:
-    """[..., k] → [..., shifts, k]: the bits under `mask` after each shift to the right."""
-    by = torch.tensor(shifts, dtype=torch.uint8, device=codes.device)[:, None]
-    return (codes[..., None, :] >> by) & mask
+def _split(codes: UInt8[Tensor, "*rows k"], bits: int) -> UInt8[Tensor, "*rows parts k"]:
+    """The numbers of 1, 2 or 4 `bits` in bytes, the lowest of all bytes first."""
+    # Made on the device: an upload would have the host wait for it.
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
+    return (codes[..., None, :] >> shifts) & ((1 << bits) - 1)
 
 
 def _scaled(q: Tensor, scale: Float[Tensor, "n s"]) -> Float[Tensor, "n s k"]:
@@ -98,7 +99,7 @@ def _scaled(q: Tensor, scale: Float[Tensor, "n s"]) -> Float[Tensor, "n s k"]:
 
 
 def _nibbles(codes: UInt8[Tensor, "n 16"]) -> UInt8[Tensor, "n 32"]:
-    return _shifted(codes, (0, 4), 15).flatten(1)
+    return _split(codes, 4).flatten(1)
 
 
 def _from_nibbles(q: UInt8[Tensor, "n 32"]) -> UInt8[Tensor, "n 16"]:
@@ -107,7 +108,7 @@ def _from_nibbles(q: UInt8[Tensor, "n 32"]) -> UInt8[Tensor, "n 16"]:
 
 def _bits(words: UInt8[Tensor, "n 4"]) -> UInt8[Tensor, "n 32"]:
     """The bits of a little-endian word of 32."""
-    return _shifted(words[..., None], range(8), 1).flatten(1)
+    return _split(words[..., None], 1).flatten(1)
 
 
 def _from_bits(bits: UInt8[Tensor, "n 32"]) -> UInt8[Tensor, "n 4"]:
@@ -199,18 +200,18 @@ def _encode_q8_0(values: Values) -> Blocks:
 
 def _decode_q2_k(blocks: Blocks) -> Values:
     scales, d, dmin = blocks[:, :16], _half(blocks, 80), _half(blocks, 82)
-    q = _shifted(blocks[:, 16:80].view(-1, 2, 32), (0, 2, 4, 6), 3)
+    q = _split(blocks[:, 16:80].view(-1, 2, 32), 2)
     low = dmin * (scales >> 4).float()
     return (_scaled(q, d * (scales & 15).float()) - low[..., None]).flatten(1)
 
 
 def _decode_q3_k(blocks: Blocks) -> Values:
     packed = blocks[:, 96:108]
-    lowest = _shifted(packed[:, :8], (0, 4), 15).flatten(1)
-    highest = _shifted(packed[:, 8:], (0, 2, 4, 6), 3).flatten(1)
+    lowest = _split(packed[:, :8], 4).flatten(1)
+    highest = _split(packed[:, 8:], 2).flatten(1)
     scales = (lowest | (highest << 4)).float() - 32
-    two = _shifted(blocks[:, 32:96].view(-1, 2, 32), (0, 2, 4, 6), 3).flatten(1)
-    third = _shifted(blocks[:, :32], range(8), 1).flatten(1)
+    two = _split(blocks[:, 32:96].view(-1, 2, 32), 2).flatten(1)
+    third = _split(blocks[:, :32], 1).flatten(1)
     q = (two | (third << 2)).float() - 4
     return _scaled(q, _half(blocks, 108) * scales).flatten(1)
 
@@ -230,18 +231,18 @@ def _with_minima(blocks: Blocks, q: Tensor) -> Values:
 
 
 def _decode_q4_k(blocks: Blocks) -> Values:
-    return _with_minima(blocks, _shifted(blocks[:, 16:].view(-1, 4, 32), (0, 4), 15).flatten(1))
+    return _with_minima(blocks, _split(blocks[:, 16:].view(-1, 4, 32), 4).flatten(1))
 
 
 def _decode_q5_k(blocks: Blocks) -> Values:
-    four = _shifted(blocks[:, 48:].view(-1, 4, 32), (0, 4), 15).flatten(1)
-    fifth = _shifted(blocks[:, 16:48], range(8), 1).flatten(1)
+    four = _split(blocks[:, 48:].view(-1, 4, 32), 4).flatten(1)
+    fifth = _split(blocks[:, 16:48], 1).flatten(1)
     return _with_minima(blocks, four | (fifth << 4))
 
 
 def _decode_q6_k(blocks: Blocks) -> Values:
-    four = _shifted(blocks[:, :128].view(-1, 2, 64), (0, 4), 15).flatten(1)
-    two = _shifted(blocks[:, 128:192].view(-1, 2, 32), (0, 2, 4, 6), 3).flatten(1)
+    four = _split(blocks[:, :128].view(-1, 2, 64), 4).flatten(1)
+    two = _split(blocks[:, 128:192].view(-1, 2, 32), 2).flatten(1)
     q = (four | (two << 4)).float() - 32
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
     return _scaled(q, _half(blocks, 208) * scales).flatten(1)
