@@ -184,14 +184,15 @@ def _parts(
 ) -> list[_Part]:
     shapes = expected_shapes(checkpoint.config)
     checkpoint.check(shapes)
-    sources = stored_weights(checkpoint, shapes, read_loras(lora, lora_strength, shapes))
+    family = checkpoint.config.family
+    updates = read_loras(lora, lora_strength, shapes, family)
+    sources = stored_weights(checkpoint, shapes, updates)
     if preset == STORED:
         formats = _stored_formats(checkpoint, sources)
     else:
         sizes = {name: tuple(shape) for name, shape in shapes.items()}
         formats = preset_formats(preset, sizes, checkpoint.config.num_layers)
         check_plain(checkpoint, formats)
-    family = checkpoint.config.family
     return [_Part(to_published(n, family), s, formats.get(n)) for n, s in sources.items()]
 
 
