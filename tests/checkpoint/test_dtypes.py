@@ -20,9 +20,9 @@ from neounify.checkpoint import (
     summarise,
     to_published,
 )
-from neounify.checkpoint.load import memory_bytes, multiplies
+from neounify.checkpoint.load import multiplies
 from neounify.errors import RequestError
-from neounify.runtime.process import ControlGroup
+from neounify.runtime.process import ControlGroup, memory_bytes
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
 
 INTEL = "Intel(R) Xeon(R) Processor"
@@ -147,7 +147,7 @@ def test_memory_is_no_more_than_the_control_group_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     groups: list[ControlGroup] = []
-    monkeypatch.setattr(load, "control_groups", lambda: groups)
+    monkeypatch.setattr("neounify.runtime.process.control_groups", lambda: groups)
     whole = memory_bytes()
     assert whole > 2**28
     groups.append(ControlGroup(limit=2**62, left=2**62))

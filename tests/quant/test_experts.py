@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, save_model
 from neounify.checkpoint.gguf_save import save_gguf
-from neounify.checkpoint.quantise import quantise_checkpoint
+from neounify.checkpoint.quantise_files import quantise_checkpoint
 from neounify.cli.inspect import _quantised
 from neounify.config import MlpConfig
 from neounify.engine.graphs import recordable

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from neounify.checkpoint import CheckpointFolder, load_checkpoint, load_model
 from neounify.checkpoint.gguf_save import save_gguf
-from neounify.checkpoint.quantise import STORED, quantise_checkpoint
+from neounify.checkpoint.quantise_files import STORED, quantise_checkpoint
 from neounify.checkpoint.residency import StoredWeight
 from neounify.errors import CheckpointError, RequestError
 from neounify.quant.formats import FourBits, Fp8Rows
-from neounify.quant.presets import PRESETS
+from neounify.quant.presets import QUANT_PRESETS
 from support.checkpoint_folders import CONFIGS, SMALL, random_weights, write_checkpoint
 from support.lora_files import lora_tensors
 
@@ -50,7 +50,7 @@ def values(folder: Path, **options: Any) -> dict[str, Tensor]:
     return load_model(folder, dtype="float32", **options).state_dict()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", QUANT_PRESETS)
 def test_the_merged_weights_are_within_the_error_of_the_format(
     tmp_path: Path, plain: Path, lora: Path, preset: str
 ) -> None:

@@ -29,7 +29,7 @@ from neounify.model import NeoUnify
 from neounify.model.build import meta_model
 from neounify.model.parts import StreamName
 from neounify.runtime.plan import free_memory
-from neounify.runtime.process import control_groups, return_freed_memory
+from neounify.runtime.process import memory_bytes, return_freed_memory
 
 Memory: TypeAlias = Literal["auto", "all", "stream", "layers"]
 PlanUse: TypeAlias = Literal["check", "ignore"]
@@ -483,12 +483,6 @@ def multiplies(dtype: torch.dtype, features: Mapping[str, object] | None = None)
         # Intel's processors multiply it at half the rate of float32 without AMX (docs/log.md).
         return not str(features.get("cpu_name", "")).startswith("Intel")
     return bool(has & {"amx_bf16", "bf16", "sve_bf16"})
-
-
-def memory_bytes() -> int:
-    """Memory this process may use at most, in bytes: the machine's, or its control groups'."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *(group.limit for group in control_groups())])
 
 
 def _bytes_in(checkpoint: CheckpointFolder, dtype: torch.dtype) -> int:

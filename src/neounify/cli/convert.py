@@ -142,7 +142,7 @@ def _write_quantised(
 
         from neounify.checkpoint import CheckpointFolder
         from neounify.checkpoint.gguf_save import save_gguf
-        from neounify.checkpoint.quantise import STORED, quantise_checkpoint
+        from neounify.checkpoint.quantise_files import STORED, quantise_checkpoint
         from neounify.pipeline.loading import load_processor
         from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE
 

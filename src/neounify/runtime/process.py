@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import resource
 import secrets
@@ -152,6 +153,12 @@ def available_bytes() -> int | None:
     except (OSError, ValueError, StopIteration):
         return None
     return max(0, min([available, *(group.left for group in control_groups())]))
+
+
+def memory_bytes() -> int:
+    """Memory this process may use at most, in bytes: the machine's, or its control groups'."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(group.limit for group in control_groups())])
 
 
 class ControlGroup(NamedTuple):
