@@ -240,6 +240,8 @@ def _http_config(
         limits=Limits(
             deadline=access.deadline,
             steps=access.max_steps,
+            output_frames=access.max_frames,
+            video_frames=access.max_input_frames,
             body_bytes=access.max_body_mb * MEBIBYTE,
         ),
         remote_hosts=tuple(access.allow_images_from or ()),

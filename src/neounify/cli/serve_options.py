@@ -246,6 +246,14 @@ class AccessOptions:
         int,
         option(ACCESS, "N", "Maximum denoising steps of an image.", min=1),
     ] = 200
+    max_frames: Annotated[
+        int,
+        option(ACCESS, "N", "Maximum frames of a generated video.", min=1),
+    ] = 240
+    max_input_frames: Annotated[
+        int,
+        option(ACCESS, "N", "Maximum frames that are seen of a request's input videos.", min=1),
+    ] = 96
     max_body_mb: Annotated[
         int,
         option(ACCESS, "MIB", "Maximum size of a request body.", min=1),
@@ -255,7 +263,8 @@ class AccessOptions:
         option(
             ACCESS,
             "HOST[:PORT]",
-            "Fetch image URLs from this host. May be repeated. Default: data URLs only.",
+            "Fetch URLs of images and videos from this host. May be repeated. Default: data URLs "
+            "only.",
         ),
     ] = None
 

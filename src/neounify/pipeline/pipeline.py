@@ -463,7 +463,7 @@ class Pipeline:
         from neounify.pipeline.videos import read_frames
 
         self.config.check_can("chat_video")
-        videos = video if isinstance(video, list | tuple) else [video]
+        videos: Sequence[Any] = video if isinstance(video, list | tuple) else [video]
         return [read_frames(one, self.config, fps, max_frames) for one in videos]
 
     def generate_requests(

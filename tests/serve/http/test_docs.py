@@ -12,6 +12,7 @@ from neounify.serve.http.chat_schema import ChatBody
 from neounify.serve.http.completions import CompletionBody
 from neounify.serve.http.images import ImageBody
 from neounify.serve.run import COUNTERS, GAUGES
+from support.clips import clip_bytes, numbered
 from support.http_server import png, running, to_image
 from support.scripted_service import Scripted
 
@@ -24,6 +25,7 @@ def test_the_examples_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("shapes.png").write_bytes(png())
+    Path("clip.mp4").write_bytes(clip_bytes(numbered(4)))
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     with running(create_app(Scripted())) as url:
         exec(code.replace("http://127.0.0.1:8000", url) + "\nclient.close()", {})
@@ -38,7 +40,7 @@ def test_every_route_and_field_is_named() -> None:
     assert len(routes) >= 9
     table = PAGE[: PAGE.index("If the server has keys")]
     for route in routes:
-        assert route.replace("{name:path}", "NAME").replace("{name}", "NAME") in table
+        assert re.sub(r"{video_id}", "ID", re.sub(r"{name(:path)?}", "NAME", route)) in table
     bodies = (ChatBody, CompletionBody, ImageBody)
     for name in {name for body in bodies for name in body.model_fields}:
         assert re.search(rf"\b{name}\b", PAGE), name

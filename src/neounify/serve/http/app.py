@@ -26,6 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from neounify.image.pixels import trained_sizes
 from neounify.serve.http import chat, completions, images
+from neounify.serve.http import videos as video_routes
 from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import RETRY_SECONDS, ApiError, ErrorBody, add_handlers
 from neounify.serve.http.fields import AnswerModel
@@ -38,12 +39,14 @@ from neounify.serve.http.middleware import (
     LimitMiddleware,
 )
 from neounify.serve.http.serving import ServerState, State
+from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service
 
 DESCRIPTION = (
-    "Chat about text and images, image generation and editing, and interleaved answers of text and "
-    "images. The routes are OpenAI's; fields called extensions are this server's own."
+    "Chat about text, images and videos, generation of images and videos, image editing, and "
+    "interleaved answers of text and images. The routes are OpenAI's; fields called extensions are "
+    "this server's own."
 )
 
 _RANGE_ERRORS = {
@@ -93,13 +96,14 @@ def create_app(
         warnings.warn(text, DeprecationWarning, stacklevel=2)
     config = config or settings or HttpConfig()
     metrics = HttpMetrics(registry or CollectorRegistry())
-    decoder, clip_decoder = MediaDecoder(), MediaDecoder()
+    state = _state(service, config, Hooks() if hooks is None else hooks, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
-        decoder.close()
-        clip_decoder.close()
+        await state.videos.close()
+        state.decoder.close()
+        state.clip_decoder.close()
 
     app = FastAPI(
         title="neounify",
@@ -110,30 +114,10 @@ def create_app(
         lifespan=lifespan,
         responses={"default": {"model": ErrorBody, "description": "Every error"}},
     )
-    app.state.server = ServerState(
-        service=service,
-        config=config,
-        hooks=Hooks() if hooks is None else hooks,
-        metrics=metrics,
-        results=ResultStore(config.result_bytes, config.result_seconds),
-        fetcher=MediaFetcher(
-            config.remote_hosts,
-            max_bytes=config.remote_bytes,
-            seconds=config.remote_seconds,
-        ),
-        decoder=decoder,
-        clip_fetcher=MediaFetcher(
-            config.remote_hosts,
-            max_bytes=config.remote_video_bytes,
-            seconds=config.remote_seconds,
-            medium="video",
-        ),
-        clip_decoder=clip_decoder,
-        started=int(time.time()),
-    )
+    app.state.server = state
     _add_middleware(app, config, metrics)
     add_handlers(app)
-    routers = (chat.router, completions.router, images.router)
+    routers = (chat.router, completions.router, images.router, video_routes.router)
     for router in (*routers, info_router(ready, states)):
         app.include_router(router)
 
@@ -144,6 +128,33 @@ def create_app(
     if page is not None:
         app.router.routes.append(_Page("/", _PageFiles(directory=page, html=True), name="page"))
     return app
+
+
+def _state(service: Service, config: HttpConfig, hooks: Hooks, metrics: HttpMetrics) -> ServerState:
+    return ServerState(
+        service=service,
+        config=config,
+        hooks=hooks,
+        metrics=metrics,
+        results=ResultStore(config.result_bytes, config.result_seconds),
+        fetcher=MediaFetcher(
+            config.remote_hosts, max_bytes=config.remote_bytes, seconds=config.remote_seconds
+        ),
+        decoder=MediaDecoder(),
+        clip_fetcher=MediaFetcher(
+            config.remote_hosts,
+            max_bytes=config.remote_video_bytes,
+            seconds=config.remote_seconds,
+            medium="video",
+        ),
+        clip_decoder=MediaDecoder(),
+        videos=VideoJobs(
+            max_unfinished=config.limits.video_jobs,
+            max_bytes=config.result_bytes,
+            seconds=config.result_seconds,
+        ),
+        started=int(time.time()),
+    )
 
 
 def _add_middleware(app: FastAPI, config: HttpConfig, metrics: HttpMetrics) -> None:
@@ -158,7 +169,7 @@ def _add_middleware(app: FastAPI, config: HttpConfig, metrics: HttpMetrics) -> N
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("Retry-After",),
             max_age=600,

@@ -119,7 +119,7 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
             if isinstance(part, ChatTextPart):
                 pieces.append(part.text)
             else:
-                pieces.append(next(clips if isinstance(part, ChatVideoPart) else images))
+                pieces.append(next(clips) if isinstance(part, ChatVideoPart) else next(images))
         role = "system" if message.role == "developer" else message.role
         calls = [call.function for call in message.tool_calls or ()]
         turns.append(

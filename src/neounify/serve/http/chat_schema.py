@@ -255,7 +255,7 @@ class VideoChoice(BaseModel):
     """Which frames of clips are seen."""
 
     fps: Annotated[float, Field(gt=0, le=240)] | None = None
-    num_frames: Annotated[int, Field(ge=1)] | None = Field(None, description="At most so many.")
+    num_frames: Annotated[int, Field(ge=1, description="At most so many.")] | None = None
 
 
 class MediaChoice(BaseModel):

@@ -27,9 +27,9 @@ class Limits:
     body, `header_bytes` and `headers` its head. `images`, `image_pixels` and `images_pixels` (of
     one, of all of a request) bound input images, `decode_bytes` the memory of decoding one;
     `videos`, `video_frames` (that the model sees of all of them) and `video_seconds` (of decoding
-    one) input clips;
-    `output_pixels` and `steps` generated ones; `in_flight` the requests that are read or answered
-    at a time. Raises ConfigError for values below 1.
+    one) input clips; `output_pixels`, `output_frames` and `steps` generated ones, `video_jobs` the
+    videos of a caller that are generated at a time; `in_flight` the requests that are read or
+    answered at a time. Raises ConfigError for values below 1.
     """
 
     in_flight: int = 256
@@ -50,6 +50,8 @@ class Limits:
     video_frames: int = 96
     video_seconds: float = 30.0
     output_pixels: int = 2048 * 2048
+    output_frames: int = 240
+    video_jobs: int = 4
     steps: int = 200
     n: int = 10
     answer_images: int = 10
@@ -85,7 +87,8 @@ class HttpConfig:
     `keys` are the API keys by the name of their owner; without any, no key is required and all
     callers share one account. `requests_per_minute` and `concurrent` limit each account (None: no
     limit). Results behind URLs, where `result_urls` allows them, are kept for `result_seconds`,
-    at most `result_bytes` of them. Images are fetched from `remote_hosts` only ("host" or
+    at most `result_bytes` of them, as are videos, whose generation ends after `video_deadline`
+    seconds. Images are fetched from `remote_hosts` only ("host" or
     "host:port"; none: only data URLs are read), at most `remote_bytes` in `remote_seconds`; so are
     clips, at most `remote_video_bytes`. `colour_profiles` is that of `read_image`;
     `metadata_prompts` writes prompts and negative prompts into the metadata of images.
@@ -103,6 +106,7 @@ class HttpConfig:
     result_urls: bool = True
     result_seconds: float = 3600.0
     result_bytes: int = 256 * MEBIBYTE
+    video_deadline: float = 3600.0
     remote_hosts: tuple[str, ...] = ()
     remote_bytes: int = 20 * MEBIBYTE
     remote_video_bytes: int = 64 * MEBIBYTE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -12,7 +12,7 @@ import PIL.Image
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 
@@ -36,6 +36,7 @@ from neounify.tasks.program import Finished, ImageFinished, Preview, TextPiece
 
 router = APIRouter(tags=["images"], route_class=BoundedRoute)
 Form = TypeVar("Form")
+Body = TypeVar("Body", bound=BaseModel)
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 
 STEPS_OF_QUALITY: Mapping[str, float] = {
@@ -151,7 +152,7 @@ async def _read_form(
     async with request.form(
         max_files=limits.images + 1, max_fields=_MAX_FIELDS, max_part_size=4 * MEBIBYTE
     ) as form:
-        body = _fields(form)
+        body = validated(ImageBody, form_values(form, _IMAGE_FIELDS))
         sources = [("image", item) for name in _IMAGE_FIELDS for item in form.getlist(name)]
         return body, await _read_images(sources, state)
 
@@ -164,7 +165,8 @@ async def _read_json(
     names = [name for name in _IMAGE_FIELDS if value.get(name) is not None]
     if len(names) > 1:
         raise bad_request(f"{names[0]} and {names[1]}: give one of them", names[1])
-    body = _validated({n: v for n, v in value.items() if n not in _IMAGE_FIELDS})
+    fields = {n: v for n, v in value.items() if n not in _IMAGE_FIELDS}
+    body = validated(ImageBody, fields)
     [name] = names or ["images"]
     entries = value.get(name)
     items: list[Any] = [] if entries is None else [entries]
@@ -223,12 +225,12 @@ def _schema(title: str, name: str, item: dict[str, Any], description: str) -> di
     return schema
 
 
-def _fields(form: FormData) -> ImageBody:
-    """The fields of a form without its images. A name that ends in [] is a list."""
+def form_values(form: FormData, files: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a form without those of `files`. A name that ends in [] is a list."""
     fields: dict[str, Any] = {}
     for name in form:
         values = form.getlist(name)
-        if name in _IMAGE_FIELDS:
+        if name in files:
             continue
         if name.endswith("[]"):
             fields[name[:-2]] = values
@@ -236,12 +238,13 @@ def _fields(form: FormData) -> ImageBody:
             raise bad_request(f"{name[:80]}: given {len(values)} times", name[:80])
         else:
             fields[name] = values[0]
-    return _validated(fields)
+    return fields
 
 
-def _validated(fields: dict[str, Any]) -> ImageBody:
+def validated(kind: type[Body], fields: dict[str, Any]) -> Body:
+    """The body of that kind. Raises RequestValidationError as FastAPI does."""
     try:
-        return ImageBody.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         errors = error.errors(include_url=False)
         raise RequestValidationError(

@@ -35,6 +35,7 @@ from neounify.serve.http.config import HttpConfig, HttpMetrics
 from neounify.serve.http.errors import INTERNAL, ApiError, bad_request, to_api_error
 from neounify.serve.http.fields import ImageFields, RequestFields, blame
 from neounify.serve.http.media import MediaDecoder, MediaFetcher, RequestImages, ResultStore
+from neounify.serve.http.video_jobs import VideoJobs
 from neounify.serve.safety.hooks import Hooks
 from neounify.serve.service import Service, ServiceRequest
 from neounify.tasks.chat import ChatRequest, CompletionRequest
@@ -70,6 +71,7 @@ class ServerState:
     decoder: MediaDecoder
     clip_fetcher: MediaFetcher
     clip_decoder: MediaDecoder
+    videos: VideoJobs
     started: int
     """Start of the server, Unix time in seconds."""
 
@@ -204,12 +206,15 @@ class ServerState:
         await asyncio.to_thread(check)
 
     def sampling(
-        self, fields: ImageFields, *, editing: bool, steps: int | None
+        self, fields: ImageFields, *, editing: bool, steps: int | None, video: bool = False
     ) -> ResolvedSampling:
-        """Sampling of images. Raises RequestError for values out of range, ApiError over limits."""
+        """Sampling of images, or of a video.
+
+        Raises RequestError for values out of range, ApiError over limits.
+        """
         names = [field.name for field in dataclass_fields(ImageSampling)]
         wanted = ImageSampling(**{name: getattr(fields, name) for name in names} | {"steps": steps})
-        sampling = wanted.resolve(self.service.config, editing=editing)
+        sampling = wanted.resolve(self.service.config, editing=editing, video=video)
         max_steps = self.config.limits.steps
         if sampling.steps > max_steps:
             raise bad_request(f"steps: {sampling.steps} is over this server's {max_steps}", "steps")
@@ -265,22 +270,34 @@ def task_of(request: ServiceRequest) -> str:
 def image_metadata(
     request: ImageRequest | InterleaveRequest, event: Preview | ImageFinished, config: HttpConfig
 ) -> dict[str, str]:
-    """Provenance metadata of one image of a request; `preview` only for previews.
+    """Provenance metadata of one image of a request; `preview` only for previews."""
+    height, width = event.pixels.shape[-2:]
+    metadata = request_metadata(request, event.index, (width, height), config)
+    if isinstance(event, ImageFinished):
+        metadata["evaluations"] = f"{event.evaluations:g}"
+    if isinstance(event, Preview):
+        metadata["preview"] = f"{event.step}/{event.steps}"
+    return metadata
+
+
+def request_metadata(
+    request: ImageRequest | InterleaveRequest, index: int, size: tuple[int, int], config: HttpConfig
+) -> dict[str, str]:
+    """What is known of image or video `index` of a request, of `size` (width, height), before it.
 
     Without the text of prompts unless the operator wants it (`metadata_prompts`): an image is
     passed on more freely than the words it was asked for with.
     """
-    sampling, seed, index = request.sampling, request.seed, event.index
+    sampling, seed = request.sampling, request.seed
     if isinstance(request, ImageRequest) and request.seeds:
-        seed, index = request.seeds[event.index], 0  # the image is the first of its own seed
-    height, width = event.pixels.shape[-2:]
+        seed, index = request.seeds[index], 0  # the image is the first of its own seed
     metadata = {
         "generator": "neounify",
         "model": config.model_name,
         "task": task_of(request),
         "seed": str(seed),
         "index": str(index),
-        "size": f"{width}x{height}",
+        "size": f"{size[0]}x{size[1]}",
         "steps": str(sampling.steps),
         "guidance": f"{sampling.guidance.text:g}",
         "image_guidance": f"{sampling.guidance.image:g}",
@@ -293,10 +310,6 @@ def image_metadata(
     if request.negative_prompt:
         negative = request.negative_prompt[:MAX_PROMPT]
         metadata["negative_prompt"] = negative if config.metadata_prompts else "given"
-    if isinstance(event, ImageFinished):
-        metadata["evaluations"] = f"{event.evaluations:g}"
-    if isinstance(event, Preview):
-        metadata["preview"] = f"{event.step}/{event.steps}"
     return metadata
 
 

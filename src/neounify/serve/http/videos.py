@@ -1,0 +1,344 @@
+"""/v1/videos: create, look at, download and delete videos, as OpenAI's API has it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping
+from contextlib import aclosing
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+from starlette.requests import Request
+
+from neounify.errors import Overloaded
+from neounify.provenance.metadata import write_packet
+from neounify.serve.http.connections import BoundedRoute, check_json_type
+from neounify.serve.http.errors import ApiError, bad_request, to_api_error
+from neounify.serve.http.fields import AnswerModel, ImageFields, LimitedText, Number, seeds_of
+from neounify.serve.http.images import form_values, validated
+from neounify.serve.http.serving import ServerState, State, request_metadata
+from neounify.serve.http.video_jobs import Status, VideoJob
+from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import FramesFinished, Preview
+from neounify.tasks.video import clip_shape
+from neounify.video.clip import Video
+
+router = APIRouter(tags=["videos"], route_class=BoundedRoute)
+PREVIEWS = 10
+"""Previews of one frame while a video is generated."""
+MAX_LISTED = 100
+_RETRY_SECONDS = 5.0
+
+
+# --- requests ---
+
+
+class VideoBody(ImageFields):
+    """A video to generate."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset(("safety_identifier", "user"))
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "input_reference": (),
+        "n": (1,),
+        "quality": ("auto", "high", "standard"),
+        "response_format": (),
+    }
+
+    model: str = Field("", max_length=200)
+    prompt: LimitedText
+    seconds: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="Length; rounded to whole tubes of frames."
+    )
+    frames: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Number of frames, in place of `seconds`. Extension."
+    )
+    fps: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="Frames per second. Extension."
+    )
+
+
+def read_video_request(body: VideoBody, state: ServerState) -> ImageRequest:
+    """The request of a video, checked. Raises ApiError, RequestError, ImageError, VideoError."""
+    config, limits = state.service.config, state.config.limits
+    config.check_can("generate_video")
+    state.check_model(body.model)
+    if not body.prompt.strip():
+        raise bad_request("prompt: is empty; describe the video", "prompt", "invalid_prompt")
+    for name, asked in (("stream", body.stream), ("think", bool(body.think))):
+        if asked:
+            raise bad_request(f"{name}: not supported for videos", name, "unsupported")
+    if body.seconds is not None and body.frames is not None:
+        raise bad_request("seconds and frames: give one of them", "frames")
+    defaults, tube = config.sampling.video, config.video.tube_frames if config.video else 1
+    fps = defaults.fps if body.fps is None else body.fps
+    frames = defaults.frames if body.frames is None else body.frames
+    if body.seconds is not None:
+        frames = max(1, round(body.seconds * fps / tube)) * tube
+    if frames > limits.output_frames:
+        raise bad_request(
+            f"{frames} frames are over this server's {limits.output_frames}",
+            "frames" if body.seconds is None else "seconds",
+        )
+    shape = clip_shape(config, body.width_height or (None, None), frames, fps)
+    if shape.width * shape.height > limits.output_pixels:
+        raise bad_request(
+            f"size: {shape.width}x{shape.height} is {shape.width * shape.height} pixels, over this "
+            f"server's {limits.output_pixels}",
+            "size",
+        )
+    [seed] = seeds_of(body.seed, 1)
+    request = ImageRequest(
+        prompt=body.prompt,
+        width=shape.width,
+        height=shape.height,
+        frames=shape.frames,
+        fps=shape.fps,
+        sampling=state.sampling(body, editing=False, steps=body.steps, video=True),
+        seed=seed,
+        negative_prompt=body.negative_prompt,
+    )
+    state.service.check_together([request])
+    return request
+
+
+async def _read_body(request: Request, state: ServerState) -> VideoBody:
+    kind = request.headers.get("content-type")
+    if (kind or "").partition(";")[0].strip().lower() == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=64) as form:
+            return validated(VideoBody, form_values(form))
+    check_json_type(kind, "send a video's fields as application/json or multipart/form-data")
+    value = await request.json()
+    if not isinstance(value, dict):
+        raise bad_request(f"The body must be a JSON object, got {str(value)[:40]!r}.")
+    return validated(VideoBody, value)
+
+
+def _owner(request: Request) -> str:
+    """The caller, by their key."""
+    return hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()
+
+
+# --- generation ---
+
+
+async def generate_video(job: VideoJob, state: ServerState) -> None:
+    """Generate the video of a job, whose state follows; its errors become the job's."""
+    try:
+        frames = await _frames(job, state)
+        await asyncio.to_thread(_encode, job, frames, state)
+        job.progress, job.status = 100, "completed"
+    except Exception as error:  # the job keeps what its request would have been answered
+        job.error, job.status = to_api_error(error), "failed"
+
+
+async def _frames(job: VideoJob, state: ServerState) -> torch.Tensor:
+    """All frames [frames, height, width, 3]; while the server is full, the job waits."""
+    deadline = state.config.video_deadline
+    until = asyncio.get_running_loop().time() + deadline
+    while True:
+        try:
+            return await _attempt(job, state, until - asyncio.get_running_loop().time())
+        except Overloaded as error:
+            wait = min(error.retry_after, _RETRY_SECONDS)
+            if job.status != "queued" or asyncio.get_running_loop().time() + wait >= until:
+                raise
+        await asyncio.sleep(wait)
+
+
+async def _attempt(job: VideoJob, state: ServerState, deadline: float) -> torch.Tensor:
+    frames: list[torch.Tensor] = []
+    events: Any = state.service.answer(job.request, previews=PREVIEWS, deadline=deadline)
+    async with aclosing(events):
+        async for event in events:
+            job.status = "in_progress"
+            if isinstance(event, Preview):
+                job.progress = min(99, 100 * event.step // event.steps)
+                job.thumbnail = await state.encode(job.request, event, "webp", bytes)
+            elif isinstance(event, FramesFinished):
+                await asyncio.to_thread(_check, event, state)
+                frames.append(event.frames)
+                job.evaluations = event.evaluations
+    if sum(map(len, frames)) != job.request.frames:
+        raise RuntimeError(f"{job.request.frames} frames were due, {sum(map(len, frames))} came")
+    return torch.cat(frames)
+
+
+def _check(event: FramesFinished, state: ServerState) -> None:
+    """Show the first of several frames to the hooks. Raises Refused."""
+    [image] = Video(event.frames[:1], Fraction(1)).images
+    state.hooks.check_image(image)
+
+
+def _encode(job: VideoJob, frames: torch.Tensor, state: ServerState) -> None:
+    request = job.request
+    video = Video(frames, Fraction(request.fps))
+    metadata = request_metadata(request, 0, (request.width, request.height), state.config)
+    metadata |= {"frames": str(request.frames), "fps": f"{request.fps:g}"}
+    if job.evaluations is not None:
+        metadata["evaluations"] = f"{job.evaluations:g}"
+    first = Video(frames[:1], video.fps).images[0]
+    job.thumbnail = state.hooks.encode_image(first, "webp", metadata)
+    job.file = video.to_bytes(xmp=write_packet(metadata))
+
+
+# --- answers ---
+
+
+class VideoObject(AnswerModel):
+    """A video job, in OpenAI's words; `frames`, `fps`, `seed` and `evaluations` are extensions."""
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Status
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    prompt: str
+    size: str
+    seconds: str
+    error: dict[str, Any] | None
+    remixed_from_video_id: None
+    frames: int
+    fps: float
+    seed: int
+    evaluations: float | None
+
+
+class VideoList(AnswerModel):
+    """Videos of the caller."""
+
+    object: Literal["list"]
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(AnswerModel):
+    """Confirmation that a video is deleted, and its generation ended."""
+
+    id: str
+    object: Literal["video.deleted"]
+    deleted: Literal[True]
+
+
+def _object(job: VideoJob, state: ServerState) -> dict[str, Any]:
+    request = job.request
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": state.config.model_name,
+        "status": job.status,
+        "progress": job.progress,
+        "created_at": job.created,
+        "completed_at": job.completed,
+        "expires_at": state.videos.expiry(job),
+        "prompt": job.prompt,
+        "size": f"{request.width}x{request.height}",
+        "seconds": f"{request.frames / request.fps:g}",
+        "error": None if job.error is None else job.error.body()["error"],
+        "remixed_from_video_id": None,
+        "frames": request.frames,
+        "fps": request.fps,
+        "seed": request.seed,
+        "evaluations": job.evaluations,
+    }
+
+
+@router.post(
+    "/v1/videos",
+    summary="Generate a video",
+    response_class=JSONResponse,
+    responses={200: {"model": VideoObject}},
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                kind: {"schema": VideoBody.model_json_schema()}
+                for kind in ("application/json", "multipart/form-data")
+            },
+        }
+    },
+)
+async def create(request: Request, state: State) -> dict[str, Any]:
+    """Begins a job and answers at once; ask for its state until it is completed."""
+    body = await _read_body(request, state)
+    wanted = read_video_request(body, state)
+    await state.check_prompt(filter(None, (body.prompt, body.negative_prompt)), ())
+    job = state.videos.start(
+        _owner(request), wanted, body.prompt, lambda job: generate_video(job, state)
+    )
+    return _object(job, state)
+
+
+@router.get("/v1/videos", summary="List the caller's videos", response_model=VideoList)
+async def list_videos(
+    request: Request,
+    state: State,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+    after: Annotated[str, Query(max_length=80)] = "",
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """Newest first, or oldest with `order=asc`; `after` is the last id of the page before."""
+    jobs = state.videos.of(_owner(request))
+    if order == "asc":
+        jobs.reverse()
+    ids = [job.id for job in jobs]
+    rest = jobs[ids.index(after) + 1 :] if after in ids else jobs
+    page = rest[:limit]
+    return {
+        "object": "list",
+        "data": [_object(job, state) for job in page],
+        "first_id": page[0].id if page else None,
+        "last_id": page[-1].id if page else None,
+        "has_more": len(rest) > len(page),
+    }
+
+
+@router.get("/v1/videos/{video_id}", summary="The state of a video", response_model=VideoObject)
+async def retrieve(video_id: str, request: Request, state: State) -> dict[str, Any]:
+    """Queued, in progress with percent, completed, or failed with its error."""
+    return _object(state.videos.get(video_id, _owner(request)), state)
+
+
+@router.get(
+    "/v1/videos/{video_id}/content",
+    summary="Download a video",
+    response_class=Response,
+    responses={200: {"content": {"video/mp4": {}, "image/webp": {}}, "description": "The file"}},
+)
+async def content(
+    video_id: str,
+    request: Request,
+    state: State,
+    variant: Literal["video", "thumbnail", "spritesheet"] = "video",
+) -> Response:
+    """The MP4 of a completed video, or its thumbnail: while it is generated, the last preview."""
+    job = state.videos.get(video_id, _owner(request))
+    if variant == "spritesheet":
+        raise bad_request("variant: video or thumbnail; there is no spritesheet", "variant")
+    file = job.file if variant == "video" else job.thumbnail
+    if file is None:
+        raise ApiError(
+            409,
+            f"The video is {job.status.replace('_', ' ')}; it has no {variant} yet."
+            if not job.is_finished
+            else f"The video {job.status}; it has no {variant}.",
+            code="not_ready",
+        )
+    kind = "video/mp4" if variant == "video" else "image/webp"
+    return Response(file, media_type=kind, headers={"Cache-Control": "private, no-cache"})
+
+
+@router.delete("/v1/videos/{video_id}", summary="Delete a video", response_model=DeletedVideo)
+async def delete(video_id: str, request: Request, state: State) -> dict[str, Any]:
+    """Forgets the video; one that is being generated is ended within one step."""
+    state.videos.remove(video_id, _owner(request))
+    return {"id": video_id, "object": "video.deleted", "deleted": True}

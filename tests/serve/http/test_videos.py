@@ -1,0 +1,282 @@
+"""/v1/videos as OpenAI's own client uses it: jobs, files, previews, limits, cancelling."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import av
+import openai
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from neounify.config import VideoConfig
+from neounify.config.presets import TINY
+from neounify.errors import Overloaded
+from neounify.provenance.metadata import read_packet
+from neounify.serve.http import HttpConfig, Limits, create_app
+from neounify.serve.http.video_jobs import VideoJobs
+from neounify.serve.service import ServiceRequest
+from neounify.tasks.image import ImageRequest
+from neounify.tasks.program import Finished, FramesFinished, Preview
+from neounify.video.boxes import find_xmp
+from support.http_server import openai_client
+from support.scripted_service import Scripted
+
+ABLE = TINY.replace(
+    video=VideoConfig(tube_frames=4), capabilities=(*TINY.capabilities, "generate_video")
+)
+SMALL = {"size": "64x32", "seconds": 1, "fps": 8, "seed": 3, "steps": 2}
+SLOW = 60.0
+
+
+def clip(request: ServiceRequest, previews: int) -> Iterable[Any]:
+    """Two tubes at a time, of the seed's grey, after a preview."""
+    assert isinstance(request, ImageRequest)
+    usage = Finished("stop", 20, 0, 0, 16)
+    yield Preview(0, 1, 2, torch.zeros(3, request.height, request.width))
+    if request.prompt == "slow":
+        yield SLOW
+    for first in range(0, request.frames, 4):
+        shape = 4, request.height, request.width, 3
+        frames = torch.full(shape, request.seed * 20, dtype=torch.uint8)
+        yield FramesFinished(0, first, request.frames, frames, usage, 4.0)
+    yield usage
+
+
+def service(script: Any = clip) -> Scripted:
+    return Scripted(script, ABLE)
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(service())) as client:
+        yield client
+
+
+def until(client: TestClient, video_id: str, met: Callable[[Any], bool]) -> Any:
+    for _ in range(600):
+        video = client.get(f"/v1/videos/{video_id}").json()
+        if met(video):
+            return video
+        time.sleep(0.02)
+    raise AssertionError(video)
+
+
+def finished(client: TestClient, **fields: Any) -> Any:
+    created = client.post("/v1/videos", json={"prompt": "a star", **SMALL, **fields})
+    assert created.status_code == 200, created.text
+    return until(client, created.json()["id"], lambda v: v["status"] in ("completed", "failed"))
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_openais_client_creates_polls_and_downloads() -> None:
+    with openai_client(create_app(service())) as client:
+        extra = {"fps": 8, "seed": 3, "steps": 2}
+        size: Any = "64x32"
+        seconds: Any = "1"
+        video = client.videos.create_and_poll(
+            prompt="a star", size=size, seconds=seconds, extra_body=extra
+        )
+        assert (video.status, video.progress, video.size, video.seconds) == (
+            *("completed", 100, "64x32"),
+            "1",
+        )
+        assert video.prompt == "a star"
+        file = client.videos.download_content(video.id).read()
+        with av.open(io.BytesIO(file)) as container:
+            frames = list(container.decode(video=0))
+        assert len(frames) == 8
+        assert abs(int(frames[0].to_ndarray(format="rgb24").mean()) - 60) <= 2
+        facts = read_packet(find_xmp(io.BytesIO(file)))
+        assert (facts["seed"], facts["frames"], facts["fps"]) == (3, "8", "8")
+        assert "prompt" not in facts
+        thumbnail = client.videos.download_content(video.id, variant="thumbnail").read()
+        assert Image.open(io.BytesIO(thumbnail)).size == (64, 32)
+        assert [v.id for v in client.videos.list()] == [video.id]
+        assert client.videos.delete(video.id).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.videos.retrieve(video.id)
+
+
+def test_a_form_is_read_as_json_is(client: TestClient) -> None:
+    fields = {name: str(value) for name, value in SMALL.items()}
+    created = client.post(
+        "/v1/videos",
+        files={name: (None, v) for name, v in fields.items()} | {"prompt": (None, "a star")},
+    )
+    assert created.status_code == 200, created.text
+    assert (created.json()["frames"], created.json()["fps"]) == (8, 8)
+
+
+def test_a_preview_is_the_thumbnail_while_it_is_generated(client: TestClient) -> None:
+    video = client.post("/v1/videos", json={"prompt": "slow", **SMALL}).json()
+    until(client, video["id"], lambda v: v["progress"] == 50)
+    content = f"/v1/videos/{video['id']}/content"
+    assert until(client, video["id"], lambda v: True)["status"] == "in_progress"
+    for _ in range(200):
+        thumbnail = client.get(content, params={"variant": "thumbnail"})
+        if thumbnail.status_code == 200:
+            break
+        time.sleep(0.02)
+    assert Image.open(io.BytesIO(thumbnail.content)).getpixel((0, 0)) == (128, 128, 128)
+    early = client.get(content)
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "not_ready")
+
+
+def test_deleting_ends_the_generation() -> None:
+    script = service()
+    with TestClient(create_app(script)) as client:
+        video = client.post("/v1/videos", json={"prompt": "slow", **SMALL}).json()
+        until(client, video["id"], lambda v: v["progress"] == 50)
+        assert script.open == 1
+        assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
+        for _ in range(200):
+            if script.open == 0:
+                break
+            time.sleep(0.02)
+        assert script.open == 0
+        assert client.get(f"/v1/videos/{video['id']}").status_code == 404
+
+
+def test_too_many_at_a_time_are_refused() -> None:
+    config = HttpConfig(limits=Limits(video_jobs=1))
+    with TestClient(create_app(service(), config)) as client:
+        assert client.post("/v1/videos", json={"prompt": "slow", **SMALL}).status_code == 200
+        refused = client.post("/v1/videos", json={"prompt": "slow", **SMALL})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_videos")
+
+
+def test_frames_beyond_the_servers_area_are_refused() -> None:
+    config = HttpConfig(limits=Limits(output_pixels=2000))
+    with TestClient(create_app(service(), config)) as client:
+        refused = client.post("/v1/videos", json={"prompt": "x", **SMALL})
+        assert "64x32 is 2048 pixels, over this server's 2000" in refused.json()["error"]["message"]
+
+
+def test_jobs_belong_to_their_key() -> None:
+    config = HttpConfig(keys={"a": "key-a", "b": "key-b"})
+    with TestClient(create_app(service(), config)) as client:
+        mine = {"Authorization": "Bearer key-a"}
+        other = {"Authorization": "Bearer key-b"}
+        video = client.post("/v1/videos", json={"prompt": "x", **SMALL}, headers=mine).json()
+        assert client.get(f"/v1/videos/{video['id']}", headers=other).status_code == 404
+        assert client.delete(f"/v1/videos/{video['id']}", headers=other).status_code == 404
+        assert client.get("/v1/videos", headers=other).json()["data"] == []
+        assert client.get(f"/v1/videos/{video['id']}", headers=mine).status_code == 200
+
+
+def test_an_error_of_the_generation_is_the_jobs() -> None:
+    def failing(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        yield RuntimeError("secret detail")
+
+    with TestClient(create_app(service(failing))) as client:
+        video = finished(client)
+        assert video["status"] == "failed"
+        assert video["error"]["type"] == "server_error"
+        assert "secret" not in video["error"]["message"]
+        content = client.get(f"/v1/videos/{video['id']}/content")
+        assert content.status_code == 409
+
+
+def test_a_full_server_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def busy(request: ServiceRequest, previews: int) -> Iterable[Any]:
+        calls.append(request)
+        if len(calls) < 3:
+            return [Overloaded("full", 0.01)]
+        return clip(request, previews)
+
+    with TestClient(create_app(service(busy))) as client:
+        assert finished(client)["status"] == "completed"
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"prompt": " "}, "prompt", "is empty"),
+        ({"frames": 6, "seconds": None}, "frames", "multiple of 4"),
+        ({"frames": 8}, "frames", "give one of them"),
+        ({"seconds": 1000}, "seconds", "over this server's 240"),
+        ({"size": "63x32"}, "size", "multiple"),
+        ({"size": "4096x4096"}, None, "tokens"),
+        ({"fps": 0}, "fps", "greater than 0"),
+        ({"fps": 1000, "seconds": None, "frames": 8}, "fps", "at most 240"),
+        ({"steps": 100000}, "steps", "steps"),
+        ({"stream": True}, "stream", "not supported"),
+        ({"input_reference": {"image_url": "x"}}, "input_reference", "not supported"),
+        ({"model": "sora-2"}, "model", "not served"),
+        ({"n": 2}, "n", "only 1"),
+        ({"framez": 3}, "framez", "not known"),
+    ],
+)
+def test_bad_fields_are_errors(
+    client: TestClient, fields: dict[str, Any], param: str | None, words: str
+) -> None:
+    answer = client.post("/v1/videos", json={"prompt": "a star", **SMALL, **fields})
+    assert answer.status_code in (400, 404), answer.text
+    error = answer.json()["error"]
+    assert words in error["message"], error
+    assert param is None or error["param"] == param
+
+
+def test_a_model_without_videos_says_so() -> None:
+    with TestClient(create_app(Scripted())) as client:
+        answer = client.post("/v1/videos", json={"prompt": "a star"})
+        assert answer.status_code == 400
+        assert "was not trained to generate videos" in answer.json()["error"]["message"]
+
+
+def test_pages_of_the_list(client: TestClient) -> None:
+    ids = [finished(client)["id"] for _ in range(3)]
+    page = client.get("/v1/videos", params={"limit": 2, "order": "asc"}).json()
+    assert ([v["id"] for v in page["data"]], page["has_more"]) == (ids[:2], True)
+    rest = client.get("/v1/videos", params={"order": "asc", "after": page["last_id"]}).json()
+    assert ([v["id"] for v in rest["data"]], rest["has_more"]) == (ids[2:], False)
+    newest = client.get("/v1/videos").json()["data"]
+    assert [v["id"] for v in newest] == ids[::-1]
+
+
+async def _nothing(job: Any) -> None:
+    job.file, job.status = b"12345678", "completed"
+
+
+@pytest.mark.parametrize(("max_bytes", "kept"), [(100, 3), (16, 2), (1, 1)])
+def test_old_files_make_room_for_new_ones(max_bytes: int, kept: int) -> None:
+
+    async def work() -> int:
+        jobs = VideoJobs(max_unfinished=9, max_bytes=max_bytes, seconds=10, clock=lambda: 5.0)
+        request: Any = None
+        for _ in range(3):
+            job = jobs.start("me", request, "x", _nothing)
+            assert job.task is not None
+            await job.task
+        return len(jobs.of("me"))
+
+    assert asyncio.run(work()) == kept
+
+
+def test_finished_jobs_expire() -> None:
+
+    now = 5.0
+
+    async def work() -> tuple[int, int]:
+        nonlocal now
+        jobs = VideoJobs(max_unfinished=9, max_bytes=99, seconds=10, clock=lambda: now)
+        request: Any = None
+        job = jobs.start("me", request, "x", _nothing)
+        assert job.task is not None
+        await job.task
+        assert jobs.expiry(job) == 15
+        before = len(jobs.of("me"))
+        now = 15.0
+        return before, len(jobs.of("me"))
+
+    assert asyncio.run(work()) == (1, 0)
