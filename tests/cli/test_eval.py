@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from neounify.bench.result import Result
 from neounify.cli.eval import EvalOptions
+from neounify.config.presets import MOTION
+from neounify.model import NeoUnify
+from neounify.pipeline import Pipeline
 from neounify.scenes.bench import TASKS, Category
+from neounify.text import byte_tokenizer
 
 QUICK = ("eval", "--quick", "--cases", "2", "--steps", "1")
 
@@ -52,11 +58,30 @@ def test_quiet_prints_only_the_folder(run: Callable[..., Any]) -> None:
     assert (ran.out, ran.err) == ("here\n", "")
 
 
+def test_clips_of_a_model_that_generates_them(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neounify.motion.bench.subject.MAX_ANSWER_TOKENS", 4)
+    config = MOTION.replace(num_layers=1, vocab_size=264)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Pipeline(NeoUnify(config).eval(), byte_tokenizer()).save(tmp_path / "clips")
+    ran = run(*QUICK, "--benchmark", "motion", "--world", "easy", "--model", "clips")
+    assert ran.code == 0, ran.err
+    assert "clip/direction" in ran.out
+    folder = tmp_path / "out/eval"
+    about = json.loads((folder / "report.json").read_text("utf-8"))["about"]
+    assert about["tasks"] == ["direction", "kind", "question", "continue"]
+    assert about["sampling"]["steps"] == 1
+    result = Result.read(folder)
+    assert result.about["benchmark"] == "motionbench"
+    assert (folder / "continue-wrong.png").is_file()
+
+
 def test_how_many_cases() -> None:
     assert EvalOptions().number == 200
     assert EvalOptions(quick=True).number == 32
     assert EvalOptions(quick=True, cases=7).number == 7
-    assert tuple(EvalOptions().tasks.split(",")) == TASKS
 
 
 def test_nothing_is_overwritten_unasked(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -88,6 +113,11 @@ def test_nothing_is_overwritten_unasked(run: Callable[..., Any], tmp_path: Path)
         (("--steps", "0"), 1, "steps must be from 1"),
         (("--guidance", "nan"), 1, "guidance"),
         (("--model", "elsewhere"), 1, "does not exist"),
+        (("--benchmark", "videos"), 2, "no benchmark 'videos'; there are scenes, motion"),
+        (("--benchmark", "motion"), 1, "not trained to generate videos"),
+        (("--benchmark", "motion", "--world", "wide"), 2, "no difficulty 'wide'"),
+        (("--benchmark", "motion", "--tasks", "paint"), 2, "no task paint"),
+        (("--benchmark", "motion", "--think"), 2, "without a thought"),
     ],
 )
 def test_one_clear_error(

@@ -20,7 +20,7 @@ from neounify.config import (
     VideoDefaults,
 )
 from neounify.config.families import FAMILIES
-from neounify.config.presets import BENCH, PIXELUMM_8B, PRESETS, SCENES, TINY, U1_8B, U1_A3B
+from neounify.config.presets import BENCH, MOTION, PIXELUMM_8B, PRESETS, SCENES, TINY, U1_8B, U1_A3B
 from neounify.errors import ConfigError, RequestError
 from neounify.text import BYTE_VOCAB_SIZE
 
@@ -196,7 +196,7 @@ def test_published_sizes() -> None:
         assert all(mlp.is_sparse(layer) for layer in range(48))
     assert U1_A3B.is_sparse
     assert not U1_8B.is_sparse
-    assert set(PRESETS.values()) == {U1_8B, U1_A3B, PIXELUMM_8B, BENCH, TINY, SCENES}
+    assert set(PRESETS.values()) == {U1_8B, U1_A3B, PIXELUMM_8B, BENCH, TINY, SCENES, MOTION}
 
 
 def test_the_toy_fits_its_tokenizer() -> None:

@@ -13,7 +13,13 @@ from neounify.data.configs import read_data
 from neounify.data.sample import SampleClip, SampleText
 from neounify.motion.bench.follow import fit_motion, follow
 from neounify.motion.world import motion_config
-from neounify.motion.world.samples import MAX_QUESTIONS, MOTION_TASKS, MotionData, MotionDataset
+from neounify.motion.world.samples import (
+    MAX_QUESTIONS,
+    MOTION_TASKS,
+    SHOWN_FPS,
+    MotionData,
+    MotionDataset,
+)
 from neounify.motion.world.scene import FPS, HELD_OUT_MOTIONS
 from neounify.scenes.world.scene import HELD_OUT_PAIRS
 
@@ -42,7 +48,9 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
     for sample in islice(iter(MotionDataset(0, DEFAULT)), 300):
         tasks[sample.task] += 1
         shown = {clip.role: clip for clip in clips(sample)}
-        assert all(clip.fps == FPS and clip.tubes for clip in shown.values())
+        is_watched = sample.task == "video_qa"
+        assert all(clip.tubes != is_watched for clip in shown.values())
+        assert {clip.fps for clip in shown.values()} == {SHOWN_FPS if is_watched else FPS}
         asked, answered = sample.turns[::2], sample.turns[1::2]
         assert not any(part.loss for turn in asked for part in turn.parts)
         assert all(part.loss for turn in answered for part in turn.parts)
@@ -52,6 +60,7 @@ def test_tasks_come_by_weight_and_are_well_formed() -> None:
         elif sample.task == "video_qa":
             assert set(shown) == {"input"}
             assert isinstance(asked[0].parts[0], SampleClip)
+            assert 2 * len(shown["input"].pixels()) in DEFAULT.lengths
             assert 1 <= len(answered) <= MAX_QUESTIONS
         else:
             first, rest = len(shown["input"].pixels()), len(shown["target"].pixels())
@@ -81,7 +90,7 @@ def test_next_frames_go_on_where_the_first_end() -> None:
 
 def test_a_recipe_names_them() -> None:
     data = read_data(
-        {"kind": "motion", "world": "easy", "tasks": {"video_qa": 1}, "tubes": False, "seed": 2}
+        {"kind": "motion", "world": "easy", "tasks": {"video_qa": 1}, "shown_fps": 0.0, "seed": 2}
     )
     assert isinstance(data, MotionData)
     assert set(data.tasks_drawn()) == {"video_qa"}
@@ -90,7 +99,10 @@ def test_a_recipe_names_them() -> None:
     assert {unseen[n].task for n in range(20)} == set(MOTION_TASKS)
     sample = data.build()[0]
     assert sample.task == "video_qa"
-    assert not clips(sample)[0].tubes
+    assert clips(sample)[0].tubes
+    assert len(clips(sample)[0].pixels()) == 8
+    images = read_data({"kind": "motion", "tasks": {"next_frames": 1}, "tubes": False}).build()[0]
+    assert [clip.tubes for clip in clips(images) if clip.role == "input"] == [False]
     assert isinstance(sample.turns[1].parts[0], SampleText)
 
 
@@ -99,6 +111,7 @@ def test_wrong_settings_are_refused() -> None:
         ({"world": "wide"}, "wide"),
         ({"tasks": {"t2i": 1}}, "t2i"),
         ({"tasks": {"t2v": 0}}, "one share must be above 0"),
+        ({"shown_fps": 3.0}, "8 divided by a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             read_data({"kind": "motion", **wrong})

@@ -17,6 +17,7 @@ from neounify.checkpoint.names import stream_of
 from neounify.data.shards import ShardData
 from neounify.data.sources import JsonlData
 from neounify.errors import ConfigError
+from neounify.motion.world.samples import MotionData
 from neounify.pipeline import load
 from neounify.scenes.world.samples import SceneData
 from neounify.train.log import Log
@@ -68,7 +69,7 @@ def test_every_recipe_can_be_read(file: Path) -> None:
     recipe = read_recipe(file)
     assert recipe.stages
     for item in (item for stage in recipe.stages for item in stage.data):
-        assert isinstance(item, SceneData | JsonlData | ShardData)
+        assert isinstance(item, SceneData | MotionData | JsonlData | ShardData)
 
 
 @pytest.mark.parametrize("name", ["published", "miniature"])

@@ -1,8 +1,9 @@
-"""`neounify eval`: SceneBench scores of a model."""
+"""`neounify eval`: SceneBench or MotionBench scores of a model."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from neounify.scenes.bench import BenchConfig, Outcome, PipelineSubject, Report
+    from neounify.config import ModelConfig
+    from neounify.pipeline import Pipeline
+    from neounify.scenes.bench import Category, Outcome, Report
 
 CASES, QUICK_CASES = 200, 32
 _FILE_WIDTH = 120
@@ -40,19 +43,24 @@ _HEAD = "correct, % (95 % interval)"
 class EvalOptions:
     """Tasks, sampling and report of an evaluation."""
 
+    benchmark: Annotated[
+        str,
+        typer.Option(metavar="scenes|motion", help="SceneBench, or MotionBench for clips."),
+    ] = "scenes"
     world: Annotated[
         str,
-        typer.Option(metavar="easy|default|wide|hard", help="Synthetic world of the scenes."),
+        typer.Option(
+            metavar="easy|default|wide|hard", help="Synthetic world; clips have no wide one."
+        ),
     ] = "default"
     tasks: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LIST",
             help="Comma-separated list of paint, vqa, caption, edit, story, reconstruction "
-            "(the default), wording, sizes.",
-            show_default=False,
+            "(the default), wording, sizes; of clips: direction, kind, pair, question, continue.",
         ),
-    ] = "paint,vqa,caption,edit,story,reconstruction"
+    ] = None
     cases: Annotated[
         int | None,
         typer.Option(metavar="N", help=f"Cases per category. Default: {CASES}.", min=1),
@@ -96,68 +104,136 @@ def evaluate(
     """Evaluate a model with SceneBench; every answer and image is checked by a program.
 
     Image generation in nine categories, questions, captions, edits, stories and reconstruction,
-    with 95 % intervals and separate scores for combinations held out of training. Ctrl-C keeps the
-    finished categories.
+    with 95 % intervals and separate scores for combinations held out of training. MotionBench
+    measures clips: their directions and kinds of motion, questions, and continuation. Ctrl-C keeps
+    the finished categories.
 
     \b
       neounify eval --model FOLDER
       neounify eval --model FOLDER --quick --tasks paint,vqa
+      neounify eval --model FOLDER --benchmark motion
     """
     resolve_model(model.model)
     with lasting_imports():
         from neounify.cli.checks import check_model
-        from neounify.flow.sampling import ImageSampling
-        from neounify.scenes.bench import PipelineSubject
 
-    model_config = check_model(model).config
-    config = _config(options, model_config.token_size)
-    ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
-        model_config, editing=True
-    )
+    run = _run(options, check_model(model).config)
     check_new_folder(options.output, "a report", overwrite=overwrite.overwrite)
     check_writable(options.output)
     display = Display(quiet=report.quiet, json=report.json)
     with locked_folder(options.output):
         loaded = open_model(model, display)
-        subject = PipelineSubject(loaded.pipe, steps=options.steps, guidance=options.guidance)
-        about = _about(options, config, loaded, subject)
-        _measure(subject, config, about, options.output, display)
+        sampling, categories = run.begin(loaded.pipe)
+        about = _about(options, run, loaded, sampling)
+        _measure(run, categories, about, options.output, display)
 
 
-def _config(options: EvalOptions, token_size: int) -> BenchConfig:
+@dataclass(frozen=True)
+class _Run:
+    """One benchmark as asked for: its name in results, its tasks, and its categories by name.
+
+    `begin` gives the sampling settings of a pipeline and the categories to measure on it; sheets of
+    `known` categories are removed before new ones are written, None for those of SceneBench.
+    """
+
+    benchmark: str
+    tasks: Sequence[str]
+    names: Sequence[str]
+    begin: Callable[[Pipeline], tuple[dict[str, Any], Iterator[Category]]]
+    known: Sequence[str] | None = None
+
+
+def _run(options: EvalOptions, model: ModelConfig) -> _Run:
+    """The benchmark that is asked for. Raises UsageError, and RequestError for the sampling."""
     from neounify.data.sample import DataError
-    from neounify.scenes.bench import BenchConfig
-    from neounify.scenes.world import scene_config
 
+    runs = {"scenes": _scenes, "motion": _motion}
+    if options.benchmark not in runs:
+        raise UsageError(f"no benchmark {options.benchmark!r}; there are {', '.join(runs)}")
     try:
-        return BenchConfig(
-            world=scene_config(options.world),
-            tasks=tuple(task.strip() for task in options.tasks.split(",") if task.strip()),
-            cases=options.number,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            think=options.think,
-            token_size=token_size,
-        )
+        return runs[options.benchmark](options, model)
     except DataError as error:
         raise UsageError(str(error)) from error
 
 
+def _asked(options: EvalOptions, default: Sequence[str]) -> tuple[str, ...]:
+    """The tasks of a run."""
+    if options.tasks is None:
+        return tuple(default)
+    return tuple(task.strip() for task in options.tasks.split(",") if task.strip())
+
+
+def _scenes(options: EvalOptions, model: ModelConfig) -> _Run:
+    from neounify.flow.sampling import ImageSampling
+    from neounify.scenes.bench import TASKS, BenchConfig, PipelineSubject, names
+    from neounify.scenes.bench.runners import plan
+    from neounify.scenes.world import scene_config
+
+    config = BenchConfig(
+        world=scene_config(options.world),
+        tasks=_asked(options, TASKS),
+        cases=options.number,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        think=options.think,
+        token_size=model.token_size,
+    )
+    ImageSampling(steps=options.steps, guidance=options.guidance).resolve(model, editing=True)
+
+    def begin(pipe: Pipeline) -> tuple[dict[str, Any], Iterator[Category]]:
+        subject = PipelineSubject(pipe, steps=options.steps, guidance=options.guidance)
+        return subject.sampling, plan(subject, config)
+
+    return _Run("scenebench", config.tasks, names(config), begin)
+
+
+def _motion(options: EvalOptions, model: ModelConfig) -> _Run:
+    from neounify.flow.sampling import ImageSampling
+    from neounify.motion.bench import (
+        MotionBenchConfig,
+        PipelineMotionSubject,
+        bench_tasks,
+        known_motion_names,
+        motion_names,
+        motion_plan,
+    )
+    from neounify.motion.world import motion_config
+
+    if options.think:
+        raise UsageError("clips are generated without a thought: leave out --think")
+    world = motion_config(options.world)
+    config = MotionBenchConfig(
+        world=world,
+        tasks=_asked(options, bench_tasks(world)),
+        cases=options.number,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    if set(config.tasks) - {"question"}:
+        model.check_can("generate_video")
+    ImageSampling(steps=options.steps, guidance=options.guidance).resolve(
+        model, editing=False, video=True
+    )
+
+    def begin(pipe: Pipeline) -> tuple[dict[str, Any], Iterator[Category]]:
+        subject = PipelineMotionSubject(pipe, steps=options.steps, guidance=options.guidance)
+        return subject.sampling, motion_plan(subject, config)
+
+    return _Run("motionbench", config.tasks, motion_names(config), begin, known_motion_names())
+
+
 def _measure(
-    subject: PipelineSubject,
-    config: BenchConfig,
+    run: _Run,
+    categories: Iterator[Category],
     about: dict[str, Any],
     folder: Path,
     display: Display,
 ) -> None:
     """Measure category by category; finished ones are reported even if the rest fails."""
-    from neounify.scenes.bench import names
-    from neounify.scenes.bench.runners import plan
-
     outcomes: list[Outcome] = []
-    total, started = len(names(config)), time.monotonic()
+    total, started = len(run.names), time.monotonic()
     try:
-        for number, category in enumerate(plan(subject, config), start=1):
+        for number, category in enumerate(categories, start=1):
             label = f"{category.name} ({number} of {total})"
             with display.bar(label, total=len(category.held_out), unit="case") as tick:
                 outcomes.append(category.run(tick))
@@ -168,11 +244,12 @@ def _measure(
     finally:
         if outcomes:
             about["categories_left"] = total - len(outcomes)
-            _report(outcomes, about, started, folder, display)
+            _report(run, outcomes, about, started, folder, display)
     display.result(f"saved {folder}", folder)
 
 
 def _report(
+    run: _Run,
     outcomes: list[Outcome],
     about: dict[str, Any],
     started: float,
@@ -186,8 +263,8 @@ def _report(
 
     result = to_report(outcomes, about | surroundings(started))
     try:
-        write_folder(result, outcomes, folder)
-        scene_result(outcomes, result.about).write(folder / RESULT)
+        write_folder(result, outcomes, folder, run.known)
+        scene_result(outcomes, result.about, run.benchmark).write(folder / RESULT)
     except OSError as error:
         raise WriteError(
             f"the report in {folder} could not be written: {explain_os_error(error)}\n"
@@ -201,16 +278,16 @@ def _report(
 
 
 def _about(
-    options: EvalOptions, config: BenchConfig, model: LoadedModel, subject: PipelineSubject
+    options: EvalOptions, run: _Run, model: LoadedModel, sampling: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "world": options.world,
-        "tasks": list(config.tasks),
-        "cases": config.cases,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "think": config.think,
-        "sampling": subject.sampling,
+        "tasks": list(run.tasks),
+        "cases": options.number,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "think": options.think,
+        "sampling": sampling,
         "model": model.description,
     }
 

@@ -1,7 +1,16 @@
 """Sizes of the published models; a field that is left out has the published default."""
 
+from dataclasses import replace
+
 from neounify.config.families import FAMILIES, PIXELUMM
-from neounify.config.model import CheckpointDefaults, FlowConfig, MlpConfig, ModelConfig
+from neounify.config.model import (
+    CheckpointDefaults,
+    FlowConfig,
+    MlpConfig,
+    ModelConfig,
+    VideoConfig,
+    VideoDefaults,
+)
 
 U1_8B = ModelConfig(
     hidden_size=4096,
@@ -127,6 +136,30 @@ PIXELUMM_8B = ModelConfig(
 )
 """PixelUMM 8B, its default checkpoint: dense, linear embeddings and heads, videos."""
 
+MOTION = SCENES.replace(
+    video=VideoConfig(tube_frames=4, und=True, position_fps=8.0),
+    capabilities=("chat", "chat_video", "generate_video"),
+    sampling=replace(
+        SCENES.sampling,
+        video=VideoDefaults(
+            size=(64, 64),
+            frames=8,
+            fps=8.0,
+            steps=40,
+            guidance=2.5,
+            shift=1.0,
+            solver="euler",
+            frame_min_pixels=32**2,
+            frame_max_pixels=256**2,
+            max_total_pixels=16 * 256**2,
+            max_frames=16,
+            sample_fps=8.0,
+            tube_fps=8.0,
+        ),
+    ),
+)
+"""The bundled model's sizes for clips of 64×64 pixels: 16 tubes of 4 frames for half a second."""
+
 PRESETS = {
     "8b": U1_8B,
     "a3b": U1_A3B,
@@ -134,4 +167,5 @@ PRESETS = {
     "bench": BENCH,
     "tiny": TINY,
     "scenes": SCENES,
+    "motion": MOTION,
 }

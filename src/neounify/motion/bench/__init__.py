@@ -1,13 +1,14 @@
 """MotionBench: models measured on synthetic clips, every claim checked by a program.
 
 `cases` draws what is asked, `follow` finds the shapes of a clip and their motions, `checks` gives
-verdicts, `run` asks a model and counts with the categories of SceneBench, and `validation` measures
-the checker itself.
+verdicts, `run` asks a model (`subject`) and counts with the categories of SceneBench, and
+`validation` measures the checker itself.
 """
 
 from neounify.motion.bench.cases import (
     MOTION_BENCH_TASKS,
     MotionBenchConfig,
+    bench_tasks,
     continue_cases,
     motion_cases,
     motion_question_cases,
@@ -20,17 +21,19 @@ from neounify.motion.bench.checks import (
 )
 from neounify.motion.bench.follow import follow
 from neounify.motion.bench.run import (
-    MotionSubject,
     known_motion_names,
     motion_names,
     motion_plan,
 )
+from neounify.motion.bench.subject import MotionSubject, PipelineMotionSubject
 
 __all__ = [
     "MOTION_BENCH_TASKS",
     "MotionBenchConfig",
     "MotionSubject",
     "MotionVerdict",
+    "PipelineMotionSubject",
+    "bench_tasks",
     "check_continuation",
     "check_motion",
     "check_motion_vqa",

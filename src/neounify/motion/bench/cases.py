@@ -40,6 +40,11 @@ _MAX_SEED = 2**32
 _TRIES = 500
 
 
+def bench_tasks(world: MotionConfig) -> tuple[str, ...]:
+    """The tasks that a world has clips for."""
+    return tuple(t for t in MOTION_BENCH_TASKS if world.max_shapes > 1 or t != "pair")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MotionBenchConfig:
     """Tasks, cases and seed of a run. Raises DataError for values out of range.
@@ -65,7 +70,7 @@ class MotionBenchConfig:
             raise DataError(f"no task {', '.join(unknown)}; there are {known}")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise DataError(f"tasks must be some of {known}, each once")
-        if "pair" in self.tasks and self.world.max_shapes < 2:
+        if not set(self.tasks) <= set(bench_tasks(self.world)):
             raise DataError("the world has no clips of two shapes: leave out the task pair")
         if self.cases < 1 or self.batch_size < 1:
             raise DataError(

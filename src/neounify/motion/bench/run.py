@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -28,37 +27,13 @@ from neounify.motion.bench.checks import (
     check_motion_vqa,
 )
 from neounify.motion.bench.follow import Clip
+from neounify.motion.bench.subject import MotionSubject
 from neounify.motion.world.questions import MOTION_QUESTIONS
 from neounify.motion.world.render import render_motion
 from neounify.scenes.bench.category import Category, Example, Pixels
 
 SHOWN_FRAMES = 8
 """Frames of a clip on a contact sheet, at most."""
-
-
-class MotionSubject(Protocol):
-    """A model under test, or a stand-in that generates clips and answers questions about them.
-
-    Every call takes several cases and gives back one result for each, in order. Clips are uint8
-    [frames, height, width, 3]; `seeds` fix the noise of each generated clip.
-    """
-
-    def film(
-        self, prompts: Sequence[str], frames: Sequence[int], side: int, seeds: Sequence[int]
-    ) -> list[Clip]:
-        """Generate a clip of each prompt with that many frames of `side` pixels."""
-
-    def watch(self, clips: Sequence[Clip], questions: Sequence[str]) -> list[str]:
-        """Answer one question about each clip."""
-
-    def extend(
-        self,
-        clips: Sequence[Clip],
-        requests: Sequence[str],
-        frames: Sequence[int],
-        seeds: Sequence[int],
-    ) -> list[Clip]:
-        """The next frames of each clip, as many as asked for."""
 
 
 def motion_names(config: MotionBenchConfig) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from neounify.config.ranges import STRICT, Seed, check_names, check_weights
 from neounify.data.configs import DataConfig
-from neounify.data.sample import DataError, Part, Sample, SampleClip, SampleText, Turn
+from neounify.data.sample import DataError, Sample, SampleClip, SampleText, Turn
 from neounify.motion.world.language import draw_facts, motion_caption
 from neounify.motion.world.questions import ask_several_motion
 from neounify.motion.world.render import render_motion
@@ -36,23 +36,31 @@ MOTION_TASKS: dict[str, float] = {"t2v": 0.55, "video_qa": 0.25, "next_frames": 
 MAX_QUESTIONS = 4
 """About one clip, turn by turn: a clip costs more tokens than a question."""
 CONTINUE_REQUESTS = ("Continue the clip.", "What happens next?", "Show the next frames.")
+SHOWN_FPS = 4.0
+"""Frames a second of clips that questions are about: every second one."""
 DECIDED_KINDS: tuple[MotionKind, ...] = ("move", "grow", "shrink", "bounce", "stay")
 """Motions that the first frames of a clip decide."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MotionData(DataConfig):
-    """`kind = "motion"`: synthetic clips of a preset `world`; the rest is as in `MotionDataset`."""
+    """`kind = "motion"`: synthetic clips of a preset `world`; the rest is as in `MotionDataset`.
+
+    `shown_fps` 0 stands for None there.
+    """
 
     kind: Literal["motion"] = "motion"
     world: str = "default"
     tasks: dict[str, float] | None = None
     tubes: bool = True
+    shown_fps: float = SHOWN_FPS
     seed: Seed = 0
     split: Split = "train"
 
     def __post_init__(self) -> None:
         check_names("world", [self.world], MOTION_PRESETS)
+        if self.shown_fps:
+            frame_step(self.shown_fps)
         if self.tasks is not None:
             check_weights("tasks", self.tasks, tuple(MOTION_TASKS))
             if not any(self.tasks.values()):
@@ -60,7 +68,12 @@ class MotionData(DataConfig):
 
     def build(self) -> MotionDataset:
         return MotionDataset(
-            self.seed, motion_config(self.world), self.tasks, tubes=self.tubes, split=self.split
+            self.seed,
+            motion_config(self.world),
+            self.tasks,
+            tubes=self.tubes,
+            shown_fps=self.shown_fps or None,
+            split=self.split,
         )
 
     def unseen(self, seed: int) -> MotionDataset:
@@ -81,7 +94,10 @@ class MotionDataset:
         seed: at least 0; samples of two seeds have nothing in common but chance.
         config: shapes, colours, motions and lengths of the clips.
         task_weights: share of each task, any positive scale; `MOTION_TASKS` by default.
-        tubes: whether a model sees clips in tubes of several frames, else as so many images.
+        tubes: whether the first frames of a clip to continue are seen in tubes of several, else
+            each as an image.
+        shown_fps: frames a second of a clip that questions are about, each seen as an image; a
+            divisor of `FPS`. None: all frames, in tubes.
         split: "train" never shows held-out combinations, "held_out" always, "any" as they come.
     """
 
@@ -92,6 +108,7 @@ class MotionDataset:
         task_weights: Mapping[str, float] | None = None,
         *,
         tubes: bool = True,
+        shown_fps: float | None = SHOWN_FPS,
         split: Split = "train",
     ) -> None:
         weights = dict(task_weights if task_weights is not None else MOTION_TASKS)
@@ -102,7 +119,8 @@ class MotionDataset:
                 f"seed {seed} and all task weights must be at least 0, one above 0: {weights}"
             )
         self.seed, self.config, self.task_weights = seed, config, weights
-        self.tubes = tubes
+        self.tubes, self.shown_fps = tubes, shown_fps
+        self._step = 1 if shown_fps is None else frame_step(shown_fps)
         self.split: Split = split
 
     @property
@@ -135,7 +153,7 @@ class MotionDataset:
         count = int(rng.integers(1, MAX_QUESTIONS + 1))
         turns: list[Turn] = []
         for question in ask_several_motion(scene, rng, count):
-            shown = () if turns else self._shown(render_motion(scene, self.config))
+            shown = () if turns else (self._watched(render_motion(scene, self.config)),)
             turns += [
                 Turn("user", (*shown, SampleText(question.text))),
                 Turn("assistant", (SampleText(question.answer, loss=True),)),
@@ -147,12 +165,22 @@ class MotionDataset:
         clip, start = render_motion(scene, self.config), first_frames(scene.frames)
         request = SampleText(pick(rng, CONTINUE_REQUESTS))
         return (
-            Turn("user", (*self._shown(clip[:start]), request)),
+            Turn("user", (SampleClip(clip[:start], "input", FPS, tubes=self.tubes), request)),
             Turn("assistant", (SampleClip(clip[start:], "target", FPS),)),
         )
 
-    def _shown(self, clip: np.ndarray) -> tuple[Part, ...]:
-        return (SampleClip(clip, "input", FPS, tubes=self.tubes),)
+    def _watched(self, clip: np.ndarray) -> SampleClip:
+        if self.shown_fps is None:
+            return SampleClip(clip, "input", FPS)
+        return SampleClip(clip[:: self._step], "input", self.shown_fps, tubes=False)
+
+
+def frame_step(fps: float) -> int:
+    """Distance of the frames that are shown at `fps` a second. Raises DataError."""
+    step = FPS / fps if fps > 0 else 0.0
+    if step < 1 or step != int(step):
+        raise DataError(f"shown_fps {fps} must be {FPS:g} divided by a whole number")
+    return int(step)
 
 
 def first_frames(frames: int) -> int:

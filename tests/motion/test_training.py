@@ -1,0 +1,128 @@
+"""The recipe of clips trains, and its model is measured in MotionBench."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from neounify.config.presets import MOTION
+from neounify.data.encode import Encoder, GuidanceDropout
+from neounify.data.sample import SampleClip, SampleText
+from neounify.errors import RequestError
+from neounify.motion.bench import (
+    MotionBenchConfig,
+    PipelineMotionSubject,
+    motion_names,
+    motion_plan,
+)
+from neounify.motion.world import motion_config
+from neounify.motion.world.samples import MotionDataset
+from neounify.pipeline import Pipeline, load
+from neounify.tasks.chat import make_chat_request, prompt_of
+from neounify.text import byte_tokenizer
+from neounify.train.log import Log
+from neounify.train.loop import Trainer
+from neounify.train.recipe import TokenizerRecipe, read_recipe
+from neounify.train.setup import build_setup
+from neounify.train.supervised import SupervisedConfig
+from support.models import TINY_CHANGES, one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "motion.toml"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps of the recipe, with a tiny model."""
+    recipe, folder = read_recipe(RECIPE), tmp_path_factory.mktemp("motion")
+    stage = recipe.stages[0]
+    assert isinstance(stage.method, SupervisedConfig)
+    stage = replace(
+        stage, steps=2, compile=False, method=replace(stage.method, tokens_per_pack=900)
+    )
+    model = replace(
+        recipe.model, changes=TINY_CHANGES, tokenizer=TokenizerRecipe(vocab_size=300, samples=60)
+    )
+    recipe = replace(recipe, model=model, stages=(stage,), workers=0)
+    log = Log(folder, Console(quiet=True), tensorboard=False)
+    Trainer(recipe, build_setup(recipe, torch.device("cpu"), folder), folder, log).run()
+    return folder
+
+
+def test_two_steps_of_the_recipe(trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "train"][-1]
+    assert last["stage_step"] == 2
+    assert np.isfinite([last["text/loss"], last["image/loss"]]).all()
+    model = load(trained / "model")
+    assert model.config.video == MOTION.video
+    assert model.config.sampling.video == MOTION.sampling.video
+
+
+def test_its_model_is_measured(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neounify.motion.bench.subject.MAX_ANSWER_TOKENS", 3)
+    asked = MotionBenchConfig(world=motion_config("default"), cases=2)
+    subject = PipelineMotionSubject(load(trained / "model"), steps=2)
+    outcomes = [category.run() for category in motion_plan(subject, asked)]
+    assert [outcome.score.category for outcome in outcomes] == motion_names(asked)
+    assert all(len(outcome.examples) == 2 for outcome in outcomes)
+
+
+def test_generated_clips_depend_on_their_seed_alone(trained: Path) -> None:
+    subject = PipelineMotionSubject(load(trained / "model"), steps=2)
+    one, two, other = subject.film(["a star moves left"] * 3, [8, 8, 12], 64, [1, 2, 1])
+    (alone,) = subject.film(["a star moves left"], [8], 64, [1])
+    assert one.shape == alone.shape == (8, 64, 64, 3)
+    assert other.shape == (12, 64, 64, 3)
+    assert np.abs(one.astype(int) - alone).max() <= 1
+    assert (one != two).any()
+    (rest,) = subject.extend([one[:4]], ["Continue the clip."], [4], [3])
+    assert rest.shape == (4, 64, 64, 3)
+
+
+def test_a_question_of_training_is_the_prompt_of_inference(trained: Path) -> None:
+    pipe = load(trained / "model")
+    encode = Encoder(
+        config=pipe.config,
+        tokenizer=pipe.tokenizer,
+        dropout=GuidanceDropout(text=0.0, all=0.0),
+    )
+    for number in range(4):
+        data = MotionDataset(number, motion_config("default"), {"video_qa": 1})
+        whole = MotionDataset(number, data.config, {"video_qa": 1}, shown_fps=None)
+        asked: list[object] = []
+
+        def note(prompts: list[object], asked: list[object] = asked, **_: object) -> list[object]:
+            asked.extend(prompts)
+            return []
+
+        clip, question = whole[0].turns[0].parts
+        assert isinstance(clip, SampleClip)
+        assert isinstance(question, SampleText)
+        pipe_that_notes = SimpleNamespace(config=pipe.config, chat_batch=note)
+        PipelineMotionSubject(pipe_that_notes).watch(  # type: ignore[arg-type]
+            [clip.pixels()], [question.text]
+        )
+        prompt = prompt_of(pipe.processor, make_chat_request(asked[0], []))  # type: ignore[arg-type]
+        sample = replace(data[0], turns=data[0].turns[:2])
+        wanted = prompt.ids([0] * prompt.n_images, context_id=-1)
+        ids = encode(sample, np.random.default_rng(0)).ids
+        assert list(ids[: len(wanted)]) == wanted
+        assert len(ids) > len(wanted)
+
+
+def test_models_without_tubes_are_refused() -> None:
+    from neounify.config.presets import TINY
+    from neounify.model import NeoUnify
+
+    pipe = Pipeline(NeoUnify(TINY).eval(), byte_tokenizer())
+    with pytest.raises(RequestError, match="not trained to generate videos"):
+        PipelineMotionSubject(pipe).film(["x"], [8], 64, [0])
