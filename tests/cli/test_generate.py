@@ -13,7 +13,11 @@ from PIL import Image
 
 import neounify
 from neounify.cli.images import read_record
+from neounify.config import VideoConfig
+from neounify.config.presets import TINY
+from neounify.model import NeoUnify
 from neounify.pipeline import Pipeline
+from neounify.text import byte_tokenizer
 
 SMALL = ("--size", "64x32", "--steps", "2")
 
@@ -214,3 +218,56 @@ def test_inspect_refuses_other_pngs(run: Callable[..., Any], image_file: Path) -
     ran = run("inspect", image_file)
     assert ran.code == 1
     assert "no record" in ran.err
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a miniature that generates videos."""
+    able = (*TINY.capabilities, "generate_video")
+    config = TINY.replace(video=VideoConfig(tube_frames=4), capabilities=able)
+    folder = tmp_path_factory.mktemp("moving") / "model"
+    neounify.Pipeline(NeoUnify(config).eval(), byte_tokenizer()).save(folder)
+    return folder
+
+
+def test_videos_are_saved_with_their_records(run: Callable[..., Any], moving: Path) -> None:
+    clip = ("generate", "a star", *SMALL, "--model", moving, "--device", "cpu", "--frames", 8)
+    ran = run(*clip, "--fps", 16, "--previews")
+    assert ran.code == 0, ran.err
+    path = Path("outputs/a-star_s0_1.mp4")
+    assert f"saved {path}  (8 frames at 16 a second, 64x32, seed 0, 2 steps)" in ran.out
+    assert path.read_bytes()[4:8] == b"ftyp"
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert (record["frames"], record["fps"], record["size"]) == (8, 16.0, [64, 32])
+    assert Path("outputs/a-star_s0_1.previews.png").is_file()
+    assert run(*clip, "--output", "one.mp4").code == 0
+    assert Path("one.mp4").is_file()
+    lines = Path("lines.jsonl")
+    lines.write_text('{"prompt": "a star", "id": "moves", "seed": 3}\n')
+    assert run("generate", "--input", lines, *clip[2:], "--output", "many").code == 0
+    assert Path("many/moves_s3_1.mp4").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--frames", 6), "multiple of 4, at least 4, got 6"),
+        (("--frames", 8, "--fps", 0), "fps must be above 0"),
+        (("--fps", 8), "give --frames too"),
+        (("--frames", 8, "--output", "x.png"), "videos are saved as .mp4"),
+        (("--output", "x.mp4"), "images are saved as .png, or into a folder; --frames N"),
+    ],
+)
+def test_videos_that_cannot_be_are_refused_before_loading(
+    run: Callable[..., Any], moving: Path, options: tuple[Any, ...], message: str
+) -> None:
+    ran = run("generate", "a star", *SMALL, "--model", moving, *options)
+    assert ran.code != 0
+    assert message in ran.err
+    assert not Path("outputs").exists()
+
+
+def test_models_without_videos_refuse_frames(run: Callable[..., Any], toy: Path) -> None:
+    ran = run("generate", "a star", *SMALL, "--frames", 8)
+    assert ran.code != 0
+    assert "was not trained to generate videos" in ran.err

@@ -287,3 +287,19 @@ def test_rates_are_measured_where_the_device_is() -> None:
     assert rates.products > 1e8
     assert rates.memory > 1e8
     assert rates.name == "cpu"
+
+
+def test_clips_are_planned_by_their_tubes() -> None:
+    clip = Task(kind="t2v", width=832, height=480, frames=96)
+    assert clip.tokens(PIXELUMM_8B) == 37_440
+    n, kv = 37_440, PIXELUMM_8B.kv_bytes(2)
+    rows = 2 * n * memory_plan.row_bytes(PIXELUMM_8B, "gen", 2)
+    state = memory_plan.state_bytes(PIXELUMM_8B, n, clip=True)
+    assert state == 37 * 3072 * n
+    assert working_bytes(PIXELUMM_8B, clip, 2)["gen"] == rows + state + 2 * 256 * kv
+    image = Task(width=832, height=480)
+    assert clip.tokens(PIXELUMM_8B) == 24 * image.tokens(PIXELUMM_8B)
+    # Twice the frames are twice the memory of rows and state: attention adds nothing.
+    twice = Task(kind="t2v", width=832, height=480, frames=192)
+    more = working_bytes(PIXELUMM_8B, twice, 2)["gen"] - working_bytes(PIXELUMM_8B, clip, 2)["gen"]
+    assert more == rows + state

@@ -61,6 +61,10 @@ class PlanOptions(NamedModel):
         str | None,
         option(PANEL, "WIDTHxHEIGHT", "Pixels of the image. Default: the checkpoint's."),
     ] = None
+    frames: Annotated[
+        int | None,
+        option(PANEL, "N", "Frames of the video, with --task t2v. Default: the checkpoint's."),
+    ] = None
     references: Annotated[
         int, option(PANEL, "N", "Images before the one that is generated.", min=0, max=64)
     ] = 0
@@ -230,6 +234,10 @@ def _task(config: ModelConfig, options: PlanOptions) -> Task:
         raise UsageError(
             f"--task must be one of {', '.join(get_args(TaskKind))}, got {options.task!r}"
         )
+    if options.task == "t2v":
+        return _clip_task(config, options)
+    if options.frames is not None:
+        raise UsageError("--frames is of videos: give --task t2v")
     sampling, kind = config.sampling, options.task
     references = max(options.references, 1) if kind == "edit" else options.references
     asked = parse_size(options.size) if options.size else (None, None)
@@ -249,12 +257,32 @@ def _task(config: ModelConfig, options: PlanOptions) -> Task:
     )
 
 
+def _clip_task(config: ModelConfig, options: PlanOptions) -> Task:
+    """A video, with the checkpoint's defaults. Raises the errors of a request for it."""
+    from neounify.runtime.memory_plan import Task
+    from neounify.tasks.video import clip_shape
+
+    defaults = config.sampling.video
+    frames = defaults.frames if options.frames is None else options.frames
+    size = parse_size(options.size) if options.size else (None, None)
+    shape = clip_shape(config, size, frames)
+    return Task(
+        kind="t2v",
+        width=shape.width,
+        height=shape.height,
+        frames=frames,
+        steps=defaults.steps,
+        branches=2 if defaults.guidance > 1 else 1,
+    )
+
+
 def _described(task: Task, config: ModelConfig) -> str:
     if not task.paints:
         return f"chat, {task.prefix} tokens"
     kinds = {"t2i": "generate", "edit": "edit to", "interleave": "interleave"}
+    kinds["t2v"] = f"generate {task.frames} frames of"
     text = f"{kinds[task.kind]} {task.width}×{task.height}, {task.steps} steps"
-    guidance = config.sampling.guidance
+    guidance = (config.sampling.video if task.frames else config.sampling).guidance
     text += f", guidance {guidance:g}" if task.branches > 1 else ""
     return text + (f", images before it: {task.references}" if task.references else "")
 

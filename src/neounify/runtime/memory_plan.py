@@ -28,7 +28,7 @@ StreamName = Literal["und", "gen"]
 STREAMS: tuple[StreamName, ...] = get_args(StreamName)
 Mode = Literal["all", "stream", "layers"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-TaskKind = Literal["t2i", "edit", "chat", "interleave"]
+TaskKind = Literal["t2i", "edit", "chat", "interleave", "t2v"]
 
 FRAGMENTS, CONTEXT = 1.03, 0.5e9
 SLOTS, STAGING = 3, 2
@@ -178,7 +178,7 @@ def _values(config: ModelConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is asked of a model: one image at a time, or text.
+    """What is asked of a model: one image at a time, a clip of `frames`, or text.
 
     `branches` of guidance; `references` images of `reference_tokens` each lie in the prefix of
     every branch, `think` tokens are written before the image (or, in a chat, the answer).
@@ -196,6 +196,7 @@ class Task:
     prompt: int = PROMPT_TOKENS
     step_cache: bool = False
     jobs: int = 1
+    frames: int = 0
 
     @property
     def paints(self) -> bool:
@@ -216,9 +217,10 @@ class Task:
         return self.prompt + self.references * self.reference_tokens + self.think
 
     def tokens(self, config: ModelConfig) -> int:
-        """Tokens of the image; 0 for text."""
+        """Tokens of the image or clip; 0 for text."""
         side = config.token_size
-        return -(-self.width // side) * -(-self.height // side) if self.paints else 0
+        tubes = self.frames // config.video.tube_frames if self.frames and config.video else 1
+        return tubes * -(-self.width // side) * -(-self.height // side) if self.paints else 0
 
 
 def default_task(config: ModelConfig) -> Task:
@@ -229,16 +231,20 @@ def default_task(config: ModelConfig) -> Task:
     return Task(width=width, height=height, steps=sampling.steps, branches=branches)
 
 
-def head_bytes(config: ModelConfig, itemsize: float) -> float:
-    """Working memory of a row in the image head, whose result is cast to float32."""
-    inner = config.flow_head_width if config.image_head == "flow" else config.token_width
-    values = 2 * config.hidden_size + 2 * inner + config.token_width
-    return itemsize * values + 4 * config.token_width
+def head_bytes(config: ModelConfig, itemsize: float, *, clip: bool = False) -> float:
+    """Working memory of a row in the image or video head, whose result is cast to float32."""
+    width = config.tube_width if clip else config.token_width
+    inner = config.flow_head_width if config.image_head == "flow" and not clip else width
+    values = 2 * config.hidden_size + 2 * inner + width
+    return itemsize * values + 4 * width
 
 
-def state_bytes(config: ModelConfig, tokens: int) -> int:
-    """Float32 state of one image being denoised: 72 · C² bytes a token of three channels."""
-    return 24 * config.token_width * tokens
+def state_bytes(config: ModelConfig, tokens: int, *, clip: bool = False) -> int:
+    """Float32 state of one image being denoised: 72 · C² bytes a token of three channels.
+
+    Of a clip unipc keeps three tensors more, and the frames have a byte a value.
+    """
+    return (37 * config.tube_width if clip else 24 * config.token_width) * tokens
 
 
 def step_cache_bytes(config: ModelConfig, tokens: int, itemsize: float) -> float:
@@ -250,11 +256,13 @@ def denoise_bytes(config: ModelConfig, task: Task, itemsize: int) -> float:
     """A of denoising: rows of all branches, state, residuals kept, keys and values of prefixes."""
     n, runs = task.tokens(config), task.branches * task.jobs
     cached = step_cache_bytes(config, n, itemsize) if task.step_cache else 0
-    rows = runs * n * max(row_bytes(config, "gen", itemsize), head_bytes(config, itemsize))
+    clip = task.frames > 0
+    head = head_bytes(config, itemsize, clip=clip)
+    rows = runs * n * max(row_bytes(config, "gen", itemsize), head)
     keys = task.branches * task.prefix
     if n + task.prefix <= COPIED_TOKENS:
         keys += runs * (n + task.prefix)
-    state = task.jobs * state_bytes(config, n)
+    state = task.jobs * state_bytes(config, n, clip=clip)
     return rows + state + runs * cached + keys * config.kv_bytes(itemsize)
 
 
