@@ -24,6 +24,7 @@ from benchmarks.timing import describe_machine
 from neounify.curate.measure import measured_rows
 from neounify.curate.near import BANDS, band_pairs
 from neounify.curate.recipe import CurateRecipe, recipe_from_table
+from neounify.curate.seconds import Stopwatch
 from neounify.curate.units import containers_of, take_inventory, units_of
 
 IMAGES = {512: 150, 1024: 50}
@@ -71,7 +72,7 @@ def stage_speed(side: int, count: int) -> dict[str, float]:
         unit = units_of(container, take_inventory(container), recipe)[0]
         size = sum(path.stat().st_size for path in folder.glob("*.jpg")) / count
         begin, clock = time.process_time(), time.perf_counter()
-        rows = list(measured_rows(unit, recipe))
+        rows = list(measured_rows(unit, recipe, Stopwatch()))
         seconds, passed = time.process_time() - begin, time.perf_counter() - clock
     assert all(row.images[0].hash is not None for row in rows)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,24 @@ def load_object(
         raise error(f"{name}: the module has no {attribute!r}") from failure
     except Exception as failure:  # a module's own code may fail in any way
         raise error(f"{name}: cannot be imported ({failure})") from failure
+
+
+def module_file(
+    name: str, kind: str, error: type[NeounifyError], folder: Path | None = None
+) -> Path | None:
+    """The file of the module of an object (see `load_object`), which is found and not run.
+
+    Packages around it are imported. None for a module without a file. Raises `error`.
+    """
+    module = name.partition(":")[0]
+    try:
+        with _importable(folder):
+            spec = importlib.util.find_spec(module)
+    except Exception as failure:  # the code of its packages may fail in any way
+        raise error(f"{name}: cannot be imported ({failure})") from failure
+    if spec is None:
+        raise error(f"{name}: there is no module {module}; a {kind} is package.module:attribute")
+    return Path(spec.origin) if spec.has_location and spec.origin else None
 
 
 def load_callable(

@@ -57,3 +57,18 @@ def vectors(images: Images, texts: Sequence[str]) -> np.ndarray:
     """A vector by the last word."""
     table = {"north": (1.0, 0.0), "nearly": (0.99, 0.1), "east": (0.0, 1.0)}
     return np.array([table[text.rpartition(" ")[2]] for text in texts])
+
+
+def uneven(images: Images, texts: Sequence[str]) -> list[list[float]]:
+    """Vectors as long as the text."""
+    return [[1.0] * len(text) for text in texts]
+
+
+def stubborn(images: Images, texts: Sequence[str]) -> list[float]:
+    """Goes on after any error."""
+    for _ in range(600):
+        try:
+            time.sleep(0.1)
+        except Exception:
+            continue
+    return [0.0 for _ in texts]

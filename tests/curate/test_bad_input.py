@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 
 from neounify.curate import CurateError, CurateRecipe, curate, recipe_from_table
 from neounify.curate import parts as parts_module
+from neounify.curate.images import perceptual_hash
+from neounify.data.shards import ShardData
 from support.curation import encoded, reasons_of, recipe_of, table_of, textured, write_samples
 
 
@@ -106,3 +111,55 @@ def test_animations_are_measured_as_such(tmp_path: Path) -> None:
     path = write_samples(tmp_path / "in", [("moving", animation, "a moving view")])
     curate(recipe_of({"web": path}), tmp_path / "out")
     assert table_of(tmp_path / "out")[0]["images"][0]["frames"] == 3
+
+
+def test_text_that_utf8_cannot_write(tmp_path: Path) -> None:
+    path = write_samples(tmp_path / "in", [("one", encoded(textured(1)), "a fine view")])
+    half = path.read_text().replace('"one"', r'"\ud800"')
+    (tmp_path / "in" / "two.img").write_bytes(encoded(textured(2)))
+    path.write_text(half.replace("one.img", "two.img") + half.replace("fine", r"\udc00"))
+    curate(recipe_of({"web": path}), tmp_path / "out")
+    first, second = table_of(tmp_path / "out")
+    assert (first["id"], first["reason"]) == ("?", None)
+    assert second["reason"] == "readable.record"
+    assert "half a character" in second["detail"]
+    assert ShardData(path=str(tmp_path / "out" / "shards")).build()[0].id == "?"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_names_of_files_that_are_not_text(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for ending, content in ((b"png", encoded(textured(1))), (b"txt", b"a fine view")):
+        (folder / os.fsdecode(b"\xff." + ending)).write_bytes(content)
+    recipe = recipe_from_table({"sources": [{"kind": "captions", "path": str(folder)}]})
+    curate(recipe, tmp_path / "out")
+    assert reasons_of(tmp_path / "out") == {"?": None}
+
+
+def test_a_shard_with_a_million_empty_members(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT)
+    path = tmp_path / "empty.tar"
+    with path.open("wb") as file:
+        for _ in range(1000):
+            file.write(header * 1000)
+    members = [("good.png", encoded(textured(1))), ("good.txt", b"a view of one")]
+    tar_of(tmp_path / "good.tar", members)
+    begin = time.process_time()
+    summary = curate(shards(tmp_path), tmp_path / "out")
+    assert time.process_time() - begin < 10
+    assert summary.kept == {"web": 1}
+    assert any("more than 10,000 empty files" in text for text in summary.damage)
+
+
+def test_a_hashed_image_beside_an_unreadable_one_is_not_shown(tmp_path: Path) -> None:
+    bad = textured(1)
+    path = write_samples(tmp_path / "in", [("pair", encoded(bad), "what is it")], role="input")
+    record = json.loads(path.read_text())
+    record["image"] = ["pair.img", "gone.img"]
+    path.write_text(json.dumps(record) + "\n")
+    (tmp_path / "hashes.txt").write_text(perceptual_hash(bad)[0].hex() + "\n")
+    known = {"known": {"hashes": str(tmp_path / "hashes.txt")}}
+    curate(recipe_of({"web": path}, stages=known, max_unreadable=1.0), tmp_path / "out")
+    assert reasons_of(tmp_path / "out") == {"pair": "known.hash"}
+    assert "data:image" not in (tmp_path / "out" / "report.html").read_text()

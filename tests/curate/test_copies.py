@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
-from neounify.curate import curate
+from neounify.curate import CurateError, curate
 from neounify.curate.copies import Decisions, greedy
 from neounify.curate.texts import language_of, measure_text, signature, similarity
 from support.curation import (
@@ -41,7 +43,7 @@ def test_the_largest_file_of_the_first_source_is_kept(tmp_path: Path) -> None:
 def test_a_chain_is_cut_around_its_keepers() -> None:
     decisions = Decisions(np.zeros(4, np.int16), np.full(4, -1), np.full(4, np.nan))
     chain = np.array([(0, 1, 20), (1, 2, 20), (2, 3, 20)])
-    greedy(chain, np.arange(4), decisions, "near.copy")
+    greedy(chain[:, :2], chain[:, 2], np.arange(4), decisions, "near.copy")
     assert list(decisions.alive) == [True, False, True, False]
     assert list(decisions.copy_of) == [-1, 0, -1, 2]
 
@@ -128,19 +130,31 @@ def test_the_signature_estimates_similarity() -> None:
 
 def test_measures_of_texts() -> None:
     row = measure_text("See https://a.example and www.b.example, see https://a.example")
-    assert (row.urls, row.language) == (3, "latin")
+    assert (row.urls, row.language) == (3, "en")
     assert measure_text("IMG_0012.JPG").file_name
     assert measure_text("dsc 42").file_name
     assert not measure_text("a photo.jpg of the sea").file_name
     assert measure_text("buy now " * 20).repetition > 0.9
     assert measure_text("a calm view of the sea").repetition == 0
     assert (measure_text("一只红色的猫").words, measure_text("一只红色的猫").language) == (6, "zh")
-    assert [language_of(text) for text in ("夜の東京", "서울의 밤", "вид", "12")] == [
-        "ja",
-        "ko",
-        "cyrillic",
-        "none",
-    ]
+
+
+def test_languages_of_captions() -> None:
+    captions = {
+        "en": "two dogs sleep beside an old stove",
+        "de": "ein Markt auf der Straße im Regen",
+        "fr": "un bateau rouge sur un lac calme",
+        "es": "un barco rojo en un lago tranquilo",
+        "ru": "две собаки спят у старой печи",
+        "uk": "сніг на дерев'яному мості",
+        "ja": "夜の東京",
+        "ko": "서울의 밤",
+        "none": "12, 13!",
+    }
+    assert {language: language_of(text) for language, text in captions.items()} == {
+        language: language for language in captions
+    }
+    assert language_of("Xq") == "none", "no feature of the model"
 
 
 def test_an_unspaced_text_is_cut_in_characters() -> None:
@@ -148,3 +162,62 @@ def test_an_unspaced_text_is_cut_in_characters() -> None:
     pair = [np.frombuffer(signature(text) or b"", np.uint32) for text in (one, other)]
     assert 0.6 < float(similarity(*pair)) < 1
     assert signature("…!") is None
+
+
+def test_many_equal_texts_leave_one(tmp_path: Path) -> None:
+    words = " ".join(document(11, 30))
+    path = write_samples(tmp_path / "in", [(f"n{90 - n}", None, words) for n in range(80)])
+    curate(recipe_of({"web": path}), tmp_path / "out")
+    assert [name for name, reason in reasons_of(tmp_path / "out").items() if not reason] == ["n11"]
+
+
+def test_many_like_texts_leave_one(tmp_path: Path) -> None:
+    texts = []
+    for number in range(80):
+        words = document(12, 200)
+        words[2 * number + 1] = f"other{number}"
+        texts.append((f"n{90 - number}", None, " ".join(words)))
+    path = write_samples(tmp_path / "in", list(texts))
+    curate(recipe_of({"web": path}), tmp_path / "out")
+    assert sum(reason is None for reason in reasons_of(tmp_path / "out").values()) == 1
+
+
+def test_many_images_with_one_hash_leave_one(tmp_path: Path) -> None:
+    pixels = np.asarray(textured(5, 256, 256))
+    samples = []
+    for number in range(70):
+        changed = pixels.copy()
+        changed[0, number, 0] ^= 1
+        content = encoded(Image.fromarray(changed), "BMP")
+        samples.append((f"n{90 - number}", content, f"stone {number}"))
+    path = write_samples(tmp_path / "in", list(samples))
+    curate(recipe_of({"web": path}), tmp_path / "out")
+    reasons = reasons_of(tmp_path / "out")
+    assert sum(reason is None for reason in reasons.values()) == 1
+    assert sum(reason == "near.copy" for reason in reasons.values()) == 69
+
+
+def test_a_copy_is_not_lost_with_a_keeper_whose_text_is_too_short(tmp_path: Path) -> None:
+    large = textured(6, 400, 400)
+    samples = [("large", encoded(large), "x"), ("small", encoded(textured(6, 360, 360)), "stones")]
+    samples[1] = ("small", encoded(large.crop((2, 2, 398, 398))), "a view of stones")
+    curate(recipe_of({"web": write_samples(tmp_path / "in", list(samples))}), tmp_path / "out")
+    assert reasons_of(tmp_path / "out") == {"large": "near.copy", "small": None}
+
+
+def test_equal_flat_images_of_an_evaluation_set_are_dropped(tmp_path: Path) -> None:
+    """They have no sound hash; charts and pages are like them."""
+    flat = encoded(Image.fromarray(np.full((300, 300, 3), 90, np.uint8)))
+    path = write_samples(tmp_path / "in", [("chart", flat, "How many bars?")], role="input")
+    test_set = write_samples(tmp_path / "test", [("e", flat, "Which is highest?")], role="input")
+    sets = {"sets": [{"kind": "jsonl", "path": str(test_set)}]}
+    curate(recipe_of({"web": path}, stages={"evaluation": sets}), tmp_path / "out")
+    assert reasons_of(tmp_path / "out") == {"chart": "evaluation.image"}
+
+
+def test_an_evaluation_set_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    path = write_samples(tmp_path / "in", [("a", encoded(textured(1)), "a fine view")])
+    test_set = write_samples(tmp_path / "test", [("e", b"nothing", "a fine view")])
+    sets = {"sets": [{"kind": "jsonl", "path": str(test_set)}]}
+    with pytest.raises(CurateError, match="1 of 1 samples of source evaluation-0 cannot be read"):
+        curate(recipe_of({"web": path}, stages={"evaluation": sets}), tmp_path / "out")

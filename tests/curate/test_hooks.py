@@ -95,9 +95,57 @@ def test_a_hook_that_cannot_be_loaded_is_one_error(name: str, tmp_path: Path) ->
 
 
 def test_like_vectors_are_copies(tmp_path: Path) -> None:
-    texts = ["looking north", "looking nearly", "looking east"]
+    texts = ["looking nearly", "looking north", "looking east"]
     curate(recipe_with(tmp_path, texts, {"embeddings": hook("vectors")}), tmp_path / "out")
     rows = table_of(tmp_path / "out")
-    assert [row["reason"] for row in rows] == [None, "embeddings.bound", None]
-    assert rows[1]["copy_of"] == "web/n0"
-    assert rows[1]["distance"] == pytest.approx(1 - 0.99 / (0.99**2 + 0.1**2) ** 0.5, abs=1e-6)
+    assert [row["reason"] for row in rows] == ["embeddings.bound", None, None]
+    assert rows[0]["copy_of"] == "web/n1", "the larger file"
+    assert rows[0]["distance"] == pytest.approx(1 - 0.99 / (0.99**2 + 0.1**2) ** 0.5, abs=1e-6)
+
+
+def test_a_copy_of_an_unsafe_image_is_unsafe(tmp_path: Path) -> None:
+    image = textured(1)
+    samples = [
+        ("large", encoded(image), "never show this"),
+        ("copy", encoded(image.crop((2, 2, 318, 318))), "a secret view of it"),
+    ]
+    path = write_samples(tmp_path / "in", list(samples))
+    recipe = recipe_of({"web": path}, HERE, stages={"safety": hook("safety")})
+    summary = curate(recipe, tmp_path / "out")
+    assert summary.dropped == {"web": {"safety.never": 2}}
+    assert "data:image" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert [row["images"] for row in table_of(tmp_path / "out")] == [[], []]
+
+
+def test_the_largest_of_like_vectors_is_kept(tmp_path: Path) -> None:
+    samples = [
+        ("small", encoded(textured(1)), "looking north"),
+        ("large", encoded(textured(2, 400, 400)), "looking nearly"),
+    ]
+    path = write_samples(tmp_path / "in", list(samples))
+    recipe = recipe_of({"web": path}, HERE, stages={"embeddings": hook("vectors")})
+    curate(recipe, tmp_path / "out")
+    assert reasons_of(tmp_path / "out") == {"small": "embeddings.bound", "large": None}
+
+
+def test_vectors_of_different_lengths_are_one_error(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, ["view 1", "a view 22"], {"embeddings": hook("uneven")})
+    with pytest.raises(CurateError, match=r"vectors of \[6, 9\] values"):
+        curate(recipe, tmp_path / "out")
+
+
+def test_a_hook_that_always_hangs_is_one_error(tmp_path: Path) -> None:
+    texts = [f"two hang here {n}" for n in range(12)]
+    recipe = recipe_with(tmp_path, texts, {"watermark": hook("odd", timeout=0.05)})
+    with pytest.raises(CurateError, match="8 calls one after the other"):
+        curate(recipe, tmp_path / "out")
+
+
+def test_a_hook_cannot_swallow_its_timeout(tmp_path: Path) -> None:
+    recipe = recipe_with(tmp_path, ["a view"], {"watermark": hook("stubborn", timeout=0.2)})
+    curate(recipe, tmp_path / "out")
+    (row,) = table_of(tmp_path / "out")
+    assert (row["reason"], row["detail"]) == (
+        "watermark.failed",
+        "HookTimeout: took longer than 0.2 s",
+    )

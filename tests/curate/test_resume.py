@@ -177,3 +177,20 @@ def test_a_folder_that_cannot_be_written_is_one_error(source: Path, tmp_path: Pa
     (tmp_path / "out").write_text("a file")
     with pytest.raises(CurateError, match="out"):
         curate(recipe(source), tmp_path / "out")
+
+
+def _kill_workers(pool: Pool) -> None:
+    assert pool._pool is not None
+    for process in list(pool._pool._processes.values()):
+        process.kill()
+        process.join()
+
+
+def test_workers_that_are_killed_while_they_wait_are_replaced(pool: Pool) -> None:
+    assert sorted(pool.run(_square, [(2,)])) == [(0, 4)]
+    _kill_workers(pool)
+    assert sorted(pool.run(_square, [(3,), (4,)])) == [(0, 9), (1, 16)]
+    results = pool.run(_square, [(n,) for n in range(9)])
+    first = [next(results)]
+    _kill_workers(pool)
+    assert sorted(first + list(results)) == [(n, n * n) for n in range(9)]

@@ -351,7 +351,7 @@ def test_rows_of_every_form_with_images_in_cells(tmp_path: Path) -> None:
     assert (source[0].id, source[0].images[0].pixels().shape) == ("0", (32, 96, 3))
     with pytest.raises(DataError, match=r"row 2: there is no image .status 'failed_to_download'"):
         source[1]
-    with pytest.raises(DataError, match="the image of the row"):
+    with pytest.raises(DataError, match="the image in the record"):
         ParquetSource(table(tmp_path / "c.parquet", [{"image": b"no", "text": "x"}]))[0]
 
 

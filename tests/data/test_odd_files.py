@@ -56,7 +56,7 @@ def test_reports_on_samples_are_one_short_printable_line(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        (paint_record("x", "data:image/png;base64," + "A" * 300_000), "data URL"),
+        (paint_record("x", "data:image/png;base64," + "A" * 300_001), "not base64"),
         (text_record("x", image=["a.png"] * 20_000), "20,000 images"),
         (paint_record("x", "a\0.png"), "cannot be found"),
         (paint_record("x", "circle.png"), "circle.png"),

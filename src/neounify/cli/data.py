@@ -51,6 +51,9 @@ class SourceOptions:
     ignore: Annotated[
         list[str] | None, option(DATA, "FIELD", "Field that is not to be read; repeatable.")
     ] = None
+    dataset: Annotated[
+        str | None, option(DATA, "NAME", "Data set of a dataset_info.json of LLaMA-Factory.")
+    ] = None
     tokens_per_pack: Annotated[
         int | None,
         option(DATA, "N", "Tokens of a pack, which every sample must fit into.", min=1),
@@ -123,7 +126,7 @@ def _settings(path: Path, source: SourceOptions) -> Any:
                 raise CliError(f"{path} {what}")
             kind = recognised.kind
         values: dict[str, Any] = {"kind": kind, "path": str(path)}
-        for name in ("form", "task", "images", "ignore"):
+        for name in ("form", "task", "images", "ignore", "dataset"):
             value = getattr(source, name)
             if value:
                 values[name] = list(value) if name == "ignore" else str(value)
@@ -197,7 +200,8 @@ def _recipe(settings: FileData) -> str:
     import json
 
     values = {"kind": settings.kind, "path": settings.path, "form": settings.form}
-    values |= {"task": settings.task, "images": getattr(settings, "images", None)}
+    values |= {"task": settings.task}
+    values |= {name: getattr(settings, name, None) for name in ("images", "dataset")}
     pairs = [f"{name} = {json.dumps(v, ensure_ascii=False)}" for name, v in values.items() if v]
     if settings.ignore:
         pairs.append(f"ignore = {json.dumps(list(settings.ignore), ensure_ascii=False)}")

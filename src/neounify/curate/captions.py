@@ -137,7 +137,7 @@ def _scores(
         return list(likelihood_gains(pipeline, image, texts, recipe.stages.captions.full_question))
     hook = load_hook(match.hook, recipe.folder)
     values = call_hook(hook, [image] * len(texts), list(texts), read_number, match.timeout)
-    return [None if isinstance(value, Exception) else value for value in values]
+    return [None if isinstance(value, BaseException) else value for value in values]
 
 
 @torch.inference_mode()

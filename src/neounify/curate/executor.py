@@ -73,8 +73,14 @@ class Pool:
             # After a loss its suspects run alone, so that the guilty one is known.
             queue, room = (suspects, 1) if suspects else (waiting, self.workers * QUEUED_PER_WORKER)
             while queue and len(running) < room:
-                number = queue.pop()
-                running[self._started().submit(function, *tasks[number])] = number
+                try:
+                    future = self._started().submit(function, *tasks[queue[-1]])
+                except BrokenProcessPool:  # an idle worker was killed; what runs has ended too
+                    if running:
+                        break
+                    self.close()
+                    continue
+                running[future] = queue.pop()
             alone = len(running) == 1 and queue is suspects
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             ended: list[int] = []

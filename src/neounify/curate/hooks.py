@@ -22,21 +22,46 @@ import numpy as np
 from PIL import Image
 
 from neounify.curate.recipe import CurateError
-from neounify.plugins import load_callable
+from neounify.files import file_sha256
+from neounify.plugins import load_callable, module_file
 
 Hook = Callable[[list[Image.Image | None], list[str]], Sequence[Any]]
 Reader = Callable[[Any], Any]
 """The checked value of what a hook returned for one image. Raises ValueError."""
 
 
-class HookTimeout(Exception):
-    """A call took longer than its stage allows."""
+MAX_LATE = 8
+"""Calls with one image that may take too long one after the other; then the hook is broken."""
+
+
+class HookTimeout(BaseException):
+    """A call took longer than its stage allows; no Exception, which a hook itself may catch."""
 
 
 @lru_cache(maxsize=16)
 def load_hook(name: str, folder: Path | None) -> Hook:
     """The hook of this process. Raises CurateError."""
+    _loaded[name] = hook_digest(name, folder)
     return load_callable(name, "hook", "(images, texts)", CurateError, folder)
+
+
+_loaded: dict[str, str] = {}
+"""Digests of the files of hooks when this process loaded them."""
+
+
+def hook_digest(name: str, folder: Path | None) -> str:
+    """SHA-256 of the file of a hook's module, which is not run; "" for a module without a file.
+
+    Raises CurateError, also for a file that has changed since this process loaded it.
+    """
+    file = module_file(name, "hook", CurateError, folder)
+    try:
+        digest = "" if file is None else file_sha256(file)
+    except OSError as error:
+        raise CurateError(f"the hook {name} cannot be read: {error}") from error
+    if _loaded.get(name, digest) != digest:
+        raise CurateError(f"{file} has changed since this process loaded it; start a new one")
+    return digest
 
 
 def call_hook(
@@ -46,21 +71,32 @@ def call_hook(
     read: Reader,
     timeout: float,
 ) -> list[Any]:
-    """The value of every image; an Exception for one without.
+    """The value of every image; an exception for one without.
 
     A batch that fails is tried again image by image, so that one image costs no other its value.
+    Raises CurateError for a hook that hangs.
     """
     try:
         return _called(hook, images, texts, read, timeout)
-    except Exception as error:
+    except (Exception, HookTimeout) as error:
         if len(images) == 1:
             return [error]
     results: list[Any] = []
+    late = 0
     for image, text in zip(images, texts, strict=True):
         try:
             results += _called(hook, [image], [text], read, timeout)
+            late = 0
         except Exception as error:
             results.append(error)
+        except HookTimeout as error:
+            results.append(error)
+            late += 1
+        if late == MAX_LATE:
+            raise CurateError(
+                f"{late} calls one after the other, each with one image, took longer than "
+                f"{timeout:g} s; raise timeout, or mend the hook"
+            )
     return results
 
 

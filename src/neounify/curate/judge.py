@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -76,6 +77,13 @@ class Judged:
     def first(self) -> NDArray[np.int64]:
         """The first hash of every sample, [n]."""
         return np.cumsum(self.count, dtype=np.int64) - self.count
+
+    def digest(self) -> str:
+        """A digest of all values."""
+        digest = hashlib.sha256(json.dumps(self.ids).encode())
+        for field in fields(self)[1:]:
+            digest.update(getattr(self, field.name).tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def joined(cls, several: Sequence[Judged]) -> Judged:

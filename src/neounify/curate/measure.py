@@ -16,7 +16,8 @@ from neounify.curate.near import first_within, hash_words
 from neounify.curate.parts import code_version, digest_of, part_path, write_table
 from neounify.curate.recipe import CurateError, CurateRecipe, Known
 from neounify.curate.rules import IMAGE_BOUNDS, Bound, image_reasons, text_reasons
-from neounify.curate.table import Row, measured_table
+from neounify.curate.seconds import Seconds, Stopwatch
+from neounify.curate.table import MAX_DETAIL_CHARACTERS, Row, measured_table
 from neounify.curate.texts import measure_text, signature
 from neounify.curate.units import Item, Unit, read_items
 from neounify.data import Sample
@@ -25,46 +26,56 @@ from neounify.files import read_text
 from neounify.text import IMAGE_MARK
 
 MAX_LIST_BYTES = 2**32
-MAX_DETAIL_CHARACTERS = 300
 
 
-def measured_path(unit: Unit, recipe: CurateRecipe, folder: Path) -> Path:
-    """The part of a unit. Where everything is measured, bounds do not change it."""
+def measured_path(unit: Unit, settings: str, folder: Path) -> Path:
+    """The part of a unit with `measured_settings`."""
+    digest = digest_of(code_version(), unit.digest, unit.stamp, settings)
+    return part_path(folder, unit.name, digest, ".parquet")
+
+
+def measured_settings(recipe: CurateRecipe) -> str:
+    """A digest of all settings and lists that measures depend on. Raises CurateError.
+
+    Where everything is measured, bounds do not change it.
+    """
     stages = recipe.stages
-    settings: list[object] = [code_version(), unit.digest, recipe.measure, stages.readable]
-    settings += [stages.known, *_list_digests(stages.known)]
+    settings: list[object] = [recipe.measure, stages.readable, stages.known]
+    settings += _list_digests(stages.known)
     if recipe.measure == "first":
         settings += [stages.geometry, stages.quality, stages.text]
-    return part_path(folder, unit.name, digest_of(*settings), ".parquet")
+    return digest_of(*settings)
 
 
-def measure_unit(unit: Unit, recipe: CurateRecipe, path: Path) -> None:
-    """Measure a unit and write its part. Raises CurateError."""
-    rows = list(measured_rows(unit, recipe))
-    write_table(path, measured_table(rows))
+def measure_unit(unit: Unit, recipe: CurateRecipe, path: Path) -> Seconds:
+    """Measure a unit and write its part; returns the seconds by stage. Raises CurateError."""
+    watch = Stopwatch()
+    write_table(path, measured_table(measured_rows(unit, recipe, watch)))
+    return watch.seconds
 
 
-def measured_rows(unit: Unit, recipe: CurateRecipe) -> Iterator[Row]:
+def measured_rows(unit: Unit, recipe: CurateRecipe, watch: Stopwatch) -> list[Row]:
     """The rows of a unit in order, known bad samples left blank."""
     known = recipe.stages.known
-    listed = _known_hashes(known.hashes) if known.enabled and known.hashes else None
     items = read_items(unit, recipe.stages.readable.max_bytes)
-    rows = [_Sampled(item, unit, recipe).row for item in items]
-    if listed is not None and len(listed):
+    rows = [_Sampled(item, unit, recipe, watch).row for item in items]
+    if known.enabled and known.hashes:
+        listed = _known_hashes(known.hashes, Path(known.hashes).stat().st_mtime_ns)
         hashes = [(n, i.hash) for n, row in enumerate(rows) for i in row.images if i.hash]
         words = hash_words([content for _, content in hashes])
         found_at = first_within(words, listed, known.distance)
         for (number, _), match in zip(hashes, found_at, strict=True):
             if match >= 0:
                 rows[number].blank("known.hash")
-    yield from rows
+        watch.lap("known")
+    return rows
 
 
 class _Sampled:
     """The row of one sample, measured stage by stage until its first reason."""
 
-    def __init__(self, item: Item, unit: Unit, recipe: CurateRecipe) -> None:
-        self.stages = recipe.stages
+    def __init__(self, item: Item, unit: Unit, recipe: CurateRecipe, watch: Stopwatch) -> None:
+        self.stages, self.watch = recipe.stages, watch
         self.all = recipe.measure == "all"
         sample = item.sample
         name = sample.id if sample is not None else item.location
@@ -78,6 +89,7 @@ class _Sampled:
         self._measure_images()
         if self.row.reason is None or self.all:
             self._measure_text(sample)
+            watch.lap("text")
 
     def _drop(self, reason: str, detail: str | None = None) -> None:
         if self.row.reason is None:
@@ -87,8 +99,11 @@ class _Sampled:
     def _read(self, sample: Sample, contents: Sequence[bytes | str]) -> bool:
         """Decode the images; False where nothing else can or may be measured."""
         known, readable = self.stages.known, self.stages.readable
-        bad = _known_files(known.sha256) if known.enabled and known.sha256 else frozenset[str]()
+        bad = frozenset[str]()
+        if known.enabled and known.sha256:
+            bad = _known_files(known.sha256, Path(known.sha256).stat().st_mtime_ns)
         self.images: list[Image.Image] = []
+        self.listed = bool(known.enabled and known.hashes)
         left, error = readable.max_pixels, ""
         for image, content in zip(sample.images, contents, strict=True):
             if isinstance(content, str):
@@ -103,29 +118,31 @@ class _Sampled:
                 if not error:
                     self.images.append(decode(content, row, left, readable.max_bytes))
                     left -= self.images[-1].width * self.images[-1].height
+                    self.watch.lap("readable")
+                    if self.listed:  # even if another image of the sample cannot be read
+                        measure_hashes(self.images[-1], row)
+                        self.watch.lap("known")
             except ImageError as failure:
                 error = str(failure).removeprefix("the image: ")
+        self.watch.lap("readable")
         if error:
             self._drop("readable.image", error)
         return not error
 
     def _measure_images(self) -> None:
         stages, pairs = self.stages, list(zip(self.images, self.row.images, strict=True))
-        listed = bool(stages.known.enabled and stages.known.hashes)
-        if listed:
-            for image, row in pairs:
-                measure_hashes(image, row)
         if self._ends("geometry"):
             return
         if stages.quality.enabled:
             for image, row in pairs:
                 if self.all or row.role in stages.quality.on:
                     measure_quality(luma_of(image), row)
-        if self._ends("quality"):
-            return
-        if not listed:
+        ends = self._ends("quality")
+        self.watch.lap("quality")
+        if not ends and not self.listed:
             for image, row in pairs:
                 measure_hashes(image, row)
+            self.watch.lap("near")
 
     def _ends(self, stage: str) -> bool:
         """Whether the sample ends at this stage; notes the reason."""
@@ -145,13 +162,13 @@ class _Sampled:
 
 
 @lru_cache(maxsize=2)
-def _known_files(path: str) -> frozenset[str]:
+def _known_files(path: str, time: int) -> frozenset[str]:
     """SHA-256 digests of a list in lower case. Raises CurateError."""
     return frozenset(_listed(path, 64, "SHA-256"))
 
 
 @lru_cache(maxsize=2)
-def _known_hashes(path: str) -> np.ndarray:
+def _known_hashes(path: str, time: int) -> np.ndarray:
     """Perceptual hashes of a list, [n, 4]. Raises CurateError."""
     return hash_words([bytes.fromhex(line) for line in _listed(path, 64, "256-bit hash")])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from neounify.curate.recipe import CurateRecipe
 from neounify.curate.rules import BOUNDS, ORDER, setting
+from neounify.curate.seconds import ALL, Seconds
 from neounify.curate.tally import SCALES, Tally
 from neounify.curate.units import Unit, read_items
 from neounify.errors import ImageError
@@ -63,6 +65,7 @@ def _thumbnail(content: bytes) -> Iterator[bytes]:
 def report_page(
     recipe: CurateRecipe,
     tally: Tally,
+    seconds: Mapping[str, Seconds],
     images: Mapping[tuple[int, int], Sequence[bytes]],
     damage: Sequence[str],
 ) -> str:
@@ -73,6 +76,7 @@ def report_page(
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>',
         f"<h1>Curation {escape(recipe.name)}</h1>",
         *_sources(tally),
+        *_stages(tally, seconds),
         *_reasons(tally),
         *_bounds(recipe, tally),
         *_histograms(recipe, tally),
@@ -114,6 +118,28 @@ def _sources(tally: Tally) -> Iterator[str]:
     yield "<h2>Sources</h2>"
     yield '<p class="about">Bytes, tokens (32 × 32 pixels) and words are of kept samples.</p>'
     yield _table(head, rows)
+
+
+def _stages(tally: Tally, seconds: Mapping[str, Seconds]) -> Iterator[str]:
+    """What went in and came out of every stage, by source."""
+    head, left = ["stage"], {name: counts.samples for name, counts in tally.sources.items()}
+    for name in left:
+        head += [f"{name}: in", "out", "seconds"]
+    rows = []
+    for stage in (*ORDER, "writing"):
+        row: list[object] = [stage]
+        for name, counts in tally.sources.items():
+            dropped = sum(n for r, n in counts.reasons.items() if r.partition(".")[0] == stage)
+            spent = seconds.get(name, Counter())[stage]
+            row += [left[name], left[name] - dropped, f"{spent:,.1f}"]
+            left[name] -= dropped
+        rows.append((*row, f"{seconds.get(ALL, Counter())[stage]:,.1f}"))
+    yield "<h2>Stages</h2>"
+    yield (
+        '<p class="about">Seconds of the workers, also of earlier runs whose parts are used; the '
+        "last column is work over all sources, evaluation sets among it.</p>"
+    )
+    yield _table([*head, "seconds, all"], rows)
 
 
 def _reasons(tally: Tally) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -12,19 +13,33 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from neounify.curate.copies import Decisions, decide
+from neounify.curate.copies import Decisions, decide, keeping_ranks
 from neounify.curate.executor import Executor, build_executor
 from neounify.curate.judge import NUMBERS, REASONS, Judged, judge_part, judge_rows
-from neounify.curate.measure import measure_unit, measured_path, measured_rows
-from neounify.curate.parts import code_version, digest_of, part_path, read_table, write_part
+from neounify.curate.measure import measure_unit, measured_path, measured_settings
+from neounify.curate.parts import (
+    code_version,
+    digest_of,
+    part_path,
+    read_table,
+    write_part,
+)
 from neounify.curate.recipe import CurateError, CurateRecipe, Known, Source
 from neounify.curate.report import PAGE, report_page, thumbnails
-from neounify.curate.score import hook_stages, score_unit, scored_path
+from neounify.curate.score import hook_stages, score_unit, scored_path, scored_settings
+from neounify.curate.seconds import ALL, Seconds, SecondsLog, Stopwatch
 from neounify.curate.tally import Tally, tally_part
-from neounify.curate.units import Unit, containers_of, folder_digest, take_inventory, units_of
+from neounify.curate.units import (
+    Unit,
+    containers_of,
+    folder_digest,
+    stamp_unit,
+    take_inventory,
+    units_of,
+)
 from neounify.curate.vectors import drop_like_vectors
 from neounify.curate.write import Outputs, Verdicts, write_unit
-from neounify.files import locked_folder, remove_leftovers
+from neounify.files import file_sha256, locked_folder, remove_leftovers
 
 WORK, SHARDS, TABLE, SUMMARY = "work", "shards", "table", "summary.json"
 REMEDY = "run again: what is done stays"
@@ -36,12 +51,16 @@ Bar = Callable[[str, int | None, str], AbstractContextManager[Tick]]
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts of a finished curation, by source; `dropped` counts reasons."""
+    """Counts of a finished curation, by source; `dropped` counts reasons.
+
+    `seconds` are those of workers by stage, of `ALL` what is done over all sources.
+    """
 
     samples: dict[str, int]
     kept: dict[str, int]
     dropped: dict[str, dict[str, int]]
-    damage: tuple[str, ...] = field(default=())
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    damage: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -87,22 +106,27 @@ def curate(
 
 
 class _Run:
-    """One run: its units, and the passes over them."""
+    """One run: its units, and the passes over them.
+
+    `parts` are the names of all parts in use, with their source.
+    """
 
     def __init__(self, recipe: CurateRecipe, out: Path, executor: Executor, bar: Bar) -> None:
         self.recipe, self.out, self.executor, self.bar = recipe, out, executor, bar
         self.work = out / WORK
+        self.log = SecondsLog(self.work / "seconds.jsonl")
         self.damage: list[str] = []
+        self.parts: dict[str, str] = {}
 
     def run(self) -> Summary:
         self.units = self._units(self.recipe.sources, "reading")
-        measured = self._measure()
+        measured = self._measure("measuring", self.units, self.recipe)
         judged = self._all("judging", judge_part, [(path, self.recipe) for path in measured])
-        self._check_readable(judged)
+        self._check_readable(self.recipe.sources, self.units, judged)
         decisions = self._decide(judged, measured)
         scored = self._score(decisions)
         self._drop_scored(decisions, scored)
-        self._write(Judged.joined(judged), decisions, measured, scored)
+        self._write(decisions, measured, scored)
         return self._summary()
 
     def _summary(self) -> Summary:
@@ -126,55 +150,79 @@ class _Run:
             for unit, by_number in zip(wanted, small, strict=True)
             for number, contents in by_number.items()
         }
-        page = report_page(self.recipe, tally, images, self.damage)
+        seconds: dict[str, Seconds] = {}
+        for name, spent in self.log.of(self.parts).items():
+            seconds.setdefault(self.parts[name], Counter()).update(spent)
+        page = report_page(self.recipe, tally, seconds, images, self.damage)
         write_part(self.out / PAGE, lambda aside: _write_text(aside, page))
         summary = Summary(
             samples={name: counts.samples for name, counts in tally.sources.items()},
             kept={name: counts.kept for name, counts in tally.sources.items()},
             dropped={name: dict(sorted(c.reasons.items())) for name, c in tally.sources.items()},
+            seconds={name: dict(spent) for name, spent in seconds.items()},
             damage=tuple(self.damage),
         )
         text = json.dumps(asdict(summary), indent=1, ensure_ascii=False) + "\n"
         write_part(self.out / SUMMARY, lambda aside: _write_text(aside, text))
         return summary
 
+    def _each(
+        self, label: str, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[int, Result]]:
+        """(number, result) of all tasks as they end, with a progress bar."""
+        with self.bar(label, len(tasks), "unit") as tick:
+            for count, ended in enumerate(self.executor.run(function, tasks), 1):
+                yield ended
+                tick(count)
+
     def _all(
         self, label: str, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]
     ) -> list[Result]:
-        """Results of all tasks in order, with a progress bar."""
-        results: dict[int, Result] = {}
-        with self.bar(label, len(tasks), "unit") as tick:
-            for number, result in self.executor.run(function, tasks):
-                results[number] = result
-                tick(len(results))
+        """Results of all tasks in order."""
+        results = dict(self._each(label, function, tasks))
         return [results[number] for number in range(len(tasks))]
+
+    def _make(
+        self, label: str, function: Callable[..., Seconds], tasks: dict[str, tuple[Any, ...]]
+    ) -> None:
+        """Run the tasks that make parts, by name, and note the seconds of each."""
+        names = list(tasks)
+        for number, seconds in self._each(label, function, list(tasks.values())):
+            self.log.add(names[number], seconds)
 
     def _units(self, sources: Sequence[Source], label: str) -> list[Unit]:
         containers = containers_of(sources)
         inventories = self._all(label, take_inventory, [(item,) for item in containers])
         self.damage += [text for inventory in inventories for text in inventory.damage]
         pairs = zip(containers, inventories, strict=True)
-        return [
+        units = [
             unit for item, inventory in pairs for unit in units_of(item, inventory, self.recipe)
         ]
+        stamps = self._all(f"{label} images", stamp_unit, [(unit,) for unit in units])
+        return [replace(unit, stamp=stamp) for unit, stamp in zip(units, stamps, strict=True)]
 
-    def _measure(self) -> list[Path]:
-        paths = [measured_path(unit, self.recipe, self.work) for unit in self.units]
-        left = [
-            (unit, self.recipe, path)
-            for unit, path in zip(self.units, paths, strict=True)
+    def _measure(self, label: str, units: Sequence[Unit], recipe: CurateRecipe) -> list[Path]:
+        """The measured parts of some units; those that are not there are made."""
+        settings = measured_settings(recipe)
+        paths = [measured_path(unit, settings, self.work) for unit in units]
+        self.parts |= {p.name: u.container.source for p, u in zip(paths, units, strict=True)}
+        left = {
+            path.name: (unit, recipe, path)
+            for unit, path in zip(units, paths, strict=True)
             if not path.is_file()
-        ]
-        self._all("measuring", measure_unit, left)
+        }
+        self._make(label, measure_unit, left)
         return paths
 
-    def _check_readable(self, judged: Sequence[Judged]) -> None:
+    def _check_readable(
+        self, sources: Sequence[Source], units: Sequence[Unit], judged: Sequence[Judged]
+    ) -> None:
         """CurateError for a source of which too much cannot be read."""
         unreadable = [n for n, reason in enumerate(REASONS) if reason.startswith("readable.")]
-        for source in self.recipe.sources:
+        for source in sources:
             parts = [
                 part.early
-                for part, unit in zip(judged, self.units, strict=True)
+                for part, unit in zip(judged, units, strict=True)
                 if unit.container.source == source.name
             ]
             reasons = np.concatenate([*parts, np.zeros(0, np.int16)])
@@ -188,37 +236,38 @@ class _Run:
 
     def _decide(self, judged: Sequence[Judged], measured: Sequence[Path]) -> Decisions:
         """Copies over all sources, read from their part if nothing has changed."""
-        stored, evaluation = self._stored(), self._evaluation()
-        settings = [self.recipe.stages.exact, self.recipe.stages.near, self.recipe.stages.text]
-        settings += [self.recipe.stages.geometry, self.recipe.stages.quality]
+        stored, evaluation, stages = self._stored(), self._evaluation(), self.recipe.stages
         digest = digest_of(
             code_version(),
             [path.name for path in measured],
-            settings,
-            [digest_of(part.ids, part.hashes.tobytes().hex()) for part in (stored, *evaluation)],
+            [stages.exact, stages.near, stages.text, stages.geometry, stages.quality],
+            [part.digest() for part in (stored, *evaluation)],
         )
         path = part_path(self.work, "copies", digest, ".npz")
         joined = Judged.joined([*judged, stored])
-        sizes = [len(part) for part in judged]
+        self.sizes, self.ids = [len(part) for part in judged], joined.ids
+        self.sources = np.repeat([unit.container.source for unit in self.units], self.sizes)
+        priority = np.repeat([unit.container.priority for unit in self.units], self.sizes)
+        priority = np.concatenate([priority, np.full(len(stored), -1)]).astype(np.int64)
+        is_stored = np.arange(len(joined)) >= sum(self.sizes)
+        self.rank = keeping_ranks(joined, priority, is_stored)
         if not path.is_file():
-            priority = np.repeat([unit.container.priority for unit in self.units], sizes)
-            priority = np.concatenate([priority, np.full(len(stored), -1)]).astype(np.int64)
-            is_stored = np.arange(len(joined)) >= sum(sizes)
+            watch = Stopwatch()
             with self.bar("finding copies", None, "step"):
                 decisions = decide(
                     joined,
-                    priority,
+                    self.rank,
                     is_stored,
                     Judged.joined(evaluation) if evaluation else None,
                     self.recipe,
                     self.executor,
                     self.work,
+                    watch,
                 )
             _save(path, decisions)
-        decisions = _load(path)
-        self.sizes, self.ids = sizes, joined.ids
-        self.sources = np.repeat([unit.container.source for unit in self.units], sizes)
-        return decisions
+            self.log.add(path.name, watch.seconds)
+        self.parts[path.name] = ALL
+        return _load(path)
 
     def _stored(self) -> Judged:
         """Kept samples of earlier curations, without reasons."""
@@ -236,32 +285,41 @@ class _Run:
         return judged
 
     def _evaluation(self) -> list[Judged]:
-        stage = self.recipe.stages.evaluation
-        if not stage.enabled or not stage.sets:
+        """Evaluation sets, all of which is measured; known bad images have no part in them."""
+        stages = self.recipe.stages
+        if not stages.evaluation.enabled or not stages.evaluation.sets:
             return []
         sources = [
-            Source(name=f"evaluation-{number}", data=data) for number, data in enumerate(stage.sets)
+            Source(name=f"evaluation-{number}", data=data)
+            for number, data in enumerate(stages.evaluation.sets)
         ]
         units = self._units(sources, "reading evaluation sets")
-        tasks = [(unit, replace(self.recipe, measure="all")) for unit in units]
-        return self._all("measuring evaluation sets", _judge_unit, tasks)
+        recipe = replace(
+            self.recipe, measure="all", stages=replace(stages, known=Known(enabled=False))
+        )
+        paths = self._measure("measuring evaluation sets", units, recipe)
+        self.parts |= dict.fromkeys((path.name for path in paths), ALL)
+        judged = self._all("judging", judge_part, [(path, recipe) for path in paths])
+        self._check_readable(sources, units, judged)
+        return judged
 
     def _score(self, decisions: Decisions) -> list[Path] | None:
         """Parts of the hooks' values; None without a hook."""
         if not hook_stages(self.recipe):
             return None
-        alive = self._split(decisions.alive)
-        paths, left = [], []
+        alive, settings = self._split(decisions.alive), scored_settings(self.recipe)
+        paths, left = [], {}
         for unit, mask in zip(self.units, alive, strict=True):
-            path = scored_path(unit, mask, self.recipe, self.work)
+            path = scored_path(unit, mask, settings, self.work)
             paths.append(path)
+            self.parts[path.name] = unit.container.source
             if not path.is_file():
-                left.append((unit, mask, self.recipe, path))
-        self._all("scoring", score_unit, left)
+                left[path.name] = (unit, mask, self.recipe, path)
+        self._make("scoring", score_unit, left)
         return paths
 
     def _drop_scored(self, decisions: Decisions, scored: list[Path] | None) -> None:
-        """Reasons of the hooks, and like vectors."""
+        """Reasons of the hooks, like vectors, and copies of what is unsafe."""
         if scored is None:
             return
         start, vectors, owners = 0, [], []
@@ -275,42 +333,51 @@ class _Run:
                     owners.append(at)
             start += size
         if vectors:
+            lengths = sorted({len(vector) for vector in vectors})
+            if len(lengths) > 1:
+                raise CurateError(f"the hook of stage embeddings gave vectors of {lengths} values")
+            order = np.argsort(self.rank[owners])
             drop_like_vectors(
-                np.array(vectors, np.float32), np.array(owners), decisions, self.recipe
+                np.array(vectors, np.float32)[order],
+                np.array(owners)[order],
+                decisions,
+                self.recipe,
             )
+        unsafe = np.isin(decisions.reason, [NUMBERS["safety.bound"], NUMBERS["safety.never"]])
+        copies = np.flatnonzero((decisions.copy_of >= 0) & unsafe[decisions.copy_of])
+        decisions.reason[copies] = decisions.reason[decisions.copy_of[copies]]
 
     def _write(
-        self,
-        judged: Judged,
-        decisions: Decisions,
-        measured: Sequence[Path],
-        scored: Sequence[Path] | None,
+        self, decisions: Decisions, measured: Sequence[Path], scored: Sequence[Path] | None
     ) -> None:
-        tasks, tables, kept_files = [], [], set[Path]()
+        """Shards and table. Their names carry digests of contents, not of times of files."""
+        tasks: dict[str, tuple[Any, ...]] = {}
+        tables, kept_files = [], set[Path]()
         model = self.recipe.stages.captions.model
         weights = folder_digest(Path(model)) if model and Path(model).is_dir() else model
+        settings = digest_of(self.recipe.stages, self.recipe.seed, weights, code_version())
         start = 0
         for number, (unit, size) in enumerate(zip(self.units, self.sizes, strict=True)):
             verdicts = self._verdicts(decisions, start, size)
             start += size
             part = None if scored is None else scored[number]
-            digest = digest_of(
-                [measured[number].name, part and part.name, verdicts],
-                [self.recipe.stages, self.recipe.seed, weights],
-            )
+            parts = [file_sha256(path) for path in (measured[number], part) if path]
+            digest = digest_of(unit.digest, parts, verdicts, settings)
             outputs = Outputs(
                 part_path(self.out / TABLE, unit.name, digest, ".parquet"),
                 part_path(self.out / SHARDS, unit.name, digest, ".tar"),
             )
             tables.append(outputs.table)
+            self.parts[outputs.table.name] = unit.container.source
             kept_files |= {outputs.table, outputs.shard}
             if not outputs.exist:
-                tasks.append((unit, self.recipe, verdicts, measured[number], part, outputs))
+                task = (unit, self.recipe, verdicts, measured[number], part, outputs)
+                tasks[outputs.table.name] = task
         for folder in (self.out / TABLE, self.out / SHARDS):
             for path in folder.iterdir():
                 if path not in kept_files and path.suffix in (".parquet", ".tar"):
                     path.unlink()  # of other settings
-        self._all("writing", write_unit, tasks)
+        self._make("writing", write_unit, tasks)
         self.tables = tables
 
     def _verdicts(self, decisions: Decisions, start: int, size: int) -> Verdicts:
@@ -333,12 +400,6 @@ class _Run:
     def _split(self, values: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         """Values of all samples by unit."""
         return np.split(values[: sum(self.sizes)], np.cumsum(self.sizes)[:-1])
-
-
-def _judge_unit(unit: Unit, recipe: CurateRecipe) -> Judged:
-    """The samples of a unit of an evaluation set; known bad images have no part in it."""
-    recipe = replace(recipe, stages=replace(recipe.stages, known=Known(enabled=False)))
-    return judge_rows([row.values() for row in measured_rows(unit, recipe)], recipe)
 
 
 def _write_text(path: Path, text: str) -> None:

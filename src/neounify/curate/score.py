@@ -14,6 +14,7 @@ from PIL import Image
 from neounify.curate.hooks import (
     Reader,
     call_hook,
+    hook_digest,
     load_hook,
     read_number,
     read_scores,
@@ -22,7 +23,9 @@ from neounify.curate.hooks import (
 from neounify.curate.parts import arrow, code_version, digest_of, part_path, write_table
 from neounify.curate.recipe import CurateError, CurateRecipe, HookStage, Safety
 from neounify.curate.rules import HOOK_BOUNDS, setting
-from neounify.curate.units import Item, Unit, read_items
+from neounify.curate.seconds import Seconds, Stopwatch
+from neounify.curate.table import MAX_DETAIL_CHARACTERS
+from neounify.curate.units import Item, Unit, read_items, writable
 from neounify.image import read_image
 from neounify.text import IMAGE_MARK
 
@@ -37,6 +40,10 @@ READERS: dict[str, Reader] = {
 MAX_FAILED = 0.5
 """Share of a unit's calls that may fail; a hook that fails more often is broken."""
 MIN_CALLS = 8
+
+
+Decoded = tuple[int, Item, list[Image.Image]]
+"""A sample by its number, and its images."""
 
 
 @dataclass
@@ -55,16 +62,26 @@ def hook_stages(recipe: CurateRecipe) -> dict[str, HookStage]:
     return {name: stage for name, stage in stages.items() if stage.enabled and stage.hook}
 
 
-def scored_path(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, folder: Path) -> Path:
-    """The part of a unit, for these samples and hooks."""
+def scored_path(unit: Unit, alive: NDArray[np.bool_], settings: str, folder: Path) -> Path:
+    """The part of a unit, for these samples and `scored_settings`."""
     kept = np.packbits(alive).tobytes().hex()
-    digest = digest_of(code_version(), unit.digest, kept, recipe.measure, hook_stages(recipe))
+    digest = digest_of(code_version(), unit.digest, unit.stamp, kept, settings)
     return part_path(folder, unit.name, digest, ".parquet")
 
 
-def score_unit(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, path: Path) -> None:
-    """Call the hooks on the samples of a unit and write the part. Raises CurateError."""
-    pa = arrow()
+def scored_settings(recipe: CurateRecipe) -> str:
+    """A digest of all settings and hooks that values depend on. Raises CurateError."""
+    stages = hook_stages(recipe)
+    files = [hook_digest(str(stage.hook), recipe.folder) for stage in stages.values()]
+    return digest_of(recipe.measure, stages, files)
+
+
+def score_unit(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, path: Path) -> Seconds:
+    """Call the hooks on the samples of a unit and write the part; returns the seconds by stage.
+
+    Raises CurateError.
+    """
+    pa, watch = arrow(), Stopwatch()
     rows = [
         {
             "number": scored.number,
@@ -74,7 +91,7 @@ def score_unit(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, path:
             **{name: scored.values.get(name, []) for name in ("watermark", "beauty", "match")},
             "embeddings": [vector.tolist() for vector in scored.values.get("embeddings", [])],
         }
-        for scored in score_rows(unit, alive, recipe)
+        for scored in score_rows(unit, alive, recipe, watch)
     ]
     numbers = pa.list_(pa.float64())
     schema = pa.schema(
@@ -84,19 +101,23 @@ def score_unit(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, path:
         + [("embeddings", pa.list_(pa.list_(pa.float32())))]
     )
     write_table(path, pa.Table.from_pylist(rows, schema=schema))
+    return watch.seconds
 
 
-def score_rows(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe) -> list[Scored]:
+def score_rows(
+    unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe, watch: Stopwatch
+) -> list[Scored]:
     """The values of all samples left, in order, batch by batch."""
     results: list[Scored] = []
     failed = dict.fromkeys(READERS, 0)
     calls = dict.fromkeys(READERS, 0)
     batch = min((stage.batch for stage in hook_stages(recipe).values()), default=1)
     for group in _groups(unit, alive, batch, recipe):
-        scored = [Scored(number) for number, _ in group]
-        images = [_decoded(item) for _, item in group]
+        scored = [Scored(number) for number, _, _ in group]
+        watch.lap("readable")
         for name, stage in hook_stages(recipe).items():
-            _run_stage(name, stage, group, scored, images, recipe, failed, calls)
+            _run_stage(name, stage, group, scored, recipe, failed, calls)
+            watch.lap(name)
         results += scored
     for name, count in failed.items():
         if calls[name] >= MIN_CALLS and count > MAX_FAILED * calls[name]:
@@ -110,28 +131,28 @@ def score_rows(unit: Unit, alive: NDArray[np.bool_], recipe: CurateRecipe) -> li
 
 def _groups(
     unit: Unit, alive: NDArray[np.bool_], size: int, recipe: CurateRecipe
-) -> Iterator[list[tuple[int, Item]]]:
-    group: list[tuple[int, Item]] = []
-    for number, item in enumerate(read_items(unit, recipe.stages.readable.max_bytes)):
-        if alive[number]:
-            group.append((number, item))
-        if len(group) == size:
+) -> Iterator[list[Decoded]]:
+    """The samples left with their images, `size` at a time, fewer where images are large."""
+    group: list[Decoded] = []
+    readable, pixels = recipe.stages.readable, 0
+    for number, item in enumerate(read_items(unit, readable.max_bytes)):
+        if not alive[number]:
+            continue
+        images = [read_image(content) for content in item.files()]
+        group.append((number, item, images))
+        pixels += sum(image.width * image.height for image in images)
+        if len(group) == size or pixels >= readable.max_pixels:
             yield group
-            group = []
+            group, pixels = [], 0
     if group:
         yield group
-
-
-def _decoded(item: Item) -> list[Image.Image]:
-    return [read_image(content) for content in item.contents if isinstance(content, bytes)]
 
 
 def _run_stage(
     name: str,
     stage: HookStage,
-    group: list[tuple[int, Item]],
+    group: list[Decoded],
     scored: list[Scored],
-    images: list[list[Image.Image]],
     recipe: CurateRecipe,
     failed: dict[str, int],
     calls: dict[str, int],
@@ -139,7 +160,7 @@ def _run_stage(
     """One stage over the samples of a batch that have no reason yet."""
     assert stage.hook is not None
     wanted: list[tuple[Scored, Image.Image | None, str]] = []
-    for (_, item), sample, decoded in zip(group, scored, images, strict=True):
+    for (_, item, decoded), sample in zip(group, scored, strict=True):
         if item.sample is None or (sample.reason and recipe.measure == "first"):
             continue
         text = item.sample.text().replace(IMAGE_MARK, " ").strip()
@@ -160,9 +181,10 @@ def _run_stage(
         )
         calls[name] += len(block)
         for (sample, _, _), value in zip(block, values, strict=True):
-            if isinstance(value, Exception):
+            if isinstance(value, BaseException):
                 failed[name] += 1
-                _drop(sample, f"{name}.failed", f"{type(value).__name__}: {value}"[:300])
+                detail = writable(f"{type(value).__name__}: {value}")[:MAX_DETAIL_CHARACTERS]
+                _drop(sample, f"{name}.failed", detail)
                 continue
             sample.values.setdefault(name, []).append(value)
             if reason := hook_reason(name, value, recipe):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+MAX_DETAIL_CHARACTERS = 300
+
+
 @dataclass
 class Row:
     """One input sample: where it stands, what was measured, and the reason why it is dropped.

@@ -12,17 +12,20 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from neounify.curate.recipe import CurateError
+from neounify.errors import missing_extra
+
 BANDS, ROWS = 14, 8
 SHINGLE_WORDS, SHINGLE_CHARACTERS = 5, 8
 REPEATED_WORDS = 3
 """Words of the runs whose repetition is measured."""
+PAIRS_AT_ONCE = 2**16
 MAX_CHARACTERS = 2**20
 """Characters of a text that are measured."""
 
@@ -38,21 +41,10 @@ _FILE_NAME = re.compile(
     r"|(?:img|dsc|dscn|dscf|pict|screenshot|image|photo|untitled)[-_ ]?\(?\d*\)?",
     re.IGNORECASE,
 )
-_SCRIPTS = (
-    ("ja", "HIRAGANA"),
-    ("ja", "KATAKANA"),
-    ("ko", "HANGUL"),
-    ("zh", "CJK"),
-    ("th", "THAI"),
-    ("cyrillic", "CYRILLIC"),
-    ("arabic", "ARABIC"),
-    ("el", "GREEK"),
-    ("he", "HEBREW"),
-    ("devanagari", "DEVANAGARI"),
-    ("latin", "LATIN"),
-)
-"""Languages by the script that writes them alone, or else the script; kana makes Han Japanese."""
-_SAMPLED_LETTERS = 2000
+LANGUAGE_CHARACTERS = 2000
+"""Characters of a text that its language is found by."""
+NO_FEATURES = -1e30
+"""Scores of py3langid below are of texts that no feature of its model is in."""
 
 
 @dataclass
@@ -83,23 +75,16 @@ def measure_text(text: str) -> TextRow:
 
 
 def language_of(text: str) -> str:
-    """The language or script of most letters of a text, see `_SCRIPTS`; "none" without letters."""
-    counts: Counter[str] = Counter()
-    letters = [letter for letter in text if letter.isalpha()]
-    step = max(1, len(letters) // _SAMPLED_LETTERS)
-    for letter in letters[::step]:
-        counts[_script(letter)] += 1
-    if not counts:
+    """The language of a text by ISO 639-1; "none" where nothing tells one. Raises CurateError."""
+    text = text[:LANGUAGE_CHARACTERS]
+    if not any(letter.isalpha() for letter in text):
         return "none"
-    if counts["ja"]:
-        counts["ja"] += counts.pop("zh", 0)
-    return max(counts, key=lambda script: (counts[script], script))
-
-
-@lru_cache(maxsize=4096)
-def _script(letter: str) -> str:
-    name = unicodedata.name(letter, "")
-    return next((key for key, script in _SCRIPTS if name.startswith(script)), "other")
+    try:
+        import py3langid
+    except ImportError as error:
+        raise CurateError(missing_extra("languages of texts", "curate", error)) from error
+    language, score = py3langid.classify(text)
+    return str(language) if score > NO_FEATURES else "none"
 
 
 def _repetition(words: list[str]) -> float:
@@ -157,3 +142,10 @@ def _functions() -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
 def similarity(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> NDArray[np.float64]:
     """Estimated similarity of signatures [..., BANDS · ROWS]: the share of values that agree."""
     return np.asarray((one == other).mean(axis=-1), np.float64)
+
+
+def similarities(signatures: NDArray[np.uint32], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Estimated similarity of pairs [n, 2] of signatures, some at a time for the memory."""
+    blocks = [pairs[start : start + PAIRS_AT_ONCE] for start in range(0, len(pairs), PAIRS_AT_ONCE)]
+    parts = [similarity(signatures[block[:, 0]], signatures[block[:, 1]]) for block in blocks]
+    return np.concatenate([*parts, np.zeros(0)])

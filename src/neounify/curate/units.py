@@ -1,7 +1,7 @@
 """Input of a curation: containers (files or folders of a source), cut into units of samples.
 
-A unit is the task of a worker. Its digest covers the content of its container, so that a part
-written from it is known by its name; images that lie beside a container are not read for it.
+A unit is the task of a worker. Its digest covers the content of its container, its stamp the sizes
+and times of the images that lie beside it, so that a part made from both is known by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from neounify.curate.recipe import CurateError, CurateRecipe, Source
 from neounify.data import DataError, Sample
 from neounify.data.configs import FileData
 from neounify.data.formats import files_below
-from neounify.data.sources import FileSource
+from neounify.data.sources import FileSource, RecordSource
 from neounify.files import file_sha256, read_bytes
 
 ENDINGS = {"jsonl": ".jsonl", "shards": ".tar", "parquet": ".parquet"}
@@ -45,13 +45,18 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Unit:
-    """Samples `start` to `stop` of a container; `name` is unique in a curation."""
+    """Samples `start` to `stop` of a container; `name` is unique in a curation.
+
+    `content` is the digest of the container, `digest` that of the unit in it.
+    """
 
     name: str
     container: Container
     start: int
     stop: int
+    content: str
     digest: str
+    stamp: str = ""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -68,6 +73,13 @@ class Item:
     sample: Sample | None
     contents: tuple[bytes | str, ...] = ()
     error: str = ""
+
+    def files(self) -> list[bytes]:
+        """The contents. Raises CurateError for an image that could be read when it was measured."""
+        for content in self.contents:
+            if isinstance(content, str):
+                raise CurateError(f"{self.location} has changed while it was read: {content}")
+        return [content for content in self.contents if isinstance(content, bytes)]
 
 
 def containers_of(sources: Sequence[Source]) -> list[Container]:
@@ -99,13 +111,18 @@ def _split(source: Source) -> list[FileData]:
 def take_inventory(container: Container) -> Inventory:
     """Count and hash a container. Raises CurateError for one that holds no sample."""
     try:
-        source = _source(container.data)
+        source = _build(container.data)
         path = Path(container.data.path)
-        content = file_sha256(path) if path.is_file() else folder_digest(path)
+        files = source.files if isinstance(source, RecordSource) else []
+        if not files and path.is_dir():
+            content = folder_digest(path)
+        else:
+            content = digest_of([file_sha256(file) for file in files or [path]])
     except (DataError, OSError) as error:
         raise CurateError(NOT_A_CONTAINER.format(source=container.source, error=error)) from error
     settings = {k: str(v) for k, v in vars(container.data).items() if k not in ("path", "weight")}
-    return Inventory(source.size, digest_of(content, settings), tuple(source.damage))
+    damage = tuple(writable(text) for text in source.damage)
+    return Inventory(source.size, digest_of(content, settings, source.rules.described), damage)
 
 
 def units_of(container: Container, inventory: Inventory, recipe: CurateRecipe) -> list[Unit]:
@@ -117,30 +134,68 @@ def units_of(container: Container, inventory: Inventory, recipe: CurateRecipe) -
             container=container,
             start=start,
             stop=min(start + size, inventory.size),
+            content=inventory.digest,
             digest=digest_of(inventory.digest, container.source, container.number, start, size),
         )
         for start in range(0, inventory.size, size)
     ]
 
 
+def stamp_unit(unit: Unit) -> str:
+    """A digest of the sizes and times of the files that the samples of a unit name.
+
+    Images inside a shard are part of its content. Raises CurateError.
+    """
+    if unit.container.data.kind == "shards":
+        return ""
+    source, stamps = _source_of(unit), list[tuple[int, int] | None]()
+    for index in range(unit.start, unit.stop):
+        try:
+            unread = source.unread(index)
+        except DataError:
+            continue
+        for image in unread.sample.images:
+            assert isinstance(image.image, Path)
+            try:
+                content, _ = unread.find(image.image)
+                stat = content.stat() if isinstance(content, Path) else None
+                stamps.append(stat and (stat.st_size, stat.st_mtime_ns))
+            except (DataError, OSError):
+                stamps.append(None)
+    return digest_of(stamps)
+
+
 def read_items(unit: Unit, max_bytes: int) -> Iterator[Item]:
     """The samples of a unit in order, one in memory at a time. Raises CurateError."""
-    try:
-        source = _source(unit.container.data)
-    except (DataError, OSError) as error:
-        raise CurateError(f"{unit.name} cannot be read any more: {error}") from error
+    source = _source_of(unit)
     for index in range(unit.start, unit.stop):
         yield _item(source, index, max_bytes)
 
 
+def _source_of(unit: Unit) -> FileSource:
+    try:
+        source = _source(unit.container.data, unit.content)
+    except (DataError, OSError) as error:
+        raise CurateError(f"{unit.name} cannot be read any more: {error}") from error
+    if source.size < unit.stop:
+        raise CurateError(f"{source.name} has changed while it was read; run again")
+    return source
+
+
+def writable(text: str) -> str:
+    """The text without what UTF-8 cannot write: half characters of JSON, bytes of file names."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _item(source: FileSource, index: int, max_bytes: int) -> Item:
-    location = source.location(index)
+    location = writable(source.location(index))
     try:
         unread = source.unread(index)
     except DataError as error:
-        return Item(location, None, error=str(error))
+        return Item(location, None, error=writable(str(error)))
+    sample = replace(unread.sample, id=writable(unread.sample.id))
     contents: list[bytes | str] = []
-    for image in unread.sample.images:
+    for image in sample.images:
         assert isinstance(image.image, Path)
         try:
             content, _ = unread.find(image.image)
@@ -148,13 +203,17 @@ def _item(source: FileSource, index: int, max_bytes: int) -> Item:
                 content = read_bytes(content, max_bytes, DataError)
             contents.append(content)
         except (DataError, OSError) as error:
-            contents.append(str(error))
-    return Item(location, unread.sample, tuple(contents))
+            contents.append(writable(str(error)))
+    return Item(location, sample, tuple(contents))
 
 
 @lru_cache(maxsize=2)
-def _source(data: FileData) -> FileSource:
-    """The source of a container; the next units of a worker are mostly of the same one."""
+def _source(data: FileData, content: str) -> FileSource:
+    """The source of a container with this digest; the next units are mostly of the same one."""
+    return _build(data)
+
+
+def _build(data: FileData) -> FileSource:
     source = data.build()
     if not isinstance(source, FileSource):
         raise DataError(f'data of kind "{data.kind}" is generated, not read')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from neounify.curate.parts import arrow, read_table, write_part, write_table
-from neounify.curate.recipe import CurateRecipe
+from neounify.curate.recipe import CurateError, CurateRecipe
+from neounify.curate.seconds import Seconds, Stopwatch
 from neounify.curate.table import SCORES, final_schema
 from neounify.curate.units import Item, Unit, read_items
 from neounify.data import Sample, SampleImage, SampleText, Turn, sample_to_record
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 KEPT, DROPPED = "kept", "dropped"
 CAPTION_BATCH = 16
+"""Images that are captioned together, fewer where they have over `max_pixels`."""
 NEVER = ("known.", "safety.never")
 """Reasons whose samples are only counted: nothing of them is written."""
 FORMAT_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "HEIF": "heic"}
@@ -63,13 +66,19 @@ def write_unit(
     measured: Path,
     scored: Path | None,
     outputs: Outputs,
-) -> None:
-    """Write shard and table part of a unit, the table last. Raises CurateError."""
+) -> Seconds:
+    """Write shard and table part of a unit, the table last; returns the seconds by stage.
+
+    Raises CurateError.
+    """
+    watch = Stopwatch()
     rows = read_table(measured).to_pylist()
     scores = {} if scored is None else {r["number"]: r for r in read_table(scored).to_pylist()}
     for number, row in enumerate(rows):
-        _decided(row, number, verdicts, scores.get(number), recipe)
+        _decided(row, number, verdicts, scores.get(number))
+    watch.lap("writing")
     captioned = _captioned(unit, rows, recipe)
+    watch.lap("captions")
     for number, result in captioned.items():
         rows[number]["caption"] = result.chosen
         rows[number]["captions"] = [
@@ -80,7 +89,7 @@ def write_unit(
         with tarfile.open(aside, "w", format=tarfile.GNU_FORMAT) as archive:
             for number, item in enumerate(read_items(unit, recipe.stages.readable.max_bytes)):
                 row = rows[number]
-                if row["verdict"] == KEPT and item.sample is not None:
+                if row["verdict"] == KEPT:
                     row["shard"] = outputs.shard.name
                     row["key"] = f"{unit.name}-{number:06d}"
                     _add_sample(archive, row, item)
@@ -88,6 +97,8 @@ def write_unit(
     write_part(outputs.shard, write)
     table = arrow().Table.from_pylist(rows, schema=final_schema())
     write_table(outputs.table, table)
+    watch.lap("writing")
+    return watch.seconds
 
 
 def _captioned(
@@ -101,31 +112,31 @@ def _captioned(
     results: dict[int, Captioned] = {}
     group: list[tuple[int, Sample, Image.Image]] = []
 
+    pixels, readable = 0, recipe.stages.readable
+
     def finish() -> None:
         captions = caption_images([i for _, _, i in group], [s for _, s, _ in group], recipe)
         results.update({n: c for (n, _, _), c in zip(group, captions, strict=True)})
         group.clear()
 
-    for number, item in enumerate(read_items(unit, recipe.stages.readable.max_bytes)):
+    for number, item in enumerate(read_items(unit, readable.max_bytes)):
         row = rows[number]
         if row["verdict"] != KEPT or item.sample is None:
             continue
         if wants_caption(item.sample, row.get("match"), recipe):
-            assert isinstance(item.contents[0], bytes)
-            group.append((number, item.sample, read_image(item.contents[0])))
-        if len(group) == CAPTION_BATCH:
+            image = read_image(item.files()[0])
+            group.append((number, item.sample, image))
+            pixels += image.width * image.height
+        if len(group) == CAPTION_BATCH or pixels >= readable.max_pixels:
             finish()
+            pixels = 0
     if group:
         finish()
     return results
 
 
 def _decided(
-    row: dict[str, Any],
-    number: int,
-    verdicts: Verdicts,
-    scores: dict[str, Any] | None,
-    recipe: CurateRecipe,
+    row: dict[str, Any], number: int, verdicts: Verdicts, scores: dict[str, Any] | None
 ) -> None:
     """Fill in verdict, reason and scores of a row."""
     reason, detail = verdicts.reasons[number], row["detail"]
@@ -141,15 +152,20 @@ def _decided(
 
 
 def _add_sample(archive: tarfile.TarFile, row: dict[str, Any], item: Item) -> None:
-    """Add a record and its images; the files of the images are those of the input."""
-    assert item.sample is not None
+    """Add a record and its images; the files of the images are those of the input.
+
+    Raises CurateError for what is not as it was measured.
+    """
+    if item.sample is None:
+        raise CurateError(f"{item.location} has changed while it was read: {item.error}")
     caption = row.get("caption")
     sample = item.sample if caption is None else with_prompt(item.sample, caption)
     key, names = row["key"], []
-    for number, (image, content) in enumerate(zip(row["images"], item.contents, strict=True)):
+    for number, (image, content) in enumerate(zip(row["images"], item.files(), strict=True)):
+        if hashlib.sha256(content).hexdigest() != image["sha256"]:
+            raise CurateError(f"{item.location}: an image has changed while it was read; run again")
         form = image["format"]
         names.append(f"{key}.{number}.{FORMAT_ENDINGS.get(form, str(form).lower())}")
-        assert isinstance(content, bytes)
         _add(archive, names[-1], content)
     record = sample_to_record(sample, names)
     _add(archive, f"{key}.json", json.dumps(record, ensure_ascii=False).encode())

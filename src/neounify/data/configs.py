@@ -25,6 +25,7 @@ FORMATS = {
     "parquet": "neounify.data.parquet:ParquetData",
     "captions": "neounify.data.folders:CaptionData",
     "shards": "neounify.data.shards:ShardData",
+    "llama_factory": "neounify.data.llama_factory:LlamaFactoryData",
 }
 """The `DataConfig` of every kind of data, as "module:class"; imported when a recipe names it."""
 DEFAULT_FORMAT = "scenes"

@@ -1,7 +1,8 @@
 """Folders of images, each with its caption in a text file of the same name.
 
 `a.png` with `a.txt`, `a.caption`, or with an `a.json` that holds a "caption" (img2dataset), in any
-folder below; with `images = FOLDER`, the texts have the same paths below their own folder.
+folder below; with `images = FOLDER`, the texts have the same paths below their own folder. Images
+of a folder without texts take the captions of img2dataset's table beside it, `FOLDER.parquet`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
 from neounify.data.formats import CAPTION_ENDINGS, IMAGE_ENDINGS, named, recognise
 from neounify.data.forms.captions import caption_sample
-from neounify.data.sample import DataError, RecordRules, parse_record
-from neounify.data.sources import FileSource, Unread, file_inside, files_in
+from neounify.data.parquet import captions_by_key
+from neounify.data.sample import DataError, parse_record
+from neounify.data.sources import RecordSource, Unread, file_inside, files_in
 from neounify.files import read_bytes
 
 MAX_CAPTION_BYTES = 2**20
@@ -35,15 +37,10 @@ class CaptionData(RecordData):
     kind: Literal["captions"] = "captions"
 
     def build(self) -> CaptionFolder:
-        return CaptionFolder(
-            Path(self.path),
-            images=self.image_folder,
-            rules=self.rules,
-            colour_profiles=self.colour_profiles,
-        )
+        return CaptionFolder.of(self)
 
 
-class CaptionFolder(FileSource):
+class CaptionFolder(RecordSource):
     """Images below a folder in order of their paths, each the target of its caption.
 
     An image without a caption is a damaged sample; texts without an image are listed in `damage`.
@@ -51,17 +48,8 @@ class CaptionFolder(FileSource):
     folder without a caption.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        images: Path | None = None,
-        rules: RecordRules | None = None,
-        colour_profiles: bool = True,
-    ) -> None:
-        self.folder, self.image_folder = path, images or path
-        self.rules, self.colour_profiles = rules or RecordRules(), colour_profiles
-        self.name, self.damage = path.name or str(path), []
+    def _index(self, path: Path) -> None:
+        self.folder, self.image_folder = path, self.root or path
         if not path.is_dir():
             what = recognise(path).but_for("captions") if path.is_file() else "is not there"
             raise DataError(f"the data {path} {what or 'is not a folder'}")
@@ -73,7 +61,8 @@ class CaptionFolder(FileSource):
             taken[stem] = taken.get(stem, 0) + 1
         self._texts = [tuple(texts.get(stem, ())) for stem in stems]
         self._shared = {stem for stem, count in taken.items() if count > 1}
-        if not any(self._texts):
+        self._captions = self._from_tables(stems)
+        if not any(self._texts) and not self._captions:
             what = recognise(path).but_for("captions") or "has no text beside an image"
             raise DataError(f"the data {path} {what}")
         # A .json that belongs to no image may be a list of something else.
@@ -94,7 +83,7 @@ class CaptionFolder(FileSource):
     def _unread(self, index: int) -> Unread:
         image, texts = self._images[index], self._texts[index]
         stem = _stem(image)
-        if not texts:
+        if not texts and stem not in self._captions:
             endings = ", ".join(CAPTION_ENDINGS)
             raise DataError(f"no caption: a file of the same name with {endings} is expected")
         if stem in self._shared:
@@ -103,11 +92,29 @@ class CaptionFolder(FileSource):
         if len(plain) > 1:
             raise DataError(f"two captions: {named(plain)}")
         text = self._text(plain[0]) if plain else None
+        if text is None and stem in self._captions:
+            text = self._captions[stem].encode()
         metadata = [parse_record(self._text(name)) for name in texts if name not in plain]
         sample = caption_sample(
             self.image_folder / image, text, metadata[0] if metadata else None, self.rules
         )
         return Unread(replace(sample, id=stem), files_in(self.image_folder))
+
+    def _from_tables(self, stems: Sequence[str]) -> dict[str, str]:
+        """Captions of images without a text, from tables of img2dataset beside their folders."""
+        captions: dict[str, str] = {}
+        with_plain = {stem for stem, texts in zip(stems, self._texts, strict=True) if texts}
+        folders = {stem.rpartition("/")[0] for stem in stems if stem not in with_plain}
+        for inside in sorted(folders):
+            table = self.folder / f"{inside}.parquet"
+            if inside and table.is_file():
+                try:
+                    by_key = captions_by_key(table)
+                except DataError as error:
+                    self.damage.append(f"{table.name}: {error}")
+                    continue
+                captions |= {f"{inside}/{key}": text for key, text in by_key.items()}
+        return {stem: captions[stem] for stem in stems if stem in captions}
 
     def _text(self, name: str) -> bytes:
         file = file_inside(self.folder / name, self.folder)

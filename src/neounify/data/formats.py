@@ -34,6 +34,9 @@ _MAGIC = (
     (b"ARROW1", "is an Arrow table; write it as Parquet (Dataset.to_parquet of Hugging Face)"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the data; fetch it (git lfs pull)"),
 )
+DESCRIPTION = "dataset_info.json"
+_DESCRIBED = (b'"file_name"', b'_hub_url"', b'"script_url"', b'"cloud_file_name"')
+"""A field of LLaMA-Factory's description; Hugging Face gives another file the same name."""
 _UTF16 = "is UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8 OLD > NEW)"
 
 NAMES = {
@@ -43,6 +46,7 @@ NAMES = {
     "parquet": "a Parquet table",
     "shards": "a tar archive",
     "captions": "images with captions",
+    "llama_factory": "data that a dataset_info.json of LLaMA-Factory describes",
 }
 """Kinds of data in files, in words."""
 
@@ -76,6 +80,8 @@ def kind_of_file(path: Path) -> Recognised:
         return Recognised("parquet")
     if is_tar(head):
         return Recognised("shards")
+    if path.name == DESCRIPTION and any(field in head for field in _DESCRIBED):
+        return Recognised("llama_factory")
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
         return Recognised("csv")
@@ -99,6 +105,9 @@ def kind_of_file(path: Path) -> Recognised:
 
 def kind_of_folder(path: Path) -> Recognised:
     """The kind of data in a folder, by the endings of its files. Raises OSError."""
+    description = path / DESCRIPTION
+    if description.is_file() and kind_of_file(description).kind == "llama_factory":
+        return Recognised("llama_factory", is_folder=True)
     endings: dict[str, int] = {}
     for file in islice(path.rglob("*"), MAX_LISTED):
         if _is_data(file, path):
@@ -106,6 +115,10 @@ def kind_of_folder(path: Path) -> Recognised:
             endings[ending] = endings.get(ending, 0) + 1
     images = sum(endings.get(ending, 0) for ending in IMAGE_ENDINGS)
     captioned = images and any(ending in endings for ending in CAPTION_ENDINGS)
+    # img2dataset writes a table beside each folder of images.
+    captioned = captioned or (
+        images and any(table.with_suffix("").is_dir() for table in path.glob("*.parquet"))
+    )
     for ending, kind in _KIND_OF_ENDING:
         if ending in endings and not (captioned and kind in ("json", "parquet")):
             return Recognised(kind, is_folder=True)

@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,14 +19,8 @@ from pydantic.dataclasses import dataclass as config_dataclass
 
 from neounify.config.ranges import STRICT
 from neounify.data.configs import RecordData
-from neounify.data.sample import DataError, RecordRules, sample_from_record
-from neounify.data.sources import (
-    GROUPS_TOGETHER,
-    FileSource,
-    Unread,
-    data_files,
-    file_inside,
-)
+from neounify.data.sample import DataError
+from neounify.data.sources import GROUPS_TOGETHER, Blobs, RecordSource, Unread, data_files
 from neounify.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -43,8 +35,6 @@ MAX_FOOTER_BYTES = 64 * 2**20
 BATCH_ROWS = 32
 """Rows that are decoded before the size of a group is checked again."""
 
-Blobs = dict[str, bytes]
-
 
 @config_dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParquetData(RecordData):
@@ -53,32 +43,17 @@ class ParquetData(RecordData):
     kind: Literal["parquet"] = "parquet"
 
     def build(self) -> ParquetSource:
-        return ParquetSource(
-            Path(self.path),
-            root=self.image_folder,
-            rules=self.rules,
-            colour_profiles=self.colour_profiles,
-        )
+        return ParquetSource.of(self)
 
 
-class ParquetSource(FileSource):
+class ParquetSource(RecordSource):
     """Rows of one .parquet file, or of all below a folder in order of their names.
 
-    A file that cannot be read at all is listed in `damage`. Raises DataError when there is no row,
-    and without pyarrow.
+    A file that cannot be read at all is listed in `damage`. Raises DataError without pyarrow.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        root: Path | None = None,
-        rules: RecordRules | None = None,
-        colour_profiles: bool = True,
-    ) -> None:
+    def _index(self, path: Path) -> None:
         _pyarrow()
-        self.root, self.rules, self.colour_profiles = root, rules or RecordRules(), colour_profiles
-        self.name, self.damage = path.name or str(path), []
         self.files = data_files(path, ".parquet", "parquet")
         groups: list[tuple[int, int, int]] = []
         for number, file in enumerate(self.files):
@@ -92,10 +67,7 @@ class ParquetSource(FileSource):
                 self.damage.append(f"{file.name}: {error}")
                 continue
             groups += [(number, n, count) for n, count in enumerate(rows) if count > 0]
-        if not groups:
-            why = f" ({self.damage[0]})" if self.damage else ""
-            raise DataError(f"the data {path} holds no samples{why}")
-        self._groups = np.array(groups, np.int64)
+        self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._starts = np.concatenate([[0], np.cumsum(self._groups[:, 2])])
         self.groups = [int(count) for count in self._groups[:, 2]]
         self._loaded: OrderedDict[int, list[pa.RecordBatch]] = OrderedDict()
@@ -112,11 +84,15 @@ class ParquetSource(FileSource):
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.files[self._groups[group][0]], group, index - int(self._starts[group])
 
+    def _row(self, index: int) -> int:
+        """The row of a sample in its file, from 1."""
+        _, group, row = self._place(index)
+        same = self._groups[:group][self._groups[:group, 0] == self._groups[group][0]]
+        return int(same[:, 2].sum()) + row + 1
+
     def location(self, index: int) -> str:
         """File and row of a sample, from 1."""
-        file, group, row = self._place(index)
-        same = self._groups[:group][self._groups[:group, 0] == self._groups[group][0]]
-        return f"{file.name}, row {int(same[:, 2].sum()) + row + 1}"
+        return f"{self._place(index)[0].name}, row {self._row(index)}"
 
     def record(self, index: int) -> tuple[dict[str, Any], Blobs]:
         """One row as a record, whose images in bytes are names of the second. Raises DataError."""
@@ -152,19 +128,8 @@ class ParquetSource(FileSource):
         return batches
 
     def _unread(self, index: int) -> Unread:
-        record, blobs = self.record(index)
-        file = self._place(index)[0]
-        root = self.root or file.parent
-        sample = sample_from_record(record, root, self.rules)
-        name = sample.id or f"{file.stem}-{self.location(index).rpartition(' ')[2]}"
-        return Unread(replace(sample, id=name), partial(_find, root, blobs))
-
-
-def _find(root: Path, blobs: Blobs, path: Path) -> tuple[Path | bytes, str]:
-    """The bytes of an image in a cell, or the file that a record names."""
-    if path.parent == root and path.name in blobs:
-        return blobs[path.name], "the image of the row"
-    return file_inside(path, root), path.name
+        (record, blobs), file = self.record(index), self._place(index)[0]
+        return self._from_record(record, blobs, file, self._row(index))
 
 
 def _named(value: Any, blobs: Blobs, depth: int) -> Any:
@@ -210,6 +175,29 @@ def _opened(file: Path) -> Iterator[pq.ParquetFile]:
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError, RecursionError) as error:
         text = " ".join(str(error).split())[:200]
         raise DataError(f"a damaged or unreadable Parquet table ({text})") from error
+
+
+def captions_by_key(file: Path) -> dict[str, str]:
+    """Captions by key of a table that img2dataset writes; none without these columns.
+
+    Raises DataError, also without pyarrow.
+    """
+    _pyarrow()
+    import pyarrow as pa
+
+    captions: dict[str, str] = {}
+    with _opened(file) as table:
+        _check_schema(table.schema_arrow)
+        if any(table.schema_arrow.get_field_index(name) < 0 for name in ("key", "caption")):
+            return captions
+        size = 0
+        for batch in table.iter_batches(BATCH_ROWS * BATCH_ROWS, columns=["key", "caption"]):
+            size += batch.nbytes
+            _check_size(size, 0)
+            if all(pa.types.is_string(column.type) for column in batch.columns):
+                pairs = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+                captions.update((key, text) for key, text in pairs if key and text)
+    return captions
 
 
 def count_statuses(files: Sequence[Path]) -> Counter[str]:

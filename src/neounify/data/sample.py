@@ -16,11 +16,12 @@ per part) where it differs from that rule. Other fields are refused.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -99,6 +100,11 @@ class SampleText:
             raise DataError("a text part is empty; leave it out")
         if IMAGE_MARK in self.text:
             raise DataError(f"a text part contains {IMAGE_MARK!r}; use a SampleImage there")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(self.text[error.start]):04x}"
+            raise DataError(f"a text has half a character ({half} at {error.start})") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,28 +273,36 @@ class RecordRules:
     """Rules of a source for its records.
 
     `task` overrides that of records; `form` is the only one of `FORMS` they may have, None for
-    any; fields named in `ignored` are not read. Of the records that this process reads, fields that
-    were left out because they cannot change a sample are added to `unread`, and `forms` are
-    counted.
+    any; fields named in `ignored` are not read. `described` gives the fields of a record the names
+    of their form, where a description beside the data says what they are. Of the records that
+    this process reads, fields that were left out because they cannot change a sample are added to
+    `unread`, and `forms` are counted.
     """
 
     task: str | None = None
     form: str | None = None
     ignored: tuple[str, ...] = ()
+    described: Callable[[dict[str, Any], RecordRules], dict[str, Any]] | None = None
     unread: set[str] = field(default_factory=set)
     forms: Counter[str] = field(default_factory=Counter)
 
 
-def sample_from_record(record: Any, folder: Path, rules: RecordRules | None = None) -> Sample:
+def sample_from_record(
+    record: Any,
+    folder: Path,
+    rules: RecordRules | None = None,
+    blobs: dict[str, bytes] | None = None,
+) -> Sample:
     """Read one JSON object of the published schema, or of another of `FORMS`.
 
-    Images stay paths below `folder`. Without a "task", it is inferred from the parts. Raises
-    DataError, also for unknown fields.
+    Images stay paths below `folder`; the content of those that stand in the record itself, as data
+    URLs, goes into `blobs` under the name that the path has. Without a "task", it is inferred from
+    the parts. Raises DataError, also for unknown fields.
     """
     rules = rules or RecordRules()
     record = checked_record(record, rules)
     conversations = record["conversations"]
-    paths = _image_paths(record.get("image"))
+    paths = _image_paths(record.get("image"), {} if blobs is None else blobs)
     flags = record.get("loss")
     if flags is not None and (not isinstance(flags, list) or len(flags) != len(conversations)):
         raise DataError('"loss" must be a list with one list of flags per turn')
@@ -335,6 +349,8 @@ def checked_record(record: Any, rules: RecordRules) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise DataError(f"a record is a JSON {type(record).__name__}, not an object")
     fields = {key: value for key, value in record.items() if key not in rules.ignored}
+    if rules.described is not None:
+        fields = rules.described(fields, rules)
     if rules.form not in (None, PUBLISHED) or not _is_published(fields):
         from neounify.data.forms import published
 
@@ -416,7 +432,7 @@ def _segment_flags(turn: Turn) -> list[bool]:
     return flags
 
 
-def _image_paths(value: Any) -> list[str]:
+def _image_paths(value: Any, blobs: dict[str, bytes]) -> list[str]:
     if value is None:
         return []
     paths = [value] if isinstance(value, str) else value
@@ -424,14 +440,26 @@ def _image_paths(value: Any) -> list[str]:
         raise DataError('"image" must be a path or a list of paths, none of them empty')
     if len(paths) > MAX_IMAGES:
         raise DataError(f"a record names {len(paths):,} images, at most {MAX_IMAGES:,} are read")
-    for path in paths:
-        if path.startswith("data:"):
-            raise DataError(
-                f"{path[:40]!r}… is an image as text (a data URL); write it to a file and name that"
-            )
-        if "://" in path:
-            raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
-    return paths
+    return [_stored(path, blobs) if path.startswith("data:") else _checked(path) for path in paths]
+
+
+def _checked(path: str) -> str:
+    if "://" in path:
+        raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
+    return path
+
+
+def _stored(url: str, blobs: dict[str, bytes]) -> str:
+    """The name of the content of a data URL (RFC 2397) among `blobs`."""
+    head, comma, content = url.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise DataError(f"{url[:40]!r}… is no image in base64 (data:image/png;base64,…)")
+    name = f"bytes-{len(blobs)}"
+    try:
+        blobs[name] = base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise DataError(f"{head!r:.60}: the content is not base64 ({error})") from error
+    return name
 
 
 def _speaker_and_value(entry: Any) -> tuple[Role, str]:

@@ -6,7 +6,8 @@ buffer, cannot be resumed exactly, and that is what training here promises.
 
 The files of a sample share the name up to the first dot: `KEY.json` with a record of the published
 schema, or an image with its caption (`KEY.jpg` with `KEY.txt`, `KEY.caption`, or a `KEY.json` that
-holds a "caption") that is its target. "image" of a record names files of the shard: siblings by
+holds a "caption") that is its target. Images without a text take the captions of img2dataset's
+table beside the shard, `SHARD.parquet`. "image" of a record names files of the shard: siblings by
 their whole name or what follows the key (`KEY.0.png`, `0.png`), others by their path in the shard.
 """
 
@@ -33,6 +34,7 @@ from neounify.data.formats import (
     recognise,
 )
 from neounify.data.forms.captions import caption_sample
+from neounify.data.parquet import captions_by_key
 from neounify.data.sample import (
     DataError,
     RecordRules,
@@ -40,7 +42,7 @@ from neounify.data.sample import (
     parse_record,
     sample_from_record,
 )
-from neounify.data.sources import FileSource, Unread
+from neounify.data.sources import Blobs, FileSource, Unread
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_MEMBERS = 1_000_000
@@ -69,6 +71,11 @@ class _Entry:
         """The ending of its image: KEY.jpg before others such as KEY.depth.png."""
         images = [ending for ending in self.members if _is_image(ending)]
         return min(images, key=lambda ending: "." in ending, default=None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a text beside the image."""
+        return any(ending[1:] in self.members for ending in CAPTION_ENDINGS)
 
     @property
     def is_sample(self) -> bool:
@@ -112,6 +119,7 @@ class ShardSource(FileSource):
         self.damage = []
         self._entries: list[_Entry] = []
         self._images: dict[Path, dict[tuple[str, str], Member]] = {}
+        self._captions: dict[tuple[Path, str], str] = {}
         self.shards = tuple(paths)
         for path in paths:
             self._add(path)
@@ -121,16 +129,34 @@ class ShardSource(FileSource):
 
     def _add(self, path: Path) -> None:
         entries = _index(path, self.damage)
+        self._add_captions(path, entries)
         if any("json" in entry.members for entry in entries):
             # Images without a record may be named by records, by their path in the shard.
-            alone = [entry for entry in entries if not entry.is_sample]
+            alone = [entry for entry in entries if not self._is_sample(entry)]
             self._images[path] = {
                 (entry.key, ending): member
                 for entry in alone
                 for ending, member in entry.members.items()
             }
-            entries = [entry for entry in entries if entry.is_sample]
+            entries = [entry for entry in entries if self._is_sample(entry)]
         self._entries += entries
+
+    def _is_sample(self, entry: _Entry) -> bool:
+        return entry.is_sample or (entry.shard, entry.key) in self._captions
+
+    def _add_captions(self, path: Path, entries: Sequence[_Entry]) -> None:
+        """Captions of images without a text, from the table that img2dataset writes beside."""
+        bare = [entry for entry in entries if entry.image and not entry.has_text]
+        table = path.with_suffix(".parquet")
+        if not bare or not table.is_file():
+            return
+        try:
+            by_key = captions_by_key(table)
+        except DataError as error:
+            self.damage.append(f"{table.name}: {error}")
+            return
+        keys = ((entry.key, PurePosixPath(entry.key).name) for entry in bare)
+        self._captions |= {(path, key): by_key[name] for key, name in keys if name in by_key}
 
     @property
     def size(self) -> int:
@@ -144,14 +170,18 @@ class ShardSource(FileSource):
     def _unread(self, index: int) -> Unread:
         entry = self._entries[index]
         record = parse_record(_bytes(entry, "json")) if "json" in entry.members else None
+        blobs: Blobs = {}
         if record is None or (_is_metadata(record) and entry.image is not None):
-            sample = _caption_pair(entry, record, self.rules)
+            caption = self._captions.get((entry.shard, entry.key))
+            sample = _caption_pair(entry, record, caption, self.rules)
         else:
-            sample = sample_from_record(record, Path(), self.rules)
+            sample = sample_from_record(record, Path(), self.rules, blobs)
         name = sample.id or f"{entry.shard.stem}-{entry.key}"
-        return Unread(replace(sample, id=name), partial(self._image, entry))
+        return Unread(replace(sample, id=name), partial(self._image, entry, blobs))
 
-    def _image(self, entry: _Entry, path: Path) -> tuple[bytes, str]:
+    def _image(self, entry: _Entry, blobs: Blobs, path: Path) -> tuple[bytes, str]:
+        if path.name in blobs:
+            return blobs[path.name], "the image in the record"
         name, member = self._find_image(entry, path)
         return _content(entry.shard, name, member), name
 
@@ -269,17 +299,22 @@ def _is_metadata(record: Any) -> bool:
     return isinstance(record, dict) and not {"conversations", "messages"} & record.keys()
 
 
-def _caption_pair(entry: _Entry, metadata: Any, rules: RecordRules) -> Sample:
-    """An image as the target of its caption: a text file, or else "caption" of its JSON."""
+def _caption_pair(entry: _Entry, metadata: Any, caption: str | None, rules: RecordRules) -> Sample:
+    """An image as the target of its caption: a text file, or else "caption" of its JSON.
+
+    `caption` is that of a table beside the shard, where neither has one.
+    """
     image = entry.image
     text = next((e for e in CAPTION_ENDINGS if e[1:] in entry.members), None)
-    if image is None or (text is None and not isinstance(metadata, dict)):
+    if image is None or (text is None and caption is None and not isinstance(metadata, dict)):
         raise DataError(
             "neither a json record nor an image with a txt caption; files of one sample share the "
             f"name up to the first dot, here there are {named(entry.members)}",
             "neither a json record nor an image with a txt caption",
         )
     content = None if text is None else _bytes(entry, text[1:])
+    if content is None and caption and not (isinstance(metadata, dict) and metadata.get("caption")):
+        content = caption.encode()
     return caption_sample(Path(image), content, metadata, rules)
 
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -302,17 +302,20 @@ Spans = NDArray[np.int64]
 """First byte, bytes and number from 1 of every record of a file, [n, 3]."""
 
 
-class RecordFiles(FileSource):
-    """Records one after the other in a file, or in all files below a folder in order of names.
+Blobs = dict[str, bytes]
+"""Images that stand in a record itself, by the names that replace them."""
 
-    Only the span of each record is kept in memory; a subclass finds the spans and parses one.
+
+class RecordSource(FileSource):
+    """Samples of a file, or of all files below a folder in order of their names.
+
     Paths of images are relative to `root`, by default each file's folder, and must stay below it,
-    links followed. Raises DataError when there is nothing to read, or the files are of another
-    form.
+    links followed. A subclass indexes `path`. Raises DataError when there is nothing to read, or
+    the files are of another form.
     """
 
-    place: ClassVar[str]
-    """Noun of a record's place in its file, for messages."""
+    files: list[Path]
+    """The files of records."""
 
     def __init__(
         self,
@@ -322,16 +325,10 @@ class RecordFiles(FileSource):
         rules: RecordRules | None = None,
         colour_profiles: bool = True,
     ) -> None:
-        self.damage = []
-        self.files = self.files_of(path)
-        self.root, self.rules = root, rules or RecordRules()
-        self.colour_profiles = colour_profiles
-        self.name = path.name or str(path)
-        spans = [self.spans_of(file) for file in self.files]
-        self._spans = np.concatenate(spans) if spans else np.zeros((0, 3), np.int64)
-        numbers = [np.full(len(of_file), n) for n, of_file in enumerate(spans)]
-        self._file_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-        if not len(self._spans):
+        self.root, self.rules, self.colour_profiles = root, rules or RecordRules(), colour_profiles
+        self.name, self.damage, self.files = path.name or str(path), [], []
+        self._index(path)
+        if not self.size:
             why = f" ({self.damage[0]})" if self.damage else ""
             raise DataError(f"the data {path} holds no samples{why}")
 
@@ -344,6 +341,41 @@ class RecordFiles(FileSource):
             rules=data.rules,
             colour_profiles=data.colour_profiles,
         )
+
+    @abstractmethod
+    def _index(self, path: Path) -> None:
+        """Find files and samples."""
+
+    def _from_record(self, record: Any, blobs: Blobs, file: Path, number: int) -> Unread:
+        """The sample of a record of a file; `number` is its place there, from 1."""
+        root = self.root or file.parent
+        sample = sample_from_record(record, root, self.rules, blobs)
+        name = sample.id or f"{file.stem}-{number}"
+        return Unread(replace(sample, id=name), partial(_blob_or_file, root, blobs))
+
+
+def _blob_or_file(root: Path, blobs: Blobs, path: Path) -> tuple[Path | bytes, str]:
+    """The bytes of an image in a record, or the file that it names."""
+    if path.parent == root and path.name in blobs:
+        return blobs[path.name], "the image in the record"
+    return file_inside(path, root), path.name
+
+
+class RecordFiles(RecordSource):
+    """Records one after the other; only the span of each is kept in memory.
+
+    A subclass finds the spans and parses one.
+    """
+
+    place: ClassVar[str]
+    """Noun of a record's place in its file, for messages."""
+
+    def _index(self, path: Path) -> None:
+        self.files = self.files_of(path)
+        spans = [self.spans_of(file) for file in self.files]
+        self._spans = np.concatenate(spans) if spans else np.zeros((0, 3), np.int64)
+        numbers = [np.full(len(of_file), n) for n, of_file in enumerate(spans)]
+        self._file_of = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
 
     @abstractmethod
     def files_of(self, path: Path) -> list[Path]:
@@ -378,10 +410,7 @@ class RecordFiles(FileSource):
 
     def _unread(self, index: int) -> Unread:
         file = self.files[self._file_of[index]]
-        root = self.root or file.parent
-        sample = sample_from_record(self.record(index), root, self.rules)
-        name = sample.id or f"{file.stem}-{self._spans[index][2]}"
-        return Unread(replace(sample, id=name), files_in(root))
+        return self._from_record(self.record(index), {}, file, int(self._spans[index][2]))
 
 
 @config_dataclass(frozen=True, kw_only=True, config=STRICT)
