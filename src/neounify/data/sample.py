@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from neounify.errors import NeounifyError
+from neounify.files import is_unicode
 from neounify.text import IMAGE_MARK, Role
 from neounify.text.clips import VIDEO_MARK
 
@@ -45,7 +46,6 @@ TASKS = (
 ImageLike = Image.Image | NDArray[np.uint8] | Path
 
 SPEAKER_OF: dict[Role, str] = {"system": "system", "user": "human", "assistant": "gpt"}
-
 
 PUBLISHED = "conversations"
 """The form of records in the published schema."""
@@ -100,11 +100,8 @@ class SampleText:
             raise DataError("a text part is empty; leave it out")
         if IMAGE_MARK in self.text:
             raise DataError(f"a text part contains {IMAGE_MARK!r}; use a SampleImage there")
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(self.text[error.start]):04x}"
-            raise DataError(f"a text has half a character ({half} at {error.start})") from error
+        if not is_unicode(self.text):
+            raise DataError("a text has half a character (half a surrogate pair)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,9 +292,9 @@ def sample_from_record(
 ) -> Sample:
     """Read one JSON object of the published schema, or of another of `FORMS`.
 
-    Images stay paths below `folder`; the content of those that stand in the record itself, as data
-    URLs, goes into `blobs` under the name that the path has. Without a "task", it is inferred from
-    the parts. Raises DataError, also for unknown fields.
+    Images stay paths below `folder`; contents that a record holds as data URLs go into `blobs` by
+    the name of their path. Without a "task", it is inferred. Raises DataError, also for unknown
+    fields.
     """
     rules = rules or RecordRules()
     record = checked_record(record, rules)
@@ -440,13 +437,10 @@ def _image_paths(value: Any, blobs: dict[str, bytes]) -> list[str]:
         raise DataError('"image" must be a path or a list of paths, none of them empty')
     if len(paths) > MAX_IMAGES:
         raise DataError(f"a record names {len(paths):,} images, at most {MAX_IMAGES:,} are read")
-    return [_stored(path, blobs) if path.startswith("data:") else _checked(path) for path in paths]
-
-
-def _checked(path: str) -> str:
-    if "://" in path:
-        raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
-    return path
+    for path in paths:
+        if "://" in path and not path.startswith("data:"):
+            raise DataError(f"{path[:80]!r} is an address; download the image and name its file")
+    return [_stored(path, blobs) if path.startswith("data:") else path for path in paths]
 
 
 def _stored(url: str, blobs: dict[str, bytes]) -> str:
@@ -454,9 +448,8 @@ def _stored(url: str, blobs: dict[str, bytes]) -> str:
     head, comma, content = url.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise DataError(f"{url[:40]!r}… is no image in base64 (data:image/png;base64,…)")
-    name = f"bytes-{len(blobs)}"
     try:
-        blobs[name] = base64.b64decode(content, validate=True)
+        blobs[name := f"bytes-{len(blobs)}"] = base64.b64decode(content, validate=True)
     except ValueError as error:
         raise DataError(f"{head!r:.60}: the content is not base64 ({error})") from error
     return name
