@@ -79,7 +79,7 @@ def test_a_killed_run_is_finished_by_the_next(
 def _wait_for_parts(folder: Path, run: subprocess.Popen[bytes]) -> list[Path]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        parts = [p for p in folder.glob("*") if not p.name.startswith(".")]
+        parts = [p for p in folder.glob("*.parquet") if not p.name.startswith(".")]
         if len(parts) >= 2:
             return parts
         assert run.poll() is None, "the run ended before it could be killed"

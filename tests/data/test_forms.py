@@ -126,7 +126,10 @@ def test_earlier_turns_come_first() -> None:
         (ask([{"type": "text", "text": "<image>"}]), "write an image part"),
         (ask([{"type": "image", "image": "a", "url": "b"}]), "more than one image"),
         (ask([{"type": "image", "image": {"url": 3}}]), "by a text"),
-        (ask([{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]), "data URL"),
+        (
+            ask([{"type": "image_url", "image_url": {"url": "data:image/png,AA"}}]),
+            "no image in base64",
+        ),
         ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "reason"),
         ({"messages": [{"role": "user", "content": "a", "loss": True}]}, "only assistant messages"),
         ({"instruction": "a", "output": ["b"]}, '"output" is list, not text'),

@@ -270,10 +270,9 @@ class RecordRules:
     """Rules of a source for its records.
 
     `task` overrides that of records; `form` is the only one of `FORMS` they may have, None for
-    any; fields named in `ignored` are not read. `described` gives the fields of a record the names
-    of their form, where a description beside the data says what they are. Of the records that
-    this process reads, fields that were left out because they cannot change a sample are added to
-    `unread`, and `forms` are counted.
+    any; fields named in `ignored` are not read. `described` renames fields as a description beside
+    the data says. Of the records that this process reads, fields that were left out because they
+    cannot change a sample are added to `unread`, and `forms` are counted.
     """
 
     task: str | None = None
