@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import PIL.Image
 import pytest
 import torch
+from torch import Tensor
 
+import neounify
 from neounify.cache import SequenceCache
-from neounify.checkpoint import load_model
 from neounify.engine.sequences import ModelInput
 from neounify.engine.understanding import forward_und
 from neounify.flow.path import velocity
+from neounify.flow.sampling import ImageSampling
 from neounify.image.pixels import normalise_und, patchify
 from neounify.model import Image, Layout, NeoUnify, Noise, Text
 from neounify.model.layout import Document
-from neounify.model.parts import GEN
+from neounify.model.parts import GEN, UND
+from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
+from neounify.tasks.image import ImageRequest, branch_prompt
+from neounify.text.template import ImageSegment
 from support.attention import plan
 from support.golden import checkpoint, load_fixture, needs_golden
 from support.models import assert_close
+from support.scripted_sampler import script_sampler
 
 FAMILY, TOLERANCE = "pixelumm", 2e-5
 pytestmark = [needs_golden, pytest.mark.parametrize("name", ["tiny-f18", "tiny-f22"])]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NeoUnify]:
+def pipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, neounify.Pipeline]:
     root = tmp_path_factory.mktemp("pixelumm")
     folders = {name: checkpoint(name, root, FAMILY) for name in ("tiny-f18", "tiny-f22")}
-    return {name: load_model(path, config=Path(path) / "llm") for name, path in folders.items()}
+    return {name: neounify.load(path, config=path / "llm") for name, path in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def models(pipes: dict[str, neounify.Pipeline]) -> dict[str, NeoUnify]:
+    return {name: pipe.model for name, pipe in pipes.items()}
 
 
 def test_pixels_to_tokens_and_back(name: str, models: dict[str, NeoUnify]) -> None:
@@ -79,6 +89,77 @@ def test_velocity(name: str, models: dict[str, NeoUnify]) -> None:
     for family_t in (0.9997, 0.7, 0.05, 0.02):
         v = velocity(clean, z, 1 - family_t, model.config.flow.t_eps_training)
         assert_close(-v, recorded[f"image.v_{family_t}"], TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["one", "two", "numbered"])
+def test_answers_about_images(
+    name: str, case: str, pipes: dict[str, neounify.Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids, positions, mask and states of the prompt, and twelve greedy tokens."""
+    pipe, (recorded, facts) = pipes[name], load_fixture(name, "mm", FAMILY)
+    question = facts["cases"][case]
+    pictures = [PIL.Image.fromarray(recorded[f"picture{n}"].numpy()) for n in question["images"]]
+    form = pipe.processor.template
+    request = make_chat_request(question["instruction"], pictures, (), form)
+    images = chat_images(pipe.processor, request)
+    prompt = prompt_of(pipe.processor, request)
+    grids = [pipe.model.token_grid(image) for image in images]
+    assert prompt.ids([g.length for g in grids], -1) == recorded[f"{case}.ids"].tolist()
+    spans = [
+        Image.of(grids[part.image]) if isinstance(part, ImageSegment) else Text(len(part.ids))
+        for part in prompt.segments
+    ]
+    layout = Layout([Document(tuple(spans))])
+    assert torch.equal(layout[UND].positions.T.float(), recorded[f"{case}.positions"])
+    ids = torch.tensor(prompt.ids([0] * len(grids), -1))
+    hidden = pipe.model.embed_und(layout, ids, images)
+    if f"{case}.mask" in recorded:
+        assert torch.equal(_mask(layout), recorded[f"{case}.mask"])
+    if f"{case}.inputs_embeds" in recorded:
+        assert_close(hidden, recorded[f"{case}.inputs_embeds"], TOLERANCE)
+    hidden = pipe.model.backbone(layout, {UND: hidden}, plan(layout))[UND]
+    if f"{case}.last_hidden" in recorded:
+        assert_close(hidden, recorded[f"{case}.last_hidden"], TOLERANCE)
+    if f"{case}.logits" in recorded:
+        assert_close(pipe.model.logits(hidden), recorded[f"{case}.logits"], TOLERANCE)
+        cache = SequenceCache(pipe.config, 8, dtype=torch.float32, device=torch.device("cpu"))
+        forward_und(pipe.model, [ModelInput(cache, tuple(spans), ids.tolist(), images)])
+        for layer in (0, pipe.config.num_layers - 1):
+            k, v = cache.read(layer, cache.length)
+            assert_close(k, recorded[f"{case}.layer{layer}.k"][0], TOLERANCE)
+            assert_close(v, recorded[f"{case}.layer{layer}.v"][0], TOLERANCE)
+    shown: list[Tensor] = []
+
+    def choose(logits: Tensor) -> int:
+        shown.append(logits)
+        return int(logits.argmax())
+
+    script_sampler(monkeypatch, choose)
+    answer = pipe.chat(question["instruction"], pictures, max_new_tokens=12)
+    wanted = recorded[f"{case}.answer_ids"].tolist()
+    assert list(answer.token_ids) == wanted
+    assert_close(torch.stack(shown), recorded[f"{case}.answer_logits"], TOLERANCE)
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_prompts_of_images(name: str, branch: str, pipes: dict[str, neounify.Pipeline]) -> None:
+    pipe, (recorded, facts) = pipes[name], load_fixture(name, "t2i", FAMILY)
+    request = ImageRequest(
+        prompt=facts["prompt"],
+        width=64,
+        height=48,
+        sampling=ImageSampling().resolve(pipe.config, editing=False),
+    )
+    prompt = branch_prompt(pipe.processor, request, branch)  # type: ignore[arg-type]
+    assert prompt.ids([], -1) == recorded[f"{branch}.ids"].tolist()
+
+
+def _mask(layout: Layout) -> Tensor:
+    mask = torch.zeros(layout[UND].length, layout[UND].length, dtype=torch.uint8)
+    for block in layout[UND].blocks:
+        for row in range(block.start, block.stop):
+            mask[row, : row + 1 if block.causal else block.visible] = 1
+    return mask
 
 
 def _prefilled(model: NeoUnify, ids: list[int]) -> SequenceCache:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
@@ -27,6 +27,23 @@ from neounify.files import WEIGHT_FILES
 from neounify.runtime import lasting_imports
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Form of the files that are read."""
+
+    from_dcp: Annotated[
+        bool,
+        option(
+            FILES,
+            None,
+            "MODEL is a torch distributed checkpoint, as PixelUMM is published. Its metadata "
+            "is a pickle: nothing in it is run, and names that no checkpoint needs are refused. "
+            "Use it only for files whose source you trust.",
+            "--from-dcp",
+        ),
+    ] = False
 
 
 def convert(
@@ -59,6 +76,7 @@ def convert(
             "one file in the format of the published models.",
         ),
     ] = None,
+    source: SourceOptions,
     overwrite: OverwriteOptions,
     report: ReportOptions,
 ) -> None:
@@ -67,8 +85,7 @@ def convert(
     OUT has the published layout and can be used wherever MODEL can. All weights are checked;
     damaged ones (NaN) are refused.
 
-    With --lora-form, OUT is the LoRA alone, for the model MODEL; files of any other format, and
-    several files, become one.
+    With --lora-form, OUT is the LoRA alone, for the model MODEL; several files become one.
 
     \b
       neounify convert FOLDER smaller --dtype bfloat16
@@ -77,6 +94,7 @@ def convert(
       neounify convert FOLDER fast --lora distilled.safetensors:0.8
       neounify convert FOLDER-int8 fast-int8 --lora distilled.safetensors --to stored
       neounify convert FOLDER adapter --lora theirs.safetensors --lora-form peft
+      neounify convert PixelUMM pixelumm --from-dcp --config Qwen3-8B
     """
     folder = resolve_model(model, "MODEL")
     display = Display(quiet=report.quiet, json=report.json)
@@ -86,10 +104,14 @@ def convert(
         _convert_loras(folder, config, out, weights, lora_form, overwrite.overwrite, display)
         return
     shard = parse_bytes(max_shard_size)
+    if source.from_dcp and (to is not None or weights.dtype is not None or weights.lora):
+        raise UsageError("--from-dcp keeps weights as they are; convert its result a second time")
     if out.resolve() == folder.resolve():
         raise CliError(f"{out} is the model itself; write to another folder")
     check_new_folder(out, "a model", overwrite=overwrite.overwrite)
-    if to is not None:
+    if source.from_dcp:
+        _convert_dcp(folder, config or folder, out, shard, overwrite.overwrite, display)
+    elif to is not None:
         _write_quantised(folder, config, out, weights, to, shard, overwrite.overwrite, display)
     else:
         _convert_model(folder, config, out, weights, shard, overwrite.overwrite, display)
@@ -191,6 +213,28 @@ def _convert_model(
         )
     with display.bar(f"writing {out.name}"):
         pipe.save(out, max_shard_bytes=shard, overwrite=overwrite)
+
+
+def _convert_dcp(
+    model: Path, config: Path, out: Path, shard: int, overwrite: bool, display: Display
+) -> None:
+    with lasting_imports():
+        from neounify.checkpoint.dcp import convert_dcp
+        from neounify.pipeline.loading import load_tokenizer
+
+    display.note(
+        f"the metadata of {model} is a pickle; it is read without running anything, but trust "
+        "where the files came from"
+    )
+    with display.bar(f"writing {out.name}"):
+        convert_dcp(
+            model,
+            config,
+            out,
+            tokenizer=partial(load_tokenizer, config),
+            max_shard_bytes=shard,
+            overwrite=overwrite,
+        )
 
 
 def _convert_loras(

@@ -57,8 +57,8 @@ ConfigFolder = Annotated[
     option(
         MODEL,
         "FOLDER",
-        "Folder of config.json and the tokenizer, for a model that is one file of weights. "
-        "Default: the folder of the model or file.",
+        "Folder of config.json and the tokenizer, for a model that is one file of weights, or for "
+        "PixelUMM, that of Qwen3-8B. Default: the folder of the model or file.",
         "--config",
     ),
 ]

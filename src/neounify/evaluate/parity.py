@@ -200,7 +200,7 @@ def _choices(
     pipe: Pipeline, text: str, images: Sequence[PilImage.Image], answer: Sequence[int]
 ) -> Int[Tensor, " n"]:
     """The likeliest token after each prefix of an answer, the whole of it included."""
-    model, request = pipe.model, make_chat_request(text, images)
+    model, request = pipe.model, make_chat_request(text, images, (), pipe.processor.template)
     prepared = [image.to(model.device) for image in chat_images(pipe.processor, request)]
     spans: list[Span] = []
     ids: list[int] = []

@@ -20,13 +20,14 @@ from neounify.checkpoint.load import (
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
 from neounify.checkpoint.residency import NullResidency
+from neounify.config import ModelConfig
 from neounify.distributed.group import ALONE, Group
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import read_text
 from neounify.model.build import compile_streams, compiles_by_default
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
 from neounify.tasks.program import Processor
-from neounify.text.template import default_system_message
+from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer
 
 MAX_SYSTEM_MESSAGE_BYTES = 2**20
@@ -152,9 +153,9 @@ def load_rank(
     Raises the errors of `load`.
     """
     check_backend(options.attention)
-    # Before the weights: a folder without a tokenizer should say so at once.
     home = checkpoint_home(options.folder, options.config)
-    tokenizer = Tokenizer.from_folder(home)
+    # Before the weights: a folder without a tokenizer should say so at once.
+    tokenizer = Tokenizer.from_folder(home, ())
     parts = None
     if cut and group.size > 1:
         from neounify.distributed.tensor import join, shares
@@ -176,6 +177,7 @@ def load_rank(
         backend=options.backend,
         shares=parts,
     )
+    tokenizer.require(TEMPLATES[loaded.model.config.template].tokens)
     if parts is not None:
         join(loaded.model, group)
     wanted = options.compile
@@ -196,16 +198,18 @@ def load_rank(
     )
 
 
+def load_tokenizer(home: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a folder, with all tokens that the model's prompts need.
+
+    Raises TokenizerError.
+    """
+    return Tokenizer.from_folder(home, TEMPLATES[config.template].tokens)
+
+
 def load_processor(checkpoint: CheckpointFolder, dtype: torch.dtype) -> Processor:
     """Processor of a checkpoint, without loading weights. Raises the errors of `load`."""
-    tokenizer = Tokenizer.from_folder(checkpoint.home)
-    message = _system_message(checkpoint.home)
-    return Processor(
-        checkpoint.config,
-        tokenizer,
-        default_system_message() if message is None else message,
-        dtype,
-    )
+    tokenizer = load_tokenizer(checkpoint.home, checkpoint.config)
+    return Processor(checkpoint.config, tokenizer, _system_message(checkpoint.home), dtype)
 
 
 def _system_message(folder: Path) -> str | None:

@@ -51,7 +51,6 @@ from neounify.tasks.interleave import InterleaveRequest, output_sizes
 from neounify.tasks.program import Processor
 from neounify.tasks.video import OutputShape, clip_shape
 from neounify.text.clips import clip_text
-from neounify.text.template import default_system_message
 from neounify.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -91,9 +90,8 @@ class Pipeline:
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1:,}, the model embeds "
                 f"{model.config.vocab_size:,} tokens: ids must be below that"
             )
-        message = default_system_message() if system_message is None else system_message
         self.model = model
-        self.processor = Processor(model.config, tokenizer, message, model.compute_dtype)
+        self.processor = Processor(model.config, tokenizer, system_message, model.compute_dtype)
         self._residency = None if isinstance(residency, NullResidency) else residency
         self._fingerprint = fingerprint
         self.loaded_dtype = loaded_dtype
@@ -450,7 +448,8 @@ class Pipeline:
     ) -> ChatRequest:
         profiles = self.colour_profiles
         inputs = read_images(images, colour_profiles=profiles)
-        return make_chat_request(prompt, inputs, videos, colour_profiles=profiles, **options)
+        form = self.processor.template
+        return make_chat_request(prompt, inputs, videos, form, colour_profiles=profiles, **options)
 
     def _read_videos(
         self,

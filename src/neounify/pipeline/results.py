@@ -31,7 +31,6 @@ from neounify.tasks.program import (
     ToolCallPiece,
     keep_prompt,
 )
-from neounify.text.template import unconditional_prompt
 from neounify.text.tools import ToolCall
 from neounify.video.clip import Video
 
@@ -249,7 +248,7 @@ def run_images(
         if "uncond" in request.sampling.guidance.branches()
     }
     shared = [
-        keep_prompt(name, unconditional_prompt(processor.tokenizer, negative))
+        keep_prompt(name, processor.unconditional_prompt(negative))
         for negative, name in negatives.items()
     ]
     previews = 0 if callback is None else None

@@ -220,7 +220,8 @@ def chat_prompts(
     """Prompts as `Pipeline.chat` has them. Raises PromptError and ImageError."""
     prompts = []
     for case in cases:
-        request = make_chat_request(case.prompt, case.images, think=think)
+        form = processor.template
+        request = make_chat_request(case.prompt, case.images, (), form, think=think)
         images = chat_images(processor, request)
         prompts.append(TokenPrompt.of(model, prompt_of(processor, request), images))
     return prompts

@@ -54,7 +54,7 @@ from neounify.tasks.program import (
     prefill_prefix,
     resume,
 )
-from neounify.text.template import TextSegment, image_prompt, unconditional_prompt
+from neounify.text.template import TextSegment, image_prompt
 
 R = TypeVar("R")
 
@@ -286,7 +286,7 @@ class EngineService:
         context = RequestContext(self.clients, preparing=True)
         try:
             if self._unconditional is None:
-                prompt = unconditional_prompt(self.processor.tokenizer)
+                prompt = self.processor.unconditional_prompt()
                 prefix = await context.result(prefill_prefix(prompt))
                 self._unconditional = await context.take(prefix.ref), prefix.next_t
             tensors, next_t = self._unconditional
@@ -316,7 +316,11 @@ def _shared_prefix(processor: Processor) -> tuple[int, ...]:
         [
             token
             for segment in image_prompt(
-                processor.tokenizer, text, system=processor.system_message, think=False
+                processor.tokenizer,
+                text,
+                system=processor.system_message,
+                think=False,
+                template=processor.template,
             ).segments
             if isinstance(segment, TextSegment)
             for token in segment.ids

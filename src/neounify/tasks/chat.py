@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import PIL.Image
@@ -38,6 +39,7 @@ from neounify.tasks.program import (
     prompt_inputs,
 )
 from neounify.text.clips import VIDEO_MARK
+from neounify.text.forms import NEO, Template, marked
 from neounify.text.template import (
     IMAGE_MARK,
     NO_MESSAGES,
@@ -52,6 +54,8 @@ from neounify.text.tokens import END_OF_TEXT, IM_END
 from neounify.text.tools import Tool, ToolCall, ToolCallReader, ToolUse, read_tool
 
 Conversation = str | Sequence[Message | Mapping[str, Any]]
+Images = list[PIL.Image.Image]
+ImageInputs = ImageSource | Sequence[ImageSource]
 CHAT_TOKENS = 512
 """Tokens of an answer where a request sets no limit."""
 COMPLETION_TOKENS = 16
@@ -158,6 +162,7 @@ def make_chat_request(
     prompt: Conversation,
     images: Sequence[PIL.Image.Image],
     videos: Sequence[Frames] = (),
+    template: Template = NEO,
     *,
     max_new_tokens: int = CHAT_TOKENS,
     stop: Sequence[str] = (),
@@ -175,7 +180,7 @@ def make_chat_request(
     check_keywords("chat", sampling, TextKnobs)
     if videos or not isinstance(prompt, str) or VIDEO_MARK in prompt:
         prompt = place_videos(prompt, videos)
-    messages, ordered = read_conversation(prompt, images, colour_profiles=colour_profiles)
+    messages, ordered = read_conversation(prompt, images, template, colour_profiles=colour_profiles)
     return ChatRequest(
         messages=messages,
         images=ordered,
@@ -193,17 +198,19 @@ def make_chat_request(
 # --- chat input ---
 
 
-def read_images(
-    images: ImageSource | Sequence[ImageSource], *, colour_profiles: bool = True
-) -> list[PIL.Image.Image]:
+def read_images(images: ImageInputs, *, colour_profiles: bool = True) -> Images:
     """One image or several, as `read_image` reads them; ImageError names what cannot be read."""
     several: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
     return [read_image(image, colour_profiles=colour_profiles) for image in several]
 
 
 def read_conversation(
-    prompt: Conversation, images: Sequence[PIL.Image.Image], *, colour_profiles: bool = True
-) -> tuple[list[Message], list[PIL.Image.Image]]:
+    prompt: Conversation,
+    images: Sequence[PIL.Image.Image],
+    template: Template = NEO,
+    *,
+    colour_profiles: bool = True,
+) -> tuple[list[Message], Images]:
     """Messages with a placeholder for each image, and the images in that order.
 
     `prompt` is a question, or a list of messages {"role", "content"}; a content is a text,
@@ -215,7 +222,10 @@ def read_conversation(
     if isinstance(prompt, str):
         if not prompt.strip() and not images:
             raise PromptError(NO_PROMPT)
-        prompt = [Message("user", prompt)]
+        numbers: tuple[int, ...] = ()
+        if template.number_marks:
+            prompt, images, numbers = marked(prompt, images)
+        prompt = [Message("user", prompt, image_numbers=numbers)]
     if not prompt:
         raise PromptError(NO_MESSAGES)
     messages: list[Message] = []
@@ -235,7 +245,7 @@ def read_conversation(
             f"the text has {used} {IMAGE_MARK} marks for {len(images)} images; at most one mark "
             "for each"
         )
-    return _place_rest(messages, list(images[used:]), ordered)
+    return _place_rest(messages, list(images[used:]), ordered, template.image_line)
 
 
 def read_request(
@@ -257,9 +267,9 @@ def read_request(
     return last.text, history, ordered
 
 
+@dataclass(frozen=True)
 class _ImageRef:
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
+    source: ImageSource
 
 
 def _read_message(
@@ -289,8 +299,8 @@ def _read_message(
 
 
 def _place_rest(
-    messages: list[Message], rest: list[PIL.Image.Image], ordered: list[PIL.Image.Image]
-) -> tuple[list[Message], list[PIL.Image.Image]]:
+    messages: list[Message], rest: Images, ordered: Images, line: str
+) -> tuple[list[Message], Images]:
     if not rest:
         return messages, ordered
     first = next((n for n, m in enumerate(messages) if m.role == "user"), None)
@@ -302,7 +312,7 @@ def _place_rest(
         )
     text = messages[first].text
     total = text.count(IMAGE_MARK) + len(rest)
-    messages[first] = Message("user", place_images(text, total, numbered=False))
+    messages[first] = Message("user", place_images(text, total, numbered=False, line=line))
     before = sum(message.n_images for message in messages[:first])
     return messages, ordered[:before] + rest + ordered[before:]
 
@@ -376,6 +386,8 @@ def prompt_of(processor: Processor, request: ChatRequest) -> Prompt:
         system=request.system,
         think=request.think,
         tools=request.tool_use.offered,
+        frames=set(chain(*request.clips)),
+        template=processor.template,
     )
 
 
@@ -414,8 +426,8 @@ def call_reader(request: ChatRequest) -> ToolCallReader | None:
 def chat_images(processor: Processor, request: ChatRequest) -> list[torch.Tensor]:
     """Images of a conversation [3, height, width], resized and normalised."""
     config = processor.config
-    bounds = [(config.sampling.chat_min_pixels, config.sampling.chat_max_pixels)]
-    bounds *= len(request.images)
+    least, most = config.sampling.chat_min_pixels, config.sampling.chat_max_pixels
+    bounds = [(least, most)] * len(request.images)
     for clip in request.clips:
         config.check_can("chat_video")
         bounds[clip.start : clip.stop] = [frame_bounds(config, len(clip))] * len(clip)
@@ -431,7 +443,7 @@ def answer_text(processor: Processor, request: ChatRequest) -> AnswerText:
 
 def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -> Program[None]:
     """Answer a conversation; with `thoughts` they are events apart from the answer's text."""
-    processor.check_writes_text()
+    processor.check_writes_text(think=request.think)
     # One step: each round trip to a thread waits for the interpreter lock beside the engines.
     sampling, prompt, images = yield Compute(partial(_prepare, processor, request))
     packed = yield from pack_images(images, processor.config.token_size)
@@ -442,8 +454,7 @@ def chat(processor: Processor, request: ChatRequest, *, thoughts: bool = True) -
         thoughts=thoughts,
         calls=call_reader(request),
     )
-    stops = frozenset((processor.token(IM_END),))
-    inputs = prompt_inputs(prompt, packed)
+    stops, inputs = frozenset((processor.token(IM_END),)), prompt_inputs(prompt, packed)
     yield from _answer(inputs, text, sampling, stops, request.max_new_tokens)
 
 

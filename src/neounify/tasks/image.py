@@ -63,7 +63,6 @@ from neounify.text.template import (
     image_prompt,
     images_only_prompt,
     place_images,
-    unconditional_prompt,
 )
 from neounify.text.tokens import IM_END, THINK_CLOSE
 
@@ -221,14 +220,16 @@ def branch_prompt(processor: Processor, request: ImageRequest, branch: Branch) -
     tokenizer, count = processor.tokenizer, len(request.images) + len(request.condition)
     negative = request.negative_prompt
     if branch == "uncond":
-        return unconditional_prompt(tokenizer, negative)
+        return processor.unconditional_prompt(negative)
     if branch == "image":
         return images_only_prompt(tokenizer, count, open_image=True, negative=negative)
     system = processor.system_message if request.system is None else request.system
     text = place_images(request.prompt, count, numbered=True)
     if not request.prompt.replace(IMAGE_MARK, "").strip():
         raise PromptError("the prompt is empty; describe the image, or what to change in it")
-    return image_prompt(tokenizer, text, system=system, think=request.think)
+    return image_prompt(
+        tokenizer, text, system=system, think=request.think, template=processor.template
+    )
 
 
 def generate_images(
@@ -238,10 +239,12 @@ def generate_images(
 
     At most `previews` of each image are events, None for one after every step.
     """
+    processor.config.check_can("edit" if request.images else "generate")
+    room = 0
     if request.think:
-        processor.check_writes_text()
-    closing = [processor.token(THINK_CLOSE), *after_think_ids(processor.tokenizer)]
-    room = request.max_think_tokens + len(closing) if request.think else 0
+        processor.check_writes_text("think")
+        closing = [processor.token(THINK_CLOSE), *after_think_ids(processor.tokenizer)]
+        room = request.max_think_tokens + len(closing)
     prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)
     shown: list[PIL.Image.Image | ClipPiece] = [*request.images, *request.condition]
     names, usage, _ = yield from prefill_branches(

@@ -136,7 +136,7 @@ def interleave(
     The answer ends where the model's context ends, as text does. At most `previews` of each image
     are events, None for one after every step; `thoughts` separates them from the answer's text.
     """
-    processor.check_writes_text()
+    processor.check_writes_text("interleave", think=request.think)
     prefilled = branches_to_prefill(request.sampling, request.negative_prompt, kept)
     # Room for one image; further ones are allocated as the answer grows.
     tokens = max(image_tokens(processor.config, *size) for size in request.sizes) + 2

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from neounify.config import ModelConfig
+from neounify.config import Capability, ModelConfig
 from neounify.engine.messages import (
     Command,
     DecodedToken,
@@ -42,7 +42,8 @@ from neounify.grammar import Vocabulary
 from neounify.image.pixels import prepare_image
 from neounify.model.layout import Grid
 from neounify.tasks.video import ClipPiece
-from neounify.text.template import ImageSegment, Prompt, TextSegment
+from neounify.text.forms import TEMPLATES, Template, default_message
+from neounify.text.template import ImageSegment, Prompt, TextSegment, unconditional_prompt
 from neounify.text.tokenizer import Tokenizer
 
 R = TypeVar("R")
@@ -228,23 +229,43 @@ def resume(program: Program[Any], value: object = None) -> Step | Returned:
 
 
 class Processor:
-    """Prepares prompts and images for one model; `dtype` is that of prepared images."""
+    """Prepares prompts and images for one model; `dtype` is that of prepared images.
+
+    `system_message` begins the prompts of images; None is the default of their form.
+    """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: Tokenizer, system_message: str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        system_message: str | None,
+        dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.system_message = system_message
+        default = default_message(config.template)
+        self.system_message = default if system_message is None else system_message
         self.dtype = dtype
+
+    @property
+    def template(self) -> Template:
+        """Form of the model's prompts."""
+        return TEMPLATES[self.config.template]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Vocabulary of grammars; processes that sample tokens must hold one too."""
         return Vocabulary.of(self.tokenizer)
 
-    def check_writes_text(self) -> None:
-        """RequestError for a model without a text head."""
+    def unconditional_prompt(self, negative: str = "") -> Prompt:
+        """What guidance steers away from, see `text.template`."""
+        return unconditional_prompt(self.tokenizer, negative, self.template)
+
+    def check_writes_text(self, what: Capability = "chat", *, think: bool = False) -> None:
+        """RequestError for a model without a text head, or not trained for what is asked of it."""
+        self.config.check_can(what)
+        if think:
+            self.config.check_can("think")
         if not self.config.lm_head:
             raise RequestError(
                 "this checkpoint has no lm_head, so it writes no text: it generates images from "

@@ -1,6 +1,7 @@
 """Text: special tokens by name, the tokenizer, and the prompts of every task."""
 
 from neounify.deprecation import moved
+from neounify.text.forms import default_system_message
 from neounify.text.template import (
     IMAGE_MARK,
     ImageSegment,
@@ -11,7 +12,6 @@ from neounify.text.template import (
     TextSegment,
     after_think_ids,
     chat_prompt,
-    default_system_message,
     image_prompt,
     images_only_prompt,
     interleave_prompt,

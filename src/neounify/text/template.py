@@ -6,23 +6,18 @@ changes the ids, and always as plain text: a user who types `<|im_end|>` writes 
 characters and ends nothing.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from itertools import count, groupby, pairwise
+from itertools import groupby, pairwise, zip_longest
 from typing import Literal
 
 from neounify.errors import PromptError
+from neounify.text.forms import NEO, Template
 from neounify.text.tokenizer import Tokenizer
-from neounify.text.tokens import (
-    IM_END,
-    IM_START,
-    IMAGE_CLOSE,
-    IMAGE_OPEN,
-    THINK_CLOSE,
-    THINK_OPEN,
-)
+from neounify.text.tokens import IM_END, IM_START, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
 from neounify.text.tools import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -52,6 +47,7 @@ class Message:
 
     A user's text marks each image with `<image>`. In other roles the mark is plain text; an
     assistant's images stand at `image_offsets`, ascending numbers of characters of `text`.
+    `image_numbers` are those by which a user's images are announced, where the text numbers them.
     `tool_calls` are those an assistant's turn ended with; the text of a "tool" turn is the result
     of one of them.
 
@@ -62,6 +58,7 @@ class Message:
     text: str
     tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
     image_offsets: tuple[int, ...] = field(default=(), kw_only=True)
+    image_numbers: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.role not in ("system", "user", "assistant", "tool"):
@@ -192,14 +189,14 @@ _OPEN_THOUGHT = (_Special(THINK_OPEN), _Plain("\n"))
 _OPEN_IMAGE = (_Special(IMAGE_OPEN),)
 
 
-def place_images(text: str, n_images: int, *, numbered: bool) -> str:
+def place_images(text: str, n_images: int, *, numbered: bool, line: str = NEO.image_line) -> str:
     """A user's text with exactly one `<image>` mark per image; missing ones go in front.
 
     Args:
         text: the text, with or without marks.
         n_images: how many images there are, at least 0.
         numbered: the rule of editing and interleaving, where two or more images without
-            any mark are announced as `Image-1:`, `Image-2:` and so on.
+            any mark are announced as `Image-1:`, `Image-2:`; `line` follows each in front.
 
     Raises:
         PromptError: there are more marks than images.
@@ -213,7 +210,7 @@ def place_images(text: str, n_images: int, *, numbered: bool) -> str:
     if numbered and marks == 0 and n_images >= 2:
         front = "".join(f"Image-{number}:{IMAGE_MARK}\n" for number in range(1, n_images + 1))
     else:
-        front = f"{IMAGE_MARK}\n" * (n_images - marks)
+        front = f"{IMAGE_MARK}{line}" * (n_images - marks)
     return front + text
 
 
@@ -224,6 +221,8 @@ def chat_prompt(
     system: str = "",
     think: bool = False,
     tools: Sequence[Tool] = (),
+    frames: Collection[int] = (),
+    template: Template = NEO,
 ) -> Prompt:
     """Prompt of a conversation, up to where the model's answer starts or continues.
 
@@ -237,6 +236,8 @@ def chat_prompt(
         system: a system message before the others; left out when empty.
         think: open a thought for the model to write in.
         tools: functions offered to the model, behind the system message.
+        frames: the images that are frames of clips, which have times and no numbers.
+        template: form of the model's prompts.
 
     Raises:
         PromptError: no messages, or a thought asked for behind the beginning of an answer.
@@ -252,12 +253,14 @@ def chat_prompt(
     turns = list(messages[:-1] if begun else messages)
     if turns and turns[0].role == "system" and not system:
         system = turns.pop(0).text
-    images = count()
+    total = sum(message.n_images for message in messages) - len(frames)
+    images = _Images(template, total, frames)
+    system = system or template.chat_system
     pieces = [*_system_turn(system, tools), *_turns(turns, images), *_ANSWER]
     if begun:
         pieces += _content(messages[-1], images)
     pieces += _OPEN_THOUGHT if think else ()
-    return _assemble(tokenizer, pieces)
+    return _assemble(tokenizer, pieces, template)
 
 
 def continues_answer(messages: Sequence[Message]) -> bool:
@@ -265,7 +268,9 @@ def continues_answer(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1].role == "assistant" and not messages[-1].tool_calls
 
 
-def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -> Prompt:
+def image_prompt(
+    tokenizer: Tokenizer, text: str, *, system: str, think: bool, template: Template = NEO
+) -> Prompt:
     """Conditional prompt of image generation and of editing.
 
     Args:
@@ -274,13 +279,16 @@ def image_prompt(tokenizer: Tokenizer, text: str, *, system: str, think: bool) -
         system: the system message; left out when empty.
         think: end with an open thought; `after_think_ids` follow it. Else the thought is empty
             and `<img>` ends the prompt.
+        template: form of the model's prompts.
 
     Raises:
-        PromptError: neither text nor images.
+        PromptError: neither text nor images, or a text that is too long.
     """
     _check_says_something(text)
-    end = _OPEN_THOUGHT if think else (*_NO_THOUGHT, *_OPEN_IMAGE)
-    return _single_turn(tokenizer, text, system, end)
+    _check_length(tokenizer, text, template)
+    thought = _NO_THOUGHT if template.thinks else ()
+    end = _OPEN_THOUGHT if think else (*thought, *map(_Special, template.paint_open))
+    return _single_turn(tokenizer, text, system, end, template=template)
 
 
 def interleave_prompt(
@@ -302,14 +310,19 @@ def interleave_prompt(
     return _single_turn(tokenizer, text, system, () if think else _NO_THOUGHT, history)
 
 
-def unconditional_prompt(tokenizer: Tokenizer, negative: str = "") -> Prompt:
+def unconditional_prompt(
+    tokenizer: Tokenizer, negative: str = "", template: Template = NEO
+) -> Prompt:
     """Unconditional prompt, which guidance steers away from: a user turn, then `<img>`.
 
     Args:
         tokenizer: of the model that will read it.
         negative: the text of the turn; empty asks for nothing, as the published models do.
+        template: form of the model's prompts.
     """
-    return _single_turn(tokenizer, check_negative(negative), "", _OPEN_IMAGE)
+    _check_length(tokenizer, check_negative(negative), template)
+    end = tuple(map(_Special, template.paint_open))
+    return _single_turn(tokenizer, negative, "", end, template=template)
 
 
 def images_only_prompt(
@@ -343,22 +356,17 @@ def after_think_ids(tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode("\n\n"), tokenizer.id(IMAGE_OPEN)]
 
 
-def default_system_message() -> str:
-    """System message of image generation for models without one."""
-    file = resources.files("neounify.text") / "system_message_generation.txt"
-    return file.read_text(encoding="utf-8").strip()
-
-
 def _single_turn(
     tokenizer: Tokenizer,
     text: str,
     system: str,
     end: tuple[_Piece, ...],
     history: Sequence[Message] = (),
+    template: Template = NEO,
 ) -> Prompt:
     check_text(text, "the prompt")
-    turns = _turns([*history, Message("user", text)], count())
-    return _assemble(tokenizer, [*_system_turn(system), *turns, *_ANSWER, *end])
+    turns = _turns([*history, Message("user", text)], _Images(template))
+    return _assemble(tokenizer, [*_system_turn(system), *turns, *_ANSWER, *end], template)
 
 
 def _system_turn(text: str, tools: Sequence[Tool] = ()) -> list[_Piece]:
@@ -377,7 +385,7 @@ def _with_marks(text: str) -> list[_Piece]:
     return [_Mark(part) if part in MARKS else _Plain(part) for part in parts]
 
 
-def _turns(messages: Sequence[Message], images: Iterator[int]) -> list[_Piece]:
+def _turns(messages: Sequence[Message], images: _Images) -> list[_Piece]:
     """Pieces of the turns in their order; consecutive tool results are one turn."""
     pieces: list[_Piece] = []
     for role, group in groupby(messages, key=lambda turn: turn.role):
@@ -408,20 +416,35 @@ def _responses_turn(turns: Sequence[Message]) -> list[_Piece]:
     return _turn("user", content)
 
 
-def _content(message: Message, images: Iterator[int]) -> list[_Piece]:
+def _content(message: Message, images: _Images) -> list[_Piece]:
     first, *rest = message.pieces
     content: list[_Piece] = [_Plain(first)]
-    for part in rest:
-        image = (_Special(IMAGE_OPEN), _Image(next(images)), _Special(IMAGE_CLOSE))
-        content += [*image, _Plain(part)]
+    for part, number in zip_longest(rest, message.image_numbers[: len(rest)]):
+        content += [*images.take(number), _Plain(part)]
     return content
+
+
+class _Images:
+    """The images of a prompt in order: `total` in all, besides the `frames` of clips."""
+
+    def __init__(self, template: Template, total: int = 0, frames: Collection[int] = ()) -> None:
+        self.template, self.total, self.frames, self.next = template, total, frames, 0
+
+    def take(self, number: int | None) -> list[_Piece]:
+        """Pieces of the next image; `number` announces it, None: its place in the order."""
+        template, index = self.template, self.next
+        self.next += 1
+        image = (_Special(template.image_open), _Image(index), _Special(template.image_close))
+        if not template.numbered or self.total < 2 or index in self.frames:
+            return list(image)
+        return [_Plain(template.numbered.format(number or index + 1)), *image]
 
 
 def _turn(role: Role, content: Sequence[_Piece]) -> list[_Piece]:
     return [_Special(IM_START), _Plain(f"{role}\n"), *content, _Special(IM_END), _Plain("\n")]
 
 
-def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> Prompt:
+def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece], template: Template = NEO) -> Prompt:
     marks = {name: tokenizer.find(name) for name in MARKS}
     typed = _typed([name for name, token in marks.items() if token is not None])
     segments: list[Segment] = []
@@ -436,6 +459,9 @@ def _assemble(tokenizer: Tokenizer, pieces: Sequence[_Piece]) -> Prompt:
         token = marks[piece.name] if isinstance(piece, _Mark) else None
         if isinstance(piece, _Plain):
             plain += piece.text
+            if not template.one_piece:
+                ids += encode(plain)
+                plain = ""
             continue
         if isinstance(piece, _Mark) and token is None:
             plain += piece.name
@@ -455,6 +481,17 @@ def _typed(marks: Sequence[str]) -> re.Pattern[str]:
     """Positions at which text is cut, so that a typed tool mark is not read as its token."""
     inside = "|".join(re.escape(mark[1:]) for mark in marks)
     return re.compile(f"(?<=<)(?={inside})" if inside else "(?!)")
+
+
+def _check_length(tokenizer: Tokenizer, text: str, template: Template) -> None:
+    if template.max_prompt_tokens is None:
+        return
+    length = len(tokenizer.encode(text))
+    if length > template.max_prompt_tokens:
+        raise PromptError(
+            f"the prompt has {length:,} tokens, this model reads {template.max_prompt_tokens:,} at "
+            "most"
+        )
 
 
 def _check_says_something(text: str) -> None:

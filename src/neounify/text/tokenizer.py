@@ -41,7 +41,12 @@ class Tokenizer:
     """
 
     def __init__(
-        self, description: dict[str, Any], *, origin: str, files: Mapping[str, bytes] | None = None
+        self,
+        description: dict[str, Any],
+        *,
+        origin: str,
+        files: Mapping[str, bytes] | None = None,
+        required: tuple[str, ...] = REQUIRED,
     ) -> None:
         """Build from a tokenizer description (the object a tokenizer.json holds).
 
@@ -49,6 +54,7 @@ class Tokenizer:
             description: the tokenizer.json object.
             origin: where it came from, for error messages.
             files: the files that `save` writes; by default they are generated from the description.
+            required: the tokens that it must have.
 
         Raises:
             TokenizerError: the description is damaged or a required token is missing.
@@ -62,16 +68,27 @@ class Tokenizer:
         self._added = {token["id"]: token["content"].encode("utf-8") for token in added}
         self._special = frozenset(token["id"] for token in added if token["special"])
         self._vocab_size = 1 + max(description["model"]["vocab"].values(), default=-1)
-        missing = [name for name in REQUIRED if self._library.token_to_id(name) is None]
-        if missing:
-            raise TokenizerError(
-                f"{origin}: the tokens {' '.join(missing)} are missing; {USABLE_FOLDER}"
-            )
+        self._origin = origin
+        self.require(required)
         self._files = dict(files) if files is not None else _own_files(description)
 
+    def require(self, names: tuple[str, ...]) -> None:
+        """Raise TokenizerError unless there are tokens of all these names."""
+        self._required = names
+        missing = [name for name in names if self.find(name) is None]
+        if missing:
+            raise TokenizerError(
+                f"{self._origin}: the tokens {' '.join(missing)} are missing; {USABLE_FOLDER}; it "
+                f"must know {' '.join(names)}"
+            )
+
     @classmethod
-    def from_folder(cls, path: str | PathLike[str]) -> Tokenizer:
+    def from_folder(
+        cls, path: str | PathLike[str], required: tuple[str, ...] = REQUIRED
+    ) -> Tokenizer:
         """Load tokenizer.json, or vocab.json + merges.txt with the added tokens beside them.
+
+        `required` are the tokens that it must have, by default those of SenseNova-U1's prompts.
 
         Raises:
             TokenizerError: the folder or a file in it is missing, damaged, too large, or lacks
@@ -80,7 +97,7 @@ class Tokenizer:
         folder = Path(path)
         files = read_files(folder)
         description, origin = describe(files, folder)
-        return cls(description, origin=origin, files=files)
+        return cls(description, origin=origin, files=files, required=required)
 
     @property
     def vocab_size(self) -> int:
@@ -186,7 +203,7 @@ class Tokenizer:
             vocab[left + right] = self._vocab_size + len(merges) - len(model["merges"])
             merges.append([left, right])
         description["model"] = {**model, "merges": merges, "vocab": vocab}
-        return Tokenizer(description, origin="the extended tokenizer")
+        return Tokenizer(description, origin="the extended tokenizer", required=self._required)
 
     def _pieces(self, text: str) -> list[tuple[str, ...]]:
         """The words of a text, each as its tokens."""

@@ -50,7 +50,7 @@ SPLIT_PATTERN = (
 
 USABLE_FOLDER = (
     "a usable folder has tokenizer.json, or vocab.json and merges.txt with the special tokens in "
-    "added_tokens.json or in tokenizer_config.json; it must know " + " ".join(REQUIRED)
+    "added_tokens.json or in tokenizer_config.json"
 )
 
 _MAX_ID = 2**31 - 1

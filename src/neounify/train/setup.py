@@ -26,6 +26,7 @@ from neounify.model.build import meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline.loading import load_processor
+from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer
 from neounify.train.parallel import parallelize_run
 from neounify.train.recipe import ModelRecipe, Recipe, StageRecipe, TokenizerRecipe
@@ -115,7 +116,7 @@ def _of_checkpoint(recipe: Recipe, folder: Path) -> Start:
     weights: Weights = ChangedWeights(stored, config, recipe.seed) if source.changes else stored
     settings = source.tokenizer
     if settings is not None and settings.vocab_size > tokenizer.vocab_size:
-        grown = _saved(folder, partial(_extended, tokenizer, recipe, settings))
+        grown = _saved(folder, config, partial(_extended, tokenizer, recipe, settings))
         config = config.replace(vocab_size=max(grown.vocab_size, config.vocab_size))
         weights, tokenizer = GrownWeights(weights, config, tokenizer, grown), grown
     config = with_trained_sizes(config, recipe)
@@ -126,7 +127,7 @@ def _of_checkpoint(recipe: Recipe, folder: Path) -> Start:
 def _of_fresh(recipe: Recipe, folder: Path) -> Start:
     source = recipe.model
     config = with_trained_sizes(_config(PRESETS.get(source.preset or ""), source), recipe)
-    tokenizer = _saved(folder, partial(_tokenizer, recipe))
+    tokenizer = _saved(folder, config, partial(_tokenizer, recipe))
     _check_ids(tokenizer, config)
     return Start(config, FreshWeights(config, recipe.seed), tokenizer, source.system_message)
 
@@ -157,11 +158,11 @@ def _opened(path: Path) -> CheckpointFolder:
     return CheckpointFolder.open(path)
 
 
-def _saved(folder: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+def _saved(folder: Path, config: ModelConfig, make: Callable[[], Tokenizer]) -> Tokenizer:
     """The tokenizer of a run's folder; made and saved there at its start."""
     saved = folder / "tokenizer"
     if saved.is_dir():
-        return Tokenizer.from_folder(saved)
+        return Tokenizer.from_folder(saved, TEMPLATES[config.template].tokens)
     tokenizer = make()
     _save_tokenizer(tokenizer, saved)
     return tokenizer
