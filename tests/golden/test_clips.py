@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import PIL.Image
 import pytest
 import torch
 
+import neounify
 from neounify.cache import SequenceCache, new_cache
 from neounify.checkpoint import load_model
 from neounify.engine.denoiser import Denoiser, make_job
@@ -16,10 +18,13 @@ from neounify.image.clips import fill_tubes, frame_levels, rows_to_frames, tube_
 from neounify.image.pixels import normalise_und
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.parts import GEN, UND
-from neounify.tasks.video import clip_grid, draw_clip_noise
+from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
+from neounify.tasks.clips import Frames
+from neounify.tasks.video import clip_grid, draw_clip_noise, in_tubes
 from support.golden import checkpoint, load_fixture, needs_golden
 from support.golden_steps import SINGLE_PASS, TRAJECTORY, Steps
 from support.models import assert_close, one_thread
+from support.scripted_sampler import script_sampler
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -53,6 +58,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NeoUnify]:
     root = tmp_path_factory.mktemp("clips")
     folders = {name: checkpoint(name, root, FAMILY) for name in ("tiny-f18", "tiny-f22")}
     return {name: load_model(path, config=path / "llm") for name, path in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> neounify.Pipeline:
+    path = checkpoint("tiny-f22", tmp_path_factory.mktemp("pipe"), FAMILY)
+    return neounify.load(path, config=path / "llm")
 
 
 @pytest.mark.parametrize("name", ["tiny-f18", "tiny-f22"])
@@ -159,6 +170,44 @@ def test_clips_to_look_at(kind: str, models: dict[str, NeoUnify]) -> None:
         assert_close(model.logits(hidden)[0], logits, SINGLE_PASS)
         assert int(logits.argmax()) == token
         hidden = forward_und(model, [ModelInput(cache, (Text(1),), [token])])
+
+
+@pytest.mark.parametrize("kind", ["tubes", "sparse"])
+def test_questions_about_clips(
+    kind: str, pipe: neounify.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorded prompt and answer, from frames with their times."""
+    recorded, facts = load_fixture("tiny-f22", "video_und", FAMILY)
+    images = [PIL.Image.fromarray(frame) for frame in recorded["frames"].numpy()]
+    if kind == "tubes":
+        clip = in_tubes(pipe.config, images, facts["timestamps"])
+    else:
+        chosen = [images[number] for number in facts["sparse"]["frames"]]
+        clip = Frames(chosen, facts["sparse"]["timestamps"])
+    request = make_chat_request(facts["instruction"], (), [clip], pipe.processor.template)
+    shown = [pipe.model.token_grid(image) for image in chat_images(pipe.processor, request)]
+    ids = prompt_of(pipe.processor, request).ids([grid.length for grid in shown], -1)
+    assert ids == recorded[f"{kind}.ids"].tolist()
+    script_sampler(monkeypatch, lambda logits: int(logits.argmax()))
+    answer = pipe.chat(facts["instruction"], video=clip, max_new_tokens=12)
+    assert list(answer.token_ids) == recorded[f"{kind}.answer_ids"].tolist()
+
+
+def test_videos_of_a_pipeline(pipe: neounify.Pipeline) -> None:
+    """The whole way from a prompt to frames, with the recorded settings."""
+    recorded, facts = load_fixture("tiny-f22", "t2v", FAMILY)
+    frames, height, width = facts["frames_height_width"]
+    out = pipe.generate(
+        facts["prompt"],
+        frames=frames,
+        height=height,
+        width=width,
+        seed=facts["seed"],
+        fps=facts["cases"]["unipc"]["fps"],
+        steps=facts["cases"]["unipc"]["steps"],
+    )
+    levels = out.videos[0].frames.int() - recorded["unipc.uint8"].int()
+    assert levels.abs().max() <= 1
 
 
 def _check_mask(layout: Layout, mask: torch.Tensor) -> None:

@@ -19,8 +19,11 @@ from neounify.flow.sampling import ImageSampling
 from neounify.image.clips import rows_to_frames
 from neounify.model import NeoUnify
 from neounify.pipeline import ImageProgress
+from neounify.tasks.chat import chat_images, make_chat_request, prompt_of
 from neounify.tasks.image import ImageRequest
-from neounify.text import byte_tokenizer
+from neounify.tasks.video import in_tubes
+from neounify.text import Message, byte_tokenizer, chat_prompt
+from neounify.text.clips import clip_text
 from support.golden_steps import Steps
 
 SIZE: dict[str, Any] = {"width": 64, "height": 32, "steps": 3, "frames": 8, "fps": 16}
@@ -141,3 +144,27 @@ def test_a_model_without_tubes_refuses_clips(pipe: neounify.Pipeline) -> None:
 def test_rates_are_kept_as_fractions(clips: neounify.Pipeline) -> None:
     video = clips.generate("x", **(SIZE | {"fps": 29.97, "steps": 1})).videos[0]
     assert video.fps == Fraction(2997, 100)
+
+
+def test_questions_take_clips_in_tubes(clips: neounify.Pipeline, pipe: neounify.Pipeline) -> None:
+    frames = clips.generate("a star", **SIZE).videos[0].images[:6]
+    times = [2 + n / 4 for n in range(6)]
+    clip = in_tubes(clips.config, frames, times)
+    assert list(clip.times) == [0.0, 1.0]
+    request = make_chat_request("Where?", (), [clip])
+    prompt = prompt_of(clips.processor, request)
+    wanted = chat_prompt(clips.tokenizer, [Message("user", clip_text([0.0, 1.0]) + "Where?")])
+    assert prompt == wanted
+    first, last = chat_images(clips.processor, request)
+    assert (first.shape, last.shape) == ((4, 3, 32, 64), (4, 3, 32, 64))
+    # The last frame fills the tube.
+    assert torch.equal(last[1], last[2])
+    assert not torch.equal(last[0], last[1])
+    answer = clips.chat("Where?", video=clip, max_new_tokens=4)
+    assert answer.prompt_tokens == len(prompt.ids([2, 2], -1))
+    again = clips.chat("Where?", video=in_tubes(clips.config, frames, times), max_new_tokens=4)
+    assert again.token_ids == answer.token_ids
+    with pytest.raises(RequestError, match="no embedding of tubes"):
+        in_tubes(pipe.config, frames, times)
+    with pytest.raises(RequestError, match="6 and 5 times"):
+        in_tubes(clips.config, frames, times[:5])

@@ -15,9 +15,12 @@ from neounify.text.clips import VIDEO_MARK, clip_text
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames of a clip that a model sees as images of one size, each after its time in seconds."""
+    """Frames of a clip that a model sees as images of one size, each after its time in seconds.
 
-    images: Sequence[PIL.Image.Image]
+    Of a clip in tubes, `images` are `tasks.video.ClipPiece`s; `in_tubes` makes them.
+    """
+
+    images: Sequence[Any]
     times: Sequence[float]
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.config import ModelConfig, TextSampling
+from neounify.config import Capability, ModelConfig, TextSampling
 from neounify.config.sampling import check_seed
 from neounify.engine.generation import preview_steps
 from neounify.engine.messages import (
@@ -239,7 +239,8 @@ def generate_images(
 
     At most `previews` of each image are events, None for one after every step.
     """
-    processor.config.check_can("edit" if request.images else "generate")
+    able: Capability = "edit" if request.images else "generate"
+    processor.config.check_can("generate_video" if request.frames else able)
     room = 0
     if request.think:
         processor.check_writes_text("think")

@@ -16,7 +16,7 @@ from neounify.flow.path import initial_noise, noise_scale
 from neounify.image.clips import tube_rows
 from neounify.image.pixels import check_image_tokens, check_size, image_tokens
 from neounify.model.layout import Grid
-from neounify.tasks.clips import frame_bounds
+from neounify.tasks.clips import Frames, frame_bounds
 from neounify.video.clip import read_fps
 
 
@@ -137,6 +137,18 @@ def clip_pieces(
         )
         for first in range(0, len(frames), per_piece)
     ]
+
+
+def in_tubes(
+    config: ModelConfig, frames: Sequence[PIL.Image.Image], times: Sequence[float]
+) -> Frames:
+    """Frames of a clip, each with its time in seconds, as a conversation takes them in tubes.
+
+    A tube has the time of its first frame, counted from the first of all; the last frame fills the
+    last tube. Raises RequestError.
+    """
+    pieces = clip_pieces(config, frames, times, tubes=True)
+    return Frames(pieces, [piece.seconds for piece in pieces])
 
 
 # --- requests ---
