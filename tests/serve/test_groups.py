@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -124,15 +125,41 @@ SLOW = [
 ]
 
 
+@pytest.fixture(scope="module")
+def pipe(four: Path) -> neounify.Pipeline:
+    return neounify.load(four, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def answers(pipe: neounify.Pipeline) -> list[Collected]:
+    """What one process answers."""
+    return serve(colocated(pipe), partial(all_at_once, requests=requests_for(pipe)))
+
+
+@pytest.fixture
+def quick_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of the slow rows start from a server that has imported torch (conftest.py)."""
+    if request.node.get_closest_marker("slow"):
+        forked = multiprocessing.get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
+
+
+@pytest.mark.usefixtures("quick_starts")
 @pytest.mark.parametrize(("und", "gen", "sequence"), [(2, 2, 1), *SLOW])
-def test_groups_answer_as_one_process(four: Path, und: int, gen: int, sequence: int) -> None:
-    pipe = neounify.load(four, dtype="float32")
-    work = partial(all_at_once, requests=requests_for(pipe))
-    expected = serve(colocated(pipe), work)
-    actual = serve(grouped(four, und, gen, sequence), work)
+def test_groups_answer_as_one_process(
+    *,
+    four: Path,
+    pipe: neounify.Pipeline,
+    answers: list[Collected],
+    und: int,
+    gen: int,
+    sequence: int,
+) -> None:
+    service = grouped(four, und, gen, sequence)
+    actual = serve(service, partial(all_at_once, requests=requests_for(pipe)))
     # Text, then images: those that have no thought are whole.
     assert [len(one.images) for one in actual] == [0, 0, 0, 1, 1, 2, 2]
-    same(actual, expected, 1e-5)
+    same(actual, answers, 1e-5)
 
 
 @pytest.mark.slow
