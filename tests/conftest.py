@@ -40,6 +40,17 @@ settings.register_profile("neounify", deadline=None)
 settings.load_profile("neounify")
 
 
+@pytest.fixture
+def quick_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a slow row of a table starts come from the fork server above.
+
+    What they compute is the same; rows that are not slow start processes as users do.
+    """
+    if request.node.get_closest_marker("slow"):
+        forked = multiprocessing.get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
+
+
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Give a function from a golden checkpoint's name to a folder with its weights rebuilt."""

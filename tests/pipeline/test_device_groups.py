@@ -58,7 +58,10 @@ def picture() -> Image.Image:
     return Image.fromarray(values)
 
 
-def answers(pipe: neounify.Pipeline) -> tuple[list[str], list[torch.Tensor]]:
+Answers = tuple[list[str], list[torch.Tensor]]
+
+
+def answers(pipe: neounify.Pipeline) -> Answers:
     """Texts and pixels of every task."""
     small: dict[str, Any] = {"width": 64, "height": 64, "steps": 3}
     texts = [pipe.chat("Hello", max_new_tokens=9, temperature=1.0, seed=3).text]
@@ -76,28 +79,35 @@ def answers(pipe: neounify.Pipeline) -> tuple[list[str], list[torch.Tensor]]:
     return texts, pixels
 
 
-def same(actual: neounify.Pipeline, expected: neounify.Pipeline) -> None:
+@pytest.fixture(scope="module")
+def expected(one: neounify.Pipeline) -> Answers:
+    return answers(one)
+
+
+def same(actual: neounify.Pipeline, expected: Answers) -> None:
     texts, pixels = answers(actual)
-    other_texts, other_pixels = answers(expected)
+    other_texts, other_pixels = expected
     assert texts == other_texts
     assert len(pixels) == len(other_pixels) >= 4
     for a, b in zip(pixels, other_pixels, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_two_devices_answer_as_one(one: neounify.Pipeline, two: neounify.Pipeline) -> None:
-    same(two, one)
+def test_two_devices_answer_as_one(expected: Answers, two: neounify.Pipeline) -> None:
+    same(two, expected)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 @pytest.mark.parametrize("sequence", [1, 2, 4])
-def test_four_devices_answer_as_one(one: neounify.Pipeline, path: Path, sequence: int) -> None:
+def test_four_devices_answer_as_one(expected: Answers, path: Path, sequence: int) -> None:
     four = neounify.load(path, dtype="float32", devices=["cpu"] * 4, sequence_parallel=sequence)
-    same(four, one)
+    same(four, expected)
     assert four.devices is not None
     four.devices.close()
 
 
+@pytest.mark.usefixtures("quick_starts")
 @pytest.mark.parametrize(
     "preset", ["w4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8-all", "fp8"))]
 )
@@ -105,7 +115,7 @@ def test_quantised_weights_answer_as_on_one_device(path: Path, preset: str) -> N
     options: dict[str, Any] = {"dtype": "float32", "quantise": preset, "backend": "reference"}
     pipe = neounify.load(path, devices=["cpu", "cpu"], **options)
     assert isinstance(pipe.model.get_submodule("layers.0.und.out.o_proj"), QuantLinear)
-    same(pipe, neounify.load(path, **options))
+    same(pipe, answers(neounify.load(path, **options)))
 
 
 def test_calls_of_several_threads_do_not_meet(

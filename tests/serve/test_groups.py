@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 from functools import partial
@@ -134,14 +133,6 @@ def pipe(four: Path) -> neounify.Pipeline:
 def answers(pipe: neounify.Pipeline) -> list[Collected]:
     """What one process answers."""
     return serve(colocated(pipe), partial(all_at_once, requests=requests_for(pipe)))
-
-
-@pytest.fixture
-def quick_starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks of the slow rows start from a server that has imported torch (conftest.py)."""
-    if request.node.get_closest_marker("slow"):
-        forked = multiprocessing.get_context("forkserver")
-        monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
 
 
 @pytest.mark.usefixtures("quick_starts")

@@ -22,8 +22,6 @@ from neounify.train.state import saved_states
 from support.parallel_runs import CASES, losses, numpy, recipe, this_rank, train, trainer
 from support.ranks import run_ranks
 
-Weights = dict[str, dict[str, Any]]
-"""Weights by case and name."""
 MOVED = ("moved", "moved experts")
 COPIES = {
     "copies": "dense",
@@ -41,12 +39,10 @@ SECONDS = 540.0
 
 
 def on_two_ranks(folder: str) -> dict[str, Any]:
-    """Every case of two ranks, the first steps of a run that moves, and Muon by itself."""
+    """Every quick case of two ranks, and Muon by itself."""
     results: dict[str, Any] = {
         case: train(Path(folder) / case, case) for case in CASES if case not in (*ON_FOUR, *SLOW)
     }
-    for case in MOVED:
-        results[case] = train(Path(folder) / case, case, stop_after=2)
     results["owners"] = muon_on_owners()
     results["spoiled"] = spoiled(Path(folder) / "spoiled")
     return results
@@ -54,6 +50,11 @@ def on_two_ranks(folder: str) -> dict[str, Any]:
 
 def slow_on_two_ranks(folder: str) -> dict[str, Any]:
     return {case: train(Path(folder) / case, case) for case in SLOW}
+
+
+def first_steps(folder: str) -> None:
+    for case in MOVED:
+        train(Path(folder) / case, case, stop_after=2)
 
 
 def on_four_ranks(folder: str) -> dict[str, Any]:
@@ -110,13 +111,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+class Alone(dict[str, dict[str, Any]]):
+    """Weights of one process by case, which is trained when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, case: str) -> dict[str, Any]:
+        self[case] = train(self.folder / case, case)
+        return self[case]
+
+
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Weights:
-    return {
-        case: train(folder / "alone" / case, case)
-        for case in CASES
-        if not {case} & {*COPIES, *SLOW}
-    }
+def alone(folder: Path) -> Alone:
+    return Alone(folder / "alone")
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +134,8 @@ def two(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path, two: object) -> list[dict[str, Any]]:
-    (folder / "four").mkdir()
-    for case in MOVED:
-        (folder / "two" / case).rename(folder / "four" / case)
+def four(folder: Path) -> list[dict[str, Any]]:
+    run_ranks(first_steps, str(folder / "four"), ranks=2, seconds=SECONDS)
     return run_ranks(on_four_ranks, str(folder / "four"), ranks=4, seconds=SECONDS)
 
 
@@ -155,35 +162,36 @@ def check_weights(expected: dict[str, Any], ranks: list[dict[str, Any]], bound: 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c not in (*ON_FOUR, *SLOW, *ROUNDED)])
 def test_two_ranks_train_as_one(
-    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+    folder: Path, alone: Alone, two: list[dict[str, Any]], case: str
 ) -> None:
-    check_logs(folder / "alone" / case, folder / "two" / case)
     check_weights(alone[case], [rank[case] for rank in two], 1e-5)
+    check_logs(alone.folder / case, folder / "two" / case)
 
 
 @pytest.mark.parametrize("case", ROUNDED)
 def test_two_ranks_train_as_one_but_for_rounding(
-    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+    folder: Path, alone: Alone, two: list[dict[str, Any]], case: str
 ) -> None:
     of_losses, of_weights = ROUNDED[case]
-    check_logs(folder / "alone" / case, folder / "two" / case, of_losses)
     check_weights(alone[case], [rank[case] for rank in two], of_weights)
+    check_logs(alone.folder / case, folder / "two" / case, of_losses)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW)
-def test_compiled_layers_on_two_ranks(folder: Path, alone: Weights, case: str) -> None:
+def test_compiled_layers_on_two_ranks(folder: Path, alone: Alone, case: str) -> None:
     ranks = run_ranks(slow_on_two_ranks, str(folder / "slow"), ranks=2, seconds=SECONDS)
-    check_logs(folder / "alone" / "dense", folder / "slow" / case)
     check_weights(alone["dense"], [rank[case] for rank in ranks], 1e-5)
+    check_logs(alone.folder / "dense", folder / "slow" / case)
 
 
 @pytest.mark.parametrize("case", ["sparse", "experts", "experts muon"])
 def test_tokens_of_experts_are_counted_over_the_ranks(
-    folder: Path, alone: Weights, two: list[dict[str, Any]], case: str
+    folder: Path, alone: Alone, two: list[dict[str, Any]], case: str
 ) -> None:
     """Each token once for each of its experts, also where layers are computed again."""
-    mine, theirs = (expert_tokens(folder / name / case) for name in ("alone", "two"))
+    assert alone[case].keys() == two[0][case].keys()
+    mine, theirs = (expert_tokens(at / case) for at in (alone.folder, folder / "two"))
     assert mine == theirs
     totals = [line["tokens"] for line in losses(folder / "two" / case)]
     for number, line in enumerate(theirs):
@@ -218,16 +226,16 @@ def test_a_loss_of_one_rank_that_is_not_finite_is_skipped_by_all(two: list[dict[
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COPIES)
 def test_copies_of_a_mesh_train_as_one(
-    folder: Path, alone: Weights, four: list[dict[str, Any]], case: str
+    folder: Path, alone: Alone, four: list[dict[str, Any]], case: str
 ) -> None:
-    check_logs(folder / "alone" / COPIES[case], folder / "four" / case)
     check_weights(alone[COPIES[case]], [rank[case] for rank in four], 1e-5)
+    check_logs(alone.folder / COPIES[case], folder / "four" / case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MOVED)
 def test_a_run_moves_from_two_ranks_to_four_and_to_one(
-    folder: Path, alone: Weights, four: list[dict[str, Any]], case: str
+    folder: Path, alone: Alone, four: list[dict[str, Any]], case: str
 ) -> None:
     at = folder / "four" / case
     states = [path.name for path in saved_states(at / "states")]
@@ -237,10 +245,10 @@ def test_a_run_moves_from_two_ranks_to_four_and_to_one(
     facts = json.loads((at / "states" / states[-1] / "state.json").read_text())
     assert all(len(known["sha256"]) == 64 for known in facts["files"].values())
     weights = train(at, case)
-    check_logs(folder / "alone" / case, at)
     check_weights(alone[case], [weights], 1e-5)
+    check_logs(alone.folder / case, at)
     exported = dict(load(at / "model").model.named_parameters())
-    before = dict(load(folder / "alone" / case / "model").model.named_parameters())
+    before = dict(load(alone.folder / case / "model").model.named_parameters())
     for name, weight in before.items():
         torch.testing.assert_close(exported[name], weight, atol=1e-5, rtol=0)
 
