@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from support.golden import golden_path, load_fixture, needs_golden
+from neounify.cli.images import read_record
+from support.golden import checkpoint, golden_path, load_fixture, needs_golden
 
 pytestmark = needs_golden
 NAMES = ("tiny-dense", "tiny-pixelhead")
@@ -38,6 +39,23 @@ def test_the_file_holds_the_recorded_image(
     seed = ("--seed", facts["seed"], "--dtype", "float32", "--model", golden_checkpoint(name))
     assert run("generate", facts["prompt"], *SIZE, *seed, "-o", "x.png").code == 0
     check_file("x.png", arrays["none.final"])
+
+
+def test_the_file_holds_the_recorded_image_of_the_second_family(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Without a solver named: the checkpoint's is dpm2m."""
+    folder = checkpoint("tiny-f22", tmp_path, "pixelumm")
+    arrays, facts = load_fixture("tiny-f22", "t2i", "pixelumm")
+    model = ("--model", folder, "--config", folder / "llm", "--dtype", "float32")
+    options = ("--size", "64x48", "--steps", 4, "--seed", facts["seed"], "--device", "cpu")
+    assert run("generate", facts["prompt"], *options, *model, "-o", "x.png").code == 0
+    with Image.open("x.png") as image:
+        difference = np.abs(np.array(image).astype(int) - arrays["none.uint8"].numpy())
+    assert difference.max() <= 1
+    settings = read_record(Path("x.png"))["settings"]
+    assert (settings["solver"], settings["shift"], settings["guidance"]) == ("dpm2m", 3.0, 3.5)
+    assert settings["t_eps"] == 0.05
 
 
 def test_the_edited_file_holds_the_recorded_image(

@@ -25,8 +25,9 @@ from neounify.data.sample import DataError, Sample, SampleClip, SampleImage, Sam
 from neounify.image.pixels import fit_size
 from neounify.model.layout import Document, Grid, Image, Noise, Span, Text
 from neounify.text.clips import time_stamp
+from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer
-from neounify.text.tokens import IM_END, IM_START, IMAGE_CLOSE, IMAGE_OPEN, THINK_CLOSE, THINK_OPEN
+from neounify.text.tokens import IM_END, IM_START, THINK_CLOSE, THINK_OPEN
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -165,6 +166,7 @@ class _Writer:
     def __init__(self, encoder: Encoder, sample: Sample) -> None:
         self.encoder, self.sample = encoder, sample
         self.tokenizer = encoder.tokenizer
+        self.template = TEMPLATES[encoder.config.template]
         self.spans: list[Span] = []
         self.ids: list[int] = []
         self.labels: list[tuple[int, int]] = []
@@ -175,8 +177,10 @@ class _Writer:
         self._row = 0
         self._tokens = 0
         self._opens_thought = False
-        if sample.turns[0].role != "system" and sample.task in GENERATION_TASKS:
-            self._system(encoder.system_message)
+        self._shown_images = 0
+        if sample.turns[0].role != "system":
+            generates = sample.task in GENERATION_TASKS
+            self._system(encoder.system_message if generates else self.template.chat_system)
 
     # --- turns ---
 
@@ -200,7 +204,7 @@ class _Writer:
         first = turn.parts[0] if turn.parts else None
         thinks = isinstance(first, SampleText) and first.text.startswith(THINK_OPEN)
         has_image = any(not isinstance(part, SampleText) for part in turn.parts)
-        if has_image and not thinks:
+        if has_image and not thinks and self.template.thinks:
             self._no_thought()
         self._opens_thought = thinks and self.sample.task in GENERATION_TASKS
         for part in turn.parts:
@@ -232,7 +236,7 @@ class _Writer:
     def without_text(self, *, images: bool) -> None:
         """The prefix of guidance: the input images alone, or nothing, then `<img>`."""
         self.spans, self.ids, self.labels, self._plain = [], [], [], ""
-        self._row = self._tokens = 0
+        self._row = self._tokens = self._shown_images = 0
         inputs = [part for part in _pictured(self.sample) if part.role == "input"]
         targets = [part for part in _pictured(self.sample) if part.role == "target"]
         self._open("user")
@@ -244,7 +248,7 @@ class _Writer:
             for part in targets:
                 self._target(part, loss=False)
         else:
-            self._special(IMAGE_OPEN, loss=False)
+            self._open_target()
             for part in targets:
                 self._noise(self._sized_target(part, copies=self.encoder.noise_draws), part)
 
@@ -271,7 +275,7 @@ class _Writer:
         self._flush()
 
     def _text(self, text: str, *, loss: bool) -> None:
-        if loss != self._loss:
+        if loss != self._loss or not self.template.one_piece:
             self._flush()
             self._loss = loss
         self._plain += text
@@ -325,6 +329,10 @@ class _Writer:
         pixels = part.pixels()
         size = self._fit(pixels, bounds)
         self._reserve_image(size, 1, "input_pixels")
+        self._shown_images += 1
+        several = len(self.sample.images) > 1 and self.sample.task not in GENERATION_TASKS
+        if several and self.template.numbered:
+            self._text(self.template.numbered.format(self._shown_images), loss=False)
         self._shown(_resized(pixels, size))
 
     def _input_clip(self, part: SampleClip) -> None:
@@ -344,9 +352,14 @@ class _Writer:
 
     def _shown(self, pixels: Pixels) -> None:
         """A clean image or tube between its marks."""
-        self._special(IMAGE_OPEN, loss=False)
+        self._special(self.template.image_open, loss=False)
         self._clean(pixels)
-        self._special(IMAGE_CLOSE, loss=False)
+        self._special(self.template.image_close, loss=False)
+
+    def _open_target(self) -> None:
+        """What inference writes between an answer's head and its image."""
+        for name in self.template.paint_open:
+            self._special(name, loss=False)
 
     def _tube_frames(self, *, und: bool = False) -> int:
         """Frames of a tube. DataError for a model without an embedding of tubes."""
@@ -356,8 +369,11 @@ class _Writer:
             raise DataError(f"the model has no embedding of tubes, and the sample a clip {what}")
         return video.tube_frames
 
-    def _target(self, part: SampleImage | SampleClip, *, loss: bool | None = None) -> None:
-        """A target image or clip: noisy blocks, and of an image a clean copy for what follows."""
+    def _target(self, part: SampleImage | SampleClip, *, loss: bool = True) -> None:
+        """A target image or clip: noisy blocks, and of an image a clean copy for what follows.
+
+        With `loss` the token that opens an image with a clean copy is predicted.
+        """
         continues = self.sample.task not in GENERATION_TASKS
         if not part.loss:
             raise DataError("an image in an answer must be a target")
@@ -366,12 +382,15 @@ class _Writer:
                 f"task {self.sample.task}: a clip to generate ends its sample, which "
                 "t2v and next_frames have"
             )
-        self._special(IMAGE_OPEN, loss=continues if loss is None else loss)
+        if continues:
+            self._special(self.template.image_open, loss=loss)
+        else:
+            self._open_target()
         pixels = self._sized_target(part, copies=self.encoder.noise_draws + continues)
         self._noise(pixels, part)
         if continues:
             self._clean(pixels)
-            self._special(IMAGE_CLOSE, loss=False)
+            self._special(self.template.image_close, loss=False)
 
     def _noise(self, pixels: Pixels, part: SampleImage | SampleClip) -> None:
         block = Noise.of(self._grid(pixels))
