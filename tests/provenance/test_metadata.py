@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +22,9 @@ from neounify.provenance.metadata import (
     encode_image,
     read_packet,
     read_provenance,
+    write_packet,
 )
+from neounify.video.clip import Video
 
 FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
 BASE = {"made_by": f"neounify {neounify.__version__}", "source_type": GENERATED}
@@ -148,3 +152,12 @@ def test_damaged_files_give_facts_or_a_clear_error(data: st.DataObject, format: 
         except ImageError:
             continue
         assert json.dumps(facts)
+
+
+def test_facts_of_a_video_come_back() -> None:
+    video = Video(torch.zeros(2, 16, 16, 3, dtype=torch.uint8), Fraction(8))
+    facts = {"model": "motion", "seed": "7", "frames": "2"}
+    assert read_provenance(video.to_bytes(xmp=write_packet(facts))) == BASE | facts | {"seed": 7}
+    assert read_provenance(video.to_bytes()) == {}
+    cut = video.to_bytes(xmp=write_packet(facts))[:-10]
+    assert read_provenance(cut) == {}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +21,7 @@ from neounify.serve.service import EngineService
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.program import FramesFinished, Preview
 from neounify.text import byte_tokenizer
+from support.http_server import serving
 from support.serving import serve
 
 
@@ -56,3 +61,23 @@ def test_a_clip_is_that_of_the_pipeline(
         assert parts[-1].usage.image_tokens == 4
     previews = [event for event in events if isinstance(event, Preview)]
     assert {tuple(preview.pixels.shape) for preview in previews} <= {(3, 32, 64)}
+
+
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_a_video_over_http_is_that_of_the_pipeline(clips: neounify.Pipeline) -> None:
+    fields: Any = {"frames": 8, "fps": 16, "steps": 3, "seed": 5}
+    size: Any = "64x32"
+    with serving(colocated(clips)) as client:
+        video = client.videos.create_and_poll(
+            prompt="a star", size=size, extra_body=fields, poll_interval_ms=20
+        )
+        assert video.status == "completed", video.error
+        file = client.videos.download_content(video.id).read()
+    wanted = clips.generate("a star", width=64, height=32, **fields).videos[0].frames.numpy()
+    with av.open(io.BytesIO(file)) as container:
+        shown = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    assert shown.shape == wanted.shape
+    # An untrained model's frames are noise, which H.264 smooths: they agree where it is not fine.
+    blocks = [x.reshape(8, 4, 8, 8, 8, 3).mean((2, 4)) for x in (shown, wanted)]
+    assert np.abs(blocks[0] - blocks[1]).mean() < 6
+    assert np.abs(blocks[0] - blocks[1][::-1]).mean() > 2 * np.abs(blocks[0] - blocks[1]).mean()

@@ -1,4 +1,4 @@
-"""`neounify provenance`: origin metadata and watermarks of image files."""
+"""`neounify provenance`: origin metadata of images and videos, watermarks of images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def provenance(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Image files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, MP4 files.")],
     *,
     report: ReportOptions,
 ) -> None:
-    """Show the origin metadata of images, and whether they carry an invisible watermark.
+    """Show the origin metadata of images and videos, and invisible watermarks of images.
 
     Metadata can be written and removed by anyone, and a watermark can be lost: a result is a hint,
     and no result proves nothing. Unreadable files are reported on stderr and give exit code 1.
@@ -61,12 +61,13 @@ def _marker(display: Any) -> Marker | None:
 def _look(path: Path, marker: Marker | None) -> dict[str, Any]:
     """Metadata and watermark of one file, or under `error` why it cannot be read."""
     from neounify.image.io import read_image
-    from neounify.provenance.metadata import read_provenance
+    from neounify.provenance.metadata import is_video, read_provenance
 
     entry: dict[str, Any] = {"file": str(path)}
     try:
-        entry["metadata"] = read_provenance(_read(path))
-        if marker is not None:
+        data = _read(path)
+        entry["metadata"] = read_provenance(data)
+        if marker is not None and not is_video(data):
             entry["mark"] = marker.read(read_image(path))
     except ImageError as error:
         message = str(error).removeprefix("the image: ")

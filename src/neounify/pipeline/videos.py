@@ -11,6 +11,8 @@ from neounify.video.read import VideoSource, read_video
 
 VideoInput = VideoSource | Video | Frames
 """A path, the bytes of a file, a clip, or frames that were read of one."""
+RESERVE = 4
+"""Area that frames keep while they are read, in areas of what the model sees of them."""
 
 
 def frame_choice(config: ModelConfig, fps: float | None, max_frames: int | None) -> FrameChoice:
@@ -31,6 +33,7 @@ def read_frames(
     max_frames: int | None = None,
     *,
     limits: VideoLimits | None = None,
+    reserve: int = RESERVE,
 ) -> Frames:
     """Frames of a clip, for a model of `config`. Raises VideoError."""
     if isinstance(source, Frames):
@@ -42,7 +45,7 @@ def read_frames(
         indices = choice.indices(Timeline(times, source.seconds))
         images = source.images
         return Frames([images[n] for n in indices], [times[n] for n in indices])
-    return read_file(source, config, fps, max_frames, limits=limits)[0]
+    return read_file(source, config, fps, max_frames, limits=limits, reserve=reserve)[0]
 
 
 def read_file(
@@ -52,9 +55,13 @@ def read_file(
     max_frames: int | None = None,
     *,
     limits: VideoLimits | None = None,
+    reserve: int = RESERVE,
 ) -> tuple[Frames, Clip]:
-    """Frames of a file, and what the file holds. Raises VideoError."""
+    """Frames of a file, and what the file holds. Raises VideoError.
+
+    Larger frames are reduced to `reserve` times the area that the model sees.
+    """
     _, most = frame_bounds(config, 1)
     choice = frame_choice(config, fps, max_frames)
-    video = read_video(source, choice, limits=limits, keep_pixels=most)
+    video = read_video(source, choice, limits=limits, frame_pixels=reserve * most)
     return Frames(video.images, video.times), video.clip

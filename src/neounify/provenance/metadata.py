@@ -1,4 +1,4 @@
-"""Provenance metadata of images: written into PNG, JPEG and WebP, and read back."""
+"""Provenance metadata of images: written into PNG, JPEG and WebP, and read back, of MP4 too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import neounify
 from neounify.errors import ImageError
+from neounify.image.formats import isobmff_format
 from neounify.image.io import read_metadata
+from neounify.video.boxes import find_xmp, is_mp4
 
 Format = Literal["png", "jpeg", "webp"]
 
@@ -54,17 +56,24 @@ def encode_image(image: Image.Image, format: Format, facts: Mapping[str, object]
 
 
 def read_provenance(data: bytes) -> dict[str, Any]:
-    """Origin that an image file declares; empty if it declares none.
+    """Origin that the file of an image or an MP4 declares; empty if it declares none.
 
     Values are those of JSON: numbers are numbers, settings are a dictionary.
     `made_by` and `source_type` are also read where other software wrote them. All of it can be
     forged and removed. Raises ImageError for anything that is not such an image.
     """
+    if is_video(data):
+        return read_packet(find_xmp(BytesIO(data)))
     info = read_metadata(data, (CHUNK, _XMP_CHUNK))
     packet = info.get("xmp") or info.get(_XMP_CHUNK) or b""
     facts = read_packet(packet.encode() if isinstance(packet, str) else packet)
     chunk = info.get(CHUNK)
     return facts | read_facts(chunk) if isinstance(chunk, str) else facts
+
+
+def is_video(data: bytes) -> bool:
+    """Whether a file is MP4 or QuickTime, by its beginning; images in such boxes are not."""
+    return is_mp4(data[:8]) and isobmff_format(data) is None
 
 
 def _chunks(packet: bytes, facts: Mapping[str, object]) -> PngInfo:

@@ -25,7 +25,7 @@ def main(request: dict[str, Any], file: IO[bytes], output: IO[bytes]) -> None:
     choice = FrameChoice(**request["choice"])
     _bound_process(limits)
     try:
-        clip, frames = decode_frames(file, choice, limits, request["keep_pixels"])
+        clip, frames = decode_frames(file, choice, limits, request["frame_pixels"])
         output.write(json.dumps(asdict(clip)).encode() + b"\n")
         for frame in frames:
             output.write(frame.data)

@@ -93,12 +93,12 @@ class MeteredFile:
 
 
 def decode_frames(
-    file: IO[bytes], choice: FrameChoice, limits: VideoLimits, keep_pixels: int
+    file: IO[bytes], choice: FrameChoice, limits: VideoLimits, frame_pixels: int
 ) -> tuple[Clip, Iterator[np.ndarray]]:
     """The clip in a file, and its chosen frames as RGB arrays [height, width, 3] uint8.
 
-    Frames are turned upright, laid on white where they are transparent, and their sides divided by
-    a whole number, to no fewer than `keep_pixels`. Raises VideoError, also while frames are read.
+    Frames are turned upright, laid on white where they are transparent, and reduced to an area of
+    `frame_pixels` where they are larger. Raises VideoError, also while frames are read.
     """
     file.seek(0, 2)
     if not file.tell():
@@ -106,17 +106,17 @@ def decode_frames(
     if file.tell() > limits.file_bytes:
         raise VideoError(f"has {file.tell()} bytes; at most {limits.file_bytes} are read")
     file.seek(0)
-    return _Decoder(file, choice, limits, keep_pixels).start()
+    return _Decoder(file, choice, limits, frame_pixels).start()
 
 
 class _Decoder:
     """One pass over the packets for the times of all frames, then the chosen frames by seeking."""
 
     def __init__(
-        self, file: IO[bytes], choice: FrameChoice, limits: VideoLimits, keep_pixels: int
+        self, file: IO[bytes], choice: FrameChoice, limits: VideoLimits, frame_pixels: int
     ) -> None:
         self._av = video_library()
-        self._limits, self._choice, self._keep_pixels = limits, choice, keep_pixels
+        self._limits, self._choice, self._frame_pixels = limits, choice, frame_pixels
         self._container = self._open(MeteredFile(file, limits.seconds))
         self._stream = self._find_stream()
         self._unit = self._stream.time_base or Fraction(1, 1000)
@@ -312,13 +312,13 @@ class _Decoder:
 
     def _array(self, frame: VideoFrame) -> np.ndarray:
         """The frame as RGB: reduced, upright, on white."""
-        factor = max(1, math.isqrt(frame.width * frame.height // self._keep_pixels))
+        scale = max(1.0, math.sqrt(frame.width * frame.height / self._frame_pixels))
         has_alpha = any(component.is_alpha for component in frame.format.components)
         pixels = frame.reformat(
-            width=-(-frame.width // factor),
-            height=-(-frame.height // factor),
+            width=max(1, int(frame.width / scale)),
+            height=max(1, int(frame.height / scale)),
             format="rgba" if has_alpha else "rgb24",
-            interpolation="AREA" if factor > 1 else None,
+            interpolation="AREA" if scale > 1 else None,
         ).to_ndarray()
         if has_alpha:
             alpha = pixels[..., 3:].astype(np.uint16)

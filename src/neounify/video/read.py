@@ -26,8 +26,8 @@ from neounify.video.library import video_library
 VideoSource = str | PathLike[str] | bytes | bytearray | memoryview
 """A path, or the bytes of a file."""
 
-KEEP_PIXELS = 448**2
-"""Area below which frames are not reduced: what the published models read of a frame."""
+FRAME_PIXELS = 4 * 448**2
+"""Area to which larger frames are reduced: four times what the published models read of one."""
 _START_SECONDS = 20.0
 """For the start of the process, beside the seconds that decoding may take."""
 _OUT_OF_TIME = (-9, -24)
@@ -53,12 +53,12 @@ def read_video(
     choice: FrameChoice | None = None,
     *,
     limits: VideoLimits | None = None,
-    keep_pixels: int = KEEP_PIXELS,
+    frame_pixels: int = FRAME_PIXELS,
 ) -> ReadVideo:
     """Read the frames of a clip that `choice` names; None is the published models' rule.
 
-    Sides of large frames are divided by a whole number, to no fewer than `keep_pixels`. Sound is
-    not read. Raises VideoError: missing, empty, damaged, no video, beyond `limits`, or referring to
+    Frames that are larger are reduced to an area of `frame_pixels`. Sound is not read. Raises
+    VideoError: missing, empty, damaged, no video, beyond `limits`, or referring to
     other files, which are never read.
     """
     video_library()
@@ -66,7 +66,7 @@ def read_video(
     request = {
         "choice": asdict(choice),
         "limits": asdict(limits),
-        "keep_pixels": keep_pixels,
+        "frame_pixels": frame_pixels,
     }
     name = str(source) if isinstance(source, str | PathLike) else _WITH_BYTES
     with _opened(source, name, limits) as file:

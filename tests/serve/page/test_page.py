@@ -17,6 +17,7 @@ from selenium.webdriver.common.keys import Keys
 
 from serve.page import journeys
 from serve.page.scripted import KEY, PAGE, Script
+from support.clips import clip_bytes, numbered
 
 PREVIEW = "#generate [data-state=generating] img"
 Shoot = Callable[[str], None]
@@ -177,6 +178,29 @@ def test_an_edit_sends_the_images(browser: Browser, url: str, script: Script, sh
 
 def test_a_file_can_be_added_and_removed(browser: Browser, url: str) -> None:
     journeys.upload(browser, url, Path(str(PAGE / "example.png")).resolve())
+
+
+def test_a_clip_is_shown_by_a_still_and_sent(
+    browser: Browser, url: str, script: Script, tmp_path: Path
+) -> None:
+    clip = tmp_path / "clip.webm"
+    clip.write_bytes(clip_bytes(numbered(9), format="webm", codec="libvpx"))
+    journeys.open_page(browser, url, "chat")
+    journeys.find(browser, "#chat input[type=file]").send_keys(str(clip))
+    still = "return document.querySelector('#chat .attached video')?.videoWidth"
+    journeys.wait(browser, lambda: browser.execute_script(still) == 48)
+    journeys.enter(browser, "#chat-input", "What moves?")
+    journeys.click(browser, "#chat .primary")
+    journeys.wait_until_done(browser, "#chat")
+    journeys.wait_for(browser, "#chat .question video", 1)
+    [body] = script.bodies("/v1/chat/completions")
+    video, text = body["messages"][-1]["content"]
+    assert video["type"] == "video_url"
+    assert video["video_url"]["url"].startswith("data:video/webm;base64,")
+    assert text["text"] == "What moves?"
+    journeys.open_page(browser, url, "edit")
+    journeys.find(browser, "#edit input[type=file]").send_keys(str(clip))
+    journeys.wait(browser, lambda: "Only images can be added." in browser.page_source)
 
 
 def test_images_can_be_dropped_and_pasted(browser: Browser, url: str) -> None:

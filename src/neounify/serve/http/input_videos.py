@@ -44,7 +44,7 @@ async def read_videos(
     for field, url in sources:
         with blame(field):
             file = await _read_url(url, state)
-            read = partial(read_frames, file, config, choice.fps, most, limits=bounds)
+            read = partial(read_frames, file, config, choice.fps, most, limits=bounds, reserve=1)
             videos.append(await state.clip_decoder.run(read))
     return videos
 

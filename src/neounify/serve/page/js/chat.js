@@ -4,6 +4,7 @@ import { Answer } from "./answer.js";
 import { Composer } from "./composer.js";
 import { button, h } from "./dom.js";
 import { makeExamples } from "./examples.js";
+import { shown } from "./files.js";
 import { perform, userMessage } from "./requests.js";
 
 const NEAR = 160;
@@ -21,7 +22,7 @@ export class Chat {
     this.welcome = h(
       "div",
       { class: "welcome" },
-      h("p", {}, "Ask a question, with or without images."),
+      h("p", {}, "Ask a question, with or without images and videos."),
       makeExamples(mode.id, (text, images) => this.composer.fill(text, images)),
     );
     this.fresh = button("New conversation", () => this.clear(), { class: "quiet", hidden: true });
@@ -104,17 +105,13 @@ export class Chat {
   }
 }
 
-function showGiven(part, i) {
-  return h("img", { src: part.image_url.url, alt: `Image ${i + 1}` });
-}
-
 function showQuestion(message) {
-  const images = message.content.filter((part) => part.type === "image_url");
+  const images = message.content.filter((part) => part.type !== "text");
   const text = message.content.find((part) => part.type === "text")?.text ?? "";
   return h(
     "div",
     { class: "question" },
-    images.length ? h("div", { class: "given" }, ...images.map(showGiven)) : null,
+    images.length ? h("div", { class: "given" }, ...images.map((part, i) => shown(part[part.type].url, i))) : null,
     text ? h("div", { class: "text" }, text) : null,
   );
 }

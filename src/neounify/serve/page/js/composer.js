@@ -1,12 +1,13 @@
 /** Input of a mode: text, images, and buttons to send and stop. */
 
 import { button, h } from "./dom.js";
-import { imageFiles, readImage } from "./files.js";
+import { isVideo, mediaFiles, readMedia, shown } from "./files.js";
 import { Notice } from "./notice.js";
 
 export class Composer {
   /**
-   * `mode` has id, label, placeholder, action and takesImages.
+   * `mode` has id, label, placeholder, action, takesImages and takesVideos; videos are among the
+   * images.
    * `onSubmit(text, images, signal)` does the work; aborting the signal stops it.
    */
   constructor(mode, onSubmit) {
@@ -52,11 +53,13 @@ export class Composer {
       this.notice.say("Generation takes a prompt only. Images can be changed under Edit.");
       return;
     }
-    const images = imageFiles(files);
-    if (images.length < files.length) this.notice.say("Only images can be added.");
+    const { takesVideos } = this.mode;
+    const images = mediaFiles(files, takesVideos);
+    const kinds = takesVideos ? "images and videos" : "images";
+    if (images.length < files.length) this.notice.say(`Only ${kinds} can be added.`);
     for (const file of images) {
       try {
-        this.setImages([...this.images, await readImage(file)]);
+        this.setImages([...this.images, await readMedia(file)]);
       } catch {
         this.notice.say(`${file.name} cannot be read as an image.`);
       }
@@ -112,22 +115,25 @@ export class Composer {
 
   pickers() {
     if (!this.mode.takesImages) return [];
-    const file = h("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
+    const accept = this.mode.takesVideos ? "image/*,video/*" : "image/*";
+    const file = h("input", { type: "file", accept, multiple: true, hidden: true });
     file.setAttribute("aria-label", "Images");
     file.addEventListener("change", async () => {
       await this.addFiles([...file.files]);
       file.value = "";
     });
-    return [file, button("Add images", () => file.click(), { class: "quiet" })];
+    return [file, button(this.mode.takesVideos ? "Add images or videos" : "Add images", () => file.click(), {
+      class: "quiet",
+    })];
   }
 
   attached(url, i) {
     const remove = () => this.setImages(this.images.filter((_, other) => other !== i));
-    const label = `Remove image ${i + 1}`;
+    const label = `Remove ${isVideo(url) ? "video" : "image"} ${i + 1}`;
     return h(
       "li",
       {},
-      h("img", { src: url, alt: `Image ${i + 1}` }),
+      shown(url, i),
       button("×", remove, { class: "remove", "aria-label": label, title: label }),
     );
   }

@@ -1,7 +1,7 @@
 /** Example prompts for the scenes of shapes that the bundled model was trained on. */
 
 import { button, h } from "./dom.js";
-import { readImage } from "./files.js";
+import { readMedia } from "./files.js";
 
 const IMAGE = "example.png";
 
@@ -52,5 +52,5 @@ export function makeExamples(kind, fill) {
 
 async function exampleImage() {
   const response = await fetch(IMAGE);
-  return readImage(await response.blob());
+  return readMedia(await response.blob());
 }

@@ -1,17 +1,34 @@
-/** Images as data URLs: from files, to files. */
+/** Images and videos as data URLs: from files, to files, shown. */
 
-export function imageFiles(files) {
-  return [...files].filter((file) => file.type.startsWith("image/"));
+import { h } from "./dom.js";
+
+/** The files of images, and of videos where a mode takes them. */
+export function mediaFiles(files, takesVideos) {
+  const kinds = takesVideos ? /^(image|video)\// : /^image\//;
+  return [...files].filter((file) => kinds.test(file.type));
 }
 
-/** A data URL; rejects for what the browser cannot show. */
-export async function readImage(file) {
+export function isVideo(url) {
+  return url.startsWith("data:video/");
+}
+
+/** An image, or the first frame of a video. */
+export function shown(url, i) {
+  if (!isVideo(url)) return h("img", { src: url, alt: `Image ${i + 1}` });
+  const video = h("video", { src: url, preload: "auto", "aria-label": `Video ${i + 1}` });
+  video.muted = true;
+  return video;
+}
+
+/** A data URL; rejects for an image that the browser cannot show. The server knows more videos. */
+export async function readMedia(file) {
   const url = await new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.onload = () => resolve(reader.result);
     reader.onerror = () => reject(reader.error);
     reader.readAsDataURL(file);
   });
+  if (isVideo(url)) return url;
   const image = new Image();
   image.src = url;
   await image.decode();

@@ -16,6 +16,7 @@ export const MODES = [
     placeholder: "How many squares are there?",
     action: "Send",
     takesImages: true,
+    takesVideos: true,
     lacking: (text, images) => (text || images.length ? "" : "Write a message first."),
     request(prompt, messages, { modalities, ...options }) {
       const chosen = modalities ? withImages(options) : options;

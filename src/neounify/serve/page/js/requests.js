@@ -10,7 +10,7 @@
  */
 
 import { brokenOff, stream } from "./api.js";
-import { toFile } from "./files.js";
+import { isVideo, toFile } from "./files.js";
 
 const PREVIEWS = 3;
 const STREAMED = { stream: true, partial_images: PREVIEWS, response_format: "b64_json" };
@@ -22,7 +22,10 @@ export function perform(request, signal) {
 }
 
 export function userMessage(text, images) {
-  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  const parts = images.map((url) => {
+    const type = isVideo(url) ? "video_url" : "image_url";
+    return { type, [type]: { url } };
+  });
   if (text) parts.push({ type: "text", text });
   return { role: "user", content: parts };
 }
