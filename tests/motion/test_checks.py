@@ -140,6 +140,16 @@ def test_gaps_split_no_track_and_jumps_do() -> None:
     assert [len(track.seen) for track in seen.tracks] == [6, 6]
 
 
+def test_a_shape_that_appears_where_another_vanished_is_another() -> None:
+    still = Place(0.4, 0.4, 0.14)
+    cross = Mover("cross", "red", Motion("vanish"), (still,) * 4 + (None,) * 8)
+    star = Mover("star", "orange", Motion("appear"), (None,) * 6 + (still,) * 6)
+    both = MotionScene("grey", (cross, star))
+    seen = follow(render_motion(both, DEFAULT), DEFAULT)
+    assert sorted(len(track.seen) for track in seen.tracks) == [4, 6]
+    assert parts(both, both) == {}
+
+
 def test_a_shape_that_does_two_things_does_neither() -> None:
     path = tuple(Place(0.25 + 0.04 * n, 0.5, 0.1 * 1.05**n) for n in range(12))
     both = MotionScene("white", (Mover("star", "red", Motion("move", "right"), path),))

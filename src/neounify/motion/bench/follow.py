@@ -136,7 +136,9 @@ def _link(tracks: list[Track], objects: Sequence[SeenObject], frame: int) -> Non
 def _cost(track: Track, seen: SeenObject, frame: int) -> float:
     before = track.seen[track.last]
     jump = math.hypot(seen.x - before.x, seen.y - before.y)
-    if jump > MAX_JUMP * (frame - track.last):
+    # One shape may vanish and another appear where it was; what changes both looks is another one.
+    is_other = seen.shape != before.shape and seen.colour != before.colour
+    if is_other or jump > MAX_JUMP * (frame - track.last):
         return math.inf
     colour = math.dist(seen.rgb, before.rgb) / _COLOUR_SCALE
     return jump + colour + _SHAPE_COST * (seen.shape != before.shape)

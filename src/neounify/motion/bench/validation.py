@@ -46,11 +46,13 @@ Changed = MotionScene | Clip | None
 Change = Callable[[MotionScene, MotionConfig, np.random.Generator], Changed]
 
 
-def validate_motion(config: MotionConfig, number: int, seed: int = 0) -> dict[str, Rate]:
+def validate_motion(
+    config: MotionConfig, number: int, seed: int = 0, worn: int | None = None
+) -> dict[str, Rate]:
     """How often true, worn and wrong clips are judged as they are; rates of right judgements.
 
-    `number` true clips, as many copies in every wear, and as many wrong clips, with all changes
-    equally often.
+    `number` true clips, copies of the first `worn` (by default all) in every wear, and `number`
+    wrong clips, with all changes equally often.
     """
     tally: defaultdict[str, list[bool]] = defaultdict(list)
     for index in range(number):
@@ -59,9 +61,9 @@ def validate_motion(config: MotionConfig, number: int, seed: int = 0) -> dict[st
         facts = motion_facts(scene, background=True)
         clip = render_motion(scene, config)
         tally["true"].append(check_motion(facts, clip, config).correct)
-        for wear in WEARS:
+        for wear in WEARS if worn is None or index < worn else ():
             tally[wear].append(check_motion(facts, wear_clip(clip, wear, rng), config).correct)
-        name, asked, wrong = make_wrong_clip(config, rng, index)
+        name, asked, wrong = make_wrong_clip(config, sample_rng(seed, 513, index), index)
         facts = motion_facts(asked, background=True)
         is_rejected = not check_motion(facts, wrong, config).correct
         tally["wrong"].append(is_rejected)
