@@ -105,8 +105,8 @@ def test_loras_have_the_names_of_the_family(folder: Path, tmp_path: Path, form: 
 REFUSED: dict[str, tuple[Callable[[neounify.Pipeline], object], str]] = {
     "edit": (lambda p: p.edit("make it red", _images()[0]), "edit images"),
     "interleave": (lambda p: list(p.interleave("a story")), "write answers of text and images"),
-    "think in chat": (lambda p: p.chat("why?", think=True), "think before they answer"),
-    "think in images": (lambda p: p.generate("a", think=True), "think before they answer"),
+    "think in chat": (lambda p: p.chat("why?", think=True), "think before answering"),
+    "think in images": (lambda p: p.generate("a", think=True), "think before answering"),
 }
 
 

@@ -150,14 +150,18 @@ def _facts_table(checkpoint: CheckpointFolder, fingerprint: str) -> Table:
 
 def _facts(checkpoint: CheckpointFolder, fingerprint: str) -> list[tuple[str, str]]:
     from neounify.checkpoint import stored_dtype
+    from neounify.config.families import title_of
+    from neounify.config.model import CAPABILITIES
     from neounify.image.pixels import named_sizes, trained_sizes
 
     c = checkpoint.config
+    sparsity = "sparse" if c.is_sparse else "dense"
     width, height = c.sampling.image_size
     sizes, pixels = trained_sizes(c.sampling)
     return [
         ("fingerprint", fingerprint),
-        ("kind", f"{'sparse' if c.is_sparse else 'dense'}, {c.image_head} image head"),
+        ("kind", f"{title_of(c.family)}, {sparsity}, {c.image_head} image head"),
+        ("trained to", ", ".join(CAPABILITIES[name] for name in c.capabilities)),
         ("layers", f"{c.num_layers}, hidden size {c.hidden_size}"),
         (
             "attention",

@@ -23,7 +23,7 @@ CAPABILITIES: Mapping[Capability, str] = {
     "generate": "generate images",
     "edit": "edit images",
     "interleave": "write answers of text and images",
-    "think": "think before they answer",
+    "think": "think before answering",
     "chat_video": "answer questions about videos",
     "generate_video": "generate videos",
 }

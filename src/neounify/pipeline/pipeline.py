@@ -287,7 +287,8 @@ class Pipeline:
             _per_prompt(negative_prompt, len(prompts), "negative_prompt"),
             strict=True,
         )
-        before = clip_text([piece.seconds for piece in request.condition])
+        shown = request.condition
+        before = clip_text([piece.seconds for piece in shown]) if shown else ""
         return [
             replace(request, prompt=before + text, seed=one, noise=drawn, negative_prompt=negative)
             for text, one, drawn, negative in each

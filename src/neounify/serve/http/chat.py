@@ -44,6 +44,7 @@ from neounify.tasks.program import (
     TextPiece,
     ToolCallPiece,
 )
+from neounify.text.forms import TEMPLATES
 from neounify.text.template import IMAGE_MARK
 from neounify.text.tools import ToolCall, ToolUse
 
@@ -112,7 +113,7 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
     ]
     images = iter(await state.read_images(urls, "messages"))
     clips = iter(await _read_clips(body, parts_of_messages, state))
-    turns = []
+    turns, line = [], TEMPLATES[state.service.config.template].image_line
     for message, parts in zip(body.messages, parts_of_messages, strict=True):
         pieces: list[Piece] = []
         for part in parts:
@@ -125,7 +126,7 @@ async def read_turns(body: ChatBody, state: ServerState) -> list[ChatTurn]:
         turns.append(
             ChatTurn(
                 role,
-                _in_lines(pieces) if role == "user" else pieces,
+                _in_lines(pieces, line) if role == "user" else pieces,
                 tuple(ToolCall(call.name, call.arguments) for call in calls),
             )
         )
@@ -173,13 +174,13 @@ def _parts(message: ChatMessage, index: int) -> list[Part]:
     return parts
 
 
-def _in_lines(pieces: list[Piece]) -> list[Piece]:
-    """The pieces with a line break after each leading image, as in the prompts of training."""
+def _in_lines(pieces: list[Piece], line: str) -> list[Piece]:
+    """The pieces with `line` after each leading image, as in the prompts of training."""
     leading = list(itertools.takewhile(lambda p: isinstance(p, PIL.Image.Image), pieces))
     rest = pieces[len(leading) :]
-    if not rest:
+    if not rest or not line:
         return pieces
-    return [piece for image in leading for piece in (image, "\n")] + rest
+    return [piece for image in leading for piece in (image, line)] + rest
 
 
 async def read_chat(

@@ -1,0 +1,108 @@
+"""Commands with a checkpoint of the second family: inspected, converted, used and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from support.pixelumm import saved
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as it is published, in its safetensors form, and `llm` beside it."""
+    root = tmp_path_factory.mktemp("pixelumm")
+    folder, llm = saved(root / "model"), root / "llm"
+    llm.mkdir()
+    for file in [*folder.iterdir()]:
+        if file.name not in ("model.safetensors", "__SAVE_COMPLETE"):
+            file.rename(llm / file.name)
+    document = json.loads((llm / "config.json").read_text())
+    sampling = document.pop("neounify")["sampling"]
+    assert sampling["image_size"] == [64, 48]
+    (llm / "config.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    files = []
+    for number, size in enumerate(((48, 32), (32, 64))):
+        pixels = np.full((*size, 3), 60 * number, dtype=np.uint8)
+        files.append(tmp_path / f"{number}.png")
+        PIL.Image.fromarray(pixels).save(files[-1])
+    return files
+
+
+def test_inspect_knows_the_family(run_bare: Run, published: Path) -> None:
+    missing = run_bare("inspect", published)
+    assert missing.code == 1
+    assert "name the folder with config.json and the tokenizer of Qwen3-8B" in missing.err
+    ran = run_bare("inspect", published, "--config", published.parent / "llm")
+    assert ran.code == 0
+    assert "PixelUMM, dense, linear image head" in ran.out
+    assert "generate videos" in ran.out
+
+
+def test_chat_about_two_images(run_bare: Run, published: Path, images: list[Path]) -> None:
+    model = ("--model", published, "--config", published.parent / "llm", "--max-new-tokens", 4)
+    pictures = [argument for image in images for argument in ("--image", image)]
+    ran = run_bare("chat", "Is <image 2> like <image 1>?", *pictures, *model)
+    assert ran.code == 0, ran.err
+    wrong = run_bare("chat", "Is <image 3> like <image 1>?", *pictures, *model)
+    assert wrong.code == 1
+    assert "the text marks images 3, 1, but there are 2" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (("edit", "make it red", "--image", "0.png", "--steps", 1), "edit images"),
+        (("story", "a trip"), "write answers of text and images"),
+        (("chat", "why?", "--think"), "think before answering"),
+    ],
+)
+def test_what_is_refused(
+    run_bare: Run, published: Path, images: list[Path], command: tuple[Any, ...], what: str
+) -> None:
+    ran = run_bare(*command, "--model", published, "--config", published.parent / "llm")
+    assert ran.code == 1
+    assert f"this PixelUMM model was not trained to {what}; it can answer questions" in ran.err
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_is_converted(
+    run_bare: Run, published: Path, tmp_path: Path
+) -> None:
+    source, llm = tmp_path / "dcp", published.parent / "llm"
+    tensors = load_file(published / "model.safetensors")
+    dcp.save(tensors, checkpoint_id=source / "model", no_dist=True)
+    (source / "__SAVE_COMPLETE").touch()
+    refused = run_bare("inspect", source, "--config", llm)
+    assert refused.code == 1
+    assert f"neounify convert {source} OUT --from-dcp --config FOLDER" in refused.err
+    ran = run_bare("convert", source, "out", "--from-dcp", "--config", llm)
+    assert ran.code == 0, ran.err
+    assert "is a pickle; it is read without running anything" in ran.err
+    assert (tmp_path / "out" / "__SAVE_COMPLETE").is_file()
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(written[name].equal(tensors[name]) for name in tensors)
+    assert run_bare("inspect", "out").code == 0
+    both = run_bare(
+        "convert", source, "other", "--from-dcp", "--config", llm, "--dtype", "bfloat16"
+    )
+    assert both.code == 2
+    assert "--from-dcp keeps weights as they are" in both.err
+    shutil.rmtree(tmp_path / "out")
