@@ -232,17 +232,24 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
                     service, image_request(pipe, 1000) if generates else chatting(7000), previews=50
                 )
             )
-            name = "gen_images" if generates else "und_writing"
-            await until(lambda name=name: service.gauges().get(name, 0) >= 1)  # type: ignore[misc]
+            others = chatting(600) if generates else image_request(pipe, 300)
+            goes_on = asyncio.ensure_future(collect(service, others))
+            gauge, other = ("gen_images", "und_writing")[:: 1 if generates else -1]
+            while not service.gauges().get(gauge) or not (
+                goes_on.done() or service.gauges().get(other)
+            ):
+                await asyncio.sleep(0.02)
             old = process_of(client)
             os.kill(old, kill)
             await unavailable(hit)
+            assert not service.ready
             meanwhile = [collect(service, image_request(pipe, 3))]
             if generates:
                 assert (await collect(service, chatting(4))).finished is not None
             else:
                 meanwhile.append(collect(service, chatting(4)))
             await asyncio.gather(*map(unavailable, meanwhile))
+            assert (await goes_on).finished is not None
             await ready(service)
             assert process_of(client) != old
             with pytest.raises(ProcessLookupError):
@@ -253,6 +260,8 @@ def test_killed_and_stopped_processes_cost_only_their_own_requests(
         same_image(
             answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0]
         )
+        text = (await collect(service, chatting(8))).text
+        assert text == pipe.chat("Hello", max_new_tokens=8).text
         # Nothing beside those: no death of the other engine, no descriptors, threads or pieces.
         assert service.counters()["restarts"] == client.restarts == len(kills)
         await at_rest(service, gauges)

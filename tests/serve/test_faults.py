@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +22,8 @@ from neounify.errors import (
     RequestError,
 )
 from neounify.flow.sampling import ImageSampling
-from neounify.serve.build import ServeConfig, build_service, colocated
+from neounify.serve.build import colocated
 from neounify.serve.client import EngineClient
-from neounify.serve.engine_process import EngineProcess
 from neounify.serve.engines import EngineConfig, EngineThread
 from neounify.serve.service import AdmissionConfig, EngineService, RequestContext
 from neounify.tasks.chat import CompletionRequest, make_chat_request
@@ -280,44 +276,3 @@ def test_an_engine_that_fails_is_started_again(
 
     answer = serve(colocated(pipe), work)
     same_image(answer.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", ["gen", "und"])
-def test_a_killed_process_costs_only_its_own_requests(
-    pipe: neounify.Pipeline, folder: Path, victim: str
-) -> None:
-    def killed(client: EngineClient) -> None:
-        assert isinstance(client.engine, EngineProcess)
-        assert client.engine.pids[0] is not None
-        os.kill(client.engine.pids[0], signal.SIGKILL)
-
-    async def work(service: EngineService) -> Any:
-        # The killed engine must still be computing then, on a machine of any speed.
-        steps, tokens = 1000, 50 if victim == "gen" else 6000
-        image = asyncio.ensure_future(collect(service, image_request(pipe, steps)))
-        chat = asyncio.ensure_future(collect(service, chatting(tokens=tokens)))
-        while service.gauges().get("gen_images", 0) < 1:
-            await asyncio.sleep(0.02)
-        clients = service.clients
-        killed(clients.generation if victim == "gen" else clients.understanding)
-        died, goes_on = (image, chat) if victim == "gen" else (chat, image)
-        with pytest.raises(EngineDied):
-            await died
-        assert not ready(service)
-        if victim == "gen":  # text needs no generation engine
-            text = await collect(service, CompletionRequest(prompt="A red", max_new_tokens=2))
-            assert text.finished is not None
-            assert not ready(service)
-        finished = await goes_on
-        assert finished.finished is not None
-        while not ready(service):
-            await asyncio.sleep(0.05)
-        return await asyncio.gather(
-            collect(service, image_request(pipe, 3)), collect(service, chatting())
-        )
-
-    settings = ServeConfig(folder=folder, mode="separate", dtype="float32", threads=1)
-    image, chat = serve(build_service(settings), work)
-    same_image(image.images[0], pipe.generate("a boat", width=64, height=64, steps=3).pixels[0])
-    assert chat.text == pipe.chat("Hello", max_new_tokens=8).text
