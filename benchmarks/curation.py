@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import describe_machine
-from neounify.curate.measure import measured_rows
+from neounify.curate.measure import measure_unit, measured_rows
 from neounify.curate.near import BANDS, band_pairs
 from neounify.curate.recipe import CurateRecipe, recipe_from_table
 from neounify.curate.seconds import Stopwatch
@@ -34,6 +34,8 @@ ALL_BANDS = 10**6
 """Hashes up to which all bands are measured; of more one, which stands for the 16."""
 GOAL_HASHES, GOAL_HOURS, GOAL_SPEED = 10**8, 12, 150
 PLANTED = 100
+LONG_RUN, LONG_FILES, LONG_SIDE = 20_000, 500, 96
+"""Images of the long run, the files that they repeat, and their side."""
 
 
 def photo(side: int, seed: int) -> bytes:
@@ -83,6 +85,35 @@ def stage_speed(side: int, count: int) -> dict[str, float]:
     }
 
 
+def long_run() -> dict[str, float]:
+    """Memory of this process, in MiB, over many units of small images, all of them measured."""
+    with tempfile.TemporaryDirectory() as name:
+        recipe = folder_of(LONG_SIDE, LONG_FILES, Path(name))
+        path = recipe.sources[0].data.path
+        lines = Path(path).read_text()
+        Path(path).write_text(lines * (LONG_RUN // LONG_FILES))
+        (container,) = containers_of(recipe.sources)
+        units = units_of(container, take_inventory(container), recipe)
+        held = []
+        for unit in units:
+            measure_unit(unit, recipe, Path(name) / "part.parquet")
+            held.append(_resident())
+    steady = held[len(held) // 4 :]
+    return {
+        "images": LONG_RUN,
+        "side": LONG_SIDE,
+        "after_a_quarter_mib": steady[0],
+        "at_the_end_mib": steady[-1],
+        "highest_mib": max(held),
+    }
+
+
+def _resident() -> float:
+    """Memory of this process in MiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
 def near_seconds(count: int) -> dict[str, float]:
     """Seconds of one core for all bands of random hashes with planted copies 31 bits apart."""
     rng = np.random.default_rng(count)
@@ -114,6 +145,11 @@ def main() -> None:
             f"({speed['mean_bytes'] / 1000:.0f} kB each); aim at 512²: {GOAL_SPEED}"
         )
     print(f"memory of the worker at its highest: {memory:.0f} MiB")
+    long = long_run()
+    print(
+        f"{long['images']:,} images of {long['side']}²: {long['after_a_quarter_mib']:.0f} MiB at "
+        f"a quarter, {long['at_the_end_mib']:.0f} at the end, {long['highest_mib']:.0f} at most"
+    )
     rows = [near_seconds(count) for count in HASHES if count <= arguments.hashes]
     for row in rows:
         print(
@@ -133,6 +169,7 @@ def main() -> None:
             "machine": describe_machine(),
             "stages": speeds,
             "memory_mib": memory,
+            "long_run": long,
             "near": rows,
             "exponent": slope,
             "hours_for_1e8": hours,

@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/curation-demo"))
     parser.add_argument("--train", action="store_true", help="train on both and compare")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the training on each")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     arguments = parser.parse_args()
     shutil.rmtree(arguments.out, ignore_errors=True)
@@ -254,7 +255,8 @@ def main() -> None:
     if arguments.train:
         from benchmarks.curation_training import compare
 
-        results["training"] = compare(path, out / "shards", arguments.out / "training")
+        folder, seeds = arguments.out / "training", range(arguments.seeds)
+        results["training"] = compare(path, out / "shards", folder, seeds)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.timing import describe_machine
 from neounify.bundled import bundled_model
 from neounify.data import Sample, SampleImage, SampleText, Turn
 from neounify.data.encode import Encoder
@@ -85,7 +87,7 @@ def losses(model_folder: Path, scenes: list[tuple[Image.Image, str]]) -> list[fl
     return results
 
 
-def compare(raw: Path, shards: Path, folder: Path, seeds: tuple[int, ...] = (0,)) -> Any:
+def compare(raw: Path, shards: Path, folder: Path, seeds: Sequence[int]) -> Any:
     """Losses after training on raw JSON lines and on curated shards; printed, and as plain data."""
     from benchmarks.curation_demo import scenes
 
@@ -94,19 +96,24 @@ def compare(raw: Path, shards: Path, folder: Path, seeds: tuple[int, ...] = (0,)
         "uncurated": f'{{ kind = "jsonl", path = "{raw}" }}',
         "curated": f'{{ kind = "shards", path = "{shards}" }}',
     }
-    means: dict[str, list[float]] = {}
-    for name, data in sources.items():
-        every = [losses(run(name, data, folder, seed), unseen) for seed in seeds]
-        means[name] = [float(value) for value in np.mean(every, axis=0)]
+    every = {
+        name: np.array([losses(run(name, data, folder, seed), unseen) for seed in seeds])
+        for name, data in sources.items()
+    }
+    # Noises and scenes are the same for all seeds, so a scene counts once, by its mean.
+    means = {name: values.mean(axis=0).tolist() for name, values in every.items()}
     before = losses(bundled_model(), unseen)
     difference = PairedMeans.of(means["uncurated"], means["curated"])
+    by_seed = (every["uncurated"] - every["curated"]).mean(axis=1)
     results = {
         "before": Mean.of(before).to_json(),
         **{name: Mean.of(values).to_json() for name, values in means.items()},
         "uncurated_minus_curated": asdict(difference),
+        "uncurated_minus_curated_by_seed": by_seed.tolist(),
         "scenes": SCENES,
         "seeds": list(seeds),
         "steps": STEPS,
+        "machine": describe_machine(),
     }
     print(json.dumps(results, indent=1))
     return results

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -71,4 +74,14 @@ def stubborn(images: Images, texts: Sequence[str]) -> list[float]:
             time.sleep(0.1)
         except Exception:
             continue
+    return [0.0 for _ in texts]
+
+
+def dies_once(images: Images, texts: Sequence[str]) -> list[float]:
+    """Kills its process where the file that the last word of a text names is not there yet."""
+    for text in texts:
+        mark = Path(text.rpartition(" ")[2])
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     return [0.0 for _ in texts]

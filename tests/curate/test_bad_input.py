@@ -96,6 +96,27 @@ def test_a_full_disk_is_one_error_and_a_rerun_finishes(
     assert summary.kept == {"web": 6}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of processes")
+@pytest.mark.parametrize("size", [2_000, 40_000, 200_000])
+def test_files_that_may_not_grow_are_one_error_and_a_rerun_finishes(
+    size: int, tmp_path: Path
+) -> None:
+    """As on a full disk, whatever writes."""
+    import resource
+
+    samples = [(f"n{n}", encoded(textured(n)), f"a view of stone {n}") for n in range(2)]
+    recipe = recipe_of({"web": write_samples(tmp_path / "in", samples)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(CurateError, match=r"File too large|written"):
+            curate(recipe, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert curate(recipe, tmp_path / "out").kept == {"web": 2}
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
 def test_a_damaged_part_is_one_error(tmp_path: Path) -> None:
     path = write_samples(tmp_path / "in", [("one", encoded(textured(1)), "a fine view")])
     curate(recipe_of({"web": path}), tmp_path / "out")

@@ -194,3 +194,21 @@ def test_workers_that_are_killed_while_they_wait_are_replaced(pool: Pool) -> Non
     first = [next(results)]
     _kill_workers(pool)
     assert sorted(first + list(results)) == [(n, n * n) for n in range(9)]
+
+
+def test_a_curation_goes_on_where_a_worker_was_killed(tmp_path: Path) -> None:
+    samples = [
+        (f"n{n}", encoded(textured(n)), f"a view of {n} {tmp_path / f'mark-{n % 2}'}")
+        for n in range(6)
+    ]
+    path = write_samples(tmp_path / "in", list(samples))
+    marked = recipe_of(
+        {"web": path},
+        Path(__file__).parent,
+        samples_per_unit=2,
+        stages={"watermark": {"hook": "hooks_of_tests:dies_once"}, "text": {"similarity": 1.0}},
+    )
+    summary = curate(marked, tmp_path / "out", workers=2)
+    assert summary.kept == {"web": 6}
+    assert len(list(tmp_path.glob("mark-*"))) == 2
+    assert not list((tmp_path / "out").rglob(".*"))
