@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from neounify.curate import CurateError, CurateRecipe, curate
+from neounify.curate import CurateError, CurateRecipe, curate, recipe_from_table
 from neounify.curate import run as run_module
 from neounify.curate.hooks import hook_digest, load_hook
 from neounify.curate.seconds import SecondsLog
@@ -23,6 +24,7 @@ from support.curation import (
     textured,
     write_samples,
 )
+from support.own_data import write_tar
 
 ONE = ("one", encoded(textured(1)), "a view of stone one")
 TWO = ("two", encoded(textured(2)), "a view of stone two")
@@ -166,3 +168,13 @@ def test_the_last_seconds_of_a_part_count(tmp_path: Path) -> None:
     for seconds in (1.0, 2.0):
         log.add("a", {"near": seconds})  # type: ignore[arg-type]
     assert log.of({"a", "b"}) == {"a": {"near": 2.0}}
+
+
+def test_captions_of_a_table_beside_a_shard_that_change_are_read_anew(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"0.jpg": ONE[1]})
+    web = {"name": "web", "kind": "shards", "path": str(tmp_path / "a.tar")}
+    for caption, reason in (("a view of stone", None), ("x", "text.min_words")):
+        cells = {"key": ["0"], "caption": [caption]}
+        pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "a.parquet")
+        curate(recipe_from_table({"sources": [web]}), tmp_path / "out")
+        assert list(reasons_of(tmp_path / "out").values()) == [reason]

@@ -16,7 +16,7 @@ from neounify.curate.recipe import CurateError, CurateRecipe, Source
 from neounify.data import DataError, Sample
 from neounify.data.configs import FileData
 from neounify.data.formats import files_below
-from neounify.data.sources import FileSource, RecordSource
+from neounify.data.sources import FileSource
 from neounify.files import file_sha256, read_bytes
 
 ENDINGS = {"jsonl": ".jsonl", "shards": ".tar", "parquet": ".parquet"}
@@ -113,11 +113,8 @@ def take_inventory(container: Container) -> Inventory:
     try:
         source = _build(container.data)
         path = Path(container.data.path)
-        files = source.files if isinstance(source, RecordSource) else []
-        if not files and path.is_dir():
-            content = folder_digest(path)
-        else:
-            content = digest_of([file_sha256(file) for file in files or [path]])
+        contents = [file_sha256(file) for file in source.files]
+        content = digest_of(contents) if contents else folder_digest(path)
     except (DataError, OSError) as error:
         raise CurateError(NOT_A_CONTAINER.format(source=container.source, error=error)) from error
     settings = {k: str(v) for k, v in vars(container.data).items() if k not in ("path", "weight")}

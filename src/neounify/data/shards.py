@@ -120,7 +120,7 @@ class ShardSource(FileSource):
         self._entries: list[_Entry] = []
         self._images: dict[Path, dict[tuple[str, str], Member]] = {}
         self._captions: dict[tuple[Path, str], str] = {}
-        self.shards = tuple(paths)
+        self.shards, self.files = tuple(paths), list(paths)
         for path in paths:
             self._add(path)
         if not self._entries:
@@ -150,6 +150,7 @@ class ShardSource(FileSource):
         table = path.with_suffix(".parquet")
         if not bare or not table.is_file():
             return
+        self.files.append(table)
         try:
             by_key = captions_by_key(table)
         except DataError as error:

@@ -77,13 +77,15 @@ class Unread:
 class FileSource(ABC):
     """Samples of files, by number; a kind of file is a subclass.
 
-    `name` is for messages; `damage` lists files or parts of files that could not be indexed, one
-    message each. `rules` are those of its records. `groups` are sizes of parts that lie together
-    and are costly to read, in order, where there are any: a mixture draws from a few at a time.
-    `colour_profiles` is that of `read_image`.
+    `name` is for messages; `files` are those that its samples are read from, without images beside
+    them, and none for a folder of images; `damage` lists files or parts of files that could not be
+    indexed, one message each. `rules` are those of its records. `groups` are sizes of parts that
+    lie together and are costly to read, in order, where there are any: a mixture draws from a few
+    at a time. `colour_profiles` is that of `read_image`.
     """
 
     name: str
+    files: list[Path]
     damage: list[str]
     rules: RecordRules
     groups: Sequence[int] | None = None
@@ -313,9 +315,6 @@ class RecordSource(FileSource):
     links followed. A subclass indexes `path`. Raises DataError when there is nothing to read, or
     the files are of another form.
     """
-
-    files: list[Path]
-    """The files of records."""
 
     def __init__(
         self,
