@@ -94,17 +94,17 @@ def long_run() -> dict[str, float]:
         Path(path).write_text(lines * (LONG_RUN // LONG_FILES))
         (container,) = containers_of(recipe.sources)
         units = units_of(container, take_inventory(container), recipe)
-        held = []
+        megabytes = []
         for unit in units:
             measure_unit(unit, recipe, Path(name) / "part.parquet")
-            held.append(_resident())
-    steady = held[len(held) // 4 :]
+            megabytes.append(_resident())
+    steady = megabytes[len(megabytes) // 4 :]
     return {
         "images": LONG_RUN,
         "side": LONG_SIDE,
         "after_a_quarter_mib": steady[0],
         "at_the_end_mib": steady[-1],
-        "highest_mib": max(held),
+        "highest_mib": max(megabytes),
     }
 
 
