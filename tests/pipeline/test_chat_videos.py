@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import neounify
+from neounify.config import VideoConfig
 from neounify.errors import PromptError, RequestError, VideoError
 from neounify.image.pixels import prepare_image
 from neounify.model import NeoUnify
+from neounify.pipeline.videos import read_frames
 from neounify.tasks.chat import chat_images, make_chat_request
 from neounify.tasks.clips import Frames, frame_bounds
 from neounify.video.clip import Video
@@ -121,3 +123,20 @@ def test_impossible_choices_and_models_without_videos_are_refused(pipe: neounify
     blind = neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer)
     with pytest.raises(RequestError, match="was not trained to answer questions about videos"):
         blind.chat("what?", video=b"")
+
+
+def test_clips_are_seen_in_tubes_where_a_model_can(pipe: neounify.Pipeline) -> None:
+    config = replace(pipe.config, video=VideoConfig(tube_frames=4, und=True))
+    able = neounify.Pipeline(NeoUnify(config).eval(), pipe.tokenizer)
+    data = clip_bytes(numbered(20))
+    seen = read_frames(data, config, tubes=True)  # 8 frames of 2 s at 4 a second
+    assert seen.stamps == "<0.0 seconds><image><1.0 seconds><image>"
+    assert [len(piece.frames) for piece in seen.images] == [4, 4]
+    video = Video(torch.zeros(20, 32, 48, 3, dtype=torch.uint8), Fraction(10))
+    assert read_frames(video, config, tubes=True).times == seen.times
+    answers = [
+        able.chat("what?", video=data, tubes=tubes, max_new_tokens=3) for tubes in (False, True)
+    ]
+    assert answers[0].prompt_tokens == answers[1].prompt_tokens  # two images, or two tubes
+    with pytest.raises(RequestError, match="no embedding of tubes"):
+        pipe.chat("what?", video=data, tubes=True)

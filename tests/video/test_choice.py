@@ -68,11 +68,18 @@ def test_times_that_a_file_rounds_still_show_their_frame() -> None:
 
 def test_one_frame_is_taken_whatever_the_rate() -> None:
     for choice in (FrameChoice(), FrameChoice(fps=0.01), FrameChoice(fps=24, max_frames=1)):
-        assert choice.indices(Timeline([0.0], 0.04)) == [0]
+        assert choice.take(Timeline([0.0], 0.04)) == ([0], False)
 
 
 def test_one_frame_of_many_is_the_first() -> None:
-    assert FrameChoice(max_frames=1).indices(steady(100, 4)) == [0]
+    assert FrameChoice(max_frames=1).take(steady(100, 4)) == ([0], False)
+
+
+def test_tubes_are_taken_where_their_rule_applies() -> None:
+    choice = FrameChoice(tubes=True)
+    assert choice.take(steady(96, 24)) == (list(range(0, 96, 6)), True)
+    assert choice.take(steady(577, 24)) == (published(steady(577, 24)), False)
+    assert FrameChoice(tubes=True, fps=12).take(steady(24, 24)) == (list(range(0, 24, 2)), True)
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])

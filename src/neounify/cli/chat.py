@@ -38,7 +38,7 @@ from neounify.cli.options import (
     ReportOptions,
     option,
 )
-from neounify.cli.videos import ClipFiles, VideoFiles, VideoFrames, VideoRate
+from neounify.cli.videos import ClipFiles, VideoFiles, VideoFrames, VideoRate, VideoTubes
 from neounify.errors import Cancelled, NeounifyError
 from neounify.files import locked_folder
 from neounify.runtime import lasting_imports
@@ -84,6 +84,7 @@ def chat(
     video: VideoFiles = None,
     fps: VideoRate = None,
     max_frames: VideoFrames = None,
+    tubes: VideoTubes = False,
     output: Annotated[
         Path,
         option(FILES, "FOLDER", "Folder of what --input and /save write.", "--output", "-o"),
@@ -110,7 +111,7 @@ def chat(
     if batch.input is not None:
         _answer_batch(question, image or (), output, model, options, batch, report)
     elif question is not None:
-        clips = ClipFiles(video or (), fps, max_frames)
+        clips = ClipFiles(video or (), fps, max_frames, tubes)
         _answer(question, image or (), clips, model, options, report)
     else:
         _interactive(image or (), output, model, options, report)

@@ -37,6 +37,16 @@ VideoFrames = Annotated[
     option(FILES, "N", "Maximum frames of a video that are looked at. Default: the model's."),
 ]
 """The option --max-frames."""
+VideoTubes = Annotated[
+    bool,
+    option(
+        FILES,
+        None,
+        "Look at videos in tubes of several frames, with a model that has an embedding of them.",
+        "--tubes",
+    ),
+]
+"""The option --tubes."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +56,20 @@ class ClipFiles:
     paths: Sequence[Path]
     fps: float | None
     max_frames: int | None
+    tubes: bool
 
     def read(self, config: ModelConfig, display: Display) -> list[Frames]:
         """Frames of all clips, with a note about what is left out. Raises VideoError."""
         if not self.paths:
-            if self.fps is not None or self.max_frames is not None:
-                raise UsageError("--fps and --max-frames need --video FILE")
+            if self.fps is not None or self.max_frames is not None or self.tubes:
+                raise UsageError("--fps, --max-frames and --tubes need --video FILE")
             return []
         from neounify.pipeline.videos import read_file
 
         config.check_can("chat_video")
         videos = []
         for path in self.paths:
-            frames, clip = read_file(path, config, self.fps, self.max_frames)
+            frames, clip = read_file(path, config, self.fps, self.max_frames, tubes=self.tubes)
             sound = "; its sound is not heard" if clip.has_sound else ""
             count = len(frames.images)
             display.note(

@@ -134,6 +134,7 @@ class Pipeline:
         video: VideoInput | Sequence[VideoInput] | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
+        tubes: bool = False,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -148,6 +149,7 @@ class Pipeline:
         video: VideoInput | Sequence[VideoInput] | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
+        tubes: bool = False,
         stream: Literal[True],
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -161,6 +163,7 @@ class Pipeline:
         video: VideoInput | Sequence[VideoInput] | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
+        tubes: bool = False,
         stream: bool = False,
         cancel: threading.Event | None = None,
         **options: Unpack[ChatKnobs],
@@ -170,15 +173,19 @@ class Pipeline:
         `prompt` is a text or a list of {"role", "content"} messages; `<image>` marks the
         positions of `images` (paths, bytes or PIL images), which otherwise go in front, and
         `<video>` those of `video`: paths, bytes or Videos, of which frames are seen as images, each
-        after its time: `fps` a second, at most `max_frames`; None is the checkpoint's rule.
+        after its time: `fps` a second, at most `max_frames`; None is the checkpoint's rule. With
+        `tubes`, several of them are seen as one, by models that have an embedding of tubes.
         Options: `max_new_tokens` 512; `temperature` 0 (the likeliest token), `top_p` 1,
         `top_k` 0 (all), `min_p` 0 (all), `repetition_penalty` 1, `seed` None (a new draw
         each time); `stop` strings that end the answer; `system` message; `think` first. With
         `stream`, the result is iterated for pieces of text and then holds the whole answer.
         """
-        request = self._chat_request(
-            prompt, images, options, self._read_videos(video, fps, max_frames)
-        )
+        videos: Sequence[Frames] = ()
+        if video is not None:
+            from neounify.pipeline.videos import read_inputs
+
+            videos = read_inputs(video, self.config, fps, max_frames, tubes)
+        request = self._chat_request(prompt, images, options, videos)
         run = ChatRun(self._driver(cancel), self.processor, [request])
         return ChatStream(run) if stream else run.finish()[0]
 
@@ -451,20 +458,6 @@ class Pipeline:
         inputs = read_images(images, colour_profiles=profiles)
         form = self.processor.template
         return make_chat_request(prompt, inputs, videos, form, colour_profiles=profiles, **options)
-
-    def _read_videos(
-        self,
-        video: VideoInput | Sequence[VideoInput] | None,
-        fps: float | None,
-        max_frames: int | None,
-    ) -> list[Frames]:
-        if video is None:
-            return []
-        from neounify.pipeline.videos import read_frames
-
-        self.config.check_can("chat_video")
-        videos: Sequence[Any] = video if isinstance(video, list | tuple) else [video]
-        return [read_frames(one, self.config, fps, max_frames) for one in videos]
 
     def generate_requests(
         self,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from neounify.config import ModelConfig
 from neounify.tasks.clips import Frames, frame_bounds
+from neounify.tasks.video import in_tubes
 from neounify.video.choice import FrameChoice, Timeline
 from neounify.video.clip import Video
 from neounify.video.decode import Clip, VideoLimits
@@ -15,7 +19,9 @@ RESERVE = 4
 """Area that frames keep while they are read, in areas of what the model sees of them."""
 
 
-def frame_choice(config: ModelConfig, fps: float | None, max_frames: int | None) -> FrameChoice:
+def frame_choice(
+    config: ModelConfig, fps: float | None, max_frames: int | None, tubes: bool = False
+) -> FrameChoice:
     """The frames that are read of a clip; None is the checkpoint's rule. Raises VideoError."""
     video = config.sampling.video
     return FrameChoice(
@@ -23,7 +29,24 @@ def frame_choice(config: ModelConfig, fps: float | None, max_frames: int | None)
         max_frames=video.max_frames if max_frames is None else max_frames,
         sample_fps=video.sample_fps,
         tube_fps=video.tube_fps,
+        tubes=tubes,
     )
+
+
+def read_inputs(
+    videos: VideoInput | Sequence[VideoInput],
+    config: ModelConfig,
+    fps: float | None,
+    max_frames: int | None,
+    tubes: bool,
+) -> list[Frames]:
+    """Frames of one clip or several, as `read_frames` reads each.
+
+    Raises RequestError for a model that sees no videos, and the errors of `read_frames`.
+    """
+    config.check_can("chat_video")
+    several: Sequence[Any] = videos if isinstance(videos, list | tuple) else [videos]
+    return [read_frames(one, config, fps, max_frames, tubes=tubes) for one in several]
 
 
 def read_frames(
@@ -32,20 +55,27 @@ def read_frames(
     fps: float | None = None,
     max_frames: int | None = None,
     *,
+    tubes: bool = False,
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
 ) -> Frames:
-    """Frames of a clip, for a model of `config`. Raises VideoError."""
+    """Frames of a clip, for a model of `config`.
+
+    With `tubes` several are seen as one, where the clip is long enough and not too long. Raises
+    VideoError, and RequestError for a model without an embedding of tubes.
+    """
     if isinstance(source, Frames):
         return source
     if isinstance(source, Video):
-        choice = frame_choice(config, fps, max_frames)
+        choice = frame_choice(config, fps, max_frames, tubes)
         rate = float(source.fps)
         times = [number / rate for number in range(len(source.frames))]
-        indices = choice.indices(Timeline(times, source.seconds))
+        indices, grouped = choice.take(Timeline(times, source.seconds))
         images = source.images
-        return Frames([images[n] for n in indices], [times[n] for n in indices])
-    return read_file(source, config, fps, max_frames, limits=limits, reserve=reserve)[0]
+        frames = Frames([images[n] for n in indices], [times[n] for n in indices])
+        return in_tubes(config, frames.images, frames.times) if grouped else frames
+    options: dict[str, Any] = {"tubes": tubes, "limits": limits, "reserve": reserve}
+    return read_file(source, config, fps, max_frames, **options)[0]
 
 
 def read_file(
@@ -54,6 +84,7 @@ def read_file(
     fps: float | None = None,
     max_frames: int | None = None,
     *,
+    tubes: bool = False,
     limits: VideoLimits | None = None,
     reserve: int = RESERVE,
 ) -> tuple[Frames, Clip]:
@@ -62,6 +93,8 @@ def read_file(
     Larger frames are reduced to `reserve` times the area that the model sees.
     """
     _, most = frame_bounds(config, 1)
-    choice = frame_choice(config, fps, max_frames)
+    choice = frame_choice(config, fps, max_frames, tubes)
     video = read_video(source, choice, limits=limits, frame_pixels=reserve * most)
+    if video.clip.in_tubes:
+        return in_tubes(config, video.images, video.times), video.clip
     return Frames(video.images, video.times), video.clip

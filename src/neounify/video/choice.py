@@ -27,13 +27,15 @@ class FrameChoice:
     """Which frames of a clip are read.
 
     `fps` samples per second, None for the rule of `published` with the model's rates; at most
-    `max_frames`, which a longer clip is covered by evenly. Raises VideoError.
+    `max_frames`, which a longer clip is covered by evenly. With `tubes`, the rule of `dense` where
+    it applies. Raises VideoError.
     """
 
     fps: float | None = None
     max_frames: int = MAX_FRAMES
     sample_fps: float = SAMPLE_FPS
     tube_fps: float = TUBE_FPS
+    tubes: bool = False
 
     def __post_init__(self) -> None:
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
@@ -46,11 +48,15 @@ class FrameChoice:
                 f"max_frames must be at least 1, got {self.max_frames}", param="max_frames"
             )
 
-    def indices(self, clip: Timeline) -> list[int]:
-        """Indices of the frames, ascending."""
+    def take(self, clip: Timeline) -> tuple[list[int], bool]:
+        """Indices of the frames, ascending, and whether they are seen in tubes."""
+        if self.tubes:
+            frames = dense(clip, self.max_frames, self.fps or self.tube_fps)
+            if frames is not None:
+                return frames, True
         if self.fps is None:
-            return published(clip, self.max_frames, self.sample_fps, self.tube_fps)
-        return at_rate(clip, self.fps, self.max_frames)
+            return published(clip, self.max_frames, self.sample_fps, self.tube_fps), False
+        return at_rate(clip, self.fps, self.max_frames), False
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class Clip:
     """In the file."""
     seconds: float
     has_sound: bool
+    in_tubes: bool
+    """Whether the chosen frames are seen in tubes, as `FrameChoice.tubes` asks for."""
 
 
 class MeteredFile:
@@ -126,7 +128,7 @@ class _Decoder:
 
     def start(self) -> tuple[Clip, Iterator[np.ndarray]]:
         timeline = self._scan()
-        indices = self._choice.indices(timeline)
+        indices, in_tubes = self._choice.take(timeline)
         frames = self._frames([self._stamps[index] for index in indices])
         first = next(frames)
         height, width = first.shape[:2]
@@ -141,6 +143,7 @@ class _Decoder:
             frames=len(timeline.times),
             seconds=timeline.end,
             has_sound=bool(self._container.streams.audio),
+            in_tubes=in_tubes,
         )
         return clip, self._all(first, frames)
 
