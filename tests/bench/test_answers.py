@@ -213,3 +213,18 @@ def test_long_cells_are_read_and_the_limit_of_the_process_stays(tmp_path: Path) 
     (record,) = table(text, tmp_path / "set.tsv")
     assert len(record["question"]) == before + 1
     assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("decimals", ["inf", "nan", "1e400", "two", [1]])
+def test_a_precision_that_is_no_number_of_decimals(decimals: Any) -> None:
+    with pytest.raises(BenchError, match="is no number of decimals"):
+        METRICS["exact"]("1.5", {"answer": "1.25", "precision": decimals})
+
+
+def test_hostile_lengths_are_not_compared_letter_by_letter() -> None:
+    """20,000 against 10⁶ characters would be 2 · 10¹⁰ steps."""
+    long = "ab" * 500_000
+    assert METRICS["anls"](long, {"answer": long}) == 0
+    assert METRICS["anls"]("ab" * 100, {"answer": "ab" * 99 + "ba"}) == pytest.approx(0.99)
+    for name in ("exact", "contains", "relaxed"):
+        METRICS[name]("answer\n" + "\n" * 10**6 + long, {"answer": long})
