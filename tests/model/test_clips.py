@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from neounify.config import VideoConfig
 from neounify.model import Document, Image, Layout, NeoUnify, Noise, Span, Text
 from neounify.model.layout import Grid
 from neounify.model.parts import GEN, UND
@@ -193,3 +194,18 @@ def test_attention_over_a_long_clip_needs_no_square_mask() -> None:
     (block,) = layout[GEN].blocks
     assert (block.length, block.visible, block.causal) == (37_440, 28, False)
     assert layout.pairs(GEN) == 37_440 * (37_440 + 28)
+
+
+def test_heads_predict_some_rows_of_images_and_clips() -> None:
+    video = VideoConfig(tube_frames=2)
+    config = random_config(random.Random(0), image_head="flow", video=video)
+    model = random_model(config, 0)
+    grids = [Grid(1, 2), Grid(1, 2, 2), Grid(2, 2)]
+    hidden = torch.randn(10, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    whole = model.clean_prediction(hidden, grids)
+    assert whole.shape == (10, config.tube_width)
+    assert whole[:2, config.token_width :].abs().max() == 0
+    assert whole[2:6].abs().min(dim=0).values.max() > 0
+    for rows in (range(5), range(1, 4), range(4, 10), range(2, 6)):
+        part = model.clean_prediction(hidden[rows.start : rows.stop], grids, rows)
+        torch.testing.assert_close(part, whole[rows.start : rows.stop])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from neounify.attention import select_for
 from neounify.config import VideoConfig
 from neounify.config.presets import SCENES
 from neounify.data.encode import Encoder, GuidanceDropout
 from neounify.data.loader import Pack, make_pack
 from neounify.data.sample import Sample, SampleClip, SampleImage, SampleText, Turn
+from neounify.distributed.sequence import Share
 from neounify.image.clips import tube_rows
 from neounify.model import NeoUnify
-from neounify.model.parts import GEN
+from neounify.model.layout import Rows
+from neounify.model.parts import GEN, StreamName
+from neounify.model.stream import Projected
 from neounify.text import byte_tokenizer
 from neounify.train.loss import Counts, LossConfig, Metrics, add_noise, loss_of
 from neounify.train.speed import StepOperations
@@ -146,3 +153,48 @@ def test_operations_count_tubes_by_their_own_layers(model: NeoUnify) -> None:
     assert operations.heads["tube"].operations(8) == 2 * tube * 8 * 3
     clip, image = (operations.of(pack_of(sample)) for sample in (T2V, T2I))
     assert clip > image + 2 * (2 * 8 - 4) * operations.layers[GEN].weights
+
+
+def test_shares_of_a_mixed_pack_add_up_to_its_loss(model: NeoUnify) -> None:
+    """Two halves of the rows, each with the keys of all, as two ranks compute them."""
+    pack = pack_of(T2I, T2V, QUESTION, NEXT)
+    config, counts = LossConfig(), Counts.of([pack])
+    whole = loss(model, pack)
+    shares = []
+    lengths = pack.layout.lengths
+    for number in (0, 1):
+        rows = {n: range(number * (c // 2), c if number else c // 2) for n, c in lengths.items()}
+        share = Share(_Whole(model, pack, rows), rows)
+        generator = torch.Generator().manual_seed(0)
+        shares.append(loss_of(model, pack, config, counts, generator, None, None, share))
+    torch.testing.assert_close(sum(shares), whole)
+
+
+class _Whole:
+    """Attention of some rows whose keys and values are those that the whole pack has."""
+
+    def __init__(self, model: NeoUnify, pack: Pack, rows: Rows) -> None:
+        self.rows, self.seen = rows, self._record(model, pack)
+
+    def _record(self, model: NeoUnify, pack: Pack) -> dict[int, Mapping[StreamName, Tensor]]:
+        plan = select_for(model).plan(pack.layout)
+        seen: dict[int, Mapping[StreamName, Tensor]] = {}
+
+        def attend(
+            layer: int, streams: Mapping[StreamName, Projected]
+        ) -> Mapping[StreamName, Tensor]:
+            seen[layer] = plan(layer, streams)
+            return seen[layer]
+
+        whole = Share(attend, None)
+        generator = torch.Generator().manual_seed(0)
+        loss_of(model, pack, LossConfig(), Counts.of([pack]), generator, None, None, whole)
+        return seen
+
+    def __call__(
+        self, layer: int, streams: Mapping[StreamName, Projected]
+    ) -> dict[StreamName, Tensor]:
+        return {
+            name: self.seen[layer][name][self.rows[name].start : self.rows[name].stop]
+            for name in streams
+        }

@@ -62,9 +62,11 @@ def rows_to_frames(
     return rearrange(tokens, join, h=rows, w=columns, f=tube_frames, p=size, q=size)
 
 
-def join_rows(rows: Sequence[Float[Tensor, "_n _values"]]) -> Float[Tensor, "n values"]:
-    """Rows of tokens one after the other, padded with zeros to the longest."""
-    width = max(x.shape[1] for x in rows)
+def join_rows(
+    rows: Sequence[Float[Tensor, "_n _values"]], width: int = 0
+) -> Float[Tensor, "n values"]:
+    """Rows of tokens one after the other, padded with zeros to the longest, or to `width`."""
+    width = max(width, *(x.shape[1] for x in rows))
     return torch.cat([pad(x, (0, width - x.shape[1])) if x.shape[1] < width else x for x in rows])
 
 

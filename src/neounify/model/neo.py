@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -195,18 +196,15 @@ class NeoUnify(nn.Module):
         return x + conditions[0].index_select(0, rows.owners_on(z.device)) if conditions else x
 
     def _embed_pixels(self, z: Float[Tensor, "g _ccc"], rows: StreamRows) -> Float[Tensor, "g d"]:
-        """Embedding of noisy pixels, each kind of token by its own layers."""
+        """Embedding of noisy pixels, padding left out: each kind of token by its own layers."""
         parts: list[Tensor] = []
         widths: dict[Kind, int] = {"image": self.config.token_width, "tube": self.config.tube_width}
         for kind, width in widths.items():
             if not rows.grids_of(kind):
                 continue
             chosen = rows.rows_of(kind, z.device)
-            pixels = z if chosen is None else z.index_select(0, chosen)
-            # What is behind the width of a kind is padding.
-            pixels = pixels if chosen is None else pixels[:, :width]
-            is_image = kind == "image"
-            parts.append(self.gen_patch(pixels, rows) if is_image else self.gen_tube(pixels))
+            pixels = z if chosen is None else z.index_select(0, chosen)[:, :width]
+            parts.append(self.gen_tube(pixels) if kind == "tube" else self.gen_patch(pixels, rows))
         order = rows.order_on(z.device)
         return parts[0] if order is None else torch.cat(parts).index_select(0, order)
 
@@ -277,21 +275,23 @@ class NeoUnify(nn.Module):
         return self.lm_head(hidden)
 
     def clean_prediction(
-        self, hidden: Float[Tensor, "g d"], grids: Sequence[Grid]
+        self, hidden: Float[Tensor, "g d"], grids: Sequence[Grid], rows: range | None = None
     ) -> Float[Tensor, "g ccc"]:
         """The predicted clean images and clips x̂: one row per token, as `z` of `embed_noisy`.
 
-        `hidden` are the rows of all `grids`, or of one kind of them some rows.
+        `hidden` are the rows of all `grids`, or some `rows` of them.
         """
         tubes = [bool(grid.tubes) for grid in grids]
         if not any(tubes):
             return self.image_head(hidden, grids)
         if all(tubes):
             return self.video_head(hidden)
-        pieces = hidden.split([grid.length for grid in grids])
-        return join_rows(
-            [self.clean_prediction(x, [grid]) for x, grid in zip(pieces, grids, strict=True)]
-        )
+        ends = np.cumsum([0, *(grid.length for grid in grids)])
+        if rows is not None:
+            ends = ends.clip(rows.start, rows.stop)
+        pieces = zip(hidden.split(np.diff(ends).tolist()), grids, strict=True)
+        parts = [self.clean_prediction(x, [grid]) for x, grid in pieces]
+        return join_rows(parts, self.config.tube_width)
 
     def forward(self, batch: ModelBatch, score: ScoreFunction | None = None) -> ModelOutput:
         """The streams of many packed documents in one call; differentiable.
@@ -311,7 +311,8 @@ class NeoUnify(nn.Module):
                 states = states.index_select(0, batch.logit_rows)
             text = self.logits(states) if score is None else score(self.logits, states)
         if GEN in hidden:
-            clean = self.clean_prediction(hidden[GEN], batch.layout[GEN].grids)
+            rows = batch.rows[GEN] if batch.rows else None
+            clean = self.clean_prediction(hidden[GEN], batch.layout[GEN].grids, rows)
         return ModelOutput(text, clean, hidden.get(GEN))
 
     def embed(self, batch: ModelBatch) -> dict[StreamName, Float[Tensor, "_n d"]]:
