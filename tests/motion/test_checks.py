@@ -177,6 +177,17 @@ def test_a_continuation_is_compared_frame_by_frame() -> None:
     assert {name for name, right in frozen.attributes.items() if not right} == {"size"}
 
 
+def test_a_shape_that_stays_does_not_hide_one_that_stopped() -> None:
+    star = Mover("star", "red", Motion("stay"), (Place(0.2, 0.2, 0.14),) * 12)
+    path = tuple(Place(0.3 + 0.025 * n, 0.75, 0.14) for n in range(12))
+    both = MotionScene("white", (star, Mover("circle", "blue", Motion("move", "right"), path)))
+    clip = render_motion(both, DEFAULT)
+    frozen = np.repeat(clip[5:6], 6, axis=0)
+    assert check_continuation(both, clip[6:], 6, DEFAULT).correct
+    wrong = check_continuation(both, frozen, 6, DEFAULT).parts
+    assert {name for name, value in wrong.items() if value < 1} == {"place"}
+
+
 def test_grades_fall_on_a_line() -> None:
     assert [graded(e, 1, 3) for e in (0, 1, 2, 3, 4)] == [1, 1, 0.5, 0, 0]
 

@@ -36,7 +36,10 @@ MAX_ANGLE = 22.5
 MAX_MISFIT, MAX_UNEVENNESS = 0.035, 0.12
 """Root mean square distance from a smooth path in sides of the frame, and of the log radius."""
 MAX_PLACE_ERROR, MAX_RADIUS_ERROR = 0.05, 0.1
-"""Mean distance from the true place in sides of the frame, and mean |log| of the radii's ratio."""
+"""Mean distance from the true place in sides of the frame, and mean |log| of the radii's ratio.
+
+Of two shapes the worse one of each frame counts.
+"""
 MAX_TRACKS = 5
 """Tracks, the longest first, that are tried for the shapes asked for."""
 
@@ -169,7 +172,7 @@ def check_continuation(
 
 
 def _frame_parts(scene: MotionScene, frame: int, percept: Percept | None) -> dict[str, float]:
-    """The right shares of one frame, and its mean errors of place and log radius."""
+    """The right shares of one frame, and its largest errors of place and log radius."""
     places = [m.path[frame] for m in scene.movers]
     true = [(m, p) for m, p in zip(scene.movers, places, strict=True) if p is not None]
     seen = percept.objects if percept else ()
@@ -191,12 +194,9 @@ def _frame_parts(scene: MotionScene, frame: int, percept: Percept | None) -> dic
         parts |= {
             "shape": float(np.mean([o is not None and o.shape == m.shape for m, _, o in pairs])),
             "colour": float(np.mean([o is not None and o.colour == m.colour for m, _, o in pairs])),
-            "place": float(np.mean([distance(p, o) for _, p, o in pairs])),
-            "size": float(
-                np.mean(
-                    [1.0 if o is None else abs(math.log(o.radius / p.radius)) for _, p, o in pairs]
-                )
-            ),
+            # Of two shapes the worse one: a shape that stays must not hide one that stopped.
+            "place": max(distance(p, o) for _, p, o in pairs),
+            "size": max(_radius_error(p, o) for _, p, o in pairs),
         }
     return parts
 
