@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from PIL import Image
 from neounify.attention import select_for
 from neounify.curate.hooks import call_hook, load_hook, read_number
 from neounify.curate.recipe import Captions, CurateError, CurateRecipe
+from neounify.curate.units import folder_digest
 from neounify.data import Sample, SampleImage, SampleText, Turn
 from neounify.data.encode import Encoder
 from neounify.data.loader import make_pack
@@ -65,7 +67,8 @@ def caption_images(
     stage = recipe.stages.captions
     assert stage.model is not None
     with one_thread():
-        pipeline = _pipeline(stage.model, stage.device or "cpu")
+        weights = folder_digest(Path(stage.model))
+        pipeline = _pipeline(stage.model, weights, stage.device or "cpu")
         new = _made(pipeline, images, samples, stage, recipe.seed)
         results = []
         for image, sample, texts in zip(images, samples, new, strict=True):
@@ -196,7 +199,8 @@ def _choose(
 
 
 @lru_cache(maxsize=1)
-def _pipeline(folder: str, device: str) -> Pipeline:
+def _pipeline(folder: str, weights: str, device: str) -> Pipeline:
+    """The model of a folder, whose files have this digest."""
     try:
         return load(folder, device=device, dtype="float32" if device == "cpu" else None)
     except NeounifyError as error:

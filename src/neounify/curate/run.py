@@ -355,7 +355,9 @@ class _Run:
         tables, kept_files = [], set[Path]()
         model = self.recipe.stages.captions.model
         weights = folder_digest(Path(model)) if model and Path(model).is_dir() else model
-        settings = digest_of(self.recipe.stages, self.recipe.seed, weights, code_version())
+        # Captions are scored by the hook of stage 10.
+        hooks = scored_settings(self.recipe)
+        settings = digest_of(self.recipe.stages, self.recipe.seed, weights, code_version(), hooks)
         start = 0
         for number, (unit, size) in enumerate(zip(self.units, self.sizes, strict=True)):
             verdicts = self._verdicts(decisions, start, size)
