@@ -39,7 +39,7 @@ class PlanOptions(NamedModel):
 
     preset: Annotated[
         str | None,
-        option(PANEL, "NAME", "Plan for the sizes of this preset, as 8b or a3b, not for --model."),
+        option(PANEL, "NAME", "Plan for the sizes of this preset, as 8b or pixelumm, not --model."),
     ] = None
     gpu: Annotated[
         str | None,
