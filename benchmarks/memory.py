@@ -31,7 +31,8 @@ from neounify.errors import SizeWarning
 from neounify.model import Image, NeoUnify, Text
 from neounify.runtime.memory_plan import Task, peak_bytes, working_bytes
 from neounify.text import byte_tokenizer
-from neounify.text.template import default_system_message, image_prompt
+from neounify.text.forms import default_system_message
+from neounify.text.template import image_prompt
 
 LONG = 32_768
 PROMPT = "a boat"

@@ -214,7 +214,7 @@ def test_mapped_parameters_are_right_after_dropping_and_never_lose_changes(small
     model, residency, *_ = load_checkpoint(small, memory="stream")
     with residency.use("und"):
         model.embed_tokens.weight.mul_(2)
-        model.und_patch.patch.weight.mul_(2)
+        model.get_parameter("und_patch.patch.weight").mul_(2)
         model.get_parameter("layers.1.und.qkv.k_proj.weight").data = torch.ones(16, 32)
     for stream in ("gen", "und"):
         with residency.use(stream):

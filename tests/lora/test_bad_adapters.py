@@ -153,13 +153,13 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
 
 
 def test_convolutions_can_be_merged_but_not_trained(folder: Path, tmp_path: Path) -> None:
-    weight = random_model(SMALL, 0).und_patch.patch.weight
+    weight = random_model(SMALL, 0).get_parameter("und_patch.patch.weight")
     pair = {"lora_A": torch.randn(3, *weight.shape[1:]), "lora_B": torch.randn(16, 3, 1, 1)}
     tensors = {f"base_model.model.{PATCH}.{half}.weight": t for half, t in pair.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     base = write_base(tmp_path / "base", SMALL)
     delta = pair["lora_B"].flatten(1) @ pair["lora_A"].flatten(1) * 5 / 3
-    merged = load_model(base, lora=folder).und_patch.patch.weight
+    merged = load_model(base, lora=folder).get_parameter("und_patch.patch.weight")
     torch.testing.assert_close(merged, weight + delta.view(weight.shape), rtol=1e-5, atol=1e-5)
     with pytest.raises(CheckpointError, match=r"patch_embedding\.weight is not linear"):
         load_lora(random_model(SMALL, 0), folder)
