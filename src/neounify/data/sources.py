@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -51,6 +52,24 @@ class SampleSource(Protocol):
     def size(self) -> int | None: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+class EndlessSource(ABC):
+    """Samples without end: `source[i]` for any i ≥ 0. It has no length on purpose."""
+
+    size = None
+
+    @abstractmethod
+    def draw(self, index: int) -> Sample:
+        """The sample of an index, at least 0."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            raise DataError(f"sample {index}: an endless data set has no last sample")
+        return self.draw(index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.draw, count())
 
 
 @dataclass(frozen=True)

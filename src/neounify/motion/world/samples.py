@@ -7,7 +7,7 @@ a clip, then the others).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from neounify.config.ranges import STRICT, Seed, check_names, check_weights
 from neounify.data.configs import DataConfig
 from neounify.data.sample import DataError, Sample, SampleClip, SampleText, Turn
+from neounify.data.sources import EndlessSource
 from neounify.motion.world.language import draw_facts, motion_caption
 from neounify.motion.world.questions import ask_several_motion
 from neounify.motion.world.render import render_motion
@@ -87,8 +88,8 @@ class MotionData(DataConfig):
         return [(side, side)]
 
 
-class MotionDataset:
-    """Samples without end: `dataset[i]` for any i ≥ 0. It has no length on purpose.
+class MotionDataset(EndlessSource):
+    """Samples of clips without end, the same in any process.
 
     Args:
         seed: at least 0; samples of two seeds have nothing in common but chance.
@@ -123,24 +124,11 @@ class MotionDataset:
         self._step = 1 if shown_fps is None else frame_step(shown_fps)
         self.split: Split = split
 
-    @property
-    def size(self) -> None:
-        """None: there is no last sample."""
-        return None
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < 0:
-            raise DataError(f"sample {index}: an endless data set has no last sample")
+    def draw(self, index: int) -> Sample:
         rng = sample_rng(self.seed, index)
         task = pick_weighted(rng, self.task_weights)
         makers = {"t2v": self._t2v, "video_qa": self._video_qa, "next_frames": self._next_frames}
         return Sample(task, makers[task](rng), id=f"motion-{self.seed}-{index}")
-
-    def __iter__(self) -> Iterator[Sample]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
 
     def _t2v(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_motion(rng, self.config, self.split)

@@ -6,7 +6,7 @@ shard it by index alone and a position in it is one number.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -35,6 +35,7 @@ from neounify.data.sample import (
     SampleText,
     Turn,
 )
+from neounify.data.sources import EndlessSource
 from neounify.scenes.world.draw import chance, pick, pick_weighted, sample_rng
 from neounify.scenes.world.edits import (
     KEEP_REQUESTS,
@@ -155,8 +156,8 @@ class SceneData(DataConfig):
         return [(height, width) for width, height, _ in self.sizes] or [(side, side)]
 
 
-class SceneDataset:
-    """Samples without end: `dataset[i]` for any i ≥ 0. It has no length on purpose.
+class SceneDataset(EndlessSource):
+    """Samples of scenes without end, the same in any process.
 
     Args:
         seed: at least 0; samples of two seeds have nothing in common but chance.
@@ -203,14 +204,7 @@ class SceneDataset:
         self.chinese, self.wording = chinese, wording
         self._worlds = {self.config.sized(*size): weight for size, weight in (sizes or {}).items()}
 
-    @property
-    def size(self) -> None:
-        """None: there is no last sample."""
-        return None
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < 0:
-            raise DataError(f"sample {index}: an endless data set has no last sample")
+    def draw(self, index: int) -> Sample:
         rng = sample_rng(self.seed, index)
         task = pick_weighted(rng, self.task_weights)
         language: Language = LANGUAGES[1] if chance(rng, self.chinese) else LANGUAGES[0]
@@ -218,12 +212,6 @@ class SceneDataset:
         makers = _WIDE_MAKERS if self.wording and chance(rng, self.wording) else _MAKERS
         turns = makers[task](rng, config, language, self.split)
         return Sample(task, turns, id=f"scenes-{self.seed}-{index}")
-
-    def __iter__(self) -> Iterator[Sample]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
 
 
 def draw_style(rng: np.random.Generator) -> CaptionStyle:
