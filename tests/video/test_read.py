@@ -58,9 +58,12 @@ def decoded(
     ],
 )
 def test_every_kind_is_read(format: str, codec: str, pix_fmt: str) -> None:
-    data = clip_bytes(numbered(20), format=format, codec=codec, pix_fmt=pix_fmt)
+    # x265 4.2 corrupts memory for a width or height below 64, and tests after it are aborted.
+    width, height = (128, 96) if codec == "libx265" else (48, 32)
+    frames = numbered(20, height, width)
+    data = clip_bytes(frames, format=format, codec=codec, pix_fmt=pix_fmt)
     clip, images = decoded(data, FrameChoice(fps=5))
-    assert (clip.frames, clip.size, clip.has_sound) == (20, (48, 32), False)
+    assert (clip.frames, clip.size, clip.has_sound) == (20, (width, height), False)
     assert clip.seconds == pytest.approx(2.0, abs=0.01)
     assert clip.times == pytest.approx([n / 5 for n in range(10)], abs=0.002)
     coarse = 3 if format == "gif" else 0  # 3 bits a colour
