@@ -7,7 +7,6 @@ import pytest
 
 from neounify.errors import VideoError
 from neounify.video.choice import (
-    TRAINING_FPS,
     TUBE_FRAMES,
     FrameChoice,
     Timeline,
@@ -16,6 +15,9 @@ from neounify.video.choice import (
     published,
 )
 from support.golden import golden_path
+
+TRAINING_FPS = 24.0
+"""The published rate of training clips."""
 
 
 def steady(frames: int, fps: float) -> Timeline:

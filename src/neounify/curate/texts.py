@@ -75,7 +75,7 @@ def measure_text(text: str) -> TextRow:
 
 
 def language_of(text: str) -> str:
-    """The language of a text by ISO 639-1; "none" where nothing tells one. Raises CurateError."""
+    """The language of a text by ISO 639-1; "none" where none is recognised. Raises CurateError."""
     text = text[:LANGUAGE_CHARACTERS]
     if not any(letter.isalpha() for letter in text):
         return "none"

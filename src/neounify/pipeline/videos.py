@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from neounify.config import ModelConfig
 from neounify.tasks.clips import Frames, frame_bounds
 from neounify.tasks.video import in_tubes
@@ -56,8 +58,6 @@ def read_frames(
     max_frames: int | None = None,
     *,
     tubes: bool = False,
-    limits: VideoLimits | None = None,
-    reserve: int = RESERVE,
 ) -> Frames:
     """Frames of a clip, for a model of `config`.
 
@@ -72,10 +72,8 @@ def read_frames(
         times = [number / rate for number in range(len(source.frames))]
         indices, grouped = choice.take(Timeline(times, source.seconds))
         images = source.images
-        frames = Frames([images[n] for n in indices], [times[n] for n in indices])
-        return in_tubes(config, frames.images, frames.times) if grouped else frames
-    options: dict[str, Any] = {"tubes": tubes, "limits": limits, "reserve": reserve}
-    return read_file(source, config, fps, max_frames, **options)[0]
+        return _seen(config, [images[n] for n in indices], [times[n] for n in indices], grouped)
+    return read_file(source, config, fps, max_frames, tubes=tubes)[0]
 
 
 def read_file(
@@ -95,6 +93,11 @@ def read_file(
     _, most = frame_bounds(config, 1)
     choice = frame_choice(config, fps, max_frames, tubes)
     video = read_video(source, choice, limits=limits, frame_pixels=reserve * most)
-    if video.clip.in_tubes:
-        return in_tubes(config, video.images, video.times), video.clip
-    return Frames(video.images, video.times), video.clip
+    return _seen(config, video.images, video.times, video.clip.in_tubes), video.clip
+
+
+def _seen(
+    config: ModelConfig, images: Sequence[Image.Image], times: Sequence[float], grouped: bool
+) -> Frames:
+    """Frames as the model sees them: each an image, or `grouped` in tubes."""
+    return in_tubes(config, images, times) if grouped else Frames(images, times)

@@ -1,7 +1,7 @@
 """Choice of the frames that a model reads of a clip, by their times.
 
 The rules are those of the published video models: `published` for understanding, `dense` for tubes
-of consecutive frames, `at_rate` for training and for a rate of the caller's.
+of consecutive frames, `at_rate` for training (24 a second) and for a rate of the caller's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from neounify.errors import VideoError
 
 MAX_FRAMES = 96
 """Frames of a clip that a model reads where a caller sets no limit."""
-SAMPLE_FPS, TUBE_FPS, TRAINING_FPS = 1.0, 4.0, 24.0
+SAMPLE_FPS, TUBE_FPS = 1.0, 4.0
 TUBE_FRAMES = 4
 """Frames of one tube."""
 _ROUNDING = 1e-9

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from neounify.errors import ImageError, VideoError
-from neounify.pipeline.videos import frame_choice, read_frames
+from neounify.pipeline.videos import frame_choice, read_file
 from neounify.serve.http.chat_schema import VideoChoice
 from neounify.serve.http.errors import bad_request
 from neounify.serve.http.fields import blame
@@ -44,8 +44,9 @@ async def read_videos(
     for field, url in sources:
         with blame(field):
             file = await _read_url(url, state)
-            read = partial(read_frames, file, config, choice.fps, most, limits=bounds, reserve=1)
-            videos.append(await state.clip_decoder.run(read))
+            read = partial(read_file, file, config, choice.fps, most, limits=bounds, reserve=1)
+            frames, _ = await state.clip_decoder.run(read)
+            videos.append(frames)
     return videos
 
 
