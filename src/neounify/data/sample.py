@@ -39,9 +39,9 @@ from neounify.text.clips import VIDEO_MARK
 THINK_OPEN, THINK_CLOSE = "<think>\n", "\n</think>\n\n"
 TASKS = (
     *("t2i", "t2i_think", "vqa", "caption", "edit", "edit_think", "interleave", "text"),
-    *("t2v", "video_qa", "next_frames"),
+    *("t2v", "video_qa", "video_caption", "next_frames"),
 )
-"""Of text and images and, last, of clips: from text, questions about them, their next frames."""
+"""Of text and images and, last, of clips: from text, questions about them, captions, next frames."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Path
 

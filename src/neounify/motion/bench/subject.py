@@ -7,6 +7,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from neounify.config import ModelConfig
 from neounify.flow.sampling import ImageSampling
 from neounify.motion.bench.follow import Clip
 from neounify.motion.world.samples import SHOWN_FPS, frame_step
@@ -15,6 +16,7 @@ from neounify.pipeline import Pipeline
 from neounify.tasks.clips import Frames
 from neounify.tasks.image import ImageRequest
 from neounify.tasks.video import clip_shape
+from neounify.tasks.video import in_tubes as tubes_of
 from neounify.text.clips import clip_text
 
 MAX_ANSWER_TOKENS = 32
@@ -83,7 +85,7 @@ class PipelineMotionSubject:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "video", "video": _shown(clip)},
+                        {"type": "video", "video": _shown(self._pipe.config, clip)},
                         {"type": "text", "text": question},
                     ],
                 }
@@ -125,8 +127,10 @@ class PipelineMotionSubject:
         return [video.frames.numpy() for video in self._pipe.generate_requests(requests).videos]
 
 
-def _shown(clip: Clip) -> Frames:
-    """The frames that training shows of a clip that questions are about."""
-    step = frame_step(SHOWN_FPS)
+def _shown(config: ModelConfig, clip: Clip) -> Frames:
+    """A clip that questions are about: all frames in tubes, or every second one as an image."""
+    in_tubes = config.video is not None and config.video.und
+    step = 1 if in_tubes else frame_step(SHOWN_FPS)
     numbers = range(0, len(clip), step)
-    return Frames([Image.fromarray(clip[n]) for n in numbers], [n / FPS for n in numbers])
+    images, times = [Image.fromarray(clip[n]) for n in numbers], [n / FPS for n in numbers]
+    return tubes_of(config, images, times) if in_tubes else Frames(images, times)

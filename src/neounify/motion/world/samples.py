@@ -1,8 +1,8 @@
 """Training samples of synthetic clips: an endless, randomly accessible data set.
 
 Sample i of seed s is always the same, as in the scenes' data set. Tasks: "t2v" (a caption, then its
-clip), "video_qa" (a clip, then questions about it turn by turn), "next_frames" (the first frames of
-a clip, then the others).
+clip), "video_qa" (a clip, then questions about it turn by turn), "video_caption" (a clip, then all
+that happens in it), "next_frames" (the first frames of a clip, then the others).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from neounify.config.ranges import STRICT, Seed, check_names, check_weights
 from neounify.data.configs import DataConfig
 from neounify.data.sample import DataError, Sample, SampleClip, SampleText, Turn
 from neounify.data.sources import EndlessSource
-from neounify.motion.world.language import draw_facts, motion_caption
+from neounify.motion.world.language import draw_facts, motion_caption, motion_facts
 from neounify.motion.world.questions import ask_several_motion
 from neounify.motion.world.render import render_motion
 from neounify.motion.world.scene import (
@@ -32,10 +32,16 @@ from neounify.motion.world.scene import (
 from neounify.scenes.world.draw import pick, pick_weighted, sample_rng
 from neounify.scenes.world.scene import Split
 
-MOTION_TASKS: dict[str, float] = {"t2v": 0.55, "video_qa": 0.25, "next_frames": 0.2}
+MOTION_TASKS: dict[str, float] = {
+    "t2v": 0.4,
+    "video_qa": 0.3,
+    "video_caption": 0.15,
+    "next_frames": 0.15,
+}
 """Tasks of the data set and their shares."""
 MAX_QUESTIONS = 4
 """About one clip, turn by turn: a clip costs more tokens than a question."""
+CAPTION_REQUESTS = ("Describe the clip.", "What happens in the clip?", "What does the clip show?")
 CONTINUE_REQUESTS = ("Continue the clip.", "What happens next?", "Show the next frames.")
 SHOWN_FPS = 4.0
 """Frames a second of clips that questions are about: every second one."""
@@ -127,7 +133,12 @@ class MotionDataset(EndlessSource):
     def draw(self, index: int) -> Sample:
         rng = sample_rng(self.seed, index)
         task = pick_weighted(rng, self.task_weights)
-        makers = {"t2v": self._t2v, "video_qa": self._video_qa, "next_frames": self._next_frames}
+        makers = {
+            "t2v": self._t2v,
+            "video_qa": self._video_qa,
+            "video_caption": self._video_caption,
+            "next_frames": self._next_frames,
+        }
         return Sample(task, makers[task](rng), id=f"motion-{self.seed}-{index}")
 
     def _t2v(self, rng: np.random.Generator) -> tuple[Turn, ...]:
@@ -147,6 +158,15 @@ class MotionDataset(EndlessSource):
                 Turn("assistant", (SampleText(question.answer, loss=True),)),
             ]
         return tuple(turns)
+
+    def _video_caption(self, rng: np.random.Generator) -> tuple[Turn, ...]:
+        scene = sample_motion(rng, self.config, self.split)
+        clip = self._watched(render_motion(scene, self.config))
+        caption = motion_caption(motion_facts(scene), rng)
+        return (
+            Turn("user", (clip, SampleText(pick(rng, CAPTION_REQUESTS)))),
+            Turn("assistant", (SampleText(caption, loss=True),)),
+        )
 
     def _next_frames(self, rng: np.random.Generator) -> tuple[Turn, ...]:
         scene = sample_decided(rng, self.config, self.split)
