@@ -6,12 +6,43 @@ as a causal kernel computes none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neounify.model import Document, Layout, NeoUnify, Noise
 from neounify.model.layout import Grid, Span
 from neounify.model.parts import GEN, UND
 from neounify.train.speed import attention, layer_weights, weights
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators; composite ones, which inference mode passes on whole, by their parts."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        with self:
+            parts = func.decompose(*args, **options)
+        if parts is not NotImplemented:
+            return parts
+        self.count += 1
+        return func(*args, **options)
+
+
+def operators(call: Callable[[], object]) -> int:
+    """Operators of torch that a call runs, each of which costs some microseconds."""
+    with _Counter() as counter:
+        call()
+    return counter.count
 
 
 def prefill(model: NeoUnify, spans: Sequence[Span]) -> int:

@@ -31,6 +31,18 @@ def median_seconds(call: Callable[[], object], runs: int = RUNS) -> float:
     return statistics.median(times)
 
 
+def processor_seconds(call: Callable[[], object], runs: int = RUNS) -> float:
+    """Least processor seconds of a call over all threads, which other programs disturb less."""
+    for _ in range(WARM_UPS):
+        call()
+    times = []
+    for _ in range(runs):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What one dtype reaches here: multiply-adds count as two operations."""
@@ -39,6 +51,8 @@ class Machine:
     """Operations per second of a 2048³ matrix product, by the library that inference uses."""
     read_bytes: float
     """Bytes per second at which a large matrix-vector product reads its matrix."""
+    read_bytes_processor: float
+    """The same per second of processor time."""
 
 
 @torch.inference_mode()
@@ -50,6 +64,7 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     return Machine(
         matmul_flops=2 * 2048**3 / median_seconds(lambda: product(a)),
         read_bytes=weight.nbytes / median_seconds(lambda: weight @ vector),
+        read_bytes_processor=weight.nbytes / processor_seconds(lambda: weight @ vector),
     )
 
 

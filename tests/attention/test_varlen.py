@@ -25,7 +25,9 @@ from neounify.cache import Cache, PagedKVCache
 from neounify.cache.key_values import text_keys
 from neounify.errors import ConfigError
 from neounify.model import Image, Layout, Noise, Span, Text
+from neounify.runtime.devices import Abilities
 from support.attention import CPU, WIDTH, plan, streams
+from support.device_abilities import pretending
 
 
 def paged(lengths: Sequence[int], room: int) -> list[Cache]:
@@ -125,15 +127,15 @@ def test_a_causal_window_is_aligned_to_the_end() -> None:
 
 def test_what_the_kernels_do_not_serve_is_refused() -> None:
     cuda = torch.device("cuda")
-    check_varlen(cuda, torch.bfloat16, 128)
-    for device, dtype, width, message in (
-        (cuda, torch.float32, 128, r"needs bfloat16 or float16, not torch\.float32"),
-        (cuda, torch.bfloat16, 12, "multiple of 8 up to 256 channels, not 12"),
-        (cuda, torch.float16, 512, "multiple of 8 up to 256 channels, not 512"),
-        (torch.device("mps"), torch.float16, 64, "has no kernel for mps"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            check_varlen(device, dtype, width)
+    with pretending(Abilities(type="cuda", capability=(9, 0))):
+        check_varlen(cuda, torch.bfloat16, 128)
+        for dtype, width, message in (
+            (torch.float32, 128, r"needs bfloat16 or float16, not torch\.float32"),
+            (torch.bfloat16, 12, "multiple of 8 up to 256 channels, not 12"),
+            (torch.float16, 512, "multiple of 8 up to 256 channels, not 512"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                check_varlen(cuda, dtype, width)
     with pytest.raises(ConfigError, match="no kernel for mps"):
         select(torch.device("mps"), torch.float16, 64, "varlen")
 

@@ -13,14 +13,14 @@ import torch
 from neounify.checkpoint import (
     CheckpointFolder,
     choose_dtype,
-    load,
+    dtypes,
     load_checkpoint,
     load_model,
     stored_dtype,
     summarise,
     to_published,
 )
-from neounify.checkpoint.load import multiplies
+from neounify.checkpoint.dtypes import multiplies
 from neounify.errors import RequestError
 from neounify.runtime.process import ControlGroup, memory_bytes
 from support.checkpoint_folders import SMALL, random_weights, write_checkpoint
@@ -99,8 +99,8 @@ def test_the_fastest_exact_dtype_of_a_cpu(
     expected: torch.dtype,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(load, "multiplies", lambda dtype: fast)
-    monkeypatch.setattr(load, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(dtypes, "multiplies", lambda dtype: fast)
+    monkeypatch.setattr(dtypes, "memory_bytes", lambda: memory)
     checkpoint = _folder(tmp_path, stored, stored, torch.float32)
     caplog.set_level(logging.INFO, "neounify")
     model = load_model(checkpoint)
@@ -114,7 +114,7 @@ def test_the_layout_of_u1_5_loads_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Generation stream in float32, the rest in bfloat16, although most bytes are float32."""
-    monkeypatch.setattr(load, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(dtypes, "multiplies", lambda dtype: True)
     checkpoint = _folder(tmp_path, torch.bfloat16, torch.float32, torch.bfloat16)
     loaded = load_checkpoint(checkpoint)
     assert loaded.dtype == (torch.bfloat16, "as stored")

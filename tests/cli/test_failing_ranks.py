@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from neounify.train.state import saved_states
+from neounify.train.state import newest_whole_state, saved_states
 from support.rank_recipes import SCENES, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -230,13 +231,19 @@ def test_ranks_killed_at_any_time(tmp_path: Path) -> None:
     check_alike(tmp_path / "out", alone / "out", steps)
 
 
-def test_torchrun_starts_again_from_the_newest_state(tmp_path: Path) -> None:
-    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program += ["--max-restarts", "1", "-m", "support.rank_program", "once"]
-    train = ["train", str(recipe(tmp_path, steps=6)), "--out", str(tmp_path / "out")]
+# --- torchrun starts them again ---
+
+
+def torchrun(
+    folder: Path, *options: str, fault: str, ranks: int = 2, steps: int = 6
+) -> subprocess.CompletedProcess[str]:
+    """A run into folder/out that may be started again once, ended."""
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    program += ["--max-restarts", "1", "-m", "support.rank_program", fault]
+    train = ["train", str(recipe(folder, steps=steps)), "--out", str(folder / "out"), *options]
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     added = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *program, *train],
         env={**os.environ, **added},
         capture_output=True,
@@ -244,6 +251,69 @@ def test_torchrun_starts_again_from_the_newest_state(tmp_path: Path) -> None:
         timeout=540,
         check=False,
     )
+
+
+def resumed_from(said: str) -> list[Path]:
+    """The states that a run says it resumes from, in order."""
+    words = "resuming from "
+    lines = [" ".join(said.split())]
+    return [Path(part.split()[0]) for line in lines for part in line.split(words)[1:]]
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three steps, which others resume from."""
+    folder = tmp_path_factory.mktemp("earlier")
+    with run(folder, [recipe(folder, steps=3)]) as started:
+        assert started.end() == ([0], [])
+    return folder / "out"
+
+
+def holding_another_run(folder: Path, earlier: Path) -> Path:
+    """The states of a folder whose only one is of another run, of a step never reached here."""
+    other = folder / "out" / "states" / "step-00000099"
+    shutil.copytree(saved_states(earlier / "states")[-1], other)
+    return other.parent
+
+
+def test_torchrun_starts_again_from_the_newest_state(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, fault="once")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stderr
     assert [line["step"] for line in logged(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_restart_before_a_save_resumes_from_what_was_named(
+    tmp_path: Path, earlier: Path, ranks: int
+) -> None:
+    """Not from the state of another run that the folder holds."""
+    holding_another_run(tmp_path, earlier)
+    named = saved_states(earlier / "states")[-1]
+    done = torchrun(tmp_path, "--resume", str(named), fault="at once", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert resumed_from(done.stderr) == [named, named]
+    assert [line["step"] for line in logged(tmp_path / "out")] == [4, 5, 6]
+
+
+def test_a_restart_resumes_from_what_its_own_launch_saved(tmp_path: Path, earlier: Path) -> None:
+    states = holding_another_run(tmp_path, earlier)
+    named = saved_states(earlier / "states")[-1]
+    done = torchrun(tmp_path, "--resume", str(named), fault="once", steps=8)
+    assert done.returncode == 0, done.stderr
+    first, again = resumed_from(done.stderr)
+    assert first == named
+    assert again in (states / "step-00000005", states / "step-00000006")
+    assert [line["step"] for line in logged(tmp_path / "out")] == [4, 5, 6, 7, 8]
+    # What is newest is decided by when it was saved.
+    assert newest_whole_state(states, pytest.fail) == states / "step-00000008"
+
+
+def test_a_restart_does_not_resume_the_run_that_a_new_one_may_not_replace(
+    tmp_path: Path, earlier: Path
+) -> None:
+    states = holding_another_run(tmp_path, earlier)
+    done = torchrun(tmp_path, fault="none", ranks=1)
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run") == 2
+    assert [path.name for path in saved_states(states)] == ["step-00000099"]

@@ -252,6 +252,19 @@ def test_streams_keep_as_many_layers_as_fit_each() -> None:
     assert 0 < most["und"] < 48
 
 
+def test_text_of_a_sparse_model_reads_the_experts_of_its_tokens() -> None:
+    """By layers a token of A3B moves 8 of the 128 experts of a layer, 9.4 MB each, and the rest."""
+    weights = weight_bytes(U1_A3B, 2)
+    kept = memory_rows.Kept(name="bf16", weights=weights, itemsize=2)
+    host = Machine(device=24 * GIB, host=128 * GIB, rates=RTX_4090.rates)
+    none: memory_plan.Resident = {"und": 0, "gen": 0}
+    layers = memory_rows.plan_row(U1_A3B, kept, Task(kind="chat"), host, "layers", none)
+    experts = 48 * 9.437e6
+    moved = weights.stream("und") - 120 * experts
+    assert moved == pytest.approx(3.6e9 + 1.8e9, rel=0.05)
+    assert layers.text == pytest.approx(RTX_4090.rates.copies / moved, rel=0.01)
+
+
 def test_prompts_are_cut_where_they_do_not_fit_in_one_call() -> None:
     """Two images in three branches take 25,000 rows; on 24 GB they are read one by one."""
     task = Task(kind="edit", branches=3, references=2, reference_tokens=4096)

@@ -18,14 +18,17 @@ def main() -> None:
     fault = sys.argv.pop(1)
     original = supervised.loss_of
     calls: list[int] = []
+    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
 
     def loss_of(*arguments: Any) -> Any:
         calls.append(1)
         if os.environ["RANK"] == "1" and len(calls) == FAULT_STEP:
             if fault == "memory":
                 raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-            if fault == "once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if fault == "once" and first_start:
                 os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "at once" and first_start:  # before anything is saved
+            os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
     supervised.loss_of = loss_of  # type: ignore[assignment]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError
 from neounify.train.state import (
     check_state,
     flatten_optimizer,
     load_state,
+    newest_of_launch,
     newest_whole_state,
     prune_states,
     save_state,
@@ -24,9 +27,10 @@ from neounify.train.state import (
 FACTS: dict[str, Any] = {"progress": {}, "position": None, "ema_updates": 1, "config": {}}
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, ranks: Ranks = ONE) -> Path:
     weight = {"w": torch.full((50, 50), float(step))}
-    return save_state(folder, step, {"model": weight, "ema": weight, "optimizer": weight}, FACTS)
+    tensors = {"model": weight, "ema": weight, "optimizer": weight}
+    return save_state(folder, step, tensors, FACTS, ranks)
 
 
 @pytest.fixture
@@ -115,6 +119,40 @@ def test_damaged_states_that_lie_ahead_do_not_count_as_kept(states: Path) -> Non
     prune_states(states, 1, 3)
     assert [p.name for p in saved_states(states)] == ["step-00000003"]
     check_state(states / "step-00000003")
+
+
+def test_the_newest_state_is_the_one_saved_last(states: Path) -> None:
+    """A run that resumed from step 1 saves step 2 after step 3, which it has left behind."""
+    save(states, 2)
+    assert newest_whole_state(states, pytest.fail) == states / "step-00000002"
+    prune_states(states, 1, 2)
+    assert [p.name for p in saved_states(states)] == ["step-00000002", "step-00000003"]
+    save(states, 3)
+    prune_states(states, 2, 3)
+    assert newest_whole_state(states, pytest.fail) == states / "step-00000003"
+
+
+def test_states_of_earlier_versions_are_older_than_those_of_this_one(states: Path) -> None:
+    file = states / "step-00000003" / "state.json"
+    facts = json.loads(file.read_text())
+    del facts["saved"]
+    file.write_text(json.dumps(facts))
+    assert newest_whole_state(states, pytest.fail) == states / "step-00000002"
+
+
+def test_the_newest_state_of_a_launch(states: Path) -> None:
+    save(states, 4, replace(ONE, launch="this"))
+    save(states, 2, replace(ONE, launch="this"))
+    save(states, 3, replace(ONE, launch="another"))
+    assert newest_of_launch(states, "this", pytest.fail) == states / "step-00000002"
+    assert newest_of_launch(states, "", pytest.fail) is None
+    assert newest_of_launch(states, "a third", pytest.fail) is None
+    said: list[str] = []
+    cut(states / "step-00000002" / "model.safetensors")
+    assert newest_of_launch(states, "this", said.append) == states / "step-00000004"
+    cut(states / "step-00000004" / "model.safetensors")
+    assert newest_of_launch(states, "this", said.append) is None
+    assert ["step-00000002" in line for line in said] == [True, True, False]
 
 
 def test_a_kill_while_states_are_pruned(states: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,21 +49,24 @@ class ContiguousAttention:
         lengths = [cache.length + 1 for cache in caches]
         longest = max(lengths)
         device = caches[0].keys.device
-        self._rows = self._mask = None
+        self._rows = self._mask = self._places = None
         if len(caches) == 1:
             caches[0].reserve(1)
             keys, values = (x.unsqueeze(1) for x in (caches[0].keys, caches[0].values))
-            rows = [0]
+            last = longest - 1
+            self._places = keys[:, :, :, last].unbind(0), values[:, :, :, last].unbind(0)
         else:
             batch = CacheBatch.of(caches, 1)
             keys, values = batch.keys, batch.values
-            rows = [cache.row for cache in caches]
-            if rows != list(range(keys.shape[1])):
-                self._rows = to_device(np.array(rows), device)
-            ends = to_device(np.array(lengths), device).view(-1, 1, 1, 1)
-            self._mask = torch.arange(longest, device=device) < ends
         self._keys = keys[:, :, :, :longest].unbind(0)
         self._values = values[:, :, :, :longest].unbind(0)
+        if len(caches) == 1:
+            return
+        rows = [cache.row for cache in caches]
+        if rows != list(range(keys.shape[1])):
+            self._rows = to_device(np.array(rows), device)
+        ends = to_device(np.array(lengths), device).view(-1, 1, 1, 1)
+        self._mask = torch.arange(longest, device=device) < ends
         heads = torch.arange(keys.shape[2], device=device)
         self._new = (
             to_device(np.array(rows), device).unsqueeze(1),
@@ -88,8 +91,13 @@ class ContiguousAttention:
     ) -> dict[StreamName, Tensor]:
         x = streams[UND]
         k, v = self._keys[layer], self._values[layer]
-        k.index_put_(self._new, x.k)
-        v.index_put_(self._new, x.v)
+        if self._places is not None:  # writing at indices takes several times as long
+            keys, values = self._places
+            keys[layer].copy_(x.k)
+            values[layer].copy_(x.v)
+        else:
+            k.index_put_(self._new, x.k)
+            v.index_put_(self._new, x.v)
         if self._rows is not None:
             k, v = k.index_select(0, self._rows), v.index_select(0, self._rows)
         return {UND: attend_tokens(x.q, k, v, self._mask)}
@@ -116,12 +124,13 @@ class PagedAttention:
         padded = np.where(real, slots, pool.zero_slot)
         self._slots = to_device(padded.reshape(-1), device)
         self._new = to_device(new, device)
-        self._mask = to_device(real, device)[:, None, None]
+        self._shape = real.shape
+        self._mask = None if real.all() else to_device(real, device)[:, None, None]
 
     @classmethod
     def plan(cls, layout: Layout, caches: Caches, device: torch.device) -> PagedAttention | None:
         sequences = [c for c in caches or () if isinstance(c, PagedSequence) and c.length]
-        if len(sequences) < 2 or len(sequences) < len(layout.documents):
+        if not sequences or len(sequences) < len(layout.documents):
             return None
         if not layout.is_decode or len({id(sequence.pool) for sequence in sequences}) > 1:
             return None
@@ -136,7 +145,7 @@ class PagedAttention:
         keys, values = self._keys[layer], self._values[layer]
         keys.index_copy_(0, self._new, x.k)
         values.index_copy_(0, self._new, x.v)
-        return {UND: attend_slots(x.q, keys, values, self._slots, self._mask)}
+        return {UND: attend_slots(x.q, keys, values, self._slots, self._shape, self._mask)}
 
 
 class PrefixAttention:
@@ -367,10 +376,10 @@ def attend_slots(
     keys: Float[Tensor, "slots kv d"],
     values: Float[Tensor, "slots kv d"],
     slots: Int64[Tensor, " bn"],
-    mask: Bool[Tensor, "b 1 1 n"],
+    shape: tuple[int, ...],
+    mask: Bool[Tensor, "b 1 1 n"] | None,
 ) -> Float[Tensor, "b heads d"]:
-    """`attend_tokens` of keys that are gathered from the `slots` of a pool, n for each query."""
-    shape = mask.shape[0], mask.shape[-1]
+    """`attend_tokens` of keys gathered from the `slots` of a pool; `shape` is (b, n)."""
     k, v = (x.index_select(0, slots).unflatten(0, shape).transpose(1, 2) for x in (keys, values))
     return attend_tokens(q, k, v, mask)
 

@@ -42,6 +42,7 @@ class StaticDecoding:
         self._places = torch.arange(pages * self._size, device=device)
         self._zero = torch.full((), pool.zero_slot, device=device)
         self._slots = self._mask = self._starts
+        self._shape = rows, pages * self._size
 
     def load(self, sequences: Sequence[PagedSequence]) -> None:
         rows, pages = self._tables.shape
@@ -76,7 +77,7 @@ class StaticDecoding:
         keys.index_copy_(0, self._new, x.k)
         values.index_copy_(0, self._new, x.v)
         if self._kernel is None:
-            return {UND: attend_slots(x.q, keys, values, self._slots, self._mask)}
+            return {UND: attend_slots(x.q, keys, values, self._slots, self._shape, self._mask)}
         attended = self._kernel.call(
             x.q,
             self._key_pages[layer],

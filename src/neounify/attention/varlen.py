@@ -28,6 +28,7 @@ from neounify.errors import ConfigError
 from neounify.model.layout import Block, Layout, to_device
 from neounify.model.parts import GEN, UND, StreamName
 from neounify.model.stream import Projected
+from neounify.runtime.devices import abilities
 
 CAUSAL, FULL = (-1, 0), (-1, -1)
 """Windows (left, right) of keys around a query whose position counts from the end."""
@@ -55,7 +56,7 @@ def kernel_for(device: torch.device) -> Kernel:
     from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
-    wanted = IMPLEMENTATIONS.get(torch.cuda.get_device_capability(device)[0])
+    wanted = IMPLEMENTATIONS.get(abilities(device).capability[0])
     if wanted is not None and current_flash_attention_impl() != wanted:
         try:
             activate_flash_attention_impl(wanted)
@@ -77,8 +78,9 @@ def check_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Non
     """Raise ConfigError where the kernels of a device do not serve a dtype and head width."""
     if device.type == "cpu":
         return
-    if device.type != "cuda":
-        raise ConfigError(f"attention 'varlen' has no kernel for {device.type}; use 'sdpa'")
+    here = abilities(device)
+    if not here.flash:
+        raise ConfigError(f"attention 'varlen' has no kernel for {here}; use 'sdpa'")
     if dtype.itemsize != 2:
         raise ConfigError(f"attention 'varlen' needs bfloat16 or float16, not {dtype}; use 'sdpa'")
     if head_dim % 8 or head_dim > MAX_HEAD_DIM:

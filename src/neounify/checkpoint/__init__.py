@@ -1,16 +1,13 @@
 """Checkpoint folders of the published layout: opened, checked, loaded, saved, summarised."""
 
 from neounify.checkpoint.config_json import read_config, write_config
+from neounify.checkpoint.dtypes import Dtype, DtypeChoice, choose_dtype, stored_dtype
 from neounify.checkpoint.load import (
-    Dtype,
-    DtypeChoice,
     LoadedCheckpoint,
-    choose_dtype,
     expected_shapes,
     load_checkpoint,
     load_model,
     resolve_device,
-    stored_dtype,
 )
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.mapped import MappedFile, TensorInfo

@@ -16,6 +16,7 @@ from neounify.checkpoint.residency import Residency, StreamResidency
 from neounify.config import ModelConfig
 from neounify.errors import MemoryPlanError, RequestError
 from neounify.model.neo import NeoUnify
+from neounify.runtime.devices import abilities
 from neounify.runtime.memory_plan import (
     MODES,
     STREAMS,
@@ -113,9 +114,10 @@ def _rows(
     """Rows of the modes that a device serves. Raises RequestError."""
     if resident_layers is not None:
         _check_count(resident_layers, config.num_layers)
-    if tuple(modes) == ("layers",) and device.type not in LAYER_DEVICES:
+    by_layers = abilities(device).by_layers
+    if tuple(modes) == ("layers",) and not by_layers:
         raise RequestError(
-            f"memory='layers' works on {' and '.join(LAYER_DEVICES)}, not on {device.type}",
+            f"memory='layers' works on cpu and cuda, not on {device.type}; take memory='stream'",
             param="memory",
         )
     resident: Resident = dict.fromkeys(task.streams, resident_layers or 0)
@@ -127,7 +129,7 @@ def _rows(
     return [
         plan_row(config, kept, task, machine, mode, resident)
         for mode in modes
-        if mode != "layers" or device.type in LAYER_DEVICES
+        if mode != "layers" or by_layers
     ]
 
 
@@ -147,9 +149,6 @@ def _chosen(
         raise MemoryPlanError(_refusal(rows, every, machine, checkpoint.path.name))
     row = chosen or rows[-1]
     return Fitted(row.mode, row.resident)
-
-
-LAYER_DEVICES = ("cpu", "cuda")
 
 
 def _check_count(resident_layers: int, count: int) -> None:
@@ -196,7 +195,7 @@ def used_up(
         plan_row(checkpoint.config, form, task, machine, mode, none)
         for form in forms
         for mode in MODES
-        if mode != "layers" or device.type in LAYER_DEVICES
+        if mode != "layers" or abilities(device).by_layers
     ]
     used = next(row for row in rows if row.mode == memory)
     less = [row for row in rows if row.peak < used.peak]

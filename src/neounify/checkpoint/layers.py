@@ -7,18 +7,20 @@ behind it; on other devices layers pass through a few buffers (`checkpoint.stagi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neounify.checkpoint.mapped import MappedFile
-from neounify.checkpoint.names import layer_of
+from neounify.checkpoint.names import expert_of, layer_of
 from neounify.checkpoint.residency import StoredWeight, StreamResidency, make_weight
 from neounify.model.neo import NeoUnify
 from neounify.model.parts import STREAMS, StreamName
+from neounify.model.stream import SparseMlp, Stream, call_plain
 from neounify.runtime.memory_plan import resident_layers
 from neounify.runtime.process import return_freed_memory
 
@@ -35,8 +37,15 @@ class Feed(Protocol):
     def close(self) -> None:
         """A user has ended; with the last one, threads and buffers go."""
 
-    def take(self, number: int) -> None:
-        """Wait for a layer's weights. Raises CheckpointError for a file that is cut off."""
+    def take(self, number: int, *, few: bool | None = None) -> None:
+        """Wait for a layer's weights, but for those of its experts, which `fetch` brings.
+
+        `few`: whether sparse layers have few tokens now, None where that is not known. Raises
+        CheckpointError for a file that is cut off.
+        """
+
+    def fetch(self, number: int, experts: Collection[int]) -> None:
+        """Wait for the weights of these experts of a layer that was taken, if it does not stay."""
 
     def give_back(self, number: int) -> None:
         """The layer has been computed."""
@@ -70,6 +79,11 @@ class LayerResidency:
         self._kept = StreamResidency(model, kept)
         self._feeds = _feeds(model, coming)
         self._taken: dict[tuple[int, int], list[StreamName]] = {}
+        for stream, layers in coming.items():
+            for number in layers:
+                mlp = model.get_submodule(f"layers.{number}.{stream}.out.mlp")
+                if isinstance(mlp, SparseMlp):
+                    mlp.call = _fetching(self._feeds[stream], number)
         for layer in model.layers:
             layer.register_forward_pre_hook(self._before)
             layer.register_forward_hook(self._after, always_call=True)
@@ -87,8 +101,8 @@ class LayerResidency:
     def _before(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         number: int = layer.number  # type: ignore[assignment]
         taken = self._taken[threading.get_ident(), number] = []
-        for stream in arguments[0]:
-            self._feeds[stream].take(number)
+        for stream, x in arguments[0].items():
+            self._feeds[stream].take(number, few=_is_few(layer[stream], x.shape[0]))  # type: ignore[index]
             taken.append(stream)
 
     def _after(self, layer: nn.Module, arguments: tuple[Any, ...], output: object) -> None:
@@ -96,6 +110,23 @@ class LayerResidency:
         # Also after an error, which may have come before a layer was there.
         for stream in self._taken.pop((threading.get_ident(), number), ()):
             self._feeds[stream].give_back(number)
+
+
+def _is_few(stream: Stream, rows: int) -> bool | None:
+    """Whether so few rows pass through a sparse layer that most of its experts have none."""
+    mlp = stream.out.mlp
+    return 2 * rows * mlp.top_k <= len(mlp.experts) if isinstance(mlp, SparseMlp) else None
+
+
+def _fetching(feed: Feed, number: int) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """How a sparse layer calls its experts: once those that have rows are there."""
+
+    def call(experts: nn.Module, rows: Tensor, ends: Tensor) -> Tensor:
+        edges = pairwise([0, *ends.tolist()])
+        feed.fetch(number, [n for n, (start, stop) in enumerate(edges) if stop > start])
+        return call_plain(experts, rows, ends)
+
+    return call
 
 
 def _feeds(
@@ -112,7 +143,8 @@ def _feeds(
             parameters,
         )
         return {stream: InPlace(stream, pages) for stream in STREAMS}
-    from neounify.checkpoint.staging import DeviceCopies, Staged, layer_image
+    from neounify.checkpoint.layer_image import layer_image
+    from neounify.checkpoint.staging import DeviceCopies, Staged
 
     copies = DeviceCopies(model.device)
     return {
@@ -142,11 +174,11 @@ class LayerPages:
     ) -> None:
         self._files = {source.file for layer in layers.values() for source in layer.values()}
         self._weights = {
-            key: [make_weight(parameters, name, source) for name, source in layer.items()]
+            key: [(expert_of(n), make_weight(parameters, n, source)) for n, source in layer.items()]
             for key, layer in layers.items()
         }
         # What they leave, and what it took to make them, would stay with the process.
-        self._rebuilds = any(not w.mapped for pairs in self._weights.values() for w in pairs)
+        self._rebuilds = any(not w.mapped for some in self._weights.values() for _, w in some)
         self._users = dict.fromkeys(layers, 0)
         self._lock = threading.Lock()
 
@@ -160,13 +192,22 @@ class LayerPages:
                 for file in self._files:
                     file.check_length()
                 try:
-                    with torch.inference_mode(False), torch.no_grad():
-                        for weight in self._weights[key]:
-                            weight.fill()
+                    self._fill(key, (None,))
                 except BaseException:
                     self._drop(number)
                     raise
             self._users[key] += 1
+
+    def fetch(self, stream: StreamName, number: int, experts: Collection[int]) -> None:
+        with self._lock:
+            self._fill((stream, number), experts)
+
+    def _fill(self, key: tuple[StreamName, int], experts: Collection[int | None]) -> None:
+        """Fill the weights of some experts of a layer, or of None: those that are of no expert."""
+        with torch.inference_mode(False), torch.no_grad():
+            for expert, weight in self._weights[key]:
+                if expert in experts:
+                    weight.fill()
 
     def give_back(self, stream: StreamName, number: int) -> None:
         key = stream, number
@@ -183,7 +224,7 @@ class LayerPages:
         pages: dict[MappedFile, list[tuple[int, int]]] = {}
         with torch.inference_mode(False), torch.no_grad():
             for key in keys:
-                for weight in self._weights[key]:
+                for _, weight in self._weights[key]:
                     weight.drop(pages)
         for file, ranges in pages.items():
             file.release_ranges(ranges)
@@ -203,8 +244,11 @@ class InPlace:
     def close(self) -> None:
         pass
 
-    def take(self, number: int) -> None:
+    def take(self, number: int, *, few: bool | None = None) -> None:
         self._pages.take(self._stream, number)
+
+    def fetch(self, number: int, experts: Collection[int]) -> None:
+        self._pages.fetch(self._stream, number, experts)
 
     def give_back(self, number: int) -> None:
         self._pages.give_back(self._stream, number)

@@ -247,6 +247,7 @@ def stream_of(name: str) -> WeightStream:
     return cast(WeightStream, next(values[key] for key in _STREAM_FIELDS if key in values))
 
 
+_OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(und|gen)\.")
 
 
@@ -254,6 +255,12 @@ def layer_of(name: str) -> tuple[int, StreamName] | None:
     """The layer and stream of a tensor (our name); None for one outside the layers."""
     match = _IN_LAYER.match(name)
     return None if match is None else (int(match[1]), cast(StreamName, match[2]))
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a tensor (our name) belongs to; None for any other."""
+    match = _OF_EXPERT.search(name)
+    return None if match is None else int(match[1])
 
 
 def part_of(name: str) -> PartName:

@@ -14,7 +14,7 @@ from neounify.checkpoint.residency import Share, StoredWeight, part_shares
 from neounify.config import ModelConfig
 from neounify.errors import CheckpointError, ConfigError, RequestError
 from neounify.model.neo import NeoUnify
-from neounify.quant.backends import AUTO, choose_backend
+from neounify.quant.backends import AUTO, check_held, choose_backend
 from neounify.quant.blocks import BlockRows
 from neounify.quant.formats import (
     CODES,
@@ -199,6 +199,7 @@ def _place(
 ) -> None:
     path = name.rpartition(".")[0]
     plain = model.get_submodule(path)
+    check_held(format, device)
     shape = list(plain.get_parameter("weight").shape)
     share = source.share
     if share is not None:

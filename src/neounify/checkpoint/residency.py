@@ -23,6 +23,7 @@ from neounify.checkpoint.mapped import MappedFile, TensorInfo, all_finite
 from neounify.checkpoint.names import stream_of
 from neounify.errors import CheckpointError
 from neounify.model.parts import STREAMS, StreamName
+from neounify.runtime.devices import abilities
 from neounify.runtime.process import return_freed_memory
 
 if TYPE_CHECKING:
@@ -171,6 +172,8 @@ class StoredWeight:
     ) -> Tensor:
         """A new tensor from (first row, rows) as they are stored."""
         result = torch.empty(self.shape, dtype=dtype, device=device)
+        # Codes that the device cannot hold are decoded on the host.
+        decoding = device if abilities(device).float8 else torch.device("cpu")
         updates = [update.to(device) for update in self.updates]
         columns = self.share is not None and self.share.dim == 1
         first = 0 if self.share is None or columns else self.share.places.start
@@ -180,7 +183,7 @@ class StoredWeight:
         for start, stored in pieces:
             piece = rows[start - first : start - first + stored.shape[0]]
             if self.codes is not None:
-                stored = self.codes.decode(stored.to(device), start)
+                stored = self.codes.decode(stored.to(decoding), start)
             if updates:
                 stored = stored.to(device, torch.float32, copy=True)
                 for update in updates:

@@ -6,6 +6,9 @@ the slot for that of computing. The order wraps from the last layer to the first
 Casts, LoRA updates and decoding happen on the device. No copy of the weights is held on the host
 but the page cache, which keeps what there is room for.
 
+Of a sparse layer that few tokens pass through, what is not of an expert is staged ahead, and the
+experts that they are routed to are read into the same slot once that is known.
+
 On a CPU the same schedule runs with `HostCopies`, whose events do nothing, so that it is tested
 without a device.
 """
@@ -13,118 +16,19 @@ without a device.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from neounify.checkpoint.mapped import MappedFile
-from neounify.checkpoint.residency import StoredWeight, code_names
-from neounify.errors import RequestError
+from neounify.checkpoint.layer_image import LayerImage, Read
 from neounify.runtime.memory_plan import SLOTS, STAGING
 
 READERS = 4
 """Threads that read a layer: a core reads some 7 GB/s from the page cache, PCIe 4 takes 24."""
-PIECE = 8 * 2**20
-"""Bytes of one read; the readers of a layer share its pieces."""
-ALIGNMENT = 256
-"""Of tensors in a slot, as torch aligns its own."""
-
-# --- what a layer consists of ---
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stored tensor at bytes `offset` of a slot, and the parameters that it becomes.
-
-    That is one, or those of a layer of codes by the names of its format.
-    """
-
-    parameters: Mapping[str, nn.Parameter]
-    source: StoredWeight
-    offset: int
-
-    def take(self, slot: Tensor) -> None:
-        """Make the slot's bytes the values, decoded or quantised where stored otherwise."""
-        info = self.source.info
-        stored = slot[self.offset : self.offset + info.nbytes].view(info.dtype)
-        stored = stored.view(info.stored_shape)
-        if self.source.format is not None:
-            for name, tensor in self.source.encode(stored).items():
-                self.parameters[name].data = tensor
-            return
-        (parameter,) = self.parameters.values()
-        parameter.data = self.source.decode(stored, parameter.dtype)
-
-    def leave(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.new_empty(0)
-
-
-@dataclass(frozen=True)
-class Read:
-    """Bytes from `start` of a file on, that go to (offset, size) places of a slot in order."""
-
-    file: MappedFile
-    start: int
-    places: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class LayerImage:
-    """A layer as bytes of a slot: its tensors, how they are read, and how many bytes it takes."""
-
-    parts: tuple[Part, ...]
-    reads: tuple[Read, ...]
-    size: int
-
-
-def layer_image(
-    sources: Mapping[str, StoredWeight], parameters: Mapping[str, nn.Parameter]
-) -> LayerImage:
-    """The image of a layer from its stored weights by our names.
-
-    Raises RequestError for weights of which a rank holds a share.
-    """
-    parts: list[Part] = []
-    joined: list[list[Part]] = []
-    size = 0
-    for name, source in sorted(
-        sources.items(), key=lambda item: (str(item[1].file.path), item[1].info.start)
-    ):
-        if source.share is not None:
-            raise RequestError("memory='layers' cannot be used with shares of ranks")
-        names = {name: name} if source.format is None else code_names(name, source)
-        part = Part({key: parameters[ours] for key, ours in names.items()}, source, size)
-        size += -(-source.info.nbytes // ALIGNMENT) * ALIGNMENT
-        parts.append(part)
-        last = joined[-1][-1].source if joined else None
-        if last is None or last.file is not source.file or last.info.stop != source.info.start:
-            joined.append([])
-        joined[-1].append(part)
-    reads = tuple(read for run in joined for read in _pieces(run))
-    return LayerImage(tuple(parts), reads, size)
-
-
-def _pieces(run: Sequence[Part]) -> Iterator[Read]:
-    """Reads of touching tensors, of PIECE bytes each."""
-    places = [(part.offset, part.source.info.nbytes) for part in run]
-    first = run[0].source.info.start
-    total = sum(size for _, size in places)
-    cuts = [*range(0, total, PIECE), total]
-    for begin, end in pairwise(cuts):
-        piece, passed = [], 0
-        for offset, size in places:
-            low, high = max(begin, passed), min(end, passed + size)
-            if high > low:
-                piece.append((offset + low - passed, high - low))
-            passed += size
-        yield Read(run[0].source.file, first + begin, tuple(piece))
-
 
 # --- how bytes get to the device ---
 
@@ -159,11 +63,6 @@ class DeviceCopies:
     """Copies to a CUDA or ROCm device, in a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise RequestError(
-                f"memory='layers' streams to cuda devices and works in place on the CPU, not on "
-                f"{device.type}; take memory='stream'"
-            )
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def host_buffer(self, size: int) -> Tensor:
@@ -215,14 +114,36 @@ class HostCopies:
 
 @dataclass(eq=False)
 class Slot:
-    """A buffer on the device: the layer in it, whether it is there already, and its users."""
+    """A buffer on the device: the layer in it, whether it is there already, and its users.
+
+    `experts` are those of the layer that are in it, `ordered` those that are there or come, `taken`
+    those that are weights of the model.
+    """
 
     bytes: Tensor
     number: int | None = None
     ready: bool = False
     users: int = 0
+    experts: set[int] = field(default_factory=set)
+    ordered: set[int] = field(default_factory=set)
+    taken: set[int] = field(default_factory=set)
     filled: Event | None = None
     used: Event | None = None
+
+    def begin(self, number: int) -> None:
+        """Make room for a layer."""
+        self.number, self.ready = number, False
+        for experts in (self.experts, self.ordered, self.taken):
+            experts.clear()
+
+
+class _Order(NamedTuple):
+    """What goes into a slot next: some experts of its layer, and with `trunk` what is of none."""
+
+    slot: Slot
+    number: int
+    experts: frozenset[int]
+    trunk: bool
 
 
 @dataclass(eq=False)
@@ -234,6 +155,9 @@ class _Session:
     readers: ThreadPoolExecutor
     mover: threading.Thread | None = None
     wanted: list[int] = field(default_factory=list)
+    orders: list[_Order] = field(default_factory=list)
+    few: bool = False
+    """Whether the last call was of few tokens, so that experts are read when they are needed."""
     cursor: int = 0
     error: BaseException | None = None
     closed: bool = False
@@ -281,8 +205,12 @@ class Staged:
             if slot.number is not None and slot.users:
                 self._leave(slot.number)
 
-    def take(self, number: int) -> None:
-        """Wait until a layer is in a slot, and let computing wait for its copy."""
+    def take(self, number: int, *, few: bool | None = None) -> None:
+        """Wait until a layer is in a slot, and let computing wait for its copy.
+
+        Its experts may come later, with `fetch`. `few`: whether sparse layers have few tokens now,
+        None where that is not known.
+        """
         if number not in self._layers:
             return
         with self._change:
@@ -290,6 +218,7 @@ class Staged:
             if session is None:
                 raise RuntimeError("a layer is computed outside `use` of its stream")
             session.wanted.append(number)
+            session.few = session.few if few is None else few
             self._change.notify_all()
             try:
                 slot = self._wait(session, number)
@@ -300,9 +229,37 @@ class Staged:
             self._copies.wait(slot.filled)
             if slot.users > 1:
                 return
-            with torch.inference_mode(False), torch.no_grad():
-                for part in self._layers[number].parts:
-                    part.take(slot.bytes)
+            self._make_weights(slot, number, slot.experts, trunk=True)
+
+    def fetch(self, number: int, experts: Collection[int]) -> None:
+        """Wait until these experts of a layer that was taken are there too."""
+        with self._change:
+            session = self._session
+            slot = None if session is None else session.slot_of(number)
+            if session is None or slot is None:
+                return  # a layer that stays
+            missing = frozenset(experts) - slot.ordered
+            if missing:
+                slot.ordered |= missing
+                session.orders.append(_Order(slot, number, missing, trunk=False))
+                self._change.notify_all()
+            while not slot.experts.issuperset(experts):
+                if session.error is not None:
+                    raise session.error
+                self._change.wait()
+            assert slot.filled is not None
+            self._copies.wait(slot.filled)
+            self._make_weights(slot, number, experts)
+
+    def _make_weights(
+        self, slot: Slot, number: int, experts: Collection[int], *, trunk: bool = False
+    ) -> None:
+        """Make tensors of a slot the weights of the model, unless they are."""
+        new = set(experts) - slot.taken
+        slot.taken |= new
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self._layers[number].some(new, trunk=trunk):
+                part.take(slot.bytes)
 
     def give_back(self, number: int) -> None:
         """Free the slot, once the device has computed what it was given."""
@@ -352,19 +309,21 @@ class Staged:
         copied: list[Event | None] = [None] * len(session.buffers)
         turn = 0
         try:
-            while (place := self._next(session)) is not None:
-                slot, number = place
+            while (order := self._next(session)) is not None:
+                slot, number, experts, trunk = order
                 image, buffer = self._layers[number], session.buffers[turn]
                 if (event := copied[turn]) is not None:
                     event.synchronize()
-                self._read(session, image, buffer)
-                filled = self._copies.copy(
-                    slot.bytes[: image.size], buffer[: image.size], slot.used
-                )
-                copied[turn], turn = filled, (turn + 1) % len(session.buffers)
+                self._read(session, image.reads(experts, trunk=trunk), buffer)
+                for start, stop in image.ranges(experts, trunk=trunk):
+                    copied[turn] = self._copies.copy(
+                        slot.bytes[start:stop], buffer[start:stop], slot.used
+                    )
                 with self._change:
-                    slot.filled, slot.ready = filled, True
+                    slot.filled, slot.ready = copied[turn], True
+                    slot.experts |= experts
                     self._change.notify_all()
+                turn = (turn + 1) % len(session.buffers)
             for event in copied:
                 if event is not None:
                     event.synchronize()  # the buffers are freed next
@@ -373,28 +332,32 @@ class Staged:
                 session.error = error
                 self._change.notify_all()
 
-    def _read(self, session: _Session, image: LayerImage, buffer: Tensor) -> None:
+    def _read(self, session: _Session, reads: Sequence[Read], buffer: Tensor) -> None:
         view = buffer.numpy().data
 
         def read(piece: Read) -> None:
             targets = [view[offset : offset + size] for offset, size in piece.places]
             piece.file.read_into(piece.start, targets)
 
-        for _ in session.readers.map(read, image.reads):
+        for _ in session.readers.map(read, reads):
             if session.closed:
                 return
 
-    def _next(self, session: _Session) -> tuple[Slot, int] | None:
-        """The slot and the layer to stage next; waits for one, None when the session ends."""
+    def _next(self, session: _Session) -> _Order | None:
+        """What to stage next; waits for something, None when the session ends."""
         with self._change:
             while not session.closed:
+                if session.orders:
+                    return session.orders.pop(0)
                 number = self._choose(session)
                 slot = None if number is None else self._free(session, number)
                 if number is not None and slot is not None:
-                    slot.number, slot.ready = number, False
+                    slot.begin(number)
                     position = self._order.index(number)
                     session.cursor = (position + 1) % len(self._order)
-                    return slot, number
+                    all_experts = self._layers[number].experts
+                    slot.ordered |= frozenset() if session.few else all_experts
+                    return _Order(slot, number, frozenset(slot.ordered), trunk=True)
                 self._change.wait()
         return None
 

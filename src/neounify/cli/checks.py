@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from neounify.attention import check_backend
-from neounify.checkpoint.load import (
-    check_backend_used,
-    check_memory,
-    choose_dtype,
-    resolve_device,
-)
+from neounify.checkpoint.dtypes import choose_dtype
+from neounify.checkpoint.load import check_backend_used, check_memory, resolve_device
 from neounify.checkpoint.mapped import MappedFile
 from neounify.checkpoint.peft_config import PEFT_WEIGHTS
 from neounify.checkpoint.reader import CheckpointFolder

@@ -62,10 +62,8 @@ def train(
     """
     with lasting_imports():
         from neounify.cli.checks import check_threads
-        from neounify.distributed.ranks import restarted
         from neounify.train.parallel import check_shared
         from neounify.train.recipe import read_recipe
-        from neounify.train.state import saved_states
 
     check_threads(where.threads)
     with all_ranks() as ranks:
@@ -86,8 +84,6 @@ def train(
                 lambda: stack.enter_context(locked_folder(folder)) if ranks.first else None
             )
             ranks.together(lambda: check_shared(folder, ranks))
-            if restarted() and (resume is None or saved_states(folder / "states")):
-                resume = "auto"  # from a state of this run, whatever it began with
             _train(parsed, folder, resume, stages or [], where, display, ranks)
 
 
@@ -112,7 +108,9 @@ def _train(
 
     ranks.check_alike("the recipe", repr(recipe))
     ranks.together(lambda: check_model(recipe_config(recipe), check_parallel(recipe, ranks.size)))
-    newest = ranks.together(lambda: _state(folder, resume, display) if ranks.first else None)
+    newest = ranks.together(
+        lambda: _state(folder, resume, display, ranks.launch) if ranks.first else None
+    )
     state = ranks.gather(newest)[0]
     # Unknown stages and unreadable data are reported before a model is loaded.
     numbers = ranks.together(
@@ -161,18 +159,29 @@ def _export_newest(recipe: Recipe, folder: Path, target: Path, display: Display)
     display.result(f"saved {target} from {state.name}", target)
 
 
-def _state(folder: Path, resume: str | None, display: Display) -> Path | None:
-    """The state to resume from. CliError for a new run in the folder of another."""
-    from neounify.train.state import check_state, newest_whole_state, saved_states
+def _state(folder: Path, resume: str | None, display: Display, launch: str) -> Path | None:
+    """The state to resume from: the newest that earlier starts of this launch saved, else as asked.
 
+    Raises CliError for a new run in the folder of another, and CheckpointError.
+    """
+    from neounify.train.state import (
+        check_state,
+        newest_of_launch,
+        newest_whole_state,
+        saved_states,
+    )
+
+    states = folder / "states"
+    if state := newest_of_launch(states, launch, display.note):
+        return state
     if resume is None:
-        if saved_states(folder / "states"):
+        if saved_states(states):
             raise CliError(
                 f"{folder} already holds a run; continue it with --resume auto, or choose another "
                 "--out"
             )
         return None
     if resume == "auto":
-        return newest_whole_state(folder / "states", display.note)
+        return newest_whole_state(states, display.note)
     check_state(Path(resume))
     return Path(resume)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
@@ -41,6 +42,8 @@ class Ranks:
     """The process group that they exchange by; None is that of the run."""
     store: distributed.Store | None = None
     """What they joined by; it outlives a rank that is gone, unless that one has started it."""
+    launch: str = ""
+    """A name that all starts of one `torchrun --max-restarts` have and no other; else empty."""
 
     @property
     def first(self) -> bool:
@@ -192,13 +195,9 @@ def ranks_of(environment: Mapping[str, str]) -> Ranks:
     return Ranks(rank, size, local)
 
 
-def restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started this run again."""
-    return _restarts() != "0"
-
-
-def _restarts() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def _launch_name(store: distributed.Store) -> str:
+    """The name of a launch, which its first start puts into the store of torchrun's own process."""
+    return str(store.compare_set("neounify/launch", "", uuid4().hex).decode())
 
 
 def _end(ranks: Ranks, place: str) -> None:
@@ -210,30 +209,43 @@ def _end(ranks: Ranks, place: str) -> None:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks of this run, as one process group; none is made for a single process."""
+    """The ranks of this run, as one process group; none is made for a single process.
+
+    Raises ConfigError where they cannot join.
+    """
     ranks = ranks_of(os.environ)
-    if ranks.size == 1:
+    if ranks.size == 1 and not ("RANK" in os.environ and distributed.is_torchelastic_launched()):
         yield ranks
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     # torch waits without end for another server that listens at this place.
     late = threading.Timer(JOIN_TIMEOUT.total_seconds() + 5, _end, (ranks, place))
     late.daemon = True
     late.start()
     try:
-        store, rank, size = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store, *_ = next(distributed.rendezvous("env://", timeout=JOIN_TIMEOUT))
         late.cancel()
-        # torchrun keeps the store, with addresses of before, when it starts ranks again.
-        store = distributed.PrefixStore(f"start {_restarts()}", store)
-        store.set_timeout(default_pg_timeout)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+        ranks = replace(ranks, launch=_launch_name(store))
+        if ranks.size > 1:
+            ranks = replace(ranks, store=_begin_group(ranks, store))
     except (RuntimeError, ValueError) as error:
         late.cancel()
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"rank {ranks.rank} cannot join the others at {place}: {reason}"
         ) from error
-    yield replace(ranks, store=store)
+    yield ranks
     # After an error others may be gone, and leaving the group would wait for them.
-    distributed.destroy_process_group()
+    if ranks.size > 1:
+        distributed.destroy_process_group()
+
+
+def _begin_group(ranks: Ranks, store: distributed.Store) -> distributed.Store:
+    """Make the process group of a run; the store that it joined by."""
+    # torchrun keeps the store, with addresses of before, when it starts ranks again.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"start {restarts}", store)
+    store.set_timeout(default_pg_timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size)
+    return store

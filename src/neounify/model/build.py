@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neounify.config import ModelConfig
+from neounify.errors import ConfigError
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer, call_plain
+from neounify.runtime.devices import abilities
 
 COMPILED_WEIGHTS = 1_000_000_000
 """Weights of linear layers from which a model is compiled on a GPU without being asked."""
@@ -24,10 +25,10 @@ MIN_ROWS = 32
 def compiles_by_default(model: NeoUnify, *, resident: bool) -> bool:
     """Whether the layers are compiled unless a caller says otherwise: a rule, not a measurement.
 
-    On a GPU with Triton, where all weights are there for good (`resident`), in plain linear layers
-    of at least COMPILED_WEIGHTS: a smaller model has done its work before it is compiled.
+    On a GPU that has a compiler, where all weights are there for good (`resident`), in plain linear
+    layers of at least COMPILED_WEIGHTS: a smaller model has done its work before it is compiled.
     """
-    if model.device.type != "cuda" or not resident or find_spec("triton") is None:
+    if model.device.type != "cuda" or not resident or abilities(model.device).compiler:
         return False
     modules = list(model.layers.modules())
     if any(module._forward_pre_hooks for module in modules):
@@ -35,6 +36,12 @@ def compiles_by_default(model: NeoUnify, *, resident: bool) -> bool:
     layers = [m for m in modules if isinstance(m, nn.Linear)]
     plain = all(type(layer) is nn.Linear for layer in layers)
     return plain and sum(layer.weight.numel() for layer in layers) >= COMPILED_WEIGHTS
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile lacks something for a device."""
+    if missing := abilities(device).compiler:
+        raise ConfigError(f"compile on {device} needs {missing}, which is not here; leave it out")
 
 
 def compile_streams(model: NeoUnify, wanted: bool = True) -> None:

@@ -393,12 +393,12 @@ class QKVProjection(nn.Module):
         v, q, k = self.v_proj(x), self.q_proj(x), self.k_proj(x)
         counts = [q.shape[-1] // d, k.shape[-1] // d]
         # Queries and keys go together: for a single token the number of operators counts.
-        heads = torch.cat([q, k], dim=-1).view(-1, sum(counts), d)
-        halves = normalise(heads.view(-1, sum(counts), 2, d // 2), self.q_norm.eps)
+        halves = torch.cat([q, k], dim=-1).view(-1, sum(counts), 2, d // 2)
+        heads = normalise(halves, self.q_norm.eps).flatten(2)
         weights = self.head_weights
         if weights is None or self.q_norm.weight.requires_grad:
             weights = self._join_norms(*counts)
-        q, k = rotate(halves.view(heads.shape) * weights, rotation).split_with_sizes(counts, dim=1)
+        q, k = rotate(heads * weights, rotation).split_with_sizes(counts, dim=1)
         return Projected(q, k, v.view(-1, counts[1], d))
 
     @torch.no_grad()

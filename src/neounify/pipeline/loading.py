@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from neounify.attention import check_backend
+from neounify.attention import check_backend, select
+from neounify.checkpoint.dtypes import Dtype, choose_dtype
 from neounify.checkpoint.load import (
-    Dtype,
     Memory,
     PlanUse,
     expected_shapes,
     load_checkpoint,
+    resolve_device,
 )
 from neounify.checkpoint.lora_file import LoraSpec
 from neounify.checkpoint.reader import CheckpointFolder, checkpoint_home
@@ -24,7 +25,7 @@ from neounify.config import ModelConfig
 from neounify.distributed.group import ALONE, Group
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import read_text
-from neounify.model.build import compile_streams, compiles_by_default
+from neounify.model.build import check_compile, compile_streams, compiles_by_default
 from neounify.pipeline.pipeline import SYSTEM_MESSAGE_FILE, Pipeline
 from neounify.tasks.program import Processor
 from neounify.text.forms import TEMPLATES
@@ -156,17 +157,21 @@ def load_rank(
     home = checkpoint_home(options.folder, options.config)
     # Before the weights: a folder without a tokenizer should say so at once.
     tokenizer = Tokenizer.from_folder(home, ())
+    checkpoint, place = CheckpointFolder.open(options.folder, home), resolve_device(device)
+    dtype = choose_dtype(options.dtype, checkpoint, place.type)
+    select(place, dtype.dtype, checkpoint.config.head_dim, options.attention)
+    if options.compile:
+        check_compile(place)
     parts = None
     if cut and group.size > 1:
         from neounify.distributed.tensor import join, shares
 
-        config = CheckpointFolder.open(options.folder, home).config
-        parts = shares(config, expected_shapes(config), group)
+        parts = shares(checkpoint.config, expected_shapes(checkpoint.config), group)
     loaded = load_checkpoint(
         options.folder,
         config=home,
-        dtype=options.dtype,
-        device=device,
+        dtype=dtype,
+        device=place,
         lora=options.lora,
         lora_strength=options.lora_strength,
         memory=options.memory,

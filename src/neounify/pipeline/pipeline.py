@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from neounify.checkpoint.load import DtypeChoice
+from neounify.checkpoint.dtypes import DtypeChoice
 from neounify.checkpoint.residency import NullResidency, Residency
 from neounify.checkpoint.save import save_model
 from neounify.config import ModelConfig, TextSampling

@@ -29,6 +29,7 @@ from neounify.quant.formats import FourBits, Fp8Rows, Int8Rows, WeightFormat, ro
 from neounify.quant.fp8 import quantise_fp8
 from neounify.quant.int8 import quantise_int8
 from neounify.quant.rotation import rotate_groups
+from neounify.runtime.devices import Abilities, abilities
 
 if TYPE_CHECKING:
     from neounify.quant.linear import QuantLinear
@@ -50,6 +51,8 @@ DEVICE_SLICE_ELEMENTS = 2**21
 """The same on other devices: with all intermediate results at most 64 MB."""
 INT8PACK_CHANNELS = 16
 """`_weight_int8pack_mm` reads past the end of rows that are no multiple of this."""
+ANY_SHAPE = (256, 256)
+"""A shape that every format has."""
 INT_MM_ROWS = 32
 """`_int_mm` on a GPU wants more than 16 rows."""
 
@@ -79,8 +82,9 @@ def choose_backend(name: str, format: WeightFormat, columns: int, device: torch.
     """The backend of a layer whose weight has `columns` channels; "auto" is the best one here.
 
     A backend that does not serve a format falls back to the reference, layer by layer, so that a
-    name serves models of several formats. Raises RequestError for an unknown name, and for
-    comfy-kitchen where it is not installed.
+    name serves models of several formats; so do fp8 products on a device that has none beside those
+    of int8. Raises RequestError for an unknown name, for comfy-kitchen where it is not installed,
+    and for a name that has no products on the device at all.
     """
     check_backend(name)
     if name == "comfy-kitchen" and not has_kitchen():
@@ -88,20 +92,48 @@ def choose_backend(name: str, format: WeightFormat, columns: int, device: torch.
             "backend comfy-kitchen is not installed; pip install comfy-kitchen, or choose another",
             param="backend",
         )
+    here = abilities(device)
+    _check_products(name, here)
     eights = isinstance(format, Int8Rows | FourBits)
     on_gpu = device.type == "cuda"
     if eights and on_gpu and (name == "comfy-kitchen" or (name == AUTO and has_kitchen())):
         return Backend("comfy-kitchen", "comfy-kitchen", kitchen)
-    if eights and (name == "w8a8" or (on_gpu and name in (AUTO, "torch"))):
+    by_torch = name == "torch" or (name == AUTO and on_gpu)
+    if eights and here.int8_products and (name == "w8a8" or (on_gpu and by_torch)):
         return Backend("w8a8" if name == "w8a8" else "torch", "_int_mm", w8a8)
-    if isinstance(format, Fp8Rows) and (
-        name == "torch" or (name == AUTO and on_gpu and _has_fp8(device))
-    ):
+    if isinstance(format, Fp8Rows) and by_torch and here.float8_products:
         return Backend("torch", "scaled_mm", scaled)
     packs = isinstance(format, Int8Rows) and columns % INT8PACK_CHANNELS == 0
     if packs and device.type == "cpu" and name in (AUTO, "torch"):
         return Backend("torch", "_weight_int8pack_mm", int8pack)
     return Backend("reference", "reference", reference)
+
+
+def _check_products(name: str, here: Abilities) -> None:
+    """Raise RequestError for a backend that has no products on a device, of any format."""
+    has = {
+        "torch": here.int8_products or here.float8_products,
+        "w8a8": here.int8_products,
+        "comfy-kitchen": here.type == "cuda",
+    }
+    if not has.get(name, True):
+        raise RequestError(
+            f"backend {name!r} of quantised layers has no products on {here}; take 'auto' or "
+            "'reference'",
+            param="backend",
+        )
+
+
+def check_held(format: WeightFormat, device: torch.device) -> None:
+    """Raise RequestError for a format whose tensors a device cannot hold."""
+    dtypes = {dtype for _, dtype in format.layout(ANY_SHAPE).values()}
+    eights = {dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize == 1}
+    if eights and not abilities(device).float8:
+        raise RequestError(
+            f"weights quantised as {format.name} cannot be held on {device.type}, which has no "
+            "float8: take backend='decoded' for stored ones, int8 for new ones",
+            param="quantise",
+        )
 
 
 def has_kitchen() -> bool:
@@ -216,7 +248,3 @@ def fill_rows(x: Tensor, least: int) -> Tensor:
 
 def _finish(layer: QuantLinear, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (y if layer.bias is None else y + layer.bias.float()).to(dtype)
-
-
-def _has_fp8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -107,11 +107,16 @@ def prefill_operations(config: ModelConfig, task: Task) -> float:
 
 def decoded_bytes(config: ModelConfig, weights: WeightBytes) -> float:
     """Bytes of weights that one decoded token reads: its experts, and the text head."""
-    total = weights.lm_head
-    for number, size in enumerate(weights.layers["und"]):
-        unit = layer_unit(config, "und", number)
-        total += size * _passed(config, "und", number) / (unit.codes + unit.rest)
-    return total
+    return weights.lm_head + sum(_of_token(config, weights))
+
+
+def _of_token(config: ModelConfig, weights: WeightBytes) -> list[float]:
+    """Bytes of each layer that one decoded token reads."""
+    units = [layer_unit(config, "und", number) for number in range(config.num_layers)]
+    return [
+        size * _passed(config, "und", number) / (unit.codes + unit.rest)
+        for number, (unit, size) in enumerate(zip(units, weights.layers["und"], strict=True))
+    ]
 
 
 # --- rows ---
@@ -136,18 +141,19 @@ def plan_row(
         resident=resident if mode == "layers" else {},
         peak=peak,
         locked=locked,
-        streamed=_moved(weights, mode, resident, "gen") if task.paints else 0.0,
+        streamed=_moved(weights.layers["gen"], mode, resident.get("gen", 0))
+        if task.paints
+        else 0.0,
         fits=peak <= machine.device and locked <= machine.host,
     )
     return _timed(row, config, kept, task, machine) if row.fits else row
 
 
-def _moved(weights: WeightBytes, mode: Mode, resident: Resident, stream: StreamName) -> float:
-    """Bytes of a stream's layers that every pass moves to the device."""
+def _moved(layers: Sequence[float], mode: Mode, resident: int) -> float:
+    """Bytes of layers that every pass moves to the device, where so many stay."""
     if mode != "layers":
         return 0.0
-    layers = weights.layers[stream]
-    stay = resident_layers(len(layers), resident.get(stream, 0))
+    stay = resident_layers(len(layers), resident)
     return sum(size for size, stays in zip(layers, stay, strict=True) if not stays)
 
 
@@ -160,7 +166,7 @@ def _timed(row: PlanRow, config: ModelConfig, kept: Kept, task: Task, machine: M
         return rates.copies if cached else min(rates.copies, rates.disk)
 
     text = TEXT_SHARE * rates.memory / decoded_bytes(config, weights)
-    if moved := _moved(weights, row.mode, row.resident, "und"):
+    if moved := _moved(_of_token(config, weights), row.mode, row.resident.get("und", 0)):
         text = min(text, rate("und") / moved)
     if not task.paints:
         return replace(row, text=text)

@@ -81,6 +81,7 @@ def build_service(config: ServeConfig) -> EngineService:
         dtype=config.dtype,
         device=config.device,
         lora=config.lora or None,
+        attention=config.engines.attention,
         quantise=config.quantise,
         backend=config.backend,
         **weights,

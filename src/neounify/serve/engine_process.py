@@ -361,6 +361,7 @@ def _work(
         config=config.config,
         dtype=config.dtype,
         lora=config.lora or None,
+        attention=config.engines.attention,
         quantise=config.quantise,
         backend=config.backend,
         **weights,

@@ -40,6 +40,11 @@ class EngineConfig:
 
     limits: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend."""
+        return str(self.limits.get("attention", ExecutionPlan.attention))
+
     def plan(self, model: NeoUnify) -> ExecutionPlan:
         """The plan of a model in the memory that is free now, with these limits."""
         measured = measured_plan(model.config, model.device, model.compute_dtype)

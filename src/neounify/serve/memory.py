@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from neounify.checkpoint.dtypes import Dtype, choose_dtype
 from neounify.checkpoint.load import (
     DECODED,
     SPARE_BYTES,
-    Dtype,
     Memory,
     PlanUse,
     check_memory,
-    choose_dtype,
     resolve_device,
 )
 from neounify.checkpoint.reader import CheckpointFolder

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neounify.checkpoint.load import multiplies
+from neounify.checkpoint.dtypes import multiplies
 from neounify.distributed.owners import on_matrices
 from neounify.distributed.shards import local
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from neounify.attention import select
 from neounify.checkpoint.names import part_of, stream_of
 from neounify.checkpoint.reader import CheckpointFolder
 from neounify.config import ModelConfig
@@ -22,10 +23,11 @@ from neounify.distributed.ranks import ONE, Ranks
 from neounify.errors import CheckpointError, ConfigError
 from neounify.files import atomic_folder
 from neounify.lora.layers import add_lora, lora_layers
-from neounify.model.build import meta_model
+from neounify.model.build import check_compile, meta_model
 from neounify.model.neo import NeoUnify
 from neounify.model.stream import Layer
 from neounify.pipeline.loading import load_processor
+from neounify.runtime.devices import abilities
 from neounify.text.forms import TEMPLATES
 from neounify.text.tokenizer import Tokenizer, byte_tokenizer
 from neounify.train.parallel import parallelize_run
@@ -92,10 +94,25 @@ def build_setup(
     # The first rank saves the tokenizer that the others read.
     first = ranks.together(lambda: start_of(recipe, folder) if ranks.first else None)
     config, weights, tokenizer, message = ranks.together(lambda: first or start_of(recipe, folder))
+    ranks.together(lambda: check_stages(recipe, config, device))
     model = meta_model(config)
     parallel = parallelize_run(recipe, model, ranks, device)
     ranks.together(lambda: fill(model, weights, device))
     return TrainSetup(parallel, tokenizer, message)
+
+
+def check_stages(recipe: Recipe, config: ModelConfig, device: torch.device) -> None:
+    """ConfigError for a stage that a device cannot run as it is set, or without float64."""
+    if not abilities(device).float64:
+        raise ConfigError(f"training counts in float64, in which {device.type} does not compute")
+    for stage in recipe.stages:
+        dtype = torch.bfloat16 if stage.residual == "bfloat16" else torch.float32
+        try:
+            select(device, dtype, config.head_dim, stage.attention)
+            if stage.compile:
+                check_compile(device)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name}: {error}") from error
 
 
 def start_of(recipe: Recipe, folder: Path) -> Start:

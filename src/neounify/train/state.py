@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -64,7 +65,9 @@ def save_state(
             written = ranks.together(lambda: _write(aside, tensors, ranks))
             files = {name: one for part in ranks.gather(written) for name, one in part.items()}
             if ranks.first:
-                write_json(aside / "state.json", {**facts, "files": files}, indent=1)
+                saved = 1 + int(max((_saved(path, 0) for path in saved_states(folder)), default=0))
+                record = {"saved": saved, "launch": ranks.launch, "files": files}
+                write_json(aside / "state.json", {**facts, **record}, indent=1)
     except OtherRankError:
         raise
     except (OSError, SafetensorError, NeounifyError) as error:
@@ -117,17 +120,18 @@ def _present(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[str, ...]:
 def prune_states(folder: Path, keep: int, step: int) -> None:
     """Remove all but the newest `keep` states up to `step`.
 
-    Later ones are damaged states that a resume passed over; they are replaced when their step
-    comes again, and must not count among the `keep`.
+    The newest are those saved last. States of later steps are damaged ones that a resume passed
+    over, or of before a resume from an earlier one; they are replaced when their step comes again,
+    and must not count among the `keep`.
     """
     reached = [path for path in saved_states(folder) if _step(path) <= step]
-    for path in reached[: -max(1, keep)]:
+    for path in sorted(reached, key=lambda one: _saved(one, -1))[: -max(1, keep)]:
         with suppress(OSError):
             remove_folder(path)
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The states of a folder, oldest first; not checked for damage."""
+    """The states of a folder by their steps; not checked for damage."""
     if not folder.is_dir():
         return []
     states = [path for path in folder.iterdir() if NAME.fullmatch(path.name)]
@@ -135,30 +139,49 @@ def saved_states(folder: Path) -> list[Path]:
 
 
 def newest_whole_state(folder: Path, passed_over: Callable[[str], None]) -> Path | None:
-    """The newest state that is not damaged; None when there are no states at all.
+    """The state saved last that is not damaged; None when there are no states at all.
 
-    `passed_over` is called with a line for each newer one that is, or that was cut off while it was
-    written. Raises CheckpointError when all are damaged.
+    A run that resumed from an earlier state has saved states of lower steps after those of higher
+    ones. `passed_over` is called with a line for each newer one that is damaged, or that was cut
+    off while it was written. Raises CheckpointError when all are damaged.
     """
     states = saved_states(folder)
     for line in _cut_off(folder, states[-1] if states else None):
         passed_over(line)
+    newest, damage = _newest_whole(states)
+    if newest is not None or not states:
+        for line in damage:
+            passed_over(f"passed over: {line}")
+        return newest
+    raise CheckpointError(
+        f"all {len(states)} states in {folder} are damaged, so there is none to resume from: "
+        + "; ".join(damage)
+    )
+
+
+def newest_of_launch(folder: Path, launch: str, passed_over: Callable[[str], None]) -> Path | None:
+    """The state that one launch (see `Ranks.launch`) saved last and that is not damaged, if any.
+
+    `passed_over` is called with a line for each newer one that is damaged.
+    """
+    states = [path for path in saved_states(folder) if launch and _launch(path) == launch]
+    newest, damage = _newest_whole(states)
+    for line in damage:
+        passed_over(f"passed over: {line}")
+    return newest
+
+
+def _newest_whole(states: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The state saved last that is whole, and what is wrong with newer ones."""
     damage = []
-    for path in reversed(states):
+    for path in sorted(states, key=lambda one: _saved(one, math.inf))[::-1]:
         try:
             check_state(path)
         except CheckpointError as error:
             damage.append(str(error))
             continue
-        for line in damage:
-            passed_over(f"passed over: {line}")
-        return path
-    if not states:
-        return None
-    raise CheckpointError(
-        f"all {len(states)} states in {folder} are damaged, so there is none to resume from: "
-        + "; ".join(damage)
-    )
+        return path, damage
+    return None, damage
 
 
 def _cut_off(folder: Path, newest: Path | None) -> list[str]:
@@ -366,6 +389,26 @@ def unflatten_optimizer(
                 ) from error
         states.setdefault(name, {})[key] = value
     return states
+
+
+def _saved(path: Path, damaged: float) -> float:
+    """The number of a save among those into its folder; `damaged` where it cannot be read.
+
+    States of earlier versions have none: 0.
+    """
+    try:
+        number = _facts(path).get("saved")
+    except CheckpointError:
+        return damaged
+    return number if isinstance(number, int) else 0
+
+
+def _launch(path: Path) -> object:
+    """The launch that saved a state, where that can be read."""
+    try:
+        return _facts(path).get("launch")
+    except CheckpointError:
+        return None
 
 
 def _step(path: Path) -> int:
