@@ -114,8 +114,8 @@ def layer_image(
             raise RequestError("memory='layers' cannot be used with shares of ranks")
         names = {name: name} if source.format is None else code_names(name, source)
         offset = parts[-1].stop if parts else 0
-        made = {key: parameters[ours] for key, ours in names.items()}
-        parts.append(Part(made, source, offset, expert_of(name)))
+        becomes = {key: parameters[ours] for key, ours in names.items()}
+        parts.append(Part(becomes, source, offset, expert_of(name)))
     return LayerImage(parts)
 
 

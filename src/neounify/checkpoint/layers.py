@@ -115,7 +115,9 @@ class LayerResidency:
 def _is_few(stream: Stream, rows: int) -> bool | None:
     """Whether so few rows pass through a sparse layer that most of its experts have none."""
     mlp = stream.out.mlp
-    return 2 * rows * mlp.top_k <= len(mlp.experts) if isinstance(mlp, SparseMlp) else None
+    if not isinstance(mlp, SparseMlp):
+        return None
+    return 2 * rows * mlp.top_k <= mlp.router.out_features
 
 
 def _fetching(feed: Feed, number: int) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
