@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -12,12 +10,13 @@ from neounify.config.presets import TINY
 from neounify.model import NeoUnify, build
 from neounify.model.build import compiles_by_default
 from neounify.model.stream import Layer
+from neounify.runtime.devices import Abilities
 
 
 def large(monkeypatch: pytest.MonkeyPatch, device: str = "cuda", triton: bool = True) -> NeoUnify:
     """A model that counts as large, as if on a device."""
-    spec: Any = object() if triton else None
-    monkeypatch.setattr(build, "find_spec", lambda name: spec if name == "triton" else None)
+    here = Abilities(type=device, compiler="" if triton else "the package triton")
+    monkeypatch.setattr(build, "abilities", lambda device: here)
     monkeypatch.setattr(NeoUnify, "device", torch.device(device))
     monkeypatch.setattr(build, "COMPILED_WEIGHTS", 1000)
     return NeoUnify(TINY)
